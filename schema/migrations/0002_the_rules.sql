@@ -1,0 +1,355 @@
+-- The rules of writing, each as one function, so that a record, a claim or an end is one round trip.
+--
+-- They are functions in plpgsql, not single statements, because in READ COMMITTED each statement
+-- inside sees what was committed before it began: after waiting for a lock we must look again, and
+-- one statement would look with the eyes it had before it waited.
+--
+-- The order of locks is the same everywhere: rows of jobs, sorted by token, before rows of running.
+
+-- A claim is live while its worker is neither gone nor declared dead, and lists it. A worker lists a
+-- claim before it asks for it, and takes a beat's list after the beat before was answered; so a claim
+-- made before the beat before and not on the list is surely not held.
+create function jobguard.holds(w jobguard.workers, r jobguard.running)
+returns boolean language sql stable as $$
+  select w.id is not null and w.left_at is null and w.dead_at is null
+     and (r.token = any (w.claims) or r.claimed_at >= w.previous_beat_at)
+$$;
+
+create function jobguard.led(p_namespace text)
+returns boolean language sql stable as $$
+  select exists (select from jobguard.leader l where l.namespace = p_namespace and l.expires_at > now())
+$$;
+
+-- Two writers that both find nothing of a token (a late record, an end that came before it) must not
+-- both go on. Rare paths only.
+create function jobguard.alone_with(p_token uuid)
+returns void language sql as $$
+  select pg_advisory_xact_lock(hashtextextended(p_token::text, 7417))
+$$;
+
+-- Record deliveries that may take the place of others. Returns the refused ones.
+--
+-- A delivery supersedes its parent, in the name of the claim it speaks for, and every unclaimed
+-- delivery of its job id. It is refused if its parent has ended, has moved on, or is held by another.
+create function jobguard.record(
+  p_source bigint, p_token uuid[], p_job_id text[], p_queue text[], p_task text[], p_priority int[],
+  p_attempt int[], p_due float8[], p_expires float8[], p_key text[], p_trace text[],
+  p_envelope bytea[], p_parent uuid[], p_claim int[], p_outcome text[], p_fresh bool[],
+  p_outbox bool, p_replay bool)
+returns uuid[] language plpgsql as $$
+declare
+  v_refused uuid[] := '{}';
+  v_skipped uuid[] := '{}';
+  v_ids     text[];
+  v_token   uuid;
+begin
+  if p_replay then
+    -- Old news: what has ended since is not owed again.
+    foreach v_token in array p_token loop
+      perform jobguard.alone_with(v_token);
+    end loop;
+    v_skipped := array(select distinct h.token from jobguard.history h
+                       where h.source = p_source and h.token = any (p_token));
+  end if;
+  v_ids := array(select f.job_id from unnest(p_job_id, p_fresh) f(job_id, fresh) where not f.fresh);
+  perform from jobguard.jobs j
+  where j.source = p_source and (j.token = any (p_parent) or j.job_id = any (v_ids))
+  order by j.token for update;
+  if not found and not exists (select from unnest(p_parent) p where p is not null) then
+    -- Nothing stands in the way of any of them, which is what nearly always happens.
+    insert into jobguard.jobs (source, token, job_id, queue, task, priority, attempt, due_at,
+                               expires_at, key, trace, envelope)
+    select p_source, f.token, f.job_id, f.queue, f.task, f.priority, f.attempt,
+           to_timestamp(f.due), to_timestamp(f.expires), f.key, f.trace, f.envelope
+    from unnest(p_token, p_job_id, p_queue, p_task, p_priority, p_attempt, p_due, p_expires, p_key,
+                p_trace, p_envelope)
+      f(token, job_id, queue, task, priority, attempt, due, expires, key, trace, envelope)
+    where not f.token = any (v_skipped)
+    on conflict do nothing;
+    if p_outbox then
+      insert into jobguard.outbox (source, token)
+      select p_source, t from unnest(p_token) t where not t = any (v_skipped)
+      on conflict do nothing;
+    end if;
+    return v_refused;
+  end if;
+
+  v_refused := array(
+    select f.token
+    from unnest(p_token, p_parent, p_claim) f(token, parent, claim)
+    left join jobguard.jobs j on j.source = p_source and j.token = f.parent
+    left join jobguard.running r on r.source = p_source and r.token = f.parent
+    left join jobguard.workers w on w.id = r.worker
+    where f.parent is not null
+      and case
+        when j.token is not null and f.claim is not null then r.number is distinct from f.claim
+        when j.token is not null then r.token is not null and jobguard.holds(w, r)
+        else exists (select from jobguard.history h
+                     where h.source = p_source and h.token = f.parent
+                       and (h.outcome <> 'superseded' or h.next is distinct from f.token))
+      end);
+  v_skipped := v_skipped || v_refused || array(
+    select j.token from jobguard.jobs j where j.source = p_source and j.token = any (p_token));
+
+  with added as (
+    select f.*
+    from unnest(p_token, p_job_id, p_parent, p_outcome, p_fresh) f(token, job_id, parent, outcome, fresh)
+    where not f.token = any (v_skipped)
+  ), named as (
+    select j.token, a.token as next, a.outcome::jobguard.outcome as outcome, 1 as rank
+    from added a
+    join jobguard.jobs j on j.source = p_source and j.token = a.parent
+    union all
+    select j.token, a.token, 'superseded', 2
+    from added a
+    join jobguard.jobs j on j.source = p_source and j.job_id = a.job_id and j.token <> a.token
+    where not a.fresh and j.job_id = any (v_ids)
+      and not exists (select from jobguard.running r where r.source = p_source and r.token = j.token)
+  ), old as (
+    select distinct on (n.token) n.token, n.next, n.outcome from named n
+    order by n.token, n.rank, n.next desc
+  ), gone as (
+    delete from jobguard.jobs j using old o where j.source = p_source and j.token = o.token
+    returning j.*, o.next, o.outcome
+  ), unclaimed as (
+    delete from jobguard.running r using old o where r.source = p_source and r.token = o.token
+    returning r.token, r.number, r.worker, r.claimed_at
+  ), unsuspected as (
+    delete from jobguard.suspects s using old o where s.source = p_source and s.token = o.token
+  ), unboxed as (
+    delete from jobguard.outbox b using old o where b.source = p_source and b.token = o.token
+  ), tombstones as (
+    insert into jobguard.history (source, token, job_id, queue, task, outcome, attempt, recoveries,
+                                  crashes, number, worker, recorded_at, claimed_at, next)
+    select g.source, g.token, g.job_id, g.queue, g.task, g.outcome, g.attempt, g.recoveries,
+           g.crashes, u.number, u.worker, g.recorded_at, u.claimed_at, g.next
+    from gone g left join unclaimed u on u.token = g.token
+  ), unknown as (
+    -- The predecessor was recorded by nobody (it waits in a spool): it must not be owed when it comes.
+    insert into jobguard.history (source, token, job_id, queue, task, outcome, next)
+    select p_source, f.parent, f.job_id, f.queue, f.task, f.outcome::jobguard.outcome, f.token
+    from unnest(p_token, p_job_id, p_queue, p_task, p_parent, p_outcome)
+      f(token, job_id, queue, task, parent, outcome)
+    where f.parent is not null and not f.token = any (v_skipped)
+      and not exists (select from old o where o.token = f.parent)
+      and not exists (select from jobguard.history h where h.source = p_source and h.token = f.parent)
+  )
+  insert into jobguard.jobs (source, token, job_id, queue, task, priority, attempt, recoveries,
+                             crashes, due_at, expires_at, key, trace, envelope)
+  select p_source, f.token, f.job_id, f.queue, f.task, f.priority, f.attempt,
+         coalesce(c.recoveries, 0), coalesce(c.crashes, 0),
+         to_timestamp(f.due), to_timestamp(f.expires), f.key, f.trace, f.envelope
+  from unnest(p_token, p_job_id, p_queue, p_task, p_priority, p_attempt, p_due, p_expires, p_key,
+              p_trace, p_envelope)
+    f(token, job_id, queue, task, priority, attempt, due, expires, key, trace, envelope)
+  left join lateral (
+    select max(g.recoveries) as recoveries, max(g.crashes) as crashes from gone g where g.next = f.token
+  ) c on true
+  where not f.token = any (v_skipped)
+  on conflict do nothing;
+
+  if p_outbox then
+    insert into jobguard.outbox (source, token)
+    select p_source, t from unnest(p_token) t where not t = any (v_skipped)
+    on conflict do nothing;
+  end if;
+  return v_refused;
+end
+$$;
+
+-- Grant a start its claim, or say why not.
+create function jobguard.claim(
+  p_source bigint, p_token uuid, p_nonce uuid, p_worker uuid, p_pid int, p_namespace text,
+  p_timeout float8, p_budget int,
+  out verdict text, out number int, out crashes int, out outcome jobguard.outcome)
+language plpgsql as $$
+declare
+  v_job    record;
+  v_held   record;
+  v_silent boolean;
+begin
+  -- A claim that is lost with a crash of Postgres is a start nobody remembers: the fence is then
+  -- one restart weaker, as it is while Postgres is away. It is not worth a flush per start.
+  perform set_config('synchronous_commit', 'off', true);
+  select j.claims, j.crashes, j.job_id, j.queue, j.task into v_job
+  from jobguard.jobs j where j.source = p_source and j.token = p_token for no key update;
+  if not found then
+    select h.outcome into outcome from jobguard.history h
+    where h.source = p_source and h.token = p_token order by h.ended_at limit 1;
+    verdict := case when found then 'ended' else 'unknown' end;
+    return;
+  end if;
+  crashes := v_job.crashes;
+  insert into jobguard.running as r (source, token, number, nonce, worker, pid)
+  values (p_source, p_token, v_job.claims + 1, p_nonce, p_worker, p_pid)
+  on conflict do nothing returning r.number into number;
+  if found then
+    verdict := 'granted';
+    return;
+  end if;
+
+  select r.number, r.nonce, w.left_at, jobguard.holds(w, r) as held,
+         coalesce(w.beat_at < now() - make_interval(secs => p_timeout), true) as silent
+  into v_held
+  from jobguard.running r left join jobguard.workers w on w.id = r.worker
+  where r.source = p_source and r.token = p_token;
+  number := v_held.number;
+  if v_held.nonce = p_nonce then
+    verdict := 'granted';
+    return;
+  end if;
+  if v_held.held and (jobguard.led(p_namespace) or not v_held.silent) then
+    if v_held.silent then
+      -- After this skip the record may be the only copy: the leader shall look as soon as it can judge.
+      insert into jobguard.suspects (source, token, cause) values (p_source, p_token, 'worker')
+      on conflict do nothing;
+    end if;
+    verdict := 'held';
+    return;
+  end if;
+
+  if v_held.left_at is null then
+    crashes := crashes + 1;
+  end if;
+  if crashes > p_budget then
+    with gone as (
+      delete from jobguard.jobs j where j.source = p_source and j.token = p_token returning j.*
+    ), unclaimed as (
+      delete from jobguard.running r where r.source = p_source and r.token = p_token returning r.*
+    )
+    insert into jobguard.history (source, token, job_id, queue, task, outcome, attempt, recoveries,
+                                  crashes, number, worker, recorded_at, claimed_at, errors, envelope)
+    select g.source, g.token, g.job_id, g.queue, g.task, 'dead', g.attempt, g.recoveries,
+           claim.crashes, u.number, u.worker, g.recorded_at, u.claimed_at,
+           array[format('%s workers died while they ran this job', claim.crashes)], g.envelope
+    from gone g left join unclaimed u on true;
+    delete from jobguard.suspects s where s.source = p_source and s.token = p_token;
+    delete from jobguard.outbox b where b.source = p_source and b.token = p_token;
+    verdict := 'spent';
+    return;
+  end if;
+  if crashes <> v_job.crashes then
+    update jobguard.jobs j set crashes = claim.crashes where j.source = p_source and j.token = p_token;
+  end if;
+  update jobguard.running r
+  set number = r.number + 1, nonce = p_nonce, worker = p_worker, pid = p_pid, claimed_at = now(),
+      execution = null, returned_at = null, heartbeat_at = null, progress = null, attrs = null
+  where r.source = p_source and r.token = p_token returning r.number into number;
+  verdict := 'granted';
+end
+$$;
+
+-- End deliveries in the name of their claims. One answer each: ended, late or unknown.
+create function jobguard.end(
+  p_source bigint, p_token uuid[], p_number int[], p_outcome text[], p_worker uuid[],
+  p_ended float8[], p_job_id text[], p_queue text[], p_task text[], p_error text[])
+returns text[] language plpgsql as $$
+declare
+  v_ended   uuid[];
+  v_unknown uuid[] := '{}';
+  v_token   uuid;
+begin
+  perform from jobguard.jobs j
+  where j.source = p_source and j.token = any (p_token) order by j.token for update;
+  with said as (
+    select distinct on (e.token) e.*
+    from unnest(p_token, p_number, p_outcome, p_worker, p_ended, p_error) with ordinality
+      e(token, number, outcome, worker, ended, error, nth)
+    order by e.token, e.nth
+  ), valid as (
+    -- A stale number changes nothing; but what completed has completed, where nobody else runs it now.
+    select s.*, r.claimed_at
+    from said s
+    join jobguard.jobs j on j.source = p_source and j.token = s.token
+    left join jobguard.running r on r.source = p_source and r.token = s.token
+    where r.number = s.number
+       or (r.token is null and (s.outcome = 'completed' or s.number = 0))
+       or (s.number = 0 and r.worker = s.worker)
+  ), gone as (
+    delete from jobguard.jobs j using valid v where j.source = p_source and j.token = v.token
+    returning j.*, v.number, v.outcome, v.worker, v.ended, v.error, v.claimed_at
+  ), unclaimed as (
+    delete from jobguard.running r using valid v where r.source = p_source and r.token = v.token
+  ), unsuspected as (
+    delete from jobguard.suspects s using valid v where s.source = p_source and s.token = v.token
+  ), unboxed as (
+    delete from jobguard.outbox b using valid v where b.source = p_source and b.token = v.token
+  ), tombstones as (
+    insert into jobguard.history (source, token, job_id, queue, task, outcome, attempt, recoveries,
+                                  crashes, number, worker, recorded_at, claimed_at, ended_at, errors,
+                                  envelope)
+    select g.source, g.token, g.job_id, g.queue, g.task, g.outcome::jobguard.outcome, g.attempt,
+           g.recoveries, g.crashes, g.number, g.worker, g.recorded_at, g.claimed_at,
+           to_timestamp(g.ended), case when g.error is not null then array[g.error] end,
+           case when g.outcome in ('failed', 'dead') then g.envelope end
+    from gone g returning token
+  )
+  select array(select token from tombstones) into v_ended;
+
+  if cardinality(v_ended) < cardinality(p_token) then
+    foreach v_token in array p_token loop
+      continue when v_token = any (v_ended) or v_token = any (v_unknown);
+      perform jobguard.alone_with(v_token);
+      continue when exists (select from jobguard.jobs j where j.source = p_source and j.token = v_token)
+                 or exists (select from jobguard.history h
+                            where h.source = p_source and h.token = v_token);
+      v_unknown := v_unknown || v_token;
+    end loop;
+    insert into jobguard.history (source, token, job_id, queue, task, outcome, number, worker,
+                                  ended_at, errors)
+    select distinct on (e.token) p_source, e.token, e.job_id, e.queue, e.task,
+           e.outcome::jobguard.outcome, nullif(e.number, 0), e.worker, to_timestamp(e.ended),
+           case when e.error is not null then array[e.error] end
+    from unnest(p_token, p_job_id, p_queue, p_task, p_outcome, p_number, p_worker, p_ended, p_error)
+      with ordinality e(token, job_id, queue, task, outcome, number, worker, ended, error, nth)
+    where e.token = any (v_unknown) order by e.token, e.nth;
+  end if;
+  return array(
+    select case when t = any (v_ended) then 'ended' when t = any (v_unknown) then 'unknown' else 'late' end
+    from unnest(p_token) with ordinality u(t, nth) order by nth);
+end
+$$;
+
+-- Write tombstones for what is cancelled, claimed or not; for a whole queue: what is not claimed.
+-- Returns how many were owed.
+create function jobguard.cancel(p_source bigint, p_token uuid[], p_job_id text[], p_queue text)
+returns integer language plpgsql as $$
+declare
+  v_owed integer;
+begin
+  perform from jobguard.jobs j
+  where j.source = p_source
+    and (j.token = any (p_token) or j.job_id = any (p_job_id) or j.queue = p_queue)
+  order by j.token for update;
+  with gone as (
+    delete from jobguard.jobs j
+    where j.source = p_source
+      and (j.token = any (p_token) or j.job_id = any (p_job_id)
+           or (j.queue = p_queue and not exists (
+                 select from jobguard.running r where r.source = p_source and r.token = j.token)))
+    returning j.*
+  ), unclaimed as (
+    delete from jobguard.running r using gone g where r.source = p_source and r.token = g.token
+    returning r.token, r.number, r.worker, r.claimed_at
+  ), unsuspected as (
+    delete from jobguard.suspects s using gone g where s.source = p_source and s.token = g.token
+  ), unboxed as (
+    delete from jobguard.outbox b using gone g where b.source = p_source and b.token = g.token
+  ), tombstones as (
+    insert into jobguard.history (source, token, job_id, queue, task, outcome, attempt, recoveries,
+                                  crashes, number, worker, recorded_at, claimed_at)
+    select g.source, g.token, g.job_id, g.queue, g.task, 'cancelled', g.attempt, g.recoveries,
+           g.crashes, u.number, u.worker, g.recorded_at, u.claimed_at
+    from gone g left join unclaimed u on u.token = g.token
+    returning token
+  )
+  select count(*) into v_owed from tombstones;
+  -- Of a token nobody knows yet (its record waits in a spool), the tombstone comes first.
+  insert into jobguard.history (source, token, job_id, queue, task, outcome)
+  select distinct p_source, t, '', '', '', 'cancelled'::jobguard.outcome
+  from unnest(p_token) t
+  where not exists (select from jobguard.history h where h.source = p_source and h.token = t)
+    and not exists (select from jobguard.jobs j where j.source = p_source and j.token = t);
+  return v_owed;
+end
+$$;

@@ -1,0 +1,415 @@
+-- The statements of jobguard, by name. Each may be sent twice: a lost answer is asked for again.
+
+-- name: register
+-- Make a source known; who came first stays.
+with added as (
+  insert into jobguard.sources (id, namespace, library, address, prefix, name, settings)
+  values (%(id)s, %(namespace)s, %(library)s, %(address)s, %(prefix)s, %(name)s, %(settings)s)
+  on conflict (id) do nothing
+)
+select s.settings, s.pulse_epoch, s.pulse_n, s.run_id, i.name
+from jobguard.installation i left join jobguard.sources s on s.id = %(id)s
+
+-- name: record_one
+-- A delivery whose job id was made for it: nothing can stand in its way.
+with calm as materialized (
+  select set_config('synchronous_commit',
+                    coalesce(%(commit)s, current_setting('synchronous_commit')), true)
+), added as (
+  insert into jobguard.jobs (source, token, job_id, queue, task, priority, attempt, due_at,
+                             expires_at, key, trace, envelope)
+  select %(source)s, %(token)s, %(job_id)s, %(queue)s, %(task)s, %(priority)s, %(attempt)s,
+         to_timestamp(%(due)s::float8), to_timestamp(%(expires)s::float8), %(key)s, %(trace)s,
+         %(envelope)s
+  from calm
+  on conflict do nothing
+)
+select jobguard.led(%(namespace)s)
+
+-- name: record_fresh
+-- The same for many.
+with calm as materialized (
+  select set_config('synchronous_commit',
+                    coalesce(%(commit)s, current_setting('synchronous_commit')), true)
+), added as (
+  insert into jobguard.jobs (source, token, job_id, queue, task, priority, attempt, due_at,
+                             expires_at, key, trace, envelope)
+  select %(source)s, f.token, f.job_id, f.queue, f.task, f.priority, f.attempt,
+         to_timestamp(f.due), to_timestamp(f.expires), f.key, f.trace, f.envelope
+  from calm, unnest(%(token)b::uuid[], %(job_id)b::text[], %(queue)b::text[], %(task)b::text[],
+              %(priority)b::int[], %(attempt)b::int[], %(due)s::float8[], %(expires)s::float8[],
+              %(key)s::text[], %(trace)s::text[], %(envelope)b::bytea[])
+    f(token, job_id, queue, task, priority, attempt, due, expires, key, trace, envelope)
+  on conflict do nothing
+)
+select jobguard.led(%(namespace)s)
+
+-- name: record
+-- Deliveries that may take the place of others.
+select jobguard.record(
+  %(source)s, %(token)b::uuid[], %(job_id)b::text[], %(queue)b::text[], %(task)b::text[],
+  %(priority)b::int[], %(attempt)b::int[], %(due)s::float8[], %(expires)s::float8[],
+  %(key)s::text[], %(trace)s::text[], %(envelope)b::bytea[], %(parent)s::uuid[], %(claim)s::int[],
+  %(outcome)s::text[], %(fresh)b::bool[], %(outbox)s, %(replay)s),
+  jobguard.led(%(namespace)s)
+
+-- name: withdraw
+-- Forget deliveries that were never pushed.
+with gone as (
+  delete from jobguard.jobs j
+  where j.source = %(source)s and j.token = any (%(tokens)b::uuid[])
+    and not exists (select from jobguard.running r where r.source = j.source and r.token = j.token)
+  returning j.token
+), unboxed as (
+  delete from jobguard.outbox b using gone g where b.source = %(source)s and b.token = g.token
+)
+delete from jobguard.suspects s using gone g where s.source = %(source)s and s.token = g.token
+
+-- name: outbox
+-- Leave the push of owed deliveries to the leader.
+insert into jobguard.outbox (source, token)
+select j.source, j.token from jobguard.jobs j
+where j.source = %(source)s and j.token = any (%(tokens)b::uuid[])
+on conflict do nothing
+
+-- name: claim
+select verdict, number, crashes, outcome::text
+from jobguard.claim(%(source)s, %(token)s, %(nonce)s, %(worker)s, %(pid)s::int, %(namespace)s,
+                    %(timeout)s::float8, %(budget)s::int)
+
+-- name: end
+select jobguard.end(
+  %(source)s, %(token)b::uuid[], %(number)b::int[], %(outcome)s::text[], %(worker)b::uuid[],
+  %(ended)b::float8[], %(job_id)b::text[], %(queue)b::text[], %(task)b::text[], %(error)s::text[])
+
+-- name: cancel
+select jobguard.cancel(%(source)s, %(tokens)b::uuid[], %(job_ids)b::text[], %(queue)s)
+
+-- name: beat
+-- A worker's beat; nothing is taken from a worker that was declared dead.
+with taken as (
+  insert into jobguard.workers as w (id, source, name, host, pid, queues, claims, beat,
+                                     unflushed_since, pulse_epoch, pulse_n, fence)
+  values (%(worker)s, %(source)s, %(name)s, %(host)s, %(pid)s, %(queues)b::text[],
+          %(claims)b::uuid[], %(beat)s, to_timestamp(%(unflushed)s::float8), %(epoch)s, %(n)s,
+          %(fence)s)
+  on conflict (id) do update
+  set claims = excluded.claims, beat = excluded.beat, unflushed_since = excluded.unflushed_since,
+      pulse_epoch = excluded.pulse_epoch, pulse_n = excluded.pulse_n, queues = excluded.queues,
+      previous_beat_at = w.beat_at, beat_at = now()
+  where w.dead_at is null
+  returning w.id
+)
+select not exists (select from taken), jobguard.led(%(namespace)s)
+from (select set_config('synchronous_commit', 'off', true)) calm
+
+-- name: leave
+update jobguard.workers set left_at = now() where id = %(worker)s and left_at is null
+
+-- name: heartbeat
+-- A running job's progress, in the name of its claim where one is given.
+update jobguard.running r
+set heartbeat_at = now(), progress = coalesce(%(progress)s::real, r.progress),
+    attrs = case when %(attrs)s::jsonb is null then r.attrs
+                 else coalesce(r.attrs, '{}'::jsonb) || %(attrs)s::jsonb end
+from jobguard.jobs j
+where j.source = %(source)s and r.source = j.source and r.token = j.token
+  and (j.token = %(token)s or (%(token)s::uuid is null and j.job_id = %(job_id)s))
+  and (%(number)s::int is null or r.number = %(number)s::int)
+returning true
+
+-- name: elect
+-- Take the lease if nobody holds it.
+insert into jobguard.leader as l (namespace, term, holder, host, pid, expires_at)
+values (%(namespace)s, 1, %(holder)s, %(host)s, %(pid)s, now() + make_interval(secs => %(lease)s))
+on conflict (namespace) do update
+set term = l.term + 1, holder = excluded.holder, host = excluded.host, pid = excluded.pid,
+    elected_at = now(), expires_at = excluded.expires_at
+where l.expires_at <= now()
+returning term
+
+-- name: renew
+-- Prolong this very term, and read the brake.
+update jobguard.leader set expires_at = now() + make_interval(secs => %(lease)s)
+where namespace = %(namespace)s and term = %(term)s and holder = %(holder)s and expires_at > now()
+returning paused_at is not null, held
+
+-- name: brake
+select paused_at is not null, held from jobguard.leader
+where namespace = %(namespace)s and term = %(term)s and holder = %(holder)s and expires_at > now()
+
+-- name: resign
+update jobguard.leader set expires_at = now()
+where namespace = %(namespace)s and term = %(term)s and holder = %(holder)s
+
+-- name: now
+select extract(epoch from clock_timestamp())::float8
+
+-- name: identity
+select i.id::text, i.name, i.system_identifier, i.database_oid::text,
+       (select system_identifier::text from pg_control_system()),
+       (select oid::text from pg_database where datname = current_database())
+from jobguard.installation i
+
+-- name: identity_without_control
+-- The same where the role may not ask for the system identifier.
+select i.id::text, i.name, i.system_identifier, i.database_oid::text, null::text,
+       (select oid::text from pg_database where datname = current_database())
+from jobguard.installation i
+
+-- name: sources
+select id, namespace, library, address, prefix, name, settings, pulse_epoch, pulse_n, run_id
+from jobguard.sources where namespace = %(namespace)s order by id
+
+-- name: acknowledge
+update jobguard.sources set pulse_epoch = %(epoch)s, pulse_n = %(n)s,
+  run_id = coalesce(%(run_id)s, run_id)
+where id = %(source)s
+  and exists (select from jobguard.leader where namespace = %(namespace)s and term = %(term)s for share)
+returning true
+
+-- name: open_incident
+with lease as (
+  select from jobguard.leader where namespace = %(namespace)s and term = %(term)s for share
+)
+insert into jobguard.incidents (source, cause, detail, epoch)
+select %(source)s, %(cause)s, %(detail)s, %(epoch)s from lease
+returning id
+
+-- name: incidents
+select id, source, cause, detail, extract(epoch from now() - opened_at)::float8, missing, restored
+from jobguard.incidents where source = %(source)s and closed_at is null order by id
+
+-- name: incident_progress
+with lease as (
+  select from jobguard.leader where namespace = %(namespace)s and term = %(term)s for share
+)
+update jobguard.incidents i
+set missing = i.missing + %(missing)s, restored = i.restored + %(restored)s,
+    closed_at = case when %(close)s then now() else i.closed_at end
+from lease where i.id = %(incident)s
+returning true
+
+-- name: workers
+select w.id, w.name, w.host, w.pid, w.queues, w.beat, extract(epoch from w.started_at)::float8,
+       extract(epoch from w.unflushed_since)::float8, w.pulse_epoch, w.pulse_n,
+       w.left_at is not null, w.dead_at is not null,
+       (select count(*) from jobguard.running r where r.source = w.source and r.worker = w.id)::int,
+       w.claims
+from jobguard.workers w where w.source = %(source)s order by w.id
+
+-- name: declare_dead
+with lease as (
+  select from jobguard.leader where namespace = %(namespace)s and term = %(term)s for share
+)
+update jobguard.workers w set dead_at = now() from lease
+where w.id = any (%(workers)b::uuid[]) and w.dead_at is null
+returning w.id
+
+-- name: forget
+with lease as (
+  select from jobguard.leader where namespace = %(namespace)s and term = %(term)s for share
+)
+delete from jobguard.workers w using lease
+where w.id = any (%(workers)b::uuid[]) and (w.dead_at is not null or w.left_at is not null)
+  and not exists (select from jobguard.running r where r.worker = w.id)
+returning w.id
+
+-- name: page
+-- Owed deliveries in the order of their tokens.
+select j.token, j.job_id, j.queue, j.task, extract(epoch from now() - j.recorded_at)::float8,
+       coalesce(extract(epoch from j.due_at - now()), 0)::float8,
+       coalesce(j.expires_at <= now(), false), j.crashes, j.recoveries, j.claims,
+       coalesce(extract(epoch from j.not_before - now()), 0)::float8,
+       r.number, r.worker, coalesce(jobguard.holds(w, r), false), coalesce(w.left_at is not null, false),
+       s.cause::text, coalesce(extract(epoch from now() - s.seen_at), 0)::float8, coalesce(s.mark, '')
+from jobguard.jobs j
+left join jobguard.running r on r.source = j.source and r.token = j.token
+left join jobguard.workers w on w.id = r.worker
+left join jobguard.suspects s on s.source = j.source and s.token = j.token
+where j.source = %(source)s and j.token > %(after)s
+order by j.token limit %(limit)s
+
+-- name: watched
+-- What is looked at every time: suspects, the outbox, and what the dead have claimed.
+select j.token, j.job_id, j.queue, j.task, extract(epoch from now() - j.recorded_at)::float8,
+       coalesce(extract(epoch from j.due_at - now()), 0)::float8,
+       coalesce(j.expires_at <= now(), false), j.crashes, j.recoveries, j.claims,
+       coalesce(extract(epoch from j.not_before - now()), 0)::float8,
+       r.number, r.worker, coalesce(jobguard.holds(w, r), false), coalesce(w.left_at is not null, false),
+       coalesce(s.cause::text, case when o.token is not null then 'push' end),
+       coalesce(extract(epoch from now() - coalesce(s.seen_at, o.created_at)), 0)::float8,
+       coalesce(s.mark, '')
+from (
+  select token from jobguard.suspects where source = %(source)s and cause <> 'untrusted'
+  union
+  select token from jobguard.outbox where source = %(source)s
+  union
+  select r.token from jobguard.running r left join jobguard.workers w on w.id = r.worker
+  where r.source = %(source)s and jobguard.holds(w, r) is not true
+) t
+join jobguard.jobs j on j.source = %(source)s and j.token = t.token
+left join jobguard.running r on r.source = j.source and r.token = j.token
+left join jobguard.workers w on w.id = r.worker
+left join jobguard.suspects s on s.source = j.source and s.token = j.token
+left join jobguard.outbox o on o.source = j.source and o.token = j.token
+where j.token > %(after)s and coalesce(j.not_before, now()) <= now()
+order by j.token limit %(limit)s
+
+-- name: count
+select queue, count(*) from jobguard.jobs where source = %(source)s group by queue
+
+-- name: suspect
+-- The time of the first look is kept as long as what is seen does not change.
+with lease as (
+  select from jobguard.leader where namespace = %(namespace)s and term = %(term)s for share
+)
+insert into jobguard.suspects as s (source, token, cause, mark)
+select %(source)s, u.token, u.cause::jobguard.cause, u.mark
+from lease, unnest(%(token)b::uuid[], %(cause)b::text[], %(mark)b::text[]) u(token, cause, mark)
+on conflict (source, token) do update
+set cause = case when s.cause in ('worker', 'untrusted') then s.cause else excluded.cause end,
+    seen_at = case when s.mark = excluded.mark then s.seen_at else now() end,
+    mark = excluded.mark
+returning true
+
+-- name: clear
+with lease as (
+  select from jobguard.leader where namespace = %(namespace)s and term = %(term)s for share
+), unboxed as (
+  delete from jobguard.outbox b using lease
+  where b.source = %(source)s and b.token = any (%(tokens)b::uuid[])
+), unsuspected as (
+  delete from jobguard.suspects s using lease
+  where s.source = %(source)s and s.token = any (%(tokens)b::uuid[])
+)
+select true from lease
+
+-- name: envelopes
+select j.token, j.job_id, j.queue, j.envelope, extract(epoch from j.due_at)::float8,
+       extract(epoch from j.expires_at)::float8
+from jobguard.jobs j
+where j.source = %(source)s and j.token = any (%(tokens)b::uuid[])
+  and not exists (select from jobguard.history h where h.source = j.source and h.token = j.token)
+order by j.token
+
+-- name: tombstones
+select distinct on (h.token) h.token, h.outcome::text from jobguard.history h
+where h.source = %(source)s and h.token = any (%(tokens)b::uuid[])
+order by h.token, h.ended_at
+
+-- name: restored
+with lease as (
+  select from jobguard.leader where namespace = %(namespace)s and term = %(term)s for share
+), counted as (
+  update jobguard.jobs j set recoveries = j.recoveries + 1, not_before = null from lease
+  where j.source = %(source)s and j.token = any (%(tokens)b::uuid[])
+), unboxed as (
+  delete from jobguard.outbox b using lease
+  where b.source = %(source)s and b.token = any (%(tokens)b::uuid[])
+), unsuspected as (
+  delete from jobguard.suspects s using lease
+  where s.source = %(source)s and s.token = any (%(tokens)b::uuid[])
+)
+select true from lease
+
+-- name: void
+-- Take dead workers' claims away, if they still stand with that number.
+with lease as (
+  select from jobguard.leader where namespace = %(namespace)s and term = %(term)s for share
+), said as (
+  select u.* from lease, unnest(%(token)b::uuid[], %(number)b::int[], %(charge)b::bool[],
+                                %(backoff)b::float8[]) u(token, number, charge, backoff)
+), locked as (
+  select j.token from jobguard.jobs j join said u on u.token = j.token
+  where j.source = %(source)s order by j.token for update of j
+), gone as (
+  delete from jobguard.running r using said u, locked l
+  where r.source = %(source)s and r.token = u.token and l.token = u.token and r.number = u.number
+  returning r.token, r.number, u.charge, u.backoff
+), charged as (
+  update jobguard.jobs j
+  set claims = g.number, crashes = j.crashes + g.charge::int,
+      not_before = now() + make_interval(secs => g.backoff)
+  from gone g where j.source = %(source)s and j.token = g.token
+  returning j.token
+), suspected as (
+  insert into jobguard.suspects as s (source, token, cause)
+  select %(source)s, g.token, 'worker' from gone g
+  on conflict (source, token) do update set cause = 'worker'
+)
+select token from charged
+
+-- name: close_owed
+-- End in the leader's name what nobody runs.
+with lease as (
+  select from jobguard.leader where namespace = %(namespace)s and term = %(term)s for share
+), said as (
+  select u.* from lease, unnest(%(token)b::uuid[], %(outcome)s::text[], %(error)s::text[])
+    u(token, outcome, error)
+), locked as (
+  select j.token, r.number, r.worker, r.claimed_at
+  from jobguard.jobs j
+  join said u on u.token = j.token
+  left join jobguard.running r on r.source = j.source and r.token = j.token
+  left join jobguard.workers w on w.id = r.worker
+  where j.source = %(source)s and jobguard.holds(w, r) is not true
+  order by j.token for update of j
+), gone as (
+  delete from jobguard.jobs j using said u, locked l
+  where j.source = %(source)s and j.token = u.token and l.token = u.token
+  returning j.*, u.outcome, u.error, l.number, l.worker, l.claimed_at
+), unclaimed as (
+  delete from jobguard.running r using gone g where r.source = %(source)s and r.token = g.token
+), unsuspected as (
+  delete from jobguard.suspects s using gone g where s.source = %(source)s and s.token = g.token
+), unboxed as (
+  delete from jobguard.outbox b using gone g where b.source = %(source)s and b.token = g.token
+), tombstones as (
+  insert into jobguard.history (source, token, job_id, queue, task, outcome, attempt, recoveries,
+                                crashes, number, worker, recorded_at, claimed_at, errors, envelope)
+  select g.source, g.token, g.job_id, g.queue, g.task, g.outcome::jobguard.outcome, g.attempt,
+         g.recoveries, g.crashes, g.number, g.worker, g.recorded_at, g.claimed_at,
+         case when g.error is not null then array[g.error] end,
+         case when g.outcome in ('failed', 'dead') then g.envelope end
+  from gone g
+  where not exists (select from jobguard.history h where h.source = g.source and h.token = g.token)
+)
+select (select count(*) from gone)::int from lease
+
+-- name: queues
+select source, queue, extract(epoch from trusted_since)::float8,
+       extract(epoch from clean_since)::float8, unguarded, extract(epoch from unguarded_at)::float8
+from jobguard.queues where source = %(source)s order by queue
+
+-- name: trust
+with lease as (
+  select from jobguard.leader where namespace = %(namespace)s and term = %(term)s for share
+)
+insert into jobguard.queues (source, queue, trusted_since, clean_since, unguarded, unguarded_at)
+select %(source)s, %(queue)s, to_timestamp(%(trusted)s::float8), to_timestamp(%(clean)s::float8),
+       %(unguarded)b::text[], to_timestamp(%(unguarded_at)s::float8)
+from lease
+on conflict (source, queue) do update
+set trusted_since = excluded.trusted_since, clean_since = excluded.clean_since,
+    unguarded = excluded.unguarded, unguarded_at = excluded.unguarded_at
+returning true
+
+-- name: hold
+update jobguard.leader
+set held = jsonb_set(held, array[%(key)s], jsonb_build_object('since', now(), 'reason', %(reason)s::text))
+where namespace = %(namespace)s and term = %(term)s
+returning true
+
+-- name: settle
+update jobguard.installation i
+set system_identifier = %(system_identifier)s, database_oid = %(database_oid)s::oid
+
+-- name: rotate
+select jobguard.rotate(make_interval(secs => %(retention)s))
+
+-- name: dead_rows
+-- Which of the small tables are worth a vacuum.
+select relname, n_dead_tup from pg_stat_user_tables
+where schemaname = 'jobguard' and relname in ('jobs', 'running', 'suspects', 'outbox', 'workers')
+  and n_dead_tup > %(least)s
