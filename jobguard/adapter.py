@@ -1,0 +1,214 @@
+"""The seam between jobguard and a queue library: all that an adapter knows of the core.
+
+An adapter has two halves.
+
+In the host's processes it is a guest. It turns what the library pushes into a ``Delivery`` and hands
+it to the ``Tracker`` *before* the push; it asks the tracker for a claim when the library starts a job,
+skips the job if the claim is refused, and reports the end. Whatever happens on our side, the library
+behaves as if we were absent.
+
+In the reconciler it is a ``Broker``: it looks into Redis, where a page of deliveries is
+(``presence``), and puts back what is lost (``restore``), atomically. It imports no user code, and
+unpickles nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+from uuid import UUID
+
+from jobguard.job import (
+    Claim,
+    Delivery,
+    Outcome,
+    Owed,
+    Recorded,
+    Refused,
+    Restorable,
+    Restored,
+    Sighting,
+)
+
+if TYPE_CHECKING:
+    import redis
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One guarded broker: the library, the Redis address and db, the key prefix, in a namespace.
+
+    Its ``id`` is the same in every process that names the same broker, so that nobody has to look
+    it up. ``name`` (the setting ``source``) replaces the address where processes reach one Redis by
+    different addresses.
+    """
+
+    namespace: str
+    library: str
+    address: str
+    """``host:port/db`` or ``unix:path/db``; never a password."""
+    prefix: str = ""
+    name: str | None = None
+    id: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        identity = "\x00".join((self.namespace, self.library, self.name or self.address, self.prefix))
+        digest = hashlib.sha256(identity.encode()).digest()
+        object.__setattr__(self, "id", int.from_bytes(digest[:8], signed=True))
+
+    def __str__(self) -> str:
+        return f"{self.library} at {self.name or self.address}"
+
+
+class Tracker(Protocol):
+    """What an adapter tells the core, and asks of it. No method raises, but where its docstring says so."""
+
+    source: Source
+
+    def guards(self, queue: str) -> bool:
+        """Whether this queue of the source is guarded."""
+
+    def record(self, deliveries: Sequence[Delivery], *, outbox: bool = False) -> Recorded:
+        """Commit these deliveries before they are pushed; ``outbox``: and leave the push to the leader.
+
+        Raises StoreUnavailable if Postgres did not take them and ``when_postgres_down="raise"``.
+        """
+
+    def withdraw(self, deliveries: Sequence[Delivery]) -> None:
+        """Take back first deliveries that were surely not pushed and never will be."""
+
+    def leave_to_outbox(self, tokens: Sequence[UUID]) -> None:
+        """The push of these recorded deliveries failed or is in doubt: the leader shall see to it."""
+
+    def broker_in_doubt(self) -> bool:
+        """Whether Redis did not answer a moment ago. Asked on a client of ours, in bounded time."""
+
+    def broker_failed(self) -> None:
+        """Redis just failed the host: it is in doubt until it answers us."""
+
+    def accepts_without_broker(self, recorded: Recorded) -> bool:
+        """Whether a recorded job may be accepted although Redis is away (``when_redis_down``)."""
+
+    def cancel(
+        self,
+        *,
+        tokens: Sequence[UUID] = (),
+        job_ids: Sequence[str] = (),
+        queue: str | None = None,
+    ) -> None:
+        """Write the tombstones of these deliveries, before Redis forgets them; ``queue``: all waiting in it."""
+
+    def open_session(self, *, name: str, queues: Sequence[str]) -> Session:
+        """Begin to beat as a worker. One session a worker process; the same again is returned."""
+
+
+class Session(Protocol):
+    """One boot of a guarded worker process, as its adapter sees it. No method raises."""
+
+    id: UUID
+
+    def start(self, token: UUID, describe: Callable[[], Delivery]) -> Claim | Refused:
+        """Ask for the claim to run a delivery. ``describe`` builds its record if nobody recorded it."""
+
+    def end(
+        self,
+        claim: Claim,
+        outcome: Outcome,
+        *,
+        job_id: str,
+        queue: str,
+        task: str,
+        error: str | None = None,
+    ) -> None:
+        """Report the end of a claimed delivery; batched, in order."""
+
+    def release(self, claim: Claim) -> None:
+        """A new delivery has taken this one's place by ``Delivery.parent``: nothing is left to report."""
+
+    def flush(self) -> None:
+        """Commit every end reported so far, or put it into the spool."""
+
+    def close(self) -> None:
+        """Flush and say goodbye: what is still claimed goes back at once."""
+
+
+class Broker(Protocol):
+    """A source as the reconciler sees it. Methods may raise redis.RedisError; the caller backs off."""
+
+    def presence(self, page: Sequence[Owed]) -> Mapping[UUID, Sighting]:
+        """Where Redis has each of these deliveries."""
+
+    def restore(
+        self, deliveries: Sequence[Restorable], *, deadline: float
+    ) -> Mapping[UUID, Restored]:
+        """Put these back, in this order, each atomically, unless Redis' own clock is past ``deadline``."""
+
+    def consumers(self) -> Mapping[str, frozenset[str]]:
+        """The library's own names of the workers that Redis knows, by queue."""
+
+
+class Adapter(Protocol):
+    """A queue library, as the composition root sees it. Found by the entry point ``jobguard.adapters``."""
+
+    library: str
+
+    def sources(self, target: object, *, namespace: str, name: str | None) -> Guarded | None:
+        """What guarding this target means; None: not a target of this library.
+
+        Raises UnsupportedTarget with the reason and the next step.
+        """
+
+    def install(self, tracker: Tracker) -> None:
+        """Hook the library, so that it speaks to this tracker. Once a source; all or nothing."""
+
+    def uninstall(self, tracker: Tracker) -> None:
+        """The mirror image of install."""
+
+    def broker(self, source: Source, client: redis.Redis) -> Broker:
+        """The reconciler's view of a source. ``client`` is the core's own, and returns bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Guarded:
+    """What one call of guard() covers."""
+
+    source: Source
+    queues: frozenset[str] | None
+    """None: every queue of the source."""
+    client: Callable[[], redis.Redis] | None
+    """Makes a client of our own for the target's Redis, with short timeouts; None: a test double."""
+    inert: str | None = None
+    """Why nothing is to be guarded here, if so: a test double, an eager mode."""
+
+
+Resolver = Callable[["redis.Redis"], Any]
+
+_trackers: dict[int, Tracker] = {}
+_resolve: list[Callable[[object], Tracker | None]] = []
+
+
+def register(tracker: Tracker) -> None:
+    """Make a tracker known to the adapters of this process."""
+    _trackers[tracker.source.id] = tracker
+
+
+def unregister(tracker: Tracker) -> None:
+    """Forget a tracker."""
+    _trackers.pop(tracker.source.id, None)
+
+
+def trackers() -> Iterable[Tracker]:
+    """The trackers of this process."""
+    return tuple(_trackers.values())
+
+
+def on_unguarded_worker(resolve: Callable[[object], Tracker | None]) -> None:
+    """Set how a worker whose process never called guard() gets its tracker: from the environment."""
+    _resolve[:] = [resolve]
+
+
+def tracker_for_worker(target: object) -> Tracker | None:
+    """The tracker of a worker's connection, made from the environment if there is none yet."""
+    return _resolve[0](target) if _resolve else None

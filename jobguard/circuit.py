@@ -1,0 +1,101 @@
+"""The circuit breaker around Postgres: it opens at the first failure, and looks again without waiting.
+
+A stopped Postgres answers no call, so that every trial call would make its caller wait. Therefore the
+trial of the half-open state is not a call: it is a connection carried on, step by step and never
+blocking, by whoever comes along; when it stands, Postgres has answered, and the circuit closes.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pybreaker
+
+from jobguard.errors import BreakerOpen, StoreUnavailable
+
+_NEVER = 10.0 * 365 * 86400
+"""pybreaker's own trial would be a call that waits."""
+
+
+class Circuit:
+    """Lets calls to Postgres through while it answers, and none while it does not."""
+
+    def __init__(
+        self,
+        probe: Callable[[], bool],
+        *,
+        retry_interval: float,
+        on_change: Callable[[bool], None] = lambda _closed: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._probe = probe
+        self._retry_interval = retry_interval
+        self._on_change = on_change
+        self._clock = clock
+        self._next_look = 0.0
+        self._looking = threading.Lock()
+        self._breaker = pybreaker.CircuitBreaker(
+            fail_max=1,
+            reset_timeout=_NEVER,
+            # Only a Postgres that cannot be reached opens it: bad data never does.
+            exclude=[lambda error: not isinstance(error, StoreUnavailable)],
+            throw_new_error_on_trip=False,
+        )
+
+    @property
+    def closed(self) -> bool:
+        """Whether calls are let through, as far as is known."""
+        return self._breaker.current_state == pybreaker.STATE_CLOSED
+
+    @contextmanager
+    def calling(self) -> Iterator[None]:
+        """Make a call inside; StoreUnavailable from it opens the circuit.
+
+        Raises BreakerOpen at once, without any call, while the circuit is open.
+        """
+        if not self.closed and not self.look():
+            raise BreakerOpen
+        try:
+            with self._breaker.calling():
+                yield
+        except pybreaker.CircuitBreakerError as error:
+            raise BreakerOpen from error
+        except StoreUnavailable:
+            self._opened()
+            raise
+
+    def look(self) -> bool:
+        """See, without waiting, whether Postgres is back; one looks at a time, the others do not wait."""
+        if self.closed:
+            return True
+        if self._clock() < self._next_look or not self._looking.acquire(blocking=False):
+            return False
+        try:
+            if not self._probe():
+                return False  # under way: the next who comes along carries it on
+        except StoreUnavailable:
+            self._next_look = self._clock() + self._retry_interval
+            return False
+        finally:
+            self._looking.release()
+        self.answered()
+        return True
+
+    def answered(self) -> None:
+        """Postgres has just answered somebody: close."""
+        if not self.closed:
+            self._breaker.close()
+            self._on_change(True)
+
+    def _opened(self) -> None:
+        self._next_look = self._clock() + self._retry_interval
+        self._on_change(False)
+
+    def copy_state(self, other: Circuit) -> None:
+        """Begin as the parent of this process left off: a child need not learn of the outage again."""
+        if not other.closed:
+            self._breaker.open()
+            self._next_look = self._clock() + self._retry_interval

@@ -1,0 +1,86 @@
+"""The command ``jobguard``.
+
+Each command lives in a module of its own that is loaded when it is called, so that
+``jobguard --version`` costs nothing of what ``jobguard stats`` needs. Exit codes: 0 done, 1 a
+problem was found, 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import click
+
+from jobguard.errors import JobguardError
+
+# Command: (where it is, what `jobguard --help` says of it without loading it).
+COMMANDS = {
+    "migrate": ("jobguard.cli.migrate:command", "Bring the database's schema up to date."),
+    "reconcile": ("jobguard.cli.reconcile:command", "Watch over Redis and put back what is lost."),
+    "run": ("jobguard.cli.run:command", "Run a worker command with jobguard in it."),
+    "stats": ("jobguard.cli.stats:command", "Show how many jobs are in which state."),
+    "dead": ("jobguard.cli.dead:command", "List and requeue jobs that were given up."),
+    "pause": ("jobguard.cli.brake:pause", "Put nothing back until `resume`."),
+    "resume": ("jobguard.cli.brake:resume", "Go on after `pause`, or after jobguard held a queue."),
+    "doctor": ("jobguard.cli.doctor:command", "Check everything that jobguard relies on."),
+    "demo": ("jobguard.demo:command", "Kill Redis and workers, and count what is lost."),
+}
+
+
+class _Commands(click.Group):
+    """Loads a command when it is asked for, and tells our errors in one line."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, name = COMMANDS[cmd_name][0].partition(":")
+        try:
+            command = getattr(importlib.import_module(module), name)
+        except ModuleNotFoundError as error:
+            missing = (error.name or "").partition(".")[0]
+            if missing in ("", "jobguard"):
+                raise
+            raise click.ClickException(
+                f"`jobguard {cmd_name}` needs the package {missing}: "
+                "pip install 'jobguard[rq,embedded]'"
+            ) from error
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except JobguardError as error:
+            click.echo(f"error: {_one_line(error)}", err=True)
+            ctx.exit(1)
+
+
+@click.group(
+    cls=_Commands,
+    context_settings={
+        "auto_envvar_prefix": "JOBGUARD",
+        "help_option_names": ["-h", "--help"],
+        "show_default": True,
+    },
+)
+@click.version_option(package_name="jobguard", message="%(prog)s %(version)s")
+def main() -> None:
+    """Guard the jobs in Redis: RQ, Celery and Dramatiq keep their speed, Postgres keeps the truth.
+
+    Every option can be given as a variable: --namespace as JOBGUARD_NAMESPACE, `dead list --limit`
+    as JOBGUARD_DEAD_LIST_LIMIT.
+    """
+
+
+def _one_line(error: BaseException) -> str:
+    from jobguard.redact import redact
+
+    return " ".join(redact(str(error)).split())

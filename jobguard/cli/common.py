@@ -1,0 +1,112 @@
+"""Options and output that the commands share."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, TypeVar
+from uuid import UUID
+
+import click
+
+from jobguard.conninfo import postgres_conninfo
+from jobguard.errors import ConfigurationError
+from jobguard.settings import Settings, settings_from
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from jobguard.store.ledger import PostgresLedger
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+# Their variables are read by settings.py and conninfo.py, which know of files and of fallbacks:
+# click must not read them first. `allow_from_autoenv` keeps it from doing so.
+postgres_option = click.option(
+    "--postgres",
+    metavar="URL",
+    allow_from_autoenv=False,
+    help="Where the ledger is.  [env: JOBGUARD_POSTGRES_URL, JOBGUARD_POSTGRES_URL_FILE, "
+    "DATABASE_URL]",
+)
+namespace_option = click.option(
+    "--namespace",
+    metavar="NAME",
+    allow_from_autoenv=False,
+    help="The tenant.  [env: JOBGUARD_NAMESPACE; default: default]",
+)
+redis_option = click.option(
+    "--redis",
+    "redis_urls",
+    metavar="URL",
+    multiple=True,
+    allow_from_autoenv=False,
+    help="A guarded Redis; may be given again.  [env: JOBGUARD_REDIS_URL, separated by spaces, "
+    "JOBGUARD_REDIS_URL_FILE, REDIS_URL]",
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+def settings_of(namespace: str | None = None) -> Settings:
+    """Return the settings of the environment, with the namespace of the command line."""
+    return settings_from({"namespace": namespace})
+
+
+def redis_urls_from(given: tuple[str, ...], environ: Mapping[str, str] | None = None) -> list[str]:
+    """Return the Redis URLs of the command line, else of the environment."""
+    environ = os.environ if environ is None else environ
+    if given:
+        return [url for urls in given for url in urls.split()]
+    if path := environ.get("JOBGUARD_REDIS_URL_FILE", "").strip():
+        try:
+            with open(path, encoding="utf-8") as file:
+                return file.read().split()
+        except OSError as error:
+            raise ConfigurationError(f"JOBGUARD_REDIS_URL_FILE: {error}") from error
+    for variable in ("JOBGUARD_REDIS_URL", "REDIS_URL"):
+        if urls := environ.get(variable, "").split():
+            return urls
+    return []
+
+
+@contextmanager
+def open_ledger(postgres: str | None) -> Iterator[PostgresLedger]:
+    """Give the ledger that the command line or the environment names."""
+    from jobguard.store.ledger import PostgresLedger
+
+    with closing(PostgresLedger(postgres_conninfo(postgres))) as ledger:
+        yield ledger
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON value; times as ISO 8601."""
+    click.echo(json.dumps(value, default=_plain, ensure_ascii=False, indent=2))
+
+
+def console() -> Console:
+    """Return rich's console; into a pipe or a file its lines are not folded."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 240, highlight=False)
+
+
+def ago(seconds: float | None) -> str:
+    """Say an age for people: 5 s, 3 min, 2 h, 4 d."""
+    if seconds is None:
+        return ""
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{max(0, seconds):.0f} s"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, datetime):
+        return value.isoformat()
+    if isinstance(value, UUID):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} has no JSON")

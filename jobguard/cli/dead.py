@@ -1,0 +1,169 @@
+"""``jobguard dead``: the jobs that were given up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import click
+
+from jobguard.cli.common import (
+    ago,
+    console,
+    json_option,
+    namespace_option,
+    open_ledger,
+    postgres_option,
+    print_json,
+    settings_of,
+)
+from jobguard.errors import JobguardError, StoreUnavailable
+from jobguard.job import Outcome
+from jobguard.store import Ledger
+
+queue_option = click.option("--queue", metavar="NAME", help="Only this queue.")
+failed_option = click.option(
+    "--failed", is_flag=True, help="Also what the library itself gave up (failed)."
+)
+
+
+@click.group()
+def command() -> None:
+    """List and requeue jobs that were given up.
+
+    A job is dead when its crash budget is spent; failed when its library gave it up.
+    """
+
+
+@command.command("list")
+@postgres_option
+@namespace_option
+@queue_option
+@failed_option
+@click.option("--limit", type=click.IntRange(1), default=100, help="At most so many.")
+@json_option
+def list_(
+    postgres: str | None,
+    namespace: str | None,
+    queue: str | None,
+    failed: bool,
+    limit: int,
+    as_json: bool,
+) -> None:
+    """List jobs that were given up and not taken up since, newest first."""
+    tenant = settings_of(namespace).namespace
+    with open_ledger(postgres) as ledger:
+        rows = ledger.dead(tenant, outcomes=_outcomes(failed), queue=queue, limit=limit)
+    if as_json:
+        print_json(rows)
+    elif rows:
+        _print_table(rows)
+    else:
+        click.echo("none")
+
+
+@command.command()
+@postgres_option
+@namespace_option
+@click.argument("job_ids", metavar="[JOB_ID]...", nargs=-1)
+@click.option("--all", "everything", is_flag=True, help="All that `list` would show.")
+@queue_option
+@failed_option
+@json_option
+def requeue(
+    postgres: str | None,
+    namespace: str | None,
+    job_ids: tuple[str, ...],
+    everything: bool,
+    queue: str | None,
+    failed: bool,
+    as_json: bool,
+) -> None:
+    """Put jobs that were given up back into their queues, as new deliveries of the same jobs.
+
+    The leader pushes them. A job named by its id may be dead or failed.
+    """
+    if everything == bool(job_ids):
+        raise click.UsageError("name the jobs, or give --all")
+    if job_ids and (queue or failed):
+        raise click.UsageError("--queue and --failed go with --all")
+    tenant = settings_of(namespace).namespace
+    done: list[dict[str, Any]] = []
+    problems = 0
+    with open_ledger(postgres) as ledger:
+        rows = (
+            _everything(ledger, tenant, _outcomes(failed), queue)
+            if everything
+            else (_given_up(ledger, tenant, job_id) for job_id in job_ids)
+        )
+        for row in rows:
+            try:
+                if isinstance(row, JobguardError):
+                    raise row
+                token = ledger.requeue(tenant, row["token"])
+            except StoreUnavailable:
+                raise
+            except JobguardError as error:
+                problems += 1
+                click.echo(f"error: {error}", err=True)
+                continue
+            done.append({"job_id": row["job_id"], "queue": row["queue"], "token": token})
+            if not as_json:
+                click.echo(f"requeued {row['job_id']} in {row['queue']}")
+    if as_json:
+        print_json(done)
+    elif not done and not problems:
+        click.echo("none")
+    if problems:
+        raise click.exceptions.Exit(1)
+
+
+def _outcomes(failed: bool) -> list[Outcome]:
+    return [Outcome.DEAD, Outcome.FAILED] if failed else [Outcome.DEAD]
+
+
+def _given_up(ledger: Ledger, namespace: str, job_id: str) -> Any:
+    """Return the newest delivery of the job that ended, or the reason why there is none."""
+    for row in ledger.job(namespace, job_id):
+        if row["ended_at"] is None:
+            return JobguardError(f"job {job_id} is {row['state']}: nobody gave it up")
+        if row["state"] != Outcome.SUPERSEDED:
+            return row
+    return JobguardError(f"no job {job_id} is known in the namespace {namespace!r}")
+
+
+def _everything(
+    ledger: Ledger, namespace: str, outcomes: Sequence[Outcome], queue: str | None
+) -> Iterable[Any]:
+    # What is requeued leaves the list; what cannot be requeued stays, and is offered once.
+    offered: set[Any] = set()
+    while True:
+        limit = len(offered) + 1000
+        rows = ledger.dead(namespace, outcomes=outcomes, queue=queue, limit=limit)
+        fresh = [row for row in rows if row["token"] not in offered]
+        if not fresh:
+            return
+        offered.update(row["token"] for row in fresh)
+        yield from fresh
+
+
+def _print_table(rows: Sequence[Any]) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold")
+    for name in ("job", "queue", "task", "state", "ended", "attempt", "crashes", "last error"):
+        table.add_column(name, justify="right" if name in ("attempt", "crashes") else "left")
+    now = datetime.now(UTC)
+    for row in rows:
+        errors = row["errors"] or [""]
+        last = (errors[-1] or "").strip().splitlines() or [""]
+        table.add_row(
+            *map(escape, (row["job_id"], row["queue"], row["task"], row["state"])),
+            f"{ago((now - row['ended_at']).total_seconds())} ago",
+            str(row["attempt"]),
+            str(row["crashes"]),
+            escape(last[-1][:100]),
+        )
+    console().print(table)

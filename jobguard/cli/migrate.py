@@ -1,0 +1,63 @@
+"""``jobguard migrate``: bring the database's schema up to date."""
+
+from __future__ import annotations
+
+import click
+
+from jobguard import schema
+from jobguard.cli.common import json_option, postgres_option, print_json
+from jobguard.conninfo import describe, postgres_conninfo
+from jobguard.errors import JobguardError, StoreUnavailable
+
+
+@click.command()
+@postgres_option
+@click.option("--sql", is_flag=True, help="Print the migrations for a DBA, and do nothing.")
+@click.option("--check", is_flag=True, help="Only tell whether the schema fits; exit 1 if not.")
+@click.option(
+    "--installation",
+    metavar="NAME",
+    envvar="JOBGUARD_INSTALLATION",
+    show_envvar=True,
+    help="Name this database; processes set to another name refuse it.",
+)
+@json_option
+def command(
+    postgres: str | None, sql: bool, check: bool, installation: str | None, as_json: bool
+) -> None:
+    """Bring the database's schema up to date.
+
+    Safe from two machines at once, and again at any time.
+    """
+    if sql and check:
+        raise click.UsageError("--sql and --check exclude each other")
+    if sql:
+        click.echo(f"begin;\n\n{schema.sql()}\ncommit;")
+        return
+    conninfo = postgres_conninfo(postgres)()
+    place = describe(conninfo)
+    if check:
+        problem = _problem(conninfo)
+        if problem is not None:
+            raise problem
+        applied = []
+        done = f"{place} is up to date: migration {schema.latest()}"
+    else:
+        applied = schema.migrate(conninfo, installation=installation or None)
+        done = (
+            f"{place} now has {', '.join(applied)}" if applied else f"{place} is up to date already"
+        )
+    if as_json:
+        print_json({"postgres": place, "applied": applied, "migration": schema.latest()})
+    else:
+        click.echo(done)
+
+
+def _problem(conninfo: str) -> JobguardError | None:
+    import psycopg
+
+    try:
+        with psycopg.connect(conninfo, autocommit=True, connect_timeout=5) as connection:
+            return schema.check(connection)
+    except psycopg.OperationalError as error:
+        return StoreUnavailable(f"Postgres at {describe(conninfo)}: {error}")

@@ -1,0 +1,66 @@
+"""``jobguard reconcile``: watch over Redis and put back what is lost."""
+
+from __future__ import annotations
+
+import click
+
+from jobguard import log
+from jobguard.cli.common import (
+    json_option,
+    namespace_option,
+    postgres_option,
+    print_json,
+    redis_option,
+    redis_urls_from,
+    settings_of,
+)
+from jobguard.conninfo import postgres_conninfo
+from jobguard.errors import ConfigurationError
+from jobguard.reconciler import service
+
+
+@click.command()
+@postgres_option
+@namespace_option
+@redis_option
+@click.option("--once", is_flag=True, help="One full pass, then print what it did and end.")
+@click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    default="info",
+    envvar="JOBGUARD_LOG_LEVEL",
+    show_envvar=True,
+    help="What is told on stderr.",
+)
+@click.option(
+    "--log-json",
+    is_flag=True,
+    envvar="JOBGUARD_LOG_JSON",
+    show_envvar=True,
+    help="Log one JSON object a line.",
+)
+@json_option
+def command(
+    postgres: str | None,
+    namespace: str | None,
+    redis_urls: tuple[str, ...],
+    once: bool,
+    log_level: str,
+    log_json: bool,
+    as_json: bool,
+) -> None:
+    """Watch over Redis and put back what is lost.
+
+    Run two or more, on different machines: one leads, the others stand by. SIGTERM hands over.
+    """
+    log.configure(log_level, log_json)
+    settings = settings_of(namespace)
+    urls = redis_urls_from(redis_urls)
+    if not urls:
+        raise ConfigurationError("no Redis is named: give --redis URL, or set JOBGUARD_REDIS_URL")
+    counts = service.run(settings, postgres_conninfo(postgres), urls, once=once)
+    if once and as_json:
+        print_json(counts)
+    elif once:
+        for name, count in counts.items():
+            click.echo(f"{name:20} {count}")

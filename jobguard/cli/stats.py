@@ -1,0 +1,116 @@
+"""``jobguard stats``: how many jobs are in which state."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from jobguard.cli.common import (
+    ago,
+    console,
+    json_option,
+    namespace_option,
+    open_ledger,
+    postgres_option,
+    print_json,
+    settings_of,
+)
+from jobguard.store import Counts
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+STATES = tuple(field.name for field in dataclasses.fields(Counts))
+
+
+@click.command()
+@postgres_option
+@namespace_option
+@json_option
+def command(postgres: str | None, namespace: str | None, as_json: bool) -> None:
+    """Show how many jobs are in which state.
+
+    Stuck jobs are pending or processing too, and counted once in the total.
+    """
+    tenant = settings_of(namespace).namespace
+    with open_ledger(postgres) as ledger:
+        counts, overview = ledger.stats(tenant), ledger.overview(tenant)
+    if as_json:
+        print_json(_report(counts, overview))
+        return
+    out = console()
+    out.print(_table(counts))
+    for line in _lines(overview):
+        out.print(line, markup=False)
+
+
+def total_of(counts: Iterable[Counts]) -> Counts:
+    """Add up the counts of several queues."""
+    every = list(counts)
+    return Counts(**{state: sum(getattr(one, state) for one in every) for state in STATES})
+
+
+def _report(
+    counts: Mapping[tuple[str, str], Counts], overview: Mapping[str, Any]
+) -> dict[str, Any]:
+    return {
+        **overview,
+        "total": _with_total(total_of(counts.values())),
+        "counts": [
+            {"source": source, "queue": queue, **_with_total(one)}
+            for (source, queue), one in counts.items()
+        ],
+    }
+
+
+def _with_total(counts: Counts) -> dict[str, int]:
+    return {**dataclasses.asdict(counts), "total": counts.total}
+
+
+def _table(counts: Mapping[tuple[str, str], Counts]) -> Table:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=None, show_footer=len(counts) > 1, header_style="bold", footer_style="bold")
+    everything = _with_total(total_of(counts.values()))
+    table.add_column("source", footer="total")
+    table.add_column("queue")
+    for state in (*STATES, "total"):
+        table.add_column(state, justify="right", footer=f"{everything[state]:,}")
+    for (source, queue), one in counts.items():
+        numbers = _with_total(one)
+        table.add_row(
+            escape(source), escape(queue), *(f"{numbers[state]:,}" for state in (*STATES, "total"))
+        )
+    return table
+
+
+def _lines(overview: Mapping[str, Any]) -> Iterable[str]:
+    leader, brake, workers = overview["leader"], overview["brake"], overview["workers"]
+    if leader is None:
+        yield "leader: none yet; run `jobguard reconcile`"
+    elif not leader["live"]:
+        yield f"leader: none; {leader['host']} pid {leader['pid']} led last (term {leader['term']})"
+    else:
+        yield (
+            f"leader: {leader['host']} pid {leader['pid']}, term {leader['term']}, "
+            f"lease for another {leader['seconds_left']:.0f} s"
+        )
+    oldest = workers["oldest_beat_seconds"]
+    beat = "" if oldest is None else f", oldest beat {ago(oldest)} ago"
+    yield f"workers: {workers['alive']} alive{beat}"
+    if brake["paused_at"]:
+        yield f"paused since {brake['paused_at']:%Y-%m-%d %H:%M:%S}: `jobguard resume`"
+    names = {str(source["id"]): source["address"] for source in overview["sources"]}
+    for key, why in brake["held"].items():
+        source, _, queue = key.partition("/")
+        name = "every queue" if queue == "*" else f"queue {queue}"
+        yield f"held: {name} of {names.get(source, source)}: {why.get('reason', '')}"
+    for incident in overview["incidents"]:
+        yield (
+            f"incident {incident['id']}: {incident['cause']} at {incident['address']}: "
+            f"{incident['missing']} missing, {incident['restored']} put back"
+        )

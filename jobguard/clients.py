@@ -1,0 +1,66 @@
+"""Redis clients of our own, and the one way to name a Redis.
+
+The host's clients may wait for a minute by default; ours never do. The address is the identity of a
+source, so that it is made here for everyone, and holds no password.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+_LOOPBACK = {"localhost", "127.0.0.1", "::1", ""}
+
+
+def is_test_double(client: object) -> bool:
+    """Whether this is fakeredis or the like: nothing of it survives the process, so nothing is guarded."""
+    return any(kind.__module__.split(".")[0] == "fakeredis" for kind in type(client).__mro__)
+
+
+def address_of(client: redis.Redis) -> str:
+    """Return ``host:port/db``, ``unix:path/db`` or ``sentinel:service/db``; loopback is one host."""
+    pool = client.connection_pool
+    kwargs: dict[str, Any] = pool.connection_kwargs
+    db = int(kwargs.get("db") or 0)
+    service = getattr(pool, "service_name", None)
+    if service:
+        return f"sentinel:{service}/{db}"
+    if kwargs.get("path"):
+        return f"unix:{kwargs['path']}/{db}"
+    host = str(kwargs.get("host") or "localhost").lower()
+    host = "localhost" if host in _LOOPBACK else host
+    return f"{host}:{int(kwargs.get('port') or 6379)}/{db}"
+
+
+# What says where and who; the rest (timeouts, retries, pools' own hooks) is ours to choose.
+_WHERE = ("host", "port", "path", "db", "username", "password", "credential_provider", "protocol")
+
+
+def own_client(client: redis.Redis, *, timeout: float) -> redis.Redis:
+    """Return a client for the same Redis that returns bytes and waits ``timeout`` seconds at most."""
+    pool = client.connection_pool
+    kwargs: dict[str, Any] = {
+        name: value
+        for name, value in pool.connection_kwargs.items()
+        if (name in _WHERE or name.startswith("ssl_")) and value is not None
+    }
+    kwargs.update(
+        socket_timeout=timeout, socket_connect_timeout=timeout, retry=Retry(NoBackoff(), 0)
+    )
+    service = getattr(pool, "service_name", None)
+    if service:
+        for name in ("host", "port", "path"):
+            kwargs.pop(name, None)
+        return cast(redis.Redis, cast(Any, pool).sentinel_manager.master_for(service, **kwargs))
+    if "path" in kwargs:
+        kwargs.pop("socket_connect_timeout")
+    own = redis.ConnectionPool(connection_class=pool.connection_class, **kwargs)
+    return redis.Redis(connection_pool=own)
+
+
+def client_from_url(url: str, *, timeout: float) -> redis.Redis:
+    """Return a client of our own for a ``redis://``, ``rediss://`` or ``unix://`` URL."""
+    return own_client(redis.Redis.from_url(url), timeout=timeout)

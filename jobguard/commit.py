@@ -1,0 +1,147 @@
+"""Group commit without a thread: callers join the batch that one of them flushes.
+
+The first caller to find no batch open becomes its leader. While an earlier batch is being committed,
+others join; when the leader's turn comes, it closes the batch and writes it as one statement. A lone
+producer so pays one commit and never waits for company; sixteen threads share one.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from jobguard.errors import BadRow, StoreUnavailable
+from jobguard.job import Delivery, Recorded
+
+Write = Callable[[Sequence[Delivery]], Recorded]
+
+_LARGEST = 500
+"""Deliveries in a batch; the next caller opens another."""
+_LINGER = 0.25
+"""A leader waits for company this share of a usual commit, and only where company came before."""
+
+
+@dataclass(slots=True)
+class _Part:
+    """One caller's share of a batch."""
+
+    rows: Sequence[Delivery]
+    done: threading.Lock = field(default_factory=threading.Lock)
+    answer: Recorded | None = None
+    error: BaseException | None = None
+
+
+@dataclass(slots=True)
+class _Batch:
+    parts: list[_Part] = field(default_factory=list)
+    size: int = 0
+    wanted: int = 0
+    full: threading.Event = field(default_factory=threading.Event)
+
+
+class GroupCommit:
+    """Turns the records of many threads into few statements."""
+
+    def __init__(self, write: Write, *, timeout: float) -> None:
+        self._write = write
+        self._timeout = timeout
+        self._joining = threading.Lock()
+        self._committing = threading.Lock()
+        self._open: _Batch | None = None
+        self._usual = 0.0  # seconds of a commit, smoothed
+        self._last = 0  # parts in the batch before
+
+    def submit(self, rows: Sequence[Delivery]) -> Recorded:
+        """Return when these rows are committed, with or without those of others.
+
+        Raises what the write raised for these rows: BadRow only to the caller whose row is bad.
+        """
+        part = _Part(rows)
+        with self._joining:
+            batch = self._open
+            leads = batch is None or batch.size + len(rows) > _LARGEST
+            if batch is None or leads:
+                batch = self._open = _Batch()
+            if not leads:
+                part.done.acquire()
+            batch.parts.append(part)
+            batch.size += len(rows)
+            if batch.wanted and len(batch.parts) >= batch.wanted:
+                batch.full.set()
+        if leads:
+            self._lead(batch)
+        elif not part.done.acquire(timeout=self._timeout):
+            raise StoreUnavailable("the batch was not committed in time")
+        if part.error is not None:
+            raise part.error
+        assert part.answer is not None
+        return part.answer
+
+    def _lead(self, batch: _Batch) -> None:
+        queued = not self._committing.acquire(blocking=False)
+        if queued and not self._committing.acquire(timeout=self._timeout):
+            self._release(batch, StoreUnavailable("the batch before was not committed in time"))
+            self._wake(batch)
+            return
+        try:
+            self._wait_for_company(batch, queued)
+            self._close(batch)
+            began = time.monotonic()
+            self._commit(batch.parts)
+            took = time.monotonic() - began
+            self._usual = took if not self._usual else 0.9 * self._usual + 0.1 * took
+            self._last = len(batch.parts)
+        except BaseException as error:
+            # Also an exception that a signal threw into this thread: the others must not hang for it.
+            self._release(batch, error if isinstance(error, Exception) else StoreUnavailable(str(error)))
+            raise
+        finally:
+            self._committing.release()
+            self._wake(batch)
+
+    def _wait_for_company(self, batch: _Batch, queued: bool) -> None:
+        if self._last <= 1 and not queued:
+            return
+        with self._joining:
+            here = len(batch.parts)
+            batch.wanted = self._last + here if queued else self._last
+            waits = here < batch.wanted
+        if waits:
+            batch.full.wait(_LINGER * self._usual)
+
+    def _close(self, batch: _Batch) -> None:
+        with self._joining:
+            if self._open is batch:
+                self._open = None
+
+    def _release(self, batch: _Batch, error: BaseException) -> None:
+        self._close(batch)
+        for part in batch.parts:
+            if part.answer is None and part.error is None:
+                part.error = error
+
+    @staticmethod
+    def _wake(batch: _Batch) -> None:
+        for part in batch.parts[1:]:  # the first is the leader
+            part.done.release()
+
+    def _commit(self, parts: Sequence[_Part]) -> None:
+        rows = [row for part in parts for row in part.rows]
+        try:
+            answer = self._write(rows)
+        except BadRow:
+            if len(parts) == 1:
+                raise
+            for part in parts:
+                self._commit_alone(part)
+            return
+        for part in parts:
+            part.answer = answer
+
+    def _commit_alone(self, part: _Part) -> None:
+        try:
+            part.answer = self._write(part.rows)
+        except Exception as error:
+            part.error = error

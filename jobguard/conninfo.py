@@ -1,0 +1,224 @@
+"""Where Postgres is: every usual spelling of it, turned into what libpq reads.
+
+The result is a function and not a string, because passwords rotate: a secret's file is read, and a
+callable is called, anew at each connect. Nothing here imports psycopg: a host that never writes
+never pays for it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeAlias
+from urllib.parse import quote, unquote
+
+from jobguard.errors import ConfigurationError, JobguardError, StoreUnavailable
+
+Given: TypeAlias = str | Mapping[str, Any] | Callable[[], str | Mapping[str, Any]]
+
+FILE_VARIABLE = "JOBGUARD_POSTGRES_URL_FILE"
+VARIABLES = ("JOBGUARD_POSTGRES_URL", "DATABASE_URL")
+
+# libpq refuses what it does not know; other drivers' options are dropped instead of refused.
+# https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-PARAMKEYWORDS
+KEYWORDS = frozenset(
+    """
+    application_name channel_binding client_encoding connect_timeout dbname
+    fallback_application_name gssdelegation gssencmode gsslib host hostaddr keepalives
+    keepalives_count keepalives_idle keepalives_interval krbsrvname load_balance_hosts
+    max_protocol_version min_protocol_version oauth_client_id oauth_client_secret oauth_issuer
+    oauth_scope options passfile password port replication require_auth requirepeer
+    scram_client_key scram_server_key service ssl_max_protocol_version ssl_min_protocol_version
+    sslcert sslcertmode sslcompression sslcrl sslcrldir sslkey sslkeylogfile sslmode
+    sslnegotiation sslpassword sslrootcert sslsni target_session_attrs tcp_user_timeout user
+    """.split()  # noqa: SIM905 - a list of 48 lines says no more
+)
+
+# How other programs name the same things. Dropping a wish for TLS would be a silent downgrade.
+_ALIASES = {"database": "dbname", "name": "dbname", "username": "user", "ssl": "sslmode"}
+_SSLMODES = {"true": "require", "1": "require", "no-verify": "require", "false": "prefer"}
+
+_SCHEMES = ("postgres", "postgresql", "postgis", "pgsql")
+_URL = re.compile(r"(?P<scheme>[A-Za-z][\w+.-]*)://(?P<place>[^?]*)(?:\?(?P<query>.*))?", re.DOTALL)
+_PAIR = re.compile(r"(\w+)\s*=\s*('(?:[^'\\]|\\.)*'|(?:[^\s'\\]|\\.)*)", re.DOTALL)
+_PAIRS = re.compile(rf"\s*(?:{_PAIR.pattern}\s*)+", re.DOTALL)
+
+
+def postgres_conninfo(
+    given: Given | None = None, environ: Mapping[str, str] | None = None
+) -> Callable[[], str]:
+    """Return the function that says, at each connect, where Postgres is.
+
+    The argument wins, then JOBGUARD_POSTGRES_URL_FILE, JOBGUARD_POSTGRES_URL, DATABASE_URL.
+
+    Raises ConfigurationError for what is wrong already; the function raises StoreUnavailable where
+    a file or a callable fails, because both may be right again at the next connect.
+    """
+    environ = os.environ if environ is None else environ
+    if callable(given):
+        return _later(given, "the function given as postgres")
+    if given:
+        return _always(normalise(given))
+    if path := environ.get(FILE_VARIABLE, "").strip():
+        return _later(lambda: _content(path), FILE_VARIABLE)
+    for variable in VARIABLES:
+        if url := environ.get(variable, "").strip():
+            return _always(normalise(url, where=variable))
+    raise ConfigurationError(
+        "no Postgres is named: give postgres=…, or set JOBGUARD_POSTGRES_URL, "
+        "JOBGUARD_POSTGRES_URL_FILE or DATABASE_URL"
+    )
+
+
+def normalise(given: str | Mapping[str, Any], *, where: str = "postgres") -> str:
+    """Return what libpq reads for a URL, a conninfo string or a mapping in any usual spelling.
+
+    Raises ConfigurationError, which names ``where`` and never holds a password.
+    """
+    if isinstance(given, Mapping):
+        return _from_mapping(given, where)
+    given = given.strip()
+    url = _URL.fullmatch(given)
+    if url:
+        return _from_url(url, where)
+    if _PAIRS.fullmatch(given):
+        return given
+    scheme = given.partition(":")[0] if ":" in given[:20] else ""
+    if scheme in ("sqlite", "mysql"):  # sqlite::memory: and the like
+        raise _not_postgres(scheme, where)
+    raise ConfigurationError(
+        f"{where} is neither a postgresql:// URL nor a libpq string like 'host=… dbname=…'"
+    )
+
+
+def describe(conninfo: str, environ: Mapping[str, str] | None = None) -> str:
+    """Return ``host:port/db`` of a normalised conninfo, for people; never a password."""
+    environ = os.environ if environ is None else environ
+    known = _parsed(conninfo)
+    user = known.get("user") or environ.get("PGUSER", "")
+    database = known.get("dbname") or environ.get("PGDATABASE") or user
+    hosts = (known.get("host") or known.get("hostaddr") or environ.get("PGHOST") or "").split(",")
+    ports = (known.get("port") or environ.get("PGPORT") or "").split(",")
+    ports = ports if len(ports) == len(hosts) else ports[:1] * len(hosts)
+    places = (
+        f"{host or 'localhost'}:{port or '5432'}" for host, port in zip(hosts, ports, strict=True)
+    )
+    return f"{','.join(places)}/{database}"
+
+
+def _always(conninfo: str) -> Callable[[], str]:
+    return lambda: conninfo
+
+
+def _later(ask: Callable[[], str | Mapping[str, Any]], where: str) -> Callable[[], str]:
+    def conninfo() -> str:
+        try:
+            return normalise(ask(), where=where)
+        except JobguardError as error:
+            raise StoreUnavailable(str(error)) from error
+        except Exception as error:
+            # The kind alone: whatever somebody's function says may hold the secret.
+            detail = str(error) if isinstance(error, OSError) else type(error).__name__
+            raise StoreUnavailable(f"{where} does not say where Postgres is: {detail}") from error
+
+    return conninfo
+
+
+def _content(path: str) -> str:
+    with open(path, encoding="utf-8") as file:
+        return file.read().strip()
+
+
+def _not_postgres(what: str, where: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"{where} names {what}; jobguard keeps its ledger in PostgreSQL: "
+        "set JOBGUARD_POSTGRES_URL to a postgresql:// URL"
+    )
+
+
+def _from_url(url: re.Match[str], where: str) -> str:
+    # libpq's own grammar is kept as it is written (several hosts, sockets, a '#' in the password);
+    # urlsplit would take it apart wrongly. Only the scheme and the query are ours to mend.
+    scheme = url["scheme"].lower()
+    if scheme.partition("+")[0] not in _SCHEMES:
+        raise _not_postgres(f"a {scheme}:// URL", where)
+    query = _known(_query(url["query"] or ""))
+    pairs = "&".join(f"{key}={quote(value, safe='/:,')}" for key, value in query.items())
+    return f"postgresql://{url['place']}" + (f"?{pairs}" if pairs else "")
+
+
+def _query(text: str) -> Iterable[tuple[str, str]]:
+    hosts: list[str] = []
+    for part in filter(None, text.split("&")):
+        key, _, value = part.partition("=")
+        # Not parse_qsl: libpq does not read '+' as a space.
+        key, value = unquote(key), unquote(value)
+        if key == "host":
+            hosts.append(value)
+        else:
+            yield key, value
+    if len(hosts) < 2:
+        yield from (("host", host) for host in hosts)
+        return
+    # SQLAlchemy's way to name several: ?host=a:5432&host=b:5432
+    places = [host.rpartition(":") if ":" in host else (host, "", "") for host in hosts]
+    yield "host", ",".join(name for name, _, _ in places)
+    if any(port for _, _, port in places):
+        yield "port", ",".join(port or "5432" for _, _, port in places)
+
+
+def _from_mapping(given: Mapping[str, Any], where: str) -> str:
+    pairs = {str(key).lower(): value for key, value in given.items()}
+    engine = str(pairs.get("engine", "")).lower()
+    for other in ("sqlite", "mysql", "oracle", "mssql"):
+        if other in engine:
+            raise _not_postgres(f"a database of the kind {other}", where)
+    options = pairs.get("options")
+    if isinstance(options, Mapping):  # Django's; libpq's own "options" is a string
+        pairs = {**pairs, "options": None, **options}
+    known = _known((key, str(value)) for key, value in pairs.items() if value not in (None, ""))
+    if not known:
+        raise ConfigurationError(f"{where} is a mapping without host, dbname, user or the like")
+    return " ".join(f"{key}={_quoted(value)}" for key, value in known.items())
+
+
+def _known(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
+    known: dict[str, str] = {}
+    for key, value in pairs:
+        name = _ALIASES.get(key, key)
+        if name == "sslmode":
+            value = _SSLMODES.get(value.lower(), value)
+        if name in KEYWORDS and (name == key or name not in known):
+            known[name] = value
+    return known
+
+
+def _quoted(value: str) -> str:
+    if re.fullmatch(r"[\w./:,@+-]+", value):
+        return value
+    return "'" + value.replace("\\", r"\\").replace("'", r"\'") + "'"
+
+
+def _parsed(conninfo: str) -> dict[str, str]:
+    url = _URL.fullmatch(conninfo.strip())
+    if not url:
+        return {
+            key: re.sub(r"\\(.)", r"\1", value.removeprefix("'").removesuffix("'"))
+            for key, value in _PAIR.findall(conninfo)
+        }
+    who_where, _, database = url["place"].partition("/")
+    who, _, where = who_where.rpartition("@")
+    places = [_host_and_port(place) for place in where.split(",")]
+    known = {
+        "user": unquote(who.partition(":")[0]),
+        "dbname": unquote(database),
+        "host": ",".join(host for host, _ in places),
+        "port": ",".join(port for _, port in places),
+    }
+    return known | dict(_query(url["query"] or ""))
+
+
+def _host_and_port(place: str) -> tuple[str, str]:
+    address = re.fullmatch(r"(\[[^\]]*\]|[^:]*)(?::(\d*))?", place)
+    return (unquote(address[1]), address[2] or "") if address else (unquote(place), "")

@@ -1,0 +1,73 @@
+"""Whether Redis can be asked at all, found out in bounded time on a client of our own.
+
+The host's clients may hang for a minute on a Redis that is stopped. So before the host's client is
+used, ours has asked a moment ago; and while Redis is in doubt, it is asked rarely, and nobody waits.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+import redis
+
+_PROOF = 0.1
+"""An answer this many seconds old is proof enough."""
+_ASK_AGAIN = 0.5
+"""While in doubt, one caller asks again this often."""
+
+
+class Doubt:
+    """Remembers the last answer of a Redis, and asks for another when it is too old."""
+
+    def __init__(
+        self, client: Callable[[], redis.Redis], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._make = client
+        self._client: redis.Redis | None = None
+        self._clock = clock
+        self._asking = threading.Lock()
+        self._proved = -1e9
+        self._ask_at = -1e9
+        self._in_doubt = False
+
+    def __call__(self) -> bool:
+        """Whether Redis is in doubt now. Waits one short timeout at most, and once an outage."""
+        now = self._clock()
+        if not self._in_doubt and now - self._proved < _PROOF:
+            return False
+        if self._in_doubt and now < self._ask_at:
+            return True
+        if not self._asking.acquire(blocking=not self._in_doubt, timeout=-1 if self._in_doubt else 1):
+            return self._in_doubt
+        try:
+            if not self._in_doubt and self._clock() - self._proved < _PROOF:
+                return False
+            return self._ask()
+        finally:
+            self._asking.release()
+
+    def _ask(self) -> bool:
+        try:
+            if self._client is None:
+                self._client = self._make()
+            self._client.ping()
+        except redis.RedisError as error:
+            # A Redis that loads or refuses us by rights is the host's to deal with; it does answer.
+            if isinstance(error, redis.ConnectionError | redis.TimeoutError):
+                self.failed()
+                return True
+        self._in_doubt = False
+        self._proved = self._clock()
+        return False
+
+    def failed(self) -> None:
+        """Redis has just failed somebody."""
+        self._in_doubt = True
+        self._ask_at = self._clock() + _ASK_AGAIN
+
+    def after_fork(self) -> None:
+        """Begin anew in a child, with what is known."""
+        self._asking = threading.Lock()
+        self._client = None

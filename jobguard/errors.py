@@ -1,0 +1,54 @@
+"""The errors of jobguard. All derive from JobguardError; the docstring is also the message."""
+
+from __future__ import annotations
+
+
+class JobguardError(Exception):
+    """Something went wrong in jobguard."""
+
+    def __init__(self, message: str | None = None) -> None:
+        super().__init__(message or (self.__doc__ or "").strip())
+
+
+class UnsupportedTarget(JobguardError):
+    """This cannot be guarded."""
+
+
+class ConfigurationError(JobguardError):
+    """A setting is missing or makes no sense."""
+
+
+class ConflictingGuard(JobguardError):
+    """This source is already guarded with other settings."""
+
+
+class StoreUnavailable(JobguardError):
+    """Postgres could not be reached in time."""
+
+
+class BreakerOpen(StoreUnavailable):
+    """Postgres failed a moment ago; calls to it are held back until it answers again."""
+
+
+class NotMigrated(StoreUnavailable):
+    """The schema is not there. Run `jobguard migrate`."""
+
+
+class NoRights(StoreUnavailable):
+    """The role may not use the schema. See "Roles and grants" in the README."""
+
+
+class SchemaMismatch(JobguardError):
+    """The database's schema is of another version. Run `jobguard migrate` with this version."""
+
+
+class BadRow(JobguardError):
+    """Postgres refuses this row for what is in it, whenever it is sent."""
+
+
+class WrongInstallation(JobguardError):
+    """This database belongs to another installation than JOBGUARD_INSTALLATION says."""
+
+
+class NotLeading(JobguardError):
+    """This process is not, or no longer, the leader: nothing was changed."""

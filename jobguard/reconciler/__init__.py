@@ -1,0 +1,17 @@
+"""The reconciler: a process of its own that sees what Redis lost and whom a worker left behind.
+
+One leads, the rest stand by. The leader's day, in the order in which a loss meets the files:
+
+- ``leader``    this term is mine, until ``trusted_until`` on my own clock
+- ``pulse``     does Redis still know what it knew? is it still the same Redis?
+- ``liveness``  which workers are dead, by the exact rule
+- ``trust``     which queues have only guarded consumers
+- ``look``      a page of owed deliveries: where are they?
+- ``verdict``   what follows, as a pure function
+- ``limiter``   how many may go back now; ``brake``: whether any may
+- ``watch``     all of this for one source, in small steps
+- ``service``   the process: sources, signals, one pass or for ever
+
+It imports no user code and unpickles nothing. It never dies of an error: it logs, counts, backs off,
+and goes on.
+"""

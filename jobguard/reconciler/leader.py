@@ -1,0 +1,126 @@
+"""Leading: a lease with terms.
+
+::
+
+    standby ──elect: nobody holds the lease──► leads term n ──renew every lease/3──► leads term n
+       ▲                                             │
+       └── the lease was not renewed in time, or ────┘
+           somebody else has a newer term
+
+The lease stands in Postgres, by Postgres' clock. The leader trusts its term only until a little before
+the lease can have ended, counted on its own monotonic clock from *before* it asked; so a leader that
+was stopped, or whose answer was slow, steps down before another can have stepped up. Every write of
+a leader names its term and locks the lease row, every push into Redis carries a deadline in Redis'
+own time: a stale leader changes nothing in either.
+
+A failed election leaves a standby. A renewal that fails leaves the leader in office until its trust
+runs out: Postgres may only have been slow.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from jobguard.errors import NotLeading, StoreUnavailable
+from jobguard.store import LeaderStore
+
+logger = logging.getLogger("jobguard")
+
+_MARGIN = 0.1
+"""Of the lease: how much earlier than its end the leader steps down."""
+
+
+class Leadership:
+    """Holds the lease of one namespace, in a thread of its own, until stopped."""
+
+    def __init__(
+        self,
+        store: LeaderStore,
+        *,
+        lease: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._store = store
+        self._lease = lease
+        self._clock = clock
+        self._term: int | None = None
+        self._trusted_until = float("-inf")
+        self._stop = threading.Event()
+        self._changed = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def term(self) -> int:
+        """The term that is surely ours now. Raises NotLeading."""
+        if self._term is None or self._clock() >= self._trusted_until:
+            raise NotLeading
+        return self._term
+
+    @property
+    def leads(self) -> bool:
+        """Whether a term is surely ours now."""
+        return self._term is not None and self._clock() < self._trusted_until
+
+    def seek(self) -> None:
+        """Renew our term, or try to get one."""
+        asked = self._clock()
+        try:
+            if self._term is not None:
+                self._store.renew(self._term, lease=self._lease)
+            else:
+                self._term = self._store.elect(lease=self._lease)
+                if self._term is None:
+                    return
+                logger.info("leading, term %d", self._term)
+        except NotLeading:
+            logger.warning("term %s is over; standing by", self._term)
+            self._term = None
+            return
+        except StoreUnavailable as error:
+            logger.warning("the lease could not be renewed: %s", error)
+            return
+        self._trusted_until = asked + self._lease * (1 - _MARGIN)
+        self._changed.set()
+
+    def start(self) -> None:
+        """Seek and keep the lease from now on."""
+        self._thread = threading.Thread(target=self._keep, name="jobguard-lease", daemon=True)
+        self._thread.start()
+
+    def wait(self, timeout: float) -> bool:
+        """Wait until we lead; False if that took longer than ``timeout`` seconds."""
+        deadline = self._clock() + timeout
+        while not self.leads and not self._stop.is_set():
+            left = deadline - self._clock()
+            if left <= 0:
+                return False
+            self._changed.wait(left)
+            self._changed.clear()
+        return self.leads
+
+    def _keep(self) -> None:
+        while not self._stop.is_set():
+            try:
+                self.seek()
+            except Exception:
+                logger.exception("seeking the lease failed; going on")
+            # A standby asks more often: the time without a leader is what users wait for.
+            self._stop.wait(self._lease * (0.3 if self._term is not None else 0.1))
+
+    def stop(self) -> None:
+        """Resign, so that another can lead at once."""
+        self._stop.set()
+        self._changed.set()
+        if self._thread is not None:
+            self._thread.join(timeout=self._lease)
+        term, self._term = self._term, None
+        if term is None:
+            return
+        try:
+            self._store.resign(term)
+            logger.info("resigned from term %d", term)
+        except StoreUnavailable as error:
+            logger.warning("could not resign, the lease will end by itself: %s", error)

@@ -1,0 +1,49 @@
+"""How many jobs may go back now: token buckets, and a fair order over queues."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import zip_longest
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+class TokenBucket:
+    """Grants ``rate`` permits a second, and a second's worth at once."""
+
+    def __init__(self, rate: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._rate = rate
+        self._clock = clock
+        self._level = rate
+        self._at = clock()
+
+    def take(self, wanted: int) -> int:
+        """Grant as many as there are, ``wanted`` at most."""
+        now = self._clock()
+        self._level = min(self._rate, self._level + (now - self._at) * self._rate)
+        self._at = now
+        granted = min(wanted, int(self._level))
+        self._level -= granted
+        return granted
+
+    def give_back(self, unused: int) -> None:
+        """Return permits that were not needed."""
+        self._level = min(self._rate, self._level + unused)
+
+
+def round_robin(items: Iterable[T], queue_of: Callable[[T], str]) -> Iterator[T]:
+    """Deal the items out queue by queue, so that no queue waits behind a longer one.
+
+    Within a queue their order is kept.
+    """
+    by_queue: dict[str, list[T]] = {}
+    for item in items:
+        by_queue.setdefault(queue_of(item), []).append(item)
+    columns: Sequence[list[T]] = list(by_queue.values())
+    missing = object()
+    for row in zip_longest(*columns, fillvalue=missing):
+        for item in row:
+            if item is not missing:
+                yield item  # type: ignore[misc]

@@ -1,0 +1,346 @@
+"""One look at a page of owed deliveries: where they are, what follows, and the doing of it.
+
+Reading is unlimited; what is put back passes the limiter. What is decided for a delivery names the
+leader's term in Postgres, and carries a deadline in Redis' own clock where it pushes: a leader that
+fell asleep between the look and the push does neither.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from uuid import UUID
+
+import redis
+
+from jobguard.adapter import Broker
+from jobguard.job import Cause, Outcome, Owed, Presence, Restored, Sighting
+from jobguard.reconciler.limiter import TokenBucket, round_robin
+from jobguard.reconciler.verdict import Case, Decision, Holder, Verdict, decide
+from jobguard.settings import Settings
+from jobguard.store import Closing, LeaderStore, Void
+
+logger = logging.getLogger("jobguard")
+
+_DEADLINE = 5.0
+"""Seconds of Redis' clock from the look to the push, at most."""
+_SLICE = 500
+"""Jobs put back in one go: then the pulse and the lease have their turn."""
+
+
+@dataclass(slots=True)
+class Circumstances:
+    """What the looks of this moment are judged by."""
+
+    judgeable: bool
+    listed: Collection[UUID]
+    """What workers that beat list."""
+    trusts: Callable[[str, float], bool]
+    """(queue, age in seconds) -> whether it was only ever seen by guarded workers."""
+    holds: Callable[[str], bool]
+    cause_of: Callable[[Owed], Cause]
+    too_many: Callable[[str, int], bool]
+    """(queue, unexplained absences now) -> whether that pulls the brake; it then holds."""
+
+
+@dataclass(slots=True)
+class Done:
+    """What one look did."""
+
+    looked: int = 0
+    absent: int = 0
+    restored: Counter[Cause] = field(default_factory=Counter)
+    requeued: int = 0
+    closed: Counter[Outcome] = field(default_factory=Counter)
+    buried: int = 0
+    held: int = 0
+    waiting: int = 0
+    """Absent, and to be looked at again, or waiting for the limiter."""
+    throttled: int = 0
+    """Of these: waiting for the limiter."""
+
+    def __iadd__(self, other: Done) -> Done:
+        self.looked += other.looked
+        self.absent += other.absent
+        self.restored.update(other.restored)
+        self.requeued += other.requeued
+        self.closed.update(other.closed)
+        self.buried += other.buried
+        self.held += other.held
+        self.waiting += other.waiting
+        self.throttled += other.throttled
+        return self
+
+    def counts(self) -> dict[str, int]:
+        """As plain numbers, for people."""
+        return {
+            "looked": self.looked,
+            "absent": self.absent,
+            "restored": self.restored.total(),
+            "requeued": self.requeued,
+            "closed": self.closed.total(),
+            "buried": self.buried,
+            "held": self.held,
+            "waiting": self.waiting,
+        }
+
+
+_LOSSES = (Cause.INCIDENT, Cause.TOPOLOGY, Cause.EVICTION)
+
+
+class Looker:
+    """Looks at pages of one source's deliveries and does what follows."""
+
+    def __init__(
+        self,
+        client: redis.Redis,
+        broker: Broker,
+        store: LeaderStore,
+        source: int,
+        settings: Settings,
+    ) -> None:
+        self._client = client
+        self._broker = broker
+        self._store = store
+        self._source = source
+        self._settings = settings
+        # A million lost jobs must not delay one killed worker's.
+        self._losses = TokenBucket(settings.recovery_rate)
+        self._repairs = TokenBucket(settings.repair_rate)
+
+    def look(self, term: int, page: Sequence[Owed], now: Circumstances) -> Done:
+        """Look at these and do what follows. Raises NotLeading, StoreUnavailable, RedisError."""
+        done = Done(looked=len(page))
+        if not page:
+            return done
+        deadline = self._redis_time() + _DEADLINE
+        sightings = self._broker.presence(page)
+        older = self._older_lives(sightings)
+        sightings = {
+            token: Sighting(Presence.ABSENT, f"older:{s.other}") if s.other in older else s
+            for token, s in sightings.items()
+        }
+        missing = [o.token for o in page if sightings[o.token].presence is not Presence.WAITING]
+        ended = self._store.tombstones(self._source, missing)
+        decided = [
+            (owed, sightings[owed.token], self._decide(owed, sightings[owed.token], ended, now))
+            for owed in page
+        ]
+        self._note(term, decided, now, done)
+        self._close(term, decided, done)
+        self._void(term, decided, done)
+        lost = [
+            (owed, self._cause(owed, now))
+            for owed, _, decision in decided
+            if decision.verdict is Verdict.RESTORE
+        ]
+        lost = self._brake(lost, now, done)
+        self._restore(term, lost, older, deadline, done)
+        return done
+
+    def _redis_time(self) -> float:
+        seconds, micros = self._client.time()
+        return float(seconds) + float(micros) / 1e6
+
+    def _older_lives(self, sightings: Mapping[UUID, Sighting]) -> dict[UUID, Outcome]:
+        """Which of the deliveries that stand in another's place have ended: they may be replaced."""
+        others = [s.other for s in sightings.values() if s.other is not None]
+        return dict(self._store.tombstones(self._source, others)) if others else {}
+
+    def _cause(self, owed: Owed, now: Circumstances) -> Cause:
+        if owed.suspected in (Cause.WORKER, Cause.UNTRUSTED, Cause.PUSH):
+            return owed.suspected
+        cause = now.cause_of(owed)
+        if cause is Cause.UNEXPLAINED and owed.suspected is not None:
+            return owed.suspected  # the cause that was known at the first look
+        return cause
+
+    def _decide(
+        self, owed: Owed, seen: Sighting, ended: Mapping[UUID, Outcome], now: Circumstances
+    ) -> Decision:
+        cause = self._cause(owed, now)
+        unchanged = owed.suspected is not None and (
+            owed.suspected_mark == seen.mark or owed.suspected in (Cause.WORKER, Cause.PUSH)
+        )
+        holder = Holder.NOBODY
+        if owed.claim_number is not None:
+            live = owed.claim_live or owed.token in now.listed
+            holder = Holder.LIVE if live else Holder.DEAD
+        return decide(
+            Case(
+                presence=seen.presence,
+                holder=holder,
+                tombstone=ended.get(owed.token),
+                listed=owed.token in now.listed,
+                cause=cause,
+                seen_for=owed.suspected_for if unchanged else None,
+                grace=self._grace(cause, owed),
+                judgeable=now.judgeable,
+                trusted=now.trusts(owed.queue, owed.age),
+                held=now.holds(owed.queue),
+                hold_unexplained=self._settings.unexplained == "hold",
+                expired=owed.expired,
+                announced=owed.claim_announced,
+                crashes=owed.crashes,
+                crash_budget=self._settings.crash_budget,
+            )
+        )
+
+    def _grace(self, cause: Cause, owed: Owed) -> float:
+        if owed.suspected is Cause.WORKER:
+            return 0.0  # its worker's death was seen: that was the first look
+        if owed.suspected is Cause.PUSH:
+            return 0.0  # its producer said that it did not push it
+        young = self._settings.push_deadline - owed.age
+        if cause is Cause.INCIDENT:
+            return max(self._settings.loss_grace, young)
+        return max(self._settings.grace, young)
+
+    def _note(
+        self,
+        term: int,
+        decided: Sequence[tuple[Owed, Sighting, Decision]],
+        now: Circumstances,
+        done: Done,
+    ) -> None:
+        """Write down who is suspected, and who is not any more."""
+        suspects = []
+        clear = []
+        for owed, seen, decision in decided:
+            if seen.presence is Presence.ABSENT:
+                done.absent += 1
+            if decision.verdict is Verdict.HOLD:
+                done.held += 1
+            elif decision.verdict is Verdict.WAIT and not decision.clear:
+                done.waiting += 1
+            if decision.clear and owed.suspected is not None:
+                clear.append(owed.token)
+            elif decision.suspect and (
+                owed.suspected is None or owed.suspected_mark != seen.mark
+            ):
+                suspects.append((owed.token, self._cause(owed, now), seen.mark))
+        self._store.clear(term, self._source, clear)
+        self._store.suspect(term, self._source, suspects)
+        if suspects:
+            logger.debug("%d deliveries are absent for the first time", len(suspects))
+
+    def _close(
+        self, term: int, decided: Sequence[tuple[Owed, Sighting, Decision]], done: Done
+    ) -> None:
+        closings = [
+            Closing(
+                owed.token,
+                decision.outcome,
+                decision.reason if decision.outcome is not Outcome.COMPLETED else None,
+            )
+            for owed, _, decision in decided
+            if decision.verdict in (Verdict.CLOSE, Verdict.BURY) and decision.outcome is not None
+        ]
+        if not closings:
+            return
+        self._store.close_owed(term, self._source, closings)
+        for owed, _, decision in decided:
+            if decision.verdict is Verdict.BURY:
+                done.buried += 1
+                logger.error("job %r is dead: %s", owed.job_id, decision.reason)
+            elif decision.verdict is Verdict.CLOSE and decision.outcome is not None:
+                done.closed[decision.outcome] += 1
+                logger.info("job %r closed: %s", owed.job_id, decision.reason)
+
+    def _void(
+        self, term: int, decided: Sequence[tuple[Owed, Sighting, Decision]], done: Done
+    ) -> None:
+        voids = []
+        for owed, _, decision in decided:
+            if decision.verdict is Verdict.REQUEUE and owed.claim_number is not None:
+                charge = not owed.claim_announced
+                voids.append(
+                    Void(owed.token, owed.claim_number, charge, self._backoff(owed, charge))
+                )
+        if voids:
+            voided = self._store.void(term, self._source, voids)
+            done.requeued += len(voided)
+            logger.warning("%d claims of dead workers taken away", len(voided))
+
+    def _backoff(self, owed: Owed, charge: bool) -> float:
+        if not charge:
+            return 0.0
+        waits = self._settings.crash_backoff
+        return waits[min(owed.crashes, len(waits) - 1)]
+
+    def _brake(
+        self, lost: list[tuple[Owed, Cause]], now: Circumstances, done: Done
+    ) -> list[tuple[Owed, Cause]]:
+        unexplained = Counter(owed.queue for owed, cause in lost if cause is Cause.UNEXPLAINED)
+        held = {queue for queue, count in unexplained.items() if now.too_many(queue, count)}
+        kept = [(owed, cause) for owed, cause in lost if owed.queue not in held]
+        done.held += len(lost) - len(kept)
+        return kept
+
+    def _restore(
+        self,
+        term: int,
+        lost: Sequence[tuple[Owed, Cause]],
+        older: Mapping[UUID, Outcome],
+        deadline: float,
+        done: Done,
+    ) -> None:
+        if not lost:
+            return
+        if self._settings.mode == "observe":
+            done.held += len(lost)
+            logger.warning("observing: %d deliveries would be put back", len(lost))
+            return
+        losses = [pair for pair in lost if pair[1] in _LOSSES]
+        repairs = [pair for pair in lost if pair[1] not in _LOSSES]
+        for bucket, wanted in ((self._repairs, repairs), (self._losses, losses)):
+            granted = bucket.take(min(len(wanted), _SLICE))
+            done.waiting += len(wanted) - granted
+            done.throttled += len(wanted) - granted
+            chosen = list(round_robin(wanted, lambda pair: pair[0].queue))[:granted]
+            if chosen:
+                self._put_back(term, chosen, older, deadline, done)
+
+    def _put_back(
+        self,
+        term: int,
+        chosen: Sequence[tuple[Owed, Cause]],
+        older: Mapping[UUID, Outcome],
+        deadline: float,
+        done: Done,
+    ) -> None:
+        causes = {owed.token: (owed, cause) for owed, cause in chosen}
+        ready = [
+            replace(
+                restorable,
+                replaces=frozenset(older),
+                takeover=causes[restorable.token][0].suspected is Cause.WORKER,
+            )
+            for restorable in self._store.envelopes(self._source, list(causes))
+        ]
+        order = {owed.token: nth for nth, (owed, _) in enumerate(chosen)}
+        ready.sort(key=lambda restorable: order[restorable.token])
+        answers = self._broker.restore(ready, deadline=deadline)
+        back = [token for token, answer in answers.items() if answer is Restored.RESTORED]
+        there = [token for token, answer in answers.items() if answer is Restored.PRESENT]
+        expired = [token for token, answer in answers.items() if answer is Restored.EXPIRED]
+        self._store.restored(term, self._source, back)
+        self._store.clear(term, self._source, there)
+        self._store.close_owed(
+            term,
+            self._source,
+            [Closing(token, Outcome.CANCELLED, "its time to live is over") for token in expired],
+        )
+        for token in back:
+            done.restored[causes[token][1]] += 1
+        for token, answer in answers.items():
+            if answer in (Restored.UNREADABLE, Restored.ERROR, Restored.CHANGED):
+                logger.warning("job %r was not put back: %s", causes[token][0].job_id, answer)
+        if back:
+            logger.warning(
+                "%d jobs put back (%s)",
+                len(back),
+                ", ".join(sorted({causes[token][1].value for token in back})),
+            )

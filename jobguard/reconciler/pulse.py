@@ -1,0 +1,257 @@
+"""Keeping the pulse of one source, and finding out whether Redis lost data or is another Redis."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+from uuid import UUID, uuid4
+
+import redis
+
+from jobguard.job import Cause
+from jobguard.pulse import (
+    RESET,
+    TICK,
+    Reading,
+    Standing,
+    judge_pulse,
+    parse_pulse,
+    pulse_key,
+    read_pulse,
+)
+from jobguard.store import LeaderStore, SourceRow
+
+logger = logging.getLogger("jobguard")
+
+class Health(StrEnum):
+    """What one look at the pulse means for this step."""
+
+    DOWN = "down"
+    """Redis cannot be asked, or is not itself yet."""
+    STEADY = "steady"
+    LOST = "lost"
+    """It has just been seen to have lost data; the incident is written down."""
+    STOP = "stop"
+    """Touch nothing: the wrong Redis, or a Postgres that forgot."""
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """What would be different after a restart, a failover or an eviction."""
+
+    run_id: str = ""
+    replication_id: str = ""
+    role: str = ""
+    evicted: int = 0
+
+
+class PulseKeeper:
+    """The pulse of one source, while this process leads."""
+
+    def __init__(
+        self,
+        client: redis.Redis,
+        store: LeaderStore,
+        source: SourceRow,
+        installation: UUID,
+    ) -> None:
+        self._client = client
+        self._store = store
+        self._source = source
+        self._installation = installation
+        self._key = pulse_key(source.namespace)
+        self._epoch = source.pulse_epoch
+        self._n = source.pulse_n
+        self._run_id = source.run_id
+        self._topology: Topology | None = None
+        self._ticked = False
+        self._noted: UUID | None = None  # the epoch whose loss is written down
+        self._down = False
+        self._misplaced_since: float | None = None
+        self.doubts: list[Cause] = []
+        """New reasons to verify what is owed; whoever acts on them empties the list."""
+
+    @property
+    def epoch(self) -> UUID | None:
+        """The pulse's present epoch."""
+        return self._epoch
+
+    def tick(
+        self, term: int, *, place_is_sure: Callable[[float | None], bool | None], now: float
+    ) -> Health:
+        """Look at the pulse and move it on. ``now`` is monotonic.
+
+        ``place_is_sure`` is asked where the pulse is missing and this process has never seen it here:
+        True: this is the right Redis; False: it is not; None: not known yet. It is given since when
+        the pulse has been missed.
+        """
+        try:
+            self._look_at_topology()
+            if self._topology is not None and self._topology.role == "slave":
+                raise redis.ReadOnlyError("it is a replica: what is not here may be on its master")
+            standing = parse_pulse(read_pulse(self._client, self._source.namespace))
+            reading = judge_pulse(
+                standing, epoch=self._epoch, n=self._n, installation=self._installation
+            )
+            health = self._act(term, reading, standing, place_is_sure, now)
+        except redis.RedisError as error:
+            # Loading, read-only, master down, refused: it is down, never "missing".
+            if not self._down:
+                logger.warning("%s cannot be asked: %s", self._source.address, error)
+            self._down = True
+            return Health.DOWN
+        if self._down:
+            self._down = False
+            self.doubts.append(Cause.TOPOLOGY)
+            logger.info("%s answers again", self._source.address)
+        return health
+
+    def _act(
+        self,
+        term: int,
+        reading: Reading,
+        standing: Standing | None,
+        place_is_sure: Callable[[float | None], bool | None],
+        now: float,
+    ) -> Health:
+        if reading is Reading.STEADY and standing is not None:
+            self._misplaced_since = None
+            self._move(term, standing)
+            self._ticked = True
+            return Health.STEADY
+        if reading is Reading.FIRST:
+            self._begin(term, None, uuid4())
+            return Health.STEADY
+        if reading is Reading.LOST:
+            return self._lost(term, standing, place_is_sure, now)
+        self._alarm(reading)
+        return Health.STOP
+
+    def _move(self, term: int, standing: Standing) -> None:
+        if standing.n == self._n:
+            moved = self._script(
+                TICK, standing.epoch, str(standing.n), str(standing.n + 1)
+            )
+            if not moved:
+                return  # somebody else moved it: the next look says what that means
+        # Otherwise it was moved by a leader that died before it told Postgres: tell it now.
+        n = standing.n + 1 if standing.n == self._n else standing.n
+        self._store.acknowledge(
+            term,
+            self._source.id,
+            standing.epoch,
+            n,
+            run_id=self._topology.run_id if self._topology else None,
+        )
+        self._n = n
+
+    def _begin(self, term: int, standing: Standing | None, epoch: UUID) -> None:
+        """Make the pulse anew, where what was judged still stands."""
+        was = ("", "") if standing is None else (str(standing.epoch), str(standing.n))
+        made = self._script(
+            RESET, *was, str(epoch), "1", str(self._source.id), str(self._installation)
+        )
+        if not made:
+            return
+        self._store.acknowledge(
+            term,
+            self._source.id,
+            epoch,
+            1,
+            run_id=self._topology.run_id if self._topology else None,
+        )
+        self._epoch, self._n, self._ticked = epoch, 1, True
+
+    def _lost(
+        self,
+        term: int,
+        standing: Standing | None,
+        place_is_sure: Callable[[float | None], bool | None],
+        now: float,
+    ) -> Health:
+        self._misplaced_since = self._misplaced_since or now
+        seen = "missing" if standing is None else f"{standing.n} of epoch {standing.epoch}"
+        # The same server process, or one whose pulse we moved ourselves at this address: the right
+        # place. Else somebody must vouch for it before anything is pushed.
+        here = self._ticked or (
+            self._topology is not None and bool(self._run_id) and self._topology.run_id == self._run_id
+        )
+        if not here:
+            sure = place_is_sure(self._misplaced_since)
+            if sure is None:
+                return Health.DOWN
+            if not sure:
+                return Health.STOP
+        if self._noted is None or self._noted != self._epoch:
+            # First the row, then the counter: a loss must never be noticed and then forgotten.
+            self._store.open_incident(
+                term,
+                self._source.id,
+                Cause.INCIDENT,
+                f"the pulse is {seen}, postgres knows {self._n} of epoch {self._epoch}",
+                self._epoch,
+            )
+            self._noted = self._epoch
+        logger.error("%s lost data: its pulse is %s", self._source.address, seen)
+        self._begin(term, standing, uuid4())
+        self._misplaced_since = None
+        return Health.LOST
+
+    def _alarm(self, reading: Reading) -> None:
+        if reading is Reading.FOREIGN:
+            logger.error(
+                "another ledger keeps its pulse in %s: two installations share one redis and one "
+                "namespace. Nothing is put back. Give one of them another JOBGUARD_NAMESPACE.",
+                self._source.address,
+            )
+        else:
+            logger.error(
+                "the pulse in %s is ahead of postgres: postgres went back in time (a failover, a "
+                "backup). Nothing is put back until a person runs `jobguard resume --moved`.",
+                self._source.address,
+            )
+
+    def accept(self) -> None:
+        """A person said that all is well: take the pulse that stands in Redis for ours."""
+        standing = parse_pulse(read_pulse(self._client, self._source.namespace))
+        if standing is not None:
+            self._epoch, self._n = standing.epoch, standing.n
+
+    def _look_at_topology(self) -> None:
+        seen = Topology()
+        try:
+            info: dict[str, Any] = {}
+            for section in ("server", "replication", "stats"):
+                info.update(self._client.info(section))
+            seen = Topology(
+                run_id=str(info.get("run_id", "")),
+                replication_id=str(info.get("master_replid", "")),
+                role=str(info.get("role", "")),
+                evicted=int(info.get("evicted_keys", 0)),
+            )
+        except redis.ResponseError:
+            return  # INFO is forbidden here: the pulse and the sweep must do
+        before, self._topology = self._topology, seen
+        if before is None:
+            if self._run_id and self._run_id != seen.run_id:
+                self.doubts.append(Cause.TOPOLOGY)
+            return
+        if (before.run_id, before.replication_id, before.role) != (
+            seen.run_id,
+            seen.replication_id,
+            seen.role,
+        ):
+            self.doubts.append(Cause.TOPOLOGY)
+        if seen.evicted > before.evicted:
+            self.doubts.append(Cause.EVICTION)
+            logger.error(
+                "%s evicted %d keys: set maxmemory-policy to noeviction",
+                self._source.address,
+                seen.evicted - before.evicted,
+            )
+
+    def _script(self, text: str, *arguments: Any) -> bool:
+        return bool(self._client.eval(text, 1, self._key, *(str(a) for a in arguments)))

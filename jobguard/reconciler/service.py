@@ -1,0 +1,302 @@
+"""The reconciler's process: finds its sources, leads or stands by, and never dies of an error."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import entry_points
+from typing import Any
+from uuid import UUID
+
+import redis
+import tenacity
+
+from jobguard.adapter import Adapter, Source
+from jobguard.clients import address_of, client_from_url
+from jobguard.errors import JobguardError, NotLeading, StoreUnavailable, WrongInstallation
+from jobguard.job import new_token
+from jobguard.reconciler.leader import Leadership
+from jobguard.reconciler.look import Done
+from jobguard.reconciler.watch import Watch
+from jobguard.settings import Settings
+from jobguard.store import Brake, LeaderStore, SourceRow
+from jobguard.store.leader import PostgresLeaderStore
+
+logger = logging.getLogger("jobguard")
+
+Clients = Mapping[str, Callable[[], redis.Redis]]
+"""How to reach each Redis, by its address."""
+
+_CLIENT_TIMEOUT = 2.0
+_STEP = 0.1
+"""Seconds between two steps when nothing is urgent."""
+_SOURCES = 1.0
+"""Seconds between two looks for new sources."""
+_HOUSEKEEPING = 5.0
+_ROTATE = 3600.0
+
+
+class Service:
+    """One reconciler process of one namespace."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        conninfo: Callable[[], str],
+        clients: Clients,
+        *,
+        store: Callable[[UUID], LeaderStore] | None = None,
+    ) -> None:
+        self._settings = settings
+        self._clients = clients
+        self._holder = new_token()
+        make = store or (
+            lambda holder: PostgresLeaderStore(conninfo, settings.namespace, holder, settings)
+        )
+        self._store = make(self._holder)
+        # The lease is kept on a connection of its own: a long look must not cost it.
+        self._lease_store = make(self._holder)
+        self._leadership = Leadership(self._lease_store, lease=settings.lease)
+        self._watches: dict[int, Watch] = {}
+        self._unreachable: set[int] = set()
+        self._adapters: dict[str, Adapter | None] = {}
+        self._stop = threading.Event()
+        self._due: dict[str, float] = {}
+        self._misplaced: str | None = None
+        self._term_watched: int | None = None
+
+    # -- for ever, or once -------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Lead or stand by until stopped."""
+        self._leadership.start()
+        backoff = tenacity.Retrying(
+            wait=tenacity.wait_random_exponential(multiplier=0.2, max=5.0),
+            retry=tenacity.retry_if_exception_type(Exception),
+            stop=tenacity.stop_when_event_set(self._stop),
+            sleep=self._stop.wait,
+            before_sleep=self._tell,
+            reraise=False,
+        )
+        try:
+            while not self._stop.is_set():
+                try:
+                    backoff(self._lead_a_little)
+                except tenacity.RetryError:
+                    break
+        finally:
+            self._leadership.stop()
+            self._close()
+
+    def stop(self) -> None:
+        """Finish the step at hand, resign, and return from run()."""
+        self._stop.set()
+
+    @staticmethod
+    def _tell(state: tenacity.RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome else None
+        if isinstance(error, StoreUnavailable):
+            logger.warning("postgres: %s; trying again", error)
+        elif isinstance(error, JobguardError):
+            logger.error("%s; trying again", error)
+        else:
+            logger.error("a step failed; trying again", exc_info=error)
+
+    def _lead_a_little(self) -> None:
+        """Lead, a step at a time, until something goes wrong or we are told to stop."""
+        while not self._stop.is_set():
+            if not self._leadership.wait(timeout=1.0):
+                self._stand_down()
+                continue
+            try:
+                busy = self.step()
+            except NotLeading as error:
+                logger.warning("%s", error)
+                self._stand_down()
+                continue
+            if not busy:
+                self._stop.wait(_STEP)
+
+    def once(self) -> dict[str, Any]:
+        """Make one pass: until everything owed was looked at twice where needed, then resign.
+
+        A worker's death takes ``worker_timeout`` to be sure of; this waits for it where a worker that
+        holds claims is silent.
+        """
+        self._leadership.seek()
+        try:
+            if not self._leadership.leads:
+                return {"leads": False, **Done().counts()}
+            self._leadership.start()
+            longest = 3 * self._settings.worker_timeout + self._settings.grace
+            deadline = time.monotonic() + longest
+            while time.monotonic() < deadline and not self._stop.is_set():
+                if not self.step():
+                    self._stop.wait(_STEP)
+                if self._misplaced or all(watch.settled for watch in self._watches.values()):
+                    break
+            total = Done()
+            for watch in self._watches.values():
+                total += watch.done
+            return {"leads": True, "misplaced": self._misplaced, **total.counts()}
+        except NotLeading:
+            return {"leads": False, **Done().counts()}
+        finally:
+            self._leadership.stop()
+            self._close()
+
+    # -- one step ----------------------------------------------------------------------------------
+
+    def step(self) -> bool:
+        """Let every source have its step; True if the next should follow at once."""
+        term = self._leadership.term
+        if self._term_watched != term:
+            # What another leader did meanwhile is not known here: begin with fresh eyes.
+            self._watches.clear()
+            self._due.clear()
+            self._term_watched = term
+        now = time.monotonic()
+        brake = self._store.brake(term)
+        if now >= self._due.get("sources", 0.0):
+            self._due["sources"] = now + _SOURCES
+            self._look_for_sources()
+        if self._misplaced:
+            return False
+        for watch in self._watches.values():
+            watch.step(self._leadership.term, brake)
+        self._housekeeping(now)
+        return any(watch.busy for watch in self._watches.values())
+
+    def _look_for_sources(self) -> None:
+        identity = self._store.identity()
+        self._misplaced = self._out_of_place(identity)
+        if self._misplaced:
+            return
+        installation = UUID(str(identity["id"]))
+        for row in self._store.sources():
+            if row.id not in self._watches:
+                self._watch(row, installation)
+
+    def _out_of_place(self, identity: Mapping[str, str | None]) -> str | None:
+        """Why nothing may be put back with this database, if so."""
+        wanted = self._settings.installation
+        if wanted is not None and identity["name"] != wanted:
+            raise WrongInstallation(
+                f"this database is installation {identity['name']!r}, "
+                f"JOBGUARD_INSTALLATION says {wanted!r}"
+            )
+        for what, was, now in (
+            ("server", identity["system_identifier"], identity["system_now"]),
+            ("database", identity["database_oid"], identity["database_now"]),
+        ):
+            if was is not None and now is not None and was != now:
+                reason = (
+                    f"this database is a copy: it stood in {what} {was}, now in {now}. Nothing is "
+                    "put back. If it was moved here for good: `jobguard resume --moved`"
+                )
+                if self._misplaced != reason:
+                    logger.error("%s", reason)
+                return reason
+        return None
+
+    def _watch(self, row: SourceRow, installation: UUID) -> None:
+        adapter = self._adapter(row.library)
+        client = self._client(row)
+        if adapter is None or client is None:
+            return
+        source = Source(row.namespace, row.library, row.address, row.prefix, row.name)
+        self._watches[row.id] = Watch(
+            client,
+            adapter.broker(source, client),
+            self._store,
+            row,
+            installation,
+            self._settings,
+            named=self._settings.installation is not None,
+        )
+        logger.info("watching %s", source)
+
+    def _adapter(self, library: str) -> Adapter | None:
+        if library not in self._adapters:
+            found = [e for e in entry_points(group="jobguard.adapters") if e.name == library]
+            self._adapters[library] = found[0].load()() if found else None
+            if not found:
+                logger.error("there is no adapter for %r here: install jobguard[%s]", library, library)
+        return self._adapters[library]
+
+    def _client(self, row: SourceRow) -> redis.Redis | None:
+        make = self._clients.get(row.address) or self._clients.get(row.name or "")
+        if make is not None:
+            return make()
+        if self._clients:
+            if row.id not in self._unreachable:
+                self._unreachable.add(row.id)
+                logger.error(
+                    "no redis URL was given for %s (given: %s); it is not watched. "
+                    "Add it to --redis or JOBGUARD_REDIS_URL",
+                    row.address,
+                    ", ".join(self._clients),
+                )
+            return None
+        # No URL at all: the address as it stands, which has no password.
+        place = row.address
+        url = place if place.startswith("unix:") else f"redis://{place}"
+        return client_from_url(url.replace("unix:", "unix://"), timeout=_CLIENT_TIMEOUT)
+
+    def _housekeeping(self, now: float) -> None:
+        if now >= self._due.get("rotate", 0.0):
+            self._due["rotate"] = now + _ROTATE
+            dropped = self._store.rotate(retention=self._settings.retention)
+            if dropped:
+                logger.info("%d partitions of history dropped", dropped)
+        if now >= self._due.get("vacuum", 0.0):
+            self._due["vacuum"] = now + _HOUSEKEEPING
+            self._store.vacuum()
+
+    def _stand_down(self) -> None:
+        self._watches.clear()
+        self._term_watched = None
+
+    def _close(self) -> None:
+        self._store.close()
+        self._lease_store.close()
+
+
+def clients_from_urls(urls: Sequence[str]) -> Clients:
+    """Name each URL by its address. ``name=URL`` gives it the name of a source instead."""
+    made: dict[str, Callable[[], redis.Redis]] = {}
+    for given in urls:
+        name, separator, url = given.partition("=")
+        if not separator or "://" in name:
+            name, url = "", given
+        address = address_of(redis.Redis.from_url(url))
+        made[name or address] = _maker(url)
+    return made
+
+
+def _maker(url: str) -> Callable[[], redis.Redis]:
+    return lambda: client_from_url(url, timeout=_CLIENT_TIMEOUT)
+
+
+def run_once(
+    settings: Settings, conninfo: Callable[[], str], clients: Clients
+) -> dict[str, Any]:
+    """Make one pass, unless another process leads; returns what was done."""
+    return Service(settings, conninfo, clients).once()
+
+
+def run(
+    settings: Settings, conninfo: Callable[[], str], redis_urls: Sequence[str], *, once: bool
+) -> dict[str, Any]:
+    """Run a reconciler in this process: one pass, or until SIGTERM or SIGINT."""
+    service = Service(settings, conninfo, clients_from_urls(redis_urls))
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda _number, _frame: service.stop())
+    if once:
+        return service.once()
+    service.run()
+    return {}

@@ -1,0 +1,449 @@
+"""Watching one source, in steps small enough that the pulse and the lease always have their turn."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from uuid import UUID
+
+import redis
+
+from jobguard.adapter import Broker
+from jobguard.job import Cause, Owed, Presence, token_at
+from jobguard.pulse import beat_key
+from jobguard.reconciler.brake import AutomaticHold
+from jobguard.reconciler.liveness import Judgement, Liveness
+from jobguard.reconciler.look import Circumstances, Done, Looker
+from jobguard.reconciler.pulse import Health, PulseKeeper
+from jobguard.reconciler.trust import Trust
+from jobguard.settings import Settings
+from jobguard.store import Brake, LeaderStore, SourceRow, WorkerRow
+
+logger = logging.getLogger("jobguard")
+
+_POLL = 0.5
+"""Seconds between two polls of the workers' beats."""
+_CONSUMERS = 2.0
+"""Seconds between two looks at who consumes which queue."""
+_FRESH = 5.0
+"""Seconds between two looks at what was recorded in the last minute."""
+_YOUNG = 60.0
+_WATCHED = 2000
+"""Suspects looked at in one step."""
+_VERIFY_AGAIN = (10.0, 60.0)
+"""Seconds after a change of topology at which everything owed is looked at once more."""
+_FORGET = 900.0
+"""A worker that is gone is remembered this long: RQ's registry still names it."""
+_ASK_ABOUT_PLACE = 10.0
+"""Seconds in which a worker of before should have beaten, if there is one."""
+
+
+@dataclass(slots=True)
+class _Lap:
+    """A walk over everything owed, page by page."""
+
+    after: UUID | None = None
+    began: float = 0.0
+    pages: int = 0
+    running: bool = False
+
+
+class Watch:
+    """One source, while this process leads."""
+
+    def __init__(
+        self,
+        client: redis.Redis,
+        broker: Broker,
+        store: LeaderStore,
+        source: SourceRow,
+        installation: UUID,
+        settings: Settings,
+        *,
+        named: bool,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._client = client
+        self._broker = broker
+        self._store = store
+        self.source = source
+        self._settings = settings
+        self._named = named
+        self._clock = clock
+        self._pulse = PulseKeeper(client, store, source, installation)
+        self._liveness = Liveness(settings.worker_timeout)
+        self._looker = Looker(client, broker, store, source.id, settings)
+        self._auto = AutomaticHold(count=settings.brake_count, share=settings.brake_share)
+        self._trust = Trust(source.id, watching_since=store.now())
+        self._trust.load(store.queues(source.id))
+        self._workers: Sequence[WorkerRow] = ()
+        self._judgement: Judgement | None = None
+        self._brake = Brake()
+        self._owed: Mapping[str, int] = {}
+        self._lap = _Lap()
+        self._laps_done = 0
+        self._due: dict[str, float] = {}
+        self._verify_at: list[float] = []
+        self._doubt_until: dict[Cause, float] = {}
+        self._incident_at: float | None = None
+        self._incident: int | None = None
+        self._health = Health.STEADY
+        self._watched_after: UUID | None = None
+        self._deaths: dict[str, float] = {}  # queue -> when a consumer of it last died or left
+        self._gone: set[UUID] = set()
+        self._asked = False
+        self._pending = 0
+        self.done = Done()
+        self._resume_incidents()
+
+    def _resume_incidents(self) -> None:
+        """What an earlier leader had begun is finished by this one."""
+        for incident in self._store.incidents(self.source.id):
+            if incident.cause is Cause.INCIDENT:
+                logger.warning("resuming incident %d: %s", incident.id, incident.detail)
+                self._begin_incident(self._clock() - incident.age, incident.id)
+
+    def _begin_incident(self, at: float, incident: int | None) -> None:
+        self._incident_at = at
+        self._incident = incident
+        self._lap = _Lap(running=True, began=self._clock())
+        self._due["watched"] = 0.0
+
+    @property
+    def busy(self) -> bool:
+        """Whether the next step should follow at once."""
+        return self._lap.running and self._incident_at is not None
+
+    @property
+    def settled(self) -> bool:
+        """Whether everything owed has been looked at and nothing waits for another look."""
+        return (
+            self._laps_done > 0
+            and self._incident_at is None
+            and self._judgement is not None
+            and not self._someone_may_be_dead()
+            and not self._pending
+        )
+
+    def _someone_may_be_dead(self) -> bool:
+        """Whether a worker that holds claims has not been heard of since we began to listen."""
+        silent = self._judgement.silent if self._judgement else frozenset()
+        return any(row.claims for row in self._workers if row.id in silent)
+
+    # -- one step ----------------------------------------------------------------------------------
+
+    def step(self, term: int, brake: Brake) -> None:
+        """Do what is due. Raises NotLeading, StoreUnavailable; Redis' errors are a state."""
+        self._see_brake(brake)
+        now = self._clock()
+        health = self._tick(term, now)
+        if health is Health.LOST:
+            self._loss(now)
+        try:
+            self._poll(term, now, health)
+            if health in (Health.DOWN, Health.STOP):
+                return
+            self._doubts(now)
+            self._consumers(term, now)
+            self._look_at_watched(term, now)
+            self._look_at_young(term, now)
+            self._walk(term, now)
+        except redis.RedisError as error:
+            logger.warning("%s failed in the middle of a look: %s", self.source.address, error)
+
+    def _see_brake(self, brake: Brake) -> None:
+        if self._asked and not brake.holds(self.source.id, "*"):
+            logger.warning("a person said that this is the right redis")
+        released = {
+            queue for queue in self._owed if self._brake.holds(self.source.id, queue)
+        } - {queue for queue in self._owed if brake.holds(self.source.id, queue)}
+        for queue in released:
+            self._auto.forget(queue)
+        self._brake = brake
+
+    def _tick(self, term: int, now: float) -> Health:
+        if now < self._due.get("tick", 0.0):
+            return Health.STEADY if self._health is Health.LOST else self._health
+        self._due["tick"] = now + self._settings.pulse_interval
+        self._health = self._pulse.tick(
+            term, place_is_sure=partial(self._place_is_sure, term), now=now
+        )
+        return self._health
+
+    def _place_is_sure(self, term: int, missed_since: float | None) -> bool | None:
+        """The pulse is missing, and we never saw it here: is this the Redis of this ledger?
+
+        A worker of before that sees no pulse either says yes; one that sees the old pulse alive says
+        that we are in the wrong place. In a named installation the name has been compared. Otherwise
+        a person is asked: an empty Redis beside a copied database looks just the same.
+        """
+        for row in self._workers:
+            if row.left or row.dead or self._judgement is None:
+                continue
+            if row.id not in self._judgement.live or row.id in self._judgement.silent:
+                continue
+            if row.pulse is not None and row.pulse[0] == self._pulse.epoch:
+                logger.error(
+                    "workers see a living pulse where this reconciler sees none: it is connected "
+                    "to the wrong redis (%s). Nothing is put back.",
+                    self.source.address,
+                )
+                return False
+            return True
+        if self._named:
+            return True
+        if self._asked:
+            return None if self._brake.holds(self.source.id, "*") else True
+        if missed_since is None or self._clock() - missed_since < _ASK_ABOUT_PLACE:
+            return None
+        self._asked = True
+        reason = (
+            "redis lost its pulse and no worker of before is alive to say that it is the right one"
+        )
+        self._store.hold(term, self.source.id, "*", reason)
+        logger.error("%s; nothing is put back. If it is the right one: `jobguard resume`", reason)
+        return None
+
+    def _loss(self, now: float) -> None:
+        self._liveness.interrupted(now)
+        self._trust.registry_lost(self._store.now())
+        incidents = [
+            i for i in self._store.incidents(self.source.id) if i.cause is Cause.INCIDENT
+        ]
+        self._begin_incident(now, incidents[-1].id if incidents else None)
+
+    # -- workers -----------------------------------------------------------------------------------
+
+    def _poll(self, term: int, now: float, health: Health) -> None:
+        if now < self._due.get("poll", 0.0):
+            return
+        self._due["poll"] = now + _POLL
+        self._workers = self._store.workers(self.source.id)
+        present = [row.id for row in self._workers if not row.left and not row.dead]
+        beats: dict[UUID, int] | None = {}
+        try:
+            if health in (Health.DOWN, Health.STOP):
+                beats = None
+            elif present:
+                answers = self._client.mget([beat_key(id) for id in present])
+                beats = {
+                    id: int(answer)
+                    for id, answer in zip(present, answers, strict=True)
+                    if answer is not None
+                }
+        except redis.RedisError:
+            beats = None
+        self._judgement = self._liveness.poll(now, self._workers, beats)
+        if self._judgement.dead:
+            self._store.declare_dead(term, self._judgement.dead)
+        self._mourn(term, now)
+
+    def _mourn(self, term: int, now: float) -> None:
+        assert self._judgement is not None
+        dead = set(self._judgement.dead)
+        for row in self._workers:
+            if (row.id in dead or row.dead or row.left) and row.id not in self._gone:
+                self._gone.add(row.id)
+                self._deaths.update((queue, now) for queue in row.queues)
+                self._due["watched"] = 0.0
+                if row.id in dead:
+                    logger.error(
+                        "worker %s (%s, pid %d) is dead: silent for %.0f s with %d claims",
+                        row.name or row.id,
+                        row.host,
+                        row.pid,
+                        self._settings.worker_timeout,
+                        row.claims,
+                    )
+        if now >= self._due.setdefault("forget", now + _POLL * 100):
+            self._due["forget"] = now + _POLL * 100
+            old = token_at(self._store.now() - _FORGET)
+            gone = [row.id for row in self._workers if (row.left or row.dead) and row.id < old]
+            self._store.forget(term, gone)
+
+    def _consumers(self, term: int, now: float) -> None:
+        if now < self._due.get("consumers", 0.0):
+            return
+        self._due["consumers"] = now + _CONSUMERS
+        self._owed = self._store.count(self.source.id)
+        guarded: dict[str, set[str]] = {}
+        for row in self._workers:
+            for queue in row.queues:
+                guarded.setdefault(queue, set()).add(row.name)
+        changed = self._trust.observe(
+            self._store.now(),
+            self._broker.consumers(),
+            {queue: frozenset(names) for queue, names in guarded.items()},
+            self._owed,
+        )
+        self._store.trust(term, changed)
+        for row_changed in changed:
+            if row_changed.unguarded:
+                logger.error(
+                    "queue %r has unguarded consumers (%s): its jobs are recorded, not recovered",
+                    row_changed.queue,
+                    ", ".join(row_changed.unguarded),
+                )
+        for queue in self._trust.to_vouch_for():
+            self._vouch(term, queue)
+
+    def _vouch(self, term: int, queue: str) -> None:
+        """Look at what was recorded before anybody watched this queue: the absent is not ours to judge."""
+        clean_since = self._trust.rows[queue].clean_since or 0.0
+        after: UUID | None = None
+        strangers = 0
+        while page := self._store.page(self.source.id, after=after, limit=self._settings.page):
+            after = page[-1].token
+            older = self._store.now() - clean_since
+            old = [
+                owed
+                for owed in page
+                if owed.queue == queue and owed.age > older and owed.claim_number is None
+            ]
+            seen = self._broker.presence(old) if old else {}
+            absent = [
+                (owed.token, Cause.UNTRUSTED, seen[owed.token].mark)
+                for owed in old
+                if seen[owed.token].presence is Presence.ABSENT
+            ]
+            strangers += len(absent)
+            self._store.suspect(term, self.source.id, absent)
+        self._store.trust(term, [self._trust.vouched(queue)])
+        logger.info("queue %r is trusted", queue)
+        if strangers:
+            logger.error(
+                "%d jobs of queue %r were absent before it was trusted: an unguarded worker may "
+                "have run them; they are not recovered",
+                strangers,
+                queue,
+            )
+
+    # -- looks -------------------------------------------------------------------------------------
+
+    def _circumstances(self, term: int, now: float) -> Circumstances:
+        assert self._judgement is not None
+        live = self._judgement.live
+        listed = {token for row in self._workers if row.id in live for token in row.lists}
+        here = self._store.now()
+        return Circumstances(
+            judgeable=not self._judgement.unflushed and not self._judgement.silent,
+            listed=listed,
+            trusts=lambda queue, age: self._trust.trusts(queue, here - age),
+            holds=lambda queue: self._brake.holds(self.source.id, queue),
+            cause_of=lambda owed: self._cause_of(owed, now),
+            too_many=lambda queue, count: self._too_many(term, queue, count),
+        )
+
+    def _cause_of(self, owed: Owed, now: float) -> Cause:
+        if self._incident_at is not None and owed.age > now - self._incident_at:
+            return Cause.INCIDENT
+        for cause, until in self._doubt_until.items():
+            if now < until:
+                return cause
+        death = self._deaths.get(owed.queue)
+        if death is not None and now - death < owed.age:
+            return Cause.WORKER  # popped, and gone with the worker before it was claimed
+        if owed.age < _YOUNG + self._settings.grace:
+            return Cause.PUSH
+        return Cause.UNEXPLAINED
+
+    def _too_many(self, term: int, queue: str, count: int) -> bool:
+        if not self._auto.exceeded(queue, count, self._owed.get(queue, 0)):
+            return False
+        reason = "too many jobs are absent without a cause"
+        self._store.hold(term, self.source.id, queue, reason)
+        logger.error(
+            "queue %r is held: %s. Look what deleted them, then `jobguard resume --queue %s`",
+            queue,
+            reason,
+            queue,
+        )
+        self._auto.forget(queue)
+        return True
+
+    def _doubts(self, now: float) -> None:
+        """A change of topology, an eviction: look at everything now, and again a little later."""
+        while self._pulse.doubts:
+            cause = self._pulse.doubts.pop()
+            self._doubt_until[cause] = now + _VERIFY_AGAIN[-1] + self._settings.sweep_interval
+            self._verify_at = [now, *(now + wait for wait in _VERIFY_AGAIN)]
+            logger.info("everything owed is verified: %s", cause.value)
+        if self._verify_at and now >= self._verify_at[0] and not self._lap.running:
+            self._verify_at.pop(0)
+            self._lap = _Lap(running=True, began=now)
+
+    def _look_at_watched(self, term: int, now: float) -> None:
+        if now < self._due.get("watched", 0.0):
+            return
+        page = self._store.watched(self.source.id, after=self._watched_after, limit=_WATCHED)
+        done = self._looker.look(term, page, self._circumstances(term, now))
+        first, last = self._watched_after is None, len(page) < _WATCHED
+        if not done.throttled:
+            # What waits for the limiter keeps its place, and with it the order of recording.
+            self._watched_after = None if last else page[-1].token
+        self._pending = done.waiting + (0 if last else 1)
+        self._count(term, done, first and last)
+        at_once = done.requeued or done.restored or not last
+        self._due["watched"] = now + (0.0 if at_once else self._settings.loss_grace / 4)
+
+    def _count(self, term: int, done: Done, whole: bool) -> None:
+        self.done += done
+        if self._incident_at is None or self._lap.running:
+            return
+        # The loss is dealt with when a whole walk is over and nobody is suspected for it any more.
+        over = whole and not (done.waiting or done.held or done.restored or done.requeued)
+        if self._incident is not None and (over or done.restored[Cause.INCIDENT]):
+            self._store.progress(
+                term,
+                self._incident,
+                missing=0,
+                restored=done.restored[Cause.INCIDENT],
+                close=over,
+            )
+        if over:
+            self._incident_at = self._incident = None
+            logger.warning("the loss is dealt with")
+
+    def _look_at_young(self, term: int, now: float) -> None:
+        """What was recorded in the last minute: a producer may have died before its push."""
+        if now < self._due.get("young", 0.0) or self._lap.running:
+            return
+        self._due["young"] = now + _FRESH
+        after: UUID | None = token_at(self._store.now() - _YOUNG)
+        page = self._store.page(self.source.id, after=after, limit=self._settings.page)
+        old_enough = [owed for owed in page if owed.age > self._settings.push_deadline]
+        self.done += self._looker.look(term, old_enough, self._circumstances(term, now))
+
+    def _walk(self, term: int, now: float) -> None:
+        """One page of the walk over everything owed; without a loss, spread over sweep_interval."""
+        if not self._lap.running:
+            if now < self._due.get("lap", 0.0):
+                return
+            self._lap = _Lap(running=True, began=now)
+        if self._incident_at is None and now < self._due.get("page", 0.0):
+            return
+        page = self._store.page(self.source.id, after=self._lap.after, limit=self._settings.page)
+        done = self._looker.look(term, page, self._circumstances(term, now))
+        self.done += done
+        if self._incident is not None:
+            self._store.progress(
+                term,
+                self._incident,
+                missing=done.absent,
+                restored=done.restored[Cause.INCIDENT],
+                close=False,
+            )
+        self._lap.pages += 1
+        pages = max(1, sum(self._owed.values()) // self._settings.page + 1)
+        self._due["page"] = now + self._settings.sweep_interval / pages / 2
+        if len(page) < self._settings.page:
+            self._lap.running = False
+            self._lap.after = None
+            self._laps_done += 1
+            self._due["lap"] = self._lap.began + self._settings.sweep_interval
+            self._due["watched"] = 0.0
+        else:
+            self._lap.after = page[-1].token

@@ -1,0 +1,92 @@
+"""What looks like a secret is taken out of a text before it is kept or shown.
+
+Errors carry arguments, URLs and headers, and Postgres carries them on to backups and replicas. Not
+a guarantee: a secret that looks like any other word stays.
+"""
+
+from __future__ import annotations
+
+import re
+
+LIMIT = 5_000
+"""Characters kept of one text."""
+HEAD = 1_800
+"""Of these from its beginning; the end says more of a traceback."""
+MASK = "***"
+
+# Longer texts are cut to this before anything is looked for, so that time is bounded.
+_WINDOW = 100_000
+
+# Every repetition below is bounded, most are possessive (…}+), and none can be entered from two
+# sides: time grows with the length of the text, whatever the text is.
+_SECRET = (
+    r"(?:passw(?:or)?d|passphrase|passwd|pwd|secret|token(?!s)|api[_-]?key|access[_-]?key|"
+    r"private[_-]?key|credentials?|signature|client[_-]?secret)"
+)
+_IS = r"\\?[\"']?\s{0,3}(?:=>|[=:])\s{0,3}"
+_VALUE = (
+    r"(?:[bru]{0,2}(?:\\\"[^\"]{0,4096}+\"?"  # \"…\": JSON within a string
+    r"|\"(?:[^\"\\]|\\.){0,4096}+\"?"
+    r"|'(?:[^'\\]|\\.){0,4096}+'?)"
+    r"|[^\s&;\"')\]}]{1,4096}+)"
+)
+
+_RULES: tuple[tuple[re.Pattern[str], str], ...] = (
+    (
+        re.compile(
+            r"-----BEGIN [A-Z ]{0,40}PRIVATE KEY-----(?:[^-]|-(?!----)){0,16384}+"
+            r"(?:-----END [A-Z ]{0,40}PRIVATE KEY-----)?"
+        ),
+        MASK,
+    ),
+    (re.compile(r"(://[^\s/:@\"']{0,128}:)[^\s/\"'<>]{0,512}@"), rf"\1{MASK}@"),
+    (
+        re.compile(
+            rf"(?i)\b((?:proxy-)?authorization|(?:set-)?cookie)({_IS})[\"']?[^\r\n\"']{{1,4096}}+"
+        ),
+        rf"\1\2{MASK}",
+    ),
+    (re.compile(r"(?i)\b(bearer\s{1,3})[\w.~+/=-]{6,4096}+"), rf"\1{MASK}"),
+    (re.compile(rf"(?is)({_SECRET}[\w-]{{0,40}}+{_IS}){_VALUE}"), rf"\1{MASK}"),
+    (
+        re.compile(rf"(?i)((?<![\w-])--[\w-]{{0,20}}?{_SECRET}[\w-]{{0,20}}+\s)\S{{1,4096}}+"),
+        rf"\1{MASK}",
+    ),
+    # Tokens that say themselves what they are: AWS, GitHub, GitLab, Slack, Stripe, …, JWT.
+    (re.compile(r"(?<![A-Z0-9])(?:AKIA|ASIA)[A-Z0-9]{16}(?![A-Z0-9])"), MASK),
+    (
+        re.compile(
+            r"(?<![\w-])(?:gh[pousr]_|github_pat_|glpat-|xox[abeprs]-|[rs]k_(?:live|test)_|sk-|AIza)"
+            r"[\w-]{16,512}+"
+        ),
+        MASK,
+    ),
+    (re.compile(r"(?<![\w-])eyJ[\w-]{8,4096}+\.[\w-]{8,8192}+(?:\.[\w-]{0,4096}+)?"), MASK),
+)
+
+
+def redact(text: str) -> str:
+    """Return at most 5,000 characters, fit for Postgres, without what looks like a secret."""
+    length = len(text)
+    if length > 2 * _WINDOW:
+        # Two windows, apart: a secret must not be made, nor hidden, by what a cut brings together.
+        head, tail = _masked(text[:_WINDOW]), _masked(text[-_WINDOW:])
+        return _cut(head, tail, length - 2 * _WINDOW)
+    text = _masked(text)
+    return text if len(text) <= LIMIT else _cut(text, text, 0)
+
+
+def _masked(text: str) -> str:
+    # Postgres takes neither NUL nor half a surrogate pair.
+    text = text.replace("\x00", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "replace").decode()
+    for pattern, instead in _RULES:
+        text = pattern.sub(instead, text)
+    return text
+
+
+def _cut(head: str, tail: str, between: int) -> str:
+    whole = len(head) if head is tail else len(head) + between + len(tail)
+    note = f"\n… {whole - LIMIT:,} characters cut …\n"
+    kept = LIMIT - HEAD - len(note)
+    note = f"\n… {whole - HEAD - kept:,} characters cut …\n"
+    return head[:HEAD] + note + tail[-(LIMIT - HEAD - len(note)) :]

@@ -1,0 +1,390 @@
+"""One boot of a guarded worker process: it beats, it claims, it reports ends in batches.
+
+A delivery is on the session's list from before its claim is asked for until its end is committed, so
+that a beat never leaves out what this worker may be running, nor what it has run and not yet told.
+
+Two threads: one beats, on a connection of its own that no breaker holds back, into Postgres and into
+Redis; one commits ends. A work-horse forked off the worker has neither; what it reports is written
+at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+from jobguard.errors import BadRow, JobguardError, StoreUnavailable
+from jobguard.job import (
+    Beat,
+    Claim,
+    Delivery,
+    End,
+    Outcome,
+    Refused,
+    Unknown,
+    new_token,
+)
+from jobguard.pulse import beat_key, parse_pulse, read_pulse
+from jobguard.redact import redact
+from jobguard.store import Ask, BeatReply, HostStore
+
+if TYPE_CHECKING:
+    import redis
+
+    from jobguard.tracker import HostTracker
+
+logger = logging.getLogger("jobguard")
+
+_HOLD_BACK = 1.0
+"""Ends younger than this are no news for a beat: the batch is about to be committed."""
+
+
+class WorkerSession:
+    """The session of one worker process; see jobguard.adapter.Session."""
+
+    def __init__(
+        self, tracker: HostTracker, beat_store: HostStore, *, name: str, queues: Sequence[str]
+    ) -> None:
+        self.id = new_token()
+        self.closed = False
+        self._tracker = tracker
+        self._settings = tracker.settings
+        self._beat_store = beat_store
+        self._name = name
+        self._queues = tuple(queues)
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._lock_pid = self._pid
+        self._listed: dict[UUID, int] = {}  # by how many starts of this process
+        self._unclaimed: dict[UUID, UUID] = {}  # started while Postgres was away: token -> nonce
+        self._pending: deque[End] = deque()
+        self._flushing = threading.Lock()
+        self._wake = threading.Event()
+        self._stop = threading.Event()
+        self._counter = 0
+        self._known = False
+        self._leader_live = False
+        self._redis: redis.Redis | None = None
+        self._threads: list[threading.Thread] = []
+
+    @property
+    def is_mine(self) -> bool:
+        """Whether this process opened it; a forked child only inherited it."""
+        return self._pid == os.getpid()
+
+    def _mine(self) -> None:
+        """In a forked child: begin with locks that no thread of the parent holds, and nothing to tell."""
+        if self._lock_pid != os.getpid():
+            self._lock_pid = os.getpid()
+            self._lock = threading.Lock()
+            self._flushing = threading.Lock()
+            self._pending = deque()
+
+    def open(self) -> None:
+        """Beat once, so that claims have somebody to belong to, and go on beating."""
+        self.beat()
+        for name, work in (("beat", self._beats), ("ends", self._flushes)):
+            thread = threading.Thread(target=work, name=f"jobguard-{name}", daemon=True)
+            thread.start()
+            self._threads.append(thread)
+
+    # -- starts ------------------------------------------------------------------------------------
+
+    def start(self, token: UUID, describe: Callable[[], Delivery]) -> Claim | Refused:
+        """Ask for the claim to run a delivery; see Session."""
+        self._mine()
+        nonce = new_token()
+        with self._lock:
+            self._listed[token] = self._listed.get(token, 0) + 1
+        try:
+            answer = self._claim(token, nonce, describe)
+        except StoreUnavailable as error:
+            # Fail open: the job runs, and is claimed as soon as Postgres answers again.
+            logger.debug("started without a claim: %s", error)
+            with self._lock:
+                self._unclaimed[token] = nonce
+            return Claim(token, 0)
+        except Exception as error:
+            logger.error("a start could not be claimed, it runs unclaimed: %s", error)
+            return Claim(token, 0)
+        if isinstance(answer, Claim):
+            return answer
+        if not self._settings.fence or self._settings.mode == "observe":
+            logger.warning("a start was not granted (%s); the fence is off, it runs", answer.reason)
+            return Claim(token, 0)
+        with self._lock:
+            # Held, perhaps by another thread of ours: its listing stays.
+            self._listed[token] -= 1
+            if not self._listed[token]:
+                del self._listed[token]
+        if not self._leader_live:
+            logger.warning("a start is skipped while no reconciler leads: run `jobguard reconcile`")
+        return answer
+
+    def _claim(
+        self, token: UUID, nonce: UUID, describe: Callable[[], Delivery] | None
+    ) -> Claim | Refused:
+        if not self._known and not (self._tracker.circuit.look() and self.beat()):
+            raise StoreUnavailable("this worker has not been able to introduce itself")
+        ask = Ask(
+            token=token,
+            nonce=nonce,
+            worker=self.id,
+            pid=os.getpid(),
+            namespace=self._tracker.source.namespace,
+            worker_timeout=self._settings.worker_timeout,
+            crash_budget=self._settings.crash_budget,
+        )
+        source = self._tracker.source.id
+        answer = self._tracker.call(lambda store: store.claim(source, ask))
+        if isinstance(answer, Unknown):
+            if describe is None:
+                raise BadRow("nothing is known of it")
+            self._adopt(describe())
+            answer = self._tracker.call(lambda store: store.claim(source, ask))
+        if isinstance(answer, Unknown):
+            raise StoreUnavailable("it is neither owed nor ended, though it was just recorded")
+        result: Claim | Refused = answer
+        return result
+
+    def _adopt(self, delivery: Delivery) -> None:
+        """Record what nobody recorded: an unguarded producer's job, or one that waits in a spool."""
+        source = self._tracker.source
+        self._tracker.call(
+            lambda store: store.record(
+                source.id, [delivery], namespace=source.namespace, replay=True
+            )
+        )
+
+    def _late_claims(self) -> None:
+        with self._lock:
+            waiting = list(self._unclaimed.items())
+        for token, nonce in waiting:
+            try:
+                answer = self._claim(token, nonce, None)
+            except StoreUnavailable:
+                return
+            except JobguardError:
+                # Its record still waits in somebody's spool: the list in the beat protects the run.
+                continue
+            with self._lock:
+                self._unclaimed.pop(token, None)
+            if isinstance(answer, Refused):
+                logger.warning("a job that was started while postgres was away is %s", answer.reason)
+
+    # -- ends --------------------------------------------------------------------------------------
+
+    def end(
+        self,
+        claim: Claim,
+        outcome: Outcome,
+        *,
+        job_id: str,
+        queue: str,
+        task: str,
+        error: str | None = None,
+    ) -> None:
+        """Report the end of a claimed delivery; see Session."""
+        self._mine()
+        end = End(
+            token=claim.token,
+            number=claim.number,
+            outcome=outcome,
+            worker=self.id,
+            job_id=job_id,
+            queue=queue,
+            task=task,
+            error=None if error is None else redact(error),
+        )
+        with self._lock:
+            self._unclaimed.pop(claim.token, None)
+            self._pending.append(end)
+            many = len(self._pending) >= self._settings.ends_batch
+        if not self.is_mine or self._settings.ends == "durable" or many:
+            self.flush()
+        else:
+            self._wake.set()
+
+    def release(self, claim: Claim) -> None:
+        """Nothing is left to report of this delivery; see Session."""
+        self._mine()
+        self._unlist((claim.token,))
+
+    def ended(self, ends: Sequence[End]) -> None:
+        """These ends are in Postgres: they need not be listed any more."""
+        self._unlist([end.token for end in ends])
+
+    def _unlist(self, tokens: Sequence[UUID]) -> None:
+        with self._lock:
+            for token in tokens:
+                self._listed.pop(token, None)
+                self._unclaimed.pop(token, None)
+
+    def flush(self) -> None:
+        """Commit every end reported so far, or put it into the spool; see Session."""
+        self._mine()
+        with self._flushing:
+            while batch := self._take():
+                self._commit(batch)
+
+    def _take(self) -> list[End]:
+        with self._lock:
+            count = min(len(self._pending), self._settings.ends_batch)
+            return [self._pending.popleft() for _ in range(count)]
+
+    def _commit(self, batch: Sequence[End]) -> None:
+        try:
+            self._tracker.end(batch)
+        except BadRow as error:
+            self._commit_alone(batch, error)
+        except Exception as error:
+            if not isinstance(error, StoreUnavailable):
+                logger.error("ends could not be written: %s", error)
+            if self._tracker.spool.put(batch):
+                return  # listed until they are replayed
+            logger.error("the spool is full: %d ends are lost; these jobs may run again", len(batch))
+        self.ended(batch)
+
+    def _commit_alone(self, batch: Sequence[End], error: BadRow) -> None:
+        if len(batch) > 1:
+            for end in batch:
+                self._commit([end])
+        else:
+            self._tracker.spool.counts.quarantined += 1
+            logger.error("the end of job %r cannot be written: %s", batch[0].job_id, error)
+
+    def _flushes(self) -> None:
+        while not self._stop.is_set():
+            self._wake.wait(self._settings.beat_interval)
+            self._wake.clear()
+            self._stop.wait(self._settings.ends_interval)
+            try:
+                self.flush()
+                if len(self._tracker.spool):
+                    self._tracker.replay()
+            except Exception:
+                logger.exception("ends could not be committed; going on")
+
+    # -- beats -------------------------------------------------------------------------------------
+
+    def beat(self) -> bool:
+        """Say to both stores that this worker lives; True if Postgres heard it."""
+        pulse = self._beat_redis()
+        beat = self._snapshot(pulse)
+        source = self._tracker.source
+        try:
+            if not self._known:
+                self._tracker.connect()
+            reply: BeatReply = self._beat_store.beat(source.id, beat, namespace=source.namespace)
+        except JobguardError as error:
+            logger.debug("beat not heard by postgres: %s", error)
+            return False
+        except Exception:
+            logger.exception("beat not heard by postgres")
+            return False
+        self._leader_live = reply.leader_live
+        if reply.dead:
+            self._be_reborn()
+            return self.beat()
+        self._known = True
+        if not self._tracker.circuit.closed:
+            self._tracker.circuit.answered()
+        return True
+
+    def _snapshot(self, pulse: tuple[UUID, int] | None) -> Beat:
+        with self._lock:
+            self._counter += 1
+            listed = tuple(self._listed)
+            oldest = self._pending[0].ended_at if self._pending else None
+        if oldest is not None and time.time() - oldest < _HOLD_BACK:
+            oldest = None
+        spooled = self._tracker.spool.oldest()
+        unflushed = min((at for at in (oldest, spooled) if at is not None), default=None)
+        return Beat(
+            worker=self.id,
+            counter=self._counter,
+            claims=listed,
+            name=self._name,
+            host=socket.gethostname(),
+            pid=self._pid,
+            queues=self._queues,
+            unflushed_since=unflushed,
+            pulse=pulse,
+            fence=self._settings.fence,
+        )
+
+    def _be_reborn(self) -> None:
+        """A leader has declared us dead: what we held is others' now, and we begin anew."""
+        logger.error(
+            "this worker was silent for too long and was declared dead; it goes on as a new one, "
+            "and what it reports of jobs it held is not believed"
+        )
+        self.id = new_token()
+        self._known = False
+        with self._lock:
+            self._counter = 0
+
+    def _beat_redis(self) -> tuple[UUID, int] | None:
+        try:
+            client = self._client()
+            if client is None:
+                return None
+            pipe = client.pipeline(transaction=False)
+            seconds = int(4 * self._settings.worker_timeout)
+            pipe.set(beat_key(self.id), self._counter + 1, ex=seconds)
+            read_pulse(pipe, self._tracker.source.namespace)
+            answers: list[Any] = pipe.execute()
+        except Exception as error:
+            logger.debug("beat not heard by redis: %s", error)
+            return None
+        standing = parse_pulse(answers[1])
+        if standing is None:
+            return None
+        if standing.source != self._tracker.source.id:
+            logger.error(
+                "this redis is known to the reconciler as another source than to this worker "
+                "(%s): use the same address everywhere, or set JOBGUARD_SOURCE to one name",
+                self._tracker.source,
+            )
+        return standing.epoch, standing.n
+
+    def _client(self) -> redis.Redis | None:
+        if self._redis is None and self._tracker.client is not None:
+            self._redis = self._tracker.client()
+        return self._redis
+
+    def _beats(self) -> None:
+        while not self._stop.wait(self._settings.beat_interval):
+            try:
+                if self.beat():
+                    self._late_claims()
+            except Exception:
+                logger.exception("a beat failed; going on")
+
+    def close(self) -> None:
+        """Flush and say goodbye; see Session."""
+        if self.closed or not self.is_mine:
+            return
+        self.closed = True
+        self._stop.set()
+        self._wake.set()
+        for thread in self._threads:
+            thread.join(timeout=self._settings.record_timeout)
+        self.flush()
+        try:
+            self._beat_store.leave(self.id)
+        except Exception as error:
+            logger.debug("goodbye not heard by postgres: %s", error)
+        try:
+            if (client := self._client()) is not None:
+                client.delete(beat_key(self.id))
+        except Exception as error:
+            logger.debug("goodbye not heard by redis: %s", error)
+        self._beat_store.close()

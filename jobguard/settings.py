@@ -1,0 +1,178 @@
+"""Every setting, its default and its meaning, built once from arguments and environment.
+
+An argument wins over the environment, the environment over the default; only
+``JOBGUARD_DISABLED=1`` wins over everything. Every setting has the variable ``JOBGUARD_<NAME>``,
+secrets also ``JOBGUARD_<NAME>_FILE``, which is read anew at every connect.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from jobguard.errors import ConfigurationError
+
+PREFIX = "JOBGUARD_"
+
+
+def _setting(default: Any, meaning: str, *, host: bool = False) -> Any:
+    return field(default=default, metadata={"meaning": meaning, "host": host})
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How this process guards. Durations are seconds."""
+
+    namespace: str = _setting("default", "the tenant; one reconciler leads in each")
+    source: str | None = _setting(
+        None, "a name for the broker, where processes reach one Redis by different addresses"
+    )
+    installation: str | None = _setting(
+        None, "the name the database must carry (`jobguard migrate --installation NAME`)"
+    )
+    mode: Literal["guard", "observe"] = _setting(
+        "guard", "observe: record, detect and report, and put nothing back"
+    )
+    connect: Literal["lazy", "require"] = _setting(
+        "lazy", "require: guard() raises if Postgres cannot be reached or is not migrated"
+    )
+    fence: bool = _setting(True, "skip a start that was not granted its claim")
+    durability: Literal["strict", "relaxed"] = _setting(
+        "strict", "relaxed: do not wait for Postgres to flush a record (synchronous_commit=off)"
+    )
+    ends: Literal["batched", "durable"] = _setting(
+        "batched", "durable: commit each end before the library's own acknowledgement"
+    )
+    when_postgres_down: Literal["spool", "raise", "skip"] = _setting(
+        "spool", "what enqueue does while Postgres is away"
+    )
+    when_redis_down: Literal["accept", "raise"] = _setting(
+        "accept", "accept: the recorded job is pushed when Redis is back, while a reconciler leads"
+    )
+    pooler: bool = _setting(False, "Postgres is behind pgbouncer: prepare no statements")
+    connect_timeout: float = _setting(0.5, "to connect to Postgres")
+    call_timeout: float = _setting(0.25, "one call to Postgres from a host process")
+    record_timeout: float = _setting(1.0, "all calls of one record, together")
+    redis_timeout: float = _setting(0.25, "one question to Redis on a client of ours")
+    retry_interval: float = _setting(1.0, "between two looks whether Postgres is back")
+    spool_size: int = _setting(100_000, "what is kept in memory while Postgres is away, in entries")
+    ends_interval: float = _setting(0.05, "an end waits this long for company, at most")
+    ends_batch: int = _setting(500, "this many ends wait no longer")
+    beat_interval: float = _setting(3.0, "between two beats of a worker")
+    worker_timeout: float = _setting(15.0, "a worker silent this long in both stores is dead")
+    push_deadline: float = _setting(5.0, "after its record a push this late is left to the leader")
+    pulse_interval: float = _setting(0.5, "between two ticks of the pulse")
+    sweep_interval: float = _setting(60.0, "every owed job is looked at this often")
+    grace: float = _setting(10.0, "between the two looks at an absent job, without a confirmed loss")
+    loss_grace: float = _setting(1.0, "between the two looks after a confirmed loss")
+    lease: float = _setting(10.0, "a leader's lease")
+    recovery_rate: float = _setting(2000.0, "jobs a second put back after a loss")
+    repair_rate: float = _setting(200.0, "jobs a second put back for all other causes")
+    crash_budget: int = _setting(3, "worker deaths a job may cause before it is dead")
+    crash_backoff: tuple[float, ...] = _setting(
+        (0.0, 30.0, 300.0), "waits before a job goes back after its 1st, 2nd, 3rd worker death"
+    )
+    unexplained: Literal["restore", "hold"] = _setting(
+        "restore", "what to do with a job that is absent without a known cause"
+    )
+    brake_count: int = _setting(100, "unexplained absences a minute that hold a queue by themselves")
+    brake_share: float = _setting(0.01, "or this share of the queue's owed jobs")
+    retention: float = _setting(7 * 86400.0, "how long ended deliveries are remembered")
+    page: int = _setting(5000, "owed deliveries looked at in one page")
+
+    def fingerprint(self) -> str:
+        """What all processes of one source must agree on, as text that can be compared and read."""
+        return f"namespace={self.namespace} fence={str(self.fence).lower()} mode={self.mode}"
+
+
+def disabled(environ: Mapping[str, str] | None = None) -> bool:
+    """Whether JOBGUARD_DISABLED switches everything off."""
+    environ = os.environ if environ is None else environ
+    return environ.get("JOBGUARD_DISABLED", "").strip().lower() in ("1", "true", "yes", "on")
+
+
+def settings_from(
+    arguments: Mapping[str, Any] | None = None, environ: Mapping[str, str] | None = None
+) -> Settings:
+    """Build the settings; every problem is named at once.
+
+    Raises ConfigurationError.
+    """
+    arguments = {} if arguments is None else arguments
+    environ = os.environ if environ is None else environ
+    hints = get_type_hints(Settings)
+    names = [f.name for f in fields(Settings)]
+    problems = [_unknown(name, names) for name in arguments if name not in names]
+    values: dict[str, Any] = {}
+    for name in names:
+        variable = PREFIX + name.upper()
+        if name in arguments and arguments[name] is not None:
+            given, where = arguments[name], name
+        elif environ.get(variable, "") != "":
+            given, where = environ[variable], variable
+        else:
+            continue
+        try:
+            values[name] = _coerce(given, hints[name])
+        except ValueError as error:
+            problems.append(f"{where}={given!r}: {error}")
+    settings = None
+    if not problems:
+        settings = Settings(**values)
+        problems = _nonsense(settings)
+    if problems or settings is None:
+        raise ConfigurationError("; ".join(problems))
+    return settings
+
+
+def _unknown(name: str, names: list[str]) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(name, names, n=1)
+    return f"there is no setting {name!r}" + (f"; did you mean {close[0]!r}?" if close else "")
+
+
+def _coerce(given: Any, kind: Any) -> Any:
+    if get_origin(kind) is Literal:
+        choices = get_args(kind)
+        if given not in choices:
+            raise ValueError(f"must be one of {', '.join(map(repr, choices))}")
+        return given
+    if kind is bool:
+        if isinstance(given, bool):
+            return given
+        word = str(given).strip().lower()
+        if word not in ("1", "0", "true", "false", "yes", "no", "on", "off"):
+            raise ValueError("must be true or false")
+        return word in ("1", "true", "yes", "on")
+    if get_origin(kind) is tuple:
+        parts = given.split(",") if isinstance(given, str) else given
+        return tuple(float(part) for part in parts)
+    if kind in (int, float):
+        try:
+            return kind(given)
+        except (TypeError, ValueError):
+            raise ValueError(f"must be a number of type {kind.__name__}") from None
+    return str(given)
+
+
+def _nonsense(settings: Settings) -> list[str]:
+    problems = [
+        f"{f.name} must be more than 0, not {getattr(settings, f.name)!r}"
+        for f in fields(Settings)
+        if isinstance(getattr(settings, f.name), int | float)
+        and not isinstance(getattr(settings, f.name), bool)
+        and getattr(settings, f.name) <= 0
+    ]
+    if settings.worker_timeout < 2 * settings.beat_interval:
+        problems.append(
+            f"worker_timeout ({settings.worker_timeout}) must be at least twice beat_interval "
+            f"({settings.beat_interval}), or one late beat looks like a death"
+        )
+    if not settings.namespace.strip():
+        problems.append("namespace must not be empty")
+    if not settings.crash_backoff or min(settings.crash_backoff) < 0:
+        problems.append("crash_backoff must be a list of seconds, 0 or more")
+    return problems

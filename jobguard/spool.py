@@ -1,0 +1,108 @@
+"""What Postgres could not take, until it can: one class behind one interface.
+
+This one keeps it in memory, up to a bound, and so loses it with the process. Everything that is
+put in is counted, and what does not fit is counted and logged: nothing is dropped silently.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+from uuid import UUID
+
+from jobguard.job import Delivery, End
+
+
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    """An intent that Postgres has not heard of yet."""
+
+    tokens: Sequence[UUID]
+    job_ids: Sequence[str]
+    queue: str | None
+
+
+Entry = Delivery | End | Cancelled
+
+
+@dataclass(slots=True)
+class SpoolCounts:
+    """What went in, what came out again, what found no place."""
+
+    taken: int = 0
+    replayed: int = 0
+    lost: int = 0
+    quarantined: int = field(default=0)
+
+
+class Spool(Protocol):
+    """Keeps entries in order until they are replayed."""
+
+    counts: SpoolCounts
+
+    def put(self, entries: Sequence[Entry]) -> bool:
+        """Keep these, all or none; False if there is no room."""
+
+    def peek(self, limit: int) -> Sequence[Entry]:
+        """The oldest entries, of one kind, which stay until they are dropped."""
+
+    def drop(self, entries: Sequence[Entry]) -> None:
+        """Postgres has these now."""
+
+    def oldest(self) -> float | None:
+        """When the oldest entry was put in, in seconds since the epoch; None: empty."""
+
+    def __len__(self) -> int:
+        """How many entries wait."""
+
+
+class MemorySpool:
+    """A spool in memory."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._lock = threading.Lock()
+        self._entries: deque[tuple[float, Entry]] = deque()
+        self.counts = SpoolCounts()
+
+    def put(self, entries: Sequence[Entry]) -> bool:
+        """Keep these, all or none; see Spool."""
+        with self._lock:
+            if len(self._entries) + len(entries) > self._size:
+                self.counts.lost += len(entries)
+                return False
+            at = time.time()
+            self._entries.extend((at, entry) for entry in entries)
+            self.counts.taken += len(entries)
+            return True
+
+    def peek(self, limit: int) -> Sequence[Entry]:
+        """The oldest entries of one kind; see Spool."""
+        with self._lock:
+            found: list[Entry] = []
+            for _, entry in self._entries:
+                if len(found) == limit or (found and type(entry) is not type(found[0])):
+                    break
+                found.append(entry)
+            return found
+
+    def drop(self, entries: Sequence[Entry]) -> None:
+        """Postgres has these now; see Spool."""
+        with self._lock:
+            for entry in entries:
+                if self._entries and self._entries[0][1] is entry:
+                    self._entries.popleft()
+                    self.counts.replayed += 1
+
+    def oldest(self) -> float | None:
+        """When the oldest entry was put in; see Spool."""
+        with self._lock:
+            return self._entries[0][0] if self._entries else None
+
+    def __len__(self) -> int:
+        """How many entries wait."""
+        return len(self._entries)

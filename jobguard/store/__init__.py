@@ -1,0 +1,385 @@
+"""What the rest of jobguard asks of a store, by role; Postgres and memory give the same answers.
+
+``HostStore`` is spoken to by the processes of the user's application, ``LeaderStore`` by the one
+leader of a namespace, ``Ledger`` by people: commands, stats, tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+from uuid import UUID
+
+from jobguard.job import (
+    Beat,
+    Cause,
+    Claim,
+    Delivery,
+    End,
+    Ended,
+    Outcome,
+    Owed,
+    Recorded,
+    Refused,
+    Restorable,
+    Unknown,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A worker asks for the claim of a delivery."""
+
+    token: UUID
+    nonce: UUID
+    """The same nonce again is the same claim: a lost answer can be asked for once more."""
+    worker: UUID
+    pid: int
+    namespace: str
+    worker_timeout: float
+    """Only used while no leader leads: a holder silent this long by the database's clock is dead."""
+    crash_budget: int
+
+
+@dataclass(frozen=True, slots=True)
+class BeatReply:
+    """What a worker learns from its beat."""
+
+    dead: bool = False
+    """A leader has declared this worker dead: it goes on under a new id."""
+    leader_live: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SourceRow:
+    """A source as the database has it."""
+
+    id: int
+    namespace: str
+    library: str
+    address: str
+    prefix: str
+    name: str | None
+    settings: str
+    pulse_epoch: UUID | None = None
+    pulse_n: int | None = None
+    run_id: str | None = None
+
+
+class HostStore(Protocol):
+    """The store as producers and workers use it.
+
+    Every method may raise StoreUnavailable (or one of its kinds) and, where rows are written, BadRow.
+    """
+
+    def register(self, source: SourceRow) -> SourceRow:
+        """Make the source known; return what stands there, with the settings of who came first."""
+
+    def record(
+        self,
+        source: int,
+        deliveries: Sequence[Delivery],
+        *,
+        namespace: str,
+        outbox: bool = False,
+        replay: bool = False,
+        relaxed: bool = False,
+    ) -> Recorded:
+        """Commit deliveries as owed. The same token again changes nothing.
+
+        A delivery supersedes its parent, and every unclaimed delivery of its job id. It is refused if
+        the parent has ended or is claimed by somebody else who lives. ``replay``: these may be old
+        news, so history is looked at first: what has ended is not owed again.
+        """
+
+    def withdraw(self, source: int, tokens: Sequence[UUID]) -> None:
+        """Forget deliveries that were never pushed, unless they are claimed."""
+
+    def outbox(self, source: int, tokens: Sequence[UUID]) -> None:
+        """Leave the push of owed deliveries to the leader."""
+
+    def claim(self, source: int, ask: Ask) -> Claim | Refused | Unknown:
+        """Grant the claim unless the delivery has ended, or another live claim stands.
+
+        Taking over a dead claim charges the crash budget, unless its worker had said goodbye.
+        """
+
+    def end(self, source: int, ends: Sequence[End]) -> Sequence[Ended]:
+        """Move deliveries from owed to history, in the name of their claims; one answer an end."""
+
+    def cancel(
+        self,
+        source: int,
+        *,
+        tokens: Sequence[UUID] = (),
+        job_ids: Sequence[str] = (),
+        queue: str | None = None,
+    ) -> int:
+        """Write tombstones; ``queue``: for every unclaimed delivery in it. Returns how many were owed."""
+
+    def beat(self, source: int, beat: Beat, *, namespace: str) -> BeatReply:
+        """Take a worker's beat."""
+
+    def leave(self, worker: UUID) -> None:
+        """Take a worker's goodbye."""
+
+    def heartbeat(
+        self,
+        source: int,
+        *,
+        job_id: str,
+        token: UUID | None = None,
+        number: int | None = None,
+        progress: float | None = None,
+        attrs: Mapping[str, Any] | None = None,
+    ) -> bool:
+        """Note a running job's progress; False if no such claim stands."""
+
+    def close(self) -> None:
+        """Let go of the connection."""
+
+
+@dataclass(frozen=True, slots=True)
+class Brake:
+    """What a person, or jobguard itself, holds back."""
+
+    paused: bool = False
+    held: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """By ``"<source>/<queue>"``: since when and why."""
+
+    def holds(self, source: int, queue: str) -> bool:
+        """Whether nothing of this queue may be put back now."""
+        return self.paused or f"{source}/{queue}" in self.held or f"{source}/*" in self.held
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerRow:
+    """A guarded worker as the database has it."""
+
+    id: UUID
+    name: str
+    host: str
+    pid: int
+    queues: Sequence[str]
+    beat: int
+    started_at: float
+    """Seconds since the epoch, by the database's clock."""
+    unflushed_since: float | None
+    pulse: tuple[UUID, int] | None
+    left: bool
+    dead: bool
+    claims: int
+    """How many claims stand in its name."""
+    lists: Sequence[UUID] = ()
+    """The deliveries that its last beat listed, claimed or not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Incident:
+    """A loss, and what was done about it."""
+
+    id: int
+    source: int
+    cause: Cause
+    detail: str
+    age: float
+    """Seconds since it was opened."""
+    missing: int = 0
+    restored: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class QueueRow:
+    """What the leader knows of who consumes a queue. Times are seconds since the epoch."""
+
+    source: int
+    queue: str
+    trusted_since: float | None = None
+    clean_since: float | None = None
+    unguarded: Sequence[str] = ()
+    unguarded_at: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Void:
+    """A dead worker's claim that is taken away, so that its delivery can be put back."""
+
+    token: UUID
+    number: int
+    charge: bool
+    """Charge the crash budget: the worker did not say goodbye."""
+    backoff: float
+    """Seconds until it may go back."""
+
+
+@dataclass(frozen=True, slots=True)
+class Closing:
+    """An owed delivery that the leader closes, from observation or because its budget is spent."""
+
+    token: UUID
+    outcome: Outcome
+    error: str | None = None
+
+
+class LeaderStore(Protocol):
+    """The store as the one leader of a namespace uses it.
+
+    Every write names the term; with an older term it raises NotLeading and changes nothing.
+    """
+
+    def elect(self, *, lease: float) -> int | None:
+        """Take the lease if nobody holds it; the new term, or None."""
+
+    def renew(self, term: int, *, lease: float) -> Brake:
+        """Prolong this very term and read the brake."""
+
+    def brake(self, term: int) -> Brake:
+        """Read the brake. Raises NotLeading."""
+
+    def resign(self, term: int) -> None:
+        """Let go of the lease, so that another can lead at once."""
+
+    def now(self) -> float:
+        """Seconds since the epoch, by the database's clock."""
+
+    def identity(self) -> Mapping[str, str | None]:
+        """The installation: id, name, and what it was and is (system_identifier, database_oid)."""
+
+    def settle(self) -> None:
+        """Accept that this database is where it now is (after a move or an upgrade)."""
+
+    def sources(self) -> Sequence[SourceRow]:
+        """The sources of the namespace."""
+
+    def acknowledge(
+        self, term: int, source: int, epoch: UUID, n: int, *, run_id: str | None
+    ) -> None:
+        """Store the pulse that Redis has, before the next tick."""
+
+    def open_incident(
+        self, term: int, source: int, cause: Cause, detail: str, epoch: UUID | None
+    ) -> int:
+        """Write down a loss, before the pulse is made anew. Returns its id."""
+
+    def incidents(self, source: int) -> Sequence[Incident]:
+        """The open ones, oldest first."""
+
+    def progress(
+        self, term: int, incident: int, *, missing: int, restored: int, close: bool
+    ) -> None:
+        """Add to an incident's counts, and close it after a full pass."""
+
+    def workers(self, source: int) -> Sequence[WorkerRow]:
+        """The workers that have not been forgotten, with how many claims each holds."""
+
+    def declare_dead(self, term: int, workers: Sequence[UUID]) -> None:
+        """From now on these workers' claims are nobody's."""
+
+    def forget(self, term: int, workers: Sequence[UUID]) -> None:
+        """Drop rows of workers that are dead or gone and hold nothing."""
+
+    def page(self, source: int, *, after: UUID | None, limit: int) -> Sequence[Owed]:
+        """Owed deliveries in the order of their tokens."""
+
+    def watched(self, source: int, *, limit: int, after: UUID | None = None) -> Sequence[Owed]:
+        """Those under suspicion, in the outbox, or claimed by the dead: looked at every time."""
+
+    def count(self, source: int) -> Mapping[str, int]:
+        """How many deliveries are owed, by queue."""
+
+    def suspect(self, term: int, source: int, seen: Sequence[tuple[UUID, Cause, str]]) -> None:
+        """Note that these were seen absent; the time of the first look with the same mark is kept."""
+
+    def clear(self, term: int, source: int, tokens: Sequence[UUID]) -> None:
+        """These are where they belong: neither suspect nor to be pushed."""
+
+    def envelopes(self, source: int, tokens: Sequence[UUID]) -> Sequence[Restorable]:
+        """What is needed to put these back, in the order of their tokens; the ended are left out."""
+
+    def tombstones(self, source: int, tokens: Sequence[UUID]) -> Mapping[UUID, Outcome]:
+        """Which of these have ended, and how."""
+
+    def restored(self, term: int, source: int, tokens: Sequence[UUID]) -> None:
+        """These were put back: count it, and suspect them no longer."""
+
+    def void(self, term: int, source: int, voids: Sequence[Void]) -> Sequence[UUID]:
+        """Take these claims away if they still stand with that number; suspects with cause worker."""
+
+    def close_owed(self, term: int, source: int, closings: Sequence[Closing]) -> int:
+        """End these in the leader's name. Returns how many were owed."""
+
+    def queues(self, source: int) -> Sequence[QueueRow]:
+        """What is known of each queue's consumers."""
+
+    def trust(self, term: int, rows: Sequence[QueueRow]) -> None:
+        """Write what is known of these queues."""
+
+    def hold(self, term: int, source: int, queue: str, reason: str) -> None:
+        """Hold a queue until a person resumes it."""
+
+    def rotate(self, *, retention: float) -> int:
+        """Make the coming partitions of history and drop the old. Returns how many were dropped."""
+
+    def vacuum(self) -> Sequence[str]:
+        """Vacuum the small tables that need it. Returns which."""
+
+    def close(self) -> None:
+        """Let go of the connections."""
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """How many jobs are in which state. Terminal states count what history still remembers."""
+
+    pending: int = 0
+    scheduled: int = 0
+    processing: int = 0
+    stuck: int = 0
+    completed: int = 0
+    failed: int = 0
+    dead: int = 0
+    cancelled: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return (
+            self.pending
+            + self.scheduled
+            + self.processing
+            + self.completed
+            + self.failed
+            + self.dead
+            + self.cancelled
+        )
+
+
+class Ledger(Protocol):
+    """The store as people read and steer it."""
+
+    def stats(self, namespace: str) -> Mapping[tuple[str, str], Counts]:
+        """Counts by (source address, queue)."""
+
+    def job(self, namespace: str, job_id: str) -> Sequence[Mapping[str, Any]]:
+        """Every delivery of this id that is owed or remembered, newest first."""
+
+    def dead(
+        self, namespace: str, *, outcomes: Sequence[Outcome], queue: str | None, limit: int
+    ) -> Sequence[Mapping[str, Any]]:
+        """Jobs that were given up, newest first."""
+
+    def requeue(self, namespace: str, token: UUID) -> UUID:
+        """Mint a new delivery of a failed or dead one and leave its push to the leader.
+
+        Raises JobguardError if there is no such delivery or its envelope is gone.
+        """
+
+    def pause(self, namespace: str, *, queue: str | None) -> None:
+        """Put nothing back, in the namespace or in one queue, until resumed."""
+
+    def resume(self, namespace: str, *, queue: str | None, moved: bool) -> None:
+        """Go on; ``moved``: and accept that this database is where it now is."""
+
+    def overview(self, namespace: str) -> Mapping[str, Any]:
+        """Leader, brake, sources, workers, open incidents and queues, for `stats` and `doctor`."""

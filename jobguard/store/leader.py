@@ -1,0 +1,335 @@
+"""The store of the leader: the lease, the looks, and what was done about them.
+
+Every write names the term and locks the lease row (``for share``), so that a takeover waits for it,
+and a leader whose term is over changes no row.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+from uuid import UUID
+
+from jobguard.errors import NoRights, NotLeading
+from jobguard.job import Cause, Outcome, Owed, Restorable, token_at
+from jobguard.schema import statements
+from jobguard.settings import Settings
+from jobguard.store import (
+    Brake,
+    Closing,
+    Incident,
+    QueueRow,
+    SourceRow,
+    Void,
+    WorkerRow,
+)
+from jobguard.store.connection import Database, Row
+
+_FIRST = token_at(0)
+_CALL_TIMEOUT = 5.0
+"""A leader may wait longer than a host; but not longer than half its lease."""
+
+
+class PostgresLeaderStore:
+    """LeaderStore over one connection."""
+
+    def __init__(
+        self, conninfo: Callable[[], str], namespace: str, holder: UUID, settings: Settings
+    ) -> None:
+        self._db = Database(
+            conninfo,
+            connect_timeout=max(2.0, settings.connect_timeout),
+            call_timeout=min(_CALL_TIMEOUT, settings.lease / 2),
+            pooler=settings.pooler,
+            application_name="jobguard reconciler",
+        )
+        self._sql = statements()
+        self._namespace = namespace
+        self._holder = holder
+
+    def _ask(self, name: str, **values: Any) -> list[Row]:
+        return self._db.execute(self._sql[name], values)
+
+    def _write(self, name: str, term: int, *, payload: int = 0, **values: Any) -> list[Row]:
+        """A write of the leader that answers nothing was refused for its term."""
+        return self._db.execute(
+            self._sql[name], values | {"namespace": self._namespace, "term": term}, payload=payload
+        )
+
+    def elect(self, *, lease: float) -> int | None:
+        """Take the lease if nobody holds it; see LeaderStore."""
+        rows = self._ask(
+            "elect",
+            namespace=self._namespace,
+            holder=self._holder,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            lease=lease,
+        )
+        return int(rows[0][0]) if rows else None
+
+    def renew(self, term: int, *, lease: float) -> Brake:
+        """Prolong this very term and read the brake; see LeaderStore."""
+        rows = self._write("renew", term, holder=self._holder, lease=lease)
+        if not rows:
+            raise NotLeading(f"term {term} is over")
+        return Brake(paused=rows[0][0], held=rows[0][1])
+
+    def brake(self, term: int) -> Brake:
+        """Read the brake; see LeaderStore."""
+        rows = self._write("brake", term, holder=self._holder)
+        if not rows:
+            raise NotLeading(f"term {term} is over")
+        return Brake(paused=rows[0][0], held=rows[0][1])
+
+    def resign(self, term: int) -> None:
+        """Let go of the lease; see LeaderStore."""
+        self._write("resign", term, holder=self._holder)
+
+    def now(self) -> float:
+        """The database's clock; see LeaderStore."""
+        return float(self._ask("now")[0][0])
+
+    def identity(self) -> Mapping[str, str | None]:
+        """The installation, as it was and as it is; see LeaderStore."""
+        try:
+            row = self._ask("identity")[0]
+        except NoRights:
+            row = self._ask("identity_without_control")[0]
+        names = ("id", "name", "system_identifier", "database_oid", "system_now", "database_now")
+        return dict(zip(names, row, strict=True))
+
+    def settle(self) -> None:
+        """Accept that this database is where it now is; see LeaderStore."""
+        here = self.identity()
+        self._ask(
+            "settle",
+            system_identifier=here["system_now"],
+            database_oid=here["database_now"],
+        )
+
+    def sources(self) -> Sequence[SourceRow]:
+        """The sources of the namespace; see LeaderStore."""
+        return [SourceRow(*row) for row in self._ask("sources", namespace=self._namespace)]
+
+    def acknowledge(
+        self, term: int, source: int, epoch: UUID, n: int, *, run_id: str | None
+    ) -> None:
+        """Store the pulse that Redis has; see LeaderStore."""
+        self._led(self._write("acknowledge", term, source=source, epoch=epoch, n=n, run_id=run_id))
+
+    @staticmethod
+    def _led(rows: list[Row]) -> list[Row]:
+        if not rows:
+            raise NotLeading("the term is over: nothing was changed")
+        return rows
+
+    def open_incident(
+        self, term: int, source: int, cause: Cause, detail: str, epoch: UUID | None
+    ) -> int:
+        """Write down a loss; see LeaderStore."""
+        rows = self._write(
+            "open_incident", term, source=source, cause=cause.value, detail=detail, epoch=epoch
+        )
+        return int(self._led(rows)[0][0])
+
+    def incidents(self, source: int) -> Sequence[Incident]:
+        """The open ones; see LeaderStore."""
+        return [
+            Incident(id, where, Cause(cause), *rest)
+            for id, where, cause, *rest in self._ask("incidents", source=source)
+        ]
+
+    def progress(
+        self, term: int, incident: int, *, missing: int, restored: int, close: bool
+    ) -> None:
+        """Add to an incident's counts; see LeaderStore."""
+        self._led(
+            self._write(
+                "incident_progress",
+                term,
+                incident=incident,
+                missing=missing,
+                restored=restored,
+                close=close,
+            )
+        )
+
+    def workers(self, source: int) -> Sequence[WorkerRow]:
+        """The workers that have not been forgotten; see LeaderStore."""
+        return [
+            WorkerRow(
+                id=id,
+                name=name,
+                host=host,
+                pid=pid,
+                queues=queues,
+                beat=beat,
+                started_at=started,
+                unflushed_since=unflushed,
+                pulse=None if epoch is None else (epoch, n),
+                left=left,
+                dead=dead,
+                claims=claims,
+                lists=lists,
+            )
+            for (
+                id, name, host, pid, queues, beat, started, unflushed, epoch, n, left, dead, claims, lists,
+            ) in self._ask("workers", source=source)
+        ]  # fmt: skip
+
+    def declare_dead(self, term: int, workers: Sequence[UUID]) -> None:
+        """From now on these workers' claims are nobody's; see LeaderStore."""
+        self._write("declare_dead", term, workers=list(workers))
+
+    def forget(self, term: int, workers: Sequence[UUID]) -> None:
+        """Drop rows of workers that hold nothing; see LeaderStore."""
+        self._write("forget", term, workers=list(workers))
+
+    def page(self, source: int, *, after: UUID | None, limit: int) -> Sequence[Owed]:
+        """Owed deliveries in the order of their tokens; see LeaderStore."""
+        rows = self._ask("page", source=source, after=after or _FIRST, limit=limit)
+        return [_owed(row) for row in rows]
+
+    def watched(self, source: int, *, limit: int, after: UUID | None = None) -> Sequence[Owed]:
+        """Those looked at every time; see LeaderStore."""
+        rows = self._ask("watched", source=source, after=after or _FIRST, limit=limit)
+        return [_owed(row) for row in rows]
+
+    def count(self, source: int) -> Mapping[str, int]:
+        """How many are owed, by queue; see LeaderStore."""
+        return {queue: int(n) for queue, n in self._ask("count", source=source)}
+
+    def suspect(self, term: int, source: int, seen: Sequence[tuple[UUID, Cause, str]]) -> None:
+        """Note that these were seen absent; see LeaderStore."""
+        if seen:
+            self._led(
+                self._write(
+                    "suspect",
+                    term,
+                    source=source,
+                    token=[token for token, _, _ in seen],
+                    cause=[cause.value for _, cause, _ in seen],
+                    mark=[mark for _, _, mark in seen],
+                )
+            )
+
+    def clear(self, term: int, source: int, tokens: Sequence[UUID]) -> None:
+        """These are where they belong; see LeaderStore."""
+        if tokens:
+            self._led(self._write("clear", term, source=source, tokens=list(tokens)))
+
+    def envelopes(self, source: int, tokens: Sequence[UUID]) -> Sequence[Restorable]:
+        """What is needed to put these back; see LeaderStore."""
+        rows = self._db.execute(
+            self._sql["envelopes"], {"source": source, "tokens": list(tokens)}, timeout=_CALL_TIMEOUT
+        )
+        return [Restorable(*row) for row in rows]
+
+    def tombstones(self, source: int, tokens: Sequence[UUID]) -> Mapping[UUID, Outcome]:
+        """Which of these have ended; see LeaderStore."""
+        if not tokens:
+            return {}
+        rows = self._ask("tombstones", source=source, tokens=list(tokens))
+        return {token: Outcome(outcome) for token, outcome in rows}
+
+    def restored(self, term: int, source: int, tokens: Sequence[UUID]) -> None:
+        """These were put back; see LeaderStore."""
+        if tokens:
+            self._led(self._write("restored", term, source=source, tokens=list(tokens)))
+
+    def void(self, term: int, source: int, voids: Sequence[Void]) -> Sequence[UUID]:
+        """Take dead workers' claims away; see LeaderStore."""
+        rows = self._write(
+            "void",
+            term,
+            source=source,
+            token=[v.token for v in voids],
+            number=[v.number for v in voids],
+            charge=[v.charge for v in voids],
+            backoff=[v.backoff for v in voids],
+        )
+        return [row[0] for row in rows]
+
+    def close_owed(self, term: int, source: int, closings: Sequence[Closing]) -> int:
+        """End these in the leader's name; see LeaderStore."""
+        if not closings:
+            return 0
+        rows = self._write(
+            "close_owed",
+            term,
+            source=source,
+            token=[c.token for c in closings],
+            outcome=[c.outcome.value for c in closings],
+            error=[c.error for c in closings],
+        )
+        return int(self._led(rows)[0][0])
+
+    def queues(self, source: int) -> Sequence[QueueRow]:
+        """What is known of each queue's consumers; see LeaderStore."""
+        return [QueueRow(*row) for row in self._ask("queues", source=source)]
+
+    def trust(self, term: int, rows: Sequence[QueueRow]) -> None:
+        """Write what is known of these queues; see LeaderStore."""
+        for row in rows:
+            self._led(
+                self._write(
+                    "trust",
+                    term,
+                    source=row.source,
+                    queue=row.queue,
+                    trusted=row.trusted_since,
+                    clean=row.clean_since,
+                    unguarded=list(row.unguarded),
+                    unguarded_at=row.unguarded_at,
+                )
+            )
+
+    def hold(self, term: int, source: int, queue: str, reason: str) -> None:
+        """Hold a queue until a person resumes it; see LeaderStore."""
+        self._led(self._write("hold", term, key=f"{source}/{queue}", reason=reason))
+
+    def rotate(self, *, retention: float) -> int:
+        """Make the coming partitions of history and drop the old; see LeaderStore."""
+        rows = self._db.execute(self._sql["rotate"], {"retention": retention}, timeout=30.0)
+        return int(rows[0][0])
+
+    def vacuum(self, least: int = 10_000) -> Sequence[str]:
+        """Vacuum the small tables that need it; see LeaderStore."""
+        tables = [str(row[0]) for row in self._ask("dead_rows", least=least)]
+        for table in tables:
+            self._db.execute(f"vacuum (truncate off) jobguard.{table}", timeout=30.0)
+        return tables
+
+    def close(self) -> None:
+        """Let go of the connection."""
+        self._db.close()
+
+
+def _owed(row: Row) -> Owed:
+    (
+        token, job_id, queue, task, age, due_in, expired, crashes, recoveries, claims, backoff,
+        number, worker, live, announced, cause, suspected_for, mark,
+    ) = row  # fmt: skip
+    return Owed(
+        token=token,
+        job_id=job_id,
+        queue=queue,
+        task=task,
+        age=age,
+        due_in=due_in,
+        expired=expired,
+        crashes=crashes,
+        recoveries=recoveries,
+        claims=claims,
+        backoff=backoff,
+        claim_number=number,
+        claim_worker=worker,
+        claim_live=live,
+        claim_announced=announced,
+        suspected=None if cause is None else Cause(cause),
+        suspected_for=suspected_for,
+        suspected_mark=mark,
+    )

@@ -1,0 +1,369 @@
+"""The ledger as people read and steer it: stats, dead jobs, the brake.
+
+Through SQLAlchemy, which is never on the path of a job: each call makes a connection, reads one
+snapshot or writes one transaction, and lets go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+from uuid import UUID
+
+import psycopg
+import sqlalchemy as sa
+
+from jobguard.conninfo import describe
+from jobguard.errors import JobguardError, NoRights, NotMigrated, StoreUnavailable
+from jobguard.job import Outcome, new_token
+from jobguard.schema import settle
+from jobguard.store import Counts
+
+Row: TypeAlias = dict[str, Any]
+
+# What history still counts. A failed or dead delivery that was requeued counts as its new delivery.
+_STATS = sa.text("""
+select coalesce(s.name, s.address), j.queue, 'owed' as state,
+       count(*) filter (where r.token is null and coalesce(j.due_at <= now(), true)) as pending,
+       count(*) filter (where r.token is null and j.due_at > now()) as scheduled,
+       count(*) filter (where r.token is not null) as processing,
+       count(*) filter (where u.token is not null
+                           or (r.token is not null
+                               and (w.id is null or w.dead_at is not null or w.left_at is not null))
+                       ) as stuck
+from jobguard.sources s
+join jobguard.jobs j on j.source = s.id
+left join jobguard.running r on r.source = j.source and r.token = j.token
+left join jobguard.workers w on w.id = r.worker
+left join jobguard.suspects u on u.source = j.source and u.token = j.token
+where s.namespace = :namespace
+group by 1, 2
+union all
+select coalesce(s.name, s.address), h.queue, h.outcome::text, count(*), 0, 0, 0
+from jobguard.sources s
+join jobguard.history h on h.source = s.id
+where s.namespace = :namespace and h.outcome <> 'superseded'
+  and (h.outcome in ('completed', 'cancelled') or h.next is null)
+group by 1, 2, 3
+""")
+
+_JOB = sa.text("""
+select * from (
+  select j.token, j.job_id, j.queue, j.task, s.library, s.address,
+         case when r.token is not null then 'processing'
+              when j.due_at > now() then 'scheduled' else 'pending' end as state,
+         u.cause::text as suspected, j.attempt, j.recoveries, j.crashes, j.recorded_at, j.due_at,
+         r.claimed_at, r.heartbeat_at, r.progress, r.attrs, null::timestamptz as ended_at,
+         r.worker, w.name as worker_name, null::uuid as next, null::text[] as errors,
+         true as kept
+  from jobguard.sources s
+  join jobguard.jobs j on j.source = s.id
+  left join jobguard.running r on r.source = j.source and r.token = j.token
+  left join jobguard.workers w on w.id = r.worker
+  left join jobguard.suspects u on u.source = j.source and u.token = j.token
+  where s.namespace = :namespace and j.job_id = :job_id
+  union all
+  select h.token, h.job_id, h.queue, h.task, s.library, s.address, h.outcome::text,
+         null, h.attempt, h.recoveries, h.crashes, h.recorded_at, null,
+         h.claimed_at, null, null, null, h.ended_at,
+         h.worker, w.name, h.next, h.errors, h.envelope is not null
+  from jobguard.sources s
+  join jobguard.history h on h.source = s.id
+  left join jobguard.workers w on w.id = h.worker
+  where s.namespace = :namespace and h.job_id = :job_id
+) deliveries
+order by token desc, ended_at
+""")
+
+# Given up are jobs whose last word is failed or dead: no later delivery of the same id is owed or
+# remembered. Of several tombstones of one delivery the first counts.
+_DEAD = sa.text("""
+select h.token, h.job_id, h.queue, h.task, s.library, s.address, h.outcome::text as state,
+       h.attempt, h.recoveries, h.crashes, h.recorded_at, h.claimed_at, h.ended_at, h.worker,
+       h.errors, h.envelope is not null as kept
+from jobguard.sources s
+join jobguard.history h on h.source = s.id
+where s.namespace = :namespace and h.outcome::text = any (:outcomes)
+  and h.outcome in ('failed', 'dead') and h.next is null
+  and (cast(:queue as text) is null or h.queue = :queue)
+  and not exists (select from jobguard.jobs j where j.source = h.source and j.job_id = h.job_id)
+  and not exists (
+    select from jobguard.history l
+    where l.source = h.source and l.job_id = h.job_id
+      and (l.token > h.token or (l.token = h.token and l.ended_at < h.ended_at)))
+order by h.ended_at desc, h.token desc
+limit :limit
+""")
+
+_TOMBSTONE = sa.text("""
+select h.source, h.ended_at, h.job_id, h.queue, h.outcome::text as outcome, h.next,
+       h.envelope is not null as kept,
+       (select j.token from jobguard.jobs j
+        where j.source = h.source and j.job_id = h.job_id limit 1) as owed
+from jobguard.sources s
+join jobguard.history h on h.source = s.id
+where s.namespace = :namespace and h.token = :token
+order by h.ended_at
+limit 1
+for update of h
+""")
+
+_OWE_AGAIN = sa.text("""
+with given_up as (
+  update jobguard.history set next = :fresh
+  where source = :source and token = :token and ended_at = :ended_at
+  returning *
+), owed as (
+  insert into jobguard.jobs (source, token, job_id, queue, task, attempt, recoveries, envelope)
+  select source, :fresh, job_id, queue, task, least(attempt + 1, 32767), recoveries, envelope
+  from given_up
+)
+insert into jobguard.outbox (source, token) select source, :fresh from given_up
+""")
+
+# Nobody leads a namespace of term 0: the row is there for the brake, and its lease is over.
+_PAUSE = sa.text("""
+insert into jobguard.leader as l (namespace, term, holder, host, pid, expires_at, paused_at)
+values (:namespace, 0, '00000000-0000-0000-0000-000000000000', '', 0, 'epoch', now())
+on conflict (namespace) do update set paused_at = coalesce(l.paused_at, excluded.paused_at)
+""")
+
+_HOLD = sa.text("""
+insert into jobguard.leader as l (namespace, term, holder, host, pid, expires_at, held)
+select :namespace, 0, '00000000-0000-0000-0000-000000000000', '', 0, 'epoch',
+       jsonb_object_agg(s.id || '/' || :queue,
+                        jsonb_build_object('since', now(), 'reason', 'paused by hand'))
+from jobguard.sources s where s.namespace = :namespace
+having count(*) > 0
+on conflict (namespace) do update set held = excluded.held || l.held
+""")
+
+_RESUME = sa.text("""
+update jobguard.leader set paused_at = null, held = '{}' where namespace = :namespace
+""")
+
+_LET_GO = sa.text("""
+update jobguard.leader l
+set held = l.held - array(select s.id || '/' || :queue from jobguard.sources s
+                          where s.namespace = :namespace)
+where l.namespace = :namespace
+""")
+
+_INSTALLATION = sa.text("""
+select id, name, system_identifier, database_oid::text as database_oid,
+       (select oid::text from pg_database where datname = current_database()) as database_now
+from jobguard.installation
+""")
+
+_SYSTEM = sa.text("select system_identifier::text from pg_control_system()")
+
+_LEADER = sa.text("""
+select namespace, term, host, pid, elected_at, expires_at > now() as live,
+       greatest(0, extract(epoch from expires_at - now()))::float8 as seconds_left,
+       paused_at, held
+from jobguard.leader where namespace = :namespace
+""")
+
+_SOURCES = sa.text("""
+select s.id, s.library, s.address, s.prefix, s.name, s.settings, s.pulse_epoch, s.pulse_n, s.run_id,
+       (select count(*) from jobguard.outbox o where o.source = s.id) as outbox,
+       (select count(*) from jobguard.suspects u where u.source = s.id) as suspects
+from jobguard.sources s where s.namespace = :namespace order by s.library, s.address, s.id
+""")
+
+_WORKERS = sa.text("""
+select count(*) filter (where w.dead_at is null and w.left_at is null) as alive,
+       count(*) filter (where w.dead_at is not null) as dead,
+       count(*) filter (where w.dead_at is null and w.left_at is not null) as gone,
+       extract(epoch from now() - min(w.beat_at)
+                 filter (where w.dead_at is null and w.left_at is null))::float8
+         as oldest_beat_seconds,
+       extract(epoch from now() - min(w.unflushed_since)
+                 filter (where w.dead_at is null and w.left_at is null))::float8
+         as unflushed_seconds
+from jobguard.sources s join jobguard.workers w on w.source = s.id
+where s.namespace = :namespace
+""")
+
+_INCIDENTS = sa.text("""
+select i.id, s.library, s.address, i.cause, i.detail, i.opened_at, i.missing, i.restored
+from jobguard.sources s join jobguard.incidents i on i.source = s.id
+where s.namespace = :namespace and i.closed_at is null order by i.id
+""")
+
+_QUEUES = sa.text("""
+select s.library, s.address, q.queue, q.trusted_since, q.clean_since, q.unguarded, q.unguarded_at
+from jobguard.sources s join jobguard.queues q on q.source = s.id
+where s.namespace = :namespace order by s.address, q.queue
+""")
+
+
+class PostgresLedger:
+    """The ledger in Postgres; see Ledger. Every method may raise StoreUnavailable or its kinds."""
+
+    def __init__(self, conninfo: Callable[[], str], *, connect_timeout: float = 5.0) -> None:
+        self._conninfo = conninfo
+        self._timeout = connect_timeout
+        # A callable, because passwords rotate; no pool, because people ask seldom.
+        self._engine = sa.create_engine(
+            "postgresql+psycopg://", creator=self._connect, poolclass=sa.NullPool
+        )
+
+    def stats(self, namespace: str) -> Mapping[tuple[str, str], Counts]:
+        """Count jobs by (source's name or address, queue); see Ledger."""
+        found: dict[tuple[str, str], dict[str, int]] = {}
+        with self._begin(snapshot=True) as connection:
+            for address, queue, state, *counts in connection.execute(
+                _STATS, {"namespace": namespace}
+            ):
+                known = found.setdefault((address, queue), {})
+                if state == "owed":
+                    names = ("pending", "scheduled", "processing", "stuck")
+                    known.update(zip(names, counts, strict=True))
+                else:
+                    known[state] = counts[0]
+        return {key: Counts(**found[key]) for key in sorted(found)}
+
+    def job(self, namespace: str, job_id: str) -> Sequence[Row]:
+        """Every delivery of this id, newest first; see Ledger."""
+        with self._begin(snapshot=True) as connection:
+            return _rows(connection, _JOB, namespace=namespace, job_id=job_id)
+
+    def dead(
+        self, namespace: str, *, outcomes: Sequence[Outcome], queue: str | None, limit: int
+    ) -> Sequence[Row]:
+        """Jobs that were given up, and not taken up since, newest first; see Ledger."""
+        with self._begin(snapshot=True) as connection:
+            return _rows(
+                connection,
+                _DEAD,
+                namespace=namespace,
+                outcomes=[outcome.value for outcome in outcomes],
+                queue=queue,
+                limit=limit,
+            )
+
+    def requeue(self, namespace: str, token: UUID) -> UUID:
+        """Mint a new delivery of a failed or dead one; see Ledger."""
+        with self._begin() as connection:
+            # Locked: of two people who requeue the same delivery, one is told of the other.
+            row = connection.execute(_TOMBSTONE, {"namespace": namespace, "token": token}).first()
+            if row is None:
+                raise JobguardError(f"no delivery {token} ended in the namespace {namespace!r}")
+            if row.outcome not in (Outcome.FAILED, Outcome.DEAD):
+                raise JobguardError(
+                    f"job {row.job_id} is {row.outcome}: only failed and dead jobs are requeued"
+                )
+            if row.next is not None:
+                raise JobguardError(f"job {row.job_id} was requeued already, as {row.next}")
+            if row.owed is not None:
+                raise JobguardError(f"job {row.job_id} is owed again already, as {row.owed}")
+            if not row.kept:
+                raise JobguardError(
+                    f"job {row.job_id} cannot be requeued: its envelope was never recorded"
+                )
+            fresh = new_token()
+            connection.execute(
+                _OWE_AGAIN,
+                {"source": row.source, "token": token, "ended_at": row.ended_at, "fresh": fresh},
+            )
+            return fresh
+
+    def pause(self, namespace: str, *, queue: str | None) -> None:
+        """Put nothing back until resumed; see Ledger.
+
+        Raises JobguardError where a queue is named and no source is known yet.
+        """
+        with self._begin() as connection:
+            if queue is None:
+                connection.execute(_PAUSE, {"namespace": namespace})
+                return
+            held = connection.execute(_HOLD, {"namespace": namespace, "queue": queue})
+            if held.rowcount == 0:
+                raise JobguardError(
+                    f"no source is known in the namespace {namespace!r}, so there is no queue "
+                    f"{queue!r} to pause"
+                )
+
+    def resume(self, namespace: str, *, queue: str | None, moved: bool) -> None:
+        """Go on; see Ledger. Without a queue, what jobguard held by itself is let go too."""
+        with self._begin() as connection:
+            if moved:
+                driver = connection.connection.driver_connection
+                assert isinstance(driver, psycopg.Connection)
+                settle(driver)
+            if queue is None:
+                connection.execute(_RESUME, {"namespace": namespace})
+            else:
+                connection.execute(_LET_GO, {"namespace": namespace, "queue": queue})
+
+    def overview(self, namespace: str) -> Row:
+        """Leader, brake, sources, workers, open incidents, queues; see Ledger."""
+        with self._begin(snapshot=True) as connection:
+            leader = next(iter(_rows(connection, _LEADER, namespace=namespace)), None)
+            paused_at = leader.pop("paused_at") if leader else None
+            held = leader.pop("held") if leader else {}
+            return {
+                "namespace": namespace,
+                "installation": _installation(connection),
+                "leader": leader if leader and leader["term"] > 0 else None,
+                "brake": {"paused_at": paused_at, "held": held},
+                "sources": _rows(connection, _SOURCES, namespace=namespace),
+                "workers": _rows(connection, _WORKERS, namespace=namespace)[0],
+                "incidents": _rows(connection, _INCIDENTS, namespace=namespace),
+                "queues": _rows(connection, _QUEUES, namespace=namespace),
+            }
+
+    def close(self) -> None:
+        """Nothing is kept open between calls."""
+        self._engine.dispose()
+
+    def _connect(self) -> psycopg.Connection[Any]:
+        return psycopg.connect(
+            self._conninfo(),
+            connect_timeout=max(1, round(self._timeout)),
+            prepare_threshold=None,  # behind a pooler the next session does not know it
+            application_name="jobguard ledger",
+        )
+
+    @contextmanager
+    def _begin(self, *, snapshot: bool = False) -> Iterator[sa.Connection]:
+        """One transaction; ``snapshot``: of reads that all see the same moment."""
+        level = "REPEATABLE READ" if snapshot else "READ COMMITTED"
+        try:
+            with self._engine.execution_options(isolation_level=level).begin() as connection:
+                yield connection
+        except sa.exc.DBAPIError as error:
+            raise self._translated(error) from error
+
+    def _translated(self, error: sa.exc.DBAPIError) -> JobguardError:
+        state = getattr(error.orig, "sqlstate", None) or ""
+        text = (str(error.orig).strip() or "no answer").splitlines()[0]
+        if state in ("42P01", "3F000", "42703", "42883", "42704"):
+            return NotMigrated(f"{text}: run `jobguard migrate`")
+        if state == "42501":
+            return NoRights(f"{text}: grant what schema/grants.sql lists")
+        try:
+            place = describe(self._conninfo())
+        except JobguardError as unknown:
+            return StoreUnavailable(str(unknown))
+        return StoreUnavailable(f"Postgres at {place}: {text}")
+
+
+def _rows(connection: sa.Connection, query: sa.TextClause, **values: Any) -> list[Row]:
+    return [dict(row._mapping) for row in connection.execute(query, values)]
+
+
+def _installation(connection: sa.Connection) -> Row:
+    row = _rows(connection, _INSTALLATION)[0]
+    try:
+        with connection.begin_nested():
+            row["system_now"] = connection.execute(_SYSTEM).scalar()
+    except sa.exc.ProgrammingError:  # not permitted: the oid alone must tell
+        row["system_now"] = None
+    known = (row["system_identifier"], row["system_now"])
+    row["moved"] = row["database_oid"] != row["database_now"] or (
+        None not in known and known[0] != known[1]
+    )
+    return row

@@ -1,0 +1,884 @@
+"""A ledger in memory that gives the same answers as Postgres: for our tests, and for yours.
+
+The tables of the schema as dicts, one lock where Postgres has transactions, and a clock that can
+be handed in where Postgres has ``now()``::
+
+    ledger = MemoryLedger()
+    host, leader = ledger.host(), ledger.leader("default", uuid4())
+
+``ledger.down = True`` is an outage: every call raises StoreUnavailable until it is False again.
+
+Not good for anything that must outlive the process.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from typing import Any
+from uuid import UUID, uuid4
+
+from jobguard.errors import BadRow, ConfigurationError, NotLeading, StoreUnavailable
+from jobguard.job import (
+    Beat,
+    Cause,
+    Claim,
+    Delivery,
+    End,
+    Ended,
+    Outcome,
+    Owed,
+    Parent,
+    Recorded,
+    Refusal,
+    Refused,
+    Restorable,
+    Unknown,
+)
+from jobguard.store import (
+    Ask,
+    BeatReply,
+    Brake,
+    Closing,
+    HostStore,
+    Incident,
+    LeaderStore,
+    QueueRow,
+    SourceRow,
+    Void,
+    WorkerRow,
+)
+
+_Key = tuple[int, UUID]
+"""(source, token), as in every table."""
+
+_DAY = 86400.0
+_SMALLINT = range(-(2**15), 2**15)
+_KEPT = (Outcome.FAILED, Outcome.DEAD)
+"""What a person may requeue: the envelope stays in history."""
+
+
+@dataclass(slots=True)
+class _Job:
+    delivery: Delivery
+    recorded_at: float
+    recoveries: int = 0
+    crashes: int = 0
+    claims: int = 0
+    not_before: float | None = None
+
+    def inherit(self, older: _Job) -> None:
+        self.recoveries = max(self.recoveries, older.recoveries)
+        self.crashes = max(self.crashes, older.crashes)
+
+
+@dataclass(slots=True)
+class _Run:
+    number: int
+    nonce: UUID
+    worker: UUID
+    pid: int
+    claimed_at: float
+    heartbeat_at: float | None = None
+    progress: float | None = None
+    attrs: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Tombstone:
+    outcome: Outcome
+    ended_at: float
+    job_id: str = ""
+    queue: str = ""
+    task: str = ""
+    attempt: int = 1
+    recoveries: int = 0
+    crashes: int = 0
+    number: int | None = None
+    worker: UUID | None = None
+    next: UUID | None = None
+    error: str | None = None
+    envelope: bytes | None = None
+
+
+@dataclass(slots=True)
+class _Worker:
+    source: int
+    beat: Beat
+    claims: frozenset[UUID]
+    started_at: float
+    beat_at: float
+    previous_beat_at: float
+    left_at: float | None = None
+    dead_at: float | None = None
+
+    @property
+    def gone(self) -> bool:
+        return self.left_at is not None or self.dead_at is not None
+
+
+@dataclass(frozen=True, slots=True)
+class _Suspect:
+    cause: Cause
+    mark: str
+    seen_at: float
+
+
+@dataclass(slots=True)
+class _Lease:
+    term: int
+    holder: UUID
+    expires_at: float
+    held: dict[str, Mapping[str, str]] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Loss:
+    source: int
+    cause: Cause
+    detail: str
+    opened_at: float
+    epoch: UUID | None
+    missing: int = 0
+    restored: int = 0
+    closed: bool = False
+
+
+class _Tables:
+    """The tables, and what more than one statement asks of them. Use only inside ``open()``."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.clock = clock
+        self.down = False
+        self.lock = threading.RLock()
+        self.installation = str(uuid4())
+        self.jobs: dict[_Key, _Job] = {}
+        self.running: dict[_Key, _Run] = {}
+        self.history: dict[_Key, _Tombstone] = {}
+        self.workers: dict[UUID, _Worker] = {}
+        self.suspects: dict[_Key, _Suspect] = {}
+        self.outbox: dict[_Key, float] = {}
+        self.leases: dict[str, _Lease] = {}
+        self.sources: dict[int, SourceRow] = {}
+        self.incidents: dict[int, _Loss] = {}
+        self.queues: dict[tuple[int, str], QueueRow] = {}
+
+    @contextmanager
+    def open(self) -> Iterator[float]:
+        """One transaction; gives its time. What raises in it raises before it changes anything."""
+        with self.lock:
+            if self.down:
+                raise StoreUnavailable
+            yield self.clock()
+
+    def led(self, namespace: str, now: float) -> bool:
+        """Whether a leader's lease is live."""
+        lease = self.leases.get(namespace)
+        return lease is not None and lease.expires_at > now
+
+    def lives(self, key: _Key, run: _Run) -> bool:
+        """Whether a claim is live, as long as a leader judges who is silent."""
+        worker = self.workers.get(run.worker)
+        if worker is None or worker.gone:
+            return False
+        return key[1] in worker.claims or run.claimed_at >= worker.previous_beat_at
+
+    def silent(self, run: _Run, *, now: float, timeout: float) -> bool:
+        """Whether the worker of this claim has not beaten for so long."""
+        worker = self.workers.get(run.worker)
+        return worker is None or now - worker.beat_at > timeout
+
+    def announced(self, run: _Run) -> bool:
+        """Whether the worker that holds this claim had said goodbye."""
+        worker = self.workers.get(run.worker)
+        return worker is not None and worker.left_at is not None
+
+    def bury(
+        self,
+        key: _Key,
+        outcome: Outcome,
+        *,
+        ended_at: float,
+        number: int | None = None,
+        worker: UUID | None = None,
+        next: UUID | None = None,
+        error: str | None = None,
+    ) -> None:
+        """Move an owed delivery to history; a tombstone that stands there already stays."""
+        job, run = self.jobs[key], self.running.get(key)
+        if run is not None and number is None:
+            number, worker = run.number, run.worker
+        self.drop(key)
+        tombstone = _Tombstone(
+            outcome=outcome,
+            ended_at=ended_at,
+            job_id=job.delivery.job_id,
+            queue=job.delivery.queue,
+            task=job.delivery.task,
+            attempt=job.delivery.attempt,
+            recoveries=job.recoveries,
+            crashes=job.crashes,
+            number=number,
+            worker=worker,
+            next=next,
+            error=error,
+            envelope=job.delivery.envelope if outcome in _KEPT else None,
+        )
+        self.history.setdefault(key, tombstone)
+
+    def drop(self, key: _Key) -> None:
+        """Forget an owed delivery, and all that hangs on it."""
+        del self.jobs[key]
+        self.running.pop(key, None)
+        self.settle(key)
+
+    def settle(self, key: _Key) -> None:
+        """Neither suspect nor to be pushed."""
+        self.suspects.pop(key, None)
+        self.outbox.pop(key, None)
+
+    def owed(self, source: int, tokens: Iterable[UUID]) -> list[_Key]:
+        """Those of the tokens that are owed, each once."""
+        keys = dict.fromkeys((source, token) for token in tokens)
+        return [key for key in keys if key in self.jobs]
+
+    def of_job(self, source: int, job_ids: Iterable[str]) -> list[_Key]:
+        """Return the owed deliveries of these job ids."""
+        wanted = frozenset(job_ids)
+        return [
+            key
+            for key, job in self.jobs.items()
+            if key[0] == source and job.delivery.job_id in wanted
+        ]
+
+
+class MemoryLedger:
+    """The ledger of one process, with as many hosts and leaders over it as a test needs.
+
+    ``clock`` tells seconds since the epoch.
+    """
+
+    def __init__(self, *, clock: Callable[[], float] = time.time) -> None:
+        self._tables = _Tables(clock)
+
+    @property
+    def down(self) -> bool:
+        """Whether the ledger plays an outage."""
+        return self._tables.down
+
+    @down.setter
+    def down(self, down: bool) -> None:
+        with self._tables.lock:
+            self._tables.down = down
+
+    def host(self) -> HostStore:
+        """Return the ledger as producers and workers use it."""
+        return _Host(self._tables)
+
+    def leader(self, namespace: str, holder: UUID) -> LeaderStore:
+        """Return the ledger as one reconciler of the namespace uses it."""
+        return _Leader(self._tables, namespace, holder)
+
+
+class _Host:
+    """What processes of the application ask, statement by statement."""
+
+    def __init__(self, tables: _Tables) -> None:
+        self._tables = tables
+
+    def register(self, source: SourceRow) -> SourceRow:
+        with self._tables.open():
+            return self._tables.sources.setdefault(source.id, source)
+
+    def record(
+        self,
+        source: int,
+        deliveries: Sequence[Delivery],
+        *,
+        namespace: str,
+        outbox: bool = False,
+        replay: bool = False,
+        relaxed: bool = False,
+    ) -> Recorded:
+        tables = self._tables
+        with tables.open() as now:
+            for delivery in deliveries:
+                _check(delivery)
+            refused = set()
+            for delivery in deliveries:
+                key = (source, delivery.token)
+                if key in tables.jobs or (replay and key in tables.history):
+                    continue
+                job = _Job(delivery, recorded_at=now)
+                if self._follow(source, job, now=now):
+                    self._owe(source, job, now=now, outbox=outbox)
+                else:
+                    refused.add(delivery.token)
+            return Recorded(frozenset(refused), leader_live=tables.led(namespace, now))
+
+    def _follow(self, source: int, job: _Job, *, now: float) -> bool:
+        """Take the parent's place; False: it has ended, has moved on, or is somebody else's."""
+        tables, token, parent = self._tables, job.delivery.token, job.delivery.parent
+        if parent is None:
+            return True
+        key = (source, parent.token)
+        older = tables.jobs.get(key)
+        if older is not None:
+            if not self._speaks_for(key, parent):
+                return False
+            tables.bury(key, parent.outcome, ended_at=now, next=token)
+            job.inherit(older)
+            return True
+        tombstone = tables.history.get(key)
+        if tombstone is not None:
+            return tombstone.next == token
+        # Nobody knows the parent: its record is late. It must not come to life behind its child.
+        tables.history[key] = _Tombstone(
+            outcome=parent.outcome,
+            ended_at=now,
+            job_id=job.delivery.job_id,
+            queue=job.delivery.queue,
+            task=job.delivery.task,
+            next=token,
+        )
+        return True
+
+    def _speaks_for(self, key: _Key, parent: Parent) -> bool:
+        run = self._tables.running.get(key)
+        if parent.claim is not None:
+            return run is not None and run.number == parent.claim
+        return run is None or not self._tables.lives(key, run)
+
+    def _owe(self, source: int, job: _Job, *, now: float, outbox: bool) -> None:
+        tables, delivery = self._tables, job.delivery
+        if not delivery.fresh or delivery.parent is not None:
+            for key in tables.of_job(source, [delivery.job_id]):
+                if key not in tables.running:
+                    job.inherit(tables.jobs[key])
+                    tables.bury(key, Outcome.SUPERSEDED, ended_at=now, next=delivery.token)
+        tables.jobs[source, delivery.token] = job
+        if outbox:
+            tables.outbox[source, delivery.token] = now
+
+    def withdraw(self, source: int, tokens: Sequence[UUID]) -> None:
+        with self._tables.open():
+            for key in self._tables.owed(source, tokens):
+                if key not in self._tables.running:
+                    self._tables.drop(key)
+
+    def outbox(self, source: int, tokens: Sequence[UUID]) -> None:
+        with self._tables.open() as now:
+            for key in self._tables.owed(source, tokens):
+                self._tables.outbox.setdefault(key, now)
+
+    def claim(self, source: int, ask: Ask) -> Claim | Refused | Unknown:
+        tables, key = self._tables, (source, ask.token)
+        with tables.open() as now:
+            job = tables.jobs.get(key)
+            if job is None:
+                tombstone = tables.history.get(key)
+                if tombstone is None:
+                    return Unknown(ask.token)
+                return Refused(ask.token, Refusal.ENDED, tombstone.outcome)
+            run = tables.running.get(key)
+            if run is None:
+                return self._grant(key, ask, job, number=job.claims + 1, now=now)
+            if run.nonce == ask.nonce:
+                return Claim(ask.token, run.number, job.crashes)
+            silent = tables.silent(run, now=now, timeout=ask.worker_timeout)
+            if tables.lives(key, run) and (tables.led(ask.namespace, now) or not silent):
+                if silent:  # the push that is skipped now may have been the only copy
+                    tables.suspects.setdefault(key, _Suspect(Cause.WORKER, "", now))
+                return Refused(ask.token, Refusal.HELD)
+            return self._take_over(key, ask, job, run, now=now)
+
+    def _grant(self, key: _Key, ask: Ask, job: _Job, *, number: int, now: float) -> Claim:
+        self._tables.running[key] = _Run(number, ask.nonce, ask.worker, ask.pid, claimed_at=now)
+        return Claim(ask.token, number, job.crashes)
+
+    def _take_over(
+        self, key: _Key, ask: Ask, job: _Job, run: _Run, *, now: float
+    ) -> Claim | Refused:
+        job.crashes += 0 if self._tables.announced(run) else 1
+        if job.crashes > ask.crash_budget:
+            self._tables.bury(key, Outcome.DEAD, ended_at=now)
+            return Refused(ask.token, Refusal.SPENT)
+        return self._grant(key, ask, job, number=run.number + 1, now=now)
+
+    def end(self, source: int, ends: Sequence[End]) -> Sequence[Ended]:
+        with self._tables.open():
+            for end in ends:
+                _check_text(end.job_id, end.queue, end.task, end.error)
+            return [self._end((source, end.token), end) for end in ends]
+
+    def _end(self, key: _Key, end: End) -> Ended:
+        tables = self._tables
+        if key in tables.jobs:
+            if not _counts(end, tables.running.get(key)):
+                return Ended.LATE
+            tables.bury(
+                key,
+                end.outcome,
+                ended_at=end.ended_at,
+                number=end.number,
+                worker=end.worker,
+                error=end.error,
+            )
+            return Ended.ENDED
+        if key in tables.history:
+            return Ended.LATE
+        tables.history[key] = _Tombstone(
+            outcome=end.outcome,
+            ended_at=end.ended_at,
+            job_id=end.job_id,
+            queue=end.queue,
+            task=end.task,
+            number=end.number,
+            worker=end.worker,
+            error=end.error,
+        )
+        return Ended.UNKNOWN
+
+    def cancel(
+        self,
+        source: int,
+        *,
+        tokens: Sequence[UUID] = (),
+        job_ids: Sequence[str] = (),
+        queue: str | None = None,
+    ) -> int:
+        tables = self._tables
+        with tables.open() as now:
+            waiting = [
+                key
+                for key, job in tables.jobs.items()
+                if key[0] == source and job.delivery.queue == queue and key not in tables.running
+            ]
+            keys = {*tables.owed(source, tokens), *tables.of_job(source, job_ids), *waiting}
+            for key in keys:
+                tables.bury(key, Outcome.CANCELLED, ended_at=now)
+            for token in tokens:
+                tombstone = _Tombstone(outcome=Outcome.CANCELLED, ended_at=now)
+                tables.history.setdefault((source, token), tombstone)
+            return len(keys)
+
+    def beat(self, source: int, beat: Beat, *, namespace: str) -> BeatReply:
+        tables = self._tables
+        with tables.open() as now:
+            led = tables.led(namespace, now)
+            worker = tables.workers.get(beat.worker)
+            if worker is None:
+                tables.workers[beat.worker] = _Worker(
+                    source=source,
+                    beat=beat,
+                    claims=frozenset(beat.claims),
+                    started_at=now,
+                    beat_at=now,
+                    previous_beat_at=now,
+                )
+                return BeatReply(leader_live=led)
+            if worker.dead_at is not None:
+                return BeatReply(dead=True, leader_live=led)
+            worker.beat, worker.claims = beat, frozenset(beat.claims)
+            worker.previous_beat_at, worker.beat_at = worker.beat_at, now
+            return BeatReply(leader_live=led)
+
+    def leave(self, worker: UUID) -> None:
+        with self._tables.open() as now:
+            row = self._tables.workers.get(worker)
+            if row is not None and row.left_at is None:
+                row.left_at = now
+
+    def heartbeat(
+        self,
+        source: int,
+        *,
+        job_id: str,
+        token: UUID | None = None,
+        number: int | None = None,
+        progress: float | None = None,
+        attrs: Mapping[str, Any] | None = None,
+    ) -> bool:
+        tables = self._tables
+        with tables.open() as now:
+            asked = tables.of_job(source, [job_id]) if token is None else [(source, token)]
+            claimed = [tables.running[key] for key in asked if key in tables.running]
+            runs = [run for run in claimed if number in (None, run.number)]
+            for run in runs:
+                run.heartbeat_at = now
+                run.progress = run.progress if progress is None else progress
+                run.attrs = {**run.attrs, **(attrs or {})}
+            return bool(runs)
+
+    def close(self) -> None:
+        pass
+
+
+class _Leader:
+    """What the one leader of a namespace asks, statement by statement."""
+
+    def __init__(self, tables: _Tables, namespace: str, holder: UUID) -> None:
+        self._tables = tables
+        self._namespace = namespace
+        self._holder = holder
+
+    @contextmanager
+    def _leading(self, term: int) -> Iterator[float]:
+        """One transaction of this very term."""
+        with self._tables.open() as now:
+            self._lease(term)
+            yield now
+
+    def _lease(self, term: int) -> _Lease:
+        lease = self._tables.leases.get(self._namespace)
+        if lease is None or (lease.term, lease.holder) != (term, self._holder):
+            raise NotLeading
+        return lease
+
+    def elect(self, *, lease: float) -> int | None:
+        with self._tables.open() as now:
+            if self._tables.led(self._namespace, now):
+                return None
+            row = self._tables.leases.setdefault(self._namespace, _Lease(0, self._holder, now))
+            row.term, row.holder, row.expires_at = row.term + 1, self._holder, now + lease
+            return row.term
+
+    def renew(self, term: int, *, lease: float) -> Brake:
+        with self._leading(term) as now:
+            row = self._unexpired(term, now)
+            row.expires_at = now + lease
+            return Brake(held=dict(row.held))
+
+    def brake(self, term: int) -> Brake:
+        with self._leading(term) as now:
+            return Brake(held=dict(self._unexpired(term, now).held))
+
+    def _unexpired(self, term: int, now: float) -> _Lease:
+        row = self._lease(term)
+        if row.expires_at <= now:
+            raise NotLeading
+        return row
+
+    def resign(self, term: int) -> None:
+        with self._tables.open() as now:
+            row = self._tables.leases.get(self._namespace)
+            if row is not None and (row.term, row.holder) == (term, self._holder):
+                row.expires_at = now
+
+    def now(self) -> float:
+        with self._tables.open() as now:
+            return now
+
+    def identity(self) -> Mapping[str, str | None]:
+        with self._tables.open():
+            return {
+                "id": self._tables.installation,
+                "name": None,
+                "system_identifier": "memory",
+                "database_oid": "0",
+                "system_now": "memory",
+                "database_now": "0",
+            }
+
+    def settle(self) -> None:
+        with self._tables.open():
+            pass
+
+    def sources(self) -> Sequence[SourceRow]:
+        with self._tables.open():
+            rows = self._tables.sources.values()
+            ours = [row for row in rows if row.namespace == self._namespace]
+            return sorted(ours, key=lambda row: row.id)
+
+    def acknowledge(
+        self, term: int, source: int, epoch: UUID, n: int, *, run_id: str | None
+    ) -> None:
+        with self._leading(term):
+            row = self._tables.sources.get(source)
+            if row is not None:
+                self._tables.sources[source] = replace(
+                    row, pulse_epoch=epoch, pulse_n=n, run_id=run_id or row.run_id
+                )
+
+    def open_incident(
+        self, term: int, source: int, cause: Cause, detail: str, epoch: UUID | None
+    ) -> int:
+        with self._leading(term) as now:
+            incident = len(self._tables.incidents) + 1
+            self._tables.incidents[incident] = _Loss(source, cause, detail, now, epoch)
+            return incident
+
+    def incidents(self, source: int) -> Sequence[Incident]:
+        with self._tables.open() as now:
+            return [
+                Incident(
+                    id=incident,
+                    source=source,
+                    cause=loss.cause,
+                    detail=loss.detail,
+                    age=now - loss.opened_at,
+                    missing=loss.missing,
+                    restored=loss.restored,
+                )
+                for incident, loss in self._tables.incidents.items()
+                if loss.source == source and not loss.closed
+            ]
+
+    def progress(
+        self, term: int, incident: int, *, missing: int, restored: int, close: bool
+    ) -> None:
+        with self._leading(term):
+            loss = self._tables.incidents.get(incident)
+            if loss is not None:
+                loss.missing += missing
+                loss.restored += restored
+                loss.closed = loss.closed or close
+
+    def workers(self, source: int) -> Sequence[WorkerRow]:
+        with self._tables.open():
+            held = Counter(run.worker for run in self._tables.running.values())
+            rows = sorted(self._tables.workers.items(), key=lambda item: item[0])
+            return [
+                WorkerRow(
+                    id=worker,
+                    name=row.beat.name,
+                    host=row.beat.host,
+                    pid=row.beat.pid,
+                    queues=tuple(row.beat.queues),
+                    beat=row.beat.counter,
+                    started_at=row.started_at,
+                    unflushed_since=row.beat.unflushed_since,
+                    pulse=row.beat.pulse,
+                    left=row.left_at is not None,
+                    dead=row.dead_at is not None,
+                    claims=held[worker],
+                )
+                for worker, row in rows
+                if row.source == source
+            ]
+
+    def declare_dead(self, term: int, workers: Sequence[UUID]) -> None:
+        with self._leading(term) as now:
+            for worker in workers:
+                row = self._tables.workers.get(worker)
+                if row is not None and row.dead_at is None:
+                    row.dead_at = now
+
+    def forget(self, term: int, workers: Sequence[UUID]) -> None:
+        with self._leading(term):
+            busy = {run.worker for run in self._tables.running.values()}
+            for worker in workers:
+                row = self._tables.workers.get(worker)
+                if row is not None and row.gone and worker not in busy:
+                    del self._tables.workers[worker]
+
+    def page(self, source: int, *, after: UUID | None, limit: int) -> Sequence[Owed]:
+        with self._tables.open() as now:
+            keys = sorted(
+                key
+                for key in self._tables.jobs
+                if key[0] == source and (after is None or key[1] > after)
+            )
+            return [self._owed(key, now) for key in keys[:limit]]
+
+    def watched(self, source: int, *, limit: int) -> Sequence[Owed]:
+        with self._tables.open() as now:
+            jobs = self._tables.jobs
+            keys = sorted(key for key in jobs if key[0] == source and self._is_watched(key, now))
+            return [self._pushed(self._owed(key, now), key, now) for key in keys[:limit]]
+
+    def _is_watched(self, key: _Key, now: float) -> bool:
+        not_before = self._tables.jobs[key].not_before
+        if not_before is not None and not_before > now:
+            return False
+        suspect, run = self._tables.suspects.get(key), self._tables.running.get(key)
+        return (
+            (suspect is not None and suspect.cause is not Cause.UNTRUSTED)
+            or key in self._tables.outbox
+            or (run is not None and not self._tables.lives(key, run))
+        )
+
+    def _pushed(self, owed: Owed, key: _Key, now: float) -> Owed:
+        """Say of a delivery in the outbox that its push is to be done, unless more is suspected."""
+        if owed.suspected is not None or key not in self._tables.outbox:
+            return owed
+        return replace(owed, suspected=Cause.PUSH, suspected_for=now - self._tables.outbox[key])
+
+    def _owed(self, key: _Key, now: float) -> Owed:
+        tables = self._tables
+        job, run = tables.jobs[key], tables.running.get(key)
+        delivery, suspect = job.delivery, tables.suspects.get(key)
+        owed = Owed(
+            token=delivery.token,
+            job_id=delivery.job_id,
+            queue=delivery.queue,
+            task=delivery.task,
+            age=now - job.recorded_at,
+            due_in=0.0 if delivery.due_at is None else delivery.due_at - now,
+            expired=delivery.expires_at is not None and delivery.expires_at <= now,
+            crashes=job.crashes,
+            recoveries=job.recoveries,
+            claims=job.claims,
+            backoff=0.0 if job.not_before is None else max(0.0, job.not_before - now),
+        )
+        if run is not None:
+            owed = replace(
+                owed,
+                claim_number=run.number,
+                claim_worker=run.worker,
+                claim_live=tables.lives(key, run),
+                claim_announced=tables.announced(run),
+            )
+        if suspect is not None:
+            owed = replace(
+                owed,
+                suspected=suspect.cause,
+                suspected_for=now - suspect.seen_at,
+                suspected_mark=suspect.mark,
+            )
+        return owed
+
+    def count(self, source: int) -> Mapping[str, int]:
+        with self._tables.open():
+            jobs = self._tables.jobs.items()
+            return dict(Counter(job.delivery.queue for key, job in jobs if key[0] == source))
+
+    def suspect(self, term: int, source: int, seen: Sequence[tuple[UUID, Cause, str]]) -> None:
+        with self._leading(term) as now:
+            for token, cause, mark in seen:
+                for key in self._tables.owed(source, [token]):
+                    before = self._tables.suspects.get(key)
+                    self._tables.suspects[key] = _look(before, cause, mark, now)
+
+    def clear(self, term: int, source: int, tokens: Sequence[UUID]) -> None:
+        with self._leading(term):
+            for token in tokens:
+                self._tables.settle((source, token))
+
+    def envelopes(self, source: int, tokens: Sequence[UUID]) -> Sequence[Restorable]:
+        tables = self._tables
+        with tables.open():
+            keys = [key for key in tables.owed(source, tokens) if key not in tables.history]
+            found = [tables.jobs[key].delivery for key in sorted(keys)]
+            return [
+                Restorable(
+                    token=delivery.token,
+                    job_id=delivery.job_id,
+                    queue=delivery.queue,
+                    envelope=delivery.envelope,
+                    due_at=delivery.due_at,
+                    expires_at=delivery.expires_at,
+                )
+                for delivery in found
+            ]
+
+    def tombstones(self, source: int, tokens: Sequence[UUID]) -> Mapping[UUID, Outcome]:
+        with self._tables.open():
+            found = {token: self._tables.history.get((source, token)) for token in tokens}
+            return {token: stone.outcome for token, stone in found.items() if stone is not None}
+
+    def restored(self, term: int, source: int, tokens: Sequence[UUID]) -> None:
+        with self._leading(term):
+            for key in self._tables.owed(source, tokens):
+                self._tables.jobs[key].recoveries += 1
+                self._tables.jobs[key].not_before = None
+                self._tables.settle(key)
+
+    def void(self, term: int, source: int, voids: Sequence[Void]) -> Sequence[UUID]:
+        with self._leading(term) as now:
+            return [void.token for void in voids if self._void((source, void.token), void, now)]
+
+    def _void(self, key: _Key, void: Void, now: float) -> bool:
+        run = self._tables.running.get(key)
+        if run is None or run.number != void.number:
+            return False
+        job = self._tables.jobs[key]
+        job.claims = void.number
+        job.crashes += 1 if void.charge else 0
+        job.not_before = now + void.backoff
+        del self._tables.running[key]
+        self._tables.suspects[key] = _Suspect(Cause.WORKER, "", now)
+        return True
+
+    def close_owed(self, term: int, source: int, closings: Sequence[Closing]) -> int:
+        with self._leading(term) as now:
+            return sum(
+                self._close_owed((source, closing.token), closing, now) for closing in closings
+            )
+
+    def _close_owed(self, key: _Key, closing: Closing, now: float) -> bool:
+        tables = self._tables
+        if key not in tables.jobs:
+            return False
+        run = tables.running.get(key)
+        if run is not None and tables.lives(key, run):
+            return False
+        tables.bury(key, closing.outcome, ended_at=now, error=closing.error)
+        return True
+
+    def queues(self, source: int) -> Sequence[QueueRow]:
+        with self._tables.open():
+            rows = sorted(self._tables.queues.items())
+            return [row for (owner, _), row in rows if owner == source]
+
+    def trust(self, term: int, rows: Sequence[QueueRow]) -> None:
+        with self._leading(term):
+            for row in rows:
+                self._tables.queues[row.source, row.queue] = row
+
+    def hold(self, term: int, source: int, queue: str, reason: str) -> None:
+        with self._leading(term) as now:
+            since = datetime.fromtimestamp(now, UTC).isoformat()
+            self._lease(term).held[f"{source}/{queue}"] = {"since": since, "reason": reason}
+
+    def rotate(self, *, retention: float) -> int:
+        if retention < 3600:
+            raise ConfigurationError(f"retention must be an hour at least, not {retention} s")
+        with self._tables.open() as now:
+            history = self._tables.history
+            days = {key: int(tombstone.ended_at // _DAY) for key, tombstone in history.items()}
+            old = {day for day in days.values() if (day + 1) * _DAY < now - retention}
+            self._tables.history = {key: history[key] for key in history if days[key] not in old}
+            return len(old)
+
+    def vacuum(self) -> Sequence[str]:
+        with self._tables.open():
+            return ()
+
+    def close(self) -> None:
+        pass
+
+
+def _counts(end: End, run: _Run | None) -> bool:
+    """Whether a reported end of an owed delivery is to be believed."""
+    if run is None:
+        # Number 0 started while Postgres was away. A zombie's completion, too, contradicts nobody.
+        return end.number == 0 or end.outcome is Outcome.COMPLETED
+    return end.number == run.number or (end.number == 0 and end.worker == run.worker)
+
+
+def _look(before: _Suspect | None, cause: Cause, mark: str, now: float) -> _Suspect:
+    """Return what is suspected after one more look."""
+    if before is None:
+        return _Suspect(cause, mark, now)
+    if before.cause in (Cause.WORKER, Cause.UNTRUSTED):
+        cause = before.cause
+    return _Suspect(cause, mark, before.seen_at if before.mark == mark else now)
+
+
+def _check(delivery: Delivery) -> None:
+    """Refuse what Postgres would refuse."""
+    _check_text(delivery.job_id, delivery.queue, delivery.task, delivery.key, delivery.trace)
+    if delivery.priority not in _SMALLINT:
+        raise BadRow(f"priority {delivery.priority} is out of range")
+
+
+def _check_text(*texts: str | None) -> None:
+    for text in texts:
+        if text is not None and "\x00" in text:
+            raise BadRow(f"text must not contain NUL: {text[:100]!r}")

@@ -1,0 +1,267 @@
+"""The store of the host's processes: records, claims, ends and beats, one round trip each.
+
+The SQL is in ``schema/queries.sql`` and, where a rule needs several looks, in the functions of
+``schema/migrations``; here its parameters are laid out and its answers read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+from uuid import UUID
+
+from jobguard.errors import BadRow
+from jobguard.job import (
+    Beat,
+    Claim,
+    Delivery,
+    End,
+    Ended,
+    Outcome,
+    Recorded,
+    Refusal,
+    Refused,
+    Unknown,
+)
+from jobguard.schema import statements
+from jobguard.settings import Settings
+from jobguard.store import Ask, BeatReply, SourceRow
+from jobguard.store.connection import Database
+
+_BATCH = 250
+"""Deliveries in one statement: a larger one saves nothing and holds its locks longer."""
+
+
+class PostgresStore:
+    """HostStore over one connection of this process."""
+
+    def __init__(self, conninfo: Callable[[], str], settings: Settings) -> None:
+        self._db = Database(
+            conninfo,
+            connect_timeout=settings.connect_timeout,
+            call_timeout=settings.call_timeout,
+            pooler=settings.pooler,
+        )
+        self._sql = statements()
+        self.installation: str | None = None
+
+    def probe(self) -> bool:
+        """Without waiting: whether Postgres accepts us. Raises StoreUnavailable if it surely does not."""
+        return self._db.probe()
+
+    def register(self, source: SourceRow) -> SourceRow:
+        """Make the source known; see HostStore."""
+        values = {
+            "id": source.id,
+            "namespace": source.namespace,
+            "library": source.library,
+            "address": source.address,
+            "prefix": source.prefix,
+            "name": source.name,
+            "settings": source.settings,
+        }
+        rows = self._db.execute(self._sql["register"], values)
+        settings, epoch, n, run_id, self.installation = rows[0]
+        return SourceRow(
+            **{**values, "settings": settings or source.settings},
+            pulse_epoch=epoch,
+            pulse_n=n,
+            run_id=run_id,
+        )
+
+    def record(
+        self,
+        source: int,
+        deliveries: Sequence[Delivery],
+        *,
+        namespace: str,
+        outbox: bool = False,
+        replay: bool = False,
+        relaxed: bool = False,
+    ) -> Recorded:
+        """Commit deliveries as owed; see HostStore."""
+        common = {
+            "source": source,
+            "namespace": namespace,
+            "commit": "off" if relaxed and not outbox else None,
+        }
+        plain = not outbox and not replay and all(d.fresh and d.parent is None for d in deliveries)
+        if plain and len(deliveries) == 1:
+            rows = self._db.execute(
+                self._sql["record_one"],
+                common | _row(deliveries[0]),
+                payload=len(deliveries[0].envelope),
+            )
+            return Recorded(leader_live=rows[0][0])
+        refused: set[UUID] = set()
+        led = False
+        for start in range(0, len(deliveries), _BATCH):
+            batch = deliveries[start : start + _BATCH]
+            columns = common | _columns(batch)
+            payload = sum(len(d.envelope) for d in batch)
+            if plain:
+                led = self._db.execute(self._sql["record_fresh"], columns, payload=payload)[0][0]
+                continue
+            rows = self._db.execute(
+                self._sql["record"],
+                columns | _lineage(batch) | {"outbox": outbox, "replay": replay},
+                payload=payload,
+            )
+            refused.update(rows[0][0])
+            led = rows[0][1]
+        return Recorded(refused=frozenset(refused), leader_live=led)
+
+    def withdraw(self, source: int, tokens: Sequence[UUID]) -> None:
+        """Forget deliveries that were never pushed; see HostStore."""
+        self._db.execute(self._sql["withdraw"], {"source": source, "tokens": list(tokens)})
+
+    def outbox(self, source: int, tokens: Sequence[UUID]) -> None:
+        """Leave the push to the leader; see HostStore."""
+        self._db.execute(self._sql["outbox"], {"source": source, "tokens": list(tokens)})
+
+    def claim(self, source: int, ask: Ask) -> Claim | Refused | Unknown:
+        """Grant a start its claim, or say why not; see HostStore."""
+        rows = self._db.execute(
+            self._sql["claim"],
+            {
+                "source": source,
+                "token": ask.token,
+                "nonce": ask.nonce,
+                "worker": ask.worker,
+                "pid": ask.pid,
+                "namespace": ask.namespace,
+                "timeout": ask.worker_timeout,
+                "budget": ask.crash_budget,
+            },
+        )
+        verdict, number, crashes, outcome = rows[0]
+        if verdict == "granted":
+            return Claim(ask.token, number, crashes)
+        if verdict == "unknown":
+            return Unknown(ask.token)
+        return Refused(ask.token, Refusal(verdict), Outcome(outcome) if outcome else None)
+
+    def end(self, source: int, ends: Sequence[End]) -> Sequence[Ended]:
+        """Move deliveries to history; see HostStore."""
+        if not ends:
+            return []
+        rows = self._db.execute(
+            self._sql["end"],
+            {
+                "source": source,
+                "token": [e.token for e in ends],
+                "number": [e.number for e in ends],
+                "outcome": [e.outcome.value for e in ends],
+                "worker": [e.worker for e in ends],
+                "ended": [e.ended_at for e in ends],
+                "job_id": [e.job_id for e in ends],
+                "queue": [e.queue for e in ends],
+                "task": [e.task for e in ends],
+                "error": [e.error for e in ends],
+            },
+        )
+        return [Ended(answer) for answer in rows[0][0]]
+
+    def cancel(
+        self,
+        source: int,
+        *,
+        tokens: Sequence[UUID] = (),
+        job_ids: Sequence[str] = (),
+        queue: str | None = None,
+    ) -> int:
+        """Write tombstones; see HostStore."""
+        rows = self._db.execute(
+            self._sql["cancel"],
+            {"source": source, "tokens": list(tokens), "job_ids": list(job_ids), "queue": queue},
+        )
+        return int(rows[0][0])
+
+    def beat(self, source: int, beat: Beat, *, namespace: str) -> BeatReply:
+        """Take a worker's beat; see HostStore."""
+        epoch, n = beat.pulse or (None, None)
+        rows = self._db.execute(
+            self._sql["beat"],
+            {
+                "source": source,
+                "namespace": namespace,
+                "worker": beat.worker,
+                "name": beat.name,
+                "host": beat.host,
+                "pid": beat.pid,
+                "queues": list(beat.queues),
+                "claims": list(beat.claims),
+                "beat": beat.counter,
+                "unflushed": beat.unflushed_since,
+                "epoch": epoch,
+                "n": n,
+                "fence": beat.fence,
+            },
+        )
+        return BeatReply(dead=rows[0][0], leader_live=rows[0][1])
+
+    def leave(self, worker: UUID) -> None:
+        """Take a worker's goodbye; see HostStore."""
+        self._db.execute(self._sql["leave"], {"worker": worker})
+
+    def heartbeat(
+        self,
+        source: int,
+        *,
+        job_id: str,
+        token: UUID | None = None,
+        number: int | None = None,
+        progress: float | None = None,
+        attrs: Mapping[str, Any] | None = None,
+    ) -> bool:
+        """Note a running job's progress; see HostStore."""
+        rows = self._db.execute(
+            self._sql["heartbeat"],
+            {
+                "source": source,
+                "job_id": job_id,
+                "token": token,
+                "number": number,
+                "progress": progress,
+                "attrs": None if attrs is None else json.dumps(attrs, default=str),
+            },
+        )
+        return bool(rows)
+
+    def close(self) -> None:
+        """Let go of the connection."""
+        self._db.close()
+
+
+def _row(delivery: Delivery) -> dict[str, Any]:
+    if not -32768 <= delivery.priority <= 32767:
+        raise BadRow(f"priority {delivery.priority} is out of range")
+    return {
+        "token": delivery.token,
+        "job_id": delivery.job_id,
+        "queue": delivery.queue,
+        "task": delivery.task,
+        "priority": delivery.priority,
+        "attempt": min(delivery.attempt, 32767),
+        "due": delivery.due_at,
+        "expires": delivery.expires_at,
+        "key": delivery.key,
+        "trace": delivery.trace,
+        "envelope": delivery.envelope,
+    }
+
+
+def _columns(batch: Sequence[Delivery]) -> dict[str, Any]:
+    rows = [_row(d) for d in batch]
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def _lineage(batch: Sequence[Delivery]) -> dict[str, Any]:
+    return {
+        "parent": [d.parent.token if d.parent else None for d in batch],
+        "claim": [d.parent.claim if d.parent else None for d in batch],
+        "outcome": [d.parent.outcome.value if d.parent else None for d in batch],
+        "fresh": [d.fresh for d in batch],
+    }
+

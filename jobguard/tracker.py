@@ -1,0 +1,400 @@
+"""The tracker: everything a host process tells the ledger passes through here.
+
+A job's road: the adapter hands over a delivery, ``record`` commits it (group commit, behind the
+circuit), and only then does the library push. While Postgres is away, what could not be written goes
+into the spool, and back from there, in order, when the circuit closes. Nothing in here lets an
+exception of ours reach the host, unless the user asked for it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+from uuid import UUID
+
+import redis
+
+from jobguard.adapter import Source
+from jobguard.circuit import Circuit
+from jobguard.commit import GroupCommit
+from jobguard.doubt import Doubt
+from jobguard.errors import BadRow, JobguardError, StoreUnavailable, WrongInstallation
+from jobguard.job import Delivery, End, Ended, Recorded
+from jobguard.session import WorkerSession
+from jobguard.settings import Settings
+from jobguard.spool import Cancelled, Entry, MemorySpool, Spool
+from jobguard.store import HostStore, SourceRow
+
+logger = logging.getLogger("jobguard")
+
+_REPLAY = 250
+"""Entries of the spool that one call carries along: a host that comes by waits for no more."""
+
+
+class HostTracker:
+    """The tracker of one source in one process; see jobguard.adapter.Tracker."""
+
+    def __init__(
+        self,
+        source: Source,
+        settings: Settings,
+        store: Callable[[], HostStore],
+        *,
+        queues: frozenset[str] | None = None,
+        client: Callable[[], redis.Redis] | None = None,
+        spool: Spool | None = None,
+    ) -> None:
+        self.source = source
+        self.settings = settings
+        self.spool: Spool = spool or MemorySpool(settings.spool_size)
+        self._make_store = store
+        self._queues = queues
+        self.client = client
+        self._doubt = None if client is None else Doubt(client)
+        self._session: WorkerSession | None = None
+        self._pid = 0
+        self._refuses: str | None = None
+        self.circuit: Circuit
+        self._mine()
+
+    # -- one process, one set of locks and connections --------------------------------------------
+
+    def _mine(self) -> HostTracker:
+        if self._pid != os.getpid():
+            before = self.circuit if self._pid else None
+            self._pid = os.getpid()
+            self._store = self._make_store()
+            self._registered = False
+            self._registering = threading.Lock()
+            self._replaying = threading.Lock()
+            self.circuit = Circuit(
+                self._probe,
+                retry_interval=self.settings.retry_interval,
+                on_change=self._circuit_changed,
+            )
+            if before is not None:
+                self.circuit.copy_state(before)
+                # What waits in the parent's spool is the parent's to replay.
+                self.spool = MemorySpool(self.settings.spool_size)
+            self._commit = GroupCommit(self._write, timeout=self.settings.record_timeout)
+            if self._doubt is not None:
+                self._doubt.after_fork()
+        return self
+
+    def _probe(self) -> bool:
+        probe = getattr(self._store, "probe", None)
+        return True if probe is None else bool(probe())
+
+    def _circuit_changed(self, closed: bool) -> None:
+        if closed:
+            logger.warning("postgres answers again: circuit closed, %d to replay", len(self.spool))
+        else:
+            logger.warning("postgres does not answer: circuit open, jobs go on without it")
+
+    def _ready(self) -> HostStore:
+        """The store, made known to this source on the first call. Raises as the store does."""
+        if self._refuses:
+            raise WrongInstallation(self._refuses)
+        if not self._registered:
+            with self._registering:
+                if not self._registered:
+                    self._register()
+        return self._store
+
+    def _register(self) -> None:
+        mine = self.settings.fingerprint()
+        there = self._store.register(
+            SourceRow(
+                id=self.source.id,
+                namespace=self.source.namespace,
+                library=self.source.library,
+                address=self.source.address,
+                prefix=self.source.prefix,
+                name=self.source.name,
+                settings=mine,
+            )
+        )
+        name = getattr(self._store, "installation", None)
+        if self.settings.installation is not None and name != self.settings.installation:
+            self._refuses = (
+                f"the database is installation {name!r}, JOBGUARD_INSTALLATION says "
+                f"{self.settings.installation!r}: nothing is written to it"
+            )
+            logger.error("%s", self._refuses)
+            raise WrongInstallation(self._refuses)
+        if there.settings != mine:
+            logger.error(
+                "settings disagree for %s: others say %r, this process says %r. "
+                "Set the same JOBGUARD_* variables everywhere.",
+                self.source,
+                there.settings,
+                mine,
+            )
+        self._registered = True
+
+    def call(self, work: Callable[[HostStore], Any]) -> Any:
+        """Make one call to the store, behind the circuit, after what still waits in the spool.
+
+        Raises BreakerOpen, StoreUnavailable, BadRow, WrongInstallation.
+        """
+        self._mine()
+        with self.circuit.calling():
+            answer = work(self._ready())
+        if len(self.spool):
+            self.replay()
+        return answer
+
+    def connect(self) -> None:
+        """Reach Postgres now. Raises why it cannot be used."""
+        self.call(lambda store: None)
+
+    # -- producers ---------------------------------------------------------------------------------
+
+    def guards(self, queue: str) -> bool:
+        """Whether this queue is guarded; see Tracker."""
+        return self._queues is None or queue in self._queues
+
+    def guard_also(self, queues: frozenset[str] | None) -> None:
+        """Guard these queues of the source as well; None: every queue."""
+        if queues is None or self._queues is None:
+            self._queues = None
+        else:
+            self._queues |= queues
+
+    def record(self, deliveries: Sequence[Delivery], *, outbox: bool = False) -> Recorded:
+        """Commit before the push; see Tracker."""
+        if not deliveries:
+            return Recorded()
+        self._mine()
+        try:
+            if outbox or len(deliveries) > _REPLAY:
+                recorded = self.call(lambda store: self._send(store, deliveries, outbox=outbox))
+            else:
+                recorded = self.call(lambda _store: self._commit.submit(deliveries))
+        except BadRow as error:
+            return self._record_alone(deliveries, error, outbox=outbox)
+        except StoreUnavailable as error:
+            if self.settings.when_postgres_down == "raise":
+                raise
+            return self._overflow(deliveries, error)
+        except Exception as error:
+            logger.error("jobs could not be recorded, they go on unguarded: %s", error)
+            self.spool.counts.lost += len(deliveries)
+            return Recorded(lost=True)
+        mine = frozenset(d.token for d in deliveries)
+        return Recorded(refused=recorded.refused & mine, leader_live=recorded.leader_live)
+
+    def _write(self, deliveries: Sequence[Delivery]) -> Recorded:
+        return self._send(self._store, deliveries, outbox=False)
+
+    def _send(
+        self, store: HostStore, deliveries: Sequence[Delivery], *, outbox: bool
+    ) -> Recorded:
+        return store.record(
+            self.source.id,
+            deliveries,
+            namespace=self.source.namespace,
+            outbox=outbox,
+            relaxed=self.settings.durability == "relaxed",
+        )
+
+    def _record_alone(
+        self, deliveries: Sequence[Delivery], error: BadRow, *, outbox: bool
+    ) -> Recorded:
+        """One of several is bad: find out which; the others shall not suffer for it."""
+        if len(deliveries) == 1:
+            self.spool.counts.quarantined += 1
+            logger.error(
+                "job %r cannot be recorded, it goes on unguarded: %s", deliveries[0].job_id, error
+            )
+            return Recorded(lost=True)
+        parts = [self.record([delivery], outbox=outbox) for delivery in deliveries]
+        return Recorded(
+            refused=frozenset().union(*(part.refused for part in parts)),
+            leader_live=any(part.leader_live for part in parts),
+            spooled=any(part.spooled for part in parts),
+            lost=any(part.lost for part in parts),
+        )
+
+    def _overflow(self, entries: Sequence[Entry], error: Exception) -> Recorded:
+        if self.settings.when_postgres_down == "skip":
+            self.spool.counts.lost += len(entries)
+            return Recorded(lost=True)
+        if self.spool.put(entries):
+            return Recorded(spooled=True)
+        logger.error("the spool is full: %d entries go unrecorded (%s)", len(entries), error)
+        return Recorded(lost=True)
+
+    def withdraw(self, deliveries: Sequence[Delivery]) -> None:
+        """Take back what was surely not pushed; see Tracker."""
+        self._quietly(
+            "withdraw", lambda store: store.withdraw(self.source.id, [d.token for d in deliveries])
+        )
+
+    def leave_to_outbox(self, tokens: Sequence[UUID]) -> None:
+        """The leader shall see to the push; see Tracker."""
+        # If this fails, the sweep finds the deliveries absent all the same, only later.
+        self._quietly("outbox", lambda store: store.outbox(self.source.id, tokens))
+
+    def broker_in_doubt(self) -> bool:
+        """Whether Redis did not answer a moment ago; see Tracker."""
+        self._mine()
+        return self._doubt is not None and self._doubt()
+
+    def broker_failed(self) -> None:
+        """Redis just failed the host; see Tracker."""
+        if self._doubt is not None:
+            self._doubt.failed()
+
+    def accepts_without_broker(self, recorded: Recorded) -> bool:
+        """Whether a recorded job may be accepted although Redis is away; see Tracker."""
+        return (
+            self.settings.when_redis_down == "accept"
+            and self.settings.mode == "guard"
+            and recorded.leader_live
+            and not recorded.refused
+            and not recorded.lost
+        )
+
+    def cancel(
+        self,
+        *,
+        tokens: Sequence[UUID] = (),
+        job_ids: Sequence[str] = (),
+        queue: str | None = None,
+    ) -> None:
+        """Write the tombstones before Redis forgets; see Tracker."""
+        entry = Cancelled(tuple(tokens), tuple(job_ids), queue)
+        try:
+            self.call(lambda store: self._cancel(store, entry))
+        except StoreUnavailable as error:
+            if self.settings.when_postgres_down == "raise":
+                raise
+            self._overflow([entry], error)
+        except Exception as error:
+            logger.error("a cancellation could not be written: %s", error)
+
+    def _cancel(self, store: HostStore, entry: Cancelled) -> int:
+        return store.cancel(
+            self.source.id, tokens=entry.tokens, job_ids=entry.job_ids, queue=entry.queue
+        )
+
+    def heartbeat(
+        self,
+        job_id: str,
+        *,
+        token: UUID | None = None,
+        number: int | None = None,
+        progress: float | None = None,
+        attrs: Mapping[str, Any] | None = None,
+    ) -> bool:
+        """Note a running job's progress; unknown ids are ignored."""
+        return bool(
+            self._quietly(
+                "heartbeat",
+                lambda store: store.heartbeat(
+                    self.source.id,
+                    job_id=job_id,
+                    token=token,
+                    number=number,
+                    progress=progress,
+                    attrs=attrs,
+                ),
+            )
+        )
+
+    def _quietly(self, what: str, work: Callable[[HostStore], Any]) -> Any:
+        try:
+            return self.call(work)
+        except JobguardError as error:
+            logger.debug("%s was not written: %s", what, error)
+            return None
+        except Exception:
+            logger.exception("%s was not written", what)
+            return None
+
+    # -- workers -----------------------------------------------------------------------------------
+
+    def open_session(self, *, name: str, queues: Sequence[str]) -> WorkerSession:
+        """Begin to beat as a worker; see Tracker."""
+        if self._session is None or not self._session.is_mine or self._session.closed:
+            self._session = WorkerSession(self, self._make_store(), name=name, queues=queues)
+            self._session.open()
+        return self._session
+
+    def end(self, ends: Sequence[End]) -> Sequence[Ended]:
+        """Commit ends. Raises as the store does; what waits in the spool goes first."""
+        answers: Sequence[Ended] = self.call(lambda store: store.end(self.source.id, ends))
+        for end, answer in zip(ends, answers, strict=True):
+            if answer is Ended.LATE:
+                logger.warning(
+                    "late: %s of job %r (claim %d) changes nothing",
+                    end.outcome.value,
+                    end.job_id,
+                    end.number,
+                )
+        return answers
+
+    # -- the spool ---------------------------------------------------------------------------------
+
+    def replay(self, limit: int = _REPLAY) -> int:
+        """Give Postgres what waits in the spool, oldest first; returns how many entries it took."""
+        self._mine()
+        if not self._replaying.acquire(blocking=False):
+            return 0
+        done = 0
+        try:
+            while done < limit and (entries := self.spool.peek(limit - done)):
+                with self.circuit.calling():
+                    self._replay(self._ready(), entries)
+                self.spool.drop(entries)
+                done += len(entries)
+        except StoreUnavailable:
+            pass
+        except Exception:
+            logger.exception("the spool could not be replayed")
+        finally:
+            self._replaying.release()
+        return done
+
+    def _replay(self, store: HostStore, entries: Sequence[Entry]) -> None:
+        deliveries = [entry for entry in entries if isinstance(entry, Delivery)]
+        ends = [entry for entry in entries if isinstance(entry, End)]
+        for entry in entries:
+            if isinstance(entry, Cancelled):
+                self._cancel(store, entry)
+        if deliveries:
+            self._replay_records(store, deliveries)
+        if ends:
+            store.end(self.source.id, ends)
+            if self._session is not None:
+                self._session.ended(ends)
+
+    def _replay_records(self, store: HostStore, deliveries: Sequence[Delivery]) -> None:
+        try:
+            store.record(
+                self.source.id, deliveries, namespace=self.source.namespace, replay=True
+            )
+        except BadRow as error:
+            if len(deliveries) == 1:
+                self.spool.counts.quarantined += 1
+                logger.error("job %r cannot be recorded: %s", deliveries[0].job_id, error)
+                return
+            for delivery in deliveries:
+                self._replay_records(store, [delivery])
+
+    def close(self) -> None:
+        """Replay what can be replayed within the time of one record, and let go."""
+        self._mine()
+        deadline = time.monotonic() + self.settings.record_timeout
+        if self._session is not None and self._session.is_mine:
+            self._session.close()
+        while len(self.spool) and time.monotonic() < deadline and self.replay():
+            pass
+        if len(self.spool):
+            logger.error("%d entries were never written to postgres", len(self.spool))
+        self._store.close()
