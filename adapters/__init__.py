@@ -1,0 +1,1 @@
+"""The adapters: what jobguard knows of each queue library, and nowhere else."""

@@ -1,0 +1,107 @@
+"""RQ as the composition root sees it: what may be guarded, and how a guard is put up.
+
+Importable without RQ: a reconciler needs the broker alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+import redis
+
+from jobguard.adapter import Broker, Guarded, Source, Tracker
+from jobguard.adapters.rq.broker import RQBroker
+from jobguard.clients import address_of, is_test_double, own_client
+from jobguard.errors import UnsupportedTarget
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rq.queue import Queue
+
+LIBRARY = "rq"
+CLIENT_TIMEOUT = 1.0
+"""Seconds that a client of ours waits for Redis at most."""
+
+
+class RQAdapter:
+    """Guards RQ queues."""
+
+    library = LIBRARY
+
+    def sources(self, target: object, *, namespace: str, name: str | None) -> Guarded | None:
+        """Return what guarding a Queue, a list of Queues, or a Redis with all its queues means."""
+        if importlib.util.find_spec("rq") is None:
+            return None
+        if is_test_double(target):
+            return _inert(namespace, name, "fakeredis keeps nothing that could be lost")
+        if isinstance(target, redis.Redis):
+            queue_module = importlib.import_module("rq.queue")
+            return _guarded(target, [queue_module.Queue], None, namespace=namespace, name=name)
+        queues = _queues(target)
+        if not queues:
+            return None
+        if not all(queue._is_async for queue in queues):
+            return _inert(namespace, name, "is_async=False runs jobs at once, in the caller")
+        names = frozenset(queue.name for queue in queues)
+        return _guarded(queues[0].connection, queues, names, namespace=namespace, name=name)
+
+    def install(self, tracker: Tracker) -> None:
+        """Put the hooks on RQ's classes; raises UnsupportedTarget if this RQ is not known."""
+        importlib.import_module("jobguard.adapters.rq.patches").install(tracker.source.id)
+
+    def uninstall(self, tracker: Tracker) -> None:
+        """Take the hooks off with the last guard."""
+        importlib.import_module("jobguard.adapters.rq.patches").uninstall(tracker.source.id)
+
+    def broker(self, source: Source, client: redis.Redis) -> Broker:
+        """Return the reconciler's view of a source."""
+        return RQBroker(source, client)
+
+
+def _queues(target: object) -> list[Queue]:
+    """Return the queues that a target is made of; none if it is not ours."""
+    kind = importlib.import_module("rq.queue").Queue
+    several: list[Any] = list(target) if isinstance(target, list | tuple) else [target]
+    return several if all(isinstance(one, kind) for one in several) else []
+
+
+def _guarded(
+    connection: Any,
+    queues: Sequence[Any],
+    names: frozenset[str] | None,
+    *,
+    namespace: str,
+    name: str | None,
+) -> Guarded:
+    prefix_for = importlib.import_module("jobguard.adapters.rq.lookup").prefix_for
+    if is_test_double(connection):
+        return _inert(namespace, name, "fakeredis keeps nothing that could be lost")
+    if not isinstance(connection, redis.Redis):
+        raise UnsupportedTarget(
+            f"RQ on a {type(connection).__name__} cannot be guarded: use a redis.Redis "
+            "(standalone or Sentinel)."
+        )
+    if connection.connection_pool.connection_kwargs.get("decode_responses"):
+        raise UnsupportedTarget(
+            "this Redis client has decode_responses=True, with which RQ's own workers cannot read "
+            "jobs: give the queue a client without it."
+        )
+    places = {
+        (address_of(getattr(queue, "connection", connection)), prefix_for(queue, queue.job_class))
+        for queue in queues
+    }
+    if len(places) != 1:
+        raise UnsupportedTarget(
+            "these queues are on more than one Redis or key prefix: call guard() once for each."
+        )
+    ((address, prefix),) = places
+    source = Source(namespace, LIBRARY, address, prefix, name)
+    return Guarded(source, names, lambda: own_client(connection, timeout=CLIENT_TIMEOUT))
+
+
+def _inert(namespace: str, name: str | None, why: str) -> Guarded:
+    source = Source(namespace, LIBRARY, "inert", name=name)
+    return Guarded(source, frozenset(), None, inert=why)

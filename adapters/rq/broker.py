@@ -1,0 +1,239 @@
+"""An RQ as the reconciler sees it: where its deliveries are, and how they are put back.
+
+Nothing here imports RQ, user code, or unpickles anything: bytes that RQ wrote go back as they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.resources import files
+from itertools import chain
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+from uuid import UUID
+
+from redis.exceptions import NoScriptError, RedisError
+
+from jobguard.adapter import Source
+from jobguard.adapters.rq.envelope import Mode, UnknownEnvelope, decode
+from jobguard.adapters.rq.layout import SPENT, Layout
+from jobguard.job import Owed, Presence, Restorable, Restored, Sighting
+
+if TYPE_CHECKING:
+    import redis
+
+T = TypeVar("T")
+
+IDS_A_CALL = 1_000
+"""Redis does nothing else while a script runs: a thousand ids take it some 5 ms."""
+LIST_CHUNK = 10_000
+RESTORES_A_TRIP = 200
+
+_ENDED = {
+    "finished": Presence.FINISHED,
+    "failed": Presence.FAILED,
+    "stopped": Presence.FAILED,
+    "canceled": Presence.CANCELLED,
+}
+_HERE = files(__package__)
+
+
+class RQBroker:
+    """One RQ in one Redis."""
+
+    def __init__(self, source: Source, client: redis.Redis):
+        self._layout = Layout.parse(source.prefix)
+        self._client = client
+        self._presence = _Script(client, "presence.lua")
+        self._restore = _Script(client, "restore.lua")
+        self._listed: set[tuple[str, str]] = set()
+        """(queue, id) that the last look saw in a list; their hash may be gone all the same."""
+
+    def presence(self, page: Sequence[Owed]) -> Mapping[UUID, Sighting]:
+        """Where Redis has each of these deliveries."""
+        seen = dict(zip((owed.token for owed in page), self._look(page), strict=True))
+        lists = self._read_lists({owed.queue for owed in page if seen[owed.token][1] == "queued"})
+        self._listed = {
+            (owed.queue, owed.job_id) for owed in page if owed.job_id in lists.get(owed.queue, ())
+        }
+        return {
+            owed.token: _sighting(owed, *seen[owed.token], lists.get(owed.queue, {}))
+            for owed in page
+        }
+
+    def restore(
+        self, deliveries: Sequence[Restorable], *, deadline: float
+    ) -> Mapping[UUID, Restored]:
+        """Put these back, in this order, each atomically, unless Redis' clock is past the deadline.
+
+        Replayed in the order of recording, pushes to the front end up in front of each other as the
+        first time: no order is turned round here.
+        """
+        done: dict[UUID, Restored] = {}
+        calls: list[tuple[UUID, list[Any], list[Any]]] = []
+        for delivery in deliveries:
+            try:
+                calls.append((delivery.token, *self._call(delivery, deadline)))
+            except UnknownEnvelope:
+                done[delivery.token] = Restored.UNREADABLE
+        for batch in _chunks(calls, RESTORES_A_TRIP):
+            answers = self._restore.run([(keys, args) for _, keys, args in batch])
+            for (token, _, _), answer in zip(batch, answers, strict=True):
+                failed = isinstance(answer, RedisError)
+                done[token] = Restored.ERROR if failed else Restored(answer.decode())
+        return done
+
+    def consumers(self) -> Mapping[str, frozenset[str]]:
+        """RQ's own names of the workers that Redis knows, by queue."""
+        prefix = self._layout.queue_prefix
+        queues: set[bytes] = cast(Any, self._client).smembers(self._layout.queues_key)
+        keys = [key.decode() for key in queues]
+        names = sorted(key.removeprefix(prefix) for key in keys if key.startswith(prefix))
+        with self._client.pipeline(transaction=False) as pipe:
+            for name in names:
+                pipe.smembers(self._layout.workers(name))
+            members = pipe.execute()
+        worker = f"{self._layout.base}:worker:"
+        return {
+            name: frozenset(key.decode().removeprefix(worker) for key in keys)
+            for name, keys in zip(names, members, strict=True)
+        }
+
+    def _look(self, page: Sequence[Owed]) -> Iterator[tuple[str, str, str, str]]:
+        """Return of each: what its hash holds as token, status and time, and its place."""
+        for owed in _chunks(page, IDS_A_CALL):
+            pairs = chain.from_iterable((one.job_id, one.queue) for one in owed)
+            args = [self._layout.base, self._layout.job_prefix, *pairs]
+            (answers,) = self._presence.run([([], args)])
+            if isinstance(answers, RedisError):
+                raise answers
+            for answer in answers:
+                jg, status, enqueued_at, place = (part.decode(errors="replace") for part in answer)
+                yield jg, status, enqueued_at, place
+
+    def _read_lists(self, queues: set[str]) -> dict[str, dict[str, str]]:
+        """Return of each queue the ids in its lists, and in which.
+
+        From the tail to the head: workers take from the head, so that an id can at worst be seen
+        twice, never be skipped because the others moved up.
+        """
+        lists: dict[str, dict[str, str]] = {}
+        for queue in queues:
+            found = lists[queue] = {}
+            for key, name in (
+                (self._layout.queue(queue), "list"),
+                (self._layout.intermediate(queue), "intermediate"),
+            ):
+                for job_id in self._from_the_tail(key):
+                    found.setdefault(job_id.decode(errors="replace"), name)
+        return lists
+
+    def _from_the_tail(self, key: str) -> Iterator[bytes]:
+        end = -1
+        while True:
+            chunk: list[bytes] = cast(Any, self._client).lrange(key, end - LIST_CHUNK + 1, end)
+            yield from chunk
+            if len(chunk) < LIST_CHUNK:
+                return
+            end -= LIST_CHUNK
+
+    def _call(self, delivery: Restorable, deadline: float) -> tuple[list[Any], list[Any]]:
+        routing, fields = decode(delivery.envelope)
+        layout, job_id, queue = self._layout, delivery.job_id, delivery.queue
+        expires = delivery.expires_at
+        older = [token.hex for token in delivery.replaces]
+        return [
+            layout.job(job_id),
+            layout.queue(queue),
+            layout.intermediate(queue),
+            layout.queues_key,
+            layout.wip(queue),
+            layout.executions(job_id),
+        ], [
+            repr(deadline),
+            job_id,
+            delivery.token.hex,
+            routing.mode.value,
+            int(routing.at_front or _waits_in_front(routing.mode, fields)),
+            routing.score,
+            "" if expires is None else int(expires * 1000),
+            layout.base,
+            layout.job_prefix,
+            layout.queue_prefix,
+            queue,
+            routing.group,
+            routing.rate_key,
+            routing.rate_concurrency,
+            int(routing.allow_failure),
+            int(delivery.takeover),
+            int((queue, job_id) in self._listed),
+            len(older),
+            *older,
+            len(routing.parents),
+            *routing.parents,
+            *chain.from_iterable(fields.items()),
+        ]
+
+
+def _waits_in_front(mode: Mode, fields: Mapping[bytes, bytes]) -> bool:
+    """Whether a deferred job goes to the front once its parents have ended: RQ asks its hash."""
+    return mode is Mode.DEFERRED and fields.get(b"enqueue_at_front") == b"1"
+
+
+def _sighting(
+    owed: Owed, jg: str, status: str, enqueued_at: str, place: str, lists: Mapping[str, str]
+) -> Sighting:
+    if place == "missing":
+        return Sighting(Presence.ABSENT, "missing")
+    ended = _ENDED.get(status)
+    if jg.rstrip(SPENT) != owed.token.hex or (jg.endswith(SPENT) and ended is None):
+        return Sighting(Presence.OVERWRITTEN, f"token:{jg}:{status}", _other(jg))
+    if ended is not None:
+        return Sighting(ended, status)
+    if place == "running":
+        return Sighting(Presence.RUNNING, status)
+    if place == "placed":
+        return Sighting(Presence.SCHEDULED, status)
+    stands = lists.get(owed.job_id) if status == "queued" else None
+    if stands == "list":
+        return Sighting(Presence.WAITING, "list")
+    if stands == "intermediate":  # its worker begins it, or is dead: the next look tells
+        return Sighting(Presence.ABSENT, f"intermediate:{enqueued_at}")
+    return Sighting(Presence.ABSENT, f"stranded:{status}:{enqueued_at}")
+
+
+def _other(jg: str) -> UUID | None:
+    try:
+        return UUID(hex=jg) if len(jg) == 32 else None
+    except ValueError:
+        return None
+
+
+class _Script:
+    """A script that is loaded once, and again only if Redis forgot it."""
+
+    def __init__(self, client: redis.Redis, name: str):
+        self._client = client
+        self._text = _HERE.joinpath(name).read_text(encoding="utf-8")
+        self._sha = ""
+
+    def run(self, calls: Sequence[tuple[list[Any], list[Any]]]) -> list[Any]:
+        """Run these calls in order, in one round trip; errors are among the answers."""
+        answers: list[Any] = [NoScriptError()] * len(calls)
+        for load in (not self._sha, True):
+            left = [at for at, answer in enumerate(answers) if isinstance(answer, NoScriptError)]
+            if not left:
+                break
+            if load:
+                self._sha = str(self._client.script_load(self._text))
+            with self._client.pipeline(transaction=False) as pipe:
+                for at in left:
+                    keys, args = calls[at]
+                    pipe.evalsha(self._sha, len(keys), *keys, *args)
+                for at, answer in zip(left, pipe.execute(raise_on_error=False), strict=True):
+                    answers[at] = answer
+        return answers
+
+
+def _chunks(values: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    for start in range(0, len(values), size):
+        yield values[start : start + size]

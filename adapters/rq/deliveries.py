@@ -1,0 +1,269 @@
+"""What a Job object knows of its delivery, and how a push of RQ becomes a ``Delivery``.
+
+RQ writes a job with ``Job.to_dict``. While a hook has a ``Draft`` on the job, the wrapped method puts
+our token into the mapping and keeps the mapping, so that the envelope holds the very bytes that go
+to Redis, made once.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+from uuid import UUID
+
+import redis
+from rq.job import Job, JobStatus
+
+from jobguard.adapters.rq.envelope import Mode, Routing, encode
+from jobguard.adapters.rq.layout import ATTEMPT_FIELD, FIELD, SPENT, TASK_FIELD
+from jobguard.job import Delivery, Outcome, Parent, new_token
+
+if TYPE_CHECKING:
+    from jobguard.adapters.rq.run import Run
+
+BROKER_DOWN = (redis.ConnectionError, redis.TimeoutError)
+
+# Attributes of ours on a Job object: in its __dict__, which RQ neither saves nor compares.
+_TOKEN = "_jobguard_token"
+_ATTEMPT = "_jobguard_attempt"
+_TASK = "_jobguard_task"
+_DRAFT = "_jobguard_draft"
+_FRESH = "_jobguard_fresh"
+_MOVE = "_jobguard_move"
+_RUN = "_jobguard_run"
+
+# What waits, and is then moved by the library itself: by its scheduler, or when a parent has ended.
+_WAITING = frozenset(("scheduled", "deferred", "ready_to_enqueue", "rate_limited", "queued"))
+ENDED = frozenset(("finished", "failed", "stopped", "canceled"))
+_CALL = re.compile(r"[\w.]+(?=\()")
+
+
+@dataclass(slots=True)
+class Draft:
+    """A push that RQ is about to write."""
+
+    mode: Mode
+    token: UUID
+    attempt: int
+    parent: Parent | None
+    fresh: bool
+    run: Run | None = None
+    """The run that this push takes the place of, if a worker speaks."""
+    previous: UUID | None = None
+    """The token the job had before."""
+    at_front: bool = False
+    score: str = ""
+    due_at: float | None = None
+    mapping: dict[str, Any] | None = None
+    on_written: Callable[[], None] | None = None
+    """Called when the mapping is final and nothing is sent yet."""
+
+
+def draft(job: Job, mode: Mode, *, fresh: bool = False, **routing: Any) -> Draft:
+    """Begin a push of this job: who it comes from is decided here, before RQ changes the job."""
+    state = job.__dict__
+    parent, run = _parent(job)
+    attempt: int = state.get(_ATTEMPT, 1)
+    if parent is None or parent.outcome is Outcome.COMPLETED:
+        attempt = 1
+    elif _MOVE in state:  # a retry, where a delay queue's move is the same attempt still
+        attempt += 1
+    return Draft(
+        mode=mode,
+        token=new_token(),
+        attempt=attempt,
+        parent=parent,
+        fresh=fresh or state.pop(_FRESH, False) or job._id is None,
+        run=run,
+        previous=state.get(_TOKEN),
+        **routing,
+    )
+
+
+def _parent(job: Job) -> tuple[Parent | None, Run | None]:
+    state = job.__dict__
+    move: Outcome | None = state.get(_MOVE)
+    run: Run | None = state.get(_RUN)
+    if move is not None and run is not None:
+        return run.parent(move), run
+    token: UUID | None = state.get(_TOKEN)
+    if token is not None and (move is not None or job._status in _WAITING):
+        return Parent(token), None
+    return None, None
+
+
+@contextmanager
+def drafting(job: Job, push: Draft) -> Iterator[None]:
+    """Have what RQ writes of this job inside the block carry the draft's token."""
+    job.__dict__[_DRAFT] = push
+    try:
+        yield
+    finally:
+        job.__dict__.pop(_DRAFT, None)
+
+
+def is_drafted(job: Job) -> bool:
+    """Whether a hook further out already takes care of what RQ writes."""
+    return _DRAFT in job.__dict__
+
+
+@contextmanager
+def moving(job: Job, outcome: Outcome) -> Iterator[None]:
+    """Have pushes of this job inside the block take the place of its present delivery."""
+    before = job.__dict__.get(_MOVE)
+    job.__dict__[_MOVE] = outcome
+    try:
+        yield
+    finally:
+        if before is None:
+            job.__dict__.pop(_MOVE, None)
+        else:
+            job.__dict__[_MOVE] = before
+
+
+def is_moving(job: Job) -> bool:
+    """Whether RQ is about to push this job again by itself."""
+    return _MOVE in job.__dict__
+
+
+def is_repeating(job: Job) -> bool:
+    """Whether RQ is writing the success of this job."""
+    return job.__dict__.get(_MOVE) is Outcome.COMPLETED
+
+
+def begin_new_life(job: Job) -> None:
+    """Forget what this job was: a person or program enqueues it, and nothing carries over."""
+    state = job.__dict__
+    for name in (_TOKEN, _ATTEMPT, _TASK):
+        state.pop(name, None)
+    if job._id is None:
+        state[_FRESH] = True
+
+
+def written(job: Job, mapping: dict[str, Any]) -> None:
+    """``Job.to_dict`` made this mapping, and RQ is going to send it."""
+    push: Draft | None = job.__dict__.get(_DRAFT)
+    if push is None:
+        run: Run | None = job.__dict__.get(_RUN)
+        if run is not None and job._status == JobStatus.FINISHED:
+            mapping[FIELD] = run.claim.token.hex + SPENT
+        return
+    mapping[FIELD] = push.token.hex
+    task = task_of(job)
+    # A hash may still stand under an id that is not new, and HSET would leave its old fields in it.
+    if push.attempt != 1 or not push.fresh:
+        mapping[ATTEMPT_FIELD] = push.attempt
+    if not push.fresh or task != _called(job):
+        mapping[TASK_FIELD] = task
+    push.mapping = mapping
+    if push.on_written is not None:
+        push.on_written()
+
+
+def remember(job: Job, raw: dict[Any, Any]) -> None:
+    """``Job.restore`` read this hash: keep what is ours in it."""
+    state = job.__dict__
+    for name in (_TOKEN, _ATTEMPT, _TASK):
+        state.pop(name, None)
+    token = token_in(raw.get(FIELD.encode()), raw.get(b"status"))
+    if token is not None:
+        state[_TOKEN] = token
+    attempt = raw.get(ATTEMPT_FIELD.encode())
+    if attempt and attempt.isdigit():
+        state[_ATTEMPT] = int(attempt)
+    task = raw.get(TASK_FIELD.encode())
+    if task:
+        state[_TASK] = task.decode(errors="replace")
+
+
+def token_in(field: bytes | None, status: bytes | None) -> UUID | None:
+    """Return the token that a job's hash carries.
+
+    One that is marked as spent counts while the hash says how it ended: an id that stands in a list
+    twice. With any other status the job was put back by unguarded hands, and is another delivery.
+    """
+    text = (field or b"").decode(errors="replace")
+    if text.endswith(SPENT) and (status or b"").decode(errors="replace") in ENDED:
+        text = text.removesuffix(SPENT)
+    try:
+        return UUID(hex=text) if len(text) == 32 else None
+    except ValueError:
+        return None
+
+
+def token_of(job: Job) -> UUID | None:
+    """Return the token of the delivery that this object stands for."""
+    token: UUID | None = job.__dict__.get(_TOKEN)
+    return token
+
+
+def set_token(job: Job, token: UUID | None) -> None:
+    """Say which delivery this object stands for."""
+    if token is None:
+        job.__dict__.pop(_TOKEN, None)
+    else:
+        job.__dict__[_TOKEN] = token
+
+
+def run_of(job: Job) -> Run | None:
+    """Return the guarded run that this object is in."""
+    run: Run | None = job.__dict__.get(_RUN)
+    return run
+
+
+def set_run(job: Job, run: Run | None) -> None:
+    """Put the job into a guarded run, or take it out."""
+    if run is None:
+        job.__dict__.pop(_RUN, None)
+    else:
+        job.__dict__[_RUN] = run
+
+
+def deliver(job: Job, push: Draft, *, queue: str) -> Delivery:
+    """Return the record of a push, once RQ has written it into the draft."""
+    assert push.mapping is not None
+    encoder = cast(Any, job.connection).get_encoder().encode
+    fields = {
+        name: bytes(encoder(value)) for name, value in push.mapping.items() if value is not None
+    }
+    routing = Routing(
+        mode=push.mode,
+        at_front=push.at_front,
+        score=push.score,
+        parents=tuple(job._dependency_ids) if push.mode is Mode.DEFERRED else (),
+        allow_failure=bool(job.allow_dependency_failures),
+        group=job.group_id or "",
+        rate_key=getattr(job, "rate_limit_key", None) or "",
+        rate_concurrency=getattr(job, "rate_limit_concurrency", None) or 0,
+    )
+    return Delivery(
+        token=push.token,
+        job_id=job.id,
+        queue=queue,
+        task=task_of(job),
+        envelope=encode(routing, fields),
+        attempt=push.attempt,
+        due_at=push.due_at,
+        expires_at=time.time() + job.ttl if job.ttl else None,
+        parent=push.parent,
+        fresh=push.fresh,
+    )
+
+
+def task_of(job: Job) -> str:
+    """Return the name of the job's function, without ever loading its pickled call."""
+    name: object = job._func_name
+    if isinstance(name, str):
+        return name
+    task: str | None = job.__dict__.get(_TASK)
+    return task if task is not None else _called(job)
+
+
+def _called(job: Job) -> str:
+    """Return the function that RQ's usual description, a call, begins with."""
+    called = _CALL.match(job.description or "")
+    return called.group() if called else ""

@@ -1,0 +1,94 @@
+"""The envelope: a delivery's bytes as RQ wrote them, and what it did with them.
+
+Layout of version 1, big-endian: one byte of version; 4 bytes of length and a JSON header (the
+``Routing``); then the fields of the hash, each as 2 bytes of length and the name, 4 bytes of length
+and the value, exactly as they went to Redis. Nothing is ever unpickled here.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+
+VERSION = 1
+_HEAD = struct.Struct(">BI")
+_NAME = struct.Struct(">H")
+_VALUE = struct.Struct(">I")
+
+
+class UnknownEnvelope(Exception):
+    """This envelope is of a version that this jobguard cannot read. Upgrade the reconciler."""
+
+
+class Mode(StrEnum):
+    """Where a push put the job."""
+
+    QUEUED = "queued"
+    SCHEDULED = "scheduled"
+    DEFERRED = "deferred"
+    RATE_LIMITED = "rate_limited"
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """What a push did beside writing the hash."""
+
+    mode: Mode = Mode.QUEUED
+    at_front: bool = False
+    score: str = ""
+    """Its score in the zset of its mode."""
+    parents: tuple[str, ...] = ()
+    """The ids of the jobs that it waits for."""
+    allow_failure: bool = False
+    group: str = ""
+    rate_key: str = ""
+    rate_concurrency: int = 0
+
+
+_DEFAULT = asdict(Routing())
+
+
+def encode(routing: Routing, fields: Mapping[str, bytes]) -> bytes:
+    """Return the envelope of a push."""
+    header = json.dumps(
+        {name: value for name in _DEFAULT if (value := getattr(routing, name)) != _DEFAULT[name]},
+        separators=(",", ":"),
+    ).encode()
+    parts = [_HEAD.pack(VERSION, len(header)), header]
+    for name, value in fields.items():
+        raw = name.encode()
+        parts += (_NAME.pack(len(raw)), raw, _VALUE.pack(len(value)), value)
+    return b"".join(parts)
+
+
+def decode(envelope: bytes) -> tuple[Routing, dict[bytes, bytes]]:
+    """Return what an envelope says; raises UnknownEnvelope."""
+    if not envelope or envelope[0] != VERSION:
+        raise UnknownEnvelope(f"an RQ envelope of version {envelope[:1].hex() or 'none'}")
+    try:
+        return _decode(envelope)
+    except (struct.error, ValueError, TypeError, KeyError) as error:
+        raise UnknownEnvelope("a damaged RQ envelope") from error
+
+
+def _decode(envelope: bytes) -> tuple[Routing, dict[bytes, bytes]]:
+    _, size = _HEAD.unpack_from(envelope)
+    at = _HEAD.size + size
+    header = {**_DEFAULT, **json.loads(_slice(envelope, _HEAD.size, at))}
+    header.update(mode=Mode(header["mode"]), parents=tuple(header["parents"]))
+    fields: dict[bytes, bytes] = {}
+    while at < len(envelope):
+        (size,) = _NAME.unpack_from(envelope, at)
+        name = _slice(envelope, at := at + _NAME.size, at := at + size)
+        (size,) = _VALUE.unpack_from(envelope, at)
+        fields[name] = _slice(envelope, at := at + _VALUE.size, at := at + size)
+    return Routing(**header), fields
+
+
+def _slice(envelope: bytes, start: int, end: int) -> bytes:
+    if end > len(envelope):
+        raise ValueError("cut short")
+    return envelope[start:end]

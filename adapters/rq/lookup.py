@@ -1,0 +1,91 @@
+"""Which tracker guards this queue, job or worker; none for most of the world, and that quickly."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import rq.defaults
+from rq.job import Job
+from rq.queue import Queue
+
+from jobguard.adapter import Tracker, tracker_for_worker, trackers
+from jobguard.adapters.rq.layout import Layout, prefix_of
+from jobguard.clients import address_of
+
+if TYPE_CHECKING:
+    import redis
+
+LIBRARY = "rq"
+BASE: str = getattr(rq.defaults, "RQ_KEY_PREFIX", "rq")  # a constant of RQ before 3.0
+
+log = logging.getLogger("jobguard")
+
+
+def prefix_for(queue_class: Any, job_class: Any) -> str:
+    """Return the source's prefix for these classes of RQ, or objects that carry them."""
+    return prefix_of(
+        BASE,
+        job_class.redis_job_namespace_prefix,
+        queue_class.redis_queue_namespace_prefix,
+        queue_class.redis_queues_keys,
+    )
+
+
+def tracker_for_queue(queue: Queue) -> Tracker | None:
+    """Return the tracker that guards this queue; None also if its jobs run at once, in place."""
+    if not queue._is_async or not (known := trackers()):
+        return None
+    try:
+        prefix = prefix_for(queue, queue.job_class)
+        tracker = _find(known, queue.connection, prefix)
+        return tracker if tracker is not None and tracker.guards(queue.name) else None
+    except Exception:
+        log.exception("jobguard cannot tell whether queue %s is guarded", queue.name)
+        return None
+
+
+def tracker_for_job(job: Job) -> Tracker | None:
+    """Return the tracker that guards this job's queue.
+
+    A job does not know the class of its queue. Where only a subclass of Queue uses another prefix,
+    the job's own prefix decides.
+    """
+    if not job.origin or not (known := trackers()):
+        return None
+    try:
+        for tracker in _at(known, job.connection):
+            layout = Layout.parse(tracker.source.prefix)
+            ours = layout.job_prefix == job.redis_job_namespace_prefix
+            if ours and tracker.guards(job.origin):
+                return tracker
+    except Exception:
+        log.exception("jobguard cannot tell whether job %s is guarded", job.id)
+    return None
+
+
+def tracker_for(worker: Any) -> Tracker | None:
+    """Return the tracker of a worker's Redis, made from the environment if the process has none."""
+    try:
+        prefix = prefix_for(worker.queue_class, worker.job_class)
+        found = _find(trackers(), worker.connection, prefix)
+        return found if found is not None else tracker_for_worker(worker.connection)
+    except Exception:
+        log.exception("jobguard cannot guard worker %s", worker.name)
+        return None
+
+
+def _find(known: Any, connection: redis.Redis, prefix: str) -> Tracker | None:
+    for tracker in _at(known, connection):
+        if tracker.source.prefix == prefix:
+            return tracker
+    return None
+
+
+def _at(known: Any, connection: redis.Redis) -> list[Tracker]:
+    address = address_of(connection)
+    return [
+        tracker
+        for tracker in known
+        if tracker.source.library == LIBRARY and tracker.source.address == address
+    ]

@@ -1,0 +1,152 @@
+"""Where the hooks hang: all of them or none, once a process, removed as they were put.
+
+RQ builds plain ``Queue`` objects inside itself, so that only the classes see every push. A target
+that is missing, or whose leading arguments are named otherwise, means an RQ that this adapter does
+not know: then nothing is patched.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from rq import worker as workers
+from rq.job import Job
+from rq.queue import Queue
+from rq.registry import FailedJobRegistry
+from rq.version import VERSION
+
+from jobguard.adapters.rq import producer, worker
+from jobguard.errors import UnsupportedTarget
+
+log = logging.getLogger("jobguard")
+
+Make = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One method to hook, and how."""
+
+    owner: Any
+    name: str
+    make: Make
+    leading: tuple[str, ...]
+    """The arguments it must begin with."""
+    required: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Patch:
+    """One method that is hooked."""
+
+    owner: Any
+    name: str
+    original: Any
+    hook: Any
+
+
+_ENQUEUE = ("self", "job", "pipeline", "at_front")
+_DONE = ("self", "job", "queue")
+
+PRODUCER = (
+    Target(Queue, "enqueue_job", producer.enqueue_job, _ENQUEUE),
+    Target(Queue, "enqueue_many", producer.enqueue_many, ("self", "job_datas", "pipeline")),
+    Target(Queue, "_enqueue_job", producer._enqueue_job, _ENQUEUE),
+    Target(Queue, "schedule_job", producer.schedule_job, ("self", "job", "datetime", "pipeline")),
+    Target(
+        Queue,
+        "_enqueue_rate_limited_job",
+        producer._enqueue_rate_limited_job,
+        _ENQUEUE,
+        required=False,
+    ),
+    Target(Queue, "empty", producer.empty, ("self",)),
+    Target(Queue, "delete", producer.delete_queue, ("self", "delete_jobs")),
+    Target(Job, "save", producer.save, ("self", "pipeline", "include_meta")),
+    Target(Job, "to_dict", producer.to_dict, ("self", "include_meta", "include_result")),
+    Target(Job, "restore", producer.restore, ("self", "raw_data")),
+    Target(Job, "retry", producer.retry, ("self", "queue", "pipeline")),
+    Target(Job, "_handle_retry_result", producer._handle_retry_result, ("self",), required=False),
+    Target(Job, "cancel", producer.cancel, ("self", "pipeline")),
+    Target(Job, "delete", producer.delete, ("self", "pipeline")),
+    Target(Job, "cleanup", producer.cleanup, ("self", "ttl", "pipeline")),
+    Target(Job, "get_status", producer.get_status, ("self", "refresh")),
+    Target(FailedJobRegistry, "add", producer.add_to_failed, ("self", "job", "ttl")),
+)
+
+WORKER = (
+    Target(Job, "perform", worker.perform, ("self",)),
+    Target(workers.SimpleWorker, "register_birth", worker.register_birth, ("self",)),
+    Target(workers.SimpleWorker, "register_death", worker.register_death, ("self",)),
+    Target(workers.SimpleWorker, "main_work_horse", worker.main_work_horse, _DONE),
+    Target(workers.SimpleWorker, "handle_execution_ended", worker.handle_execution_ended, _DONE),
+    Target(workers.SimpleWorker, "handle_job_success", worker.handle_job_success, _DONE),
+    Target(workers.SimpleWorker, "handle_job_failure", worker.handle_job_failure, _DONE),
+    Target(
+        workers.SimpleWorker, "handle_job_retry", worker.handle_job_retry, _DONE, required=False
+    ),
+    # Each kind of worker has its own of these two.
+    Target(workers.SimpleWorker, "execute_job", worker.execute_job, _DONE),
+    Target(workers.Worker, "execute_job", worker.execute_job, _DONE),
+    Target(workers.Worker, "fork_work_horse", worker.fork_work_horse, _DONE),
+)
+
+_lock = threading.Lock()
+_installed: list[Patch] = []
+_holders: set[object] = set()
+
+
+def install(holder: object) -> None:
+    """Put the hooks on, for the first holder; raises UnsupportedTarget if this RQ is not known."""
+    with _lock:
+        if not _installed:
+            for patch in list(_plan()):  # complete before the first is put
+                setattr(patch.owner, patch.name, patch.hook)
+                _installed.append(patch)
+        _holders.add(holder)
+
+
+def uninstall(holder: object) -> None:
+    """Take the hooks off, after the last holder."""
+    with _lock:
+        _holders.discard(holder)
+        while _installed and not _holders:
+            patch = _installed.pop()
+            # What somebody else put over ours stays; ours passes everything through by itself.
+            if patch.owner.__dict__.get(patch.name) is patch.hook:
+                setattr(patch.owner, patch.name, patch.original)
+
+
+def _plan() -> Iterator[Patch]:
+    for target in (*PRODUCER, *WORKER, *_spawning()):
+        owner = next((c for c in target.owner.__mro__ if target.name in c.__dict__), None)
+        original = owner.__dict__[target.name] if owner is not None else None
+        if original is not None and _begins_with(original, target.leading):
+            yield Patch(owner, target.name, original, target.make(original))
+        elif target.required or original is not None:
+            raise UnsupportedTarget(
+                f"RQ {VERSION} has no {target.owner.__name__}.{target.name}"
+                f"({', '.join(target.leading)}, ...) as jobguard knows it: jobs are not guarded. "
+                "Use an RQ from 2.0 to 3.x, or upgrade jobguard."
+            )
+
+
+def _spawning() -> tuple[Target, ...]:
+    """Return SpawnWorker's own way to make a horse, where RQ has one."""
+    spawner = getattr(workers, "SpawnWorker", None)
+    if spawner is None or "fork_work_horse" not in spawner.__dict__:
+        return ()
+    return (Target(spawner, "fork_work_horse", worker.spawn_work_horse, _DONE),)
+
+
+def _begins_with(method: Any, leading: tuple[str, ...]) -> bool:
+    try:
+        names = tuple(inspect.signature(method).parameters)
+    except (TypeError, ValueError):
+        return False
+    return names[: len(leading)] == leading

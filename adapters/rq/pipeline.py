@@ -1,0 +1,218 @@
+"""Deliveries on a Redis pipeline: recorded in one batch right before it executes.
+
+A pipeline that is dropped records nothing. One that executes records first; what may not be pushed
+after all (refused, or too late) has its commands taken out, the caller's others stay.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+import redis
+from rq.job import Job
+
+from jobguard.adapters.rq.deliveries import BROKER_DOWN, Draft, deliver, set_token
+from jobguard.job import Delivery, Recorded
+
+if TYPE_CHECKING:
+    from redis.client import Pipeline
+
+    from jobguard.adapter import Tracker
+
+log = logging.getLogger("jobguard")
+
+PUSH_DEADLINE = 5.0
+"""Seconds after its record in which a producer may push. Later the leader may have pushed it."""
+_BATCH = "_jobguard_batch"
+
+
+@dataclass(slots=True)
+class Staged:
+    """A delivery whose commands are on the pipeline."""
+
+    tracker: Tracker
+    job: Job
+    push: Draft
+    delivery: Delivery
+    start: int
+    end: int
+    """The slice of the pipeline's commands that is its push."""
+
+
+class Batch:
+    """What of one pipeline concerns us."""
+
+    def __init__(self, pipe: Pipeline):
+        self._pipe = weakref.ref(pipe)  # its __del__ gives its connection back: no cycle
+        self._executing = False
+        self._intents: list[Callable[[], None]] = []
+        self.staged: list[Staged] = []
+
+    @classmethod
+    def of(cls, pipe: Pipeline) -> Batch:
+        """Return the pipeline's batch, and have the pipeline mind it."""
+        batch: Batch | None = pipe.__dict__.get(_BATCH)
+        if batch is None:
+            batch = cls.own(pipe)
+            pipe.__dict__["execute"] = batch.execute
+            pipe.__dict__["reset"] = batch.reset
+        return batch
+
+    @classmethod
+    def own(cls, pipe: Pipeline) -> Batch:
+        """Return a batch for a pipeline that a hook made and executes itself."""
+        batch = pipe.__dict__[_BATCH] = cls(pipe)
+        return batch
+
+    def stage(self, tracker: Tracker, job: Job, push: Draft, *, queue: str, start: int) -> None:
+        """RQ has put the commands of this push on the pipeline, from ``start`` on."""
+        if push.mapping is None:  # nothing was written: not a push
+            return
+        pipe = self._pipe()
+        assert pipe is not None
+        try:
+            delivery = deliver(job, push, queue=queue)
+        except Exception:
+            log.exception("jobguard could not take job %s; it goes unrecorded", job.id)
+            return
+        set_token(job, push.token)
+        self.staged.append(Staged(tracker, job, push, delivery, start, len(pipe.command_stack)))
+
+    def intend(self, cancel: Callable[[], None]) -> None:
+        """Call this before the pipeline executes."""
+        self._intents.append(cancel)
+
+    def execute(self, raise_on_error: bool = True) -> list[Any]:
+        """Record, then execute."""
+        pipe = self._pipe()
+        assert pipe is not None
+        execute = type(pipe).execute
+        staged, self.staged = self.staged, []
+        intents, self._intents = self._intents, []
+        if not staged and not intents:
+            return execute(pipe, raise_on_error)
+        self._executing = True
+        try:
+            for intent in intents:
+                intent()
+            going = self._record(pipe, staged)
+            if going is None:
+                type(pipe).reset(pipe)
+                return []
+            try:
+                return execute(pipe, raise_on_error)
+            except BaseException as error:
+                not_pushed(going, error)
+                raise
+        finally:
+            self._executing = False
+
+    def reset(self) -> None:
+        """Forget what was staged: the pipeline was dropped, and nothing of it was sent."""
+        pipe = self._pipe()
+        if not self._executing:
+            for entry in self.staged:
+                set_token(entry.job, entry.push.previous)
+            self.staged.clear()
+            self._intents.clear()
+        if pipe is not None:
+            type(pipe).reset(pipe)
+
+    def _record(self, pipe: Pipeline, staged: list[Staged]) -> list[Staged] | None:
+        """Return what is left to be pushed; None if the pipeline must not be executed at all."""
+        # RQ retries a job whose function returned if Redis failed it afterwards; we know better.
+        over = [entry for entry in staged if entry.push.run and entry.push.run.outcome is not None]
+        begun = time.monotonic()
+        try:
+            refused = record([entry for entry in staged if entry not in over])
+        except BaseException:  # the user asked to hear that Postgres is away
+            for entry in staged:
+                set_token(entry.job, entry.push.previous)
+            type(pipe).reset(pipe)
+            raise
+        refused |= {entry.delivery.token for entry in over}
+        for entry in staged:
+            if entry.delivery.token in refused:
+                log.warning("job %s has ended or moved on; it is not pushed", entry.job.id)
+                set_token(entry.job, entry.push.previous)
+                if entry.push.run is not None:
+                    # The worker's transaction would overwrite the hash of the newer life.
+                    entry.push.run.let_go()
+                    return None
+        going = [entry for entry in staged if entry.delivery.token not in refused]
+        if time.monotonic() - begun > PUSH_DEADLINE:
+            leave_to_outbox(going)
+            going = []
+        pushed = {entry.delivery.token for entry in going}
+        for entry in reversed(staged):
+            if entry.delivery.token not in pushed:
+                del pipe.command_stack[entry.start : entry.end]
+        return going
+
+
+def record(staged: Sequence[Staged]) -> set[UUID]:
+    """Record these in one batch a tracker; return the tokens of those that must not be pushed."""
+    refused: set[UUID] = set()
+    for tracker, entries in by_tracker(staged):
+        recorded = tracker.record([entry.delivery for entry in entries])
+        settle(entries, recorded)
+        refused |= recorded.refused
+    return refused
+
+
+def settle(entries: Sequence[Staged], recorded: Recorded) -> None:
+    """Tell the runs whose place is taken: their record was superseded in that very transaction."""
+    for entry in entries:
+        if entry.push.run is not None and entry.delivery.token not in recorded.refused:
+            entry.push.run.superseded_by(entry.delivery.token)
+
+
+def by_tracker(staged: Sequence[Staged]) -> list[tuple[Tracker, list[Staged]]]:
+    """Return what is staged, tracker by tracker; there is hardly ever more than one."""
+    groups: dict[int, tuple[Tracker, list[Staged]]] = {}
+    for entry in staged:
+        groups.setdefault(id(entry.tracker), (entry.tracker, []))[1].append(entry)
+    return list(groups.values())
+
+
+def not_pushed(staged: Sequence[Staged], error: BaseException) -> None:
+    """See to what is recorded, and whose push failed or may have."""
+    if isinstance(error, BROKER_DOWN):
+        for tracker, _ in by_tracker(staged):
+            tracker.broker_failed()
+    if not surely_failed(error):
+        leave_to_outbox(staged)
+        return
+    first = [entry for entry in staged if entry.push.parent is None]
+    for tracker, entries in by_tracker(first):
+        tracker.withdraw([entry.delivery for entry in entries])
+    for entry in first:
+        set_token(entry.job, None)
+    # Its parent is superseded already. A worker's own is pushed by RQ's next try, as its successor.
+    leave_to_outbox([entry for entry in staged if entry.push.parent and entry.push.run is None])
+
+
+def leave_to_outbox(staged: Sequence[Staged]) -> None:
+    """Have the leader push these."""
+    for tracker, entries in by_tracker(staged):
+        tracker.leave_to_outbox([entry.delivery.token for entry in entries])
+
+
+def surely_failed(error: BaseException) -> bool:
+    """Whether Redis certainly did nothing: a lost race, or a transaction that it refused whole."""
+    if isinstance(error, redis.WatchError):
+        # redis-py says WatchError also when the connection broke with the EXEC under way.
+        return "Watched variable changed" in str(error)
+    aborts = (error, error.__context__)
+    return any(isinstance(abort, redis.exceptions.ExecAbortError) for abort in aborts)
+
+
+def is_immediate(pipe: Pipeline) -> bool:
+    """Whether commands on it are sent at once: it watches, and its MULTI is still to come."""
+    return bool(pipe.watching and not pipe.explicit_transaction)

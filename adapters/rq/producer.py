@@ -1,0 +1,477 @@
+"""The hooks on RQ's Queue and Job: every way into Redis, and every way a person takes a job out.
+
+Each hook is a function of the original method that returns its wrapper, with RQ's own signature.
+"""
+
+from __future__ import annotations
+
+import calendar
+import logging
+import time
+from collections.abc import Callable, Iterable
+from datetime import datetime as DateTime
+from functools import wraps
+from typing import TYPE_CHECKING, Any
+
+from rq.exceptions import InvalidJobOperation
+from rq.job import Job, JobStatus
+from rq.queue import Queue
+from rq.version import VERSION
+
+from jobguard.adapters.rq import deliveries
+from jobguard.adapters.rq.deliveries import Draft, begin_new_life, draft, drafting, moving
+from jobguard.adapters.rq.envelope import Mode
+from jobguard.adapters.rq.layout import FIELD, SPENT
+from jobguard.adapters.rq.lookup import tracker_for_job, tracker_for_queue
+from jobguard.adapters.rq.pipeline import Batch, Staged, is_immediate, not_pushed, record
+from jobguard.adapters.rq.push import push
+from jobguard.errors import StoreUnavailable
+from jobguard.job import Outcome
+
+if TYPE_CHECKING:
+    from redis.client import Pipeline
+
+    from jobguard.adapter import Tracker
+
+log = logging.getLogger("jobguard")
+Hook = Callable[..., Any]
+
+_CLEANING = "_jobguard_cleaning"
+_DEFERRED_BY_EXPIRY = tuple(int(part) for part in VERSION.split(".")[:2]) < (2, 8)
+
+
+def enqueue_job(original: Hook) -> Hook:
+    """Queue.enqueue_job: what every plain enqueue comes through before anything is sent."""
+
+    @wraps(original)
+    def hook(
+        self: Queue,
+        job: Job,
+        pipeline: Pipeline | None = None,
+        at_front: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        tracker = tracker_for_queue(self)
+        if tracker is None:
+            return original(self, job, pipeline=pipeline, at_front=at_front, **kwargs)
+        begin_new_life(job)
+        reads = kwargs.get("unique") or job._dependency_ids or getattr(job, "rate_limit_key", None)
+        if pipeline is not None or reads:
+            return original(self, job, pipeline=pipeline, at_front=at_front, **kwargs)
+        return push(
+            tracker,
+            self,
+            lambda pipe: original(self, job, pipeline=pipe, at_front=at_front, **kwargs),
+        )
+
+    return hook
+
+
+def enqueue_many(original: Hook) -> Hook:
+    """Queue.enqueue_many: one record for all of a transaction."""
+
+    @wraps(original)
+    def hook(
+        self: Queue,
+        job_datas: Iterable[Any],
+        pipeline: Pipeline | None = None,
+        group_id: str | None = None,
+    ) -> Any:
+        tracker = tracker_for_queue(self)
+        if tracker is None or pipeline is not None:
+            return original(self, job_datas, pipeline=pipeline, group_id=group_id)
+        datas = list(job_datas)
+        if any(data.depends_on for data in datas):  # reads Redis, in transactions of its own
+            return original(self, datas, pipeline=None, group_id=group_id)
+        return push(
+            tracker, self, lambda pipe: original(self, datas, pipeline=pipe, group_id=group_id)
+        )
+
+    return hook
+
+
+def _enqueue_job(original: Hook) -> Hook:
+    """Queue._enqueue_job: every push onto a queue, RQ's own moves included."""
+
+    @wraps(original)
+    def hook(
+        self: Queue,
+        job: Job,
+        pipeline: Pipeline | None = None,
+        at_front: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        tracker = tracker_for_queue(self)
+        if tracker is None:
+            return original(self, job, pipeline=pipeline, at_front=at_front, **kwargs)
+        if kwargs.get("unique"):
+            return _push_unique(
+                tracker,
+                self,
+                job,
+                lambda: draft(job, Mode.QUEUED, fresh=True, at_front=at_front),
+                lambda: original(self, job, pipeline=pipeline, at_front=at_front, **kwargs),
+            )
+
+        def stage(pipe: Pipeline) -> Any:
+            return _stage(
+                tracker,
+                self.name,
+                job,
+                draft(job, Mode.QUEUED, at_front=at_front),
+                pipe,
+                lambda: original(self, job, pipeline=pipe, at_front=at_front, **kwargs),
+            )
+
+        if pipeline is None or is_immediate(pipeline):
+            return push(tracker, self, stage)
+        return stage(pipeline)
+
+    return hook
+
+
+def schedule_job(original: Hook) -> Hook:
+    """Queue.schedule_job: enqueue_at, enqueue_in, and retries and repeats that wait."""
+
+    @wraps(original)
+    def hook(
+        self: Queue, job: Job, datetime: DateTime, pipeline: Pipeline | None = None, **kwargs: Any
+    ) -> Any:
+        tracker = tracker_for_queue(self)
+        if tracker is None:
+            return original(self, job, datetime, pipeline=pipeline, **kwargs)
+        if not deliveries.is_moving(job):
+            begin_new_life(job)
+        aware = datetime if datetime.tzinfo else datetime.astimezone()
+        score = calendar.timegm(aware.utctimetuple())
+        when: dict[str, Any] = {"score": str(score), "due_at": float(score)}
+        if kwargs.get("unique"):
+            return _push_unique(
+                tracker,
+                self,
+                job,
+                lambda: draft(job, Mode.SCHEDULED, fresh=True, **when),
+                lambda: original(self, job, datetime, pipeline=pipeline, **kwargs),
+            )
+
+        def stage(pipe: Pipeline) -> Any:
+            return _stage(
+                tracker,
+                self.name,
+                job,
+                draft(job, Mode.SCHEDULED, **when),
+                pipe,
+                lambda: original(self, job, datetime, pipeline=pipe, **kwargs),
+            )
+
+        if pipeline is None or is_immediate(pipeline):
+            return push(tracker, self, stage)
+        return stage(pipeline)
+
+    return hook
+
+
+def _enqueue_rate_limited_job(original: Hook) -> Hook:
+    """Queue._enqueue_rate_limited_job: a job that waits for a slot of its key."""
+
+    @wraps(original)
+    def hook(
+        self: Queue, job: Job, pipeline: Pipeline | None = None, at_front: bool = False
+    ) -> Any:
+        tracker = tracker_for_queue(self)
+        if tracker is None:
+            return original(self, job, pipeline=pipeline, at_front=at_front)
+        waiting = draft(job, Mode.RATE_LIMITED, at_front=at_front, score=str(int(time.time())))
+        if pipeline is None or is_immediate(pipeline):
+            return _push_by_script(
+                tracker,
+                self,
+                job,
+                waiting,
+                lambda: original(self, job, pipeline=pipeline, at_front=at_front),
+            )
+        return _stage(
+            tracker,
+            self.name,
+            job,
+            waiting,
+            pipeline,
+            lambda: original(self, job, pipeline=pipeline, at_front=at_front),
+        )
+
+    return hook
+
+
+def save(original: Hook) -> Hook:
+    """Job.save: how a job that must wait for its parents is put by."""
+
+    @wraps(original)
+    def hook(
+        self: Job,
+        pipeline: Pipeline | None = None,
+        include_meta: bool = True,
+        include_result: bool = True,
+    ) -> Any:
+        def call() -> Any:
+            return original(
+                self, pipeline=pipeline, include_meta=include_meta, include_result=include_result
+            )
+
+        if self._status != JobStatus.DEFERRED or pipeline is None or deliveries.is_drafted(self):
+            return call()
+        if deliveries.token_of(self) is not None:  # it was put by before: only its body changes
+            return call()
+        tracker = tracker_for_job(self)
+        if tracker is None or is_immediate(pipeline):
+            return call()
+        put_by = draft(self, Mode.DEFERRED, score=_deferred_score(self))
+        return _stage(tracker, self.origin, self, put_by, pipeline, call)
+
+    return hook
+
+
+def _deferred_score(job: Job) -> str:
+    """RQ before 2.8 fails a deferred job when its score has passed; since then it is its birth."""
+    now = int(time.time())
+    if not _DEFERRED_BY_EXPIRY:
+        return str(now)
+    return str(now + job.ttl) if job.ttl else "+inf"
+
+
+def to_dict(original: Hook) -> Hook:
+    """Job.to_dict: where our token goes into what RQ writes, and where we see it."""
+
+    @wraps(original)
+    def hook(self: Job, include_meta: bool = True, include_result: bool = True) -> Any:
+        mapping = original(self, include_meta=include_meta, include_result=include_result)
+        deliveries.written(self, mapping)
+        return mapping
+
+    return hook
+
+
+def restore(original: Hook) -> Hook:
+    """Job.restore: a job that is read from Redis knows which delivery it is."""
+
+    @wraps(original)
+    def hook(self: Job, raw_data: Any) -> Any:
+        result = original(self, raw_data)
+        try:
+            deliveries.remember(self, raw_data)
+        except Exception:
+            log.exception("jobguard could not read its fields of job %s", self.id)
+        return result
+
+    return hook
+
+
+def retry(original: Hook) -> Hook:
+    """Job.retry: the next push takes the place of the attempt that failed."""
+
+    @wraps(original)
+    def hook(self: Job, queue: Queue, pipeline: Pipeline) -> Any:
+        with moving(self, Outcome.SUPERSEDED):
+            return original(self, queue, pipeline)
+
+    return hook
+
+
+def _handle_retry_result(original: Hook) -> Hook:
+    """Job._handle_retry_result: the same for a function that returned a Retry."""
+
+    @wraps(original)
+    def hook(self: Job, *args: Any, **kwargs: Any) -> Any:
+        with moving(self, Outcome.SUPERSEDED):
+            return original(self, *args, **kwargs)
+
+    return hook
+
+
+def cancel(original: Hook) -> Hook:
+    """Job.cancel: our tombstone first, so that nothing brings the job back."""
+
+    @wraps(original)
+    def hook(self: Job, pipeline: Pipeline | None = None, *args: Any, **kwargs: Any) -> Any:
+        tracker = tracker_for_job(self)
+        if tracker is None:
+            return original(self, pipeline, *args, **kwargs)
+        _intend_to_cancel(tracker, self, pipeline)
+        result = original(self, pipeline, *args, **kwargs)
+        token = deliveries.token_of(self)
+        if token is not None:
+            # RQ lets a cancelled job be put back: that must not be taken for this delivery.
+            client = pipeline if pipeline is not None else self.connection
+            client.hset(self.key, FIELD, token.hex + SPENT)
+        return result
+
+    return hook
+
+
+def delete(original: Hook) -> Hook:
+    """Job.delete: a person's delete is a cancel; RQ's own, of a job that ended, is not."""
+
+    @wraps(original)
+    def hook(self: Job, pipeline: Pipeline | None = None, *args: Any, **kwargs: Any) -> Any:
+        is_its_end = _CLEANING in self.__dict__ or self._status in deliveries.ENDED
+        if not is_its_end and deliveries.run_of(self) is None:
+            tracker = tracker_for_job(self)
+            if tracker is not None:
+                _intend_to_cancel(tracker, self, pipeline)
+        return original(self, pipeline, *args, **kwargs)
+
+    return hook
+
+
+def cleanup(original: Hook) -> Hook:
+    """Job.cleanup: deletes a job whose result nobody wants to keep."""
+
+    @wraps(original)
+    def hook(self: Job, *args: Any, **kwargs: Any) -> Any:
+        self.__dict__[_CLEANING] = True
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            self.__dict__.pop(_CLEANING, None)
+
+    return hook
+
+
+def get_status(original: Hook) -> Hook:
+    """Job.get_status: a parent that lost its hash while it ran has still finished.
+
+    RQ asks for it in the middle of the success, to release the children; without an answer it would
+    turn that success into a failure.
+    """
+
+    @wraps(original)
+    def hook(self: Job, refresh: bool = True) -> Any:
+        status = self._status
+        try:
+            return original(self, refresh=refresh)
+        except InvalidJobOperation:
+            if not deliveries.is_repeating(self) or deliveries.run_of(self) is None:
+                raise
+            self._status = status
+            return status
+
+    return hook
+
+
+def empty(original: Hook) -> Hook:
+    """Queue.empty: everything that waits is cancelled."""
+
+    @wraps(original)
+    def hook(self: Queue) -> Any:
+        tracker = tracker_for_queue(self)
+        if tracker is not None:
+            tracker.cancel(queue=self.name)
+        return original(self)
+
+    return hook
+
+
+def delete_queue(original: Hook) -> Hook:
+    """Queue.delete: also where it leaves the jobs' hashes, nothing would ever run them."""
+
+    @wraps(original)
+    def hook(self: Queue, delete_jobs: bool = True) -> Any:
+        tracker = tracker_for_queue(self)
+        if tracker is not None and not delete_jobs:  # else it calls Queue.empty
+            tracker.cancel(queue=self.name)
+        return original(self, delete_jobs=delete_jobs)
+
+    return hook
+
+
+def add_to_failed(original: Hook) -> Hook:
+    """FailedJobRegistry.add: every failure for good, whoever found it."""
+
+    @wraps(original)
+    def hook(self: Any, job: Job, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, job, *args, **kwargs)
+        token = deliveries.token_of(job)
+        if token is not None and tracker_for_job(job) is not None:
+            pipeline = args[2] if len(args) > 2 else kwargs.get("pipeline")
+            client = pipeline if pipeline is not None else job.connection
+            client.hset(job.key, FIELD, token.hex + SPENT)
+        return result
+
+    return hook
+
+
+def _stage(
+    tracker: Tracker,
+    queue: str,
+    job: Job,
+    push_: Draft,
+    pipe: Pipeline,
+    call: Callable[[], Any],
+) -> Any:
+    """Have RQ put its commands on the pipeline, and keep what they are."""
+    start = len(pipe.command_stack)
+    with drafting(job, push_):
+        result = call()
+    Batch.of(pipe).stage(tracker, job, push_, queue=queue, start=start)
+    return result
+
+
+def _push_unique(
+    tracker: Tracker,
+    queue: Queue,
+    job: Job,
+    make: Callable[[], Draft],
+    call: Callable[[], Any],
+) -> Any:
+    """Push an id that may only stand once.
+
+    It is recorded as fresh although it is not: else its record would supersede the older delivery of
+    the id, which is the very one that stays if this one is refused.
+    """
+    if queue.connection.exists(job.key):
+        return call()  # RQ refuses it, and nothing needs to be taken back
+    return _push_by_script(tracker, queue, job, make(), call)
+
+
+def _push_by_script(
+    tracker: Tracker, queue: Queue, job: Job, push_: Draft, call: Callable[[], Any]
+) -> Any:
+    """Record between RQ's writing and its sending, where RQ sends by itself."""
+    staged: list[Staged] = []
+
+    def record_now() -> None:
+        push_.on_written = None
+        try:
+            delivery = deliveries.deliver(job, push_, queue=queue.name)
+            entry = Staged(tracker, job, push_, delivery, 0, 0)
+            record([entry])
+            staged.append(entry)
+        except StoreUnavailable:
+            raise
+        except Exception:
+            log.exception("jobguard could not take job %s; it goes unrecorded", job.id)
+
+    push_.on_written = record_now
+    try:
+        with drafting(job, push_):
+            result = call()
+    except BaseException as error:
+        if _is_duplicate(error):
+            tracker.withdraw([entry.delivery for entry in staged])
+        elif staged:
+            not_pushed(staged, error)
+        raise
+    deliveries.set_token(job, push_.token)
+    return result
+
+
+def _is_duplicate(error: BaseException) -> bool:
+    return type(error).__name__ == "DuplicateJobError"  # a class that RQ has since 2.8
+
+
+def _intend_to_cancel(tracker: Tracker, job: Job, pipeline: Pipeline | None) -> None:
+    token = deliveries.token_of(job)
+    tokens, ids = ([token] if token is not None else []), [job.id]
+    if pipeline is None or is_immediate(pipeline):
+        tracker.cancel(tokens=tokens, job_ids=ids)
+    else:  # only if the caller does not drop it
+        Batch.of(pipeline).intend(lambda: tracker.cancel(tokens=tokens, job_ids=ids))

@@ -1,0 +1,165 @@
+"""One guarded run of a job, and the one report of how it ended.
+
+RQ's worker forks a work-horse for each job. The horse opens no connection to Postgres to report: it
+writes a line into a pipe, and the parent, which holds the session, reads it when the horse is gone.
+A horse whose parent is gone reports for itself. A worker that does not fork opens no pipe.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from typing import TYPE_CHECKING
+from uuid import UUID
+
+from jobguard.job import Claim, Outcome, Parent
+
+if TYPE_CHECKING:
+    from jobguard.adapter import Session
+
+log = logging.getLogger("jobguard")
+
+LONGEST_ERROR = 5_000
+"""Characters; a report must fit into a pipe that nobody reads yet (64 kB)."""
+_VARIABLE = "JOBGUARD_RQ_RUN"
+
+
+class Run:
+    """A claim that a worker holds, until its end is told: once, by whoever is first."""
+
+    def __init__(
+        self, session: Session | None, claim: Claim, *, job_id: str, queue: str, task: str
+    ):
+        self.claim = claim
+        self.job_id, self.queue, self.task = job_id, queue, task
+        self.returned = False
+        """The function returned; whatever fails from here on is not its fault."""
+        self.outcome: Outcome | None = None
+        self.told = False
+        self._session = session
+        self._successor: UUID | None = None
+        self._pid = os.getpid() if session is not None else 0
+        self._reader = self._writer = -1
+
+    def parent(self, outcome: Outcome) -> Parent:
+        """Return what the next delivery of this job takes the place of."""
+        if self._successor is not None:  # recorded, but its push was aborted: RQ tries again
+            return Parent(self._successor)
+        return Parent(self.claim.token, claim=self.claim.number, outcome=outcome)
+
+    def superseded_by(self, token: UUID) -> None:
+        """Report nothing: a delivery that takes the place of this one is recorded."""
+        self._successor = token
+        self._tell(None, None)
+
+    def end(self, outcome: Outcome, error: str | None = None) -> None:
+        """Report how it ended, unless that is told already."""
+        self._tell(outcome, error[-LONGEST_ERROR:] if error else None)
+
+    def let_go(self) -> None:
+        """Stop to hold the claim: nobody knows how it ended, and Redis and the leader decide."""
+        self._tell(None, None)
+
+    def _tell(self, outcome: Outcome | None, error: str | None) -> None:
+        if self.told:
+            return
+        self.told, self.outcome = True, outcome
+        try:
+            if os.getpid() == self._pid or not self._write(outcome, error):
+                self._report(outcome, error)
+        except Exception:
+            log.exception("jobguard could not report the end of job %s", self.job_id)
+
+    def _report(self, outcome: Outcome | None, error: str | None) -> None:
+        if self._session is None:
+            log.error("the worker of job %s is gone, and its end with it", self.job_id)
+            return
+        if outcome is None:
+            self._session.release(self.claim)
+        else:
+            self._session.end(
+                self.claim,
+                outcome,
+                job_id=self.job_id,
+                queue=self.queue,
+                task=self.task,
+                error=error,
+            )
+        if os.getpid() != self._pid:
+            self._session.flush()  # the horse leaves by os._exit
+
+    # The pipe between the horse and its parent.
+
+    def open_pipe(self, *, for_spawn: bool = False) -> None:
+        """In the parent, before the horse is made."""
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._reader, False)
+        if for_spawn:
+            os.set_inheritable(self._writer, True)
+            claim = self.claim
+            os.environ[_VARIABLE] = json.dumps(
+                [claim.token.hex, claim.number, claim.crashes, self._writer, self.job_id]
+            )
+
+    def close_writer(self) -> None:
+        """In the parent, when the horse is made: the horse alone can write now."""
+        os.environ.pop(_VARIABLE, None)
+        self._writer = _close(self._writer)
+
+    def drain(self) -> None:
+        """In the parent: take what the horse told."""
+        if self._reader < 0 or os.getpid() != self._pid:
+            return
+        try:
+            line = os.read(self._reader, 1 << 16)
+        except BlockingIOError:
+            return
+        if line and not self.told:
+            told = json.loads(line)
+            outcome = Outcome(told["outcome"]) if told["outcome"] else None
+            if told["successor"]:
+                self._successor = UUID(hex=told["successor"])
+            self._tell(outcome, told["error"])
+
+    def close(self) -> None:
+        """In the parent, at the very end."""
+        self._reader, self._writer = _close(self._reader), _close(self._writer)
+
+    def _write(self, outcome: Outcome | None, error: str | None) -> bool:
+        """In the horse: whether the parent will hear it."""
+        # Our copy of the reader would keep the pipe alive without the parent.
+        self._reader = _close(self._reader)
+        if self._writer < 0:
+            return False
+        successor = self._successor.hex if self._successor else None
+        line = {"outcome": outcome, "error": error, "successor": successor}
+        try:
+            os.write(self._writer, json.dumps(line, ensure_ascii=False).encode(errors="replace"))
+        except OSError:  # BrokenPipeError: the parent is gone
+            return False
+        return True
+
+    @classmethod
+    def inherited(cls, job_id: str, *, queue: str, task: str) -> Run | None:
+        """In a horse that was spawned, not forked: the run that its parent began."""
+        told = os.environ.pop(_VARIABLE, None)  # not for the children of the job
+        if not told:
+            return None
+        token, number, crashes, writer, theirs = json.loads(told)
+        if theirs != job_id:
+            return None
+        claim = Claim(UUID(hex=token), number, crashes)
+        run = cls(None, claim, job_id=job_id, queue=queue, task=task)
+        run._writer = writer
+        os.set_inheritable(writer, False)
+        return run
+
+
+def _close(descriptor: int) -> int:
+    if descriptor >= 0:
+        try:
+            os.close(descriptor)
+        except OSError:
+            log.debug("descriptor %d was closed already", descriptor)
+    return -1

@@ -1,0 +1,75 @@
+"""The skip: what a worker does with a job that it may not run.
+
+Just returning would leave the id in RQ's intermediate list, whence its maintenance retries it later
+under a token that nobody has refused yet.
+"""
+
+from __future__ import annotations
+
+import logging
+from importlib.resources import files
+from typing import Any
+
+from rq.job import Job, JobStatus
+from rq.queue import Queue
+
+from jobguard.adapters.rq.layout import Layout
+from jobguard.adapters.rq.lookup import prefix_for
+from jobguard.job import Outcome, Refusal, Refused
+
+log = logging.getLogger("jobguard")
+
+KEPT = 500
+"""Seconds for which RQ keeps what has finished, unless the job says otherwise."""
+_STATUS = {
+    Outcome.COMPLETED: JobStatus.FINISHED,
+    Outcome.FAILED: JobStatus.FAILED,
+    Outcome.DEAD: JobStatus.FAILED,
+    Outcome.CANCELLED: JobStatus.CANCELED,
+    # Its hash is still there: the newer life is yet to be pushed, and will replace it.
+    Outcome.SUPERSEDED: JobStatus.FINISHED,
+}
+_SCRIPT = files(__package__).joinpath("skip.lua").read_text(encoding="utf-8")
+
+
+def skip(worker: Any, job: Job, queue: Queue, refused: Refused) -> None:
+    """Take the job out of RQ's hands; Redis' errors are logged, the job is not run either way."""
+    log.warning("job %s is skipped: %s", job.id, refused.outcome or refused.reason)
+    try:
+        status = _status(refused)
+        _put_right(worker, job, queue, refused.token.hex, status)
+        if status is None:
+            return
+        job._status = status
+        release = getattr(worker, "_release_slot_safely", None)
+        if release is not None:  # a rate limit's slot; RQ 3.0
+            release(job)
+        if refused.outcome is Outcome.COMPLETED:
+            queue.enqueue_dependents(job)
+    except Exception:
+        log.exception("jobguard could not put right what Redis says of job %s", job.id)
+
+
+def _status(refused: Refused) -> JobStatus | None:
+    if refused.reason is Refusal.HELD:
+        return None
+    if refused.outcome is None:
+        return JobStatus.FAILED if refused.reason is Refusal.SPENT else JobStatus.FINISHED
+    return _STATUS[refused.outcome]
+
+
+def _put_right(worker: Any, job: Job, queue: Queue, token: str, status: JobStatus | None) -> None:
+    layout = Layout.parse(prefix_for(queue, queue.job_class))
+    intermediate = layout.intermediate(queue.name)
+    script = worker.connection.register_script(_SCRIPT)
+    script(
+        keys=[
+            job.key,
+            intermediate,
+            f"{intermediate}:first_seen:{job.id}",
+            layout.wip(queue.name),
+            f"{layout.base}:finished:{queue.name}",
+            f"{layout.base}:failed:{queue.name}",
+        ],
+        args=[job.id, token, status.value if status is not None else "", KEPT],
+    )

@@ -1,0 +1,317 @@
+"""The hooks on RQ's workers: a session for each, a claim for each start, an end for each claim.
+
+Who runs what: ``register_birth``, ``execute_job`` and ``fork_work_horse`` run in the worker; what
+comes after ``Job.perform`` runs in the horse, or in the worker itself if it does not fork, or if
+the horse was killed.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import TYPE_CHECKING, Any, cast
+from uuid import UUID
+
+from redis.exceptions import RedisError
+from rq.job import Job, JobStatus
+from rq.queue import Queue
+
+from jobguard.adapters.rq.deliveries import (
+    BROKER_DOWN,
+    deliver,
+    draft,
+    drafting,
+    moving,
+    run_of,
+    set_run,
+    set_token,
+    task_of,
+    token_of,
+)
+from jobguard.adapters.rq.envelope import Mode
+from jobguard.adapters.rq.layout import FIELD, SPENT
+from jobguard.adapters.rq.lookup import tracker_for
+from jobguard.adapters.rq.run import Run
+from jobguard.adapters.rq.skip import skip
+from jobguard.job import Delivery, Outcome, Refused, new_token
+
+if TYPE_CHECKING:
+    from jobguard.adapter import Session, Tracker
+
+log = logging.getLogger("jobguard")
+Hook = Callable[..., Any]
+
+_TRACKER = "_jobguard_tracker"
+_SESSION = "_jobguard_session"
+_MARK = """
+if redis.call('HSTRLEN', KEYS[1], 'data') > 0 then redis.call('HSET', KEYS[1], 'jg', ARGV[1]) end
+"""
+
+
+def register_birth(original: Hook) -> Hook:
+    """Worker.register_birth: begin to beat before the first job can be taken."""
+
+    @wraps(original)
+    def hook(self: Any) -> Any:
+        result = original(self)
+        _open_session(self)
+        return result
+
+    return hook
+
+
+def register_death(original: Hook) -> Hook:
+    """Worker.register_death: say goodbye, so that what is still claimed goes back at once."""
+
+    @wraps(original)
+    def hook(self: Any) -> Any:
+        try:
+            return original(self)
+        finally:
+            session: Session | None = self.__dict__.pop(_SESSION, None)
+            if session is not None:
+                session.close()
+
+    return hook
+
+
+def execute_job(original: Hook) -> Hook:
+    """Worker.execute_job: no start without a claim."""
+
+    @wraps(original)
+    def hook(self: Any, job: Job, queue: Queue) -> Any:
+        session = _session_for(self, queue)
+        if session is None or run_of(job) is not None:
+            return original(self, job, queue)
+        answer = _start(self, session, job, queue)
+        if isinstance(answer, Refused):
+            return skip(self, job, queue, answer)
+        if answer is None:
+            return original(self, job, queue)
+        set_run(job, answer)
+        try:
+            result = original(self, job, queue)
+            _conclude(answer, job)
+            return result
+        finally:
+            answer.drain()
+            answer.close()
+            set_run(job, None)
+
+    return hook
+
+
+def fork_work_horse(original: Hook) -> Hook:
+    """Worker.fork_work_horse: the pipe through which the horse reports."""
+    return _with_pipe(original, for_spawn=False)
+
+
+def spawn_work_horse(original: Hook) -> Hook:
+    """SpawnWorker.fork_work_horse: the same for a horse that is a new interpreter."""
+    return _with_pipe(original, for_spawn=True)
+
+
+def _with_pipe(original: Hook, *, for_spawn: bool) -> Hook:
+    @wraps(original)
+    def hook(self: Any, job: Job, queue: Queue) -> Any:
+        run = run_of(job)
+        if run is None:
+            return original(self, job, queue)
+        run.open_pipe(for_spawn=for_spawn)
+        try:
+            return original(self, job, queue)  # a forked horse never returns from here
+        finally:
+            run.close_writer()
+
+    return hook
+
+
+def main_work_horse(original: Hook) -> Hook:
+    """Worker.main_work_horse: a spawned horse finds the run that its parent began."""
+
+    @wraps(original)
+    def hook(self: Any, job: Job, queue: Queue) -> Any:
+        try:
+            if run_of(job) is None:
+                set_run(job, Run.inherited(job.id, queue=queue.name, task=task_of(job)))
+                tracker_for(self)  # a fresh process: a retry will look for it
+        except Exception:
+            log.exception("jobguard could not find the claim of job %s", job.id)
+        return original(self, job, queue)
+
+    return hook
+
+
+def perform(original: Hook) -> Hook:
+    """Job.perform: remember that the function returned. No I/O here: an alarm may be set."""
+
+    @wraps(original)
+    def hook(self: Job) -> Any:
+        result = original(self)
+        run = run_of(self)
+        if run is not None:
+            run.returned = True
+        return result
+
+    return hook
+
+
+def handle_execution_ended(original: Hook) -> Hook:
+    """Worker.handle_execution_ended: RQ's first word to Redis after the function."""
+
+    @wraps(original)
+    def hook(self: Any, job: Job, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return original(self, job, *args, **kwargs)
+        except RedisError:
+            _completed_if_returned(job)
+            raise
+
+    return hook
+
+
+def handle_job_success(original: Hook) -> Hook:
+    """Worker.handle_job_success: completed, whether RQ has it or Redis failed RQ."""
+
+    @wraps(original)
+    def hook(self: Any, job: Job, *args: Any, **kwargs: Any) -> Any:
+        run = run_of(job)
+        if run is None:
+            return original(self, job, *args, **kwargs)
+        try:
+            with moving(job, Outcome.COMPLETED):  # a Repeat takes the place of a completed run
+                result = original(self, job, *args, **kwargs)
+        except RedisError:
+            run.end(Outcome.COMPLETED)
+            raise
+        run.end(Outcome.COMPLETED)
+        return result
+
+    return hook
+
+
+def handle_job_retry(original: Hook) -> Hook:
+    """Worker.handle_job_retry: the function returned a Retry; RQ pushes it again or gives up."""
+
+    @wraps(original)
+    def hook(self: Any, job: Job, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, job, *args, **kwargs)
+        run = run_of(job)
+        if run is not None and job._status == JobStatus.FAILED:
+            run.end(Outcome.FAILED, "the function returned Retry once too often")
+        return result
+
+    return hook
+
+
+def handle_job_failure(original: Hook) -> Hook:
+    """Worker.handle_job_failure: RQ pushes the job again, or it has failed, or was stopped."""
+
+    @wraps(original)
+    def hook(self: Any, job: Job, *args: Any, **kwargs: Any) -> Any:
+        run = run_of(job)
+        if run is None:
+            return original(self, job, *args, **kwargs)
+        run.drain()  # a killed horse may have told its end before
+        if run.returned and isinstance(sys.exc_info()[1], BROKER_DOWN):
+            run.end(Outcome.COMPLETED)
+        result = original(self, job, *args, **kwargs)
+        outcome = _given_up(job._status)
+        if outcome is not None:
+            # The one place to know better: a killed horse may be a worker's death, not a failure.
+            run.end(outcome, kwargs.get("exc_string") or _named(args))
+        return result
+
+    return hook
+
+
+def _given_up(status: JobStatus) -> Outcome | None:
+    if status == JobStatus.STOPPED:
+        return Outcome.CANCELLED
+    return Outcome.FAILED if status == JobStatus.FAILED else None
+
+
+def _named(args: tuple[Any, ...]) -> str | None:
+    """Return the exc_string among (queue, started_job_registry, exc_string, ...)."""
+    return args[2] if len(args) > 2 and isinstance(args[2], str) else None
+
+
+def _completed_if_returned(job: Job) -> None:
+    run = run_of(job)
+    if run is not None and run.returned:
+        run.end(Outcome.COMPLETED)
+
+
+def _open_session(worker: Any) -> Session | None:
+    """Open the worker's session; None if nothing of its Redis is guarded."""
+    tracker = tracker_for(worker)
+    if tracker is None:
+        return None
+    worker.__dict__[_TRACKER] = tracker
+    session: Session = tracker.open_session(name=worker.name, queues=worker.queue_names())
+    worker.__dict__[_SESSION] = session
+    return session
+
+
+def _session_for(worker: Any, queue: Queue) -> Session | None:
+    """Return the session that claims jobs of this queue."""
+    try:
+        session: Session | None = worker.__dict__.get(_SESSION) or _open_session(worker)
+        tracker: Tracker | None = worker.__dict__.get(_TRACKER)
+        return session if tracker is not None and tracker.guards(queue.name) else None
+    except Exception:
+        log.exception("jobguard could not open a session for worker %s", worker.name)
+        return None
+
+
+def _start(worker: Any, session: Session, job: Job, queue: Queue) -> Run | Refused | None:
+    try:
+        token = token_of(job) or _mark(worker, job)
+        answer = session.start(token, lambda: _describe(job, queue, token))
+        if isinstance(answer, Refused):
+            return answer
+        return Run(session, answer, job_id=job.id, queue=queue.name, task=task_of(job))
+    except Exception:
+        log.exception("jobguard could not claim job %s; it runs unclaimed", job.id)
+        return None
+
+
+def _mark(worker: Any, job: Job) -> UUID:
+    """Give a token to a job that an unguarded program pushed."""
+    token = new_token()
+    set_token(job, token)
+    worker.connection.eval(_MARK, 1, job.key, token.hex)
+    return token
+
+
+def _describe(job: Job, queue: Queue, token: UUID) -> Delivery:
+    """Return the record of a delivery that nobody recorded, as it stands in Redis."""
+    found = draft(job, Mode.QUEUED)
+    found.token, found.parent, found.fresh = token, None, False
+    with drafting(job, found):
+        job.to_dict()
+    return deliver(job, found, queue=queue.name)
+
+
+def _conclude(run: Run, job: Job) -> None:
+    """RQ is done with the job: if nobody told how it ended, see what Redis says."""
+    run.drain()
+    if run.told:
+        return
+    status = None
+    try:
+        raw, field = cast(Any, job.connection).hmget(job.key, "status", FIELD)
+        if field and field.decode().rstrip(SPENT) == run.claim.token.hex:
+            status = raw
+    except Exception as error:
+        log.warning("jobguard cannot see how job %s ended: %s", job.id, error)
+    if status == b"finished":
+        run.end(Outcome.COMPLETED)
+    elif status == b"failed":
+        run.end(Outcome.FAILED)
+    elif status == b"stopped":
+        run.end(Outcome.CANCELLED)
+    else:
+        run.let_go()

@@ -1,0 +1,5 @@
+"""`python -m jobguard.demo`."""
+
+from jobguard.demo import command
+
+command(prog_name="jobguard demo")

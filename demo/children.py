@@ -1,0 +1,103 @@
+"""Child processes that are started again when they end, as systemd would.
+
+RQ workers end by design when Redis fails them in the middle of a job; without a supervisor a crash
+of Redis would stop the work for good, with jobguard or without.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jobguard.servers import _die_with_parent  # one way to leave no orphan, not two
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+RESTART_SECONDS = 0.1  # systemd's own RestartSec
+STOP_SECONDS = 5.0
+
+
+class Child:
+    """This Python with these arguments; what it says goes to a log."""
+
+    def __init__(self, arguments: Sequence[str], *, environ: Mapping[str, str], log: Path) -> None:
+        self._command = [sys.executable, *arguments]
+        self._environ = dict(environ)
+        self._log = log
+        self._ended_at: float | None = None
+        self.process = self._start()
+        self.starts = 1
+
+    @property
+    def pid(self) -> int:
+        """The process that runs now, or ran last."""
+        return self.process.pid
+
+    @property
+    def ended(self) -> bool:
+        """Whether it does not run at the moment."""
+        return self.process.poll() is not None
+
+    @property
+    def last_words(self) -> str:
+        """The end of its log."""
+        return self._log.read_text(errors="replace")[-2000:].strip()
+
+    def tend(self) -> bool:
+        """Start it again if it ended a moment ago; tell whether that was done."""
+        if not self.ended:
+            return False
+        if self._ended_at is None:
+            self._ended_at = time.monotonic()
+        if time.monotonic() - self._ended_at < RESTART_SECONDS:
+            return False
+        self._ended_at = None
+        self.process = self._start()
+        self.starts += 1
+        return True
+
+    def kill(self) -> None:
+        """SIGKILL it and wait until it is gone."""
+        self.process.kill()
+        self.process.wait()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        with self._log.open("ab") as log:
+            return subprocess.Popen(
+                self._command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=self._environ,
+                start_new_session=True,  # a Ctrl-C is for the demo, which ends them in order
+                preexec_fn=_die_with_parent(signal.SIGKILL),
+            )
+
+
+def end(children: Iterable[Child]) -> None:
+    """Ask all of them to stop, and kill who does not."""
+    running = [child.process for child in children if not child.ended]
+    for process in running:
+        process.terminate()
+    deadline = time.monotonic() + STOP_SECONDS
+    for process in running:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def clean_environment() -> dict[str, str]:
+    """Give our environment without settings of jobguard: what is shown are its defaults."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("JOBGUARD_", "RQ_")) and name not in ("DATABASE_URL", "REDIS_URL")
+    }

@@ -1,0 +1,146 @@
+"""What the run comes to: computed from the ledger and the list of kills, and from nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from jobguard.demo.ledger import Ledger, Mark
+
+# A worker that is killed after its task returned and before its report was committed has done the
+# job, and nobody can know: that one second run is what "at least once" means.
+REPORT_SECONDS = 0.1
+
+
+@dataclass(slots=True)
+class RedisKill:
+    """Redis was killed. All times are of the wall clock; None: it has not happened (yet)."""
+
+    at: float  # just before the signal: what happens meanwhile counts against us
+    up_at: float | None = None  # accepts connections again, empty
+    detected_at: float | None = None  # the incident row says so
+    recovered_at: float | None = None  # every owed job was seen present
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerKill:
+    """A worker was killed in the middle of a job."""
+
+    at: float  # when it was gone: it cannot have written anything later
+    pid: int
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """One run, counted."""
+
+    library: str
+    enqueued: int
+    executed: int
+    lost: int
+    duplicated: int
+    excused: int  # second runs that "at least once" allows; see REPORT_SECONDS
+    restarted: int
+    restart_seconds: float | None  # from a worker's kill until its job was started again
+    recovered: int
+    refused: int  # calls of enqueue that raised: nothing was promised, nothing is lost
+    redis_kills: int
+    detect_seconds: float | None
+    recover_seconds: float | None
+    seconds: float
+
+    def public(self) -> dict[str, Any]:
+        """Give what `--json` prints."""
+        more = ("excused", "restart_seconds", "refused", "redis_kills")
+        return {name: value for name, value in asdict(self).items() if name not in more}
+
+
+def count(
+    ledger: Ledger,
+    *,
+    library: str,
+    redis_kills: Sequence[RedisKill],
+    worker_kills: Sequence[WorkerKill],
+) -> Figures:
+    """Count one run."""
+    twice = [marks for marks in ledger.ends.values() if len(marks) > 1]
+    excused = sum(_excused(marks, worker_kills) for marks in twice)
+    restarts = [seconds for kill in worker_kills for seconds in _restart(ledger, kill)]
+    return Figures(
+        library=library,
+        enqueued=len(ledger.enqueued),
+        executed=len(ledger.enqueued.keys() & ledger.ends.keys()),
+        lost=len(ledger.owed()),
+        duplicated=len(twice) - excused,
+        excused=excused,
+        restarted=len(restarts),
+        restart_seconds=max(restarts, default=None),
+        recovered=sum(_outlived(ledger, number, redis_kills) for number in ledger.enqueued),
+        refused=len(ledger.refused),
+        redis_kills=len(redis_kills),
+        detect_seconds=_worst((kill.at, kill.detected_at) for kill in redis_kills),
+        recover_seconds=_worst((kill.up_at, kill.recovered_at) for kill in redis_kills),
+        seconds=_span(ledger),
+    )
+
+
+def _excused(ends: Sequence[Mark], worker_kills: Sequence[WorkerKill]) -> bool:
+    """Whether there was one second run, and the first was done by a worker on its last gasp."""
+    first = ends[0]
+    return len(ends) == 2 and any(
+        first.pid == kill.pid and 0 <= kill.at - first.at <= REPORT_SECONDS for kill in worker_kills
+    )
+
+
+def _restart(ledger: Ledger, kill: WorkerKill) -> list[float]:
+    """Give, for each job that this kill interrupted, how long it took to be started again.
+
+    Usually one; a library that prefetches may have had more in its hands.
+    """
+    return [
+        round(min(again) - kill.at, 3)
+        for number, starts in ledger.starts.items()
+        if any(mark.pid == kill.pid for mark in starts)
+        and not any(mark.pid == kill.pid for mark in ledger.ends.get(number, ()))
+        and (again := [mark.at for mark in starts if mark.pid != kill.pid and mark.at > kill.at])
+    ]
+
+
+def _outlived(ledger: Ledger, number: int, redis_kills: Sequence[RedisKill]) -> bool:
+    """Whether the job was promised before a kill of Redis, first started after it, and done.
+
+    Without jobguard a few do, too: a worker had them in its hands and was about to start.
+    """
+    if number not in ledger.ends or number not in ledger.starts:
+        return False
+    promised_at, started_at = ledger.enqueued[number].at, ledger.starts[number][0].at
+    return any(
+        kill.up_at is not None and promised_at < kill.at and kill.up_at <= started_at
+        for kill in redis_kills
+    )
+
+
+def _worst(spans: Iterable[tuple[float | None, float | None]]) -> float | None:
+    """Give the longest span; None if one of them never came to its end, or there was none."""
+    lengths = []
+    for start, stop in spans:
+        if start is None or stop is None:
+            return None
+        lengths.append(stop - start)
+    return round(max(lengths), 3) if lengths else None
+
+
+def _span(ledger: Ledger) -> float:
+    """Measure from the first call of enqueue to the last end of a job.
+
+    What the demo waits after that, to see whether anything more comes, is nobody's work.
+    """
+    calls = [*ledger.enqueued.values(), *ledger.refused.values()]
+    ends = [mark for marks in ledger.ends.values() for mark in marks]
+    if not calls or not ends:
+        return 0.0
+    return round(max(mark.at for mark in ends) - min(mark.at for mark in calls), 3)

@@ -1,0 +1,317 @@
+"""One run of the demo: it starts everything, lets the storm pass over it, and counts.
+
+The producer enqueues, the workers work, the storm kills Redis and a worker, and all the while
+producer and tasks write the ledger, a file that jobguard never sees. That file alone is counted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import psycopg
+import redis
+import rq
+from rq.worker_registration import REDIS_WORKER_KEYS
+
+from jobguard.demo import children, figures, ledger
+from jobguard.demo.storm import Storm, forecast
+from jobguard.servers import NamedPostgres, PostgresServer, RedisServer
+from jobguard.settings import Settings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+QUEUE = "demo"
+# The command `jobguard` in this very Python; a script of that name may be another installation's.
+JOBGUARD = ("-c", "from jobguard.cli import main; main()")
+TICK_SECONDS = 0.025
+START_SECONDS = 60.0  # for a worker or the reconciler to come up; more for many workers
+STALL_SECONDS = max(40.0, 2 * Settings().worker_timeout + 10.0)
+UNGUARDED_STALL_SECONDS = 5.0  # nobody brings anything back: an empty queue stays empty
+# When all is done we stay a little: a job that was put back although it had ended would run now.
+SETTLE_SECONDS = 3.0
+
+# All workers together, however many, are to be slower than the one producer: or else the queue is
+# empty when Redis is killed, nothing is lost, and nothing is shown. A sleeping job costs no
+# processor, so many workers are slowed by longer jobs; RQ itself takes some 8 ms for each.
+JOBS_A_SECOND = 400.0
+# More workers than the machine can bear would starve the producer beside them.
+CROWD_JOBS_A_SECOND_AND_CORE = 100.0
+RQ_SECONDS = 0.008
+WORK_SECONDS = 0.002
+
+
+def work_seconds(workers: int, cores: int) -> float:
+    """Choose how long a job takes."""
+    rate = JOBS_A_SECOND
+    if workers > 2 * cores:
+        rate = min(rate, CROWD_JOBS_A_SECOND_AND_CORE * cores)
+    return max(WORK_SECONDS, workers / rate - RQ_SECONDS)
+
+
+class DemoError(RuntimeError):
+    """The demo could not be run to its end; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is asked for."""
+
+    jobs: int
+    workers: int
+    cores: int
+    kills: int
+    seed: int
+    library: str = "rq"
+    guarded: bool = True
+    sabotage: bool = False
+    keep: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far the run is."""
+
+    jobs: int
+    enqueued: int
+    executed: int
+    absent: int
+    back: int
+    redis_is_up: bool
+    redis_kills: int
+    worker_kills: int
+    workers: int
+    restarts: int
+    seconds: float
+
+
+class Watch(Protocol):
+    """Who looks on."""
+
+    def say(self, text: str) -> None:
+        """Take note of an event; the text has marks of rich."""
+
+    def show(self, progress: Progress) -> None:
+        """Take note of how far it is."""
+
+
+def run(plan: Plan, watch: Watch) -> figures.Figures:
+    """Run once, and count.
+
+    Raises DemoError and jobguard.servers.ServerError.
+    """
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(_folder(plan))
+        server = stack.enter_context(RedisServer(persistence="none"))
+        postgres = stack.enter_context(_database()) if plan.guarded else None
+        return _Run(plan, watch, folder, server, postgres, stack).to_the_end()
+
+
+@contextlib.contextmanager
+def _folder(plan: Plan) -> Iterator[Path]:
+    if plan.keep is not None:
+        folder = plan.keep / ("guarded" if plan.guarded else "unguarded")
+        if folder.exists():  # a ledger is appended to: an old one would be counted with ours
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True)
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="jobguard-demo-", ignore_cleanup_errors=True) as name:
+        yield Path(name)
+
+
+@contextlib.contextmanager
+def _database() -> Iterator[str]:
+    """Give the URL of a fresh, migrated database."""
+    import jobguard.schema  # here, so that the run without jobguard goes without it
+
+    named = os.environ.get("JOBGUARD_TEST_POSTGRES_URL")
+    with contextlib.ExitStack() as stack:
+        server = NamedPostgres(named) if named else stack.enter_context(PostgresServer())
+        name = f"jobguard_demo_{uuid.uuid4().hex}"
+        url = server.create_database(name)
+        stack.callback(server.drop_database, name)
+        jobguard.schema.migrate(url)
+        yield url
+
+
+class _Run:
+    """The processes of one run, and the loop that watches them."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        watch: Watch,
+        folder: Path,
+        server: RedisServer,
+        postgres: str | None,
+        stack: contextlib.ExitStack,
+    ) -> None:
+        self._plan, self._watch, self._folder = plan, watch, folder
+        self._server, self._postgres = server, postgres
+        self._reader = ledger.Reader(folder / "ledger")
+        stack.callback(self._reader.close)
+        self._environ = children.clean_environment()
+        if postgres is not None:
+            self._environ["JOBGUARD_POSTGRES_URL"] = postgres
+        # In the order in which they are started; ended in the other.
+        self._reconciler = self._start_reconciler(stack) if postgres is not None else None
+        self._workers = self._start_workers(stack)
+        self._storm = Storm(
+            jobs=plan.jobs,
+            queue=rq.Queue(QUEUE, connection=redis.Redis.from_url(server.url)),
+            server=server,
+            reader=self._reader,
+            workers=self._workers,
+            forecast=forecast(plan.kills, plan.seed),
+            postgres=postgres,
+            recovers=plan.guarded and not plan.sabotage,
+            say=watch.say,
+        )
+        stack.callback(self._storm.close)
+        self._started_at = time.monotonic()
+        self._moved_at = self._started_at
+        self._done_at: float | None = None
+        self._producer = self._start_producer(stack)
+
+    def to_the_end(self) -> figures.Figures:
+        """Watch until all is done or nothing moves any more, and count."""
+        while not self._is_over():
+            if self._reader.read():
+                self._moved_at = time.monotonic()
+            self._tend()
+            self._storm.tick()
+            self._watch.show(self._progress())
+            time.sleep(TICK_SECONDS)
+        self._reader.read()
+        return figures.count(
+            self._reader.ledger,
+            library=self._plan.library,
+            redis_kills=self._storm.redis_kills,
+            worker_kills=self._storm.worker_kills,
+        )
+
+    def _is_over(self) -> bool:
+        now = time.monotonic()
+        counted = self._reader.ledger
+        all_done = len(counted.enqueued) == self._plan.jobs == counted.executed
+        if not all_done:
+            return self._is_stalled(now - self._moved_at)
+        if not self._storm.is_over:
+            if now - self._moved_at < STALL_SECONDS:  # the last kill may still be watched
+                return False
+            raise DemoError(
+                "the jobs were done before all kills could be: take more --jobs or fewer --kills"
+            )
+        if self._done_at is None:
+            self._done_at = now
+        return now - self._done_at > SETTLE_SECONDS
+
+    def _is_stalled(self, seconds: float) -> bool:
+        if seconds > STALL_SECONDS:
+            return True
+        return (
+            not self._plan.guarded
+            and seconds > UNGUARDED_STALL_SECONDS
+            and self._producer.ended
+            and self._storm.redis_is_up
+            and self._storm.waiting() == 0
+        )
+
+    def _tend(self) -> None:
+        for worker in self._workers:
+            worker.tend()
+        if self._reconciler is not None and self._reconciler.tend():
+            self._watch.say("[red]the reconciler ended[/] and was started again")
+        ended = self._producer.process.poll()
+        if ended:
+            raise DemoError(f"the producer failed:\n{self._producer.last_words}")
+
+    def _progress(self) -> Progress:
+        counted = self._reader.ledger
+        return Progress(
+            jobs=self._plan.jobs,
+            enqueued=len(counted.enqueued),
+            executed=counted.executed,
+            absent=self._storm.absent,
+            back=self._storm.back,
+            redis_is_up=self._storm.redis_is_up,
+            redis_kills=len(self._storm.redis_kills),
+            worker_kills=len(self._storm.worker_kills),
+            workers=len(self._workers),
+            restarts=sum(worker.starts - 1 for worker in self._workers),
+            seconds=time.monotonic() - self._started_at,
+        )
+
+    def _start_reconciler(self, stack: contextlib.ExitStack) -> children.Child:
+        more = {"JOBGUARD_MODE": "observe"} if self._plan.sabotage else {}
+        child = children.Child(
+            [*JOBGUARD, "reconcile", "--redis", self._server.url],
+            environ=self._environ | more,  # it is not told where the ledger is
+            log=self._folder / "reconciler.log",
+        )
+        stack.callback(children.end, [child])
+        self._await(self._leader_is_there, [child], "the reconciler", START_SECONDS)
+        return child
+
+    def _leader_is_there(self) -> bool:
+        assert self._postgres is not None
+        with psycopg.connect(self._postgres) as connection:
+            live = "select 1 from jobguard.leader where expires_at > now()"
+            return connection.execute(live).fetchone() is not None
+
+    def _start_workers(self, stack: contextlib.ExitStack) -> list[children.Child]:
+        workers: list[children.Child] = []
+        stack.callback(children.end, workers)
+        for number in range(self._plan.workers):
+            workers.append(
+                self._child(f"worker-{number}", "jobguard.demo.worker", self._server.url, QUEUE)
+            )
+        with redis.Redis.from_url(self._server.url) as client:
+            self._await(
+                lambda: int(client.scard(REDIS_WORKER_KEYS)) >= len(workers),
+                workers,
+                "a worker",
+                START_SECONDS + 2 * len(workers),
+            )
+        return workers
+
+    def _start_producer(self, stack: contextlib.ExitStack) -> children.Child:
+        takes = f"{work_seconds(self._plan.workers, self._plan.cores):.4f}"
+        child = self._child(
+            "producer",
+            *("jobguard.demo.producer", self._server.url, QUEUE, str(self._plan.jobs), takes),
+        )
+        stack.callback(children.end, [child])
+        return child
+
+    def _child(self, name: str, module: str, *arguments: str) -> children.Child:
+        flags = ["--guarded"] if self._plan.guarded else []
+        environ: Mapping[str, str] = self._environ | {ledger.VARIABLE: str(self._folder / "ledger")}
+        return children.Child(
+            ["-m", module, *arguments, *flags], environ=environ, log=self._folder / f"{name}.log"
+        )
+
+    def _await(
+        self,
+        is_ready: Callable[[], bool],
+        who: list[children.Child],
+        name: str,
+        seconds: float,
+    ) -> None:
+        deadline = time.monotonic() + seconds
+        while not is_ready():
+            for child in who:
+                if child.ended:
+                    raise DemoError(f"{name} does not start:\n{child.last_words}")
+            if time.monotonic() > deadline:
+                raise DemoError(f"{name} is not ready after {seconds:.0f} s")
+            time.sleep(0.05)

@@ -1,0 +1,27 @@
+"""One RQ SimpleWorker: `python -m jobguard.demo.worker URL QUEUE [--guarded]`.
+
+The same as `rq worker --worker-class … QUEUE`, without its command line, which takes as long to
+import as RQ itself: the demo starts workers often.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import redis
+import rq
+
+
+def main(url: str, queue: str, *flags: str) -> None:
+    """Work until told to stop, or until RQ gives up because Redis is gone."""
+    worker_class: type[rq.worker.BaseWorker] = rq.SimpleWorker
+    if "--guarded" in flags:
+        from jobguard.adapters.rq import SimpleWorker  # not in the run without jobguard
+
+        worker_class = SimpleWorker
+    connection = redis.Redis.from_url(url)
+    worker_class([queue], connection=connection).work(logging_level="WARNING")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

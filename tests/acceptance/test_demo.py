@@ -1,0 +1,103 @@
+"""The demo holds what it shows, and can fail."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import pytest
+
+from tests.support import eventually
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+# A run waits for what may still come: see STALL_SECONDS in the harness.
+pytestmark = pytest.mark.timeout(300)
+
+SMALL = ("--jobs", "1500", "--workers", "4", "--kills", "2", "--seed", "7")
+
+
+def environment() -> dict[str, str]:
+    """Give one in which the child finds this very jobguard, from wherever it runs."""
+    return os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+
+
+def start(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
+    """Run the demo in a folder that is not the repository."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "jobguard.demo", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+        cwd=cwd,
+    )
+
+
+def demo(*arguments: str, cwd: Path) -> tuple[int, dict[str, Any]]:
+    """Run the demo to its end; gives its exit code and its one JSON object."""
+    process = start("--json", *arguments, cwd=cwd)
+    out, err = process.communicate()
+    assert out, err
+    return process.returncode, json.loads(out)
+
+
+def test_nothing_is_lost_with_jobguard(tmp_path: Path) -> None:
+    """Redis is killed twice and a worker once, and every promise is kept, once."""
+    code, figures = demo(*SMALL, cwd=tmp_path)
+    assert (figures["enqueued"], figures["executed"], figures["lost"]) == (1500, 1500, 0)
+    assert figures["duplicated"] == 0
+    assert figures["recovered"] > 0
+    assert figures["restarted"] == 1
+    assert figures["detect_seconds"] is not None
+    assert figures["recover_seconds"] is not None
+    assert code == 0
+    assert not list(tmp_path.iterdir())  # neither ledger nor spool nor dump is left about
+
+
+def test_much_is_lost_without(tmp_path: Path) -> None:
+    """The same storm over plain RQ: it is a storm."""
+    code, figures = demo("--unguarded", *SMALL, cwd=tmp_path)
+    assert figures["enqueued"] == 1500
+    assert figures["lost"] > 300
+    assert figures["executed"] + figures["lost"] == 1500
+    assert (figures["detect_seconds"], figures["recover_seconds"]) == (None, None)
+    assert code == 1
+
+
+def test_the_demo_fails_when_recovery_is_sabotaged(tmp_path: Path) -> None:
+    """With all of jobguard there but its hands tied, the loss is found, told, and the exit is 1."""
+    code, figures = demo("--sabotage", *SMALL, cwd=tmp_path)
+    assert figures["lost"] > 0
+    assert figures["recover_seconds"] is None
+    assert code == 1
+
+
+def test_compare_shows_both(tmp_path: Path) -> None:
+    """And its exit code is that of the guarded run alone."""
+    code, figures = demo("--compare", *SMALL, cwd=tmp_path)
+    assert figures["lost"] == 0 < figures["unguarded"]["lost"]
+    assert figures.keys() - {"unguarded"} == figures["unguarded"].keys()
+    assert code == 0
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_demo_leaves_nothing_running(tmp_path: Path, how: signal.Signals) -> None:
+    """Neither servers nor workers, and no files."""
+    keep = tmp_path / "kept"
+    process = start("--unguarded", "--keep", str(keep), *SMALL, cwd=tmp_path)
+    ledger = keep / "unguarded" / "ledger"
+    eventually(lambda: ledger.exists() and b"\nend" in ledger.read_bytes(), timeout=60)
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert len(children) >= 5  # redis and four workers
+
+    process.send_signal(how)
+    process.communicate(timeout=30)
+    assert process.returncode != 0
+    assert not [child for child in children if child.is_running()]

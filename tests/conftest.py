@@ -1,0 +1,143 @@
+"""Servers and databases for tests.
+
+The servers are started once for a run, or named by JOBGUARD_TEST_POSTGRES_URL and
+JOBGUARD_TEST_REDIS_URL. Every test has a database of its own, cloned from a migrated one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import redis
+
+import jobguard.schema
+from jobguard.servers import NamedPostgres, NamedRedis, PostgresServer, RedisServer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ROOMS = ("integration", "acceptance")
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark each test with the room it stands in."""
+    for item in items:
+        room = item.path.relative_to(HERE).parts[0] if item.path.is_relative_to(HERE) else ""
+        if room in ROOMS:
+            item.add_marker(room)
+
+
+@pytest.fixture(autouse=True)
+def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No setting of the person who runs the tests reaches them."""
+    for name in os.environ:
+        ours = name.startswith("JOBGUARD_") and not name.startswith("JOBGUARD_TEST_")
+        if ours or name in ("DATABASE_URL", "REDIS_URL", "RQ_REDIS_URL"):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[NamedPostgres]:
+    """One PostgreSQL for the whole run; to kill one, take own_postgres."""
+    named = os.environ.get("JOBGUARD_TEST_POSTGRES_URL")
+    if named:
+        yield NamedPostgres(named)
+        return
+    with PostgresServer(fsync=False) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def template_database(postgres_server: NamedPostgres) -> Iterator[str]:
+    """Migrate one database, for all others to be cloned from; gives its name."""
+    name = f"jobguard_template_{uuid.uuid4().hex}"
+    url = postgres_server.create_database(name)
+    try:
+        jobguard.schema.migrate(url)
+        yield name
+    finally:
+        postgres_server.drop_database(name)
+
+
+@pytest.fixture
+def database(postgres_server: NamedPostgres, template_database: str) -> Iterator[str]:
+    """Give the URL of a fresh, migrated database."""
+    name = f"jobguard_test_{uuid.uuid4().hex}"
+    url = postgres_server.create_database(name, template_database)
+    yield url
+    postgres_server.drop_database(name)
+
+
+@pytest.fixture
+def empty_database(postgres_server: NamedPostgres) -> Iterator[str]:
+    """Give the URL of a fresh database in which nothing was migrated."""
+    name = f"jobguard_test_{uuid.uuid4().hex}"
+    url = postgres_server.create_database(name)
+    yield url
+    postgres_server.drop_database(name)
+
+
+@pytest.fixture(scope="session")
+def redis_server() -> Iterator[NamedRedis]:
+    """One Redis for the whole run; to kill one, take own_redis."""
+    named = os.environ.get("JOBGUARD_TEST_REDIS_URL")
+    if named:
+        yield NamedRedis(named)
+        return
+    with RedisServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def redis_databases(redis_server: NamedRedis) -> Iterator[int]:
+    """Give the numbers of the logical databases that this run may flush, round and round."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+    if not isinstance(redis_server, RedisServer):
+        mine = [1 + int(worker.removeprefix("gw")) % 15] if worker else range(1, 16)
+        for number in mine:
+            with redis.Redis.from_url(redis_server.database_url(number)) as client:
+                if client.dbsize():
+                    pytest.fail(
+                        f"database {number} of JOBGUARD_TEST_REDIS_URL is not empty, and tests "
+                        "flush it: empty it, or name another server"
+                    )
+        return itertools.cycle(mine)
+    return itertools.cycle(range(1, 16))
+
+
+@pytest.fixture
+def redis_url(redis_server: NamedRedis, redis_databases: Iterator[int]) -> Iterator[str]:
+    """Give the URL of an empty logical database, another one than the test before had."""
+    url = redis_server.database_url(next(redis_databases))
+    with redis.Redis.from_url(url) as client:
+        client.flushdb()
+        yield url
+        client.flushdb()
+
+
+@pytest.fixture
+def own_postgres() -> Iterator[PostgresServer]:
+    """Start a PostgreSQL that the test may kill, pause and restart; nothing is migrated in it."""
+    with PostgresServer() as server:
+        yield server
+
+
+@pytest.fixture
+def own_database(own_postgres: PostgresServer) -> str:
+    """Give the URL of a migrated database in own_postgres."""
+    url = own_postgres.create_database("jobguard")
+    jobguard.schema.migrate(url)
+    return url
+
+
+@pytest.fixture
+def own_redis() -> Iterator[RedisServer]:
+    """Start a Redis without persistence that the test may kill, pause and restart."""
+    with RedisServer() as server:
+        yield server

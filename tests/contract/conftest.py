@@ -1,0 +1,387 @@
+"""The two stores behind one face, and the words in which the contract is written.
+
+Each test of this room runs twice: on the ledger in memory, and on Postgres.
+"""
+
+from __future__ import annotations
+
+import importlib
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol, cast
+from uuid import UUID, uuid4
+
+import psycopg
+import pytest
+from psycopg import sql
+
+from jobguard.job import (
+    Beat,
+    Claim,
+    Delivery,
+    End,
+    Ended,
+    Outcome,
+    Owed,
+    Parent,
+    Recorded,
+    Refused,
+    Unknown,
+    new_token,
+)
+from jobguard.settings import Settings
+from jobguard.store import Ask, BeatReply, HostStore, LeaderStore
+from jobguard.store.memory import MemoryLedger
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+NAMESPACE = "tests"
+SOURCE = 7
+WORKER_TIMEOUT = 15.0
+CRASH_BUDGET = 3
+LONG = 1e6
+"""Seconds of a lease that no test outlives."""
+
+
+class Backend(Protocol):
+    """One of the two stores."""
+
+    def host(self) -> HostStore:
+        """Give a store to a process of the application."""
+
+    def leader(self, namespace: str, holder: UUID) -> LeaderStore:
+        """Give a store to a reconciler."""
+
+    def advance(self, seconds: float) -> None:
+        """Let time pass."""
+
+    def close(self) -> None:
+        """Let go of everything."""
+
+
+class Clock:
+    """Time that passes when told to, and a millisecond at every look, so that no two are equal."""
+
+    def __init__(self) -> None:
+        self._time = time.time()
+
+    def __call__(self) -> float:
+        """Tell the time."""
+        self._time += 0.001
+        return self._time
+
+    def advance(self, seconds: float) -> None:
+        """Let time pass."""
+        self._time += seconds
+
+
+class InMemory:
+    """The ledger in memory."""
+
+    def __init__(self) -> None:
+        self.clock = Clock()
+        self.ledger = MemoryLedger(clock=self.clock)
+        self.host = self.ledger.host
+        self.leader = self.ledger.leader
+
+    def advance(self, seconds: float) -> None:
+        """Let time pass."""
+        self.clock.advance(seconds)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+_TIMES = """
+select c.table_name, array_agg(c.column_name::text)
+from information_schema.columns c
+join pg_class t on t.relname = c.table_name and t.relnamespace = c.table_schema::regnamespace
+where c.table_schema = 'jobguard' and c.data_type = 'timestamp with time zone'
+  and t.relkind in ('r', 'p') and not t.relispartition
+group by c.table_name
+"""
+
+_WAIT_AT_COMMIT = """
+create function public.wait_at_commit() returns trigger language plpgsql as $$
+begin
+  perform pg_advisory_xact_lock(5170);
+  return null;
+end $$;
+create constraint trigger wait_at_commit after delete on jobguard.jobs
+  deferrable initially deferred for each row execute function public.wait_at_commit();
+"""
+
+_WAITING = """
+select count(*) from pg_stat_activity
+where datname = current_database() and wait_event_type = 'Lock'
+"""
+
+
+class InPostgres:
+    """The ledger in a database of its own."""
+
+    def __init__(self, database: str) -> None:
+        self._database = database
+        self._settings = Settings(connect_timeout=10, call_timeout=20, record_timeout=20)
+        self._opened: list[HostStore | LeaderStore] = []
+        # Imported late: who runs the half in memory needs no driver.
+        self._host_store = importlib.import_module("jobguard.store.postgres").PostgresStore
+        self._leader_store = importlib.import_module("jobguard.store.leader").PostgresLeaderStore
+
+    def _conninfo(self) -> str:
+        return self._database
+
+    def host(self) -> HostStore:
+        """Give a store to a process of the application."""
+        store = cast(HostStore, self._host_store(self._conninfo, self._settings))
+        self._opened.append(store)
+        return store
+
+    def leader(self, namespace: str, holder: UUID) -> LeaderStore:
+        """Give a store to a reconciler."""
+        made = self._leader_store(self._conninfo, namespace, holder, self._settings)
+        store = cast(LeaderStore, made)
+        self._opened.append(store)
+        return store
+
+    def advance(self, seconds: float) -> None:
+        """Let time pass: nobody moves the clock of a server, so all that is written gets older."""
+        with psycopg.connect(self._database) as connection:
+            for table, columns in connection.execute(_TIMES).fetchall():
+                shifts = [
+                    sql.SQL("{0} = {0} - make_interval(secs => {1})").format(
+                        sql.Identifier(column), sql.Literal(seconds)
+                    )
+                    for column in columns
+                ]
+                connection.execute(
+                    sql.SQL("update jobguard.{} set {}").format(
+                        sql.Identifier(table), sql.SQL(", ").join(shifts)
+                    )
+                )
+
+    @contextmanager
+    def commits_held_back(self) -> Iterator[Callable[[], int]]:
+        """Whoever moved a delivery out of what is owed waits before its commit.
+
+        Gives a function that counts the sessions that wait for a lock.
+        """
+        with psycopg.connect(self._database, autocommit=True) as connection:
+            connection.execute(_WAIT_AT_COMMIT)
+            connection.execute("select pg_advisory_lock(5170)")
+            try:
+                yield lambda: int(connection.execute(_WAITING).fetchall()[0][0])
+            finally:
+                connection.execute("select pg_advisory_unlock(5170)")
+
+    def close(self) -> None:
+        """Let go of the connections."""
+        for store in self._opened:
+            store.close()
+
+
+@dataclass
+class Worker:
+    """A guarded worker process of the application."""
+
+    ledger: Contract
+    id: UUID = field(default_factory=uuid4)
+    host: str = "host-1"
+    holds: set[UUID] = field(default_factory=set)
+    beats: int = 0
+
+    def ask(self, token: UUID, *, nonce: UUID | None = None, budget: int = CRASH_BUDGET) -> Ask:
+        """Say what is asked when a claim is wanted."""
+        return Ask(
+            token=token,
+            nonce=nonce or uuid4(),
+            worker=self.id,
+            pid=100,
+            namespace=self.ledger.namespace,
+            worker_timeout=WORKER_TIMEOUT,
+            crash_budget=budget,
+        )
+
+    def claim(
+        self, token: UUID, *, nonce: UUID | None = None, budget: int = CRASH_BUDGET
+    ) -> Claim | Refused | Unknown:
+        """Ask for a claim and, if it is granted, list it from the next beat on."""
+        answer = self.ledger.store.claim(
+            self.ledger.source, self.ask(token, nonce=nonce, budget=budget)
+        )
+        if isinstance(answer, Claim):
+            self.holds.add(token)
+        return answer
+
+    def start(self, token: UUID) -> Claim:
+        """Claim what surely is granted, as a worker that beats."""
+        if not self.beats:
+            self.beat()
+        answer = self.claim(token)
+        assert isinstance(answer, Claim), answer
+        return answer
+
+    def beat(self, *, claims: set[UUID] | None = None, **said: Any) -> BeatReply:
+        """Beat once, listing what is held."""
+        self.beats += 1
+        listed = tuple(sorted(self.holds if claims is None else claims))
+        beat = Beat(worker=self.id, counter=self.beats, claims=listed, host=self.host, **said)
+        return self.ledger.store.beat(self.ledger.source, beat, namespace=self.ledger.namespace)
+
+    def end(self, claim: Claim, outcome: Outcome = Outcome.COMPLETED, **said: Any) -> Ended:
+        """Report an end in the name of a claim."""
+        (answer,) = self.ledger.store.end(
+            self.ledger.source, [End(claim.token, claim.number, outcome, self.id, **said)]
+        )
+        return answer
+
+    def heartbeat(self, claim: Claim, *, job_id: str = "j") -> bool:
+        """Note the progress of a claim."""
+        return self.ledger.store.heartbeat(
+            self.ledger.source,
+            job_id=job_id,
+            token=claim.token,
+            number=claim.number,
+            progress=0.5,
+            attrs={"row": 1},
+        )
+
+    def forget_by_beats(self, token: UUID) -> None:
+        """Beat twice without listing a claim: its run is over, and nobody reported it."""
+        self.holds.discard(token)
+        for _ in range(2):
+            self.ledger.advance(1)
+            self.beat()
+
+    def leave(self) -> None:
+        """Say goodbye."""
+        self.ledger.store.leave(self.id)
+
+
+class Contract:
+    """A ledger, whichever, with one host and one leader, and short words for what tests do."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+        self.source = SOURCE
+        self.namespace = NAMESPACE
+        self.store = backend.host()
+        self.leader = backend.leader(NAMESPACE, uuid4())
+        self.advance = backend.advance
+
+    def elected(self) -> int:
+        """Make the leader lead for longer than any test."""
+        term = self.leader.elect(lease=LONG)
+        assert term is not None
+        return term
+
+    def worker(self, *, host: str = "host-1") -> Worker:
+        """Boot a worker that has not beaten yet."""
+        return Worker(self, host=host)
+
+    def working(self, *, host: str = "host-1") -> Worker:
+        """Boot a worker that has beaten once."""
+        worker = self.worker(host=host)
+        worker.beat()
+        return worker
+
+    def recorded(self, job_id: str = "j", **more: Any) -> Delivery:
+        """Record a delivery that is surely taken."""
+        it = delivery(job_id, **more)
+        assert self.record(it).refused == frozenset()
+        return it
+
+    def record(self, *deliveries: Delivery, **how: Any) -> Recorded:
+        """Record deliveries in one call."""
+        return self.store.record(self.source, deliveries, namespace=self.namespace, **how)
+
+    def owed(self) -> dict[UUID, Owed]:
+        """All that is owed, by token."""
+        rows = self.leader.page(self.source, after=None, limit=100_000)
+        return {row.token: row for row in rows}
+
+    def watched(self) -> dict[UUID, Owed]:
+        """All that is looked at every time, by token."""
+        return {row.token: row for row in self.leader.watched(self.source, limit=100_000)}
+
+    def outcome(self, token: UUID) -> Outcome | None:
+        """How a delivery has ended, if it has."""
+        return self.leader.tombstones(self.source, [token]).get(token)
+
+
+def delivery(job_id: str = "j", **more: Any) -> Delivery:
+    """Describe one push of a job, with a token of its own."""
+    given: dict[str, Any] = {
+        "token": new_token(),
+        "queue": "default",
+        "task": "app.task",
+        "envelope": b"\x80\x00",
+    }
+    return Delivery(job_id=job_id, **(given | more))
+
+
+def retry_of(claim: Claim, job_id: str = "j", **more: Any) -> Delivery:
+    """Describe the delivery by which a worker retries the job it has claimed."""
+    return delivery(job_id, parent=Parent(claim.token, claim=claim.number), attempt=2, **more)
+
+
+def postgres_backend(request: pytest.FixtureRequest) -> InPostgres:
+    """Take a fresh database and the stores that speak to it."""
+    database: str = request.getfixturevalue("database")
+    return InPostgres(database)
+
+
+@pytest.fixture
+def ledger_in_postgres(request: pytest.FixtureRequest) -> Iterator[Contract]:
+    """Give the ledger in Postgres alone, for what only several sessions can show."""
+    backend = postgres_backend(request)
+    yield Contract(backend)
+    backend.close()
+
+
+@pytest.fixture(params=["memory", "postgres"])
+def ledger(request: pytest.FixtureRequest) -> Iterator[Contract]:
+    """Give the ledger: each test runs on both."""
+    backend: Backend = InMemory() if request.param == "memory" else postgres_backend(request)
+    yield Contract(backend)
+    backend.close()
+
+
+class Together:
+    """Calls made in threads of their own, at the same time."""
+
+    def __init__(self) -> None:
+        self._threads: list[threading.Thread] = []
+        self._failures: list[BaseException] = []
+
+    def call(self, work: Callable[..., Any], *args: Any) -> list[Any]:
+        """Start a call; its answer will be the one member of the list."""
+        answers: list[Any] = []
+        thread = threading.Thread(target=partial(self._run, work, args, answers), daemon=True)
+        self._threads.append(thread)
+        thread.start()
+        return answers
+
+    def _run(self, work: Callable[..., Any], args: tuple[Any, ...], answers: list[Any]) -> None:
+        try:
+            answers.append(work(*args))
+        except BaseException as error:
+            self._failures.append(error)
+
+    def wait(self) -> None:
+        """Wait for all of them, and raise what one of them raised."""
+        for thread in self._threads:
+            thread.join(timeout=30)
+            assert not thread.is_alive(), "a call did not return"
+        if self._failures:
+            raise self._failures[0]
+
+
+@pytest.fixture
+def together() -> Together:
+    """Give a starter of calls at the same time."""
+    return Together()

@@ -1,0 +1,549 @@
+# ruff: noqa: D401 -- the rules below tell what happens, and the invariants what holds
+"""Records, claims, ends, supersessions, replays, voids and cancels in any order.
+
+The model is not a second ledger. It remembers what it was told, and holds the ledger to it:
+an end is an end, a claim is one worker's, and a number that was lost speaks for nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
+from uuid import UUID, uuid4
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from jobguard.errors import NotLeading
+from jobguard.job import (
+    Cause,
+    Claim,
+    Delivery,
+    End,
+    Ended,
+    Outcome,
+    Owed,
+    Parent,
+    Refusal,
+    Refused,
+    Unknown,
+)
+from jobguard.store import Ask, Closing, Void
+from tests.contract.conftest import (
+    CRASH_BUDGET,
+    LONG,
+    WORKER_TIMEOUT,
+    Contract,
+    InMemory,
+    Worker,
+    delivery,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+JOBS = st.sampled_from(["a", "b", "c"])
+"""Few ids, so that lives of one id meet."""
+WORKERS = st.integers(0, 2)
+ANY = st.integers(0, 9)
+"""Which of those there are: the even ones are owed, and 0 is the latest."""
+
+Seen = dict[UUID, tuple[Any, ...]]
+
+
+@dataclass(frozen=True)
+class Grant:
+    """A claim that was granted, and to whom."""
+
+    token: UUID
+    number: int
+    worker: Worker
+    ask: Ask
+
+    @property
+    def claim(self) -> Claim:
+        """The claim, as its worker names it."""
+        return Claim(self.token, self.number)
+
+
+@dataclass
+class Told:
+    """What the ledger has said so far, and can never take back."""
+
+    deliveries: dict[UUID, Delivery] = field(default_factory=dict)
+    ended: dict[UUID, Outcome] = field(default_factory=dict)
+    grants: list[Grant] = field(default_factory=list)
+    revived: set[UUID] = field(default_factory=set)
+    """Recorded after their end by a producer that did not look; until the leader looks."""
+
+
+class Model(RuleBasedStateMachine):
+    """Several workers, a leader and its predecessor, on one ledger."""
+
+    def __init__(self, ledger: Contract) -> None:
+        super().__init__()
+        self.ledger = ledger
+        self.told = Told()
+
+    @initialize()
+    def begin(self) -> None:
+        """Start with an empty source, three workers, and a leader of the second term."""
+        self.ledger.source += 1
+        self.ledger.namespace = f"model-{self.ledger.source}"
+        self.store = self.ledger.store
+        self.leader = self.ledger.leader = self.ledger.backend.leader(
+            self.ledger.namespace, uuid4()
+        )
+        old_term = self.leader.elect(lease=1)
+        assert old_term is not None
+        self.old_term = old_term
+        self.leader.resign(old_term)
+        self.ledger.advance(2)
+        self.term = self.ledger.elected()
+        self.workers = [self.ledger.working(host=f"host-{n}") for n in range(3)]
+
+    def teardown(self) -> None:
+        """Let the leader have its last look."""
+        if hasattr(self, "term"):
+            self.look()
+            self.leader.close()
+
+    # What the ledger says now
+
+    def owed(self) -> dict[UUID, Owed]:
+        """All that is owed."""
+        return self.ledger.owed()
+
+    def history(self) -> dict[UUID, Outcome]:
+        """All that has ended."""
+        return dict(self.leader.tombstones(self.ledger.source, list(self.told.deliveries)))
+
+    def seen(self) -> tuple[Seen, dict[UUID, Outcome]]:
+        """All that a look shows, without what time alone changes."""
+        rows = {
+            token: (
+                row.job_id,
+                row.queue,
+                row.crashes,
+                row.recoveries,
+                row.claims,
+                row.claim_number,
+                row.claim_worker,
+                row.claim_live,
+                row.suspected,
+                row.suspected_mark,
+            )
+            for token, row in self.owed().items()
+        }
+        return rows, self.history()
+
+    def some_token(self, which: int) -> UUID:
+        """One of the deliveries that are owed, or of those there ever were."""
+        owed = sorted(self.owed())
+        tokens = owed if owed and which % 2 == 0 else list(self.told.deliveries)
+        return tokens[-1 - which // 2 % len(tokens)]
+
+    def some_grant(self, which: int) -> Grant:
+        """One of the claims on what is owed, or of those that were ever granted."""
+        owed = self.owed()
+        ours = [grant for grant in self.told.grants if grant.token in owed]
+        grants = ours if ours and which % 2 == 0 else self.told.grants
+        return grants[-1 - which // 2 % len(grants)]
+
+    def stands(self, grant: Grant) -> bool:
+        """Whether a claim that was granted still stands."""
+        row = self.owed().get(grant.token)
+        return row is not None and row.claim_number == grant.number
+
+    # Producers and retries
+
+    def record(self, it: Delivery, **how: Any) -> bool:
+        """Record a delivery; False if it is refused, and then nothing has changed."""
+        before = self.seen()
+        self.told.deliveries[it.token] = it
+        if self.ledger.record(it, **how).refused:
+            assert self.seen() == before, "a refused delivery changed something"
+            return False
+        return True
+
+    @rule(job=JOBS, outbox=st.booleans())
+    def push(self, job: str, outbox: bool) -> None:
+        """A producer records a delivery of an id that may have older ones."""
+        assert self.record(delivery(job), outbox=outbox)
+
+    @rule()
+    def push_fresh(self) -> None:
+        """A producer records a delivery whose id was made for it."""
+        it = delivery(str(uuid4()), fresh=True)
+        assert self.record(it)
+        assert it.token in self.owed()
+
+    @precondition(lambda self: self.told.grants)
+    @rule(which=ANY, outcome=st.sampled_from([Outcome.SUPERSEDED, Outcome.COMPLETED]))
+    def retry(self, which: int, outcome: Outcome) -> None:
+        """A worker retries or repeats its job, in the name of a claim that may be lost."""
+        grant = self.some_grant(which)
+        stood = self.stands(grant)
+        parent = Parent(grant.token, grant.number, outcome)
+        child = delivery(self.told.deliveries[grant.token].job_id, parent=parent)
+        assert self.record(child) == stood
+        assert (child.token in self.owed()) == stood
+        if stood:
+            grant.worker.holds.discard(grant.token)
+            assert self.history()[grant.token] is outcome
+
+    @precondition(lambda self: self.told.deliveries)
+    @rule(which=ANY)
+    def move(self, which: int) -> None:
+        """A delay queue moves a delivery, in the name of no claim."""
+        token = self.some_token(which)
+        row, ended = self.owed().get(token), token in self.history()
+        child = delivery(self.told.deliveries[token].job_id, parent=Parent(token))
+        taken = self.record(child)
+        assert taken == (not row.claim_live if row is not None else not ended)
+
+    @rule(job=JOBS)
+    def retry_of_the_unknown(self, job: str) -> None:
+        """A worker retries what nobody has recorded yet: the record waits in a spool."""
+        parent = delivery(job)
+        self.told.deliveries[parent.token] = parent
+        assert self.record(delivery(job, parent=Parent(parent.token, claim=1)))
+        assert self.history()[parent.token] is Outcome.SUPERSEDED
+
+    @precondition(lambda self: self.told.deliveries)
+    @rule(which=ANY)
+    def replay(self, which: int) -> None:
+        """A spool is replayed, however late."""
+        token = self.some_token(which)
+        ended = token in self.history() and token not in self.owed()
+        before = self.seen()
+        self.record(self.told.deliveries[token], replay=True)
+        if ended:
+            assert self.seen() == before, "a replay of what has ended changed something"
+
+    @precondition(lambda self: self.told.deliveries)
+    @rule(which=ANY)
+    def record_again(self, which: int) -> None:
+        """A record whose answer was lost is sent once more."""
+        token = self.some_token(which)
+        if token in self.owed() and token not in self.told.revived:
+            before = self.seen()
+            assert self.record(self.told.deliveries[token])
+            assert self.seen() == before
+
+    @precondition(lambda self: self.told.ended)
+    @rule(which=ANY)
+    def revive(self, which: int) -> None:
+        """A record races the end of its own delivery, and stands beside the tombstone."""
+        token = list(self.told.ended)[which % len(self.told.ended)]
+        if token not in self.owed():
+            job_id = self.told.deliveries[token].job_id
+            self.ledger.record(delivery(job_id, token=token, fresh=True))
+            self.told.revived.add(token)
+
+    @precondition(lambda self: self.told.deliveries)
+    @rule(which=ANY)
+    def withdraw(self, which: int) -> None:
+        """A producer takes back what it surely did not push."""
+        token = self.some_token(which)
+        row = self.owed().get(token)
+        self.store.withdraw(self.ledger.source, [token])
+        assert (token in self.owed()) == (row is not None and row.claim_number is not None)
+        self.told.revived.discard(token)
+
+    # Workers
+
+    @precondition(lambda self: self.told.deliveries)
+    @rule(which=ANY, who=WORKERS)
+    def claim(self, which: int, who: int) -> None:
+        """A worker starts a delivery that it found in Redis, whatever became of it."""
+        token, worker = self.some_token(which), self.workers[who]
+        if token in self.told.revived:
+            return
+        row, outcome = self.owed().get(token), self.history().get(token)
+        ask = worker.ask(token)
+        answer = self.store.claim(self.ledger.source, ask)
+        if outcome is not None:
+            assert answer == Refused(token, Refusal.ENDED, outcome)
+        elif row is None:
+            assert answer == Unknown(token)
+        elif row.claim_live:
+            assert answer == Refused(token, Refusal.HELD)
+        elif isinstance(answer, Refused):
+            assert answer.reason is Refusal.SPENT
+            assert row.claim_number is not None
+            assert row.crashes >= CRASH_BUDGET
+            assert self.history()[token] is Outcome.DEAD
+        else:
+            assert isinstance(answer, Claim)
+            self.granted(Grant(token, answer.number, worker, ask))
+
+    def granted(self, grant: Grant) -> None:
+        """Note a claim: its number is new, and it is the one that stands."""
+        numbers = [other.number for other in self.told.grants if other.token == grant.token]
+        assert grant.number > max(numbers, default=0)
+        row = self.owed()[grant.token]
+        assert (row.claim_number, row.claim_worker) == (grant.number, grant.worker.id)
+        grant.worker.holds.add(grant.token)
+        self.told.grants.append(grant)
+
+    @precondition(lambda self: self.told.grants)
+    @rule(which=ANY)
+    def claim_again(self, which: int) -> None:
+        """The answer to a claim was lost, and it is asked for once more."""
+        grant = self.some_grant(which)
+        if self.stands(grant):
+            before = self.seen()
+            answer = self.store.claim(self.ledger.source, grant.ask)
+            assert isinstance(answer, Claim)
+            assert answer.number == grant.number
+            assert self.seen() == before
+
+    @precondition(lambda self: self.told.grants)
+    @rule(which=ANY, outcome=st.sampled_from([Outcome.COMPLETED, Outcome.FAILED]))
+    def end(self, which: int, outcome: Outcome) -> None:
+        """A worker reports an end, in the name of a claim that may be lost."""
+        grant = self.some_grant(which)
+        row = self.owed().get(grant.token)
+        unclaimed = row is not None and row.claim_number is None
+        believed = self.stands(grant) or (unclaimed and outcome is Outcome.COMPLETED)
+        if grant.token in self.told.revived or (row is None and not self.known(grant.token)):
+            return
+        before = self.seen()
+        answer = grant.worker.end(grant.claim, outcome)
+        grant.worker.holds.discard(grant.token)
+        assert answer is (Ended.ENDED if believed else Ended.LATE)
+        if believed:
+            assert self.history()[grant.token] is outcome
+        else:
+            assert self.seen() == before, "a stale end changed something"
+
+    def known(self, token: UUID) -> bool:
+        """Whether a delivery is owed or remembered."""
+        return token in self.owed() or token in self.history()
+
+    @precondition(lambda self: self.told.deliveries)
+    @rule(which=ANY, who=WORKERS)
+    def end_what_was_never_claimed(self, which: int, who: int) -> None:
+        """A worker that started while Postgres was away reports the end."""
+        token, worker = self.some_token(which), self.workers[who]
+        if token in self.told.revived:
+            return
+        row, ended = self.owed().get(token), token in self.history()
+        (answer,) = self.store.end(
+            self.ledger.source, [End(token, 0, Outcome.FAILED, worker.id, job_id="a")]
+        )
+        if row is None:
+            assert answer is (Ended.LATE if ended else Ended.UNKNOWN)
+        else:
+            mine = row.claim_number is None or row.claim_worker == worker.id
+            assert answer is (Ended.ENDED if mine else Ended.LATE)
+
+    @precondition(lambda self: self.told.grants)
+    @rule(which=ANY)
+    def heartbeat(self, which: int) -> None:
+        """A job reports its progress, in the name of a claim that may be lost."""
+        grant = self.some_grant(which)
+        job_id = self.told.deliveries[grant.token].job_id
+        assert grant.worker.heartbeat(grant.claim, job_id=job_id) == self.stands(grant)
+
+    @rule(who=WORKERS, lists=st.booleans())
+    def beat(self, who: int, lists: bool) -> None:
+        """A worker beats, and may have lost what its children ran."""
+        worker = self.workers[who]
+        if not lists:
+            worker.holds.clear()
+        if worker.beat().dead:
+            self.workers[who] = self.ledger.working(host=worker.host)
+
+    @precondition(lambda self: self.told.grants)
+    @rule(which=ANY)
+    def crash(self, which: int) -> None:
+        """A worker dies while it runs a job, and may sleep on as a zombie; another boots."""
+        victim = self.some_grant(which).worker
+        self.leader.declare_dead(self.term, [victim.id])
+        self.workers = [
+            self.ledger.working() if worker is victim else worker for worker in self.workers
+        ]
+
+    @rule(who=WORKERS)
+    def leave(self, who: int) -> None:
+        """A worker says goodbye, and another boots in its place."""
+        self.workers[who].leave()
+        self.workers[who] = self.ledger.working()
+
+    # People
+
+    @precondition(lambda self: self.told.deliveries)
+    @rule(which=ANY)
+    def cancel(self, which: int) -> None:
+        """Somebody cancels a delivery, known or not."""
+        token = self.some_token(which)
+        was_owed = token in self.owed()
+        assert self.store.cancel(self.ledger.source, tokens=[token]) == was_owed
+        assert token not in self.owed()
+        assert token in self.history()
+
+    @rule(job=JOBS)
+    def cancel_job(self, job: str) -> None:
+        """Somebody cancels every delivery of a job id."""
+        them = {token for token, row in self.owed().items() if row.job_id == job}
+        assert self.store.cancel(self.ledger.source, job_ids=[job]) == len(them)
+        assert not them & set(self.owed())
+        self.told.revived -= them
+
+    @rule()
+    def purge(self) -> None:
+        """Somebody empties the queue."""
+        claimed = {token for token, row in self.owed().items() if row.claim_number is not None}
+        self.store.cancel(self.ledger.source, queue="default")
+        assert set(self.owed()) == claimed
+
+    # The leader
+
+    @rule(who=WORKERS)
+    def declare_dead(self, who: int) -> None:
+        """The leader declares a worker dead, which may learn of it late."""
+        self.leader.declare_dead(self.term, [self.workers[who].id])
+
+    @precondition(lambda self: self.told.grants)
+    @rule(which=ANY, charge=st.booleans())
+    def void(self, which: int, charge: bool) -> None:
+        """The leader takes a dead worker's claim away, if it is still that claim."""
+        grant = self.some_grant(which)
+        row = self.owed().get(grant.token)
+        if row is not None and row.claim_live:
+            return
+        stood, before = self.stands(grant), self.seen()
+        void = Void(grant.token, grant.number, charge=charge, backoff=0)
+        voided = list(self.leader.void(self.term, self.ledger.source, [void]))
+        if not stood:
+            assert voided == []
+            assert self.seen() == before, "a stale number was voided"
+            return
+        assert row is not None
+        assert voided == [grant.token]
+        after = self.owed()[grant.token]
+        assert (after.claim_number, after.claims) == (None, grant.number)
+        assert after.crashes == row.crashes + charge
+
+    @precondition(lambda self: self.told.deliveries)
+    @rule(which=ANY, mark=st.sampled_from(["", "gone"]))
+    def suspect(self, which: int, mark: str) -> None:
+        """The leader saw a delivery absent."""
+        seen = [(self.some_token(which), Cause.TOPOLOGY, mark)]
+        self.leader.suspect(self.term, self.ledger.source, seen)
+
+    @precondition(lambda self: self.told.deliveries)
+    @rule(which=ANY)
+    def restore(self, which: int) -> None:
+        """The leader puts a delivery back, if there is still something to put back."""
+        token = self.some_token(which)
+        found = self.leader.envelopes(self.ledger.source, [token])
+        assert [it.token for it in found] == (
+            [token] if token in self.owed() and token not in self.history() else []
+        )
+        self.leader.restored(self.term, self.ledger.source, [it.token for it in found])
+
+    @precondition(lambda self: self.told.deliveries)
+    @rule(which=ANY)
+    def give_up(self, which: int) -> None:
+        """The leader closes a delivery, unless somebody runs it."""
+        token = self.some_token(which)
+        row = self.owed().get(token)
+        closed = self.leader.close_owed(
+            self.term, self.ledger.source, [Closing(token, Outcome.DEAD, "given up")]
+        )
+        assert closed == (row is not None and not row.claim_live)
+
+    @rule()
+    def look(self) -> None:
+        """The leader drops what history has ended: history wins."""
+        ended = [
+            Closing(token, outcome)
+            for token, outcome in self.history().items()
+            if token in self.owed()
+        ]
+        self.leader.close_owed(self.term, self.ledger.source, ended)
+        assert not set(self.owed()) & set(self.history())
+        self.told.revived.clear()
+
+    @precondition(lambda self: self.told.deliveries)
+    @rule(which=ANY)
+    def stale_leader(self, which: int) -> None:
+        """A leader of an older term wakes up and changes nothing."""
+        before, token = self.seen(), self.some_token(which)
+        source = self.ledger.source
+        with pytest.raises(NotLeading):
+            self.leader.close_owed(self.old_term, source, [Closing(token, Outcome.DEAD)])
+        with pytest.raises(NotLeading):
+            self.leader.suspect(self.old_term, source, [(token, Cause.EVICTION, "old")])
+        with pytest.raises(NotLeading):
+            self.leader.renew(self.old_term, lease=LONG)
+        assert self.seen() == before
+
+    @rule(seconds=st.sampled_from([1, 5, WORKER_TIMEOUT + 1]))
+    def wait(self, seconds: float) -> None:
+        """Time passes."""
+        self.ledger.advance(seconds)
+
+    # What always holds
+
+    @invariant()
+    def an_end_is_an_end(self) -> None:
+        """What has ended keeps its outcome, so the cancelled stays cancelled."""
+        history = self.history()
+        assert {token: history.get(token) for token in self.told.ended} == self.told.ended
+        self.told.ended = history
+
+    @invariant()
+    def owed_or_ended(self) -> None:
+        """Nothing is both but what was recorded without a look, until the leader looks."""
+        self.told.revived &= set(self.owed())
+        assert set(self.owed()) & set(self.told.ended) <= self.told.revived
+
+    @invariant()
+    def one_of_a_chain(self) -> None:
+        """A parent and its child are never both owed."""
+        owed = set(self.owed()) - self.told.revived
+        for token in owed:
+            parent = self.told.deliveries[token].parent
+            assert parent is None or parent.token not in owed
+
+    @invariant()
+    def one_live_claim(self) -> None:
+        """A delivery is claimed once at most, by the last worker that it was granted to."""
+        last = {grant.token: grant for grant in self.told.grants}
+        for token, row in self.owed().items():
+            if row.claim_number is not None:
+                assert row.claim_number == last[token].number
+                assert row.claim_worker == last[token].worker.id
+
+
+@pytest.fixture
+def limits(ledger: Contract) -> Iterator[settings]:
+    """How long the model is played: long in memory, short where each step is a round trip."""
+    memory = isinstance(ledger.backend, InMemory)
+    yield settings(
+        max_examples=150 if memory else 20,
+        stateful_step_count=50 if memory else 20,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+def test_no_order_of_events_breaks_the_ledger(ledger: Contract, limits: settings) -> None:
+    """Whatever happens: what ended has ended, and one worker at a time runs what is owed."""
+    made = cast(type[Model], partial(Model, ledger))  # whatever makes a machine will do
+    run_state_machine_as_test(made, settings=limits)

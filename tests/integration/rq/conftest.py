@@ -1,0 +1,49 @@
+"""A guarded RQ on a real Redis, with a ledger in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import redis
+from rq import Queue
+
+from jobguard import adapter
+from jobguard.adapters.rq import RQAdapter
+from tests.integration.rq.fakes import FakeTracker
+
+
+@pytest.fixture
+def client(redis_url: str) -> Iterator[redis.Redis]:
+    """Return the host's client."""
+    with redis.Redis.from_url(redis_url) as client:
+        yield client
+
+
+@pytest.fixture
+def queue(client: redis.Redis) -> Queue:
+    """Return the host's queue."""
+    return Queue("default", connection=client)
+
+
+@pytest.fixture
+def tracker(queue: Queue, tmp_path: Path) -> Iterator[FakeTracker]:
+    """Guard every queue of the host's Redis."""
+    rq_adapter = RQAdapter()
+    guarded = rq_adapter.sources(queue.connection, namespace="test", name=None)
+    assert guarded is not None
+    tracker = FakeTracker(guarded.source, tmp_path / "calls")
+    adapter.register(tracker)
+    rq_adapter.install(tracker)
+    yield tracker
+    rq_adapter.uninstall(tracker)
+    adapter.unregister(tracker)
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Path:
+    """Return a file that only jobs write to."""
+    path = tmp_path / "ledger"
+    path.touch()
+    return path

@@ -1,0 +1,228 @@
+"""A ledger in memory that behaves as the real one does, for tests of the adapter alone."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from uuid import UUID, uuid4
+
+import redis
+
+from jobguard.adapter import Session, Source
+from jobguard.job import (
+    Claim,
+    Delivery,
+    Outcome,
+    Recorded,
+    Refusal,
+    Refused,
+)
+
+
+class FakeSession:
+    """A session that grants claims by the ledger of its tracker."""
+
+    def __init__(self, tracker: FakeTracker, name: str, queues: Sequence[str]):
+        self.id = uuid4()
+        self.tracker, self.name, self.queues = tracker, name, list(queues)
+        self.held: set[UUID] = set()
+        self.closed = False
+
+    def start(self, token: UUID, describe: Callable[[], Delivery]) -> Claim | Refused:
+        """Grant what is owed, record what is unknown, refuse what has ended."""
+        ledger = self.tracker
+        ledger.note("start", token.hex)
+        if token in ledger.live_elsewhere:
+            return Refused(token, Refusal.HELD)
+        if token in ledger.ended:
+            return Refused(token, Refusal.ENDED, ledger.ended[token])
+        if token not in ledger.owed:
+            ledger.owed[token] = describe()
+            ledger.note("adopt", token.hex)
+        self.held.add(token)
+        return Claim(token, ledger.number(token))
+
+    def end(
+        self,
+        claim: Claim,
+        outcome: Outcome,
+        *,
+        job_id: str,
+        queue: str,
+        task: str,
+        error: str | None = None,
+    ) -> None:
+        """End it."""
+        self.tracker.note("end", job_id, outcome.value, error or "")
+        self.tracker.close(claim.token, outcome)
+        self.held.discard(claim.token)
+
+    def release(self, claim: Claim) -> None:
+        """Hold it no more."""
+        self.tracker.note("release", claim.token.hex)
+        self.held.discard(claim.token)
+
+    def flush(self) -> None:
+        """Say that it was asked for."""
+        self.tracker.note("flush")
+
+    def close(self) -> None:
+        """Say goodbye."""
+        self.tracker.note("close")
+        self.closed = True
+
+
+class FakeTracker:
+    """A tracker whose ledger is two dicts, and whose calls are also written to a file.
+
+    The file is how the calls of a forked horse are seen.
+    """
+
+    def __init__(self, source: Source, log: Path, queues: frozenset[str] | None = None):
+        self.source = source
+        self._log = log
+        self._queues = queues
+        self.owed: dict[UUID, Delivery] = {}
+        self.ended: dict[UUID, Outcome] = {}
+        self.live_elsewhere: set[UUID] = set()
+        self.numbers: dict[UUID, int] = {}
+        self.batches: list[list[Delivery]] = []
+        self.outbox: list[UUID] = []
+        self.withdrawn: list[Delivery] = []
+        self.cancelled: list[tuple[tuple[UUID, ...], tuple[str, ...], str | None]] = []
+        self.sessions: list[FakeSession] = []
+        self.in_doubt = False
+        self.accepting = True
+        self.refusing: set[str] = set()
+        self.before_record: Callable[[], None] = lambda: None
+
+    # What tests look at.
+
+    @property
+    def recorded(self) -> list[Delivery]:
+        """Every delivery that was recorded by this process."""
+        return [delivery for batch in self.batches for delivery in batch]
+
+    def note(self, *words: str) -> None:
+        """Append a call to the file, whichever process makes it."""
+        with self._log.open("a") as log:
+            log.write(json.dumps([os.getpid(), *words]) + "\n")
+
+    def notes(self, verb: str) -> list[list[str]]:
+        """Return the calls of one kind, of all processes, without their pids."""
+        lines = self._log.read_text().splitlines() if self._log.exists() else []
+        calls = [json.loads(line)[1:] for line in lines]
+        return [call[1:] for call in calls if call[0] == verb]
+
+    def pids(self, verb: str) -> list[int]:
+        """Return the processes that made the calls of one kind."""
+        calls = [json.loads(line) for line in self._log.read_text().splitlines()]
+        return [call[0] for call in calls if call[1] == verb]
+
+    def number(self, token: UUID) -> int:
+        """Return the number of the next claim of a delivery."""
+        self.numbers[token] = self.numbers.get(token, 0) + 1
+        return self.numbers[token]
+
+    def close(self, token: UUID, outcome: Outcome) -> None:
+        """Write a tombstone, unless there is one."""
+        self.owed.pop(token, None)
+        self.ended.setdefault(token, outcome)
+
+    # The Tracker protocol.
+
+    def guards(self, queue: str) -> bool:
+        """Whether this queue is guarded."""
+        return self._queues is None or queue in self._queues
+
+    def record(self, deliveries: Sequence[Delivery], *, outbox: bool = False) -> Recorded:
+        """Record, supersede, refuse."""
+        self.before_record()
+        self.batches.append(list(deliveries))
+        refused = set()
+        for delivery in deliveries:
+            parent = delivery.parent
+            self.note(
+                "record",
+                delivery.job_id,
+                delivery.token.hex,
+                parent.token.hex if parent else "",
+                str(parent.claim) if parent else "",
+                parent.outcome.value if parent else "",
+                str(delivery.attempt),
+            )
+            if delivery.job_id in self.refusing or (parent and parent.token in self.ended):
+                refused.add(delivery.token)
+                continue
+            if parent:
+                self.close(parent.token, parent.outcome)
+            if not delivery.fresh:
+                for older in [o for o in self.owed.values() if o.job_id == delivery.job_id]:
+                    if not any(older.token in session.held for session in self.sessions):
+                        self.close(older.token, Outcome.SUPERSEDED)
+            self.owed[delivery.token] = delivery
+            if outbox:
+                self.outbox.append(delivery.token)
+        return Recorded(refused=frozenset(refused), leader_live=True)
+
+    def withdraw(self, deliveries: Sequence[Delivery]) -> None:
+        """Take back."""
+        self.withdrawn += deliveries
+        for delivery in deliveries:
+            self.owed.pop(delivery.token, None)
+
+    def leave_to_outbox(self, tokens: Sequence[UUID]) -> None:
+        """Remember what the leader should push."""
+        self.note("outbox", *(token.hex for token in tokens))
+        self.outbox += tokens
+
+    def broker_in_doubt(self) -> bool:
+        """Whether the test says so."""
+        return self.in_doubt
+
+    def broker_failed(self) -> None:
+        """Redis failed the host."""
+        self.note("broker_failed")
+
+    def accepts_without_broker(self, recorded: Recorded) -> bool:
+        """Whether the test says so."""
+        return self.accepting
+
+    def cancel(
+        self,
+        *,
+        tokens: Sequence[UUID] = (),
+        job_ids: Sequence[str] = (),
+        queue: str | None = None,
+    ) -> None:
+        """Write tombstones."""
+        self.cancelled.append((tuple(tokens), tuple(job_ids), queue))
+        for delivery in list(self.owed.values()):
+            if delivery.token in tokens or delivery.job_id in job_ids or delivery.queue == queue:
+                self.close(delivery.token, Outcome.CANCELLED)
+
+    def open_session(self, *, name: str, queues: Sequence[str]) -> Session:
+        """Open."""
+        self.note("open", name)
+        self.sessions.append(FakeSession(self, name, queues))
+        return self.sessions[-1]
+
+
+def keyspace(client: redis.Redis) -> dict[str, object]:
+    """Return everything in a Redis, to be compared."""
+    readers: dict[str, Callable[[bytes], object]] = {
+        "hash": lambda key: dict(client.hgetall(key)),
+        "list": lambda key: client.lrange(key, 0, -1),
+        "set": lambda key: set(client.smembers(key)),
+        "zset": lambda key: dict(client.zrange(key, 0, -1, withscores=True)),
+        "string": client.get,
+        "stream": client.xrange,
+    }
+    return {key.decode(): readers[client.type(key).decode()](key) for key in client.scan_iter()}
+
+
+def ttls(client: redis.Redis) -> dict[str, int]:
+    """Return the seconds that each key has left; -1: for ever."""
+    return {key.decode(): client.ttl(key) for key in client.scan_iter()}

@@ -1,0 +1,108 @@
+"""The jobs that the tests run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import redis
+from rq import Retry
+from rq.decorators import job
+from rq.job import get_current_job
+
+from jobguard.adapters.rq.broker import RQBroker
+from jobguard.job import Restorable
+
+
+def say(path: str, word: str = "ran") -> str:
+    """Leave a line that only a run can leave."""
+    with Path(path).open("a") as ledger:
+        ledger.write(f"{word}\n")
+    return word
+
+
+def add(left: int, right: int = 0) -> int:
+    """Add."""
+    return left + right
+
+
+def fail(path: str | None = None) -> None:
+    """Fail."""
+    if path:
+        say(path)
+    raise ValueError("as it must")
+
+
+def ask_again(path: str, times: int) -> Any:
+    """Return a Retry until it has run so often."""
+    say(path)
+    return Retry(max=times) if len(Path(path).read_text().splitlines()) <= times else "done"
+
+
+def die(path: str | None = None) -> None:
+    """Die as the kernel lets it die."""
+    if path:
+        say(path)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_parent(path: str) -> None:
+    """Kill the worker, and go on."""
+    os.kill(os.getppid(), signal.SIGKILL)
+    deadline = time.monotonic() + 10
+    parent = os.getppid()
+    while time.monotonic() < deadline and os.getppid() == parent and parent != 1:
+        time.sleep(0.01)
+    say(path)
+
+
+RESTORED: list[Any] = []
+"""What the reconciler would put back: a delivery and its source."""
+
+
+def flush(path: str) -> None:
+    """Lose everything, as a broken Redis does, and have what waited restored meanwhile."""
+    current = get_current_job()
+    assert current is not None
+    current.connection.flushdb()
+    if RESTORED:
+        delivery, source = RESTORED
+        lost = Restorable(
+            token=delivery.token,
+            job_id=delivery.job_id,
+            queue=delivery.queue,
+            envelope=delivery.envelope,
+            due_at=delivery.due_at,
+            expires_at=delivery.expires_at,
+        )
+        RQBroker(source, current.connection).restore([lost], deadline=time.time() + 60)
+    say(path)
+
+
+def return_retry(path: str) -> Any:
+    """Return a Retry whatever happens."""
+    say(path)
+    return Retry(max=1)
+
+
+def fail_at_length() -> None:
+    """Fail with a megabyte of words."""
+    raise ValueError("\x00é" * 500_000 + "the end")
+
+
+def break_redis(path: str) -> None:
+    """Return well, from a worker whose Redis is gone."""
+    current = get_current_job()
+    assert current is not None
+    say(path)
+    gone = redis.Redis(port=1, retry=None)
+    current.connection.connection_pool = gone.connection_pool
+
+
+@job("default", connection=redis.Redis(port=1))
+def decorated(left: int, right: int) -> int:
+    """Multiply."""
+    return left * right

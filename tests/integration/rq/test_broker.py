@@ -1,0 +1,529 @@
+from __future__ import annotations
+
+import re
+import time
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import uuid4
+
+import pytest
+import redis
+import rq
+from rq import Callback, Queue, Retry, SimpleWorker, Worker
+from rq.group import Group
+from rq.job import Dependency, Job
+from rq.serializers import JSONSerializer
+
+from jobguard.adapters.rq import broker as broker_module
+from jobguard.adapters.rq.broker import RQBroker
+from jobguard.adapters.rq.envelope import decode
+from jobguard.job import Delivery, Owed, Presence, Restorable, Restored, Sighting, new_token
+from tests.integration.rq import tasks
+from tests.integration.rq.fakes import FakeTracker, keyspace, ttls
+
+VERSION = tuple(int(part) for part in re.findall(r"\d+", rq.VERSION)[:2])
+needs_rate_limit = pytest.mark.skipif(VERSION < (3, 0), reason="rate_limit= came with RQ 3.0")
+
+
+@pytest.fixture
+def broker(tracker: FakeTracker, client: redis.Redis) -> RQBroker:
+    """Return the reconciler's view of the guarded Redis."""
+    return RQBroker(tracker.source, client)
+
+
+def owed(delivery: Delivery) -> Owed:
+    """Return a delivery as a look needs it."""
+    return Owed(
+        token=delivery.token,
+        job_id=delivery.job_id,
+        queue=delivery.queue,
+        task=delivery.task,
+        age=0.0,
+        due_in=0.0,
+        expired=False,
+        crashes=0,
+        recoveries=0,
+        claims=0,
+        backoff=0.0,
+    )
+
+
+def lost(delivery: Delivery, **changes: Any) -> Restorable:
+    """Return a delivery as it is put back."""
+    given: dict[str, Any] = {
+        "token": delivery.token,
+        "job_id": delivery.job_id,
+        "queue": delivery.queue,
+        "envelope": delivery.envelope,
+        "due_at": delivery.due_at,
+        "expires_at": delivery.expires_at,
+    }
+    return Restorable(**(given | changes))
+
+
+def restore(broker: RQBroker, *deliveries: Restorable) -> list[Restored]:
+    """Put back, with time enough."""
+    done = broker.restore(deliveries, deadline=time.time() + 60)
+    return [done[delivery.token] for delivery in deliveries]
+
+
+def look(broker: RQBroker, delivery: Delivery) -> Sighting:
+    """Look for one."""
+    return broker.presence([owed(delivery)])[delivery.token]
+
+
+class TestRestoredIsIdentical:
+    """Whatever RQ wrote comes back as it was."""
+
+    def test_keyspace(
+        self, queue: Queue, tracker: FakeTracker, broker: RQBroker, client: redis.Redis
+    ) -> None:
+        """After a FLUSHALL and a restore the keyspace differs in nothing RQ reads."""
+        fill(queue)
+        before, before_ttls = keyspace(client), ttls(client)
+        client.flushdb()
+
+        deliveries = list(tracker.owed.values())
+        assert set(restore(broker, *map(lost, deliveries))) == {Restored.RESTORED}
+
+        after = keyspace(client)
+        near(before, after)
+        assert before == after
+        for key, ttl in ttls(client).items():
+            assert ttl == pytest.approx(before_ttls[key], abs=1), key
+
+    def test_restore_twice(
+        self, queue: Queue, tracker: FakeTracker, broker: RQBroker, client: redis.Redis
+    ) -> None:
+        """What is there is left as it is, also if two leaders restore it at once."""
+        fill(queue)
+        before = keyspace(client)
+        deliveries = list(tracker.owed.values())
+
+        assert set(restore(broker, *map(lost, deliveries))) == {Restored.PRESENT}
+        assert keyspace(client) == before
+
+    def test_each_runs_once(
+        self, queue: Queue, tracker: FakeTracker, broker: RQBroker, client: redis.Redis, ledger: Any
+    ) -> None:
+        """Restored jobs run, each once, and children after their parents."""
+        parent = queue.enqueue(tasks.say, str(ledger), "parent")
+        queue.enqueue(tasks.say, str(ledger), "child", depends_on=parent)
+        queue.enqueue_many(Queue.prepare_data(tasks.say, (str(ledger), str(n))) for n in range(5))
+        client.flushdb()
+        restore(broker, *map(lost, tracker.owed.values()))
+        SimpleWorker([queue], connection=client).work(burst=True)
+
+        assert ledger.read_text().split() == ["parent", "0", "1", "2", "3", "4", "child"]
+        assert not tracker.owed
+
+    def test_retries_left(
+        self, queue: Queue, tracker: FakeTracker, broker: RQBroker, client: redis.Redis, ledger: Any
+    ) -> None:
+        """A job lost after its first retry has as many left as it had."""
+        queue.enqueue(tasks.fail, str(ledger), retry=Retry(max=2, interval=60), job_id="j")
+        SimpleWorker([queue], connection=client).work(burst=True)
+        before = client.hgetall("rq:job:j")
+        score = client.zscore("rq:scheduled:default", "j")
+        client.flushdb()
+        restore(broker, *map(lost, tracker.owed.values()))
+
+        after = client.hgetall("rq:job:j")
+        assert after == before
+        assert after[b"retries_left"] == b"1"
+        assert client.zscore("rq:scheduled:default", "j") == score
+
+    @needs_rate_limit
+    def test_rate_limit(
+        self, queue: Queue, tracker: FakeTracker, broker: RQBroker, client: redis.Redis
+    ) -> None:
+        """Jobs under a rate limit take their slots again, in their order, and no more of them."""
+        from rq.rate_limit import RateLimit
+
+        for n in range(4):
+            queue.enqueue(tasks.add, n, job_id=str(n), rate_limit=RateLimit("key", concurrency=2))
+        before = {key: value for key, value in keyspace(client).items() if "job" not in key}
+        client.flushdb()
+        restore(broker, *map(lost, tracker.owed.values()))
+
+        after = {key: value for key, value in keyspace(client).items() if "job" not in key}
+        near(before, after)
+        assert after == before
+        assert queue.job_ids == ["0", "1"]
+        SimpleWorker([queue], connection=client).work(burst=True)
+        assert not tracker.owed
+
+
+def fill(queue: Queue) -> None:
+    """Enqueue in every way."""
+    client = queue.connection
+    queue.enqueue(tasks.add, 1, right=b"\x00\xff")
+    queue.enqueue(tasks.add, 1, at_front=True)
+    queue.enqueue(tasks.add, 2, at_front=True)
+    queue.enqueue(
+        tasks.add,
+        "é",
+        job_timeout=77,
+        result_ttl=10,
+        ttl=500,
+        failure_ttl=20,
+        description="the daily report (é)",
+        job_id="all-options",
+        meta={"some": "meta"},
+        retry=Retry(max=3, interval=[1, 2, 3]),
+        on_success=Callback(tasks.add, timeout=5),
+        on_failure="tests.integration.rq.tasks.fail",
+    )
+    json_queue = Queue("json", connection=client, serializer=JSONSerializer)
+    json_queue.enqueue("tests.integration.rq.tasks.add", 1, 2)
+    queue.enqueue_in(timedelta(hours=1), tasks.add, 1, ttl=7200)
+    queue.enqueue_at(datetime.now(UTC) - timedelta(seconds=5), tasks.add, 1)
+    parent = queue.enqueue(tasks.add, 1, job_id="parent")
+    child = queue.enqueue(tasks.add, 1, depends_on=parent, job_id="child", ttl=300)
+    queue.enqueue(
+        tasks.add,
+        1,
+        job_id="grandchild",
+        depends_on=Dependency([child, parent], allow_failure=True, enqueue_at_front=True),
+    )
+    queue.enqueue_many(
+        [
+            Queue.prepare_data(tasks.add, (1,), at_front=True),
+            Queue.prepare_data(tasks.add, (2,), meta={"a": 1}),
+            Queue.prepare_data(tasks.add, (3,), depends_on=parent),
+        ]
+    )
+    group = Group.create(connection=client, name="group")
+    group.enqueue_many(queue, [Queue.prepare_data(tasks.add, (n,)) for n in range(3)])
+    queue.enqueue(tasks.add, 1, job_id="same")
+    client.lrem(queue.key, 1, "same")  # its first body is superseded: one id, one entry
+    queue.enqueue(tasks.add, 2, job_id="same")
+
+
+def near(before: dict[str, object], after: dict[str, object]) -> None:
+    """Let scores that are seconds of the clock differ by one."""
+    for key, scores in before.items():
+        other = after.get(key)
+        if key.startswith(("rq:deferred:", "rq:rl:")) and isinstance(scores, dict):
+            assert isinstance(other, dict)
+            for member, score in scores.items():
+                if isinstance(score, float) and abs(score - other[member]) <= 1:
+                    other[member] = score
+
+
+class TestPresence:
+    """Where a look finds a delivery."""
+
+    def test_waiting(self, queue: Queue, tracker: FakeTracker, broker: RQBroker) -> None:
+        """In its queue."""
+        queue.enqueue(tasks.add, 1)
+        assert look(broker, tracker.recorded[0]) == Sighting(Presence.WAITING, "list")
+
+    def test_long_list(
+        self,
+        queue: Queue,
+        tracker: FakeTracker,
+        broker: RQBroker,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """In a list longer than what is read at once."""
+        monkeypatch.setattr(broker_module, "LIST_CHUNK", 7)
+        monkeypatch.setattr(broker_module, "IDS_A_CALL", 5)
+        for length in (13, 1):  # 13, then 14: with and without a rest
+            queue.enqueue_many(Queue.prepare_data(tasks.add, (n,)) for n in range(length))
+            seen = broker.presence([owed(delivery) for delivery in tracker.recorded])
+            assert {one.presence for one in seen.values()} == {Presence.WAITING}
+
+    def test_scheduled_and_deferred(
+        self, queue: Queue, tracker: FakeTracker, broker: RQBroker
+    ) -> None:
+        """In a delay queue, or behind a parent."""
+        parent = queue.enqueue_in(timedelta(hours=1), tasks.add, 1)
+        queue.enqueue(tasks.add, 1, depends_on=parent)
+        for delivery in tracker.recorded:
+            assert look(broker, delivery).presence is Presence.SCHEDULED
+
+    def test_missing(
+        self, queue: Queue, tracker: FakeTracker, broker: RQBroker, client: redis.Redis
+    ) -> None:
+        """Gone, or only a ghost without data."""
+        job = queue.enqueue(tasks.add, 1)
+        client.delete(job.key)
+        assert look(broker, tracker.recorded[0]) == Sighting(Presence.ABSENT, "missing")
+        client.hset(job.key, "last_heartbeat", "now")
+        assert look(broker, tracker.recorded[0]) == Sighting(Presence.ABSENT, "missing")
+
+    def test_stranded(
+        self, queue: Queue, tracker: FakeTracker, broker: RQBroker, client: redis.Redis
+    ) -> None:
+        """Its hash is whole, but no worker would find it; each life has a mark of its own."""
+        job = queue.enqueue(tasks.add, 1)
+        client.lpop(queue.key)
+        queued = look(broker, tracker.recorded[0])
+        client.hset(job.key, "status", "started")
+        started = look(broker, tracker.recorded[0])
+        client.hset(job.key, "status", "scheduled")
+        scheduled = look(broker, tracker.recorded[0])
+        client.rpush(queue.intermediate_queue_key, job.id)
+        client.hset(job.key, "status", "queued")
+        taken = look(broker, tracker.recorded[0])
+
+        sightings = (queued, started, scheduled, taken)
+        assert {one.presence for one in sightings} == {Presence.ABSENT}
+        assert len({one.mark for one in sightings}) == 4
+        assert queued.mark.startswith("stranded:queued:2")
+        assert taken.mark.startswith("intermediate")
+
+    def test_running(
+        self, queue: Queue, tracker: FakeTracker, broker: RQBroker, client: redis.Redis
+    ) -> None:
+        """An execution that RQ believes in."""
+        job = queue.enqueue(tasks.add, 1)
+        client.lpop(queue.key)
+        client.hset(job.key, "status", "started")
+        client.zadd(f"rq:executions:{job.id}", {"e": time.time() + 60})
+        assert look(broker, tracker.recorded[0]).presence is Presence.RUNNING
+        client.zadd(f"rq:executions:{job.id}", {"e": time.time() - 1})
+        assert look(broker, tracker.recorded[0]).presence is Presence.ABSENT
+
+    def test_ended(
+        self, queue: Queue, tracker: FakeTracker, broker: RQBroker, client: redis.Redis
+    ) -> None:
+        """RQ's own final results, after a run and after a cancel."""
+        queue.enqueue(tasks.add, 1)
+        queue.enqueue(tasks.fail)
+        SimpleWorker([queue], connection=client).work(burst=True)
+        queue.enqueue(tasks.add, 1).cancel()
+
+        finished, failed, cancelled = tracker.recorded
+        assert look(broker, finished).presence is Presence.FINISHED
+        assert look(broker, failed).presence is Presence.FAILED
+        assert look(broker, cancelled).presence is Presence.CANCELLED
+
+    def test_overwritten(
+        self, queue: Queue, tracker: FakeTracker, broker: RQBroker, client: redis.Redis
+    ) -> None:
+        """Another life of the id, one of ours or not."""
+        queue.enqueue(tasks.add, 1, job_id="same")
+        queue.enqueue(tasks.add, 2, job_id="same")
+        first, second = tracker.recorded
+        sighting = look(broker, first)
+        assert (sighting.presence, sighting.other) == (Presence.OVERWRITTEN, second.token)
+
+        client.hdel("rq:job:same", "jg")
+        sighting = look(broker, second)
+        assert (sighting.presence, sighting.other) == (Presence.OVERWRITTEN, None)
+
+    def test_put_back_by_unguarded_hands(
+        self, queue: Queue, tracker: FakeTracker, broker: RQBroker, client: redis.Redis
+    ) -> None:
+        """A failed job that a dashboard put back is another life, although it carries our field."""
+        job = queue.enqueue(tasks.fail)
+        SimpleWorker([queue], connection=client).work(burst=True)
+        client.hset(job.key, "status", "queued")
+        client.rpush(queue.key, job.id)
+
+        assert look(broker, tracker.recorded[0]).presence is Presence.OVERWRITTEN
+        assert restore(broker, lost(tracker.recorded[0])) == [Restored.CHANGED]
+
+
+class TestRestore:
+    """One delivery at a time, atomically."""
+
+    @pytest.fixture
+    def delivery(self, queue: Queue, tracker: FakeTracker) -> Delivery:
+        """Return a delivery that stands in the queue."""
+        queue.enqueue(tasks.add, 1, job_id="job", retry=Retry(max=1))
+        return tracker.recorded[0]
+
+    @pytest.mark.parametrize("status", ["queued", "started"])
+    def test_stranded(
+        self,
+        status: str,
+        delivery: Delivery,
+        queue: Queue,
+        broker: RQBroker,
+        client: redis.Redis,
+    ) -> None:
+        """A hash that no worker would find goes back to its queue, with what the run left in it."""
+        client.lpop(queue.key)
+        client.hset("rq:job:job", mapping={"status": status, "meta": "newer"})
+        client.rpush(queue.intermediate_queue_key, "job")
+
+        assert restore(broker, lost(delivery)) == [Restored.RESTORED]
+        assert queue.job_ids == ["job"]
+        assert client.llen(queue.intermediate_queue_key) == 0
+        assert client.hmget("rq:job:job", "status", "meta") == [b"queued", b"newer"]
+
+    def test_stranded_scheduled(
+        self, queue: Queue, tracker: FakeTracker, broker: RQBroker, client: redis.Redis
+    ) -> None:
+        """A scheduled hash in no registry goes back to the delay queue, at its time."""
+        queue.enqueue_in(timedelta(hours=1), tasks.add, 1, job_id="job")
+        delivery = tracker.recorded[0]
+        client.delete("rq:scheduled:default")
+
+        assert restore(broker, lost(delivery)) == [Restored.RESTORED]
+        assert client.zscore("rq:scheduled:default", "job") == delivery.due_at
+
+    def test_running(
+        self, delivery: Delivery, queue: Queue, broker: RQBroker, client: redis.Redis
+    ) -> None:
+        """A run that RQ believes in is left alone, until its worker is known to be dead."""
+        client.lpop(queue.key)
+        client.hset("rq:job:job", "status", "started")
+        client.zadd("rq:executions:job", {"e": time.time() + 60})
+        client.zadd("rq:wip:default", {"job:e": time.time() + 60, "other:e": time.time() + 60})
+
+        assert restore(broker, lost(delivery)) == [Restored.PRESENT]
+        assert restore(broker, lost(delivery, takeover=True)) == [Restored.RESTORED]
+        assert queue.job_ids == ["job"]
+        assert client.hget("rq:job:job", "status") == b"queued"
+        assert client.zrange("rq:wip:default", 0, -1) == [b"other:e"]
+        assert not client.exists("rq:executions:job")
+
+    def test_newer_life(
+        self, delivery: Delivery, queue: Queue, broker: RQBroker, client: redis.Redis
+    ) -> None:
+        """Another life of the id is never overwritten."""
+        queue.enqueue(tasks.add, 2, job_id="job")
+        before = keyspace(client)
+
+        assert restore(broker, lost(delivery)) == [Restored.CHANGED]
+        assert keyspace(client) == before
+
+    def test_older_life(
+        self,
+        delivery: Delivery,
+        queue: Queue,
+        tracker: FakeTracker,
+        broker: RQBroker,
+        client: redis.Redis,
+    ) -> None:
+        """An older life that is known to be superseded is replaced, wherever it stands."""
+        older = keyspace(client)["rq:job:job"]
+        queue.enqueue_in(timedelta(hours=1), tasks.add, 2, job_id="job")
+        client.flushdb()
+        restore(broker, lost(delivery))
+        assert keyspace(client)["rq:job:job"] == older
+
+        retry = tracker.recorded[1]
+        replaces = frozenset([uuid4(), delivery.token])
+        assert restore(broker, lost(retry, replaces=replaces)) == [Restored.RESTORED]
+        after = keyspace(client)
+        assert after["rq:job:job"] == decode(retry.envelope)[1]
+        assert "rq:queue:default" not in after
+        assert client.zscore("rq:scheduled:default", "job") == retry.due_at
+
+    def test_evicted_hash(
+        self, delivery: Delivery, queue: Queue, broker: RQBroker, client: redis.Redis
+    ) -> None:
+        """An id whose hash was evicted stands in its list once, not twice."""
+        client.delete("rq:job:job")
+
+        assert restore(broker, lost(delivery)) == [Restored.RESTORED]
+        assert queue.job_ids == ["job"]
+
+    def test_deadline(self, delivery: Delivery, broker: RQBroker, client: redis.Redis) -> None:
+        """A leader that slept changes nothing: the clock is Redis' own."""
+        client.flushdb()
+        done = broker.restore([lost(delivery)], deadline=time.time() - 0.001)
+
+        assert done == {delivery.token: Restored.TOO_LATE}
+        assert not keyspace(client)
+
+    def test_expired(self, delivery: Delivery, broker: RQBroker, client: redis.Redis) -> None:
+        """What RQ would have dropped is not put back."""
+        client.flushdb()
+
+        assert restore(broker, lost(delivery, expires_at=time.time() - 5)) == [Restored.EXPIRED]
+        assert not keyspace(client)
+
+    def test_unreadable(self, delivery: Delivery, broker: RQBroker, client: redis.Redis) -> None:
+        """An envelope of tomorrow's version is left alone, and the others are put back."""
+        client.flushdb()
+        strange = lost(delivery, token=new_token(), envelope=b"\x02what?")
+
+        assert restore(broker, strange, lost(delivery)) == [
+            Restored.UNREADABLE,
+            Restored.RESTORED,
+        ]
+
+    def test_scripts_are_loaded_again(
+        self, delivery: Delivery, broker: RQBroker, client: redis.Redis
+    ) -> None:
+        """A Redis that restarted has forgotten the scripts: they are loaded again."""
+        restore(broker, lost(delivery))
+        client.flushdb()
+        client.script_flush()
+
+        assert look(broker, delivery).presence is Presence.ABSENT
+        client.script_flush()
+        assert restore(broker, lost(delivery)) == [Restored.RESTORED]
+
+    def test_child_of_a_finished_parent(
+        self, queue: Queue, tracker: FakeTracker, broker: RQBroker, client: redis.Redis
+    ) -> None:
+        """A child that was rolled back behind a parent that has finished goes to its queue."""
+        parent = queue.enqueue(tasks.add, 1, job_id="parent")
+        queue.enqueue(tasks.add, 1, depends_on=parent, job_id="child")
+        client.delete("rq:job:child", "rq:deferred:default")
+        client.hset("rq:job:parent", "status", "finished")
+
+        assert restore(broker, lost(tracker.recorded[1])) == [Restored.RESTORED]
+        assert "child" in queue.job_ids
+
+    def test_many(self, queue: Queue, tracker: FakeTracker, broker: RQBroker) -> None:
+        """A thousand jobs come back in their order."""
+        jobs = queue.enqueue_many(Queue.prepare_data(tasks.add, (n,)) for n in range(1000))
+        queue.connection.flushdb()
+        done = restore(broker, *map(lost, tracker.recorded))
+
+        assert set(done) == {Restored.RESTORED}
+        assert queue.job_ids == [job.id for job in jobs]
+
+
+def test_consumers(queue: Queue, broker: RQBroker, client: redis.Redis) -> None:
+    """Redis knows which workers listen to which queue."""
+    queue.enqueue(tasks.add, 1)
+    Queue("idle", connection=client).enqueue(tasks.add, 1)
+    worker = Worker([queue], connection=client, name="w.1")
+    worker.register_birth()
+
+    assert broker.consumers() == {"default": frozenset(["w.1"]), "idle": frozenset()}
+
+
+def test_a_prefix_of_its_own(
+    client: redis.Redis, tracker: FakeTracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Queue class with its own key prefix is a source of its own, restored under its own keys."""
+    from jobguard import adapter
+    from jobguard.adapters.rq import RQAdapter
+
+    class OwnJob(Job):
+        redis_job_namespace_prefix = "own:job:"
+
+    class OwnQueue(Queue):
+        job_class = OwnJob
+        redis_queue_namespace_prefix = "own:queue:"
+        redis_queues_keys = "own:queues"
+
+    queue = OwnQueue("default", connection=client)
+    guarded = RQAdapter().sources(queue, namespace="test", name=None)
+    assert guarded is not None
+    assert guarded.source.id != tracker.source.id
+    own = FakeTracker(guarded.source, tracker._log)
+    adapter.register(own)
+    try:
+        queue.enqueue(tasks.add, 1)
+    finally:
+        adapter.unregister(own)
+    assert not tracker.recorded
+    before = keyspace(client)
+    client.flushdb()
+    broker = RQBroker(guarded.source, client)
+
+    assert look(broker, own.recorded[0]).presence is Presence.ABSENT
+    assert restore(broker, lost(own.recorded[0])) == [Restored.RESTORED]
+    assert keyspace(client) == before
+    assert look(broker, own.recorded[0]).presence is Presence.WAITING

@@ -1,0 +1,456 @@
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+import rq
+from rq import Queue, Retry, SimpleWorker, Worker
+from rq.job import Job
+from rq.scheduler import RQScheduler
+
+from jobguard import adapter
+from jobguard.adapters.rq.layout import SPENT
+from jobguard.job import Outcome
+from tests.integration.rq import tasks
+from tests.integration.rq.fakes import FakeTracker, keyspace
+from tests.support import eventually
+
+VERSION = tuple(int(part) for part in re.findall(r"\d+", rq.VERSION)[:2])
+WORKERS = [SimpleWorker, Worker]
+needs_returned_retry = pytest.mark.skipif(VERSION < (2, 1), reason="RQ 2.1 brought it")
+needs_repeat = pytest.mark.skipif(VERSION < (2, 3), reason="RQ 2.3 brought it")
+
+
+def work(kind: type[Any], queue: Queue, **settings: Any) -> None:
+    """Work the queue off."""
+    known = queue.connection.connection_pool.connection_kwargs
+    # A client of its own: RQ's worker changes the timeouts of the one it is given.
+    connection = redis.Redis(host=known["host"], port=known["port"], db=known["db"])
+    kind([queue.name], connection=connection, **settings).work(burst=True)
+
+
+def ran(ledger: Path) -> int:
+    """Return how often a job ran."""
+    return len(ledger.read_text().splitlines())
+
+
+@pytest.mark.parametrize("kind", WORKERS)
+class TestEnds:
+    """How a run ends, by RQ's own two kinds of worker."""
+
+    def test_completed(self, kind: Any, queue: Queue, tracker: FakeTracker, ledger: Path) -> None:
+        """A function that returned is completed, told once and by the worker itself."""
+        job = queue.enqueue(tasks.say, str(ledger))
+        work(kind, queue)
+
+        assert ran(ledger) == 1
+        assert tracker.notes("end") == [[job.id, "completed", ""]]
+        assert tracker.pids("end") == [os.getpid()], "a horse does not speak to Postgres for it"
+        assert [session.closed for session in tracker.sessions] == [True]
+
+    def test_result_ttl_zero(self, kind: Any, queue: Queue, tracker: FakeTracker) -> None:
+        """A job that leaves nothing behind is completed all the same."""
+        job = queue.enqueue(tasks.add, 1, result_ttl=0)
+        work(kind, queue)
+
+        assert tracker.notes("end") == [[job.id, "completed", ""]]
+
+    def test_failed(self, kind: Any, queue: Queue, tracker: FakeTracker) -> None:
+        """A function that raised has failed, and its error is told."""
+        job = queue.enqueue(tasks.fail)
+        work(kind, queue)
+
+        ((job_id, outcome, error),) = tracker.notes("end")
+        assert (job_id, outcome) == (job.id, "failed")
+        assert error.rstrip().endswith("ValueError: as it must")
+
+    def test_retry_at_once(
+        self, kind: Any, queue: Queue, tracker: FakeTracker, ledger: Path
+    ) -> None:
+        """A retry takes the place of the claim that failed, and counts attempts."""
+        queue.enqueue(tasks.fail, str(ledger), retry=Retry(max=2))
+        work(kind, queue)
+
+        assert ran(ledger) == 3
+        first, second, third = tracker.notes("record")
+        assert first[2:] == ["", "", "", "1"]
+        assert second[2:] == [first[1], "1", "superseded", "2"]
+        assert third[2:] == [second[1], "1", "superseded", "3"]
+        assert [end[1] for end in tracker.notes("end")] == ["failed"]
+        assert tracker.notes("release") == [[first[1]], [second[1]]]
+
+    def test_retry_later_is_moved_by_the_scheduler(
+        self, kind: Any, queue: Queue, tracker: FakeTracker, ledger: Path
+    ) -> None:
+        """A retry that waits is one delivery, and its move to the queue the next, of no claim."""
+        job = queue.enqueue(tasks.fail, str(ledger), retry=Retry(max=1, interval=60))
+        work(kind, queue)
+        first, second = tracker.notes("record")
+        assert second[2:] == [first[1], "1", "superseded", "2"]
+        assert queue.connection.zscore("rq:scheduled:default", job.id)
+        assert not tracker.notes("end")
+
+        queue.connection.zadd("rq:scheduled:default", {job.id: time.time() - 1})
+        move_scheduled(queue)
+        work(kind, queue)
+
+        third = tracker.notes("record")[2]
+        assert third[2:] == [second[1], "None", "superseded", "2"]
+        assert ran(ledger) == 2
+        assert [end[1] for end in tracker.notes("end")] == ["failed"]
+
+    @needs_returned_retry
+    def test_returned_retry(
+        self, kind: Any, queue: Queue, tracker: FakeTracker, ledger: Path
+    ) -> None:
+        """A function that returns Retry is pushed again in the place of its claim."""
+        queue.enqueue(tasks.ask_again, str(ledger), 1)
+        work(kind, queue)
+
+        first, second = tracker.notes("record")
+        assert second[2:] == [first[1], "1", "superseded", "2"]
+        assert [end[1] for end in tracker.notes("end")] == ["completed"]
+
+    @needs_returned_retry
+    def test_returned_retry_once_too_often(
+        self, kind: Any, queue: Queue, tracker: FakeTracker, ledger: Path
+    ) -> None:
+        """A function that returns Retry more often than it may has failed."""
+        queue.enqueue(tasks.return_retry, str(ledger))
+        work(kind, queue)
+
+        assert ran(ledger) == 2
+        assert [end[1] for end in tracker.notes("end")] == ["failed"]
+
+    @needs_repeat
+    @pytest.mark.parametrize("interval", [0, 60])
+    def test_repeat(
+        self, kind: Any, interval: int, queue: Queue, tracker: FakeTracker, ledger: Path
+    ) -> None:
+        """A repeat takes the place of a run that completed."""
+        queue.enqueue(tasks.say, str(ledger), repeat=rq.Repeat(times=1, interval=interval))
+        work(kind, queue)
+
+        first, second = tracker.notes("record")
+        assert second[2:] == [first[1], "1", "completed", "1"]
+        assert [end[1] for end in tracker.notes("end")] == ([] if interval else ["completed"])
+
+    def test_a_refused_retry_is_not_pushed(
+        self, kind: Any, queue: Queue, tracker: FakeTracker, ledger: Path
+    ) -> None:
+        """A worker that slept through its own funeral pushes no retry over the newer life."""
+        queue.enqueue(tasks.fail, str(ledger), job_id="late", retry=Retry(max=1))
+        tracker.refusing = {"late"}
+        work(kind, queue)
+
+        assert ran(ledger) == 1
+        assert not queue.job_ids
+        assert not tracker.notes("end")
+        assert queue.connection.hget("rq:job:late", "retries_left") == b"1"
+
+    def test_redis_gone_at_the_end(
+        self, kind: Any, queue: Queue, tracker: FakeTracker, ledger: Path
+    ) -> None:
+        """A function that returned is completed, although Redis fails RQ in its next breath."""
+        job = queue.enqueue(tasks.break_redis, str(ledger), retry=Retry(max=1))
+        with suppress(redis.ConnectionError):  # RQ's worker itself cannot even say goodbye
+            work(kind, queue)
+
+        assert ran(ledger) == 1
+        assert tracker.notes("end")[0] == [job.id, "completed", ""]
+        assert len(tracker.notes("end")) == 1
+        assert len(tracker.notes("record")) == 1, "no retry of a job that completed"
+
+    def test_everything_lost_while_it_ran(
+        self, kind: Any, queue: Queue, tracker: FakeTracker, ledger: Path
+    ) -> None:
+        """A parent that lost its hash while it ran has completed, with a child restored or not."""
+        parent = queue.enqueue(tasks.flush, str(ledger))
+        child = queue.enqueue(tasks.say, str(ledger), depends_on=parent)
+        tracker_child = tracker.recorded[1]
+        queue.connection.set("envelope", b"")
+        tasks.RESTORED[:] = [tracker_child, tracker.source]
+        try:
+            work(kind, queue)
+        finally:
+            tasks.RESTORED.clear()
+
+        assert [end[:2] for end in tracker.notes("end")] == [
+            [parent.id, "completed"],
+            [child.id, "completed"],
+        ]
+        assert ran(ledger) == 2
+
+    def test_unguarded_push(
+        self, kind: Any, queue: Queue, tracker: FakeTracker, ledger: Path
+    ) -> None:
+        """A job that an unguarded program pushed is recorded at its start, with a token."""
+        adapter.unregister(tracker)
+        job = queue.enqueue(tasks.say, str(ledger))
+        adapter.register(tracker)
+        assert not queue.connection.hexists(job.key, "jg")
+        work(kind, queue)
+
+        ((token,),) = tracker.notes("adopt")
+        assert queue.connection.hget(job.key, "jg") == (token + SPENT).encode()
+        assert [end[1] for end in tracker.notes("end")] == ["completed"]
+
+
+class TestHorse:
+    """What only happens with a fork."""
+
+    def test_killed(self, queue: Queue, tracker: FakeTracker) -> None:
+        """A killed horse is a failure that its parent tells."""
+        job = queue.enqueue(tasks.die)
+        work(Worker, queue)
+
+        ((job_id, outcome, error),) = tracker.notes("end")
+        assert (job_id, outcome) == (job.id, "failed")
+        assert "Work-horse terminated unexpectedly" in error
+
+    def test_killed_with_retry(self, queue: Queue, tracker: FakeTracker, ledger: Path) -> None:
+        """A killed horse with retries left is pushed again by its parent, in the claim's place."""
+        queue.enqueue(tasks.die, str(ledger), retry=Retry(max=1))
+        work(Worker, queue)
+
+        first, second = tracker.notes("record")
+        assert second[2:] == [first[1], "1", "superseded", "2"]
+        assert tracker.pids("record")[1] == os.getpid()
+        assert ran(ledger) == 2
+
+    def test_orphan_reports_for_itself(
+        self, queue: Queue, tracker: FakeTracker, ledger: Path
+    ) -> None:
+        """A horse whose parent was killed tells its end itself, before it leaves."""
+        job = queue.enqueue(tasks.kill_parent, str(ledger))
+        context = multiprocessing.get_context("fork")
+        worker = context.Process(target=work, args=(Worker, queue))
+        worker.start()
+        worker.join(30)
+        assert worker.exitcode == -signal.SIGKILL
+
+        eventually(lambda: tracker.notes("flush"))
+        assert tracker.notes("end") == [[job.id, "completed", ""]]
+        assert worker.pid not in tracker.pids("end")
+
+    def test_long_error(self, queue: Queue, tracker: FakeTracker) -> None:
+        """An error of a megabyte neither blocks the horse nor is lost."""
+        queue.enqueue(tasks.fail_at_length)
+        work(Worker, queue)
+
+        ((_, outcome, error),) = tracker.notes("end")
+        assert outcome == "failed"
+        assert 1_000 < len(error) <= 5_000
+
+    def test_no_descriptor_is_left(self, queue: Queue, tracker: FakeTracker) -> None:
+        """The pipes of a hundred runs are closed."""
+        queue.enqueue(tasks.add, 1)
+        work(Worker, queue)
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(20):
+            queue.enqueue(tasks.add, 1)
+        work(Worker, queue)
+
+        assert len(os.listdir("/proc/self/fd")) <= before + 2
+
+
+class TestSkip:
+    """What a worker does with a job that it may not run."""
+
+    @pytest.mark.parametrize(
+        ("outcome", "status"),
+        [
+            (Outcome.COMPLETED, b"finished"),
+            (Outcome.FAILED, b"failed"),
+            (Outcome.DEAD, b"failed"),
+            (Outcome.CANCELLED, b"canceled"),
+            (Outcome.SUPERSEDED, b"finished"),
+        ],
+    )
+    def test_ended(
+        self,
+        outcome: Outcome,
+        status: bytes,
+        queue: Queue,
+        tracker: FakeTracker,
+        ledger: Path,
+    ) -> None:
+        """A job that ended is put right in Redis and not run, nor retried by RQ's maintenance."""
+        job = queue.enqueue(tasks.say, str(ledger), retry=Retry(max=3))
+        token = tracker.recorded[0].token
+        tracker.close(token, outcome)
+        work(SimpleWorker, queue)
+
+        assert ran(ledger) == 0
+        assert queue.connection.hget(job.key, "status") == status
+        assert 0 < queue.connection.ttl(job.key) <= 500
+        assert queue.connection.llen(queue.intermediate_queue_key) == 0
+        assert not queue.job_ids
+        assert not tracker.notes("end")
+
+        queue.connection.delete("rq:clean_registries:default")
+        work(SimpleWorker, queue)
+        assert not queue.job_ids
+
+    def test_children_of_a_finished_parent(
+        self, queue: Queue, tracker: FakeTracker, ledger: Path
+    ) -> None:
+        """A parent that finished before a rollback of Redis still releases its child."""
+        parent = queue.enqueue(tasks.fail)
+        queue.enqueue(tasks.say, str(ledger), depends_on=parent)
+        tracker.close(tracker.recorded[0].token, Outcome.COMPLETED)
+        work(SimpleWorker, queue)
+
+        assert ran(ledger) == 1
+
+    def test_held(self, queue: Queue, tracker: FakeTracker, ledger: Path) -> None:
+        """A job that another worker runs is left alone, but for the intermediate list."""
+        job = queue.enqueue(tasks.say, str(ledger))
+        tracker.live_elsewhere.add(tracker.recorded[0].token)
+        before = queue.connection.hgetall(job.key)
+        work(SimpleWorker, queue)
+
+        assert ran(ledger) == 0
+        assert queue.connection.hgetall(job.key) == before
+        assert queue.connection.llen(queue.intermediate_queue_key) == 0
+
+    def test_newer_life(self, queue: Queue, tracker: FakeTracker, ledger: Path) -> None:
+        """The same id twice in the list runs once: the second pop finds what has ended."""
+        queue.enqueue(tasks.say, str(ledger), job_id="same")
+        queue.enqueue(tasks.say, str(ledger), job_id="same")
+        work(SimpleWorker, queue)
+
+        assert ran(ledger) == 1
+        assert [end[1] for end in tracker.notes("end")] == ["completed"]
+
+
+def test_abandoned_job_with_retry(queue: Queue, tracker: FakeTracker, ledger: Path) -> None:
+    """A job that RQ itself retries, its worker being dead, supersedes what nobody holds."""
+    job = queue.enqueue(tasks.say, str(ledger), retry=Retry(max=1))
+    queue.connection.lpop(queue.key)
+    queue.connection.hset(job.key, "status", "started")
+    queue.connection.zadd("rq:wip:default", {f"{job.id}:dead": 1})
+    queue.started_job_registry.cleanup()
+
+    first, second = tracker.recorded
+    assert second.parent is not None
+    assert (second.parent.token, second.parent.claim) == (first.token, None)
+    assert queue.job_ids == [job.id]
+
+
+def test_scheduler(queue: Queue, tracker: FakeTracker, ledger: Path) -> None:
+    """A move from the delay queue is a new delivery that supersedes the one that waited."""
+    job = queue.enqueue_in(timedelta(seconds=-5), tasks.say, str(ledger))
+    move_scheduled(queue)
+
+    first, second = tracker.recorded
+    assert second.parent is not None
+    assert second.parent.token == first.token
+    assert second.attempt == 1
+    assert second.task == "tests.integration.rq.tasks.say"
+    assert queue.job_ids == [job.id]
+
+
+def test_one_refused_job_does_not_hold_up_the_scheduler(queue: Queue, tracker: FakeTracker) -> None:
+    """A scheduled job that has ended leaves the delay queue, and the others are moved."""
+    for job_id in ("a", "ended", "b"):
+        queue.enqueue_in(timedelta(seconds=-5), tasks.add, 1, job_id=job_id)
+    tracker.close(tracker.recorded[1].token, Outcome.CANCELLED)
+    move_scheduled(queue)
+
+    assert queue.job_ids == ["a", "b"]
+    assert queue.connection.zcard("rq:scheduled:default") == 0
+
+
+def test_a_custom_description_does_not_hide_the_task(queue: Queue, tracker: FakeTracker) -> None:
+    """A job with a description of its own is moved under its function's name, never unpickled."""
+    queue.enqueue_in(timedelta(seconds=-5), tasks.add, 1, description="the daily report")
+    move_scheduled(queue)
+
+    assert tracker.recorded[1].task == "tests.integration.rq.tasks.add"
+
+
+def test_unguarded_queue(queue: Queue, tracker: FakeTracker, ledger: Path) -> None:
+    """A guarded worker runs the jobs of a queue that is not guarded as RQ does."""
+    tracker._queues = frozenset(["other"])
+    queue.enqueue(tasks.say, str(ledger))
+    work(SimpleWorker, queue)
+
+    assert ran(ledger) == 1
+    assert not tracker.notes("start")
+
+
+@pytest.mark.parametrize(
+    "how", [["--worker-class", "jobguard.adapters.rq.Worker"], ["-c", "jobguard.adapters.rq"]]
+)
+def test_rq_worker_commands(how: list[str], redis_url: str) -> None:
+    """The commands of the manual start a worker whose classes are hooked."""
+    probe = (
+        "import sys, rq.cli, rq.worker.base as b\n"
+        "try:\n    rq.cli.main()\nexcept SystemExit: pass\n"
+        "print('hooked', b.BaseWorker.register_birth.__module__, "
+        "b.BaseWorker.register_birth.__code__.co_filename)"
+        if VERSION >= (2, 7)
+        else "import rq.cli, rq.worker as b\n"
+        "try:\n    rq.cli.main()\nexcept SystemExit: pass\n"
+        "print('hooked', b.Worker.register_birth.__module__, "
+        "b.Worker.register_birth.__code__.co_filename)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", probe, "worker", "--burst", "--url", redis_url, *how, "default"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+    )
+    assert "adapters/rq/worker.py" in done.stdout, done.stderr
+
+
+def test_the_worker_changes_nothing_else(queue: Queue, tracker: FakeTracker) -> None:
+    """After a run the keyspace holds what RQ's own worker leaves, and our field."""
+    job = queue.enqueue(tasks.add, 1, job_id="job")
+    work(SimpleWorker, queue)
+    guarded = keyspace(queue.connection)
+    queue.connection.flushdb()
+    adapter.unregister(tracker)
+    queue.enqueue(tasks.add, 1, job_id="job")
+    work(SimpleWorker, queue)
+    adapter.register(tracker)
+    bare = keyspace(queue.connection)
+
+    def names(keys: dict[str, object]) -> set[str]:
+        return {re.sub("[0-9a-f]{32}", "*", key) for key in keys}
+
+    assert names(guarded) == names(bare)
+    ours, theirs = guarded[job.key], bare[job.key]
+    assert isinstance(ours, dict)
+    assert isinstance(theirs, dict)
+    assert set(ours) - set(theirs) == {b"jg", b"jg_attempt", b"jg_task"}
+
+
+def move_scheduled(queue: Queue) -> None:
+    """Do what RQ's scheduler does once a second."""
+    scheduler = RQScheduler([queue], connection=queue.connection)
+    scheduler.acquire_locks()
+    scheduler.enqueue_scheduled_jobs()
+    scheduler.release_locks()
+
+
+def test_fetch_knows_the_token(queue: Queue, tracker: FakeTracker) -> None:
+    """A job fetched anew is cancelled by its token."""
+    job = queue.enqueue(tasks.add, 1)
+    Job.fetch(job.id, connection=queue.connection).cancel()
+
+    assert tracker.cancelled[0][0] == (tracker.recorded[0].token,)

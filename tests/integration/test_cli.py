@@ -1,0 +1,267 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psycopg
+import pytest
+from click.testing import CliRunner, Result
+
+from jobguard import schema
+from jobguard.cli import main
+from jobguard.job import new_token
+from jobguard.settings import Settings
+
+ROOT = Path(__file__).parents[2]
+
+
+def call(*words: str, **environ: str) -> Result:
+    """Call the command as a shell would."""
+    return CliRunner().invoke(main, list(words), env=environ, catch_exceptions=False)
+
+
+def ask(url: str, query: str, *values: Any) -> list[tuple[Any, ...]]:
+    """Run one statement and give its rows."""
+    with psycopg.connect(url, autocommit=True) as connection:
+        cursor = connection.execute(query.encode(), values or None)
+        return cursor.fetchall() if cursor.description else []
+
+
+def know_source(url: str, address: str = "localhost:6379/0") -> None:
+    """Make a source known."""
+    ask(
+        url,
+        "insert into jobguard.sources (id, namespace, library, address, settings)"
+        " values (1, 'default', 'rq', %s, %s)",
+        *(address, Settings().fingerprint()),
+    )
+
+
+def bury(url: str, *job_ids: str, outcome: str = "dead", envelope: bytes | None = b"e") -> None:
+    """Let jobs be given up."""
+    for job_id in job_ids:
+        ask(
+            url,
+            "insert into jobguard.history (source, token, job_id, queue, task, outcome, envelope,"
+            " errors) values (1, %s, %s, 'mail', 'send', %s, %s, array['Traceback\nOOM [killed]'])",
+            *(new_token(), job_id, outcome, envelope),
+        )
+
+
+def lead(url: str) -> None:
+    """Let somebody lead."""
+    ask(
+        url,
+        "insert into jobguard.leader (namespace, term, holder, host, pid, expires_at)"
+        " values ('default', 7, gen_random_uuid(), 'here', 42, now() + interval '1 hour')",
+    )
+
+
+def test_migrate_tells_what_it_did_and_check_tells_what_is_missing(empty_database: str) -> None:
+    """A fresh database, then the same again, from an option and from variables."""
+    unmigrated = call("migrate", "--check", "--postgres", empty_database)
+    assert unmigrated.exit_code == 1
+    assert "run `jobguard migrate`" in unmigrated.stderr
+    first = call("migrate", JOBGUARD_POSTGRES_URL=empty_database, JOBGUARD_INSTALLATION="prod")
+    assert first.exit_code == 0 and "0001_the_ledger" in first.stdout
+    again = call("migrate", "--json", DATABASE_URL=empty_database)
+    assert json.loads(again.stdout)["applied"] == []
+    assert call("migrate", "--check", "--postgres", empty_database).exit_code == 0
+    assert ask(empty_database, "select name from jobguard.installation") == [("prod",)]
+    other = call("migrate", "--installation", "staging", "--postgres", empty_database)
+    assert other.exit_code == 1 and "'prod', not 'staging'" in other.stderr
+
+
+def test_migrate_sql_is_a_script_for_a_dba(empty_database: str) -> None:
+    """It needs no database, and run by hand it leaves nothing to migrate."""
+    script = call("migrate", "--sql")
+    assert script.exit_code == 0
+    ask(empty_database, script.stdout)
+    assert schema.migrate(empty_database) == []
+
+
+def test_the_url_of_a_secrets_file_wins_over_the_variable(database: str, tmp_path: Path) -> None:
+    """The command line reads variables in the order that hosts do."""
+    file = tmp_path / "url"
+    file.write_text(database)
+    done = call(
+        "stats",
+        JOBGUARD_POSTGRES_URL_FILE=str(file),
+        JOBGUARD_POSTGRES_URL="postgresql://127.0.0.1:1/d",
+    )
+    assert done.exit_code == 0, done.stderr
+
+
+def test_stats_are_a_table_for_people_and_an_object_for_programs(database: str) -> None:
+    """Queues with their counts and a total; who leads, what is held, what is open."""
+    know_source(database)
+    bury(database, "a", "b")
+    bury(database, "c", outcome="completed")
+    table = call("stats", "--postgres", database)
+    assert table.exit_code == 0
+    assert "none yet; run `jobguard reconcile`" in table.stdout
+    assert table.stdout.splitlines()[1].split() == ["localhost:6379/0", "mail", *"00001020", "3"]
+    lead(database)
+    call("pause", "--postgres", database)
+    call("pause", "--queue", "mail", "--postgres", database)
+    ask(database, "insert into jobguard.incidents (source, cause) values (1, 'incident')")
+    told = call("stats", "--postgres", database).stdout
+    for line in (
+        "leader: here pid 42, term 7",
+        "paused since",
+        "held: queue mail of",
+        "incident 1",
+    ):
+        assert line in told
+    report = json.loads(call("stats", "--json", "--postgres", database).stdout)
+    assert report["total"]["dead"] == 2 and report["total"]["total"] == 3
+    assert report["counts"][0]["queue"] == "mail"
+    assert report["leader"]["term"] == 7 and report["brake"]["paused_at"]
+    empty = call("stats", "--json", "--namespace", "nobody", "--postgres", database)
+    assert json.loads(empty.stdout)["total"]["total"] == 0
+
+
+def test_an_unreachable_postgres_is_one_line_and_exit_1() -> None:
+    """The place is named, the password is not."""
+    url = "postgresql://u:hidden@127.0.0.1:1/d"
+    for words in (["stats"], ["dead", "list"], ["pause"], ["migrate"], ["migrate", "--check"]):
+        done = call(*words, JOBGUARD_POSTGRES_URL=url)
+        assert done.exit_code == 1, words
+        assert done.stderr.startswith("error: Postgres at 127.0.0.1:1/d")
+        assert done.stderr.count("\n") == 1 and "hidden" not in done.stderr
+
+
+def test_dead_jobs_are_listed_and_requeued_by_id(database: str) -> None:
+    """What is requeued leaves the list; what cannot be is told, and the rest goes on."""
+    know_source(database)
+    assert call("dead", "list", "--postgres", database).stdout == "none\n"
+    bury(database, "a", "b")
+    bury(database, "bare", envelope=None)
+    bury(database, "f", outcome="failed")
+    listed = call("dead", "list", "--postgres", database).stdout
+    assert "OOM [killed]" in listed and "bare" in listed and " f " not in listed
+    rows = json.loads(call("dead", "list", "--failed", "--json", "--postgres", database).stdout)
+    assert [row["job_id"] for row in rows] == ["f", "bare", "b", "a"]
+    limited = call("dead", "list", "--json", "--postgres", database, JOBGUARD_DEAD_LIST_LIMIT="1")
+    assert len(json.loads(limited.stdout)) == 1
+    done = call("dead", "requeue", "a", "absent", "bare", "f", "--postgres", database)
+    assert done.exit_code == 1
+    assert done.stdout == "requeued a in mail\nrequeued f in mail\n"
+    assert done.stderr.count("error: ") == 2
+    again = call("dead", "requeue", "a", "--postgres", database)
+    assert again.exit_code == 1 and "job a is pending: nobody gave it up" in again.stderr
+
+
+def test_all_dead_jobs_are_requeued_at_once(database: str) -> None:
+    """--all takes what `list` would show, once each; what cannot be requeued ends with 1."""
+    know_source(database)
+    bury(database, "a", "b", "c")
+    bury(database, "f", outcome="failed")
+    done = call("dead", "requeue", "--all", "--json", "--postgres", database)
+    assert done.exit_code == 0
+    assert sorted(row["job_id"] for row in json.loads(done.stdout)) == ["a", "b", "c"]
+    assert ask(database, "select count(*) from jobguard.outbox") == [(3,)]
+    bury(database, "bare", envelope=None)
+    done = call("dead", "requeue", "--all", "--failed", "--queue", "mail", "--postgres", database)
+    assert done.exit_code == 1
+    assert done.stdout == "requeued f in mail\n" and "bare" in done.stderr
+
+
+def test_the_brake_is_pulled_and_let_go(database: str) -> None:
+    """For all, or for one queue; a queue of a paused namespace says so."""
+    know_source(database)
+    assert call("pause", "--postgres", database).stdout == "paused: the namespace default\n"
+    held = json.loads(call("pause", "--queue", "q", "--json", "--postgres", database).stdout)
+    assert held["paused_at"] and set(held["held"]) == {"1/q"}
+    told = call("resume", "--queue", "q", "--postgres", database).stdout
+    assert told.startswith("resumed: queue q of default\nbut all of the namespace")
+    brake = json.loads(call("resume", "--moved", "--json", "--postgres", database).stdout)
+    assert brake == {"namespace": "default", "paused_at": None, "held": {}}
+
+
+def test_the_doctor_is_content_with_a_healthy_installation(database: str, redis_url: str) -> None:
+    """Everything in its place is exit 0, and every finding is told."""
+    know_source(database)
+    lead(database)
+    call("resume", "--moved", "--postgres", database)
+    done = call("doctor", "--json", "--postgres", database, "--redis", redis_url)
+    findings = json.loads(done.stdout)
+    assert done.exit_code == 0, findings
+    assert {finding["about"].split()[0] for finding in findings} >= {
+        *("postgres", "schema", "rights", "redis", "installation", "leader", "workers")
+    }
+    assert call("doctor", "--postgres", database, JOBGUARD_REDIS_URL=redis_url).exit_code == 0
+
+
+def test_the_doctor_goes_on_after_each_problem(empty_database: str, redis_url: str) -> None:
+    """An unmigrated database, a Redis that is not there and one that is, in one report."""
+    done = call(
+        *("doctor", "--json", "--postgres", empty_database),
+        JOBGUARD_REDIS_URL=f"redis://127.0.0.1:1/0 {redis_url} nonsense://x",
+    )
+    found = [(f["about"].split()[0], f["verdict"]) for f in json.loads(done.stdout)]
+    assert done.exit_code == 1
+    assert ("schema", "problem") in found and ("postgres", "ok") in found
+    assert found.count(("redis", "problem")) == 2 and ("redis", "ok") in found
+    away = call("doctor", "--postgres", "postgresql://127.0.0.1:1/d", "--redis", redis_url)
+    assert away.exit_code == 1 and "problem" in away.stdout
+
+
+def test_the_doctor_names_missing_rights(database: str) -> None:
+    """A role that reads and does not write is told which table it cannot write."""
+    name = "reader_" + os.urandom(4).hex()
+    ask(database, f"create role {name} login")
+    try:
+        ask(database, f"grant usage on schema jobguard to {name}")
+        ask(database, f"grant select on all tables in schema jobguard to {name}")
+        url = database.replace("//postgres@", f"//{name}@")
+        done = call("doctor", "--json", "--postgres", url)
+        (rights,) = [f for f in json.loads(done.stdout) if f["about"] == "rights"]
+        assert rights["verdict"] == "problem" and "no delete on jobs" in rights["detail"]
+        assert "migrations" not in rights["detail"]
+    finally:
+        ask(database, f"drop owned by {name}")
+        ask(database, f"drop role {name}")
+
+
+def test_reconcile_hands_over_what_the_command_line_says(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Settings, the way to Postgres and every Redis; --once prints what was done."""
+    seen: dict[str, Any] = {}
+
+    def run(settings: Settings, conninfo: Any, redis_urls: list[str], *, once: bool) -> Any:
+        seen.update(settings=settings, conninfo=conninfo(), redis=redis_urls, once=once)
+        return {"restored": 3}
+
+    from jobguard.cli import reconcile
+
+    monkeypatch.setattr(reconcile, "service", SimpleNamespace(run=run))
+    monkeypatch.setattr("jobguard.log.configure", lambda level, json: None)
+    words = ["reconcile", "--once", "--namespace", "n", "--postgres", database]
+    done = call(*words, JOBGUARD_REDIS_URL="redis://a redis://b", JOBGUARD_LEASE="20")
+    assert done.exit_code == 0 and done.stdout.split() == ["restored", "3"]
+    assert (seen["settings"].namespace, seen["settings"].lease) == ("n", 20.0)
+    assert (seen["conninfo"], seen["redis"]) == (database, ["redis://a", "redis://b"])
+    assert seen["once"] is True
+    assert json.loads(call(*words, "--json", "--redis", "redis://c").stdout) == {"restored": 3}
+    assert seen["redis"] == ["redis://c"]
+    nowhere = call("reconcile", "--postgres", database)
+    assert nowhere.exit_code == 1 and "no Redis is named" in nowhere.stderr
+
+
+def test_run_keeps_the_commands_output_and_exit_code(tmp_path: Path) -> None:
+    """A worker started through us ends as it would have ended."""
+    worker = tmp_path / "worker.py"
+    worker.write_text("import sys\nprint(sys.argv[1:])\nsys.exit(7)\n")
+    command = [sys.executable, "-c", "from jobguard.cli import main; main()"]
+    command += ["run", "--", "python", str(worker), "--burst", "-v"]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environ = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environ)
+    assert (done.returncode, done.stdout) == (7, "['--burst', '-v']\n"), done.stderr

@@ -1,0 +1,459 @@
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import closing
+from typing import Any
+from uuid import UUID, uuid4
+
+import psycopg
+import pytest
+
+from jobguard.errors import JobguardError, NoRights, NotMigrated, StoreUnavailable
+from jobguard.job import Outcome, new_token
+from jobguard.store import Counts
+from jobguard.store.ledger import PostgresLedger
+from tests.support import eventually
+
+HERE = "default"
+MAIL = "localhost:6379/0"
+
+
+class Rows:
+    """Writes rows as the path of a job would have left them."""
+
+    def __init__(self, url: str) -> None:
+        self.connection = psycopg.connect(url, autocommit=True)
+        self.source(1, MAIL)
+
+    def ask(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
+        """Run one statement and give its rows."""
+        cursor = self.connection.execute(query.encode(), values or None)
+        return cursor.fetchall() if cursor.description else []
+
+    def source(
+        self, number: int, address: str, namespace: str = HERE, name: str | None = None
+    ) -> None:
+        """Make a source known."""
+        self.ask(
+            "insert into jobguard.sources (id, namespace, library, address, name)"
+            " values (%s, %s, 'rq', %s, %s)",
+            *(number, namespace, address, name),
+        )
+
+    def owed(self, job_id: str, queue: str = "mail", *, due: str = "", source: int = 1) -> UUID:
+        """Record a delivery; `due` is an interval from now."""
+        token = new_token()
+        self.ask(
+            "insert into jobguard.jobs (source, token, job_id, queue, task, envelope, due_at)"
+            " values (%s, %s, %s, %s, 'send', 'e', now() + nullif(%s, '')::interval)",
+            *(source, token, job_id, queue, due),
+        )
+        return token
+
+    def worker(self, state: str = "") -> UUID:
+        """Start a worker; `state` is a column that says that it is gone."""
+        worker = uuid4()
+        self.ask("insert into jobguard.workers (id, source, name) values (%s, 1, 'w')", worker)
+        if state:
+            self.ask(f"update jobguard.workers set {state} = now() where id = %s", worker)
+        return worker
+
+    def run(self, token: UUID, worker: UUID) -> None:
+        """Let a worker claim a delivery."""
+        self.ask(
+            "insert into jobguard.running (source, token, number, nonce, worker, pid)"
+            " values (1, %s, 1, gen_random_uuid(), %s, 1)",
+            *(token, worker),
+        )
+
+    def suspect(self, token: UUID, cause: str = "incident") -> None:
+        """See a delivery absent once."""
+        self.ask(
+            "insert into jobguard.suspects (source, token, cause) values (1, %s, %s)", token, cause
+        )
+
+    def ended(
+        self,
+        job_id: str,
+        outcome: str,
+        *,
+        queue: str = "mail",
+        ago: str = "0",
+        envelope: bytes | None = b"e",
+        source: int = 1,
+        attempt: int = 1,
+    ) -> UUID:
+        """Write a tombstone."""
+        token = new_token()
+        self.ask(
+            "insert into jobguard.history (source, token, job_id, queue, task, outcome, envelope,"
+            " errors, attempt, crashes, recoveries, ended_at)"
+            " values (%s, %s, %s, %s, 'send', %s, %s, array['first', 'last'], %s, 3, 2,"
+            " now() - %s::interval)",
+            *(source, token, job_id, queue, outcome, envelope, attempt, ago),
+        )
+        return token
+
+
+@pytest.fixture
+def rows(database: str) -> Iterator[Rows]:
+    """Give a migrated database with one source, to write into."""
+    made = Rows(database)
+    yield made
+    made.connection.close()
+
+
+@pytest.fixture
+def ledger(database: str) -> Iterator[PostgresLedger]:
+    """Give the ledger of that database."""
+    with closing(PostgresLedger(lambda: database)) as made:
+        yield made
+
+
+def test_each_state_is_the_table_a_job_stands_in(rows: Rows, ledger: PostgresLedger) -> None:
+    """Pending, scheduled, processing and every outcome but superseded are counted by queue."""
+    rows.owed("p1")
+    rows.owed("p2", due="-1 minute")
+    rows.owed("s1", due="1 hour")
+    rows.run(rows.owed("r1"), rows.worker())
+    rows.run(rows.owed("r2", due="1 hour"), rows.worker())
+    rows.owed("p3", "sms")
+    for outcome in Outcome:
+        rows.ended(f"h-{outcome}", outcome)
+    rows.ended("h-again", "completed")
+    counts = ledger.stats(HERE)
+    assert counts == {
+        (MAIL, "mail"): Counts(
+            pending=2, scheduled=1, processing=2, completed=2, failed=1, dead=1, cancelled=1
+        ),
+        (MAIL, "sms"): Counts(pending=1),
+    }
+    assert counts[MAIL, "mail"].total == 10
+
+
+def test_stuck_is_what_nobody_living_runs_or_what_was_seen_absent(
+    rows: Rows, ledger: PostgresLedger
+) -> None:
+    """Claims of dead, departed and unknown workers, and suspects of every cause; counted apart."""
+    rows.run(rows.owed("live"), rows.worker())
+    rows.run(rows.owed("of the dead"), rows.worker("dead_at"))
+    rows.run(rows.owed("of the departed"), rows.worker("left_at"))
+    rows.run(rows.owed("of nobody"), uuid4())
+    rows.owed("waiting")
+    rows.suspect(rows.owed("absent"))
+    rows.suspect(rows.owed("absent and untrusted"), "untrusted")
+    both = rows.owed("absent and of the dead")
+    rows.run(both, rows.worker("dead_at"))
+    rows.suspect(both)
+    counts = ledger.stats(HERE)[MAIL, "mail"]
+    assert counts == Counts(pending=3, processing=5, stuck=6)
+    assert counts.total == 8
+
+
+def test_stats_keep_namespaces_apart_and_add_up_what_shares_an_address(
+    rows: Rows, ledger: PostgresLedger
+) -> None:
+    """A source is shown by its name, if it has one; another tenant's jobs are not shown."""
+    rows.source(2, MAIL)
+    rows.source(3, "other:6379/0", name="orders")
+    rows.source(4, "other:6379/0", namespace="tenant")
+    for source in (1, 2, 3, 4):
+        rows.owed("j", source=source)
+    assert ledger.stats(HERE) == {
+        (MAIL, "mail"): Counts(pending=2),
+        ("orders", "mail"): Counts(pending=1),
+    }
+    assert ledger.stats("tenant") == {("other:6379/0", "mail"): Counts(pending=1)}
+    assert ledger.stats("nobody") == {}
+
+
+def test_a_jobs_deliveries_are_told_newest_first(rows: Rows, ledger: PostgresLedger) -> None:
+    """What is owed and what is remembered of one id, without the envelope's bytes."""
+    first = rows.ended("j", "superseded", ago="1 hour")
+    second = rows.owed("j")
+    worker = rows.worker()
+    rows.run(second, worker)
+    rows.suspect(second, "worker")
+    third = rows.owed("j", due="1 hour")
+    rows.owed("other")
+    told = ledger.job(HERE, "j")
+    assert [(row["token"], row["state"]) for row in told] == [
+        (third, "scheduled"),
+        (second, "processing"),
+        (first, "superseded"),
+    ]
+    assert told[1]["worker"] == worker and told[1]["worker_name"] == "w"
+    assert told[1]["suspected"] == "worker"
+    assert told[2]["errors"] == ["first", "last"] and told[2]["ended_at"] is not None
+    assert all("envelope" not in row for row in told)
+    assert ledger.job("tenant", "j") == []
+
+
+def test_the_dead_are_listed_newest_first_with_their_errors(
+    rows: Rows, ledger: PostgresLedger
+) -> None:
+    """By outcome and queue, at most so many; other namespaces and outcomes are not."""
+    old = rows.ended("old", "dead", ago="2 hours")
+    new = rows.ended("new", "dead", ago="1 hour")
+    failed = rows.ended("failed", "failed", queue="sms")
+    rows.ended("done", "completed")
+    rows.source(2, "x:1/0", namespace="tenant")
+    rows.ended("theirs", "dead", source=2)
+
+    def listed(*outcomes: Outcome, queue: str | None = None, limit: int = 10) -> list[UUID]:
+        found = ledger.dead(HERE, outcomes=outcomes, queue=queue, limit=limit)
+        return [row["token"] for row in found]
+
+    assert listed(Outcome.DEAD) == [new, old]
+    assert listed(Outcome.DEAD, limit=1) == [new]
+    assert listed(Outcome.DEAD, Outcome.FAILED) == [failed, new, old]
+    assert listed(Outcome.DEAD, Outcome.FAILED, queue="sms") == [failed]
+    assert listed(Outcome.COMPLETED) == []
+    row = ledger.dead(HERE, outcomes=[Outcome.DEAD], queue=None, limit=1)[0]
+    assert (row["job_id"], row["errors"], row["crashes"]) == ("new", ["first", "last"], 3)
+    assert row["kept"] is True and "envelope" not in row
+
+
+def test_a_job_that_was_taken_up_since_is_dead_no_longer(
+    rows: Rows, ledger: PostgresLedger
+) -> None:
+    """A later delivery of the same id, owed or ended, is the job's last word."""
+    rows.ended("pushed again", "dead")
+    rows.owed("pushed again")
+    rows.ended("done since", "failed")
+    rows.ended("done since", "completed")
+    twice = rows.ended("twice", "failed", ago="1 hour")
+    newest = rows.ended("twice", "failed")
+    listed = ledger.dead(HERE, outcomes=[Outcome.DEAD, Outcome.FAILED], queue=None, limit=10)
+    assert [row["token"] for row in listed] == [newest]
+    assert twice != newest
+
+
+def test_requeue_mints_a_new_delivery_and_leaves_its_push_to_the_leader(
+    rows: Rows, ledger: PostgresLedger
+) -> None:
+    """Same envelope, next attempt, no crashes; the old delivery points to it."""
+    old = rows.ended("j", "dead", attempt=4)
+    fresh = ledger.requeue(HERE, old)
+    assert fresh > old
+    assert rows.ask(
+        "select token, job_id, queue, task, attempt, crashes, recoveries, claims, envelope, due_at"
+        " from jobguard.jobs"
+    ) == [(fresh, "j", "mail", "send", 5, 0, 2, 0, b"e", None)]
+    assert rows.ask("select source, token from jobguard.outbox") == [(1, fresh)]
+    assert rows.ask("select next from jobguard.history where token = %s", old) == [(fresh,)]
+    assert ledger.dead(HERE, outcomes=[Outcome.DEAD], queue=None, limit=10) == []
+    assert ledger.stats(HERE) == {(MAIL, "mail"): Counts(pending=1)}
+
+
+def test_what_cannot_be_requeued_is_told_why(rows: Rows, ledger: PostgresLedger) -> None:
+    """Nothing is written for what is unknown, not given up, taken up, or without body."""
+    again = rows.ended("again", "failed")
+    ledger.requeue(HERE, again)
+    owed = rows.ended("owed", "dead")
+    rows.owed("owed")
+    refusals = {
+        new_token(): "no delivery .* ended in the namespace 'default'",
+        rows.owed("pending"): "no delivery",
+        rows.ended("done", "completed"): "job done is completed: only failed and dead",
+        rows.ended("gone", "cancelled"): "is cancelled",
+        rows.ended("bare", "dead", envelope=None): "its envelope was never recorded",
+        again: "requeued already",
+        owed: "owed again already",
+    }
+    before = rows.ask("select * from jobguard.jobs order by token")
+    for token, why in refusals.items():
+        with pytest.raises(JobguardError, match=why):
+            ledger.requeue(HERE, token)
+    with pytest.raises(JobguardError, match="'tenant'"):
+        ledger.requeue("tenant", owed)
+    assert rows.ask("select * from jobguard.jobs order by token") == before
+
+
+def test_two_people_who_requeue_the_same_job_make_one_delivery(
+    rows: Rows, database: str, ledger: PostgresLedger
+) -> None:
+    """One of them is told that the other was first."""
+    token = rows.ended("j", "dead")
+    barrier, told = threading.Barrier(4), list[str]()
+
+    def requeue() -> None:
+        with closing(PostgresLedger(lambda: database)) as own:
+            own.stats(HERE)  # warm
+            barrier.wait()
+            try:
+                own.requeue(HERE, token)
+            except JobguardError as error:
+                told.append(str(error))
+
+    threads = [threading.Thread(target=requeue) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(told) == 3 and all("already" in text for text in told)
+    assert rows.ask("select count(*) from jobguard.jobs") == [(1,)]
+
+
+def test_a_pause_is_kept_where_the_leader_renews_its_lease(
+    rows: Rows, ledger: PostgresLedger
+) -> None:
+    """Before any leader too; whoever is elected finds it, and the first pause's time is kept."""
+    ledger.pause(HERE, queue=None)
+    brake = ledger.overview(HERE)["brake"]
+    assert brake["paused_at"] is not None and brake["held"] == {}
+    assert rows.ask("select term, expires_at < now() from jobguard.leader") == [(0, True)]
+    assert ledger.overview(HERE)["leader"] is None
+    ledger.pause(HERE, queue=None)
+    assert ledger.overview(HERE)["brake"] == brake
+    assert ledger.overview("tenant")["brake"]["paused_at"] is None
+    ledger.resume(HERE, queue=None, moved=False)
+    assert ledger.overview(HERE)["brake"] == {"paused_at": None, "held": {}}
+
+
+def test_a_pause_leaves_a_leaders_lease_alone(rows: Rows, ledger: PostgresLedger) -> None:
+    """The brake is pulled in the leader's own row, without touching its term."""
+    lead(rows)
+    ledger.pause(HERE, queue=None)
+    ledger.pause(HERE, queue="mail")
+    leader = ledger.overview(HERE)["leader"]
+    assert (leader["term"], leader["live"]) == (7, True)
+
+
+def lead(rows: Rows) -> None:
+    """Let somebody lead."""
+    rows.ask(
+        "insert into jobguard.leader (namespace, term, holder, host, pid, expires_at)"
+        " values ('default', 7, gen_random_uuid(), 'here', 42, now() + interval '10 s')"
+    )
+
+
+def test_one_queue_is_held_in_every_source_and_let_go_alone(
+    rows: Rows, ledger: PostgresLedger
+) -> None:
+    """The key names source and queue; what jobguard held before keeps its reason."""
+    rows.source(-2, "x:1/0")
+    held = json.dumps({"1/mail": {"since": "then", "reason": "too many absences"}})
+    lead(rows)
+    rows.ask("update jobguard.leader set held = %s", held)
+    ledger.pause(HERE, queue="mail")
+    ledger.pause(HERE, queue="sms")
+    brake = ledger.overview(HERE)["brake"]
+    assert set(brake["held"]) == {"1/mail", "-2/mail", "1/sms", "-2/sms"}
+    assert brake["held"]["1/mail"]["reason"] == "too many absences"
+    assert brake["held"]["-2/mail"]["reason"] == "paused by hand"
+    ledger.pause(HERE, queue=None)
+    ledger.resume(HERE, queue="mail", moved=False)
+    brake = ledger.overview(HERE)["brake"]
+    assert set(brake["held"]) == {"1/sms", "-2/sms"}
+    assert brake["paused_at"] is not None
+    ledger.resume(HERE, queue=None, moved=False)
+    assert ledger.overview(HERE)["brake"] == {"paused_at": None, "held": {}}
+
+
+def test_no_queue_can_be_paused_before_a_source_is_known(ledger: PostgresLedger) -> None:
+    """A pause that would hold nothing is not silently accepted."""
+    with pytest.raises(JobguardError, match="no source is known"):
+        ledger.pause("nobody", queue="mail")
+
+
+def test_a_move_is_seen_and_accepted_by_resume(rows: Rows, ledger: PostgresLedger) -> None:
+    """A copy of the database says so until a person says that it is the one."""
+    rows.ask("update jobguard.installation set system_identifier = '1', database_oid = 2")
+    rows.ask("delete from jobguard.leader")
+    lead(rows)
+    rows.ask("""update jobguard.leader set held = '{"1/*": {"reason": "moved"}}'""")
+    assert ledger.overview(HERE)["installation"]["moved"] is True
+    ledger.resume(HERE, queue=None, moved=False)
+    assert ledger.overview(HERE)["installation"]["moved"] is True
+    ledger.resume(HERE, queue=None, moved=True)
+    overview = ledger.overview(HERE)
+    assert overview["installation"]["moved"] is False
+    assert overview["installation"]["system_identifier"] == overview["installation"]["system_now"]
+    assert overview["brake"]["held"] == {}
+
+
+def test_the_overview_tells_who_leads_who_works_and_what_is_open(
+    rows: Rows, ledger: PostgresLedger
+) -> None:
+    """Leader with the rest of its lease, sources, workers, open incidents, queues."""
+    lead(rows)
+    rows.worker()
+    rows.worker("left_at")
+    rows.worker("dead_at")
+    rows.ask("update jobguard.workers set beat_at = now() - interval '4 s' where dead_at is null")
+    rows.suspect(rows.owed("absent"))
+    rows.ask("insert into jobguard.incidents (source, cause, missing) values (1, 'incident', 5)")
+    rows.ask("insert into jobguard.incidents (source, cause, closed_at) values (1, 'push', now())")
+    rows.ask(
+        "insert into jobguard.queues (source, queue, unguarded) values (1, 'mail', array['w9'])"
+    )
+    overview = ledger.overview(HERE)
+    leader, workers = overview["leader"], overview["workers"]
+    assert (leader["term"], leader["host"], leader["pid"]) == (7, "here", 42)
+    assert 5 < leader["seconds_left"] <= 10
+    assert (workers["alive"], workers["gone"], workers["dead"]) == (1, 1, 1)
+    assert 4 <= workers["oldest_beat_seconds"] < 10
+    (source,) = overview["sources"]
+    assert (source["id"], source["address"], source["suspects"]) == (1, MAIL, 1)
+    assert [incident["missing"] for incident in overview["incidents"]] == [5]
+    assert [(q["queue"], q["trusted_since"], q["unguarded"]) for q in overview["queues"]] == [
+        ("mail", None, ["w9"])
+    ]
+    nobody = ledger.overview("nobody")
+    assert nobody["leader"] is None and nobody["workers"]["alive"] == 0
+
+
+def test_a_leader_whose_lease_is_over_is_told_as_such(rows: Rows, ledger: PostgresLedger) -> None:
+    """Who led last is worth knowing; that nobody leads now, more."""
+    lead(rows)
+    rows.ask("update jobguard.leader set expires_at = now() - interval '1 s'")
+    leader = ledger.overview(HERE)["leader"]
+    assert leader["live"] is False and leader["seconds_left"] == 0
+
+
+def test_without_the_right_to_ask_the_cluster_a_move_is_seen_by_the_oid_alone(
+    rows: Rows, ledger: PostgresLedger
+) -> None:
+    """The overview does not fail where pg_control_system() is kept from us."""
+    database = rows.connection.info.dbname
+    role = f"plain_{uuid4().hex[:8]}"
+    rows.ask(f"create role {role} login")
+    try:
+        rows.ask(f"grant usage on schema jobguard to {role}")
+        rows.ask(f"grant select on all tables in schema jobguard to {role}")
+        rows.ask("revoke execute on function pg_control_system() from public")
+        port = rows.connection.info.port
+        url = f"postgresql://{role}@{rows.connection.info.host}:{port}/{database}"
+        with closing(PostgresLedger(lambda: url)) as plain:
+            installation = plain.overview(HERE)["installation"]
+            assert installation["system_now"] is None
+            with pytest.raises(NoRights):
+                plain.pause(HERE, queue=None)
+    finally:
+        rows.ask(f"drop owned by {role}")
+        rows.ask(f"drop role {role}")
+
+
+def test_a_database_that_is_not_migrated_or_not_there_is_told_apart(empty_database: str) -> None:
+    """The next step differs: migrate, or mend the connection."""
+    with closing(PostgresLedger(lambda: empty_database)) as ledger, pytest.raises(NotMigrated):
+        ledger.stats(HERE)
+    nowhere = "postgresql://u:hidden@127.0.0.1:1/d"
+    with (
+        closing(PostgresLedger(lambda: nowhere)) as ledger,
+        pytest.raises(StoreUnavailable, match=r"Postgres at 127\.0\.0\.1:1/d") as refused,
+    ):
+        ledger.overview(HERE)
+    assert "hidden" not in str(refused.value)
+
+
+def test_no_connection_is_kept_between_calls(rows: Rows, ledger: PostgresLedger) -> None:
+    """A dashboard that asks once a minute holds no session."""
+    ledger.stats(HERE)
+    ledger.overview(HERE)
+    sessions = "select count(*) from pg_stat_activity where application_name = 'jobguard ledger'"
+    mine = sessions + " and datname = current_database()"
+    eventually(lambda: rows.ask(mine) == [(0,)])

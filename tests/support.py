@@ -1,0 +1,35 @@
+"""What tests of every room share."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+T = TypeVar("T")
+
+
+def eventually(
+    predicate: Callable[[], T], timeout: float = 10.0, *, message: str | None = None
+) -> T:
+    """Wait until the predicate holds, and give what it answered.
+
+    An AssertionError of the predicate counts as "not yet", and is the cause of ours.
+    """
+    deadline = time.monotonic() + timeout
+    while True:
+        answer: T | None = None
+        not_yet: AssertionError | None = None
+        try:
+            answer = predicate()
+        except AssertionError as error:
+            not_yet = error
+        if answer:
+            return answer
+        if time.monotonic() >= deadline:
+            what = message or getattr(predicate, "__qualname__", repr(predicate))
+            last = not_yet if not_yet is not None else repr(answer)
+            raise AssertionError(f"not within {timeout:g} s: {what} (last: {last})") from not_yet
+        time.sleep(0.01)

@@ -1,0 +1,362 @@
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from jobguard import cli
+from jobguard.cli import doctor, run
+from jobguard.cli.common import ago, redis_urls_from
+from jobguard.cli.doctor import Verdict
+from jobguard.errors import ConfigurationError
+from jobguard.settings import Settings
+
+ROOT = Path(__file__).parents[2]
+HEAVY = ("click", "psycopg", "rich", "sqlalchemy", "structlog")
+
+
+def python(code: str, *arguments: str) -> str:
+    """Run code in a Python of its own, and give what it printed."""
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_import_jobguard_is_light_and_silent() -> None:
+    """A host that only imports us pays for none of the heavy packages, and sees no output."""
+    told = python(f"import jobguard, sys; print([m for m in {HEAVY} if m in sys.modules])")
+    assert told == "[]\n"
+
+
+def test_the_version_is_told_without_loading_any_command() -> None:
+    """`jobguard --version` loads click and nothing else."""
+    told = python(
+        "import sys; from jobguard.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        f"print([m for m in {HEAVY} if m in sys.modules])"
+    )
+    assert told.splitlines()[-1] == "['click']"
+
+
+def test_every_command_is_listed_and_explains_itself() -> None:
+    """--help tells the same first sentence in the list and at the command."""
+    runner = CliRunner()
+    listed = runner.invoke(cli.main, ["--help"])
+    assert listed.exit_code == 0
+    for name, (where, line) in cli.COMMANDS.items():
+        assert name in listed.output and line in " ".join(listed.output.split())
+        if where.startswith("jobguard.cli."):
+            assert runner.invoke(cli.main, [name, "--help"]).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["nonsense"],
+        ["stats", "--nonsense"],
+        ["migrate", "--sql", "--check"],
+        ["dead", "requeue"],
+        ["dead", "requeue", "j", "--all"],
+        ["dead", "requeue", "j", "--queue", "q"],
+        ["dead", "list", "--limit", "0"],
+        ["resume", "--queue", "q", "--moved"],
+        ["run"],
+    ],
+)
+def test_wrong_usage_ends_with_2(words: list[str]) -> None:
+    """Scripts can tell a typing error from a problem that was found."""
+    assert CliRunner().invoke(cli.main, words).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "environ"),
+    [
+        (["stats"], {}),
+        (["stats", "--postgres", "mysql://u:hidden@h/d"], {}),
+        (["stats"], {"DATABASE_URL": "sqlite:///hidden.db"}),
+        (["stats", "--postgres", "postgresql://h/d"], {"JOBGUARD_LEASE": "soon"}),
+        (["doctor"], {}),
+        (["run", "no-such-command"], {}),
+    ],
+)
+def test_a_problem_is_one_line_and_ends_with_1(words: list[str], environ: dict[str, str]) -> None:
+    """No traceback, no password."""
+    done = CliRunner().invoke(cli.main, words, env=environ)
+    assert done.exit_code == 1
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert "hidden" not in done.stderr
+
+
+def test_redis_comes_from_the_options_then_the_file_then_our_variable_then_everybodys(
+    tmp_path: Path,
+) -> None:
+    """Several are separated by white space, or by giving the option again."""
+    file = tmp_path / "urls"
+    file.write_text("redis://file/0\nredis://file/1\n")
+    environ = {
+        "JOBGUARD_REDIS_URL_FILE": str(file),
+        "JOBGUARD_REDIS_URL": "redis://ours/0  redis://ours/1",
+        "REDIS_URL": "redis://theirs",
+    }
+    assert redis_urls_from(("redis://a redis://b", "redis://c"), environ) == [
+        "redis://a",
+        "redis://b",
+        "redis://c",
+    ]
+    assert redis_urls_from((), environ) == ["redis://file/0", "redis://file/1"]
+    del environ["JOBGUARD_REDIS_URL_FILE"]
+    assert redis_urls_from((), environ) == ["redis://ours/0", "redis://ours/1"]
+    del environ["JOBGUARD_REDIS_URL"]
+    assert redis_urls_from((), environ) == ["redis://theirs"]
+    assert redis_urls_from((), {}) == []
+    with pytest.raises(ConfigurationError, match="JOBGUARD_REDIS_URL_FILE"):
+        redis_urls_from((), {"JOBGUARD_REDIS_URL_FILE": str(tmp_path / "absent")})
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [(None, ""), (-1, "0 s"), (59.6, "60 s"), (300, "5 min"), (7200, "2 h"), (200000, "2 d")],
+)
+def test_an_age_is_told_in_one_unit(seconds: float | None, told: str) -> None:
+    """Whole numbers of the largest unit that fits twice."""
+    assert ago(seconds) == told
+
+
+@pytest.fixture
+def own_argv() -> Iterator[None]:
+    """Put sys.argv and sys.path back as they were."""
+    argv, path = sys.argv[:], sys.path[:]
+    yield
+    sys.argv[:], sys.path[:] = argv, path
+
+
+def script(folder: Path, name: str, first: str) -> Path:
+    """Write a program that tells how it was started."""
+    path = folder / name
+    path.write_text(
+        f"{first}\nimport sys, helper\nprint(__name__, sys.argv[1:], helper.where, sys.argv[0])\n"
+    )
+    path.chmod(0o755)
+    (folder / "helper.py").write_text(f"where = {folder.name!r}\n")
+    return path
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        f"#!{sys.executable}",
+        f"#!{sys.executable} -E",
+        f"#!{Path(sys.executable).parent / 'python3'}",
+        f"#!/bin/sh\n'''exec' {sys.executable} \"$0\" \"$@\"\n' '''",
+    ],
+)
+def test_a_console_script_runs_in_this_process(
+    first: str,
+    tmp_path: Path,
+    own_argv: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It finds its name, its arguments and its neighbours as if Python had started it."""
+    path = script(tmp_path, "worker", first)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delitem(sys.modules, "helper", raising=False)
+    run.resolve(["worker", "--queue", "mail"])()
+    assert capsys.readouterr().out == f"__main__ ['--queue', 'mail'] {tmp_path.name} {path}\n"
+
+
+def test_python_with_a_script_or_a_module_runs_in_this_process(
+    tmp_path: Path,
+    own_argv: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """`python worker.py`, `worker.py` and `python -m worker`; -u changes nothing here."""
+    path = script(tmp_path, "worker.py", "")
+    monkeypatch.chdir(tmp_path)
+    bin_folder = Path(sys.executable).parent
+    monkeypatch.setenv("PATH", str(bin_folder))
+    for words in (
+        ["python", "worker.py", "a"],
+        ["python", "-u", str(path), "a"],
+        [str(path), "a"],
+        [str(bin_folder / "python3"), "-m", "worker", "a"],
+    ):
+        monkeypatch.delitem(sys.modules, "helper", raising=False)
+        run.resolve(words)()
+        assert capsys.readouterr().out.startswith(f"__main__ ['a'] {tmp_path.name} ")
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["no-such-command"], "no command 'no-such-command'"),
+        (["sh", "-c", "rq worker"], "is not a Python program"),
+        (["other"], "belongs to the Python in /opt/other"),
+        (["python", "-W", "error", "-m", "rq"], "options of Python itself come too late"),
+        (["python"], "after python there must be"),
+        (["python", "absent.py"], "no file 'absent.py'"),
+        (["/opt/elsewhere/bin/python3", "-m", "rq"], "not a Python program|belongs to"),
+    ],
+)
+def test_what_cannot_run_in_this_process_is_refused_in_words(
+    words: list[str], why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shell, another environment's Python, and what is not there."""
+    script(tmp_path, "other", "#!/opt/other/bin/python3")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{Path(sys.executable).parent}:/usr/bin:/bin")
+    with pytest.raises(run.NotPython, match=why):
+        run.resolve(words)
+
+
+class Entry:
+    """An entry point that is not installed."""
+
+    def __init__(self, name: str, loaded: Any) -> None:
+        self.name, self.loaded = name, loaded
+
+    def load(self) -> Any:
+        """Give what stands there, or fail as an import would."""
+        if isinstance(self.loaded, Exception):
+            raise self.loaded
+        return self.loaded
+
+
+def test_hooks_of_every_library_that_is_here_are_put_in_place(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A library that is not installed is passed over; one that fails does not stop the worker."""
+    prepared = []
+
+    class Prepares:
+        def prepare_worker(self) -> None:
+            prepared.append(self)
+
+    class Fails:
+        def prepare_worker(self) -> None:
+            raise RuntimeError("this version is too new")
+
+    entries = [
+        Entry("absent", ModuleNotFoundError("No module named 'celery'", name="celery")),
+        Entry("fails", Fails),
+        Entry("plain", type("Plain", (), {})),
+        Entry("prepares", Prepares),
+    ]
+    monkeypatch.setattr(run, "entry_points", lambda group: entries)
+    run.install_hooks()
+    assert len(prepared) == 1
+    told = [(vars(r)["jobguard"]["event"], vars(r)["jobguard"]["library"]) for r in caplog.records]
+    assert told == [("adapter_failed", "fails")]
+
+
+def overview(**changed: Any) -> dict[str, Any]:
+    """Make an overview in which nothing is wrong."""
+    fine: dict[str, Any] = {
+        "installation": {"name": "prod", "moved": False},
+        "leader": {"live": True, "host": "h", "pid": 1, "term": 2, "seconds_left": 9.0},
+        "brake": {"paused_at": None, "held": {}},
+        "sources": [{"address": "a", "settings": Settings().fingerprint()}],
+        "workers": {"alive": 1, "oldest_beat_seconds": 1.0},
+        "incidents": [],
+        "queues": [{"queue": "q", "trusted_since": datetime.now(UTC), "unguarded": []}],
+    }
+    return fine | changed
+
+
+@pytest.mark.parametrize(
+    ("changed", "word"),
+    [
+        ({"installation": {"name": "other", "moved": False}}, "'other'"),
+        ({"installation": {"name": "prod", "moved": True}}, "jobguard resume --moved"),
+        ({"leader": None}, "nobody leads"),
+        ({"leader": {"live": False}}, "nobody leads"),
+        ({"brake": {"paused_at": datetime.now(UTC), "held": {}}}, "paused since"),
+        ({"brake": {"paused_at": None, "held": {"1/q": {"reason": "why"}}}}, "held: why"),
+        ({"sources": [{"address": "a", "settings": "fence=false"}]}, "fence=false"),
+        ({"queues": [{"queue": "q", "trusted_since": None, "unguarded": ["w"]}]}, "unguarded.*w"),
+        ({"queues": [{"queue": "q", "trusted_since": None, "unguarded": []}]}, "not trusted yet"),
+    ],
+)
+def test_the_doctor_finds_each_problem_of_the_ledger(changed: dict[str, Any], word: str) -> None:
+    """One thing is wrong, and one problem is told."""
+    settings = Settings(installation="prod")
+
+    def problems(of: dict[str, Any]) -> list[str]:
+        found = doctor.judge(settings, of)
+        return [finding.detail for finding in found if finding.verdict is Verdict.PROBLEM]
+
+    assert problems(overview()) == []
+    (problem,) = problems(overview(**changed))
+    assert re.search(word, problem)
+
+
+def test_a_replica_and_an_evicting_redis_are_problems(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eviction only counts where there is a limit to reach."""
+    told: dict[str, Any] = {"role": "master", "maxmemory_policy": "allkeys-lru", "maxmemory": 0}
+
+    class Client:
+        def __enter__(self) -> Client:
+            return self
+
+        def __exit__(self, *exc_info: object) -> None:
+            pass
+
+        def info(self) -> dict[str, Any]:
+            return told
+
+    monkeypatch.setattr("jobguard.clients.client_from_url", lambda url, timeout: Client())
+    monkeypatch.setattr("jobguard.clients.address_of", lambda client: "h:1/0")
+
+    def problems() -> list[str]:
+        found = doctor._look_at_redis("redis://h:1")
+        return [finding.detail for finding in found if finding.verdict is Verdict.PROBLEM]
+
+    assert problems() == []
+    told["maxmemory"] = 1 << 30
+    assert problems() == ["maxmemory-policy is allkeys-lru: Redis drops jobs; set noeviction"]
+    told |= {"maxmemory": 0, "role": "slave"}
+    assert problems() == ["this is a replica: name the primary, or Sentinel"]
+
+
+def test_a_package_that_a_command_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`jobguard demo` without its extras says what to install."""
+
+    def missing(name: str) -> Any:
+        raise ModuleNotFoundError("No module named 'psutil'", name="psutil")
+
+    monkeypatch.setattr("jobguard.cli.importlib.import_module", missing)
+    done = CliRunner().invoke(cli.main, ["demo"])
+    assert done.exit_code == 1
+    assert "needs the package psutil: pip install 'jobguard[rq,embedded]'" in done.stderr
+
+
+def test_every_option_has_a_variable() -> None:
+    """Ours are JOBGUARD_<SETTING>; of the rest, click makes JOBGUARD_<COMMAND>_<OPTION>."""
+    settings_read_elsewhere = {"postgres", "namespace", "redis_urls"}
+
+    def check(command: click.Command, path: str) -> None:
+        for parameter in command.params:
+            if isinstance(parameter, click.Option) and parameter.name not in ("help", "version"):
+                by_hand = parameter.name in settings_read_elsewhere
+                assert parameter.allow_from_autoenv is not by_hand, path
+                assert not by_hand or "[env: JOBGUARD_" in (parameter.help or ""), path
+        if isinstance(command, click.Group):
+            for name, child in command.commands.items():
+                check(child, f"{path} {name}")
+
+    context = click.Context(cli.main)
+    for name, (where, _) in cli.COMMANDS.items():
+        if where.startswith("jobguard.cli."):
+            command = cli.main.get_command(context, name)
+            assert command is not None
+            check(command, name)

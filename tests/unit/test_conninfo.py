@@ -1,0 +1,222 @@
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import psycopg.conninfo
+import psycopg.pq
+import pytest
+
+from jobguard.conninfo import KEYWORDS, describe, normalise, postgres_conninfo
+from jobguard.errors import ConfigurationError, StoreUnavailable
+
+
+def libpq_reads(conninfo: str) -> dict[str, Any]:
+    """Ask libpq itself."""
+    return dict(psycopg.conninfo.conninfo_to_dict(conninfo))
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        "postgres",
+        "postgresql",
+        "postgresql+asyncpg",
+        "postgresql+psycopg",
+        "postgresql+psycopg2",
+        "postgresql+psycopg2cffi",
+        "postgis",
+        "POSTGRES",
+    ],
+)
+def test_every_usual_scheme_is_read_by_libpq(scheme: str) -> None:
+    """A URL made for another driver names the same database."""
+    read = libpq_reads(normalise(f"{scheme}://ann:s%40cret@db.example:6543/shop?sslmode=require"))
+    assert read == {
+        "user": "ann",
+        "password": "s@cret",
+        "host": "db.example",
+        "port": "6543",
+        "dbname": "shop",
+        "sslmode": "require",
+    }
+
+
+@pytest.mark.parametrize(
+    ("query", "kept"),
+    [
+        ("pgbouncer=true&schema=public&connection_limit=5", {}),
+        ("schema=public&connect_timeout=3", {"connect_timeout": "3"}),
+        ("options=-c%20search_path%3Dx+y", {"options": "-c search_path=x+y"}),
+        ("application_name=a%26b", {"application_name": "a&b"}),
+        ("ssl=true", {"sslmode": "require"}),
+        ("ssl=verify-full", {"sslmode": "verify-full"}),
+        ("ssl=true&sslmode=verify-ca", {"sslmode": "verify-ca"}),
+        ("sslmode=no-verify", {"sslmode": "require"}),
+    ],
+)
+def test_what_libpq_does_not_know_is_dropped_and_tls_is_not(
+    query: str, kept: dict[str, str]
+) -> None:
+    """Other drivers' options neither break the connection nor weaken it."""
+    read = libpq_reads(normalise(f"postgresql://h/d?{query}"))
+    assert read == {"host": "h", "dbname": "d", **kept}
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://a:1,b:2/d?target_session_attrs=read-write",
+        "postgresql+asyncpg:///d?host=a:1&host=b:2&target_session_attrs=read-write",
+        "postgresql:///d?host=a,b&port=1,2&target_session_attrs=read-write",
+    ],
+)
+def test_several_hosts_stay_several(url: str) -> None:
+    """A failover pair is read as one, in libpq's spelling and in SQLAlchemy's."""
+    assert libpq_reads(normalise(url)) == {
+        "host": "a,b",
+        "port": "1,2",
+        "dbname": "d",
+        "target_session_attrs": "read-write",
+    }
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"host": "h", "port": 6543, "dbname": "d", "user": "u", "password": r"it's \ 1"},
+        {
+            "ENGINE": "django.db.backends.postgresql",
+            "NAME": "d",
+            "USER": "u",
+            "PASSWORD": r"it's \ 1",
+            "HOST": "h",
+            "PORT": "6543",
+            "CONN_MAX_AGE": 60,
+            "TEST": {"NAME": "t"},
+            "OPTIONS": {"pool": True},
+        },
+        {"host": "h", "port": 6543, "database": "d", "username": "u", "password": r"it's \ 1"},
+    ],
+)
+def test_a_mapping_is_read_in_psycopgs_keys_and_in_djangos(given: Mapping[str, Any]) -> None:
+    """The settings that an application has already can be handed over as they are."""
+    assert libpq_reads(normalise(given)) == {
+        "host": "h",
+        "port": "6543",
+        "dbname": "d",
+        "user": "u",
+        "password": r"it's \ 1",
+    }
+
+
+def test_djangos_options_reach_libpq() -> None:
+    """TLS asked for in DATABASES["…"]["OPTIONS"] is kept."""
+    given = {"NAME": "d", "HOST": "", "OPTIONS": {"sslmode": "verify-full", "isolation_level": 1}}
+    assert libpq_reads(normalise(given)) == {"dbname": "d", "sslmode": "verify-full"}
+
+
+@pytest.mark.parametrize("given", ["host=h dbname='my db'", "service=prod", "dbname = d"])
+def test_a_libpq_string_is_passed_on_unchanged(given: str) -> None:
+    """What libpq reads anyway is not ours to rewrite."""
+    assert normalise(given) == given
+
+
+@pytest.mark.parametrize(
+    ("given", "word"),
+    [
+        ("sqlite:///db.sqlite3", "sqlite"),
+        ("sqlite::memory:", "sqlite"),
+        ("mysql+pymysql://u:hidden@h/d", "mysql"),
+        ({"ENGINE": "django.db.backends.sqlite3", "NAME": "x"}, "sqlite"),
+        ("hidden", "libpq"),
+        ({"pool": 5}, "mapping"),
+    ],
+)
+def test_what_is_no_postgres_is_refused_in_words(given: str | dict[str, Any], word: str) -> None:
+    """Another database is named as such; the message holds no password."""
+    with pytest.raises(ConfigurationError, match=word) as refused:
+        postgres_conninfo(given, {})
+    assert "hidden" not in str(refused.value)
+
+
+def test_the_argument_wins_then_the_file_then_our_variable_then_everybodys(tmp_path: Path) -> None:
+    """Four places are looked at, in the order that the manual tells."""
+    file = tmp_path / "url"
+    file.write_text("postgresql://file/d\n")
+    environ = {
+        "JOBGUARD_POSTGRES_URL_FILE": str(file),
+        "JOBGUARD_POSTGRES_URL": "postgresql://ours/d",
+        "DATABASE_URL": "postgresql://theirs/d",
+    }
+    assert postgres_conninfo("postgresql://argument/d", environ)() == "postgresql://argument/d"
+    for host in ("file", "ours", "theirs"):
+        assert postgres_conninfo(None, environ)() == f"postgresql://{host}/d"
+        del environ[next(iter(environ))]
+    with pytest.raises(ConfigurationError, match=r"JOBGUARD_POSTGRES_URL.*DATABASE_URL"):
+        postgres_conninfo(None, environ)
+
+
+def test_a_variable_that_is_set_to_nothing_counts_as_unset() -> None:
+    """Compose files set variables to the empty string."""
+    environ = {"JOBGUARD_POSTGRES_URL": "", "DATABASE_URL": "postgresql://h/d"}
+    assert postgres_conninfo(None, environ)() == "postgresql://h/d"
+
+
+def test_a_secrets_file_is_read_again_at_each_connect(tmp_path: Path) -> None:
+    """A password that was rotated is used from the next connect on."""
+    file = tmp_path / "url"
+    conninfo = postgres_conninfo(None, {"JOBGUARD_POSTGRES_URL_FILE": str(file)})
+    with pytest.raises(StoreUnavailable, match="JOBGUARD_POSTGRES_URL_FILE"):
+        conninfo()
+    for password in ("old", "new"):
+        file.write_text(f"postgres://u:{password}@h/d")
+        assert conninfo() == f"postgresql://u:{password}@h/d"
+
+
+def test_a_function_is_called_at_each_connect_and_its_secrets_are_not_told() -> None:
+    """Tokens that live 15 minutes come from a callable; its failure is an outage."""
+    tokens = iter(["one", "two"])
+    conninfo = postgres_conninfo(lambda: {"host": "h", "password": next(tokens)}, {})
+    assert [conninfo(), conninfo()] == ["host=h password=one", "host=h password=two"]
+
+    def fails() -> str:
+        raise RuntimeError("the token is hidden")
+
+    with pytest.raises(StoreUnavailable, match="RuntimeError") as failed:
+        postgres_conninfo(fails, {})()
+    assert "hidden" not in str(failed.value)
+
+
+@pytest.mark.parametrize(
+    ("conninfo", "place"),
+    [
+        ("postgresql://u:hidden@h:6543/d?sslmode=require", "h:6543/d"),
+        ("postgresql://u:hid@den@h/d", "h:5432/d"),
+        ("postgresql:///d", "localhost:5432/d"),
+        ("postgresql://u@/", "localhost:5432/u"),
+        ("postgresql://a:1,b:2/d", "a:1,b:2/d"),
+        ("postgresql://a,b/d", "a:5432,b:5432/d"),
+        ("postgresql://[::1]:6543/d", "[::1]:6543/d"),
+        ("postgresql:///d?host=/run/pg", "/run/pg:5432/d"),
+        ("postgresql://%2Frun%2Fpg/d", "/run/pg:5432/d"),
+        ("host=h port=6543 dbname='my db' password='hid den'", "h:6543/my db"),
+        ("garbage", "localhost:5432/"),
+    ],
+)
+def test_a_place_is_described_without_its_password(conninfo: str, place: str) -> None:
+    """Logs and messages name host, port and database, and nothing else."""
+    assert describe(conninfo, {}) == place
+
+
+def test_a_place_left_to_libpq_is_described_by_libpqs_variables() -> None:
+    """PGHOST and its like are named where they decide."""
+    environ = {"PGHOST": "h", "PGPORT": "6543", "PGDATABASE": "d"}
+    assert describe("postgresql://", environ) == "h:6543/d"
+
+
+def test_no_keyword_of_the_installed_libpq_is_dropped() -> None:
+    """The list of what is kept is at least libpq's."""
+    installed = {option.keyword.decode() for option in psycopg.pq.Conninfo.get_defaults()}
+    assert installed <= KEYWORDS

@@ -1,0 +1,217 @@
+"""What the demo counts, with losses and duplicates planted by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import pytest
+
+from jobguard.demo.figures import Figures, RedisKill, WorkerKill, count
+from jobguard.demo.ledger import Ledger
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+KILLED, OTHER = 11, 12
+
+
+def line(what: str, number: int, at: float, pid: int = OTHER) -> str:
+    """Write one line of a ledger."""
+    job_id = f" id-{number}" if what == "enqueued" else ""
+    return f"{what} {number} {pid} {int(at * 1e9)}{job_id}"
+
+
+def ledger(*lines: str) -> Ledger:
+    """Make a ledger of these lines."""
+    made = Ledger()
+    for one in lines:
+        made.add(one)
+    return made
+
+
+def done(number: int, at: float) -> list[str]:
+    """Write the lines of a job that went well."""
+    return [line("enqueued", number, at), line("start", number, at), line("end", number, at + 0.1)]
+
+
+def figures(
+    of: Ledger,
+    redis_kills: Sequence[RedisKill] = (),
+    worker_kills: Sequence[WorkerKill] = (),
+) -> Figures:
+    """Count."""
+    return count(of, library="rq", redis_kills=redis_kills, worker_kills=worker_kills)
+
+
+def test_a_quiet_run_has_lost_nothing() -> None:
+    """Everything enqueued is executed, once."""
+    counted = figures(ledger(*done(1, 10.0), *done(2, 11.0)))
+    assert (counted.enqueued, counted.executed, counted.lost) == (2, 2, 0)
+    assert (counted.duplicated, counted.excused, counted.restarted) == (0, 0, 0)
+    assert counted.seconds == pytest.approx(1.1)
+
+
+def test_a_promised_job_that_never_ended_is_lost() -> None:
+    """Whether it was never started or only never ended."""
+    counted = figures(
+        ledger(
+            *done(1, 10.0),
+            line("enqueued", 2, 10.0),
+            line("enqueued", 3, 10.0),
+            line("start", 3, 10.0),
+        )
+    )
+    assert (counted.enqueued, counted.executed, counted.lost) == (3, 1, 2)
+
+
+def test_what_was_refused_is_not_lost() -> None:
+    """An enqueue that raised promised nothing, whether or not the job ran all the same."""
+    counted = figures(
+        ledger(
+            line("refused", 1, 10.0),
+            line("refused", 2, 10.0),
+            line("start", 2, 10.0),
+            line("end", 2, 10.1),
+            *done(3, 11.0),
+        )
+    )
+    assert (counted.enqueued, counted.executed, counted.lost) == (1, 1, 0)
+    assert (counted.refused, counted.duplicated) == (2, 0)
+
+
+def test_a_job_that_ends_before_its_producer_wrote_is_counted_once() -> None:
+    """The order of the lines of two processes means nothing."""
+    backwards = ledger(
+        line("start", 1, 10.0), line("end", 1, 10.1), line("enqueued", 1, 10.2), *done(2, 11.0)
+    )
+    assert backwards.executed == figures(backwards).executed == 2
+    assert backwards.running == {}
+
+
+def test_two_ends_are_a_duplicate() -> None:
+    """However many more there are, it is one job."""
+    counted = figures(
+        ledger(*done(1, 10.0), line("end", 1, 11.0), line("end", 1, 12.0), *done(2, 10.0))
+    )
+    assert (counted.executed, counted.duplicated) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("first_pid", "first_end", "excused"),
+    [
+        (KILLED, 19.95, 1),
+        (KILLED, 20.0, 1),
+        (KILLED, 19.89, 0),  # it had the time to report
+        (KILLED, 20.01, 0),  # the dead do not write: another process with that pid
+        (OTHER, 19.95, 0),  # nobody killed it
+    ],
+)
+def test_only_a_worker_on_its_last_gasp_excuses_a_second_run(
+    first_pid: int, first_end: float, excused: int
+) -> None:
+    """Killed between the end of the task and the report: nobody can know that it was done."""
+    counted = figures(
+        ledger(
+            line("enqueued", 1, 10.0),
+            line("start", 1, 19.0, first_pid),
+            line("end", 1, first_end, first_pid),
+            line("start", 1, 36.0),
+            line("end", 1, 36.1),
+        ),
+        worker_kills=[WorkerKill(at=20.0, pid=KILLED, number=1)],
+    )
+    assert (counted.excused, counted.duplicated) == (excused, 1 - excused)
+    assert counted.restarted == 0
+
+
+def test_a_third_run_is_never_excused() -> None:
+    """One death explains one second run."""
+    counted = figures(
+        ledger(
+            line("enqueued", 1, 10.0),
+            line("end", 1, 19.99, KILLED),
+            line("end", 1, 36.0),
+            line("end", 1, 37.0),
+        ),
+        worker_kills=[WorkerKill(at=20.0, pid=KILLED, number=1)],
+    )
+    assert (counted.excused, counted.duplicated) == (0, 1)
+
+
+def test_the_job_of_a_killed_worker_is_restarted() -> None:
+    """It has two starts and one end, and the time is from the kill to the second start."""
+    counted = figures(
+        ledger(
+            line("enqueued", 1, 10.0),
+            line("start", 1, 19.8, KILLED),
+            *done(2, 19.0),
+            line("start", 1, 36.5),
+            line("end", 1, 37.0),
+        ),
+        worker_kills=[WorkerKill(at=20.0, pid=KILLED, number=1)],
+    )
+    assert (counted.restarted, counted.restart_seconds) == (1, 16.5)
+    assert (counted.lost, counted.duplicated) == (0, 0)
+
+
+def test_a_second_start_without_a_kill_is_no_restart() -> None:
+    """Only the killed worker's job counts."""
+    counted = figures(
+        ledger(line("start", 1, 9.0, KILLED + 5), *done(1, 10.0)),
+        worker_kills=[WorkerKill(at=20.0, pid=KILLED, number=1)],
+    )
+    assert (counted.restarted, counted.restart_seconds) == (0, None)
+
+
+def test_recovered_is_what_waited_through_a_kill_of_redis() -> None:
+    """Not what was done before, in a worker's hands, lost, or promised later."""
+    counted = figures(
+        ledger(
+            *done(1, 10.0),
+            line("enqueued", 2, 10.0),  # waits, and comes back
+            line("start", 2, 25.0),
+            line("end", 2, 25.1),
+            line("enqueued", 3, 10.0),  # in hand
+            line("start", 3, 19.9),
+            line("end", 3, 20.3),
+            line("enqueued", 4, 10.0),  # lost
+            *done(5, 22.0),
+        ),
+        redis_kills=[RedisKill(at=20.0, up_at=20.6), RedisKill(at=24.0, up_at=24.6)],
+    )
+    assert (counted.recovered, counted.lost) == (1, 1)
+
+
+def test_the_worst_kill_is_told() -> None:
+    """Detection counts from the kill, recovery from the moment Redis accepts again."""
+    counted = figures(
+        ledger(*done(1, 10.0)),
+        redis_kills=[
+            RedisKill(at=20.0, up_at=20.5, detected_at=20.75, recovered_at=24.5),
+            RedisKill(at=30.0, up_at=30.5, detected_at=31.0, recovered_at=32.0),
+        ],
+    )
+    assert (counted.detect_seconds, counted.recover_seconds) == (1.0, 4.0)
+
+
+def test_a_kill_that_was_never_recovered_from_is_not_hidden_by_the_others() -> None:
+    """The worst of a second and never is never."""
+    counted = figures(
+        ledger(*done(1, 10.0)),
+        redis_kills=[
+            RedisKill(at=20.0, up_at=20.5, detected_at=20.75, recovered_at=24.5),
+            RedisKill(at=30.0, up_at=30.5),
+        ],
+    )
+    assert (counted.detect_seconds, counted.recover_seconds) == (None, None)
+
+
+def test_the_public_figures_are_these() -> None:
+    """The keys of `--json` are a promise."""
+    counted = figures(ledger(*done(1, 10.0)))
+    assert list(counted.public()) == [
+        *("library", "enqueued", "executed", "lost", "duplicated", "restarted", "recovered"),
+        *("detect_seconds", "recover_seconds", "seconds"),
+    ]
+    assert dataclasses.replace(counted, lost=3).public()["lost"] == 3

@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import ast
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from uuid import UUID
+
+import pytest
+
+from jobguard import log
+from jobguard.log import EVENTS, get_logger, say
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def own_logging() -> Iterator[None]:
+    """Put the process' logging back as it was."""
+    root, ours = logging.getLogger(), logging.getLogger("jobguard")
+    before = root.handlers[:], root.level, ours.level
+    yield
+    root.handlers[:] = before[0]
+    root.setLevel(before[1])
+    ours.setLevel(before[2])
+
+
+def run(code: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a Python of its own."""
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+
+
+def test_an_event_reaches_the_hosts_logging_with_its_level_sentence_and_fields(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Text for people, and a mapping for handlers that want more."""
+    token = UUID(int=7)
+    with caplog.at_level("INFO", logger="jobguard"):
+        say("job_restored", job_id="j%s1", queue="mail", token=token)
+    (record,) = caplog.records
+    assert record.name == "jobguard"
+    assert record.levelno == logging.INFO
+    assert record.getMessage() == f"a job was put back job_id='j%s1' queue='mail' token='{token}'"
+    assert (
+        record.funcName
+        == "test_an_event_reaches_the_hosts_logging_with_its_level_sentence_and_fields"
+    )
+    told = vars(record)["jobguard"]
+    assert told["event"] == "job_restored"
+    assert told["job_id"] == "j%s1"
+
+
+def test_secrets_in_fields_are_masked(caplog: pytest.LogCaptureFixture) -> None:
+    """An error that quotes a URL does not publish its password."""
+    say("postgres_away", error=OSError("no route to postgresql://u:hidden@h/d"))
+    assert "hidden" not in caplog.text
+    assert "OSError" in caplog.text
+
+
+def test_a_bound_logger_tells_events_the_same_way(caplog: pytest.LogCaptureFixture) -> None:
+    """get_logger() is structlog's, and writes through the standard logger."""
+    with caplog.at_level("INFO", logger="jobguard"):
+        get_logger(source=5).bind(queue="mail").info("queue_trusted")
+        try:
+            raise ValueError("broken")
+        except ValueError:
+            get_logger().exception("pass_failed", part="pulse")
+    trusted, failed = caplog.records
+    assert trusted.getMessage() == "a queue is trusted source=5 queue='mail'"
+    assert failed.exc_info is not None and failed.levelno == logging.ERROR
+
+
+def test_a_level_that_is_off_costs_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    """An idle tick says nothing above debug."""
+    say("vacuumed", tables=["jobs"])
+    assert caplog.records == []
+
+
+def test_without_logging_set_up_nothing_is_printed() -> None:
+    """A host that configured no logging sees no line of ours, on neither stream."""
+    done = run("from jobguard.log import say; say('record_lost', job_id='j')")
+    assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_saying_something_loads_no_structlog() -> None:
+    """The first line of an outage does not cost a host 150 ms."""
+    done = run(
+        "import logging, sys; logging.basicConfig(); from jobguard.log import say\n"
+        "say('postgres_away', error='x'); print('structlog' in sys.modules)"
+    )
+    assert done.stdout == "False\n"
+    assert "Postgres does not answer" in done.stderr
+
+
+def test_our_command_line_logs_json_lines_to_stderr(
+    own_logging: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One object a line, with the event's name, level, time and fields; of others, warnings."""
+    log.configure("info", json=True)
+    say("leader_elected", namespace="default", term=3)
+    say("vacuumed", tables=[])
+    logging.getLogger("other").info("chatter")
+    logging.getLogger("other").warning("trouble")
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    ours, other = map(json.loads, captured.err.splitlines())
+    assert ours["event"] == "leader_elected"
+    assert ours["sentence"] == "this process leads"
+    assert (ours["level"], ours["term"]) == ("info", 3)
+    assert ours["timestamp"].endswith("Z")
+    assert other["event"] == "trouble"
+
+
+def test_our_command_line_logs_for_people(
+    own_logging: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The sentence comes first, then the fields."""
+    log.configure("debug")
+    say("vacuumed", tables=["jobs"])
+    told = capsys.readouterr().err
+    assert "tables were vacuumed" in told
+    assert "tables" in told and "_record" not in told
+
+
+def test_an_event_that_is_not_in_the_table_is_still_told(caplog: pytest.LogCaptureFixture) -> None:
+    """A mistake of ours is no exception in somebody else's process."""
+    say("no_such_event", x=1)
+    assert caplog.records[0].getMessage() == "no_such_event x=1"
+
+
+def test_every_event_that_the_code_tells_is_in_the_table() -> None:
+    """Each call of say() names an event of EVENTS, in so many letters."""
+    wrong = []
+    for folder in ("jobguard", "adapters", "schema", "demo"):
+        for file in (ROOT / folder).rglob("*.py"):
+            text = file.read_text()
+            if "jobguard.log" not in text and "import log" not in text:
+                continue  # a say() of its own
+            for node in ast.walk(ast.parse(text)):
+                if not isinstance(node, ast.Call):
+                    continue
+                called = node.func
+                name = called.id if isinstance(called, ast.Name) else getattr(called, "attr", "")
+                if name != "say":
+                    continue
+                event = node.args[0] if node.args else None
+                if not (isinstance(event, ast.Constant) and event.value in EVENTS):
+                    wrong.append(f"{file.relative_to(ROOT)}:{node.lineno}")
+    assert wrong == []
+
+
+def test_every_event_has_a_level_and_a_sentence() -> None:
+    """Names are words joined by underscores; sentences end without a full stop."""
+    for name, event in EVENTS.items():
+        assert name.replace("_", "").isalpha() and name.islower(), name
+        assert event.level in (logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR)
+        assert event.sentence and not event.sentence.endswith("."), name

@@ -1,0 +1,86 @@
+"""What stands in the repository must also be installed."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
+SETUPTOOLS: dict[str, Any] = PROJECT["tool"]["setuptools"]
+MOVED: dict[str, str] = SETUPTOOLS["package-dir"]
+TOPS = {
+    "jobguard": ROOT / "jobguard",
+    **{package: ROOT / folder for package, folder in MOVED.items() if "/" not in folder},
+}
+
+
+def packages_on_disk() -> dict[str, Path]:
+    """Find every folder with Python in it, by the name under which it is installed."""
+    found = {}
+    for top, folder in TOPS.items():
+        for where, _, files in os.walk(folder):  # does not follow the links
+            if any(file.endswith(".py") for file in files):
+                inner = Path(where).relative_to(folder).parts
+                found[".".join((top, *inner))] = Path(where)
+    return found
+
+
+def test_every_package_folder_is_listed() -> None:
+    """A folder with Python in it is installed, and nothing is listed that is not there."""
+    assert sorted(SETUPTOOLS["packages"]) == sorted(packages_on_disk())
+
+
+def test_every_package_folder_has_an_init() -> None:
+    """No folder is a namespace package by oversight."""
+    bare = [
+        name for name, path in packages_on_disk().items() if not (path / "__init__.py").exists()
+    ]
+    assert bare == []
+
+
+def test_every_package_is_taken_from_its_real_folder() -> None:
+    """A package outside jobguard/ is mapped to where it lies."""
+    for name, path in packages_on_disk().items():
+        usual = ROOT.joinpath(*name.split("."))
+        assert ROOT / MOVED.get(name, usual.relative_to(ROOT)) == path, name
+
+
+def test_every_data_file_is_shipped() -> None:
+    """SQL and Lua files, and the mark that we are typed, match a pattern of their package."""
+    shipped = {
+        file
+        for package, patterns in SETUPTOOLS["package-data"].items()
+        for pattern in patterns
+        for file in packages_on_disk()[package].glob(pattern)
+    }
+    present = {
+        Path(where) / file
+        for folder in TOPS.values()
+        for where, _, files in os.walk(folder)
+        for file in files
+        if file.endswith((".sql", ".lua")) or file == "py.typed"
+    }
+    assert sorted(present - shipped) == []
+    assert ROOT / "jobguard" / "py.typed" in present
+
+
+@pytest.mark.parametrize("name", [name for name in TOPS if name != "jobguard"])
+def test_links_show_the_installed_shape(name: str) -> None:
+    """Type checkers find the moved folders under their installed names."""
+    link = ROOT.joinpath(*name.split("."))
+    if link.is_file() and not link.is_symlink():
+        pytest.skip("this checkout was made without symbolic links")
+    assert link.is_symlink()
+    assert link.resolve() == TOPS[name]
+
+
+def test_every_adapter_entry_point_has_its_package() -> None:
+    """An adapter that is announced is also installed."""
+    for target in PROJECT["project"]["entry-points"]["jobguard.adapters"].values():
+        module = target.partition(":")[0]
+        assert module in SETUPTOOLS["packages"], target

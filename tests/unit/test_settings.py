@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+from dataclasses import fields
+
+import pytest
+
+from jobguard.errors import ConfigurationError
+from jobguard.settings import Settings, disabled, settings_from
+
+
+def test_an_argument_wins_over_the_environment_and_that_over_the_default() -> None:
+    """The order is the manual's."""
+    environ = {"JOBGUARD_NAMESPACE": "env", "JOBGUARD_LEASE": "20"}
+    settings = settings_from({"namespace": "argument"}, environ)
+    assert (settings.namespace, settings.lease, settings.page) == ("argument", 20.0, 5000)
+
+
+def test_none_as_an_argument_is_not_given() -> None:
+    """An option that was left out of the command line hides no variable."""
+    assert settings_from({"namespace": None}, {"JOBGUARD_NAMESPACE": "env"}).namespace == "env"
+
+
+def test_every_setting_has_its_variable_and_its_meaning() -> None:
+    """Each default survives the way through the environment."""
+    default = Settings()
+    for field in fields(Settings):
+        value = getattr(default, field.name)
+        text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        environ = {} if value is None else {f"JOBGUARD_{field.name.upper()}": text}
+        assert getattr(settings_from({}, environ), field.name) == value, field.name
+        assert field.metadata["meaning"]
+
+
+@pytest.mark.parametrize(
+    ("word", "value"), [("1", True), ("no", False), ("ON", True), ("False", False)]
+)
+def test_a_switch_is_read_in_the_usual_words(word: str, value: bool) -> None:
+    """true, yes, on, 1 and their opposites, in any case."""
+    assert settings_from({}, {"JOBGUARD_FENCE": word}).fence is value
+
+
+def test_a_list_is_separated_by_commas() -> None:
+    """Waits are given as 0,30,300."""
+    assert settings_from({}, {"JOBGUARD_CRASH_BACKOFF": "0, 5,60"}).crash_backoff == (
+        0.0,
+        5.0,
+        60.0,
+    )
+
+
+def test_all_problems_are_told_at_once_each_with_its_source() -> None:
+    """One run of the program is enough to mend every setting."""
+    environ = {"JOBGUARD_LEASE": "soon", "JOBGUARD_FENCE": "perhaps"}
+    with pytest.raises(ConfigurationError) as refused:
+        settings_from({"wroker_timeout": 5, "mode": "guess"}, environ)
+    told = str(refused.value)
+    assert "did you mean 'worker_timeout'?" in told
+    assert "mode='guess'" in told and "'observe'" in told
+    assert "JOBGUARD_LEASE='soon'" in told
+    assert "JOBGUARD_FENCE='perhaps'" in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        ({"lease": 0}, "lease must be more than 0"),
+        ({"page": -1}, "page must be more than 0"),
+        ({"worker_timeout": 4.0, "beat_interval": 3.0}, "twice beat_interval"),
+        ({"namespace": "  "}, "namespace must not be empty"),
+        ({"crash_backoff": (0.0, -1.0)}, "crash_backoff"),
+    ],
+)
+def test_values_that_make_no_sense_together_are_refused(
+    arguments: dict[str, object], word: str
+) -> None:
+    """A number can be well written and still be wrong."""
+    with pytest.raises(ConfigurationError, match=word):
+        settings_from(arguments, {})
+
+
+def test_the_fingerprint_tells_what_processes_must_agree_on() -> None:
+    """Namespace, fence and mode; no duration."""
+    assert Settings().fingerprint() == "namespace=default fence=true mode=guard"
+    assert Settings(lease=1.0).fingerprint() == Settings().fingerprint()
+    assert Settings(fence=False).fingerprint() != Settings().fingerprint()
+
+
+@pytest.mark.parametrize(("word", "off"), [("1", True), ("true", True), ("0", False), ("", False)])
+def test_one_variable_switches_everything_off(word: str, off: bool) -> None:
+    """JOBGUARD_DISABLED is looked at by itself."""
+    assert disabled({"JOBGUARD_DISABLED": word}) is off
+    assert not disabled({})
