@@ -45,7 +45,9 @@ class Figures:
     duplicated: int
     excused: int  # second runs that "at least once" allows; see REPORT_SECONDS
     restarted: int
-    restart_seconds: float | None  # from a worker's kill until its job was started again
+    # From a worker's kill until its job was started again: longer than jobguard took to see the
+    # death and to put the job back by the job's wait for its turn in the queue.
+    restart_seconds: float | None
     recovered: int
     refused: int  # calls of enqueue that raised: nothing was promised, nothing is lost
     redis_kills: int

@@ -101,7 +101,9 @@ def _seconds(seconds: float | None) -> str:
 
 
 def _restarted(run: Figures) -> str:
-    after = "" if run.restart_seconds is None else f" after {run.restart_seconds:.1f} s"
+    after = (
+        "" if run.restart_seconds is None else f", running again after {run.restart_seconds:.1f} s"
+    )
     return f"{run.restarted}{after}"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import EntryPoint, entry_points
@@ -26,14 +25,13 @@ from jobguard.errors import (
     JobguardError,
     UnsupportedTarget,
 )
+from jobguard.log import say
 from jobguard.settings import Settings, disabled, settings_from
 from jobguard.store import Counts
 
 if TYPE_CHECKING:
     from jobguard.store import Ledger
     from jobguard.tracker import HostTracker
-
-logger = logging.getLogger("jobguard")
 
 Postgres = str | Mapping[str, Any] | Callable[[], Any] | None
 
@@ -196,12 +194,12 @@ def guard(
     """
     chosen = settings_from({**settings, "namespace": namespace})
     if disabled():
-        logger.warning("JOBGUARD_DISABLED is set: nothing is guarded")
+        say("guard_inert", reason="JOBGUARD_DISABLED is set")
         return JobGuard(chosen, inert="JOBGUARD_DISABLED is set")
     adapter, guarded = _recognised(target, chosen)
     if guarded.inert is not None or guarded.client is None:
         reason = guarded.inert or "a test double"
-        logger.info("nothing is guarded here: %s", reason)
+        say("guard_inert", reason=reason)
         return JobGuard(chosen, inert=reason)
     conninfo = postgres_conninfo(postgres)
     existing = _guards.get(guarded.source.id)
@@ -214,6 +212,11 @@ def guard(
         chosen, tracker=tracker, adapter=adapter, guarded=guarded, conninfo=conninfo
     )
     _guards[guarded.source.id] = made
+    say(
+        "guarded",
+        source=str(guarded.source),
+        queues=sorted(guarded.queues) if guarded.queues is not None else "all",
+    )
     if chosen.connect == "require":
         try:
             tracker.connect()
@@ -296,7 +299,7 @@ def _resolve_worker(target: object) -> Tracker | None:
     try:
         made = guard(target)
     except (ConfigurationError, UnsupportedTarget, ConflictingGuard) as error:
-        logger.error("this worker is not guarded: %s", error)
+        say("guard_refused", error=str(error))
         return None
     return cast(Tracker, made._tracker) if made._tracker is not None else None
 

@@ -37,7 +37,6 @@ EVENTS: Mapping[str, Event] = {
     "postgres_back": Event(INFO, "Postgres answers again"),  # seconds
     "not_migrated": Event(ERROR, "the schema is not there: run `jobguard migrate`"),  # place
     "no_rights": Event(ERROR, "the role may not use the schema: see schema/grants.sql"),  # error
-    "schema_mismatch": Event(ERROR, "the schema is of another version"),  # error
     "wrong_installation": Event(ERROR, "this is another installation's database"),  # has, wants
     "redis_away": Event(WARNING, "Redis does not answer"),  # source, error
     "redis_back": Event(INFO, "Redis answers again"),  # source, seconds
@@ -59,8 +58,12 @@ EVENTS: Mapping[str, Event] = {
     "record_skipped": Event(WARNING, "jobs go unrecorded while Postgres is away"),  # count
     "row_refused": Event(ERROR, "Postgres refuses a row for what is in it"),  # job_id, error
     "spool_replayed": Event(INFO, "the spool was replayed"),  # count, seconds
+    "spool_left": Event(ERROR, "entries of the spool were never written to Postgres"),  # count
+    "not_written": Event(DEBUG, "something was not written: Postgres is away"),  # what, error
+    "pooler_found": Event(
+        WARNING, "prepared statements are lost between calls, as behind a pooler; going without"
+    ),
     "spool_full": Event(ERROR, "the spool is full"),  # size
-    "push_left_to_leader": Event(INFO, "a push is left to the leader"),  # job_id, queue
     # Working.
     "worker_started": Event(INFO, "a guarded worker begins"),  # worker, name, queues
     "worker_renewed": Event(WARNING, "this worker was declared dead and goes on anew"),  # worker
@@ -68,6 +71,16 @@ EVENTS: Mapping[str, Event] = {
     "start_skipped": Event(INFO, "a start was skipped"),  # job_id, queue, reason, outcome
     "start_unclaimed": Event(WARNING, "a job starts without a claim: Postgres is away"),  # job_id
     "claim_lost": Event(WARNING, "a run's claim went to another worker"),  # job_id
+    "start_unfenced": Event(WARNING, "a start was not granted, but the fence is off"),  # reason
+    "nobody_leads": Event(
+        WARNING, "a start was skipped while no reconciler leads: run `jobguard reconcile`"
+    ),
+    "beat_unheard": Event(DEBUG, "a store did not hear a beat"),  # store, error
+    "source_differs": Event(
+        ERROR,
+        "the reconciler knows this Redis as another source than this process does: use one address "
+        "everywhere, or set JOBGUARD_SOURCE to one name",
+    ),  # source
     "end_late": Event(WARNING, "an end came too late and changed nothing"),  # job_id, number
     # Leading.
     "reconciler_started": Event(INFO, "the reconciler begins"),  # namespace, postgres, redis
@@ -75,14 +88,28 @@ EVENTS: Mapping[str, Event] = {
     "leader_elected": Event(INFO, "this process leads"),  # namespace, term
     "leader_resigned": Event(INFO, "this process leads no longer"),  # namespace, term
     "leader_lost": Event(WARNING, "the lease was lost"),  # namespace, term, error
-    "pass_failed": Event(ERROR, "a pass failed and will be tried again"),  # source, part, error
+    "lease_unrenewed": Event(WARNING, "the lease could not be written"),  # error
+    "step_failed": Event(ERROR, "a step failed and will be tried again"),  # part, error
+    "watching": Event(INFO, "a source is watched"),  # source
+    "source_unwatched": Event(
+        ERROR, "no Redis URL was given for a source: add it to --redis or JOBGUARD_REDIS_URL"
+    ),  # source, given
+    "adapter_missing": Event(ERROR, "there is no adapter for a source's library"),  # library, install
+    "wrong_redis": Event(
+        ERROR, "workers see a living pulse where this reconciler sees none: it is at the wrong Redis"
+    ),  # source
+    "foreign_pulse": Event(
+        ERROR,
+        "another ledger keeps its pulse in this Redis: nothing is put back; give one of the two "
+        "another JOBGUARD_NAMESPACE",
+    ),  # source
+    "place_unsure": Event(
+        ERROR, "nothing is put back until a person says `jobguard resume`"
+    ),  # source, reason
     "ledger_moved": Event(
         ERROR, "this database is not where it was: `jobguard resume --moved`"
     ),  # was, is_now
     "ledger_behind": Event(ERROR, "Redis' pulse is ahead: Postgres went back in time"),  # source
-    "installation_unnamed": Event(WARNING, "the installation has no name"),  # command
-    "paused": Event(WARNING, "recovery is paused"),  # namespace, queue, since
-    "resumed": Event(INFO, "recovery goes on"),  # namespace, queue
     "queue_held": Event(ERROR, "a queue is held until `jobguard resume`"),  # source, queue, reason
     "queue_trusted": Event(INFO, "a queue is trusted"),  # source, queue
     "queue_untrusted": Event(
@@ -90,29 +117,28 @@ EVENTS: Mapping[str, Event] = {
     ),  # source, queue, workers
     # What was lost, and what was done.
     "redis_lost_data": Event(ERROR, "Redis lost data"),  # source, detail
-    "topology_changed": Event(WARNING, "Redis restarted or failed over"),  # source, detail
-    "incident_opened": Event(WARNING, "an incident begins"),  # source, incident, cause, detail
+    "redis_evicted": Event(ERROR, "Redis evicted keys: set maxmemory-policy to noeviction"),  # keys
+    "verifying": Event(INFO, "everything owed is verified"),  # source, cause
+    "incident_resumed": Event(WARNING, "an earlier leader's incident goes on"),  # incident, detail
     "incident_closed": Event(
         INFO, "an incident is over"
     ),  # source, incident, missing, restored, seconds
     "worker_dead": Event(WARNING, "a worker is dead"),  # worker, name, host, pid, claims
-    "job_suspected": Event(DEBUG, "a job is absent; it will be looked at again"),  # job_id, cause
-    "job_restored": Event(INFO, "a job was put back"),  # job_id, queue, cause
+    "jobs_suspected": Event(DEBUG, "jobs are absent; they will be looked at again"),  # count
+    "jobs_untrusted": Event(
+        ERROR, "jobs were absent before their queue was trusted: they are not recovered"
+    ),  # queue, count
+    "claims_voided": Event(WARNING, "claims of dead workers were taken away"),  # count
+    "job_not_restored": Event(WARNING, "a job was not put back"),  # job_id, answer
     "jobs_restored": Event(INFO, "jobs were put back"),  # source, count, cause, seconds
-    "job_requeued": Event(INFO, "a job was requeued by hand"),  # job_id, token
     "job_buried": Event(
         ERROR, "a job is dead: its crash budget is spent"
     ),  # job_id, queue, crashes
     "job_closed": Event(INFO, "a job was closed from what Redis shows"),  # job_id, outcome
-    "job_overwritten": Event(WARNING, "another life of a job stands in its place"),  # job_id, queue
-    "job_unreadable": Event(
-        ERROR, "an envelope is of a version this jobguard does not know"
-    ),  # job_id
     "would_restore": Event(INFO, "a job would have been put back (mode=observe)"),  # job_id, cause
-    "outbox_pushed": Event(INFO, "recorded jobs were pushed"),  # source, count
     # Housekeeping.
-    "rotated": Event(INFO, "old history was dropped"),  # dropped
     "vacuumed": Event(DEBUG, "tables were vacuumed"),  # tables
+    "rotated": Event(INFO, "old history was dropped"),  # dropped
 }
 
 _standard = logging.getLogger("jobguard")

@@ -10,7 +10,6 @@ at once.
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 import threading
@@ -31,6 +30,7 @@ from jobguard.job import (
     Unknown,
     new_token,
 )
+from jobguard.log import say
 from jobguard.pulse import beat_key, parse_pulse, read_pulse
 from jobguard.redact import redact
 from jobguard.store import Ask, BeatReply, HostStore
@@ -39,8 +39,6 @@ if TYPE_CHECKING:
     import redis
 
     from jobguard.tracker import HostTracker
-
-logger = logging.getLogger("jobguard")
 
 _HOLD_BACK = 1.0
 """Ends younger than this are no news for a beat: the batch is about to be committed."""
@@ -90,6 +88,7 @@ class WorkerSession:
     def open(self) -> None:
         """Beat once, so that claims have somebody to belong to, and go on beating."""
         self.beat()
+        say("worker_started", worker=self.id, name=self._name, queues=self._queues)
         for name, work in (("beat", self._beats), ("ends", self._flushes)):
             thread = threading.Thread(target=work, name=f"jobguard-{name}", daemon=True)
             thread.start()
@@ -107,25 +106,30 @@ class WorkerSession:
             answer = self._claim(token, nonce, describe)
         except StoreUnavailable as error:
             # Fail open: the job runs, and is claimed as soon as Postgres answers again.
-            logger.debug("started without a claim: %s", error)
+            say("start_unclaimed", error=str(error))
             with self._lock:
                 self._unclaimed[token] = nonce
             return Claim(token, 0)
         except Exception as error:
-            logger.error("a start could not be claimed, it runs unclaimed: %s", error)
+            say("guest_failed", where="claim", error=str(error))
             return Claim(token, 0)
         if isinstance(answer, Claim):
             return answer
         if not self._settings.fence or self._settings.mode == "observe":
-            logger.warning("a start was not granted (%s); the fence is off, it runs", answer.reason)
+            say("start_unfenced", reason=answer.reason.value)
             return Claim(token, 0)
         with self._lock:
             # Held, perhaps by another thread of ours: its listing stays.
             self._listed[token] -= 1
             if not self._listed[token]:
                 del self._listed[token]
+        say(
+            "start_skipped",
+            reason=answer.reason.value,
+            outcome=answer.outcome.value if answer.outcome else None,
+        )
         if not self._leader_live:
-            logger.warning("a start is skipped while no reconciler leads: run `jobguard reconcile`")
+            say("nobody_leads")
         return answer
 
     def _claim(
@@ -177,7 +181,7 @@ class WorkerSession:
             with self._lock:
                 self._unclaimed.pop(token, None)
             if isinstance(answer, Refused):
-                logger.warning("a job that was started while postgres was away is %s", answer.reason)
+                say("claim_lost", reason=answer.reason.value)
 
     # -- ends --------------------------------------------------------------------------------------
 
@@ -246,10 +250,10 @@ class WorkerSession:
             self._commit_alone(batch, error)
         except Exception as error:
             if not isinstance(error, StoreUnavailable):
-                logger.error("ends could not be written: %s", error)
+                say("guest_failed", where="end", error=str(error))
             if self._tracker.spool.put(batch):
                 return  # listed until they are replayed
-            logger.error("the spool is full: %d ends are lost; these jobs may run again", len(batch))
+            say("spool_full", size=self._settings.spool_size, ends=len(batch))
         self.ended(batch)
 
     def _commit_alone(self, batch: Sequence[End], error: BadRow) -> None:
@@ -258,7 +262,7 @@ class WorkerSession:
                 self._commit([end])
         else:
             self._tracker.spool.counts.quarantined += 1
-            logger.error("the end of job %r cannot be written: %s", batch[0].job_id, error)
+            say("row_refused", job_id=batch[0].job_id, error=str(error))
 
     def _flushes(self) -> None:
         while not self._stop.is_set():
@@ -269,8 +273,8 @@ class WorkerSession:
                 self.flush()
                 if len(self._tracker.spool):
                     self._tracker.replay()
-            except Exception:
-                logger.exception("ends could not be committed; going on")
+            except Exception as error:
+                say("guest_failed", where="ends", error=str(error), exc_info=True)
 
     # -- beats -------------------------------------------------------------------------------------
 
@@ -284,10 +288,10 @@ class WorkerSession:
                 self._tracker.connect()
             reply: BeatReply = self._beat_store.beat(source.id, beat, namespace=source.namespace)
         except JobguardError as error:
-            logger.debug("beat not heard by postgres: %s", error)
+            say("beat_unheard", store="postgres", error=str(error))
             return False
-        except Exception:
-            logger.exception("beat not heard by postgres")
+        except Exception as error:
+            say("guest_failed", where="beat", error=str(error), exc_info=True)
             return False
         self._leader_live = reply.leader_live
         if reply.dead:
@@ -322,11 +326,8 @@ class WorkerSession:
 
     def _be_reborn(self) -> None:
         """A leader has declared us dead: what we held is others' now, and we begin anew."""
-        logger.error(
-            "this worker was silent for too long and was declared dead; it goes on as a new one, "
-            "and what it reports of jobs it held is not believed"
-        )
-        self.id = new_token()
+        before, self.id = self.id, new_token()
+        say("worker_renewed", was=before, worker=self.id)
         self._known = False
         with self._lock:
             self._counter = 0
@@ -342,17 +343,13 @@ class WorkerSession:
             read_pulse(pipe, self._tracker.source.namespace)
             answers: list[Any] = pipe.execute()
         except Exception as error:
-            logger.debug("beat not heard by redis: %s", error)
+            say("beat_unheard", store="redis", error=str(error))
             return None
         standing = parse_pulse(answers[1])
         if standing is None:
             return None
         if standing.source != self._tracker.source.id:
-            logger.error(
-                "this redis is known to the reconciler as another source than to this worker "
-                "(%s): use the same address everywhere, or set JOBGUARD_SOURCE to one name",
-                self._tracker.source,
-            )
+            say("source_differs", source=str(self._tracker.source))
         return standing.epoch, standing.n
 
     def _client(self) -> redis.Redis | None:
@@ -365,8 +362,8 @@ class WorkerSession:
             try:
                 if self.beat():
                     self._late_claims()
-            except Exception:
-                logger.exception("a beat failed; going on")
+            except Exception as error:
+                say("guest_failed", where="beats", error=str(error), exc_info=True)
 
     def close(self) -> None:
         """Flush and say goodbye; see Session."""
@@ -381,10 +378,11 @@ class WorkerSession:
         try:
             self._beat_store.leave(self.id)
         except Exception as error:
-            logger.debug("goodbye not heard by postgres: %s", error)
+            say("beat_unheard", store="postgres", error=str(error))
         try:
             if (client := self._client()) is not None:
                 client.delete(beat_key(self.id))
         except Exception as error:
-            logger.debug("goodbye not heard by redis: %s", error)
+            say("beat_unheard", store="redis", error=str(error))
         self._beat_store.close()
+        say("worker_left", worker=self.id, name=self._name)

@@ -8,7 +8,6 @@ exception of ours reach the host, unless the user asked for it.
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 import time
@@ -22,14 +21,20 @@ from jobguard.adapter import Source
 from jobguard.circuit import Circuit
 from jobguard.commit import GroupCommit
 from jobguard.doubt import Doubt
-from jobguard.errors import BadRow, JobguardError, StoreUnavailable, WrongInstallation
+from jobguard.errors import (
+    BadRow,
+    JobguardError,
+    NoRights,
+    NotMigrated,
+    StoreUnavailable,
+    WrongInstallation,
+)
 from jobguard.job import Delivery, End, Ended, Recorded
+from jobguard.log import say
 from jobguard.session import WorkerSession
 from jobguard.settings import Settings
 from jobguard.spool import Cancelled, Entry, MemorySpool, Spool
 from jobguard.store import HostStore, SourceRow
-
-logger = logging.getLogger("jobguard")
 
 _REPLAY = 250
 """Entries of the spool that one call carries along: a host that comes by waits for no more."""
@@ -69,6 +74,7 @@ class HostTracker:
             self._pid = os.getpid()
             self._store = self._make_store()
             self._registered = False
+            self._told = False
             self._registering = threading.Lock()
             self._replaying = threading.Lock()
             self.circuit = Circuit(
@@ -91,9 +97,10 @@ class HostTracker:
 
     def _circuit_changed(self, closed: bool) -> None:
         if closed:
-            logger.warning("postgres answers again: circuit closed, %d to replay", len(self.spool))
+            self._told = False
+            say("postgres_back", to_replay=len(self.spool))
         else:
-            logger.warning("postgres does not answer: circuit open, jobs go on without it")
+            say("postgres_away")
 
     def _ready(self) -> HostStore:
         """The store, made known to this source on the first call. Raises as the store does."""
@@ -124,16 +131,10 @@ class HostTracker:
                 f"the database is installation {name!r}, JOBGUARD_INSTALLATION says "
                 f"{self.settings.installation!r}: nothing is written to it"
             )
-            logger.error("%s", self._refuses)
+            say("wrong_installation", has=name, wants=self.settings.installation)
             raise WrongInstallation(self._refuses)
         if there.settings != mine:
-            logger.error(
-                "settings disagree for %s: others say %r, this process says %r. "
-                "Set the same JOBGUARD_* variables everywhere.",
-                self.source,
-                there.settings,
-                mine,
-            )
+            say("settings_differ", source=str(self.source), here=mine, there=there.settings)
         self._registered = True
 
     def call(self, work: Callable[[HostStore], Any]) -> Any:
@@ -182,7 +183,7 @@ class HostTracker:
                 raise
             return self._overflow(deliveries, error)
         except Exception as error:
-            logger.error("jobs could not be recorded, they go on unguarded: %s", error)
+            say("record_lost", count=len(deliveries), error=str(error))
             self.spool.counts.lost += len(deliveries)
             return Recorded(lost=True)
         mine = frozenset(d.token for d in deliveries)
@@ -208,9 +209,7 @@ class HostTracker:
         """One of several is bad: find out which; the others shall not suffer for it."""
         if len(deliveries) == 1:
             self.spool.counts.quarantined += 1
-            logger.error(
-                "job %r cannot be recorded, it goes on unguarded: %s", deliveries[0].job_id, error
-            )
+            say("row_refused", job_id=deliveries[0].job_id, error=str(error))
             return Recorded(lost=True)
         parts = [self.record([delivery], outbox=outbox) for delivery in deliveries]
         return Recorded(
@@ -223,11 +222,25 @@ class HostTracker:
     def _overflow(self, entries: Sequence[Entry], error: Exception) -> Recorded:
         if self.settings.when_postgres_down == "skip":
             self.spool.counts.lost += len(entries)
+            say("record_skipped", count=len(entries))
             return Recorded(lost=True)
         if self.spool.put(entries):
+            self._tell_once(error)
             return Recorded(spooled=True)
-        logger.error("the spool is full: %d entries go unrecorded (%s)", len(entries), error)
+        say("spool_full", size=self.settings.spool_size, count=len(entries), error=str(error))
         return Recorded(lost=True)
+
+    def _tell_once(self, error: Exception) -> None:
+        """One line an outage: a busy producer would otherwise fill its log with them."""
+        if self._told:
+            return
+        self._told = True
+        if isinstance(error, NotMigrated):
+            say("not_migrated", error=str(error))
+        elif isinstance(error, NoRights):
+            say("no_rights", error=str(error))
+        else:
+            say("record_spooled", error=str(error))
 
     def withdraw(self, deliveries: Sequence[Delivery]) -> None:
         """Take back what was surely not pushed; see Tracker."""
@@ -276,7 +289,7 @@ class HostTracker:
                 raise
             self._overflow([entry], error)
         except Exception as error:
-            logger.error("a cancellation could not be written: %s", error)
+            say("guest_failed", where="cancel", error=str(error))
 
     def _cancel(self, store: HostStore, entry: Cancelled) -> int:
         return store.cancel(
@@ -311,10 +324,10 @@ class HostTracker:
         try:
             return self.call(work)
         except JobguardError as error:
-            logger.debug("%s was not written: %s", what, error)
+            say("not_written", what=what, error=str(error))
             return None
-        except Exception:
-            logger.exception("%s was not written", what)
+        except Exception as error:
+            say("guest_failed", where=what, error=str(error), exc_info=True)
             return None
 
     # -- workers -----------------------------------------------------------------------------------
@@ -331,11 +344,8 @@ class HostTracker:
         answers: Sequence[Ended] = self.call(lambda store: store.end(self.source.id, ends))
         for end, answer in zip(ends, answers, strict=True):
             if answer is Ended.LATE:
-                logger.warning(
-                    "late: %s of job %r (claim %d) changes nothing",
-                    end.outcome.value,
-                    end.job_id,
-                    end.number,
+                say(
+                    "end_late", job_id=end.job_id, outcome=end.outcome.value, number=end.number
                 )
         return answers
 
@@ -355,10 +365,12 @@ class HostTracker:
                 done += len(entries)
         except StoreUnavailable:
             pass
-        except Exception:
-            logger.exception("the spool could not be replayed")
+        except Exception as error:
+            say("guest_failed", where="replay", error=str(error), exc_info=True)
         finally:
             self._replaying.release()
+        if done:
+            say("spool_replayed", count=done, left=len(self.spool))
         return done
 
     def _replay(self, store: HostStore, entries: Sequence[Entry]) -> None:
@@ -382,7 +394,7 @@ class HostTracker:
         except BadRow as error:
             if len(deliveries) == 1:
                 self.spool.counts.quarantined += 1
-                logger.error("job %r cannot be recorded: %s", deliveries[0].job_id, error)
+                say("row_refused", job_id=deliveries[0].job_id, error=str(error))
                 return
             for delivery in deliveries:
                 self._replay_records(store, [delivery])
@@ -396,5 +408,5 @@ class HostTracker:
         while len(self.spool) and time.monotonic() < deadline and self.replay():
             pass
         if len(self.spool):
-            logger.error("%d entries were never written to postgres", len(self.spool))
+            say("spool_left", count=len(self.spool))
         self._store.close()

@@ -201,19 +201,21 @@ from jobguard.workers w where w.source = %(source)s order by w.id
 -- name: declare_dead
 with lease as (
   select from jobguard.leader where namespace = %(namespace)s and term = %(term)s for share
+), declared as (
+  update jobguard.workers w set dead_at = now() from lease
+  where w.id = any (%(workers)b::uuid[]) and w.dead_at is null
 )
-update jobguard.workers w set dead_at = now() from lease
-where w.id = any (%(workers)b::uuid[]) and w.dead_at is null
-returning w.id
+select true from lease
 
 -- name: forget
 with lease as (
   select from jobguard.leader where namespace = %(namespace)s and term = %(term)s for share
+), forgotten as (
+  delete from jobguard.workers w using lease
+  where w.id = any (%(workers)b::uuid[]) and (w.dead_at is not null or w.left_at is not null)
+    and not exists (select from jobguard.running r where r.worker = w.id)
 )
-delete from jobguard.workers w using lease
-where w.id = any (%(workers)b::uuid[]) and (w.dead_at is not null or w.left_at is not null)
-  and not exists (select from jobguard.running r where r.worker = w.id)
-returning w.id
+select true from lease
 
 -- name: page
 -- Owed deliveries in the order of their tokens.
@@ -336,9 +338,9 @@ with lease as (
 ), suspected as (
   insert into jobguard.suspects as s (source, token, cause)
   select %(source)s, g.token, 'worker' from gone g
-  on conflict (source, token) do update set cause = 'worker'
+  on conflict (source, token) do update set cause = 'worker', mark = '', seen_at = now()
 )
-select token from charged
+select array(select token from charged) from lease
 
 -- name: close_owed
 -- End in the leader's name what nobody runs.

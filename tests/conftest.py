@@ -12,6 +12,7 @@ import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psycopg
 import pytest
 import redis
 
@@ -70,6 +71,8 @@ def database(postgres_server: NamedPostgres, template_database: str) -> Iterator
     """Give the URL of a fresh, migrated database."""
     name = f"jobguard_test_{uuid.uuid4().hex}"
     url = postgres_server.create_database(name, template_database)
+    with psycopg.connect(url) as connection:
+        jobguard.schema.settle(connection)  # a clone is a copy, and a copy puts nothing back
     yield url
     postgres_server.drop_database(name)
 

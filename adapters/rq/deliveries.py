@@ -1,8 +1,8 @@
 """What a Job object knows of its delivery, and how a push of RQ becomes a ``Delivery``.
 
-RQ writes a job with ``Job.to_dict``. While a hook has a ``Draft`` on the job, the wrapped method puts
-our token into the mapping and keeps the mapping, so that the envelope holds the very bytes that go
-to Redis, made once.
+RQ writes a job with ``Job.to_dict``. While a hook has a ``Draft`` on the job, the wrapped method
+puts our token into the mapping and keeps the mapping, so that the envelope holds the very bytes
+that go to Redis, made once.
 """
 
 from __future__ import annotations
@@ -58,6 +58,8 @@ class Draft:
     at_front: bool = False
     score: str = ""
     due_at: float | None = None
+    expires: bool = True
+    """Whether RQ lets the job's ttl run from this push on."""
     mapping: dict[str, Any] | None = None
     on_written: Callable[[], None] | None = None
     """Called when the mapping is final and nothing is sent yet."""
@@ -104,6 +106,13 @@ def drafting(job: Job, push: Draft) -> Iterator[None]:
         yield
     finally:
         job.__dict__.pop(_DRAFT, None)
+
+
+def ttl_runs(job: Job) -> None:
+    """RQ sets the ttl of a job that it writes; before 3.0 it does not for one that is scheduled."""
+    push: Draft | None = job.__dict__.get(_DRAFT)
+    if push is not None:
+        push.expires = True
 
 
 def is_drafted(job: Job) -> bool:
@@ -227,8 +236,10 @@ def deliver(job: Job, push: Draft, *, queue: str) -> Delivery:
     """Return the record of a push, once RQ has written it into the draft."""
     assert push.mapping is not None
     encoder = cast(Any, job.connection).get_encoder().encode
-    fields = {
-        name: bytes(encoder(value)) for name, value in push.mapping.items() if value is not None
+    fields: dict[str, bytes] = {
+        name: value if type(value) is bytes else encoder(value)
+        for name, value in push.mapping.items()
+        if value is not None
     }
     routing = Routing(
         mode=push.mode,
@@ -248,7 +259,7 @@ def deliver(job: Job, push: Draft, *, queue: str) -> Delivery:
         envelope=encode(routing, fields),
         attempt=push.attempt,
         due_at=push.due_at,
-        expires_at=time.time() + job.ttl if job.ttl else None,
+        expires_at=time.time() + job.ttl if job.ttl and push.expires else None,
         parent=push.parent,
         fresh=push.fresh,
     )

@@ -12,6 +12,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from enum import StrEnum
+from functools import lru_cache
 
 VERSION = 1
 _HEAD = struct.Struct(">BI")
@@ -48,20 +49,30 @@ class Routing:
     rate_concurrency: int = 0
 
 
-_DEFAULT = asdict(Routing())
+_PLAIN = Routing()
+_DEFAULT = asdict(_PLAIN)
 
 
 def encode(routing: Routing, fields: Mapping[str, bytes]) -> bytes:
     """Return the envelope of a push."""
-    header = json.dumps(
-        {name: value for name in _DEFAULT if (value := getattr(routing, name)) != _DEFAULT[name]},
-        separators=(",", ":"),
-    ).encode()
+    header = b"{}" if routing == _PLAIN else _header(routing)
     parts = [_HEAD.pack(VERSION, len(header)), header]
     for name, value in fields.items():
-        raw = name.encode()
-        parts += (_NAME.pack(len(raw)), raw, _VALUE.pack(len(value)), value)
+        parts += (_named(name), _VALUE.pack(len(value)), value)
     return b"".join(parts)
+
+
+def _header(routing: Routing) -> bytes:
+    unusual = {
+        name: value for name in _DEFAULT if (value := getattr(routing, name)) != _DEFAULT[name]
+    }
+    return json.dumps(unusual, separators=(",", ":")).encode()
+
+
+@lru_cache(maxsize=256)  # RQ has some forty names
+def _named(name: str) -> bytes:
+    raw = name.encode()
+    return _NAME.pack(len(raw)) + raw
 
 
 def decode(envelope: bytes) -> tuple[Routing, dict[bytes, bytes]]:

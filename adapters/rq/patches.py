@@ -17,10 +17,10 @@ from typing import Any
 from rq import worker as workers
 from rq.job import Job
 from rq.queue import Queue
-from rq.registry import FailedJobRegistry
+from rq.registry import FailedJobRegistry, ScheduledJobRegistry
 from rq.version import VERSION
 
-from jobguard.adapters.rq import producer, worker
+from jobguard.adapters.rq import intent, lives, producer, worker
 from jobguard.errors import UnsupportedTarget
 
 log = logging.getLogger("jobguard")
@@ -65,18 +65,24 @@ PRODUCER = (
         _ENQUEUE,
         required=False,
     ),
-    Target(Queue, "empty", producer.empty, ("self",)),
-    Target(Queue, "delete", producer.delete_queue, ("self", "delete_jobs")),
+    Target(Queue, "empty", intent.empty, ("self",)),
+    Target(Queue, "delete", intent.delete_queue, ("self", "delete_jobs")),
     Target(Job, "save", producer.save, ("self", "pipeline", "include_meta")),
-    Target(Job, "to_dict", producer.to_dict, ("self", "include_meta", "include_result")),
-    Target(Job, "restore", producer.restore, ("self", "raw_data")),
-    Target(Job, "retry", producer.retry, ("self", "queue", "pipeline")),
-    Target(Job, "_handle_retry_result", producer._handle_retry_result, ("self",), required=False),
-    Target(Job, "cancel", producer.cancel, ("self", "pipeline")),
-    Target(Job, "delete", producer.delete, ("self", "pipeline")),
-    Target(Job, "cleanup", producer.cleanup, ("self", "ttl", "pipeline")),
-    Target(Job, "get_status", producer.get_status, ("self", "refresh")),
-    Target(FailedJobRegistry, "add", producer.add_to_failed, ("self", "job", "ttl")),
+    Target(Job, "to_dict", lives.to_dict, ("self", "include_meta", "include_result")),
+    Target(Job, "restore", lives.restore, ("self", "raw_data")),
+    Target(Job, "retry", lives.retry, ("self", "queue", "pipeline")),
+    Target(Job, "_handle_retry_result", lives._handle_retry_result, ("self",), required=False),
+    Target(Job, "cancel", intent.cancel, ("self", "pipeline")),
+    Target(Job, "delete", intent.delete, ("self", "pipeline")),
+    Target(Job, "cleanup", intent.cleanup, ("self", "ttl", "pipeline")),
+    Target(Job, "get_status", lives.get_status, ("self", "refresh")),
+    Target(
+        ScheduledJobRegistry,
+        "schedule",
+        producer.schedule,
+        ("self", "job", "scheduled_datetime", "pipeline"),
+    ),
+    Target(FailedJobRegistry, "add", lives.add_to_failed, ("self", "job", "ttl")),
 )
 
 WORKER = (

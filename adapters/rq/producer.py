@@ -1,4 +1,4 @@
-"""The hooks on RQ's Queue and Job: every way into Redis, and every way a person takes a job out.
+"""The hooks on every way into Redis.
 
 Each hook is a function of the original method that returns its wrapper, with RQ's own signature.
 """
@@ -13,20 +13,17 @@ from datetime import datetime as DateTime
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
-from rq.exceptions import InvalidJobOperation
 from rq.job import Job, JobStatus
 from rq.queue import Queue
 from rq.version import VERSION
 
 from jobguard.adapters.rq import deliveries
-from jobguard.adapters.rq.deliveries import Draft, begin_new_life, draft, drafting, moving
+from jobguard.adapters.rq.deliveries import Draft, begin_new_life, draft, drafting
 from jobguard.adapters.rq.envelope import Mode
-from jobguard.adapters.rq.layout import FIELD, SPENT
 from jobguard.adapters.rq.lookup import tracker_for_job, tracker_for_queue
 from jobguard.adapters.rq.pipeline import Batch, Staged, is_immediate, not_pushed, record
 from jobguard.adapters.rq.push import push
 from jobguard.errors import StoreUnavailable
-from jobguard.job import Outcome
 
 if TYPE_CHECKING:
     from redis.client import Pipeline
@@ -36,7 +33,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("jobguard")
 Hook = Callable[..., Any]
 
-_CLEANING = "_jobguard_cleaning"
 _DEFERRED_BY_EXPIRY = tuple(int(part) for part in VERSION.split(".")[:2]) < (2, 8)
 
 
@@ -159,7 +155,7 @@ def schedule_job(original: Hook) -> Hook:
                 tracker,
                 self.name,
                 job,
-                draft(job, Mode.SCHEDULED, **when),
+                draft(job, Mode.SCHEDULED, expires=False, **when),
                 pipe,
                 lambda: original(self, job, datetime, pipeline=pipe, **kwargs),
             )
@@ -167,6 +163,27 @@ def schedule_job(original: Hook) -> Hook:
         if pipeline is None or is_immediate(pipeline):
             return push(tracker, self, stage)
         return stage(pipeline)
+
+    return hook
+
+
+def schedule(original: Hook) -> Hook:
+    """ScheduledJobRegistry.schedule: part of the push, which RQ before 3.0 sends at once.
+
+    There the id is in the delay queue before its hash is in Redis, and before we recorded it.
+    """
+
+    @wraps(original)
+    def hook(
+        self: Any, job: Job, scheduled_datetime: DateTime, pipeline: Pipeline | None = None
+    ) -> Any:
+        if pipeline is None or not deliveries.is_drafted(job):
+            return original(self, job, scheduled_datetime, pipeline=pipeline)
+        connection, self.connection = self.connection, pipeline
+        try:
+            return original(self, job, scheduled_datetime, pipeline=pipeline)
+        finally:
+            self.connection = connection
 
     return hook
 
@@ -238,167 +255,6 @@ def _deferred_score(job: Job) -> str:
     return str(now + job.ttl) if job.ttl else "+inf"
 
 
-def to_dict(original: Hook) -> Hook:
-    """Job.to_dict: where our token goes into what RQ writes, and where we see it."""
-
-    @wraps(original)
-    def hook(self: Job, include_meta: bool = True, include_result: bool = True) -> Any:
-        mapping = original(self, include_meta=include_meta, include_result=include_result)
-        deliveries.written(self, mapping)
-        return mapping
-
-    return hook
-
-
-def restore(original: Hook) -> Hook:
-    """Job.restore: a job that is read from Redis knows which delivery it is."""
-
-    @wraps(original)
-    def hook(self: Job, raw_data: Any) -> Any:
-        result = original(self, raw_data)
-        try:
-            deliveries.remember(self, raw_data)
-        except Exception:
-            log.exception("jobguard could not read its fields of job %s", self.id)
-        return result
-
-    return hook
-
-
-def retry(original: Hook) -> Hook:
-    """Job.retry: the next push takes the place of the attempt that failed."""
-
-    @wraps(original)
-    def hook(self: Job, queue: Queue, pipeline: Pipeline) -> Any:
-        with moving(self, Outcome.SUPERSEDED):
-            return original(self, queue, pipeline)
-
-    return hook
-
-
-def _handle_retry_result(original: Hook) -> Hook:
-    """Job._handle_retry_result: the same for a function that returned a Retry."""
-
-    @wraps(original)
-    def hook(self: Job, *args: Any, **kwargs: Any) -> Any:
-        with moving(self, Outcome.SUPERSEDED):
-            return original(self, *args, **kwargs)
-
-    return hook
-
-
-def cancel(original: Hook) -> Hook:
-    """Job.cancel: our tombstone first, so that nothing brings the job back."""
-
-    @wraps(original)
-    def hook(self: Job, pipeline: Pipeline | None = None, *args: Any, **kwargs: Any) -> Any:
-        tracker = tracker_for_job(self)
-        if tracker is None:
-            return original(self, pipeline, *args, **kwargs)
-        _intend_to_cancel(tracker, self, pipeline)
-        result = original(self, pipeline, *args, **kwargs)
-        token = deliveries.token_of(self)
-        if token is not None:
-            # RQ lets a cancelled job be put back: that must not be taken for this delivery.
-            client = pipeline if pipeline is not None else self.connection
-            client.hset(self.key, FIELD, token.hex + SPENT)
-        return result
-
-    return hook
-
-
-def delete(original: Hook) -> Hook:
-    """Job.delete: a person's delete is a cancel; RQ's own, of a job that ended, is not."""
-
-    @wraps(original)
-    def hook(self: Job, pipeline: Pipeline | None = None, *args: Any, **kwargs: Any) -> Any:
-        is_its_end = _CLEANING in self.__dict__ or self._status in deliveries.ENDED
-        if not is_its_end and deliveries.run_of(self) is None:
-            tracker = tracker_for_job(self)
-            if tracker is not None:
-                _intend_to_cancel(tracker, self, pipeline)
-        return original(self, pipeline, *args, **kwargs)
-
-    return hook
-
-
-def cleanup(original: Hook) -> Hook:
-    """Job.cleanup: deletes a job whose result nobody wants to keep."""
-
-    @wraps(original)
-    def hook(self: Job, *args: Any, **kwargs: Any) -> Any:
-        self.__dict__[_CLEANING] = True
-        try:
-            return original(self, *args, **kwargs)
-        finally:
-            self.__dict__.pop(_CLEANING, None)
-
-    return hook
-
-
-def get_status(original: Hook) -> Hook:
-    """Job.get_status: a parent that lost its hash while it ran has still finished.
-
-    RQ asks for it in the middle of the success, to release the children; without an answer it would
-    turn that success into a failure.
-    """
-
-    @wraps(original)
-    def hook(self: Job, refresh: bool = True) -> Any:
-        status = self._status
-        try:
-            return original(self, refresh=refresh)
-        except InvalidJobOperation:
-            if not deliveries.is_repeating(self) or deliveries.run_of(self) is None:
-                raise
-            self._status = status
-            return status
-
-    return hook
-
-
-def empty(original: Hook) -> Hook:
-    """Queue.empty: everything that waits is cancelled."""
-
-    @wraps(original)
-    def hook(self: Queue) -> Any:
-        tracker = tracker_for_queue(self)
-        if tracker is not None:
-            tracker.cancel(queue=self.name)
-        return original(self)
-
-    return hook
-
-
-def delete_queue(original: Hook) -> Hook:
-    """Queue.delete: also where it leaves the jobs' hashes, nothing would ever run them."""
-
-    @wraps(original)
-    def hook(self: Queue, delete_jobs: bool = True) -> Any:
-        tracker = tracker_for_queue(self)
-        if tracker is not None and not delete_jobs:  # else it calls Queue.empty
-            tracker.cancel(queue=self.name)
-        return original(self, delete_jobs=delete_jobs)
-
-    return hook
-
-
-def add_to_failed(original: Hook) -> Hook:
-    """FailedJobRegistry.add: every failure for good, whoever found it."""
-
-    @wraps(original)
-    def hook(self: Any, job: Job, *args: Any, **kwargs: Any) -> Any:
-        result = original(self, job, *args, **kwargs)
-        token = deliveries.token_of(job)
-        if token is not None and tracker_for_job(job) is not None:
-            pipeline = args[2] if len(args) > 2 else kwargs.get("pipeline")
-            client = pipeline if pipeline is not None else job.connection
-            client.hset(job.key, FIELD, token.hex + SPENT)
-        return result
-
-    return hook
-
-
 def _stage(
     tracker: Tracker,
     queue: str,
@@ -424,8 +280,8 @@ def _push_unique(
 ) -> Any:
     """Push an id that may only stand once.
 
-    It is recorded as fresh although it is not: else its record would supersede the older delivery of
-    the id, which is the very one that stays if this one is refused.
+    It is recorded as fresh although it is not: else its record would supersede the older delivery
+    of the id, which is the very one that stays if this one is refused.
     """
     if queue.connection.exists(job.key):
         return call()  # RQ refuses it, and nothing needs to be taken back
@@ -466,12 +322,3 @@ def _push_by_script(
 
 def _is_duplicate(error: BaseException) -> bool:
     return type(error).__name__ == "DuplicateJobError"  # a class that RQ has since 2.8
-
-
-def _intend_to_cancel(tracker: Tracker, job: Job, pipeline: Pipeline | None) -> None:
-    token = deliveries.token_of(job)
-    tokens, ids = ([token] if token is not None else []), [job.id]
-    if pipeline is None or is_immediate(pipeline):
-        tracker.cancel(tokens=tokens, job_ids=ids)
-    else:  # only if the caller does not drop it
-        Batch.of(pipeline).intend(lambda: tracker.cancel(tokens=tokens, job_ids=ids))

@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from jobguard import __version__
 from jobguard.errors import JobguardError
 
 # Command: (where it is, what `jobguard --help` says of it without loading it).
@@ -71,7 +72,7 @@ class _Commands(click.Group):
         "show_default": True,
     },
 )
-@click.version_option(package_name="jobguard", message="%(prog)s %(version)s")
+@click.version_option(__version__, prog_name="jobguard", message="%(prog)s %(version)s")
 def main() -> None:
     """Guard the jobs in Redis: RQ, Celery and Dramatiq keep their speed, Postgres keeps the truth.
 

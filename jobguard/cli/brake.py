@@ -10,7 +10,6 @@ from jobguard.cli.common import (
     open_ledger,
     postgres_option,
     print_json,
-    settings_of,
 )
 
 queue_option = click.option("--queue", metavar="NAME", help="This queue alone.")
@@ -26,8 +25,7 @@ def pause(postgres: str | None, namespace: str | None, queue: str | None, as_jso
 
     Enqueueing and working go on, and are recorded.
     """
-    tenant = settings_of(namespace).namespace
-    with open_ledger(postgres) as ledger:
+    with open_ledger(postgres, namespace) as (ledger, tenant):
         ledger.pause(tenant, queue=queue)
         brake = ledger.overview(tenant)["brake"]
     if as_json:
@@ -52,8 +50,7 @@ def resume(
     """Go on after `jobguard pause`, or after jobguard held a queue by itself."""
     if moved and queue is not None:
         raise click.UsageError("--moved is about the whole database, not about one queue")
-    tenant = settings_of(namespace).namespace
-    with open_ledger(postgres) as ledger:
+    with open_ledger(postgres, namespace) as (ledger, tenant):
         ledger.resume(tenant, queue=queue, moved=moved)
         brake = ledger.overview(tenant)["brake"]
     if as_json:

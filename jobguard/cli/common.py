@@ -74,12 +74,19 @@ def redis_urls_from(given: tuple[str, ...], environ: Mapping[str, str] | None = 
 
 
 @contextmanager
-def open_ledger(postgres: str | None) -> Iterator[PostgresLedger]:
-    """Give the ledger that the command line or the environment names."""
+def open_ledger(
+    postgres: str | None, namespace: str | None
+) -> Iterator[tuple[PostgresLedger, str]]:
+    """Give the ledger and the namespace that the command line or the environment names.
+
+    Raises WrongInstallation if JOBGUARD_INSTALLATION names another database than this one.
+    """
     from jobguard.store.ledger import PostgresLedger
 
+    settings = settings_of(namespace)
     with closing(PostgresLedger(postgres_conninfo(postgres))) as ledger:
-        yield ledger
+        ledger.require_installation(settings.installation)
+        yield ledger, settings.namespace
 
 
 def print_json(value: Any) -> None:

@@ -16,7 +16,6 @@ from jobguard.cli.common import (
     open_ledger,
     postgres_option,
     print_json,
-    settings_of,
 )
 from jobguard.errors import JobguardError, StoreUnavailable
 from jobguard.job import Outcome
@@ -52,8 +51,7 @@ def list_(
     as_json: bool,
 ) -> None:
     """List jobs that were given up and not taken up since, newest first."""
-    tenant = settings_of(namespace).namespace
-    with open_ledger(postgres) as ledger:
+    with open_ledger(postgres, namespace) as (ledger, tenant):
         rows = ledger.dead(tenant, outcomes=_outcomes(failed), queue=queue, limit=limit)
     if as_json:
         print_json(rows)
@@ -88,10 +86,9 @@ def requeue(
         raise click.UsageError("name the jobs, or give --all")
     if job_ids and (queue or failed):
         raise click.UsageError("--queue and --failed go with --all")
-    tenant = settings_of(namespace).namespace
     done: list[dict[str, Any]] = []
     problems = 0
-    with open_ledger(postgres) as ledger:
+    with open_ledger(postgres, namespace) as (ledger, tenant):
         rows = (
             _everything(ledger, tenant, _outcomes(failed), queue)
             if everything

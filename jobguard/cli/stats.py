@@ -16,7 +16,6 @@ from jobguard.cli.common import (
     open_ledger,
     postgres_option,
     print_json,
-    settings_of,
 )
 from jobguard.store import Counts
 
@@ -35,8 +34,7 @@ def command(postgres: str | None, namespace: str | None, as_json: bool) -> None:
 
     Stuck jobs are pending or processing too, and counted once in the total.
     """
-    tenant = settings_of(namespace).namespace
-    with open_ledger(postgres) as ledger:
+    with open_ledger(postgres, namespace) as (ledger, tenant):
         counts, overview = ledger.stats(tenant), ledger.overview(tenant)
     if as_json:
         print_json(_report(counts, overview))

@@ -19,15 +19,13 @@ runs out: Postgres may only have been slow.
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable
 
 from jobguard.errors import NotLeading, StoreUnavailable
+from jobguard.log import say
 from jobguard.store import LeaderStore
-
-logger = logging.getLogger("jobguard")
 
 _MARGIN = 0.1
 """Of the lease: how much earlier than its end the leader steps down."""
@@ -74,13 +72,13 @@ class Leadership:
                 self._term = self._store.elect(lease=self._lease)
                 if self._term is None:
                     return
-                logger.info("leading, term %d", self._term)
+                say("leader_elected", term=self._term)
         except NotLeading:
-            logger.warning("term %s is over; standing by", self._term)
+            say("leader_lost", term=self._term)
             self._term = None
             return
         except StoreUnavailable as error:
-            logger.warning("the lease could not be renewed: %s", error)
+            say("lease_unrenewed", error=str(error))
             return
         self._trusted_until = asked + self._lease * (1 - _MARGIN)
         self._changed.set()
@@ -105,8 +103,8 @@ class Leadership:
         while not self._stop.is_set():
             try:
                 self.seek()
-            except Exception:
-                logger.exception("seeking the lease failed; going on")
+            except Exception as error:
+                say("step_failed", part="lease", error=str(error), exc_info=True)
             # A standby asks more often: the time without a leader is what users wait for.
             self._stop.wait(self._lease * (0.3 if self._term is not None else 0.1))
 
@@ -121,6 +119,6 @@ class Leadership:
             return
         try:
             self._store.resign(term)
-            logger.info("resigned from term %d", term)
+            say("leader_resigned", term=term)
         except StoreUnavailable as error:
-            logger.warning("could not resign, the lease will end by itself: %s", error)
+            say("lease_unrenewed", error=str(error))

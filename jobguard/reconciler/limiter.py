@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import zip_longest
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -41,9 +40,8 @@ def round_robin(items: Iterable[T], queue_of: Callable[[T], str]) -> Iterator[T]
     by_queue: dict[str, list[T]] = {}
     for item in items:
         by_queue.setdefault(queue_of(item), []).append(item)
-    columns: Sequence[list[T]] = list(by_queue.values())
-    missing = object()
-    for row in zip_longest(*columns, fillvalue=missing):
-        for item in row:
-            if item is not missing:
-                yield item  # type: ignore[misc]
+    places = max((len(items) for items in by_queue.values()), default=0)
+    for nth in range(places):
+        for column in by_queue.values():
+            if nth < len(column):
+                yield column[nth]

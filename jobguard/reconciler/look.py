@@ -7,7 +7,6 @@ fell asleep between the look and the push does neither.
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,12 +16,11 @@ import redis
 
 from jobguard.adapter import Broker
 from jobguard.job import Cause, Outcome, Owed, Presence, Restored, Sighting
+from jobguard.log import say
 from jobguard.reconciler.limiter import TokenBucket, round_robin
 from jobguard.reconciler.verdict import Case, Decision, Holder, Verdict, decide
 from jobguard.settings import Settings
 from jobguard.store import Closing, LeaderStore, Void
-
-logger = logging.getLogger("jobguard")
 
 _DEADLINE = 5.0
 """Seconds of Redis' clock from the look to the push, at most."""
@@ -224,7 +222,7 @@ class Looker:
         self._store.clear(term, self._source, clear)
         self._store.suspect(term, self._source, suspects)
         if suspects:
-            logger.debug("%d deliveries are absent for the first time", len(suspects))
+            say("jobs_suspected", count=len(suspects))
 
     def _close(
         self, term: int, decided: Sequence[tuple[Owed, Sighting, Decision]], done: Done
@@ -244,10 +242,15 @@ class Looker:
         for owed, _, decision in decided:
             if decision.verdict is Verdict.BURY:
                 done.buried += 1
-                logger.error("job %r is dead: %s", owed.job_id, decision.reason)
+                say("job_buried", job_id=owed.job_id, queue=owed.queue, crashes=owed.crashes)
             elif decision.verdict is Verdict.CLOSE and decision.outcome is not None:
                 done.closed[decision.outcome] += 1
-                logger.info("job %r closed: %s", owed.job_id, decision.reason)
+                say(
+                    "job_closed",
+                    job_id=owed.job_id,
+                    outcome=decision.outcome.value,
+                    reason=decision.reason,
+                )
 
     def _void(
         self, term: int, decided: Sequence[tuple[Owed, Sighting, Decision]], done: Done
@@ -262,7 +265,7 @@ class Looker:
         if voids:
             voided = self._store.void(term, self._source, voids)
             done.requeued += len(voided)
-            logger.warning("%d claims of dead workers taken away", len(voided))
+            say("claims_voided", count=len(voided))
 
     def _backoff(self, owed: Owed, charge: bool) -> float:
         if not charge:
@@ -291,7 +294,7 @@ class Looker:
             return
         if self._settings.mode == "observe":
             done.held += len(lost)
-            logger.warning("observing: %d deliveries would be put back", len(lost))
+            say("would_restore", count=len(lost))
             return
         losses = [pair for pair in lost if pair[1] in _LOSSES]
         repairs = [pair for pair in lost if pair[1] not in _LOSSES]
@@ -337,10 +340,10 @@ class Looker:
             done.restored[causes[token][1]] += 1
         for token, answer in answers.items():
             if answer in (Restored.UNREADABLE, Restored.ERROR, Restored.CHANGED):
-                logger.warning("job %r was not put back: %s", causes[token][0].job_id, answer)
+                say("job_not_restored", job_id=causes[token][0].job_id, answer=answer.value)
         if back:
-            logger.warning(
-                "%d jobs put back (%s)",
-                len(back),
-                ", ".join(sorted({causes[token][1].value for token in back})),
+            say(
+                "jobs_restored",
+                count=len(back),
+                causes=sorted({causes[token][1].value for token in back}),
             )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -12,6 +11,7 @@ from uuid import UUID, uuid4
 import redis
 
 from jobguard.job import Cause
+from jobguard.log import say
 from jobguard.pulse import (
     RESET,
     TICK,
@@ -23,8 +23,6 @@ from jobguard.pulse import (
     read_pulse,
 )
 from jobguard.store import LeaderStore, SourceRow
-
-logger = logging.getLogger("jobguard")
 
 class Health(StrEnum):
     """What one look at the pulse means for this step."""
@@ -100,13 +98,13 @@ class PulseKeeper:
         except redis.RedisError as error:
             # Loading, read-only, master down, refused: it is down, never "missing".
             if not self._down:
-                logger.warning("%s cannot be asked: %s", self._source.address, error)
+                say("redis_away", source=self._source.address, error=str(error))
             self._down = True
             return Health.DOWN
         if self._down:
             self._down = False
             self.doubts.append(Cause.TOPOLOGY)
-            logger.info("%s answers again", self._source.address)
+            say("redis_back", source=self._source.address)
         return health
 
     def _act(
@@ -195,24 +193,16 @@ class PulseKeeper:
                 self._epoch,
             )
             self._noted = self._epoch
-        logger.error("%s lost data: its pulse is %s", self._source.address, seen)
+        say("redis_lost_data", source=self._source.address, pulse=seen)
         self._begin(term, standing, uuid4())
         self._misplaced_since = None
         return Health.LOST
 
     def _alarm(self, reading: Reading) -> None:
         if reading is Reading.FOREIGN:
-            logger.error(
-                "another ledger keeps its pulse in %s: two installations share one redis and one "
-                "namespace. Nothing is put back. Give one of them another JOBGUARD_NAMESPACE.",
-                self._source.address,
-            )
+            say("foreign_pulse", source=self._source.address)
         else:
-            logger.error(
-                "the pulse in %s is ahead of postgres: postgres went back in time (a failover, a "
-                "backup). Nothing is put back until a person runs `jobguard resume --moved`.",
-                self._source.address,
-            )
+            say("ledger_behind", source=self._source.address)
 
     def accept(self) -> None:
         """A person said that all is well: take the pulse that stands in Redis for ours."""
@@ -247,10 +237,10 @@ class PulseKeeper:
             self.doubts.append(Cause.TOPOLOGY)
         if seen.evicted > before.evicted:
             self.doubts.append(Cause.EVICTION)
-            logger.error(
-                "%s evicted %d keys: set maxmemory-policy to noeviction",
-                self._source.address,
-                seen.evicted - before.evicted,
+            say(
+                "redis_evicted",
+                source=self._source.address,
+                keys=seen.evicted - before.evicted,
             )
 
     def _script(self, text: str, *arguments: Any) -> bool:

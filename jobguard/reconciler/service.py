@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import signal
 import threading
 import time
@@ -18,14 +17,13 @@ from jobguard.adapter import Adapter, Source
 from jobguard.clients import address_of, client_from_url
 from jobguard.errors import JobguardError, NotLeading, StoreUnavailable, WrongInstallation
 from jobguard.job import new_token
+from jobguard.log import say
 from jobguard.reconciler.leader import Leadership
 from jobguard.reconciler.look import Done
 from jobguard.reconciler.watch import Watch
 from jobguard.settings import Settings
 from jobguard.store import Brake, LeaderStore, SourceRow
 from jobguard.store.leader import PostgresLeaderStore
-
-logger = logging.getLogger("jobguard")
 
 Clients = Mapping[str, Callable[[], redis.Redis]]
 """How to reach each Redis, by its address."""
@@ -73,11 +71,12 @@ class Service:
     def run(self) -> None:
         """Lead or stand by until stopped."""
         self._leadership.start()
+        say("reconciler_started", namespace=self._settings.namespace, redis=list(self._clients))
         backoff = tenacity.Retrying(
             wait=tenacity.wait_random_exponential(multiplier=0.2, max=5.0),
             retry=tenacity.retry_if_exception_type(Exception),
             stop=tenacity.stop_when_event_set(self._stop),
-            sleep=self._stop.wait,
+            sleep=lambda seconds: bool(self._stop.wait(seconds)) and None,
             before_sleep=self._tell,
             reraise=False,
         )
@@ -99,11 +98,10 @@ class Service:
     def _tell(state: tenacity.RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
         if isinstance(error, StoreUnavailable):
-            logger.warning("postgres: %s; trying again", error)
-        elif isinstance(error, JobguardError):
-            logger.error("%s; trying again", error)
+            say("postgres_away", error=str(error))
         else:
-            logger.error("a step failed; trying again", exc_info=error)
+            known = isinstance(error, JobguardError)
+            say("step_failed", error=str(error), exc_info=None if known else error)
 
     def _lead_a_little(self) -> None:
         """Lead, a step at a time, until something goes wrong or we are told to stop."""
@@ -114,7 +112,7 @@ class Service:
             try:
                 busy = self.step()
             except NotLeading as error:
-                logger.warning("%s", error)
+                say("leader_lost", error=str(error))
                 self._stand_down()
                 continue
             if not busy:
@@ -198,7 +196,7 @@ class Service:
                     "put back. If it was moved here for good: `jobguard resume --moved`"
                 )
                 if self._misplaced != reason:
-                    logger.error("%s", reason)
+                    say("ledger_moved", what=what, was=was, is_now=now)
                 return reason
         return None
 
@@ -217,14 +215,14 @@ class Service:
             self._settings,
             named=self._settings.installation is not None,
         )
-        logger.info("watching %s", source)
+        say("watching", source=str(source))
 
     def _adapter(self, library: str) -> Adapter | None:
         if library not in self._adapters:
             found = [e for e in entry_points(group="jobguard.adapters") if e.name == library]
             self._adapters[library] = found[0].load()() if found else None
             if not found:
-                logger.error("there is no adapter for %r here: install jobguard[%s]", library, library)
+                say("adapter_missing", library=library, install=f"jobguard[{library}]")
         return self._adapters[library]
 
     def _client(self, row: SourceRow) -> redis.Redis | None:
@@ -234,12 +232,7 @@ class Service:
         if self._clients:
             if row.id not in self._unreachable:
                 self._unreachable.add(row.id)
-                logger.error(
-                    "no redis URL was given for %s (given: %s); it is not watched. "
-                    "Add it to --redis or JOBGUARD_REDIS_URL",
-                    row.address,
-                    ", ".join(self._clients),
-                )
+                say("source_unwatched", source=row.address, given=list(self._clients))
             return None
         # No URL at all: the address as it stands, which has no password.
         place = row.address
@@ -251,10 +244,11 @@ class Service:
             self._due["rotate"] = now + _ROTATE
             dropped = self._store.rotate(retention=self._settings.retention)
             if dropped:
-                logger.info("%d partitions of history dropped", dropped)
+                say("rotated", dropped=dropped)
         if now >= self._due.get("vacuum", 0.0):
             self._due["vacuum"] = now + _HOUSEKEEPING
-            self._store.vacuum()
+            if tables := self._store.vacuum():
+                say("vacuumed", tables=list(tables))
 
     def _stand_down(self) -> None:
         self._watches.clear()
@@ -263,6 +257,7 @@ class Service:
     def _close(self) -> None:
         self._store.close()
         self._lease_store.close()
+        say("reconciler_stopped", namespace=self._settings.namespace)
 
 
 def clients_from_urls(urls: Sequence[str]) -> Clients:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import redis
 
 from jobguard.adapter import Broker
 from jobguard.job import Cause, Owed, Presence, token_at
+from jobguard.log import say
 from jobguard.pulse import beat_key
 from jobguard.reconciler.brake import AutomaticHold
 from jobguard.reconciler.liveness import Judgement, Liveness
@@ -21,8 +21,6 @@ from jobguard.reconciler.pulse import Health, PulseKeeper
 from jobguard.reconciler.trust import Trust
 from jobguard.settings import Settings
 from jobguard.store import Brake, LeaderStore, SourceRow, WorkerRow
-
-logger = logging.getLogger("jobguard")
 
 _POLL = 0.5
 """Seconds between two polls of the workers' beats."""
@@ -103,7 +101,7 @@ class Watch:
         """What an earlier leader had begun is finished by this one."""
         for incident in self._store.incidents(self.source.id):
             if incident.cause is Cause.INCIDENT:
-                logger.warning("resuming incident %d: %s", incident.id, incident.detail)
+                say("incident_resumed", incident=incident.id, detail=incident.detail)
                 self._begin_incident(self._clock() - incident.age, incident.id)
 
     def _begin_incident(self, at: float, incident: int | None) -> None:
@@ -152,11 +150,9 @@ class Watch:
             self._look_at_young(term, now)
             self._walk(term, now)
         except redis.RedisError as error:
-            logger.warning("%s failed in the middle of a look: %s", self.source.address, error)
+            say("redis_away", source=self.source.address, error=str(error))
 
     def _see_brake(self, brake: Brake) -> None:
-        if self._asked and not brake.holds(self.source.id, "*"):
-            logger.warning("a person said that this is the right redis")
         released = {
             queue for queue in self._owed if self._brake.holds(self.source.id, queue)
         } - {queue for queue in self._owed if brake.holds(self.source.id, queue)}
@@ -186,11 +182,7 @@ class Watch:
             if row.id not in self._judgement.live or row.id in self._judgement.silent:
                 continue
             if row.pulse is not None and row.pulse[0] == self._pulse.epoch:
-                logger.error(
-                    "workers see a living pulse where this reconciler sees none: it is connected "
-                    "to the wrong redis (%s). Nothing is put back.",
-                    self.source.address,
-                )
+                say("wrong_redis", source=self.source.address)
                 return False
             return True
         if self._named:
@@ -204,7 +196,7 @@ class Watch:
             "redis lost its pulse and no worker of before is alive to say that it is the right one"
         )
         self._store.hold(term, self.source.id, "*", reason)
-        logger.error("%s; nothing is put back. If it is the right one: `jobguard resume`", reason)
+        say("place_unsure", source=self.source.address, reason=reason)
         return None
 
     def _loss(self, now: float) -> None:
@@ -250,13 +242,13 @@ class Watch:
                 self._deaths.update((queue, now) for queue in row.queues)
                 self._due["watched"] = 0.0
                 if row.id in dead:
-                    logger.error(
-                        "worker %s (%s, pid %d) is dead: silent for %.0f s with %d claims",
-                        row.name or row.id,
-                        row.host,
-                        row.pid,
-                        self._settings.worker_timeout,
-                        row.claims,
+                    say(
+                        "worker_dead",
+                        worker=row.id,
+                        name=row.name,
+                        host=row.host,
+                        pid=row.pid,
+                        claims=row.claims,
                     )
         if now >= self._due.setdefault("forget", now + _POLL * 100):
             self._due["forget"] = now + _POLL * 100
@@ -282,10 +274,10 @@ class Watch:
         self._store.trust(term, changed)
         for row_changed in changed:
             if row_changed.unguarded:
-                logger.error(
-                    "queue %r has unguarded consumers (%s): its jobs are recorded, not recovered",
-                    row_changed.queue,
-                    ", ".join(row_changed.unguarded),
+                say(
+                    "queue_untrusted",
+                    queue=row_changed.queue,
+                    workers=list(row_changed.unguarded),
                 )
         for queue in self._trust.to_vouch_for():
             self._vouch(term, queue)
@@ -312,14 +304,9 @@ class Watch:
             strangers += len(absent)
             self._store.suspect(term, self.source.id, absent)
         self._store.trust(term, [self._trust.vouched(queue)])
-        logger.info("queue %r is trusted", queue)
+        say("queue_trusted", queue=queue)
         if strangers:
-            logger.error(
-                "%d jobs of queue %r were absent before it was trusted: an unguarded worker may "
-                "have run them; they are not recovered",
-                strangers,
-                queue,
-            )
+            say("jobs_untrusted", queue=queue, count=strangers)
 
     # -- looks -------------------------------------------------------------------------------------
 
@@ -355,12 +342,7 @@ class Watch:
             return False
         reason = "too many jobs are absent without a cause"
         self._store.hold(term, self.source.id, queue, reason)
-        logger.error(
-            "queue %r is held: %s. Look what deleted them, then `jobguard resume --queue %s`",
-            queue,
-            reason,
-            queue,
-        )
+        say("queue_held", queue=queue, reason=reason)
         self._auto.forget(queue)
         return True
 
@@ -370,7 +352,7 @@ class Watch:
             cause = self._pulse.doubts.pop()
             self._doubt_until[cause] = now + _VERIFY_AGAIN[-1] + self._settings.sweep_interval
             self._verify_at = [now, *(now + wait for wait in _VERIFY_AGAIN)]
-            logger.info("everything owed is verified: %s", cause.value)
+            say("verifying", source=self.source.address, cause=cause.value)
         if self._verify_at and now >= self._verify_at[0] and not self._lap.running:
             self._verify_at.pop(0)
             self._lap = _Lap(running=True, began=now)
@@ -405,7 +387,7 @@ class Watch:
             )
         if over:
             self._incident_at = self._incident = None
-            logger.warning("the loss is dealt with")
+            say("incident_closed", source=self.source.address)
 
     def _look_at_young(self, term: int, now: float) -> None:
         """What was recorded in the last minute: a producer may have died before its push."""

@@ -10,7 +10,6 @@ parent's: two processes reading one socket get each other's answers, silently.
 
 from __future__ import annotations
 
-import logging
 import os
 import select
 import threading
@@ -23,6 +22,7 @@ import psycopg
 from psycopg import pq
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
+from jobguard.log import say
 from jobguard.errors import (
     BadRow,
     JobguardError,
@@ -30,8 +30,6 @@ from jobguard.errors import (
     NotMigrated,
     StoreUnavailable,
 )
-
-logger = logging.getLogger("jobguard")
 
 Row = tuple[Any, ...]
 Parameters = Mapping[str, Any] | Sequence[Any] | None
@@ -101,7 +99,7 @@ class Connecting:
         self._pgconn = pq.PGconn.connect_start(conninfo.encode())
         self._poll = select.poll()
         self._started = time.monotonic()
-        self._state = pq.PollingStatus.WRITING
+        self._state: int = pq.PollingStatus.WRITING
 
     @property
     def age(self) -> float:
@@ -155,15 +153,17 @@ class Database:
         self._call_timeout = call_timeout
         self._prepare = not pooler
         self._application_name = application_name
-        self._after_fork()
-
-    def _after_fork(self) -> None:
-        if hasattr(self, "_connection"):
-            _inherited.append((self._connection, self._connecting, self._lock))
         self._pid = os.getpid()
         self._lock = threading.RLock()
         self._connection: _Bounded | None = None
         self._connecting: Connecting | None = None
+
+    def _after_fork(self) -> None:
+        _inherited.append((self._connection, self._connecting, self._lock))
+        self._pid = os.getpid()
+        self._lock = threading.RLock()
+        self._connection = None
+        self._connecting = None
 
     @contextmanager
     def _mine(self) -> Iterator[None]:
@@ -225,7 +225,7 @@ class Database:
             raise StoreUnavailable("Postgres did not answer in time") from error
         except psycopg.Error as error:
             if error.sqlstate in _PREPARED_LOST and self._prepare:
-                logger.warning("prepared statements are lost between calls: a pooler? going without")
+                say("pooler_found")
                 self._prepare = False
                 self._drop()
                 raise _Lost(str(error)) from error

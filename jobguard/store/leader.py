@@ -182,11 +182,11 @@ class PostgresLeaderStore:
 
     def declare_dead(self, term: int, workers: Sequence[UUID]) -> None:
         """From now on these workers' claims are nobody's; see LeaderStore."""
-        self._write("declare_dead", term, workers=list(workers))
+        self._led(self._write("declare_dead", term, workers=list(workers)))
 
     def forget(self, term: int, workers: Sequence[UUID]) -> None:
         """Drop rows of workers that hold nothing; see LeaderStore."""
-        self._write("forget", term, workers=list(workers))
+        self._led(self._write("forget", term, workers=list(workers)))
 
     def page(self, source: int, *, after: UUID | None, limit: int) -> Sequence[Owed]:
         """Owed deliveries in the order of their tokens; see LeaderStore."""
@@ -251,7 +251,7 @@ class PostgresLeaderStore:
             charge=[v.charge for v in voids],
             backoff=[v.backoff for v in voids],
         )
-        return [row[0] for row in rows]
+        return list(self._led(rows)[0][0])
 
     def close_owed(self, term: int, source: int, closings: Sequence[Closing]) -> int:
         """End these in the leader's name; see LeaderStore."""

@@ -15,7 +15,13 @@ import psycopg
 import sqlalchemy as sa
 
 from jobguard.conninfo import describe
-from jobguard.errors import JobguardError, NoRights, NotMigrated, StoreUnavailable
+from jobguard.errors import (
+    JobguardError,
+    NoRights,
+    NotMigrated,
+    StoreUnavailable,
+    WrongInstallation,
+)
 from jobguard.job import Outcome, new_token
 from jobguard.schema import settle
 from jobguard.store import Counts
@@ -155,6 +161,8 @@ select id, name, system_identifier, database_oid::text as database_oid,
        (select oid::text from pg_database where datname = current_database()) as database_now
 from jobguard.installation
 """)
+
+_NAME = sa.text("select name from jobguard.installation")
 
 _SYSTEM = sa.text("select system_identifier::text from pg_control_system()")
 
@@ -314,6 +322,17 @@ class PostgresLedger:
                 "incidents": _rows(connection, _INCIDENTS, namespace=namespace),
                 "queues": _rows(connection, _QUEUES, namespace=namespace),
             }
+
+    def require_installation(self, name: str | None) -> None:
+        """Raise WrongInstallation unless the database carries this name; None: any will do."""
+        if name is None:
+            return
+        with self._begin(snapshot=True) as connection:
+            found = connection.execute(_NAME).scalar()
+        if found != name:
+            raise WrongInstallation(
+                f"the database is the installation {found!r}, JOBGUARD_INSTALLATION is {name!r}"
+            )
 
     def close(self) -> None:
         """Nothing is kept open between calls."""

@@ -7,7 +7,8 @@ The SQL is in ``schema/queries.sql`` and, where a rule needs several looks, in t
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 from uuid import UUID
 
@@ -29,6 +30,7 @@ from jobguard.settings import Settings
 from jobguard.store import Ask, BeatReply, SourceRow
 from jobguard.store.connection import Database
 
+_SOURCE = ("id", "namespace", "library", "address", "prefix", "name", "settings")
 _BATCH = 250
 """Deliveries in one statement: a larger one saves nothing and holds its locks longer."""
 
@@ -52,19 +54,12 @@ class PostgresStore:
 
     def register(self, source: SourceRow) -> SourceRow:
         """Make the source known; see HostStore."""
-        values = {
-            "id": source.id,
-            "namespace": source.namespace,
-            "library": source.library,
-            "address": source.address,
-            "prefix": source.prefix,
-            "name": source.name,
-            "settings": source.settings,
-        }
+        values = {name: getattr(source, name) for name in _SOURCE}
         rows = self._db.execute(self._sql["register"], values)
         settings, epoch, n, run_id, self.installation = rows[0]
-        return SourceRow(
-            **{**values, "settings": settings or source.settings},
+        return replace(
+            source,
+            settings=settings or source.settings,
             pulse_epoch=epoch,
             pulse_n=n,
             run_id=run_id,
@@ -96,8 +91,7 @@ class PostgresStore:
             return Recorded(leader_live=rows[0][0])
         refused: set[UUID] = set()
         led = False
-        for start in range(0, len(deliveries), _BATCH):
-            batch = deliveries[start : start + _BATCH]
+        for batch in _batches(deliveries):
             columns = common | _columns(batch)
             payload = sum(len(d.envelope) for d in batch)
             if plain:
@@ -232,6 +226,23 @@ class PostgresStore:
     def close(self) -> None:
         """Let go of the connection."""
         self._db.close()
+
+
+def _batches(deliveries: Sequence[Delivery]) -> Iterator[Sequence[Delivery]]:
+    """Cut into statements of a good size, none of which has a job id twice.
+
+    The order of records decides which delivery of an id is owed; one statement has no order.
+    """
+    batch: list[Delivery] = []
+    ids: set[str] = set()
+    for delivery in deliveries:
+        if len(batch) == _BATCH or delivery.job_id in ids:
+            yield batch
+            batch, ids = [], set()
+        batch.append(delivery)
+        ids.add(delivery.job_id)
+    if batch:
+        yield batch
 
 
 def _row(delivery: Delivery) -> dict[str, Any]:

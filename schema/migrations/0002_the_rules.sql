@@ -86,7 +86,7 @@ begin
         when j.token is not null then r.token is not null and jobguard.holds(w, r)
         else exists (select from jobguard.history h
                      where h.source = p_source and h.token = f.parent
-                       and (h.outcome <> 'superseded' or h.next is distinct from f.token))
+                       and h.next is distinct from f.token)
       end);
   v_skipped := v_skipped || v_refused || array(
     select j.token from jobguard.jobs j where j.source = p_source and j.token = any (p_token));
@@ -305,7 +305,10 @@ begin
     where e.token = any (v_unknown) order by e.token, e.nth;
   end if;
   return array(
-    select case when t = any (v_ended) then 'ended' when t = any (v_unknown) then 'unknown' else 'late' end
+    select case when row_number() over (partition by t order by nth) > 1 then 'late'
+                when t = any (v_ended) then 'ended'
+                when t = any (v_unknown) then 'unknown'
+                else 'late' end
     from unnest(p_token) with ordinality u(t, nth) order by nth);
 end
 $$;

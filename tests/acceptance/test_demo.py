@@ -89,7 +89,7 @@ def test_compare_shows_both(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_demo_leaves_nothing_running(tmp_path: Path, how: signal.Signals) -> None:
-    """Neither servers nor workers, and no files."""
+    """Neither servers nor workers."""
     keep = tmp_path / "kept"
     process = start("--unguarded", "--keep", str(keep), *SMALL, cwd=tmp_path)
     ledger = keep / "unguarded" / "ledger"

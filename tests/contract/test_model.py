@@ -1,4 +1,3 @@
-# ruff: noqa: D401 -- the rules below tell what happens, and the invariants what holds
 """Records, claims, ends, supersessions, replays, voids and cancels in any order.
 
 The model is not a second ledger. It remembers what it was told, and holds the ledger to it:
@@ -179,7 +178,11 @@ class Model(RuleBasedStateMachine):
     @rule(job=JOBS, outbox=st.booleans())
     def push(self, job: str, outbox: bool) -> None:
         """A producer records a delivery of an id that may have older ones."""
-        assert self.record(delivery(job), outbox=outbox)
+        it, before = delivery(job), self.owed()
+        assert self.record(it, outbox=outbox)
+        claimed = {token for token, row in before.items() if row.claim_number is not None}
+        others = {token for token, row in before.items() if row.job_id != job}
+        assert set(self.owed()) == {it.token} | claimed | others
 
     @rule()
     def push_fresh(self) -> None:
@@ -192,7 +195,10 @@ class Model(RuleBasedStateMachine):
     @rule(which=ANY, outcome=st.sampled_from([Outcome.SUPERSEDED, Outcome.COMPLETED]))
     def retry(self, which: int, outcome: Outcome) -> None:
         """A worker retries or repeats its job, in the name of a claim that may be lost."""
-        grant = self.some_grant(which)
+        self.retry_in_the_name_of(self.some_grant(which), outcome)
+
+    def retry_in_the_name_of(self, grant: Grant, outcome: Outcome) -> None:
+        """Retry, and see that it is refused unless the claim stands."""
         stood = self.stands(grant)
         parent = Parent(grant.token, grant.number, outcome)
         child = delivery(self.told.deliveries[grant.token].job_id, parent=parent)
@@ -267,7 +273,10 @@ class Model(RuleBasedStateMachine):
     @rule(which=ANY, who=WORKERS)
     def claim(self, which: int, who: int) -> None:
         """A worker starts a delivery that it found in Redis, whatever became of it."""
-        token, worker = self.some_token(which), self.workers[who]
+        self.claim_by(self.workers[who], self.some_token(which))
+
+    def claim_by(self, worker: Worker, token: UUID) -> None:
+        """Claim, and see that it is granted if and only if nothing is in its way."""
         if token in self.told.revived:
             return
         row, outcome = self.owed().get(token), self.history().get(token)
@@ -313,7 +322,10 @@ class Model(RuleBasedStateMachine):
     @rule(which=ANY, outcome=st.sampled_from([Outcome.COMPLETED, Outcome.FAILED]))
     def end(self, which: int, outcome: Outcome) -> None:
         """A worker reports an end, in the name of a claim that may be lost."""
-        grant = self.some_grant(which)
+        self.end_in_the_name_of(self.some_grant(which), outcome)
+
+    def end_in_the_name_of(self, grant: Grant, outcome: Outcome) -> None:
+        """End, and see that nothing changes unless the claim stands, or nobody contradicts."""
         row = self.owed().get(grant.token)
         unclaimed = row is not None and row.claim_number is None
         believed = self.stands(grant) or (unclaimed and outcome is Outcome.COMPLETED)
@@ -367,14 +379,33 @@ class Model(RuleBasedStateMachine):
             self.workers[who] = self.ledger.working(host=worker.host)
 
     @precondition(lambda self: self.told.grants)
-    @rule(which=ANY)
-    def crash(self, which: int) -> None:
-        """A worker dies while it runs a job, and may sleep on as a zombie; another boots."""
-        victim = self.some_grant(which).worker
-        self.leader.declare_dead(self.term, [victim.id])
+    @rule(
+        which=ANY,
+        who=WORKERS,
+        voided=st.booleans(),
+        says=st.sampled_from(["nothing", "end", "retry", "void", "heartbeat"]),
+        outcome=st.sampled_from([Outcome.COMPLETED, Outcome.FAILED]),
+    )
+    def zombie(self, which: int, who: int, voided: bool, says: str, outcome: Outcome) -> None:
+        """A worker is declared dead, its job goes on without it, and then it wakes up."""
+        grant = self.some_grant(which)
+        self.leader.declare_dead(self.term, [grant.worker.id])
         self.workers = [
-            self.ledger.working() if worker is victim else worker for worker in self.workers
+            self.ledger.working() if worker is grant.worker else worker for worker in self.workers
         ]
+        if voided:
+            self.void_the(grant, charge=True)
+        else:
+            self.claim_by(self.workers[who], grant.token)
+        if says == "end":
+            self.end_in_the_name_of(grant, outcome)
+        elif says == "retry":
+            self.retry_in_the_name_of(grant, Outcome.SUPERSEDED)
+        elif says == "void":
+            self.void_the(grant, charge=False)
+        elif says == "heartbeat":
+            job_id = self.told.deliveries[grant.token].job_id
+            assert grant.worker.heartbeat(grant.claim, job_id=job_id) == self.stands(grant)
 
     @rule(who=WORKERS)
     def leave(self, who: int) -> None:
@@ -394,17 +425,19 @@ class Model(RuleBasedStateMachine):
         assert token not in self.owed()
         assert token in self.history()
 
-    @rule(job=JOBS)
-    def cancel_job(self, job: str) -> None:
-        """Somebody cancels every delivery of a job id."""
+    @rule(job=JOBS, queue=st.booleans())
+    def cancel_many(self, job: str, queue: bool) -> None:
+        """Somebody cancels every delivery of a job id, or all that waits in the queue."""
+        if queue:
+            self.purge()
+            return
         them = {token for token, row in self.owed().items() if row.job_id == job}
         assert self.store.cancel(self.ledger.source, job_ids=[job]) == len(them)
         assert not them & set(self.owed())
         self.told.revived -= them
 
-    @rule()
     def purge(self) -> None:
-        """Somebody empties the queue."""
+        """Empty the queue, and see that only what is claimed is left."""
         claimed = {token for token, row in self.owed().items() if row.claim_number is not None}
         self.store.cancel(self.ledger.source, queue="default")
         assert set(self.owed()) == claimed
@@ -420,7 +453,10 @@ class Model(RuleBasedStateMachine):
     @rule(which=ANY, charge=st.booleans())
     def void(self, which: int, charge: bool) -> None:
         """The leader takes a dead worker's claim away, if it is still that claim."""
-        grant = self.some_grant(which)
+        self.void_the(self.some_grant(which), charge)
+
+    def void_the(self, grant: Grant, charge: bool) -> None:
+        """Void, and see that nothing changes unless it is that very claim."""
         row = self.owed().get(grant.token)
         if row is not None and row.claim_live:
             return

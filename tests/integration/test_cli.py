@@ -184,6 +184,22 @@ def test_the_brake_is_pulled_and_let_go(database: str) -> None:
     assert brake == {"namespace": "default", "paused_at": None, "held": {}}
 
 
+@pytest.mark.parametrize(
+    "words", [["stats"], ["dead", "list"], ["dead", "requeue", "--all"], ["pause"], ["resume"]]
+)
+def test_nothing_is_read_or_steered_in_another_installation(
+    database: str, words: list[str]
+) -> None:
+    """Who says JOBGUARD_INSTALLATION=staging does not requeue production's dead."""
+    ask(database, "update jobguard.installation set name = 'prod'")
+    know_source(database)
+    bury(database, "a")
+    done = call(*words, "--postgres", database, JOBGUARD_INSTALLATION="staging")
+    assert done.exit_code == 1 and "'prod'" in done.stderr
+    assert ask(database, "select count(*) from jobguard.jobs") == [(0,)]
+    assert call(*words, "--postgres", database, JOBGUARD_INSTALLATION="prod").exit_code == 0
+
+
 def test_the_doctor_is_content_with_a_healthy_installation(database: str, redis_url: str) -> None:
     """Everything in its place is exit 0, and every finding is told."""
     know_source(database)

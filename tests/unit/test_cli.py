@@ -12,6 +12,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
+import jobguard
 from jobguard import cli
 from jobguard.cli import doctor, run
 from jobguard.cli.common import ago, redis_urls_from
@@ -37,15 +38,17 @@ def test_import_jobguard_is_light_and_silent() -> None:
     assert told == "[]\n"
 
 
-def test_the_version_is_told_without_loading_any_command() -> None:
-    """`jobguard --version` loads click and nothing else."""
+@pytest.mark.parametrize("word", ["--version", "--help"])
+def test_the_version_and_the_list_are_told_without_loading_any_command(word: str) -> None:
+    """They load click and nothing else of weight."""
     told = python(
         "import sys; from jobguard.cli import main\n"
-        "try: main(['--help'])\n"
+        f"try: main([{word!r}])\n"
         "except SystemExit: pass\n"
         f"print([m for m in {HEAVY} if m in sys.modules])"
     )
     assert told.splitlines()[-1] == "['click']"
+    assert word == "--help" or told.startswith(f"jobguard {jobguard.__version__}\n")
 
 
 def test_every_command_is_listed_and_explains_itself() -> None:

@@ -12,9 +12,21 @@ from uuid import UUID
 import pytest
 
 from jobguard import log
-from jobguard.log import EVENTS, get_logger, say
+from jobguard.log import EVENTS, Event, get_logger, say
 
 ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def own_table(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tell events of our own, so that rewording the product's breaks no test."""
+    own = {
+        "kettle_boils": Event(logging.INFO, "the water is hot"),
+        "kettle_empty": Event(logging.ERROR, "there is no water"),
+        "kettle_idle": Event(logging.DEBUG, "nothing to do"),
+    }
+    if "every_event" not in request.node.name:
+        monkeypatch.setattr(log, "EVENTS", own)
 
 
 @pytest.fixture
@@ -40,23 +52,23 @@ def test_an_event_reaches_the_hosts_logging_with_its_level_sentence_and_fields(
     """Text for people, and a mapping for handlers that want more."""
     token = UUID(int=7)
     with caplog.at_level("INFO", logger="jobguard"):
-        say("job_restored", job_id="j%s1", queue="mail", token=token)
+        say("kettle_boils", job_id="j%s1", queue="mail", token=token)
     (record,) = caplog.records
     assert record.name == "jobguard"
     assert record.levelno == logging.INFO
-    assert record.getMessage() == f"a job was put back job_id='j%s1' queue='mail' token='{token}'"
+    assert record.getMessage() == f"the water is hot job_id='j%s1' queue='mail' token='{token}'"
     assert (
         record.funcName
         == "test_an_event_reaches_the_hosts_logging_with_its_level_sentence_and_fields"
     )
     told = vars(record)["jobguard"]
-    assert told["event"] == "job_restored"
+    assert told["event"] == "kettle_boils"
     assert told["job_id"] == "j%s1"
 
 
 def test_secrets_in_fields_are_masked(caplog: pytest.LogCaptureFixture) -> None:
     """An error that quotes a URL does not publish its password."""
-    say("postgres_away", error=OSError("no route to postgresql://u:hidden@h/d"))
+    say("kettle_empty", error=OSError("no route to postgresql://u:hidden@h/d"))
     assert "hidden" not in caplog.text
     assert "OSError" in caplog.text
 
@@ -64,25 +76,27 @@ def test_secrets_in_fields_are_masked(caplog: pytest.LogCaptureFixture) -> None:
 def test_a_bound_logger_tells_events_the_same_way(caplog: pytest.LogCaptureFixture) -> None:
     """get_logger() is structlog's, and writes through the standard logger."""
     with caplog.at_level("INFO", logger="jobguard"):
-        get_logger(source=5).bind(queue="mail").info("queue_trusted")
+        get_logger(source=5).bind(queue="mail").info("kettle_boils")
         try:
             raise ValueError("broken")
         except ValueError:
-            get_logger().exception("pass_failed", part="pulse")
-    trusted, failed = caplog.records
-    assert trusted.getMessage() == "a queue is trusted source=5 queue='mail'"
+            get_logger().exception("kettle_empty", part="pulse")
+    boils, failed = caplog.records
+    assert boils.getMessage() == "the water is hot source=5 queue='mail'"
     assert failed.exc_info is not None and failed.levelno == logging.ERROR
 
 
 def test_a_level_that_is_off_costs_nothing(caplog: pytest.LogCaptureFixture) -> None:
     """An idle tick says nothing above debug."""
-    say("vacuumed", tables=["jobs"])
+    say("kettle_idle", tables=["jobs"])
     assert caplog.records == []
 
 
 def test_without_logging_set_up_nothing_is_printed() -> None:
     """A host that configured no logging sees no line of ours, on neither stream."""
-    done = run("from jobguard.log import say; say('record_lost', job_id='j')")
+    done = run(
+        "from jobguard import log; log.EVENTS = {'e': log.Event(40, 'x')}; log.say('e', job_id='j')"
+    )
     assert (done.stdout, done.stderr) == ("", "")
 
 
@@ -90,10 +104,10 @@ def test_saying_something_loads_no_structlog() -> None:
     """The first line of an outage does not cost a host 150 ms."""
     done = run(
         "import logging, sys; logging.basicConfig(); from jobguard.log import say\n"
-        "say('postgres_away', error='x'); print('structlog' in sys.modules)"
+        "say('anything', error='x'); print('structlog' in sys.modules)"
     )
     assert done.stdout == "False\n"
-    assert "Postgres does not answer" in done.stderr
+    assert "anything error='x'" in done.stderr
 
 
 def test_our_command_line_logs_json_lines_to_stderr(
@@ -101,15 +115,15 @@ def test_our_command_line_logs_json_lines_to_stderr(
 ) -> None:
     """One object a line, with the event's name, level, time and fields; of others, warnings."""
     log.configure("info", json=True)
-    say("leader_elected", namespace="default", term=3)
-    say("vacuumed", tables=[])
+    say("kettle_boils", namespace="default", term=3)
+    say("kettle_idle", tables=[])
     logging.getLogger("other").info("chatter")
     logging.getLogger("other").warning("trouble")
     captured = capsys.readouterr()
     assert captured.out == ""
     ours, other = map(json.loads, captured.err.splitlines())
-    assert ours["event"] == "leader_elected"
-    assert ours["sentence"] == "this process leads"
+    assert ours["event"] == "kettle_boils"
+    assert ours["sentence"] == "the water is hot"
     assert (ours["level"], ours["term"]) == ("info", 3)
     assert ours["timestamp"].endswith("Z")
     assert other["event"] == "trouble"
@@ -120,9 +134,9 @@ def test_our_command_line_logs_for_people(
 ) -> None:
     """The sentence comes first, then the fields."""
     log.configure("debug")
-    say("vacuumed", tables=["jobs"])
+    say("kettle_idle", tables=["jobs"])
     told = capsys.readouterr().err
-    assert "tables were vacuumed" in told
+    assert "nothing to do" in told
     assert "tables" in told and "_record" not in told
 
 

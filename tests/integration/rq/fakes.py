@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 from uuid import UUID, uuid4
 
 import redis
@@ -210,8 +211,9 @@ class FakeTracker:
         return self.sessions[-1]
 
 
-def keyspace(client: redis.Redis) -> dict[str, object]:
+def keyspace(redis_client: redis.Redis) -> dict[str, object]:
     """Return everything in a Redis, to be compared."""
+    client: Any = redis_client  # whose answers redis-py types as sync or async at once
     readers: dict[str, Callable[[bytes], object]] = {
         "hash": lambda key: dict(client.hgetall(key)),
         "list": lambda key: client.lrange(key, 0, -1),
@@ -223,6 +225,7 @@ def keyspace(client: redis.Redis) -> dict[str, object]:
     return {key.decode(): readers[client.type(key).decode()](key) for key in client.scan_iter()}
 
 
-def ttls(client: redis.Redis) -> dict[str, int]:
+def ttls(redis_client: redis.Redis) -> dict[str, int]:
     """Return the seconds that each key has left; -1: for ever."""
+    client: Any = redis_client
     return {key.decode(): client.ttl(key) for key in client.scan_iter()}

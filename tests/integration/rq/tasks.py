@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry as Retrying
 from rq import Retry
-from rq.decorators import job
 from rq.job import get_current_job
 
 from jobguard.adapters.rq.broker import RQBroker
@@ -98,11 +99,5 @@ def break_redis(path: str) -> None:
     current = get_current_job()
     assert current is not None
     say(path)
-    gone = redis.Redis(port=1, retry=None)
+    gone = redis.Redis(port=1, retry=Retrying(NoBackoff(), 0))
     current.connection.connection_pool = gone.connection_pool
-
-
-@job("default", connection=redis.Redis(port=1))
-def decorated(left: int, right: int) -> int:
-    """Multiply."""
-    return left * right

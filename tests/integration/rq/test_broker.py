@@ -8,11 +8,11 @@ from uuid import uuid4
 
 import pytest
 import redis
-import rq
 from rq import Callback, Queue, Retry, SimpleWorker, Worker
 from rq.group import Group
 from rq.job import Dependency, Job
 from rq.serializers import JSONSerializer
+from rq.version import VERSION as VERSION_OF_RQ
 
 from jobguard.adapters.rq import broker as broker_module
 from jobguard.adapters.rq.broker import RQBroker
@@ -21,7 +21,7 @@ from jobguard.job import Delivery, Owed, Presence, Restorable, Restored, Sightin
 from tests.integration.rq import tasks
 from tests.integration.rq.fakes import FakeTracker, keyspace, ttls
 
-VERSION = tuple(int(part) for part in re.findall(r"\d+", rq.VERSION)[:2])
+VERSION = tuple(int(part) for part in re.findall(r"\d+", VERSION_OF_RQ)[:2])
 needs_rate_limit = pytest.mark.skipif(VERSION < (3, 0), reason="rate_limit= came with RQ 3.0")
 
 
@@ -487,7 +487,7 @@ def test_consumers(queue: Queue, broker: RQBroker, client: redis.Redis) -> None:
     """Redis knows which workers listen to which queue."""
     queue.enqueue(tasks.add, 1)
     Queue("idle", connection=client).enqueue(tasks.add, 1)
-    worker = Worker([queue], connection=client, name="w.1")
+    worker: Any = Worker([queue], connection=client, name="w.1")
     worker.register_birth()
 
     assert broker.consumers() == {"default": frozenset(["w.1"]), "idle": frozenset()}

@@ -15,6 +15,7 @@ from rq import Callback, Queue
 from rq.group import Group
 from rq.job import Dependency, Job
 from rq.registry import FailedJobRegistry
+from rq.version import VERSION as VERSION_OF_RQ
 
 from jobguard.adapters.rq import pipeline as staging
 from jobguard.adapters.rq import push as pushing
@@ -24,7 +25,7 @@ from jobguard.job import Outcome
 from tests.integration.rq import tasks
 from tests.integration.rq.fakes import FakeTracker, keyspace
 
-VERSION = tuple(int(part) for part in re.findall(r"\d+", rq.VERSION)[:2])
+VERSION = tuple(int(part) for part in re.findall(r"\d+", VERSION_OF_RQ)[:2])
 needs_unique = pytest.mark.skipif(VERSION < (2, 8), reason="unique= came with RQ 2.8")
 needs_rate_limit = pytest.mark.skipif(VERSION < (3, 0), reason="rate_limit= came with RQ 3.0")
 
@@ -171,7 +172,7 @@ class TestForeignPipeline:
     """The caller's own pipeline: his transaction decides."""
 
     def test_executed(self, queue: Queue, tracker: FakeTracker) -> None:
-        """What is enqueued on a pipeline is recorded in one call when it executes, and not before."""
+        """What is enqueued on a pipeline is recorded in one call, when it executes."""
         with queue.connection.pipeline() as pipe:
             jobs = [queue.enqueue(tasks.add, n, pipeline=pipe) for n in range(3)]
             jobs += queue.enqueue_many([Queue.prepare_data(tasks.add, (4,))], pipeline=pipe)
@@ -196,7 +197,7 @@ class TestForeignPipeline:
     def test_lost_race(self, queue: Queue, tracker: FakeTracker) -> None:
         """A pipeline that loses its WATCH takes its records back."""
         with queue.connection.pipeline() as pipe:
-            pipe.watch("watched")
+            pipe.watch("watched")  # type: ignore[no-untyped-call]
             pipe.multi()
             queue.enqueue(tasks.add, 1, pipeline=pipe)
             queue.connection.set("watched", 1)
@@ -256,7 +257,7 @@ class TestIntent:
     def test_empty(self, queue: Queue, tracker: FakeTracker) -> None:
         """Emptying a queue cancels what waits in it, in one call."""
         queue.enqueue(tasks.add, 1)
-        queue.empty()
+        queue.empty()  # type: ignore[no-untyped-call]
 
         assert tracker.cancelled == [((), (), "default")]
 
@@ -341,7 +342,7 @@ class TestSameId:
     def test_requeue_by_unguarded_hands(
         self, queue: Queue, tracker: FakeTracker, ledger: Any
     ) -> None:
-        """A failed job that an unguarded dashboard puts back is not taken for the one that failed."""
+        """A failed job that an unguarded dashboard puts back is a new one."""
         job = queue.enqueue(tasks.fail, str(ledger))
         worker = rq.SimpleWorker([queue], connection=queue.connection)
         worker.work(burst=True)
@@ -355,7 +356,7 @@ class TestSameId:
 
     @needs_rate_limit
     def test_rate_limit(self, queue: Queue, tracker: FakeTracker) -> None:
-        """Jobs that wait for a slot are recorded, and keep their token when RQ lets them through."""
+        """Jobs that wait for a slot are recorded, and keep their token when they get one."""
         from rq.rate_limit import RateLimit
 
         jobs = [
@@ -416,7 +417,7 @@ class TestRedisAway:
     """A Redis that is away, at the worst moments."""
 
     def test_in_doubt(self, queue: Queue, tracker: FakeTracker) -> None:
-        """While Redis is in doubt a job is left to the outbox, with the bytes RQ would have pushed."""
+        """While Redis is in doubt a job is left to the outbox, as RQ would have pushed it."""
         queue.enqueue(tasks.add, 1, job_id="before")
         tracker.in_doubt = True
         job = queue.enqueue(tasks.add, 1, job_id="job")

@@ -18,6 +18,7 @@ import rq
 from rq import Queue, Retry, SimpleWorker, Worker
 from rq.job import Job
 from rq.scheduler import RQScheduler
+from rq.version import VERSION as VERSION_OF_RQ
 
 from jobguard import adapter
 from jobguard.adapters.rq.layout import SPENT
@@ -26,7 +27,7 @@ from tests.integration.rq import tasks
 from tests.integration.rq.fakes import FakeTracker, keyspace
 from tests.support import eventually
 
-VERSION = tuple(int(part) for part in re.findall(r"\d+", rq.VERSION)[:2])
+VERSION = tuple(int(part) for part in re.findall(r"\d+", VERSION_OF_RQ)[:2])
 WORKERS = [SimpleWorker, Worker]
 needs_returned_retry = pytest.mark.skipif(VERSION < (2, 1), reason="RQ 2.1 brought it")
 needs_repeat = pytest.mark.skipif(VERSION < (2, 3), reason="RQ 2.3 brought it")
@@ -265,6 +266,26 @@ class TestHorse:
         assert len(os.listdir("/proc/self/fd")) <= before + 2
 
 
+@pytest.mark.skipif(VERSION < (3, 0), reason="before RQ 3.0 the horse is always a plain Worker")
+class TestSpawnedHorse:
+    """A horse that is a fresh interpreter."""
+
+    @pytest.mark.parametrize(
+        ("task", "outcome"), [("add", "completed"), ("fail", "failed"), ("die", "failed")]
+    )
+    def test_end(self, task: str, outcome: str, queue: Queue, tracker: FakeTracker) -> None:
+        """It finds its run, and reports through the same pipe."""
+        from jobguard.adapters.rq import SpawnWorker
+
+        args = (1,) if task == "add" else ()
+        job = queue.enqueue(f"tests.integration.rq.tasks.{task}", *args)
+        SpawnWorker([queue], connection=queue.connection).work(burst=True)
+
+        assert [end[:2] for end in tracker.notes("end")] == [[job.id, outcome]]
+        assert tracker.pids("end") == [os.getpid()]
+        assert "JOBGUARD_RQ_RUN" not in os.environ
+
+
 class TestSkip:
     """What a worker does with a job that it may not run."""
 
@@ -442,7 +463,7 @@ def test_the_worker_changes_nothing_else(queue: Queue, tracker: FakeTracker) -> 
 
 def move_scheduled(queue: Queue) -> None:
     """Do what RQ's scheduler does once a second."""
-    scheduler = RQScheduler([queue], connection=queue.connection)
+    scheduler: Any = RQScheduler([queue], connection=queue.connection)
     scheduler.acquire_locks()
     scheduler.enqueue_scheduled_jobs()
     scheduler.release_locks()

@@ -12,14 +12,21 @@ import redis
 import rq.worker
 from rq import Queue
 from rq.job import Job
-from rq.registry import FailedJobRegistry
+from rq.registry import FailedJobRegistry, ScheduledJobRegistry
 
 from jobguard.adapter import Source
 from jobguard.adapters.rq import RQAdapter, patches
 from jobguard.adapters.rq.layout import Layout
 from jobguard.errors import UnsupportedTarget
 
-CLASSES = [Queue, Job, FailedJobRegistry, *rq.worker.SimpleWorker.__mro__, rq.worker.Worker]
+CLASSES = [
+    Queue,
+    Job,
+    FailedJobRegistry,
+    ScheduledJobRegistry,
+    *rq.worker.SimpleWorker.__mro__,
+    rq.worker.Worker,
+]
 
 
 @pytest.fixture
@@ -82,12 +89,13 @@ def test_an_unknown_rq_is_left_alone(bare: None, monkeypatch: pytest.MonkeyPatch
     def retry(self: Job, other: object) -> None:
         """Not what RQ has."""
 
-    monkeypatch.setattr(Job, "retry", retry)
-    before = snapshot()
-    with pytest.raises(UnsupportedTarget, match=r"Job\.retry\(self, queue, pipeline"):
-        patches.install("a")
+    with monkeypatch.context() as other:
+        other.setattr(Job, "retry", retry)
+        before = snapshot()
+        with pytest.raises(UnsupportedTarget, match=r"Job\.retry\(self, queue, pipeline"):
+            patches.install("a")
 
-    assert snapshot() == before
+        assert snapshot() == before
 
 
 def test_what_others_put_over_ours_stays(bare: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +123,7 @@ class TestSources:
 
         assert guarded is not None
         assert guarded.source == Source("n", "rq", "localhost:6390/3", "rq")
-        assert guarded.queues == {"q"}
+        assert guarded.queues == frozenset(["q"])
         assert guarded.inert is None
         assert guarded.client is not None
         own = guarded.client()
@@ -127,7 +135,7 @@ class TestSources:
         guarded = RQAdapter().sources(queues, namespace="n", name="named")
 
         assert guarded is not None
-        assert guarded.queues == {"a", "b"}
+        assert guarded.queues == frozenset(["a", "b"])
         assert guarded.source.name == "named"
 
     def test_redis(self, client: redis.Redis) -> None:

@@ -1,0 +1,105 @@
+"""How fast a loss is seen and mended: FLUSHALL of 10,000 waiting jobs, again and again."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+
+import psycopg
+import redis
+import rq
+
+import jobguard
+from benchmarks.side_by_side import servers
+
+JOBS = 10_000
+ROUNDS = int(os.environ.get("ROUNDS", "20"))
+
+
+def main() -> None:
+    """Print detection, first job back and all back: median and worst."""
+    with servers() as (postgres, broker):
+        reconciler = subprocess.Popen(
+            [sys.executable, "-c", "from jobguard.cli import main; main()", "reconcile"],
+            env=os.environ
+            | {"JOBGUARD_POSTGRES_URL": postgres, "JOBGUARD_REDIS_URL": broker},
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            _rounds(postgres, broker)
+        finally:
+            reconciler.terminate()
+            reconciler.wait()
+
+
+def _rounds(postgres: str, broker: str) -> None:
+    client = redis.Redis.from_url(broker)
+    queue = rq.Queue("lost", connection=client)
+    jobguard.guard(queue, postgres=postgres)
+    for start in range(0, JOBS, 1000):
+        queue.enqueue_many(
+            [
+                rq.Queue.prepare_data("benchmarks.work.nothing", (n, "x" * 400))
+                for n in range(start, start + 1000)
+            ]
+        )
+    with psycopg.connect(postgres, autocommit=True) as connection:
+        worker = _trusted(connection, client)
+        seen, first, whole = [], [], []
+        for _ in range(ROUNDS):
+            _wait_for_the_end_of_incidents(connection)
+            time.sleep(0.37)  # so that the rounds meet the pulse at different points
+            began = time.time()
+            client.flushall()
+            first_back = None
+            while (length := client.llen(queue.key)) < JOBS:
+                if length and first_back is None:
+                    first_back = time.time() - began
+                if time.time() - began > 60:
+                    raise SystemExit(f"only {length} of {JOBS} came back in a minute")
+                time.sleep(0.01)
+            whole.append(time.time() - began)
+            first.append(first_back or whole[-1])
+            (opened,) = connection.execute(
+                "select extract(epoch from max(opened_at))::float8 from jobguard.incidents"
+            ).fetchone()  # type: ignore[misc]
+            seen.append(opened - began)
+        worker.terminate()
+        worker.wait()
+    for what, times in (("seen", seen), ("first job back", first), ("10,000 back", whole)):
+        print(f"{what:15} median {statistics.median(times):6.2f} s   worst {max(times):6.2f} s")
+
+
+def _trusted(connection: psycopg.Connection, client: redis.Redis) -> subprocess.Popen[bytes]:
+    """Let a guarded worker be seen once; then stop it, for the jobs are to stay where they are."""
+    worker = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "rq.cli",
+            "worker",
+            "lost",
+            "--url",
+            f"redis://localhost:{client.connection_pool.connection_kwargs['port']}/0",
+            "--worker-class",
+            "jobguard.adapters.rq.SimpleWorker",
+        ],
+        env=os.environ | {"JOBGUARD_POSTGRES_URL": connection.info.dsn},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    client.set("rq:suspended", 1)  # it beats, and takes nothing
+    query = "select count(*) from jobguard.queues where trusted_since is not null"
+    while not connection.execute(query).fetchone()[0]:  # type: ignore[index]
+        time.sleep(0.1)
+    worker.terminate()
+    return worker
+
+
+def _wait_for_the_end_of_incidents(connection: psycopg.Connection) -> None:
+    query = "select count(*) from jobguard.incidents where closed_at is null"
+    while connection.execute(query).fetchone()[0]:  # type: ignore[index]
+        time.sleep(0.05)

@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+from rq import Queue, SimpleWorker
+
+from jobguard import adapter
+from jobguard.adapters.rq import RQAdapter
+from jobguard.adapters.rq.broker import RQBroker
+from jobguard.job import Restorable, Restored
+from jobguard.servers import RedisServer
+from tests.integration.rq import tasks
+from tests.integration.rq.fakes import FakeTracker
+
+
+@pytest.fixture
+def queue(own_redis: RedisServer) -> Iterator[Queue]:
+    """Return a queue on a Redis of its own."""
+    with redis.Redis.from_url(
+        own_redis.url, socket_timeout=0.3, retry=Retry(NoBackoff(), 0)
+    ) as client:
+        yield Queue("default", connection=client)
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_killed_while_a_producer_enqueues(
+    known: bool, own_redis: RedisServer, queue: Queue, tracker: FakeTracker, ledger: Path
+) -> None:
+    """What enqueue accepted while Redis was dead runs once when it is back, empty or not."""
+    if known:  # a client that was connected before, and one that never was
+        queue.enqueue(tasks.say, str(ledger))
+    own_redis.kill()
+    queue.enqueue(tasks.say, str(ledger))
+    own_redis.restart(keep_data=False)
+    assert not queue.job_ids
+
+    lost = [
+        Restorable(one.token, one.job_id, one.queue, one.envelope, one.due_at, one.expires_at)
+        for one in tracker.owed.values()
+    ]
+    done = RQBroker(tracker.source, queue.connection).restore(lost, deadline=time.time() + 60)
+    assert set(done.values()) == {Restored.RESTORED}
+    SimpleWorker([queue], connection=queue.connection).work(burst=True)
+    assert len(ledger.read_text().splitlines()) == 1 + known
+    assert not tracker.withdrawn
+
+
+def test_paused_while_a_producer_enqueues(
+    own_redis: RedisServer, queue: Queue, tracker: FakeTracker
+) -> None:
+    """A push that Redis may or may not have seen is never taken back."""
+    queue.enqueue(tasks.add, 1)
+    own_redis.pause()
+    try:
+        job = queue.enqueue(tasks.add, 2)
+    finally:
+        own_redis.resume()
+
+    assert tracker.recorded[1].job_id == job.id
+    assert tracker.recorded[1].token in tracker.outbox
+    assert not tracker.withdrawn
+
+
+def test_a_doubt_costs_redis_nothing(
+    own_redis: RedisServer, queue: Queue, tracker: FakeTracker
+) -> None:
+    """While Redis is known to be away an enqueue waits for nothing."""
+    own_redis.pause()
+    tracker.in_doubt = True
+    begun = time.monotonic()
+    try:
+        queue.enqueue(tasks.add, 1)
+        queue.enqueue_many([Queue.prepare_data(tasks.add, (1,))])
+    finally:
+        own_redis.resume()
+
+    assert time.monotonic() - begun < 0.2
+    assert len(tracker.outbox) == 2
+
+
+def test_removed_guard(redis_url: str, tracker: FakeTracker) -> None:
+    """Once the guard is gone RQ is bare again, in this process too."""
+    RQAdapter().uninstall(tracker)
+    adapter.unregister(tracker)
+    with redis.Redis.from_url(redis_url) as client:
+        job = Queue(connection=client).enqueue(tasks.add, 1)
+        assert not client.hexists(job.key, "jg")
