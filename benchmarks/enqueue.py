@@ -25,7 +25,10 @@ def _many(target: rq.Queue, size: int) -> Variant:
     def run(calls: int) -> None:
         for _ in range(calls):
             target.enqueue_many(
-                [rq.Queue.prepare_data("benchmarks.work.nothing", (n, PAYLOAD)) for n in range(size)]
+                [
+                    rq.Queue.prepare_data("benchmarks.work.nothing", (n, PAYLOAD))
+                    for n in range(size)
+                ]
             )
 
     return run
@@ -72,9 +75,7 @@ def main() -> None:
             calls=300,
         )
         print("\nenqueue, 16 threads")
-        measure(
-            {"rq": _threads(plain, 16), "rq, guarded": _threads(safe, 16)}, rounds=5, calls=960
-        )
+        measure({"rq": _threads(plain, 16), "rq, guarded": _threads(safe, 16)}, rounds=5, calls=960)
         print("\nenqueue_many of 1,000")
         measure(
             {"rq": _many(plain, 1000), "rq, guarded": _many(safe, 1000)},

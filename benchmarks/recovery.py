@@ -24,8 +24,7 @@ def main() -> None:
     with servers() as (postgres, broker):
         reconciler = subprocess.Popen(
             [sys.executable, "-c", "from jobguard.cli import main; main()", "reconcile"],
-            env=os.environ
-            | {"JOBGUARD_POSTGRES_URL": postgres, "JOBGUARD_REDIS_URL": broker},
+            env=os.environ | {"JOBGUARD_POSTGRES_URL": postgres, "JOBGUARD_REDIS_URL": broker},
             stderr=subprocess.DEVNULL,
         )
         try:

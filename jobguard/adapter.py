@@ -16,10 +16,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 from uuid import UUID
 
+from jobguard.current import CurrentJob, running
 from jobguard.job import (
     Claim,
     Delivery,
@@ -54,7 +56,9 @@ class Source:
     id: int = field(init=False)
 
     def __post_init__(self) -> None:
-        identity = "\x00".join((self.namespace, self.library, self.name or self.address, self.prefix))
+        identity = "\x00".join(
+            (self.namespace, self.library, self.name or self.address, self.prefix)
+        )
         digest = hashlib.sha256(identity.encode()).digest()
         object.__setattr__(self, "id", int.from_bytes(digest[:8], signed=True))
 
@@ -98,7 +102,18 @@ class Tracker(Protocol):
         job_ids: Sequence[str] = (),
         queue: str | None = None,
     ) -> None:
-        """Write the tombstones of these deliveries, before Redis forgets them; ``queue``: all waiting in it."""
+        """Write the tombstones of these, before Redis forgets them; ``queue``: of all that waits in it."""
+
+    def heartbeat(
+        self,
+        job_id: str,
+        *,
+        token: UUID | None = None,
+        number: int | None = None,
+        progress: float | None = None,
+        attrs: Mapping[str, Any] | None = None,
+    ) -> bool:
+        """Note a running job's progress; False if nobody heard it."""
 
     def open_session(self, *, name: str, queues: Sequence[str]) -> Session:
         """Begin to beat as a worker. One session a worker process; the same again is returned."""
@@ -183,7 +198,22 @@ class Guarded:
     """Why nothing is to be guarded here, if so: a test double, an eager mode."""
 
 
-Resolver = Callable[["redis.Redis"], Any]
+def running_job(
+    tracker: Tracker, claim: Claim, job_id: str, *, attempt: int
+) -> AbstractContextManager[None]:
+    """Let ``jobguard.current()`` answer with this job inside; nothing is sent before it says something."""
+
+    def say(done: float | None, attrs: dict[str, Any]) -> bool:
+        return tracker.heartbeat(
+            job_id,
+            token=claim.token,
+            number=claim.number or None,
+            progress=done,
+            attrs=attrs or None,
+        )
+
+    return running(CurrentJob(job_id, attempt, say))
+
 
 _trackers: dict[int, Tracker] = {}
 _resolve: list[Callable[[object], Tracker | None]] = []

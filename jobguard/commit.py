@@ -95,7 +95,9 @@ class GroupCommit:
             self._last = len(batch.parts)
         except BaseException as error:
             # Also an exception that a signal threw into this thread: the others must not hang for it.
-            self._release(batch, error if isinstance(error, Exception) else StoreUnavailable(str(error)))
+            self._release(
+                batch, error if isinstance(error, Exception) else StoreUnavailable(str(error))
+            )
             raise
         finally:
             self._committing.release()

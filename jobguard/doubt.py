@@ -39,7 +39,9 @@ class Doubt:
             return False
         if self._in_doubt and now < self._ask_at:
             return True
-        if not self._asking.acquire(blocking=not self._in_doubt, timeout=-1 if self._in_doubt else 1):
+        if not self._asking.acquire(
+            blocking=not self._in_doubt, timeout=-1 if self._in_doubt else 1
+        ):
             return self._in_doubt
         try:
             if not self._in_doubt and self._clock() - self._proved < _PROOF:

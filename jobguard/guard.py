@@ -82,8 +82,7 @@ class JobGuard:
             total = replace(
                 total,
                 **{
-                    f.name: getattr(total, f.name) + getattr(counts, f.name)
-                    for f in fields(Counts)
+                    f.name: getattr(total, f.name) + getattr(counts, f.name) for f in fields(Counts)
                 },
             )
         return Stats(**{f.name: getattr(total, f.name) for f in fields(Counts)}, queues=queues)
@@ -208,9 +207,7 @@ def guard(
     tracker = _tracker(guarded, chosen, conninfo)
     adapter.install(cast(Tracker, tracker))
     register(cast(Tracker, tracker))
-    made = JobGuard(
-        chosen, tracker=tracker, adapter=adapter, guarded=guarded, conninfo=conninfo
-    )
+    made = JobGuard(chosen, tracker=tracker, adapter=adapter, guarded=guarded, conninfo=conninfo)
     _guards[guarded.source.id] = made
     say(
         "guarded",
@@ -226,9 +223,7 @@ def guard(
     return made
 
 
-def _tracker(
-    guarded: Guarded, settings: Settings, conninfo: Callable[[], str]
-) -> HostTracker:
+def _tracker(guarded: Guarded, settings: Settings, conninfo: Callable[[], str]) -> HostTracker:
     # Imported here for their weight: a process that guards nothing never pays for them.
     from jobguard.tracker import HostTracker
 
@@ -312,4 +307,3 @@ def _at_exit() -> None:
     for made in list(_guards.values()):
         if made._tracker is not None:
             made._tracker.close()
-

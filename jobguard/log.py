@@ -94,9 +94,12 @@ EVENTS: Mapping[str, Event] = {
     "source_unwatched": Event(
         ERROR, "no Redis URL was given for a source: add it to --redis or JOBGUARD_REDIS_URL"
     ),  # source, given
-    "adapter_missing": Event(ERROR, "there is no adapter for a source's library"),  # library, install
+    "adapter_missing": Event(
+        ERROR, "there is no adapter for a source's library"
+    ),  # library, install
     "wrong_redis": Event(
-        ERROR, "workers see a living pulse where this reconciler sees none: it is at the wrong Redis"
+        ERROR,
+        "workers see a living pulse where this reconciler sees none: it is at the wrong Redis",
     ),  # source
     "foreign_pulse": Event(
         ERROR,

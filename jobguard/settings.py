@@ -65,7 +65,9 @@ class Settings:
     push_deadline: float = _setting(5.0, "after its record a push this late is left to the leader")
     pulse_interval: float = _setting(0.5, "between two ticks of the pulse")
     sweep_interval: float = _setting(60.0, "every owed job is looked at this often")
-    grace: float = _setting(10.0, "between the two looks at an absent job, without a confirmed loss")
+    grace: float = _setting(
+        10.0, "between the two looks at an absent job, without a confirmed loss"
+    )
     loss_grace: float = _setting(1.0, "between the two looks after a confirmed loss")
     lease: float = _setting(10.0, "a leader's lease")
     recovery_rate: float = _setting(2000.0, "jobs a second put back after a loss")
@@ -77,7 +79,9 @@ class Settings:
     unexplained: Literal["restore", "hold"] = _setting(
         "restore", "what to do with a job that is absent without a known cause"
     )
-    brake_count: int = _setting(100, "unexplained absences a minute that hold a queue by themselves")
+    brake_count: int = _setting(
+        100, "unexplained absences a minute that hold a queue by themselves"
+    )
     brake_share: float = _setting(0.01, "or this share of the queue's owed jobs")
     retention: float = _setting(7 * 86400.0, "how long ended deliveries are remembered")
     page: int = _setting(5000, "owed deliveries looked at in one page")

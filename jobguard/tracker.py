@@ -192,9 +192,7 @@ class HostTracker:
     def _write(self, deliveries: Sequence[Delivery]) -> Recorded:
         return self._send(self._store, deliveries, outbox=False)
 
-    def _send(
-        self, store: HostStore, deliveries: Sequence[Delivery], *, outbox: bool
-    ) -> Recorded:
+    def _send(self, store: HostStore, deliveries: Sequence[Delivery], *, outbox: bool) -> Recorded:
         return store.record(
             self.source.id,
             deliveries,
@@ -344,9 +342,7 @@ class HostTracker:
         answers: Sequence[Ended] = self.call(lambda store: store.end(self.source.id, ends))
         for end, answer in zip(ends, answers, strict=True):
             if answer is Ended.LATE:
-                say(
-                    "end_late", job_id=end.job_id, outcome=end.outcome.value, number=end.number
-                )
+                say("end_late", job_id=end.job_id, outcome=end.outcome.value, number=end.number)
         return answers
 
     # -- the spool ---------------------------------------------------------------------------------
@@ -388,9 +384,7 @@ class HostTracker:
 
     def _replay_records(self, store: HostStore, deliveries: Sequence[Delivery]) -> None:
         try:
-            store.record(
-                self.source.id, deliveries, namespace=self.source.namespace, replay=True
-            )
+            store.record(self.source.id, deliveries, namespace=self.source.namespace, replay=True)
         except BadRow as error:
             if len(deliveries) == 1:
                 self.spool.counts.quarantined += 1

@@ -56,6 +56,10 @@ class RQAdapter:
         """Take the hooks off with the last guard."""
         importlib.import_module("jobguard.adapters.rq.patches").uninstall(tracker.source.id)
 
+    def prepare_worker(self) -> None:
+        """Hook RQ for a worker whose process calls no guard(): ``jobguard run -- rq worker``."""
+        importlib.import_module("jobguard.adapters.rq.patches").install("jobguard run")
+
     def broker(self, source: Source, client: redis.Redis) -> Broker:
         """Return the reconciler's view of a source."""
         return RQBroker(source, client)

@@ -92,9 +92,15 @@ class RQBroker:
             for name in names:
                 pipe.smembers(self._layout.workers(name))
             members = pipe.execute()
+        # A killed worker stays in the set; its own key ends when its heartbeat does.
+        known = sorted(frozenset(chain.from_iterable(members)))
+        with self._client.pipeline(transaction=False) as pipe:
+            for key in known:
+                pipe.exists(key)
+            alive = {key for key, there in zip(known, pipe.execute(), strict=True) if there}
         worker = f"{self._layout.base}:worker:"
         return {
-            name: frozenset(key.decode().removeprefix(worker) for key in keys)
+            name: frozenset(key.decode().removeprefix(worker) for key in keys if key in alive)
             for name, keys in zip(names, members, strict=True)
         }
 

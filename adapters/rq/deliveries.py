@@ -204,6 +204,12 @@ def token_in(field: bytes | None, status: bytes | None) -> UUID | None:
         return None
 
 
+def attempt_of(job: Job) -> int:
+    """Return which attempt of the job this delivery is; a retry counts, a move does not."""
+    attempt: int = job.__dict__.get(_ATTEMPT, 1)
+    return attempt
+
+
 def token_of(job: Job) -> UUID | None:
     """Return the token of the delivery that this object stands for."""
     token: UUID | None = job.__dict__.get(_TOKEN)

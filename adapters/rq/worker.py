@@ -18,8 +18,10 @@ from redis.exceptions import RedisError
 from rq.job import Job, JobStatus
 from rq.queue import Queue
 
+from jobguard.adapter import running_job
 from jobguard.adapters.rq.deliveries import (
     BROKER_DOWN,
+    attempt_of,
     deliver,
     draft,
     drafting,
@@ -32,7 +34,7 @@ from jobguard.adapters.rq.deliveries import (
 )
 from jobguard.adapters.rq.envelope import Mode
 from jobguard.adapters.rq.layout import FIELD, SPENT
-from jobguard.adapters.rq.lookup import tracker_for
+from jobguard.adapters.rq.lookup import tracker_for, tracker_for_job
 from jobguard.adapters.rq.run import Run
 from jobguard.adapters.rq.skip import skip
 from jobguard.job import Delivery, Outcome, Refused, new_token
@@ -55,9 +57,9 @@ def register_birth(original: Hook) -> Hook:
 
     @wraps(original)
     def hook(self: Any) -> Any:
-        result = original(self)
+        # First the beat: an unknown consumer makes its queues untrusted.
         _open_session(self)
-        return result
+        return original(self)
 
     return hook
 
@@ -149,10 +151,16 @@ def perform(original: Hook) -> Hook:
 
     @wraps(original)
     def hook(self: Job) -> Any:
-        result = original(self)
         run = run_of(self)
-        if run is not None:
-            run.returned = True
+        if run is None:
+            return original(self)
+        tracker = tracker_for_job(self)
+        if tracker is None:
+            result = original(self)
+        else:
+            with running_job(tracker, run.claim, self.id, attempt=attempt_of(self)):
+                result = original(self)
+        run.returned = True
         return result
 
     return hook

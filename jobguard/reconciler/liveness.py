@@ -76,14 +76,10 @@ class Liveness:
             del self._watched[gone]
         timeout = self.timeout * (2 if self._all_fell_silent(at) else 1)
         dead = [
-            id
-            for id, w in self._watched.items()
-            if at - max(w.changed_at, self._window) >= timeout
+            id for id, w in self._watched.items() if at - max(w.changed_at, self._window) >= timeout
         ]
         live = frozenset(self._watched) - frozenset(dead)
-        silent = frozenset(
-            id for id in live if self._watched[id].changed_at <= self._introduction
-        )
+        silent = frozenset(id for id in live if self._watched[id].changed_at <= self._introduction)
         return Judgement(
             dead=dead,
             live=live,

@@ -215,9 +215,7 @@ class Looker:
                 done.waiting += 1
             if decision.clear and owed.suspected is not None:
                 clear.append(owed.token)
-            elif decision.suspect and (
-                owed.suspected is None or owed.suspected_mark != seen.mark
-            ):
+            elif decision.suspect and (owed.suspected is None or owed.suspected_mark != seen.mark):
                 suspects.append((owed.token, self._cause(owed, now), seen.mark))
         self._store.clear(term, self._source, clear)
         self._store.suspect(term, self._source, suspects)

@@ -24,6 +24,7 @@ from jobguard.pulse import (
 )
 from jobguard.store import LeaderStore, SourceRow
 
+
 class Health(StrEnum):
     """What one look at the pulse means for this step."""
 
@@ -130,9 +131,7 @@ class PulseKeeper:
 
     def _move(self, term: int, standing: Standing) -> None:
         if standing.n == self._n:
-            moved = self._script(
-                TICK, standing.epoch, str(standing.n), str(standing.n + 1)
-            )
+            moved = self._script(TICK, standing.epoch, str(standing.n), str(standing.n + 1))
             if not moved:
                 return  # somebody else moved it: the next look says what that means
         # Otherwise it was moved by a leader that died before it told Postgres: tell it now.
@@ -175,7 +174,9 @@ class PulseKeeper:
         # The same server process, or one whose pulse we moved ourselves at this address: the right
         # place. Else somebody must vouch for it before anything is pushed.
         here = self._ticked or (
-            self._topology is not None and bool(self._run_id) and self._topology.run_id == self._run_id
+            self._topology is not None
+            and bool(self._run_id)
+            and self._topology.run_id == self._run_id
         )
         if not here:
             sure = place_is_sure(self._misplaced_since)

@@ -22,7 +22,7 @@ from jobguard.reconciler.leader import Leadership
 from jobguard.reconciler.look import Done
 from jobguard.reconciler.watch import Watch
 from jobguard.settings import Settings
-from jobguard.store import Brake, LeaderStore, SourceRow
+from jobguard.store import LeaderStore, SourceRow
 from jobguard.store.leader import PostgresLeaderStore
 
 Clients = Mapping[str, Callable[[], redis.Redis]]
@@ -76,7 +76,7 @@ class Service:
             wait=tenacity.wait_random_exponential(multiplier=0.2, max=5.0),
             retry=tenacity.retry_if_exception_type(Exception),
             stop=tenacity.stop_when_event_set(self._stop),
-            sleep=lambda seconds: bool(self._stop.wait(seconds)) and None,
+            sleep=self._sleep,
             before_sleep=self._tell,
             reraise=False,
         )
@@ -93,6 +93,9 @@ class Service:
     def stop(self) -> None:
         """Finish the step at hand, resign, and return from run()."""
         self._stop.set()
+
+    def _sleep(self, seconds: float) -> None:
+        self._stop.wait(seconds)
 
     @staticmethod
     def _tell(state: tenacity.RetryCallState) -> None:
@@ -276,9 +279,7 @@ def _maker(url: str) -> Callable[[], redis.Redis]:
     return lambda: client_from_url(url, timeout=_CLIENT_TIMEOUT)
 
 
-def run_once(
-    settings: Settings, conninfo: Callable[[], str], clients: Clients
-) -> dict[str, Any]:
+def run_once(settings: Settings, conninfo: Callable[[], str], clients: Clients) -> dict[str, Any]:
     """Make one pass, unless another process leads; returns what was done."""
     return Service(settings, conninfo, clients).once()
 

@@ -46,7 +46,9 @@ class Trust:
     def trusts(self, queue: str, recorded_at: float) -> bool:
         """Whether what was recorded then in this queue was only ever seen by guarded consumers."""
         row = self.rows.get(queue)
-        return row is not None and row.trusted_since is not None and recorded_at >= row.trusted_since
+        return (
+            row is not None and row.trusted_since is not None and recorded_at >= row.trusted_since
+        )
 
     def to_vouch_for(self) -> list[str]:
         """Queues that are clean and guarded, but whose older deliveries nobody has looked at yet."""
@@ -94,7 +96,7 @@ class Trust:
         return changed
 
     def _clean(self, row: QueueRow, now: float) -> QueueRow:
-        """No stranger is to be seen: since when may that be believed?"""
+        """Decide since when it may be believed that no stranger is there."""
         if row.clean_since is not None:
             return row
         if row.unguarded_at is None:

@@ -153,9 +153,9 @@ class Watch:
             say("redis_away", source=self.source.address, error=str(error))
 
     def _see_brake(self, brake: Brake) -> None:
-        released = {
-            queue for queue in self._owed if self._brake.holds(self.source.id, queue)
-        } - {queue for queue in self._owed if brake.holds(self.source.id, queue)}
+        released = {queue for queue in self._owed if self._brake.holds(self.source.id, queue)} - {
+            queue for queue in self._owed if brake.holds(self.source.id, queue)
+        }
         for queue in released:
             self._auto.forget(queue)
         self._brake = brake
@@ -170,7 +170,7 @@ class Watch:
         return self._health
 
     def _place_is_sure(self, term: int, missed_since: float | None) -> bool | None:
-        """The pulse is missing, and we never saw it here: is this the Redis of this ledger?
+        """Whether a Redis without a pulse, where we never saw one, is the Redis of this ledger.
 
         A worker of before that sees no pulse either says yes; one that sees the old pulse alive says
         that we are in the wrong place. In a named installation the name has been compared. Otherwise
@@ -202,9 +202,7 @@ class Watch:
     def _loss(self, now: float) -> None:
         self._liveness.interrupted(now)
         self._trust.registry_lost(self._store.now())
-        incidents = [
-            i for i in self._store.incidents(self.source.id) if i.cause is Cause.INCIDENT
-        ]
+        incidents = [i for i in self._store.incidents(self.source.id) if i.cause is Cause.INCIDENT]
         self._begin_incident(now, incidents[-1].id if incidents else None)
 
     # -- workers -----------------------------------------------------------------------------------

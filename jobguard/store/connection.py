@@ -16,13 +16,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, LiteralString, cast
+from typing import Any, cast
 
 import psycopg
 from psycopg import pq
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-from jobguard.log import say
 from jobguard.errors import (
     BadRow,
     JobguardError,
@@ -30,11 +29,18 @@ from jobguard.errors import (
     NotMigrated,
     StoreUnavailable,
 )
+from jobguard.log import say
 
 Row = tuple[Any, ...]
 Parameters = Mapping[str, Any] | Sequence[Any] | None
 
-_NOT_MIGRATED = {"42P01", "3F000", "42703", "42883", "42704"}  # table, schema, column, function, type
+_NOT_MIGRATED = {
+    "42P01",
+    "3F000",
+    "42703",
+    "42883",
+    "42704",
+}  # table, schema, column, function, type
 _NO_RIGHTS = {"42501"}
 _PREPARED_LOST = {"26000", "42P05"}  # behind a pooler that hands out other sessions
 _AGAIN = {"40P01", "40001"}  # deadlock and serialization: the statement did nothing
@@ -313,10 +319,6 @@ class _Lost(Exception):
     """The connection was lost, or the statement undone: it may be sent again."""
 
 
-def _rows(
-    connection: _Bounded, query: str, parameters: Parameters, prepare: bool
-) -> list[Row]:
-    cursor = connection.execute(
-        cast(LiteralString, query), parameters, prepare=prepare, binary=True
-    )
+def _rows(connection: _Bounded, query: str, parameters: Parameters, prepare: bool) -> list[Row]:
+    cursor = connection.execute(query, parameters, prepare=prepare, binary=True)
     return cursor.fetchall() if cursor.description is not None else []

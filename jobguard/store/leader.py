@@ -224,7 +224,9 @@ class PostgresLeaderStore:
     def envelopes(self, source: int, tokens: Sequence[UUID]) -> Sequence[Restorable]:
         """What is needed to put these back; see LeaderStore."""
         rows = self._db.execute(
-            self._sql["envelopes"], {"source": source, "tokens": list(tokens)}, timeout=_CALL_TIMEOUT
+            self._sql["envelopes"],
+            {"source": source, "tokens": list(tokens)},
+            timeout=_CALL_TIMEOUT,
         )
         return [Restorable(*row) for row in rows]
 

@@ -679,17 +679,15 @@ class _Leader:
 
     def page(self, source: int, *, after: UUID | None, limit: int) -> Sequence[Owed]:
         with self._tables.open() as now:
-            keys = sorted(
-                key
-                for key in self._tables.jobs
-                if key[0] == source and (after is None or key[1] > after)
-            )
-            return [self._owed(key, now) for key in keys[:limit]]
+            return [self._owed(key, now) for key in self._after(source, after)[:limit]]
 
-    def watched(self, source: int, *, limit: int) -> Sequence[Owed]:
+    def _after(self, source: int, after: UUID | None) -> list[_Key]:
+        jobs = self._tables.jobs
+        return sorted(key for key in jobs if key[0] == source and (after is None or key[1] > after))
+
+    def watched(self, source: int, *, limit: int, after: UUID | None = None) -> Sequence[Owed]:
         with self._tables.open() as now:
-            jobs = self._tables.jobs
-            keys = sorted(key for key in jobs if key[0] == source and self._is_watched(key, now))
+            keys = [key for key in self._after(source, after) if self._is_watched(key, now)]
             return [self._pushed(self._owed(key, now), key, now) for key in keys[:limit]]
 
     def _is_watched(self, key: _Key, now: float) -> bool:

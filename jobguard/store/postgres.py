@@ -275,4 +275,3 @@ def _lineage(batch: Sequence[Delivery]) -> dict[str, Any]:
         "outcome": [d.parent.outcome.value if d.parent else None for d in batch],
         "fresh": [d.fresh for d in batch],
     }
-

@@ -1321,11 +1321,14 @@ def test_a_claim_that_its_worker_no_longer_lists_is_watched(ledger: Contract) ->
 
 
 def test_what_is_watched_is_bounded(ledger: Contract) -> None:
-    """As many as asked for, the oldest first."""
+    """As many as asked for, in the order of tokens, and the next of them after the last."""
     them = [delivery(f"j{n}") for n in range(4)]
+    tokens = [it.token for it in them]
     ledger.record(*them, outbox=True)
-    watched = ledger.leader.watched(SOURCE, limit=2)
-    assert [row.token for row in watched] == [it.token for it in them[:2]]
+    first = ledger.leader.watched(SOURCE, limit=3)
+    assert [row.token for row in first] == tokens[:3]
+    rest = ledger.leader.watched(SOURCE, limit=3, after=tokens[2])
+    assert [row.token for row in rest] == tokens[3:]
 
 
 # Putting back

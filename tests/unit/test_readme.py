@@ -1,4 +1,4 @@
-"""The README says what the code does. `python tests/unit/test_readme.py` rewrites what is made from it."""
+"""The README says what the code does; run as a program, this rewrites what is made from code."""
 
 import re
 from dataclasses import fields
@@ -13,6 +13,7 @@ END = "<!-- /settings -->"
 
 
 def settings_table() -> str:
+    """Return the table of settings, in markdown."""
     rows = ["| setting | default | meaning |", "|---|---|---|"]
     for setting in fields(Settings):
         meaning = setting.metadata["meaning"].replace("|", "\\|")
@@ -21,8 +22,9 @@ def settings_table() -> str:
 
 
 def shown(default: object) -> str:
+    """Return a default as people read it."""
     if default is None:
-        return "–"
+        return "none"
     if isinstance(default, bool):
         return str(default).lower()
     if isinstance(default, float) and default.is_integer():

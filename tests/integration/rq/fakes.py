@@ -204,6 +204,10 @@ class FakeTracker:
             if delivery.token in tokens or delivery.job_id in job_ids or delivery.queue == queue:
                 self.close(delivery.token, Outcome.CANCELLED)
 
+    def heartbeat(self, job_id: str, **said: object) -> bool:
+        """Hear a job's progress."""
+        return True
+
     def open_session(self, *, name: str, queues: Sequence[str]) -> Session:
         """Open."""
         self.note("open", name)
