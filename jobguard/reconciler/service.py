@@ -29,7 +29,7 @@ Clients = Mapping[str, Callable[[], redis.Redis]]
 """How to reach each Redis, by its address."""
 
 _CLIENT_TIMEOUT = 2.0
-_STEP = 0.1
+_STEP = 0.05
 """Seconds between two steps when nothing is urgent."""
 _SOURCES = 1.0
 """Seconds between two looks for new sources."""

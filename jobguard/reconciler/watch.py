@@ -22,6 +22,8 @@ from jobguard.reconciler.trust import Trust
 from jobguard.settings import Settings
 from jobguard.store import Brake, LeaderStore, SourceRow, WorkerRow
 
+_DOWN = 0.05
+"""Seconds between two looks whether Redis is back."""
 _POLL = 0.5
 """Seconds between two polls of the workers' beats."""
 _CONSUMERS = 2.0
@@ -167,6 +169,8 @@ class Watch:
         self._health = self._pulse.tick(
             term, place_is_sure=partial(self._place_is_sure, term), now=now
         )
+        if self._health is Health.DOWN:
+            self._due["tick"] = now + _DOWN  # what it lost is to be seen as soon as it is back
         return self._health
 
     def _place_is_sure(self, term: int, missed_since: float | None) -> bool | None:

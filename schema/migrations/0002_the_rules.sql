@@ -50,6 +50,20 @@ begin
     end loop;
     v_skipped := array(select distinct h.token from jobguard.history h
                        where h.source = p_source and h.token = any (p_token));
+    -- Older than what is owed of its id by now: it was superseded before it could be recorded.
+    with outdated as (
+      select distinct on (f.token) f.token, f.job_id, f.queue, f.task, j.token as next
+      from unnest(p_token, p_job_id, p_queue, p_task, p_fresh) f(token, job_id, queue, task, fresh)
+      join jobguard.jobs j on j.source = p_source and j.job_id = f.job_id and j.token > f.token
+      where not f.fresh and not f.token = any (v_skipped)
+        and not exists (select from jobguard.jobs o where o.source = p_source and o.token = f.token)
+      order by f.token, j.token desc
+    ), tombstones as (
+      insert into jobguard.history (source, token, job_id, queue, task, outcome, next)
+      select p_source, o.token, o.job_id, o.queue, o.task, 'superseded', o.next from outdated o
+      returning token
+    )
+    select v_skipped || array(select token from tombstones) into v_skipped;
   end if;
   v_ids := array(select f.job_id from unnest(p_job_id, p_fresh) f(job_id, fresh) where not f.fresh);
   perform from jobguard.jobs j

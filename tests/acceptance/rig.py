@@ -1,0 +1,428 @@
+"""A rig of real processes: workers and reconcilers as children, and a ledger that tasks write.
+
+This file is also the module of the tasks, and of the program that the workers are:
+``python -m tests.acceptance.rig KIND REDIS_URL QUEUE...``. jobguard is never told where the ledger lies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import psutil
+import redis
+import rq
+from rq.worker_registration import REDIS_WORKER_KEYS
+
+from jobguard.servers import _die_with_parent
+from tests.support import eventually
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from jobguard.guard import JobGuard
+    from jobguard.servers import RedisServer
+
+ROOT = Path(__file__).parents[2]
+LEDGER = "RIG_LEDGER"
+JOBGUARD = ("-c", "from jobguard.cli import main; main()")  # of this very Python and this very tree
+TASKS = "tests.acceptance.rig"
+
+QUICK = {"JOBGUARD_WORKER_TIMEOUT": "4", "JOBGUARD_BEAT_INTERVAL": "1"}
+"""The same rules as by default, sooner."""
+START = 30.0
+"""Seconds for a process to come up on a busy machine."""
+SOON = 30.0
+"""Seconds for what takes a few on an idle machine."""
+
+
+# -- tasks -----------------------------------------------------------------------------------------
+
+
+class Line(NamedTuple):
+    """One line of the ledger."""
+
+    what: str
+    label: str
+    pid: int
+    at: float
+    more: str
+
+
+def note(what: str, label: object, more: object = "") -> None:
+    """Append one line to the ledger, in one write."""
+    descriptor = os.open(os.environ[LEDGER], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    try:
+        os.write(descriptor, f"{what} {label} {os.getpid()} {time.time()} {more}\n".encode())
+    finally:
+        os.close(descriptor)
+
+
+def read_ledger(path: str | Path) -> list[Line]:
+    """Give every line that was written so far."""
+    lines = Path(path).read_text().splitlines() if Path(path).exists() else []
+    return [
+        Line(what, label, int(pid), float(at), more)
+        for what, label, pid, at, more in (line.split(" ", 4) for line in lines)
+    ]
+
+
+def work(label: object, seconds: float = 0.0) -> None:
+    """Take so long, asleep."""
+    note("start", label)
+    time.sleep(seconds)
+    note("end", label)
+
+
+def turns(label: str, *acts: str) -> None:
+    """Do as the first word says in the first run, as the second says in the second, and so on.
+
+    Each run waits for its gate, the file ``<ledger>.<label>.<run>``.
+    """
+    note("start", label)
+    run = sum(line[:2] == ("start", label) for line in read_ledger(os.environ[LEDGER]))
+    gate = Path(f"{os.environ[LEDGER]}.{label}.{run}")
+    while not gate.exists():
+        time.sleep(0.01)
+    note("end", label, acts[run - 1])
+    if acts[run - 1] == "fail":
+        raise ValueError(f"run {run} fails")
+
+
+def hold_the_gil(label: str, seconds: float) -> None:
+    """Stay in one C call that never lets another thread run, and tell how long none could."""
+    note("start", label)
+    rounds = 10**6
+    began = time.monotonic()
+    sum(itertools.repeat(0, rounds))
+    rounds = int(rounds * seconds / (time.monotonic() - began))
+    longest = [0.0]
+    done = threading.Event()
+
+    def watch() -> None:
+        last = time.monotonic()
+        while not done.wait(0.01):
+            last, before = time.monotonic(), last
+            longest[0] = max(longest[0], last - before)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    while longest[0] < seconds:  # the first rounds may have been measured on a busier machine
+        sum(itertools.repeat(0, rounds))
+        done.wait(0.1)
+    done.set()
+    watcher.join()
+    note("end", label, longest[0])
+
+
+def kill_the_worker(label: str) -> None:
+    """Take the worker along, as a job that eats all memory does."""
+    note("start", label)
+    if Path(f"{os.environ[LEDGER]}.{label}.cured").exists():
+        note("end", label)
+        return
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+# -- processes -------------------------------------------------------------------------------------
+
+
+class Process:
+    """A child that can be killed, paused and resumed together with its own children."""
+
+    def __init__(self, name: str, arguments: Sequence[str], environ: Mapping[str, str], log: Path):
+        self.name, self.log = name, log
+        with log.open("ab") as file:
+            self._process = subprocess.Popen(
+                [sys.executable, *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=dict(environ),
+                cwd=ROOT,
+                start_new_session=True,
+                preexec_fn=_die_with_parent(signal.SIGKILL),
+            )
+        self.pid = self._process.pid
+
+    @property
+    def ended(self) -> bool:
+        """Whether it runs no longer."""
+        return self._process.poll() is not None
+
+    @property
+    def text(self) -> str:
+        """What it said so far."""
+        return self.log.read_text(errors="replace")
+
+    def events(self, event: str) -> list[dict[str, Any]]:
+        """Give the lines of its log that tell of this event."""
+        found = []
+        for line in self.text.splitlines():
+            with contextlib.suppress(ValueError):
+                told = json.loads(line)
+                if told.get("event") == event:
+                    found.append(told)
+        return found
+
+    def family(self) -> list[psutil.Process]:
+        """List the process and its children, itself first."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            parent = psutil.Process(self.pid)
+            return [parent, *parent.children(recursive=True)]
+        return []
+
+    def pause(self) -> None:
+        """SIGSTOP all of them, and return once they stand still."""
+        for member in self.family():
+            member.suspend()
+        stopped = (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE)
+        eventually(lambda: all(member.status() in stopped for member in self.family()))
+
+    def resume(self) -> None:
+        """SIGCONT all of them."""
+        for member in self.family():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.resume()
+
+    def kill(self) -> None:
+        """SIGKILL all of them: none sees another die."""
+        family = self.family()
+        for member in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.suspend()
+        for member in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
+        self._process.wait()
+
+    def terminate(self) -> None:
+        """Send SIGTERM to the process alone, and do not wait."""
+        self._process.terminate()
+
+    def wait(self, timeout: float = SOON) -> int:
+        """Wait for its end; gives its exit code."""
+        return self._process.wait(timeout)
+
+
+class Rig:
+    """One Redis, one database, and the processes of one test."""
+
+    def __init__(self, folder: Path, database: str, server: RedisServer, **environ: str) -> None:
+        import psycopg
+
+        self.folder, self.database, self.server = folder, database, server
+        self.ledger = folder / "ledger"
+        self._count = itertools.count(1)
+        self._processes: list[Process] = []
+        self._environ = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("JOBGUARD_", "RQ_", "COV_"))
+        } | {"JOBGUARD_POSTGRES_URL": database, "PYTHONPATH": str(ROOT), **QUICK, **environ}
+        self.redis = redis.Redis.from_url(server.url)
+        self._postgres = psycopg.connect(database, autocommit=True)
+        self._guard: JobGuard | None = None
+
+    def close(self) -> None:
+        """End every process by its pid."""
+        for process in self._processes:
+            process.kill()
+        for line in self.lines():  # a horse whose parent was killed before it
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                orphan = psutil.Process(line.pid)
+                if orphan.environ().get(LEDGER) == str(self.ledger):
+                    orphan.kill()
+        if self._guard is not None:
+            self._guard.close()
+        self._postgres.close()
+        self.redis.close()
+
+    # -- starting ----------------------------------------------------------------------------------
+
+    def _start(self, name: str, *arguments: str, **environ: str) -> Process:
+        name = f"{name}-{next(self._count)}"
+        log = self.folder / f"{name}.log"
+        process = Process(name, arguments, {**self._environ, **environ}, log)
+        self._processes.append(process)
+        return process
+
+    def reconciler(self, *arguments: str, leads: bool = True, **environ: str) -> Process:
+        """Start a reconciler; unless it shall stand by, wait until it leads."""
+        process = self._start(
+            "reconciler",
+            *(*JOBGUARD, "reconcile", "--redis", self.server.url, "--log-json", *arguments),
+            **environ,
+        )
+        self.await_(lambda: self.leader() == process.pid if leads else process.text, process)
+        return process
+
+    def worker(self, *queues: str, kind: str = "simple", wait: bool = True) -> Process:
+        """Start a guarded worker of these queues and wait until it has registered.
+
+        Kinds: simple, fork, and pops (dies when it has popped a job).
+        """
+        before = set(self.redis.smembers(REDIS_WORKER_KEYS))
+        process = self._start(
+            f"worker-{kind}",
+            *("-m", TASKS, kind, self.server.url, *(queues or ("mail",))),
+            **{LEDGER: str(self.ledger)},
+        )
+        if wait:
+            self.await_(
+                lambda: set(self.redis.smembers(REDIS_WORKER_KEYS)) - before
+                and self.ask("select 1 from jobguard.workers where pid = %s", process.pid),
+                process,
+            )
+        return process
+
+    def await_(self, is_ready: Callable[[], Any], process: Process) -> None:
+        """Wait until a process has come up."""
+
+        def ready() -> bool:
+            if process.ended:
+                raise RuntimeError(f"{process.name} ended:\n{process.text[-3000:]}")
+            return bool(is_ready())
+
+        eventually(ready, START, message=f"{process.name} is up")
+
+    def queue(self, name: str = "mail") -> rq.Queue:
+        """Give a guarded queue; jobs that nobody recorded would prove nothing."""
+        import jobguard
+
+        if self._guard is None:
+            self._guard = jobguard.guard(
+                self.redis, postgres=self.database, connect="require", when_postgres_down="raise"
+            )
+        return rq.Queue(name, connection=self.redis)
+
+    def enqueue(self, count: int, name: str = "mail", *, prefix: str = "j") -> list[str]:
+        """Enqueue so many jobs that note their label, and give their labels, which are their ids."""
+        labels = [f"{prefix}{number}" for number in range(count)]
+        queue = self.queue(name)
+        queue.enqueue_many(
+            [rq.Queue.prepare_data(f"{TASKS}.work", (label,), job_id=label) for label in labels]
+        )
+        return labels
+
+    def trust(self, *queues: str) -> None:
+        """Wait until these queues are trusted; what is recorded from now on is recovered."""
+        for queue in queues or ("mail",):
+            eventually(
+                lambda queue=queue: self.ask(  # type: ignore[misc]
+                    "select 1 from jobguard.queues"
+                    " where queue = %s and trusted_since is not null",
+                    queue,
+                ),
+                SOON,
+                message=f"{queue} is trusted",
+            )
+
+    def jobguard(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run the command to its end."""
+        return subprocess.run(
+            [sys.executable, *JOBGUARD, *arguments],
+            env=self._environ,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    def open(self, label: str, run: int) -> None:
+        """Open the gate of this run of a task that takes turns."""
+        Path(f"{self.ledger}.{label}.{run}").touch()
+
+    # -- looking -----------------------------------------------------------------------------------
+
+    def ask(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
+        """Ask Postgres."""
+        cursor = self._postgres.execute(query.encode(), values or None)
+        return cursor.fetchall() if cursor.description else []
+
+    def leader(self) -> int | None:
+        """Give the pid of the process that leads now."""
+        rows = self.ask("select pid from jobguard.leader where expires_at > now()")
+        return int(rows[0][0]) if rows else None
+
+    def lines(self) -> list[Line]:
+        """Give the ledger."""
+        return read_ledger(self.ledger)
+
+    def runs(self, what: str = "end") -> Counter[str]:
+        """Count by label how often it started or ended."""
+        return Counter(line.label for line in self.lines() if line.what == what)
+
+    def pids(self, label: str) -> list[int]:
+        """Give who ran it, one pid a start."""
+        return [line.pid for line in self.lines() if line[:2] == ("start", label)]
+
+    def all_ended(self, labels: Sequence[str], timeout: float = 60.0) -> None:
+        """Wait until each of these has ended."""
+
+        def done() -> bool:
+            missing = set(labels) - self.runs().keys()
+            assert not missing, f"{len(missing)} of {len(labels)} have not ended"
+            return True
+
+        eventually(done, timeout)
+
+    def nothing_is_owed(self, timeout: float = SOON) -> None:
+        """Wait until every end is in Postgres."""
+
+        def settled() -> bool:
+            for table in ("jobs", "running", "outbox"):
+                rows = self.ask(f"select count(*) from jobguard.{table}")
+                assert rows == [(0,)], f"{rows[0][0]} rows in {table}"
+            return True
+
+        eventually(settled, timeout)
+
+    def waiting(self, name: str = "mail") -> list[str]:
+        """Give the ids in the queue's list."""
+        return [id.decode() for id in self.redis.lrange(f"rq:queue:{name}", 0, -1)]  # type: ignore[union-attr]
+
+    def history(self, job_id: str) -> list[tuple[Any, ...]]:
+        """Give (outcome, claim number, crashes) of each delivery of a job that ended."""
+        return self.ask(
+            "select outcome::text, number, crashes from jobguard.history where job_id = %s"
+            " order by ended_at",
+            job_id,
+        )
+
+
+def alive(pid: int) -> bool:
+    """Whether this process runs."""
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+def main(kind: str, url: str, *queues: str) -> None:
+    """Be a guarded worker."""
+    from jobguard.adapters.rq import SimpleWorker, Worker
+
+    class Pops(SimpleWorker):  # type: ignore[misc]
+        """Dies as soon as it has popped a job, before anything is claimed."""
+
+        def dequeue_job_and_maintain_ttl(self, *args: Any, **kwargs: Any) -> Any:
+            """Pop, and die."""
+            super().dequeue_job_and_maintain_ttl(*args, **kwargs)
+            note("popped", "job")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    kinds = {"simple": SimpleWorker, "fork": Worker, "pops": Pops}
+    connection = redis.Redis.from_url(url)
+    kinds[kind](queues, connection=connection).work(logging_level="WARNING")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
