@@ -36,6 +36,7 @@ class Circuit:
         self._on_change = on_change
         self._clock = clock
         self._next_look = 0.0
+        self._told_open = False
         self._looking = threading.Lock()
         self._breaker = pybreaker.CircuitBreaker(
             fail_max=1,
@@ -88,11 +89,14 @@ class Circuit:
         """Postgres has just answered somebody: close."""
         if not self.closed:
             self._breaker.close()
+            self._told_open = False
             self._on_change(True)
 
     def _opened(self) -> None:
         self._next_look = self._clock() + self._retry_interval
-        self._on_change(False)
+        if not self._told_open:  # threads that failed together tell of one outage
+            self._told_open = True
+            self._on_change(False)
 
     def copy_state(self, other: Circuit) -> None:
         """Begin as the parent of this process left off: a child need not learn of the outage again."""

@@ -44,6 +44,9 @@ class Doubt:
         ):
             return self._in_doubt
         try:
+            # Who waited here takes the answer of the one who asked.
+            if self._in_doubt and self._clock() < self._ask_at:
+                return True
             if not self._in_doubt and self._clock() - self._proved < _PROOF:
                 return False
             return self._ask()

@@ -24,6 +24,10 @@ from uuid import UUID
 _FIELDS = ("epoch", "n", "source", "installation")
 
 
+ACCEPTED = -1
+"""In Postgres, in place of the counter: a person said that what stands in Redis is right."""
+
+
 def pulse_key(namespace: str) -> str:
     """The key of a namespace's pulse."""
     return f"jobguard:pulse:{namespace}"
@@ -68,6 +72,8 @@ class Reading(StrEnum):
     STEADY = "steady"
     LOST = "lost"
     """Missing, lower, or of another epoch: Redis lost data."""
+    UNTOLD = "untold"
+    """Ours, just begun, but Postgres was not told: the leader that began it died before it could."""
     AHEAD = "ahead"
     """Further than one tick ahead: Postgres went back in time. Touch nothing, ask a person."""
     FOREIGN = "foreign"
@@ -87,7 +93,8 @@ def judge_pulse(
     if standing.installation != installation:
         return Reading.FOREIGN
     if epoch is None or n is None:
-        return Reading.AHEAD
+        # A pulse is not moved before Postgres holds its first value.
+        return Reading.UNTOLD if standing.n == 1 or n == ACCEPTED else Reading.AHEAD
     if standing.epoch != epoch or standing.n < n:
         return Reading.LOST
     return Reading.STEADY if standing.n <= n + 1 else Reading.AHEAD

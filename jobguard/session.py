@@ -16,6 +16,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
@@ -42,6 +43,11 @@ if TYPE_CHECKING:
 
 _HOLD_BACK = 1.0
 """Ends younger than this are no news for a beat: the batch is about to be committed."""
+
+
+def bare_end(end: End) -> End:
+    """Leave out of an end all that could be refused: that it ended must be remembered."""
+    return replace(end, job_id="", queue="", task="", error=None)
 
 
 class WorkerSession:
@@ -248,6 +254,7 @@ class WorkerSession:
             self._tracker.end(batch)
         except BadRow as error:
             self._commit_alone(batch, error)
+            return
         except Exception as error:
             if not isinstance(error, StoreUnavailable):
                 say("guest_failed", where="end", error=str(error))
@@ -260,9 +267,14 @@ class WorkerSession:
         if len(batch) > 1:
             for end in batch:
                 self._commit([end])
-        else:
-            self._tracker.spool.counts.quarantined += 1
-            say("row_refused", job_id=batch[0].job_id, error=str(error))
+            return
+        self._tracker.spool.counts.quarantined += 1
+        say("row_refused", job_id=batch[0].job_id, error=str(error))
+        bare = bare_end(batch[0])
+        if (
+            bare != batch[0]
+        ):  # else it stays listed: a leader must not take the claim for a dead one
+            self._commit([bare])
 
     def _flushes(self) -> None:
         while not self._stop.is_set():

@@ -23,6 +23,7 @@ from jobguard.commit import GroupCommit
 from jobguard.doubt import Doubt
 from jobguard.errors import (
     BadRow,
+    BreakerOpen,
     JobguardError,
     NoRights,
     NotMigrated,
@@ -31,7 +32,7 @@ from jobguard.errors import (
 )
 from jobguard.job import Delivery, End, Ended, Recorded
 from jobguard.log import say
-from jobguard.session import WorkerSession
+from jobguard.session import WorkerSession, bare_end
 from jobguard.settings import Settings
 from jobguard.spool import Cancelled, Entry, MemorySpool, Spool
 from jobguard.store import HostStore, SourceRow
@@ -143,11 +144,10 @@ class HostTracker:
         Raises BreakerOpen, StoreUnavailable, BadRow, WrongInstallation.
         """
         self._mine()
-        with self.circuit.calling():
-            answer = work(self._ready())
         if len(self.spool):
             self.replay()
-        return answer
+        with self.circuit.calling():
+            return work(self._ready())
 
     def connect(self) -> None:
         """Reach Postgres now. Raises why it cannot be used."""
@@ -190,6 +190,8 @@ class HostTracker:
         return Recorded(refused=recorded.refused & mine, leader_live=recorded.leader_live)
 
     def _write(self, deliveries: Sequence[Delivery]) -> Recorded:
+        if not self.circuit.closed:  # it opened while this batch stood in line: one wait is enough
+            raise BreakerOpen
         return self._send(self._store, deliveries, outbox=False)
 
     def _send(self, store: HostStore, deliveries: Sequence[Delivery], *, outbox: bool) -> Recorded:
@@ -282,6 +284,9 @@ class HostTracker:
         entry = Cancelled(tuple(tokens), tuple(job_ids), queue)
         try:
             self.call(lambda store: self._cancel(store, entry))
+            if len(self.spool):
+                # Its record may still wait there: the intent must come after it as well.
+                self.spool.put([entry])
         except StoreUnavailable as error:
             if self.settings.when_postgres_down == "raise":
                 raise
@@ -356,7 +361,7 @@ class HostTracker:
         try:
             while done < limit and (entries := self.spool.peek(limit - done)):
                 with self.circuit.calling():
-                    self._replay(self._ready(), entries)
+                    self._replay_each(self._ready(), entries)
                 self.spool.drop(entries)
                 done += len(entries)
         except StoreUnavailable:
@@ -369,6 +374,22 @@ class HostTracker:
             say("spool_replayed", count=done, left=len(self.spool))
         return done
 
+    def _replay_each(self, store: HostStore, entries: Sequence[Entry]) -> None:
+        """Replay these; one that is refused for what is in it does not keep the others waiting."""
+        try:
+            self._replay(store, entries)
+        except BadRow as error:
+            if len(entries) > 1:
+                for entry in entries:
+                    self._replay_each(store, [entry])
+                return
+            (entry,) = entries
+            bare = bare_end(entry) if isinstance(entry, End) else entry
+            self.spool.counts.quarantined += 1
+            say("row_refused", job_id=getattr(entry, "job_id", ""), error=str(error))
+            if bare != entry:
+                self._replay_each(store, [bare])
+
     def _replay(self, store: HostStore, entries: Sequence[Entry]) -> None:
         deliveries = [entry for entry in entries if isinstance(entry, Delivery)]
         ends = [entry for entry in entries if isinstance(entry, End)]
@@ -376,22 +397,11 @@ class HostTracker:
             if isinstance(entry, Cancelled):
                 self._cancel(store, entry)
         if deliveries:
-            self._replay_records(store, deliveries)
+            store.record(self.source.id, deliveries, namespace=self.source.namespace, replay=True)
         if ends:
             store.end(self.source.id, ends)
             if self._session is not None:
                 self._session.ended(ends)
-
-    def _replay_records(self, store: HostStore, deliveries: Sequence[Delivery]) -> None:
-        try:
-            store.record(self.source.id, deliveries, namespace=self.source.namespace, replay=True)
-        except BadRow as error:
-            if len(deliveries) == 1:
-                self.spool.counts.quarantined += 1
-                say("row_refused", job_id=deliveries[0].job_id, error=str(error))
-                return
-            for delivery in deliveries:
-                self._replay_records(store, [delivery])
 
     def close(self) -> None:
         """Replay what can be replayed within the time of one record, and let go."""

@@ -188,6 +188,8 @@ def not_pushed(staged: Sequence[Staged], error: BaseException) -> None:
             tracker.broker_failed()
     if not surely_failed(error):
         leave_to_outbox(staged)
+        ids = ", ".join(entry.job.id for entry in staged)
+        error.add_note(f"jobguard: it may have reached Redis, and stays recorded: job {ids}")
         return
     first = [entry for entry in staged if entry.push.parent is None]
     for tracker, entries in by_tracker(first):

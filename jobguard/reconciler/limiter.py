@@ -15,13 +15,14 @@ class TokenBucket:
     def __init__(self, rate: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._rate = rate
         self._clock = clock
-        self._level = rate
+        self._burst = max(rate, 1.0)
+        self._level = self._burst
         self._at = clock()
 
     def take(self, wanted: int) -> int:
         """Grant as many as there are, ``wanted`` at most."""
         now = self._clock()
-        self._level = min(self._rate, self._level + (now - self._at) * self._rate)
+        self._level = min(self._burst, self._level + (now - self._at) * self._rate)
         self._at = now
         granted = min(wanted, int(self._level))
         self._level -= granted
@@ -29,7 +30,7 @@ class TokenBucket:
 
     def give_back(self, unused: int) -> None:
         """Return permits that were not needed."""
-        self._level = min(self._rate, self._level + unused)
+        self._level = min(self._burst, self._level + unused)
 
 
 def round_robin(items: Iterable[T], queue_of: Callable[[T], str]) -> Iterator[T]:

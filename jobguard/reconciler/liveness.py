@@ -100,10 +100,11 @@ class Liveness:
         known.redis_beat = redis_beat if redis_beat is not None else known.redis_beat
 
     def _all_fell_silent(self, at: float) -> bool:
-        """Whether workers of two hosts or more were alive, and none was heard for a whole window.
+        """Whether workers of two hosts or more were alive, and all of them have fallen silent.
 
-        All of them at once is rather a network's doing than that of their hosts.
+        All of them at once is rather a network's doing than that of their hosts. Beats are not
+        simultaneous: who was heard a third of the window ago has missed a beat or more by now.
         """
         heard = [max(w.changed_at, self._window) for w in self._watched.values()]
         hosts = {w.host for w in self._watched.values()}
-        return len(hosts) >= 2 and at - max(heard) >= self.timeout
+        return len(hosts) >= 2 and at - max(heard) >= self.timeout / 3

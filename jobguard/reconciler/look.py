@@ -39,8 +39,8 @@ class Circumstances:
     """(queue, age in seconds) -> whether it was only ever seen by guarded workers."""
     holds: Callable[[str], bool]
     cause_of: Callable[[Owed], Cause]
-    too_many: Callable[[str, int], bool]
-    """(queue, unexplained absences now) -> whether that pulls the brake; it then holds."""
+    too_many: Callable[[str, Sequence[Owed]], bool]
+    """(queue, its unexplained absences now) -> whether that pulls the brake; it then holds."""
 
 
 @dataclass(slots=True)
@@ -58,6 +58,10 @@ class Done:
     """Absent, and to be looked at again, or waiting for the limiter."""
     throttled: int = 0
     """Of these: waiting for the limiter."""
+    in_grace: int = 0
+    """Of these: seen absent, and to be seen once more."""
+    observed: int = 0
+    """Would have been put back, if this were not mode=observe."""
 
     def __iadd__(self, other: Done) -> Done:
         self.looked += other.looked
@@ -69,6 +73,8 @@ class Done:
         self.held += other.held
         self.waiting += other.waiting
         self.throttled += other.throttled
+        self.in_grace += other.in_grace
+        self.observed += other.observed
         return self
 
     def counts(self) -> dict[str, int]:
@@ -82,7 +88,16 @@ class Done:
             "buried": self.buried,
             "held": self.held,
             "waiting": self.waiting,
+            "observed": self.observed,
         }
+
+
+def told(owed: Owed) -> bool:
+    """Whether we were told of its absence, rather than having seen it.
+
+    Its worker's claim was taken away, or its producer left the push to us. What a look saw has a mark.
+    """
+    return owed.suspected in (Cause.WORKER, Cause.PUSH) and not owed.suspected_mark
 
 
 _LOSSES = (Cause.INCIDENT, Cause.TOPOLOGY, Cause.EVICTION)
@@ -104,6 +119,7 @@ class Looker:
         self._store = store
         self._source = source
         self._settings = settings
+        self._observed = 0
         # A million lost jobs must not delay one killed worker's.
         self._losses = TokenBucket(settings.recovery_rate)
         self._repairs = TokenBucket(settings.repair_rate)
@@ -148,7 +164,7 @@ class Looker:
         return dict(self._store.tombstones(self._source, others)) if others else {}
 
     def _cause(self, owed: Owed, now: Circumstances) -> Cause:
-        if owed.suspected in (Cause.WORKER, Cause.UNTRUSTED, Cause.PUSH):
+        if owed.suspected is not None and (told(owed) or owed.suspected is Cause.UNTRUSTED):
             return owed.suspected
         cause = now.cause_of(owed)
         if cause is Cause.UNEXPLAINED and owed.suspected is not None:
@@ -159,9 +175,7 @@ class Looker:
         self, owed: Owed, seen: Sighting, ended: Mapping[UUID, Outcome], now: Circumstances
     ) -> Decision:
         cause = self._cause(owed, now)
-        unchanged = owed.suspected is not None and (
-            owed.suspected_mark == seen.mark or owed.suspected in (Cause.WORKER, Cause.PUSH)
-        )
+        unchanged = owed.suspected is not None and (owed.suspected_mark == seen.mark or told(owed))
         holder = Holder.NOBODY
         if owed.claim_number is not None:
             live = owed.claim_live or owed.token in now.listed
@@ -180,6 +194,7 @@ class Looker:
                 held=now.holds(owed.queue),
                 hold_unexplained=self._settings.unexplained == "hold",
                 expired=owed.expired,
+                backing_off=owed.backoff > 0,
                 announced=owed.claim_announced,
                 crashes=owed.crashes,
                 crash_budget=self._settings.crash_budget,
@@ -187,11 +202,10 @@ class Looker:
         )
 
     def _grace(self, cause: Cause, owed: Owed) -> float:
-        if owed.suspected is Cause.WORKER:
-            return 0.0  # its worker's death was seen: that was the first look
-        if owed.suspected is Cause.PUSH:
-            return 0.0  # its producer said that it did not push it
-        young = self._settings.push_deadline - owed.age
+        if told(owed):
+            return 0.0  # that was the first look
+        # A younger record has at least until its producer must have pushed it.
+        young = owed.suspected_for + self._settings.push_deadline - owed.age
         if cause is Cause.INCIDENT:
             return max(self._settings.loss_grace, young)
         return max(self._settings.grace, young)
@@ -213,9 +227,12 @@ class Looker:
                 done.held += 1
             elif decision.verdict is Verdict.WAIT and not decision.clear:
                 done.waiting += 1
+                done.in_grace += seen.presence is Presence.ABSENT
             if decision.clear and owed.suspected is not None:
                 clear.append(owed.token)
-            elif decision.suspect and (owed.suspected is None or owed.suspected_mark != seen.mark):
+            elif decision.suspect and not told(owed):
+                if owed.suspected is not None and owed.suspected_mark == seen.mark:
+                    continue  # noted already, and unchanged
                 suspects.append((owed.token, self._cause(owed, now), seen.mark))
         self._store.clear(term, self._source, clear)
         self._store.suspect(term, self._source, suspects)
@@ -274,8 +291,11 @@ class Looker:
     def _brake(
         self, lost: list[tuple[Owed, Cause]], now: Circumstances, done: Done
     ) -> list[tuple[Owed, Cause]]:
-        unexplained = Counter(owed.queue for owed, cause in lost if cause is Cause.UNEXPLAINED)
-        held = {queue for queue, count in unexplained.items() if now.too_many(queue, count)}
+        unexplained: dict[str, list[Owed]] = {}
+        for owed, cause in lost:
+            if cause is Cause.UNEXPLAINED:
+                unexplained.setdefault(owed.queue, []).append(owed)
+        held = {queue for queue, absent in unexplained.items() if now.too_many(queue, absent)}
         kept = [(owed, cause) for owed, cause in lost if owed.queue not in held]
         done.held += len(lost) - len(kept)
         return kept
@@ -291,8 +311,10 @@ class Looker:
         if not lost:
             return
         if self._settings.mode == "observe":
-            done.held += len(lost)
-            say("would_restore", count=len(lost))
+            done.observed += len(lost)
+            if len(lost) != self._observed:  # the same ones are seen again and again
+                self._observed = len(lost)
+                say("would_restore", count=len(lost))
             return
         losses = [pair for pair in lost if pair[1] in _LOSSES]
         repairs = [pair for pair in lost if pair[1] not in _LOSSES]
@@ -317,7 +339,8 @@ class Looker:
             replace(
                 restorable,
                 replaces=frozenset(older),
-                takeover=causes[restorable.token][0].suspected is Cause.WORKER,
+                takeover=told(causes[restorable.token][0])
+                and causes[restorable.token][0].suspected is Cause.WORKER,
             )
             for restorable in self._store.envelopes(self._source, list(causes))
         ]

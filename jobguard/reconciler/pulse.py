@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, Protocol
 from uuid import UUID, uuid4
 
 import redis
@@ -13,6 +12,7 @@ import redis
 from jobguard.job import Cause
 from jobguard.log import say
 from jobguard.pulse import (
+    ACCEPTED,
     RESET,
     TICK,
     Reading,
@@ -23,6 +23,16 @@ from jobguard.pulse import (
     read_pulse,
 )
 from jobguard.store import LeaderStore, SourceRow
+
+_ALARM_AGAIN = 30.0
+"""Seconds between two lines in the log about a state that only a person can end."""
+
+
+class PlaceIsSure(Protocol):
+    """Asked where the pulse is not what it was, and this process has never seen it here."""
+
+    def __call__(self, missed_since: float, /, *, own: bool) -> bool | None:
+        """Whether this is the right Redis; None: not known yet. ``own``: it has an older pulse of ours."""
 
 
 class Health(StrEnum):
@@ -66,10 +76,12 @@ class PulseKeeper:
         self._n = source.pulse_n
         self._run_id = source.run_id
         self._topology: Topology | None = None
+        self._raw: tuple[str, ...] = ("", "")  # epoch and n, also where they make no pulse
         self._ticked = False
         self._noted: UUID | None = None  # the epoch whose loss is written down
         self._down = False
         self._misplaced_since: float | None = None
+        self._alarmed = float("-inf")
         self.doubts: list[Cause] = []
         """New reasons to verify what is owed; whoever acts on them empties the list."""
 
@@ -78,20 +90,15 @@ class PulseKeeper:
         """The pulse's present epoch."""
         return self._epoch
 
-    def tick(
-        self, term: int, *, place_is_sure: Callable[[float | None], bool | None], now: float
-    ) -> Health:
-        """Look at the pulse and move it on. ``now`` is monotonic.
-
-        ``place_is_sure`` is asked where the pulse is missing and this process has never seen it here:
-        True: this is the right Redis; False: it is not; None: not known yet. It is given since when
-        the pulse has been missed.
-        """
+    def tick(self, term: int, *, place_is_sure: PlaceIsSure, now: float) -> Health:
+        """Look at the pulse and move it on. ``now`` is monotonic."""
         try:
             self._look_at_topology()
             if self._topology is not None and self._topology.role == "slave":
                 raise redis.ReadOnlyError("it is a replica: what is not here may be on its master")
-            standing = parse_pulse(read_pulse(self._client, self._source.namespace))
+            answer = read_pulse(self._client, self._source.namespace)
+            standing = parse_pulse(answer)
+            self._raw = tuple((value or b"").decode(errors="replace") for value in answer[:2])
             reading = judge_pulse(
                 standing, epoch=self._epoch, n=self._n, installation=self._installation
             )
@@ -113,7 +120,7 @@ class PulseKeeper:
         term: int,
         reading: Reading,
         standing: Standing | None,
-        place_is_sure: Callable[[float | None], bool | None],
+        place_is_sure: PlaceIsSure,
         now: float,
     ) -> Health:
         if reading is Reading.STEADY and standing is not None:
@@ -121,12 +128,20 @@ class PulseKeeper:
             self._move(term, standing)
             self._ticked = True
             return Health.STEADY
+        if reading is Reading.UNTOLD and standing is not None:
+            self._adopt(term, standing)
+            return Health.STEADY
         if reading is Reading.FIRST:
-            self._begin(term, None, uuid4())
+            self._begin(term, standing, uuid4())
             return Health.STEADY
         if reading is Reading.LOST:
             return self._lost(term, standing, place_is_sure, now)
-        self._alarm(reading)
+        if reading is Reading.AHEAD and standing is not None and self._accepted():
+            self._adopt(term, standing)
+            return Health.STEADY
+        if now - self._alarmed >= _ALARM_AGAIN:
+            self._alarmed = now
+            self._alarm(reading)
         return Health.STOP
 
     def _move(self, term: int, standing: Standing) -> None:
@@ -147,7 +162,7 @@ class PulseKeeper:
 
     def _begin(self, term: int, standing: Standing | None, epoch: UUID) -> None:
         """Make the pulse anew, where what was judged still stands."""
-        was = ("", "") if standing is None else (str(standing.epoch), str(standing.n))
+        was = self._raw if standing is None else (str(standing.epoch), str(standing.n))
         made = self._script(
             RESET, *was, str(epoch), "1", str(self._source.id), str(self._installation)
         )
@@ -166,7 +181,7 @@ class PulseKeeper:
         self,
         term: int,
         standing: Standing | None,
-        place_is_sure: Callable[[float | None], bool | None],
+        place_is_sure: PlaceIsSure,
         now: float,
     ) -> Health:
         self._misplaced_since = self._misplaced_since or now
@@ -174,12 +189,12 @@ class PulseKeeper:
         # The same server process, or one whose pulse we moved ourselves at this address: the right
         # place. Else somebody must vouch for it before anything is pushed.
         here = self._ticked or (
-            self._topology is not None
-            and bool(self._run_id)
+            bool(self._run_id)
+            and self._topology is not None
             and self._topology.run_id == self._run_id
         )
         if not here:
-            sure = place_is_sure(self._misplaced_since)
+            sure = place_is_sure(self._misplaced_since, own=standing is not None)
             if sure is None:
                 return Health.DOWN
             if not sure:
@@ -205,11 +220,21 @@ class PulseKeeper:
         else:
             say("ledger_behind", source=self._source.address)
 
-    def accept(self) -> None:
-        """A person said that all is well: take the pulse that stands in Redis for ours."""
-        standing = parse_pulse(read_pulse(self._client, self._source.namespace))
-        if standing is not None:
-            self._epoch, self._n = standing.epoch, standing.n
+    def _accepted(self) -> bool:
+        """Whether a person has said that what stands in Redis is right."""
+        rows = [row for row in self._store.sources() if row.id == self._source.id]
+        return bool(rows) and rows[0].pulse_epoch is None and rows[0].pulse_n == ACCEPTED
+
+    def _adopt(self, term: int, standing: Standing) -> None:
+        """Take the pulse that stands in Redis for ours."""
+        self._store.acknowledge(
+            term,
+            self._source.id,
+            standing.epoch,
+            standing.n,
+            run_id=self._topology.run_id if self._topology else None,
+        )
+        self._epoch, self._n = standing.epoch, standing.n
 
     def _look_at_topology(self) -> None:
         seen = Topology()

@@ -62,6 +62,7 @@ class Service:
         self._unreachable: set[int] = set()
         self._adapters: dict[str, Adapter | None] = {}
         self._stop = threading.Event()
+        self._seeking = False
         self._due: dict[str, float] = {}
         self._misplaced: str | None = None
         self._term_watched: int | None = None
@@ -70,7 +71,6 @@ class Service:
 
     def run(self) -> None:
         """Lead or stand by until stopped."""
-        self._leadership.start()
         say("reconciler_started", namespace=self._settings.namespace, redis=list(self._clients))
         backoff = tenacity.Retrying(
             wait=tenacity.wait_random_exponential(multiplier=0.2, max=5.0),
@@ -108,6 +108,10 @@ class Service:
 
     def _lead_a_little(self) -> None:
         """Lead, a step at a time, until something goes wrong or we are told to stop."""
+        if not self._seeking:
+            self._require_installation()
+            self._leadership.start()
+            self._seeking = True
         while not self._stop.is_set():
             if not self._leadership.wait(timeout=1.0):
                 self._stand_down()
@@ -127,6 +131,7 @@ class Service:
         A worker's death takes ``worker_timeout`` to be sure of; this waits for it where a worker that
         holds claims is silent.
         """
+        self._require_installation()
         self._leadership.seek()
         try:
             if not self._leadership.leads:
@@ -180,6 +185,11 @@ class Service:
         for row in self._store.sources():
             if row.id not in self._watches:
                 self._watch(row, installation)
+
+    def _require_installation(self) -> None:
+        """Raise WrongInstallation before the lease: it is the other installation's to hold."""
+        if self._settings.installation is not None:
+            self._out_of_place(self._store.identity())
 
     def _out_of_place(self, identity: Mapping[str, str | None]) -> str | None:
         """Why nothing may be put back with this database, if so."""

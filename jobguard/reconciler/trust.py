@@ -84,14 +84,17 @@ class Trust:
             # A worker is registered a moment before or after its first beat: one look may err.
             certain = strangers & self._seen_once.get(queue, frozenset())
             self._seen_once[queue] = strangers
-            if certain:
+            known = before is not None and before.unguarded == tuple(sorted(certain))
+            if certain and known and now - (row.unguarded_at or 0.0) < _SETTLE / 3:
+                pass  # written down a moment ago
+            elif certain:
                 row = QueueRow(
                     self.source, queue, unguarded=tuple(sorted(certain)), unguarded_at=now
                 )
             elif not strangers:
                 row = self._clean(row, now)
             self.rows[queue] = row
-            if row != before and not (certain and before and before.unguarded == row.unguarded):
+            if row != before:
                 changed.append(row)
         return changed
 

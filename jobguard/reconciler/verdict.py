@@ -60,6 +60,8 @@ class Case:
     """A pause, or the brake on its queue."""
     hold_unexplained: bool = False
     expired: bool = False
+    backing_off: bool = False
+    """It comes from a worker's death, and its wait is not over."""
     announced: bool = False
     """The dead holder had said goodbye: no crash."""
     crashes: int = 0
@@ -129,6 +131,8 @@ def _absent(case: Case) -> Decision:
         return Decision(Verdict.CLOSE, "its time to live is over", Outcome.CANCELLED)
     if case.cause is Cause.UNTRUSTED or not case.trusted:
         return Decision(Verdict.HOLD, "an unguarded worker may have run it", suspect=True)
+    if case.backing_off:
+        return Decision(Verdict.WAIT, "it waits after its worker's death")
     if not case.judgeable and case.cause is not Cause.WORKER:
         return Decision(Verdict.WAIT, "a worker has reports that are not written yet", suspect=True)
     if case.seen_for is None and case.grace > 0:

@@ -16,7 +16,7 @@ from jobguard.log import say
 from jobguard.pulse import beat_key
 from jobguard.reconciler.brake import AutomaticHold
 from jobguard.reconciler.liveness import Judgement, Liveness
-from jobguard.reconciler.look import Circumstances, Done, Looker
+from jobguard.reconciler.look import Circumstances, Done, Looker, told
 from jobguard.reconciler.pulse import Health, PulseKeeper
 from jobguard.reconciler.trust import Trust
 from jobguard.settings import Settings
@@ -77,10 +77,13 @@ class Watch:
         self._liveness = Liveness(settings.worker_timeout)
         self._looker = Looker(client, broker, store, source.id, settings)
         self._auto = AutomaticHold(count=settings.brake_count, share=settings.brake_share)
+        self._counted: set[UUID] = set()  # unexplained absences that the brake knows of
+        self._released: dict[str, float] = {}  # queue -> when a person last said resume
         self._trust = Trust(source.id, watching_since=store.now())
         self._trust.load(store.queues(source.id))
         self._workers: Sequence[WorkerRow] = ()
         self._judgement: Judgement | None = None
+        self._beats: Mapping[UUID, int] = {}
         self._brake = Brake()
         self._owed: Mapping[str, int] = {}
         self._lap = _Lap()
@@ -89,9 +92,10 @@ class Watch:
         self._verify_at: list[float] = []
         self._doubt_until: dict[Cause, float] = {}
         self._incident_at: float | None = None
-        self._incident: int | None = None
+        self._incidents: list[int] = []
         self._health = Health.STEADY
         self._watched_after: UUID | None = None
+        self._watched_took = 0.0  # seconds of the present round over all of them
         self._deaths: dict[str, float] = {}  # queue -> when a consumer of it last died or left
         self._gone: set[UUID] = set()
         self._asked = False
@@ -108,7 +112,8 @@ class Watch:
 
     def _begin_incident(self, at: float, incident: int | None) -> None:
         self._incident_at = at
-        self._incident = incident
+        if incident is not None and incident not in self._incidents:
+            self._incidents.append(incident)
         self._lap = _Lap(running=True, began=self._clock())
         self._due["watched"] = 0.0
 
@@ -160,6 +165,7 @@ class Watch:
         }
         for queue in released:
             self._auto.forget(queue)
+            self._released[queue] = self._clock()
         self._brake = brake
 
     def _tick(self, term: int, now: float) -> Health:
@@ -173,27 +179,37 @@ class Watch:
             self._due["tick"] = now + _DOWN  # what it lost is to be seen as soon as it is back
         return self._health
 
-    def _place_is_sure(self, term: int, missed_since: float | None) -> bool | None:
-        """Whether a Redis without a pulse, where we never saw one, is the Redis of this ledger.
+    def _place_is_sure(self, term: int, missed_since: float, *, own: bool) -> bool | None:
+        """Whether a Redis that does not know our pulse, where we never saw it, is this ledger's.
 
-        A worker of before that sees no pulse either says yes; one that sees the old pulse alive says
-        that we are in the wrong place. In a named installation the name has been compared. Otherwise
-        a person is asked: an empty Redis beside a copied database looks just the same.
+        A worker that beats into this very Redis says yes; one that sees the pulse alive elsewhere says
+        that we are in the wrong place. Where there is no worker at all, a pulse of this ledger says yes
+        (``own``: there is one, only an older), and so does a named installation, whose name has been
+        compared. Otherwise a person is asked: an empty Redis beside a copied database looks the same.
         """
-        for row in self._workers:
-            if row.left or row.dead or self._judgement is None:
-                continue
-            if row.id not in self._judgement.live or row.id in self._judgement.silent:
-                continue
-            if row.pulse is not None and row.pulse[0] == self._pulse.epoch:
-                say("wrong_redis", source=self.source.address)
+        if self._judgement is None:
+            return None
+        present = [row for row in self._workers if row.id in self._judgement.live]
+        for row in present:
+            lives_elsewhere = row.pulse is not None and row.pulse[0] == self._pulse.epoch
+            if (
+                lives_elsewhere
+                and row.id not in self._beats
+                and row.id not in self._judgement.silent
+            ):
+                if self._clock() >= self._due.get("wrong_redis", 0.0):
+                    self._due["wrong_redis"] = self._clock() + 30.0
+                    say("wrong_redis", source=self.source.address)
                 return False
+        if any(row.id in self._beats for row in present):
             return True
-        if self._named:
+        if present and self._clock() - missed_since < _ASK_ABOUT_PLACE:
+            return None  # they have yet to beat, here or elsewhere
+        if self._named or own:
             return True
         if self._asked:
             return None if self._brake.holds(self.source.id, "*") else True
-        if missed_since is None or self._clock() - missed_since < _ASK_ABOUT_PLACE:
+        if self._clock() - missed_since < _ASK_ABOUT_PLACE:
             return None
         self._asked = True
         reason = (
@@ -216,6 +232,7 @@ class Watch:
             return
         self._due["poll"] = now + _POLL
         self._workers = self._store.workers(self.source.id)
+        self._beats = {}
         present = [row.id for row in self._workers if not row.left and not row.dead]
         beats: dict[UUID, int] | None = {}
         try:
@@ -231,6 +248,7 @@ class Watch:
         except redis.RedisError:
             beats = None
         self._judgement = self._liveness.poll(now, self._workers, beats)
+        self._beats = beats or {}
         if self._judgement.dead:
             self._store.declare_dead(term, self._judgement.dead)
         self._mourn(term, now)
@@ -287,6 +305,7 @@ class Watch:
     def _vouch(self, term: int, queue: str) -> None:
         """Look at what was recorded before anybody watched this queue: the absent is not ours to judge."""
         clean_since = self._trust.rows[queue].clean_since or 0.0
+        unpushed = self._unpushed()
         after: UUID | None = None
         strangers = 0
         while page := self._store.page(self.source.id, after=after, limit=self._settings.page):
@@ -295,7 +314,10 @@ class Watch:
             old = [
                 owed
                 for owed in page
-                if owed.queue == queue and owed.age > older and owed.claim_number is None
+                if owed.queue == queue
+                and owed.age > older
+                and owed.claim_number is None
+                and owed.token not in unpushed
             ]
             seen = self._broker.presence(old) if old else {}
             absent = [
@@ -310,6 +332,15 @@ class Watch:
         if strangers:
             say("jobs_untrusted", queue=queue, count=strangers)
 
+    def _unpushed(self) -> set[UUID]:
+        """What producers left to us: nobody can have run it yet."""
+        found: set[UUID] = set()
+        after: UUID | None = None
+        while page := self._store.watched(self.source.id, after=after, limit=_WATCHED):
+            after = page[-1].token
+            found.update(owed.token for owed in page if told(owed))
+        return found
+
     # -- looks -------------------------------------------------------------------------------------
 
     def _circumstances(self, term: int, now: float) -> Circumstances:
@@ -323,7 +354,7 @@ class Watch:
             trusts=lambda queue, age: self._trust.trusts(queue, here - age),
             holds=lambda queue: self._brake.holds(self.source.id, queue),
             cause_of=lambda owed: self._cause_of(owed, now),
-            too_many=lambda queue, count: self._too_many(term, queue, count),
+            too_many=lambda queue, absent: self._too_many(term, queue, absent),
         )
 
     def _cause_of(self, owed: Owed, now: float) -> Cause:
@@ -339,8 +370,13 @@ class Watch:
             return Cause.PUSH
         return Cause.UNEXPLAINED
 
-    def _too_many(self, term: int, queue: str, count: int) -> bool:
-        if not self._auto.exceeded(queue, count, self._owed.get(queue, 0)):
+    def _too_many(self, term: int, queue: str, absent: Sequence[Owed]) -> bool:
+        # Each job counts once, however often it is looked at while it waits for the limiter; and what
+        # was known to be absent when a person said resume does not count again.
+        released = self._clock() - self._released.get(queue, float("-inf"))
+        fresh = {owed.token for owed in absent if owed.suspected_for < released} - self._counted
+        self._counted |= fresh
+        if not self._auto.exceeded(queue, len(fresh), self._owed.get(queue, 0)):
             return False
         reason = "too many jobs are absent without a cause"
         self._store.hold(term, self.source.id, queue, reason)
@@ -358,6 +394,7 @@ class Watch:
         if self._verify_at and now >= self._verify_at[0] and not self._lap.running:
             self._verify_at.pop(0)
             self._lap = _Lap(running=True, began=now)
+            self._due["page"] = now
 
     def _look_at_watched(self, term: int, now: float) -> None:
         if now < self._due.get("watched", 0.0):
@@ -365,13 +402,23 @@ class Watch:
         page = self._store.watched(self.source.id, after=self._watched_after, limit=_WATCHED)
         done = self._looker.look(term, page, self._circumstances(term, now))
         first, last = self._watched_after is None, len(page) < _WATCHED
-        if not done.throttled:
-            # What waits for the limiter keeps its place, and with it the order of recording.
+        if first and not page:
+            self._counted.clear()
+        if not done.throttled and not (done.in_grace and self._incident_at is not None):
+            # What waits for the limiter, or for its second look after a loss, keeps its place, and
+            # with it the order of recording.
             self._watched_after = None if last else page[-1].token
         self._pending = done.waiting + (0 if last else 1)
         self._count(term, done, first and last)
-        at_once = done.requeued or done.restored or not last
-        self._due["watched"] = now + (0.0 if at_once else self._settings.loss_grace / 4)
+        self._watched_took += self._clock() - now
+        if done.requeued or done.restored:
+            self._due["watched"] = now
+        else:
+            # Many that nothing can be done for now (a held queue) must not keep us from the others.
+            quiet = max(self._settings.loss_grace / 4, 4 * self._watched_took) if last else 0.0
+            self._due["watched"] = now + min(quiet, self._settings.grace)
+        if last:
+            self._watched_took = 0.0
 
     def _count(self, term: int, done: Done, whole: bool) -> None:
         self.done += done
@@ -379,17 +426,19 @@ class Watch:
             return
         # The loss is dealt with when a whole walk is over and nobody is suspected for it any more.
         over = whole and not (done.waiting or done.held or done.restored or done.requeued)
-        if self._incident is not None and (over or done.restored[Cause.INCIDENT]):
-            self._store.progress(
-                term,
-                self._incident,
-                missing=0,
-                restored=done.restored[Cause.INCIDENT],
-                close=over,
-            )
+        if self._incidents and done.restored[Cause.INCIDENT]:
+            self._progress(term, restored=done.restored[Cause.INCIDENT])
         if over:
-            self._incident_at = self._incident = None
+            for incident in self._incidents:
+                self._store.progress(term, incident, missing=0, restored=0, close=True)
+            self._incident_at = None
+            self._incidents.clear()
             say("incident_closed", source=self.source.address)
+
+    def _progress(self, term: int, *, missing: int = 0, restored: int = 0) -> None:
+        self._store.progress(
+            term, self._incidents[-1], missing=missing, restored=restored, close=False
+        )
 
     def _look_at_young(self, term: int, now: float) -> None:
         """What was recorded in the last minute: a producer may have died before its push."""
@@ -400,6 +449,8 @@ class Watch:
         page = self._store.page(self.source.id, after=after, limit=self._settings.page)
         old_enough = [owed for owed in page if owed.age > self._settings.push_deadline]
         self.done += self._looker.look(term, old_enough, self._circumstances(term, now))
+        # Long queues are read whole for this: no more than a tenth of the time.
+        self._due["young"] = now + max(_FRESH, 10 * (self._clock() - now))
 
     def _walk(self, term: int, now: float) -> None:
         """One page of the walk over everything owed; without a loss, spread over sweep_interval."""
@@ -412,17 +463,12 @@ class Watch:
         page = self._store.page(self.source.id, after=self._lap.after, limit=self._settings.page)
         done = self._looker.look(term, page, self._circumstances(term, now))
         self.done += done
-        if self._incident is not None:
-            self._store.progress(
-                term,
-                self._incident,
-                missing=done.absent,
-                restored=done.restored[Cause.INCIDENT],
-                close=False,
-            )
+        if self._incidents:
+            self._progress(term, missing=done.absent, restored=done.restored[Cause.INCIDENT])
         self._lap.pages += 1
         pages = max(1, sum(self._owed.values()) // self._settings.page + 1)
-        self._due["page"] = now + self._settings.sweep_interval / pages / 2
+        took = self._clock() - now
+        self._due["page"] = now + max(self._settings.sweep_interval / pages / 2, 5 * took)
         if len(page) < self._settings.page:
             self._lap.running = False
             self._lap.after = None

@@ -23,6 +23,7 @@ from jobguard.errors import (
     WrongInstallation,
 )
 from jobguard.job import Outcome, new_token
+from jobguard.pulse import ACCEPTED
 from jobguard.schema import settle
 from jobguard.store import Counts
 
@@ -143,6 +144,11 @@ select :namespace, 0, '00000000-0000-0000-0000-000000000000', '', 0, 'epoch',
 from jobguard.sources s where s.namespace = :namespace
 having count(*) > 0
 on conflict (namespace) do update set held = excluded.held || l.held
+""")
+
+_ACCEPT = sa.text("""
+    update jobguard.sources set pulse_epoch = null, pulse_n = :accepted, run_id = null
+    where namespace = :namespace
 """)
 
 _RESUME = sa.text("""
@@ -301,6 +307,7 @@ class PostgresLedger:
                 driver = connection.connection.driver_connection
                 assert isinstance(driver, psycopg.Connection)
                 settle(driver)
+                connection.execute(_ACCEPT, {"namespace": namespace, "accepted": ACCEPTED})
             if queue is None:
                 connection.execute(_RESUME, {"namespace": namespace})
             else:

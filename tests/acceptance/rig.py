@@ -1,7 +1,7 @@
 """A rig of real processes: workers and reconcilers as children, and a ledger that tasks write.
 
 This file is also the module of the tasks, and of the program that the workers are:
-``python -m tests.acceptance.rig KIND REDIS_URL QUEUE...``. jobguard is never told where the ledger lies.
+``python -m tests.acceptance.rig KIND REDIS_URL QUEUE...``, and the producer. jobguard is never told where the ledger lies.
 """
 
 from __future__ import annotations
@@ -38,7 +38,11 @@ LEDGER = "RIG_LEDGER"
 JOBGUARD = ("-c", "from jobguard.cli import main; main()")  # of this very Python and this very tree
 TASKS = "tests.acceptance.rig"
 
-QUICK = {"JOBGUARD_WORKER_TIMEOUT": "4", "JOBGUARD_BEAT_INTERVAL": "1"}
+QUICK = {
+    "JOBGUARD_WORKER_TIMEOUT": "4",
+    "JOBGUARD_BEAT_INTERVAL": "1",
+    "JOBGUARD_PUSH_DEADLINE": "1",
+}
 """The same rules as by default, sooner."""
 START = 30.0
 """Seconds for a process to come up on a busy machine."""
@@ -286,6 +290,20 @@ class Rig:
             )
         return process
 
+    def producer(self, jobs: int, pause: float, queue: str = "mail") -> Process:
+        """Start a producer of so many jobs, that notes what was enqueued and what was refused."""
+        return self._start(
+            "producer",
+            *("-m", TASKS, "produce", self.server.url, queue, str(jobs), str(pause)),
+            **{LEDGER: str(self.ledger)},
+        )
+
+    def tend(self, workers: list[Process], kind: str = "simple") -> None:
+        """Start the workers again that ended, as a supervisor does."""
+        for place, worker in enumerate(workers):
+            if worker.ended:
+                workers[place] = self.worker(kind=kind, wait=False)
+
     def await_(self, is_ready: Callable[[], Any], process: Process) -> None:
         """Wait until a process has come up."""
 
@@ -406,8 +424,28 @@ def alive(pid: int) -> bool:
     return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
+def produce(url: str, name: str, jobs: str, pause: str) -> None:
+    """Enqueue so many jobs, whatever happens; a call that raised is a promise not made."""
+    import jobguard
+
+    queue = rq.Queue(name, connection=redis.Redis.from_url(url))
+    jobguard.guard(queue)
+    for number in range(int(jobs)):
+        try:
+            queue.enqueue(work, f"p{number}")
+        except Exception as error:
+            note("refused", f"p{number}", type(error).__name__)
+        else:
+            note("enqueued", f"p{number}")
+        time.sleep(float(pause))
+
+
 def main(kind: str, url: str, *queues: str) -> None:
-    """Be a guarded worker."""
+    """Be a guarded worker, or the producer."""
+    if kind == "produce":
+        from tests.acceptance import rig  # not __main__, where no worker would find the task
+
+        return rig.produce(url, *queues)
     from jobguard.adapters.rq import SimpleWorker, Worker
 
     class Pops(SimpleWorker):  # type: ignore[misc]

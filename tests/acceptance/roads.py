@@ -13,6 +13,7 @@ import sys
 import time
 from collections import Counter
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,10 +39,10 @@ BRISK = {
     "JOBGUARD_BEAT_INTERVAL": "0.5",
     "JOBGUARD_WORKER_TIMEOUT": "5",
     "JOBGUARD_RETRY_INTERVAL": "0.2",
-    "JOBGUARD_PUSH_DEADLINE": "1",
-    "JOBGUARD_SWEEP_INTERVAL": "2",
+    "JOBGUARD_PUSH_DEADLINE": "0.5",
+    "JOBGUARD_SWEEP_INTERVAL": "1",
     "JOBGUARD_PULSE_INTERVAL": "0.2",
-    "JOBGUARD_GRACE": "1",
+    "JOBGUARD_GRACE": "0.6",
     "JOBGUARD_LOSS_GRACE": "0.4",
     "JOBGUARD_LEASE": "5",
 }
@@ -242,12 +243,12 @@ class Site:
 
     @contextmanager
     def producer(self, **settings: Any) -> Iterator[tuple[rq.Queue, JobGuard]]:
-        """A guarded queue in this process."""
+        """A queue in this process, on a Redis whose queues are all guarded."""
         brisk = {key.removeprefix("JOBGUARD_").lower(): value for key, value in BRISK.items()}
         here = {key.removeprefix("JOBGUARD_").lower(): value for key, value in self.settings.items()}
         with self.client() as client:
             queue = rq.Queue(QUEUE, connection=client)
-            with jobguard.guard(queue, postgres=self.postgres, **(brisk | here | settings)) as guard:
+            with jobguard.guard(client, postgres=self.postgres, **(brisk | here | settings)) as guard:
                 yield queue, guard
 
     # -- what is true --
@@ -287,13 +288,16 @@ class Site:
         query = "select count(*) from jobguard.queues where queue = %s and trusted_since is not null"
         eventually(lambda: self.ask(query, QUEUE) == [1], timeout, message="the queue is trusted")
 
-    def swept(self, reconciler: Child) -> None:
-        """Wait until the leader has looked at everything owed a few times more.
+    def swept(self, queue: rq.Queue) -> None:
+        """Wait until the leader has looked at everything owed, and again a grace later.
 
-        Its walk takes half of sweep_interval, and the second look is a grace later.
+        A job is taken away and found: whatever else were thought lost would be back by then.
         """
-        time.sleep(2 * float(BRISK["JOBGUARD_SWEEP_INTERVAL"]))
-        assert reconciler.process.poll() is None, reconciler.log
+        canary = queue.enqueue_in(timedelta(hours=1), say, os.devnull)
+        with self.client() as client:
+            client.delete(canary.key)
+            eventually(lambda: client.exists(canary.key), 30, message="a sweep")
+        canary.cancel()
 
     def close(self) -> None:
         """End every process."""

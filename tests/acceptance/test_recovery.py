@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,14 +20,35 @@ def rig(tmp_path: Path, database: str, own_redis: RedisServer) -> Iterator[Rig]:
     rig.close()
 
 
+def trusted_queue_without_workers(rig: Rig) -> None:
+    """Let a worker come and go: the trust outlives it."""
+    worker = rig.worker()
+    rig.trust()
+    worker.terminate()
+    assert worker.wait() == 0
+
+
+def closed_incident(rig: Rig) -> tuple[int, int]:
+    """Wait until the one incident is closed; gives how many were missing and how many came back."""
+    question = "select missing, restored, closed_at is not null from jobguard.incidents"
+    ((missing, restored, _),) = eventually(
+        lambda: [rows for rows in [rig.ask(question)] if all(closed for *_, closed in rows)],
+        30,
+        message="the incident is closed",
+    )[0]
+    return int(missing), int(restored)
+
+
 def test_a_flushed_redis_gets_back_what_waited_and_it_runs_once(rig: Rig) -> None:
     """FLUSHALL of 2,000 waiting jobs: all of them run once, and the incident is closed."""
     rig.reconciler()
-    worker = rig.worker()
+    workers = [rig.worker(), rig.worker()]
     rig.trust()
-    worker.pause()
+    for worker in workers:
+        worker.pause()
     labels = rig.enqueue(2000)
-    worker.resume()
+    for worker in workers:
+        worker.resume()
     eventually(lambda: rig.runs().total() >= 20)
 
     rig.redis.flushall()
@@ -38,6 +60,174 @@ def test_a_flushed_redis_gets_back_what_waited_and_it_runs_once(rig: Rig) -> Non
     rig.nothing_is_owed()
 
     assert set(rig.runs("start").values()) == {1}
-    closed = "select missing, restored from jobguard.incidents where closed_at is not null"
-    ((missing, restored),) = eventually(lambda: rig.ask(closed))
+    missing, restored = closed_incident(rig)
     assert missing >= restored > 1000
+
+
+def test_a_flushed_queue_without_workers_is_restored_in_its_order(rig: Rig) -> None:
+    """Nobody works there at the time, but all who did were guarded: 2,000 jobs come back."""
+    rig.reconciler()
+    trusted_queue_without_workers(rig)
+    labels = rig.enqueue(2000)
+
+    rig.redis.flushall()
+    at = time.monotonic()
+    eventually(rig.waiting)
+    print(f"first job back after {time.monotonic() - at:.2f} s")
+    eventually(lambda: len(rig.waiting()) == 2000, 30)
+    print(f"2,000 jobs back after {time.monotonic() - at:.2f} s")
+
+    assert rig.waiting() == labels
+    assert closed_incident(rig) == (2000, 2000)
+
+
+def test_a_killed_redis_under_load_loses_nothing(rig: Rig) -> None:
+    """Killed -9 and empty again while jobs are enqueued and worked off: none lost, none twice."""
+    reconciler = rig.reconciler()
+    workers = [rig.worker(), rig.worker()]
+    rig.trust()
+    producer = rig.producer(1000, pause=0.002)
+    eventually(lambda: rig.runs().total() >= 100, 30)
+
+    rig.server.kill()
+    at = time.monotonic()
+    rig.server.start()
+    eventually(lambda: rig.ask("select 1 from jobguard.incidents"), 30)
+    print(f"seen {time.monotonic() - at:.2f} s after the kill")
+
+    def all_done() -> bool:
+        rig.tend(workers)
+        if not producer.ended:
+            return False
+        missing = rig.runs("enqueued").keys() - rig.runs("end").keys()
+        assert not missing, f"{len(missing)} jobs have not ended"
+        return True
+
+    eventually(all_done, 60)
+    print(f"all ended {time.monotonic() - at:.2f} s after the kill")
+    rig.nothing_is_owed()
+
+    assert set(rig.runs("end").values()) == {1}
+    assert rig.runs("enqueued").total() >= 990  # Redis was away for a moment, and jobs are accepted
+    assert closed_incident(rig)[1] > 0
+    assert not reconciler.ended
+
+
+def test_a_redis_that_went_back_in_time_runs_nothing_again(tmp_path: Path, database: str) -> None:
+    """Back from a snapshot: what ended since stays ended, what was recorded since comes back."""
+    with RedisServer(persistence="rdb") as server:
+        rig = Rig(tmp_path, database, server)
+        try:
+            rig.reconciler()
+            worker = rig.worker()
+            rig.trust()
+            worker.pause()
+            old = rig.enqueue(50, prefix="old")
+            snapshot = server.snapshot()
+            worker.resume()
+            rig.all_ended(old)
+            rig.nothing_is_owed()
+            worker.terminate()
+            worker.wait()
+            new = rig.enqueue(50, prefix="new")
+
+            server.restore(snapshot)
+            at = time.monotonic()
+            # All but the one that Redis had handed to the worker when that was paused.
+            again = set(old) & set(rig.waiting())
+            assert len(again) >= 49
+            worker = rig.worker()
+            rig.all_ended(new)
+            print(f"what was recorded since ended {time.monotonic() - at:.2f} s after the rollback")
+            rig.nothing_is_owed()
+            last = rig.enqueue(1, prefix="last")  # of one worker: what stood before it is dealt with
+            rig.all_ended(last)
+
+            assert set(rig.runs("start").values()) == {1}
+            assert closed_incident(rig)[1] == 50
+            statuses = {rig.redis.hget(f"rq:job:{label}", "status") for label in again}
+            assert statuses == {b"finished"}
+        finally:
+            rig.close()
+
+
+def test_a_pause_holds_within_a_second_and_resume_lets_go(
+    tmp_path: Path, database: str, own_redis: RedisServer
+) -> None:
+    """Paused in the middle of a recovery: nothing more goes back until a person says so."""
+    rig = Rig(tmp_path, database, own_redis, JOBGUARD_RECOVERY_RATE="40")
+    try:
+        rig.reconciler()
+        trusted_queue_without_workers(rig)
+        labels = rig.enqueue(200)
+        rig.redis.flushall()
+        eventually(rig.waiting)
+
+        assert rig.jobguard("pause").returncode == 0
+        time.sleep(1.0)  # the promise
+        held = len(rig.waiting())
+        looks = rig.ask("select pulse_n from jobguard.sources")[0][0] + 5
+        eventually(lambda: rig.ask("select pulse_n from jobguard.sources")[0][0] > looks)
+        assert len(rig.waiting()) == held < 200
+
+        assert rig.jobguard("resume").returncode == 0
+        eventually(lambda: len(rig.waiting()) == 200, 30)
+        assert rig.waiting() == labels
+    finally:
+        rig.close()
+
+
+def test_many_jobs_absent_without_a_cause_hold_their_queue(
+    tmp_path: Path, database: str, own_redis: RedisServer
+) -> None:
+    """DEL of 300 waiting jobs holds the queue and says so; resume puts them back."""
+    rig = Rig(
+        tmp_path, database, own_redis, JOBGUARD_GRACE="1", JOBGUARD_SWEEP_INTERVAL="2"
+    )
+    try:
+        reconciler = rig.reconciler()
+        rig.worker()
+        rig.trust()
+        rig.queue().enqueue("tests.acceptance.rig.turns", "busy", "end")
+        eventually(lambda: rig.pids("busy"))  # its one worker has its hands full
+        labels = rig.enqueue(300)
+        # Whatever is younger than a minute may be on its way: that is a cause.
+        rig.ask("update jobguard.jobs set recorded_at = recorded_at - interval '1 hour'")
+        rig.redis.delete("rq:queue:mail", *(f"rq:job:{label}" for label in labels))
+
+        (held,) = eventually(lambda: reconciler.events("queue_held"), 30)
+        assert held["queue"] == "mail"
+        assert rig.waiting() == []
+        assert "mail is held" in rig.jobguard("doctor", "--redis", rig.server.url).stdout
+
+        assert rig.jobguard("resume", "--queue", "mail").returncode == 0
+        at = time.monotonic()
+        eventually(lambda: len(rig.waiting()) == 300, 30)
+        print(f"300 jobs back {time.monotonic() - at:.2f} s after resume")
+        assert sorted(rig.waiting()) == sorted(labels)
+        rig.open("busy", 1)
+        rig.all_ended([*labels, "busy"])
+        rig.nothing_is_owed()
+        assert set(rig.runs("start").values()) == {1}
+    finally:
+        rig.close()
+
+
+def test_one_pass_is_enough_after_a_loss(rig: Rig) -> None:
+    """`reconcile --once` puts back what a FLUSHALL took, says how much, and exits 0."""
+    reconciler = rig.reconciler()
+    trusted_queue_without_workers(rig)
+    reconciler.terminate()
+    assert reconciler.wait() == 0
+    labels = rig.enqueue(200)
+    rig.redis.flushall()
+
+    at = time.monotonic()
+    done = rig.jobguard("reconcile", "--redis", rig.server.url, "--once", "--json")
+    print(f"one pass took {time.monotonic() - at:.2f} s")
+
+    assert done.returncode == 0, done.stderr
+    counts = json.loads(done.stdout)
+    assert (counts["leads"], counts["restored"]) == (True, 200)
+    assert rig.waiting() == labels
+    assert rig.leader() is None

@@ -33,7 +33,7 @@ from jobguard.job import (
 from jobguard.pulse import RESET, TICK, beat_key, pulse_key
 from jobguard.reconciler.watch import Watch
 from jobguard.settings import Settings
-from jobguard.store import Ask, Brake, HostStore, LeaderStore, SourceRow, WorkerRow
+from jobguard.store import Ask, Brake, HostStore, LeaderStore, SourceRow
 from jobguard.store.memory import MemoryLedger
 
 NAMESPACE = "tests"
@@ -118,32 +118,9 @@ def source_row(source: Source = SOURCE, **fields: Any) -> SourceRow:
     return replace(row, **fields)
 
 
-class _Leader:
-    """The leader's store in memory, with what the protocol has and it may not have yet."""
-
-    def __init__(self, ledger: MemoryLedger, inner: LeaderStore) -> None:
-        self._ledger = ledger
-        self._inner = inner
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
-
-    def watched(self, source: int, *, limit: int, after: UUID | None = None) -> Sequence[Owed]:
-        found = self._inner.watched(source, limit=1_000_000)
-        return [owed for owed in found if after is None or owed.token > after][:limit]
-
-    def workers(self, source: int) -> Sequence[WorkerRow]:
-        known = self._ledger._tables.workers
-        return [
-            replace(row, lists=tuple(known[row.id].beat.claims))
-            for row in self._inner.workers(source)
-        ]
-
-
 def leader_store(ledger: MemoryLedger, holder: UUID | None = None) -> LeaderStore:
     """Give the ledger as a reconciler uses it."""
-    inner = ledger.leader(NAMESPACE, holder or uuid4())
-    return cast(LeaderStore, _Leader(ledger, inner))
+    return ledger.leader(NAMESPACE, holder or uuid4())
 
 
 class FakeRedis:
@@ -192,33 +169,40 @@ class FakeRedis:
             raise self.error
 
     def hmget(self, key: str, fields: Sequence[str]) -> list[bytes | None]:
+        """Give these fields of a hash."""
         self._up()
         found = self.hashes.get(key, {})
         return [found.get(name) for name in fields]
 
     def mget(self, keys: Sequence[str]) -> list[bytes | None]:
+        """Give these strings."""
         self._up()
         return [self.strings.get(key) for key in keys]
 
     def time(self) -> tuple[int, int]:
+        """Tell the time in seconds and microseconds."""
         self._up()
         at = self.clock.wall()
         return int(at), int(at % 1 * 1e6)
 
     def info(self, section: str) -> Mapping[str, Any]:
+        """Tell of the server."""
         self._up()
         if self.info_error is not None:
             raise self.info_error
-        return {
+        sections: dict[str, dict[str, Any]] = {
             "server": {"run_id": self.run_id},
             "replication": {"role": self.role, "master_replid": "replication"},
             "stats": {"evicted_keys": self.evicted},
-        }[section]
+        }
+        return sections[section]
 
     def eval(self, text: str, _keys: int, key: str, *arguments: str) -> int:
+        """Do what one of the two scripts of the pulse does."""
         self._up()
         self.before_eval(text)
-        done = {TICK: self._tick, RESET: self._reset}[text](key, *arguments)
+        scripts: dict[str, Callable[..., bool]] = {TICK: self._tick, RESET: self._reset}
+        done = scripts[text](key, *arguments)
         self.after_eval(text)
         return int(done)
 
@@ -259,13 +243,14 @@ class FakeBroker:
         self.bodies[given.job_id] = (given.token, presence)
 
     def presence(self, page: Sequence[Owed]) -> Mapping[UUID, Sighting]:
+        """See where these are; see Broker."""
         self.redis._up()
         return {owed.token: self._sight(owed) for owed in page}
 
     def _sight(self, owed: Owed) -> Sighting:
         found = self.bodies.get(owed.job_id)
         if found is None:
-            return Sighting(Presence.ABSENT)
+            return Sighting(Presence.ABSENT, "absent")
         if found[0] != owed.token:
             return Sighting(Presence.OVERWRITTEN, f"other:{found[0]}", other=found[0])
         return Sighting(found[1], found[1].value)
@@ -273,6 +258,7 @@ class FakeBroker:
     def restore(
         self, deliveries: Sequence[Restorable], *, deadline: float
     ) -> Mapping[UUID, Restored]:
+        """Put these back; see Broker."""
         self.before_restore()
         self.redis._up()
         return {given.token: self._restore(given, deadline) for given in deliveries}
@@ -293,6 +279,7 @@ class FakeBroker:
         return Restored.RESTORED
 
     def consumers(self) -> Mapping[str, frozenset[str]]:
+        """Name the workers that the library knows; see Broker."""
         self.redis._up()
         return self.names
 
@@ -311,6 +298,7 @@ class World:
         self.installation = UUID(self.ledger._tables.installation)
         self.workers: list[FakeWorker] = []
         self.brake = Brake()
+        self.term = 0
         self._holders: list[LeaderStore] = []
         self.new_leader()
 
@@ -478,9 +466,7 @@ class FakeWorker:
         self.listed.append(given.token)
         return self.world.host.claim(SOURCE.id, ask(given, self.id))
 
-    def end(
-        self, given: Delivery, claim: Claim, outcome: Outcome = Outcome.COMPLETED
-    ) -> Ended:
+    def end(self, given: Delivery, claim: Claim, outcome: Outcome = Outcome.COMPLETED) -> Ended:
         """Report an end."""
         end = End(given.token, claim.number, outcome, self.id, ended_at=self.world.clock.wall())
         (answer,) = self.world.host.end(SOURCE.id, [end])

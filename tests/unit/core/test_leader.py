@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from uuid import uuid4
 
 import pytest
 
 from jobguard.errors import NotLeading
-from jobguard.job import Cause
+from jobguard.job import Cause, Outcome
 from jobguard.reconciler.leader import Leadership
 from jobguard.store import Closing, LeaderStore, QueueRow, Void
 from jobguard.store.memory import MemoryLedger
@@ -200,7 +201,7 @@ def test_a_stale_term_writes_nothing() -> None:
     other.seek()
     assert other.leads
 
-    writes = [
+    writes: list[Callable[[], object]] = [
         lambda: stale.renew(term, lease=LEASE),
         lambda: stale.brake(term),
         lambda: stale.acknowledge(term, SOURCE.id, uuid4(), 5, run_id="r"),
@@ -212,7 +213,7 @@ def test_a_stale_term_writes_nothing() -> None:
         lambda: stale.clear(term, SOURCE.id, [job.token]),
         lambda: stale.restored(term, SOURCE.id, [job.token]),
         lambda: stale.void(term, SOURCE.id, [Void(job.token, 1, True, 0.0)]),
-        lambda: stale.close_owed(term, SOURCE.id, [Closing(job.token, job_outcome())]),
+        lambda: stale.close_owed(term, SOURCE.id, [Closing(job.token, Outcome.DEAD)]),
         lambda: stale.trust(term, [QueueRow(SOURCE.id, "mail", trusted_since=0.0)]),
         lambda: stale.hold(term, SOURCE.id, "mail", "stale"),
     ]
@@ -226,13 +227,6 @@ def test_a_stale_term_writes_nothing() -> None:
     assert fresh.queues(SOURCE.id) == []
     assert not fresh.brake(other.term).held
     assert fresh.sources()[0].pulse_n is None
-
-
-def job_outcome() -> object:
-    """Give an outcome that a stale leader might write."""
-    from jobguard.job import Outcome
-
-    return Outcome.DEAD
 
 
 def test_kept_by_a_thread_until_stopped() -> None:

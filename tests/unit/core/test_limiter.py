@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -69,10 +68,6 @@ def test_never_faster_than_the_rate(rate: float, pauses: list[tuple[float, int]]
     assert granted <= rate * (clock() - began + 1) + 1e-6
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="the bucket holds `rate` permits at most: below 1 it never holds a whole one",
-)
 def test_less_than_one_a_second() -> None:
     """A rate of one job in two seconds lets one job go every two seconds."""
     clock = Clock()

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import pytest
-
 from jobguard.reconciler.trust import Trust
 from jobguard.store import QueueRow
 
@@ -209,11 +207,6 @@ def test_a_new_leader_takes_over_what_is_known() -> None:
     assert not stage.trusts()
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="observe() does not return (so nobody stores) a row of which only unguarded_at moved on: "
-    "the next leader counts the settling time from the stranger's first day",
-)
 def test_a_new_leader_lets_it_settle_anew() -> None:
     """A stranger seen until the change of leaders is waited for as if there had been no change."""
     stage = Stage()

@@ -1,0 +1,197 @@
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from rq import Retry
+
+from jobguard.servers import RedisServer
+from tests.acceptance.rig import QUICK, TASKS, Rig
+from tests.support import eventually
+
+TIMEOUT = float(QUICK["JOBGUARD_WORKER_TIMEOUT"])
+
+
+@pytest.fixture
+def rig(tmp_path: Path, database: str, own_redis: RedisServer) -> Iterator[Rig]:
+    """Give a rig without processes."""
+    rig = Rig(tmp_path, database, own_redis)
+    yield rig
+    rig.close()
+
+
+@pytest.mark.parametrize("kind", ["simple", "fork"])
+def test_the_job_of_a_killed_worker_runs_on_another(rig: Rig, kind: str) -> None:
+    """The only worker is killed with its horse: the job goes back, and the death is on record."""
+    rig.reconciler()
+    victim = rig.worker(kind=kind)
+    rig.trust()
+    rig.queue().enqueue(f"{TASKS}.turns", "j", "end", "end", job_id="j")
+    eventually(lambda: rig.pids("j"))
+
+    victim.kill()
+    at = time.monotonic()
+    eventually(lambda: rig.waiting() == ["j"], 30)
+    print(f"{kind}: back {time.monotonic() - at:.2f} s after the kill, timeout {TIMEOUT:.0f} s")
+    heir = rig.worker()
+    eventually(lambda: len(rig.pids("j")) == 2)
+    assert rig.ask("select crashes from jobguard.jobs") == [(1,)]
+    rig.open("j", 2)
+    rig.nothing_is_owed()
+
+    assert rig.history("j") == [("completed", 2, 1)]
+    assert rig.pids("j")[1] == heir.pid
+    assert rig.runs() == {"j": 1}
+
+
+def test_a_job_is_left_alone_while_its_worker_beats(rig: Rig) -> None:
+    """Neither a job longer than the timeout goes back, nor one that holds the GIL for so long."""
+    reconciler = rig.reconciler()
+    rig.worker("slow")
+    rig.worker("busy", kind="fork")
+    rig.trust("slow", "busy")
+    rig.queue("slow").enqueue(f"{TASKS}.work", "slow", 3 * TIMEOUT, job_id="slow")
+    rig.queue("busy").enqueue(f"{TASKS}.hold_the_gil", "busy", 2 * TIMEOUT, job_id="busy")
+
+    rig.all_ended(["slow", "busy"], 90)
+    rig.nothing_is_owed()
+
+    (held,) = [float(line.more) for line in rig.lines() if line[:2] == ("end", "busy")]
+    print(f"the GIL was held for {held:.2f} s")
+    assert held >= 2 * TIMEOUT
+    assert rig.runs("start") == {"slow": 1, "busy": 1}
+    assert rig.history("slow") == rig.history("busy") == [("completed", 1, 0)]
+    assert not reconciler.events("worker_dead")
+
+
+def test_what_a_worker_reports_of_a_job_that_went_to_another_changes_nothing(rig: Rig) -> None:
+    """Asleep for longer than the timeout, it wakes and says completed, failed or retry: too late."""
+    cases = {"completed": ("end", "fail"), "failed": ("fail", "end"), "retried": ("fail", "end")}
+    rig.reconciler()
+    sleepers = {label: rig.worker(label, kind="fork") for label in cases}
+    rig.trust(*cases)
+    for label, acts in cases.items():
+        rig.queue(label).enqueue(
+            f"{TASKS}.turns",
+            *(label, *acts),
+            job_id=label,
+            retry=Retry(max=3) if label == "retried" else None,
+        )
+    eventually(lambda: rig.runs("start").keys() == cases.keys())
+
+    for sleeper in sleepers.values():
+        sleeper.pause()
+    eventually(lambda: all(rig.waiting(label) == [label] for label in cases), 30)
+    for label in cases:
+        rig.worker(label)
+    eventually(lambda: all(len(rig.pids(label)) == 2 for label in cases))
+
+    for label, sleeper in sleepers.items():
+        rig.open(label, 1)
+        sleeper.resume()
+        # The others are busy: the next job runs on the sleeper, and is reported after the first.
+        rig.queue(label).enqueue(f"{TASKS}.work", f"{label}-next", job_id=f"{label}-next")
+    eventually(lambda: all(rig.history(f"{label}-next") for label in cases), 30)
+    assert rig.runs() == {label: 1 for case in cases for label in (case, f"{case}-next")}
+    held = "select j.job_id, r.number from jobguard.jobs j join jobguard.running r using (token)"
+    assert dict(rig.ask(held)) == dict.fromkeys(cases, 2)
+
+    for label in cases:
+        rig.open(label, 2)
+    rig.nothing_is_owed()
+    assert rig.history("completed") == [("failed", 2, 1)]
+    assert rig.history("failed") == [("completed", 2, 1)]
+    assert rig.history("retried") == [("completed", 2, 1)]
+    assert set(rig.runs("start").values()) == {1, 2}  # the second runs, and the next ones
+    assert not any(rig.waiting(label) for label in cases)
+
+
+def test_a_worker_that_is_told_to_stop_ends_its_job_and_says_goodbye(rig: Rig) -> None:
+    """SIGTERM in the middle of a job: it beats on, ends the job, and is not missed."""
+    reconciler = rig.reconciler()
+    worker = rig.worker(kind="fork")
+    rig.trust()
+    rig.queue().enqueue(f"{TASKS}.turns", "j", "end", job_id="j")
+    eventually(lambda: rig.pids("j"))
+
+    worker.terminate()
+    beats = rig.ask("select beat from jobguard.workers")[0][0]
+    eventually(lambda: rig.ask("select beat from jobguard.workers")[0][0] > beats + 2)
+    rig.open("j", 1)
+    assert worker.wait() == 0
+
+    assert rig.ask("select left_at is not null, dead_at from jobguard.workers") == [(True, None)]
+    assert rig.history("j") == [("completed", 1, 0)]
+    assert rig.ask("select count(*) from jobguard.jobs") == [(0,)]
+    assert rig.runs("start") == {"j": 1}
+    assert not reconciler.events("worker_dead")
+
+
+def test_what_a_worker_popped_and_never_began_comes_back(
+    tmp_path: Path, database: str, own_redis: RedisServer
+) -> None:
+    """Killed right after BLPOP from two queues, or LMOVE from one: nothing is lost."""
+    rig = Rig(tmp_path, database, own_redis, JOBGUARD_GRACE="1")
+    try:
+        rig.reconciler()
+        for queues in (("mail", "post"), ("solo",)):
+            rig.worker(*queues, kind="pops")
+        rig.trust("mail", "post", "solo")
+        for name in ("post", "solo"):
+            rig.queue(name).enqueue(f"{TASKS}.work", name, job_id=name)
+        eventually(lambda: rig.runs("popped")["job"] == 2)
+        at = time.monotonic()
+        assert not rig.waiting("post") and not rig.waiting("solo")
+        assert not rig.runs("start")
+
+        rig.worker("mail", "post", "solo")
+        rig.all_ended(["post", "solo"])
+        print(f"both ran {time.monotonic() - at:.2f} s after the kills")
+        rig.nothing_is_owed()
+        assert rig.runs("start") == {"post": 1, "solo": 1}
+    finally:
+        rig.close()
+
+
+def test_a_job_that_kills_its_workers_is_buried_and_can_be_brought_back(
+    tmp_path: Path, database: str, own_redis: RedisServer
+) -> None:
+    """It goes back three times; then it is dead, is listed, and runs again when a person says so."""
+    rig = Rig(
+        tmp_path,
+        *(database, own_redis),
+        JOBGUARD_CRASH_BACKOFF="0,0,0",
+        JOBGUARD_WORKER_TIMEOUT="2",
+        JOBGUARD_BEAT_INTERVAL="0.5",
+    )
+    try:
+        rig.reconciler()
+        workers = [rig.worker()]
+        rig.trust()
+        rig.queue().enqueue(f"{TASKS}.kill_the_worker", "j", job_id="j")
+        at = time.monotonic()
+
+        def buried() -> bool:
+            rig.tend(workers)
+            return bool(rig.history("j"))
+
+        eventually(buried, 60)
+        print(f"buried after {time.monotonic() - at:.2f} s, with a timeout of 2 s")
+        assert rig.history("j")[0][0] == "dead"
+        assert rig.runs("start") == {"j": 4}
+        (listed,) = json.loads(rig.jobguard("dead", "list", "--json").stdout)
+        assert (listed["job_id"], listed["queue"], listed["state"]) == ("j", "mail", "dead")
+
+        Path(f"{rig.ledger}.j.cured").touch()
+        rig.tend(workers)
+        assert rig.jobguard("dead", "requeue", "j").returncode == 0
+        rig.all_ended(["j"])
+        rig.nothing_is_owed()
+        assert [row[0] for row in rig.history("j")] == ["dead", "completed"]
+        assert rig.runs("start") == {"j": 5}
+        assert rig.jobguard("dead", "list").stdout == "none\n"
+    finally:
+        rig.close()

@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from jobguard.servers import RedisServer
+from tests.acceptance.rig import Process, Rig
+from tests.support import eventually
+
+
+@pytest.fixture
+def rig(tmp_path: Path, database: str, own_redis: RedisServer) -> Iterator[Rig]:
+    """Give a rig without processes."""
+    rig = Rig(tmp_path, database, own_redis)
+    yield rig
+    rig.close()
+
+
+def standby(rig: Rig, leader: Process) -> Process:
+    """Start another reconciler, that finds the first in office."""
+    second = rig.reconciler(leads=False)
+    eventually(lambda: second.events("reconciler_started"))
+    assert rig.leader() == leader.pid
+    return second
+
+
+def test_when_the_leader_is_killed_the_other_leads_and_recovers(rig: Rig) -> None:
+    """Its lease runs out, and a loss after that is recovered by the other."""
+    first = rig.reconciler()
+    worker = rig.worker()
+    rig.trust()
+    worker.terminate()
+    worker.wait()
+    second = standby(rig, first)
+
+    first.kill()
+    at = time.monotonic()
+    eventually(lambda: rig.leader() == second.pid, 20)
+    print(f"another leads {time.monotonic() - at:.2f} s after the kill, with a lease of 10 s")
+
+    labels = rig.enqueue(100)
+    rig.redis.flushall()
+    eventually(lambda: len(rig.waiting()) == 100, 30)
+    assert rig.waiting() == labels
+    assert rig.ask("select term from jobguard.leader") == [(2,)]
+
+
+def test_a_leader_that_is_told_to_stop_hands_over_at_once(rig: Rig) -> None:
+    """SIGTERM resigns: nobody waits for the end of a lease."""
+    first = rig.reconciler()
+    second = standby(rig, first)
+
+    first.terminate()
+    at = time.monotonic()
+    eventually(lambda: rig.leader() == second.pid)
+    seconds = time.monotonic() - at
+    print(f"another leads {seconds:.2f} s after SIGTERM")
+
+    assert seconds < 6  # the lease is 10 s, and was renewed less than 3 s before
+    assert first.wait() == 0
+    assert first.events("leader_resigned")
+
+
+def test_a_leader_that_slept_through_its_term_changes_nothing(
+    tmp_path: Path, database: str, own_redis: RedisServer
+) -> None:
+    """Stopped between its look and its pushes, and awake again when all is over: not a row, not a key."""
+    rig = Rig(tmp_path, database, own_redis, JOBGUARD_LEASE="4")
+    try:
+        first = rig.reconciler(JOBGUARD_RECOVERY_RATE="20")
+        worker = rig.worker()
+        rig.trust()
+        worker.terminate()
+        worker.wait()
+        standby_one = standby(rig, first)
+        labels = rig.enqueue(400)
+        rig.redis.flushall()
+        eventually(lambda: len(rig.waiting()) >= 20)  # hundreds of suspects wait for the limiter
+
+        stop_between_look_and_push(rig, first)
+        eventually(lambda: rig.leader() == standby_one.pid, 20)
+        eventually(lambda: len(rig.waiting()) == 400, 30)
+        workers = [rig.worker(), rig.worker()]
+        rig.all_ended(labels[:200])
+        for worker in workers:  # some have ended, some wait: neither is for the sleeper to judge
+            worker.pause()
+        eventually(lambda: not rig.ask("select 1 from jobguard.incidents where closed_at is null"), 30)
+        before = rows(rig), rig.waiting()
+        assert len(before[1]) > 50
+
+        first.resume()
+        eventually(lambda: first.events("leader_lost"))
+        ticks = rig.ask("select pulse_n from jobguard.sources")[0][0]
+        # By then whatever it had begun is over: its calls have 2 s each.
+        eventually(lambda: rig.ask("select pulse_n from jobguard.sources")[0][0] > ticks + 6)
+        assert (rows(rig), rig.waiting()) == before
+        for worker in workers:
+            worker.resume()
+        rig.all_ended(labels)
+        rig.nothing_is_owed()
+
+        assert set(rig.runs("start").values()) == {1}
+        assert rig.leader() == standby_one.pid
+    finally:
+        rig.close()
+
+
+def stop_between_look_and_push(rig: Rig, leader: Process) -> None:
+    """SIGSTOP it when it has read from Redis where the jobs are, and asks Postgres which have ended.
+
+    For a moment nobody may read the tombstones; who waits for them is in the middle of its look.
+    """
+    waits = (
+        "select 1 from pg_locks l join pg_stat_activity a using (pid)"
+        " where not l.granted and l.relation = 'jobguard.history'::regclass"
+        " and a.application_name = 'jobguard reconciler'"
+    )
+    with psycopg.connect(rig.database) as connection:
+        connection.execute("lock table jobguard.history in access exclusive mode")
+        eventually(lambda: rig.ask(waits), message="the leader looks")
+        leader.pause()
+
+
+def rows(rig: Rig) -> dict[str, list[Any]]:
+    """Give every row that a leader writes, but for its pulse and its lease's end."""
+    return {
+        "leader": rig.ask("select term, holder, elected_at, paused_at, held from jobguard.leader"),
+        "incidents": rig.ask("select * from jobguard.incidents order by id"),
+        "jobs": rig.ask("select token, recoveries, crashes, claims from jobguard.jobs order by token"),
+        "suspects": rig.ask("select token, cause from jobguard.suspects order by token"),
+        "queues": rig.ask("select * from jobguard.queues order by queue"),
+    }

@@ -1,0 +1,495 @@
+"""What guard() promises, on a real PostgreSQL and a real Redis.
+
+Planted once, each seen to fail: `is_test_double` False (fakeredis), `_is_async` not asked
+(is_async=False), `disabled()` False, `_same` comparing nothing (other settings), `connect` ignored
+(require), `_make_store` with a connection at once (no I/O), `_tell_once` telling every time (one
+error line), `uninstall` leaving the hooks (close), `_mine` keeping the parent's store (fork),
+`running_job` left out (current).
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import socket
+from typing import TYPE_CHECKING, Any
+
+import fakeredis
+import psycopg
+import pytest
+import redis
+from rq import Queue, SimpleWorker
+from rq.job import Job
+
+import jobguard
+import jobguard.schema
+from jobguard.errors import (
+    ConfigurationError,
+    ConflictingGuard,
+    JobguardError,
+    NotMigrated,
+    StoreUnavailable,
+    UnsupportedTarget,
+)
+from tests.support import eventually
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+guards = importlib.import_module("jobguard.guard")
+UNREACHABLE = "postgresql://nobody@127.0.0.1:1/nothing"
+
+# -- jobs ------------------------------------------------------------------------------------------
+
+SEEN: list[Any] = []
+"""What the jobs of this process found out."""
+
+
+def add(left: int, right: int = 0) -> int:
+    """Add."""
+    return left + right
+
+
+def fail() -> None:
+    """Fail."""
+    raise ValueError("as it must")
+
+
+def look_around() -> None:
+    """Ask what a job can know of itself, and say how far it is."""
+    job = jobguard.current()
+    heard = job.progress(0.25, step="half of a half")
+    SEEN.append((bool(job), job.id, job.attempt, heard))
+
+
+def look_at_the_ledger(job_id: str) -> None:
+    """Ask the guard while the job runs."""
+    (made,) = guards._guards.values()
+    heard = made.heartbeat(job_id, progress=0.5, attrs={"rows": 7})
+    (delivery,) = made.job(job_id)
+    SEEN.append((heard, delivery["state"], delivery["progress"], delivery["attrs"]))
+
+
+# -- fixtures --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays_guarded() -> Iterator[None]:
+    """No test leaves a guard to the next."""
+    SEEN.clear()
+    yield
+    for made in list(guards._guards.values()):
+        made.close()
+
+
+@pytest.fixture
+def client(redis_url: str) -> Iterator[redis.Redis]:
+    """Give the host's client."""
+    with redis.Redis.from_url(redis_url) as made:
+        yield made
+
+
+@pytest.fixture
+def queue(client: redis.Redis) -> Queue:
+    """Give the host's queue."""
+    return Queue("mail", connection=client)
+
+
+@pytest.fixture
+def ask(database: str) -> Iterator[Callable[..., list[Any]]]:
+    """Give a way to ask the ledger."""
+    with psycopg.connect(database, autocommit=True) as connection:
+
+        def asked(query: str, *values: Any) -> list[Any]:
+            rows = connection.execute(query.encode(), values).fetchall()
+            return [row[0] if len(row) == 1 else row for row in rows]
+
+        yield asked
+
+
+def work(*queues: Queue) -> None:
+    """Run what waits, in this process."""
+    SimpleWorker(queues, connection=queues[0].connection).work(burst=True)
+
+
+def guarded(client: redis.Redis, queue: str = "mail") -> bool:
+    """Whether an enqueue leaves our mark in Redis."""
+    job = Queue(queue, connection=client).enqueue(add, 1)
+    return bool(client.hexists(job.key, "jg"))
+
+
+# -- what can be guarded ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", [object(), "redis://localhost", None, [], [1, 2], 42])
+def test_what_is_no_queue_is_refused_by_name(target: object, database: str) -> None:
+    """The error says what was given and what may be given instead."""
+    with pytest.raises(UnsupportedTarget) as raised:
+        jobguard.guard(target, postgres=database)
+    assert type(target).__name__ in str(raised.value)
+    assert "rq.Queue" in str(raised.value)
+
+
+def test_a_client_that_decodes_is_refused(redis_url: str, database: str) -> None:
+    """RQ's own workers cannot read jobs through it; the next step is in the error."""
+    with redis.Redis.from_url(redis_url, decode_responses=True) as client:
+        for target in (client, Queue("mail", connection=client)):
+            with pytest.raises(UnsupportedTarget, match="decode_responses"):
+                jobguard.guard(target, postgres=database)
+        assert not guarded(client)
+
+
+def test_queues_on_two_redises_need_two_calls(
+    client: redis.Redis, database: str
+) -> None:
+    """One guard is one source."""
+    with redis.Redis.from_url("redis://127.0.0.1:1/0") as other:
+        queues = [Queue("a", connection=client), Queue("b", connection=other)]
+        with pytest.raises(UnsupportedTarget, match="once for each"):
+            jobguard.guard(queues, postgres=database)
+
+
+def zero(guard: jobguard.JobGuard) -> bool:
+    """Whether an inert guard answers everything with nothing."""
+    stats = guard.stats()
+    guard.cancel("a")
+    guard.pause()
+    guard.resume()
+    return (
+        stats.total == 0
+        and not stats.queues
+        and guard.job("a") == []
+        and not guard.heartbeat("a", progress=0.5)
+        and guard.requeue("0" * 32) is None
+        and guard.reconcile() == {}
+        and guard.inert is not None
+    )
+
+
+def test_a_fakeredis_is_inert(no_connection: None) -> None:
+    """Tests of the host need neither Postgres nor settings; everything answers, with zeros."""
+    queue = Queue("mail", connection=fakeredis.FakeStrictRedis())
+    for target in (queue, queue.connection, [queue]):
+        with jobguard.guard(target, postgres=UNREACHABLE) as guard:
+            assert zero(guard)
+            job = queue.enqueue(add, 1)
+            assert not queue.connection.hexists(job.key, "jg")
+
+
+def test_jobs_that_run_at_once_are_not_guarded(client: redis.Redis, no_connection: None) -> None:
+    """is_async=False: the call is the run, and there is nothing to lose."""
+    queue = Queue("mail", connection=client, is_async=False)
+    with jobguard.guard(queue, postgres=UNREACHABLE) as guard:
+        assert zero(guard)
+        assert queue.enqueue(add, 1, 2).return_value() == 3
+
+
+def test_disabled_wins_over_everything(
+    client: redis.Redis, no_connection: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """JOBGUARD_DISABLED=1: no connection, no hook, and connect="require" asks nobody."""
+    monkeypatch.setenv("JOBGUARD_DISABLED", "1")
+    with jobguard.guard(client, postgres=UNREACHABLE, connect="require") as guard:
+        assert zero(guard)
+        assert not guarded(client)
+
+
+@pytest.fixture
+def no_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every attempt to reach a Postgres fail the test."""
+    from jobguard.store.connection import Connecting
+
+    def never(_self: Connecting, conninfo: str) -> None:
+        raise AssertionError(f"connected to {conninfo}")
+
+    monkeypatch.setattr(Connecting, "__init__", never)
+    monkeypatch.setattr(psycopg.Connection, "connect", never)
+
+
+# -- the one call, again ---------------------------------------------------------------------------
+
+
+def test_the_same_call_twice_is_one_guard(
+    client: redis.Redis, database: str, ask: Callable[..., list[Any]]
+) -> None:
+    """As when a module is loaded again, or a cell of a notebook is run again."""
+    first = jobguard.guard(Queue("mail", connection=client), postgres=database)
+    second = jobguard.guard(Queue("mail", connection=client), postgres=database)
+    assert second is first
+    job = Queue("mail", connection=client).enqueue(add, 1)
+    assert ask("select job_id from jobguard.jobs") == [job.id]
+
+
+def test_another_queue_of_the_source_joins_its_guard(client: redis.Redis, database: str) -> None:
+    """By name: any Queue object of a guarded name is guarded, and no other."""
+    jobguard.guard(Queue("mail", connection=client), postgres=database)
+    assert guarded(client, "mail")
+    assert not guarded(client, "bulk")
+    jobguard.guard(Queue("bulk", connection=client), postgres=database)
+    assert guarded(client, "bulk")
+    assert not guarded(client, "other")
+
+
+def test_other_settings_are_a_conflict_that_names_the_difference(
+    client: redis.Redis, database: str, empty_database: str
+) -> None:
+    """What is different, what it was and what it would be; and never a password."""
+    jobguard.guard(client, postgres=database, fence=True)
+    with pytest.raises(ConflictingGuard, match="fence is True, now False"):
+        jobguard.guard(client, postgres=database, fence=False)
+    secret = empty_database.replace("postgres@", "postgres:secret@")
+    with pytest.raises(ConflictingGuard, match="postgres is .* now ") as raised:
+        jobguard.guard(client, postgres=secret)
+    assert "secret" not in str(raised.value)
+    with pytest.raises(ConfigurationError, match="did you mean 'fence'"):
+        jobguard.guard(client, postgres=database, fense=False)
+    assert guarded(client)
+
+
+def test_a_list_guards_each_of_its_queues(client: redis.Redis, database: str) -> None:
+    """And a redis.Redis every queue there is or will be."""
+    queues = [Queue(name, connection=client) for name in ("mail", "bulk")]
+    with jobguard.guard(queues, postgres=database):
+        assert [guarded(client, name) for name in ("mail", "bulk", "other")] == [True, True, False]
+    with jobguard.guard(client, postgres=database):
+        assert [guarded(client, name) for name in ("mail", "bulk", "other")] == [True] * 3
+
+
+def test_close_takes_the_hooks_out_again(client: redis.Redis, database: str) -> None:
+    """RQ's methods are its own, byte for byte; closing twice is closing once."""
+    names = ("enqueue_job", "enqueue_many", "_enqueue_job", "schedule_job", "empty", "delete")
+    before = [Queue.__dict__[name] for name in names]
+    with jobguard.guard(client, postgres=database) as guard:
+        assert guarded(client)
+        assert [Queue.__dict__[name] for name in names] != before
+    assert [Queue.__dict__[name] for name in names] == before
+    assert not guarded(client)
+    guard.close()
+    assert zero(guard)
+    jobguard.guard(client, postgres=database)  # and it may be guarded anew
+    assert guarded(client)
+
+
+# -- Postgres that is not there, or not ready ------------------------------------------------------
+
+
+def test_guard_itself_reaches_for_nothing(client: redis.Redis, no_connection: None) -> None:
+    """Postgres may be a host that does not exist: in image builds, migrations, every test."""
+    guard = jobguard.guard(client, postgres="postgresql://no.such.host.invalid/db")
+    assert guard.inert is None
+
+
+def test_enqueue_works_although_postgres_cannot_be_reached(
+    client: redis.Redis, queue: Queue, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The host's jobs are pushed and run; one line says what is the matter."""
+    caplog.set_level(logging.INFO, "jobguard")
+    jobguard.guard(queue, postgres=UNREACHABLE)
+    jobs = [queue.enqueue(add, n) for n in range(5)]
+    assert queue.job_ids == [job.id for job in jobs]
+    told = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert sum("wait in the spool" in record.getMessage() for record in told) == 1
+    assert len(told) <= 2, caplog.text
+    work(queue)
+    assert [Job.fetch(job.id, connection=client).return_value() for job in jobs] == list(range(5))
+
+
+def test_require_raises_what_is_the_matter_and_guards_nothing(
+    client: redis.Redis, database: str, empty_database: str
+) -> None:
+    """Unreachable and unmigrated are told apart; a database that is ready raises nothing."""
+    with pytest.raises(StoreUnavailable):
+        jobguard.guard(client, postgres=UNREACHABLE, connect="require")
+    assert not guarded(client)
+    with pytest.raises(NotMigrated, match="jobguard migrate"):
+        jobguard.guard(client, postgres=empty_database, connect="require")
+    assert not guarded(client)
+    jobguard.guard(client, postgres=database, connect="require")
+    assert guarded(client)
+
+
+def test_an_unmigrated_database_is_one_error_line_until_it_is_migrated(
+    queue: Queue, empty_database: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The line names the command; after it the same process records, what waited as well."""
+    guard = jobguard.guard(queue, postgres=empty_database, retry_interval=0.05)
+    early = [queue.enqueue(add, n) for n in range(3)]
+    errors = [r.getMessage() for r in caplog.records if r.levelno >= logging.ERROR]
+    assert len(errors) == 1
+    assert "jobguard migrate" in errors[0]
+    jobguard.schema.migrate(empty_database)
+
+    def all_recorded() -> bool:
+        queue.enqueue(add, 9)
+        return all(guard.job(job.id) for job in early)
+
+    eventually(all_recorded)
+    with psycopg.connect(empty_database) as connection:
+        jobs = connection.execute("select job_id from jobguard.jobs").fetchall()
+    assert {job_id for (job_id,) in jobs} == set(queue.job_ids)
+
+
+# -- a fork ----------------------------------------------------------------------------------------
+
+
+def test_a_forked_child_records_for_itself(
+    queue: Queue, database: str, ask: Callable[..., list[Any]]
+) -> None:
+    """Parent and child each on a connection of its own; the parent's is never touched."""
+    jobguard.guard(queue, postgres=database)
+    before = queue.enqueue(add, 1)
+    backends = "select pid from pg_stat_activity where application_name = 'jobguard'"
+    backends += " and datname = current_database()"
+    (parents,) = ask(backends)
+    ours, theirs = socket.socketpair()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            job = queue.enqueue(add, 2)
+            theirs.sendall(job.id.encode())
+            theirs.recv(1)
+            status = 0
+        finally:
+            os._exit(status)
+    between = ours.recv(100).decode()
+    pids = ask(backends)
+    assert parents in pids
+    assert len(pids) == 2
+    after = queue.enqueue(add, 3)
+    ours.sendall(b".")
+    assert os.waitpid(child, 0)[1] == 0
+    last = queue.enqueue(add, 4)
+    ours.close()
+    theirs.close()
+    recorded = ask("select job_id from jobguard.jobs order by token")
+    assert set(recorded) == {before.id, between, after.id, last.id}
+    eventually(lambda: ask(backends) == [parents])
+
+
+# -- what one asks a guard, and tells it -----------------------------------------------------------
+
+
+def test_stats_count_by_state_and_queue(
+    client: redis.Redis, queue: Queue, database: str
+) -> None:
+    """A job is counted once, where it stands."""
+    guard = jobguard.guard(client, postgres=database)
+    queue.enqueue(add, 1)
+    queue.enqueue(fail)
+    work(queue)
+    queue.enqueue(add, 2)
+    guard.cancel(queue.enqueue(add, 3).id)
+    bulk = Queue("bulk", connection=client)
+    bulk.enqueue_in(jobguard_later(), add, 4)
+
+    def settled() -> bool:
+        stats = guard.stats()
+        return (
+            (stats.completed, stats.failed, stats.pending) == (1, 1, 1)
+            and (stats.cancelled, stats.scheduled, stats.processing) == (1, 1, 0)
+            and stats.total == 5
+            and stats.queues["bulk"].total == 1
+            and stats.queues["mail"].total == 4
+        )
+
+    eventually(settled, message=str(guard.stats()))
+
+
+def jobguard_later() -> Any:
+    """An hour from now."""
+    from datetime import timedelta
+
+    return timedelta(hours=1)
+
+
+def test_a_cancelled_job_is_not_run(
+    client: redis.Redis, queue: Queue, database: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Although it still waits in Redis: the fence skips it. What is unknown is no error."""
+    guard = jobguard.guard(queue, postgres=database)
+    job, other = queue.enqueue(add, 1), queue.enqueue(add, 2)
+    guard.cancel(job.id, "nobody knows this one")
+    assert [delivery["state"] for delivery in guard.job(job.id)] == ["cancelled"]
+    assert job.id in queue.job_ids
+    work(queue)
+    assert Job.fetch(other.id, connection=client).return_value() == 2
+    assert Job.fetch(job.id, connection=client).get_status() == "canceled"
+    assert not [r for r in caplog.records if r.levelno >= logging.ERROR]
+
+
+def test_a_failed_job_is_requeued_by_its_token(queue: Queue, database: str) -> None:
+    """A new delivery is owed and left to the leader; a second time, or of nothing, is an error."""
+    guard = jobguard.guard(queue, postgres=database)
+    job = queue.enqueue(fail)
+    work(queue)
+    (failed,) = eventually(lambda: guard.job(job.id))
+    assert failed["state"] == "failed"
+    assert "as it must" in failed["errors"][0]
+    fresh = guard.requeue(str(failed["token"]))
+    newest, older = guard.job(job.id)
+    assert (newest["token"], newest["state"], newest["attempt"]) == (fresh, "pending", 2)
+    assert older["next"] == fresh
+    assert guard.stats().total == 1
+    with pytest.raises(JobguardError, match="requeued already"):
+        guard.requeue(failed["token"])
+    with pytest.raises(JobguardError):
+        guard.requeue("00000000-0000-0000-0000-000000000000")
+
+
+def test_heartbeats_are_noted_in_the_running_claim(queue: Queue, database: str) -> None:
+    """By id, from wherever; of what does not run, nothing is said and nothing is raised."""
+    guard = jobguard.guard(queue, postgres=database)
+    job = queue.enqueue(look_at_the_ledger, "an-id", job_id="an-id")
+    assert guard.heartbeat(job.id, progress=0.1) is False
+    assert guard.heartbeat("nobody knows this one", attrs={"a": 1}) is False
+    work(queue)
+    assert SEEN == [(True, "processing", 0.5, {"rows": 7})]
+
+
+def test_a_job_knows_which_job_it_is(queue: Queue, database: str) -> None:
+    """jobguard.current() has its id and attempt and takes its progress; outside it is nobody."""
+    jobguard.guard(queue, postgres=database)
+    job = queue.enqueue(look_around)
+    assert (bool(jobguard.current()), jobguard.current().id) == (False, None)
+    assert jobguard.current().progress(0.5) is False
+    work(queue)
+    assert SEEN == [(True, job.id, 1, True)]
+    assert not jobguard.current()
+
+
+def test_an_unguarded_job_is_nobody(queue: Queue) -> None:
+    """The same function without a guard runs as well."""
+    queue.enqueue(look_around)
+    work(queue)
+    assert SEEN == [(False, None, 0, False)]
+
+
+def test_reconcile_makes_one_pass(
+    client: redis.Redis, queue: Queue, database: str
+) -> None:
+    """What was lost is back after it, and the pass says so; the lease is free again."""
+    guard = jobguard.guard(queue, postgres=database, grace=0.2, push_deadline=0.2, lease=2)
+    worker = SimpleWorker([queue], connection=client)
+    worker.register_birth()  # a queue is recovered once a guarded worker is there
+    try:
+        quiet = guard.reconcile()
+        assert quiet["leads"] is True
+        assert quiet["restored"] == 0
+        job = queue.enqueue(add, 1)
+        client.delete(job.key)
+        client.delete(queue.key)
+        done = guard.reconcile()
+        print(done)
+        assert done["restored"] == 1, done
+        assert queue.job_ids == [job.id]
+        assert client.hget(job.key, "jg").decode() == guard.job(job.id)[0]["token"].hex
+        guard.pause()
+        client.delete(job.key)
+        client.delete(queue.key)
+        held = guard.reconcile()
+        assert (held["restored"], held["held"] > 0) == (0, True), held
+        guard.resume()
+    finally:
+        worker.register_death()

@@ -1,0 +1,226 @@
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import pytest
+
+from jobguard.circuit import Circuit
+from jobguard.errors import BadRow, BreakerOpen, NotMigrated, StoreUnavailable
+from tests.unit.core.fakes import Clock
+
+RETRY = 1.0
+
+
+class Stage:
+    """A circuit, and a Postgres that answers or does not."""
+
+    def __init__(self) -> None:
+        self.clock = Clock()
+        self.calls = 0
+        self.probes = 0
+        self.changes: list[bool] = []
+        self.standing: Callable[[], bool] = lambda: True
+        self.circuit = Circuit(
+            self._probe, retry_interval=RETRY, on_change=self.changes.append, clock=self.clock
+        )
+
+    def _probe(self) -> bool:
+        self.probes += 1
+        return self.standing()
+
+    def call(self, error: Exception | None = None) -> None:
+        """Make a call that succeeds, or fails like this."""
+        with self.circuit.calling():
+            self.calls += 1
+            if error is not None:
+                raise error
+
+    def fail(self) -> None:
+        """Let a call fail, so that the circuit opens."""
+        with pytest.raises(StoreUnavailable):
+            self.call(StoreUnavailable())
+
+
+def away() -> bool:
+    """Answer as a Postgres that refuses connections."""
+    raise StoreUnavailable
+
+
+def test_opens_at_the_first_failure() -> None:
+    """One call that Postgres did not answer is enough, and its error comes through as it was."""
+    stage = Stage()
+    error = NotMigrated()
+
+    with pytest.raises(NotMigrated) as raised:
+        stage.call(error)
+
+    assert raised.value is error
+    assert not stage.circuit.closed
+    assert stage.changes == [False]
+
+
+@pytest.mark.parametrize("error", [BadRow("bad"), ValueError("a bug"), KeyError("another")])
+def test_stays_closed_for_what_is_not_postgres_absence(error: Exception) -> None:
+    """Bad data and our own mistakes never open it, however many."""
+    stage = Stage()
+
+    for _ in range(20):
+        with pytest.raises(type(error)):
+            stage.call(error)
+
+    assert stage.circuit.closed
+    assert stage.changes == []
+
+
+def test_no_call_while_open() -> None:
+    """While it is open, calls fail at once and are not made, nor is Postgres looked for."""
+    stage = Stage()
+    stage.fail()
+
+    for _ in range(100):
+        with pytest.raises(BreakerOpen):
+            stage.call()
+
+    assert (stage.calls, stage.probes) == (1, 0)
+
+
+def test_looks_again_after_the_interval() -> None:
+    """Each retry_interval one look is taken while Postgres stays away."""
+    stage = Stage()
+    stage.standing = away
+    stage.fail()
+
+    for _ in range(50):
+        stage.clock.advance(RETRY / 10)
+        with pytest.raises(BreakerOpen):
+            stage.call()
+
+    assert stage.calls == 1
+    assert 4 <= stage.probes <= 5
+
+
+def test_closes_when_the_probe_stands() -> None:
+    """When the look shows that Postgres answers, the very call that looked goes through."""
+    stage = Stage()
+    stage.fail()
+    stage.clock.advance(RETRY)
+
+    stage.call()
+
+    assert stage.circuit.closed
+    assert stage.calls == 2
+    assert stage.changes == [False, True]
+
+
+def test_a_probe_under_way_is_carried_on_by_the_next() -> None:
+    """A connection that is not there yet keeps it open, and whoever comes by carries it on at once."""
+    stage = Stage()
+    steps = iter([False, False, True])
+    stage.standing = lambda: next(steps)
+    stage.fail()
+    stage.clock.advance(RETRY)
+
+    for _ in range(2):
+        with pytest.raises(BreakerOpen):
+            stage.call()
+    stage.call()
+
+    assert stage.probes == 3
+    assert stage.circuit.closed
+
+
+def test_one_looks_and_the_others_do_not_wait() -> None:
+    """While one thread's look is under way, others are turned away at once."""
+    stage = Stage()
+    looking, go_on = threading.Event(), threading.Event()
+
+    def slowly() -> bool:
+        looking.set()
+        return go_on.wait(10)
+
+    stage.standing = slowly
+    stage.fail()
+    stage.clock.advance(RETRY)
+    first = threading.Thread(target=stage.call)
+    first.start()
+    try:
+        assert looking.wait(10)
+        for _ in range(10):
+            with pytest.raises(BreakerOpen):
+                stage.call()
+        assert stage.probes == 1
+    finally:
+        go_on.set()
+        first.join(10)
+    assert stage.circuit.closed
+    assert stage.calls == 2
+
+
+def test_a_look_that_fails_by_our_own_mistake_lets_the_next_look() -> None:
+    """An unforeseen error of the probe is raised, and blocks no later look."""
+    stage = Stage()
+    stage.fail()
+    stage.clock.advance(RETRY)
+
+    def broken() -> bool:
+        raise RuntimeError("a bug")
+
+    stage.standing = broken
+    with pytest.raises(RuntimeError):
+        stage.circuit.look()
+
+    stage.standing = lambda: True
+    assert stage.circuit.look()
+
+
+def test_an_answer_to_somebody_else_closes_it() -> None:
+    """A worker's beat, which no breaker holds back, closes it; twice is once."""
+    stage = Stage()
+    stage.fail()
+
+    stage.circuit.answered()
+    stage.circuit.answered()
+
+    assert stage.circuit.closed
+    assert stage.changes == [False, True]
+
+
+def test_opens_again() -> None:
+    """A closed circuit that fails again opens again at the first failure."""
+    stage = Stage()
+    for _ in range(3):
+        stage.fail()
+        stage.clock.advance(RETRY)
+        stage.call()
+
+    assert stage.changes == [False, True] * 3
+
+
+def test_a_child_begins_as_its_parent_left_off() -> None:
+    """The circuit of a forked child is open where the parent's was, and closed where it was."""
+    parent, child, other = Stage(), Stage(), Stage()
+    other.circuit.copy_state(parent.circuit)
+    assert other.circuit.closed
+
+    parent.fail()
+    child.circuit.copy_state(parent.circuit)
+
+    with pytest.raises(BreakerOpen):
+        child.call()
+    child.clock.advance(RETRY)
+    child.call()
+    assert child.circuit.closed
+    assert not parent.circuit.closed
+
+
+def test_an_outage_is_announced_once() -> None:
+    """Calls that were all under way when Postgres went away make one change of state."""
+    stage = Stage()
+
+    with pytest.raises(StoreUnavailable), stage.circuit.calling():
+        with pytest.raises(StoreUnavailable), stage.circuit.calling():
+            raise StoreUnavailable
+        raise StoreUnavailable
+
+    assert stage.changes == [False]
