@@ -38,6 +38,8 @@ def _rounds(postgres: str, broker: str) -> None:
     client = redis.Redis.from_url(broker)
     queue = rq.Queue("lost", connection=client)
     jobguard.guard(queue, postgres=postgres)
+    with psycopg.connect(postgres, autocommit=True) as connection:
+        _trust(connection, postgres, broker)
     for start in range(0, JOBS, 1000):
         queue.enqueue_many(
             [
@@ -46,7 +48,6 @@ def _rounds(postgres: str, broker: str) -> None:
             ]
         )
     with psycopg.connect(postgres, autocommit=True) as connection:
-        worker = _trusted(connection, client)
         seen, first, whole = [], [], []
         for _ in range(ROUNDS):
             _wait_for_the_end_of_incidents(connection)
@@ -66,36 +67,24 @@ def _rounds(postgres: str, broker: str) -> None:
                 "select extract(epoch from max(opened_at))::float8 from jobguard.incidents"
             ).fetchone()  # type: ignore[misc]
             seen.append(opened - began)
-        worker.terminate()
-        worker.wait()
     for what, times in (("seen", seen), ("first job back", first), ("10,000 back", whole)):
         print(f"{what:15} median {statistics.median(times):6.2f} s   worst {max(times):6.2f} s")
 
 
-def _trusted(connection: psycopg.Connection, client: redis.Redis) -> subprocess.Popen[bytes]:
+def _trust(connection: psycopg.Connection, postgres: str, broker: str) -> None:
     """Let a guarded worker be seen once; then stop it, for the jobs are to stay where they are."""
+    command = "rq.cli worker lost --worker-class jobguard.adapters.rq.SimpleWorker --url"
     worker = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "rq.cli",
-            "worker",
-            "lost",
-            "--url",
-            f"redis://localhost:{client.connection_pool.connection_kwargs['port']}/0",
-            "--worker-class",
-            "jobguard.adapters.rq.SimpleWorker",
-        ],
-        env=os.environ | {"JOBGUARD_POSTGRES_URL": connection.info.dsn},
+        [sys.executable, "-m", *command.split(), broker],
+        env=os.environ | {"JOBGUARD_POSTGRES_URL": postgres},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    client.set("rq:suspended", 1)  # it beats, and takes nothing
     query = "select count(*) from jobguard.queues where trusted_since is not null"
     while not connection.execute(query).fetchone()[0]:  # type: ignore[index]
         time.sleep(0.1)
     worker.terminate()
-    return worker
+    worker.wait()
 
 
 def _wait_for_the_end_of_incidents(connection: psycopg.Connection) -> None:

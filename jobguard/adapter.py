@@ -86,6 +86,13 @@ class Tracker(Protocol):
     def leave_to_outbox(self, tokens: Sequence[UUID]) -> None:
         """The push of these recorded deliveries failed or is in doubt: the leader shall see to it."""
 
+    @property
+    def push_deadline(self) -> float:
+        """Seconds after its record in which a producer may push; later the leader may have done it."""
+
+    def settle(self) -> None:
+        """Write what waits, in bounded time: this process is about to end without ceremony."""
+
     def broker_in_doubt(self) -> bool:
         """Whether Redis did not answer a moment ago. Asked on a client of ours, in bounded time."""
 
@@ -145,15 +152,18 @@ class Session(Protocol):
     def flush(self) -> None:
         """Commit every end reported so far, or put it into the spool."""
 
-    def close(self) -> None:
-        """Flush and say goodbye: what is still claimed goes back at once."""
+    def close(self, *, running: bool = False) -> None:
+        """Flush and say goodbye: what is still claimed goes back at once.
+
+        ``running``: a job still runs, in a child that outlives us; fall silent without a goodbye.
+        """
 
 
 class Broker(Protocol):
     """A source as the reconciler sees it. Methods may raise redis.RedisError; the caller backs off."""
 
     def presence(self, page: Sequence[Owed]) -> Mapping[UUID, Sighting]:
-        """Where Redis has each of these deliveries."""
+        """Where Redis has each of these deliveries. A Sighting of ABSENT says in its mark what was seen."""
 
     def restore(
         self, deliveries: Sequence[Restorable], *, deadline: float

@@ -101,5 +101,4 @@ class Circuit:
     def copy_state(self, other: Circuit) -> None:
         """Begin as the parent of this process left off: a child need not learn of the outage again."""
         if not other.closed:
-            self._breaker.open()
-            self._next_look = self._clock() + self._retry_interval
+            self._breaker.open()  # but its life may be short: it looks at once

@@ -12,6 +12,9 @@ from collections.abc import Callable
 
 import redis
 
+from jobguard.errors import is_host_interrupt
+from jobguard.log import say
+
 _PROOF = 0.1
 """An answer this many seconds old is proof enough."""
 _ASK_AGAIN = 0.5
@@ -39,9 +42,7 @@ class Doubt:
             return False
         if self._in_doubt and now < self._ask_at:
             return True
-        if not self._asking.acquire(
-            blocking=not self._in_doubt, timeout=-1 if self._in_doubt else 1
-        ):
+        if not self._asking.acquire(timeout=0 if self._in_doubt else 1):
             return self._in_doubt
         try:
             # Who waited here takes the answer of the one who asked.
@@ -63,6 +64,11 @@ class Doubt:
             if isinstance(error, redis.ConnectionError | redis.TimeoutError):
                 self.failed()
                 return True
+        except Exception as error:
+            # A connection class that ours cannot be made like: then the host's own must do.
+            if is_host_interrupt(error):
+                raise
+            say("guest_failed", where="doubt", error=str(error))
         self._in_doubt = False
         self._proved = self._clock()
         return False

@@ -2,6 +2,21 @@
 
 from __future__ import annotations
 
+_interrupts: set[type[BaseException]] = set()
+
+
+def host_interrupts(*kinds: type[BaseException]) -> None:
+    """Name what the host throws into its own code by a signal: a time limit, a shutdown.
+
+    It may strike inside of ours, and must reach the host all the same.
+    """
+    _interrupts.update(kinds)
+
+
+def is_host_interrupt(error: BaseException) -> bool:
+    """Whether this was thrown by the host, and is none of ours to deal with."""
+    return isinstance(error, tuple(_interrupts))
+
 
 class JobguardError(Exception):
     """Something went wrong in jobguard."""

@@ -67,16 +67,30 @@ class Cause(StrEnum):
     UNEXPLAINED = "unexplained"
 
 
-def new_token(*, _state: list[int] = [0], _lock: threading.Lock = threading.Lock()) -> UUID:  # noqa: B006, B008
+_ticking = threading.Lock()
+_last_tick = 0
+
+
+def _after_fork_in_child() -> None:
+    """Another thread of the parent may have held the lock."""
+    global _ticking
+    _ticking = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+def new_token() -> UUID:
     """Return a new random token (UUID version 7) that sorts after every earlier one of this process.
 
     Restores go in the order of tokens, which is thereby the order of recording.
     Layout: 48 bits of milliseconds, then 12 bits of the millisecond's fraction (RFC 9562 §6.2,
     method 3), then 62 random bits.
     """
-    with _lock:
+    global _last_tick
+    with _ticking:
         ticks = time.time_ns() * 4096 // 1_000_000  # milliseconds with a 12-bit fraction
-        ticks = _state[0] = max(ticks, _state[0] + 1)
+        ticks = _last_tick = max(ticks, _last_tick + 1)
     random = int.from_bytes(os.urandom(8)) & ((1 << 62) - 1)
     return UUID(int=(ticks >> 12) << 80 | 7 << 76 | (ticks & 0xFFF) << 64 | 2 << 62 | random)
 
@@ -98,6 +112,8 @@ class Parent:
     token: UUID
     claim: int | None = None
     outcome: Outcome = Outcome.SUPERSEDED
+    worker: UUID | None = None
+    """Who speaks, where it is a worker."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,6 +280,8 @@ class Owed:
     suspected: Cause | None = None
     suspected_for: float = 0.0
     suspected_mark: str = ""
+    unsent: bool = False
+    """Its producer surely sent nothing to Redis: nobody can have run it."""
 
 
 @dataclass(frozen=True, slots=True)

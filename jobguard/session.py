@@ -20,7 +20,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from jobguard.errors import BadRow, JobguardError, StoreUnavailable
+from jobguard.errors import BadRow, JobguardError, StoreUnavailable, is_host_interrupt
 from jobguard.job import (
     Beat,
     Claim,
@@ -76,6 +76,7 @@ class WorkerSession:
         self._known = False
         self._leader_live = False
         self._redis: redis.Redis | None = None
+        self._pulse: tuple[UUID, int] | None = None  # as the last beat into Redis saw it
         self._threads: list[threading.Thread] = []
 
     @property
@@ -117,6 +118,9 @@ class WorkerSession:
                 self._unclaimed[token] = nonce
             return Claim(token, 0)
         except Exception as error:
+            if is_host_interrupt(error):
+                self._unlist((token,))
+                raise
             say("guest_failed", where="claim", error=str(error))
             return Claim(token, 0)
         if isinstance(answer, Claim):
@@ -292,8 +296,13 @@ class WorkerSession:
 
     def beat(self) -> bool:
         """Say to both stores that this worker lives; True if Postgres heard it."""
-        pulse = self._beat_redis()
-        beat = self._snapshot(pulse)
+        beat = self._snapshot(self._pulse)
+        heard = self._beat_postgres(beat)
+        # Second, so that a name that does not resolve, or a Redis that hangs, delays no beat.
+        self._pulse = self._beat_redis(beat.counter)
+        return heard
+
+    def _beat_postgres(self, beat: Beat) -> bool:
         source = self._tracker.source
         try:
             if not self._known:
@@ -308,7 +317,7 @@ class WorkerSession:
         self._leader_live = reply.leader_live
         if reply.dead:
             self._be_reborn()
-            return self.beat()
+            return self._beat_postgres(self._snapshot(self._pulse))
         self._known = True
         if not self._tracker.circuit.closed:
             self._tracker.circuit.answered()
@@ -344,14 +353,14 @@ class WorkerSession:
         with self._lock:
             self._counter = 0
 
-    def _beat_redis(self) -> tuple[UUID, int] | None:
+    def _beat_redis(self, counter: int) -> tuple[UUID, int] | None:
         try:
             client = self._client()
             if client is None:
                 return None
             pipe = client.pipeline(transaction=False)
             seconds = int(4 * self._settings.worker_timeout)
-            pipe.set(beat_key(self.id), self._counter + 1, ex=seconds)
+            pipe.set(beat_key(self.id), counter, ex=seconds)
             read_pulse(pipe, self._tracker.source.namespace)
             answers: list[Any] = pipe.execute()
         except Exception as error:
@@ -377,7 +386,7 @@ class WorkerSession:
             except Exception as error:
                 say("guest_failed", where="beats", error=str(error), exc_info=True)
 
-    def close(self) -> None:
+    def close(self, *, running: bool = False) -> None:
         """Flush and say goodbye; see Session."""
         if self.closed or not self.is_mine:
             return
@@ -387,6 +396,9 @@ class WorkerSession:
         for thread in self._threads:
             thread.join(timeout=self._settings.record_timeout)
         self.flush()
+        if running:
+            self._beat_store.close()
+            return  # what still runs is nobody's only when nobody has been heard for long enough
         try:
             self._beat_store.leave(self.id)
         except Exception as error:

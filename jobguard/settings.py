@@ -84,7 +84,7 @@ class Settings:
     )
     brake_share: float = _setting(0.01, "or this share of the queue's owed jobs")
     retention: float = _setting(7 * 86400.0, "how long ended deliveries are remembered")
-    page: int = _setting(5000, "owed deliveries looked at in one page")
+    page: int = _setting(2000, "owed deliveries looked at in one page")
 
     def fingerprint(self) -> str:
         """What all processes of one source must agree on, as text that can be compared and read."""

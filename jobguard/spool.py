@@ -53,6 +53,9 @@ class Spool(Protocol):
     def drop(self, entries: Sequence[Entry]) -> None:
         """Postgres has these now."""
 
+    def remove(self, tokens: Sequence[UUID]) -> None:
+        """Forget the records of these deliveries: they are withdrawn."""
+
     def oldest(self) -> float | None:
         """When the oldest entry was put in, in seconds since the epoch; None: empty."""
 
@@ -97,6 +100,15 @@ class MemorySpool:
                 if self._entries and self._entries[0][1] is entry:
                     self._entries.popleft()
                     self.counts.replayed += 1
+
+    def remove(self, tokens: Sequence[UUID]) -> None:
+        """Forget the records of these deliveries; see Spool."""
+        with self._lock:
+            self._entries = deque(
+                (at, entry)
+                for at, entry in self._entries
+                if not (isinstance(entry, Delivery) and entry.token in tokens)
+            )
 
     def oldest(self) -> float | None:
         """When the oldest entry was put in; see Spool."""

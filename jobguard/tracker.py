@@ -29,6 +29,7 @@ from jobguard.errors import (
     NotMigrated,
     StoreUnavailable,
     WrongInstallation,
+    is_host_interrupt,
 )
 from jobguard.job import Delivery, End, Ended, Recorded
 from jobguard.log import say
@@ -183,6 +184,8 @@ class HostTracker:
                 raise
             return self._overflow(deliveries, error)
         except Exception as error:
+            if is_host_interrupt(error):
+                raise
             say("record_lost", count=len(deliveries), error=str(error))
             self.spool.counts.lost += len(deliveries)
             return Recorded(lost=True)
@@ -244,9 +247,9 @@ class HostTracker:
 
     def withdraw(self, deliveries: Sequence[Delivery]) -> None:
         """Take back what was surely not pushed; see Tracker."""
-        self._quietly(
-            "withdraw", lambda store: store.withdraw(self.source.id, [d.token for d in deliveries])
-        )
+        tokens = [d.token for d in deliveries]
+        self.spool.remove(tokens)
+        self._quietly("withdraw", lambda store: store.withdraw(self.source.id, tokens))
 
     def leave_to_outbox(self, tokens: Sequence[UUID]) -> None:
         """The leader shall see to the push; see Tracker."""
@@ -292,6 +295,8 @@ class HostTracker:
                 raise
             self._overflow([entry], error)
         except Exception as error:
+            if is_host_interrupt(error):
+                raise
             say("guest_failed", where="cancel", error=str(error))
 
     def _cancel(self, store: HostStore, entry: Cancelled) -> int:
@@ -330,6 +335,8 @@ class HostTracker:
             say("not_written", what=what, error=str(error))
             return None
         except Exception as error:
+            if is_host_interrupt(error):
+                raise
             say("guest_failed", where=what, error=str(error), exc_info=True)
             return None
 
@@ -367,6 +374,8 @@ class HostTracker:
         except StoreUnavailable:
             pass
         except Exception as error:
+            if is_host_interrupt(error):
+                raise
             say("guest_failed", where="replay", error=str(error), exc_info=True)
         finally:
             self._replaying.release()
@@ -403,14 +412,26 @@ class HostTracker:
             if self._session is not None:
                 self._session.ended(ends)
 
-    def close(self) -> None:
-        """Replay what can be replayed within the time of one record, and let go."""
+    @property
+    def push_deadline(self) -> float:
+        """Seconds after its record in which a producer may push; see Tracker."""
+        return self.settings.push_deadline
+
+    def settle(self) -> None:
+        """Write what waits, within the time of one record; see Tracker."""
         self._mine()
         deadline = time.monotonic() + self.settings.record_timeout
-        if self._session is not None and self._session.is_mine:
-            self._session.close()
-        while len(self.spool) and time.monotonic() < deadline and self.replay():
-            pass
+        while len(self.spool) and time.monotonic() < deadline:
+            if not self.replay():
+                self.circuit.look()
+                time.sleep(0.01)
         if len(self.spool):
             say("spool_left", count=len(self.spool))
+
+    def close(self) -> None:
+        """Write what waits, within the time of one record, and let go."""
+        self._mine()
+        if self._session is not None and self._session.is_mine:
+            self._session.close()
+        self.settle()
         self._store.close()

@@ -50,7 +50,7 @@ select jobguard.record(
   %(source)s, %(token)b::uuid[], %(job_id)b::text[], %(queue)b::text[], %(task)b::text[],
   %(priority)b::int[], %(attempt)b::int[], %(due)s::float8[], %(expires)s::float8[],
   %(key)s::text[], %(trace)s::text[], %(envelope)b::bytea[], %(parent)s::uuid[], %(claim)s::int[],
-  %(outcome)s::text[], %(fresh)b::bool[], %(outbox)s, %(replay)s),
+  %(outcome)s::text[], %(speaker)s::uuid[], %(fresh)b::bool[], %(outbox)s, %(replay)s),
   jobguard.led(%(namespace)s)
 
 -- name: withdraw
@@ -67,8 +67,8 @@ delete from jobguard.suspects s using gone g where s.source = %(source)s and s.t
 
 -- name: outbox
 -- Leave the push of owed deliveries to the leader.
-insert into jobguard.outbox (source, token)
-select j.source, j.token from jobguard.jobs j
+insert into jobguard.outbox (source, token, unsent)
+select j.source, j.token, false from jobguard.jobs j
 where j.source = %(source)s and j.token = any (%(tokens)b::uuid[])
 on conflict do nothing
 
@@ -212,7 +212,9 @@ with lease as (
   select from jobguard.leader where namespace = %(namespace)s and term = %(term)s for share
 ), forgotten as (
   delete from jobguard.workers w using lease
-  where w.id = any (%(workers)b::uuid[]) and (w.dead_at is not null or w.left_at is not null)
+  where w.id = any (%(workers)b::uuid[])
+    -- The library's registry names it for some minutes more; by then it must not be a stranger.
+    and coalesce(w.dead_at, w.left_at) < now() - interval '15 minutes'
     and not exists (select from jobguard.running r where r.worker = w.id)
 )
 select true from lease
@@ -224,7 +226,8 @@ select j.token, j.job_id, j.queue, j.task, extract(epoch from now() - j.recorded
        coalesce(j.expires_at <= now(), false), j.crashes, j.recoveries, j.claims,
        coalesce(extract(epoch from j.not_before - now()), 0)::float8,
        r.number, r.worker, coalesce(jobguard.holds(w, r), false), coalesce(w.left_at is not null, false),
-       s.cause::text, coalesce(extract(epoch from now() - s.seen_at), 0)::float8, coalesce(s.mark, '')
+       s.cause::text, coalesce(extract(epoch from now() - s.seen_at), 0)::float8, coalesce(s.mark, ''),
+       false
 from jobguard.jobs j
 left join jobguard.running r on r.source = j.source and r.token = j.token
 left join jobguard.workers w on w.id = r.worker
@@ -241,7 +244,7 @@ select j.token, j.job_id, j.queue, j.task, extract(epoch from now() - j.recorded
        r.number, r.worker, coalesce(jobguard.holds(w, r), false), coalesce(w.left_at is not null, false),
        coalesce(s.cause::text, case when o.token is not null then 'push' end),
        coalesce(extract(epoch from now() - coalesce(s.seen_at, o.created_at)), 0)::float8,
-       coalesce(s.mark, '')
+       coalesce(s.mark, ''), coalesce(o.unsent, false)
 from (
   select token from jobguard.suspects where source = %(source)s and cause <> 'untrusted'
   union
@@ -256,6 +259,8 @@ left join jobguard.workers w on w.id = r.worker
 left join jobguard.suspects s on s.source = j.source and s.token = j.token
 left join jobguard.outbox o on o.source = j.source and o.token = j.token
 where j.token > %(after)s and coalesce(j.not_before, now()) <= now()
+  and (not %(urgent)s or r.token is not null or o.token is not null
+       or (s.cause = 'worker' and s.mark = ''))
 order by j.token limit %(limit)s
 
 -- name: count

@@ -15,7 +15,7 @@ from redis.exceptions import NoScriptError, RedisError
 
 from jobguard.adapter import Source
 from jobguard.adapters.rq.envelope import Mode, UnknownEnvelope, decode
-from jobguard.adapters.rq.layout import SPENT, Layout
+from jobguard.adapters.rq.layout import FIELD, SPENT, Layout
 from jobguard.job import Owed, Presence, Restorable, Restored, Sighting
 
 if TYPE_CHECKING:
@@ -144,6 +144,8 @@ class RQBroker:
 
     def _call(self, delivery: Restorable, deadline: float) -> tuple[list[Any], list[Any]]:
         routing, fields = decode(delivery.envelope)
+        # A requeued delivery has the envelope of the one before it, with that one's token.
+        fields = {**fields, FIELD.encode(): delivery.token.hex.encode()}
         layout, job_id, queue = self._layout, delivery.job_id, delivery.queue
         expires = delivery.expires_at
         older = [token.hex for token in delivery.replaces]
@@ -192,7 +194,9 @@ def _sighting(
         return Sighting(Presence.ABSENT, "missing")
     ended = _ENDED.get(status)
     if jg.rstrip(SPENT) != owed.token.hex or (jg.endswith(SPENT) and ended is None):
-        return Sighting(Presence.OVERWRITTEN, f"token:{jg}:{status}", _other(jg))
+        # An end that RQ wrote is one; another status since then is a new life by unguarded hands.
+        other = jg.rstrip(SPENT) if ended is not None else jg
+        return Sighting(Presence.OVERWRITTEN, f"token:{jg}:{status}", _other(other))
     if ended is not None:
         return Sighting(ended, status)
     if place == "running":

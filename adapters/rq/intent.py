@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 Hook = Callable[..., Any]
 
 _CLEANING = "_jobguard_cleaning"
+_CANCELLED_AT_ONCE = 500
 
 
 def cancel(original: Hook) -> Hook:
@@ -81,7 +82,7 @@ def empty(original: Hook) -> Hook:
     def hook(self: Queue) -> Any:
         tracker = tracker_for_queue(self)
         if tracker is not None:
-            tracker.cancel(queue=self.name)
+            _intend_to_empty(tracker, self)
         return original(self)
 
     return hook
@@ -94,10 +95,17 @@ def delete_queue(original: Hook) -> Hook:
     def hook(self: Queue, delete_jobs: bool = True) -> Any:
         tracker = tracker_for_queue(self)
         if tracker is not None and not delete_jobs:  # else it calls Queue.empty
-            tracker.cancel(queue=self.name)
+            _intend_to_empty(tracker, self)
         return original(self, delete_jobs=delete_jobs)
 
     return hook
+
+
+def _intend_to_empty(tracker: Tracker, queue: Queue) -> None:
+    """Cancel what stands in the list: RQ leaves alone what is scheduled or waits for its parents."""
+    ids = queue.get_job_ids()
+    for start in range(0, len(ids), _CANCELLED_AT_ONCE):
+        tracker.cancel(job_ids=ids[start : start + _CANCELLED_AT_ONCE])
 
 
 def _intend_to_cancel(tracker: Tracker, job: Job, pipeline: Pipeline | None) -> None:

@@ -15,6 +15,7 @@ from jobguard.adapters.rq import deliveries
 from jobguard.adapters.rq.deliveries import moving
 from jobguard.adapters.rq.layout import FIELD, SPENT
 from jobguard.adapters.rq.lookup import tracker_for_job
+from jobguard.errors import is_host_interrupt
 from jobguard.job import Outcome
 
 if TYPE_CHECKING:
@@ -44,7 +45,9 @@ def restore(original: Hook) -> Hook:
         result = original(self, raw_data)
         try:
             deliveries.remember(self, raw_data)
-        except Exception:
+        except Exception as error:
+            if is_host_interrupt(error):
+                raise
             log.exception("jobguard could not read its fields of job %s", self.id)
         return result
 

@@ -15,13 +15,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from rq import worker as workers
+from rq.exceptions import ShutDownImminentException, StopRequested
 from rq.job import Job
 from rq.queue import Queue
 from rq.registry import FailedJobRegistry, ScheduledJobRegistry
+from rq.timeouts import BaseTimeoutException
 from rq.version import VERSION
 
 from jobguard.adapters.rq import intent, lives, producer, worker
-from jobguard.errors import UnsupportedTarget
+from jobguard.errors import UnsupportedTarget, host_interrupts
 
 log = logging.getLogger("jobguard")
 
@@ -90,6 +92,7 @@ WORKER = (
     Target(workers.SimpleWorker, "register_birth", worker.register_birth, ("self",)),
     Target(workers.SimpleWorker, "register_death", worker.register_death, ("self",)),
     Target(workers.SimpleWorker, "main_work_horse", worker.main_work_horse, _DONE),
+    Target(workers.SimpleWorker, "perform_job", worker.perform_job, _DONE),
     Target(workers.SimpleWorker, "handle_execution_ended", worker.handle_execution_ended, _DONE),
     Target(workers.SimpleWorker, "handle_job_success", worker.handle_job_success, _DONE),
     Target(workers.SimpleWorker, "handle_job_failure", worker.handle_job_failure, _DONE),
@@ -101,6 +104,9 @@ WORKER = (
     Target(workers.Worker, "execute_job", worker.execute_job, _DONE),
     Target(workers.Worker, "fork_work_horse", worker.fork_work_horse, _DONE),
 )
+
+# What RQ throws into a process by a signal; it may strike inside of our code.
+host_interrupts(BaseTimeoutException, StopRequested, ShutDownImminentException)
 
 _lock = threading.Lock()
 _installed: list[Patch] = []

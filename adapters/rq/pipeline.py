@@ -18,6 +18,7 @@ import redis
 from rq.job import Job
 
 from jobguard.adapters.rq.deliveries import BROKER_DOWN, Draft, deliver, set_token
+from jobguard.errors import is_host_interrupt
 from jobguard.job import Delivery, Recorded
 
 if TYPE_CHECKING:
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("jobguard")
 
-PUSH_DEADLINE = 5.0
-"""Seconds after its record in which a producer may push. Later the leader may have pushed it."""
 _BATCH = "_jobguard_batch"
 
 
@@ -78,7 +77,9 @@ class Batch:
         assert pipe is not None
         try:
             delivery = deliver(job, push, queue=queue)
-        except Exception:
+        except Exception as error:
+            if is_host_interrupt(error):
+                raise
             log.exception("jobguard could not take job %s; it goes unrecorded", job.id)
             return
         set_token(job, push.token)
@@ -146,7 +147,8 @@ class Batch:
                     entry.push.run.let_go()
                     return None
         going = [entry for entry in staged if entry.delivery.token not in refused]
-        if time.monotonic() - begun > PUSH_DEADLINE:
+        late = time.monotonic() - begun
+        if any(late > entry.tracker.push_deadline for entry in going):
             leave_to_outbox(going)
             going = []
         pushed = {entry.delivery.token for entry in going}

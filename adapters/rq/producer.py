@@ -23,7 +23,7 @@ from jobguard.adapters.rq.envelope import Mode
 from jobguard.adapters.rq.lookup import tracker_for_job, tracker_for_queue
 from jobguard.adapters.rq.pipeline import Batch, Staged, is_immediate, not_pushed, record
 from jobguard.adapters.rq.push import push
-from jobguard.errors import StoreUnavailable
+from jobguard.errors import StoreUnavailable, is_host_interrupt
 
 if TYPE_CHECKING:
     from redis.client import Pipeline
@@ -303,7 +303,9 @@ def _push_by_script(
             staged.append(entry)
         except StoreUnavailable:
             raise
-        except Exception:
+        except Exception as error:
+            if is_host_interrupt(error):
+                raise
             log.exception("jobguard could not take job %s; it goes unrecorded", job.id)
 
     push_.on_written = record_now

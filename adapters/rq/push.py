@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from jobguard.adapters.rq.deliveries import BROKER_DOWN, set_token
 from jobguard.adapters.rq.pipeline import (
-    PUSH_DEADLINE,
     Batch,
     Staged,
     leave_to_outbox,
@@ -66,7 +65,7 @@ def push(tracker: Tracker, queue: Queue, buffer: Callable[[Pipeline], T]) -> T:
     else:
         begun = time.monotonic()
         recorded = _record(pipe, tracker, staged)
-        if time.monotonic() - begun > PUSH_DEADLINE:
+        if time.monotonic() - begun > tracker.push_deadline:
             leave_to_outbox(staged)
             pipe.reset()
             return result

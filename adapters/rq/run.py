@@ -13,6 +13,7 @@ import os
 from typing import TYPE_CHECKING
 from uuid import UUID
 
+from jobguard.errors import is_host_interrupt
 from jobguard.job import Claim, Outcome, Parent
 
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ class Run:
         """Return what the next delivery of this job takes the place of."""
         if self._successor is not None:  # recorded, but its push was aborted: RQ tries again
             return Parent(self._successor)
-        return Parent(self.claim.token, claim=self.claim.number, outcome=outcome)
+        worker = self._session.id if self._session is not None else None
+        return Parent(self.claim.token, claim=self.claim.number, outcome=outcome, worker=worker)
 
     def superseded_by(self, token: UUID) -> None:
         """Report nothing: a delivery that takes the place of this one is recorded."""
@@ -68,7 +70,9 @@ class Run:
         try:
             if os.getpid() == self._pid or not self._write(outcome, error):
                 self._report(outcome, error)
-        except Exception:
+        except Exception as error:
+            if is_host_interrupt(error):
+                raise
             log.exception("jobguard could not report the end of job %s", self.job_id)
 
     def _report(self, outcome: Outcome | None, error: str | None) -> None:

@@ -15,6 +15,7 @@ from rq.queue import Queue
 
 from jobguard.adapters.rq.layout import Layout
 from jobguard.adapters.rq.lookup import prefix_for
+from jobguard.errors import is_host_interrupt
 from jobguard.job import Outcome, Refusal, Refused
 
 log = logging.getLogger("jobguard")
@@ -46,7 +47,9 @@ def skip(worker: Any, job: Job, queue: Queue, refused: Refused) -> None:
             release(job)
         if refused.outcome is Outcome.COMPLETED:
             queue.enqueue_dependents(job)
-    except Exception:
+    except Exception as error:
+        if is_host_interrupt(error):
+            raise
         log.exception("jobguard could not put right what Redis says of job %s", job.id)
 
 

@@ -8,6 +8,7 @@ the horse was killed.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -18,7 +19,7 @@ from redis.exceptions import RedisError
 from rq.job import Job, JobStatus
 from rq.queue import Queue
 
-from jobguard.adapter import running_job
+from jobguard.adapter import running_job, trackers
 from jobguard.adapters.rq.deliveries import (
     BROKER_DOWN,
     attempt_of,
@@ -37,6 +38,7 @@ from jobguard.adapters.rq.layout import FIELD, SPENT
 from jobguard.adapters.rq.lookup import tracker_for, tracker_for_job
 from jobguard.adapters.rq.run import Run
 from jobguard.adapters.rq.skip import skip
+from jobguard.errors import is_host_interrupt
 from jobguard.job import Delivery, Outcome, Refused, new_token
 
 if TYPE_CHECKING:
@@ -74,9 +76,20 @@ def register_death(original: Hook) -> Hook:
         finally:
             session: Session | None = self.__dict__.pop(_SESSION, None)
             if session is not None:
-                session.close()
+                session.close(running=_horse_runs_on(self))
 
     return hook
+
+
+def _horse_runs_on(worker: Any) -> bool:
+    """Whether a worker that quits (Redis failed it) leaves a horse behind that still runs its job."""
+    pid = getattr(worker, "horse_pid", 0)
+    if not pid:
+        return False
+    try:
+        return os.waitpid(pid, os.WNOHANG) == (0, 0)
+    except OSError:
+        return False
 
 
 def execute_job(original: Hook) -> Hook:
@@ -139,9 +152,26 @@ def main_work_horse(original: Hook) -> Hook:
             if run_of(job) is None:
                 set_run(job, Run.inherited(job.id, queue=queue.name, task=task_of(job)))
                 tracker_for(self)  # a fresh process: a retry will look for it
-        except Exception:
+        except Exception as error:
+            if is_host_interrupt(error):
+                raise
             log.exception("jobguard could not find the claim of job %s", job.id)
         return original(self, job, queue)
+
+    return hook
+
+
+def perform_job(original: Hook) -> Hook:
+    """Worker.perform_job: a horse leaves by os._exit, where nothing that waits would be written."""
+
+    @wraps(original)
+    def hook(self: Any, job: Job, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return original(self, job, *args, **kwargs)
+        finally:
+            if self.is_horse:
+                for tracker in trackers():
+                    tracker.settle()
 
     return hook
 
@@ -269,7 +299,9 @@ def _session_for(worker: Any, queue: Queue) -> Session | None:
         session: Session | None = worker.__dict__.get(_SESSION) or _open_session(worker)
         tracker: Tracker | None = worker.__dict__.get(_TRACKER)
         return session if tracker is not None and tracker.guards(queue.name) else None
-    except Exception:
+    except Exception as error:
+        if is_host_interrupt(error):
+            raise
         log.exception("jobguard could not open a session for worker %s", worker.name)
         return None
 
@@ -281,7 +313,9 @@ def _start(worker: Any, session: Session, job: Job, queue: Queue) -> Run | Refus
         if isinstance(answer, Refused):
             return answer
         return Run(session, answer, job_id=job.id, queue=queue.name, task=task_of(job))
-    except Exception:
+    except Exception as error:
+        if is_host_interrupt(error):
+            raise
         log.exception("jobguard could not claim job %s; it runs unclaimed", job.id)
         return None
 
@@ -314,6 +348,8 @@ def _conclude(run: Run, job: Job) -> None:
         if field and field.decode().rstrip(SPENT) == run.claim.token.hex:
             status = raw
     except Exception as error:
+        if is_host_interrupt(error):
+            raise
         log.warning("jobguard cannot see how job %s ended: %s", job.id, error)
     if status == b"finished":
         run.end(Outcome.COMPLETED)

@@ -28,10 +28,6 @@ class TokenBucket:
         self._level -= granted
         return granted
 
-    def give_back(self, unused: int) -> None:
-        """Return permits that were not needed."""
-        self._level = min(self._burst, self._level + unused)
-
 
 def round_robin(items: Iterable[T], queue_of: Callable[[T], str]) -> Iterator[T]:
     """Deal the items out queue by queue, so that no queue waits behind a longer one.

@@ -60,6 +60,8 @@ class Done:
     """Of these: waiting for the limiter."""
     in_grace: int = 0
     """Of these: seen absent, and to be seen once more."""
+    failed: int = 0
+    """Could not be put back: unreadable, too late, or Redis refused."""
     observed: int = 0
     """Would have been put back, if this were not mode=observe."""
 
@@ -75,6 +77,7 @@ class Done:
         self.throttled += other.throttled
         self.in_grace += other.in_grace
         self.observed += other.observed
+        self.failed += other.failed
         return self
 
     def counts(self) -> dict[str, int]:
@@ -89,6 +92,7 @@ class Done:
             "held": self.held,
             "waiting": self.waiting,
             "observed": self.observed,
+            "failed": self.failed,
         }
 
 
@@ -132,8 +136,10 @@ class Looker:
         deadline = self._redis_time() + _DEADLINE
         sightings = self._broker.presence(page)
         older = self._older_lives(sightings)
+        # The library may still believe in the run whose workers died: buried, it is nobody's.
+        buried = {token for token, (_, outcome) in older.items() if outcome is Outcome.DEAD}
         sightings = {
-            token: Sighting(Presence.ABSENT, f"older:{s.other}") if s.other in older else s
+            token: Sighting(Presence.ABSENT, f"older:{s.other}") if token in older else s
             for token, s in sightings.items()
         }
         missing = [o.token for o in page if sightings[o.token].presence is not Presence.WAITING]
@@ -151,17 +157,25 @@ class Looker:
             if decision.verdict is Verdict.RESTORE
         ]
         lost = self._brake(lost, now, done)
-        self._restore(term, lost, older, deadline, done)
+        self._restore(term, lost, older, buried, deadline, done)
         return done
 
     def _redis_time(self) -> float:
         seconds, micros = self._client.time()
         return float(seconds) + float(micros) / 1e6
 
-    def _older_lives(self, sightings: Mapping[UUID, Sighting]) -> dict[UUID, Outcome]:
-        """Which of the deliveries that stand in another's place have ended: they may be replaced."""
-        others = [s.other for s in sightings.values() if s.other is not None]
-        return dict(self._store.tombstones(self._source, others)) if others else {}
+    def _older_lives(self, sightings: Mapping[UUID, Sighting]) -> dict[UUID, tuple[UUID, Outcome]]:
+        """Which deliveries have an older life of their id in their place, that has ended; and how.
+
+        A younger one is never replaced, even if it has ended by now.
+        """
+        others = {
+            token: s.other
+            for token, s in sightings.items()
+            if s.other is not None and s.other < token
+        }
+        ended = self._store.tombstones(self._source, list(others.values())) if others else {}
+        return {token: (other, ended[other]) for token, other in others.items() if other in ended}
 
     def _cause(self, owed: Owed, now: Circumstances) -> Cause:
         if owed.suspected is not None and (told(owed) or owed.suspected is Cause.UNTRUSTED):
@@ -193,6 +207,7 @@ class Looker:
                 trusted=now.trusts(owed.queue, owed.age),
                 held=now.holds(owed.queue),
                 hold_unexplained=self._settings.unexplained == "hold",
+                unsent=owed.unsent,
                 expired=owed.expired,
                 backing_off=owed.backoff > 0,
                 announced=owed.claim_announced,
@@ -304,7 +319,8 @@ class Looker:
         self,
         term: int,
         lost: Sequence[tuple[Owed, Cause]],
-        older: Mapping[UUID, Outcome],
+        older: Mapping[UUID, tuple[UUID, Outcome]],
+        buried: Collection[UUID],
         deadline: float,
         done: Done,
     ) -> None:
@@ -324,13 +340,14 @@ class Looker:
             done.throttled += len(wanted) - granted
             chosen = list(round_robin(wanted, lambda pair: pair[0].queue))[:granted]
             if chosen:
-                self._put_back(term, chosen, older, deadline, done)
+                self._put_back(term, chosen, older, buried, deadline, done)
 
     def _put_back(
         self,
         term: int,
         chosen: Sequence[tuple[Owed, Cause]],
-        older: Mapping[UUID, Outcome],
+        older: Mapping[UUID, tuple[UUID, Outcome]],
+        buried: Collection[UUID],
         deadline: float,
         done: Done,
     ) -> None:
@@ -338,9 +355,14 @@ class Looker:
         ready = [
             replace(
                 restorable,
-                replaces=frozenset(older),
-                takeover=told(causes[restorable.token][0])
-                and causes[restorable.token][0].suspected is Cause.WORKER,
+                replaces=frozenset(
+                    [older[restorable.token][0]] if restorable.token in older else []
+                ),
+                takeover=restorable.token in buried
+                or (
+                    told(causes[restorable.token][0])
+                    and causes[restorable.token][0].suspected is Cause.WORKER
+                ),
             )
             for restorable in self._store.envelopes(self._source, list(causes))
         ]
@@ -360,7 +382,8 @@ class Looker:
         for token in back:
             done.restored[causes[token][1]] += 1
         for token, answer in answers.items():
-            if answer in (Restored.UNREADABLE, Restored.ERROR, Restored.CHANGED):
+            if answer not in (Restored.RESTORED, Restored.PRESENT, Restored.EXPIRED):
+                done.failed += 1
                 say("job_not_restored", job_id=causes[token][0].job_id, answer=answer.value)
         if back:
             say(

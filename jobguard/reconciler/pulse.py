@@ -40,6 +40,8 @@ class Health(StrEnum):
 
     DOWN = "down"
     """Redis cannot be asked, or is not itself yet."""
+    UNSURE = "unsure"
+    """It answers, but whether it is the right one is not known yet."""
     STEADY = "steady"
     LOST = "lost"
     """It has just been seen to have lost data; the incident is written down."""
@@ -131,6 +133,10 @@ class PulseKeeper:
         if reading is Reading.UNTOLD and standing is not None:
             self._adopt(term, standing)
             return Health.STEADY
+        if reading is Reading.FIRST and self._n == ACCEPTED:
+            # A person said that all is well; but what was owed here is in no Redis any more.
+            self._ticked = True
+            return self._lost(term, standing, place_is_sure, now)
         if reading is Reading.FIRST:
             self._begin(term, standing, uuid4())
             return Health.STEADY
@@ -196,10 +202,10 @@ class PulseKeeper:
         if not here:
             sure = place_is_sure(self._misplaced_since, own=standing is not None)
             if sure is None:
-                return Health.DOWN
+                return Health.UNSURE
             if not sure:
                 return Health.STOP
-        if self._noted is None or self._noted != self._epoch:
+        if self._noted is None or self._noted != self._epoch or self._epoch is None:
             # First the row, then the counter: a loss must never be noticed and then forgotten.
             self._store.open_incident(
                 term,
@@ -219,6 +225,11 @@ class PulseKeeper:
             say("foreign_pulse", source=self._source.address)
         else:
             say("ledger_behind", source=self._source.address)
+
+    def stands(self) -> bool:
+        """Whether the pulse is in Redis right now as we know it: nothing was lost up to here."""
+        standing = parse_pulse(read_pulse(self._client, self._source.namespace))
+        return standing is not None and standing.epoch == self._epoch
 
     def _accepted(self) -> bool:
         """Whether a person has said that what stands in Redis is right."""

@@ -22,17 +22,18 @@ from jobguard.reconciler.leader import Leadership
 from jobguard.reconciler.look import Done
 from jobguard.reconciler.watch import Watch
 from jobguard.settings import Settings
-from jobguard.store import LeaderStore, SourceRow
+from jobguard.store import Brake, LeaderStore, SourceRow
 from jobguard.store.leader import PostgresLeaderStore
 
 Clients = Mapping[str, Callable[[], redis.Redis]]
 """How to reach each Redis, by its address."""
 
-_CLIENT_TIMEOUT = 2.0
+_CLIENT_TIMEOUT = 1.0
 _STEP = 0.05
 """Seconds between two steps when nothing is urgent."""
 _SOURCES = 1.0
 """Seconds between two looks for new sources."""
+_AFTER_AN_ERROR = 1.0
 _HOUSEKEEPING = 5.0
 _ROTATE = 3600.0
 
@@ -171,10 +172,22 @@ class Service:
             self._look_for_sources()
         if self._misplaced:
             return False
-        for watch in self._watches.values():
-            watch.step(self._leadership.term, brake)
+        self._step_each(brake)
         self._housekeeping(now)
         return any(watch.busy for watch in self._watches.values())
+
+    def _step_each(self, brake: Brake) -> None:
+        """Let no source's trouble keep the others from their step."""
+        for id, watch in self._watches.items():
+            if time.monotonic() < self._due.get(f"watch {id}", 0.0):
+                continue
+            try:
+                watch.step(self._leadership.term, brake)
+            except (NotLeading, StoreUnavailable):
+                raise
+            except Exception as error:
+                self._due[f"watch {id}"] = time.monotonic() + _AFTER_AN_ERROR
+                say("step_failed", part=watch.source.address, error=str(error), exc_info=True)
 
     def _look_for_sources(self) -> None:
         identity = self._store.identity()
@@ -255,7 +268,12 @@ class Service:
     def _housekeeping(self, now: float) -> None:
         if now >= self._due.get("rotate", 0.0):
             self._due["rotate"] = now + _ROTATE
-            dropped = self._store.rotate(retention=self._settings.retention)
+            try:
+                dropped = self._store.rotate(retention=self._settings.retention)
+            except JobguardError as error:  # a backup reads history: next time
+                self._due["rotate"] = now + _ROTATE / 60
+                say("step_failed", part="rotate", error=str(error))
+                dropped = 0
             if dropped:
                 say("rotated", dropped=dropped)
         if now >= self._due.get("vacuum", 0.0):

@@ -59,6 +59,8 @@ class Case:
     held: bool = False
     """A pause, or the brake on its queue."""
     hold_unexplained: bool = False
+    unsent: bool = False
+    """Its producer surely sent nothing to Redis: no unguarded worker can have run it."""
     expired: bool = False
     backing_off: bool = False
     """It comes from a worker's death, and its wait is not over."""
@@ -129,7 +131,7 @@ def _left_behind(case: Case) -> Decision:
 def _absent(case: Case) -> Decision:
     if case.expired:
         return Decision(Verdict.CLOSE, "its time to live is over", Outcome.CANCELLED)
-    if case.cause is Cause.UNTRUSTED or not case.trusted:
+    if (case.cause is Cause.UNTRUSTED or not case.trusted) and not case.unsent:
         return Decision(Verdict.HOLD, "an unguarded worker may have run it", suspect=True)
     if case.backing_off:
         return Decision(Verdict.WAIT, "it waits after its worker's death")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from uuid import UUID
 
@@ -31,12 +31,15 @@ _CONSUMERS = 2.0
 _FRESH = 5.0
 """Seconds between two looks at what was recorded in the last minute."""
 _YOUNG = 60.0
-_WATCHED = 2000
+_YOUNG_PAGES = 10
+_URGENT = 0.25
+"""Seconds between two looks at what we were told of."""
+_WATCHED = 1000
 """Suspects looked at in one step."""
 _VERIFY_AGAIN = (10.0, 60.0)
 """Seconds after a change of topology at which everything owed is looked at once more."""
-_FORGET = 900.0
-"""A worker that is gone is remembered this long: RQ's registry still names it."""
+_SAY_AGAIN = 30.0
+"""Seconds between two lines in the log about the same trouble."""
 _ASK_ABOUT_PLACE = 10.0
 """Seconds in which a worker of before should have beaten, if there is one."""
 
@@ -49,6 +52,17 @@ class _Lap:
     began: float = 0.0
     pages: int = 0
     running: bool = False
+
+
+@dataclass(slots=True)
+class _Vouching:
+    """A walk over what was recorded before a queue was watched."""
+
+    queue: str
+    epoch: UUID | None
+    unpushed: set[UUID]
+    after: UUID | None = None
+    absent: list[tuple[UUID, Cause, str]] = field(default_factory=list)
 
 
 class Watch:
@@ -83,7 +97,8 @@ class Watch:
         self._trust.load(store.queues(source.id))
         self._workers: Sequence[WorkerRow] = ()
         self._judgement: Judgement | None = None
-        self._beats: Mapping[UUID, int] = {}
+        self._beats: Mapping[UUID, int] = {}  # in this Redis
+        self._first_beats: dict[UUID, int] = {}  # as this leader found them
         self._brake = Brake()
         self._owed: Mapping[str, int] = {}
         self._lap = _Lap()
@@ -98,7 +113,9 @@ class Watch:
         self._watched_took = 0.0  # seconds of the present round over all of them
         self._deaths: dict[str, float] = {}  # queue -> when a consumer of it last died or left
         self._gone: set[UUID] = set()
+        self._mourned = False
         self._asked = False
+        self._vouching: _Vouching | None = None
         self._pending = 0
         self.done = Done()
         self._resume_incidents()
@@ -149,15 +166,19 @@ class Watch:
             self._loss(now)
         try:
             self._poll(term, now, health)
-            if health in (Health.DOWN, Health.STOP):
+            if health in (Health.DOWN, Health.UNSURE, Health.STOP):
                 return
             self._doubts(now)
             self._consumers(term, now)
+            self._vouch(term, now)
+            self._look_at_urgent(term, now)
             self._look_at_watched(term, now)
             self._look_at_young(term, now)
             self._walk(term, now)
         except redis.RedisError as error:
-            say("redis_away", source=self.source.address, error=str(error))
+            if now >= self._due.get("failed", 0.0):
+                self._due["failed"] = now + _SAY_AGAIN
+                say("redis_away", source=self.source.address, error=str(error))
 
     def _see_brake(self, brake: Brake) -> None:
         released = {queue for queue in self._owed if self._brake.holds(self.source.id, queue)} - {
@@ -175,7 +196,7 @@ class Watch:
         self._health = self._pulse.tick(
             term, place_is_sure=partial(self._place_is_sure, term), now=now
         )
-        if self._health is Health.DOWN:
+        if self._health in (Health.DOWN, Health.UNSURE):
             self._due["tick"] = now + _DOWN  # what it lost is to be seen as soon as it is back
         return self._health
 
@@ -192,16 +213,13 @@ class Watch:
         present = [row for row in self._workers if row.id in self._judgement.live]
         for row in present:
             lives_elsewhere = row.pulse is not None and row.pulse[0] == self._pulse.epoch
-            if (
-                lives_elsewhere
-                and row.id not in self._beats
-                and row.id not in self._judgement.silent
-            ):
+            silent = row.id in self._judgement.silent
+            if lives_elsewhere and not silent and not self._beats_here(row):
                 if self._clock() >= self._due.get("wrong_redis", 0.0):
-                    self._due["wrong_redis"] = self._clock() + 30.0
+                    self._due["wrong_redis"] = self._clock() + _SAY_AGAIN
                     say("wrong_redis", source=self.source.address)
                 return False
-        if any(row.id in self._beats for row in present):
+        if any(self._beats_here(row) for row in present):
             return True
         if present and self._clock() - missed_since < _ASK_ABOUT_PLACE:
             return None  # they have yet to beat, here or elsewhere
@@ -219,6 +237,10 @@ class Watch:
         say("place_unsure", source=self.source.address, reason=reason)
         return None
 
+    def _beats_here(self, row: WorkerRow) -> bool:
+        """Whether this worker beats into this very Redis; an old master has an old beat of it."""
+        return self._beats.get(row.id, -1) > self._first_beats.get(row.id, -1)
+
     def _loss(self, now: float) -> None:
         self._liveness.interrupted(now)
         self._trust.registry_lost(self._store.now())
@@ -230,7 +252,8 @@ class Watch:
     def _poll(self, term: int, now: float, health: Health) -> None:
         if now < self._due.get("poll", 0.0):
             return
-        self._due["poll"] = now + _POLL
+        # Polls further apart than a fifth of the timeout would prove nobody dead.
+        self._due["poll"] = now + min(_POLL, self._settings.worker_timeout / 10)
         self._workers = self._store.workers(self.source.id)
         self._beats = {}
         present = [row.id for row in self._workers if not row.left and not row.dead]
@@ -249,6 +272,8 @@ class Watch:
             beats = None
         self._judgement = self._liveness.poll(now, self._workers, beats)
         self._beats = beats or {}
+        for id in present:
+            self._first_beats.setdefault(id, self._beats.get(id, -1))
         if self._judgement.dead:
             self._store.declare_dead(term, self._judgement.dead)
         self._mourn(term, now)
@@ -259,7 +284,8 @@ class Watch:
         for row in self._workers:
             if (row.id in dead or row.dead or row.left) and row.id not in self._gone:
                 self._gone.add(row.id)
-                self._deaths.update((queue, now) for queue in row.queues)
+                if self._mourned:  # else nobody knows when it went
+                    self._deaths.update((queue, now) for queue in row.queues)
                 self._due["watched"] = 0.0
                 if row.id in dead:
                     say(
@@ -270,10 +296,10 @@ class Watch:
                         pid=row.pid,
                         claims=row.claims,
                     )
+        self._mourned = True
         if now >= self._due.setdefault("forget", now + _POLL * 100):
             self._due["forget"] = now + _POLL * 100
-            old = token_at(self._store.now() - _FORGET)
-            gone = [row.id for row in self._workers if (row.left or row.dead) and row.id < old]
+            gone = [row.id for row in self._workers if row.left or row.dead]
             self._store.forget(term, gone)
 
     def _consumers(self, term: int, now: float) -> None:
@@ -299,38 +325,48 @@ class Watch:
                     queue=row_changed.queue,
                     workers=list(row_changed.unguarded),
                 )
-        for queue in self._trust.to_vouch_for():
-            self._vouch(term, queue)
 
-    def _vouch(self, term: int, queue: str) -> None:
-        """Look at what was recorded before anybody watched this queue: the absent is not ours to judge."""
-        clean_since = self._trust.rows[queue].clean_since or 0.0
-        unpushed = self._unpushed()
-        after: UUID | None = None
-        strangers = 0
-        while page := self._store.page(self.source.id, after=after, limit=self._settings.page):
-            after = page[-1].token
-            older = self._store.now() - clean_since
-            old = [
-                owed
-                for owed in page
-                if owed.queue == queue
-                and owed.age > older
-                and owed.claim_number is None
-                and owed.token not in unpushed
-            ]
-            seen = self._broker.presence(old) if old else {}
-            absent = [
-                (owed.token, Cause.UNTRUSTED, seen[owed.token].mark)
-                for owed in old
-                if seen[owed.token].presence is Presence.ABSENT
-            ]
-            strangers += len(absent)
-            self._store.suspect(term, self.source.id, absent)
-        self._store.trust(term, [self._trust.vouched(queue)])
-        say("queue_trusted", queue=queue)
-        if strangers:
-            say("jobs_untrusted", queue=queue, count=strangers)
+    def _vouch(self, term: int, now: float) -> None:
+        """Look at what was recorded before anybody watched a queue: the absent is not ours to judge.
+
+        A page a step; and nothing of it counts unless Redis has not lost anything meanwhile.
+        """
+        if self._vouching is None:
+            queues = self._trust.to_vouch_for()
+            if not queues:
+                return
+            self._vouching = _Vouching(queues[0], self._pulse.epoch, self._unpushed())
+        walk = self._vouching
+        if walk.epoch != self._pulse.epoch or self._incident_at is not None:
+            self._vouching = None
+            return
+        page = self._store.page(self.source.id, after=walk.after, limit=self._settings.page)
+        old_enough = self._store.now() - (self._trust.rows[walk.queue].clean_since or 0.0)
+        old = [
+            owed
+            for owed in page
+            if owed.queue == walk.queue
+            and owed.age > old_enough
+            and owed.claim_number is None
+            and owed.token not in walk.unpushed
+        ]
+        seen = self._broker.presence(old) if old else {}
+        walk.absent += [
+            (owed.token, Cause.UNTRUSTED, seen[owed.token].mark)
+            for owed in old
+            if seen[owed.token].presence is Presence.ABSENT
+        ]
+        if len(page) == self._settings.page:
+            walk.after = page[-1].token
+            return
+        self._vouching = None
+        if not self._pulse.stands():
+            return  # it was flushed under our eyes: look again when that is dealt with
+        self._store.suspect(term, self.source.id, walk.absent)
+        self._store.trust(term, [self._trust.vouched(walk.queue)])
+        say("queue_trusted", queue=walk.queue)
+        if walk.absent:
+            say("jobs_untrusted", queue=walk.queue, count=len(walk.absent))
 
     def _unpushed(self) -> set[UUID]:
         """What producers left to us: nobody can have run it yet."""
@@ -364,7 +400,8 @@ class Watch:
             if now < until:
                 return cause
         death = self._deaths.get(owed.queue)
-        if death is not None and now - death < owed.age:
+        recent = 3 * self._settings.sweep_interval  # by then it was looked at, and found absent
+        if death is not None and now - death < min(owed.age, recent):
             return Cause.WORKER  # popped, and gone with the worker before it was claimed
         if owed.age < _YOUNG + self._settings.grace:
             return Cause.PUSH
@@ -395,6 +432,17 @@ class Watch:
             self._verify_at.pop(0)
             self._lap = _Lap(running=True, began=now)
             self._due["page"] = now
+
+    def _look_at_urgent(self, term: int, now: float) -> None:
+        """What we were told of goes first: a million lost jobs do not delay one killed worker's."""
+        if now < self._due.get("urgent", 0.0):
+            return
+        page = self._store.watched(self.source.id, limit=_WATCHED, urgent=True)
+        done = self._looker.look(term, page, self._circumstances(term, now)) if page else Done()
+        self.done += done
+        took = self._clock() - now
+        acted = done.requeued or done.restored
+        self._due["urgent"] = now if acted else now + max(_URGENT, 4 * took)
 
     def _look_at_watched(self, term: int, now: float) -> None:
         if now < self._due.get("watched", 0.0):
@@ -442,13 +490,17 @@ class Watch:
 
     def _look_at_young(self, term: int, now: float) -> None:
         """What was recorded in the last minute: a producer may have died before its push."""
-        if now < self._due.get("young", 0.0) or self._lap.running:
+        if now < self._due.get("young", 0.0) or self._incident_at is not None:
             return
         self._due["young"] = now + _FRESH
         after: UUID | None = token_at(self._store.now() - _YOUNG)
-        page = self._store.page(self.source.id, after=after, limit=self._settings.page)
-        old_enough = [owed for owed in page if owed.age > self._settings.push_deadline]
-        self.done += self._looker.look(term, old_enough, self._circumstances(term, now))
+        for _ in range(_YOUNG_PAGES):
+            page = self._store.page(self.source.id, after=after, limit=self._settings.page)
+            old_enough = [owed for owed in page if owed.age > self._settings.push_deadline]
+            self.done += self._looker.look(term, old_enough, self._circumstances(term, now))
+            if len(page) < self._settings.page:
+                break
+            after = page[-1].token
         # Long queues are read whole for this: no more than a tenth of the time.
         self._due["young"] = now + max(_FRESH, 10 * (self._clock() - now))
 
@@ -463,6 +515,7 @@ class Watch:
         page = self._store.page(self.source.id, after=self._lap.after, limit=self._settings.page)
         done = self._looker.look(term, page, self._circumstances(term, now))
         self.done += done
+        self._pending += done.waiting  # the second looks are still to come: see settled
         if self._incidents:
             self._progress(term, missing=done.absent, restored=done.restored[Cause.INCIDENT])
         self._lap.pages += 1

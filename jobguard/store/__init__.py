@@ -277,13 +277,18 @@ class LeaderStore(Protocol):
         """From now on these workers' claims are nobody's."""
 
     def forget(self, term: int, workers: Sequence[UUID]) -> None:
-        """Drop rows of workers that are dead or gone and hold nothing."""
+        """Drop rows of workers that are gone for a quarter of an hour and hold nothing."""
 
     def page(self, source: int, *, after: UUID | None, limit: int) -> Sequence[Owed]:
         """Owed deliveries in the order of their tokens."""
 
-    def watched(self, source: int, *, limit: int, after: UUID | None = None) -> Sequence[Owed]:
-        """Those under suspicion, in the outbox, or claimed by the dead: looked at every time."""
+    def watched(
+        self, source: int, *, limit: int, after: UUID | None = None, urgent: bool = False
+    ) -> Sequence[Owed]:
+        """Those under suspicion, in the outbox, or claimed by the dead: looked at every time.
+
+        ``urgent``: only those whose absence we were told of, and need not see twice.
+        """
 
     def count(self, source: int) -> Mapping[str, int]:
         """How many deliveries are owed, by queue."""

@@ -175,8 +175,13 @@ class Database:
     def _mine(self) -> Iterator[None]:
         if self._pid != os.getpid():
             self._after_fork()
-        with self._lock:
+        # Others may be waiting for the same stopped server; nobody waits for all of their waits.
+        if not self._lock.acquire(timeout=self._connect_timeout + self._call_timeout):
+            raise StoreUnavailable("another call to Postgres is still under way")
+        try:
             yield
+        finally:
+            self._lock.release()
 
     def execute(
         self,
@@ -229,6 +234,8 @@ class Database:
             # A second try would wait as long again: this outage has had its one wait.
             self._drop()
             raise StoreUnavailable("Postgres did not answer in time") from error
+        except UnicodeError as error:  # half a surrogate pair is no text to Postgres
+            raise BadRow(str(error)) from error
         except psycopg.Error as error:
             if error.sqlstate in _PREPARED_LOST and self._prepare:
                 say("pooler_found")

@@ -193,9 +193,13 @@ class PostgresLeaderStore:
         rows = self._ask("page", source=source, after=after or _FIRST, limit=limit)
         return [_owed(row) for row in rows]
 
-    def watched(self, source: int, *, limit: int, after: UUID | None = None) -> Sequence[Owed]:
+    def watched(
+        self, source: int, *, limit: int, after: UUID | None = None, urgent: bool = False
+    ) -> Sequence[Owed]:
         """Those looked at every time; see LeaderStore."""
-        rows = self._ask("watched", source=source, after=after or _FIRST, limit=limit)
+        rows = self._ask(
+            "watched", source=source, after=after or _FIRST, limit=limit, urgent=urgent
+        )
         return [_owed(row) for row in rows]
 
     def count(self, source: int) -> Mapping[str, int]:
@@ -313,7 +317,7 @@ class PostgresLeaderStore:
 def _owed(row: Row) -> Owed:
     (
         token, job_id, queue, task, age, due_in, expired, crashes, recoveries, claims, backoff,
-        number, worker, live, announced, cause, suspected_for, mark,
+        number, worker, live, announced, cause, suspected_for, mark, unsent,
     ) = row  # fmt: skip
     return Owed(
         token=token,
@@ -334,4 +338,5 @@ def _owed(row: Row) -> Owed:
         suspected=None if cause is None else Cause(cause),
         suspected_for=suspected_for,
         suspected_mark=mark,
+        unsent=unsent,
     )

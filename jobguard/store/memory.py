@@ -162,7 +162,8 @@ class _Tables:
         self.history: dict[_Key, _Tombstone] = {}
         self.workers: dict[UUID, _Worker] = {}
         self.suspects: dict[_Key, _Suspect] = {}
-        self.outbox: dict[_Key, float] = {}
+        self.outbox: dict[_Key, tuple[float, bool]] = {}
+        """When it was left there, and whether surely nothing was sent."""
         self.leases: dict[str, _Lease] = {}
         self.sources: dict[int, SourceRow] = {}
         self.incidents: dict[int, _Loss] = {}
@@ -257,6 +258,10 @@ class _Tables:
         ]
 
 
+_REMEMBERED = 900.0
+"""Seconds for which a worker that is gone is remembered."""
+
+
 class MemoryLedger:
     """The ledger of one process, with as many hosts and leaders over it as a test needs.
 
@@ -314,12 +319,36 @@ class _Host:
                 key = (source, delivery.token)
                 if key in tables.jobs or (replay and key in tables.history):
                     continue
+                if replay and self._outdated(source, delivery, now=now):
+                    continue
                 job = _Job(delivery, recorded_at=now)
                 if self._follow(source, job, now=now):
                     self._owe(source, job, now=now, outbox=outbox)
                 else:
                     refused.add(delivery.token)
             return Recorded(frozenset(refused), leader_live=tables.led(namespace, now))
+
+    def _outdated(self, source: int, delivery: Delivery, *, now: float) -> bool:
+        """Bury a late record whose job id has had a younger life since."""
+        tables, token = self._tables, delivery.token
+        if delivery.fresh:
+            return False
+        younger = [t for s, t in tables.of_job(source, [delivery.job_id]) if t > token]
+        younger += [
+            t
+            for (s, t), tombstone in tables.history.items()
+            if s == source and tombstone.job_id == delivery.job_id and t > token
+        ]
+        if younger:
+            tables.history[source, token] = _Tombstone(
+                outcome=Outcome.SUPERSEDED,
+                ended_at=now,
+                job_id=delivery.job_id,
+                queue=delivery.queue,
+                task=delivery.task,
+                next=max(younger),
+            )
+        return bool(younger)
 
     def _follow(self, source: int, job: _Job, *, now: float) -> bool:
         """Take the parent's place; False: it has ended, has moved on, or is somebody else's."""
@@ -350,9 +379,11 @@ class _Host:
 
     def _speaks_for(self, key: _Key, parent: Parent) -> bool:
         run = self._tables.running.get(key)
-        if parent.claim is not None:
+        if parent.claim:
             return run is not None and run.number == parent.claim
-        return run is None or not self._tables.lives(key, run)
+        # Started while the store was away, and perhaps claimed since, by the very one who speaks.
+        own = run is not None and run.worker == parent.worker
+        return run is None or own or not self._tables.lives(key, run)
 
     def _owe(self, source: int, job: _Job, *, now: float, outbox: bool) -> None:
         tables, delivery = self._tables, job.delivery
@@ -363,7 +394,7 @@ class _Host:
                     tables.bury(key, Outcome.SUPERSEDED, ended_at=now, next=delivery.token)
         tables.jobs[source, delivery.token] = job
         if outbox:
-            tables.outbox[source, delivery.token] = now
+            tables.outbox[source, delivery.token] = (now, True)
 
     def withdraw(self, source: int, tokens: Sequence[UUID]) -> None:
         with self._tables.open():
@@ -374,7 +405,7 @@ class _Host:
     def outbox(self, source: int, tokens: Sequence[UUID]) -> None:
         with self._tables.open() as now:
             for key in self._tables.owed(source, tokens):
-                self._tables.outbox.setdefault(key, now)
+                self._tables.outbox.setdefault(key, (now, False))
 
     def claim(self, source: int, ask: Ask) -> Claim | Refused | Unknown:
         tables, key = self._tables, (source, ask.token)
@@ -657,6 +688,7 @@ class _Leader:
                     left=row.left_at is not None,
                     dead=row.dead_at is not None,
                     claims=held[worker],
+                    lists=tuple(row.beat.claims),
                 )
                 for worker, row in rows
                 if row.source == source
@@ -670,11 +702,14 @@ class _Leader:
                     row.dead_at = now
 
     def forget(self, term: int, workers: Sequence[UUID]) -> None:
-        with self._leading(term):
+        with self._leading(term) as now:
             busy = {run.worker for run in self._tables.running.values()}
             for worker in workers:
                 row = self._tables.workers.get(worker)
-                if row is not None and row.gone and worker not in busy:
+                if row is None or worker in busy:
+                    continue
+                gone_at = row.dead_at if row.dead_at is not None else row.left_at
+                if gone_at is not None and gone_at < now - _REMEMBERED:
                     del self._tables.workers[worker]
 
     def page(self, source: int, *, after: UUID | None, limit: int) -> Sequence[Owed]:
@@ -685,10 +720,19 @@ class _Leader:
         jobs = self._tables.jobs
         return sorted(key for key in jobs if key[0] == source and (after is None or key[1] > after))
 
-    def watched(self, source: int, *, limit: int, after: UUID | None = None) -> Sequence[Owed]:
+    def watched(
+        self, source: int, *, limit: int, after: UUID | None = None, urgent: bool = False
+    ) -> Sequence[Owed]:
         with self._tables.open() as now:
             keys = [key for key in self._after(source, after) if self._is_watched(key, now)]
+            if urgent:
+                keys = [key for key in keys if self._is_urgent(key)]
             return [self._pushed(self._owed(key, now), key, now) for key in keys[:limit]]
+
+    def _is_urgent(self, key: _Key) -> bool:
+        suspect = self._tables.suspects.get(key)
+        told = suspect is not None and suspect.cause is Cause.WORKER and not suspect.mark
+        return told or key in self._tables.running or key in self._tables.outbox
 
     def _is_watched(self, key: _Key, now: float) -> bool:
         not_before = self._tables.jobs[key].not_before
@@ -703,9 +747,12 @@ class _Leader:
 
     def _pushed(self, owed: Owed, key: _Key, now: float) -> Owed:
         """Say of a delivery in the outbox that its push is to be done, unless more is suspected."""
-        if owed.suspected is not None or key not in self._tables.outbox:
+        if key not in self._tables.outbox:
             return owed
-        return replace(owed, suspected=Cause.PUSH, suspected_for=now - self._tables.outbox[key])
+        left_at, unsent = self._tables.outbox[key]
+        if owed.suspected is not None:
+            return replace(owed, unsent=unsent)
+        return replace(owed, suspected=Cause.PUSH, suspected_for=now - left_at, unsent=unsent)
 
     def _owed(self, key: _Key, now: float) -> Owed:
         tables = self._tables

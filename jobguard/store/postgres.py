@@ -271,6 +271,7 @@ def _columns(batch: Sequence[Delivery]) -> dict[str, Any]:
 def _lineage(batch: Sequence[Delivery]) -> dict[str, Any]:
     return {
         "parent": [d.parent.token if d.parent else None for d in batch],
+        "speaker": [d.parent.worker if d.parent else None for d in batch],
         # 0: it was started while Postgres was away, and speaks for no claim.
         "claim": [d.parent.claim or None if d.parent else None for d in batch],
         "outcome": [d.parent.outcome.value if d.parent else None for d in batch],

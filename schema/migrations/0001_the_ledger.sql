@@ -129,8 +129,11 @@ create table jobguard.outbox (
   source     bigint      not null,
   token      uuid        not null,
   created_at timestamptz not null default now(),
+  unsent     boolean     not null default false,
   primary key (source, token)
 ) with (fillfactor = 70, autovacuum_vacuum_threshold = 1000, autovacuum_vacuum_scale_factor = 0.05);
+comment on column jobguard.outbox.unsent is
+  'its producer surely sent nothing to Redis, so that nobody can have run it';
 
 -- One leader a namespace. The brake stands here, so that whoever renews the lease sees it.
 create table jobguard.leader (
@@ -193,7 +196,9 @@ comment on column jobguard.queues.trusted_since is
 -- partition into its days if ever anything fell into it.
 create function jobguard.rotate(retention interval default interval '7 days')
 returns integer language plpgsql security definer
-  set search_path = jobguard, pg_temp set timezone = 'UTC' as $$
+  set search_path = jobguard, pg_temp set timezone = 'UTC'
+  -- A long reader of history (a backup) must not make every end wait behind us.
+  set lock_timeout = '1s' as $$
 declare
   day     date;
   part    text;

@@ -34,7 +34,8 @@ $$;
 create function jobguard.record(
   p_source bigint, p_token uuid[], p_job_id text[], p_queue text[], p_task text[], p_priority int[],
   p_attempt int[], p_due float8[], p_expires float8[], p_key text[], p_trace text[],
-  p_envelope bytea[], p_parent uuid[], p_claim int[], p_outcome text[], p_fresh bool[],
+  p_envelope bytea[], p_parent uuid[], p_claim int[], p_outcome text[], p_speaker uuid[],
+  p_fresh bool[],
   p_outbox bool, p_replay bool)
 returns uuid[] language plpgsql as $$
 declare
@@ -51,13 +52,21 @@ begin
     v_skipped := array(select distinct h.token from jobguard.history h
                        where h.source = p_source and h.token = any (p_token));
     -- Older than what is owed of its id by now: it was superseded before it could be recorded.
-    with outdated as (
-      select distinct on (f.token) f.token, f.job_id, f.queue, f.task, j.token as next
-      from unnest(p_token, p_job_id, p_queue, p_task, p_fresh) f(token, job_id, queue, task, fresh)
+    with later as (
+      select f.token, j.token as next
+      from unnest(p_token, p_job_id) f(token, job_id)
       join jobguard.jobs j on j.source = p_source and j.job_id = f.job_id and j.token > f.token
+      union all
+      select f.token, h.token
+      from unnest(p_token, p_job_id) f(token, job_id)
+      join jobguard.history h on h.source = p_source and h.job_id = f.job_id and h.token > f.token
+    ), outdated as (
+      select distinct on (f.token) f.token, f.job_id, f.queue, f.task, l.next
+      from unnest(p_token, p_job_id, p_queue, p_task, p_fresh) f(token, job_id, queue, task, fresh)
+      join later l on l.token = f.token
       where not f.fresh and not f.token = any (v_skipped)
         and not exists (select from jobguard.jobs o where o.source = p_source and o.token = f.token)
-      order by f.token, j.token desc
+      order by f.token, l.next desc
     ), tombstones as (
       insert into jobguard.history (source, token, job_id, queue, task, outcome, next)
       select p_source, o.token, o.job_id, o.queue, o.task, 'superseded', o.next from outdated o
@@ -66,6 +75,8 @@ begin
     select v_skipped || array(select token from tombstones) into v_skipped;
   end if;
   v_ids := array(select f.job_id from unnest(p_job_id, p_fresh) f(job_id, fresh) where not f.fresh);
+  -- Two deliveries of one id at one moment: neither is a row yet that the other could lock.
+  perform pg_advisory_xact_lock(hashtextextended(i, p_source)) from unnest(v_ids) i order by i;
   perform from jobguard.jobs j
   where j.source = p_source and (j.token = any (p_parent) or j.job_id = any (v_ids))
   order by j.token for update;
@@ -81,8 +92,8 @@ begin
     where not f.token = any (v_skipped)
     on conflict do nothing;
     if p_outbox then
-      insert into jobguard.outbox (source, token)
-      select p_source, t from unnest(p_token) t where not t = any (v_skipped)
+      insert into jobguard.outbox (source, token, unsent)
+      select p_source, t, true from unnest(p_token) t where not t = any (v_skipped)
       on conflict do nothing;
     end if;
     return v_refused;
@@ -90,14 +101,16 @@ begin
 
   v_refused := array(
     select f.token
-    from unnest(p_token, p_parent, p_claim) f(token, parent, claim)
+    from unnest(p_token, p_parent, p_claim, p_speaker) f(token, parent, claim, speaker)
     left join jobguard.jobs j on j.source = p_source and j.token = f.parent
     left join jobguard.running r on r.source = p_source and r.token = f.parent
     left join jobguard.workers w on w.id = r.worker
     where f.parent is not null
       and case
         when j.token is not null and f.claim is not null then r.number is distinct from f.claim
-        when j.token is not null then r.token is not null and jobguard.holds(w, r)
+        -- Started while Postgres was away, and perhaps claimed since, by the very one who speaks.
+        when j.token is not null then
+          r.token is not null and jobguard.holds(w, r) and r.worker is distinct from f.speaker
         else exists (select from jobguard.history h
                      where h.source = p_source and h.token = f.parent
                        and h.next is distinct from f.token)
@@ -163,8 +176,8 @@ begin
   on conflict do nothing;
 
   if p_outbox then
-    insert into jobguard.outbox (source, token)
-    select p_source, t from unnest(p_token) t where not t = any (v_skipped)
+    insert into jobguard.outbox (source, token, unsent)
+    select p_source, t, true from unnest(p_token) t where not t = any (v_skipped)
     on conflict do nothing;
   end if;
   return v_refused;
@@ -294,7 +307,9 @@ begin
                                   envelope)
     select g.source, g.token, g.job_id, g.queue, g.task, g.outcome::jobguard.outcome, g.attempt,
            g.recoveries, g.crashes, g.number, g.worker, g.recorded_at, g.claimed_at,
-           to_timestamp(g.ended), case when g.error is not null then array[g.error] end,
+           -- The worker's clock, as far as it can be believed: retention goes by it.
+           least(now(), greatest(to_timestamp(g.ended), now() - interval '1 hour')),
+           case when g.error is not null then array[g.error] end,
            case when g.outcome in ('failed', 'dead') then g.envelope end
     from gone g returning token
   )
@@ -312,7 +327,8 @@ begin
     insert into jobguard.history (source, token, job_id, queue, task, outcome, number, worker,
                                   ended_at, errors)
     select distinct on (e.token) p_source, e.token, e.job_id, e.queue, e.task,
-           e.outcome::jobguard.outcome, nullif(e.number, 0), e.worker, to_timestamp(e.ended),
+           e.outcome::jobguard.outcome, nullif(e.number, 0), e.worker,
+           least(now(), greatest(to_timestamp(e.ended), now() - interval '1 hour')),
            case when e.error is not null then array[e.error] end
     from unnest(p_token, p_job_id, p_queue, p_task, p_outcome, p_number, p_worker, p_ended, p_error)
       with ordinality e(token, job_id, queue, task, outcome, number, worker, ended, error, nth)

@@ -106,10 +106,10 @@ def turns(label: str, *acts: str) -> None:
 def hold_the_gil(label: str, seconds: float) -> None:
     """Stay in one C call that never lets another thread run, and tell how long none could."""
     note("start", label)
-    rounds = 10**6
+    rounds = 10**7
     began = time.monotonic()
     sum(itertools.repeat(0, rounds))
-    rounds = int(rounds * seconds / (time.monotonic() - began))
+    rounds = int(1.1 * rounds * seconds / (time.monotonic() - began))
     longest = [0.0]
     done = threading.Event()
 
@@ -121,9 +121,10 @@ def hold_the_gil(label: str, seconds: float) -> None:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    while longest[0] < seconds:  # the first rounds may have been measured on a busier machine
+    while longest[0] < seconds:
         sum(itertools.repeat(0, rounds))
         done.wait(0.1)
+        rounds = rounds * 3 // 2  # they were measured on a busier machine
     done.set()
     watcher.join()
     note("end", label, longest[0])

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,10 +80,13 @@ def fail_at_first(ledger: str, word: str, times: int) -> str:
 
 
 def hand_on(ledger: str, redis_url: str) -> None:
-    """Enqueue another job, as jobs do."""
+    """Enqueue another job, as jobs do, and look whether it is recorded."""
     say(ledger, "first")
     with redis.Redis.from_url(redis_url) as client:
-        rq.Queue(QUEUE, connection=client).enqueue(say, ledger, "second")
+        job = rq.Queue(QUEUE, connection=client).enqueue(say, ledger, "second")
+    with psycopg.connect(os.environ["JOBGUARD_POSTGRES_URL"]) as connection:
+        owed = connection.execute("select from jobguard.jobs where job_id = %s", [job.id])
+        say(ledger, "recorded" if owed.rowcount else "unrecorded")
 
 
 def words(ledger: Path) -> Counter[str]:
@@ -145,10 +148,8 @@ class Child:
 
     def close(self) -> None:
         """End it and whatever it started."""
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self.process.wait(10)
 
 
@@ -242,13 +243,19 @@ class Site:
         )
 
     @contextmanager
-    def producer(self, **settings: Any) -> Iterator[tuple[rq.Queue, JobGuard]]:
+    def producer(
+        self, *, client: redis.Redis | None = None, **settings: Any
+    ) -> Iterator[tuple[rq.Queue, JobGuard]]:
         """A queue in this process, on a Redis whose queues are all guarded."""
         brisk = {key.removeprefix("JOBGUARD_").lower(): value for key, value in BRISK.items()}
-        here = {key.removeprefix("JOBGUARD_").lower(): value for key, value in self.settings.items()}
-        with self.client() as client:
+        here = {
+            key.removeprefix("JOBGUARD_").lower(): value for key, value in self.settings.items()
+        }
+        with client or self.client() as client:
             queue = rq.Queue(QUEUE, connection=client)
-            with jobguard.guard(client, postgres=self.postgres, **(brisk | here | settings)) as guard:
+            with jobguard.guard(
+                client, postgres=self.postgres, **(brisk | here | settings)
+            ) as guard:
                 yield queue, guard
 
     # -- what is true --
@@ -285,7 +292,9 @@ class Site:
 
     def trusted(self, timeout: float = 30.0) -> None:
         """Wait until the queue is trusted."""
-        query = "select count(*) from jobguard.queues where queue = %s and trusted_since is not null"
+        query = (
+            "select count(*) from jobguard.queues where queue = %s and trusted_since is not null"
+        )
         eventually(lambda: self.ask(query, QUEUE) == [1], timeout, message="the queue is trusted")
 
     def swept(self, queue: rq.Queue) -> None:

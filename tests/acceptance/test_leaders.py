@@ -73,39 +73,39 @@ def test_a_leader_that_slept_through_its_term_changes_nothing(
     rig = Rig(tmp_path, database, own_redis, JOBGUARD_LEASE="4")
     try:
         first = rig.reconciler(JOBGUARD_RECOVERY_RATE="20")
-        worker = rig.worker()
-        rig.trust()
+        worker = rig.worker("mail", "post")
+        rig.trust("mail", "post")
         worker.terminate()
         worker.wait()
-        standby_one = standby(rig, first)
-        labels = rig.enqueue(400)
+        second = standby(rig, first)
+        run, wait = rig.enqueue(300), rig.enqueue(100, "post", prefix="p")
         rig.redis.flushall()
-        eventually(lambda: len(rig.waiting()) >= 20)  # hundreds of suspects wait for the limiter
+        eventually(lambda: len(rig.waiting()) >= 10)  # hundreds of suspects wait for the limiter
 
         stop_between_look_and_push(rig, first)
-        eventually(lambda: rig.leader() == standby_one.pid, 20)
-        eventually(lambda: len(rig.waiting()) == 400, 30)
-        workers = [rig.worker(), rig.worker()]
-        rig.all_ended(labels[:200])
-        for worker in workers:  # some have ended, some wait: neither is for the sleeper to judge
-            worker.pause()
-        eventually(lambda: not rig.ask("select 1 from jobguard.incidents where closed_at is null"), 30)
-        before = rows(rig), rig.waiting()
-        assert len(before[1]) > 50
+        eventually(lambda: rig.leader() == second.pid, 20)
+        eventually(lambda: (len(rig.waiting()), len(rig.waiting("post"))) == (300, 100), 30)
+        for worker in [rig.worker(), rig.worker()]:
+            assert not worker.ended
+        rig.all_ended(run)
+        eventually(lambda: rig.ask("select count(*) from jobguard.jobs") == [(100,)])
+        eventually(lambda: rig.ask("select 1 from jobguard.incidents where closed_at is not null"))
+        before = rows(rig)
 
         first.resume()
         eventually(lambda: first.events("leader_lost"))
-        ticks = rig.ask("select pulse_n from jobguard.sources")[0][0]
         # By then whatever it had begun is over: its calls have 2 s each.
+        ticks = rig.ask("select pulse_n from jobguard.sources")[0][0]
         eventually(lambda: rig.ask("select pulse_n from jobguard.sources")[0][0] > ticks + 6)
-        assert (rows(rig), rig.waiting()) == before
-        for worker in workers:
-            worker.resume()
-        rig.all_ended(labels)
+        for table, after in rows(rig).items():
+            assert after == before[table], table
+        assert (rig.waiting(), rig.waiting("post")) == ([], wait)
+        rig.worker("post")
+        rig.all_ended(wait)
         rig.nothing_is_owed()
 
         assert set(rig.runs("start").values()) == {1}
-        assert rig.leader() == standby_one.pid
+        assert rig.leader() == second.pid
     finally:
         rig.close()
 

@@ -2,9 +2,11 @@
 
 Planted once, each seen to fail: MemorySpool.put keeping nothing (spooled), a record replayed
 without `replay=True` (no second run), Circuit.calling letting every call through (one wait an
-outage), `push` without asking `broker_in_doubt` (a stopped Redis), accepts_without_broker always
-true (no leader), `_take_back` not withdrawing (raise), `_completed_if_returned` doing nothing (Redis
-away at the end).
+outage), HostTracker._write not asking whether the circuit opened meanwhile, and Circuit telling of
+every failure (threads), `when_postgres_down` ignored (raise; skip), ends not put into the spool (a
+working worker), `broker_in_doubt` never true (a stopped Redis), accepts_without_broker without a
+leader, and whatever `when_redis_down` says (no leader; raise), `_take_back` not withdrawing (raise),
+no note on an ambiguous error, `_completed_if_returned` doing nothing (Redis gone at the end).
 """
 
 from __future__ import annotations
@@ -60,9 +62,7 @@ def own_redis(servers: tuple[PostgresServer, RedisServer]) -> RedisServer:
 
 
 @pytest.fixture
-def site(
-    tmp_path: Path, own_postgres: PostgresServer, own_redis: RedisServer
-) -> Iterator[Site]:
+def site(tmp_path: Path, own_postgres: PostgresServer, own_redis: RedisServer) -> Iterator[Site]:
     """Give a ledger and a Redis that may be killed."""
     name = f"jobguard_{uuid.uuid4().hex}"
     url = own_postgres.create_database(name, "template_of_tests")
@@ -124,7 +124,7 @@ def test_killed_postgres_stops_neither_enqueue_nor_work(
     site: Site, own_postgres: PostgresServer
 ) -> None:
     """Jobs are taken and run at once; when it is back they are recorded as ended, and run no more."""
-    early = site.worker()  # one that knows Postgres; another starts in the outage
+    site.worker()  # one that knows Postgres; another starts in the outage
     with site.producer(retry_interval=0.05) as (queue, guard):
         before = queue.enqueue(roads.say, str(site.ledger), "before")
         site.completed(before.id)
@@ -327,13 +327,15 @@ def back(server: RedisServer, how: str) -> None:
 
 @pytest.mark.parametrize("how", ["killed", "stopped"])
 def test_enqueue_is_accepted_while_redis_is_away(
-    site: Site, own_redis: RedisServer, how: str
+    site: Site, own_redis: RedisServer, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     """With a leader, enqueue returns in bounded time; the jobs are pushed when Redis is back, and run."""
     reconciler = site.reconciler()
     site.worker()
     site.trusted()
-    with site.producer() as (queue, _):
+    monkeypatch.setattr(jobguard.doubt, "_PROOF", 0.0)  # it answered longer ago than that
+    patient = redis.Redis.from_url(own_redis.url, socket_timeout=30)  # as hosts' clients are
+    with site.producer(client=patient) as (queue, _):
         known = queue.enqueue(roads.say, str(site.ledger), "before")
         site.completed(known.id)
         away(own_redis, how)

@@ -1,21 +1,20 @@
 """The wrong Redis, the wrong Postgres, the unguarded worker: noticed before anything is pushed.
 
-Planted once, each seen to fail: Service._out_of_place answering None (a copy; a wrong name),
-judge_pulse without FOREIGN (two ledgers), Watch._place_is_sure answering True (an empty Redis),
-Trust.observe without `certain` (an unguarded worker), Watch._vouch without the absent ones (before
-any trust), Trust.registry_lost forgotten together with the queue's row (after FLUSHALL).
+Planted once, each seen to fail: Service._out_of_place blind to copies (a copy), the name not asked
+for by the host, or only after the lease was taken (another installation), FOREIGN read as LOST (two
+ledgers), Watch._place_is_sure answering True (an empty Redis), Trust.observe sure of no stranger (an
+unguarded worker), Watch._vouch without the absent ones (before any trust).
 """
 
 from __future__ import annotations
 
 import subprocess
 import uuid
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import psycopg
 import pytest
-import redis
-from rq import Queue
 
 import jobguard.schema
 from jobguard.pulse import parse_pulse, read_pulse
@@ -85,11 +84,11 @@ def test_a_copy_of_the_ledger_beside_an_empty_redis_puts_nothing_back(
     staging.ledger = site.ledger
     try:
         copy(site.postgres, staging.postgres)
-        there = {"JOBGUARD_REDIS_URL": f"main={staging.redis_url}"}
-        once = staging.command("reconcile", "--once", "--json", **there)
+        staging.settings["JOBGUARD_REDIS_URL"] = f"main={staging.redis_url}"
+        once = staging.command("reconcile", "--once", "--json")
         assert '"restored": 0' in once.stdout, once.stderr
         assert "jobguard resume --moved" in once.stdout + once.stderr
-        reconciler = staging.reconciler(**there)
+        reconciler = staging.reconciler()
         assert reconciler.tells("ledger_moved")["event"] == "ledger_moved"
         staging.worker()  # it beats, but nobody puts anything back for it
         assert keys(staging, "jobguard:pulse:*") == []
@@ -126,7 +125,9 @@ def test_another_installations_ledger_is_not_written_to(site: Site) -> None:
         assert site.ask(f"select count(*) from jobguard.{table}") == [0]
     reconciler.says("this database is installation 'prod-eu', JOBGUARD_INSTALLATION says 'staging'")
     assert keys(site, "jobguard:pulse:*") == []
-    assert site.ask("select count(*) from jobguard.leader") == [0]  # the lease is not theirs to hold
+    assert site.ask("select count(*) from jobguard.leader") == [
+        0
+    ]  # the lease is not theirs to hold
     for words_of_it in (("reconcile", "--once"), ("stats",), ("resume",)):
         refused = site.command(*words_of_it)
         assert refused.returncode == 1, refused.stdout
@@ -227,7 +228,7 @@ def test_what_an_unguarded_worker_may_have_run_is_reported_not_recovered(site: S
     reconciler = site.reconciler()
     bare = site.bare_worker()
     with site.producer() as (queue, guard):
-        job = queue.enqueue_in(roads.timedelta(hours=1), roads.say, str(site.ledger))
+        job = queue.enqueue_in(timedelta(hours=1), roads.say, str(site.ledger))
         told = reconciler.tells("queue_untrusted")
         assert told["queue"] == QUEUE
         assert len(told["workers"]) == 1
@@ -237,7 +238,7 @@ def test_what_an_unguarded_worker_may_have_run_is_reported_not_recovered(site: S
             bare.pause()  # it would register again
             client.flushdb()
             reconciler.tells("redis_lost_data")
-            other = queue.enqueue_in(roads.timedelta(hours=1), roads.say, str(site.ledger))
+            other = queue.enqueue_in(timedelta(hours=1), roads.say, str(site.ledger))
             client.delete(other.key)
             eventually(lambda: guard.stats().stuck == 2, 20, message=reconciler.log)
             incident = site.ask(

@@ -1044,7 +1044,7 @@ def test_the_goodbye_of_an_unknown_worker_is_nothing(ledger: Contract) -> None:
 
 
 def test_a_worker_is_forgotten_once_it_is_gone_and_holds_nothing(ledger: Contract) -> None:
-    """Neither a worker that beats nor one whose claims still stand is dropped."""
+    """Not one that beats, nor one whose claims still stand, nor one that went a moment ago."""
     term, it = ledger.elected(), ledger.recorded()
     alive, left, dead, holding = (ledger.working() for _ in range(4))
     claim = holding.start(it.token)
@@ -1052,6 +1052,10 @@ def test_a_worker_is_forgotten_once_it_is_gone_and_holds_nothing(ledger: Contrac
         worker.leave()
     ledger.leader.declare_dead(term, [dead.id])
     everyone = [worker.id for worker in (alive, left, dead, holding)]
+    ledger.leader.forget(term, everyone)
+    assert len(ledger.leader.workers(SOURCE)) == 4  # the library's registry still names them
+    ledger.advance(1000)
+    alive.beat()
     ledger.leader.forget(term, everyone)
     assert {row.id: row.claims for row in ledger.leader.workers(SOURCE)} == {
         alive.id: 0,

@@ -1,10 +1,10 @@
 """What guard() promises, on a real PostgreSQL and a real Redis.
 
-Planted once, each seen to fail: `is_test_double` False (fakeredis), `_is_async` not asked
-(is_async=False), `disabled()` False, `_same` comparing nothing (other settings), `connect` ignored
-(require), `_make_store` with a connection at once (no I/O), `_tell_once` telling every time (one
-error line), `uninstall` leaving the hooks (close), `_mine` keeping the parent's store (fork),
-`running_job` left out (current).
+Planted once, each seen to fail: is_test_double False (fakeredis), `_is_async` not asked
+(is_async=False), disabled() not asked, `_same` comparing nothing (other settings), `connect` ignored
+(require), `_tell_once` telling every time (one line), guard_also doing nothing (another queue),
+uninstall left out (close), `_mine` keeping the parent's store (fork), running_job left out
+(current), `settled` not counting second looks (reconcile).
 """
 
 from __future__ import annotations
@@ -140,9 +140,7 @@ def test_a_client_that_decodes_is_refused(redis_url: str, database: str) -> None
         assert not guarded(client)
 
 
-def test_queues_on_two_redises_need_two_calls(
-    client: redis.Redis, database: str
-) -> None:
+def test_queues_on_two_redises_need_two_calls(client: redis.Redis, database: str) -> None:
     """One guard is one source."""
     with redis.Redis.from_url("redis://127.0.0.1:1/0") as other:
         queues = [Queue("a", connection=client), Queue("b", connection=other)]
@@ -239,7 +237,7 @@ def test_other_settings_are_a_conflict_that_names_the_difference(
     with pytest.raises(ConflictingGuard, match="fence is True, now False"):
         jobguard.guard(client, postgres=database, fence=False)
     secret = empty_database.replace("postgres@", "postgres:secret@")
-    with pytest.raises(ConflictingGuard, match="postgres is .* now ") as raised:
+    with pytest.raises(ConflictingGuard, match=r"postgres is .* now ") as raised:
         jobguard.guard(client, postgres=secret)
     assert "secret" not in str(raised.value)
     with pytest.raises(ConfigurationError, match="did you mean 'fence'"):
@@ -343,16 +341,20 @@ def test_a_forked_child_records_for_itself(
     backends += " and datname = current_database()"
     (parents,) = ask(backends)
     ours, theirs = socket.socketpair()
+    ours.settimeout(20)
+    theirs.settimeout(20)
     child = os.fork()
     if child == 0:
         status = 1
         try:
+            ours.close()
             job = queue.enqueue(add, 2)
             theirs.sendall(job.id.encode())
             theirs.recv(1)
             status = 0
         finally:
             os._exit(status)
+    theirs.close()
     between = ours.recv(100).decode()
     pids = ask(backends)
     assert parents in pids
@@ -362,7 +364,6 @@ def test_a_forked_child_records_for_itself(
     assert os.waitpid(child, 0)[1] == 0
     last = queue.enqueue(add, 4)
     ours.close()
-    theirs.close()
     recorded = ask("select job_id from jobguard.jobs order by token")
     assert set(recorded) == {before.id, between, after.id, last.id}
     eventually(lambda: ask(backends) == [parents])
@@ -371,9 +372,7 @@ def test_a_forked_child_records_for_itself(
 # -- what one asks a guard, and tells it -----------------------------------------------------------
 
 
-def test_stats_count_by_state_and_queue(
-    client: redis.Redis, queue: Queue, database: str
-) -> None:
+def test_stats_count_by_state_and_queue(client: redis.Redis, queue: Queue, database: str) -> None:
     """A job is counted once, where it stands."""
     guard = jobguard.guard(client, postgres=database)
     queue.enqueue(add, 1)
@@ -455,7 +454,8 @@ def test_a_job_knows_which_job_it_is(queue: Queue, database: str) -> None:
     assert (bool(jobguard.current()), jobguard.current().id) == (False, None)
     assert jobguard.current().progress(0.5) is False
     work(queue)
-    assert SEEN == [(True, job.id, 1, True)]
+    (seen,) = SEEN
+    assert seen == (True, job.id, 1, True)
     assert not jobguard.current()
 
 
@@ -466,12 +466,10 @@ def test_an_unguarded_job_is_nobody(queue: Queue) -> None:
     assert SEEN == [(False, None, 0, False)]
 
 
-def test_reconcile_makes_one_pass(
-    client: redis.Redis, queue: Queue, database: str
-) -> None:
+def test_reconcile_makes_one_pass(client: redis.Redis, queue: Queue, database: str) -> None:
     """What was lost is back after it, and the pass says so; the lease is free again."""
     guard = jobguard.guard(queue, postgres=database, grace=0.2, push_deadline=0.2, lease=2)
-    worker = SimpleWorker([queue], connection=client)
+    worker: Any = SimpleWorker([queue], connection=client)
     worker.register_birth()  # a queue is recovered once a guarded worker is there
     try:
         quiet = guard.reconcile()
@@ -481,10 +479,9 @@ def test_reconcile_makes_one_pass(
         client.delete(job.key)
         client.delete(queue.key)
         done = guard.reconcile()
-        print(done)
         assert done["restored"] == 1, done
         assert queue.job_ids == [job.id]
-        assert client.hget(job.key, "jg").decode() == guard.job(job.id)[0]["token"].hex
+        assert client.hget(job.key, "jg") == guard.job(job.id)[0]["token"].hex.encode()
         guard.pause()
         client.delete(job.key)
         client.delete(queue.key)

@@ -12,7 +12,7 @@ def test_an_argument_wins_over_the_environment_and_that_over_the_default() -> No
     """The order is the manual's."""
     environ = {"JOBGUARD_NAMESPACE": "env", "JOBGUARD_LEASE": "20"}
     settings = settings_from({"namespace": "argument"}, environ)
-    assert (settings.namespace, settings.lease, settings.page) == ("argument", 20.0, 5000)
+    assert (settings.namespace, settings.lease, settings.page) == ("argument", 20.0, 2000)
 
 
 def test_none_as_an_argument_is_not_given() -> None:

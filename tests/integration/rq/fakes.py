@@ -69,7 +69,7 @@ class FakeSession:
         """Say that it was asked for."""
         self.tracker.note("flush")
 
-    def close(self) -> None:
+    def close(self, *, running: bool = False) -> None:
         """Say goodbye."""
         self.tracker.note("close")
         self.closed = True
@@ -88,6 +88,7 @@ class FakeTracker:
         self.owed: dict[UUID, Delivery] = {}
         self.ended: dict[UUID, Outcome] = {}
         self.live_elsewhere: set[UUID] = set()
+        self.push_deadline = 5.0
         self.numbers: dict[UUID, int] = {}
         self.batches: list[list[Delivery]] = []
         self.outbox: list[UUID] = []
@@ -207,6 +208,9 @@ class FakeTracker:
     def heartbeat(self, job_id: str, **said: object) -> bool:
         """Hear a job's progress."""
         return True
+
+    def settle(self) -> None:
+        """Have nothing that waits."""
 
     def open_session(self, *, name: str, queues: Sequence[str]) -> Session:
         """Open."""

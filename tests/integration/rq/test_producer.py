@@ -18,7 +18,6 @@ from rq.registry import FailedJobRegistry
 from rq.version import VERSION as VERSION_OF_RQ
 
 from jobguard.adapters.rq import pipeline as staging
-from jobguard.adapters.rq import push as pushing
 from jobguard.adapters.rq.envelope import Mode, decode
 from jobguard.errors import StoreUnavailable
 from jobguard.job import Outcome
@@ -255,19 +254,20 @@ class TestIntent:
         assert list(tracker.ended.values()) == [Outcome.COMPLETED]
 
     def test_empty(self, queue: Queue, tracker: FakeTracker) -> None:
-        """Emptying a queue cancels what waits in it, in one call."""
-        queue.enqueue(tasks.add, 1)
+        """Emptying a queue cancels what stands in its list; what is scheduled stays, as in RQ."""
+        job = queue.enqueue(tasks.add, 1)
+        queue.enqueue_in(timedelta(hours=1), tasks.add, 1)
         queue.empty()  # type: ignore[no-untyped-call]
 
-        assert tracker.cancelled == [((), (), "default")]
+        assert tracker.cancelled == [((), (job.id,), None)]
 
     @pytest.mark.parametrize("delete_jobs", [True, False])
     def test_delete_queue(self, delete_jobs: bool, queue: Queue, tracker: FakeTracker) -> None:
         """Deleting a queue cancels what waits in it, once."""
-        queue.enqueue(tasks.add, 1)
+        job = queue.enqueue(tasks.add, 1)
         queue.delete(delete_jobs=delete_jobs)
 
-        assert tracker.cancelled == [((), (), "default")]
+        assert tracker.cancelled == [((), (job.id,), None)]
 
     def test_cancel_on_a_dropped_pipeline(self, queue: Queue, tracker: FakeTracker) -> None:
         """A cancel that is dropped with its pipeline cancels nothing."""
@@ -515,8 +515,7 @@ class TestPostgresAway:
         self, queue: Queue, tracker: FakeTracker, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """After the push deadline the leader pushes, and the producer does not."""
-        monkeypatch.setattr(pushing, "PUSH_DEADLINE", -1.0)
-        monkeypatch.setattr(staging, "PUSH_DEADLINE", -1.0)
+        monkeypatch.setattr(tracker, "push_deadline", -1.0)
         queue.enqueue(tasks.add, 1)
         with queue.connection.pipeline() as pipe:
             queue.enqueue(tasks.add, 1, pipeline=pipe)

@@ -33,7 +33,7 @@ from jobguard.job import (
 from jobguard.pulse import RESET, TICK, beat_key, pulse_key
 from jobguard.reconciler.watch import Watch
 from jobguard.settings import Settings
-from jobguard.store import Ask, Brake, HostStore, LeaderStore, SourceRow
+from jobguard.store import Ask, Brake, HostStore, LeaderStore, SourceRow, WorkerRow
 from jobguard.store.memory import MemoryLedger
 
 NAMESPACE = "tests"
@@ -118,9 +118,27 @@ def source_row(source: Source = SOURCE, **fields: Any) -> SourceRow:
     return replace(row, **fields)
 
 
+class _Leader:
+    """The leader's store in memory, which also tells what workers list."""
+
+    def __init__(self, ledger: MemoryLedger, inner: LeaderStore) -> None:
+        self._ledger = ledger
+        self._inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def workers(self, source: int) -> Sequence[WorkerRow]:
+        known = self._ledger._tables.workers
+        return [
+            replace(row, lists=tuple(known[row.id].beat.claims))
+            for row in self._inner.workers(source)
+        ]
+
+
 def leader_store(ledger: MemoryLedger, holder: UUID | None = None) -> LeaderStore:
     """Give the ledger as a reconciler uses it."""
-    return ledger.leader(NAMESPACE, holder or uuid4())
+    return cast(LeaderStore, _Leader(ledger, ledger.leader(NAMESPACE, holder or uuid4())))
 
 
 class FakeRedis:
@@ -437,7 +455,8 @@ class FakeWorker:
         """Say to both stores that this worker lives."""
         self._counter += 1
         self._next = self.world.clock() + self.world.settings.beat_interval
-        self.world.redis.strings[beat_key(self.id)] = str(self._counter).encode()
+        if self.sees_redis:
+            self.world.redis.strings[beat_key(self.id)] = str(self._counter).encode()
         standing = self.world.redis.pulse() if self.sees_redis else None
         self.pulse = (UUID(standing[0]), standing[1]) if standing else self.pulse
         self.world.host.beat(

@@ -206,10 +206,8 @@ def test_a_child_begins_as_its_parent_left_off() -> None:
     parent.fail()
     child.circuit.copy_state(parent.circuit)
 
-    with pytest.raises(BreakerOpen):
-        child.call()
-    child.clock.advance(RETRY)
-    child.call()
+    assert not child.circuit.closed
+    child.call()  # its life may be short: it looks at once, and Postgres is back for it
     assert child.circuit.closed
     assert not parent.circuit.closed
 

@@ -194,11 +194,6 @@ def test_an_answer_serves_all_who_waited_for_it() -> None:
     assert stage.redis.pings == 1
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="who waited while another asked, in vain, asks again and waits its own timeout: sixteen "
-    "threads wait one after the other, not once an outage",
-)
 def test_a_silence_serves_all_who_waited_for_it() -> None:
     """Two who come at once to a Redis that does not answer wait for one timeout between them."""
     stage = Stage()

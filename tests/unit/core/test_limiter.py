@@ -36,18 +36,6 @@ def test_no_more_than_wanted() -> None:
     assert bucket.take(100) == 6
 
 
-def test_given_back() -> None:
-    """Permits that were not needed can be used by the next, but do not pile up."""
-    bucket = TokenBucket(10, Clock())
-    bucket.take(10)
-
-    bucket.give_back(3)
-    assert bucket.take(100) == 3
-
-    bucket.give_back(99)
-    assert bucket.take(100) == 10
-
-
 @given(
     rate=st.floats(1, 1000),
     pauses=st.lists(st.tuples(st.floats(0, 5), st.integers(0, 2000)), max_size=30),

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 from uuid import UUID, uuid4
@@ -19,7 +18,7 @@ from jobguard.pulse import (
     parse_pulse,
     pulse_key,
 )
-from jobguard.reconciler.pulse import Health, PulseKeeper
+from jobguard.reconciler.pulse import Health, PlaceIsSure, PulseKeeper
 from jobguard.store.memory import MemoryLedger
 from tests.unit.core.fakes import (
     FOR_EVER,
@@ -85,9 +84,20 @@ class Killed(BaseException):
     """The leader's process ends here."""
 
 
-def unasked(_since: float | None) -> bool | None:
+def unasked(_since: float, /, *, own: bool) -> bool | None:
     """Fail: nobody should be in doubt about the place."""
     raise AssertionError("the place is beyond doubt")
+
+
+def sure(answer: bool | None, asked: list[tuple[float, bool]] | None = None) -> PlaceIsSure:
+    """Answer so whoever asks for the place, and keep what was asked."""
+
+    def place(since: float, /, *, own: bool) -> bool | None:
+        if asked is not None:
+            asked.append((since, own))
+        return answer
+
+    return place
 
 
 class Stage:
@@ -111,7 +121,7 @@ class Stage:
         self.keeper = PulseKeeper(self.redis.client, self.store, row, self.installation)
         return self.keeper
 
-    def tick(self, place: Callable[[float | None], bool | None] = unasked) -> Health:
+    def tick(self, place: PlaceIsSure = unasked) -> Health:
         """Let half a second pass, and look."""
         self.clock.advance(0.5)
         return self.keeper.tick(self.term, place_is_sure=place, now=self.clock())
@@ -524,7 +534,7 @@ def test_a_place_that_is_sure() -> None:
     """Somebody vouches for the place: what is missing was lost."""
     stage = lost_at_a_new_leader()
 
-    assert stage.tick(lambda _: True) is Health.LOST
+    assert stage.tick(sure(True)) is Health.LOST
     assert stage.incidents == [Cause.INCIDENT]
     assert stage.tick() is Health.STEADY
 
@@ -534,35 +544,32 @@ def test_a_place_that_is_wrong() -> None:
     stage = lost_at_a_new_leader()
 
     for _ in range(3):
-        assert stage.tick(lambda _: False) is Health.STOP
+        assert stage.tick(sure(False)) is Health.STOP
 
     assert stage.redis.pulse() is None
     assert stage.incidents == []
 
 
 def test_a_place_that_is_not_known_yet() -> None:
-    """While nobody can say, Redis counts as down; it is told since when the pulse is missed."""
+    """While nobody can say, nothing is done; who is asked is told since when the pulse is missed."""
     stage = lost_at_a_new_leader()
-    asked: list[float | None] = []
+    asked: list[tuple[float, bool]] = []
+    unknown = sure(None, asked)
 
-    def unknown(since: float | None) -> bool | None:
-        asked.append(since)
-        return None
-
-    assert stage.tick(unknown) is Health.DOWN
+    assert stage.tick(unknown) is Health.UNSURE
     first = stage.clock()
-    assert stage.tick(unknown) is Health.DOWN
-    assert asked == [first, first]
+    assert stage.tick(unknown) is Health.UNSURE
+    assert asked == [(first, False), (first, False)]
     assert stage.redis.pulse() is None
     assert stage.incidents == []
 
-    assert stage.tick(lambda _: True) is Health.LOST
+    assert stage.tick(sure(True)) is Health.LOST
 
 
 def test_a_pulse_that_comes_back_is_not_missed_any_more() -> None:
     """The time a pulse is missed counts from the last look at it."""
     stage = lost_at_a_new_leader()
-    stage.tick(lambda _: None)
+    stage.tick(sure(None))
     acknowledged = stage.acknowledged
     assert acknowledged is not None
     stage.redis.set_pulse(
@@ -572,10 +579,10 @@ def test_a_pulse_that_comes_back_is_not_missed_any_more() -> None:
 
     stage.redis.restart()
     stage.another()
-    asked: list[float | None] = []
-    stage.tick(lambda since: asked.append(since))
+    asked: list[tuple[float, bool]] = []
+    stage.tick(sure(None, asked))
 
-    assert asked == [stage.clock()]
+    assert asked == [(stage.clock(), False)]
 
 
 def test_a_broken_pulse_is_made_anew() -> None:

@@ -310,11 +310,6 @@ def test_a_cancellation_is_spooled_after_its_record() -> None:
     assert host.outcome(job.token) is Outcome.CANCELLED
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="call() makes the new call before the replay (its docstring says the reverse): the spooled "
-    "older delivery then supersedes the younger one, which the fence skips",
-)
 def test_the_younger_life_of_an_id_wins() -> None:
     """An id enqueued in an outage and again after it is owed as it was enqueued last."""
     host = Host()
@@ -329,11 +324,6 @@ def test_the_younger_life_of_an_id_wins() -> None:
     assert host.outcome(older.token) is Outcome.SUPERSEDED
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="call() makes the new call before the replay: the cancellation finds nothing, then the "
-    "spooled record is owed, and comes back when Redis has forgotten it",
-)
 def test_a_cancellation_right_after_the_outage() -> None:
     """R8: a job enqueued in an outage, and cancelled by the call that ends it, stays cancelled."""
     host = Host()
@@ -377,11 +367,6 @@ def test_a_bad_row_in_the_spool() -> None:
     assert len(host.tracker.spool) == 0
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="_replay quarantines bad records only: a BadRow of an end (or a cancellation) stays at the "
-    "head of the spool, and nothing behind it is ever replayed",
-)
 def test_a_bad_end_in_the_spool() -> None:
     """A bad end among spooled entries is quarantined, and does not block what stands behind it."""
     host = Host()
@@ -559,7 +544,7 @@ def test_a_child_knows_of_the_outage_and_leaves_the_parents_spool() -> None:
             mine = list(host.tracker.spool.peek(9))
             return (
                 answer == Recorded(spooled=True)
-                and host.stores[-1].calls == []
+                and len(host.stores[-1].calls) <= 1  # a short life looks at once
                 and [entry.job_id for entry in mine if isinstance(entry, Delivery)] == ["child"]
             )
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from uuid import UUID, uuid4
 
 import pytest
@@ -9,6 +10,7 @@ import redis
 
 from jobguard.errors import NotLeading
 from jobguard.job import Cause, Claim, Outcome, Owed, Parent, Presence, Sighting
+from jobguard.pulse import ACCEPTED
 from jobguard.reconciler import watch as watch_module
 from jobguard.store import Brake
 from tests.unit.core.fakes import (
@@ -104,11 +106,6 @@ def test_what_is_back_by_itself_is_not_pushed() -> None:
     assert world.broker.pushed == []
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="_grace compares what is *left* of the push deadline with the time since the first look: "
-    "the one shrinks while the other grows, and they meet half way (3 s after the record, not 5)",
-)
 def test_a_young_record_has_the_push_deadline_after_a_loss() -> None:
     """F2: what was recorded a moment ago may still be pushed by its producer."""
     world = calm()
@@ -190,11 +187,6 @@ def test_a_leader_killed_after_the_first_look() -> None:
     assert world.store.incidents(SOURCE.id) == []
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="Watch remembers one incident; of two that are open (flushed again, or a leader died "
-    "between the row and the counter) the older one is never closed",
-)
 def test_two_losses_in_a_row_both_close() -> None:
     """Redis flushed again while the first loss is being dealt with leaves no incident open."""
     world = calm()
@@ -210,11 +202,6 @@ def test_two_losses_in_a_row_both_close() -> None:
     assert world.store.incidents(SOURCE.id) == []
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="the cursor over suspects moves on while they wait for their grace; where it stands when "
-    "the grace ends is where restoring begins (with more than 2,000 suspects, in any real loss)",
-)
 def test_the_order_of_recording_is_kept_over_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     """More suspects than one look takes go back in the order of recording all the same."""
     monkeypatch.setattr(watch_module, "_WATCHED", 10)
@@ -439,11 +426,6 @@ def test_backoff_between_the_looks_at_suspects() -> None:
     assert world.owed()["job"].backoff > 25
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="only `watched` leaves out what backs off; the look at the young (every 5 s) and the walk "
-    "(every 60 s, or at a loss) ignore Owed.backoff and restore it (its grace is 0)",
-)
 def test_backoff() -> None:
     """A job that cost a worker its life waits its 30 s out before it goes back."""
     world = World(crash_backoff=(30.0,))
@@ -618,11 +600,6 @@ def test_what_was_absent_before_the_trust_is_never_recovered(
     assert world.broker.pushed == ["kept"]
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="_vouch suspects everything absent, also what stands in the outbox: nobody can have run it, "
-    "and it is never pushed (watched() then says UNTRUSTED instead of PUSH)",
-)
 def test_the_outbox_of_before_the_trust_is_pushed() -> None:
     """A job that was surely not pushed cannot have been run by a stranger: it is pushed."""
     world = World()
@@ -762,11 +739,6 @@ def test_observe_puts_nothing_back(caplog: pytest.LogCaptureFixture) -> None:
     assert set(world.owed()) == {"lost", "running", "outbox"}
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="an observed loss never ends: its suspects stay watched, so that would_restore is said and "
-    "all of them are looked at four times a second for ever, and the incident is never closed",
-)
 def test_observe_reports_a_loss_and_is_done(caplog: pytest.LogCaptureFixture) -> None:
     """An observed loss is told once or so, and not four times a second."""
     caplog.set_level(logging.INFO, "jobguard")
@@ -876,11 +848,6 @@ def verified(world: World, act: Callable[[], None]) -> float:
     return world.run_until(lambda: "job" in world.suspects(), within=60, step=0.1)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="_doubts begins a walk, but _walk waits for due['page'], which the walk before has set half "
-    "a sweep_interval (30 s) ahead",
-)
 @pytest.mark.parametrize("doubt", ["restart", "eviction", "reconnect"])
 def test_a_doubt_is_verified_at_once(doubt: str) -> None:
     """After a change of topology, an eviction or a reconnect everything owed is looked at at once."""
@@ -961,11 +928,6 @@ def test_a_worker_that_sees_the_pulse_elsewhere() -> None:
     assert world.store.incidents(SOURCE.id) == []
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="at the first step no worker has been polled yet, and a named installation then counts as "
-    "proof of the right Redis: a mistyped Redis URL gets a pulse, an incident, and every job",
-)
 def test_a_named_ledger_listens_to_its_workers_as_well() -> None:
     """R11: a named ledger at the wrong Redis, whose workers see the pulse elsewhere, touches nothing."""
     world = World()
@@ -981,11 +943,6 @@ def test_a_named_ledger_listens_to_its_workers_as_well() -> None:
     assert world.broker.pushed == []
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="_place_is_sure believes the first live worker; one that could not read its Redis at all "
-    "(pulse None) thereby outvotes another that sees the pulse alive",
-)
 def test_one_worker_that_sees_the_pulse_elsewhere_is_enough() -> None:
     """A worker that read no pulse does not outvote one that sees it alive."""
     world = World()
@@ -1004,11 +961,6 @@ def test_one_worker_that_sees_the_pulse_elsewhere_is_enough() -> None:
     assert world.broker.pushed == []
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="a standing pulse of this ledger counts as the right place (`here`), so that workers are "
-    "not asked; a demoted master has one too, only a lower one",
-)
 def test_an_old_master_is_not_the_right_place() -> None:
     """E4: a leader at a master of before a failover, whose workers see the pulse go on, stops."""
     world = World()
@@ -1043,6 +995,22 @@ def test_a_ledger_that_forgot_touches_nothing() -> None:
 
     assert world.broker.pushed == []
     assert world.suspects() == {}
+
+
+def test_a_loss_behind_an_accepted_move() -> None:
+    """A Redis that is empty when a person says `resume --moved` has lost what is owed."""
+    world = calm()
+    world.enqueue(*ids(150))
+    world.run(80)
+    sources = world.ledger._tables.sources
+    sources[SOURCE.id] = replace(
+        sources[SOURCE.id], pulse_epoch=None, pulse_n=ACCEPTED, run_id=None
+    )
+    moved(world)
+
+    world.run(120)
+
+    assert len(world.broker.pushed) == 150
 
 
 def test_another_ledgers_redis_is_left_alone() -> None:

@@ -1,0 +1,244 @@
+"""What a host may hand to us without asking: each is recorded or clearly refused, and the next job is fine.
+
+Planted once, each seen to fail: `_record_alone` not asking each alone (a bad row's company), BadRow
+told as StoreUnavailable (a queue's name), errors not redacted (NUL in an error), attempts not cut
+(smallint), `_replay_each` not asking each alone, UnicodeError not told as BadRow (what was kept).
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import pickle
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+import pytest
+import redis
+from rq import Queue, SimpleWorker
+from rq.job import Job
+
+import jobguard
+from jobguard.job import Delivery, End, Outcome, new_token
+from jobguard.spool import Cancelled
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+guards = importlib.import_module("jobguard.guard")
+
+
+def length(of: Any) -> int:
+    """Tell how long something is."""
+    return len(of)
+
+
+def fail(words: str) -> None:
+    """Fail in these words."""
+    raise ValueError(words)
+
+
+@pytest.fixture
+def queue(redis_url: str, database: str) -> Iterator[Queue]:
+    """Give a guarded queue, patient with a busy machine: nothing here is about time."""
+    with (
+        redis.Redis.from_url(redis_url) as client,
+        jobguard.guard(client, postgres=database, call_timeout=5, connect_timeout=5),
+    ):
+        yield Queue("mail", connection=client)
+
+
+@pytest.fixture
+def tracker(queue: Queue) -> Any:
+    """Give the tracker behind the queue."""
+    (made,) = guards._guards.values()
+    return made._tracker
+
+
+@pytest.fixture
+def ask(database: str) -> Iterator[Callable[..., list[Any]]]:
+    """Give a way to ask the ledger."""
+    with psycopg.connect(database, autocommit=True) as connection:
+
+        def asked(query: str, *values: Any) -> list[Any]:
+            rows = connection.execute(query.encode(), values).fetchall()
+            return [row[0] if len(row) == 1 else row for row in rows]
+
+        yield asked
+
+
+@pytest.fixture
+def fine_afterwards(queue: Queue, tracker: Any, ask: Callable[..., list[Any]]) -> Iterator[None]:
+    """Whatever came before, a good job is recorded, pushed, run and ended."""
+    yield
+    assert tracker.circuit.closed
+    good = queue.enqueue(length, "abc")
+    assert good.id in ask("select job_id from jobguard.jobs")
+    SimpleWorker([queue], connection=queue.connection).work(burst=True)
+    assert Job.fetch(good.id, connection=queue.connection).return_value() == 3
+    assert ask("select outcome::text from jobguard.history where job_id = %s", good.id) == [
+        "completed"
+    ]
+    assert ask("select count(*) from jobguard.running") == [0]
+    assert len(tracker.spool) == 0
+
+
+def run(queue: Queue) -> None:
+    """Run what waits, in this process."""
+    SimpleWorker([queue], connection=queue.connection).work(burst=True)
+
+
+@pytest.mark.usefixtures("fine_afterwards")
+class TestWhatJustWorks:
+    """These are unusual, and nothing more."""
+
+    def test_two_megabytes(self, queue: Queue, ask: Callable[..., list[Any]]) -> None:
+        """The envelope holds every byte of it."""
+        job = queue.enqueue(length, os.urandom(2_000_000))
+        (kept,) = ask("select length(envelope) from jobguard.jobs where job_id = %s", job.id)
+        assert kept > 2_000_000
+        run(queue)
+        assert ask("select outcome::text from jobguard.history where job_id = %s", job.id) == [
+            "completed"
+        ]
+
+    @pytest.mark.parametrize(
+        "given",
+        [
+            {"args": ("a\x00b",)},
+            {"args": ([b"\x00\xff\x00"],)},
+            {"args": ("abc",), "description": "one\x00two"},
+            {"args": ("abc",), "meta": {"nul": "\x00", "surrogate": "\udcff"}},
+            {"args": ("\udcff",)},
+            {"args": ("abc",), "description": "long " * 20_000},
+            {"args": ("abc",), "job_id": "i" * 300},
+            {"args": ("abc",), "description": "💥 häßlich — ''; drop table jobs; --"},
+        ],
+        ids=lambda given: ascii({k: v for k, v in given.items()})[:40],
+    )
+    def test_unusual_words(
+        self, queue: Queue, ask: Callable[..., list[Any]], given: dict[str, Any]
+    ) -> None:
+        """Recorded under its id before it runs, and completed under it."""
+        job = queue.enqueue(length, **given)
+        assert ask("select job_id from jobguard.jobs") == [job.id]
+        run(queue)
+        assert ask("select job_id, outcome::text from jobguard.history") == [(job.id, "completed")]
+
+    @pytest.mark.parametrize(
+        "words", ["one\x00two", "💥" * 5_000, "'; drop table jobs; --", "%s %(a)s {}"]
+    )
+    def test_errors_in_unusual_words(
+        self, queue: Queue, ask: Callable[..., list[Any]], words: str
+    ) -> None:
+        """The failure is kept, as far as Postgres can keep its words."""
+        job = queue.enqueue(fail, words)
+        run(queue)
+        assert Job.fetch(job.id, connection=queue.connection).get_status() == "failed"
+        assert ask("select job_id, outcome::text from jobguard.history") == [(job.id, "failed")]
+        (errors,) = ask("select errors from jobguard.history")
+        assert "ValueError" in errors[0] or "💥" in errors[0]
+
+
+@pytest.mark.usefixtures("fine_afterwards")
+class TestWhatIsRefused:
+    """These cannot be: by RQ, or by Postgres."""
+
+    def test_an_argument_that_cannot_be_pickled(
+        self, queue: Queue, tracker: Any, ask: Callable[..., list[Any]]
+    ) -> None:
+        """RQ's own error, and nothing is recorded, kept or pushed."""
+        with pytest.raises((AttributeError, TypeError, pickle.PicklingError)):
+            queue.enqueue(length, lambda: None)
+        with pytest.raises((AttributeError, TypeError, pickle.PicklingError)):
+            queue.enqueue_in(timedelta(hours=1), length, lambda: None)
+        assert ask("select count(*) from jobguard.jobs") == [0]
+        assert len(tracker.spool) == 0
+        assert queue.job_ids == []
+
+    def test_a_queue_name_that_postgres_cannot_hold(
+        self, queue: Queue, ask: Callable[..., list[Any]], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """The job is RQ's alone, and one error line says so."""
+        caplog.set_level(logging.INFO, "jobguard")
+        odd = Queue("nul\x00nul", connection=queue.connection)
+        job = odd.enqueue(length, "abc")
+        assert odd.job_ids == [job.id]
+        assert ask("select count(*) from jobguard.jobs") == [0]
+        errors = [r.getMessage() for r in caplog.records if r.levelno >= logging.ERROR]
+        assert len(errors) == 1
+        assert job.id in errors[0]
+        run(odd)
+        assert Job.fetch(job.id, connection=queue.connection).return_value() == 3
+
+    @pytest.mark.parametrize("priority", [40_000, -40_000])
+    def test_a_priority_out_of_range(
+        self,
+        tracker: Any,
+        ask: Callable[..., list[Any]],
+        caplog: pytest.LogCaptureFixture,
+        priority: int,
+    ) -> None:
+        """It is refused by name, alone: those recorded with it are recorded."""
+        together = [delivery("good"), delivery("bad", priority=priority), delivery("fine")]
+        recorded = tracker.record(together)
+        assert recorded.lost
+        assert set(ask("select job_id from jobguard.jobs")) == {"good", "fine"}
+        assert "bad" in caplog.text
+        assert f"priority {priority} is out of range" in caplog.text
+        assert tracker.spool.counts.quarantined == 1
+        tracker.cancel(job_ids=["good", "fine"])
+
+    def test_an_attempt_out_of_range(self, tracker: Any, ask: Callable[..., list[Any]]) -> None:
+        """A job that is retried for ever is counted as far as we can count."""
+        tracker.record([delivery("often", attempt=1_000_000)])
+        assert ask("select job_id, attempt from jobguard.jobs") == [("often", 32767)]
+        tracker.cancel(job_ids=["often"])
+
+    @pytest.mark.parametrize("bad", ["nul\x00nul", "half a pair \udcff"])
+    def test_what_was_kept_and_cannot_be_written_keeps_nobody_else_waiting(
+        self,
+        tracker: Any,
+        ask: Callable[..., list[Any]],
+        caplog: pytest.LogCaptureFixture,
+        bad: str,
+    ) -> None:
+        """After an outage each of them is refused by name, and what stood behind it is written."""
+        kept = [
+            Cancelled((), (bad,), None),
+            delivery("bad record", queue=bad),
+            delivery("good record"),
+            ended("bad end", queue=bad),
+            ended("good end"),
+        ]
+        tracker.spool.put(kept)
+        while tracker.replay():
+            pass
+        assert len(tracker.spool) == 0
+        assert tracker.spool.counts.quarantined == 3
+        assert ask("select job_id from jobguard.jobs") == ["good record"]
+        assert set(ask("select job_id from jobguard.history")) == {"", "good end"}  # that it ended
+        assert "bad record" in caplog.text
+        assert "bad end" in caplog.text
+        tracker.cancel(job_ids=["good record"])
+
+
+def ended(job_id: str, queue: str = "mail") -> End:
+    """Make an end as a session would."""
+    return End(
+        token=new_token(),
+        number=0,
+        outcome=Outcome.COMPLETED,
+        worker=new_token(),
+        job_id=job_id,
+        queue=queue,
+        task="t",
+    )
+
+
+def delivery(job_id: str, **fields: Any) -> Delivery:
+    """Make a delivery as an adapter would."""
+    usual = {"queue": "mail", "task": "t", "envelope": b"e"}
+    return Delivery(token=new_token(), job_id=job_id, **(usual | fields))

@@ -1,0 +1,221 @@
+"""The statements of a job's road stay on indexes when much is owed: nothing here reads all of `jobs`.
+
+auto_explain tells the plans, those inside the functions as well, and after enough calls for a
+generic plan to be chosen. Planted once, each seen to fail: the index jobs_job_id dropped (record),
+history_token dropped (claim), jobs_pkey dropped (end), `j.token::text > …` in `page` (leader).
+"""
+
+from __future__ import annotations
+
+import re
+import time
+import uuid
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+import pytest
+
+from jobguard.job import Claim, Delivery, End, Outcome, Parent, new_token
+from jobguard.settings import Settings
+from jobguard.store import Ask, Void
+from jobguard.store.leader import PostgresLeaderStore
+from jobguard.store.postgres import PostgresStore
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from uuid import UUID
+
+    from jobguard.servers import NamedPostgres
+
+ROWS = 50_000
+SOURCE = 7
+OFTEN = 12
+"""Calls after which a prepared statement may have a generic plan: psycopg's five and Postgres' five."""
+
+FILL = """
+insert into jobguard.sources (id, namespace, library, address) values (7, 'default', 'rq', 'here');
+insert into jobguard.jobs (source, token, job_id, queue, task, envelope)
+  select 7, gen_random_uuid(), 'job-' || n, 'mail', 'send', repeat('e', 400)::bytea
+  from generate_series(1, 50000) n;
+insert into jobguard.history (source, token, job_id, queue, task, outcome, ended_at)
+  select 7, gen_random_uuid(), 'old-' || n, 'mail', 'send', 'completed', now() - (n % 3) * interval '1 hour'
+  from generate_series(1, 50000) n;
+insert into jobguard.workers (id, source) values ('00000000-0000-0000-0000-000000000001', 7);
+insert into jobguard.running (source, token, number, nonce, worker, pid)
+  select source, token, 1, gen_random_uuid(), '00000000-0000-0000-0000-000000000001', 1
+  from jobguard.jobs order by token limit 200;
+insert into jobguard.suspects (source, token, cause)
+  select source, token, 'unexplained' from jobguard.jobs order by token desc limit 50;
+insert into jobguard.outbox (source, token)
+  select source, token from jobguard.jobs order by token desc offset 50 limit 50;
+"""
+WORKER = uuid.UUID(int=1)
+
+
+@pytest.fixture(scope="module")
+def much(postgres_server: NamedPostgres, template_database: str) -> Iterator[str]:
+    """Give a ledger in which much is owed and remembered."""
+    name = f"jobguard_test_{uuid.uuid4().hex}"
+    url = postgres_server.create_database(name, template_database)
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute(FILL)
+        connection.execute("vacuum analyze")
+        try:
+            connection.execute("load 'auto_explain'")
+        except psycopg.Error as error:
+            pytest.skip(f"auto_explain cannot be loaded here: {error}")
+    yield url
+    postgres_server.drop_database(name)
+
+
+class Plans:
+    """What auto_explain tells of a store's connection."""
+
+    def __init__(self, store: Any) -> None:
+        self.told: list[str] = []
+        db = store._db
+        rows = db.execute("select distinct tableoid::regclass::text from jobguard.history")
+        self._filled = [name.removeprefix("jobguard.") for (name,) in rows]
+        for words in (
+            "load 'auto_explain'",
+            "set auto_explain.log_min_duration = 0",
+            "set auto_explain.log_nested_statements = on",
+            "set auto_explain.log_analyze = on",
+            "set client_min_messages = log",
+        ):
+            db.execute(words)
+        db._connection.add_notice_handler(lambda said: self.told.append(said.message_primary or ""))
+
+    def whole_reads(self) -> list[str]:
+        """The plans that read all of jobs, or of a partition of history in which there is anything.
+
+        By the table or by an index from its beginning: what is thrown away was read, too.
+        """
+        assert self.told, "auto_explain said nothing"
+        whole = re.compile(
+            rf"Seq Scan on (jobs|{'|'.join(self._filled)})\b|Removed by Filter: \d{{4}}"
+        )
+        return [plan for plan in self.told if whole.search(plan)]
+
+
+@pytest.fixture
+def host(much: str) -> Iterator[PostgresStore]:
+    """Give the store of a host process, patient with a busy machine."""
+    store = PostgresStore(lambda: much, Settings(call_timeout=20, connect_timeout=20))
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def leader(much: str) -> Iterator[PostgresLeaderStore]:
+    """Give the store of a leader."""
+    store = PostgresLeaderStore(lambda: much, "default", uuid.uuid4(), Settings(lease=60))
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def owed(much: str) -> list[UUID]:
+    """Give tokens of what is owed and claimed by nobody, from the middle."""
+    with psycopg.connect(much) as connection:
+        rows = connection.execute(
+            "select token from jobguard.jobs order by token offset 25000 limit 400"
+        ).fetchall()
+    return [token for (token,) in rows]
+
+
+def delivery(**fields: Any) -> Delivery:
+    """Make a delivery."""
+    usual = {"job_id": uuid.uuid4().hex, "queue": "mail", "task": "send", "envelope": b"e" * 400}
+    return Delivery(token=new_token(), **(usual | fields))
+
+
+def _record(store: PostgresStore, owed: list[UUID], n: int) -> None:
+    store.record(SOURCE, [delivery(fresh=True)], namespace="default")
+    store.record(SOURCE, [delivery(fresh=True) for _ in range(20)], namespace="default")
+
+
+def _record_again(store: PostgresStore, owed: list[UUID], n: int) -> None:
+    """An id that stands already, an id that does not, and old news."""
+    store.record(SOURCE, [delivery(job_id=f"job-{10_000 + n}")], namespace="default")
+    store.record(SOURCE, [delivery() for _ in range(20)], namespace="default")
+    store.record(SOURCE, [delivery()], namespace="default", replay=True)
+
+
+def _retry(store: PostgresStore, owed: list[UUID], n: int) -> None:
+    store.record(SOURCE, [delivery(parent=Parent(owed[300 + n]))], namespace="default")
+
+
+def _claim(store: PostgresStore, owed: list[UUID], n: int) -> None:
+    """Of what is owed, and of what nobody knows."""
+    for token in (owed[n], new_token()):
+        store.claim(SOURCE, Ask(token, new_token(), WORKER, 1, "default", 15.0, 3))
+
+
+def _end(store: PostgresStore, owed: list[UUID], n: int) -> None:
+    """Of what is owed and claimed, and of what nobody knows."""
+    token = owed[100 + n]
+    claim = store.claim(SOURCE, Ask(token, new_token(), WORKER, 1, "default", 15.0, 3))
+    assert isinstance(claim, Claim)
+    ends = [End(token, claim.number, Outcome.COMPLETED, WORKER)]
+    store.end(SOURCE, [*ends, End(new_token(), 1, Outcome.COMPLETED, WORKER)])
+
+
+def _cancel(store: PostgresStore, owed: list[UUID], n: int) -> None:
+    store.cancel(SOURCE, tokens=[owed[200 + n]], job_ids=[f"job-{20_000 + n}"])
+
+
+def _outbox(store: PostgresStore, owed: list[UUID], n: int) -> None:
+    store.outbox(SOURCE, [owed[220 + n]])
+    store.withdraw(SOURCE, [owed[220 + n]])
+
+
+def _heartbeat(store: PostgresStore, owed: list[UUID], n: int) -> None:
+    store.heartbeat(SOURCE, job_id=f"job-{30_000 + n}", progress=0.5)
+    store.heartbeat(SOURCE, job_id="x", token=owed[240 + n], number=1, progress=0.5)
+
+
+@pytest.mark.parametrize(
+    "work",
+    [_record, _record_again, _retry, _claim, _end, _cancel, _outbox, _heartbeat],
+    ids=lambda work: work.__name__.strip("_"),
+)
+def test_what_hosts_send_reads_no_table_whole(
+    host: PostgresStore, owed: list[UUID], work: Callable[[PostgresStore, list[UUID], int], None]
+) -> None:
+    """Each of a host's statements finds its rows by an index, the first time and the tenth."""
+    plans = Plans(host)
+    began = time.monotonic()
+    for n in range(OFTEN):
+        work(host, owed, n)
+    print(f"{(time.monotonic() - began) / OFTEN * 1000:.1f} ms a round with all its plans told")
+    assert not plans.whole_reads(), plans.whole_reads()[0]
+
+
+def test_what_the_leader_asks_reads_no_table_whole(
+    leader: PostgresLeaderStore, owed: list[UUID]
+) -> None:
+    """A page, the suspects, the envelopes and tombstones of some, and what is done about them."""
+    term = leader.elect(lease=60)
+    assert term is not None
+    plans = Plans(leader)
+    for n in range(OFTEN):
+        page = leader.page(SOURCE, after=owed[n], limit=100)
+        assert len(page) == 100
+        assert len(leader.watched(SOURCE, limit=2_000)) >= 90
+        some = [one.token for one in page[:20]]
+        leader.envelopes(SOURCE, some)
+        leader.tombstones(SOURCE, some)
+        leader.restored(term, SOURCE, some)
+        leader.clear(term, SOURCE, some)
+        leader.void(term, SOURCE, [Void(token, 1, True, 0.0) for token in some])
+        leader.incidents(SOURCE)
+        leader.workers(SOURCE)
+    assert not plans.whole_reads(), plans.whole_reads()[0]
+
+
+def test_the_plans_can_tell(host: PostgresStore) -> None:
+    """A statement that does read everything is seen: emptying a queue, which must."""
+    plans = Plans(host)
+    host.cancel(SOURCE, queue="no such queue")
+    assert plans.whole_reads()
