@@ -170,6 +170,13 @@ class Broker(Protocol):
     ) -> Mapping[UUID, Restored]:
         """Put these back, in this order, each atomically, unless Redis' own clock is past ``deadline``."""
 
+    def abandon(self, page: Sequence[Owed]) -> None:
+        """Take the runs of these out of the library's books: their workers are dead.
+
+        They may have to wait before they go back, and the library's own recovery must not have given
+        them up by then.
+        """
+
     def consumers(self) -> Mapping[str, frozenset[str]]:
         """The library's own names of the workers that Redis knows, by queue."""
 

@@ -69,7 +69,7 @@ class Settings:
         10.0, "between the two looks at an absent job, without a confirmed loss"
     )
     loss_grace: float = _setting(1.0, "between the two looks after a confirmed loss")
-    lease: float = _setting(10.0, "a leader's lease")
+    lease: float = _setting(9.0, "a leader's lease, renewed three times as often")
     recovery_rate: float = _setting(2000.0, "jobs a second put back after a loss")
     repair_rate: float = _setting(200.0, "jobs a second put back for all other causes")
     crash_budget: int = _setting(3, "worker deaths a job may cause before it is dead")

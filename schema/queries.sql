@@ -270,15 +270,23 @@ select queue, count(*) from jobguard.jobs where source = %(source)s group by que
 -- The time of the first look is kept as long as what is seen does not change.
 with lease as (
   select from jobguard.leader where namespace = %(namespace)s and term = %(term)s for share
-)
+), owed as (
+  -- What has ended since the look is no suspect: its row would stay for ever.
+  select j.token from jobguard.jobs j
+  where j.source = %(source)s and j.token = any (%(token)b::uuid[])
+  order by j.token for key share
+), suspected as (
 insert into jobguard.suspects as s (source, token, cause, mark)
 select %(source)s, u.token, u.cause::jobguard.cause, u.mark
-from lease, unnest(%(token)b::uuid[], %(cause)b::text[], %(mark)b::text[]) u(token, cause, mark)
+from lease, owed o
+join unnest(%(token)b::uuid[], %(cause)b::text[], %(mark)b::text[]) u(token, cause, mark)
+  on u.token = o.token
 on conflict (source, token) do update
 set cause = case when s.cause in ('worker', 'untrusted') then s.cause else excluded.cause end,
     seen_at = case when s.mark = excluded.mark then s.seen_at else now() end,
     mark = excluded.mark
-returning true
+)
+select true from lease
 
 -- name: clear
 with lease as (

@@ -45,6 +45,7 @@ class RQBroker:
         self._client = client
         self._presence = _Script(client, "presence.lua")
         self._restore = _Script(client, "restore.lua")
+        self._abandon = _Script(client, "abandon.lua")
         self._listed: set[tuple[str, str]] = set()
         """(queue, id) that the last look saw in a list; their hash may be gone all the same."""
 
@@ -81,6 +82,24 @@ class RQBroker:
                 failed = isinstance(answer, RedisError)
                 done[token] = Restored.ERROR if failed else Restored(answer.decode())
         return done
+
+    def abandon(self, page: Sequence[Owed]) -> None:
+        """Take these dead workers' runs out of RQ's books."""
+        layout = self._layout
+        calls: list[tuple[list[Any], list[Any]]] = [
+            (
+                [
+                    layout.job(owed.job_id),
+                    layout.wip(owed.queue),
+                    layout.executions(owed.job_id),
+                    layout.intermediate(owed.queue),
+                ],
+                [owed.job_id, owed.token.hex, layout.base],
+            )
+            for owed in page
+        ]
+        for batch in _chunks(calls, RESTORES_A_TRIP):
+            self._abandon.run(batch)
 
     def consumers(self) -> Mapping[str, frozenset[str]]:
         """RQ's own names of the workers that Redis knows, by queue."""

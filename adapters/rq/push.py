@@ -65,7 +65,8 @@ def push(tracker: Tracker, queue: Queue, buffer: Callable[[Pipeline], T]) -> T:
     else:
         begun = time.monotonic()
         recorded = _record(pipe, tracker, staged)
-        if time.monotonic() - begun > tracker.push_deadline:
+        unwritten = recorded.spooled or recorded.lost  # then no leader can have pushed it
+        if time.monotonic() - begun > tracker.push_deadline and not unwritten:
             leave_to_outbox(staged)
             pipe.reset()
             return result

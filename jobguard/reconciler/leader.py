@@ -106,7 +106,7 @@ class Leadership:
             except Exception as error:
                 say("step_failed", part="lease", error=str(error), exc_info=True)
             # A standby asks more often: the time without a leader is what users wait for.
-            self._stop.wait(self._lease * (0.3 if self._term is not None else 0.1))
+            self._stop.wait(self._lease * (0.3 if self._term is not None else 0.03))
 
     def stop(self) -> None:
         """Resign, so that another can lead at once."""

@@ -294,6 +294,8 @@ class Looker:
                 )
         if voids:
             voided = self._store.void(term, self._source, voids)
+            taken = frozenset(voided)
+            self._broker.abandon([owed for owed, _, _ in decided if owed.token in taken])
             done.requeued += len(voided)
             say("claims_voided", count=len(voided))
 

@@ -1,7 +1,8 @@
 """A rig of real processes: workers and reconcilers as children, and a ledger that tasks write.
 
 This file is also the module of the tasks, and of the program that the workers are:
-``python -m tests.acceptance.rig KIND REDIS_URL QUEUE...``, and the producer. jobguard is never told where the ledger lies.
+``python -m tests.acceptance.rig KIND REDIS_URL QUEUE...``, and the producer. jobguard is never told
+where the ledger lies.
 """
 
 from __future__ import annotations
@@ -285,8 +286,10 @@ class Rig:
         )
         if wait:
             self.await_(
-                lambda: set(self.redis.smembers(REDIS_WORKER_KEYS)) - before
-                and self.ask("select 1 from jobguard.workers where pid = %s", process.pid),
+                lambda: (
+                    set(self.redis.smembers(REDIS_WORKER_KEYS)) - before
+                    and self.ask("select 1 from jobguard.workers where pid = %s", process.pid)
+                ),
                 process,
             )
         return process
@@ -339,8 +342,7 @@ class Rig:
         for queue in queues or ("mail",):
             eventually(
                 lambda queue=queue: self.ask(  # type: ignore[misc]
-                    "select 1 from jobguard.queues"
-                    " where queue = %s and trusted_since is not null",
+                    "select 1 from jobguard.queues where queue = %s and trusted_since is not null",
                     queue,
                 ),
                 SOON,
@@ -420,11 +422,6 @@ class Rig:
         )
 
 
-def alive(pid: int) -> bool:
-    """Whether this process runs."""
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-
-
 def produce(url: str, name: str, jobs: str, pause: str) -> None:
     """Enqueue so many jobs, whatever happens; a call that raised is a promise not made."""
     import jobguard
@@ -446,10 +443,11 @@ def main(kind: str, url: str, *queues: str) -> None:
     if kind == "produce":
         from tests.acceptance import rig  # not __main__, where no worker would find the task
 
-        return rig.produce(url, *queues)
+        rig.produce(url, *queues)
+        return
     from jobguard.adapters.rq import SimpleWorker, Worker
 
-    class Pops(SimpleWorker):  # type: ignore[misc]
+    class Pops(SimpleWorker):
         """Dies as soon as it has popped a job, before anything is claimed."""
 
         def dequeue_job_and_maintain_ttl(self, *args: Any, **kwargs: Any) -> Any:

@@ -29,6 +29,7 @@ def standby(rig: Rig, leader: Process) -> Process:
     return second
 
 
+# Planted: a lease counts for a minute after its end.
 def test_when_the_leader_is_killed_the_other_leads_and_recovers(rig: Rig) -> None:
     """Its lease runs out, and a loss after that is recovered by the other."""
     first = rig.reconciler()
@@ -50,6 +51,7 @@ def test_when_the_leader_is_killed_the_other_leads_and_recovers(rig: Rig) -> Non
     assert rig.ask("select term from jobguard.leader") == [(2,)]
 
 
+# Planted: SIGTERM does not resign.
 def test_a_leader_that_is_told_to_stop_hands_over_at_once(rig: Rig) -> None:
     """SIGTERM resigns: nobody waits for the end of a lease."""
     first = rig.reconciler()
@@ -66,6 +68,7 @@ def test_a_leader_that_is_told_to_stop_hands_over_at_once(rig: Rig) -> None:
     assert first.events("leader_resigned")
 
 
+# Planted: neither the lease nor the term is looked at.
 def test_a_leader_that_slept_through_its_term_changes_nothing(
     tmp_path: Path, database: str, own_redis: RedisServer
 ) -> None:
@@ -131,7 +134,9 @@ def rows(rig: Rig) -> dict[str, list[Any]]:
     return {
         "leader": rig.ask("select term, holder, elected_at, paused_at, held from jobguard.leader"),
         "incidents": rig.ask("select * from jobguard.incidents order by id"),
-        "jobs": rig.ask("select token, recoveries, crashes, claims from jobguard.jobs order by token"),
+        "jobs": rig.ask(
+            "select token, recoveries, crashes, claims from jobguard.jobs order by token"
+        ),
         "suspects": rig.ask("select token, cause from jobguard.suspects order by token"),
         "queues": rig.ask("select * from jobguard.queues order by queue"),
     }

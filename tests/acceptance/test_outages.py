@@ -6,7 +6,8 @@ outage), HostTracker._write not asking whether the circuit opened meanwhile, and
 every failure (threads), `when_postgres_down` ignored (raise; skip), ends not put into the spool (a
 working worker), `broker_in_doubt` never true (a stopped Redis), accepts_without_broker without a
 leader, and whatever `when_redis_down` says (no leader; raise), `_take_back` not withdrawing (raise),
-no note on an ambiguous error, `_completed_if_returned` doing nothing (Redis gone at the end).
+no note on an ambiguous error, the push deadline applied to what was spooled (written nowhere),
+`_completed_if_returned` doing nothing (Redis gone at the end).
 """
 
 from __future__ import annotations
@@ -217,6 +218,28 @@ def test_a_stopped_postgres_is_waited_for_once(
         eventually(recorded)
 
 
+@pytest.mark.parametrize("when", ["spool", "skip"])
+def test_what_was_written_nowhere_is_pushed_however_late(
+    site: Site, own_postgres: PostgresServer, when: str
+) -> None:
+    """Past the push deadline a record is the leader's to push; but no leader knows of these."""
+    slow: dict[str, Any] = {
+        "connect_timeout": 0.4,
+        "push_deadline": 0.1,
+        "when_postgres_down": when,
+    }
+    for pipelined in (False, True):
+        with site.producer(**slow) as (queue, _):
+            own_postgres.pause()
+            try:
+                with queue.connection.pipeline() as pipe:
+                    queue.enqueue(roads.say, str(site.ledger), pipeline=pipe if pipelined else None)
+                    pipe.execute()
+            finally:
+                own_postgres.resume()
+            assert len(queue.job_ids) == 1 + pipelined
+
+
 def test_threads_share_the_one_wait(
     site: Site,
     own_postgres: PostgresServer,
@@ -298,6 +321,7 @@ def test_postgres_killed_under_a_working_worker(site: Site, own_postgres: Postgr
     """The worker goes on, its ends are written when it is back, and nothing runs twice."""
     site.reconciler()
     worker = site.worker(kind="Worker")
+    site.trusted()
     with site.producer() as (queue, _):
         jobs = [queue.enqueue(roads.say_slowly, str(site.ledger), f"w{n}", 0.1) for n in range(8)]
         site.said(2)

@@ -39,6 +39,7 @@ def closed_incident(rig: Rig) -> tuple[int, int]:
     return int(missing), int(restored)
 
 
+# Planted: a pulse that is missing read as a first start.
 def test_a_flushed_redis_gets_back_what_waited_and_it_runs_once(rig: Rig) -> None:
     """FLUSHALL of 2,000 waiting jobs: all of them run once, and the incident is closed."""
     rig.reconciler()
@@ -64,6 +65,7 @@ def test_a_flushed_redis_gets_back_what_waited_and_it_runs_once(rig: Rig) -> Non
     assert missing >= restored > 1000
 
 
+# Planted: only a queue with a worker on record that has not left counts as trusted.
 def test_a_flushed_queue_without_workers_is_restored_in_its_order(rig: Rig) -> None:
     """Nobody works there at the time, but all who did were guarded: 2,000 jobs come back."""
     rig.reconciler()
@@ -81,6 +83,7 @@ def test_a_flushed_queue_without_workers_is_restored_in_its_order(rig: Rig) -> N
     assert closed_incident(rig) == (2000, 2000)
 
 
+# No fault was planted here yet.
 def test_a_killed_redis_under_load_loses_nothing(rig: Rig) -> None:
     """Killed -9 and empty again while jobs are enqueued and worked off: none lost, none twice."""
     reconciler = rig.reconciler()
@@ -113,6 +116,7 @@ def test_a_killed_redis_under_load_loses_nothing(rig: Rig) -> None:
     assert not reconciler.ended
 
 
+# Planted: a refused start runs all the same.
 def test_a_redis_that_went_back_in_time_runs_nothing_again(tmp_path: Path, database: str) -> None:
     """Back from a snapshot: what ended since stays ended, what was recorded since comes back."""
     with RedisServer(persistence="rdb") as server:
@@ -144,7 +148,9 @@ def test_a_redis_that_went_back_in_time_runs_nothing_again(tmp_path: Path, datab
             rig.all_ended(new)
             print(f"what was recorded since ended {time.monotonic() - at:.2f} s after the rollback")
             rig.nothing_is_owed()
-            last = rig.enqueue(1, prefix="last")  # of one worker: what stood before it is dealt with
+            last = rig.enqueue(
+                1, prefix="last"
+            )  # of one worker: what stood before it is dealt with
             rig.all_ended(last)
 
             assert set(rig.runs("start").values()) == {1}
@@ -155,6 +161,7 @@ def test_a_redis_that_went_back_in_time_runs_nothing_again(tmp_path: Path, datab
             rig.close()
 
 
+# Planted: looks do not ask the brake.
 def test_a_pause_holds_within_a_second_and_resume_lets_go(
     tmp_path: Path, database: str, own_redis: RedisServer
 ) -> None:
@@ -181,13 +188,12 @@ def test_a_pause_holds_within_a_second_and_resume_lets_go(
         rig.close()
 
 
+# Planted: the automatic hold never pulls. (Before it was mended, resume held again at once.)
 def test_many_jobs_absent_without_a_cause_hold_their_queue(
     tmp_path: Path, database: str, own_redis: RedisServer
 ) -> None:
     """DEL of 300 waiting jobs holds the queue and says so; resume puts them back."""
-    rig = Rig(
-        tmp_path, database, own_redis, JOBGUARD_GRACE="1", JOBGUARD_SWEEP_INTERVAL="2"
-    )
+    rig = Rig(tmp_path, database, own_redis, JOBGUARD_GRACE="1", JOBGUARD_SWEEP_INTERVAL="2")
     try:
         reconciler = rig.reconciler()
         rig.worker()
@@ -217,6 +223,7 @@ def test_many_jobs_absent_without_a_cause_hold_their_queue(
         rig.close()
 
 
+# Planted: a pass is settled before its first walk.
 def test_one_pass_is_enough_after_a_loss(rig: Rig) -> None:
     """`reconcile --once` puts back what a FLUSHALL took, says how much, and exits 0."""
     reconciler = rig.reconciler()

@@ -3,7 +3,7 @@
 Planted once, each seen to fail: `install_hooks` doing nothing (`jobguard run`), the import of the
 hooks in adapters/rq/__init__.py removed (`-c`), `patches.install` in workers.py removed
 (`--worker-class`), `moving()` not set in lives.retry (the attempts), every draft fresh and without a
-parent (the scheduler's move), HostTracker.record doing nothing in a forked child (the horse).
+parent (the scheduler's move), HostTracker.record doing nothing in a worker's child (the horse).
 """
 
 from __future__ import annotations

@@ -382,6 +382,24 @@ class TestRestore:
         assert client.zrange("rq:wip:default", 0, -1) == [b"other:e"]
         assert not client.exists("rq:executions:job")
 
+    def test_abandoned(
+        self, delivery: Delivery, queue: Queue, broker: RQBroker, client: redis.Redis
+    ) -> None:
+        """A dead worker's run that must wait is out of RQ's books: its maintenance fails nothing."""
+        client.lpop(queue.key)
+        client.hset("rq:job:job", "status", "started")
+        client.zadd("rq:executions:job", {"e": time.time() - 60})
+        client.zadd("rq:wip:default", {"job:e": time.time() - 60})
+
+        broker.abandon([owed(delivery)])
+        queue.started_job_registry.cleanup()
+
+        assert client.hget("rq:job:job", "status") == b"queued"
+        assert queue.failed_job_registry.count == 0
+        assert broker.presence([owed(delivery)])[delivery.token].presence is Presence.ABSENT
+        assert restore(broker, lost(delivery, takeover=True)) == [Restored.RESTORED]
+        assert queue.job_ids == ["job"]
+
     def test_newer_life(
         self, delivery: Delivery, queue: Queue, broker: RQBroker, client: redis.Redis
     ) -> None:

@@ -254,6 +254,8 @@ class FakeBroker:
     """The job ids that were put back, in order."""
     taken_over: list[str] = field(default_factory=list)
     """Of these: those whose run was known to be a dead worker's."""
+    abandoned: list[str] = field(default_factory=list)
+    """Those whose run was taken out of the library's books."""
     before_restore: Callable[[], None] = lambda: None
 
     def put(self, given: Delivery, presence: Presence = Presence.WAITING) -> None:
@@ -295,6 +297,10 @@ class FakeBroker:
         if given.takeover:
             self.taken_over.append(given.job_id)
         return Restored.RESTORED
+
+    def abandon(self, page: Sequence[Owed]) -> None:
+        """Forget what the library believes of dead workers' runs."""
+        self.abandoned += [owed.job_id for owed in page]
 
     def consumers(self) -> Mapping[str, frozenset[str]]:
         """Name the workers that the library knows; see Broker."""
