@@ -60,6 +60,8 @@ class Done:
     """Of these: waiting for the limiter."""
     in_grace: int = 0
     """Of these: seen absent, and to be seen once more."""
+    untrusted: int = 0
+    """Absent from a queue that was not trusted when they were recorded: nothing can be done."""
     failed: int = 0
     """Could not be put back: unreadable, too late, or Redis refused."""
     observed: int = 0
@@ -78,6 +80,7 @@ class Done:
         self.in_grace += other.in_grace
         self.observed += other.observed
         self.failed += other.failed
+        self.untrusted += other.untrusted
         return self
 
     def counts(self) -> dict[str, int]:
@@ -93,6 +96,7 @@ class Done:
             "waiting": self.waiting,
             "observed": self.observed,
             "failed": self.failed,
+            "untrusted": self.untrusted,
         }
 
 
@@ -238,7 +242,9 @@ class Looker:
         for owed, seen, decision in decided:
             if seen.presence is Presence.ABSENT:
                 done.absent += 1
-            if decision.verdict is Verdict.HOLD:
+            if decision.verdict is Verdict.HOLD and not now.trusts(owed.queue, owed.age):
+                done.untrusted += 1
+            elif decision.verdict is Verdict.HOLD:
                 done.held += 1
             elif decision.verdict is Verdict.WAIT and not decision.clear:
                 done.waiting += 1

@@ -5,8 +5,8 @@ is recovered only for what was recorded since it was *clean*: since no unguarded
 by a leader that was looking all the time. ``trusted_since`` outlives the workers: a queue scaled to
 zero is restored too.
 
-What was recorded before is vouched for when a queue becomes trusted: what Redis still has then, nobody
-has run. What is absent then stays a suspect of the cause ``untrusted``, which nothing ever recovers.
+What was recorded before is vouched for after a queue has become trusted: what Redis still has then,
+nobody has run. What is absent then stays a suspect of the cause ``untrusted``, which nothing ever recovers.
 """
 
 from __future__ import annotations
@@ -51,12 +51,8 @@ class Trust:
         )
 
     def to_vouch_for(self) -> list[str]:
-        """Queues that are clean and guarded, but whose older deliveries nobody has looked at yet."""
-        return [
-            queue
-            for queue, row in self.rows.items()
-            if row.trusted_since is None and row.clean_since is not None and queue in self._guarded
-        ]
+        """Queues that are trusted, but whose older deliveries nobody has looked at yet."""
+        return [queue for queue, row in self.rows.items() if row.trusted_since]
 
     def vouched(self, queue: str) -> QueueRow:
         """Its older deliveries have been looked at: from here on all of it is trusted."""
@@ -93,6 +89,8 @@ class Trust:
                 )
             elif not strangers:
                 row = self._clean(row, now)
+                if row.trusted_since is None and row.clean_since and queue in self._guarded:
+                    row = replace(row, trusted_since=row.clean_since)
             self.rows[queue] = row
             if row != before:
                 changed.append(row)

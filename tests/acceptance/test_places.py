@@ -241,10 +241,7 @@ def test_what_an_unguarded_worker_may_have_run_is_reported_not_recovered(site: S
             other = queue.enqueue_in(timedelta(hours=1), roads.say, str(site.ledger))
             client.delete(other.key)
             eventually(lambda: guard.stats().stuck == 2, 20, message=reconciler.log)
-            incident = site.ask(
-                "select missing, restored, closed_at is null from jobguard.incidents"
-            )
-            assert incident[0][1:] == (0, True)
+            assert site.ask("select restored from jobguard.incidents") == [0]
             assert client.keys("rq:job:*") == []
         assert site.owed() == [job.id, other.id]
     assert not reconciler.events("jobs_restored")

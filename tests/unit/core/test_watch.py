@@ -573,9 +573,25 @@ def test_the_untrusted_is_held_and_reported(caplog: pytest.LogCaptureFixture) ->
     world.run(120)
 
     assert world.broker.pushed == []
-    assert world.watch.done.held > 0
+    assert world.watch.done.untrusted > 0
     assert "queue_untrusted" in events(caplog.records)
     assert not world.is_trusted("mail")
+
+
+def test_a_loss_before_the_first_worker_is_mended_when_it_comes() -> None:
+    """A leader that has watched all along knows that nobody can have run what was lost before."""
+    world = World()
+    world.run(5)
+    world.enqueue(*ids(20))
+    world.run(6)
+    world.flushall()
+    world.run(20)
+    assert world.broker.pushed == []
+
+    world.worker()
+
+    world.run_until(lambda: len(world.broker.pushed) == 20, within=30)
+    world.run_until(lambda: world.store.incidents(SOURCE.id) == [], within=30)
 
 
 def test_what_was_absent_before_the_trust_is_never_recovered(
