@@ -25,7 +25,7 @@ demo: $(VENV)/.ready-for-demo
 	$(BIN)/jobguard demo $(DEMO_ARGS)
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest $(TEST_ARGS)
+	$(BIN)/python -m pytest -n 4 --dist worksteal $(TEST_ARGS)
 
 check: $(VENV)/.ready
 	$(BIN)/ruff check
