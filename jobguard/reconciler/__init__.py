@@ -4,8 +4,9 @@ One leads, the rest stand by. The leader's day, in the order in which a loss mee
 
 - ``leader``    this term is mine, until ``trusted_until`` on my own clock
 - ``pulse``     does Redis still know what it knew? is it still the same Redis?
-- ``liveness``  which workers are dead, by the exact rule
-- ``trust``     which queues have only guarded consumers
+- ``workers``   who beats, and where; ``liveness``: who is dead, by the exact rule
+- ``place``     whether this is the right Redis
+- ``trust``     which queues have only guarded consumers; ``vouching``: what was there before
 - ``look``      a page of owed deliveries: where are they?
 - ``verdict``   what follows, as a pure function
 - ``limiter``   how many may go back now; ``brake``: whether any may

@@ -4,28 +4,27 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from uuid import UUID
 
 import redis
 
 from jobguard.adapter import Broker
-from jobguard.job import Cause, Owed, Presence, token_at
+from jobguard.job import Cause, Owed, token_at
 from jobguard.log import say
-from jobguard.pulse import beat_key
 from jobguard.reconciler.brake import AutomaticHold
-from jobguard.reconciler.liveness import Judgement, Liveness
-from jobguard.reconciler.look import Circumstances, Done, Looker, told
+from jobguard.reconciler.look import Circumstances, Done, Looker
+from jobguard.reconciler.place import Place
 from jobguard.reconciler.pulse import Health, PulseKeeper
 from jobguard.reconciler.trust import Trust
+from jobguard.reconciler.vouching import Vouching
+from jobguard.reconciler.workers import Workers
 from jobguard.settings import Settings
-from jobguard.store import Brake, LeaderStore, SourceRow, WorkerRow
+from jobguard.store import Brake, LeaderStore, SourceRow
 
 _DOWN = 0.05
 """Seconds between two looks whether Redis is back."""
-_POLL = 0.5
-"""Seconds between two polls of the workers' beats."""
 _CONSUMERS = 2.0
 """Seconds between two looks at who consumes which queue."""
 _FRESH = 5.0
@@ -40,8 +39,6 @@ _VERIFY_AGAIN = (10.0, 60.0)
 """Seconds after a change of topology at which everything owed is looked at once more."""
 _SAY_AGAIN = 30.0
 """Seconds between two lines in the log about the same trouble."""
-_ASK_ABOUT_PLACE = 10.0
-"""Seconds in which a worker of before should have beaten, if there is one."""
 
 
 @dataclass(slots=True)
@@ -52,17 +49,6 @@ class _Lap:
     began: float = 0.0
     pages: int = 0
     running: bool = False
-
-
-@dataclass(slots=True)
-class _Vouching:
-    """A walk over what was recorded before a queue was watched."""
-
-    queue: str
-    epoch: UUID | None
-    unpushed: set[UUID]
-    after: UUID | None = None
-    absent: list[tuple[UUID, Cause, str]] = field(default_factory=list)
 
 
 class Watch:
@@ -85,20 +71,21 @@ class Watch:
         self._store = store
         self.source = source
         self._settings = settings
-        self._named = named
         self._clock = clock
         self._pulse = PulseKeeper(client, store, source, installation)
-        self._liveness = Liveness(settings.worker_timeout)
+        self._workers = Workers(client, store, source.id, settings, clock)
+        self._place = Place(
+            self._workers, store, source.id, source.address, named=named, clock=clock
+        )
         self._looker = Looker(client, broker, store, source.id, settings)
         self._auto = AutomaticHold(count=settings.brake_count, share=settings.brake_share)
         self._counted: set[UUID] = set()  # unexplained absences that the brake knows of
         self._released: dict[str, float] = {}  # queue -> when a person last said resume
         self._trust = Trust(source.id, watching_since=store.now())
         self._trust.load(store.queues(source.id))
-        self._workers: Sequence[WorkerRow] = ()
-        self._judgement: Judgement | None = None
-        self._beats: Mapping[UUID, int] = {}  # in this Redis
-        self._first_beats: dict[UUID, int] = {}  # as this leader found them
+        self._vouching = Vouching(
+            broker, store, source.id, self._trust, self._pulse, page=settings.page
+        )
         self._brake = Brake()
         self._owed: Mapping[str, int] = {}
         self._lap = _Lap()
@@ -111,11 +98,6 @@ class Watch:
         self._health = Health.STEADY
         self._watched_after: UUID | None = None
         self._watched_took = 0.0  # seconds of the present round over all of them
-        self._deaths: dict[str, float] = {}  # queue -> when a consumer of it last died or left
-        self._gone: set[UUID] = set()
-        self._mourned = False
-        self._asked = False
-        self._vouching: _Vouching | None = None
         self._pending = 0
         self.done = Done()
         self._resume_incidents()
@@ -145,15 +127,10 @@ class Watch:
         return (
             self._laps_done > 0
             and self._incident_at is None
-            and self._judgement is not None
-            and not self._someone_may_be_dead()
+            and self._workers.polled
+            and not self._workers.may_be_dead()
             and not self._pending
         )
-
-    def _someone_may_be_dead(self) -> bool:
-        """Whether a worker that holds claims has not been heard of since we began to listen."""
-        silent = self._judgement.silent if self._judgement else frozenset()
-        return any(row.claims for row in self._workers if row.id in silent)
 
     # -- one step ----------------------------------------------------------------------------------
 
@@ -165,12 +142,14 @@ class Watch:
         if health is Health.LOST:
             self._loss(now)
         try:
-            self._poll(term, now, health)
+            asks = health not in (Health.DOWN, Health.STOP)
+            if self._workers.poll(term, now, ask_redis=asks):
+                self._due["urgent"] = 0.0
             if health in (Health.DOWN, Health.UNSURE, Health.STOP):
                 return
             self._doubts(now)
             self._consumers(term, now)
-            self._vouch(term, now)
+            self._vouching.step(term, in_incident=self._incident_at is not None)
             self._look_at_urgent(term, now)
             self._look_at_watched(term, now)
             self._look_at_young(term, now)
@@ -201,120 +180,23 @@ class Watch:
         return self._health
 
     def _place_is_sure(self, term: int, missed_since: float, *, own: bool) -> bool | None:
-        """Whether a Redis that does not know our pulse, where we never saw it, is this ledger's.
-
-        A worker that beats into this very Redis says yes; one that sees the pulse alive elsewhere says
-        that we are in the wrong place. Where there is no worker at all, a pulse of this ledger says yes
-        (``own``: there is one, only an older), and so does a named installation, whose name has been
-        compared. Otherwise a person is asked: an empty Redis beside a copied database looks the same.
-        """
-        if self._judgement is None:
-            return None
-        present = [row for row in self._workers if row.id in self._judgement.live]
-        for row in present:
-            lives_elsewhere = row.pulse is not None and row.pulse[0] == self._pulse.epoch
-            silent = row.id in self._judgement.silent
-            if lives_elsewhere and not silent and not self._beats_here(row):
-                if self._clock() >= self._due.get("wrong_redis", 0.0):
-                    self._due["wrong_redis"] = self._clock() + _SAY_AGAIN
-                    say("wrong_redis", source=self.source.address)
-                return False
-        if any(self._beats_here(row) for row in present):
-            return True
-        if present and self._clock() - missed_since < _ASK_ABOUT_PLACE:
-            return None  # they have yet to beat, here or elsewhere
-        if self._named or own:
-            return True
-        if self._asked:
-            return None if self._brake.holds(self.source.id, "*") else True
-        if self._clock() - missed_since < _ASK_ABOUT_PLACE:
-            return None
-        self._asked = True
-        reason = (
-            "redis lost its pulse and no worker of before is alive to say that it is the right one"
-        )
-        self._store.hold(term, self.source.id, "*", reason)
-        say("place_unsure", source=self.source.address, reason=reason)
-        return None
-
-    def _beats_here(self, row: WorkerRow) -> bool:
-        """Whether this worker beats into this very Redis; an old master has an old beat of it."""
-        return self._beats.get(row.id, -1) > self._first_beats.get(row.id, -1)
+        return self._place.is_sure(term, self._brake, self._pulse.epoch, missed_since, own=own)
 
     def _loss(self, now: float) -> None:
-        self._liveness.interrupted(now)
+        self._workers.interrupted(now)
         self._trust.registry_lost(self._store.now())
         incidents = [i for i in self._store.incidents(self.source.id) if i.cause is Cause.INCIDENT]
         self._begin_incident(now, incidents[-1].id if incidents else None)
-
-    # -- workers -----------------------------------------------------------------------------------
-
-    def _poll(self, term: int, now: float, health: Health) -> None:
-        if now < self._due.get("poll", 0.0):
-            return
-        # Polls further apart than a fifth of the timeout would prove nobody dead.
-        self._due["poll"] = now + min(_POLL, self._settings.worker_timeout / 10)
-        self._workers = self._store.workers(self.source.id)
-        self._beats = {}
-        present = [row.id for row in self._workers if not row.left and not row.dead]
-        beats: dict[UUID, int] | None = {}
-        try:
-            if health in (Health.DOWN, Health.STOP):
-                beats = None
-            elif present:
-                answers = self._client.mget([beat_key(id) for id in present])
-                beats = {
-                    id: int(answer)
-                    for id, answer in zip(present, answers, strict=True)
-                    if answer is not None
-                }
-        except redis.RedisError:
-            beats = None
-        self._judgement = self._liveness.poll(now, self._workers, beats)
-        self._beats = beats or {}
-        for id in present:
-            self._first_beats.setdefault(id, self._beats.get(id, -1))
-        if self._judgement.dead:
-            self._store.declare_dead(term, self._judgement.dead)
-        self._mourn(term, now)
-
-    def _mourn(self, term: int, now: float) -> None:
-        assert self._judgement is not None
-        dead = set(self._judgement.dead)
-        for row in self._workers:
-            if (row.id in dead or row.dead or row.left) and row.id not in self._gone:
-                self._gone.add(row.id)
-                if self._mourned:  # else nobody knows when it went
-                    self._deaths.update((queue, now) for queue in row.queues)
-                self._due["watched"] = 0.0
-                if row.id in dead:
-                    say(
-                        "worker_dead",
-                        worker=row.id,
-                        name=row.name,
-                        host=row.host,
-                        pid=row.pid,
-                        claims=row.claims,
-                    )
-        self._mourned = True
-        if now >= self._due.setdefault("forget", now + _POLL * 100):
-            self._due["forget"] = now + _POLL * 100
-            gone = [row.id for row in self._workers if row.left or row.dead]
-            self._store.forget(term, gone)
 
     def _consumers(self, term: int, now: float) -> None:
         if now < self._due.get("consumers", 0.0):
             return
         self._due["consumers"] = now + _CONSUMERS
         self._owed = self._store.count(self.source.id)
-        guarded: dict[str, set[str]] = {}
-        for row in self._workers:
-            for queue in row.queues:
-                guarded.setdefault(queue, set()).add(row.name)
         changed = self._trust.observe(
             self._store.now(),
             self._broker.consumers(),
-            {queue: frozenset(names) for queue, names in guarded.items()},
+            self._workers.names(),
             self._owed,
         )
         self._store.trust(term, changed)
@@ -326,67 +208,13 @@ class Watch:
                     workers=list(row_changed.unguarded),
                 )
 
-    def _vouch(self, term: int, now: float) -> None:
-        """Look at what was recorded before anybody watched a queue: the absent is not ours to judge.
-
-        A page a step; and nothing of it counts unless Redis has not lost anything meanwhile.
-        """
-        if self._vouching is None:
-            queues = self._trust.to_vouch_for()
-            if not queues:
-                return
-            self._vouching = _Vouching(queues[0], self._pulse.epoch, self._unpushed())
-        walk = self._vouching
-        if walk.epoch != self._pulse.epoch or self._incident_at is not None:
-            self._vouching = None
-            return
-        page = self._store.page(self.source.id, after=walk.after, limit=self._settings.page)
-        old_enough = self._store.now() - (self._trust.rows[walk.queue].clean_since or 0.0)
-        old = [
-            owed
-            for owed in page
-            if owed.queue == walk.queue
-            and owed.age > old_enough
-            and owed.claim_number is None
-            and owed.token not in walk.unpushed
-        ]
-        seen = self._broker.presence(old) if old else {}
-        walk.absent += [
-            (owed.token, Cause.UNTRUSTED, seen[owed.token].mark)
-            for owed in old
-            if seen[owed.token].presence is Presence.ABSENT
-        ]
-        if len(page) == self._settings.page:
-            walk.after = page[-1].token
-            return
-        self._vouching = None
-        if not self._pulse.stands():
-            return  # it was flushed under our eyes: look again when that is dealt with
-        self._store.suspect(term, self.source.id, walk.absent)
-        self._store.trust(term, [self._trust.vouched(walk.queue)])
-        say("queue_trusted", queue=walk.queue)
-        if walk.absent:
-            say("jobs_untrusted", queue=walk.queue, count=len(walk.absent))
-
-    def _unpushed(self) -> set[UUID]:
-        """What producers left to us: nobody can have run it yet."""
-        found: set[UUID] = set()
-        after: UUID | None = None
-        while page := self._store.watched(self.source.id, after=after, limit=_WATCHED):
-            after = page[-1].token
-            found.update(owed.token for owed in page if told(owed))
-        return found
-
     # -- looks -------------------------------------------------------------------------------------
 
     def _circumstances(self, term: int, now: float) -> Circumstances:
-        assert self._judgement is not None
-        live = self._judgement.live
-        listed = {token for row in self._workers if row.id in live for token in row.lists}
         here = self._store.now()
         return Circumstances(
-            judgeable=not self._judgement.unflushed and not self._judgement.silent,
-            listed=listed,
+            judgeable=self._workers.have_reported(),
+            listed=self._workers.listed(),
             trusts=lambda queue, age: self._trust.trusts(queue, here - age),
             holds=lambda queue: self._brake.holds(self.source.id, queue),
             cause_of=lambda owed: self._cause_of(owed, now),
@@ -399,7 +227,7 @@ class Watch:
         for cause, until in self._doubt_until.items():
             if now < until:
                 return cause
-        death = self._deaths.get(owed.queue)
+        death = self._workers.deaths.get(owed.queue)
         recent = 3 * self._settings.sweep_interval  # by then it was looked at, and found absent
         if death is not None and now - death < min(owed.age, recent):
             return Cause.WORKER  # popped, and gone with the worker before it was claimed
