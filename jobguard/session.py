@@ -17,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 from uuid import UUID
 
 from jobguard.errors import BadRow, JobguardError, StoreUnavailable, is_host_interrupt
@@ -26,6 +26,7 @@ from jobguard.job import (
     Claim,
     Delivery,
     End,
+    Ended,
     Outcome,
     Refused,
     Unknown,
@@ -39,10 +40,35 @@ from jobguard.store import Ask, BeatReply, HostStore
 if TYPE_CHECKING:
     import redis
 
-    from jobguard.tracker import HostTracker
+    from jobguard.adapter import Source
+    from jobguard.circuit import Circuit
+    from jobguard.settings import Settings
+    from jobguard.spool import Spool
 
 _HOLD_BACK = 1.0
 """Ends younger than this are no news for a beat: the batch is about to be committed."""
+
+
+class Host(Protocol):
+    """What a session needs of the tracker that opened it."""
+
+    source: Source
+    settings: Settings
+    spool: Spool
+    circuit: Circuit
+    client: Callable[[], redis.Redis] | None
+
+    def call(self, work: Callable[[HostStore], Any]) -> Any:
+        """Make one call to the store, behind the circuit."""
+
+    def connect(self) -> None:
+        """Reach Postgres now, or raise why it cannot be used."""
+
+    def end(self, ends: Sequence[End]) -> Sequence[Ended]:
+        """Commit ends, or raise as the store does."""
+
+    def replay(self) -> int:
+        """Give Postgres what waits in the spool."""
 
 
 def bare_end(end: End) -> End:
@@ -54,7 +80,7 @@ class WorkerSession:
     """The session of one worker process; see jobguard.adapter.Session."""
 
     def __init__(
-        self, tracker: HostTracker, beat_store: HostStore, *, name: str, queues: Sequence[str]
+        self, tracker: Host, beat_store: HostStore, *, name: str, queues: Sequence[str]
     ) -> None:
         self.id = new_token()
         self.closed = False

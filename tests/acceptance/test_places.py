@@ -2,8 +2,8 @@
 
 Planted once, each seen to fail: Service._out_of_place blind to copies (a copy), the name not asked
 for by the host, or only after the lease was taken (another installation), FOREIGN read as LOST (two
-ledgers), Watch._place_is_sure answering True (an empty Redis), Trust.observe sure of no stranger (an
-unguarded worker), Watch._vouch without the absent ones (before any trust).
+ledgers), Place.is_sure answering True (an empty Redis), Trust.observe sure of no stranger (an
+unguarded worker), Vouching without the absent ones (before any trust).
 """
 
 from __future__ import annotations
