@@ -57,7 +57,7 @@ select jobguard.record(
 -- Forget deliveries that were never pushed.
 with gone as (
   delete from jobguard.jobs j
-  where j.source = %(source)s and j.token = any (%(tokens)b::uuid[])
+  where j.source = %(source)s and j.token = any (%(tokens)b::uuid[]) and j.claims = 0
     and not exists (select from jobguard.running r where r.source = j.source and r.token = j.token)
   returning j.token
 ), unboxed as (

@@ -94,7 +94,7 @@ class HostStore(Protocol):
         """
 
     def withdraw(self, source: int, tokens: Sequence[UUID]) -> None:
-        """Forget deliveries that were never pushed, unless they are claimed."""
+        """Forget deliveries that were never pushed, unless they are claimed or ever were."""
 
     def outbox(self, source: int, tokens: Sequence[UUID]) -> None:
         """Leave the push of owed deliveries to the leader."""

@@ -399,7 +399,7 @@ class _Host:
     def withdraw(self, source: int, tokens: Sequence[UUID]) -> None:
         with self._tables.open():
             for key in self._tables.owed(source, tokens):
-                if key not in self._tables.running:
+                if key not in self._tables.running and not self._tables.jobs[key].claims:
                     self._tables.drop(key)
 
     def outbox(self, source: int, tokens: Sequence[UUID]) -> None:

@@ -1069,6 +1069,17 @@ def test_a_worker_is_forgotten_once_it_is_gone_and_holds_nothing(ledger: Contrac
 # Heartbeats of jobs
 
 
+def test_what_was_ever_started_is_not_withdrawn(ledger: Contract) -> None:
+    """Its claim was voided, but somebody has had it in hand: it was pushed, whatever one believes."""
+    term, it = ledger.elected(), ledger.recorded()
+    worker = ledger.working()
+    claim = worker.start(it.token)
+    ledger.leader.declare_dead(term, [worker.id])
+    ledger.leader.void(term, SOURCE, [Void(it.token, claim.number, charge=True, backoff=0)])
+    ledger.store.withdraw(SOURCE, [it.token])
+    assert it.token in ledger.owed()
+
+
 def test_a_heartbeat_is_taken_for_a_claim_that_stands(ledger: Contract) -> None:
     """By token and number, or by the job id alone; of anything else it says False."""
     it = ledger.recorded()
