@@ -24,6 +24,7 @@ from rq.job import Job
 
 import jobguard
 import jobguard.schema
+from jobguard.adapters.rq import patches
 from jobguard.errors import (
     ConfigurationError,
     ConflictingGuard,
@@ -254,7 +255,18 @@ def test_a_list_guards_each_of_its_queues(client: redis.Redis, database: str) ->
         assert [guarded(client, name) for name in ("mail", "bulk", "other")] == [True] * 3
 
 
-def test_close_takes_the_hooks_out_again(client: redis.Redis, database: str) -> None:
+@pytest.fixture
+def bare_rq() -> Iterator[None]:
+    """Give an RQ without hooks: a worker class that some other test imported keeps them in."""
+    others = list(patches._holders)
+    for holder in others:
+        patches.uninstall(holder)
+    yield
+    for holder in others:
+        patches.install(holder)
+
+
+def test_close_takes_the_hooks_out_again(bare_rq: None, client: redis.Redis, database: str) -> None:
     """RQ's methods are its own, byte for byte; closing twice is closing once."""
     names = ("enqueue_job", "enqueue_many", "_enqueue_job", "schedule_job", "empty", "delete")
     before = [Queue.__dict__[name] for name in names]
