@@ -15,12 +15,17 @@ from typing import TYPE_CHECKING
 import psycopg
 import pytest
 import redis
+from hypothesis import settings
 
 import jobguard.schema
 from jobguard.servers import NamedPostgres, NamedRedis, PostgresServer, RedisServer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+# The same examples in every run, and no limit that a busy machine breaks.
+settings.register_profile("suite", derandomize=True, deadline=None)
+settings.load_profile("suite")
 
 ROOMS = ("integration", "acceptance")
 HERE = Path(__file__).parent
