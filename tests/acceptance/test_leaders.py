@@ -42,7 +42,7 @@ def test_when_the_leader_is_killed_the_other_leads_and_recovers(rig: Rig) -> Non
     first.kill()
     at = time.monotonic()
     eventually(lambda: rig.leader() == second.pid, 20)
-    print(f"another leads {time.monotonic() - at:.2f} s after the kill, with a lease of 10 s")
+    print(f"another leads {time.monotonic() - at:.2f} s after the kill, with the default lease")
 
     labels = rig.enqueue(100)
     rig.redis.flushall()
