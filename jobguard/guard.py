@@ -53,14 +53,12 @@ class JobGuard:
         inert: str | None = None,
         tracker: HostTracker | None = None,
         adapter: Adapter | None = None,
-        guarded: Guarded | None = None,
         conninfo: Callable[[], str] | None = None,
     ) -> None:
         self.settings = settings
         self.inert = inert
         self._tracker = tracker
         self._adapter = adapter
-        self._guarded = guarded
         self._conninfo = conninfo
 
     def __repr__(self) -> str:
@@ -207,7 +205,7 @@ def guard(
     tracker = _tracker(guarded, chosen, conninfo)
     adapter.install(cast(Tracker, tracker))
     register(cast(Tracker, tracker))
-    made = JobGuard(chosen, tracker=tracker, adapter=adapter, guarded=guarded, conninfo=conninfo)
+    made = JobGuard(chosen, tracker=tracker, adapter=adapter, conninfo=conninfo)
     _guards[guarded.source.id] = made
     say(
         "guarded",

@@ -269,8 +269,6 @@ class Owed:
     """The highest number of a claim that was voided."""
     backoff: float
     """Seconds until a job recovered from a worker's death may go back."""
-    tombstone: Outcome | None = None
-    """History has an end of it: history wins."""
     claim_number: int | None = None
     claim_worker: UUID | None = None
     claim_live: bool = False

@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 from uuid import UUID
 
@@ -36,7 +36,7 @@ class SpoolCounts:
     taken: int = 0
     replayed: int = 0
     lost: int = 0
-    quarantined: int = field(default=0)
+    quarantined: int = 0
 
 
 class Spool(Protocol):

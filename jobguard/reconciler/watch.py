@@ -47,7 +47,6 @@ class _Lap:
 
     after: UUID | None = None
     began: float = 0.0
-    pages: int = 0
     running: bool = False
 
 
@@ -346,7 +345,6 @@ class Watch:
         self._pending += done.waiting  # the second looks are still to come: see settled
         if self._incidents:
             self._progress(term, missing=done.absent, restored=done.restored[Cause.INCIDENT])
-        self._lap.pages += 1
         pages = max(1, sum(self._owed.values()) // self._settings.page + 1)
         took = self._clock() - now
         self._due["page"] = now + max(self._settings.sweep_interval / pages / 2, 5 * took)

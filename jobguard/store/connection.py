@@ -103,7 +103,6 @@ class Connecting:
 
     def __init__(self, conninfo: str) -> None:
         self._pgconn = pq.PGconn.connect_start(conninfo.encode())
-        self._poll = select.poll()
         self._started = time.monotonic()
         self._state: int = pq.PollingStatus.WRITING
 
@@ -208,22 +207,6 @@ class Database:
                 return self._attempt(query, parameters, budget)
             except _Lost as lost:
                 raise StoreUnavailable(str(lost)) from (lost.__cause__ or first)
-
-    def transaction(
-        self, work: Callable[[Callable[..., list[Row]]], Any], *, timeout: float
-    ) -> Any:
-        """Run ``work(execute)`` in one transaction, committed when it returns."""
-        with self._mine():
-            try:
-                connection = self._connected()
-                connection.deadline = time.monotonic() + timeout
-                with connection.transaction():
-                    return work(lambda q, p=None: _rows(connection, q, p, self._prepare))
-            except _DeadlinePassed as error:
-                self._drop()
-                raise StoreUnavailable("Postgres did not answer in time") from error
-            except psycopg.Error as error:
-                raise self._translated(error) from error
 
     def _attempt(self, query: str, parameters: Parameters, budget: float) -> list[Row]:
         connection = self._connected()
