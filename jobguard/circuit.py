@@ -3,6 +3,11 @@
 A stopped Postgres answers no call, so that every trial call would make its caller wait. Therefore the
 trial of the half-open state is not a call: it is a connection carried on, step by step and never
 blocking, by whoever comes along; when it stands, Postgres has answered, and the circuit closes.
+
+A Postgres that was only slow once (a checkpoint, a busy machine) stands again at once, and so the
+first look is taken at once: a stopped one accepts no connection. One that opened the circuit a
+moment ago is given ``retry_interval``, or else a Postgres that answers logins and nothing more would
+cost a wait with every call.
 """
 
 from __future__ import annotations
@@ -18,6 +23,8 @@ from jobguard.errors import BreakerOpen, StoreUnavailable
 
 _NEVER = 10.0 * 365 * 86400
 """pybreaker's own trial would be a call that waits."""
+_STEADY = 10
+"""A circuit that was closed for so many retry intervals opens for a hiccup, as far as is known."""
 
 
 class Circuit:
@@ -36,6 +43,7 @@ class Circuit:
         self._on_change = on_change
         self._clock = clock
         self._next_look = 0.0
+        self._opened_at = -1e9
         self._told_open = False
         self._looking = threading.Lock()
         self._breaker = pybreaker.CircuitBreaker(
@@ -93,10 +101,14 @@ class Circuit:
             self._on_change(True)
 
     def _opened(self) -> None:
-        self._next_look = self._clock() + self._retry_interval
-        if not self._told_open:  # threads that failed together tell of one outage
-            self._told_open = True
-            self._on_change(False)
+        if self._told_open:
+            return  # calls that failed together are one outage
+        self._told_open = True
+        now = self._clock()
+        steady = now - self._opened_at >= _STEADY * self._retry_interval
+        self._next_look = now if steady else now + self._retry_interval
+        self._opened_at = now
+        self._on_change(False)
 
     def copy_state(self, other: Circuit) -> None:
         """Begin as the parent of this process left off: a child need not learn of the outage again."""

@@ -47,6 +47,10 @@ if TYPE_CHECKING:
 
 _HOLD_BACK = 1.0
 """Ends younger than this are no news for a beat: the batch is about to be committed."""
+_STEP = 0.05
+"""Seconds between two tries of a worker to introduce itself."""
+_BREATH = 0.25
+"""Seconds between two beats at least, however much there is to tell."""
 
 
 class Host(Protocol):
@@ -69,6 +73,9 @@ class Host(Protocol):
 
     def replay(self) -> int:
         """Give Postgres what waits in the spool."""
+
+    def settle(self, *, last: bool = False) -> None:
+        """Write what waits, in bounded time."""
 
 
 def bare_end(end: End) -> End:
@@ -97,6 +104,7 @@ class WorkerSession:
         self._pending: deque[End] = deque()
         self._flushing = threading.Lock()
         self._wake = threading.Event()
+        self._beat_now = threading.Event()
         self._stop = threading.Event()
         self._counter = 0
         self._known = False
@@ -120,7 +128,12 @@ class WorkerSession:
 
     def open(self) -> None:
         """Beat once, so that claims have somebody to belong to, and go on beating."""
-        self.beat()
+        deadline = time.monotonic() + self._settings.record_timeout
+        heard = self.beat()
+        while not heard and time.monotonic() < deadline:
+            # Nothing waits for a worker that has not begun; unknown, it would start jobs unclaimed.
+            time.sleep(_STEP)
+            heard = self._beat_postgres(self._snapshot(self._pulse))
         say("worker_started", worker=self.id, name=self._name, queues=self._queues)
         for name, work in (("beat", self._beats), ("ends", self._flushes)):
             thread = threading.Thread(target=work, name=f"jobguard-{name}", daemon=True)
@@ -142,6 +155,7 @@ class WorkerSession:
             say("start_unclaimed", error=str(error))
             with self._lock:
                 self._unclaimed[token] = nonce
+            self._beat_now.set()
             return Claim(token, 0)
         except Exception as error:
             if is_host_interrupt(error):
@@ -289,6 +303,7 @@ class WorkerSession:
             if not isinstance(error, StoreUnavailable):
                 say("guest_failed", where="end", error=str(error))
             if self._tracker.spool.put(batch):
+                self._beat_now.set()
                 return  # listed until they are replayed
             say("spool_full", size=self._settings.spool_size, ends=len(batch))
         self.ended(batch)
@@ -405,7 +420,15 @@ class WorkerSession:
         return self._redis
 
     def _beats(self) -> None:
-        while not self._stop.wait(self._settings.beat_interval):
+        interval = self._settings.beat_interval
+        breath = min(_BREATH, interval)
+        while not self._stop.wait(breath):
+            # At once where Postgres does not know of something that we run or ran: as long as it is
+            # not on our list, its absence from Redis would be taken for a loss.
+            self._beat_now.wait(interval - breath)
+            self._beat_now.clear()
+            if self._stop.is_set():
+                return
             try:
                 if self.beat():
                     self._late_claims()
@@ -419,12 +442,16 @@ class WorkerSession:
         self.closed = True
         self._stop.set()
         self._wake.set()
+        self._beat_now.set()
         for thread in self._threads:
             thread.join(timeout=self._settings.record_timeout)
         self.flush()
-        if running:
+        self._tracker.settle(last=True)
+        if running or len(self._tracker.spool):
+            # What still runs is nobody's only when nobody has been heard for long enough; and after
+            # a goodbye, what we ran and could not report would be run again at once.
             self._beat_store.close()
-            return  # what still runs is nobody's only when nobody has been heard for long enough
+            return
         try:
             self._beat_store.leave(self.id)
         except Exception as error:

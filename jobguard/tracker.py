@@ -40,6 +40,8 @@ from jobguard.store import HostStore, SourceRow
 
 _REPLAY = 250
 """Entries of the spool that one call carries along: a host that comes by waits for no more."""
+_PATIENCE = 5.0
+"""Seconds that a process which is about to end waits, in all, for Postgres to take what it alone knows."""
 
 
 class HostTracker:
@@ -77,6 +79,7 @@ class HostTracker:
             self._store = self._make_store()
             self._registered = False
             self._told = False
+            self._patience = _PATIENCE
             self._registering = threading.Lock()
             self._replaying = threading.Lock()
             self.circuit = Circuit(
@@ -94,8 +97,7 @@ class HostTracker:
         return self
 
     def _probe(self) -> bool:
-        probe = getattr(self._store, "probe", None)
-        return True if probe is None else bool(probe())
+        return self._store.probe()
 
     def _circuit_changed(self, closed: bool) -> None:
         if closed:
@@ -127,7 +129,7 @@ class HostTracker:
                 settings=mine,
             )
         )
-        name = getattr(self._store, "installation", None)
+        name = self._store.installation
         if self.settings.installation is not None and name != self.settings.installation:
             self._refuses = (
                 f"the database is installation {name!r}, JOBGUARD_INSTALLATION says "
@@ -417,21 +419,30 @@ class HostTracker:
         """Seconds after its record in which a producer may push; see Tracker."""
         return self.settings.push_deadline
 
-    def settle(self) -> None:
-        """Write what waits, within the time of one record; see Tracker."""
+    def settle(self, *, last: bool = False) -> None:
+        """Write what waits, within the time of one record; see Tracker.
+
+        ``last``: this is the end of the process, which waits as long as it has patience left.
+        """
         self._mine()
-        deadline = time.monotonic() + self.settings.record_timeout
-        while len(self.spool) and time.monotonic() < deadline:
-            if not self.replay():
+        began = time.monotonic()
+        patience = self._patience if last else self.settings.record_timeout
+        while len(self.spool):
+            replayed = self.replay()
+            if time.monotonic() - began >= patience:
+                break
+            if not replayed:
                 self.circuit.look()
                 time.sleep(0.01)
+        if last:
+            self._patience -= min(patience, time.monotonic() - began)
         if len(self.spool):
             say("spool_left", count=len(self.spool))
 
     def close(self) -> None:
-        """Write what waits, within the time of one record, and let go."""
+        """Write what waits, in bounded time, and let go."""
         self._mine()
         if self._session is not None and self._session.is_mine:
             self._session.close()
-        self.settle()
+        self.settle(last=True)
         self._store.close()

@@ -73,6 +73,12 @@ class HostStore(Protocol):
     Every method may raise StoreUnavailable (or one of its kinds) and, where rows are written, BadRow.
     """
 
+    installation: str | None
+    """The name that the database carries; known once a source was registered."""
+
+    def probe(self) -> bool:
+        """Whether Postgres accepts us, found out without waiting; False: not known yet, ask again."""
+
     def register(self, source: SourceRow) -> SourceRow:
         """Make the source known; return what stands there, with the settings of who came first."""
 

@@ -295,6 +295,11 @@ class _Host:
 
     def __init__(self, tables: _Tables) -> None:
         self._tables = tables
+        self.installation: str | None = None
+
+    def probe(self) -> bool:
+        with self._tables.open():
+            return True
 
     def register(self, source: SourceRow) -> SourceRow:
         with self._tables.open():

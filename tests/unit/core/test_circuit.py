@@ -74,15 +74,53 @@ def test_stays_closed_for_what_is_not_postgres_absence(error: Exception) -> None
 
 
 def test_no_call_while_open() -> None:
-    """While it is open, calls fail at once and are not made, nor is Postgres looked for."""
+    """While it is open, calls fail at once and are not made; Postgres is looked for once an interval."""
     stage = Stage()
+    stage.standing = away
     stage.fail()
 
     for _ in range(100):
         with pytest.raises(BreakerOpen):
             stage.call()
 
-    assert (stage.calls, stage.probes) == (1, 0)
+    assert (stage.calls, stage.probes) == (1, 1)
+
+
+def test_a_hiccup_is_over_at_once() -> None:
+    """After one slow call of a Postgres that stands, the very next call goes through."""
+    stage = Stage()
+    stage.fail()
+
+    stage.call()
+
+    assert stage.changes == [False, True]
+
+
+def test_a_postgres_that_lets_one_in_and_does_not_answer_is_given_time() -> None:
+    """It costs its one wait an interval, not one with every call."""
+    stage = Stage()
+    stage.fail()
+    stage.fail()
+
+    for _ in range(20):
+        with pytest.raises(BreakerOpen):
+            stage.call()
+
+    assert (stage.calls, stage.probes) == (2, 1)
+    stage.clock.advance(RETRY)
+    stage.call()
+
+
+def test_threads_that_fail_together_are_one_outage() -> None:
+    """The second of two calls that were under way does not put the first look off."""
+    stage = Stage()
+    with pytest.raises(StoreUnavailable), stage.circuit.calling():
+        stage.fail()
+        raise StoreUnavailable
+
+    stage.call()
+
+    assert stage.circuit.closed
 
 
 def test_looks_again_after_the_interval() -> None:

@@ -5,16 +5,16 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 from uuid import UUID
 
 import pytest
 
 from jobguard.errors import BadRow, StoreUnavailable
-from jobguard.job import Claim, Delivery, Ended, Outcome, Refusal, Refused, new_token
+from jobguard.job import Beat, Claim, Delivery, Ended, Outcome, Refusal, Refused, new_token
 from jobguard.session import WorkerSession
 from jobguard.settings import Settings
-from jobguard.store import LeaderStore
+from jobguard.store import BeatReply, HostStore, LeaderStore
 from jobguard.store.memory import MemoryLedger
 from jobguard.tracker import HostTracker
 from tests.support import eventually
@@ -97,6 +97,22 @@ class Worker:
         """Who holds a delivery."""
         page = self.leader.page(SOURCE.id, after=None, limit=999)
         return next((owed.claim_worker for owed in page if owed.token == of.token), None)
+
+
+class Beats:
+    """A store of beats that notes what was listed, whether or not Postgres is there."""
+
+    def __init__(self, inner: HostStore) -> None:
+        self._inner = inner
+        self.lists: list[set[UUID]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def beat(self, source: int, beat: Beat, *, namespace: str) -> BeatReply:
+        """Take a beat."""
+        self.lists.append(set(beat.claims))
+        return self._inner.beat(source, beat, namespace=namespace)
 
 
 def lead(ledger: MemoryLedger) -> tuple[LeaderStore, int]:
@@ -664,6 +680,24 @@ def test_it_beats_by_itself(lively: Worker) -> None:
     eventually(lambda: beat() > first + 2)
 
 
+def test_a_worker_introduces_itself_with_patience() -> None:
+    """A Postgres that is slow to accept the first beat has still heard of it when the session is open."""
+    worker = Worker()
+    tries = iter([StoreUnavailable(), StoreUnavailable()])
+
+    class Slow(Beats):
+        def beat(self, source: int, beat: Beat, *, namespace: str) -> BeatReply:
+            if error := next(tries, None):
+                raise error
+            return super().beat(source, beat, namespace=namespace)
+
+    worker.session._beat_store = cast(HostStore, Slow(worker.ledger.host()))
+    worker.session.open()
+
+    assert [row.id for row in worker.leader.workers(SOURCE.id)] == [worker.session.id]
+    worker.session.close()
+
+
 def test_it_flushes_by_itself(lively: Worker) -> None:
     """An open session commits ends without being told."""
     job = lively.owe()
@@ -697,15 +731,62 @@ def test_close_flushes_and_leaves() -> None:
     eventually(lambda: not any(thread.is_alive() for thread in worker.session._threads))
 
 
-def test_close_in_an_outage() -> None:
-    """close() while Postgres is away puts the ends into the spool and raises nothing."""
-    worker = Worker().begin()
-    claim = worker.run(worker.owe())
+@pytest.mark.parametrize("what", ["start", "end"])
+def test_what_postgres_missed_is_listed_at_once(what: str) -> None:
+    """A start or an end that Postgres did not take is on a beat's list long before the next is due."""
+    worker = Worker()
+    worker.session.open()
+    job = worker.owe()
+    claim = worker.run(job) if what == "end" else Claim(job.token, 0)
+    beats = Beats(worker.ledger.host())
+    worker.session._beat_store = cast(HostStore, beats)
+    with outage(worker.ledger):
+        if what == "start":
+            worker.run(job)
+        else:
+            worker.end(claim)
+            worker.session.flush()
+
+    eventually(lambda: {job.token} in beats.lists)
+    worker.session.close()
+
+
+def test_close_waits_for_postgres() -> None:
+    """A worker that ends during an outage reports what it ran when Postgres is back, then leaves."""
+    worker = Worker(retry_interval=0.01).begin()
+    worker.tracker.circuit._clock = time.monotonic
+    job = worker.owe()
+    claim = worker.run(job)
     with outage(worker.ledger):
         worker.end(claim)
-        worker.session.close()
+        worker.session.flush()
+        closing = threading.Thread(target=worker.session.close)
+        closing.start()
+        eventually(lambda: worker.session.closed)
+    closing.join(10)
+
+    assert worker.outcome(job) is Outcome.COMPLETED
+    assert [row.left for row in worker.leader.workers(SOURCE.id)] == [True]
+
+
+def test_no_goodbye_with_unwritten_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that cannot report what it ran falls silent: after a goodbye it would run at once."""
+    worker = Worker().begin()
+    worker.tracker._patience = 0.0
+    monkeypatch.setattr(worker.tracker._store, "probe", lambda: False)
+    job = worker.owe()
+    claim = worker.run(job)
+    with outage(worker.ledger):
+        worker.end(claim)
+        worker.session.flush()
+    worker.session.close()  # its beats reach Postgres again, but its ends do not
 
     assert len(worker.tracker.spool) == 1
+    assert [row.left for row in worker.leader.workers(SOURCE.id)] == [False]
+    monkeypatch.undo()
+    worker.back()
+    worker.tracker.close()
+    assert worker.outcome(job) is Outcome.COMPLETED
 
 
 def test_the_same_session_again_until_it_is_closed() -> None:

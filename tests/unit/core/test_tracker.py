@@ -51,6 +51,12 @@ class Store:
 
         return call
 
+    def probe(self) -> bool:
+        """Answer as the calls do; it is none."""
+        if self.error is not None:
+            raise self.error
+        return self._inner.probe()
+
     def close(self) -> None:
         """Let go, and note it."""
         self.closed = True
