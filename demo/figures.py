@@ -55,6 +55,11 @@ class Figures:
     recover_seconds: float | None
     seconds: float
 
+    @property
+    def promise_is_kept(self) -> bool:
+        """Whether nothing was lost, and nothing completed twice without excuse."""
+        return not (self.lost or self.duplicated)
+
     def public(self) -> dict[str, Any]:
         """Give what `--json` prints."""
         more = ("excused", "restart_seconds", "refused", "redis_kills")

@@ -8,6 +8,7 @@ written down as refused, and the producer tries again a moment later, as any pro
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import sys
 import time
@@ -27,6 +28,7 @@ REFUSED_PAUSE_SECONDS = 0.05
 
 def main(url: str, queue_name: str, jobs: str, seconds: str, *flags: str) -> None:
     """Enqueue."""
+    logging.basicConfig(format="%(asctime)s %(message)s")
     queue = rq.Queue(queue_name, connection=redis.Redis.from_url(url))
     if "--guarded" in flags:
         import jobguard  # not in the run without jobguard

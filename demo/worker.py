@@ -6,6 +6,7 @@ import as RQ itself: the demo starts workers often.
 
 from __future__ import annotations
 
+import logging
 import sys
 
 import redis
@@ -14,6 +15,7 @@ import rq
 
 def main(url: str, queue: str, *flags: str) -> None:
     """Work until told to stop, or until RQ gives up because Redis is gone."""
+    logging.basicConfig(format="%(asctime)s %(message)s")  # else nobody would see our warnings
     worker_class: type[rq.worker.BaseWorker] = rq.SimpleWorker
     if "--guarded" in flags:
         from jobguard.adapters.rq import SimpleWorker  # not in the run without jobguard

@@ -49,6 +49,7 @@ def test_a_quiet_run_has_lost_nothing() -> None:
     counted = figures(ledger(*done(1, 10.0), *done(2, 11.0)))
     assert (counted.enqueued, counted.executed, counted.lost) == (2, 2, 0)
     assert (counted.duplicated, counted.excused, counted.restarted) == (0, 0, 0)
+    assert counted.promise_is_kept
     assert counted.seconds == pytest.approx(1.1)
 
 
@@ -63,6 +64,7 @@ def test_a_promised_job_that_never_ended_is_lost() -> None:
         )
     )
     assert (counted.enqueued, counted.executed, counted.lost) == (3, 1, 2)
+    assert not counted.promise_is_kept
 
 
 def test_what_was_refused_is_not_lost() -> None:
@@ -95,6 +97,7 @@ def test_two_ends_are_a_duplicate() -> None:
         ledger(*done(1, 10.0), line("end", 1, 11.0), line("end", 1, 12.0), *done(2, 10.0))
     )
     assert (counted.executed, counted.duplicated) == (2, 1)
+    assert not counted.promise_is_kept
 
 
 @pytest.mark.parametrize(
