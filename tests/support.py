@@ -11,6 +11,14 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+PATIENT = {
+    "JOBGUARD_CONNECT_TIMEOUT": "10",
+    "JOBGUARD_CALL_TIMEOUT": "10",
+    "JOBGUARD_RECORD_TIMEOUT": "20",
+}
+"""For processes of a test that rehearses no outage of Postgres: a busy machine shall not look like one."""
+
+
 def eventually(
     predicate: Callable[[], T], timeout: float = 10.0, *, message: str | None = None
 ) -> T:

@@ -26,7 +26,7 @@ import rq
 from rq.worker_registration import REDIS_WORKER_KEYS
 
 from jobguard.servers import _die_with_parent
-from tests.support import eventually
+from tests.support import PATIENT, eventually
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -43,6 +43,7 @@ QUICK = {
     "JOBGUARD_WORKER_TIMEOUT": "4",
     "JOBGUARD_BEAT_INTERVAL": "1",
     "JOBGUARD_PUSH_DEADLINE": "1",
+    **PATIENT,
 }
 """The same rules as by default, sooner."""
 START = 30.0

@@ -21,7 +21,7 @@ from jobguard.pulse import parse_pulse, read_pulse
 from jobguard.servers import PostgresServer, RedisServer, _postgres_bin
 from tests.acceptance import roads
 from tests.acceptance.roads import QUEUE, Site, words
-from tests.support import eventually
+from tests.support import PATIENT, eventually
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 @pytest.fixture
 def site(tmp_path: Path, database: str, redis_url: str) -> Iterator[Site]:
     """Give a ledger and a Redis."""
-    made = Site(tmp_path, database, redis_url)
+    made = Site(tmp_path, database, redis_url, **PATIENT)
     yield made
     made.close()
 

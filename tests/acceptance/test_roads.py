@@ -17,7 +17,7 @@ from rq import Retry
 
 from tests.acceptance import roads
 from tests.acceptance.roads import BIN, QUEUE, Site, words
-from tests.support import eventually
+from tests.support import PATIENT, eventually
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,7 +31,7 @@ JOBGUARD = str(BIN / "jobguard")
 @pytest.fixture
 def site(tmp_path: Path, database: str, redis_url: str) -> Iterator[Site]:
     """Give a ledger and a Redis."""
-    made = Site(tmp_path, database, redis_url)
+    made = Site(tmp_path, database, redis_url, **PATIENT)
     yield made
     made.close()
 
