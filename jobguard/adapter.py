@@ -122,8 +122,18 @@ class Tracker(Protocol):
     ) -> bool:
         """Note a running job's progress; False if nobody heard it."""
 
+    def recovers(self, tokens: Sequence[UUID]) -> frozenset[UUID]:
+        """Which of these the leader brings back if their run was killed, or lost with its worker.
+
+        Of the others, and of all while nobody leads or ``recover_killed`` is off, the library's own
+        verdict stands.
+        """
+
     def open_session(self, *, name: str, queues: Sequence[str]) -> Session:
         """Begin to beat as a worker. One session a worker process; the same again is returned."""
+
+    def inherit_session(self, worker: UUID, *, name: str, queues: Sequence[str]) -> Session:
+        """Return the session of the worker that spawned this process: a forked child has it anyway."""
 
 
 class Session(Protocol):
@@ -148,6 +158,12 @@ class Session(Protocol):
 
     def release(self, claim: Claim) -> None:
         """A new delivery has taken this one's place by ``Delivery.parent``: nothing is left to report."""
+
+    def abandon(self, claim: Claim) -> None:
+        """The run was killed: give the claim up as a dead worker's, for the leader to take away."""
+
+    def outlive(self, claim: Claim) -> None:
+        """In a child that runs this claim for its worker: should the worker die, beat in its stead."""
 
     def flush(self) -> None:
         """Commit every end reported so far, or put it into the spool."""
@@ -176,6 +192,9 @@ class Broker(Protocol):
         They may have to wait before they go back, and the library's own recovery must not have given
         them up by then.
         """
+
+    def bury(self, page: Sequence[Owed]) -> None:
+        """Show these in the library as failed for good: their crash budget is spent."""
 
     def consumers(self) -> Mapping[str, frozenset[str]]:
         """The library's own names of the workers that Redis knows, by queue."""

@@ -67,6 +67,9 @@ EVENTS: Mapping[str, Event] = {
     # Working.
     "worker_started": Event(INFO, "a guarded worker begins"),  # worker, name, queues
     "worker_renewed": Event(WARNING, "this worker was declared dead and goes on anew"),  # worker
+    "worker_inherited": Event(
+        WARNING, "this worker's process is gone, and its child that runs a job beats for it"
+    ),  # worker, name
     "worker_left": Event(INFO, "a guarded worker said goodbye"),  # worker, name
     "start_skipped": Event(INFO, "a start was skipped"),  # job_id, queue, reason, outcome
     "start_unclaimed": Event(WARNING, "a job starts without a claim: Postgres is away"),  # job_id

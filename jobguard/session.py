@@ -5,7 +5,8 @@ that a beat never leaves out what this worker may be running, nor what it has ru
 
 Two threads: one beats, on a connection of its own that no breaker holds back, into Postgres and into
 Redis; one commits ends. A work-horse forked off the worker has neither; what it reports is written
-at once.
+at once. But it watches its worker: should that die, the horse runs on, and beats in its stead, so
+that the job is not started beside it.
 """
 
 from __future__ import annotations
@@ -49,6 +50,10 @@ _HOLD_BACK = 1.0
 """Ends younger than this are no news for a beat: the batch is about to be committed."""
 _STEP = 0.05
 """Seconds between two tries of a worker to introduce itself."""
+_LOOK_FOR_PARENT = 1.0
+"""Seconds between two looks of a work-horse whether its worker lives; asking costs a microsecond."""
+_HEIR = 1 << 40
+"""The beats of a worker's heir are counted from here: any of the worker's own is another number."""
 _BREATH = 0.25
 """Seconds between two beats at least, however much there is to tell."""
 
@@ -87,18 +92,24 @@ class WorkerSession:
     """The session of one worker process; see jobguard.adapter.Session."""
 
     def __init__(
-        self, tracker: Host, beat_store: HostStore, *, name: str, queues: Sequence[str]
+        self,
+        tracker: Host,
+        beat_store: HostStore,
+        *,
+        name: str,
+        queues: Sequence[str],
+        inherited: UUID | None = None,
     ) -> None:
-        self.id = new_token()
+        self.id = inherited or new_token()
         self.closed = False
         self._tracker = tracker
         self._settings = tracker.settings
         self._beat_store = beat_store
         self._name = name
         self._queues = tuple(queues)
-        self._pid = os.getpid()
+        self._pid = os.getpid() if inherited is None else os.getppid()
         self._lock = threading.Lock()
-        self._lock_pid = self._pid
+        self._lock_pid = os.getpid()
         self._listed: dict[UUID, int] = {}  # by how many starts of this process
         self._unclaimed: dict[UUID, UUID] = {}  # started while Postgres was away: token -> nonce
         self._pending: deque[End] = deque()
@@ -107,7 +118,7 @@ class WorkerSession:
         self._beat_now = threading.Event()
         self._stop = threading.Event()
         self._counter = 0
-        self._known = False
+        self._known = inherited is not None
         self._leader_live = False
         self._redis: redis.Redis | None = None
         self._pulse: tuple[UUID, int] | None = None  # as the last beat into Redis saw it
@@ -270,6 +281,12 @@ class WorkerSession:
         """Nothing is left to report of this delivery; see Session."""
         self._mine()
         self._unlist((claim.token,))
+
+    def abandon(self, claim: Claim) -> None:
+        """Give a claim up as a dead worker's; see Session."""
+        self._mine()
+        self._unlist((claim.token,))
+        self._beat_now.set()  # a claim that is not listed is nobody's
 
     def ended(self, ends: Sequence[End]) -> None:
         """These ends are in Postgres: they need not be listed any more."""
@@ -434,6 +451,28 @@ class WorkerSession:
                     self._late_claims()
             except Exception as error:
                 say("guest_failed", where="beats", error=str(error), exc_info=True)
+
+    def outlive(self, claim: Claim) -> None:
+        """Beat in the worker's stead if it dies before this child of it; see Session."""
+        self._mine()
+        name = "jobguard-heir"
+        threading.Thread(target=self._inherit, args=(claim,), name=name, daemon=True).start()
+
+    def _inherit(self, claim: Claim) -> None:
+        while os.getppid() == self._pid:
+            time.sleep(_LOOK_FOR_PARENT)
+        say("worker_inherited", worker=self.id, name=self._name)
+        self._redis = None  # its connection is the parent's
+        with self._lock:
+            self._listed = {claim.token: 1}
+            self._counter += _HEIR
+        self._tracker.replay()
+        while True:
+            try:
+                self.beat()
+            except Exception as error:
+                say("guest_failed", where="beats", error=str(error), exc_info=True)
+            time.sleep(self._settings.beat_interval)
 
     def close(self, *, running: bool = False) -> None:
         """Flush and say goodbye; see Session."""

@@ -76,6 +76,9 @@ class Settings:
     crash_backoff: tuple[float, ...] = _setting(
         (0.0, 30.0, 300.0), "waits before a job goes back after its 1st, 2nd, 3rd worker death"
     )
+    recover_killed: bool = _setting(
+        True, "a run that was killed, not failed, goes back within the crash budget"
+    )
     unexplained: Literal["restore", "hold"] = _setting(
         "restore", "what to do with a job that is absent without a known cause"
     )

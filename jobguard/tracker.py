@@ -330,6 +330,17 @@ class HostTracker:
             )
         )
 
+    def recovers(self, tokens: Sequence[UUID]) -> frozenset[UUID]:
+        """Which of these the leader brings back if their run was killed; see Tracker."""
+        if not (tokens and self.settings.recover_killed and self.settings.mode == "guard"):
+            return frozenset()
+        source = self.source
+        found = self._quietly(
+            "recovers",
+            lambda store: store.recoverable(source.id, tokens, namespace=source.namespace),
+        )
+        return found or frozenset()
+
     def _quietly(self, what: str, work: Callable[[HostStore], Any]) -> Any:
         try:
             return self.call(work)
@@ -349,6 +360,13 @@ class HostTracker:
         if self._session is None or not self._session.is_mine or self._session.closed:
             self._session = WorkerSession(self, self._make_store(), name=name, queues=queues)
             self._session.open()
+        return self._session
+
+    def inherit_session(self, worker: UUID, *, name: str, queues: Sequence[str]) -> WorkerSession:
+        """Speak for the worker that spawned this process; see Tracker."""
+        self._session = WorkerSession(
+            self, self._make_store(), name=name, queues=queues, inherited=worker
+        )
         return self._session
 
     def end(self, ends: Sequence[End]) -> Sequence[Ended]:

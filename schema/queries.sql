@@ -106,6 +106,12 @@ from (select set_config('synchronous_commit', 'off', true)) calm
 -- name: leave
 update jobguard.workers set left_at = now() where id = %(worker)s and left_at is null
 
+-- name: recoverable
+-- What a leader that is there will bring back.
+select j.token from jobguard.jobs j
+where j.source = %(source)s and j.token = any (%(tokens)b::uuid[])
+  and jobguard.led(%(namespace)s)
+
 -- name: heartbeat
 -- A running job's progress, in the name of its claim where one is given.
 update jobguard.running r

@@ -15,7 +15,7 @@ from redis.exceptions import NoScriptError, RedisError
 
 from jobguard.adapter import Source
 from jobguard.adapters.rq.envelope import Mode, UnknownEnvelope, decode
-from jobguard.adapters.rq.layout import FIELD, SPENT, Layout
+from jobguard.adapters.rq.layout import FIELD, KEPT, SPENT, Layout
 from jobguard.job import Owed, Presence, Restorable, Restored, Sighting
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ class RQBroker:
         self._presence = _Script(client, "presence.lua")
         self._restore = _Script(client, "restore.lua")
         self._abandon = _Script(client, "abandon.lua")
+        self._skip = _Script(client, "skip.lua")
         self._listed: set[tuple[str, str]] = set()
         """(queue, id) that the last look saw in a list; their hash may be gone all the same."""
 
@@ -100,6 +101,19 @@ class RQBroker:
         ]
         for batch in _chunks(calls, RESTORES_A_TRIP):
             self._abandon.run(batch)
+
+    def bury(self, page: Sequence[Owed]) -> None:
+        """Show these among RQ's failed jobs, where people look for them."""
+        self.abandon(page)
+        calls: list[tuple[list[Any], list[Any]]] = [
+            (
+                [*self._layout.ending(owed.job_id, owed.queue)],
+                [owed.job_id, owed.token.hex, "failed", *KEPT],
+            )
+            for owed in page
+        ]
+        for batch in _chunks(calls, RESTORES_A_TRIP):
+            self._skip.run(batch)
 
     def consumers(self) -> Mapping[str, frozenset[str]]:
         """RQ's own names of the workers that Redis knows, by queue."""

@@ -29,6 +29,8 @@ FIELD = "jg"
 ATTEMPT_FIELD = "jg_attempt"
 TASK_FIELD = "jg_task"
 SPENT = "!"
+KEPT = (500, 31_536_000)
+"""Seconds for which RQ keeps what has finished and what has failed, unless the job says otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,18 @@ class Layout:
     def executions(self, job_id: str) -> str:
         """Return the key of a job's running executions."""
         return f"{self.base}:executions:{job_id}"
+
+    def ending(self, job_id: str, name: str) -> list[str]:
+        """Return the keys by which RQ knows how a job ended: what skip.lua takes."""
+        intermediate = self.intermediate(name)
+        return [
+            self.job(job_id),
+            intermediate,
+            f"{intermediate}:first_seen:{job_id}",
+            self.wip(name),
+            f"{self.base}:finished:{name}",
+            f"{self.base}:failed:{name}",
+        ]
 
     def workers(self, name: str) -> str:
         """Return the key of the workers that listen to a queue."""

@@ -64,6 +64,18 @@ def tracker_for_job(job: Job) -> Tracker | None:
     return None
 
 
+def tracker_for_registry(registry: Any) -> Tracker | None:
+    """Return the tracker that guards the queue of one of RQ's registries."""
+    if not (known := trackers()):
+        return None
+    for tracker in _at(known, registry.connection):
+        layout = Layout.parse(tracker.source.prefix)
+        ours = layout.job_prefix == registry.job_class.redis_job_namespace_prefix
+        if ours and tracker.guards(registry.name):
+            return tracker
+    return None
+
+
 def tracker_for(worker: Any) -> Tracker | None:
     """Return the tracker of a worker's Redis, made from the environment if the process has none."""
     try:

@@ -16,13 +16,14 @@ from typing import Any
 
 from rq import worker as workers
 from rq.exceptions import ShutDownImminentException, StopRequested
+from rq.intermediate_queue import IntermediateQueue
 from rq.job import Job
 from rq.queue import Queue
-from rq.registry import FailedJobRegistry, ScheduledJobRegistry
+from rq.registry import FailedJobRegistry, ScheduledJobRegistry, StartedJobRegistry
 from rq.timeouts import BaseTimeoutException
 from rq.version import VERSION
 
-from jobguard.adapters.rq import intent, lives, producer, worker
+from jobguard.adapters.rq import intent, killed, lives, producer, worker
 from jobguard.errors import UnsupportedTarget, host_interrupts
 
 log = logging.getLogger("jobguard")
@@ -85,6 +86,8 @@ PRODUCER = (
         ("self", "job", "scheduled_datetime", "pipeline"),
     ),
     Target(FailedJobRegistry, "add", lives.add_to_failed, ("self", "job", "ttl")),
+    Target(StartedJobRegistry, "cleanup", killed.clean_started, ("self", "timestamp")),
+    Target(IntermediateQueue, "cleanup", killed.clean_intermediate, ("self", "worker", "queue")),
 )
 
 WORKER = (
@@ -103,6 +106,13 @@ WORKER = (
     Target(workers.SimpleWorker, "execute_job", worker.execute_job, _DONE),
     Target(workers.Worker, "execute_job", worker.execute_job, _DONE),
     Target(workers.Worker, "fork_work_horse", worker.fork_work_horse, _DONE),
+    Target(workers.Worker, "kill_horse", killed.kill_horse, ("self", "sig")),
+    Target(
+        workers.Worker,
+        "handle_work_horse_killed",
+        killed.handle_work_horse_killed,
+        ("self", "job"),
+    ),
 )
 
 # What RQ throws into a process by a signal; it may strike inside of our code.

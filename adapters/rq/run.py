@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 from uuid import UUID
 
@@ -36,6 +37,8 @@ class Run:
         self.job_id, self.queue, self.task = job_id, queue, task
         self.returned = False
         """The function returned; whatever fails from here on is not its fault."""
+        self.killed = False
+        """Its horse was killed, and nobody had asked for that."""
         self.outcome: Outcome | None = None
         self.told = False
         self._session = session
@@ -58,6 +61,12 @@ class Run:
     def end(self, outcome: Outcome, error: str | None = None) -> None:
         """Report how it ended, unless that is told already."""
         self._tell(outcome, error[-LONGEST_ERROR:] if error else None)
+
+    def abandon(self) -> None:
+        """Its horse was killed: whoever leads brings the job back, as a dead worker's."""
+        self.told = True
+        if self._session is not None:
+            self._session.abandon(self.claim)
 
     def let_go(self) -> None:
         """Stop to hold the claim: nobody knows how it ended, and Redis and the leader decide."""
@@ -102,9 +111,15 @@ class Run:
         if for_spawn:
             os.set_inheritable(self._writer, True)
             claim = self.claim
+            worker = self._session.id.hex if self._session is not None else ""
             os.environ[_VARIABLE] = json.dumps(
-                [claim.token.hex, claim.number, claim.crashes, self._writer, self.job_id]
+                [worker, claim.token.hex, claim.number, claim.crashes, self._writer, self.job_id]
             )
+
+    def outlive(self) -> None:
+        """In the horse: beat in the parent's stead, should it die."""
+        if self._session is not None:
+            self._session.outlive(self.claim)
 
     def close_writer(self) -> None:
         """In the parent, when the horse is made: the horse alone can write now."""
@@ -145,17 +160,22 @@ class Run:
         return True
 
     @classmethod
-    def inherited(cls, job_id: str, *, queue: str, task: str) -> Run | None:
-        """In a horse that was spawned, not forked: the run that its parent began."""
+    def inherited(
+        cls, session_of: Callable[[UUID], Session | None], job_id: str, *, queue: str, task: str
+    ) -> Run | None:
+        """In a horse that was spawned, not forked: the run that its parent began.
+
+        ``session_of`` makes the session of that parent, by its id.
+        """
         told = os.environ.pop(_VARIABLE, None)  # not for the children of the job
         if not told:
             return None
-        token, number, crashes, writer, theirs = json.loads(told)
+        worker, token, number, crashes, writer, theirs = json.loads(told)
         if theirs != job_id:
             return None
         claim = Claim(UUID(hex=token), number, crashes)
-        run = cls(None, claim, job_id=job_id, queue=queue, task=task)
-        run._writer = writer
+        run = cls(session_of(UUID(hex=worker)), claim, job_id=job_id, queue=queue, task=task)
+        run._pid, run._writer = 0, writer
         os.set_inheritable(writer, False)
         return run
 

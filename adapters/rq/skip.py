@@ -13,15 +13,13 @@ from typing import Any
 from rq.job import Job, JobStatus
 from rq.queue import Queue
 
-from jobguard.adapters.rq.layout import Layout
+from jobguard.adapters.rq.layout import KEPT, Layout
 from jobguard.adapters.rq.lookup import prefix_for
 from jobguard.errors import is_host_interrupt
 from jobguard.job import Outcome, Refusal, Refused
 
 log = logging.getLogger("jobguard")
 
-KEPT = 500
-"""Seconds for which RQ keeps what has finished, unless the job says otherwise."""
 _STATUS = {
     Outcome.COMPLETED: JobStatus.FINISHED,
     Outcome.FAILED: JobStatus.FAILED,
@@ -63,16 +61,8 @@ def _status(refused: Refused) -> JobStatus | None:
 
 def _put_right(worker: Any, job: Job, queue: Queue, token: str, status: JobStatus | None) -> None:
     layout = Layout.parse(prefix_for(queue, queue.job_class))
-    intermediate = layout.intermediate(queue.name)
     script = worker.connection.register_script(_SCRIPT)
     script(
-        keys=[
-            job.key,
-            intermediate,
-            f"{intermediate}:first_seen:{job.id}",
-            layout.wip(queue.name),
-            f"{layout.base}:finished:{queue.name}",
-            f"{layout.base}:failed:{queue.name}",
-        ],
-        args=[job.id, token, status.value if status is not None else "", KEPT],
+        keys=layout.ending(job.id, queue.name),
+        args=[job.id, token, status.value if status is not None else "", *KEPT],
     )

@@ -34,6 +34,7 @@ from jobguard.adapters.rq.deliveries import (
     token_of,
 )
 from jobguard.adapters.rq.envelope import Mode
+from jobguard.adapters.rq.killed import forget_orders, is_left_to_the_leader
 from jobguard.adapters.rq.layout import FIELD, SPENT
 from jobguard.adapters.rq.lookup import tracker_for, tracker_for_job
 from jobguard.adapters.rq.run import Run
@@ -134,6 +135,7 @@ def _with_pipe(original: Hook, *, for_spawn: bool) -> Hook:
         run = run_of(job)
         if run is None:
             return original(self, job, queue)
+        forget_orders(self)
         run.open_pipe(for_spawn=for_spawn)
         try:
             return original(self, job, queue)  # a forked horse never returns from here
@@ -144,14 +146,15 @@ def _with_pipe(original: Hook, *, for_spawn: bool) -> Hook:
 
 
 def main_work_horse(original: Hook) -> Hook:
-    """Worker.main_work_horse: a spawned horse finds the run that its parent began."""
+    """Worker.main_work_horse: the horse finds its run, and lives on should its parent die."""
 
     @wraps(original)
     def hook(self: Any, job: Job, queue: Queue) -> Any:
         try:
-            if run_of(job) is None:
-                set_run(job, Run.inherited(job.id, queue=queue.name, task=task_of(job)))
-                tracker_for(self)  # a fresh process: a retry will look for it
+            run = run_of(job) or _inherit(self, job, queue)
+            if run is not None:
+                set_run(job, run)
+                run.outlive()
         except Exception as error:
             if is_host_interrupt(error):
                 raise
@@ -250,15 +253,17 @@ def handle_job_failure(original: Hook) -> Hook:
     @wraps(original)
     def hook(self: Any, job: Job, *args: Any, **kwargs: Any) -> Any:
         run = run_of(job)
+        if run is not None:
+            run.drain()  # a killed horse may have told its end before
+        if is_left_to_the_leader(self, job):
+            return None
         if run is None:
             return original(self, job, *args, **kwargs)
-        run.drain()  # a killed horse may have told its end before
         if run.returned and isinstance(sys.exc_info()[1], BROKER_DOWN):
             run.end(Outcome.COMPLETED)
         result = original(self, job, *args, **kwargs)
         outcome = _given_up(job._status)
         if outcome is not None:
-            # The one place to know better: a killed horse may be a worker's death, not a failure.
             run.end(outcome, kwargs.get("exc_string") or _named(args))
         return result
 
@@ -291,6 +296,18 @@ def _open_session(worker: Any) -> Session | None:
     session: Session = tracker.open_session(name=worker.name, queues=worker.queue_names())
     worker.__dict__[_SESSION] = session
     return session
+
+
+def _inherit(worker: Any, job: Job, queue: Queue) -> Run | None:
+    """Return the run that the parent of this spawned horse began."""
+    tracker = tracker_for(worker)  # made here, in a fresh process, and also for what the job pushes
+
+    def session_of(parent: UUID) -> Session | None:
+        if tracker is None:
+            return None
+        return tracker.inherit_session(parent, name=worker.name, queues=worker.queue_names())
+
+    return Run.inherited(session_of, job.id, queue=queue.name, task=task_of(job))
 
 
 def _session_for(worker: Any, queue: Queue) -> Session | None:

@@ -275,6 +275,9 @@ class Looker:
         if not closings:
             return
         self._store.close_owed(term, self._source, closings)
+        buried = [owed for owed, _, decision in decided if decision.verdict is Verdict.BURY]
+        if buried and self._settings.mode == "guard":
+            self._broker.bury(buried)
         for owed, _, decision in decided:
             if decision.verdict is Verdict.BURY:
                 done.buried += 1

@@ -130,6 +130,11 @@ class HostStore(Protocol):
     def leave(self, worker: UUID) -> None:
         """Take a worker's goodbye."""
 
+    def recoverable(
+        self, source: int, tokens: Sequence[UUID], *, namespace: str
+    ) -> frozenset[UUID]:
+        """Which of these are owed while somebody leads; none if nobody does."""
+
     def heartbeat(
         self,
         source: int,

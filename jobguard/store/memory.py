@@ -530,6 +530,14 @@ class _Host:
             if row is not None and row.left_at is None:
                 row.left_at = now
 
+    def recoverable(
+        self, source: int, tokens: Sequence[UUID], *, namespace: str
+    ) -> frozenset[UUID]:
+        with self._tables.open() as now:
+            if not self._tables.led(namespace, now):
+                return frozenset()
+            return frozenset(token for token in tokens if (source, token) in self._tables.jobs)
+
     def heartbeat(
         self,
         source: int,

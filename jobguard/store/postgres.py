@@ -199,6 +199,16 @@ class PostgresStore:
         """Take a worker's goodbye; see HostStore."""
         self._db.execute(self._sql["leave"], {"worker": worker})
 
+    def recoverable(
+        self, source: int, tokens: Sequence[UUID], *, namespace: str
+    ) -> frozenset[UUID]:
+        """Which of these a leader will bring back; see HostStore."""
+        rows = self._db.execute(
+            self._sql["recoverable"],
+            {"source": source, "tokens": list(tokens), "namespace": namespace},
+        )
+        return frozenset(token for (token,) in rows)
+
     def heartbeat(
         self,
         source: int,

@@ -213,6 +213,11 @@ class Process:
                 member.kill()
         self._process.wait()
 
+    def kill_alone(self) -> None:
+        """SIGKILL the process alone: its children live on."""
+        self._process.kill()
+        self._process.wait()
+
     def terminate(self) -> None:
         """Send SIGTERM to the process alone, and do not wait."""
         self._process.terminate()

@@ -202,3 +202,75 @@ def test_a_job_that_kills_its_workers_is_buried_and_can_be_brought_back(
         assert rig.jobguard("dead", "list").stdout == "none\n"
     finally:
         rig.close()
+
+
+# Planted: the horse does not beat for its worker.
+def test_a_horse_that_outlives_its_worker_is_left_alone(rig: Rig) -> None:
+    """The parent alone is killed: the horse beats in its stead, ends its job, and nothing runs twice."""
+    reconciler = rig.reconciler()
+    worker = rig.worker(kind="fork")
+    rig.trust()
+    rig.queue().enqueue(f"{TASKS}.turns", "j", "end", "end", job_id="j")
+    eventually(lambda: rig.pids("j"))
+    beat = "select beat from jobguard.workers where pid = %s"
+
+    worker.kill_alone()
+    rig.worker()
+    beats = set()
+
+    def goes_on() -> bool:  # for two timeouts: a beat a second
+        beats.add(rig.ask(beat, worker.pid)[0][0])
+        return len(beats) > 2 * TIMEOUT
+
+    eventually(goes_on, 60)
+    rig.open("j", 1)
+    rig.nothing_is_owed()
+
+    assert rig.history("j") == [("completed", 1, 0)]
+    assert rig.runs("start") == rig.runs() == {"j": 1}
+    assert not reconciler.events("jobs_restored")
+
+
+# Planted: RQ's verdict stands.
+def test_a_killed_horse_is_no_failure(
+    tmp_path: Path, database: str, own_redis: RedisServer
+) -> None:
+    """What the kernel kills goes back within the crash budget, and only then RQ shows it as failed."""
+    rig = Rig(tmp_path, database, own_redis, JOBGUARD_CRASH_BACKOFF="0", JOBGUARD_CRASH_BUDGET="1")
+    try:
+        rig.reconciler()
+        worker = rig.worker(kind="fork")
+        rig.trust()
+        queue = rig.queue()
+        queue.enqueue(f"{TASKS}.kill_the_worker", "cured", job_id="cured")
+        queue.enqueue(f"{TASKS}.kill_the_worker", "sick", job_id="sick")
+        eventually(lambda: rig.pids("cured"))
+        Path(f"{rig.ledger}.cured.cured").touch()
+        rig.nothing_is_owed(60)
+
+        assert rig.history("cured") == [("completed", 2, 1)]
+        assert rig.history("sick") == [("dead", 2, 1)]
+        assert queue.failed_job_registry.get_job_ids() == ["sick"]
+        assert not worker.ended, "the worker itself goes on"
+    finally:
+        rig.close()
+
+
+def test_without_recovery_of_the_killed_rqs_verdict_stands(
+    tmp_path: Path, database: str, own_redis: RedisServer
+) -> None:
+    """recover_killed=False: a killed horse is RQ's failure, at once."""
+    rig = Rig(tmp_path, database, own_redis, JOBGUARD_RECOVER_KILLED="false")
+    try:
+        rig.reconciler()
+        rig.worker(kind="fork")
+        rig.trust()
+        queue = rig.queue()
+        queue.enqueue(f"{TASKS}.kill_the_worker", "j", job_id="j")
+        rig.nothing_is_owed()
+
+        assert rig.history("j") == [("failed", 1, 0)]
+        assert rig.runs("start") == {"j": 1}
+        assert queue.failed_job_registry.get_job_ids() == ["j"]
+    finally:
+        rig.close()

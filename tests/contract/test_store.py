@@ -142,6 +142,24 @@ def test_a_record_tells_whether_a_leader_leads(ledger: Contract) -> None:
     assert not ledger.record(delivery("f")).leader_live
 
 
+def test_what_a_leader_would_bring_back(ledger: Contract) -> None:
+    """What is owed, claimed or not, while somebody leads; nothing that ended or nobody recorded."""
+    worker = ledger.working()
+    waiting, claimed, ended = (ledger.recorded(name) for name in "abc")
+    worker.start(claimed.token)
+    worker.end(worker.start(ended.token))
+    tokens = [waiting.token, claimed.token, ended.token, new_token()]
+
+    def recoverable() -> frozenset[UUID]:
+        return ledger.store.recoverable(SOURCE, tokens, namespace=NAMESPACE)
+
+    assert recoverable() == frozenset()
+    assert ledger.leader.elect(lease=10) is not None
+    assert recoverable() == {waiting.token, claimed.token}
+    ledger.advance(11)
+    assert recoverable() == frozenset()
+
+
 def test_a_leader_of_another_namespace_does_not_count(ledger: Contract) -> None:
     """Each namespace has a leader of its own."""
     ledger.backend.leader("others", uuid4()).elect(lease=LONG)

@@ -65,6 +65,15 @@ class FakeSession:
         self.tracker.note("release", claim.token.hex)
         self.held.discard(claim.token)
 
+    def abandon(self, claim: Claim) -> None:
+        """Give it up as a dead worker's."""
+        self.tracker.note("abandon", claim.token.hex)
+        self.held.discard(claim.token)
+
+    def outlive(self, claim: Claim) -> None:
+        """Say that it was asked for."""
+        self.tracker.note("outlive", claim.token.hex)
+
     def flush(self) -> None:
         """Say that it was asked for."""
         self.tracker.note("flush")
@@ -97,6 +106,7 @@ class FakeTracker:
         self.sessions: list[FakeSession] = []
         self.in_doubt = False
         self.accepting = True
+        self.led = False
         self.refusing: set[str] = set()
         self.before_record: Callable[[], None] = lambda: None
 
@@ -209,8 +219,19 @@ class FakeTracker:
         """Hear a job's progress."""
         return True
 
+    def recovers(self, tokens: Sequence[UUID]) -> frozenset[UUID]:
+        """What is owed, if the test has somebody who leads."""
+        return frozenset(tokens) & self.owed.keys() if self.led else frozenset()
+
     def settle(self) -> None:
         """Have nothing that waits."""
+
+    def inherit_session(self, worker: UUID, *, name: str, queues: Sequence[str]) -> Session:
+        """Speak for the parent."""
+        self.note("inherit", worker.hex)
+        session = FakeSession(self, name, queues)
+        session.id = worker
+        return session
 
     def open_session(self, *, name: str, queues: Sequence[str]) -> Session:
         """Open."""

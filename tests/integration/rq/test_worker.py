@@ -21,7 +21,7 @@ from rq.scheduler import RQScheduler
 from rq.version import VERSION as VERSION_OF_RQ
 
 from jobguard import adapter
-from jobguard.adapters.rq.layout import SPENT
+from jobguard.adapters.rq.layout import KEPT, SPENT
 from jobguard.job import Outcome
 from tests.integration.rq import tasks
 from tests.integration.rq.fakes import FakeTracker, keyspace
@@ -315,7 +315,8 @@ class TestSkip:
 
         assert ran(ledger) == 0
         assert queue.connection.hget(job.key, "status") == status
-        assert 0 < queue.connection.ttl(job.key) <= 500
+        kept = KEPT[status == b"failed"]
+        assert kept - 60 < queue.connection.ttl(job.key) <= kept
         assert queue.connection.llen(queue.intermediate_queue_key) == 0
         assert not queue.job_ids
         assert not tracker.notes("end")

@@ -256,6 +256,8 @@ class FakeBroker:
     """Of these: those whose run was known to be a dead worker's."""
     abandoned: list[str] = field(default_factory=list)
     """Those whose run was taken out of the library's books."""
+    buried: list[str] = field(default_factory=list)
+    """Those that the library shows as failed for good."""
     before_restore: Callable[[], None] = lambda: None
 
     def put(self, given: Delivery, presence: Presence = Presence.WAITING) -> None:
@@ -301,6 +303,10 @@ class FakeBroker:
     def abandon(self, page: Sequence[Owed]) -> None:
         """Forget what the library believes of dead workers' runs."""
         self.abandoned += [owed.job_id for owed in page]
+
+    def bury(self, page: Sequence[Owed]) -> None:
+        """Show these as failed for good."""
+        self.buried += [owed.job_id for owed in page]
 
     def consumers(self) -> Mapping[str, frozenset[str]]:
         """Name the workers that the library knows; see Broker."""

@@ -397,6 +397,7 @@ def test_the_crash_budget() -> None:
     world.run(70)
 
     assert len(world.broker.pushed) == 3
+    assert world.broker.buried == ["job"]
 
 
 def test_the_crash_of_a_held_queue_waits() -> None:

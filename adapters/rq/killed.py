@@ -1,0 +1,150 @@
+"""Killed is not failed: the hooks on every way by which RQ gives up a run that nobody finished.
+
+RQ fails a job when its work-horse was killed (by the kernel, for want of memory), when its worker
+has not been heard of (``AbandonedJobError``), or when it stands in the intermediate list of a worker
+that is gone. All three are deaths of a worker: the job is still owed, and the leader puts it back
+within the crash budget. RQ's failure callbacks, its retries and its failed registry are for jobs
+that failed, and stay out of it.
+
+RQ's verdict stands where nobody else would judge: the job is not owed, nobody leads, or
+``recover_killed`` is off. A horse that was killed by order (a job far beyond its timeout, a stopped
+job, the command kill-horse) has failed, as RQ says.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from functools import wraps
+from typing import TYPE_CHECKING, Any, cast
+
+from rq.job import Job
+from rq.queue import Queue
+
+from jobguard.adapters.rq.deliveries import run_of, token_in, token_of
+from jobguard.adapters.rq.layout import FIELD
+from jobguard.adapters.rq.lookup import tracker_for_job, tracker_for_registry
+from jobguard.errors import is_host_interrupt
+
+if TYPE_CHECKING:
+    from uuid import UUID
+
+    from jobguard.adapter import Tracker
+
+log = logging.getLogger("jobguard")
+Hook = Callable[..., Any]
+
+_BY_ORDER = "_jobguard_by_order"
+_SWEEPING = "_jobguard_sweeping"
+_POSTPONED = 60
+"""Seconds for which RQ does not look at an abandoned run again: by then the leader has judged it."""
+
+
+def kill_horse(original: Hook) -> Hook:
+    """Worker.kill_horse: what RQ kills itself was not killed by accident."""
+
+    @wraps(original)
+    def hook(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self.__dict__[_BY_ORDER] = True
+        return original(self, *args, **kwargs)
+
+    return hook
+
+
+def forget_orders(worker: Any) -> None:
+    """A new horse begins, which nobody has asked to kill."""
+    worker.__dict__.pop(_BY_ORDER, None)
+
+
+def handle_work_horse_killed(original: Hook) -> Hook:
+    """Worker.handle_work_horse_killed: RQ has just found its horse dead."""
+
+    @wraps(original)
+    def hook(self: Any, job: Job, *args: Any, **kwargs: Any) -> Any:
+        run = run_of(job)
+        if run is not None:
+            run.killed = _BY_ORDER not in self.__dict__
+        return original(self, job, *args, **kwargs)
+
+    return hook
+
+
+def clean_intermediate(original: Hook) -> Hook:
+    """IntermediateQueue.cleanup: RQ's maintenance fails what it finds stuck there."""
+
+    @wraps(original)
+    def hook(self: Any, worker: Any, queue: Queue) -> Any:
+        worker.__dict__[_SWEEPING] = True
+        try:
+            return original(self, worker, queue)
+        finally:
+            worker.__dict__.pop(_SWEEPING, None)
+
+    return hook
+
+
+def is_left_to_the_leader(worker: Any, job: Job) -> bool:
+    """Whether a failure that RQ is about to write is a worker's death instead, and is dealt with."""
+    run = run_of(job)
+    if run is None and _SWEEPING not in worker.__dict__:
+        return False
+    if run is not None and (run.told or not run.killed):
+        return False
+    token = token_of(job) if run is None else run.claim.token
+    tracker = tracker_for_job(job)
+    if tracker is None or token is None or token not in tracker.recovers([token]):
+        return False
+    log.warning("job %s was killed, not failed: it goes back within its crash budget", job.id)
+    if run is not None:
+        run.abandon()
+    return True
+
+
+def clean_started(original: Hook) -> Hook:
+    """StartedJobRegistry.cleanup: RQ fails, or retries, the runs of workers it has not heard of."""
+
+    @wraps(original)
+    def hook(self: Any, timestamp: float | None = None, *args: Any, **kwargs: Any) -> Any:
+        try:
+            tracker = tracker_for_registry(self)
+            if tracker is not None:
+                _postpone(tracker, self, timestamp)
+        except Exception as error:
+            if is_host_interrupt(error):
+                raise
+            log.exception("jobguard could not look at the abandoned runs of queue %s", self.name)
+        return original(self, timestamp, *args, **kwargs)
+
+    return hook
+
+
+def _postpone(tracker: Tracker, registry: Any, timestamp: float | None) -> None:
+    """Have RQ pass by what the leader is going to judge; it sees the rest."""
+    now = time.time()
+    until = now if timestamp is None else timestamp
+    client = cast(Any, registry.connection)
+    entries: list[bytes] = client.zrangebyscore(registry.key, 0, until)
+    if not entries:
+        return
+    tokens = _tokens(registry, entries)
+    ours = tracker.recovers(list(tokens.values()))
+    later = {
+        entry: max(now, until) + _POSTPONED for entry, token in tokens.items() if token in ours
+    }
+    if later:
+        client.zadd(registry.key, later, xx=True)
+
+
+def _tokens(registry: Any, entries: list[bytes]) -> dict[bytes, UUID]:
+    """Return the tokens of the deliveries that these entries (``id:execution``) are runs of."""
+    with registry.connection.pipeline(transaction=False) as pipe:
+        for entry in entries:
+            job_id = entry.decode().rsplit(":", 1)[0]
+            pipe.hmget(registry.job_class.key_for(job_id), FIELD, "status")
+        hashes = pipe.execute()
+    found = {
+        entry: token_in(field, status)
+        for entry, (field, status) in zip(entries, hashes, strict=True)
+    }
+    return {entry: token for entry, token in found.items() if token is not None}
