@@ -196,6 +196,9 @@ class Broker(Protocol):
     def bury(self, page: Sequence[Owed]) -> None:
         """Show these in the library as failed for good: their crash budget is spent."""
 
+    def hide(self, page: Sequence[Owed]) -> None:
+        """Take back what a restore with ``running`` put back of these: they have ended meanwhile."""
+
     def consumers(self) -> Mapping[str, frozenset[str]]:
         """The library's own names of the workers that Redis knows, by queue."""
 

@@ -237,6 +237,25 @@ class Beat:
 
 
 @dataclass(frozen=True, slots=True)
+class Join:
+    """Jobs that one waits for and that the library has forgotten: the ledger knows how they ended."""
+
+    job_ids: Sequence[str] = ()
+    """Empty: all have ended where the library can see it, and it has not moved on all the same."""
+    failure_will_do: bool = False
+    """A job that failed counts as one that completed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fate:
+    """What the ledger knows of a job id."""
+
+    owed: bool = False
+    outcome: Outcome | None = None
+    """How it ended last, retries and repeats aside; None: no end is remembered."""
+
+
+@dataclass(frozen=True, slots=True)
 class Sighting:
     """What a look at Redis showed of one delivery."""
 
@@ -245,6 +264,10 @@ class Sighting:
     """What exactly was seen. A suspect is only acted on if this has not changed since."""
     other: UUID | None = None
     """With OVERWRITTEN: the token that stands there, if it is one of ours."""
+    bodiless: bool = False
+    """With ABSENT: the library has nothing of it at all."""
+    joins: Join | None = None
+    """With SCHEDULED: it waits for other jobs, and the library itself knows of none that is to come."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,6 +319,10 @@ class Restorable:
     """Older tokens of the same job that may stand in its place and are known to be superseded."""
     takeover: bool = False
     """The worker that ran it is dead: what Redis still says of that run does not count."""
+    running: bool = False
+    """A live worker runs it: put back what others must see of it, and push nothing."""
+    released: bool = False
+    """The jobs that it waits for have ended: it waits no longer."""
 
 
 class Restored(StrEnum):

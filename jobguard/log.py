@@ -136,6 +136,9 @@ EVENTS: Mapping[str, Event] = {
     ),  # queue, count
     "claims_voided": Event(WARNING, "claims of dead workers were taken away"),  # count
     "job_not_restored": Event(WARNING, "a job was not put back"),  # job_id, answer
+    "jobs_released": Event(
+        INFO, "jobs that waited in vain for others, which had ended, go on"
+    ),  # count
     "jobs_restored": Event(INFO, "jobs were put back"),  # source, count, cause, seconds
     "job_buried": Event(
         ERROR, "a job is dead: its crash budget is spent"

@@ -319,6 +319,15 @@ select distinct on (h.token) h.token, h.outcome::text from jobguard.history h
 where h.source = %(source)s and h.token = any (%(tokens)b::uuid[])
 order by h.token, h.ended_at
 
+-- name: fates
+-- Whether a job id is owed, and how it ended last: a delivery that another took the place of did not end it.
+select i.job_id,
+       exists (select from jobguard.jobs j where j.source = %(source)s and j.job_id = i.job_id),
+       (select h.outcome::text from jobguard.history h
+        where h.source = %(source)s and h.job_id = i.job_id and h.outcome <> 'superseded'
+        order by h.ended_at desc limit 1)
+from unnest(%(job_ids)b::text[]) i(job_id)
+
 -- name: restored
 with lease as (
   select from jobguard.leader where namespace = %(namespace)s and term = %(term)s for share

@@ -16,7 +16,7 @@ from redis.exceptions import NoScriptError, RedisError
 from jobguard.adapter import Source
 from jobguard.adapters.rq.envelope import Mode, UnknownEnvelope, decode
 from jobguard.adapters.rq.layout import FIELD, KEPT, SPENT, Layout
-from jobguard.job import Owed, Presence, Restorable, Restored, Sighting
+from jobguard.job import Join, Owed, Presence, Restorable, Restored, Sighting
 
 if TYPE_CHECKING:
     import redis
@@ -47,6 +47,7 @@ class RQBroker:
         self._restore = _Script(client, "restore.lua")
         self._abandon = _Script(client, "abandon.lua")
         self._skip = _Script(client, "skip.lua")
+        self._hide = _Script(client, "hide.lua")
         self._listed: set[tuple[str, str]] = set()
         """(queue, id) that the last look saw in a list; their hash may be gone all the same."""
 
@@ -115,6 +116,13 @@ class RQBroker:
         for batch in _chunks(calls, RESTORES_A_TRIP):
             self._skip.run(batch)
 
+    def hide(self, page: Sequence[Owed]) -> None:
+        """Delete the hashes of these if they still say started: nobody will write how they ended."""
+        calls: list[tuple[list[Any], list[Any]]] = [
+            ([self._layout.job(owed.job_id)], [owed.token.hex]) for owed in page
+        ]
+        self._hide.run(calls)
+
     def consumers(self) -> Mapping[str, frozenset[str]]:
         """RQ's own names of the workers that Redis knows, by queue."""
         prefix = self._layout.queue_prefix
@@ -137,17 +145,21 @@ class RQBroker:
             for name, keys in zip(names, members, strict=True)
         }
 
-    def _look(self, page: Sequence[Owed]) -> Iterator[tuple[str, str, str, str]]:
-        """Return of each: what its hash holds as token, status and time, and its place."""
+    def _look(self, page: Sequence[Owed]) -> Iterator[tuple[str, str, str, str, Join | None]]:
+        """Return of each: what its hash holds as token, status and time, its place, and its join."""
         for owed in _chunks(page, IDS_A_CALL):
             pairs = chain.from_iterable((one.job_id, one.queue) for one in owed)
             args = [self._layout.base, self._layout.job_prefix, *pairs]
             (answers,) = self._presence.run([([], args)])
             if isinstance(answers, RedisError):
                 raise answers
-            for answer in answers:
-                jg, status, enqueued_at, place = (part.decode(errors="replace") for part in answer)
-                yield jg, status, enqueued_at, place
+            for *told, place, lost, any_end in (_six(answer) for answer in answers):
+                jg, status, enqueued_at = (part.decode(errors="replace") for part in told)
+                join = None
+                if lost is not None:
+                    ids = tuple(parent.decode(errors="replace") for parent in lost)
+                    join = Join(ids, failure_will_do=bool(any_end))
+                yield jg, status, enqueued_at, place.decode(), join
 
     def _read_lists(self, queues: set[str]) -> dict[str, dict[str, str]]:
         """Return of each queue the ids in its lists, and in which.
@@ -205,7 +217,7 @@ class RQBroker:
             routing.rate_key,
             routing.rate_concurrency,
             int(routing.allow_failure),
-            int(delivery.takeover),
+            _known(delivery),
             int((queue, job_id) in self._listed),
             len(older),
             *older,
@@ -215,16 +227,35 @@ class RQBroker:
         ]
 
 
+def _known(delivery: Restorable) -> str:
+    """Return in restore.lua's word what is known of a delivery beside its envelope."""
+    if delivery.takeover:
+        return "takeover"
+    if delivery.running:
+        return "running"
+    return "released" if delivery.released else ""
+
+
 def _waits_in_front(mode: Mode, fields: Mapping[bytes, bytes]) -> bool:
     """Whether a deferred job goes to the front once its parents have ended: RQ asks its hash."""
     return mode is Mode.DEFERRED and fields.get(b"enqueue_at_front") == b"1"
 
 
+def _six(answer: list[Any]) -> list[Any]:
+    return answer if len(answer) == 6 else [*answer, None, None]
+
+
 def _sighting(
-    owed: Owed, jg: str, status: str, enqueued_at: str, place: str, lists: Mapping[str, str]
+    owed: Owed,
+    jg: str,
+    status: str,
+    enqueued_at: str,
+    place: str,
+    join: Join | None,
+    lists: Mapping[str, str],
 ) -> Sighting:
     if place == "missing":
-        return Sighting(Presence.ABSENT, "missing")
+        return Sighting(Presence.ABSENT, "missing", bodiless=True)
     ended = _ENDED.get(status)
     if jg.rstrip(SPENT) != owed.token.hex or (jg.endswith(SPENT) and ended is None):
         # An end that RQ wrote is one; another status since then is a new life by unguarded hands.
@@ -235,7 +266,7 @@ def _sighting(
     if place == "running":
         return Sighting(Presence.RUNNING, status)
     if place == "placed":
-        return Sighting(Presence.SCHEDULED, status)
+        return Sighting(Presence.SCHEDULED, status, joins=join)
     stands = lists.get(owed.job_id) if status == "queued" else None
     if stands == "list":
         return Sighting(Presence.WAITING, "list")

@@ -2,7 +2,9 @@
 --
 -- ARGV: 1 key base  2 job prefix, then of each delivery: id, queue
 -- Returns of each: {jg, status, enqueued_at, place}. place: 'missing' (no data), 'running' (a live
--- execution), 'placed' (in the zset that its status names), '' (else).
+-- execution), 'placed' (in the zset that its status names), '' (else). What is placed and waits for
+-- jobs none of which is to end here any more has two members more: those of them that Redis does not
+-- know, and whether one that failed will do.
 local base, jobs = ARGV[1], ARGV[2]
 local now = redis.call('TIME')[1]
 local answers = {}
@@ -24,11 +26,33 @@ local function place(id, queue, key, status)
   return zset and redis.call('ZSCORE', zset, id) and 'placed' or ''
 end
 
+-- The parents that Redis has forgotten; nil if one of the others has still to end, or ended in vain.
+local function forgotten(key, any_end)
+  local lost = {}
+  local listed = redis.call('HGET', key, 'dependency_ids')
+  local ok, parents = pcall(cjson.decode, listed or '[]')
+  if not ok or type(parents) ~= 'table' then return nil end
+  for _, parent in ipairs(parents) do
+    local status = redis.call('HGET', jobs .. parent, 'status')
+    if redis.call('HSTRLEN', jobs .. parent, 'data') == 0 then
+      lost[#lost + 1] = parent
+    elseif status ~= 'finished' and not (status == 'failed' and any_end) then
+      return nil
+    end
+  end
+  return lost
+end
+
 for i = 3, #ARGV, 2 do
   local key = jobs .. ARGV[i]
   local hash = redis.call('HMGET', key, 'jg', 'status', 'enqueued_at')
   local status = hash[2] or ''
-  answers[#answers + 1] =
-    { hash[1] or '', status, hash[3] or '', place(ARGV[i], ARGV[i + 1], key, status) }
+  local answer = { hash[1] or '', status, hash[3] or '', place(ARGV[i], ARGV[i + 1], key, status) }
+  if status == 'deferred' and answer[4] == 'placed' then
+    local any_end = redis.call('HGET', key, 'allow_dependency_failures') == '1'
+    local lost = forgotten(key, any_end)
+    if lost then answer[5], answer[6] = lost, any_end and 1 or 0 end
+  end
+  answers[#answers + 1] = answer
 end
 return answers

@@ -3,14 +3,16 @@
 -- KEYS: 1 job hash  2 queue list  3 intermediate list  4 queues set  5 wip zset  6 executions zset
 -- ARGV: 1 deadline in Redis' time  2 id  3 token in hex  4 mode  5 at front  6 score
 --       7 expires at (ms; '' never)  8 key base  9 job prefix  10 queue prefix  11 queue
---       12 group  13 rate key  14 rate concurrency  15 a failed parent will do  16 takeover
+--       12 group  13 rate key  14 rate concurrency  15 a failed parent will do
+--       16 what is known: 'takeover' (its worker is dead), 'running' (a live worker has it: its hash
+--          alone, for others to see), 'released' (its parents have ended), or ''
 --       17 the id may stand in a list though its hash is gone
 --       18 number of older tokens that may be replaced, then these
 --       then number of parents, then these; then the fields and values of the hash
 -- Returns restored, present, changed, expired or too_late.
 local id, token, mode = ARGV[2], ARGV[3], ARGV[4]
 local base, jobs, queue = ARGV[8], ARGV[9], ARGV[11]
-local takeover = ARGV[16] == '1'
+local takeover, released = ARGV[16] == 'takeover', ARGV[16] == 'released'
 
 local time = redis.call('TIME')
 local now = tonumber(time[1])
@@ -93,14 +95,22 @@ local function unmet()
   return waiting
 end
 
+-- As RQ moves on what waited: out of its parents' sets, which RQ watches when it does the same.
+local function go_on()
+  for _, parent in ipairs(parents) do redis.call('SREM', jobs .. parent .. ':dependents', id) end
+  redis.call('ZREM', zset('deferred'), id)
+  if ARGV[13] ~= '' then return wait_for_slot() end
+  return wait_in_line()
+end
+
 local function put(status)
   redis.call('SADD', KEYS[4], ARGV[10] .. queue)
   if status == 'scheduled' then
     redis.call('HSET', KEYS[1], 'status', 'scheduled')
     redis.call('ZADD', zset('scheduled'), ARGV[6], id)
   elseif status == 'deferred' then
-    local waiting = unmet()
-    if #waiting == 0 then return wait_in_line() end
+    local waiting = released and {} or unmet()
+    if #waiting == 0 then return go_on() end
     local own = jobs .. ':' .. id .. ':dependencies'
     for _, parent in ipairs(waiting) do
       redis.call('SADD', jobs .. parent .. ':dependents', id)
@@ -124,7 +134,12 @@ if redis.call('HSTRLEN', KEYS[1], 'data') > 0 then
     if status == 'finished' or status == 'failed' or status == 'stopped' or status == 'canceled' then
       return 'present'
     end
+    if ARGV[16] == 'running' then return 'present' end
     if takeover then forget_runs() elseif is_running() then return 'present' end
+    if released and status == 'deferred' then
+      go_on()
+      return 'restored'
+    end
     if status == 'queued' and redis.call('LPOS', KEYS[2], id) then return 'present' end
     if status ~= 'queued' and status ~= 'started' and redis.call('ZSCORE', zset(status), id) then
       return 'present'
@@ -157,10 +172,16 @@ if redis.call('HSTRLEN', KEYS[1], 'data') > 0 then
   forget_places()
 elseif takeover then
   forget_runs()
-elseif is_running() then
+elseif ARGV[16] ~= 'running' and is_running() then
   return 'present'
 end
 
+if ARGV[16] == 'running' then
+  redis.call('DEL', KEYS[1])
+  for i = at, #ARGV, 2 do redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1]) end
+  redis.call('HSET', KEYS[1], 'status', 'started')
+  return 'restored'
+end
 if ARGV[7] ~= '' and tonumber(ARGV[7]) <= now * 1000 then return 'expired' end
 if ARGV[17] == '1' or redis.call('LLEN', KEYS[2]) <= 256 then
   redis.call('LREM', KEYS[2], 0, id)

@@ -7,9 +7,11 @@ fell asleep between the look and the push does neither.
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from uuid import UUID
 
 import redis
@@ -17,6 +19,7 @@ import redis
 from jobguard.adapter import Broker
 from jobguard.job import Cause, Outcome, Owed, Presence, Restored, Sighting
 from jobguard.log import say
+from jobguard.reconciler.joins import Joins
 from jobguard.reconciler.limiter import TokenBucket, round_robin
 from jobguard.reconciler.verdict import Case, Decision, Holder, Verdict, decide
 from jobguard.settings import Settings
@@ -51,6 +54,8 @@ class Done:
     absent: int = 0
     restored: Counter[Cause] = field(default_factory=Counter)
     requeued: int = 0
+    released: int = 0
+    """Waited in vain for jobs that had ended."""
     closed: Counter[Outcome] = field(default_factory=Counter)
     buried: int = 0
     held: int = 0
@@ -72,6 +77,7 @@ class Done:
         self.absent += other.absent
         self.restored.update(other.restored)
         self.requeued += other.requeued
+        self.released += other.released
         self.closed.update(other.closed)
         self.buried += other.buried
         self.held += other.held
@@ -90,6 +96,7 @@ class Done:
             "absent": self.absent,
             "restored": self.restored.total(),
             "requeued": self.requeued,
+            "released": self.released,
             "closed": self.closed.total(),
             "buried": self.buried,
             "held": self.held,
@@ -121,6 +128,7 @@ class Looker:
         store: LeaderStore,
         source: int,
         settings: Settings,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._client = client
         self._broker = broker
@@ -128,6 +136,13 @@ class Looker:
         self._source = source
         self._settings = settings
         self._observed = 0
+        self._joins = Joins(
+            partial(store.fates, source),
+            grace=settings.grace,
+            patience=settings.sweep_interval,
+            clock=clock,
+        )
+        self._shown: dict[UUID, Owed] = {}  # what runs, and was put back for others to see
         # A million lost jobs must not delay one killed worker's.
         self._losses = TokenBucket(settings.recovery_rate)
         self._repairs = TokenBucket(settings.repair_rate)
@@ -155,6 +170,8 @@ class Looker:
         self._note(term, decided, now, done)
         self._close(term, decided, done)
         self._void(term, decided, done)
+        self._show_running(decided, now, deadline)
+        self._release(term, decided, now, deadline, done)
         lost = [
             (owed, self._cause(owed, now))
             for owed, _, decision in decided
@@ -313,6 +330,76 @@ class Looker:
             return 0.0
         waits = self._settings.crash_backoff
         return waits[min(owed.crashes, len(waits) - 1)]
+
+    def _show_running(
+        self,
+        decided: Sequence[tuple[Owed, Sighting, Decision]],
+        now: Circumstances,
+        deadline: float,
+    ) -> None:
+        """Put back what a loss took of jobs that run: those that wait for them look for it.
+
+        Before anything that waits is put back, for that is seen absent a grace later.
+        """
+        if self._settings.mode == "observe":
+            return
+        hidden = {
+            owed.token: owed
+            for owed, seen, _ in decided
+            if seen.bodiless
+            and owed.claim_live
+            and not now.holds(owed.queue)
+            and self._cause(owed, now) in _LOSSES
+        }
+        if hidden:
+            envelopes = self._store.envelopes(self._source, list(hidden))
+            running = [replace(restorable, running=True) for restorable in envelopes]
+            answers = self._broker.restore(running, deadline=deadline)
+            self._shown.update(
+                (token, hidden[token])
+                for token, answer in answers.items()
+                if answer is Restored.RESTORED
+            )
+
+    @property
+    def has_joins_to_see_again(self) -> bool:
+        """Whether something waits in vain, as far as one look can tell."""
+        return self._joins.pending
+
+    def hide_ended(self) -> None:
+        """Take back what was put back of jobs that have ended before the library could see it."""
+        if self._shown:
+            ended = self._store.tombstones(self._source, list(self._shown))
+            over = [self._shown.pop(token) for token in ended]
+            if over:
+                self._broker.hide(over)
+
+    def _release(
+        self,
+        term: int,
+        decided: Sequence[tuple[Owed, Sighting, Decision]],
+        now: Circumstances,
+        deadline: float,
+        done: Done,
+    ) -> None:
+        """Let go on what waits in vain for jobs that have ended."""
+        page = [(owed, seen) for owed, seen, _ in decided if not now.holds(owed.queue)]
+        vain = self._joins.over(page, judgeable=now.judgeable)
+        if not vain:
+            return
+        if self._settings.mode == "observe":
+            done.observed += len(vain)
+            return
+        ready = [
+            replace(restorable, released=True)
+            for restorable in self._store.envelopes(self._source, vain)
+        ]
+        answers = self._broker.restore(ready, deadline=deadline)
+        released = [token for token, answer in answers.items() if answer is Restored.RESTORED]
+        self._store.restored(term, self._source, released)
+        done.released += len(released)
+        if released:
+            say("jobs_released", count=len(released))
 
     def _brake(
         self, lost: list[tuple[Owed, Cause]], now: Circumstances, done: Done

@@ -76,7 +76,7 @@ class Watch:
         self._place = Place(
             self._workers, store, source.id, source.address, named=named, clock=clock
         )
-        self._looker = Looker(client, broker, store, source.id, settings)
+        self._looker = Looker(client, broker, store, source.id, settings, clock)
         self._auto = AutomaticHold(count=settings.brake_count, share=settings.brake_share)
         self._counted: set[UUID] = set()  # unexplained absences that the brake knows of
         self._released: dict[str, float] = {}  # queue -> when a person last said resume
@@ -129,6 +129,7 @@ class Watch:
             and self._workers.polled
             and not self._workers.may_be_dead()
             and not self._pending
+            and not self._looker.has_joins_to_see_again
         )
 
     # -- one step ----------------------------------------------------------------------------------
@@ -191,6 +192,7 @@ class Watch:
         if now < self._due.get("consumers", 0.0):
             return
         self._due["consumers"] = now + _CONSUMERS
+        self._looker.hide_ended()
         self._owed = self._store.count(self.source.id)
         changed = self._trust.observe(
             self._store.now(),
@@ -352,7 +354,9 @@ class Watch:
             self._lap.running = False
             self._lap.after = None
             self._laps_done += 1
-            self._due["lap"] = self._lap.began + self._settings.sweep_interval
+            again = self._looker.has_joins_to_see_again
+            wait = self._settings.grace if again else self._settings.sweep_interval
+            self._due["lap"] = self._lap.began + min(wait, self._settings.sweep_interval)
             self._due["watched"] = 0.0
         else:
             self._lap.after = page[-1].token

@@ -18,6 +18,7 @@ from jobguard.job import (
     Delivery,
     End,
     Ended,
+    Fate,
     Outcome,
     Owed,
     Recorded,
@@ -315,6 +316,9 @@ class LeaderStore(Protocol):
 
     def tombstones(self, source: int, tokens: Sequence[UUID]) -> Mapping[UUID, Outcome]:
         """Which of these have ended, and how."""
+
+    def fates(self, source: int, job_ids: Sequence[str]) -> Mapping[str, Fate]:
+        """What is known of each of these job ids."""
 
     def restored(self, term: int, source: int, tokens: Sequence[UUID]) -> None:
         """These were put back: count it, and suspect them no longer."""

@@ -13,7 +13,7 @@ from typing import Any
 from uuid import UUID
 
 from jobguard.errors import NoRights, NotLeading
-from jobguard.job import Cause, Outcome, Owed, Restorable, token_at
+from jobguard.job import Cause, Fate, Outcome, Owed, Restorable, token_at
 from jobguard.schema import statements
 from jobguard.settings import Settings
 from jobguard.store import (
@@ -240,6 +240,14 @@ class PostgresLeaderStore:
             return {}
         rows = self._ask("tombstones", source=source, tokens=list(tokens))
         return {token: Outcome(outcome) for token, outcome in rows}
+
+    def fates(self, source: int, job_ids: Sequence[str]) -> Mapping[str, Fate]:
+        """What is known of each of these job ids; see LeaderStore."""
+        rows = self._ask("fates", source=source, job_ids=list(job_ids))
+        return {
+            job_id: Fate(owed, Outcome(outcome) if outcome else None)
+            for job_id, owed, outcome in rows
+        }
 
     def restored(self, term: int, source: int, tokens: Sequence[UUID]) -> None:
         """These were put back; see LeaderStore."""

@@ -31,6 +31,7 @@ from jobguard.job import (
     Delivery,
     End,
     Ended,
+    Fate,
     Outcome,
     Owed,
     Parent,
@@ -839,6 +840,23 @@ class _Leader:
         with self._tables.open():
             found = {token: self._tables.history.get((source, token)) for token in tokens}
             return {token: stone.outcome for token, stone in found.items() if stone is not None}
+
+    def fates(self, source: int, job_ids: Sequence[str]) -> Mapping[str, Fate]:
+        with self._tables.open():
+            owed = {
+                self._tables.jobs[key].delivery.job_id
+                for key in self._tables.of_job(source, job_ids)
+            }
+            stones = sorted(
+                (
+                    stone
+                    for (owner, _), stone in self._tables.history.items()
+                    if owner == source and stone.outcome is not Outcome.SUPERSEDED
+                ),
+                key=lambda stone: stone.ended_at,
+            )
+            last = {stone.job_id: stone.outcome for stone in stones}
+            return {job_id: Fate(job_id in owed, last.get(job_id)) for job_id in job_ids}
 
     def restored(self, term: int, source: int, tokens: Sequence[UUID]) -> None:
         with self._leading(term):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from jobguard.servers import RedisServer
-from tests.acceptance.rig import Rig
+from tests.acceptance.rig import TASKS, Rig
 from tests.support import eventually
 
 
@@ -242,3 +242,65 @@ def test_one_pass_is_enough_after_a_loss(rig: Rig) -> None:
     assert (counts["leads"], counts["restored"]) == (True, 200)
     assert rig.waiting() == labels
     assert rig.leader() is None
+
+
+# Planted: nothing is released.
+def test_a_child_goes_on_when_its_parent_ended_unseen(
+    tmp_path: Path, database: str, own_redis: RedisServer
+) -> None:
+    """Redis dies while a parent runs and comes back empty: what the ledger knows lets the child go."""
+    rig = Rig(tmp_path, database, own_redis, JOBGUARD_GRACE="1", JOBGUARD_SWEEP_INTERVAL="2")
+    try:
+        rig.reconciler()
+        workers = [rig.worker()]
+        rig.trust()
+        queue = rig.queue()
+        parent = queue.enqueue(f"{TASKS}.turns", "parent", "end", job_id="parent")
+        queue.enqueue(f"{TASKS}.work", "child", depends_on=parent, job_id="child")
+        eventually(lambda: rig.pids("parent"))
+        own_redis.kill()
+        rig.open("parent", 1)
+        eventually(lambda: rig.history("parent"))
+        own_redis.start()
+
+        def child_ended() -> bool:
+            rig.tend(workers)
+            return bool(rig.runs()["child"])
+
+        eventually(child_ended, 60)
+        rig.nothing_is_owed()
+        assert rig.runs("start") == rig.runs() == {"parent": 1, "child": 1}
+    finally:
+        rig.close()
+
+
+# Planted: the running parents are not shown (RQ takes a parent that it cannot find for one that ended).
+def test_a_child_waits_for_a_running_parent_that_redis_forgot(rig: Rig) -> None:
+    """After a FLUSHALL its running parents are in Redis again before it, and it waits for both."""
+    rig.reconciler()
+    for number in (1, 2):
+        rig.worker(f"parents-{number}")
+    rig.worker("children")
+    rig.trust("parents-1", "parents-2", "children")
+    parents = [
+        rig.queue(f"parents-{n}").enqueue(f"{TASKS}.turns", f"p{n}", "end", job_id=f"p{n}")
+        for n in (1, 2)
+    ]
+    rig.queue("children").enqueue(f"{TASKS}.work", "child", depends_on=parents, job_id="child")
+    eventually(lambda: rig.pids("p1") and rig.pids("p2"))
+
+    rig.redis.flushall()
+    eventually(lambda: rig.redis.hget("rq:job:child", "status") == b"deferred", 30)
+    assert rig.redis.hget("rq:job:p1", "status") == rig.redis.hget("rq:job:p2", "status")
+    assert rig.redis.hget("rq:job:p1", "status") == b"started"
+    rig.open("p1", 1)
+    eventually(lambda: rig.history("p1"))
+    eventually(lambda: rig.redis.hget("rq:job:p1", "status") == b"finished")
+    assert rig.redis.hget("rq:job:child", "status") == b"deferred"
+    rig.open("p2", 1)
+    rig.all_ended(["child"])
+    rig.nothing_is_owed()
+
+    assert rig.runs("start") == {"p1": 1, "p2": 1, "child": 1}
+    assert rig.history("p1") == rig.history("p2") == [("completed", 1, 0)]
+    assert rig.history("child")[-1] == ("completed", 1, 0)

@@ -16,6 +16,7 @@ from jobguard.job import (
     Delivery,
     End,
     Ended,
+    Fate,
     Outcome,
     Parent,
     Refusal,
@@ -158,6 +159,27 @@ def test_what_a_leader_would_bring_back(ledger: Contract) -> None:
     assert recoverable() == {waiting.token, claimed.token}
     ledger.advance(11)
     assert recoverable() == frozenset()
+
+
+def test_the_fate_of_a_job_id(ledger: Contract) -> None:
+    """Whether it is owed, and how its last life ended; a retry on the way there is no end."""
+    worker = ledger.working()
+    first = worker.start(ledger.recorded("retried").token)
+    retry = retry_of(first, "retried")
+    assert not ledger.record(retry).refused
+    assert ledger.leader.fates(SOURCE, ["retried"]) == {"retried": Fate(owed=True)}
+    worker.end(worker.start(retry.token), job_id="retried")
+    for outcome in (Outcome.FAILED, Outcome.COMPLETED):
+        worker.end(worker.start(ledger.recorded("again").token), outcome, job_id="again")
+        ledger.advance(1)
+    ledger.recorded("again")
+
+    assert ledger.leader.fates(SOURCE, ["retried", "again", "never"]) == {
+        "retried": Fate(outcome=Outcome.COMPLETED),
+        "again": Fate(owed=True, outcome=Outcome.COMPLETED),
+        "never": Fate(),
+    }
+    assert ledger.leader.fates(SOURCE + 1, ["again"]) == {"again": Fate()}
 
 
 def test_a_leader_of_another_namespace_does_not_count(ledger: Contract) -> None:

@@ -17,7 +17,7 @@ from rq.version import VERSION as VERSION_OF_RQ
 from jobguard.adapters.rq import broker as broker_module
 from jobguard.adapters.rq.broker import RQBroker
 from jobguard.adapters.rq.envelope import decode
-from jobguard.job import Delivery, Owed, Presence, Restorable, Restored, Sighting, new_token
+from jobguard.job import Delivery, Join, Owed, Presence, Restorable, Restored, Sighting, new_token
 from tests.integration.rq import tasks
 from tests.integration.rq.fakes import FakeTracker, keyspace, ttls
 
@@ -249,9 +249,12 @@ class TestPresence:
         """Gone, or only a ghost without data."""
         job = queue.enqueue(tasks.add, 1)
         client.delete(job.key)
-        assert look(broker, tracker.recorded[0]) == Sighting(Presence.ABSENT, "missing")
+        missing = Sighting(Presence.ABSENT, "missing", bodiless=True)
+        assert look(broker, tracker.recorded[0]) == missing
         client.hset(job.key, "last_heartbeat", "now")
-        assert look(broker, tracker.recorded[0]) == Sighting(Presence.ABSENT, "missing")
+        assert look(broker, tracker.recorded[0]) == Sighting(
+            Presence.ABSENT, "missing", bodiless=True
+        )
 
     def test_stranded(
         self, queue: Queue, tracker: FakeTracker, broker: RQBroker, client: redis.Redis
@@ -325,6 +328,55 @@ class TestPresence:
 
         assert look(broker, tracker.recorded[0]).presence is Presence.OVERWRITTEN
         assert restore(broker, lost(tracker.recorded[0])) == [Restored.CHANGED]
+
+
+class TestJoins:
+    """What a child waits for, and whether Redis still knows of it."""
+
+    @pytest.fixture
+    def child(self, queue: Queue, tracker: FakeTracker) -> Delivery:
+        """Give a child of two parents."""
+        parents = [queue.enqueue(tasks.add, 1, job_id=job_id) for job_id in ("p1", "p2")]
+        queue.enqueue(tasks.add, 1, depends_on=parents, job_id="child")
+        return tracker.recorded[2]
+
+    def test_waits_rightly(self, child: Delivery, broker: RQBroker, client: redis.Redis) -> None:
+        """A parent that Redis has and that has not ended holds the child, whatever else is lost."""
+        assert look(broker, child) == Sighting(Presence.SCHEDULED, "deferred")
+        client.delete("rq:job:p1")
+        assert look(broker, child).joins is None
+
+    def test_forgotten_parents(
+        self, child: Delivery, broker: RQBroker, client: redis.Redis
+    ) -> None:
+        """Those that Redis has not are for the ledger to know; those that finished are done."""
+        client.delete("rq:job:p1")
+        client.hset("rq:job:p2", "status", "finished")
+        assert look(broker, child).joins == Join(("p1",))
+        client.hset("rq:job:p1", "last_heartbeat", "a ghost")
+        assert look(broker, child).joins == Join(("p1",))
+        client.delete("rq:job:p2")
+        assert look(broker, child).joins == Join(("p1", "p2"))
+
+    @pytest.mark.parametrize("status", ["finished", "failed", "canceled", "stopped"])
+    @pytest.mark.parametrize("any_end", [False, True])
+    def test_ended_parents(
+        self,
+        status: str,
+        any_end: bool,
+        queue: Queue,
+        tracker: FakeTracker,
+        broker: RQBroker,
+        client: redis.Redis,
+    ) -> None:
+        """A child that RQ has not moved although it could is seen; RQ's rule says when it could."""
+        parent = queue.enqueue(tasks.add, 1, job_id="parent")
+        queue.enqueue(tasks.add, 1, depends_on=Dependency([parent], allow_failure=any_end))
+        client.hset("rq:job:parent", "status", status)
+
+        could = status == "finished" or (status == "failed" and any_end)
+        expected = Join((), failure_will_do=any_end) if could else None
+        assert look(broker, tracker.recorded[1]).joins == expected
 
 
 class TestRestore:
@@ -490,6 +542,73 @@ class TestRestore:
 
         assert restore(broker, lost(tracker.recorded[1])) == [Restored.RESTORED]
         assert "child" in queue.job_ids
+
+    def test_a_running_job_is_seen(
+        self, queue: Queue, tracker: FakeTracker, broker: RQBroker, client: redis.Redis
+    ) -> None:
+        """What a live worker runs has a hash again that says so, and stands in no list."""
+        job = queue.enqueue(tasks.add, 1)
+        client.flushdb()
+        running = lost(tracker.recorded[0], running=True)
+
+        assert look(broker, tracker.recorded[0]).bodiless
+        assert restore(broker, running) == [Restored.RESTORED]
+        assert job.get_status() == "started"
+        assert (queue.job_ids, client.ttl(job.key)) == ([], -1)
+        assert restore(broker, running) == [Restored.PRESENT]
+        assert not look(broker, tracker.recorded[0]).bodiless
+
+    @pytest.mark.parametrize("status", ["started", "finished"])
+    def test_a_running_job_that_ended_unseen(
+        self,
+        status: str,
+        queue: Queue,
+        tracker: FakeTracker,
+        broker: RQBroker,
+        client: redis.Redis,
+    ) -> None:
+        """Its hash goes again, unless its worker has written the last word itself."""
+        job = queue.enqueue(tasks.add, 1)
+        client.flushdb()
+        restore(broker, lost(tracker.recorded[0], running=True))
+        client.hset(job.key, "status", status)
+        broker.hide([owed(tracker.recorded[0])])
+
+        assert client.exists(job.key) == (status == "finished")
+
+    def test_released(
+        self, queue: Queue, tracker: FakeTracker, broker: RQBroker, client: redis.Redis
+    ) -> None:
+        """A child whose parents have ended, as the ledger knows, goes on and leaves no trace of waiting."""
+        parent = queue.enqueue(tasks.add, 1, job_id="parent")
+        queue.enqueue(tasks.add, 1, depends_on=parent, job_id="child")
+        child = lost(tracker.recorded[1], released=True)
+        client.delete("rq:job:parent", queue.key)
+
+        assert restore(broker, child) == [Restored.RESTORED]
+        assert queue.job_ids == ["child"]
+        assert client.hget("rq:job:child", "status") == b"queued"
+        assert not client.exists("rq:job:parent:dependents", "rq:deferred:default")
+        assert restore(broker, child) == [Restored.PRESENT]
+        assert queue.job_ids == ["child"]
+
+    @needs_rate_limit
+    def test_released_to_wait_for_a_slot(
+        self, queue: Queue, tracker: FakeTracker, broker: RQBroker, client: redis.Redis
+    ) -> None:
+        """A child with a rate limit takes a slot when it goes on, or waits for one."""
+        from rq.rate_limit import RateLimit
+
+        parent = queue.enqueue(tasks.add, 1, job_id="parent")
+        limit = RateLimit("k", concurrency=1)
+        for job_id in ("a", "b"):
+            queue.enqueue(tasks.add, 1, depends_on=parent, job_id=job_id, rate_limit=limit)
+        client.delete("rq:job:parent", queue.key)
+        children = [lost(delivery, released=True) for delivery in tracker.recorded[1:]]
+
+        assert restore(broker, *children) == [Restored.RESTORED] * 2
+        assert queue.job_ids == ["a"]
+        assert client.hget("rq:job:b", "status") == b"rate_limited"
 
     def test_many(self, queue: Queue, tracker: FakeTracker, broker: RQBroker) -> None:
         """A thousand jobs come back in their order."""

@@ -308,6 +308,11 @@ class FakeBroker:
         """Show these as failed for good."""
         self.buried += [owed.job_id for owed in page]
 
+    def hide(self, page: Sequence[Owed]) -> None:
+        """Take back the bodies of what has ended."""
+        for owed in page:
+            self.bodies.pop(owed.job_id, None)
+
     def consumers(self) -> Mapping[str, frozenset[str]]:
         """Name the workers that the library knows; see Broker."""
         self.redis._up()

@@ -1,0 +1,91 @@
+"""Joins: jobs that wait for others whose end the library has forgotten.
+
+A library moves a waiting job on when it sees the last of those it waits for end. It never sees that
+again if it was lost in between: the record of the end, or the move. Then the ledger decides: what
+waits goes on when all that it waits for has ended as it should.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from enum import StrEnum
+from uuid import UUID
+
+from jobguard.job import Fate, Join, Outcome, Owed, Sighting
+
+_FORGET = 3600.0
+"""Seconds after which what is looked at no more (it has ended) need not be remembered."""
+
+
+class Met(StrEnum):
+    """Whether what a job waits for has come."""
+
+    YES = "yes"
+    NOT_YET = "not yet"
+    """Some of it is still to come, or has ended so that the job shall wait for ever."""
+    UNKNOWN = "unknown"
+    """Nothing is known of some of it: recorded by nobody, or long ago."""
+
+
+def met(join: Join, fates: Mapping[str, Fate]) -> Met:
+    """Tell whether all that a job waits for has ended as it should."""
+    good = {Outcome.COMPLETED}
+    if join.failure_will_do:
+        good |= {Outcome.FAILED, Outcome.DEAD}
+    known = [fates.get(job_id, Fate()) for job_id in join.job_ids]
+    if any(fate.owed or (fate.outcome and fate.outcome not in good) for fate in known):
+        return Met.NOT_YET
+    return Met.UNKNOWN if any(fate.outcome is None for fate in known) else Met.YES
+
+
+class Joins:
+    """Remembers what was seen to wait in vain: acted on is only what is seen so twice."""
+
+    def __init__(
+        self,
+        fates: Callable[[Sequence[str]], Mapping[str, Fate]],
+        *,
+        grace: float,
+        patience: float,
+        clock: Callable[[], float],
+    ) -> None:
+        self._fates = fates
+        self._grace = grace
+        self._patience = patience
+        self._clock = clock
+        self._seen: dict[UUID, tuple[float, Met]] = {}
+
+    @property
+    def pending(self) -> bool:
+        """Whether something is to be seen once more that then goes on."""
+        return any(answer is Met.YES for _, answer in self._seen.values())
+
+    def over(self, page: Sequence[tuple[Owed, Sighting]], *, judgeable: bool) -> Sequence[UUID]:
+        """Return which of these wait in vain.
+
+        The library needs a moment for the move itself: ``grace``. Of what nobody has ever heard, it is
+        believed that it has ended, as RQ does: when everything had the time to be recorded
+        (``patience``), and no worker has anything to report.
+        """
+        now = self._clock()
+        waiting = [(owed, seen.joins) for owed, seen in page if seen.joins is not None]
+        for owed, seen in page:
+            if seen.joins is None:
+                self._seen.pop(owed.token, None)
+        if not waiting:
+            return []
+        ids = sorted({job_id for _, join in waiting for job_id in join.job_ids})
+        fates = self._fates(ids) if ids else {}
+        vain = []
+        for owed, join in waiting:
+            answer = met(join, fates)
+            if answer is Met.NOT_YET or (answer is Met.UNKNOWN and not judgeable):
+                self._seen.pop(owed.token, None)
+                continue
+            since = self._seen.get(owed.token, (now, answer))[0]
+            self._seen[owed.token] = (since, answer)
+            if now - since >= (self._grace if answer is Met.YES else self._patience):
+                vain.append(owed.token)
+                del self._seen[owed.token]
+        self._seen = {token: it for token, it in self._seen.items() if now - it[0] < _FORGET}
+        return vain
