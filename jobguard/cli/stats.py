@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -41,7 +42,7 @@ def command(postgres: str | None, namespace: str | None, as_json: bool) -> None:
         return
     out = console()
     out.print(_table(counts))
-    for line in _lines(overview):
+    for line in chain(_lines(overview), _trust(overview)):
         out.print(line, markup=False)
 
 
@@ -112,3 +113,15 @@ def _lines(overview: Mapping[str, Any]) -> Iterable[str]:
             f"incident {incident['id']}: {incident['cause']} at {incident['address']}: "
             f"{incident['missing']} missing, {incident['restored']} put back"
         )
+
+
+def _trust(overview: Mapping[str, Any]) -> Iterable[str]:
+    for queue in overview["queues"]:
+        name = f"queue {queue['queue']} of {queue['address']}"
+        if queue["unguarded"]:
+            workers = ", ".join(queue["unguarded"])
+            yield f"not trusted: {name} has unguarded workers, nothing is recovered: {workers}"
+        elif queue["trusted_since"] is None:
+            yield f"not trusted yet: {name}"
+        else:
+            yield f"trusted since {queue['trusted_since']:%Y-%m-%d %H:%M:%S}: {name}"

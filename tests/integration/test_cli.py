@@ -110,17 +110,27 @@ def test_stats_are_a_table_for_people_and_an_object_for_programs(database: str) 
     call("pause", "--postgres", database)
     call("pause", "--queue", "mail", "--postgres", database)
     ask(database, "insert into jobguard.incidents (source, cause) values (1, 'incident')")
+    ask(
+        database,
+        "insert into jobguard.queues (source, queue, trusted_since, unguarded) values"
+        " (1, 'fresh', null, '{}'), (1, 'mail', '2026-01-02 03:04:05', '{}'),"
+        " (1, 'mixed', null, '{old-worker}')",
+    )
     told = call("stats", "--postgres", database).stdout
     for line in (
         "leader: here pid 42, term 7",
         "paused since",
         "held: queue mail of",
         "incident 1",
+        "not trusted yet: queue fresh of localhost:6379/0",
+        "trusted since 2026-01-02 03:04:05: queue mail of",
+        "not trusted: queue mixed of localhost:6379/0 has unguarded workers, nothing is recovered: old",
     ):
         assert line in told
     report = json.loads(call("stats", "--json", "--postgres", database).stdout)
     assert report["total"]["dead"] == 2 and report["total"]["total"] == 3
     assert report["counts"][0]["queue"] == "mail"
+    assert [queue["queue"] for queue in report["queues"]] == ["fresh", "mail", "mixed"]
     assert report["leader"]["term"] == 7 and report["brake"]["paused_at"]
     empty = call("stats", "--json", "--namespace", "nobody", "--postgres", database)
     assert json.loads(empty.stdout)["total"]["total"] == 0
