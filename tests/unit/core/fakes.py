@@ -21,6 +21,7 @@ from jobguard.job import (
     Delivery,
     End,
     Ended,
+    Join,
     Outcome,
     Owed,
     Presence,
@@ -258,6 +259,12 @@ class FakeBroker:
     """Those whose run was taken out of the library's books."""
     buried: list[str] = field(default_factory=list)
     """Those that the library shows as failed for good."""
+    joins: dict[str, Join] = field(default_factory=dict)
+    """What the delayed ones wait for in vain, as far as the library can tell."""
+    released: list[str] = field(default_factory=list)
+    """Those that went on although the library would not have moved them."""
+    shown: list[str] = field(default_factory=list)
+    """The running ones whose bodies were put back."""
     before_restore: Callable[[], None] = lambda: None
 
     def put(self, given: Delivery, presence: Presence = Presence.WAITING) -> None:
@@ -272,10 +279,11 @@ class FakeBroker:
     def _sight(self, owed: Owed) -> Sighting:
         found = self.bodies.get(owed.job_id)
         if found is None:
-            return Sighting(Presence.ABSENT, "absent")
+            return Sighting(Presence.ABSENT, "absent", bodiless=True)
         if found[0] != owed.token:
             return Sighting(Presence.OVERWRITTEN, f"other:{found[0]}", other=found[0])
-        return Sighting(found[1], found[1].value)
+        join = self.joins.get(owed.job_id) if found[1] is Presence.SCHEDULED else None
+        return Sighting(found[1], found[1].value, joins=join)
 
     def restore(
         self, deliveries: Sequence[Restorable], *, deadline: float
@@ -289,6 +297,16 @@ class FakeBroker:
         if self.redis.clock.wall() > deadline:
             return Restored.TOO_LATE
         found = self.bodies.get(given.job_id)
+        if given.running:
+            if found is not None:
+                return Restored.PRESENT
+            self.bodies[given.job_id] = (given.token, Presence.RUNNING)
+            self.shown.append(given.job_id)
+            return Restored.RESTORED
+        if given.released and found == (given.token, Presence.SCHEDULED):
+            self.bodies[given.job_id] = (given.token, Presence.WAITING)
+            self.released.append(given.job_id)
+            return Restored.RESTORED
         if found is not None:
             if found[0] == given.token and not given.takeover:
                 return Restored.PRESENT
