@@ -324,14 +324,20 @@ class Rig:
 
         eventually(ready, START, message=f"{process.name} is up")
 
-    def queue(self, name: str = "mail") -> rq.Queue:
-        """Give a guarded queue; jobs that nobody recorded would prove nothing."""
+    @property
+    def guard(self) -> JobGuard:
+        """The guard of the producer that the test itself is."""
         import jobguard
 
         if self._guard is None:
             self._guard = jobguard.guard(
                 self.redis, postgres=self.database, connect="require", when_postgres_down="raise"
             )
+        return self._guard
+
+    def queue(self, name: str = "mail") -> rq.Queue:
+        """Give a guarded queue; jobs that nobody recorded would prove nothing."""
+        assert not self.guard.inert
         return rq.Queue(name, connection=self.redis)
 
     def enqueue(self, count: int, name: str = "mail", *, prefix: str = "j") -> list[str]:
