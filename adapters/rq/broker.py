@@ -6,6 +6,7 @@ Nothing here imports RQ, user code, or unpickles anything: bytes that RQ wrote g
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from importlib.resources import files
 from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -27,6 +28,8 @@ IDS_A_CALL = 1_000
 """Redis does nothing else while a script runs: a thousand ids take it some 5 ms."""
 LIST_CHUNK = 10_000
 RESTORES_A_TRIP = 200
+_TIMESTAMP = "%Y-%m-%dT%H:%M:%S.%fZ"
+"""As RQ writes one."""
 
 _ENDED = {
     "finished": Presence.FINISHED,
@@ -223,6 +226,7 @@ class RQBroker:
             *older,
             len(routing.parents),
             *routing.parents,
+            datetime.now(UTC).strftime(_TIMESTAMP),
             *chain.from_iterable(fields.items()),
         ]
 
@@ -261,12 +265,12 @@ def _sighting(
         # An end that RQ wrote is one; another status since then is a new life by unguarded hands.
         other = jg.rstrip(SPENT) if ended is not None else jg
         return Sighting(Presence.OVERWRITTEN, f"token:{jg}:{status}", _other(other))
+    if place == "placed" and not jg.endswith(SPENT):
+        return Sighting(Presence.SCHEDULED, status, joins=join)
     if ended is not None:
         return Sighting(ended, status)
     if place == "running":
         return Sighting(Presence.RUNNING, status)
-    if place == "placed":
-        return Sighting(Presence.SCHEDULED, status, joins=join)
     stands = lists.get(owed.job_id) if status == "queued" else None
     if stands == "list":
         return Sighting(Presence.WAITING, "list")

@@ -16,7 +16,9 @@ local function place(id, queue, key, status)
     return live > 0 and 'running' or ''
   end
   local zset
-  if status == 'scheduled' or status == 'deferred' then
+  if status == 'finished' then -- RQ before 2.7 says so of what waits for its next repeat
+    zset = base .. ':scheduled:' .. queue
+  elseif status == 'scheduled' or status == 'deferred' then
     zset = base .. ':' .. status .. ':' .. queue
   elseif status == 'ready_to_enqueue' then
     zset = base .. ':ready:' .. queue

@@ -8,7 +8,8 @@
 --          alone, for others to see), 'released' (its parents have ended), or ''
 --       17 the id may stand in a list though its hash is gone
 --       18 number of older tokens that may be replaced, then these
---       then number of parents, then these; then the fields and values of the hash
+--       then number of parents, then these; then now, as RQ writes it;
+--       then the fields and values of the hash
 -- Returns restored, present, changed, expired or too_late.
 local id, token, mode = ARGV[2], ARGV[3], ARGV[4]
 local base, jobs, queue = ARGV[8], ARGV[9], ARGV[11]
@@ -26,6 +27,8 @@ local function list()
   return values
 end
 local replaces, parents = list(), list()
+local written_now = ARGV[at]
+at = at + 1
 
 local function zset(status)
   if status == 'ready_to_enqueue' then status = 'ready' end
@@ -73,7 +76,7 @@ local function wait_for_slot()
     if hash[1] and hash[2] == 'rate_limited' then
       redis.call('ZADD', rl .. ':allowed', now, first)
       redis.call(hash[3] == '1' and 'LPUSH' or 'RPUSH', ARGV[10] .. hash[1], first)
-      redis.call('HSET', jobs .. first, 'status', 'queued')
+      redis.call('HSET', jobs .. first, 'status', 'queued', 'enqueued_at', written_now)
     end
   end
 end

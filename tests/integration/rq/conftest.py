@@ -11,6 +11,7 @@ from rq import Queue
 
 from jobguard import adapter
 from jobguard.adapters.rq import RQAdapter
+from jobguard.adapters.rq.broker import RQBroker
 from tests.integration.rq.fakes import FakeTracker
 
 
@@ -39,6 +40,12 @@ def tracker(queue: Queue, tmp_path: Path) -> Iterator[FakeTracker]:
     yield tracker
     rq_adapter.uninstall(tracker)
     adapter.unregister(tracker)
+
+
+@pytest.fixture
+def broker(tracker: FakeTracker, client: redis.Redis) -> RQBroker:
+    """Return the reconciler's view of the guarded Redis."""
+    return RQBroker(tracker.source, client)
 
 
 @pytest.fixture

@@ -4,22 +4,35 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
 import redis
+from rq import Queue
+from rq.scheduler import RQScheduler
+from rq.version import VERSION as VERSION_OF_RQ
 
 from jobguard.adapter import Session, Source
+from jobguard.adapters.rq.broker import RQBroker
 from jobguard.job import (
     Claim,
     Delivery,
     Outcome,
+    Owed,
     Recorded,
     Refusal,
     Refused,
+    Restorable,
+    Restored,
+    Sighting,
 )
+
+VERSION = tuple(int(part) for part in re.findall(r"\d+", VERSION_OF_RQ)[:2])
+"""Of RQ: major and minor."""
 
 
 class FakeSession:
@@ -254,7 +267,50 @@ def keyspace(redis_client: redis.Redis) -> dict[str, object]:
     return {key.decode(): readers[client.type(key).decode()](key) for key in client.scan_iter()}
 
 
-def ttls(redis_client: redis.Redis) -> dict[str, int]:
-    """Return the seconds that each key has left; -1: for ever."""
-    client: Any = redis_client
-    return {key.decode(): client.ttl(key) for key in client.scan_iter()}
+def owed(delivery: Delivery) -> Owed:
+    """Return a delivery as a look needs it."""
+    return Owed(
+        token=delivery.token,
+        job_id=delivery.job_id,
+        queue=delivery.queue,
+        task=delivery.task,
+        age=0.0,
+        due_in=0.0,
+        expired=False,
+        crashes=0,
+        recoveries=0,
+        claims=0,
+        backoff=0.0,
+    )
+
+
+def lost(delivery: Delivery, **changes: Any) -> Restorable:
+    """Return a delivery as it is put back."""
+    given: dict[str, Any] = {
+        "token": delivery.token,
+        "job_id": delivery.job_id,
+        "queue": delivery.queue,
+        "envelope": delivery.envelope,
+        "due_at": delivery.due_at,
+        "expires_at": delivery.expires_at,
+    }
+    return Restorable(**(given | changes))
+
+
+def restore(broker: RQBroker, *deliveries: Restorable) -> list[Restored]:
+    """Put back, with time enough."""
+    done = broker.restore(deliveries, deadline=time.time() + 60)
+    return [done[delivery.token] for delivery in deliveries]
+
+
+def look(broker: RQBroker, delivery: Delivery) -> Sighting:
+    """Look for one."""
+    return broker.presence([owed(delivery)])[delivery.token]
+
+
+def move_scheduled(queue: Queue) -> None:
+    """Do what RQ's scheduler does once a second."""
+    scheduler: Any = RQScheduler([queue], connection=queue.connection)
+    scheduler.acquire_locks()
+    scheduler.enqueue_scheduled_jobs()
+    scheduler.release_locks()

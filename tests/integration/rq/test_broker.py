@@ -1,214 +1,23 @@
 from __future__ import annotations
 
-import re
 import time
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import Any
 from uuid import uuid4
 
 import pytest
 import redis
-from rq import Callback, Queue, Retry, SimpleWorker, Worker
-from rq.group import Group
+from rq import Queue, Retry, SimpleWorker, Worker
 from rq.job import Dependency, Job
-from rq.serializers import JSONSerializer
-from rq.version import VERSION as VERSION_OF_RQ
 
 from jobguard.adapters.rq import broker as broker_module
 from jobguard.adapters.rq.broker import RQBroker
 from jobguard.adapters.rq.envelope import decode
-from jobguard.job import Delivery, Join, Owed, Presence, Restorable, Restored, Sighting, new_token
+from jobguard.job import Delivery, Join, Presence, Restored, Sighting, new_token
 from tests.integration.rq import tasks
-from tests.integration.rq.fakes import FakeTracker, keyspace, ttls
+from tests.integration.rq.fakes import VERSION, FakeTracker, keyspace, look, lost, owed, restore
 
-VERSION = tuple(int(part) for part in re.findall(r"\d+", VERSION_OF_RQ)[:2])
 needs_rate_limit = pytest.mark.skipif(VERSION < (3, 0), reason="rate_limit= came with RQ 3.0")
-
-
-@pytest.fixture
-def broker(tracker: FakeTracker, client: redis.Redis) -> RQBroker:
-    """Return the reconciler's view of the guarded Redis."""
-    return RQBroker(tracker.source, client)
-
-
-def owed(delivery: Delivery) -> Owed:
-    """Return a delivery as a look needs it."""
-    return Owed(
-        token=delivery.token,
-        job_id=delivery.job_id,
-        queue=delivery.queue,
-        task=delivery.task,
-        age=0.0,
-        due_in=0.0,
-        expired=False,
-        crashes=0,
-        recoveries=0,
-        claims=0,
-        backoff=0.0,
-    )
-
-
-def lost(delivery: Delivery, **changes: Any) -> Restorable:
-    """Return a delivery as it is put back."""
-    given: dict[str, Any] = {
-        "token": delivery.token,
-        "job_id": delivery.job_id,
-        "queue": delivery.queue,
-        "envelope": delivery.envelope,
-        "due_at": delivery.due_at,
-        "expires_at": delivery.expires_at,
-    }
-    return Restorable(**(given | changes))
-
-
-def restore(broker: RQBroker, *deliveries: Restorable) -> list[Restored]:
-    """Put back, with time enough."""
-    done = broker.restore(deliveries, deadline=time.time() + 60)
-    return [done[delivery.token] for delivery in deliveries]
-
-
-def look(broker: RQBroker, delivery: Delivery) -> Sighting:
-    """Look for one."""
-    return broker.presence([owed(delivery)])[delivery.token]
-
-
-class TestRestoredIsIdentical:
-    """Whatever RQ wrote comes back as it was."""
-
-    def test_keyspace(
-        self, queue: Queue, tracker: FakeTracker, broker: RQBroker, client: redis.Redis
-    ) -> None:
-        """After a FLUSHALL and a restore the keyspace differs in nothing RQ reads."""
-        fill(queue)
-        before, before_ttls = keyspace(client), ttls(client)
-        client.flushdb()
-
-        deliveries = list(tracker.owed.values())
-        assert set(restore(broker, *map(lost, deliveries))) == {Restored.RESTORED}
-
-        after = keyspace(client)
-        near(before, after)
-        assert before == after
-        for key, ttl in ttls(client).items():
-            assert ttl == pytest.approx(before_ttls[key], abs=1), key
-
-    def test_restore_twice(
-        self, queue: Queue, tracker: FakeTracker, broker: RQBroker, client: redis.Redis
-    ) -> None:
-        """What is there is left as it is, also if two leaders restore it at once."""
-        fill(queue)
-        before = keyspace(client)
-        deliveries = list(tracker.owed.values())
-
-        assert set(restore(broker, *map(lost, deliveries))) == {Restored.PRESENT}
-        assert keyspace(client) == before
-
-    def test_each_runs_once(
-        self, queue: Queue, tracker: FakeTracker, broker: RQBroker, client: redis.Redis, ledger: Any
-    ) -> None:
-        """Restored jobs run, each once, and children after their parents."""
-        parent = queue.enqueue(tasks.say, str(ledger), "parent")
-        queue.enqueue(tasks.say, str(ledger), "child", depends_on=parent)
-        queue.enqueue_many(Queue.prepare_data(tasks.say, (str(ledger), str(n))) for n in range(5))
-        client.flushdb()
-        restore(broker, *map(lost, tracker.owed.values()))
-        SimpleWorker([queue], connection=client).work(burst=True)
-
-        assert ledger.read_text().split() == ["parent", "0", "1", "2", "3", "4", "child"]
-        assert not tracker.owed
-
-    def test_retries_left(
-        self, queue: Queue, tracker: FakeTracker, broker: RQBroker, client: redis.Redis, ledger: Any
-    ) -> None:
-        """A job lost after its first retry has as many left as it had."""
-        queue.enqueue(tasks.fail, str(ledger), retry=Retry(max=2, interval=60), job_id="j")
-        SimpleWorker([queue], connection=client).work(burst=True)
-        before = client.hgetall("rq:job:j")
-        score = client.zscore("rq:scheduled:default", "j")
-        client.flushdb()
-        restore(broker, *map(lost, tracker.owed.values()))
-
-        after = client.hgetall("rq:job:j")
-        assert after == before
-        assert after[b"retries_left"] == b"1"
-        assert client.zscore("rq:scheduled:default", "j") == score
-
-    @needs_rate_limit
-    def test_rate_limit(
-        self, queue: Queue, tracker: FakeTracker, broker: RQBroker, client: redis.Redis
-    ) -> None:
-        """Jobs under a rate limit take their slots again, in their order, and no more of them."""
-        from rq.rate_limit import RateLimit
-
-        for n in range(4):
-            queue.enqueue(tasks.add, n, job_id=str(n), rate_limit=RateLimit("key", concurrency=2))
-        before = {key: value for key, value in keyspace(client).items() if "job" not in key}
-        client.flushdb()
-        restore(broker, *map(lost, tracker.owed.values()))
-
-        after = {key: value for key, value in keyspace(client).items() if "job" not in key}
-        near(before, after)
-        assert after == before
-        assert queue.job_ids == ["0", "1"]
-        SimpleWorker([queue], connection=client).work(burst=True)
-        assert not tracker.owed
-
-
-def fill(queue: Queue) -> None:
-    """Enqueue in every way."""
-    client = queue.connection
-    queue.enqueue(tasks.add, 1, right=b"\x00\xff")
-    queue.enqueue(tasks.add, 1, at_front=True)
-    queue.enqueue(tasks.add, 2, at_front=True)
-    queue.enqueue(
-        tasks.add,
-        "é",
-        job_timeout=77,
-        result_ttl=10,
-        ttl=500,
-        failure_ttl=20,
-        description="the daily report (é)",
-        job_id="all-options",
-        meta={"some": "meta"},
-        retry=Retry(max=3, interval=[1, 2, 3]),
-        on_success=Callback(tasks.add, timeout=5),
-        on_failure="tests.integration.rq.tasks.fail",
-    )
-    json_queue = Queue("json", connection=client, serializer=JSONSerializer)
-    json_queue.enqueue("tests.integration.rq.tasks.add", 1, 2)
-    queue.enqueue_in(timedelta(hours=1), tasks.add, 1, ttl=7200)
-    queue.enqueue_at(datetime.now(UTC) - timedelta(seconds=5), tasks.add, 1)
-    parent = queue.enqueue(tasks.add, 1, job_id="parent")
-    child = queue.enqueue(tasks.add, 1, depends_on=parent, job_id="child", ttl=300)
-    queue.enqueue(
-        tasks.add,
-        1,
-        job_id="grandchild",
-        depends_on=Dependency([child, parent], allow_failure=True, enqueue_at_front=True),
-    )
-    queue.enqueue_many(
-        [
-            Queue.prepare_data(tasks.add, (1,), at_front=True),
-            Queue.prepare_data(tasks.add, (2,), meta={"a": 1}),
-            Queue.prepare_data(tasks.add, (3,), depends_on=parent),
-        ]
-    )
-    group = Group.create(connection=client, name="group")
-    group.enqueue_many(queue, [Queue.prepare_data(tasks.add, (n,)) for n in range(3)])
-    queue.enqueue(tasks.add, 1, job_id="same")
-    client.lrem(queue.key, 1, "same")  # its first body is superseded: one id, one entry
-    queue.enqueue(tasks.add, 2, job_id="same")
-
-
-def near(before: dict[str, object], after: dict[str, object]) -> None:
-    """Let scores that are seconds of the clock differ by one."""
-    for key, scores in before.items():
-        other = after.get(key)
-        if key.startswith(("rq:deferred:", "rq:rl:")) and isinstance(scores, dict):
-            assert isinstance(other, dict)
-            for member, score in scores.items():
-                if isinstance(score, float) and abs(score - other[member]) <= 1:
-                    other[member] = score
 
 
 class TestPresence:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -15,16 +14,14 @@ from rq import Callback, Queue
 from rq.group import Group
 from rq.job import Dependency, Job
 from rq.registry import FailedJobRegistry
-from rq.version import VERSION as VERSION_OF_RQ
 
 from jobguard.adapters.rq import pipeline as staging
 from jobguard.adapters.rq.envelope import Mode, decode
 from jobguard.errors import StoreUnavailable
 from jobguard.job import Outcome
 from tests.integration.rq import tasks
-from tests.integration.rq.fakes import FakeTracker, keyspace
+from tests.integration.rq.fakes import VERSION, FakeTracker, keyspace
 
-VERSION = tuple(int(part) for part in re.findall(r"\d+", VERSION_OF_RQ)[:2])
 needs_unique = pytest.mark.skipif(VERSION < (2, 8), reason="unique= came with RQ 2.8")
 needs_rate_limit = pytest.mark.skipif(VERSION < (3, 0), reason="rate_limit= came with RQ 3.0")
 

@@ -17,17 +17,14 @@ import redis
 import rq
 from rq import Queue, Retry, SimpleWorker, Worker
 from rq.job import Job
-from rq.scheduler import RQScheduler
-from rq.version import VERSION as VERSION_OF_RQ
 
 from jobguard import adapter
 from jobguard.adapters.rq.layout import KEPT, SPENT
 from jobguard.job import Outcome
 from tests.integration.rq import tasks
-from tests.integration.rq.fakes import FakeTracker, keyspace
+from tests.integration.rq.fakes import VERSION, FakeTracker, keyspace, move_scheduled
 from tests.support import eventually
 
-VERSION = tuple(int(part) for part in re.findall(r"\d+", VERSION_OF_RQ)[:2])
 WORKERS = [SimpleWorker, Worker]
 needs_returned_retry = pytest.mark.skipif(VERSION < (2, 1), reason="RQ 2.1 brought it")
 needs_repeat = pytest.mark.skipif(VERSION < (2, 3), reason="RQ 2.3 brought it")
@@ -460,14 +457,6 @@ def test_the_worker_changes_nothing_else(queue: Queue, tracker: FakeTracker) -> 
     assert isinstance(ours, dict)
     assert isinstance(theirs, dict)
     assert set(ours) - set(theirs) == {b"jg", b"jg_attempt", b"jg_task"}
-
-
-def move_scheduled(queue: Queue) -> None:
-    """Do what RQ's scheduler does once a second."""
-    scheduler: Any = RQScheduler([queue], connection=queue.connection)
-    scheduler.acquire_locks()
-    scheduler.enqueue_scheduled_jobs()
-    scheduler.release_locks()
 
 
 def test_fetch_knows_the_token(queue: Queue, tracker: FakeTracker) -> None:
