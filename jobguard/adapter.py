@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from uuid import UUID
 
 from jobguard.current import CurrentJob, running
+from jobguard.guest import well_behaved
 from jobguard.job import (
     Claim,
     Delivery,
@@ -259,8 +260,8 @@ _resolve: list[Callable[[object], Tracker | None]] = []
 
 
 def register(tracker: Tracker) -> None:
-    """Make a tracker known to the adapters of this process."""
-    _trackers[tracker.source.id] = tracker
+    """Make a tracker known to the adapters of this process; what it raises, they will not see."""
+    _trackers[tracker.source.id] = well_behaved(tracker)
 
 
 def unregister(tracker: Tracker) -> None:
@@ -280,4 +281,5 @@ def on_unguarded_worker(resolve: Callable[[object], Tracker | None]) -> None:
 
 def tracker_for_worker(target: object) -> Tracker | None:
     """The tracker of a worker's connection, made from the environment if there is none yet."""
-    return _resolve[0](target) if _resolve else None
+    made = _resolve[0](target) if _resolve else None
+    return _trackers.get(made.source.id) if made is not None else None

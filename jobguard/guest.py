@@ -1,0 +1,104 @@
+"""Manners: whatever a tracker or a session of ours raises, the host never sees it.
+
+Both promise not to raise. This holds for what nobody thought of: an adapter is only ever given them
+behind this wall, which answers what leaves the library to itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+from jobguard.errors import StoreUnavailable, is_host_interrupt
+from jobguard.job import Claim, Recorded, new_token
+from jobguard.log import say
+
+if TYPE_CHECKING:
+    from jobguard.adapter import Session, Tracker
+
+
+def well_behaved(tracker: Tracker) -> Tracker:
+    """Return this tracker behind the wall."""
+    return cast("Tracker", _Tracker(tracker))
+
+
+class _Wall:
+    """What stands before an object of ours."""
+
+    _answers: ClassVar[dict[str, Callable[..., Any]]]
+    """What each of its methods answers where it raises: without us."""
+
+    def __init__(self, behind: Any) -> None:
+        self._behind = behind
+
+    def __getattr__(self, name: str) -> Any:
+        instead = self._answers.get(name)
+        if instead is None:
+            return getattr(self._behind, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return getattr(self._behind, name)(*args, **kwargs)
+            except StoreUnavailable:
+                if name == "record":  # the user asked to hear it
+                    raise
+                return instead(*args, **kwargs)
+            except Exception as error:
+                if is_host_interrupt(error):
+                    raise
+                say("guest_failed", where=name, error=str(error), exc_info=True)
+                return instead(*args, **kwargs)
+
+        return call
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    return None
+
+
+def _no(*_: Any, **__: Any) -> bool:
+    return False
+
+
+class _Session(_Wall):
+    _answers: ClassVar = {
+        "start": lambda token, describe: Claim(token, 0),
+        "end": _nothing,
+        "release": _nothing,
+        "flush": _nothing,
+        "close": _nothing,
+    }
+
+
+class _Nobody:
+    """A session of which we could not even open the first page: its worker works unguarded."""
+
+    def __init__(self) -> None:
+        self.id = new_token()
+
+    def start(self, token: Any, describe: Any) -> Claim:
+        """Let it run."""
+        return Claim(token, 0)
+
+    end = release = flush = close = _nothing
+
+
+class _Tracker(_Wall):
+    _answers: ClassVar = {
+        "guards": _no,
+        "record": lambda deliveries, **_: Recorded(lost=True),
+        "withdraw": _nothing,
+        "leave_to_outbox": _nothing,
+        "settle": _nothing,
+        "broker_in_doubt": _no,
+        "broker_failed": _nothing,
+        "accepts_without_broker": _no,
+        "cancel": _nothing,
+        "heartbeat": _no,
+        "open_session": lambda **_: _Nobody(),
+    }
+
+    def open_session(self, **what: Any) -> Session:
+        """Open a session, and put it behind a wall of its own."""
+        session: Any = self.__getattr__("open_session")(**what)
+        return cast("Session", session if isinstance(session, _Nobody) else _Session(session))

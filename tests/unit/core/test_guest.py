@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+from typing import Any, cast
+from uuid import uuid4
+
+import pytest
+
+from jobguard.adapter import Source, Tracker
+from jobguard.errors import StoreUnavailable
+from jobguard.guest import well_behaved
+from jobguard.job import Claim, Outcome, Recorded
+
+
+class Interrupt(BaseException):
+    """What a signal throws into a process."""
+
+
+class Broken:
+    """A tracker that raises whatever is asked of it."""
+
+    source = Source("n", "rq", "a")
+    push_deadline = 7.0
+
+    def __init__(self, error: BaseException) -> None:
+        self._error = error
+
+    def __getattr__(self, name: str) -> Any:
+        def raises(*_: object, **__: object) -> None:
+            raise self._error
+
+        return raises
+
+
+def behind(error: BaseException) -> Tracker:
+    """Return a tracker that would raise this."""
+    return well_behaved(cast(Tracker, Broken(error)))
+
+
+def test_what_raises_answers_as_if_we_were_absent() -> None:
+    """Nothing is guarded, recorded, accepted, in doubt or heard; what a worker starts runs unclaimed."""
+    tracker, token = behind(RuntimeError("ours")), uuid4()
+
+    assert tracker.guards("q") is False
+    assert tracker.record([]) == Recorded(lost=True)
+    assert tracker.broker_in_doubt() is False
+    assert tracker.accepts_without_broker(Recorded()) is False
+    assert tracker.heartbeat("id") is False
+    tracker.cancel(job_ids=["id"])
+    tracker.withdraw([])
+    tracker.leave_to_outbox([token])
+    tracker.broker_failed()
+    tracker.settle()
+    session = tracker.open_session(name="w", queues=["q"])
+    claim = session.start(token, lambda: pytest.fail("nobody asks for it"))
+    assert claim == Claim(token, 0)
+    session.end(claim, Outcome.COMPLETED, job_id="id", queue="q", task="t")
+    session.release(claim)
+    session.flush()
+    session.close()
+
+
+def test_what_the_user_asked_to_hear_is_heard() -> None:
+    """A record that Postgres did not take, where it shall raise; from nothing else."""
+    tracker = behind(StoreUnavailable())
+
+    with pytest.raises(StoreUnavailable):
+        tracker.record([])
+    tracker.cancel(job_ids=["id"])
+
+
+def test_the_hosts_own_interrupts_pass() -> None:
+    """A signal that strikes inside of our code is the host's."""
+    with pytest.raises(Interrupt):
+        behind(Interrupt()).guards("q")
+
+
+def test_what_does_not_raise_is_passed_through() -> None:
+    """Its identity, and what it knows."""
+    tracker = behind(RuntimeError())
+
+    assert tracker.source == Broken.source
+    assert tracker.push_deadline == 7.0
