@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 settings.register_profile("suite", derandomize=True, deadline=None)
 settings.load_profile("suite")
 
-ROOMS = ("integration", "acceptance")
+ROOMS = ("integration", "conformance", "acceptance")
 HERE = Path(__file__).parent
 
 

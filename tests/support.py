@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    import redis
 
 T = TypeVar("T")
 
@@ -41,3 +43,17 @@ def eventually(
             last = not_yet if not_yet is not None else repr(answer)
             raise AssertionError(f"not within {timeout:g} s: {what} (last: {last})") from not_yet
         time.sleep(0.01)
+
+
+def keyspace(redis_client: redis.Redis) -> dict[str, object]:
+    """Return everything in a Redis, to be compared."""
+    client: Any = redis_client  # whose answers redis-py types as sync or async at once
+    readers: dict[str, Callable[[bytes], object]] = {
+        "hash": lambda key: dict(client.hgetall(key)),
+        "list": lambda key: client.lrange(key, 0, -1),
+        "set": lambda key: set(client.smembers(key)),
+        "zset": lambda key: dict(client.zrange(key, 0, -1, withscores=True)),
+        "string": client.get,
+        "stream": client.xrange,
+    }
+    return {key.decode(): readers[client.type(key).decode()](key) for key in client.scan_iter()}

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
-import redis
 from rq import Queue
 from rq.scheduler import RQScheduler
 from rq.version import VERSION as VERSION_OF_RQ
@@ -251,20 +250,6 @@ class FakeTracker:
         self.note("open", name)
         self.sessions.append(FakeSession(self, name, queues))
         return self.sessions[-1]
-
-
-def keyspace(redis_client: redis.Redis) -> dict[str, object]:
-    """Return everything in a Redis, to be compared."""
-    client: Any = redis_client  # whose answers redis-py types as sync or async at once
-    readers: dict[str, Callable[[bytes], object]] = {
-        "hash": lambda key: dict(client.hgetall(key)),
-        "list": lambda key: client.lrange(key, 0, -1),
-        "set": lambda key: set(client.smembers(key)),
-        "zset": lambda key: dict(client.zrange(key, 0, -1, withscores=True)),
-        "string": client.get,
-        "stream": client.xrange,
-    }
-    return {key.decode(): readers[client.type(key).decode()](key) for key in client.scan_iter()}
 
 
 def owed(delivery: Delivery) -> Owed:

@@ -15,18 +15,14 @@ from jobguard.adapters.rq.broker import RQBroker
 from jobguard.adapters.rq.envelope import decode
 from jobguard.job import Delivery, Join, Presence, Restored, Sighting, new_token
 from tests.integration.rq import tasks
-from tests.integration.rq.fakes import VERSION, FakeTracker, keyspace, look, lost, owed, restore
+from tests.integration.rq.fakes import VERSION, FakeTracker, look, lost, owed, restore
+from tests.support import keyspace
 
 needs_rate_limit = pytest.mark.skipif(VERSION < (3, 0), reason="rate_limit= came with RQ 3.0")
 
 
 class TestPresence:
     """Where a look finds a delivery."""
-
-    def test_waiting(self, queue: Queue, tracker: FakeTracker, broker: RQBroker) -> None:
-        """In its queue."""
-        queue.enqueue(tasks.add, 1)
-        assert look(broker, tracker.recorded[0]) == Sighting(Presence.WAITING, "list")
 
     def test_long_list(
         self,
@@ -261,16 +257,6 @@ class TestRestore:
         assert restore(broker, lost(delivery, takeover=True)) == [Restored.RESTORED]
         assert queue.job_ids == ["job"]
 
-    def test_newer_life(
-        self, delivery: Delivery, queue: Queue, broker: RQBroker, client: redis.Redis
-    ) -> None:
-        """Another life of the id is never overwritten."""
-        queue.enqueue(tasks.add, 2, job_id="job")
-        before = keyspace(client)
-
-        assert restore(broker, lost(delivery)) == [Restored.CHANGED]
-        assert keyspace(client) == before
-
     def test_older_life(
         self,
         delivery: Delivery,
@@ -302,21 +288,6 @@ class TestRestore:
 
         assert restore(broker, lost(delivery)) == [Restored.RESTORED]
         assert queue.job_ids == ["job"]
-
-    def test_deadline(self, delivery: Delivery, broker: RQBroker, client: redis.Redis) -> None:
-        """A leader that slept changes nothing: the clock is Redis' own."""
-        client.flushdb()
-        done = broker.restore([lost(delivery)], deadline=time.time() - 0.001)
-
-        assert done == {delivery.token: Restored.TOO_LATE}
-        assert not keyspace(client)
-
-    def test_expired(self, delivery: Delivery, broker: RQBroker, client: redis.Redis) -> None:
-        """What RQ would have dropped is not put back."""
-        client.flushdb()
-
-        assert restore(broker, lost(delivery, expires_at=time.time() - 5)) == [Restored.EXPIRED]
-        assert not keyspace(client)
 
     def test_unreadable(self, delivery: Delivery, broker: RQBroker, client: redis.Redis) -> None:
         """An envelope of tomorrow's version is left alone, and the others are put back."""

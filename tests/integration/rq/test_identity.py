@@ -36,15 +36,8 @@ from rq.serializers import JSONSerializer
 from jobguard.adapters.rq.broker import RQBroker
 from jobguard.job import Presence, Restored
 from tests.integration.rq import tasks
-from tests.integration.rq.fakes import (
-    VERSION,
-    FakeTracker,
-    keyspace,
-    look,
-    lost,
-    move_scheduled,
-    restore,
-)
+from tests.integration.rq.fakes import VERSION, FakeTracker, look, lost, move_scheduled, restore
+from tests.support import keyspace
 
 LATER = timedelta(hours=1)
 SAY = "tests.integration.rq.tasks.say"

@@ -10,8 +10,6 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 from rq import Queue, SimpleWorker
 
-from jobguard import adapter
-from jobguard.adapters.rq import RQAdapter
 from jobguard.adapters.rq.broker import RQBroker
 from jobguard.job import Restorable, Restored
 from jobguard.servers import RedisServer
@@ -82,12 +80,3 @@ def test_a_doubt_costs_redis_nothing(
 
     assert time.monotonic() - begun < 0.2
     assert len(tracker.outbox) == 2
-
-
-def test_removed_guard(redis_url: str, tracker: FakeTracker) -> None:
-    """Once the guard is gone RQ is bare again, in this process too."""
-    RQAdapter().uninstall(tracker)
-    adapter.unregister(tracker)
-    with redis.Redis.from_url(redis_url) as client:
-        job = Queue(connection=client).enqueue(tasks.add, 1)
-        assert not client.hexists(job.key, "jg")

@@ -20,7 +20,8 @@ from jobguard.adapters.rq.envelope import Mode, decode
 from jobguard.errors import StoreUnavailable
 from jobguard.job import Outcome
 from tests.integration.rq import tasks
-from tests.integration.rq.fakes import VERSION, FakeTracker, keyspace
+from tests.integration.rq.fakes import VERSION, FakeTracker
+from tests.support import keyspace
 
 needs_unique = pytest.mark.skipif(VERSION < (2, 8), reason="unique= came with RQ 2.8")
 needs_rate_limit = pytest.mark.skipif(VERSION < (3, 0), reason="rate_limit= came with RQ 3.0")
@@ -219,14 +220,6 @@ class TestForeignPipeline:
 class TestIntent:
     """What people take out stays out."""
 
-    def test_cancel(self, queue: Queue, tracker: FakeTracker) -> None:
-        """Cancelling writes the tombstone before Redis forgets the job."""
-        job = queue.enqueue(tasks.add, 1)
-        Job.fetch(job.id, connection=queue.connection).cancel()
-
-        assert tracker.cancelled == [((tracker.recorded[0].token,), (job.id,), None)]
-        assert tracker.ended[tracker.recorded[0].token] is Outcome.CANCELLED
-
     def test_delete(self, queue: Queue, tracker: FakeTracker) -> None:
         """Deleting is cancelling."""
         job = queue.enqueue(tasks.add, 1)
@@ -377,14 +370,6 @@ class TestUntouched:
         job = eager.enqueue(tasks.add, 1, 2)
 
         assert job.get_status() == "finished"
-        assert not tracker.recorded
-        assert not queue.connection.hexists(job.key, "jg")
-
-    def test_other_queue(self, queue: Queue, tracker: FakeTracker) -> None:
-        """A queue that is not guarded goes unrecorded."""
-        tracker._queues = frozenset(["default"])
-        job = Queue("other", connection=queue.connection).enqueue(tasks.add, 1)
-
         assert not tracker.recorded
         assert not queue.connection.hexists(job.key, "jg")
 

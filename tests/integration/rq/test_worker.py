@@ -22,8 +22,8 @@ from jobguard import adapter
 from jobguard.adapters.rq.layout import KEPT, SPENT
 from jobguard.job import Outcome
 from tests.integration.rq import tasks
-from tests.integration.rq.fakes import VERSION, FakeTracker, keyspace, move_scheduled
-from tests.support import eventually
+from tests.integration.rq.fakes import VERSION, FakeTracker, move_scheduled
+from tests.support import eventually, keyspace
 
 WORKERS = [SimpleWorker, Worker]
 needs_returned_retry = pytest.mark.skipif(VERSION < (2, 1), reason="RQ 2.1 brought it")
@@ -333,17 +333,6 @@ class TestSkip:
 
         assert ran(ledger) == 1
 
-    def test_held(self, queue: Queue, tracker: FakeTracker, ledger: Path) -> None:
-        """A job that another worker runs is left alone, but for the intermediate list."""
-        job = queue.enqueue(tasks.say, str(ledger))
-        tracker.live_elsewhere.add(tracker.recorded[0].token)
-        before = queue.connection.hgetall(job.key)
-        work(SimpleWorker, queue)
-
-        assert ran(ledger) == 0
-        assert queue.connection.hgetall(job.key) == before
-        assert queue.connection.llen(queue.intermediate_queue_key) == 0
-
     def test_newer_life(self, queue: Queue, tracker: FakeTracker, ledger: Path) -> None:
         """The same id twice in the list runs once: the second pop finds what has ended."""
         queue.enqueue(tasks.say, str(ledger), job_id="same")
@@ -368,19 +357,6 @@ def test_abandoned_job_with_retry(queue: Queue, tracker: FakeTracker, ledger: Pa
     assert queue.job_ids == [job.id]
 
 
-def test_scheduler(queue: Queue, tracker: FakeTracker, ledger: Path) -> None:
-    """A move from the delay queue is a new delivery that supersedes the one that waited."""
-    job = queue.enqueue_in(timedelta(seconds=-5), tasks.say, str(ledger))
-    move_scheduled(queue)
-
-    first, second = tracker.recorded
-    assert second.parent is not None
-    assert second.parent.token == first.token
-    assert second.attempt == 1
-    assert second.task == "tests.integration.rq.tasks.say"
-    assert queue.job_ids == [job.id]
-
-
 def test_one_refused_job_does_not_hold_up_the_scheduler(queue: Queue, tracker: FakeTracker) -> None:
     """A scheduled job that has ended leaves the delay queue, and the others are moved."""
     for job_id in ("a", "ended", "b"):
@@ -398,16 +374,6 @@ def test_a_custom_description_does_not_hide_the_task(queue: Queue, tracker: Fake
     move_scheduled(queue)
 
     assert tracker.recorded[1].task == "tests.integration.rq.tasks.add"
-
-
-def test_unguarded_queue(queue: Queue, tracker: FakeTracker, ledger: Path) -> None:
-    """A guarded worker runs the jobs of a queue that is not guarded as RQ does."""
-    tracker._queues = frozenset(["other"])
-    queue.enqueue(tasks.say, str(ledger))
-    work(SimpleWorker, queue)
-
-    assert ran(ledger) == 1
-    assert not tracker.notes("start")
 
 
 @pytest.mark.parametrize(

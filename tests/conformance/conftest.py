@@ -1,0 +1,56 @@
+"""The libraries that pass the suite. Another adapter adds its line to LIBRARIES."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import redis
+
+import jobguard
+from jobguard.adapter import Source
+from jobguard.guard import JobGuard
+from tests.conformance import tasks
+from tests.conformance.library import Library
+from tests.conformance.on_rq import OnRQ
+from tests.conformance.words import BRISK, Leader, Records
+
+LIBRARIES: dict[str, type[Library]] = {"rq": OnRQ}
+
+
+@pytest.fixture(params=LIBRARIES)
+def library(request: pytest.FixtureRequest, redis_url: str, tmp_path: Path) -> Iterator[Library]:
+    """Give one of the libraries, on an empty Redis."""
+    made = LIBRARIES[request.param](redis_url, tmp_path / "ledger")
+    tasks.PROBES.clear()
+    yield made
+    made.client.close()
+
+
+@pytest.fixture
+def guard(library: Library, database: str) -> Iterator[JobGuard]:
+    """Guard every queue of the library, with the ledger in Postgres."""
+    with jobguard.guard(library.target(), postgres=database, **BRISK) as made:
+        yield made
+
+
+@pytest.fixture
+def records(database: str) -> Records:
+    """Give the ledger."""
+    return Records(database)
+
+
+@pytest.fixture
+def source(library: Library) -> Source:
+    """Give the identity of what is guarded."""
+    guarded = library.adapter.sources(library.target(), namespace="default", name=None)
+    assert guarded is not None
+    return guarded.source
+
+
+@pytest.fixture
+def leader(library: Library, source: Source) -> Iterator[Leader]:
+    """Give a leader's view of the library, on a client of its own."""
+    with redis.Redis.from_url(library.redis_url) as client:
+        yield Leader(library.adapter.broker(source, client))

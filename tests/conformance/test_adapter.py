@@ -1,0 +1,603 @@
+"""What an adapter is: whatever passes this.
+
+Each test runs once for every library in ``conftest.LIBRARIES``, on a real Redis and with the ledger in
+a real PostgreSQL. To write the adapter for another queue library, write the adapter, and a subclass of
+``Library`` that says how that library sends, works and keeps its jobs; then make these pass. What a
+library cannot do, it skips with a reason. What only one library does has its tests in
+``tests/integration/<library>``.
+
+In the host's processes an adapter is a guest: a job is recorded before it is pushed, claimed before it
+is run, ended when it has ended, and whatever happens on our side the library behaves as if we were
+absent. In the reconciler it is a broker: it tells where a delivery is, and puts back what is lost,
+atomically and as it was, importing no user code.
+
+Planted once in RQ's adapter, each seen to fail: the push before the record; a dropped pipeline
+recorded; a live execution not looked at; "missing" told as waiting; an overwriting life not named; no
+deadline, no time to live, no look whether it is there, any older life replaced, the front forgotten in
+a restore; a retry and a move without their parents; a refused start that runs; a skip that touches a
+held run, or leaves its id taken; a cancel without its tombstone, or before it; the dead not seen, their
+budget not asked; fakeredis guarded; every queue guarded; no wall before the tracker, or one that hides
+what the user asked to hear; a hook left behind; a broker that unpickles.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+
+import jobguard
+from jobguard.adapter import Session, Source, Tracker
+from jobguard.errors import StoreUnavailable
+from jobguard.guard import JobGuard
+from jobguard.job import Ended, Presence, Restored, new_token
+from jobguard.session import WorkerSession
+from jobguard.tracker import HostTracker
+from tests.conformance import tasks
+from tests.conformance.library import OTHER, Library
+from tests.conformance.words import BRISK, ROOT, Leader, Records, another_worker, environ
+from tests.support import eventually
+
+HOUR = 3600.0
+
+
+def methods(protocol: type) -> list[str]:
+    """Return the methods of a protocol of the seam."""
+    return [name for name, value in vars(protocol).items() if callable(value) and name[0] != "_"]
+
+
+UNREACHABLE = "postgresql://nobody@127.0.0.1:1/nothing"
+SENT: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "delayed": {"delay": HOUR},
+    "with retries": {"retries": 2},
+    "at the front": {"at_front": True},
+    "of a given id": {"job_id": "given"},
+}
+
+
+class TestRecord:
+    """What is sent is recorded first."""
+
+    @pytest.mark.parametrize("how", SENT)
+    def test_a_record_is_committed_before_anything_is_pushed(
+        self,
+        library: Library,
+        guard: JobGuard,
+        records: Records,
+        monkeypatch: pytest.MonkeyPatch,
+        how: str,
+    ) -> None:
+        """When the record is committed Redis has nothing of the job; what it then has is recorded."""
+        seen: list[tuple[int, object, list[str]]] = []
+        record = HostTracker.record
+
+        def watched(self: HostTracker, deliveries: Any, **options: Any) -> Any:
+            recorded = record(self, deliveries, **options)
+            body = library.body(deliveries[0].job_id)
+            seen.append((len(records.owed()), body, library.waiting()))
+            return recorded
+
+        monkeypatch.setattr(HostTracker, "record", watched)
+        job_id = library.send(**SENT[how])
+
+        assert seen == [(1, None, [])]
+        (owed,) = records.owed()
+        assert owed.job_id == job_id
+        assert owed.token == library.token(job_id)
+
+    def test_a_push_that_is_dropped_records_nothing(
+        self, library: Library, guard: JobGuard, records: Records
+    ) -> None:
+        """Nobody was promised anything."""
+        library.drop_push()
+
+        assert records.owed() == []
+        assert library.waiting() == []
+
+    @pytest.mark.parametrize("then", ["spool", "skip", "raise"])
+    def test_a_record_that_fails_is_pushed_or_refused_as_the_user_said(
+        self, library: Library, then: str
+    ) -> None:
+        """Without Postgres the job goes out and runs, unless the user asked to hear of it."""
+        with jobguard.guard(library.target(), postgres=UNREACHABLE, when_postgres_down=then):
+            if then == "raise":
+                with pytest.raises(StoreUnavailable):
+                    library.send()
+                assert library.jobs() == {}
+            else:
+                job_id = library.send()
+                assert library.waiting() == [job_id]
+                library.work()
+                assert library.said() == ["ran"]
+
+
+class TestPresence:
+    """Where a look finds a delivery."""
+
+    def test_waiting(
+        self, library: Library, guard: JobGuard, records: Records, leader: Leader
+    ) -> None:
+        """In its queue."""
+        library.send()
+        assert leader.look(*records.owed()).presence is Presence.WAITING
+
+    def test_scheduled(
+        self, library: Library, guard: JobGuard, records: Records, leader: Leader
+    ) -> None:
+        """In the delay queue."""
+        library.send(delay=HOUR)
+        assert leader.look(*records.owed()).presence is Presence.SCHEDULED
+
+    def test_running(
+        self, library: Library, guard: JobGuard, records: Records, leader: Leader
+    ) -> None:
+        """On a worker."""
+        library.send("look")
+        (owed,) = records.owed()
+        seen: list[Presence] = []
+        tasks.PROBES.append(lambda: seen.append(leader.look(owed).presence))
+        library.work()
+        assert seen == [Presence.RUNNING]
+
+    @pytest.mark.parametrize(
+        ("task", "presence"), [("say", Presence.FINISHED), ("fail", Presence.FAILED)]
+    )
+    def test_ended(
+        self,
+        library: Library,
+        guard: JobGuard,
+        records: Records,
+        leader: Leader,
+        task: str,
+        presence: Presence,
+    ) -> None:
+        """As the library remembers it."""
+        library.send(task)
+        (owed,) = records.owed()
+        library.work()
+        assert leader.look(owed).presence is presence
+
+    def test_absent(
+        self, library: Library, guard: JobGuard, records: Records, leader: Leader
+    ) -> None:
+        """Lost alone among others; each look at the same loss has the same mark."""
+        kept, lost = library.send(), library.send()
+        library.forget(lost)
+        first, second = (leader.look(owed) for owed in records.owed())
+        assert library.waiting() == [kept]
+        assert (first.presence, second.presence) == (Presence.WAITING, Presence.ABSENT)
+        assert leader.look(records.owed()[1]) == second
+
+    def test_overwritten(
+        self, library: Library, guard: JobGuard, records: Records, leader: Leader
+    ) -> None:
+        """Another life of the job's id stands in its place, and which one is told."""
+        if not library.one_body_per_id:
+            pytest.skip("every delivery has a body of its own")
+        library.send(job_id="same")
+        (first,) = records.owed()
+        library.send(job_id="same")
+        (second,) = records.owed()
+        seen = leader.look(first)
+        assert (seen.presence, seen.other) == (Presence.OVERWRITTEN, second.token)
+
+
+class TestRestore:
+    """What is lost is put back."""
+
+    @pytest.mark.parametrize("how", SENT)
+    def test_it_is_identical_and_runs_once(
+        self, library: Library, guard: JobGuard, records: Records, leader: Leader, how: str
+    ) -> None:
+        """Redis holds what it held before, and a worker runs it as it would have."""
+        job_id = library.send(**SENT[how])
+        before, ttl = library.jobs(), library.client.ttl
+        lives = {key: ttl(key) for key in before}
+        library.client.flushdb()
+        assert leader.restore(*records.owed()) == [Restored.RESTORED]
+
+        assert library.jobs() == before
+        assert {key: ttl(key) for key in before} == pytest.approx(lives, abs=1)
+        library.move_delayed()
+        library.work()
+        assert library.said() == ["ran"]
+        assert records.owed() == []
+        assert records.ended(job_id)[-1][0] == "completed"
+
+    def test_two_leaders_at_once_put_each_back_once(
+        self, library: Library, guard: JobGuard, records: Records, source: Source
+    ) -> None:
+        """Whoever comes second finds it there, and the order is that of the recording."""
+        sent = [library.send(job_id=f"j{n}") for n in range(300)]
+        library.client.flushdb()
+        owed, start = records.owed(), threading.Barrier(2)
+        answers: list[list[Restored]] = [[], []]
+
+        def lead(which: int) -> None:
+            with redis.Redis.from_url(library.redis_url) as client:
+                one = Leader(library.adapter.broker(source, client))
+                start.wait(10)
+                for at in range(0, len(owed), 10):
+                    answers[which] += one.restore(*owed[at : at + 10])
+
+        leaders = [threading.Thread(target=lead, args=(which,)) for which in range(2)]
+        for thread in leaders:
+            thread.start()
+        for thread in leaders:
+            thread.join(30)
+
+        both = [Counter(pair) for pair in zip(*answers, strict=True)]
+        assert both == [Counter([Restored.RESTORED, Restored.PRESENT])] * 300
+        assert library.waiting() == sent
+
+    def test_nothing_is_put_back_past_the_deadline(
+        self, library: Library, guard: JobGuard, records: Records, leader: Leader
+    ) -> None:
+        """A leader that slept changes nothing; the clock is Redis' own."""
+        library.send()
+        library.client.flushdb()
+        late = time.time() - 0.001
+        assert leader.restore(*records.owed(), deadline=late) == [Restored.TOO_LATE]
+        assert library.jobs() == {}
+
+    def test_what_has_expired_is_not_put_back(
+        self, library: Library, guard: JobGuard, records: Records, leader: Leader
+    ) -> None:
+        """The library would have dropped it."""
+        library.send()
+        library.client.flushdb()
+        (owed,) = records.owed()
+        expired = replace(owed, expires_at=time.time() - 5)
+        assert leader.restore(expired) == [Restored.EXPIRED]
+        assert library.jobs() == {}
+
+    def test_only_a_life_that_is_known_to_be_over_is_replaced(
+        self, library: Library, guard: JobGuard, records: Records, leader: Leader
+    ) -> None:
+        """Redis went back to an older life of the id: it is overwritten by its name alone."""
+        if not library.one_body_per_id:
+            pytest.skip("every delivery has a body of its own")
+        library.send(job_id="same")
+        (first,) = records.owed()
+        before = dump(library.client)
+        library.send(job_id="same", delay=HOUR)
+        (second,) = records.owed()
+        load(library.client, before)
+        older = library.jobs()
+
+        strange = replace(second, replaces=frozenset([new_token()]))
+        assert leader.restore(second, strange) == [Restored.CHANGED, Restored.CHANGED]
+        assert library.jobs() == older
+        known = replace(second, replaces=frozenset([first.token]))
+        assert leader.restore(known) == [Restored.RESTORED]
+        assert library.token("same") == second.token
+        assert library.waiting() == []
+
+    def test_the_order_is_kept(
+        self, library: Library, guard: JobGuard, records: Records, leader: Leader
+    ) -> None:
+        """Also of what was put in front."""
+        for n in range(12):
+            library.send(job_id=f"j{n}", at_front=n % 3 == 2)
+        before = library.waiting()
+        library.client.flushdb()
+        leader.restore(*records.owed())
+        assert library.waiting() == before
+
+
+class TestLives:
+    """Each push is a delivery, and each delivery ends once."""
+
+    def test_a_retry_supersedes_the_attempt_that_failed(
+        self, library: Library, guard: JobGuard, records: Records
+    ) -> None:
+        """It is another delivery of the same job, with the next attempt's number."""
+        job_id = library.send("fail", retries=2)
+        library.work()
+        assert library.said() == ["ran"] * 3
+        assert records.ended(job_id) == [("superseded", 1), ("superseded", 2), ("failed", 3)]
+        assert (records.owed(), records.claims()) == ([], [])
+
+    def test_a_move_from_the_delay_queue_supersedes_what_waited_there(
+        self, library: Library, guard: JobGuard, records: Records
+    ) -> None:
+        """It is the same attempt still."""
+        job_id = library.send(delay=HOUR)
+        (delayed,) = records.owed()
+        library.move_delayed()
+        (moved,) = records.owed()
+        assert moved.token == library.token(job_id) != delayed.token
+        assert records.ended(job_id) == [("superseded", 1)]
+        library.work()
+        assert records.ended(job_id) == [("superseded", 1), ("completed", 1)]
+
+    def test_what_has_ended_is_not_moved_from_the_delay_queue(
+        self, library: Library, guard: JobGuard, records: Records
+    ) -> None:
+        """The library may try: it is a push of what has ended, and does not become another life."""
+        job_id = library.send(delay=HOUR)
+        guard.cancel(job_id)
+        library.move_delayed()
+        library.work()
+        assert library.said() == []
+        assert (records.owed(), records.ended(job_id)) == ([], [("cancelled", 1)])
+
+    @pytest.mark.parametrize(
+        ("task", "presence"), [("say", Presence.FINISHED), ("fail", Presence.FAILED)]
+    )
+    def test_what_has_ended_is_skipped_and_put_right(
+        self,
+        library: Library,
+        guard: JobGuard,
+        records: Records,
+        leader: Leader,
+        task: str,
+        presence: Presence,
+    ) -> None:
+        """Redis went back to before its end: it does not run again, and Redis hears how it ended."""
+        job_id = library.send(task)
+        (owed,) = records.owed()
+        before = dump(library.client)
+        library.work()
+        ended = records.ended(job_id)
+        load(library.client, before)
+        assert library.waiting() == [job_id]
+
+        library.work()
+        assert library.said() == ["ran"]
+        assert library.waiting() == []
+        assert leader.look(owed).presence is presence
+        assert (records.owed(), records.ended(job_id)) == ([], ended)
+
+    def test_what_another_worker_runs_is_skipped_and_its_run_is_not_touched(
+        self,
+        library: Library,
+        guard: JobGuard,
+        records: Records,
+        source: Source,
+        database: str,
+    ) -> None:
+        """Nor is its claim: whoever holds it ends it."""
+        job_id = library.send()
+        (owed,) = records.owed()
+        with another_worker(database, source, owed) as other:
+            body = library.body(job_id)
+            library.work()
+            assert library.said() == []
+            assert library.body(job_id) == body
+            assert library.waiting() == []
+            assert records.claims() == [(owed.token, 1)]
+            assert other.complete() is Ended.ENDED
+        assert records.ended(job_id) == [("completed", 1)]
+
+    def test_what_was_cancelled_stays_cancelled(
+        self,
+        library: Library,
+        guard: JobGuard,
+        records: Records,
+        leader: Leader,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """The tombstone is written first; then neither a leader nor a Redis of before brings it back."""
+        job_id = library.send()
+        (owed,) = records.owed()
+        before = dump(library.client)
+        seen: list[list[str]] = []
+        cancel = HostTracker.cancel
+
+        def watched(self: HostTracker, **what: Any) -> None:
+            cancel(self, **what)
+            seen.append([*library.waiting(), *(outcome for outcome, _ in records.ended(job_id))])
+
+        monkeypatch.setattr(HostTracker, "cancel", watched)
+        library.cancel(job_id)
+        assert seen == [[job_id, "cancelled"]]
+        assert records.owed() == []
+
+        load(library.client, before)
+        library.work()
+        assert library.said() == []
+        in_reach = (Presence.WAITING, Presence.SCHEDULED, Presence.RUNNING)
+        assert leader.look(owed).presence not in in_reach
+        assert records.ended(job_id) == [("cancelled", 1)]
+
+
+class TestDeath:
+    """A worker that is killed takes no job along."""
+
+    @pytest.mark.parametrize("cured", [True, False], ids=["cured", "incurable"])
+    def test_its_job_comes_back_within_the_crash_budget(
+        self, library: Library, guard: JobGuard, records: Records, database: str, cured: bool
+    ) -> None:
+        """Once: then another worker runs it to its end, or it is dead and kept for a person."""
+        env = environ(database, library.redis_url)
+        first = library.start_worker(env)
+        try:
+            eventually(lambda: guard.reconcile() and records.trusted(), 30)
+            job_id = library.send("die")
+            first.wait(30)
+            eventually(lambda: guard.reconcile() and library.waiting() == [job_id], 30)
+        finally:
+            end(first)
+        if cured:
+            Path(f"{library.ledger}.cured").touch()
+        second = library.start_worker(env)
+        try:
+            eventually(lambda: library.said() == ["ran", "ran"], 30)
+            if cured:
+                eventually(lambda: records.ended(job_id) == [("completed", 1)])
+            else:
+                second.wait(30)
+                eventually(lambda: guard.reconcile() and records.owed() == [], 30)
+                assert records.ended(job_id) == [("dead", 1)]
+                assert library.waiting() == []
+        finally:
+            end(second)
+        assert records.owed() == []
+
+
+class TestGuest:
+    """Whatever is ours stays ours."""
+
+    def test_an_unguarded_queue_is_left_alone(
+        self, library: Library, database: str, records: Records
+    ) -> None:
+        """Its jobs carry nothing of ours, are recorded nowhere, and run."""
+        bare = library.body(library.send(queue=OTHER))
+        with jobguard.guard(library.target("guarded"), postgres=database, **BRISK):
+            job_id = library.send(queue=OTHER)
+            body = library.body(job_id)
+            assert isinstance(body, dict) and isinstance(bare, dict)
+            assert body.keys() == bare.keys()
+            assert library.token(job_id) is None
+            library.work(OTHER)
+            assert library.token(job_id) is None
+        assert library.said() == ["ran", "ran"]
+        assert (records.owed(), records.ended(job_id)) == ([], [])
+
+    def test_a_test_double_is_inert_and_nothing_is_connected_to(
+        self, library: Library, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The host's own tests need neither Postgres nor Redis."""
+        doubles = library.doubles()
+        reached: list[object] = []
+        monkeypatch.setattr(socket.socket, "connect", lambda _, address: reached.append(address))
+        for name, double in doubles.items():
+            with jobguard.guard(double, postgres=UNREACHABLE, connect="require") as guard:
+                assert guard.inert, name
+                assert guard.stats().total == 0
+        assert reached == []
+
+    @pytest.mark.parametrize(
+        ("owner", "method"),
+        [
+            *((HostTracker, name) for name in methods(Tracker)),
+            *((WorkerSession, name) for name in methods(Session)),
+        ],
+        ids=lambda value: value if isinstance(value, str) else value.__name__,
+    )
+    def test_the_host_never_sees_an_error_of_ours(
+        self,
+        library: Library,
+        guard: JobGuard,
+        monkeypatch: pytest.MonkeyPatch,
+        owner: type,
+        method: str,
+    ) -> None:
+        """Whatever of ours raises: jobs are sent, cancelled, moved, run and retried as without us."""
+
+        def broken(*_: object, **__: object) -> None:
+            raise RuntimeError("a fault of ours")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, method, broken)
+            library.send("say", "said")
+            library.send("fail", "failed", retries=1)
+            library.send("say", "delayed", delay=HOUR)
+            library.cancel(library.send("say", "cancelled"))
+            library.work()
+            library.move_delayed()
+            library.work()
+        assert sorted(library.said()) == ["delayed", "failed", "failed", "said"]
+        assert library.waiting() == []
+
+    def test_taking_the_guard_away_leaves_the_library_as_it_was(
+        self, library: Library, database: str, records: Records
+    ) -> None:
+        """Entry for entry; and what is sent then carries nothing of ours."""
+        with library.bare():
+            before = library.hooks()
+            with jobguard.guard(library.target(), postgres=database):
+                assert library.hooks() != before
+            assert library.hooks() == before
+            job_id = library.send()
+        assert library.token(job_id) is None
+        assert records.owed() == []
+
+    def test_a_broker_imports_no_user_code_and_unpickles_nothing(
+        self, library: Library, guard: JobGuard, records: Records, source: Source
+    ) -> None:
+        """A reconciler looks and restores where there is nothing but jobguard, Redis and bytes."""
+        job_id = library.send("say", Path("an object to unpickle"))
+        (owed,) = records.owed()
+        library.client.flushdb()
+        told = {
+            "url": library.redis_url,
+            "adapter": [type(library.adapter).__module__, type(library.adapter).__qualname__],
+            "source": {k: v for k, v in asdict(source).items() if k != "id"},
+            "owed": [owed.token.hex, owed.job_id, owed.queue, owed.envelope.hex()],
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", RECONCILER],
+            input=json.dumps(told),
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            timeout=30,
+        )
+        assert done.returncode == 0, done.stderr
+        assert library.waiting() == [job_id]
+
+
+RECONCILER = """
+import importlib, json, pickle, sys, time
+from uuid import UUID
+
+import redis
+from jobguard.adapter import Source
+from jobguard.job import Owed, Presence, Restorable, Restored
+
+def watch(event, told):
+    if event == "pickle.find_class" or event == "import" and told[0].startswith("tests"):
+        sys.exit(f"{event} {told}")
+
+def never(*_, **__):
+    sys.exit("something is unpickled")
+
+sys.addaudithook(watch)
+pickle.load = pickle.loads = pickle.Unpickler = never
+told = json.load(sys.stdin)
+module, name = told["adapter"]
+source = Source(**told["source"])
+token, job_id, queue, envelope = told["owed"]
+token = UUID(hex=token)
+client = redis.Redis.from_url(told["url"])
+broker = getattr(importlib.import_module(module), name)().broker(source, client)
+page = [Owed(token, job_id, queue, "", 0.0, 0.0, False, 0, 0, 0, 0.0)]
+lost = Restorable(token, job_id, queue, bytes.fromhex(envelope), None, None)
+assert broker.presence(page)[token].presence is Presence.ABSENT
+assert broker.restore([lost], deadline=time.time() + 60) == {token: Restored.RESTORED}
+assert broker.presence(page)[token].presence is Presence.WAITING
+broker.consumers()
+broker.abandon(page)
+"""
+
+
+def dump(client: redis.Redis) -> dict[bytes, tuple[int, bytes]]:
+    """Take everything that is in Redis."""
+    asked: Any = client
+    return {key: (max(asked.pttl(key), 0), asked.dump(key)) for key in asked.scan_iter()}
+
+
+def load(client: redis.Redis, dumped: dict[bytes, tuple[int, bytes]]) -> None:
+    """Have Redis go back to that moment."""
+    client.flushdb()
+    for key, (ttl, value) in dumped.items():
+        client.restore(key, ttl, value)
+
+
+def end(worker: subprocess.Popen[bytes]) -> None:
+    """End a worker, dead or alive."""
+    worker.kill()
+    worker.wait(10)

@@ -1,0 +1,151 @@
+"""The words in which the suite is written, whatever the library is."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import psycopg
+from psycopg.rows import class_row
+
+from jobguard.adapter import Broker, Source
+from jobguard.job import (
+    Beat,
+    Claim,
+    End,
+    Ended,
+    Outcome,
+    Owed,
+    Restorable,
+    Restored,
+    Sighting,
+    new_token,
+)
+from jobguard.settings import Settings
+from jobguard.store import Ask
+from jobguard.store.postgres import PostgresStore
+
+BRISK: dict[str, Any] = {
+    "beat_interval": 0.4,
+    "worker_timeout": 2.0,
+    "grace": 0.2,
+    "lease": 2.0,
+    "crash_budget": 1,
+    "crash_backoff": (0.0,),
+    **dict.fromkeys(("connect_timeout", "call_timeout", "record_timeout", "redis_timeout"), 10.0),
+}
+"""The same rules as by default, sooner; and patience with a busy machine."""
+ROOT = Path(__file__).parents[2]
+
+
+class Records:
+    """What the ledger in Postgres says."""
+
+    def __init__(self, database: str) -> None:
+        self._database = database
+
+    def owed(self) -> list[Restorable]:
+        """Return what is owed, in the order of recording, as a leader puts it back."""
+        with (
+            psycopg.connect(self._database) as connection,
+            connection.cursor(row_factory=class_row(Restorable)) as cursor,
+        ):
+            return cursor.execute(
+                "select token, job_id, queue, envelope,"
+                " extract(epoch from due_at)::float8 as due_at,"
+                " extract(epoch from expires_at)::float8 as expires_at"
+                " from jobguard.jobs order by token"
+            ).fetchall()
+
+    def ended(self, job_id: str) -> list[tuple[str, int]]:
+        """Return how each delivery of a job ended and which attempt it was, in the order of recording."""
+        with psycopg.connect(self._database) as connection:
+            return connection.execute(
+                "select outcome::text, attempt from jobguard.history where job_id = %s order by token",
+                [job_id],
+            ).fetchall()
+
+    def trusted(self) -> bool:
+        """Whether a queue has only guarded workers, so that its jobs are put back."""
+        with psycopg.connect(self._database) as connection:
+            trusted = "select from jobguard.queues where trusted_since is not null"
+            return connection.execute(trusted).rowcount > 0
+
+    def claims(self) -> list[tuple[UUID, int]]:
+        """Return the claims that stand, with their numbers."""
+        with psycopg.connect(self._database) as connection:
+            return connection.execute("select token, number from jobguard.running").fetchall()
+
+
+class Leader:
+    """What a reconciler does with a broker, one step at a time."""
+
+    def __init__(self, broker: Broker) -> None:
+        self.broker = broker
+
+    def look(self, delivery: Restorable) -> Sighting:
+        """Look where Redis has it."""
+        owed = Owed(
+            token=delivery.token,
+            job_id=delivery.job_id,
+            queue=delivery.queue,
+            task="",
+            age=0.0,
+            due_in=0.0,
+            expired=False,
+            crashes=0,
+            recoveries=0,
+            claims=0,
+            backoff=0.0,
+        )
+        return self.broker.presence([owed])[delivery.token]
+
+    def restore(self, *deliveries: Restorable, deadline: float | None = None) -> list[Restored]:
+        """Put these back, with time enough."""
+        until = time.time() + 60 if deadline is None else deadline
+        done = self.broker.restore(deliveries, deadline=until)
+        return [done[delivery.token] for delivery in deliveries]
+
+
+class AnotherWorker:
+    """A worker of another machine that lives, and holds one claim."""
+
+    def __init__(self, store: PostgresStore, source: Source, held: Restorable) -> None:
+        self._store, self._source, self._held = store, source, held
+        self._id = new_token()
+        beat = Beat(worker=self._id, counter=1, claims=[held.token])
+        store.beat(source.id, beat, namespace=source.namespace)
+        ask = Ask(held.token, new_token(), self._id, 1, source.namespace, 60.0, 3)
+        assert isinstance(store.claim(source.id, ask), Claim)
+
+    def complete(self) -> Ended:
+        """Report that the job it holds has completed."""
+        end = End(self._held.token, 1, Outcome.COMPLETED, self._id, self._held.job_id)
+        return self._store.end(self._source.id, [end])[0]
+
+
+@contextmanager
+def another_worker(database: str, source: Source, held: Restorable) -> Iterator[AnotherWorker]:
+    """Have another worker run this delivery."""
+    store = PostgresStore(lambda: database, Settings(call_timeout=10, connect_timeout=10))
+    try:
+        yield AnotherWorker(store, source, held)
+    finally:
+        store.close()
+
+
+def environ(database: str, redis_url: str) -> Mapping[str, str]:
+    """Return the environment of a worker that is a process of its own."""
+    brisk = {
+        f"JOBGUARD_{name.upper()}": ",".join(map(str, value))
+        if isinstance(value, tuple)
+        else str(value)
+        for name, value in BRISK.items()
+    }
+    urls = {"JOBGUARD_POSTGRES_URL": database, "JOBGUARD_REDIS_URL": redis_url}
+    return {**os.environ, **brisk, **urls, "PYTHONPATH": str(ROOT)}
