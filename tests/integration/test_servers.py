@@ -238,3 +238,19 @@ def test_servers_die_with_a_parent_that_is_killed() -> None:
     eventually(lambda: all(gone(pid) for pid in pids), message="the servers are gone")
     for folder in folders:
         shutil.rmtree(Path(folder))
+
+
+def test_a_redis_binary_is_named_by_itself_or_by_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is on PATH; and a name that leads nowhere is an error that repeats it."""
+    find = servers._redis_binary.__wrapped__
+    here = find()
+    monkeypatch.setenv("JOBGUARD_TEST_REDIS_BIN", str(here))
+    assert find() == here
+    (tmp_path / "valkey-server").touch()
+    monkeypatch.setenv("JOBGUARD_TEST_REDIS_BIN", str(tmp_path))
+    assert find() == tmp_path / "valkey-server"
+    monkeypatch.setenv("JOBGUARD_TEST_REDIS_BIN", str(tmp_path / "nothing"))
+    with pytest.raises(ServerError, match="nothing"):
+        find()
