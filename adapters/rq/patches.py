@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from rq import exceptions
 from rq import worker as workers
-from rq.exceptions import ShutDownImminentException, StopRequested
 from rq.intermediate_queue import IntermediateQueue
 from rq.job import Job
 from rq.queue import Queue
@@ -116,7 +116,12 @@ WORKER = (
 )
 
 # What RQ throws into a process by a signal; it may strike inside of our code.
-host_interrupts(BaseTimeoutException, StopRequested, ShutDownImminentException)
+host_interrupts(
+    BaseTimeoutException,
+    exceptions.ShutDownImminentException,
+    # The first of RQ 2 keep it with their workers.
+    getattr(exceptions, "StopRequested", None) or vars(workers)["StopRequested"],
+)
 
 _lock = threading.Lock()
 _installed: list[Patch] = []
