@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, cast
+from uuid import UUID
 
 from jobguard.errors import StoreUnavailable, is_host_interrupt
 from jobguard.job import Claim, Recorded, new_token
@@ -65,6 +66,8 @@ class _Session(_Wall):
         "start": lambda token, describe: Claim(token, 0),
         "end": _nothing,
         "release": _nothing,
+        "abandon": _nothing,
+        "outlive": _nothing,
         "flush": _nothing,
         "close": _nothing,
     }
@@ -80,7 +83,7 @@ class _Nobody:
         """Let it run."""
         return Claim(token, 0)
 
-    end = release = flush = close = _nothing
+    end = release = abandon = outlive = flush = close = _nothing
 
 
 class _Tracker(_Wall):
@@ -95,10 +98,19 @@ class _Tracker(_Wall):
         "accepts_without_broker": _no,
         "cancel": _nothing,
         "heartbeat": _no,
+        "recovers": lambda tokens: frozenset(),
         "open_session": lambda **_: _Nobody(),
+        "inherit_session": lambda worker, **_: _Nobody(),
     }
 
     def open_session(self, **what: Any) -> Session:
         """Open a session, and put it behind a wall of its own."""
-        session: Any = self.__getattr__("open_session")(**what)
-        return cast("Session", session if isinstance(session, _Nobody) else _Session(session))
+        return _walled(self.__getattr__("open_session")(**what))
+
+    def inherit_session(self, worker: UUID, **what: Any) -> Session:
+        """The same for a session that is the parent's."""
+        return _walled(self.__getattr__("inherit_session")(worker, **what))
+
+
+def _walled(session: Any) -> Session:
+    return cast("Session", session if isinstance(session, _Nobody) else _Session(session))
