@@ -21,6 +21,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 from uuid import UUID
 
+from jobguard import failpoint
 from jobguard.errors import BadRow, JobguardError, StoreUnavailable, is_host_interrupt
 from jobguard.job import (
     Beat,
@@ -313,6 +314,7 @@ class WorkerSession:
     def _commit(self, batch: Sequence[End]) -> None:
         try:
             self._tracker.end(batch)
+            failpoint.hit("after_end_committed")
         except BadRow as error:
             self._commit_alone(batch, error)
             return

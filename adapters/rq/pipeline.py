@@ -17,6 +17,7 @@ from uuid import UUID
 import redis
 from rq.job import Job
 
+from jobguard import failpoint
 from jobguard.adapters.rq.deliveries import BROKER_DOWN, Draft, deliver, set_token
 from jobguard.errors import is_host_interrupt
 from jobguard.job import Delivery, Recorded
@@ -108,6 +109,7 @@ class Batch:
             if going is None:
                 type(pipe).reset(pipe)
                 return []
+            failpoint.hit("after_move_record", when=bool(going))
             try:
                 return execute(pipe, raise_on_error)
             except BaseException as error:

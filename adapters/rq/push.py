@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from jobguard import failpoint
 from jobguard.adapters.rq.deliveries import BROKER_DOWN, set_token
 from jobguard.adapters.rq.pipeline import (
     Batch,
@@ -72,6 +73,8 @@ def push(tracker: Tracker, queue: Queue, buffer: Callable[[Pipeline], T]) -> T:
             return result
     if recorded.refused:
         staged = _without_refused(pipe, staged, recorded)
+    written = not (recorded.spooled or recorded.lost)
+    failpoint.hit("after_record", when=written)
     try:
         pipe.execute()
     except BROKER_DOWN as error:
@@ -81,6 +84,7 @@ def push(tracker: Tracker, queue: Queue, buffer: Callable[[Pipeline], T]) -> T:
     except BaseException as error:
         not_pushed(staged, error)
         raise
+    failpoint.hit("after_push", when=written)
     return result
 
 

@@ -19,6 +19,7 @@ from redis.exceptions import RedisError
 from rq.job import Job, JobStatus
 from rq.queue import Queue
 
+from jobguard import failpoint
 from jobguard.adapter import running_job, trackers
 from jobguard.adapters.rq.deliveries import (
     BROKER_DOWN,
@@ -107,6 +108,7 @@ def execute_job(original: Hook) -> Hook:
         if answer is None:
             return original(self, job, queue)
         set_run(job, answer)
+        failpoint.hit("after_claim")
         try:
             result = original(self, job, queue)
             _conclude(answer, job)
@@ -194,6 +196,7 @@ def perform(original: Hook) -> Hook:
             with running_job(tracker, run.claim, self.id, attempt=attempt_of(self)):
                 result = original(self)
         run.returned = True
+        failpoint.hit("after_return")
         return result
 
     return hook

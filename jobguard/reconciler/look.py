@@ -16,6 +16,7 @@ from uuid import UUID
 
 import redis
 
+from jobguard import failpoint
 from jobguard.adapter import Broker
 from jobguard.job import Cause, Outcome, Owed, Presence, Restored, Sighting
 from jobguard.log import say
@@ -320,6 +321,7 @@ class Looker:
                 )
         if voids:
             voided = self._store.void(term, self._source, voids)
+            failpoint.hit("after_void")
             taken = frozenset(voided)
             self._broker.abandon([owed for owed, _, _ in decided if owed.token in taken])
             done.requeued += len(voided)
@@ -470,6 +472,7 @@ class Looker:
         back = [token for token, answer in answers.items() if answer is Restored.RESTORED]
         there = [token for token, answer in answers.items() if answer is Restored.PRESENT]
         expired = [token for token, answer in answers.items() if answer is Restored.EXPIRED]
+        failpoint.hit("after_restore", when=bool(back))
         self._store.restored(term, self._source, back)
         self._store.clear(term, self._source, there)
         self._store.close_owed(

@@ -9,6 +9,7 @@ from uuid import UUID, uuid4
 
 import redis
 
+from jobguard import failpoint
 from jobguard.job import Cause
 from jobguard.log import say
 from jobguard.pulse import (
@@ -215,6 +216,7 @@ class PulseKeeper:
                 self._epoch,
             )
             self._noted = self._epoch
+            failpoint.hit("after_incident_row")
         say("redis_lost_data", source=self._source.address, pulse=seen)
         self._begin(term, standing, uuid4())
         self._misplaced_since = None
