@@ -9,6 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 DEMO_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?=
+CHAOS_ARGS ?=
 RQ_VERSIONS ?= 2.6 2.12 3.0
 REDIS_SERVERS ?=
 POSTGRES_BINS ?=
@@ -23,7 +24,7 @@ help:
 	@echo "make check   ruff, mypy and the import contracts"
 	@echo "make fmt     format the code and mend what ruff can mend"
 	@echo "make bench   measure                                           (BENCH_ARGS=…)"
-	@echo "make chaos   not there yet"
+	@echo "make chaos   3 runs under random faults; CHAOS=full: 20        (CHAOS_ARGS='--seed 7')"
 
 demo: $(VENV)/.ready-for-demo
 	$(BIN)/jobguard demo $(DEMO_ARGS)
@@ -49,10 +50,8 @@ fmt: $(VENV)/.ready
 bench: $(VENV)/.ready
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
-chaos:
-	@echo "make chaos is not there yet: no long run with random faults has been written." >&2
-	@echo "The faults that are rehearsed one by one are in 'make test' and 'make demo'." >&2
-	@exit 2
+chaos: $(VENV)/.ready
+	$(BIN)/python -m tests.chaos --runs $(if $(filter full,$(CHAOS)),20,3) $(CHAOS_ARGS)
 
 # The stamps are written last, so that whatever was interrupted is done again.
 

@@ -4,10 +4,12 @@ Nobody else writes it: jobguard is never told where it lies. One line an event, 
 small write each, so that the lines of many processes do not mix, and what was written stays when
 its writer is killed a microsecond later:
 
+    call <number> <pid> <nanoseconds>                  enqueue is about to be called (chaos only)
     enqueued <number> <pid> <nanoseconds> <job id>     the call of enqueue returned
     refused <number> <pid> <nanoseconds>               the call of enqueue raised
-    start <number> <pid> <nanoseconds>                 first statement of the task
-    end <number> <pid> <nanoseconds>                   last statement of the task
+    start <number> <pid> <nanoseconds> [parent pid]    first statement of the task
+    fail <number> <pid> <nanoseconds>                  the task raises: this attempt is no end
+    end <number> <pid> <nanoseconds> [parent pid]      last statement of the task
 
 The clock is the wall's: the one clock that tasks, kills and the incident rows of Postgres share.
 A number stands for one call of enqueue: after a refusal the producer goes on with the next number,
@@ -43,12 +45,14 @@ class Mark:
 
     pid: int
     at: float
+    parent: int = 0  # of a work-horse: the worker that reports for it
 
 
 @dataclass(slots=True)
 class Ledger:
     """What was read so far."""
 
+    called: dict[int, Mark] = field(default_factory=dict)
     enqueued: dict[int, Mark] = field(default_factory=dict)
     refused: dict[int, Mark] = field(default_factory=dict)
     starts: dict[int, list[Mark]] = field(default_factory=dict)
@@ -61,14 +65,19 @@ class Ledger:
     def add(self, line: str) -> None:
         """Take in one line."""
         what, number_text, pid, nanoseconds, *more = line.split()
-        number, mark = int(number_text), Mark(int(pid), int(nanoseconds) / 1e9)
-        if what == "enqueued":
+        parent = int(more[0]) if more and what in ("start", "end") else 0
+        number, mark = int(number_text), Mark(int(pid), int(nanoseconds) / 1e9, parent)
+        if what == "call":
+            self.called[number] = mark
+        elif what == "enqueued":
             self.enqueued[number] = mark
             self.number_of[more[0]] = number
             # A job may well have ended before its producer came to write this line.
             self.executed += number in self.ends
         elif what == "refused":
             self.refused[number] = mark
+        elif what == "fail":
+            self.running.pop(number, None)
         elif what == "start":
             self.starts.setdefault(number, []).append(mark)
             if number not in self.ends:

@@ -1,0 +1,53 @@
+"""Chaos runs to its end, and sees what it looks for."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.timeout(240)  # two runs beside three other tests on a small machine
+
+ROOT = Path(__file__).parents[2]
+
+
+def chaos(folder: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
+    """Make one short run; gives its exit code and its report."""
+    report = folder / "report.json"
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "tests.chaos", "--runs", "1", "--jobs", "200", "--seed", "7"),
+            *("--json", str(report), *arguments),
+        ],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
+    assert report.exists(), done.stdout + done.stderr
+    return done.returncode, json.loads(report.read_text())
+
+
+def test_a_short_run_loses_nothing(tmp_path: Path) -> None:
+    """One FLUSHALL over a few hundred jobs: all of them run, once."""
+    code, report = chaos(tmp_path, "--faults", "flushall")
+    (run,) = report["runs"]
+    assert [fault["name"] for fault in run["faults"]] == ["flushall"]
+    assert run["enqueued"] == run["executed"] >= 200
+    assert (run["lost"], run["twice"], report["problems"]) == ([], [], [])
+    assert code == 0
+
+
+def test_sabotage_is_seen(tmp_path: Path) -> None:
+    """With recovery forbidden the same run loses jobs, says which, and the exit is 1."""
+    code, report = chaos(tmp_path, "--faults", "flushall", "--sabotage")
+    (run,) = report["runs"]
+    assert len(run["lost"]) == run["enqueued"] - run["executed"] > 0
+    assert run["about"][0]["jobs"]  # Postgres knows that it is owed
+    assert not report["passed"]
+    assert code == 1

@@ -1,0 +1,111 @@
+"""`python -m tests.chaos`: library x fault x seed, and a report; exits 1 if a promise was broken."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import signal
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from jobguard.servers import ServerError
+from tests.chaos import report
+from tests.chaos.faults import FAULTS
+from tests.chaos.libraries import LIBRARIES, Library, failpoints
+from tests.chaos.plan import HITS, Plan
+from tests.chaos.run import Result, run
+from tests.chaos.site import ChaosError
+
+
+@click.command()
+@click.option("--runs", type=click.IntRange(min=1), default=3, show_default=True)
+@click.option("--jobs", type=click.IntRange(min=50), default=2_000, show_default=True)
+@click.option("--seed", type=int, default=None, help="Of the first run; the others count on.")
+@click.option(
+    "--library",
+    "libraries",
+    type=click.Choice(list(LIBRARIES)),
+    multiple=True,
+    default=list(LIBRARIES),
+    show_default=True,
+)
+@click.option(
+    "--faults",
+    default="all",
+    show_default=True,
+    help="all, or names of faults and failpoints, separated by commas.",
+)
+@click.option("--json", "path", type=click.Path(dir_okay=False, path_type=Path), default=None)
+@click.option("--fence-off", is_flag=True, help="To see that second completions are seen.")
+@click.option("--sabotage", is_flag=True, help="Forbid recovery, to see that losses are seen.")
+@click.option(
+    "--keep",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=None,
+    help="Keep ledgers, logs and kills in this folder.",
+)
+def main(
+    runs: int,
+    jobs: int,
+    seed: int | None,
+    libraries: tuple[str, ...],
+    faults: str,
+    path: Path | None,
+    fence_off: bool,
+    sabotage: bool,
+    keep: Path | None,
+) -> None:
+    """Let everything that can die die at random moments, and count what became of the jobs."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # end our children all the same
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=100)  # the table is wider than the eighty characters of a log
+    first = random.randrange(10_000) if seed is None else seed
+    results: list[Result] = []
+    found: list[str] = []
+    for library in (LIBRARIES[name] for name in libraries):
+        names, hits = _chosen(library, faults, runs)
+        for nth in range(runs):
+            plan = Plan(
+                library=library,
+                jobs=jobs,
+                seed=first + nth,
+                faults=names,
+                hits={name: math.ceil(HITS / runs) for name in hits},
+                fence=not fence_off,
+                sabotage=sabotage,
+                keep=keep,
+            )
+            console.rule(f"{library.name}, seed {plan.seed}: {nth + 1} of {runs}")
+            try:
+                results.append(run(plan, lambda text: console.print(text, highlight=False)))
+            except (ChaosError, ServerError) as error:
+                raise click.ClickException(str(error)) from error
+            report.show(console, results[-1:], report.problems(results[-1:], failpoints=False))
+            found = report.problems(results, failpoints=not (fence_off or sabotage))
+            if path is not None:  # also of what was made before somebody lost patience
+                path.write_text(json.dumps(report.as_json(results, found), indent=1, default=str))
+    if runs * len(libraries) > 1:
+        console.rule("all runs")
+        report.show(console, results, found)
+    raise SystemExit(1 if found else 0)
+
+
+def _chosen(library: Library, wanted: str, runs: int) -> tuple[tuple[str, ...], list[str]]:
+    """Give the faults and the failpoints that were asked for."""
+    places = failpoints(library)
+    if wanted == "all":
+        return tuple(FAULTS), places
+    names = [name.strip() for name in wanted.split(",") if name.strip()]
+    unknown = sorted(set(names) - set(FAULTS) - set(places))
+    if unknown:
+        there = ", ".join([*FAULTS, *places])
+        raise click.BadParameter(f"there is no {', '.join(unknown)}; there are: {there}")
+    return tuple(n for n in names if n in FAULTS), [n for n in names if n in places]
+
+
+if __name__ == "__main__":
+    main()

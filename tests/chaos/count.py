@@ -1,0 +1,76 @@
+"""What a run comes to: computed from the ledger and the log of kills, and from nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from jobguard.demo.figures import REPORT_SECONDS
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
+    from jobguard.demo.ledger import Ledger, Mark
+    from tests.chaos.kills import Kill
+
+RECORDED = ("after_record", "after_push")
+"""Who dies at these has committed its record: the job is owed, although nobody was told so."""
+_OF_THIS_CALL = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Count:
+    """One run, counted."""
+
+    enqueued: int
+    executed: int
+    refused: int  # calls of enqueue that raised: nothing was promised
+    unanswered: int  # calls whose producer was killed meanwhile: nothing was promised
+    recorded: int  # of these, killed when the record was committed: the job must run
+    lost: tuple[int, ...]
+    twice: tuple[int, ...]  # completed more than once, and not excused
+    excused: tuple[int, ...]
+
+
+def count(ledger: Ledger, kills: Sequence[Kill]) -> Count:
+    """Count one run, of which nothing moves any more."""
+    unanswered = ledger.called.keys() - ledger.enqueued.keys() - ledger.refused.keys()
+    recorded = _recorded(ledger, unanswered, kills)
+    again = {number: marks for number, marks in ledger.ends.items() if len(marks) > 1}
+    excused = {number for number, marks in again.items() if is_excused(marks, kills)}
+    return Count(
+        enqueued=len(ledger.enqueued),
+        executed=len(ledger.enqueued.keys() & ledger.ends.keys()),
+        refused=len(ledger.refused),
+        unanswered=len(unanswered),
+        recorded=len(recorded),
+        lost=tuple(sorted(ledger.owed() | (recorded - ledger.ends.keys()))),
+        twice=tuple(sorted(again.keys() - excused)),
+        excused=tuple(sorted(excused)),
+    )
+
+
+def is_excused(ends: Sequence[Mark], kills: Sequence[Kill]) -> bool:
+    """Whether every completion but the last was by a worker that was killed before it could report.
+
+    The end carries the pid of who ran the job and, for a work-horse, of the worker that reports for
+    it. One that lies further before the kill than a report takes, or behind it, excuses nothing.
+    """
+    return all(
+        any(
+            kill.pid in (end.pid, end.parent) and 0 <= kill.at - end.at <= REPORT_SECONDS
+            for kill in kills
+        )
+        for end in sorted(ends, key=lambda end: end.at)[:-1]
+    )
+
+
+def _recorded(ledger: Ledger, unanswered: Collection[int], kills: Sequence[Kill]) -> set[int]:
+    """Find what was in the hands of a producer that died between its record and its answer."""
+    deaths = {kill.pid: kill.at for kill in kills if kill.what in RECORDED}
+    return {
+        number
+        for number in unanswered
+        if (mark := ledger.called[number]).pid in deaths
+        and 0 <= deaths[mark.pid] - mark.at <= _OF_THIS_CALL
+    }

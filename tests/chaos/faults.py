@@ -1,0 +1,272 @@
+"""The faults. Each is a generator that is stepped at every tick, so that the supervisor goes on meanwhile.
+
+It returns, by way of the step that ends it, a few words on what it did; None means that there was nothing
+to be done it to, and it is tried again later.
+"""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+from collections.abc import Callable, Generator
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import psutil
+import psycopg
+import redis
+
+from tests.chaos.plan import SETTINGS
+from tests.chaos.site import wait_until_gone
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+    from jobguard.demo.children import Child
+    from tests.chaos.site import Site
+
+Steps = Generator[None, None, str | None]
+Fault = Callable[["Site", random.Random], Steps]
+
+DOWN_SECONDS = 0.5
+STAKE = 25
+"""Jobs that should be owed when Redis loses its data: or else nothing is at stake."""
+_PATIENCE = 20.0
+_FRESH = 0.3
+"""A long job that started so recently surely runs on for a moment."""
+
+
+def redis_kill(site: Site, chance: random.Random) -> Steps:
+    """Redis: kill -9, and back empty."""
+    yield from _stake(site)
+    owed = site.backlog()
+    site.redis.kill()
+    yield from _pass(DOWN_SECONDS * chance.uniform(0.5, 3))
+    site.redis.start()
+    return f"{owed} jobs were owed"
+
+
+def flushall(site: Site, chance: random.Random) -> Steps:
+    """Redis: FLUSHALL."""
+    yield from _stake(site)
+    owed = site.backlog()
+    site.client.flushall()
+    return f"{owed} jobs were owed"
+
+
+def old_snapshot(site: Site, chance: random.Random) -> Steps:
+    """Redis: killed, and back with the data of some seconds before."""
+    yield from _stake(site)
+    snapshot = site.redis.snapshot()
+    ended = site.reader.ledger.executed
+    yield from _pass(chance.uniform(2, 5))
+    site.redis.restore(snapshot)
+    return f"{site.reader.ledger.executed - ended} jobs had ended since"
+
+
+def list_deleted(site: Site, chance: random.Random) -> Steps:
+    """A queue's list is deleted."""
+
+    def longest() -> str | None:
+        key, members = max(site.lists().items(), key=lambda pair: len(pair[1]))
+        return key if len(members) >= 3 else None
+
+    yield from _until(lambda: longest() is not None)
+    key = longest()
+    if key is None:
+        return None
+    length = site.client.llen(key)
+    site.client.delete(key)
+    return f"{key}, {length} long"
+
+
+def hash_deleted(site: Site, chance: random.Random) -> Steps:
+    """The hash of a waiting job is deleted."""
+
+    def waiting() -> list[str]:
+        return [member for members in site.lists().values() for member in members]
+
+    yield from _until(lambda: bool(waiting()))
+    members = waiting()
+    if not members:
+        return None
+    key = site.library.hash_key.format(member=chance.choice(members))
+    return key if site.client.delete(key) else None
+
+
+def worker_kill(site: Site, chance: random.Random) -> Steps:
+    """A worker is killed with -9, together with whatever it forked."""
+    name = chance.choice(sorted(site.workers))
+    yield from _until(lambda: site.is_busy(site.workers[name]))
+    site.kill(site.workers[name], "worker_kill")
+    return name
+
+
+def horse_kill(site: Site, chance: random.Random) -> Steps:
+    """The child that runs a job is killed with -9, and its worker lives."""
+    found: list[psutil.Process] = []
+
+    def caught() -> bool:
+        found[:] = _horses(site)
+        return bool(found)
+
+    yield from _until(caught)
+    if not found:
+        return None
+    horse = found[0]
+    try:
+        horse.kill()
+    except psutil.NoSuchProcess:  # it was quicker
+        return None
+    wait_until_gone(horse)
+    site.kills.note("horse_kill", horse.pid)
+    return f"pid {horse.pid}"
+
+
+def worker_term(site: Site, chance: random.Random) -> Steps:
+    """SIGTERM to a worker of two queues, as a deploy sends it."""
+    two = [role.name for role in site.library.workers if len(role.queues) > 1]
+    name = chance.choice(two)
+    yield from _until(lambda: not site.workers[name].ended)
+    child = site.workers[name]
+    child.process.send_signal(signal.SIGTERM)
+    starts = child.starts
+    yield from _until(lambda: child.ended or child.starts > starts)
+    return name
+
+
+def producer_kill(site: Site, chance: random.Random) -> Steps:
+    """A producer is killed with -9; between record and push the failpoints do it."""
+    yield from _until(lambda: any(not child.ended for child in site.producers))
+    running = [child for child in site.producers if not child.ended]
+    if not running:
+        return None
+    producer = chance.choice(running)
+    site.kill(producer, "producer_kill")
+    return f"pid {producer.pid}"
+
+
+def leader_kill(site: Site, chance: random.Random) -> Steps:
+    """The leading reconciler is killed with -9."""
+    leader = yield from _leader(site)
+    if leader is None:
+        return None
+    pid, at = leader.pid, time.monotonic()
+    site.kill(leader, "leader_kill")
+    yield from _until(lambda: site.leader() not in (None, pid))
+    return f"another led after {time.monotonic() - at:.1f} s"
+
+
+def leader_stop(site: Site, chance: random.Random) -> Steps:
+    """The leading reconciler is stopped until another leads, and wakes up then."""
+    leader = yield from _leader(site)
+    if leader is None:
+        return None
+    pid, at = leader.pid, time.monotonic()
+    site.pause(leader)
+    yield from _pass(chance.uniform(0, 2))
+    site.client.flushall()  # or else whoever sleeps through it misses nothing
+    yield from _until(lambda: site.leader() not in (None, pid))
+    took = time.monotonic() - at
+    yield from _pass(chance.uniform(0, 2))
+    site.resume(leader)
+    return f"FLUSHALL meanwhile; another led after {took:.1f} s"
+
+
+def postgres_restart(site: Site, chance: random.Random) -> Steps:
+    """Postgres is restarted, and nothing else happens until what waited for it is written.
+
+    While it is away, a process that dies takes along what it could not write: no other fault now.
+    """
+    site.kills.disarm()
+    yield from _pass(1.0)
+    at = time.monotonic()
+    site.postgres.stop()
+    yield from _pass(chance.uniform(0, 3))
+    site.postgres.start()
+    took = time.monotonic() - at
+    ((back_at,),) = site.ask("select clock_timestamp()")
+    yield from _until(lambda: _is_written(site, back_at))
+    yield from _pass(1.0)
+    return f"away for {took:.1f} s; all was written {time.monotonic() - at - took:.1f} s after it"
+
+
+FAULTS: dict[str, Fault] = {
+    fault.__name__: fault
+    for fault in (
+        *(redis_kill, flushall, old_snapshot, list_deleted, hash_deleted),
+        *(worker_kill, horse_kill, worker_term, producer_kill),
+        *(leader_kill, leader_stop, postgres_restart),
+    )
+}
+
+
+def _pass(seconds: float) -> Generator[None, None, None]:
+    """Let some time pass, which is part of the fault."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        yield
+
+
+def _until(is_so: Callable[[], bool]) -> Generator[None, None, bool]:
+    """Wait for something, but not for ever."""
+    until = time.monotonic() + _PATIENCE
+    while time.monotonic() < until:
+        try:
+            if is_so():
+                return True
+        except (psycopg.Error, redis.RedisError):
+            pass
+        yield
+    return False
+
+
+def _stake(site: Site) -> Generator[None, None, bool]:
+    return (yield from _until(lambda: site.backlog() >= STAKE))
+
+
+def _leader(site: Site) -> Generator[None, None, Child | None]:
+    yield from _until(lambda: site.leading() is not None)
+    return site.leading()
+
+
+def _horses(site: Site) -> list[psutil.Process]:
+    """Find the children of forking workers that began a job a moment ago."""
+    forking = {
+        site.workers[role.name].pid
+        for role in site.library.workers
+        if role.forks and not site.workers[role.name].ended
+    }
+    found = []
+    for mark in site.reader.ledger.running.values():
+        if mark.parent not in forking or time.time() - mark.at > _FRESH:
+            continue
+        try:
+            horse = psutil.Process(mark.pid)
+            if horse.ppid() == mark.parent:
+                found.append(horse)
+        except psutil.NoSuchProcess:
+            pass
+    return found
+
+
+def _is_written(site: Site, back_at: datetime) -> bool:
+    """Whether Postgres has all that was enqueued, and no worker has anything left to tell.
+
+    What a worker said before the outage says nothing about what it could not write in it.
+    """
+    counted = site.reader.ledger
+    ids = [job_id for job_id, number in counted.number_of.items() if number in counted.owed()]
+    known = site.ask(
+        "select count(*) from unnest(%s::text[]) as owed (id)"
+        " where exists (select from jobguard.jobs where job_id = owed.id)"
+        " or exists (select from jobguard.history where job_id = owed.id)",
+        ids,
+    )
+    silent = site.ask(
+        "select count(*) from jobguard.workers where left_at is null and dead_at is null"
+        " and (unflushed_since is not null or beat_at <= %s) and beat_at > %s::timestamptz - %s",
+        *(back_at, back_at, timedelta(seconds=float(SETTINGS["JOBGUARD_WORKER_TIMEOUT"]))),
+    )
+    return known == [(len(ids),)] and silent == [(0,)]

@@ -1,0 +1,60 @@
+"""What is asked for, and the settings under which all of it happens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from jobguard.settings import Settings
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.chaos.libraries import Library
+
+SETTINGS = {
+    # The same rules as by default, sooner: a run is to be over in minutes.
+    "JOBGUARD_WORKER_TIMEOUT": "6",
+    "JOBGUARD_BEAT_INTERVAL": "1",
+    "JOBGUARD_SWEEP_INTERVAL": "15",
+    "JOBGUARD_GRACE": "3",
+    "JOBGUARD_LEASE": "4",
+    # On a busy machine too an end is to be written within the 100 ms that excuse a second completion.
+    "JOBGUARD_ENDS_INTERVAL": "0.02",
+    # A job that chance lets meet four deaths is not to be given up, nor to wait five minutes.
+    "JOBGUARD_CRASH_BUDGET": "20",
+    "JOBGUARD_CRASH_BACKOFF": "0,1,2",
+    # A deleted list is an absence without a cause; the brake would wait for a person.
+    "JOBGUARD_BRAKE_COUNT": "100000",
+    "JOBGUARD_BRAKE_SHARE": "1",
+}
+LOAD_SECONDS = 45.0
+"""The jobs of a run are enqueued over this long, unless its faults take longer."""
+HITS = 20
+"""Every failpoint is to be hit so often, in all runs together."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One run."""
+
+    library: Library
+    jobs: int
+    seed: int
+    faults: tuple[str, ...]
+    hits: dict[str, int]  # failpoint -> how often it is to be hit in this run
+    fence: bool = True
+    sabotage: bool = False
+    keep: Path | None = None
+
+    @property
+    def rate(self) -> float:
+        """Jobs a second."""
+        return max(40.0, self.jobs / LOAD_SECONDS)
+
+    @property
+    def patience(self) -> float:
+        """Seconds without any movement after which nothing more will come."""
+        if self.sabotage:
+            return 8.0  # nobody puts anything back
+        return max(30.0, 3 * float(SETTINGS["JOBGUARD_WORKER_TIMEOUT"]) + 2 * Settings().grace)

@@ -1,0 +1,92 @@
+"""What one sees of all runs: a table, a verdict, and one JSON object."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from tests.chaos.plan import HITS, SETTINGS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.console import Console
+
+    from tests.chaos.run import Result
+
+
+def problems(results: Sequence[Result], *, failpoints: bool) -> list[str]:
+    """Name everything for which chaos fails; `failpoints`: all of them were to be hit."""
+    found = []
+    for result in results:
+        where = f"{result.library}, seed {result.seed}"
+        if result.count.lost:
+            found.append(f"{where}: {len(result.count.lost)} jobs were lost")
+        if result.count.twice:
+            found.append(f"{where}: {len(result.count.twice)} jobs completed twice, unexcused")
+        found += [f"{where}: nothing to deal {name} to" for name in result.missed]
+    if failpoints:
+        for library in sorted({result.library for result in results}):
+            hits = total_hits([result for result in results if result.library == library])
+            found += [
+                f"{library}: {name} was hit {count} times, not {HITS}"
+                for name, count in hits.items()
+                if count < HITS
+            ]
+    return found
+
+
+def total_hits(results: Sequence[Result]) -> Counter[str]:
+    """Count the hits of each failpoint in all runs; one that was never hit counts 0."""
+    total: Counter[str] = Counter()
+    for result in results:
+        total.update(result.failpoints)
+    return total
+
+
+def as_json(results: Sequence[Result], found: Sequence[str]) -> dict[str, Any]:
+    """Give the whole report as plain values."""
+    return {
+        "passed": not found,
+        "problems": list(found),
+        "settings": SETTINGS,
+        "failpoints": dict(total_hits(results)),
+        "runs": [result.as_json() for result in results],
+    }
+
+
+def show(console: Console, results: Sequence[Result], found: Sequence[str]) -> None:
+    """Print a row for each run, the failpoints, and what is wrong."""
+    table = Table(
+        title="from the ledger that tasks and producers wrote",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+    )
+    for name in ("library", "seed", "faults", "deaths", "enqueued", "refused"):
+        table.add_column(name, justify="left" if name == "library" else "right")
+    for name in ("lost", "twice", "excused", "seconds"):
+        table.add_column(name, justify="right")
+    for result in results:
+        counted = result.count
+        table.add_row(
+            *(result.library, str(result.seed), str(len(result.faults))),
+            *(str(sum(result.failpoints.values())), f"{counted.enqueued:,}"),
+            *(str(counted.refused), _bad(len(counted.lost)), _bad(len(counted.twice))),
+            *(str(len(counted.excused)), f"{result.seconds:.0f}"),
+        )
+    console.print(table)
+    hits = total_hits(results)
+    if hits:
+        told = ", ".join(f"{name} {count}" for name, count in hits.items())
+        console.print(f"deaths at failpoints: {told}", highlight=False)
+    for problem in found:
+        console.print(f"[bold red]{problem}[/]", highlight=False)
+    if not found:
+        console.print("[bold green]Nothing was lost, and nothing completed twice.[/]")
+
+
+def _bad(number: int) -> str:
+    return f"[bold red]{number:,}[/]" if number else "0"

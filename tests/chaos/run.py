@@ -1,0 +1,233 @@
+"""One run: producers enqueue all the while, the faults fall one after another, and then it is counted."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import shutil
+import tempfile
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+
+from tests.chaos.count import Count, count
+from tests.chaos.faults import FAULTS
+from tests.chaos.site import Site
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from tests.chaos.faults import Steps
+    from tests.chaos.plan import Plan
+
+TICK_SECONDS = 0.02
+APART = (1.0, 4.0)
+"""Seconds between two faults: the recovery from one is often met by the next."""
+TRIES = 5
+"""How often a fault that found nothing to be done to is tried again."""
+TOP_UP_SECONDS = 150.0
+"""What the faults did not bring about for the failpoints, is brought about for so long."""
+TOP_UP_APART = 12.0
+"""Enough for another leader to be elected, and for it to see that a worker is dead."""
+LEADS_TO = {
+    "after_incident_row": "flushall",
+    "after_restore": "flushall",
+    "after_void": "worker_kill",
+}
+"""The reconciler comes by its failpoints only when there is something for it to do."""
+SETTLE_SECONDS = 2.0
+OWED_SECONDS = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class Fell:
+    """A fault that was dealt."""
+
+    name: str
+    at: float  # seconds since the first call of enqueue when it was over
+    seconds: float
+    detail: str
+
+
+@dataclass(slots=True)
+class Result:
+    """One run, told."""
+
+    library: str
+    seed: int
+    count: Count
+    faults: list[Fell]
+    missed: list[str]  # faults that found nothing to be done to, however often
+    failpoints: dict[str, int]
+    restarts: int
+    extra: dict[str, int]  # faults beyond those, that lead to failpoints of the reconciler
+    seconds: float
+    about: list[dict[str, Any]] = field(default_factory=list)  # of jobs that went wrong
+
+    def as_json(self) -> dict[str, Any]:
+        """Give all of it as plain values."""
+        told = asdict(self)
+        return {**told.pop("count"), **told}
+
+
+def run(plan: Plan, say: Callable[[str], None]) -> Result:
+    """Make one run.
+
+    Raises ChaosError and jobguard.servers.ServerError.
+    """
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(_folder(plan))
+        site = Site(plan, folder, stack)
+        site.start(stack)
+        result = _Run(site, say).to_the_end()
+        (folder / "result.json").write_text(json.dumps(result.as_json(), indent=1, default=str))
+        return result
+
+
+@contextlib.contextmanager
+def _folder(plan: Plan) -> Iterator[Path]:
+    if plan.keep is not None:
+        folder = plan.keep / f"{plan.library.name}-{plan.seed}"
+        shutil.rmtree(folder, ignore_errors=True)  # a ledger is appended to
+        folder.mkdir(parents=True)
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="jobguard-chaos-", ignore_cleanup_errors=True) as name:
+        yield Path(name)
+
+
+class _Run:
+    """The loop that supervises, deals the faults, and watches the ledger."""
+
+    def __init__(self, site: Site, say: Callable[[str], None]) -> None:
+        self._site, self._say, self._plan = site, say, site.plan
+        self._chance = random.Random(site.plan.seed)
+        order = list(site.plan.faults)
+        self._chance.shuffle(order)
+        self._waiting = order
+        self._tries = dict.fromkeys(order, TRIES)
+        self._fell: list[Fell] = []
+        self._missed: list[str] = []
+        self._extra: Counter[str] = Counter()
+        self._began = self._moved_at = time.monotonic()
+
+    def to_the_end(self) -> Result:
+        """Deal everything, wait until nothing moves any more, and count."""
+        site = self._site
+        site.produce()
+        site.kills.arm()
+        self._pass(self._chance.uniform(*APART))
+        while self._waiting:
+            self._deal(self._waiting.pop(0))
+            self._pass(self._chance.uniform(*APART))
+        self._go_on(lambda: len(site.reader.ledger.enqueued) >= self._plan.jobs)
+        self._top_up()
+        site.kills.disarm()
+        site.stop_producing()
+        self._drain()
+        return self._result()
+
+    # -- the load and the faults -------------------------------------------------------------------
+
+    def _deal(self, name: str) -> None:
+        at = time.monotonic()
+        detail = self._step_through(FAULTS[name](self._site, self._chance))
+        self._site.kills.arm()  # after a fault that must be alone
+        if detail is not None:
+            now = time.monotonic()
+            fell = Fell(name, round(now - self._began, 1), round(now - at, 1), detail)
+            self._fell.append(fell)
+            self._say(f"{fell.at:6.1f} s  {name}: {detail}")
+            return
+        self._tries[name] -= 1
+        (self._waiting if self._tries[name] else self._missed).append(name)
+
+    def _step_through(self, steps: Steps) -> str | None:
+        while True:
+            try:
+                next(steps)
+            except StopIteration as over:
+                detail: str | None = over.value
+                return detail
+            self._tick()
+
+    def _top_up(self) -> None:
+        """Go on until every failpoint was hit as often as it should, and do what leads to them."""
+        until = time.monotonic() + TOP_UP_SECONDS
+        while (unhit := self._unhit()) and time.monotonic() < until:
+            self._tick()
+            # One after another: a loss of Redis means that silence until then proves nobody dead.
+            place = next((place for place in LEADS_TO if place in unhit), None)
+            if place is not None:
+                self._lead_to(place)
+
+    def _lead_to(self, place: str) -> None:
+        """Have the reconciler come by one of its failpoints."""
+        name, hits = LEADS_TO[place], self._site.kills.hits(place)
+        self._step_through(FAULTS[name](self._site, self._chance))
+        self._extra[name] += 1
+        until = time.monotonic() + TOP_UP_APART
+        self._go_on(lambda: self._site.kills.hits(place) > hits or time.monotonic() > until)
+
+    def _unhit(self) -> list[str]:
+        hits = self._plan.hits
+        return [name for name, wanted in hits.items() if self._site.kills.hits(name) < wanted]
+
+    def _tick(self) -> None:
+        if self._site.reader.read():
+            self._moved_at = time.monotonic()
+        self._site.tend()
+        self._site.pace()
+        for name, wanted in self._plan.hits.items():
+            if self._site.kills.hits(name) >= wanted:
+                self._site.kills.retire(name)
+        time.sleep(TICK_SECONDS)
+
+    def _pass(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        self._go_on(lambda: time.monotonic() >= until)
+
+    def _go_on(self, until: Callable[[], bool]) -> None:
+        while not until():
+            self._tick()
+
+    # -- the end -----------------------------------------------------------------------------------
+
+    def _drain(self) -> None:
+        """Wait until all have ended, or until nothing moves any more."""
+        counted, patience = self._site.reader.ledger, self._plan.patience
+        self._moved_at = time.monotonic()
+        self._go_on(lambda: not counted.owed() or time.monotonic() - self._moved_at > patience)
+        # What is recorded and was promised to nobody comes too; so might a job that has ended.
+        until = time.monotonic() + (0.0 if self._plan.sabotage else OWED_SECONDS)
+        self._go_on(lambda: self._owes_nothing() or time.monotonic() > until)
+        self._moved_at = time.monotonic()
+        self._go_on(lambda: time.monotonic() - self._moved_at > SETTLE_SECONDS)
+
+    def _owes_nothing(self) -> bool:
+        try:
+            return self._site.ask("select count(*) from jobguard.jobs") == [(0,)]
+        except psycopg.Error:
+            return False
+
+    def _result(self) -> Result:
+        site = self._site
+        children = (*site.reconcilers, *site.workers.values(), *site.services, *site.producers)
+        counted = count(site.reader.ledger, site.kills.all())
+        return Result(
+            library=self._plan.library.name,
+            seed=self._plan.seed,
+            count=counted,
+            faults=self._fell,
+            missed=self._missed,
+            failpoints={name: site.kills.hits(name) for name in self._plan.hits},
+            restarts=sum(child.starts - 1 for child in children),
+            extra=dict(self._extra),
+            seconds=round(time.monotonic() - self._began, 1),
+            about=site.about([*counted.lost[:20], *counted.twice[:20]]),
+        )

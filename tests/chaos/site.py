@@ -1,0 +1,300 @@
+"""One installation of real processes: what the faults act on, and what can be seen of it from outside."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import psycopg
+
+import jobguard.schema
+from jobguard.clients import client_from_url
+from jobguard.demo import children, ledger
+from jobguard.demo.harness import JOBGUARD
+from jobguard.servers import PostgresServer, RedisServer
+from tests.chaos.kills import KillLog
+from tests.chaos.libraries import QUEUES, RECONCILER_FAILPOINTS, failpoints
+from tests.chaos.plan import SETTINGS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    from tests.chaos.libraries import Role
+    from tests.chaos.plan import Plan
+
+ROOT = Path(__file__).parents[2]
+PRODUCERS = 2
+RECONCILERS = 2
+START_SECONDS = 60.0
+BACKLOG = 300
+"""Enough to be lost with Redis; what waits besides only makes the run longer."""
+
+_OF_THE_JOB = "token in (select token from jobguard.jobs where job_id = %s)"
+_ABOUT = {
+    table: f"select to_jsonb(t) - 'envelope' from jobguard.{table} t where {which} order by token"
+    for table, which in {
+        "jobs": "job_id = %s",
+        "history": "job_id = %s",
+        "running": _OF_THE_JOB,
+        "suspects": _OF_THE_JOB,
+    }.items()
+}
+
+
+class ChaosError(RuntimeError):
+    """The run could not be made; the message says why."""
+
+
+class Site:
+    """The servers, the supervised children, the ledger of the tasks and the log of the kills."""
+
+    def __init__(self, plan: Plan, folder: Path, stack: contextlib.ExitStack) -> None:
+        self.plan, self.folder, self.library = plan, folder, plan.library
+        for name in ("failed", "blocks"):
+            (folder / name).mkdir()
+        self.ledger_path = folder / "ledger"
+        self._enough = folder / "enough"
+        self.reader = ledger.Reader(self.ledger_path)
+        stack.callback(self.reader.close)
+        self.kills = KillLog(folder, failpoints(plan.library))
+        self.redis = stack.enter_context(RedisServer(persistence="none"))
+        self.postgres = stack.enter_context(PostgresServer())
+        self._url = self.postgres.create_database("chaos")
+        jobguard.schema.migrate(self._url)
+        self.client = client_from_url(self.redis.url, timeout=2.0)
+        stack.callback(self.client.close)
+        self._connection: psycopg.Connection[Any] | None = None
+        stack.callback(self._hang_up)
+        self._paused: set[int] = set()
+        stack.callback(self._end_orphans)
+        # In the order in which they are started; ended in the other.
+        self.reconcilers = self._children(stack)
+        self.workers: dict[str, children.Child] = {}
+        self.services: list[children.Child] = []
+        self.producers: list[children.Child] = self._children(stack)
+
+    def start(self, stack: contextlib.ExitStack) -> None:
+        """Start all of them but the producers, and return once what is recorded is recovered."""
+        for number in range(RECONCILERS):
+            self.reconcilers.append(self._reconciler(number))
+        self.await_(lambda: self.leader() is not None, "a leader")
+        stack.callback(lambda: children.end([*self.workers.values(), *self.services]))
+        for role in self.library.workers:
+            self.workers[role.name] = self._member(role)
+        for role in self.library.services:
+            self.services.append(self._member(role))
+        trusted = "select count(*) from jobguard.queues where trusted_since is not null"
+        self.await_(lambda: self.ask(trusted) == [(len(QUEUES),)], "the trust in all queues")
+
+    def produce(self) -> None:
+        """Start the producers."""
+        rate = f"{self.plan.rate / PRODUCERS:.2f}"
+        arguments = ("producer", "URL", rate, str(self.plan.seed))
+        places = self.library.producer_failpoints
+        for number in range(PRODUCERS):
+            self.producers.append(self._host(f"producer-{number}", arguments, QUEUES, places))
+
+    def pace(self) -> None:
+        """Have the producers go on slowly while the workers cannot follow, or all jobs are enqueued."""
+        enqueued = len(self.reader.ledger.enqueued)
+        if enqueued >= self.plan.jobs or self.backlog() > BACKLOG:
+            self._enough.touch()
+        else:
+            self._enough.unlink(missing_ok=True)
+
+    def stop_producing(self) -> None:
+        """Let the producers answer their last call, and start them no more."""
+        children.end(self.producers)
+        self.producers.clear()
+
+    def tend(self) -> None:
+        """Start again who ended, as a supervisor does."""
+        for child in (*self.reconcilers, *self.workers.values(), *self.services, *self.producers):
+            child.tend()
+
+    # -- what is done to it ------------------------------------------------------------------------
+
+    def kill(self, child: children.Child, what: str) -> None:
+        """SIGKILL a child with its own children at once: none sees another die."""
+        family = self.family(child)
+        for member in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.suspend()
+        for member in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
+        child.process.wait()
+        for member in family:
+            wait_until_gone(member)
+            self.kills.note(what, member.pid)
+
+    def pause(self, child: children.Child) -> None:
+        """SIGSTOP it."""
+        self._paused.add(child.pid)
+        child.process.send_signal(signal.SIGSTOP)
+
+    def resume(self, child: children.Child) -> None:
+        """SIGCONT it."""
+        child.process.send_signal(signal.SIGCONT)
+        self._paused.discard(child.pid)
+
+    # -- what is seen of it ------------------------------------------------------------------------
+
+    def family(self, child: children.Child) -> list[psutil.Process]:
+        """Give a child and its children, itself first; nothing if it has ended."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if not child.ended:
+                parent = psutil.Process(child.pid)
+                return [parent, *parent.children(recursive=True)]
+        return []
+
+    def ask(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
+        """Ask Postgres; raises psycopg.Error while it is away."""
+        try:
+            return self._ask(query, values)
+        except psycopg.OperationalError:  # it was restarted since we were connected
+            self._hang_up()
+        try:
+            return self._ask(query, values)
+        except psycopg.Error:
+            self._hang_up()
+            raise
+
+    def _ask(self, query: str, values: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+        if self._connection is None:
+            self._connection = psycopg.connect(self._url, autocommit=True, connect_timeout=5)
+        return self._connection.execute(query.encode(), values or None).fetchall()
+
+    def leader(self) -> int | None:
+        """Give the pid of the process that leads now."""
+        rows = self.ask("select pid from jobguard.leader where expires_at > now()")
+        return int(rows[0][0]) if rows else None
+
+    def leading(self) -> children.Child | None:
+        """Give the reconciler that leads now."""
+        pid = self.leader()
+        return next((child for child in self.reconcilers if child.pid == pid), None)
+
+    def backlog(self) -> int:
+        """Count what is enqueued and has not ended."""
+        return len(self.reader.ledger.owed())
+
+    def is_busy(self, worker: children.Child) -> bool:
+        """Whether a worker has a job in its hands, or its work-horse has."""
+        marks = self.reader.ledger.running.values()
+        return not worker.ended and any(worker.pid in (mark.pid, mark.parent) for mark in marks)
+
+    def lists(self) -> Mapping[str, Sequence[str]]:
+        """Give the key of each queue's list in Redis, and what is in it."""
+        client: Any = self.client
+        keys = [self.library.list_key.format(queue=queue) for queue in QUEUES]
+        return {key: [member.decode() for member in client.lrange(key, 0, -1)] for key in keys}
+
+    def await_(self, is_ready: Callable[[], bool], what: str) -> None:
+        """Wait for what must be there before the run can begin."""
+        deadline = time.monotonic() + START_SECONDS
+        while not is_ready():
+            for child in (*self.reconcilers, *self.workers.values(), *self.services):
+                if child.ended:
+                    raise ChaosError(f"a process does not start:\n{child.last_words}")
+            if time.monotonic() > deadline:
+                raise ChaosError(f"not there after {START_SECONDS:.0f} s: {what}")
+            time.sleep(0.05)
+
+    def about(self, numbers: Iterable[int]) -> list[dict[str, Any]]:
+        """Tell what the stores know of these jobs, for whoever looks for the cause."""
+        ids = {number: job_id for job_id, number in self.reader.ledger.number_of.items()}
+        return [self._about(number, ids.get(number)) for number in numbers]
+
+    def _about(self, number: int, job_id: str | None) -> dict[str, Any]:
+        told: dict[str, Any] = {"number": number, "job_id": job_id}
+        if job_id is None:
+            return told
+        for table, query in _ABOUT.items():
+            told[table] = [row for (row,) in self.ask(query, job_id)]
+        fields: Any = self.client.hgetall(self.library.hash_key.format(member=job_id))
+        told["redis"] = {
+            name.decode(): value[:80].decode(errors="replace")
+            for name, value in fields.items()
+            if name != b"data"
+        }
+        return told
+
+    # -- its processes -----------------------------------------------------------------------------
+
+    def _reconciler(self, number: int) -> children.Child:
+        more = {"JOBGUARD_MODE": "observe"} if self.plan.sabotage else {}
+        return children.Child(
+            [*JOBGUARD, "reconcile", "--redis", self.redis.url, "--log-json"],
+            environ=self._environ(RECONCILER_FAILPOINTS)
+            | more,  # it is not told where the ledger is
+            log=self.folder / f"reconciler-{number}.log",
+        )
+
+    def _member(self, role: Role) -> children.Child:
+        return self._host(role.name, role.arguments, role.queues, role.failpoints or {})
+
+    def _host(
+        self,
+        name: str,
+        arguments: Sequence[str],
+        queues: Sequence[str],
+        places: Mapping[str, float],
+    ) -> children.Child:
+        said = [self.redis.url if word == "URL" else word for word in arguments]
+        return children.Child(
+            ["-m", self.library.module, *said, *queues],
+            environ=self._environ(places) | {ledger.VARIABLE: str(self.ledger_path)},
+            log=self.folder / f"{name}.log",
+        )
+
+    def _environ(self, places: Mapping[str, float]) -> dict[str, str]:
+        wanted = {name: share for name, share in places.items() if self.plan.hits.get(name)}
+        environ = children.clean_environment() | SETTINGS
+        environ |= {
+            "PYTHONPATH": str(ROOT),
+            "JOBGUARD_POSTGRES_URL": self._url,
+            "JOBGUARD_FENCE": str(int(self.plan.fence)),
+        }
+        if wanted:
+            environ |= {
+                "JOBGUARD_TESTING": "1",
+                "JOBGUARD_FAILPOINT": ",".join(f"{name}:{wanted[name]}" for name in wanted),
+                "JOBGUARD_FAILPOINT_LOGS": str(self.kills.armed),
+            }
+        return environ
+
+    def _children(self, stack: contextlib.ExitStack) -> list[children.Child]:
+        made: list[children.Child] = []
+
+        def end() -> None:
+            for child in made:
+                if child.pid in self._paused:
+                    self.resume(child)
+            children.end(made)
+
+        stack.callback(end)
+        return made
+
+    def _end_orphans(self) -> None:
+        """End the work-horses whose worker was killed before them; ours are known by their ledger."""
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                if process.environ().get(ledger.VARIABLE) == str(self.ledger_path):
+                    process.kill()
+
+    def _hang_up(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+
+def wait_until_gone(process: psutil.Process) -> None:
+    """Return when a killed process can do nothing any more, whoever reaps it."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        while process.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.001)

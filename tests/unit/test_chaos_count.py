@@ -1,0 +1,157 @@
+"""What chaos counts, with losses, second completions and kills planted by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from jobguard.demo.ledger import Ledger
+from tests.chaos import report
+from tests.chaos.count import Count, count
+from tests.chaos.kills import Kill, KillLog
+from tests.chaos.run import Result
+
+KILLED, PARENT, OTHER = 11, 10, 12
+
+
+def line(what: str, number: int, at: float, pid: int = OTHER, more: object = "") -> str:
+    """Write one line of a ledger."""
+    if what == "enqueued":
+        more = f"id-{number}"
+    return f"{what} {number} {pid} {int(at * 1e9)} {more}"
+
+
+def ledger(*lines: str) -> Ledger:
+    """Make a ledger of these lines."""
+    made = Ledger()
+    for one in lines:
+        made.add(one)
+    return made
+
+
+def enqueued(number: int, at: float = 10.0) -> list[str]:
+    """Write the lines of a call of enqueue that returned."""
+    return [line("call", number, at), line("enqueued", number, at + 0.01)]
+
+
+def twice(first: str, *more: str) -> Ledger:
+    """Make the ledger of one job whose first completion is this one."""
+    return ledger(*enqueued(1), first, *(more or [line("end", 1, 30.0)]))
+
+
+def test_what_ended_once_is_neither_lost_nor_done_twice() -> None:
+    """However often its attempts failed before."""
+    counted = count(
+        ledger(
+            *enqueued(1),
+            line("start", 1, 11.0),
+            line("fail", 1, 11.1),
+            line("start", 1, 12.0),
+            line("end", 1, 12.1),
+        ),
+        [],
+    )
+    assert (counted.enqueued, counted.executed) == (1, 1)
+    assert counted.lost == counted.twice == counted.excused == ()
+
+
+def test_a_failing_attempt_is_no_completion() -> None:
+    """A job that failed and was never run again is lost."""
+    counted = count(ledger(*enqueued(1), line("start", 1, 11.0), line("fail", 1, 11.1)), [])
+    assert counted.lost == (1,)
+
+
+def test_a_call_that_raised_or_was_cut_off_promised_nothing() -> None:
+    """Neither is lost if it never runs."""
+    counted = count(
+        ledger(line("call", 1, 10.0), line("refused", 1, 10.1), line("call", 2, 10.0)),
+        [Kill("producer_kill", OTHER, 10.1)],
+    )
+    assert (counted.refused, counted.unanswered, counted.recorded) == (1, 1, 0)
+    assert counted.lost == ()
+
+
+@pytest.mark.parametrize("place", ["after_record", "after_push"])
+def test_a_record_that_was_committed_is_owed_although_nobody_was_told(place: str) -> None:
+    """Its producer died at a failpoint behind the record: the job must run all the same."""
+    lines = [line("call", 1, 10.0), line("call", 2, 10.0, KILLED), line("call", 3, 11.0, KILLED)]
+    kills = [Kill(place, KILLED, 11.1)]
+    assert count(ledger(*lines), kills).lost == (2, 3)
+    ran = line("end", 2, 12.0), line("end", 3, 12.0)
+    assert count(ledger(*lines, *ran), kills).lost == ()
+
+
+@pytest.mark.parametrize(
+    ("pid", "parent", "end", "excused"),
+    [
+        (KILLED, 0, 19.95, True),
+        (KILLED, 0, 19.901, True),
+        (KILLED, 0, 19.89, False),  # it had the time to report
+        (KILLED, 0, 20.01, False),  # the dead do not write: another process with that pid
+        (OTHER, 0, 19.95, False),  # nobody killed it
+        (OTHER, KILLED, 19.95, True),  # a work-horse, whose worker was to report for it
+        (OTHER, PARENT, 19.95, False),
+    ],
+)
+def test_a_second_completion_is_excused_by_the_death_of_the_first_alone(
+    pid: int, parent: int, end: float, excused: bool
+) -> None:
+    """The first end carries the killed pid, and lies at most 100 ms before the kill."""
+    counted = count(twice(line("end", 1, end, pid, parent)), [Kill("after_return", KILLED, 20.0)])
+    assert (counted.excused, counted.twice) == (((1,), ()) if excused else ((), (1,)))
+
+
+def test_a_third_completion_needs_a_death_of_its_own() -> None:
+    """One kill does not excuse two more runs."""
+    first, third = line("end", 1, 19.99, KILLED), line("end", 1, 40.0)
+    kill = Kill("worker_kill", KILLED, 20.0)
+    assert count(twice(first, line("end", 1, 30.0), third), [kill]).twice == (1,)
+    second_kill = Kill("after_return", OTHER, 30.05)
+    assert count(twice(first, line("end", 1, 30.0), third), [kill, second_kill]).excused == (1,)
+
+
+def test_completions_are_judged_in_the_order_of_their_time() -> None:
+    """Not of their lines, which a slow process may write late."""
+    late = line("end", 1, 30.0), line("end", 1, 19.95, KILLED)
+    counted = count(ledger(*enqueued(1), *late), [Kill("worker_kill", KILLED, 20.0)])
+    assert counted.excused == (1,)
+
+
+def test_kills_are_kept_while_failpoints_rest_and_retire(tmp_path: Path) -> None:
+    """Whoever was killed stays on record; a place at rest, or retired, has no file to die by."""
+    log = KillLog(tmp_path, ["here", "there"])
+    assert not log.armed.exists()
+    log.arm()
+    with (log.armed / "here").open("a") as file:
+        file.write("here 7 1000000000\n")
+    log.note("worker_kill", 8)
+    log.retire("here")
+    assert (log.hits("here"), log.hits("there")) == (1, 0)
+    assert not (log.armed / "here").exists()
+    assert (log.armed / "there").exists()
+    log.disarm()
+    assert not log.armed.exists()
+    assert {(kill.what, kill.pid) for kill in log.all()} == {("here", 7), ("worker_kill", 8)}
+    log.arm()
+    assert log.hits("here") == 1
+
+
+def result(counted: Count, **hits: int) -> Result:
+    """Make the result of a run."""
+    return Result("rq", 1, counted, [], [], hits, restarts=0, extra={}, seconds=1.0)
+
+
+FINE = Count(1, 1, 0, 0, 0, lost=(), twice=(), excused=(4,))
+
+
+def test_the_report_fails_for_what_was_promised_and_not_kept() -> None:
+    """A loss, an unexcused second completion, a failpoint that was not hit often enough."""
+    assert report.problems([result(FINE, here=20)], failpoints=True) == []
+    assert report.problems([result(FINE, here=10)] * 2, failpoints=True) == []
+    assert len(report.problems([result(FINE, here=19)], failpoints=True)) == 1
+    assert report.problems([result(FINE, here=19)], failpoints=False) == []
+    lost = Count(1, 0, 0, 0, 0, lost=(1,), twice=(), excused=())
+    assert len(report.problems([result(lost)], failpoints=True)) == 1
+    again = Count(1, 1, 0, 0, 0, lost=(), twice=(1,), excused=())
+    assert len(report.problems([result(again)], failpoints=True)) == 1
