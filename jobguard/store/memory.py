@@ -323,11 +323,14 @@ class _Host:
             refused = set()
             for delivery in deliveries:
                 key = (source, delivery.token)
-                if key in tables.jobs or (replay and key in tables.history):
-                    continue
-                if replay and self._outdated(source, delivery, now=now):
+                if key in tables.jobs:
                     continue
                 job = _Job(delivery, recorded_at=now)
+                if replay and (key in tables.history or self._outdated(source, delivery, now=now)):
+                    # It is over before it was recorded; what it took the place of is not, for that.
+                    if self._follow(source, job, now=now):
+                        self._supersede_older(source, job, now=now)
+                    continue
                 if self._follow(source, job, now=now):
                     self._owe(source, job, now=now, outbox=outbox)
                 else:
@@ -393,14 +396,22 @@ class _Host:
 
     def _owe(self, source: int, job: _Job, *, now: float, outbox: bool) -> None:
         tables, delivery = self._tables, job.delivery
-        if not delivery.fresh or delivery.parent is not None:
-            for key in tables.of_job(source, [delivery.job_id]):
-                if key not in tables.running:
-                    job.inherit(tables.jobs[key])
-                    tables.bury(key, Outcome.SUPERSEDED, ended_at=now, next=delivery.token)
+        self._supersede_older(source, job, now=now, younger=True)
         tables.jobs[source, delivery.token] = job
         if outbox:
             tables.outbox[source, delivery.token] = (now, True)
+
+    def _supersede_older(
+        self, source: int, job: _Job, *, now: float, younger: bool = False
+    ) -> None:
+        """Where one body is kept per id, an unclaimed delivery of it is nowhere any more."""
+        tables, delivery = self._tables, job.delivery
+        if delivery.fresh and delivery.parent is None:
+            return
+        for key in tables.of_job(source, [delivery.job_id]):
+            if key not in tables.running and (younger or key[1] < delivery.token):
+                job.inherit(tables.jobs[key])
+                tables.bury(key, Outcome.SUPERSEDED, ended_at=now, next=delivery.token)
 
     def withdraw(self, source: int, tokens: Sequence[UUID]) -> None:
         with self._tables.open():

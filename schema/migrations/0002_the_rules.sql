@@ -41,6 +41,7 @@ returns uuid[] language plpgsql as $$
 declare
   v_refused uuid[] := '{}';
   v_skipped uuid[] := '{}';
+  v_over    uuid[] := '{}';  -- of these: over before they were recorded, but what they followed is not
   v_ids     text[];
   v_token   uuid;
 begin
@@ -73,6 +74,7 @@ begin
       returning token
     )
     select v_skipped || array(select token from tombstones) into v_skipped;
+    v_over := v_skipped;
   end if;
   v_ids := array(select f.job_id from unnest(p_job_id, p_fresh) f(job_id, fresh) where not f.fresh);
   -- Two deliveries of one id at one moment: neither is a row yet that the other could lock.
@@ -119,9 +121,10 @@ begin
     select j.token from jobguard.jobs j where j.source = p_source and j.token = any (p_token));
 
   with added as (
-    select f.*
-    from unnest(p_token, p_job_id, p_parent, p_outcome, p_fresh) f(token, job_id, parent, outcome, fresh)
-    where not f.token = any (v_skipped)
+    select f.*, f.token = any (v_over) as over
+    from unnest(p_token, p_job_id, p_queue, p_task, p_parent, p_outcome, p_fresh)
+      f(token, job_id, queue, task, parent, outcome, fresh)
+    where not f.token = any (v_skipped) or (f.token = any (v_over) and not f.token = any (v_refused))
   ), named as (
     select j.token, a.token as next, a.outcome::jobguard.outcome as outcome, 1 as rank
     from added a
@@ -130,7 +133,7 @@ begin
     select j.token, a.token, 'superseded', 2
     from added a
     join jobguard.jobs j on j.source = p_source and j.job_id = a.job_id and j.token <> a.token
-    where not a.fresh and j.job_id = any (v_ids)
+    where not a.fresh and j.job_id = any (v_ids) and (j.token < a.token or not a.over)
       and not exists (select from jobguard.running r where r.source = p_source and r.token = j.token)
   ), old as (
     select distinct on (n.token) n.token, n.next, n.outcome from named n
@@ -154,12 +157,11 @@ begin
   ), unknown as (
     -- The predecessor was recorded by nobody (it waits in a spool): it must not be owed when it comes.
     insert into jobguard.history (source, token, job_id, queue, task, outcome, next)
-    select p_source, f.parent, f.job_id, f.queue, f.task, f.outcome::jobguard.outcome, f.token
-    from unnest(p_token, p_job_id, p_queue, p_task, p_parent, p_outcome)
-      f(token, job_id, queue, task, parent, outcome)
-    where f.parent is not null and not f.token = any (v_skipped)
-      and not exists (select from old o where o.token = f.parent)
-      and not exists (select from jobguard.history h where h.source = p_source and h.token = f.parent)
+    select p_source, a.parent, a.job_id, a.queue, a.task, a.outcome::jobguard.outcome, a.token
+    from added a
+    where a.parent is not null
+      and not exists (select from old o where o.token = a.parent)
+      and not exists (select from jobguard.history h where h.source = p_source and h.token = a.parent)
   )
   insert into jobguard.jobs (source, token, job_id, queue, task, priority, attempt, recoveries,
                              crashes, due_at, expires_at, key, trace, envelope)
@@ -180,7 +182,7 @@ begin
     select p_source, t, true from unnest(p_token) t where not t = any (v_skipped)
     on conflict do nothing;
   end if;
-  return v_refused;
+  return array(select r from unnest(v_refused) r where not r = any (v_over));
 end
 $$;
 

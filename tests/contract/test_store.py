@@ -476,6 +476,44 @@ def test_a_replay_of_what_has_ended_is_not_owed(ledger: Contract) -> None:
     assert refused(worker.claim(it.token)) == ENDED_COMPLETED
 
 
+def test_what_ended_before_it_was_recorded_supersedes_its_parent_all_the_same(
+    ledger: Contract,
+) -> None:
+    """Its end was faster than the spool that held its record; the parent must not stay owed."""
+    parent = ledger.recorded()
+    child = delivery(parent=Parent(parent.token))
+    worker = ledger.working()
+    assert worker.end(Claim(child.token, 0)) is Ended.UNKNOWN
+    ledger.record(child, replay=True)
+    assert ledger.owed() == {}
+    assert ledger.outcome(parent.token) is Outcome.SUPERSEDED
+    assert ledger.outcome(child.token) is Outcome.COMPLETED
+    ledger.record(parent, replay=True)
+    assert ledger.owed() == {}
+
+
+def test_what_ended_before_it_was_recorded_keeps_a_parent_out_that_is_later_still(
+    ledger: Contract,
+) -> None:
+    """The parent waits in another spool, and is known to nobody yet."""
+    parent = delivery(fresh=True)
+    child = delivery(parent=Parent(parent.token))
+    ledger.working().end(Claim(child.token, 0))
+    ledger.record(child, replay=True)
+    ledger.record(parent, replay=True)
+    assert ledger.owed() == {}
+
+
+def test_what_ended_before_it_was_recorded_takes_nobody_elses_claim(ledger: Contract) -> None:
+    """The parent was recovered and is being run: it is its new holder's to end."""
+    parent = ledger.recorded()
+    ledger.working().start(parent.token)
+    child = delivery(parent=Parent(parent.token))
+    ledger.working().end(Claim(child.token, 0))
+    assert ledger.record(child, replay=True).refused == frozenset()
+    assert list(ledger.owed()) == [parent.token]
+
+
 def test_a_replay_of_what_nobody_knows_is_owed(ledger: Contract) -> None:
     """A record that waited in a spool is taken late."""
     it = delivery()
