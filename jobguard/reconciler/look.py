@@ -156,8 +156,9 @@ class Looker:
         deadline = self._redis_time() + _DEADLINE
         sightings = self._broker.presence(page)
         older = self._older_lives(sightings)
-        # The library may still believe in the run whose workers died: buried, it is nobody's.
-        buried = {token for token, (_, outcome) in older.items() if outcome is Outcome.DEAD}
+        # The library may still believe in the run of an older life, for as long as the job may take:
+        # its worker died after it told the end, or the record of the next life, and before it told Redis.
+        over = {token for token, (other, _) in older.items() if other not in now.listed}
         sightings = {
             token: Sighting(Presence.ABSENT, f"older:{s.other}") if token in older else s
             for token, s in sightings.items()
@@ -179,7 +180,7 @@ class Looker:
             if decision.verdict is Verdict.RESTORE
         ]
         lost = self._brake(lost, now, done)
-        self._restore(term, lost, older, buried, deadline, done)
+        self._restore(term, lost, older, over, deadline, done)
         return done
 
     def _redis_time(self) -> float:
@@ -420,7 +421,7 @@ class Looker:
         term: int,
         lost: Sequence[tuple[Owed, Cause]],
         older: Mapping[UUID, tuple[UUID, Outcome]],
-        buried: Collection[UUID],
+        over: Collection[UUID],
         deadline: float,
         done: Done,
     ) -> None:
@@ -440,14 +441,14 @@ class Looker:
             done.throttled += len(wanted) - granted
             chosen = list(round_robin(wanted, lambda pair: pair[0].queue))[:granted]
             if chosen:
-                self._put_back(term, chosen, older, buried, deadline, done)
+                self._put_back(term, chosen, older, over, deadline, done)
 
     def _put_back(
         self,
         term: int,
         chosen: Sequence[tuple[Owed, Cause]],
         older: Mapping[UUID, tuple[UUID, Outcome]],
-        buried: Collection[UUID],
+        over: Collection[UUID],
         deadline: float,
         done: Done,
     ) -> None:
@@ -458,7 +459,7 @@ class Looker:
                 replaces=frozenset(
                     [older[restorable.token][0]] if restorable.token in older else []
                 ),
-                takeover=restorable.token in buried
+                takeover=restorable.token in over
                 or (
                     told(causes[restorable.token][0])
                     and causes[restorable.token][0].suspected is Cause.WORKER

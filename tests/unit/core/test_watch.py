@@ -327,6 +327,21 @@ def test_an_older_life_in_its_place_is_replaced() -> None:
 
     assert world.broker.bodies["job"] == (retry.token, Presence.WAITING)
     assert world.owed()["job"].token == retry.token
+    # The library would believe in the run that recorded it until the job's own timeout is over.
+    assert world.broker.taken_over == ["job"]
+
+
+def test_an_older_life_that_a_worker_lists_is_not_taken_over() -> None:
+    """It has ended by the ledger, but a worker that beats says that it runs it: let it finish."""
+    world = World()
+    worker = world.trusted()
+    (first,) = world.enqueue("job")
+    claim = worker.start(first)
+    assert isinstance(claim, Claim)
+    world.record(world.describe("job", parent=Parent(first.token, claim.number)))
+    assert first.token in worker.listed
+    world.run_until(lambda: world.broker.pushed == ["job"], within=60)
+    assert world.broker.taken_over == []
 
 
 def test_a_scheduled_job_is_where_it_belongs() -> None:
