@@ -283,7 +283,8 @@ def _push_unique(
     It is recorded as fresh although it is not: else its record would supersede the older delivery
     of the id, which is the very one that stays if this one is refused.
     """
-    if queue.connection.exists(job.key):
+    # Not asked of a job without an id: its key would give it one, and RQ wants to refuse it for that.
+    if job._id is not None and queue.connection.exists(job.key):
         return call()  # RQ refuses it, and nothing needs to be taken back
     return _push_by_script(tracker, queue, job, make(), call)
 

@@ -291,6 +291,20 @@ class TestSameId:
         fields = decode(tracker.recorded[0].envelope)[1]
         assert fields == queue.connection.hgetall("rq:job:one")
 
+    @pytest.mark.skipif(VERSION < (3, 0), reason="before RQ 3.0 a unique job may be without an id")
+    def test_unique_without_an_id(self, queue: Queue, tracker: FakeTracker) -> None:
+        """RQ refuses a unique job without an id, and we do not give it one by looking at it."""
+        for refused in (
+            lambda: queue.enqueue(tasks.add, 1, unique=True),
+            lambda: queue.enqueue_in(timedelta(hours=1), tasks.add, 1, unique=True),
+            lambda: queue.enqueue_job(queue.create_job(tasks.add, (1,)), unique=True),
+        ):
+            with pytest.raises(ValueError, match="explicit job_id"):
+                refused()
+
+        assert not tracker.recorded
+        assert not queue.connection.keys("rq:job:*")
+
     @needs_unique
     def test_refused_duplicate(self, queue: Queue, tracker: FakeTracker) -> None:
         """A duplicate that RQ refuses leaves the first one owed, and nothing else."""
