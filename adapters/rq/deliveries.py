@@ -40,6 +40,10 @@ _RUN = "_jobguard_run"
 _WAITING = frozenset(("scheduled", "deferred", "ready_to_enqueue", "rate_limited", "queued"))
 ENDED = frozenset(("finished", "failed", "stopped", "canceled"))
 _CALL = re.compile(r"[\w.]+(?=\()")
+# RQ may have deleted the hash in the same breath (failure_ttl=0): a field alone would bring it back.
+_MARK = """
+if redis.call('HSTRLEN', KEYS[1], 'data') > 0 then redis.call('HSET', KEYS[1], 'jg', ARGV[1]) end
+"""
 
 
 @dataclass(slots=True)
@@ -222,6 +226,11 @@ def set_token(job: Job, token: UUID | None) -> None:
         job.__dict__.pop(_TOKEN, None)
     else:
         job.__dict__[_TOKEN] = token
+
+
+def mark(client: Any, job: Job, token: str) -> None:
+    """Write a token into the job's hash, if there is a job; on a pipeline, with what it sends."""
+    client.eval(_MARK, 1, job.key, token)
 
 
 def run_of(job: Job) -> Run | None:

@@ -10,7 +10,7 @@ from rq.job import Job
 from rq.queue import Queue
 
 from jobguard.adapters.rq import deliveries
-from jobguard.adapters.rq.layout import FIELD, SPENT
+from jobguard.adapters.rq.layout import SPENT
 from jobguard.adapters.rq.lookup import tracker_for_job, tracker_for_queue
 from jobguard.adapters.rq.pipeline import Batch, is_immediate
 
@@ -39,7 +39,7 @@ def cancel(original: Hook) -> Hook:
         if token is not None:
             # RQ lets a cancelled job be put back: that must not be taken for this delivery.
             client = pipeline if pipeline is not None else self.connection
-            client.hset(self.key, FIELD, token.hex + SPENT)
+            deliveries.mark(client, self, token.hex + SPENT)
         return result
 
     return hook

@@ -13,7 +13,7 @@ from rq.queue import Queue
 
 from jobguard.adapters.rq import deliveries
 from jobguard.adapters.rq.deliveries import moving
-from jobguard.adapters.rq.layout import FIELD, SPENT
+from jobguard.adapters.rq.layout import SPENT
 from jobguard.adapters.rq.lookup import tracker_for_job
 from jobguard.errors import is_host_interrupt
 from jobguard.job import Outcome
@@ -107,7 +107,7 @@ def add_to_failed(original: Hook) -> Hook:
         if token is not None and tracker_for_job(job) is not None:
             pipeline = args[2] if len(args) > 2 else kwargs.get("pipeline")
             client = pipeline if pipeline is not None else job.connection
-            client.hset(job.key, FIELD, token.hex + SPENT)
+            deliveries.mark(client, job, token.hex + SPENT)
         return result
 
     return hook

@@ -27,6 +27,7 @@ from jobguard.adapters.rq.deliveries import (
     deliver,
     draft,
     drafting,
+    mark,
     moving,
     run_of,
     set_run,
@@ -51,9 +52,6 @@ Hook = Callable[..., Any]
 
 _TRACKER = "_jobguard_tracker"
 _SESSION = "_jobguard_session"
-_MARK = """
-if redis.call('HSTRLEN', KEYS[1], 'data') > 0 then redis.call('HSET', KEYS[1], 'jg', ARGV[1]) end
-"""
 
 
 def register_birth(original: Hook) -> Hook:
@@ -344,7 +342,7 @@ def _mark(worker: Any, job: Job) -> UUID:
     """Give a token to a job that an unguarded program pushed."""
     token = new_token()
     set_token(job, token)
-    worker.connection.eval(_MARK, 1, job.key, token.hex)
+    mark(worker.connection, job, token.hex)
     return token
 
 

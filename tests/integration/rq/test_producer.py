@@ -243,6 +243,15 @@ class TestIntent:
         assert not tracker.cancelled
         assert list(tracker.ended.values()) == [Outcome.COMPLETED]
 
+    def test_failure_ttl_zero(self, queue: Queue, tracker: FakeTracker) -> None:
+        """A failure that nobody wants to keep has failed, and leaves no field of ours behind."""
+        job = queue.enqueue(tasks.fail, failure_ttl=0)
+        rq.SimpleWorker([queue], connection=queue.connection).work(burst=True)
+
+        assert not queue.connection.exists(job.key)
+        assert not tracker.cancelled
+        assert list(tracker.ended.values()) == [Outcome.FAILED]
+
     def test_empty(self, queue: Queue, tracker: FakeTracker) -> None:
         """Emptying a queue cancels what stands in its list; what is scheduled stays, as in RQ."""
         job = queue.enqueue(tasks.add, 1)
