@@ -111,3 +111,24 @@ def add_to_failed(original: Hook) -> Hook:
         return result
 
     return hook
+
+
+def requeue(original: Hook) -> Hook:
+    """BaseRegistry.requeue: a person puts a job back, and nothing of its old life carries over.
+
+    The Job may be an object from before it failed, which does not know that its delivery has ended.
+    """
+
+    @wraps(original)
+    def hook(self: Any, job_or_id: Job | str, at_front: bool = False) -> Any:
+        if not isinstance(job_or_id, Job):
+            return original(self, job_or_id, at_front=at_front)
+        before = deliveries.token_of(job_or_id)
+        deliveries.set_token(job_or_id, None)
+        try:
+            return original(self, job_or_id, at_front=at_front)
+        except BaseException:  # not in this registry: it is what it was
+            deliveries.set_token(job_or_id, before)
+            raise
+
+    return hook

@@ -19,7 +19,12 @@ from rq import worker as workers
 from rq.intermediate_queue import IntermediateQueue
 from rq.job import Job
 from rq.queue import Queue
-from rq.registry import FailedJobRegistry, ScheduledJobRegistry, StartedJobRegistry
+from rq.registry import (
+    BaseRegistry,
+    FailedJobRegistry,
+    ScheduledJobRegistry,
+    StartedJobRegistry,
+)
 from rq.timeouts import BaseTimeoutException
 from rq.version import VERSION
 
@@ -86,6 +91,7 @@ PRODUCER = (
         ("self", "job", "scheduled_datetime", "pipeline"),
     ),
     Target(FailedJobRegistry, "add", lives.add_to_failed, ("self", "job", "ttl")),
+    Target(BaseRegistry, "requeue", lives.requeue, ("self", "job_or_id", "at_front")),
     Target(StartedJobRegistry, "cleanup", killed.clean_started, ("self", "timestamp")),
     Target(IntermediateQueue, "cleanup", killed.clean_intermediate, ("self", "worker", "queue")),
 )

@@ -11,6 +11,7 @@ import redis
 import rq
 from redis.client import Pipeline
 from rq import Callback, Queue
+from rq.exceptions import InvalidJobOperation
 from rq.group import Group
 from rq.job import Dependency, Job
 from rq.registry import FailedJobRegistry
@@ -351,6 +352,31 @@ class TestSameId:
         assert tracker.ended[failed.token] is Outcome.FAILED
         assert again.parent is None
         assert again.token == token_in(queue, job.id)
+
+    @pytest.mark.parametrize("how", ["registry.requeue", "Job.requeue"])
+    def test_requeue_by_an_object_from_before_it_failed(
+        self, how: str, queue: Queue, tracker: FakeTracker
+    ) -> None:
+        """Whoever still holds the Job that he enqueued can put it back, though it knows no end."""
+        job = queue.enqueue(tasks.fail)
+        rq.SimpleWorker([queue], connection=queue.connection).work(burst=True)
+        assert job._status == "queued", "the object is as old as the enqueue"
+        if how == "Job.requeue":
+            job.requeue()
+        else:
+            FailedJobRegistry(queue=queue).requeue(job)
+
+        assert queue.job_ids == [job.id]
+        assert set(tracker.owed) == {token_in(queue, job.id)}
+
+    def test_requeue_of_what_has_not_failed(self, queue: Queue, tracker: FakeTracker) -> None:
+        """A requeue that RQ refuses leaves the job the delivery that it was."""
+        job = queue.enqueue(tasks.add, 1)
+        with pytest.raises(InvalidJobOperation):
+            FailedJobRegistry(queue=queue).requeue(job)
+        job.cancel()
+
+        assert tracker.cancelled[0][0] == (tracker.recorded[0].token,)
 
     def test_requeue_by_unguarded_hands(
         self, queue: Queue, tracker: FakeTracker, ledger: Any
