@@ -1,0 +1,27 @@
+"""Runs first in every Python that a host's tests start: gives them the Redis that is theirs.
+
+RQ's tests ask for localhost:6379 whatever the machine runs there. The port is changed where a
+connection is made and nowhere else, so that what the tests read from a client stays as they wrote it.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import redis.connection
+
+_PORT = os.environ.get("HOST_SUITE_REDIS_PORT")
+_GUARDED = "JOBGUARD_POSTGRES_URL" in os.environ
+
+if _PORT:
+    _init: Any = redis.connection.Connection.__init__
+
+    def _redirected(self: Any, host: str = "localhost", port: int = 6379, **kwargs: Any) -> None:
+        _init(self, host, int(_PORT or 0) if int(port) == 6379 else port, **kwargs)
+
+    redis.connection.Connection.__init__ = _redirected  # type: ignore[method-assign, assignment]
+
+if _GUARDED and "HOST_SUITE_PLUGIN" not in os.environ:
+    # A fresh interpreter that a test starts: a spawned horse, `rq worker` by its command.
+    import jobguard.adapters.rq.workers  # noqa: F401 (the import is what hooks RQ)
