@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import wraps
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial, wraps
 from typing import TYPE_CHECKING, Any
 
 from rq.job import Job
 from rq.queue import Queue
+from rq.registry import ScheduledJobRegistry
 
 from jobguard.adapters.rq import deliveries
-from jobguard.adapters.rq.layout import SPENT
+from jobguard.adapters.rq.layout import FIELD, SPENT
 from jobguard.adapters.rq.lookup import tracker_for_job, tracker_for_queue
 from jobguard.adapters.rq.pipeline import Batch, is_immediate
+from jobguard.errors import is_host_interrupt
 
 if TYPE_CHECKING:
     from redis.client import Pipeline
 
     from jobguard.adapter import Tracker
 
+log = logging.getLogger("jobguard")
 Hook = Callable[..., Any]
 
 _CLEANING = "_jobguard_cleaning"
+_LEAVING = "_jobguard_leaving"
 _CANCELLED_AT_ONCE = 500
 
 
@@ -34,7 +40,8 @@ def cancel(original: Hook) -> Hook:
         if tracker is None:
             return original(self, pipeline, *args, **kwargs)
         _intend_to_cancel(tracker, self, pipeline)
-        result = original(self, pipeline, *args, **kwargs)
+        with _leaving(self):
+            result = original(self, pipeline, *args, **kwargs)
         token = deliveries.token_of(self)
         if token is not None:
             # RQ lets a cancelled job be put back: that must not be taken for this delivery.
@@ -55,7 +62,8 @@ def delete(original: Hook) -> Hook:
             tracker = tracker_for_job(self)
             if tracker is not None:
                 _intend_to_cancel(tracker, self, pipeline)
-        return original(self, pipeline, *args, **kwargs)
+        with _leaving(self):
+            return original(self, pipeline, *args, **kwargs)
 
     return hook
 
@@ -99,6 +107,84 @@ def delete_queue(original: Hook) -> Hook:
         return original(self, delete_jobs=delete_jobs)
 
     return hook
+
+
+def remove_from_queue(original: Hook) -> Hook:
+    """Queue.remove: what a person takes out of the list is not to run; RQ only does so to tidy up."""
+
+    @wraps(original)
+    def hook(self: Queue, job_or_id: Job | str, pipeline: Pipeline | None = None) -> Any:
+        removed = original(self, job_or_id, pipeline)
+        if pipeline is None and removed and not _is_leaving(job_or_id):
+            tracker = tracker_for_queue(self)
+            if tracker is not None:
+                job_id = job_or_id.id if isinstance(job_or_id, Job) else job_or_id
+                still_there = partial(self.connection.lpos, self.key, job_id)
+                _taken_out(tracker, self, job_id, "queued", still_there)
+        return removed
+
+    return hook
+
+
+def remove_from_registry(original: Hook) -> Hook:
+    """ScheduledJobRegistry.remove: the same for the delay queue."""
+
+    @wraps(original)
+    def hook(
+        self: Any, job: Job | str, pipeline: Pipeline | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        removed = original(self, job, pipeline, *args, **kwargs)
+        if not isinstance(self, ScheduledJobRegistry) or _is_leaving(job):
+            return removed
+        if pipeline is None and removed:
+            queue = Queue(self.name, connection=self.connection, job_class=self.job_class)
+            tracker = tracker_for_queue(queue)
+            if tracker is not None:
+                job_id = job.id if isinstance(job, Job) else job
+                still_there = partial(self.connection.zscore, self.key, job_id)
+                _taken_out(tracker, queue, job_id, "scheduled", still_there)
+        return removed
+
+    return hook
+
+
+@contextmanager
+def _leaving(job: Job) -> Iterator[None]:
+    """Inside, RQ takes the job out of its places, and our word is said already."""
+    job.__dict__[_LEAVING] = True
+    try:
+        yield
+    finally:
+        job.__dict__.pop(_LEAVING, None)
+
+
+def _is_leaving(job: Job | str) -> bool:
+    return isinstance(job, Job) and _LEAVING in job.__dict__
+
+
+def _taken_out(
+    tracker: Tracker, queue: Queue, job_id: str, status: str, still_there: Callable[[], Any]
+) -> None:
+    """Cancel what stood in this one place, and now stands nowhere.
+
+    Afterwards, not before: only then is it seen that the job was not moved, to another queue or to
+    the front of this one. If we die in between, it comes back. A job without a hash is lost, not taken out.
+    """
+    job: Any = queue.job_class(job_id, connection=queue.connection)
+    try:
+        raw: Any = queue.connection.hmget(job.key, FIELD, "status", "origin")
+        token = deliveries.token_in(raw[0], raw[1])
+        if token is None or raw[1:] != [status.encode(), queue.name.encode()]:
+            return
+        if still_there() is not None:
+            return
+        tracker.cancel(tokens=[token])
+        # Who puts it back by hand means another delivery.
+        deliveries.mark(queue.connection, job, token.hex + SPENT)
+    except Exception as error:
+        if is_host_interrupt(error):
+            raise
+        log.exception("jobguard could not cancel job %s, and will put it back", job_id)
 
 
 def _intend_to_empty(tracker: Tracker, queue: Queue) -> None:

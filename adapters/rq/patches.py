@@ -75,6 +75,10 @@ PRODUCER = (
     ),
     Target(Queue, "empty", intent.empty, ("self",)),
     Target(Queue, "delete", intent.delete_queue, ("self", "delete_jobs")),
+    Target(Queue, "remove", intent.remove_from_queue, ("self", "job_or_id", "pipeline")),
+    Target(
+        ScheduledJobRegistry, "remove", intent.remove_from_registry, ("self", "job", "pipeline")
+    ),
     Target(Job, "save", producer.save, ("self", "pipeline", "include_meta")),
     Target(Job, "to_dict", lives.to_dict, ("self", "include_meta", "include_result")),
     Target(Job, "restore", lives.restore, ("self", "raw_data")),

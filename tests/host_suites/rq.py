@@ -111,13 +111,24 @@ class Run:
     def recorded(self) -> int:
         """How many deliveries its ledger knows."""
         assert self.postgres is not None
-        count = "select (select count(*) from jobguard.jobs) + (select count(*) from jobguard.history)"
+        count = (
+            "select (select count(*) from jobguard.jobs) + (select count(*) from jobguard.history)"
+        )
         with psycopg.connect(self.postgres) as connection:
             rows = connection.execute(count).fetchall()
         return int(rows[0][0])
 
 
-_OPTIONS = ("-p", "host_suite_plugin", "-p", "no:xdist", "-p", "no:timeout", "-p", "no:cacheprovider")
+_OPTIONS = (
+    "-p",
+    "host_suite_plugin",
+    "-p",
+    "no:xdist",
+    "-p",
+    "no:timeout",
+    "-p",
+    "no:cacheprovider",
+)
 
 
 def main() -> int:
@@ -127,13 +138,16 @@ def main() -> int:
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="jobguard-host-")))
         servers = [
-            stack.enter_context(RedisServer(config={"databases": "17"})) for _ in ("bare", "", "led")
+            stack.enter_context(RedisServer(config={"databases": "17"}))
+            for _ in ("bare", "", "led")
         ]
         postgres = stack.enter_context(PostgresServer(fsync=False))
         bare = Run("bare", folder / "bare", servers[0].port)
         guarded = [
             Run("guarded", folder / "guarded", servers[1].port, _ledger(postgres, "alone")),
-            Run("guarded, led", folder / "led", servers[2].port, _ledger(postgres, "led", led=True)),
+            Run(
+                "guarded, led", folder / "led", servers[2].port, _ledger(postgres, "led", led=True)
+            ),
         ]
         _play([bare, *guarded], suite, options.tests)
         if not bare.results():

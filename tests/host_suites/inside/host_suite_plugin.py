@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 import os
 from pathlib import Path
 from typing import Any
@@ -50,3 +51,9 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     }
     with (_OUT / "results.jsonl").open("a") as results:
         results.write(json.dumps(line) + "\n")
+
+
+def pytest_unconfigure() -> None:
+    """End the workers that a failed test left behind: this process would wait for them for ever."""
+    for child in multiprocessing.active_children():
+        child.kill()

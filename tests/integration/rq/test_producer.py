@@ -18,6 +18,7 @@ from rq.registry import FailedJobRegistry
 
 from jobguard.adapters.rq import pipeline as staging
 from jobguard.adapters.rq.envelope import Mode, decode
+from jobguard.adapters.rq.layout import SPENT
 from jobguard.errors import StoreUnavailable
 from jobguard.job import Outcome
 from tests.integration.rq import tasks
@@ -269,6 +270,63 @@ class TestIntent:
 
         assert tracker.cancelled == [((), (job.id,), None)]
 
+    @pytest.mark.parametrize("by", ["id", "job"])
+    def test_remove(self, by: str, queue: Queue, tracker: FakeTracker) -> None:
+        """Taking a job out of the list or the delay queue cancels it, and spends its token."""
+        jobs = [
+            queue.enqueue(tasks.add, 1, job_id="listed"),
+            queue.enqueue_in(timedelta(hours=1), tasks.add, 1, job_id="delayed"),
+        ]
+        listed, delayed = jobs if by == "job" else [job.id for job in jobs]
+        queue.remove(listed)
+        queue.scheduled_job_registry.remove(delayed)
+
+        assert list(tracker.ended.values()) == [Outcome.CANCELLED] * 2
+        for job in jobs:
+            assert str(queue.connection.hget(job.key, "jg")).endswith(f"{SPENT}'")
+
+    def test_removed_and_put_back_by_hand(
+        self, queue: Queue, tracker: FakeTracker, ledger: Any
+    ) -> None:
+        """A job that was taken out of the list and pushed again runs, as another delivery."""
+        job = queue.enqueue(tasks.say, str(ledger))
+        queue.remove(job)
+        queue.push_job_id(job.id)
+        rq.SimpleWorker([queue], connection=queue.connection).work(burst=True)
+
+        assert ledger.read_text().splitlines() == ["ran"]
+        assert len(tracker.notes("adopt")) == 1
+
+    @pytest.mark.parametrize("to", ["another queue", "the front", "now"])
+    def test_moved(self, to: str, queue: Queue, tracker: FakeTracker, ledger: Any) -> None:
+        """A job that is enqueued elsewhere and then removed from its old place still runs, once."""
+        other = Queue("other", connection=queue.connection)
+        if to == "another queue":
+            job = queue.enqueue(tasks.say, str(ledger))
+            other.enqueue_job(job)
+            queue.remove(job)
+        elif to == "the front":
+            job = queue.enqueue(tasks.say, str(ledger))
+            queue.enqueue_job(job, at_front=True)
+            queue.remove(job)
+        else:
+            job = queue.enqueue_in(timedelta(hours=1), tasks.say, str(ledger))
+            queue.enqueue_job(job)
+            queue.scheduled_job_registry.remove(job)
+        rq.SimpleWorker([queue, other], connection=queue.connection).work(burst=True)
+
+        assert ledger.read_text().splitlines() == ["ran"]
+        assert Outcome.CANCELLED not in tracker.ended.values()
+
+    def test_tidying_up_after_a_loss(self, queue: Queue, tracker: FakeTracker) -> None:
+        """RQ removes an id whose hash it cannot find: that job is lost, not cancelled."""
+        job = queue.enqueue(tasks.add, 1)
+        queue.connection.delete(job.key)
+        assert queue.fetch_job(job.id) is None
+
+        assert not queue.job_ids
+        assert not tracker.cancelled
+
     def test_cancel_on_a_dropped_pipeline(self, queue: Queue, tracker: FakeTracker) -> None:
         """A cancel that is dropped with its pipeline cancels nothing."""
         job = queue.enqueue(tasks.add, 1)
@@ -304,11 +362,12 @@ class TestSameId:
     @pytest.mark.skipif(VERSION < (3, 0), reason="before RQ 3.0 a unique job may be without an id")
     def test_unique_without_an_id(self, queue: Queue, tracker: FakeTracker) -> None:
         """RQ refuses a unique job without an id, and we do not give it one by looking at it."""
-        for refused in (
+        ways: list[Callable[[], Any]] = [
             lambda: queue.enqueue(tasks.add, 1, unique=True),
             lambda: queue.enqueue_in(timedelta(hours=1), tasks.add, 1, unique=True),
             lambda: queue.enqueue_job(queue.create_job(tasks.add, (1,)), unique=True),
-        ):
+        ]
+        for refused in ways:
             with pytest.raises(ValueError, match="explicit job_id"):
                 refused()
 
