@@ -39,6 +39,9 @@ _RUN = "_jobguard_run"
 # What waits, and is then moved by the library itself: by its scheduler, or when a parent has ended.
 _WAITING = frozenset(("scheduled", "deferred", "ready_to_enqueue", "rate_limited", "queued"))
 ENDED = frozenset(("finished", "failed", "stopped", "canceled"))
+_aborted: dict[UUID, UUID] = {}
+_ABORTED_KEPT = 1_000
+"""RQ tries again at once; what it never does is the leader's to push."""
 _CALL = re.compile(r"[\w.]+(?=\()")
 # RQ may have deleted the hash in the same breath (failure_ttl=0): a field alone would bring it back.
 _MARK = """
@@ -98,8 +101,20 @@ def _parent(job: Job) -> tuple[Parent | None, Run | None]:
         return run.parent(move), run
     token: UUID | None = state.get(_TOKEN)
     if token is not None and (move is not None or job._status in _WAITING):
+        while token in _aborted:
+            token = _aborted[token]
         return Parent(token), None
     return None, None
+
+
+def aborted(predecessor: UUID, token: UUID) -> None:
+    """A push lost a race, but its record stands: RQ's next try takes the place of that one.
+
+    RQ reads the job again, and finds the predecessor in Redis, which has ended.
+    """
+    _aborted[predecessor] = token
+    if len(_aborted) > _ABORTED_KEPT:
+        del _aborted[next(iter(_aborted))]
 
 
 @contextmanager

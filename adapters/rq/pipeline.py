@@ -18,7 +18,7 @@ import redis
 from rq.job import Job
 
 from jobguard import failpoint
-from jobguard.adapters.rq.deliveries import BROKER_DOWN, Draft, deliver, set_token
+from jobguard.adapters.rq.deliveries import BROKER_DOWN, Draft, aborted, deliver, set_token
 from jobguard.errors import is_host_interrupt
 from jobguard.job import Delivery, Recorded
 
@@ -203,8 +203,12 @@ def not_pushed(staged: Sequence[Staged], error: BaseException) -> None:
         tracker.withdraw([entry.delivery for entry in entries])
     for entry in first:
         set_token(entry.job, None)
-    # Its parent is superseded already. A worker's own is pushed by RQ's next try, as its successor.
-    leave_to_outbox([entry for entry in staged if entry.push.parent and entry.push.run is None])
+    # Its parent is superseded already. RQ's next try is its successor; if there is none, the leader pushes.
+    moved = [entry for entry in staged if entry.push.parent and entry.push.run is None]
+    for entry in moved:
+        assert entry.push.parent is not None
+        aborted(entry.push.parent.token, entry.delivery.token)
+    leave_to_outbox(moved)
 
 
 def leave_to_outbox(staged: Sequence[Staged]) -> None:

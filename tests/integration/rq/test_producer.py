@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -205,6 +206,23 @@ class TestForeignPipeline:
 
         assert len(tracker.withdrawn) == 1
         assert not tracker.owed
+
+    def test_lost_race_of_a_move(self, queue: Queue, tracker: FakeTracker) -> None:
+        """RQ's next try of a move that lost its WATCH is pushed, again and again if need be."""
+        job = queue.enqueue_in(timedelta(seconds=-5), tasks.add, 1)
+        for losses in (2, 1, 0):
+            with queue.connection.pipeline() as pipe, suppress(redis.WatchError):
+                pipe.watch("watched")  # type: ignore[no-untyped-call]
+                pipe.multi()
+                again = Job.fetch(job.id, connection=queue.connection)
+                queue._enqueue_job(again, pipeline=pipe)
+                if losses:
+                    queue.connection.incr("watched")
+                pipe.execute()
+
+        assert queue.job_ids == [job.id]
+        assert set(tracker.owed) == {token_in(queue, job.id)}
+        assert not tracker.withdrawn
 
     def test_results_are_the_callers(self, queue: Queue, tracker: FakeTracker) -> None:
         """The caller gets the answers of his commands where he looks for them."""
