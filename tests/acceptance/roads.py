@@ -290,6 +290,17 @@ class Site:
         eventually(lambda: words(self.ledger).total() >= count, timeout, message=f"{count} runs")
         return words(self.ledger)
 
+    def nothing_is_owed(self, timeout: float = 10.0) -> None:
+        """Wait until no job is owed, run, suspected or still to be pushed."""
+        tables = ("jobs", "running", "suspects", "outbox")
+
+        def none_is_left() -> bool:
+            counts = {t: self.ask(f"select count(*) from jobguard.{t}")[0] for t in tables}
+            assert not any(counts.values()), counts
+            return True
+
+        eventually(none_is_left, timeout)
+
     def trusted(self, timeout: float = 30.0) -> None:
         """Wait until the queue is trusted."""
         query = (

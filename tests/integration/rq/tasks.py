@@ -145,3 +145,45 @@ def leave(code: int) -> None:
 def note_failure(job: Any, *_: Any) -> None:
     """Be a failure callback, and leave a line where the job's meta says."""
     say(job.meta["ledger"], "failed")
+
+
+def say_meta(path: str) -> None:
+    """Say what stands in the job's meta."""
+    current = get_current_job()
+    assert current is not None
+    say(path, current.meta["word"])
+
+
+def on_success(job: Any, connection: Any, result: Any) -> None:
+    """Be the callback of a success."""
+    say(job.args[0], "succeeded")
+
+
+def on_failure(job: Any, connection: Any, *_: Any) -> None:
+    """Be the callback of a failure."""
+    say(job.args[0], "failed")
+
+
+def broken(*_: Any) -> None:
+    """Be a callback that fails itself."""
+    raise RuntimeError("the callback fails")
+
+
+def too_long(path: str) -> None:
+    """Take longer than a second."""
+    say(path)
+    time.sleep(30)
+
+
+class Reversed:
+    """A serializer of somebody's own."""
+
+    @staticmethod
+    def dumps(value: Any) -> bytes:
+        """Pickle, backwards."""
+        return pickle.dumps(value)[::-1]
+
+    @staticmethod
+    def loads(value: bytes) -> Any:
+        """Unpickle, backwards."""
+        return pickle.loads(value[::-1])
