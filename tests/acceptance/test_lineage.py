@@ -67,11 +67,13 @@ class Trip:
         return Job.fetch(job_id, connection=self.redis, serializer=self.serializer)
 
     def lives(self) -> dict[str, list[str]]:
-        """Every delivery of each job: its outcome, or that it is owed, and its attempt."""
+        """Every delivery of each job: how it ended, its attempt, and > if the next took its place."""
         rows = self.site.ask(
-            "select job_id, outcome::text || ' ' || attempt from ("
-            "  select job_id, token, outcome::text, attempt from jobguard.history"
-            "  union all select job_id, token, 'owed', attempt from jobguard.jobs) as lives"
+            "select job_id, format('%%s %%s', outcome, attempt)"
+            "  || case next when lead(token) over (partition by job_id order by token) then ' >'"
+            "     else '' end"
+            " from (select job_id, token, outcome::text, attempt, next from jobguard.history"
+            "  union all select job_id, token, 'owed', attempt, null from jobguard.jobs) as lives"
             " order by token"
         )
         lives: dict[str, list[str]] = {}
@@ -352,41 +354,41 @@ ROADS: dict[str, Road] = {
     "ttl": Road(plainly(ttl=1), {"a": ["cancelled 1"]}, (wait_for_the_leader,), said=[]),
     "scheduled": Road(
         lambda trip: trip.queue.enqueue_in(timedelta(hours=1), tasks.say, trip.ledger, job_id="a"),
-        {"a": ["superseded 1", "completed 1"]},
+        {"a": ["superseded 1 >", "completed 1"]},
         (move, work),
     ),
     "enqueue_at": Road(
         lambda trip: trip.queue.enqueue_at(
             datetime.now(UTC) + timedelta(hours=1), tasks.say, trip.ledger, job_id="a"
         ),
-        {"a": ["superseded 1", "completed 1"]},
+        {"a": ["superseded 1 >", "completed 1"]},
         (move, work),
         losable=(),
     ),
     "depends_on": Road(
         enqueue_family,
-        {"a": ["completed 1"], "b": ["superseded 1", "completed 1"]},
+        {"a": ["completed 1"], "b": ["superseded 1 >", "completed 1"]},
         (work_one, work),
         said=["parent", "child"],
         forks=True,
     ),
     "two parents": Road(
         enqueue_two_parents,
-        {"a": ["completed 1"], "b": ["completed 1"], "c": ["superseded 1", "completed 1"]},
+        {"a": ["completed 1"], "b": ["completed 1"], "c": ["superseded 1 >", "completed 1"]},
         # Lost between its parents' ends, the child is the leader's to release.
         losable=(0,),
         said=["a", "b", "child"],
     ),
     "a parent that fails": Road(
         enqueue_child_of_a_failure,
-        {"a": ["failed 1"], "b": ["superseded 1", "completed 1"]},
+        {"a": ["failed 1"], "b": ["superseded 1 >", "completed 1"]},
         (work_one, work),
         said=["ran", "child"],
         forks=True,
     ),
     "enqueue_many with dependencies": Road(
         enqueue_many,
-        {"a": ["completed 1"], "b": ["completed 1"], "c": ["superseded 1", "completed 1"]},
+        {"a": ["completed 1"], "b": ["completed 1"], "c": ["superseded 1 >", "completed 1"]},
         (work_one, work),
     ),
     "group": Road(
@@ -396,7 +398,7 @@ ROADS: dict[str, Road] = {
     ),
     "unique": Road(enqueue_unique, ONE, (refuse_unique, work), said=["ran"], since=(2, 8)),
     "the same id twice": Road(
-        enqueue_twice, {"a": ["superseded 1", "completed 1"]}, said=["new"], forks=True
+        enqueue_twice, {"a": ["superseded 1 >", "completed 1"]}, said=["new"], forks=True
     ),
     "rate limits": Road(
         enqueue_rate_limited,
@@ -409,35 +411,35 @@ ROADS: dict[str, Road] = {
     "cron": Road(enqueue_by_cron, {"*": ["completed 1"]}, said=["cron"], since=(3, 0)),
     "repeat at once": Road(
         lambda trip: plainly(repeat=rq.Repeat(times=2, interval=0))(trip),
-        {"a": ["completed 1"] * 3},
+        {"a": ["completed 1 >", "completed 1 >", "completed 1"]},
         (work_one, work_one, work),
         since=(2, 3),
         forks=True,
     ),
     "repeat later": Road(
         lambda trip: plainly(repeat=rq.Repeat(times=1, interval=60))(trip),
-        {"a": ["completed 1", "superseded 1", "completed 1"]},
+        {"a": ["completed 1 >", "superseded 1 >", "completed 1"]},
         (work, move, work),
         since=(2, 3),
         forks=True,
     ),
     "retry at once": Road(
         plainly(tasks.fail, retry=Retry(max=2)),
-        {"a": ["superseded 1", "superseded 2", "failed 3"]},
+        {"a": ["superseded 1 >", "superseded 2 >", "failed 3"]},
         (work_one, work_one, work),
         said=["ran"] * 3,
         forks=True,
     ),
     "retry later": Road(
         plainly(tasks.fail, retry=Retry(max=1, interval=60)),
-        {"a": ["superseded 1", "superseded 2", "failed 2"]},
+        {"a": ["superseded 1 >", "superseded 2 >", "failed 2"]},
         (work, move, work),
         said=["ran"] * 2,
         forks=True,
     ),
     "a returned Retry": Road(
         lambda trip: trip.queue.enqueue(tasks.ask_again, trip.ledger, 1, job_id="a"),
-        {"a": ["superseded 1", "completed 2"]},
+        {"a": ["superseded 1 >", "completed 2"]},
         (work_one, work),
         said=["ran"] * 2,
         since=(2, 1),
@@ -445,7 +447,7 @@ ROADS: dict[str, Road] = {
     ),
     "a returned Retry too many": Road(
         plainly(tasks.return_retry),
-        {"a": ["superseded 1", "failed 2"]},
+        {"a": ["superseded 1 >", "failed 2"]},
         (work_one, work),
         said=["ran"] * 2,
         since=(2, 1),
@@ -467,7 +469,7 @@ ROADS: dict[str, Road] = {
         forks=True,
     ),
     "abandoned, with retries": Road(
-        plainly(retry=Retry(max=1)), {"a": ["superseded 1", "completed 2"]}, (abandon, work)
+        plainly(retry=Retry(max=1)), {"a": ["superseded 1 >", "completed 2"]}, (abandon, work)
     ),
     "abandoned for good": Road(
         plainly(), {"a": ["failed 1"]}, (abandon, wait_for_the_leader), losable=(0,), said=[]
@@ -481,7 +483,7 @@ ROADS: dict[str, Road] = {
     ),
     "cancel with dependents": Road(
         enqueue_family,
-        {"a": ["cancelled 1"], "b": ["superseded 1", "completed 1"]},
+        {"a": ["cancelled 1"], "b": ["superseded 1 >", "completed 1"]},
         (lambda trip: trip.job().cancel(enqueue_dependents=True), work),
         said=["child"],
     ),
