@@ -128,12 +128,13 @@ def move(trip: Trip) -> None:
 
 
 def abandon(trip: Trip) -> None:
-    """Have a worker that nobody knows of take the job and die, and RQ notice."""
+    """Have a worker that nobody knows of take the job and die, and RQ notice; the leader puts it back."""
     job = trip.job()
     trip.redis.lpop(trip.queue.key)
     trip.redis.hset(job.key, "status", "started")
     trip.redis.zadd(f"rq:wip:{QUEUE}", {f"{job.id}:dead": 1})
     trip.queue.started_job_registry.cleanup()
+    eventually(lambda: trip.queue.job_ids == ["a"], 20)
 
 
 def wait_for_the_leader(trip: Trip) -> None:
@@ -468,11 +469,14 @@ ROADS: dict[str, Road] = {
         said=["ran"] * 2,
         forks=True,
     ),
+    "abandoned": Road(plainly(), ONE, (abandon, work), losable=(0,), said=["ran"]),
     "abandoned, with retries": Road(
-        plainly(retry=Retry(max=1)), {"a": ["superseded 1 >", "completed 2"]}, (abandon, work)
-    ),
-    "abandoned for good": Road(
-        plainly(), {"a": ["failed 1"]}, (abandon, wait_for_the_leader), losable=(0,), said=[]
+        # A worker's death is not a failure: the same delivery goes back, and no retry is spent.
+        plainly(retry=Retry(max=1)),
+        ONE,
+        (abandon, work),
+        losable=(0,),
+        said=["ran"],
     ),
     "cancel": Road(plainly(), {"a": ["cancelled 1"]}, (lambda trip: trip.job().cancel(), work)),
     "cancel what is scheduled": Road(
@@ -606,11 +610,15 @@ def go(trip: Trip, road: Road, lost_before: int | None = None) -> None:
         if at == lost_before:
             trip.lose_everything()
         step(trip)
-    lives = trip.lives()
-    if "*" in road.lives:
-        assert list(lives.values()) == [road.lives["*"]]
-    else:
+
+    def arrived() -> bool:
+        lives = trip.lives()
+        if "*" in road.lives:
+            lives = {"*": one for one in lives.values()}
         assert lives == road.lives
+        return True
+
+    eventually(arrived)  # a last report may have to be written twice on a busy machine
     if road.said is not None:
         assert trip.said == road.said
     trip.site.nothing_is_owed()
