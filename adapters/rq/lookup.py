@@ -87,6 +87,16 @@ def tracker_for(worker: Any) -> Tracker | None:
         return None
 
 
+def tracker_for_program(connection: Any) -> Tracker | None:
+    """Return the tracker of a program of RQ's that enqueues, made from the environment if need be."""
+    try:
+        found = _find(trackers(), connection, prefix_for(Queue, Job))
+        return found if found is not None else tracker_for_worker(connection)
+    except Exception:
+        log.exception("jobguard cannot guard what this program enqueues")
+        return None
+
+
 def _find(known: Any, connection: redis.Redis, prefix: str) -> Tracker | None:
     for tracker in _at(known, connection):
         if tracker.source.prefix == prefix:

@@ -7,6 +7,7 @@ not know: then nothing is patched.
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import logging
 import threading
@@ -160,7 +161,7 @@ def uninstall(holder: object) -> None:
 
 
 def _plan() -> Iterator[Patch]:
-    for target in (*PRODUCER, *WORKER, *_spawning()):
+    for target in (*PRODUCER, *WORKER, *_spawning(), *_cron()):
         owner = next((c for c in target.owner.__mro__ if target.name in c.__dict__), None)
         original = owner.__dict__[target.name] if owner is not None else None
         if original is not None and _begins_with(original, target.leading):
@@ -179,6 +180,14 @@ def _spawning() -> tuple[Target, ...]:
     if spawner is None or "fork_work_horse" not in spawner.__dict__:
         return ()
     return (Target(spawner, "fork_work_horse", worker.spawn_work_horse, _DONE),)
+
+
+def _cron() -> tuple[Target, ...]:
+    """Return the program that enqueues by the clock, where RQ has one."""
+    if importlib.util.find_spec("rq.cron") is None:
+        return ()
+    scheduler = importlib.import_module("rq.cron").CronScheduler
+    return (Target(scheduler, "start", producer.start_cron, ("self",)),)
 
 
 def _begins_with(method: Any, leading: tuple[str, ...]) -> bool:

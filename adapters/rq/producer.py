@@ -20,7 +20,7 @@ from rq.version import VERSION
 from jobguard.adapters.rq import deliveries
 from jobguard.adapters.rq.deliveries import Draft, begin_new_life, draft, drafting
 from jobguard.adapters.rq.envelope import Mode
-from jobguard.adapters.rq.lookup import tracker_for_job, tracker_for_queue
+from jobguard.adapters.rq.lookup import tracker_for_job, tracker_for_program, tracker_for_queue
 from jobguard.adapters.rq.pipeline import Batch, Staged, is_immediate, not_pushed, record
 from jobguard.adapters.rq.push import push
 from jobguard.errors import StoreUnavailable, is_host_interrupt
@@ -253,6 +253,17 @@ def _deferred_score(job: Job) -> str:
     if not _DEFERRED_BY_EXPIRY:
         return str(now)
     return str(now + job.ttl) if job.ttl else "+inf"
+
+
+def start_cron(original: Hook) -> Hook:
+    """CronScheduler.start: `jobguard run -- rq cron` is guarded by its environment, as a worker is."""
+
+    @wraps(original)
+    def hook(self: Any) -> Any:
+        tracker_for_program(self.connection)
+        return original(self)
+
+    return hook
 
 
 def _stage(

@@ -97,26 +97,31 @@ def execute_job(original: Hook) -> Hook:
 
     @wraps(original)
     def hook(self: Any, job: Job, queue: Queue) -> Any:
-        session = _session_for(self, queue)
-        if session is None or run_of(job) is not None:
-            return original(self, job, queue)
-        answer = _start(self, session, job, queue)
-        if isinstance(answer, Refused):
-            return skip(self, job, queue, answer)
-        if answer is None:
-            return original(self, job, queue)
-        set_run(job, answer)
-        failpoint.hit("after_claim")
-        try:
-            result = original(self, job, queue)
-            _conclude(answer, job)
-            return result
-        finally:
-            answer.drain()
-            answer.close()
-            set_run(job, None)
+        return _claimed(self, job, queue, lambda: original(self, job, queue))
 
     return hook
+
+
+def _claimed(worker: Any, job: Job, queue: Queue, call: Callable[[], Any]) -> Any:
+    """Call what runs the job in this process or in its horse, with a claim from here to its end."""
+    session = _session_for(worker, queue)
+    if session is None or run_of(job) is not None:
+        return call()
+    answer = _start(worker, session, job, queue)
+    if isinstance(answer, Refused):
+        return skip(worker, job, queue, answer)
+    if answer is None:
+        return call()
+    set_run(job, answer)
+    failpoint.hit("after_claim")
+    try:
+        result = call()
+        _conclude(answer, job)
+        return result
+    finally:
+        answer.drain()
+        answer.close()
+        set_run(job, None)
 
 
 def fork_work_horse(original: Hook) -> Hook:
@@ -165,12 +170,20 @@ def main_work_horse(original: Hook) -> Hook:
 
 
 def perform_job(original: Hook) -> Hook:
-    """Worker.perform_job: a horse leaves by os._exit, where nothing that waits would be written."""
+    """Worker.perform_job: a horse leaves by os._exit, where nothing that waits would be written.
+
+    A worker with an execute_job of its own that does not fork comes by here without a claim.
+    """
 
     @wraps(original)
-    def hook(self: Any, job: Job, *args: Any, **kwargs: Any) -> Any:
+    def hook(self: Any, job: Job, queue: Queue, *args: Any, **kwargs: Any) -> Any:
+        def call() -> Any:
+            return original(self, job, queue, *args, **kwargs)
+
         try:
-            return original(self, job, *args, **kwargs)
+            # Taken off with the last guard, this hook may live on below somebody else's.
+            ours = _SESSION in self.__dict__ and not self.is_horse
+            return _claimed(self, job, queue, call) if ours else call()
         finally:
             if self.is_horse:
                 for tracker in trackers():

@@ -34,7 +34,7 @@ import jobguard.schema
 from jobguard.guard import JobGuard
 from tests.acceptance.roads import QUEUE, Site
 from tests.integration.rq import tasks
-from tests.support import eventually
+from tests.support import PATIENT, eventually
 
 if TYPE_CHECKING:
     from jobguard.servers import NamedPostgres, NamedRedis
@@ -569,6 +569,7 @@ def site(
         url,
         redis_server.database_url(next(redis_databases)),
         JOBGUARD_INSTALLATION="lineage",
+        **PATIENT,
     )
     try:
         with made.client() as client:
@@ -614,7 +615,8 @@ def go(trip: Trip, road: Road, lost_before: int | None = None) -> None:
     def arrived() -> bool:
         lives = trip.lives()
         if "*" in road.lives:
-            lives = {"*": one for one in lives.values()}
+            (life,) = lives.values()
+            lives = {"*": life}
         assert lives == road.lives
         return True
 
