@@ -35,6 +35,7 @@ _DRAFT = "_jobguard_draft"
 _FRESH = "_jobguard_fresh"
 _MOVE = "_jobguard_move"
 _RUN = "_jobguard_run"
+_GIVEN_UP = "_jobguard_given_up"
 
 # What waits, and is then moved by the library itself: by its scheduler, or when a parent has ended.
 _WAITING = frozenset(("scheduled", "deferred", "ready_to_enqueue", "rate_limited", "queued"))
@@ -241,6 +242,16 @@ def set_token(job: Job, token: UUID | None) -> None:
         job.__dict__.pop(_TOKEN, None)
     else:
         job.__dict__[_TOKEN] = token
+
+
+def give_up(job: Job) -> None:
+    """RQ puts the job among the failed: with failure_ttl=0, RQ before 3.0 forgets its status then."""
+    job.__dict__[_GIVEN_UP] = True
+
+
+def is_given_up(job: Job) -> bool:
+    """Whether RQ has given this job up, in this process and run."""
+    return job._status == JobStatus.FAILED or _GIVEN_UP in job.__dict__
 
 
 def mark(client: Any, job: Job, token: str) -> None:

@@ -103,6 +103,7 @@ def add_to_failed(original: Hook) -> Hook:
     @wraps(original)
     def hook(self: Any, job: Job, *args: Any, **kwargs: Any) -> Any:
         result = original(self, job, *args, **kwargs)
+        deliveries.give_up(job)
         token = deliveries.token_of(job)
         if token is not None and tracker_for_job(job) is not None:
             pipeline = args[2] if len(args) > 2 else kwargs.get("pipeline")

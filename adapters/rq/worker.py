@@ -27,6 +27,7 @@ from jobguard.adapters.rq.deliveries import (
     deliver,
     draft,
     drafting,
+    is_given_up,
     mark,
     moving,
     run_of,
@@ -254,7 +255,7 @@ def handle_job_retry(original: Hook) -> Hook:
     def hook(self: Any, job: Job, *args: Any, **kwargs: Any) -> Any:
         result = original(self, job, *args, **kwargs)
         run = run_of(job)
-        if run is not None and job._status == JobStatus.FAILED:
+        if run is not None and is_given_up(job):
             run.end(Outcome.FAILED, "the function returned Retry once too often")
         return result
 
@@ -276,7 +277,7 @@ def handle_job_failure(original: Hook) -> Hook:
         if run.returned and isinstance(sys.exc_info()[1], BROKER_DOWN):
             run.end(Outcome.COMPLETED)
         result = original(self, job, *args, **kwargs)
-        outcome = _given_up(job._status)
+        outcome = _given_up(job)
         if outcome is not None:
             run.end(outcome, kwargs.get("exc_string") or _named(args))
         return result
@@ -284,10 +285,10 @@ def handle_job_failure(original: Hook) -> Hook:
     return hook
 
 
-def _given_up(status: JobStatus) -> Outcome | None:
-    if status == JobStatus.STOPPED:
+def _given_up(job: Job) -> Outcome | None:
+    if job._status == JobStatus.STOPPED:
         return Outcome.CANCELLED
-    return Outcome.FAILED if status == JobStatus.FAILED else None
+    return Outcome.FAILED if is_given_up(job) else None
 
 
 def _named(args: tuple[Any, ...]) -> str | None:
