@@ -4,7 +4,7 @@ A guest must not be noticed. The tests of RQ's source distribution run three tim
 Redis of its own: bare; guarded, with every queue of every database recorded in a Postgres and every
 worker hooked; and guarded while a leader's lease is live, which fences and accepted jobs go by. Every
 test that passes bare and fails guarded is a difference, and so is every error that jobguard logs.
-What may differ stands in DOCUMENTED; anything else ends this with 1.
+What may differ stands in DOCUMENTED and DOCUMENTED_WHILE_LED; anything else ends this with 1.
 
 Nothing of RQ's is kept here: the distribution is fetched with pip into ``.venv/host-suites``. Its
 tests are not changed; `inside/` says how they come to their Redis and their guard. No reconciler
@@ -24,7 +24,8 @@ import sys
 import tarfile
 import tempfile
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psycopg
@@ -36,12 +37,31 @@ _CANCELLED = (
     "It calls Queue.empty(), which is a cancel to us, then has RQ put the job back by an inner method "
     "outside of any worker. What was cancelled stays cancelled: the push is refused."
 )
+_KILLED = (
+    "Killed is not failed (recover_killed): a run whose horse was killed, which RQ finds abandoned, or "
+    "which is stuck in the intermediate queue goes back by the leader, within its crash budget."
+)
 DOCUMENTED = {
     "tests/test_retry.py::TestRetry::test_retry_interval": _CANCELLED,
     "tests/test_worker.py::TestWorker::test_handle_retry": _CANCELLED,
     "tests/test_repeat.py::TestRepeatEnqueue::test_repeat_schedule_interval_order": _CANCELLED,
 }
 """Tests (with * for several) that may fail guarded, and why that is right."""
+DOCUMENTED_WHILE_LED = DOCUMENTED | {
+    "tests/test_dependencies.py::*::test_allow_failures_when_work_horse_killed": _KILLED,
+    "tests/test_intermediate_queue.py::*::test_cleanup_intermediate_queue": _KILLED,
+    "tests/test_intermediate_queue.py::*::test_cleanup_intermediate_queue_in_maintenance": _KILLED,
+    "tests/test_registry.py::*::test_cleanup_continues_when_failure_callback_raises": _KILLED,
+    "tests/test_registry.py::*::test_cleanup_moves_jobs_to_failed_job_registry": _KILLED,
+    "tests/test_registry.py::*::test_cleanup_skips_finished_jobs": (
+        "The job says that it has finished, and no worker has told us so: RQ drops the entry of its "
+        "run a minute later, when the leader has closed it."
+    ),
+    "tests/test_retry.py::*::test_cleanup_handles_retries": _KILLED,
+    "tests/test_webhooks.py::*::test_abandoned_terminal_failure_fires_failed_webhook": _KILLED,
+    "tests/test_worker.py::TestWorker::test_horse_fails": _KILLED,
+}
+"""The same while a leader leads: only then does anybody recover what RQ would give up."""
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
@@ -62,6 +82,7 @@ class Run:
     folder: Path
     redis_port: int
     postgres: str | None = None
+    documented: Mapping[str, str] = field(default_factory=dict)
 
     def start(self, suite: Path, tests: list[str]) -> subprocess.Popen[bytes]:
         """Start pytest on these tests."""
@@ -224,7 +245,9 @@ def _compare(bare: Run, run: Run, suite: Path) -> bool:
     if not fine:
         print(f"   hardly guarded: {recorded} deliveries for {passed} tests")
     for test in differs:
-        reason = next((DOCUMENTED[p] for p in DOCUMENTED if fnmatch.fnmatch(test, p)), None)
+        reason = next(
+            (why for name, why in run.documented.items() if fnmatch.fnmatch(test, name)), None
+        )
         if test not in confirmed:
             print(f"-- {test}: failed once, and not again alone")
         elif reason:
