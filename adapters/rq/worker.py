@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import wraps
 from typing import TYPE_CHECKING, Any, cast
 from uuid import UUID
@@ -53,6 +54,13 @@ Hook = Callable[..., Any]
 
 _TRACKER = "_jobguard_tracker"
 _SESSION = "_jobguard_session"
+_HOOK_FIRST = """import sys
+sys.path[:] = {path!r}
+try:
+    import jobguard.adapters.rq.workers
+except ImportError:
+    pass
+"""
 
 
 def register_birth(original: Hook) -> Hook:
@@ -135,6 +143,34 @@ def spawn_work_horse(original: Hook) -> Hook:
     return _with_pipe(original, for_spawn=True)
 
 
+@contextmanager
+def _hooked_interpreter() -> Iterator[None]:
+    """Have the fresh Python that RQ starts inside hook RQ before all else.
+
+    RQ writes that program itself, and names its own classes in it unless ours were asked for.
+    """
+    spawns = {name: getattr(os, name) for name in ("posix_spawn", "spawnv")}  # RQ 3.0, and before
+
+    def hooked(spawn: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: spawn(*map(_with_hooks, args), **kwargs)
+
+    for name, spawn in spawns.items():
+        setattr(os, name, hooked(spawn))
+    try:
+        yield
+    finally:
+        for name, spawn in spawns.items():
+            setattr(os, name, spawn)
+
+
+def _with_hooks(argument: Any) -> Any:
+    """Return the arguments of a Python with our line before its program; anything else as it is."""
+    if not isinstance(argument, list) or "-c" not in argument[:-1]:
+        return argument
+    at = argument.index("-c") + 1
+    return [*argument[:at], _HOOK_FIRST.format(path=sys.path) + argument[at], *argument[at + 1 :]]
+
+
 def _with_pipe(original: Hook, *, for_spawn: bool) -> Hook:
     @wraps(original)
     def hook(self: Any, job: Job, queue: Queue) -> Any:
@@ -144,7 +180,8 @@ def _with_pipe(original: Hook, *, for_spawn: bool) -> Hook:
         forget_orders(self)
         run.open_pipe(for_spawn=for_spawn)
         try:
-            return original(self, job, queue)  # a forked horse never returns from here
+            with _hooked_interpreter() if for_spawn else nullcontext():
+                return original(self, job, queue)  # a forked horse never returns from here
         finally:
             run.close_writer()
 

@@ -59,20 +59,26 @@ def claimed(site: Site) -> list[tuple[str, int | None]]:
     return site.ask("select outcome::text, number from jobguard.history order by token")
 
 
-@pytest.mark.skipif(VERSION < (3, 0), reason="before RQ 3.0 the horse is always a plain Worker")
-@pytest.mark.parametrize("interval", [0, 1])
-def test_a_spawning_worker_retries(site: Site, interval: int) -> None:
-    """The spawned horse pushes the retry in the place of its parent's claim."""
+SPAWNERS = {
+    "ours": ("--worker-class", "jobguard.adapters.rq.SpawnWorker"),
+    "RQ's own": ("-c", "jobguard.adapters.rq", "--worker-class", "rq.worker.SpawnWorker"),
+}
+
+
+@pytest.mark.skipif(VERSION < (2, 6), reason="tested with the SpawnWorker of RQ 2.6 and later")
+@pytest.mark.parametrize("kind", SPAWNERS)
+def test_a_spawning_worker(site: Site, kind: str) -> None:
+    """The horse, a fresh Python, is hooked: it tells its ends, and pushes retries in their place."""
     with site.producer() as (queue, _):
+        options = {"retry": Retry(max=1, interval=0), "result_ttl": 0}
         job = queue.enqueue(
-            roads.fail_at_first,
-            *(str(site.ledger), "tried", 1),
-            retry=Retry(max=1, interval=interval),
+            roads.fail_at_first, str(site.ledger), "tried", 1, job_id="a", **options
         )
-        worker = site.worker("--with-scheduler", kind="SpawnWorker")
-        eventually(lambda: "completed" in site.outcomes(job.id), 40, message=worker.log)
-    moves = ["superseded"] * (2 if interval else 1)
-    assert site.outcomes(job.id) == [*moves, "completed"]
+        start(site, RQ, "worker", "--url", site.redis_url, *SPAWNERS[kind], "--burst", QUEUE).ends(
+            60
+        )
+    lives = site.ask("select outcome::text, attempt, number from jobguard.history order by token")
+    assert lives == [("superseded", 1, 1), ("completed", 2, 1)], job.id
     assert words(site.ledger) == {"tried": 2}
     site.nothing_is_owed()
 
