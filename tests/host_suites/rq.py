@@ -164,11 +164,10 @@ def main() -> int:
         ]
         postgres = stack.enter_context(PostgresServer(fsync=False))
         bare = Run("bare", folder / "bare", servers[0].port)
+        alone, led = _ledger(postgres, "alone"), _ledger(postgres, "led", led=True)
         guarded = [
-            Run("guarded", folder / "guarded", servers[1].port, _ledger(postgres, "alone")),
-            Run(
-                "guarded, led", folder / "led", servers[2].port, _ledger(postgres, "led", led=True)
-            ),
+            Run("guarded", folder / "guarded", servers[1].port, alone, DOCUMENTED),
+            Run("guarded, led", folder / "led", servers[2].port, led, DOCUMENTED_WHILE_LED),
         ]
         _play([bare, *guarded], suite, options.tests)
         if not bare.results():
