@@ -1,6 +1,10 @@
 """The workers and programs that people run: pools, spawned horses, classes of their own, cron, Django.
 
 Each is a real process, started as its manual says.
+
+Planted once, each seen to fail: no claim in perform_job (the class that executes in its own way), no
+tracker for cron ("jobguard run"), no hooks in the fresh Python (RQ's own SpawnWorker), perform_job
+claiming without a session of its worker (Sentry after the guard was closed).
 """
 
 from __future__ import annotations

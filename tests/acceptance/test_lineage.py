@@ -3,6 +3,11 @@
 A road is a way into Redis and the steps that RQ then takes. Its jobs must leave the deliveries that
 are listed, in this order, and nothing that is owed; and they must do so as well if everything in
 Redis is lost before any one of the steps. The leader that puts it back is a process of its own.
+
+Planted once, each seen to fail: `moving()` not set in lives.retry (the retries) and in
+worker.handle_job_success (the repeats), the group or the parents left out of the routing (losses of
+these), `_intend_to_cancel` left out of intent.cancel (the cancels), a horse that tells nothing (the
+roads with a ttl of 0, which leave nothing in Redis to find out from).
 """
 
 from __future__ import annotations
