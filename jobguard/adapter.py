@@ -123,11 +123,11 @@ class Tracker(Protocol):
     ) -> bool:
         """Note a running job's progress; False if nobody heard it."""
 
-    def recovers(self, tokens: Sequence[UUID]) -> frozenset[UUID]:
+    def recovers(self, tokens: Sequence[UUID], *, began: bool = True) -> frozenset[UUID]:
         """Which of these the leader brings back if their run was killed, or lost with its worker.
 
         Of the others, and of all while nobody leads or ``recover_killed`` is off, the library's own
-        verdict stands.
+        verdict stands. ``began=False``: no run of them ever began, which is never their failure.
         """
 
     def open_session(self, *, name: str, queues: Sequence[str]) -> Session:

@@ -98,7 +98,7 @@ class _Tracker(_Wall):
         "accepts_without_broker": _no,
         "cancel": _nothing,
         "heartbeat": _no,
-        "recovers": lambda tokens: frozenset(),
+        "recovers": lambda tokens, **_: frozenset(),
         "open_session": lambda **_: _Nobody(),
         "inherit_session": lambda worker, **_: _Nobody(),
     }

@@ -330,9 +330,10 @@ class HostTracker:
             )
         )
 
-    def recovers(self, tokens: Sequence[UUID]) -> frozenset[UUID]:
+    def recovers(self, tokens: Sequence[UUID], *, began: bool = True) -> frozenset[UUID]:
         """Which of these the leader brings back if their run was killed; see Tracker."""
-        if not (tokens and self.settings.recover_killed and self.settings.mode == "guard"):
+        wanted = self.settings.recover_killed or not began
+        if not (tokens and wanted and self.settings.mode == "guard"):
             return frozenset()
         source = self.source
         found = self._quietly(

@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 from uuid import UUID
@@ -43,6 +44,7 @@ ENDED = frozenset(("finished", "failed", "stopped", "canceled"))
 _aborted: dict[UUID, UUID] = {}
 _ABORTED_KEPT = 1_000
 """RQ tries again at once; what it never does is the leader's to push."""
+_scheduling: ContextVar[bool] = ContextVar("jobguard_scheduling", default=False)
 _CALL = re.compile(r"[\w.]+(?=\()")
 # RQ may have deleted the hash in the same breath (failure_ttl=0): a field alone would bring it back.
 _MARK = """
@@ -101,7 +103,7 @@ def _parent(job: Job) -> tuple[Parent | None, Run | None]:
     if move is not None and run is not None:
         return run.parent(move), run
     token: UUID | None = state.get(_TOKEN)
-    if token is not None and (move is not None or job._status in _WAITING):
+    if token is not None and (move is not None or job._status in _WAITING or _scheduling.get()):
         while token in _aborted:
             token = _aborted[token]
         return Parent(token), None
@@ -138,6 +140,19 @@ def ttl_runs(job: Job) -> None:
 def is_drafted(job: Job) -> bool:
     """Whether a hook further out already takes care of what RQ writes."""
     return _DRAFT in job.__dict__
+
+
+@contextmanager
+def scheduling() -> Iterator[None]:
+    """Have what is pushed inside the block be moves out of the delay queue, whatever a job's status.
+
+    A Redis that went back in time has ids in its delay queue whose jobs have ended since.
+    """
+    before = _scheduling.set(True)
+    try:
+        yield
+    finally:
+        _scheduling.reset(before)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ RQ fails a job when its work-horse was killed (by the kernel, for want of memory
 has not been heard of (``AbandonedJobError``), or when it stands in the intermediate list of a worker
 that is gone. All three are deaths of a worker: the job is still owed, and the leader puts it back
 within the crash budget. RQ's failure callbacks, its retries and its failed registry are for jobs
-that failed, and stay out of it.
+that failed, and stay out of it. So they do where Redis failed RQ before the function was even called.
 
 RQ's verdict stands where nobody else would judge: the job is not owed, nobody leads, or
 ``recover_killed`` is off. A horse that was killed by order (a job far beyond its timeout, a stopped
@@ -14,6 +14,7 @@ job, the command kill-horse) has failed, as RQ says.
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Callable
 from functools import wraps
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any, cast
 from rq.job import Job
 from rq.queue import Queue
 
-from jobguard.adapters.rq.deliveries import run_of, token_in, token_of
+from jobguard.adapters.rq.deliveries import BROKER_DOWN, ENDED, run_of, token_in, token_of
 from jobguard.adapters.rq.layout import FIELD
 from jobguard.adapters.rq.lookup import tracker_for_job, tracker_for_registry
 from jobguard.errors import is_host_interrupt
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from uuid import UUID
 
     from jobguard.adapter import Tracker
+    from jobguard.adapters.rq.run import Run
 
 log = logging.getLogger("jobguard")
 Hook = Callable[..., Any]
@@ -89,16 +91,25 @@ def is_left_to_the_leader(worker: Any, job: Job) -> bool:
     run = run_of(job)
     if run is None and _SWEEPING not in worker.__dict__:
         return False
-    if run is not None and (run.told or not run.killed):
+    if run is not None and (run.told or not (run.killed or _never_began(run))):
         return False
     token = token_of(job) if run is None else run.claim.token
     tracker = tracker_for_job(job)
-    if tracker is None or token is None or token not in tracker.recovers([token]):
+    began = run is None or run.killed
+    if tracker is None or token is None or token not in tracker.recovers([token], began=began):
         return False
-    log.warning("job %s was killed, not failed: it goes back within its crash budget", job.id)
+    if run is None or run.killed:
+        log.warning("job %s was killed, not failed: it goes back within its crash budget", job.id)
+    else:
+        log.warning("job %s never began, for Redis failed its worker: it goes back", job.id)
     if run is not None:
         run.abandon()
     return True
+
+
+def _never_began(run: Run) -> bool:
+    """Whether Redis failed RQ between the claim and the first line of the function."""
+    return not run.began and isinstance(sys.exc_info()[1], BROKER_DOWN)
 
 
 def clean_started(original: Hook) -> Hook:
@@ -146,5 +157,6 @@ def _tokens(registry: Any, entries: list[bytes]) -> dict[bytes, UUID]:
     found = {
         entry: token_in(field, status)
         for entry, (field, status) in zip(entries, hashes, strict=True)
+        if (status or b"").decode(errors="replace") not in ENDED  # what RQ knows the end of
     }
     return {entry: token for entry, token in found.items() if token is not None}

@@ -26,6 +26,7 @@ from rq.registry import (
     ScheduledJobRegistry,
     StartedJobRegistry,
 )
+from rq.scheduler import RQScheduler
 from rq.timeouts import BaseTimeoutException
 from rq.version import VERSION
 
@@ -74,6 +75,7 @@ PRODUCER = (
         _ENQUEUE,
         required=False,
     ),
+    Target(RQScheduler, "enqueue_scheduled_jobs", producer.enqueue_scheduled_jobs, ("self",)),
     Target(Queue, "empty", intent.empty, ("self",)),
     Target(Queue, "delete", intent.delete_queue, ("self", "delete_jobs")),
     Target(Queue, "remove", intent.remove_from_queue, ("self", "job_or_id", "pipeline")),

@@ -188,6 +188,17 @@ def schedule(original: Hook) -> Hook:
     return hook
 
 
+def enqueue_scheduled_jobs(original: Hook) -> Hook:
+    """RQScheduler.enqueue_scheduled_jobs: what is due takes the place of what waited, ended or not."""
+
+    @wraps(original)
+    def hook(self: Any) -> Any:
+        with deliveries.scheduling():
+            return original(self)
+
+    return hook
+
+
 def _enqueue_rate_limited_job(original: Hook) -> Hook:
     """Queue._enqueue_rate_limited_job: a job that waits for a slot of its key."""
 

@@ -37,6 +37,8 @@ class Run:
         self.job_id, self.queue, self.task = job_id, queue, task
         self.returned = False
         """The function returned; whatever fails from here on is not its fault."""
+        self.began = False
+        """The function was called, in this process."""
         self.killed = False
         """Its horse was killed, and nobody had asked for that."""
         self.outcome: Outcome | None = None
@@ -63,10 +65,12 @@ class Run:
         self._tell(outcome, error[-LONGEST_ERROR:] if error else None)
 
     def abandon(self) -> None:
-        """Its horse was killed: whoever leads brings the job back, as a dead worker's."""
+        """It was killed, or never began: whoever leads brings the job back, as a dead worker's."""
+        if os.getpid() != self._pid or self._session is None:
+            self.let_go()  # the parent holds the claim
+            return
         self.told = True
-        if self._session is not None:
-            self._session.abandon(self.claim)
+        self._session.abandon(self.claim)
 
     def let_go(self) -> None:
         """Stop to hold the claim: nobody knows how it ended, and Redis and the leader decide."""

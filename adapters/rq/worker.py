@@ -238,6 +238,7 @@ def perform(original: Hook) -> Hook:
         run = run_of(self)
         if run is None:
             return original(self)
+        run.began = True
         tracker = tracker_for_job(self)
         if tracker is None:
             result = original(self)

@@ -231,7 +231,7 @@ class FakeTracker:
         """Hear a job's progress."""
         return True
 
-    def recovers(self, tokens: Sequence[UUID]) -> frozenset[UUID]:
+    def recovers(self, tokens: Sequence[UUID], *, began: bool = True) -> frozenset[UUID]:
         """What is owed, if the test has somebody who leads."""
         return frozenset(tokens) & self.owed.keys() if self.led else frozenset()
 

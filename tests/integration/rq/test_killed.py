@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import redis
 from rq import Callback, Queue, Retry, SimpleWorker, Worker
 from rq.job import Job
 
@@ -89,6 +90,46 @@ class TestKilledHorse:
         work(Worker, queue)
 
         assert len(led.notes("abandon")) == 1
+
+
+@pytest.mark.parametrize("kind", [SimpleWorker, Worker])
+class TestNeverBegan:
+    """A run that Redis ended before its function was called."""
+
+    @pytest.fixture
+    def breaking(self, kind: Any) -> type[Any]:
+        """Give a worker whose Redis restarts just before the function is called."""
+
+        class Breaking(kind):  # type: ignore[misc]
+            def prepare_job_execution(self, *args: Any, **kwargs: Any) -> Any:
+                raise redis.ConnectionError("restarted")
+
+        return Breaking
+
+    def test_is_not_failed(self, breaking: Any, queue: Queue, led: FakeTracker) -> None:
+        """It goes back; RQ's verdict on a function that was never called does not stand."""
+        job = queue.enqueue(tasks.add, 1, retry=Retry(max=2))
+        work(breaking, queue)
+
+        assert not led.notes("end")
+        assert len(led.notes("abandon") + led.notes("release")) == 1
+        assert job.get_status() not in ("failed", "finished")
+        assert Job.fetch(job.id, connection=queue.connection).retries_left == 2
+
+    def test_nobody_leads(self, breaking: Any, queue: Queue, tracker: FakeTracker) -> None:
+        """Without a leader nobody would bring it back, and RQ's verdict stands."""
+        queue.enqueue(tasks.add, 1)
+        work(breaking, queue)
+
+        assert [end[1] for end in tracker.notes("end")] == ["failed"]
+
+
+def test_a_function_that_redis_failed_has_failed(queue: Queue, led: FakeTracker) -> None:
+    """A function that speaks to a Redis itself and lets its error through has begun, and failed."""
+    queue.enqueue(tasks.ask_redis)
+    work(SimpleWorker, queue)
+
+    assert [end[1] for end in led.notes("end")] == ["failed"]
 
 
 class TestAbandoned:

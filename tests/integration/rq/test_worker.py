@@ -357,6 +357,27 @@ def test_abandoned_job_with_retry(queue: Queue, tracker: FakeTracker, ledger: Pa
     assert queue.job_ids == [job.id]
 
 
+@pytest.mark.parametrize("ended", [Outcome.COMPLETED, Outcome.FAILED])
+def test_what_ended_is_not_moved_from_a_delay_queue_that_went_back_in_time(
+    ended: Outcome, queue: Queue, tracker: FakeTracker, ledger: Path
+) -> None:
+    """An id whose job has ended, by RQ's own word as well, leaves the delay queue and does not run."""
+    job = queue.enqueue_in(timedelta(seconds=-5), tasks.say, str(ledger))
+    move_scheduled(queue)
+    delay = queue.connection.zadd
+    work(SimpleWorker, queue)
+    assert ran(ledger) == 1
+    delay("rq:scheduled:default", {job.id: 1})
+    if ended is Outcome.FAILED:
+        queue.connection.hset(job.key, "status", "failed")
+    move_scheduled(queue)
+    work(SimpleWorker, queue)
+
+    assert ran(ledger) == 1
+    assert not queue.job_ids
+    assert queue.connection.zcard("rq:scheduled:default") == 0
+
+
 def test_one_refused_job_does_not_hold_up_the_scheduler(queue: Queue, tracker: FakeTracker) -> None:
     """A scheduled job that has ended leaves the delay queue, and the others are moved."""
     for job_id in ("a", "ended", "b"):
