@@ -319,6 +319,20 @@ select distinct on (h.token) h.token, h.outcome::text from jobguard.history h
 where h.source = %(source)s and h.token = any (%(tokens)b::uuid[])
 order by h.token, h.ended_at
 
+-- name: overtaken
+-- Which of these have had a later life of their id begin since: where one body is kept per id, that
+-- one stood in their place. Later by the database's clock; tokens are made by many.
+select j.token from jobguard.jobs j
+where j.source = %(source)s and j.token = any (%(tokens)b::uuid[])
+  and (exists (
+         select from jobguard.jobs y
+         join jobguard.running r on r.source = y.source and r.token = y.token
+         where y.source = j.source and y.job_id = j.job_id and y.recorded_at > j.recorded_at)
+    or exists (
+         select from jobguard.history h
+         where h.source = j.source and h.job_id = j.job_id and h.recorded_at > j.recorded_at
+           and h.claimed_at is not null))
+
 -- name: fates
 -- Whether a job id is owed, and how it ended last: a delivery that another took the place of did not end it.
 select i.job_id,

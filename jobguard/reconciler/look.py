@@ -452,7 +452,16 @@ class Looker:
         deadline: float,
         done: Done,
     ) -> None:
-        causes = {owed.token: (owed, cause) for owed, cause in chosen}
+        overtaken = self._store.overtaken(self._source, [owed.token for owed, _ in chosen])
+        self._store.close_owed(
+            term,
+            self._source,
+            [Closing(t, Outcome.SUPERSEDED, "a later life of its id has begun") for t in overtaken],
+        )
+        done.closed[Outcome.SUPERSEDED] += len(overtaken)
+        causes = {
+            owed.token: (owed, cause) for owed, cause in chosen if owed.token not in overtaken
+        }
         ready = [
             replace(
                 restorable,

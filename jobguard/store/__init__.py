@@ -317,6 +317,9 @@ class LeaderStore(Protocol):
     def tombstones(self, source: int, tokens: Sequence[UUID]) -> Mapping[UUID, Outcome]:
         """Which of these have ended, and how."""
 
+    def overtaken(self, source: int, tokens: Sequence[UUID]) -> frozenset[UUID]:
+        """Which of these have had a later life of their job id begin since."""
+
     def fates(self, source: int, job_ids: Sequence[str]) -> Mapping[str, Fate]:
         """What is known of each of these job ids."""
 

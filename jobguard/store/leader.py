@@ -241,6 +241,11 @@ class PostgresLeaderStore:
         rows = self._ask("tombstones", source=source, tokens=list(tokens))
         return {token: Outcome(outcome) for token, outcome in rows}
 
+    def overtaken(self, source: int, tokens: Sequence[UUID]) -> frozenset[UUID]:
+        """Which of these have had a later life begin; see LeaderStore."""
+        rows = self._ask("overtaken", source=source, tokens=list(tokens))
+        return frozenset(token for (token,) in rows)
+
     def fates(self, source: int, job_ids: Sequence[str]) -> Mapping[str, Fate]:
         """What is known of each of these job ids; see LeaderStore."""
         rows = self._ask("fates", source=source, job_ids=list(job_ids))

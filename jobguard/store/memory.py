@@ -105,6 +105,8 @@ class _Tombstone:
     next: UUID | None = None
     error: str | None = None
     envelope: bytes | None = None
+    recorded_at: float | None = None
+    claimed: bool = False
 
 
 @dataclass(slots=True)
@@ -230,6 +232,8 @@ class _Tables:
             next=next,
             error=error,
             envelope=job.delivery.envelope if outcome in _KEPT else None,
+            recorded_at=job.recorded_at,
+            claimed=run is not None,
         )
         self.history.setdefault(key, tombstone)
 
@@ -851,6 +855,29 @@ class _Leader:
         with self._tables.open():
             found = {token: self._tables.history.get((source, token)) for token in tokens}
             return {token: stone.outcome for token, stone in found.items() if stone is not None}
+
+    def overtaken(self, source: int, tokens: Sequence[UUID]) -> frozenset[UUID]:
+        with self._tables.open():
+            tables = self._tables
+            begun = [
+                (key[0], job.delivery.job_id, job.recorded_at)
+                for key, job in tables.jobs.items()
+                if key in tables.running
+            ] + [
+                (owner, stone.job_id, stone.recorded_at)
+                for (owner, _), stone in tables.history.items()
+                if stone.claimed and stone.recorded_at is not None
+            ]
+            latest: dict[tuple[int, str], float] = {}
+            for owner, job_id, at in begun:
+                latest[owner, job_id] = max(at, latest.get((owner, job_id), at))
+            return frozenset(
+                token
+                for (owner, token), job in tables.jobs.items()
+                if owner == source
+                and token in tokens
+                and latest.get((owner, job.delivery.job_id), job.recorded_at) > job.recorded_at
+            )
 
     def fates(self, source: int, job_ids: Sequence[str]) -> Mapping[str, Fate]:
         with self._tables.open():

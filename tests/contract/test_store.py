@@ -161,6 +161,42 @@ def test_what_a_leader_would_bring_back(ledger: Contract) -> None:
     assert recoverable() == frozenset()
 
 
+def test_an_older_life_is_overtaken_when_a_later_one_begins(ledger: Contract) -> None:
+    """What was recorded later and was claimed stood in its place; what only waits proves nothing."""
+    worker = ledger.working()
+    older = ledger.recorded()
+    worker.start(older.token)  # or else the record of the next would supersede it
+    ledger.advance(1)
+    later = ledger.recorded()
+    unrelated = ledger.recorded("other")
+
+    def overtaken() -> frozenset[UUID]:
+        tokens = [older.token, later.token, unrelated.token]
+        return ledger.leader.overtaken(SOURCE, tokens)
+
+    assert overtaken() == frozenset()
+    claim = worker.start(later.token)
+    assert overtaken() == {older.token}
+    worker.end(claim)
+    assert overtaken() == {older.token}
+
+
+def test_a_cancelled_life_overtakes_nothing(ledger: Contract) -> None:
+    """Nor does an earlier one that ended late."""
+    worker = ledger.working()
+    first = ledger.recorded()
+    claim = worker.start(first.token)
+    ledger.advance(1)
+    second = ledger.recorded()
+    worker.end(claim)
+    worker.start(second.token)
+    ledger.advance(1)
+    third = ledger.recorded()
+    ledger.store.cancel(SOURCE, tokens=[third.token])
+
+    assert ledger.leader.overtaken(SOURCE, [second.token]) == frozenset()
+
+
 def test_the_fate_of_a_job_id(ledger: Contract) -> None:
     """Whether it is owed, and how its last life ended; a retry on the way there is no end."""
     worker = ledger.working()

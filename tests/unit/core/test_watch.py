@@ -344,6 +344,28 @@ def test_an_older_life_that_a_worker_lists_is_not_taken_over() -> None:
     assert world.broker.taken_over == []
 
 
+def test_an_older_life_does_not_come_back_when_a_later_one_has_run() -> None:
+    """A retry that nobody recorded before it ran: what it retried is not put back after a loss."""
+    world = World()
+    worker = world.trusted()
+    (first,) = world.enqueue("job")
+    assert isinstance(worker.start(first), Claim)
+    worker.beat()
+    world.run(1)
+    retry = world.describe("job")
+    world.record(retry)  # adopted at its start: its parent is not known
+    claim = worker.start(retry)
+    assert isinstance(claim, Claim)
+    worker.end(retry, claim)
+    worker.listed.clear()
+    world.flushall()
+
+    world.run_until(lambda: world.outcome(first) is Outcome.SUPERSEDED, within=60)
+
+    assert world.outcome(retry) is Outcome.COMPLETED
+    assert world.broker.pushed == []
+
+
 def test_a_scheduled_job_is_where_it_belongs() -> None:
     """A delayed job that Redis has is not suspected; one that it lost comes back before it is due."""
     world = calm()
