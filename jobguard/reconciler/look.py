@@ -1,6 +1,6 @@
-"""One look at a page of owed deliveries: where they are, what follows, and the doing of it.
+"""One look at a page of owed deliveries: where they are, what follows, and what is written of it.
 
-Reading is unlimited; what is put back passes the limiter. What is decided for a delivery names the
+What goes back into Redis goes by ``putback``. What is decided for a delivery names the
 leader's term in Postgres, and carries a deadline in Redis' own clock where it pushes: a leader that
 fell asleep between the look and the push does neither.
 """
@@ -8,28 +8,24 @@ fell asleep between the look and the push does neither.
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass
 from uuid import UUID
 
 import redis
 
 from jobguard import failpoint
 from jobguard.adapter import Broker
-from jobguard.job import Cause, Outcome, Owed, Presence, Restored, Sighting
+from jobguard.job import Cause, Outcome, Owed, Presence, Sighting
 from jobguard.log import say
-from jobguard.reconciler.joins import Joins
-from jobguard.reconciler.limiter import TokenBucket, round_robin
+from jobguard.reconciler.done import LOSSES, Done, told
+from jobguard.reconciler.putback import PutBack
 from jobguard.reconciler.verdict import Case, Decision, Holder, Verdict, decide
 from jobguard.settings import Settings
 from jobguard.store import Closing, LeaderStore, Void
 
 _DEADLINE = 5.0
 """Seconds of Redis' clock from the look to the push, at most."""
-_SLICE = 500
-"""Jobs put back in one go: then the pulse and the lease have their turn."""
 
 
 @dataclass(slots=True)
@@ -45,78 +41,6 @@ class Circumstances:
     cause_of: Callable[[Owed], Cause]
     too_many: Callable[[str, Sequence[Owed]], bool]
     """(queue, its unexplained absences now) -> whether that pulls the brake; it then holds."""
-
-
-@dataclass(slots=True)
-class Done:
-    """What one look did."""
-
-    looked: int = 0
-    absent: int = 0
-    restored: Counter[Cause] = field(default_factory=Counter)
-    requeued: int = 0
-    released: int = 0
-    """Waited in vain for jobs that had ended."""
-    closed: Counter[Outcome] = field(default_factory=Counter)
-    buried: int = 0
-    held: int = 0
-    waiting: int = 0
-    """Absent, and to be looked at again, or waiting for the limiter."""
-    throttled: int = 0
-    """Of these: waiting for the limiter."""
-    in_grace: int = 0
-    """Of these: seen absent, and to be seen once more."""
-    untrusted: int = 0
-    """Absent from a queue that was not trusted when they were recorded: nothing can be done."""
-    failed: int = 0
-    """Could not be put back: unreadable, too late, or Redis refused."""
-    observed: int = 0
-    """Would have been put back, if this were not mode=observe."""
-
-    def __iadd__(self, other: Done) -> Done:
-        self.looked += other.looked
-        self.absent += other.absent
-        self.restored.update(other.restored)
-        self.requeued += other.requeued
-        self.released += other.released
-        self.closed.update(other.closed)
-        self.buried += other.buried
-        self.held += other.held
-        self.waiting += other.waiting
-        self.throttled += other.throttled
-        self.in_grace += other.in_grace
-        self.observed += other.observed
-        self.failed += other.failed
-        self.untrusted += other.untrusted
-        return self
-
-    def counts(self) -> dict[str, int]:
-        """As plain numbers, for people."""
-        return {
-            "looked": self.looked,
-            "absent": self.absent,
-            "restored": self.restored.total(),
-            "requeued": self.requeued,
-            "released": self.released,
-            "closed": self.closed.total(),
-            "buried": self.buried,
-            "held": self.held,
-            "waiting": self.waiting,
-            "observed": self.observed,
-            "failed": self.failed,
-            "untrusted": self.untrusted,
-        }
-
-
-def told(owed: Owed) -> bool:
-    """Whether we were told of its absence, rather than having seen it.
-
-    Its worker's claim was taken away, or its producer left the push to us. What a look saw has a mark.
-    """
-    return owed.suspected in (Cause.WORKER, Cause.PUSH) and not owed.suspected_mark
-
-
-_LOSSES = (Cause.INCIDENT, Cause.TOPOLOGY, Cause.EVICTION)
 
 
 class Looker:
@@ -136,17 +60,7 @@ class Looker:
         self._store = store
         self._source = source
         self._settings = settings
-        self._observed = 0
-        self._joins = Joins(
-            partial(store.fates, source),
-            grace=settings.grace,
-            patience=settings.sweep_interval,
-            clock=clock,
-        )
-        self._shown: dict[UUID, Owed] = {}  # what runs, and was put back for others to see
-        # A million lost jobs must not delay one killed worker's.
-        self._losses = TokenBucket(settings.recovery_rate)
-        self._repairs = TokenBucket(settings.repair_rate)
+        self.putting_back = PutBack(broker, store, source, settings, clock)
 
     def look(self, term: int, page: Sequence[Owed], now: Circumstances) -> Done:
         """Look at these and do what follows. Raises NotLeading, StoreUnavailable, RedisError."""
@@ -172,15 +86,19 @@ class Looker:
         self._note(term, decided, now, done)
         self._close(term, decided, done)
         self._void(term, decided, done)
-        self._show_running(decided, now, deadline)
-        self._release(term, decided, now, deadline, done)
+        free = [(owed, seen) for owed, seen, _ in decided if not now.holds(owed.queue)]
+        self.putting_back.running(
+            [o for o, seen in free if o.claim_live and seen.bodiless and self._is_loss(o, now)],
+            deadline,
+        )
+        self.putting_back.joined(term, free, deadline, done, judgeable=now.judgeable)
         lost = [
             (owed, self._cause(owed, now))
             for owed, _, decision in decided
             if decision.verdict is Verdict.RESTORE
         ]
         lost = self._brake(lost, now, done)
-        self._restore(term, lost, older, over, deadline, done)
+        self.putting_back.lost(term, lost, older, over, deadline, done)
         return done
 
     def _redis_time(self) -> float:
@@ -207,6 +125,9 @@ class Looker:
         if cause is Cause.UNEXPLAINED and owed.suspected is not None:
             return owed.suspected  # the cause that was known at the first look
         return cause
+
+    def _is_loss(self, owed: Owed, now: Circumstances) -> bool:
+        return self._cause(owed, now) in LOSSES
 
     def _decide(
         self, owed: Owed, seen: Sighting, ended: Mapping[UUID, Outcome], now: Circumstances
@@ -334,76 +255,6 @@ class Looker:
         waits = self._settings.crash_backoff
         return waits[min(owed.crashes, len(waits) - 1)]
 
-    def _show_running(
-        self,
-        decided: Sequence[tuple[Owed, Sighting, Decision]],
-        now: Circumstances,
-        deadline: float,
-    ) -> None:
-        """Put back what a loss took of jobs that run: those that wait for them look for it.
-
-        Before anything that waits is put back, for that is seen absent a grace later.
-        """
-        if self._settings.mode == "observe":
-            return
-        hidden = {
-            owed.token: owed
-            for owed, seen, _ in decided
-            if seen.bodiless
-            and owed.claim_live
-            and not now.holds(owed.queue)
-            and self._cause(owed, now) in _LOSSES
-        }
-        if hidden:
-            envelopes = self._store.envelopes(self._source, list(hidden))
-            running = [replace(restorable, running=True) for restorable in envelopes]
-            answers = self._broker.restore(running, deadline=deadline)
-            self._shown.update(
-                (token, hidden[token])
-                for token, answer in answers.items()
-                if answer is Restored.RESTORED
-            )
-
-    @property
-    def has_joins_to_see_again(self) -> bool:
-        """Whether something waits in vain, as far as one look can tell."""
-        return self._joins.pending
-
-    def hide_ended(self) -> None:
-        """Take back what was put back of jobs that have ended before the library could see it."""
-        if self._shown:
-            ended = self._store.tombstones(self._source, list(self._shown))
-            over = [self._shown.pop(token) for token in ended]
-            if over:
-                self._broker.hide(over)
-
-    def _release(
-        self,
-        term: int,
-        decided: Sequence[tuple[Owed, Sighting, Decision]],
-        now: Circumstances,
-        deadline: float,
-        done: Done,
-    ) -> None:
-        """Let go on what waits in vain for jobs that have ended."""
-        page = [(owed, seen) for owed, seen, _ in decided if not now.holds(owed.queue)]
-        vain = self._joins.over(page, judgeable=now.judgeable)
-        if not vain:
-            return
-        if self._settings.mode == "observe":
-            done.observed += len(vain)
-            return
-        ready = [
-            replace(restorable, released=True)
-            for restorable in self._store.envelopes(self._source, vain)
-        ]
-        answers = self._broker.restore(ready, deadline=deadline)
-        released = [token for token, answer in answers.items() if answer is Restored.RESTORED]
-        self._store.restored(term, self._source, released)
-        done.released += len(released)
-        if released:
-            say("jobs_released", count=len(released))
-
     def _brake(
         self, lost: list[tuple[Owed, Cause]], now: Circumstances, done: Done
     ) -> list[tuple[Owed, Cause]]:
@@ -415,90 +266,3 @@ class Looker:
         kept = [(owed, cause) for owed, cause in lost if owed.queue not in held]
         done.held += len(lost) - len(kept)
         return kept
-
-    def _restore(
-        self,
-        term: int,
-        lost: Sequence[tuple[Owed, Cause]],
-        older: Mapping[UUID, tuple[UUID, Outcome]],
-        over: Collection[UUID],
-        deadline: float,
-        done: Done,
-    ) -> None:
-        if not lost:
-            return
-        if self._settings.mode == "observe":
-            done.observed += len(lost)
-            if len(lost) != self._observed:  # the same ones are seen again and again
-                self._observed = len(lost)
-                say("would_restore", count=len(lost))
-            return
-        losses = [pair for pair in lost if pair[1] in _LOSSES]
-        repairs = [pair for pair in lost if pair[1] not in _LOSSES]
-        for bucket, wanted in ((self._repairs, repairs), (self._losses, losses)):
-            granted = bucket.take(min(len(wanted), _SLICE))
-            done.waiting += len(wanted) - granted
-            done.throttled += len(wanted) - granted
-            chosen = list(round_robin(wanted, lambda pair: pair[0].queue))[:granted]
-            if chosen:
-                self._put_back(term, chosen, older, over, deadline, done)
-
-    def _put_back(
-        self,
-        term: int,
-        chosen: Sequence[tuple[Owed, Cause]],
-        older: Mapping[UUID, tuple[UUID, Outcome]],
-        over: Collection[UUID],
-        deadline: float,
-        done: Done,
-    ) -> None:
-        overtaken = self._store.overtaken(self._source, [owed.token for owed, _ in chosen])
-        self._store.close_owed(
-            term,
-            self._source,
-            [Closing(t, Outcome.SUPERSEDED, "a later life of its id has begun") for t in overtaken],
-        )
-        done.closed[Outcome.SUPERSEDED] += len(overtaken)
-        causes = {
-            owed.token: (owed, cause) for owed, cause in chosen if owed.token not in overtaken
-        }
-        ready = [
-            replace(
-                restorable,
-                replaces=frozenset(
-                    [older[restorable.token][0]] if restorable.token in older else []
-                ),
-                takeover=restorable.token in over
-                or (
-                    told(causes[restorable.token][0])
-                    and causes[restorable.token][0].suspected is Cause.WORKER
-                ),
-            )
-            for restorable in self._store.envelopes(self._source, list(causes))
-        ]
-        order = {owed.token: nth for nth, (owed, _) in enumerate(chosen)}
-        ready.sort(key=lambda restorable: order[restorable.token])
-        answers = self._broker.restore(ready, deadline=deadline)
-        back = [token for token, answer in answers.items() if answer is Restored.RESTORED]
-        there = [token for token, answer in answers.items() if answer is Restored.PRESENT]
-        expired = [token for token, answer in answers.items() if answer is Restored.EXPIRED]
-        failpoint.hit("after_restore", when=bool(back))
-        self._store.restored(term, self._source, back)
-        self._store.clear(term, self._source, there)
-        self._store.close_owed(
-            term,
-            self._source,
-            [Closing(token, Outcome.CANCELLED, "its time to live is over") for token in expired],
-        )
-        for token in back:
-            done.restored[causes[token][1]] += 1
-        for token, answer in answers.items():
-            if answer not in (Restored.RESTORED, Restored.PRESENT, Restored.EXPIRED):
-                done.failed += 1
-                say("job_not_restored", job_id=causes[token][0].job_id, answer=answer.value)
-        if back:
-            say(
-                "jobs_restored",
-                count=len(back),
-                causes=sorted({causes[token][1].value for token in back}),
-            )

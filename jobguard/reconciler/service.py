@@ -18,8 +18,8 @@ from jobguard.clients import address_of, client_from_url
 from jobguard.errors import JobguardError, NotLeading, StoreUnavailable, WrongInstallation
 from jobguard.job import new_token
 from jobguard.log import say
+from jobguard.reconciler.done import Done
 from jobguard.reconciler.leader import Leadership
-from jobguard.reconciler.look import Done
 from jobguard.reconciler.watch import Watch
 from jobguard.settings import Settings
 from jobguard.store import Brake, LeaderStore, SourceRow

@@ -12,7 +12,7 @@ from uuid import UUID
 from jobguard.adapter import Broker
 from jobguard.job import Cause, Presence
 from jobguard.log import say
-from jobguard.reconciler.look import told
+from jobguard.reconciler.done import told
 from jobguard.reconciler.pulse import PulseKeeper
 from jobguard.reconciler.trust import Trust
 from jobguard.store import LeaderStore

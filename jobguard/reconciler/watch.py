@@ -14,7 +14,8 @@ from jobguard.adapter import Broker
 from jobguard.job import Cause, Owed, token_at
 from jobguard.log import say
 from jobguard.reconciler.brake import AutomaticHold
-from jobguard.reconciler.look import Circumstances, Done, Looker
+from jobguard.reconciler.done import Done
+from jobguard.reconciler.look import Circumstances, Looker
 from jobguard.reconciler.place import Place
 from jobguard.reconciler.pulse import Health, PulseKeeper
 from jobguard.reconciler.trust import Trust
@@ -129,7 +130,7 @@ class Watch:
             and self._workers.polled
             and not self._workers.may_be_dead()
             and not self._pending
-            and not self._looker.has_joins_to_see_again
+            and not self._looker.putting_back.has_joins_to_see_again
         )
 
     # -- one step ----------------------------------------------------------------------------------
@@ -192,7 +193,7 @@ class Watch:
         if now < self._due.get("consumers", 0.0):
             return
         self._due["consumers"] = now + _CONSUMERS
-        self._looker.hide_ended()
+        self._looker.putting_back.hide_ended()
         self._owed = self._store.count(self.source.id)
         changed = self._trust.observe(
             self._store.now(),
@@ -354,7 +355,7 @@ class Watch:
             self._lap.running = False
             self._lap.after = None
             self._laps_done += 1
-            again = self._looker.has_joins_to_see_again
+            again = self._looker.putting_back.has_joins_to_see_again
             wait = self._settings.grace if again else self._settings.sweep_interval
             self._due["lap"] = self._lap.began + min(wait, self._settings.sweep_interval)
             self._due["watched"] = 0.0
