@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import time
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -11,6 +13,8 @@ if TYPE_CHECKING:
     import redis
 
 T = TypeVar("T")
+
+VERSION_OF_RQ = tuple(int(part) for part in re.findall(r"\d+", version("rq"))[:2])
 
 
 PATIENT = {

@@ -9,6 +9,7 @@ One leads, the rest stand by. The leader's day, in the order in which a loss mee
 - ``trust``     which queues have only guarded consumers; ``vouching``: what was there before
 - ``look``      a page of owed deliveries: where are they?
 - ``verdict``   what follows, as a pure function
+- ``putback``   what goes back into Redis; ``joins``: what waits in vain for jobs that have ended
 - ``limiter``   how many may go back now; ``brake``: whether any may
 - ``watch``     all of this for one source, in small steps
 - ``service``   the process: sources, signals, one pass or for ever

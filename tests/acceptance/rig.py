@@ -282,7 +282,7 @@ class Rig:
     def worker(self, *queues: str, kind: str = "simple", wait: bool = True) -> Process:
         """Start a guarded worker of these queues and wait until it has registered.
 
-        Kinds: simple, fork, and pops (dies when it has popped a job).
+        Kinds: simple, fork, spawn, and pops (dies when it has popped a job).
         """
         before = set(self.redis.smembers(REDIS_WORKER_KEYS))
         process = self._start(
@@ -457,7 +457,7 @@ def main(kind: str, url: str, *queues: str) -> None:
 
         rig.produce(url, *queues)
         return
-    from jobguard.adapters.rq import SimpleWorker, Worker
+    from jobguard.adapters.rq import SimpleWorker, SpawnWorker, Worker
 
     class Pops(SimpleWorker):
         """Dies as soon as it has popped a job, before anything is claimed."""
@@ -468,7 +468,7 @@ def main(kind: str, url: str, *queues: str) -> None:
             note("popped", "job")
             os.kill(os.getpid(), signal.SIGKILL)
 
-    kinds = {"simple": SimpleWorker, "fork": Worker, "pops": Pops}
+    kinds = {"simple": SimpleWorker, "fork": Worker, "spawn": SpawnWorker, "pops": Pops}
     connection = redis.Redis.from_url(url)
     kinds[kind](queues, connection=connection).work(logging_level="WARNING")
 

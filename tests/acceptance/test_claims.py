@@ -9,8 +9,8 @@ import pytest
 from rq import Retry
 
 from jobguard.servers import RedisServer
-from tests.acceptance.rig import QUICK, TASKS, Rig
-from tests.support import eventually
+from tests.acceptance.rig import QUICK, START, TASKS, Rig
+from tests.support import VERSION_OF_RQ, eventually
 
 TIMEOUT = float(QUICK["JOBGUARD_WORKER_TIMEOUT"])
 
@@ -205,13 +205,23 @@ def test_a_job_that_kills_its_workers_is_buried_and_can_be_brought_back(
 
 
 # Planted: the horse does not beat for its worker.
-def test_a_horse_that_outlives_its_worker_is_left_alone(rig: Rig) -> None:
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "fork",
+        pytest.param(
+            "spawn",
+            marks=pytest.mark.skipif(VERSION_OF_RQ < (3, 0), reason="2.x spawns a plain Worker"),
+        ),
+    ],
+)
+def test_a_horse_that_outlives_its_worker_is_left_alone(rig: Rig, kind: str) -> None:
     """The parent alone is killed: the horse beats in its stead, ends its job, and nothing runs twice."""
     reconciler = rig.reconciler()
-    worker = rig.worker(kind="fork")
+    worker = rig.worker(kind=kind)
     rig.trust()
     rig.queue().enqueue(f"{TASKS}.turns", "j", "end", "end", job_id="j")
-    eventually(lambda: rig.pids("j"))
+    eventually(lambda: rig.pids("j"), START)
     beat = "select beat from jobguard.workers where pid = %s"
 
     worker.kill_alone()

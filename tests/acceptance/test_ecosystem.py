@@ -21,8 +21,7 @@ from rq import Queue, Retry
 
 from tests.acceptance import roads
 from tests.acceptance.roads import BIN, QUEUE, REPOSITORY, Child, Site, words
-from tests.acceptance.test_lineage import VERSION
-from tests.support import PATIENT, eventually
+from tests.support import PATIENT, VERSION_OF_RQ, eventually
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -69,7 +68,9 @@ SPAWNERS = {
 }
 
 
-@pytest.mark.skipif(VERSION < (2, 6), reason="tested with the SpawnWorker of RQ 2.6 and later")
+@pytest.mark.skipif(
+    VERSION_OF_RQ < (2, 6), reason="tested with the SpawnWorker of RQ 2.6 and later"
+)
 @pytest.mark.parametrize("kind", SPAWNERS)
 def test_a_spawning_worker(site: Site, kind: str) -> None:
     """The horse, a fresh Python, is hooked: it tells its ends, and pushes retries in their place."""
@@ -227,7 +228,7 @@ CRONS = {
 }
 
 
-@pytest.mark.skipif(VERSION < (3, 0), reason="tested with the `rq cron` of RQ 3.0")
+@pytest.mark.skipif(VERSION_OF_RQ < (3, 0), reason="tested with the `rq cron` of RQ 3.0")
 @pytest.mark.parametrize("way", CRONS)
 def test_rq_cron(site: Site, way: str) -> None:
     """What RQ's cron enqueues is recorded before it is pushed."""

@@ -12,7 +12,6 @@ roads with a ttl of 0, which leave nothing in Redis to find out from).
 
 from __future__ import annotations
 
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,18 +32,16 @@ from rq.job import Dependency, Job
 from rq.registry import FailedJobRegistry
 from rq.scheduler import RQScheduler
 from rq.serializers import JSONSerializer
-from rq.version import VERSION as VERSION_OF_RQ
 
 import jobguard.schema
 from jobguard.guard import JobGuard
 from tests.acceptance.roads import QUEUE, Site
 from tests.integration.rq import tasks
-from tests.support import PATIENT, eventually
+from tests.support import PATIENT, VERSION_OF_RQ, eventually
 
 if TYPE_CHECKING:
     from jobguard.servers import NamedPostgres, NamedRedis
 
-VERSION = tuple(int(part) for part in re.findall(r"\d+", VERSION_OF_RQ)[:2])
 TASKS = "tests.integration.rq.tasks"
 
 
@@ -614,7 +611,7 @@ def trip(site: Site, tmp_path: Any) -> Iterator[Trip]:
 
 def go(trip: Trip, road: Road, lost_before: int | None = None) -> None:
     """Go this road, and see where it ends."""
-    if road.since > VERSION:
+    if road.since > VERSION_OF_RQ:
         pytest.skip(f"RQ {'.'.join(map(str, road.since))} brought it")
     road.enqueue(trip)
     for at, step in enumerate(road.steps):
@@ -649,7 +646,7 @@ def test_a_loss_on_the_way_changes_nothing(name: str, at: int, trip: Trip) -> No
     go(trip, ROADS[name], lost_before=at)
 
 
-@pytest.mark.skipif(VERSION < (2, 8), reason="unique= came with RQ 2.8")
+@pytest.mark.skipif(VERSION_OF_RQ < (2, 8), reason="unique= came with RQ 2.8")
 def test_a_unique_job_that_is_enqueued_again_after_a_loss(trip: Trip) -> None:
     """RQ takes the id again, it being lost: the newer one stays, and runs once."""
     trip.queue.enqueue(tasks.say, trip.ledger, "old", job_id="a", unique=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +12,6 @@ from uuid import UUID, uuid4
 
 from rq import Queue
 from rq.scheduler import RQScheduler
-from rq.version import VERSION as VERSION_OF_RQ
 
 from jobguard.adapter import Session, Source
 from jobguard.adapters.rq.broker import RQBroker
@@ -29,9 +27,6 @@ from jobguard.job import (
     Restored,
     Sighting,
 )
-
-VERSION = tuple(int(part) for part in re.findall(r"\d+", VERSION_OF_RQ)[:2])
-"""Of RQ: major and minor."""
 
 
 class FakeSession:

@@ -15,10 +15,10 @@ from jobguard.adapters.rq.broker import RQBroker
 from jobguard.adapters.rq.envelope import decode
 from jobguard.job import Delivery, Join, Presence, Restored, Sighting, new_token
 from tests.integration.rq import tasks
-from tests.integration.rq.fakes import VERSION, FakeTracker, look, lost, owed, restore
-from tests.support import keyspace
+from tests.integration.rq.fakes import FakeTracker, look, lost, owed, restore
+from tests.support import VERSION_OF_RQ, keyspace
 
-needs_rate_limit = pytest.mark.skipif(VERSION < (3, 0), reason="rate_limit= came with RQ 3.0")
+needs_rate_limit = pytest.mark.skipif(VERSION_OF_RQ < (3, 0), reason="rate_limit= came with RQ 3.0")
 
 
 class TestPresence:

@@ -36,8 +36,8 @@ from rq.serializers import JSONSerializer
 from jobguard.adapters.rq.broker import RQBroker
 from jobguard.job import Presence, Restored
 from tests.integration.rq import tasks
-from tests.integration.rq.fakes import VERSION, FakeTracker, look, lost, move_scheduled, restore
-from tests.support import keyspace
+from tests.integration.rq.fakes import FakeTracker, look, lost, move_scheduled, restore
+from tests.support import VERSION_OF_RQ, keyspace
 
 LATER = timedelta(hours=1)
 SAY = "tests.integration.rq.tasks.say"
@@ -533,7 +533,7 @@ def test_kind(
 ) -> None:
     """Nothing that RQ reads differs, and the restored jobs run as they would have, each once."""
     chosen = KINDS[name]
-    if chosen.since > VERSION:
+    if chosen.since > VERSION_OF_RQ:
         pytest.skip(f"RQ {chosen.since[0]}.{chosen.since[1]} brought it")
     place = Place(queue, str(ledger), endpoint)
     chosen.enqueue(place)
@@ -551,7 +551,7 @@ def test_kind(
     assert not differences(after, dump(client)), "the second time it does nothing"
 
     differ = differences(before, after)
-    by_design = [d.what for d in BY_DESIGN if name in d.kinds and d.before > VERSION]
+    by_design = [d.what for d in BY_DESIGN if name in d.kinds and d.before > VERSION_OF_RQ]
     unexpected = {d: v for d, v in differ.items() if not matches(d, *chain(*by_design))}
     assert not unexpected
     assert all(any(matches(d, *what) for d in differ) for what in by_design), "a line too many"

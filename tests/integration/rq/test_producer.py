@@ -23,11 +23,11 @@ from jobguard.adapters.rq.layout import SPENT
 from jobguard.errors import StoreUnavailable
 from jobguard.job import Outcome
 from tests.integration.rq import tasks
-from tests.integration.rq.fakes import VERSION, FakeTracker
-from tests.support import keyspace
+from tests.integration.rq.fakes import FakeTracker
+from tests.support import VERSION_OF_RQ, keyspace
 
-needs_unique = pytest.mark.skipif(VERSION < (2, 8), reason="unique= came with RQ 2.8")
-needs_rate_limit = pytest.mark.skipif(VERSION < (3, 0), reason="rate_limit= came with RQ 3.0")
+needs_unique = pytest.mark.skipif(VERSION_OF_RQ < (2, 8), reason="unique= came with RQ 2.8")
+needs_rate_limit = pytest.mark.skipif(VERSION_OF_RQ < (3, 0), reason="rate_limit= came with RQ 3.0")
 
 
 def token_in(queue: Queue, job_id: str) -> UUID:
@@ -377,7 +377,9 @@ class TestSameId:
         fields = decode(tracker.recorded[0].envelope)[1]
         assert fields == queue.connection.hgetall("rq:job:one")
 
-    @pytest.mark.skipif(VERSION < (3, 0), reason="before RQ 3.0 a unique job may be without an id")
+    @pytest.mark.skipif(
+        VERSION_OF_RQ < (3, 0), reason="before RQ 3.0 a unique job may be without an id"
+    )
     def test_unique_without_an_id(self, queue: Queue, tracker: FakeTracker) -> None:
         """RQ refuses a unique job without an id, and we do not give it one by looking at it."""
         ways: list[Callable[[], Any]] = [

@@ -22,12 +22,12 @@ from jobguard import adapter
 from jobguard.adapters.rq.layout import KEPT, SPENT
 from jobguard.job import Outcome
 from tests.integration.rq import tasks
-from tests.integration.rq.fakes import VERSION, FakeTracker, move_scheduled
-from tests.support import eventually, keyspace
+from tests.integration.rq.fakes import FakeTracker, move_scheduled
+from tests.support import VERSION_OF_RQ, eventually, keyspace
 
 WORKERS = [SimpleWorker, Worker]
-needs_returned_retry = pytest.mark.skipif(VERSION < (2, 1), reason="RQ 2.1 brought it")
-needs_repeat = pytest.mark.skipif(VERSION < (2, 3), reason="RQ 2.3 brought it")
+needs_returned_retry = pytest.mark.skipif(VERSION_OF_RQ < (2, 1), reason="RQ 2.1 brought it")
+needs_repeat = pytest.mark.skipif(VERSION_OF_RQ < (2, 3), reason="RQ 2.3 brought it")
 
 
 def work(kind: type[Any], queue: Queue, **settings: Any) -> None:
@@ -263,7 +263,9 @@ class TestHorse:
         assert len(os.listdir("/proc/self/fd")) <= before + 2
 
 
-@pytest.mark.skipif(VERSION < (3, 0), reason="before RQ 3.0 the horse is always a plain Worker")
+@pytest.mark.skipif(
+    VERSION_OF_RQ < (3, 0), reason="before RQ 3.0 the horse is always a plain Worker"
+)
 class TestSpawnedHorse:
     """A horse that is a fresh interpreter."""
 
@@ -407,7 +409,7 @@ def test_rq_worker_commands(how: list[str], redis_url: str) -> None:
         "try:\n    rq.cli.main()\nexcept SystemExit: pass\n"
         "print('hooked', b.BaseWorker.register_birth.__module__, "
         "b.BaseWorker.register_birth.__code__.co_filename)"
-        if VERSION >= (2, 7)
+        if VERSION_OF_RQ >= (2, 7)
         else "import rq.cli, rq.worker as b\n"
         "try:\n    rq.cli.main()\nexcept SystemExit: pass\n"
         "print('hooked', b.Worker.register_birth.__module__, "
