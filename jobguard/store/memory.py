@@ -344,8 +344,6 @@ class _Host:
     def _outdated(self, source: int, delivery: Delivery, *, now: float) -> bool:
         """Bury a late record whose job id has had a younger life since."""
         tables, token = self._tables, delivery.token
-        if delivery.fresh:
-            return False
         younger = [t for s, t in tables.of_job(source, [delivery.job_id]) if t > token]
         younger += [
             t
@@ -463,12 +461,12 @@ class _Host:
         return self._grant(key, ask, job, number=run.number + 1, now=now)
 
     def end(self, source: int, ends: Sequence[End]) -> Sequence[Ended]:
-        with self._tables.open():
+        with self._tables.open() as now:
             for end in ends:
                 _check_text(end.job_id, end.queue, end.task, end.error)
-            return [self._end((source, end.token), end) for end in ends]
+            return [self._end((source, end.token), end, now=now) for end in ends]
 
-    def _end(self, key: _Key, end: End) -> Ended:
+    def _end(self, key: _Key, end: End, *, now: float) -> Ended:
         tables = self._tables
         if key in tables.jobs:
             if not _counts(end, tables.running.get(key)):
@@ -494,6 +492,10 @@ class _Host:
             worker=end.worker,
             error=end.error,
         )
+        # It ran, so it stood where an older delivery of its id had stood.
+        for older in tables.of_job(key[0], [end.job_id]):
+            if older not in tables.running and older[1] < end.token:
+                tables.bury(older, Outcome.SUPERSEDED, ended_at=now, next=end.token)
         return Ended.UNKNOWN
 
     def cancel(

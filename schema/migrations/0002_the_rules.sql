@@ -65,7 +65,7 @@ begin
       select distinct on (f.token) f.token, f.job_id, f.queue, f.task, l.next
       from unnest(p_token, p_job_id, p_queue, p_task, p_fresh) f(token, job_id, queue, task, fresh)
       join later l on l.token = f.token
-      where not f.fresh and not f.token = any (v_skipped)
+      where not f.token = any (v_skipped)
         and not exists (select from jobguard.jobs o where o.source = p_source and o.token = f.token)
       order by f.token, l.next desc
     ), tombstones as (
@@ -274,16 +274,20 @@ create function jobguard.end(
   p_ended float8[], p_job_id text[], p_queue text[], p_task text[], p_error text[])
 returns text[] language plpgsql as $$
 declare
-  v_ended   uuid[];
+  v_open    uuid[] := p_token;
+  v_ended   uuid[] := '{}';
   v_unknown uuid[] := '{}';
+  v_looked  uuid[] := '{}';
   v_token   uuid;
 begin
+loop
   perform from jobguard.jobs j
-  where j.source = p_source and j.token = any (p_token) order by j.token for update;
+  where j.source = p_source and j.token = any (v_open) order by j.token for update;
   with said as (
     select distinct on (e.token) e.*
     from unnest(p_token, p_number, p_outcome, p_worker, p_ended, p_error) with ordinality
       e(token, number, outcome, worker, ended, error, nth)
+    where e.token = any (v_open)
     order by e.token, e.nth
   ), valid as (
     -- A stale number changes nothing; but what completed has completed, where nobody else runs it now.
@@ -315,17 +319,27 @@ begin
            case when g.outcome in ('failed', 'dead') then g.envelope end
     from gone g returning token
   )
-  select array(select token from tombstones) into v_ended;
+  select v_ended || array(select token from tombstones) into v_ended;
 
+  v_open := '{}';
   if cardinality(v_ended) < cardinality(p_token) then
     foreach v_token in array p_token loop
-      continue when v_token = any (v_ended) or v_token = any (v_unknown);
+      continue when v_token = any (v_ended) or v_token = any (v_looked);
+      v_looked := v_looked || v_token;
       perform jobguard.alone_with(v_token);
-      continue when exists (select from jobguard.jobs j where j.source = p_source and j.token = v_token)
-                 or exists (select from jobguard.history h
-                            where h.source = p_source and h.token = v_token);
-      v_unknown := v_unknown || v_token;
+      if exists (select from jobguard.jobs j where j.source = p_source and j.token = v_token) then
+        -- Its number is stale; or it was recorded while we waited, and then it ends like any other.
+        v_open := v_open || v_token;
+      elsif not exists (select from jobguard.history h
+                        where h.source = p_source and h.token = v_token) then
+        v_unknown := v_unknown || v_token;
+      end if;
     end loop;
+  end if;
+  exit when v_open = '{}';
+end loop;
+
+  if v_unknown <> '{}' then
     insert into jobguard.history (source, token, job_id, queue, task, outcome, number, worker,
                                   ended_at, errors)
     select distinct on (e.token) p_source, e.token, e.job_id, e.queue, e.task,
@@ -335,6 +349,24 @@ begin
     from unnest(p_token, p_job_id, p_queue, p_task, p_outcome, p_number, p_worker, p_ended, p_error)
       with ordinality e(token, job_id, queue, task, outcome, number, worker, ended, error, nth)
     where e.token = any (v_unknown) order by e.token, e.nth;
+    -- It ran, so it stood where an older delivery of its id had stood, of which nobody else will tell.
+    with replaced as (
+      delete from jobguard.jobs j
+      using unnest(p_token, p_job_id) u(token, job_id)
+      where u.token = any (v_unknown) and j.source = p_source and j.job_id = u.job_id
+        and j.token < u.token
+        and not exists (select from jobguard.running r where r.source = j.source and r.token = j.token)
+      returning j.*, u.token as next
+    ), unsuspected as (
+      delete from jobguard.suspects s using replaced o where s.source = o.source and s.token = o.token
+    ), unboxed as (
+      delete from jobguard.outbox b using replaced o where b.source = o.source and b.token = o.token
+    )
+    insert into jobguard.history (source, token, job_id, queue, task, outcome, attempt, recoveries,
+                                  crashes, recorded_at, next)
+    select o.source, o.token, o.job_id, o.queue, o.task, 'superseded', o.attempt, o.recoveries,
+           o.crashes, o.recorded_at, o.next
+    from replaced o;
   end if;
   return array(
     select case when row_number() over (partition by t order by nth) > 1 then 'late'

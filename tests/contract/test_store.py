@@ -540,6 +540,37 @@ def test_what_ended_before_it_was_recorded_keeps_a_parent_out_that_is_later_stil
     assert ledger.owed() == {}
 
 
+@pytest.mark.parametrize("first", ["the end", "the parent"])
+def test_what_ended_and_was_never_recorded_supersedes_what_is_older(
+    ledger: Contract, first: str
+) -> None:
+    """A retry whose record died with its horse: its end alone tells of it, early or late."""
+    parent, child = delivery(fresh=True), delivery()
+    worker = ledger.working()
+    if first == "the parent":
+        ledger.record(parent, replay=True)
+    worker.end(Claim(child.token, 0), job_id="j")
+    if first == "the end":
+        ledger.record(parent, replay=True)
+
+    assert ledger.owed() == {}
+    assert ledger.outcome(parent.token) is Outcome.SUPERSEDED
+    assert ledger.outcome(child.token) is Outcome.COMPLETED
+    assert refused(worker.claim(parent.token)) == ENDED_SUPERSEDED
+
+
+def test_what_ended_unknown_leaves_a_younger_and_a_running_one_alone(ledger: Contract) -> None:
+    """Only what is older and claimed by nobody has surely been replaced."""
+    running = ledger.recorded()
+    ledger.working().start(running.token)
+    ended = delivery()
+    younger = ledger.recorded()
+
+    ledger.working().end(Claim(ended.token, 0), job_id="j")
+
+    assert set(ledger.owed()) == {running.token, younger.token}
+
+
 def test_what_ended_before_it_was_recorded_takes_nobody_elses_claim(ledger: Contract) -> None:
     """The parent was recovered and is being run: it is its new holder's to end."""
     parent = ledger.recorded()
@@ -878,6 +909,31 @@ def test_a_record_that_races_an_uncommitted_retry(
     together.wait()
     assert [answer[0].refused for answer in answers] == [frozenset(), {children[1].token}]
     assert list(ledger.owed()) == [children[0].token]
+
+
+def test_an_end_that_races_an_uncommitted_replay(
+    ledger_in_postgres: Contract, together: Together
+) -> None:
+    """Recorded while the end waited to write an unknown one: it ends like any other."""
+    ledger = ledger_in_postgres
+    assert isinstance(ledger.backend, InPostgres)
+    parent = ledger.recorded()
+    it = delivery(parent=Parent(parent.token))
+    runner = ledger.working()
+    with ledger.backend.commits_held_back() as waiting:
+        record = partial(
+            ledger.backend.host().record, SOURCE, [it], namespace=NAMESPACE, replay=True
+        )
+        together.call(record)
+        eventually(lambda: waiting() >= 1)
+        end = End(it.token, 0, Outcome.COMPLETED, runner.id, job_id="j")
+        ends = together.call(ledger.backend.host().end, SOURCE, [end])
+        eventually(lambda: waiting() >= 2 or ends)
+        assert not ends, "the end did not wait for the record"
+    together.wait()
+    assert ends == [[Ended.ENDED]]
+    assert ledger.owed() == {}
+    assert ledger.outcome(it.token) is Outcome.COMPLETED
 
 
 # Ends
