@@ -133,7 +133,9 @@ class Tracker(Protocol):
     def open_session(self, *, name: str, queues: Sequence[str]) -> Session:
         """Begin to beat as a worker. One session a worker process; the same again is returned."""
 
-    def inherit_session(self, worker: UUID, *, name: str, queues: Sequence[str]) -> Session:
+    def inherit_session(
+        self, worker: UUID, pid: int, *, name: str, queues: Sequence[str]
+    ) -> Session:
         """Return the session of the worker that spawned this process: a forked child has it anyway."""
 
 

@@ -100,16 +100,16 @@ class _Tracker(_Wall):
         "heartbeat": _no,
         "recovers": lambda tokens, **_: frozenset(),
         "open_session": lambda **_: _Nobody(),
-        "inherit_session": lambda worker, **_: _Nobody(),
+        "inherit_session": lambda worker, pid, **_: _Nobody(),
     }
 
     def open_session(self, **what: Any) -> Session:
         """Open a session, and put it behind a wall of its own."""
         return _walled(self.__getattr__("open_session")(**what))
 
-    def inherit_session(self, worker: UUID, **what: Any) -> Session:
+    def inherit_session(self, worker: UUID, pid: int, **what: Any) -> Session:
         """The same for a session that is the parent's."""
-        return _walled(self.__getattr__("inherit_session")(worker, **what))
+        return _walled(self.__getattr__("inherit_session")(worker, pid, **what))
 
 
 def _walled(session: Any) -> Session:

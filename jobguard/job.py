@@ -80,17 +80,20 @@ def _after_fork_in_child() -> None:
 os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
-def new_token() -> UUID:
+def new_token(after: UUID | None = None) -> UUID:
     """Return a new random token (UUID version 7) that sorts after every earlier one of this process.
 
-    Restores go in the order of tokens, which is thereby the order of recording.
+    Restores go in the order of tokens, which is thereby the order of recording. ``after``: and after
+    this one, which another machine may have made, whose clock is ahead: a life of a job sorts behind
+    the one that it comes from.
     Layout: 48 bits of milliseconds, then 12 bits of the millisecond's fraction (RFC 9562 §6.2,
     method 3), then 62 random bits.
     """
     global _last_tick
     with _ticking:
         ticks = time.time_ns() * 4096 // 1_000_000  # milliseconds with a 12-bit fraction
-        ticks = _last_tick = max(ticks, _last_tick + 1)
+        floor = 0 if after is None else (after.int >> 80) << 12 | (after.int >> 64 & 0xFFF)
+        ticks = _last_tick = max(ticks, _last_tick + 1, floor + 1)
     random = int.from_bytes(os.urandom(8)) & ((1 << 62) - 1)
     return UUID(int=(ticks >> 12) << 80 | 7 << 76 | (ticks & 0xFFF) << 64 | 2 << 62 | random)
 
@@ -244,6 +247,8 @@ class Join:
     """Empty: all have ended where the library can see it, and it has not moved on all the same."""
     failure_will_do: bool = False
     """A job that failed counts as one that completed."""
+    doubtful: Sequence[UUID] = ()
+    """Deliveries that the library shows as running or failed: the ledger may know that they completed."""
 
 
 @dataclass(frozen=True, slots=True)

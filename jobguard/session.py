@@ -99,16 +99,15 @@ class WorkerSession:
         *,
         name: str,
         queues: Sequence[str],
-        inherited: UUID | None = None,
+        inherited: tuple[UUID, int] | None = None,
     ) -> None:
-        self.id = inherited or new_token()
+        self.id, self._pid = inherited or (new_token(), os.getpid())
         self.closed = False
         self._tracker = tracker
         self._settings = tracker.settings
         self._beat_store = beat_store
         self._name = name
         self._queues = tuple(queues)
-        self._pid = os.getpid() if inherited is None else os.getppid()
         self._lock = threading.Lock()
         self._lock_pid = os.getpid()
         self._listed: dict[UUID, int] = {}  # by how many starts of this process
@@ -225,7 +224,7 @@ class WorkerSession:
         source = self._tracker.source
         self._tracker.call(
             lambda store: store.record(
-                source.id, [delivery], namespace=source.namespace, replay=True
+                source.id, [delivery], namespace=source.namespace, replay=True, newest=True
             )
         )
 

@@ -363,10 +363,12 @@ class HostTracker:
             self._session.open()
         return self._session
 
-    def inherit_session(self, worker: UUID, *, name: str, queues: Sequence[str]) -> WorkerSession:
+    def inherit_session(
+        self, worker: UUID, pid: int, *, name: str, queues: Sequence[str]
+    ) -> WorkerSession:
         """Speak for the worker that spawned this process; see Tracker."""
         self._session = WorkerSession(
-            self, self._make_store(), name=name, queues=queues, inherited=worker
+            self, self._make_store(), name=name, queues=queues, inherited=(worker, pid)
         )
         return self._session
 

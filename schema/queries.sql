@@ -50,7 +50,7 @@ select jobguard.record(
   %(source)s, %(token)b::uuid[], %(job_id)b::text[], %(queue)b::text[], %(task)b::text[],
   %(priority)b::int[], %(attempt)b::int[], %(due)s::float8[], %(expires)s::float8[],
   %(key)s::text[], %(trace)s::text[], %(envelope)b::bytea[], %(parent)s::uuid[], %(claim)s::int[],
-  %(outcome)s::text[], %(speaker)s::uuid[], %(fresh)b::bool[], %(outbox)s, %(replay)s),
+  %(outcome)s::text[], %(speaker)s::uuid[], %(fresh)b::bool[], %(outbox)s, %(replay)s, %(newest)s),
   jobguard.led(%(namespace)s)
 
 -- name: withdraw
@@ -107,9 +107,12 @@ from (select set_config('synchronous_commit', 'off', true)) calm
 update jobguard.workers set left_at = now() where id = %(worker)s and left_at is null
 
 -- name: recoverable
--- What a leader that is there will bring back.
+-- What a leader that is there will bring back: of a source that it watches, and a trusted queue.
 select j.token from jobguard.jobs j
+join jobguard.sources s on s.id = j.source
+join jobguard.queues q on q.source = j.source and q.queue = j.queue
 where j.source = %(source)s and j.token = any (%(tokens)b::uuid[])
+  and q.trusted_since <= j.recorded_at and s.watched_at > now() - interval '30 seconds'
   and jobguard.led(%(namespace)s)
 
 -- name: heartbeat
@@ -169,7 +172,7 @@ from jobguard.sources where namespace = %(namespace)s order by id
 
 -- name: acknowledge
 update jobguard.sources set pulse_epoch = %(epoch)s, pulse_n = %(n)s,
-  run_id = coalesce(%(run_id)s, run_id)
+  run_id = coalesce(%(run_id)s, run_id), watched_at = now()
 where id = %(source)s
   and exists (select from jobguard.leader where namespace = %(namespace)s and term = %(term)s for share)
 returning true
@@ -318,6 +321,14 @@ order by j.token
 select distinct on (h.token) h.token, h.outcome::text from jobguard.history h
 where h.source = %(source)s and h.token = any (%(tokens)b::uuid[])
 order by h.token, h.ended_at
+
+-- name: known
+-- Which of these tokens the ledger has heard of.
+select j.token from jobguard.jobs j
+where j.source = %(source)s and j.token = any (%(tokens)b::uuid[])
+union
+select h.token from jobguard.history h
+where h.source = %(source)s and h.token = any (%(tokens)b::uuid[])
 
 -- name: overtaken
 -- Which of these have had a later life of their id begin since: where one body is kept per id, that

@@ -93,12 +93,7 @@ class RQBroker:
         layout = self._layout
         calls: list[tuple[list[Any], list[Any]]] = [
             (
-                [
-                    layout.job(owed.job_id),
-                    layout.wip(owed.queue),
-                    layout.executions(owed.job_id),
-                    layout.intermediate(owed.queue),
-                ],
+                [*layout.run(owed.job_id, owed.queue)],
                 [owed.job_id, owed.token.hex, layout.base],
             )
             for owed in page
@@ -156,13 +151,10 @@ class RQBroker:
             (answers,) = self._presence.run([([], args)])
             if isinstance(answers, RedisError):
                 raise answers
-            for *told, place, lost, any_end in (_six(answer) for answer in answers):
-                jg, status, enqueued_at = (part.decode(errors="replace") for part in told)
-                join = None
-                if lost is not None:
-                    ids = tuple(parent.decode(errors="replace") for parent in lost)
-                    join = Join(ids, failure_will_do=bool(any_end))
-                yield jg, status, enqueued_at, place.decode(), join
+            for answer in answers:
+                told = (part.decode(errors="replace") for part in answer[:4])
+                jg, status, enqueued_at, place = told
+                yield jg, status, enqueued_at, place, _join(*answer[4:])
 
     def _read_lists(self, queues: set[str]) -> dict[str, dict[str, str]]:
         """Return of each queue the ids in its lists, and in which.
@@ -245,8 +237,17 @@ def _waits_in_front(mode: Mode, fields: Mapping[bytes, bytes]) -> bool:
     return mode is Mode.DEFERRED and fields.get(b"enqueue_at_front") == b"1"
 
 
-def _six(answer: list[Any]) -> list[Any]:
-    return answer if len(answer) == 6 else [*answer, None, None]
+def _join(
+    lost: Sequence[bytes] | None = None, any_end: int = 0, doubtful: Sequence[bytes] = ()
+) -> Join | None:
+    tokens = tuple(_other(token.decode(errors="replace")) for token in doubtful)
+    if lost is None or None in tokens:
+        return None
+    return Join(
+        tuple(parent.decode(errors="replace") for parent in lost),
+        failure_will_do=bool(any_end),
+        doubtful=tuple(token for token in tokens if token is not None),
+    )
 
 
 def _sighting(

@@ -86,7 +86,7 @@ def draft(job: Job, mode: Mode, *, fresh: bool = False, **routing: Any) -> Draft
         attempt += 1
     return Draft(
         mode=mode,
-        token=new_token(),
+        token=new_token(after=parent.token if parent is not None else state.get(_TOKEN)),
         attempt=attempt,
         parent=parent,
         fresh=fresh or state.pop(_FRESH, False) or job._id is None,

@@ -4,7 +4,8 @@ RQ fails a job when its work-horse was killed (by the kernel, for want of memory
 has not been heard of (``AbandonedJobError``), or when it stands in the intermediate list of a worker
 that is gone. All three are deaths of a worker: the job is still owed, and the leader puts it back
 within the crash budget. RQ's failure callbacks, its retries and its failed registry are for jobs
-that failed, and stay out of it. So they do where Redis failed RQ before the function was even called.
+that failed, and stay out of it. Where Redis failed RQ before the function was even called, its verdict
+does not stand either; RQ 3.0 has called its failure callback by then.
 
 RQ's verdict stands where nobody else would judge: the job is not owed, nobody leads, or
 ``recover_killed`` is off. A horse that was killed by order (a job far beyond its timeout, a stopped
@@ -14,6 +15,7 @@ job, the command kill-horse) has failed, as RQ says.
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -48,10 +50,17 @@ def kill_horse(original: Hook) -> Hook:
 
     @wraps(original)
     def hook(self: Any, *args: Any, **kwargs: Any) -> Any:
-        self.__dict__[_BY_ORDER] = True
+        sig = args[0] if args else kwargs.get("sig", signal.SIGKILL)
+        if sig == signal.SIGKILL:  # Heroku's worker sends another, which the horse may survive
+            self.__dict__[_BY_ORDER] = True
         return original(self, *args, **kwargs)
 
     return hook
+
+
+def was_ordered(worker: Any) -> bool:
+    """Whether this worker has killed its present horse."""
+    return _BY_ORDER in worker.__dict__
 
 
 def forget_orders(worker: Any) -> None:
@@ -66,7 +75,7 @@ def handle_work_horse_killed(original: Hook) -> Hook:
     def hook(self: Any, job: Job, *args: Any, **kwargs: Any) -> Any:
         run = run_of(job)
         if run is not None:
-            run.killed = _BY_ORDER not in self.__dict__
+            run.killed = not was_ordered(self)
         return original(self, job, *args, **kwargs)
 
     return hook
@@ -104,7 +113,22 @@ def is_left_to_the_leader(worker: Any, job: Job) -> bool:
         log.warning("job %s never began, for Redis failed its worker: it goes back", job.id)
     if run is not None:
         run.abandon()
+        _forget_run(worker)
     return True
+
+
+def _forget_run(worker: Any) -> None:
+    """Have RQ before 3.0 know that it runs nothing: "stop job" would kill by the pid of a dead horse."""
+    clear = getattr(worker, "set_current_job_id", None)
+    if clear is None:
+        return
+    try:
+        clear(None)
+        worker.execution = None
+    except Exception as error:
+        if is_host_interrupt(error):
+            raise
+        log.warning("jobguard could not clear the current job of worker %s: %s", worker.name, error)
 
 
 def _never_began(run: Run) -> bool:
@@ -120,6 +144,8 @@ def clean_started(original: Hook) -> Hook:
         try:
             tracker = tracker_for_registry(self)
             if tracker is not None:
+                # One moment for us and for RQ: what expires in between is for the next time.
+                timestamp = int(time.time()) if timestamp is None else timestamp
                 _postpone(tracker, self, timestamp)
         except Exception as error:
             if is_host_interrupt(error):
@@ -130,10 +156,8 @@ def clean_started(original: Hook) -> Hook:
     return hook
 
 
-def _postpone(tracker: Tracker, registry: Any, timestamp: float | None) -> None:
+def _postpone(tracker: Tracker, registry: Any, until: float) -> None:
     """Have RQ pass by what the leader is going to judge; it sees the rest."""
-    now = time.time()
-    until = now if timestamp is None else timestamp
     client = cast(Any, registry.connection)
     entries: list[bytes] = client.zrangebyscore(registry.key, 0, until)
     if not entries:
@@ -141,7 +165,9 @@ def _postpone(tracker: Tracker, registry: Any, timestamp: float | None) -> None:
     tokens = _tokens(registry, entries)
     ours = tracker.recovers(list(tokens.values()))
     later = {
-        entry: max(now, until) + _POSTPONED for entry, token in tokens.items() if token in ours
+        entry: max(time.time(), until) + _POSTPONED
+        for entry, token in tokens.items()
+        if token in ours
     }
     if later:
         client.zadd(registry.key, later, xx=True)

@@ -74,6 +74,15 @@ class Layout:
         """Return the key of a job's running executions."""
         return f"{self.base}:executions:{job_id}"
 
+    def run(self, job_id: str, name: str) -> list[str]:
+        """Return the keys by which RQ knows of a job's runs: what abandon.lua takes."""
+        return [
+            self.job(job_id),
+            self.wip(name),
+            self.executions(job_id),
+            self.intermediate(name),
+        ]
+
     def ending(self, job_id: str, name: str) -> list[str]:
         """Return the keys by which RQ knows how a job ended: what skip.lua takes."""
         intermediate = self.intermediate(name)

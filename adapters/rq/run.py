@@ -116,9 +116,8 @@ class Run:
             os.set_inheritable(self._writer, True)
             claim = self.claim
             worker = self._session.id.hex if self._session is not None else ""
-            os.environ[_VARIABLE] = json.dumps(
-                [worker, claim.token.hex, claim.number, claim.crashes, self._writer, self.job_id]
-            )
+            told = [worker, os.getpid(), claim.token.hex, claim.number, claim.crashes]
+            os.environ[_VARIABLE] = json.dumps([*told, self._writer, self.job_id])
 
     def outlive(self) -> None:
         """In the horse: beat in the parent's stead, should it die."""
@@ -165,20 +164,27 @@ class Run:
 
     @classmethod
     def inherited(
-        cls, session_of: Callable[[UUID], Session | None], job_id: str, *, queue: str, task: str
+        cls,
+        session_of: Callable[[UUID, int], Session | None],
+        job_id: str,
+        *,
+        queue: str,
+        task: str,
     ) -> Run | None:
         """In a horse that was spawned, not forked: the run that its parent began.
 
-        ``session_of`` makes the session of that parent, by its id.
+        ``session_of`` makes the session of that parent, by its id and its pid.
         """
         told = os.environ.pop(_VARIABLE, None)  # not for the children of the job
         if not told:
             return None
-        worker, token, number, crashes, writer, theirs = json.loads(told)
+        worker, parent, token, number, crashes, writer, theirs = json.loads(told)
         if theirs != job_id:
             return None
         claim = Claim(UUID(hex=token), number, crashes)
-        run = cls(session_of(UUID(hex=worker)), claim, job_id=job_id, queue=queue, task=task)
+        run = cls(
+            session_of(UUID(hex=worker), parent), claim, job_id=job_id, queue=queue, task=task
+        )
         run._pid, run._writer = 0, writer
         os.set_inheritable(writer, False)
         return run

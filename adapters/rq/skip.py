@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from importlib.resources import files
 from typing import Any
+from uuid import UUID
 
 from rq.job import Job, JobStatus
 from rq.queue import Queue
@@ -29,11 +30,31 @@ _STATUS = {
     Outcome.SUPERSEDED: JobStatus.FINISHED,
 }
 _SCRIPT = files(__package__).joinpath("skip.lua").read_text(encoding="utf-8")
+_ABANDON = files(__package__).joinpath("abandon.lua").read_text(encoding="utf-8")
 
 
 def skip(worker: Any, job: Job, queue: Queue, refused: Refused) -> None:
     """Take the job out of RQ's hands; Redis' errors are logged, the job is not run either way."""
     log.warning("job %s is skipped: %s", job.id, refused.outcome or refused.reason)
+    put_right(worker, job, queue, refused)
+
+
+def finish(worker: Any, job: Job, queue: Queue, token: UUID) -> None:
+    """Write into Redis that a run has completed which RQ takes for failed: Redis broke off its own word."""
+    try:
+        layout = Layout.parse(prefix_for(queue, queue.job_class))
+        worker.connection.register_script(_ABANDON)(
+            keys=layout.run(job.id, queue.name), args=[job.id, token.hex, layout.base]
+        )
+    except Exception as error:
+        if is_host_interrupt(error):
+            raise
+        log.exception("jobguard could not end the run of job %s in Redis", job.id)
+    put_right(worker, job, queue, Refused(token, Refusal.ENDED, Outcome.COMPLETED))
+
+
+def put_right(worker: Any, job: Job, queue: Queue, refused: Refused) -> None:
+    """Have Redis say of the job what the ledger says; Redis' errors are logged."""
     try:
         status = _status(refused)
         _put_right(worker, job, queue, refused.token.hex, status)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import wraps
@@ -38,11 +39,11 @@ from jobguard.adapters.rq.deliveries import (
     token_of,
 )
 from jobguard.adapters.rq.envelope import Mode
-from jobguard.adapters.rq.killed import forget_orders, is_left_to_the_leader
+from jobguard.adapters.rq.killed import forget_orders, is_left_to_the_leader, was_ordered
 from jobguard.adapters.rq.layout import FIELD, SPENT
 from jobguard.adapters.rq.lookup import tracker_for, tracker_for_job
 from jobguard.adapters.rq.run import Run
-from jobguard.adapters.rq.skip import skip
+from jobguard.adapters.rq.skip import finish, skip
 from jobguard.errors import is_host_interrupt
 from jobguard.job import Delivery, Outcome, Refused, new_token
 
@@ -54,6 +55,8 @@ Hook = Callable[..., Any]
 
 _TRACKER = "_jobguard_tracker"
 _SESSION = "_jobguard_session"
+_TO_DIE = 1.0
+"""Seconds that a killed horse may need to be gone."""
 _HOOK_FIRST = """import sys
 sys.path[:] = {path!r}
 try:
@@ -95,10 +98,14 @@ def _horse_runs_on(worker: Any) -> bool:
     pid = getattr(worker, "horse_pid", 0)
     if not pid:
         return False
+    # One that we have killed needs a moment to be gone, and must not cost its job a crash.
+    deadline = time.monotonic() + (_TO_DIE if was_ordered(worker) else 0.0)
     try:
-        return os.waitpid(pid, os.WNOHANG) == (0, 0)
+        while (runs := os.waitpid(pid, os.WNOHANG) == (0, 0)) and time.monotonic() < deadline:
+            time.sleep(0.01)
     except OSError:
         return False
+    return runs
 
 
 def execute_job(original: Hook) -> Hook:
@@ -314,6 +321,10 @@ def handle_job_failure(original: Hook) -> Hook:
             return original(self, job, *args, **kwargs)
         if run.returned and isinstance(sys.exc_info()[1], BROKER_DOWN):
             run.end(Outcome.COMPLETED)
+        if run.outcome is Outcome.COMPLETED:
+            # Else RQ retries it, which is refused, or shows it as failed; its children wait either way.
+            finish(self, job, _queue_of(args, kwargs), run.claim.token)
+            return None
         result = original(self, job, *args, **kwargs)
         outcome = _given_up(job)
         if outcome is not None:
@@ -321,6 +332,12 @@ def handle_job_failure(original: Hook) -> Hook:
         return result
 
     return hook
+
+
+def _queue_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Queue:
+    """Return the queue that RQ names, first or by name."""
+    queue: Queue = args[0] if args else kwargs["queue"]
+    return queue
 
 
 def _given_up(job: Job) -> Outcome | None:
@@ -355,10 +372,11 @@ def _inherit(worker: Any, job: Job, queue: Queue) -> Run | None:
     """Return the run that the parent of this spawned horse began."""
     tracker = tracker_for(worker)  # made here, in a fresh process, and also for what the job pushes
 
-    def session_of(parent: UUID) -> Session | None:
+    def session_of(parent: UUID, pid: int) -> Session | None:
         if tracker is None:
             return None
-        return tracker.inherit_session(parent, name=worker.name, queues=worker.queue_names())
+        queues = worker.queue_names()
+        return tracker.inherit_session(parent, pid, name=worker.name, queues=queues)
 
     return Run.inherited(session_of, job.id, queue=queue.name, task=task_of(job))
 

@@ -27,8 +27,10 @@ class Met(StrEnum):
     """Nothing is known of some of it: recorded by nobody, or long ago."""
 
 
-def met(join: Join, fates: Mapping[str, Fate]) -> Met:
+def met(join: Join, fates: Mapping[str, Fate], ended: Mapping[UUID, Outcome]) -> Met:
     """Tell whether all that a job waits for has ended as it should."""
+    if any(ended.get(token) is not Outcome.COMPLETED for token in join.doubtful):
+        return Met.NOT_YET
     good = {Outcome.COMPLETED}
     if join.failure_will_do:
         good |= {Outcome.FAILED, Outcome.DEAD}
@@ -44,12 +46,14 @@ class Joins:
     def __init__(
         self,
         fates: Callable[[Sequence[str]], Mapping[str, Fate]],
+        ended: Callable[[Sequence[UUID]], Mapping[UUID, Outcome]],
         *,
         grace: float,
         patience: float,
         clock: Callable[[], float],
     ) -> None:
         self._fates = fates
+        self._ended = ended
         self._grace = grace
         self._patience = patience
         self._clock = clock
@@ -76,9 +80,11 @@ class Joins:
             return []
         ids = sorted({job_id for _, join in waiting for job_id in join.job_ids})
         fates = self._fates(ids) if ids else {}
+        doubtful = [token for _, join in waiting for token in join.doubtful]
+        ended = self._ended(doubtful) if doubtful else {}
         vain = []
         for owed, join in waiting:
-            answer = met(join, fates)
+            answer = met(join, fates, ended)
             if answer is Met.NOT_YET or (answer is Met.UNKNOWN and not judgeable):
                 self._seen.pop(owed.token, None)
                 continue

@@ -77,11 +77,12 @@ class Looker:
             token: Sighting(Presence.ABSENT, f"older:{s.other}") if token in older else s
             for token, s in sightings.items()
         }
+        strangers = self._strangers(sightings)
         missing = [o.token for o in page if sightings[o.token].presence is not Presence.WAITING]
         ended = self._store.tombstones(self._source, missing)
         decided = [
-            (owed, sightings[owed.token], self._decide(owed, sightings[owed.token], ended, now))
-            for owed in page
+            (owed, seen, self._decide(owed, seen, ended, now, stranger=seen.other in strangers))
+            for owed, seen in ((owed, sightings[owed.token]) for owed in page)
         ]
         self._note(term, decided, now, done)
         self._close(term, decided, done)
@@ -118,6 +119,11 @@ class Looker:
         ended = self._store.tombstones(self._source, list(others.values())) if others else {}
         return {token: (other, ended[other]) for token, other in others.items() if other in ended}
 
+    def _strangers(self, sightings: Mapping[UUID, Sighting]) -> frozenset[UUID]:
+        """Which deliveries stand in others' places that the ledger has not heard of."""
+        others = frozenset(s.other for s in sightings.values() if s.other is not None)
+        return others - self._store.known(self._source, list(others)) if others else others
+
     def _cause(self, owed: Owed, now: Circumstances) -> Cause:
         if owed.suspected is not None and (told(owed) or owed.suspected is Cause.UNTRUSTED):
             return owed.suspected
@@ -130,7 +136,13 @@ class Looker:
         return self._cause(owed, now) in LOSSES
 
     def _decide(
-        self, owed: Owed, seen: Sighting, ended: Mapping[UUID, Outcome], now: Circumstances
+        self,
+        owed: Owed,
+        seen: Sighting,
+        ended: Mapping[UUID, Outcome],
+        now: Circumstances,
+        *,
+        stranger: bool,
     ) -> Decision:
         cause = self._cause(owed, now)
         unchanged = owed.suspected is not None and (owed.suspected_mark == seen.mark or told(owed))
@@ -141,6 +153,7 @@ class Looker:
         return decide(
             Case(
                 presence=seen.presence,
+                replaced_by_a_stranger=stranger,
                 holder=holder,
                 tombstone=ended.get(owed.token),
                 listed=owed.token in now.listed,

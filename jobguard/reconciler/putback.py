@@ -42,6 +42,7 @@ class PutBack:
         self._observed = 0
         self._joins = Joins(
             partial(store.fates, source),
+            partial(store.tombstones, source),
             grace=settings.grace,
             patience=settings.sweep_interval,
             clock=clock,
@@ -70,9 +71,10 @@ class PutBack:
         """Take back what was put back of jobs that have ended before the library could see it."""
         if self._shown:
             ended = self._store.tombstones(self._source, list(self._shown))
-            over = [self._shown.pop(token) for token in ended]
-            if over:
-                self._broker.hide(over)
+            if ended:
+                self._broker.hide([self._shown[token] for token in ended])
+            for token in ended:
+                del self._shown[token]
 
     @property
     def has_joins_to_see_again(self) -> bool:

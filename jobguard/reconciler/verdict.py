@@ -42,6 +42,8 @@ class Case:
 
     presence: Presence
     holder: Holder = Holder.NOBODY
+    replaced_by_a_stranger: bool = False
+    """With OVERWRITTEN: by a delivery of ours of which the ledger has not heard yet."""
     tombstone: Outcome | None = None
     """History has an end of it."""
     listed: bool = False
@@ -113,6 +115,9 @@ def decide(case: Case) -> Decision:
 
 
 def _overwritten(case: Case) -> Decision:
+    if case.replaced_by_a_stranger:
+        # Its record waits in a spool, or is lost with one: were that life lost as well, this one is all.
+        return Decision(Verdict.WAIT, "another life of its id is not recorded yet")
     if case.seen_for is None or case.seen_for < case.grace:
         return Decision(Verdict.WAIT, "another life of its id was seen once", suspect=True)
     return Decision(Verdict.CLOSE, "another life of its id took its place", Outcome.SUPERSEDED)

@@ -91,13 +91,15 @@ class HostStore(Protocol):
         namespace: str,
         outbox: bool = False,
         replay: bool = False,
+        newest: bool = False,
         relaxed: bool = False,
     ) -> Recorded:
         """Commit deliveries as owed. The same token again changes nothing.
 
         A delivery supersedes its parent, and every unclaimed delivery of its job id. It is refused if
         the parent has ended or is claimed by somebody else who lives. ``replay``: these may be old
-        news, so history is looked at first: what has ended is not owed again.
+        news, so history is looked at first: what has ended, or has had a younger life of its id, is
+        not owed again. ``newest``: the library has these in the place of any other life of their ids.
         """
 
     def withdraw(self, source: int, tokens: Sequence[UUID]) -> None:
@@ -134,7 +136,7 @@ class HostStore(Protocol):
     def recoverable(
         self, source: int, tokens: Sequence[UUID], *, namespace: str
     ) -> frozenset[UUID]:
-        """Which of these are owed while somebody leads; none if nobody does."""
+        """Which of these a leader will bring back: owed, of a trusted queue of a source it watches."""
 
     def heartbeat(
         self,
@@ -316,6 +318,9 @@ class LeaderStore(Protocol):
 
     def tombstones(self, source: int, tokens: Sequence[UUID]) -> Mapping[UUID, Outcome]:
         """Which of these have ended, and how."""
+
+    def known(self, source: int, tokens: Sequence[UUID]) -> frozenset[UUID]:
+        """Which of these the ledger has heard of: owed or ended."""
 
     def overtaken(self, source: int, tokens: Sequence[UUID]) -> frozenset[UUID]:
         """Which of these have had a later life of their job id begin since."""

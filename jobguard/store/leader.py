@@ -241,6 +241,11 @@ class PostgresLeaderStore:
         rows = self._ask("tombstones", source=source, tokens=list(tokens))
         return {token: Outcome(outcome) for token, outcome in rows}
 
+    def known(self, source: int, tokens: Sequence[UUID]) -> frozenset[UUID]:
+        """Which of these are owed or ended; see LeaderStore."""
+        rows = self._ask("known", source=source, tokens=list(tokens))
+        return frozenset(token for (token,) in rows)
+
     def overtaken(self, source: int, tokens: Sequence[UUID]) -> frozenset[UUID]:
         """Which of these have had a later life begin; see LeaderStore."""
         rows = self._ask("overtaken", source=source, tokens=list(tokens))

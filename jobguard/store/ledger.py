@@ -277,7 +277,7 @@ class PostgresLedger:
                 raise JobguardError(
                     f"job {row.job_id} cannot be requeued: its envelope was never recorded"
                 )
-            fresh = new_token()
+            fresh = new_token(after=token)
             connection.execute(
                 _OWE_AGAIN,
                 {"source": row.source, "token": token, "ended_at": row.ended_at, "fresh": fresh},

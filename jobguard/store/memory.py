@@ -58,6 +58,8 @@ from jobguard.store import (
 _Key = tuple[int, UUID]
 """(source, token), as in every table."""
 
+_WATCHED = 30.0
+"""Seconds after a leader's last tick in a source's Redis in which it surely watches it."""
 _DAY = 86400.0
 _SMALLINT = range(-(2**15), 2**15)
 _KEPT = (Outcome.FAILED, Outcome.DEAD)
@@ -169,6 +171,7 @@ class _Tables:
         """When it was left there, and whether surely nothing was sent."""
         self.leases: dict[str, _Lease] = {}
         self.sources: dict[int, SourceRow] = {}
+        self.watched_at: dict[int, float] = {}
         self.incidents: dict[int, _Loss] = {}
         self.queues: dict[tuple[int, str], QueueRow] = {}
 
@@ -318,6 +321,7 @@ class _Host:
         namespace: str,
         outbox: bool = False,
         replay: bool = False,
+        newest: bool = False,
         relaxed: bool = False,
     ) -> Recorded:
         tables = self._tables
@@ -330,10 +334,12 @@ class _Host:
                 if key in tables.jobs:
                     continue
                 job = _Job(delivery, recorded_at=now)
-                if replay and (key in tables.history or self._outdated(source, delivery, now=now)):
+                if replay and key in tables.history:
                     # It is over before it was recorded; what it took the place of is not, for that.
                     if self._follow(source, job, now=now):
                         self._supersede_older(source, job, now=now)
+                    continue
+                if replay and not newest and self._outdated(source, delivery, now=now):
                     continue
                 if self._follow(source, job, now=now):
                     self._owe(source, job, now=now, outbox=outbox)
@@ -344,12 +350,13 @@ class _Host:
     def _outdated(self, source: int, delivery: Delivery, *, now: float) -> bool:
         """Bury a late record whose job id has had a younger life since."""
         tables, token = self._tables, delivery.token
-        younger = [t for s, t in tables.of_job(source, [delivery.job_id]) if t > token]
-        younger += [
+        parent = delivery.parent.token if delivery.parent is not None else None
+        lives = [t for _, t in tables.of_job(source, [delivery.job_id])] + [
             t
             for (s, t), tombstone in tables.history.items()
-            if s == source and tombstone.job_id == delivery.job_id and t > token
+            if s == source and tombstone.job_id == delivery.job_id
         ]
+        younger = [t for t in lives if t > token and t != parent]
         if younger:
             tables.history[source, token] = _Tombstone(
                 outcome=Outcome.SUPERSEDED,
@@ -552,9 +559,19 @@ class _Host:
         self, source: int, tokens: Sequence[UUID], *, namespace: str
     ) -> frozenset[UUID]:
         with self._tables.open() as now:
-            if not self._tables.led(namespace, now):
+            tables = self._tables
+            watched = tables.watched_at.get(source, float("-inf"))
+            if not tables.led(namespace, now) or now - watched > _WATCHED:
                 return frozenset()
-            return frozenset(token for token in tokens if (source, token) in self._tables.jobs)
+            owed = {t: tables.jobs[source, t] for t in tokens if (source, t) in tables.jobs}
+            queues = {t: tables.queues.get((source, job.delivery.queue)) for t, job in owed.items()}
+            return frozenset(
+                token
+                for token, job in owed.items()
+                if (queue := queues[token]) is not None
+                and queue.trusted_since is not None
+                and queue.trusted_since <= job.recorded_at
+            )
 
     def heartbeat(
         self,
@@ -660,12 +677,13 @@ class _Leader:
     def acknowledge(
         self, term: int, source: int, epoch: UUID, n: int, *, run_id: str | None
     ) -> None:
-        with self._leading(term):
+        with self._leading(term) as now:
             row = self._tables.sources.get(source)
             if row is not None:
                 self._tables.sources[source] = replace(
                     row, pulse_epoch=epoch, pulse_n=n, run_id=run_id or row.run_id
                 )
+                self._tables.watched_at[source] = now
 
     def open_incident(
         self, term: int, source: int, cause: Cause, detail: str, epoch: UUID | None
@@ -857,6 +875,11 @@ class _Leader:
         with self._tables.open():
             found = {token: self._tables.history.get((source, token)) for token in tokens}
             return {token: stone.outcome for token, stone in found.items() if stone is not None}
+
+    def known(self, source: int, tokens: Sequence[UUID]) -> frozenset[UUID]:
+        with self._tables.open():
+            rows = self._tables.jobs.keys() | self._tables.history.keys()
+            return frozenset(token for token in tokens if (source, token) in rows)
 
     def overtaken(self, source: int, tokens: Sequence[UUID]) -> frozenset[UUID]:
         with self._tables.open():

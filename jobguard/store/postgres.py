@@ -73,6 +73,7 @@ class PostgresStore:
         namespace: str,
         outbox: bool = False,
         replay: bool = False,
+        newest: bool = False,
         relaxed: bool = False,
     ) -> Recorded:
         """Commit deliveries as owed; see HostStore."""
@@ -99,7 +100,7 @@ class PostgresStore:
                 continue
             rows = self._db.execute(
                 self._sql["record"],
-                columns | _lineage(batch) | {"outbox": outbox, "replay": replay},
+                columns | _lineage(batch) | {"outbox": outbox, "replay": replay, "newest": newest},
                 payload=payload,
             )
             refused.update(rows[0][0])

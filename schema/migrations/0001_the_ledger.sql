@@ -162,8 +162,10 @@ create table jobguard.sources (
   pulse_epoch uuid,
   pulse_n     bigint,
   run_id      text,
+  watched_at  timestamptz,
   created_at  timestamptz not null default now()
 ) with (fillfactor = 50);
+comment on column jobguard.sources.watched_at is 'when a leader last moved the pulse in its Redis';
 create index sources_namespace on jobguard.sources (namespace);
 
 create table jobguard.incidents (

@@ -36,7 +36,7 @@ create function jobguard.record(
   p_attempt int[], p_due float8[], p_expires float8[], p_key text[], p_trace text[],
   p_envelope bytea[], p_parent uuid[], p_claim int[], p_outcome text[], p_speaker uuid[],
   p_fresh bool[],
-  p_outbox bool, p_replay bool)
+  p_outbox bool, p_replay bool, p_newest bool)
 returns uuid[] language plpgsql as $$
 declare
   v_refused uuid[] := '{}';
@@ -52,15 +52,19 @@ begin
     end loop;
     v_skipped := array(select distinct h.token from jobguard.history h
                        where h.source = p_source and h.token = any (p_token));
-    -- Older than what is owed of its id by now: it was superseded before it could be recorded.
+    v_over := v_skipped;
+    -- Older than what is owed of its id by now: it was superseded before it could be recorded. What a
+    -- worker holds is the newest there is, whatever the clocks say that made the tokens.
     with later as (
       select f.token, j.token as next
-      from unnest(p_token, p_job_id) f(token, job_id)
+      from unnest(p_token, p_job_id, p_parent) f(token, job_id, parent)
       join jobguard.jobs j on j.source = p_source and j.job_id = f.job_id and j.token > f.token
+      where not p_newest and j.token is distinct from f.parent
       union all
       select f.token, h.token
-      from unnest(p_token, p_job_id) f(token, job_id)
+      from unnest(p_token, p_job_id, p_parent) f(token, job_id, parent)
       join jobguard.history h on h.source = p_source and h.job_id = f.job_id and h.token > f.token
+      where not p_newest and h.token is distinct from f.parent
     ), outdated as (
       select distinct on (f.token) f.token, f.job_id, f.queue, f.task, l.next
       from unnest(p_token, p_job_id, p_queue, p_task, p_fresh) f(token, job_id, queue, task, fresh)
@@ -74,7 +78,6 @@ begin
       returning token
     )
     select v_skipped || array(select token from tombstones) into v_skipped;
-    v_over := v_skipped;
   end if;
   v_ids := array(select f.job_id from unnest(p_job_id, p_fresh) f(job_id, fresh) where not f.fresh);
   -- Two deliveries of one id at one moment: neither is a row yet that the other could lock.

@@ -23,6 +23,7 @@ from jobguard.job import (
     Refused,
     Unknown,
     new_token,
+    token_at,
 )
 from jobguard.store import Closing, LeaderStore, QueueRow, SourceRow, Void
 from jobguard.store.memory import MemoryLedger
@@ -144,8 +145,9 @@ def test_a_record_tells_whether_a_leader_leads(ledger: Contract) -> None:
 
 
 def test_what_a_leader_would_bring_back(ledger: Contract) -> None:
-    """What is owed, claimed or not, while somebody leads; nothing that ended or nobody recorded."""
+    """What is owed, of a trusted queue, while somebody leads and watches its Redis; nothing that ended."""
     worker = ledger.working()
+    ledger.store.register(SourceRow(SOURCE, NAMESPACE, "rq", "localhost:6379/0", "", None, ""))
     waiting, claimed, ended = (ledger.recorded(name) for name in "abc")
     worker.start(claimed.token)
     worker.end(worker.start(ended.token))
@@ -154,10 +156,23 @@ def test_what_a_leader_would_bring_back(ledger: Contract) -> None:
     def recoverable() -> frozenset[UUID]:
         return ledger.store.recoverable(SOURCE, tokens, namespace=NAMESPACE)
 
+    def watch(trusted_since: float | None) -> None:
+        ledger.leader.acknowledge(term, SOURCE, uuid4(), 1, run_id=None)
+        ledger.leader.trust(term, [QueueRow(SOURCE, "default", trusted_since)])
+
     assert recoverable() == frozenset()
-    assert ledger.leader.elect(lease=10) is not None
+    term = ledger.elected()
+    assert recoverable() == frozenset(), "nobody watches this Redis"
+    watch(None)
+    assert recoverable() == frozenset(), "an unguarded worker may run them"
+    watch(ledger.leader.now() + 1)
+    assert recoverable() == frozenset(), "what was recorded before may be with one still"
+    watch(ledger.leader.now() - 3600)
     assert recoverable() == {waiting.token, claimed.token}
-    ledger.advance(11)
+    ledger.advance(31)
+    assert recoverable() == frozenset(), "it is watched no more"
+    watch(ledger.leader.now() - 3600)
+    ledger.leader.resign(term)
     assert recoverable() == frozenset()
 
 
@@ -557,6 +572,24 @@ def test_what_ended_and_was_never_recorded_supersedes_what_is_older(
     assert ledger.outcome(parent.token) is Outcome.SUPERSEDED
     assert ledger.outcome(child.token) is Outcome.COMPLETED
     assert refused(worker.claim(parent.token)) == ENDED_SUPERSEDED
+
+
+def test_a_retry_whose_worker_has_a_slower_clock_is_no_old_news(ledger: Contract) -> None:
+    """Its token may sort before its parent's: what it came from is not what took its place."""
+    parent = ledger.recorded()
+    claim = ledger.working().start(parent.token)
+    child = retry_of(claim, token=token_at(1.0))
+    ledger.record(child, replay=True)
+    assert list(ledger.owed()) == [child.token]
+
+
+def test_what_a_worker_holds_is_the_newest_life(ledger: Contract) -> None:
+    """An id enqueued again from a machine with a slower clock, and recorded by who popped it."""
+    worker = ledger.working()
+    worker.end(worker.start(ledger.recorded().token))
+    again = delivery(token=token_at(1.0))
+    ledger.record(again, replay=True, newest=True)
+    assert list(ledger.owed()) == [again.token]
 
 
 def test_what_ended_unknown_leaves_a_younger_and_a_running_one_alone(ledger: Contract) -> None:

@@ -233,7 +233,9 @@ class FakeTracker:
     def settle(self) -> None:
         """Have nothing that waits."""
 
-    def inherit_session(self, worker: UUID, *, name: str, queues: Sequence[str]) -> Session:
+    def inherit_session(
+        self, worker: UUID, pid: int, *, name: str, queues: Sequence[str]
+    ) -> Session:
         """Speak for the parent."""
         self.note("inherit", worker.hex)
         session = FakeSession(self, name, queues)

@@ -179,9 +179,22 @@ class TestJoins:
         queue.enqueue(tasks.add, 1, depends_on=Dependency([parent], allow_failure=any_end))
         client.hset("rq:job:parent", "status", status)
 
-        could = status == "finished" or (status == "failed" and any_end)
-        expected = Join((), failure_will_do=any_end) if could else None
+        doubtful = (tracker.recorded[0].token,) if status == "failed" and not any_end else ()
+        could = status == "finished" or status == "failed"
+        expected = Join((), failure_will_do=any_end, doubtful=doubtful) if could else None
         assert look(broker, tracker.recorded[1]).joins == expected
+
+    @pytest.mark.parametrize("field", ["", "!"])
+    def test_a_parent_whose_end_redis_missed(
+        self, field: str, child: Delivery, tracker: FakeTracker, broker: RQBroker, client: Any
+    ) -> None:
+        """One that stands as started is doubtful; one of unguarded hands is not for us to doubt."""
+        token = tracker.recorded[0].token
+        client.hset("rq:job:p1", mapping={"status": "started", "jg": token.hex + field})
+        client.hset("rq:job:p2", "status", "finished")
+        assert look(broker, child).joins == Join((), doubtful=(token,))
+        client.hdel("rq:job:p1", "jg")
+        assert look(broker, child).joins is None
 
 
 class TestRestore:

@@ -170,6 +170,35 @@ class TestEnds:
         assert len(tracker.notes("end")) == 1
         assert len(tracker.notes("record")) == 1, "no retry of a job that completed"
 
+    def test_redis_gone_for_a_moment_at_the_end(
+        self,
+        kind: Any,
+        queue: Queue,
+        tracker: FakeTracker,
+        ledger: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """A function that returned has completed: it is not retried, RQ shows it so, its child goes on."""
+        parent = queue.enqueue(tasks.say, str(ledger), job_id="parent", retry=Retry(max=3))
+        queue.enqueue(tasks.say, str(ledger), "child", job_id="child", depends_on=parent)
+        heartbeat, blinks = Job.heartbeat, [1]
+
+        def blinking(self: Job, *args: Any, **kwargs: Any) -> Any:
+            if self.id == "parent" and self.ended_at is not None and blinks:
+                blinks.pop()
+                raise redis.ConnectionError("for a moment")
+            return heartbeat(self, *args, **kwargs)
+
+        monkeypatch.setattr(Job, "heartbeat", blinking)
+        work(kind, queue)
+        work(kind, queue)
+
+        assert ledger.read_text().split() == ["ran", "child"]
+        assert parent.get_status() == "finished"
+        ends = [end[:2] for end in tracker.notes("end")]
+        assert ends == [["parent", "completed"], ["child", "completed"]]
+        assert queue.connection.zcard("rq:wip:default") == 0
+
     def test_everything_lost_while_it_ran(
         self, kind: Any, queue: Queue, tracker: FakeTracker, ledger: Path
     ) -> None:

@@ -52,7 +52,7 @@ def test_what_raises_answers_as_if_we_were_absent() -> None:
     tracker.broker_failed()
     tracker.settle()
     assert tracker.recovers([token]) == frozenset()
-    tracker.inherit_session(uuid4(), name="w", queues=["q"]).flush()
+    tracker.inherit_session(uuid4(), 1, name="w", queues=["q"]).flush()
     session = tracker.open_session(name="w", queues=["q"])
     claim = session.start(token, lambda: pytest.fail("nobody asks for it"))
     assert claim == Claim(token, 0)

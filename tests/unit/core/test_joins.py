@@ -34,7 +34,18 @@ ENDED = {outcome: Fate(outcome=outcome) for outcome in Outcome}
 )
 def test_what_is_waited_for(fates: Mapping[str, Fate], failure_will_do: bool, answer: Met) -> None:
     """A job goes on when all have ended as it wants; one that is to come, or ended badly, holds it."""
-    assert met(Join(tuple(fates), failure_will_do), fates) is answer
+    assert met(Join(tuple(fates), failure_will_do), fates, {}) is answer
+
+
+@pytest.mark.parametrize(
+    ("outcome", "answer"),
+    [(Outcome.COMPLETED, Met.YES), (Outcome.FAILED, Met.NOT_YET), (None, Met.NOT_YET)],
+)
+def test_what_the_library_takes_for_running(outcome: Outcome | None, answer: Met) -> None:
+    """A parent that Redis shows as running or failed has completed only if the ledger says so of it."""
+    token = new_token()
+    ended = {} if outcome is None else {token: outcome}
+    assert met(Join(doubtful=(token,)), {}, ended) is answer
 
 
 class Stage:
@@ -44,7 +55,9 @@ class Stage:
         self.clock = Clock()
         self.fates: dict[str, Fate] = {}
         self.asked: list[Sequence[str]] = []
-        self.joins = Joins(self._ask, grace=GRACE, patience=PATIENCE, clock=self.clock)
+        self.joins = Joins(
+            self._ask, lambda _: {}, grace=GRACE, patience=PATIENCE, clock=self.clock
+        )
 
     def _ask(self, job_ids: Sequence[str]) -> Mapping[str, Fate]:
         self.asked.append(job_ids)

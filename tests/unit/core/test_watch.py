@@ -301,14 +301,29 @@ def test_overwritten_by_another_life() -> None:
     world = calm()
     (job,) = world.enqueue("job")
     world.run(80)
-    world.broker.put(delivery("job"))
+    other = world.describe("job", fresh=True)
+    world.record(other)
+    world.broker.put(other)
 
-    world.run_until(lambda: "job" in world.suspects(), within=60)
+    world.run_until(lambda: (SOURCE.id, job.token) in world.ledger._tables.suspects, within=60)
     seen_at = world.clock()
     world.run_until(lambda: world.outcome(job) is Outcome.SUPERSEDED, within=20)
 
     assert world.clock() - seen_at >= world.settings.grace - 0.5
     assert world.broker.pushed == []
+
+
+def test_a_life_that_nobody_recorded_takes_nobodys_place_for_good() -> None:
+    """A retry whose record is lost stands there: should that be lost as well, this one comes back."""
+    world = calm()
+    (job,) = world.enqueue("job")
+    world.run(80)
+    world.broker.put(world.describe("job"))
+    world.run(200)
+    assert world.outcome(job) is None
+
+    world.flushall()
+    world.run_until(lambda: world.broker.pushed == ["job"], within=10)
 
 
 def test_an_older_life_in_its_place_is_replaced() -> None:
