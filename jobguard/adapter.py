@@ -165,8 +165,11 @@ class Session(Protocol):
     def abandon(self, claim: Claim) -> None:
         """The run was killed: give the claim up as a dead worker's, for the leader to take away."""
 
-    def outlive(self, claim: Claim) -> None:
-        """In a child that runs this claim for its worker: should the worker die, beat in its stead."""
+    def outlive(self, claim: Claim, gone: Callable[[], bool]) -> None:
+        """In a child that runs this claim for its worker: should the worker die, beat in its stead.
+
+        ``gone`` waits until it has died, or has turned away; False: that cannot be known.
+        """
 
     def flush(self) -> None:
         """Commit every end reported so far, or put it into the spool."""

@@ -51,8 +51,6 @@ _HOLD_BACK = 1.0
 """Ends younger than this are no news for a beat: the batch is about to be committed."""
 _STEP = 0.05
 """Seconds between two tries of a worker to introduce itself."""
-_LOOK_FOR_PARENT = 1.0
-"""Seconds between two looks of a work-horse whether its worker lives; asking costs a microsecond."""
 _HEIR = 1 << 40
 """The beats of a worker's heir are counted from here: any of the worker's own is another number."""
 _BREATH = 0.25
@@ -453,15 +451,15 @@ class WorkerSession:
             except Exception as error:
                 say("guest_failed", where="beats", error=str(error), exc_info=True)
 
-    def outlive(self, claim: Claim) -> None:
+    def outlive(self, claim: Claim, gone: Callable[[], bool]) -> None:
         """Beat in the worker's stead if it dies before this child of it; see Session."""
         self._mine()
         name = "jobguard-heir"
-        threading.Thread(target=self._inherit, args=(claim,), name=name, daemon=True).start()
+        threading.Thread(target=self._inherit, args=(claim, gone), name=name, daemon=True).start()
 
-    def _inherit(self, claim: Claim) -> None:
-        while os.getppid() == self._pid:
-            time.sleep(_LOOK_FOR_PARENT)
+    def _inherit(self, claim: Claim, gone: Callable[[], bool]) -> None:
+        if not gone():
+            return
         say("worker_inherited", worker=self.id, name=self._name)
         self._redis = None  # its connection is the parent's
         with self._lock:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import select
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 from uuid import UUID
@@ -120,9 +121,19 @@ class Run:
             os.environ[_VARIABLE] = json.dumps([*told, self._writer, self.job_id])
 
     def outlive(self) -> None:
-        """In the horse: beat in the parent's stead, should it die."""
-        if self._session is not None:
-            self._session.outlive(self.claim)
+        """In the horse: beat in the parent's stead, should it die or turn away."""
+        # Our copy of the reader would keep the pipe alive without the parent.
+        self._reader = _close(self._reader)
+        if self._session is not None and self._writer >= 0:
+            self._session.outlive(self.claim, self._parent_is_gone)
+
+    def _parent_is_gone(self) -> bool:
+        """Wait until nobody holds the other end of the pipe; False: it cannot be known."""
+        poller = select.poll()
+        poller.register(self._writer, 0)  # an error or a hang-up is told unasked
+        while True:
+            for _, event in poller.poll():
+                return not event & select.POLLNVAL
 
     def close_writer(self) -> None:
         """In the parent, when the horse is made: the horse alone can write now."""
@@ -150,8 +161,6 @@ class Run:
 
     def _write(self, outcome: Outcome | None, error: str | None) -> bool:
         """In the horse: whether the parent will hear it."""
-        # Our copy of the reader would keep the pipe alive without the parent.
-        self._reader = _close(self._reader)
         if self._writer < 0:
             return False
         successor = self._successor.hex if self._successor else None

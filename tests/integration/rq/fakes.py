@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -77,9 +78,14 @@ class FakeSession:
         self.tracker.note("abandon", claim.token.hex)
         self.held.discard(claim.token)
 
-    def outlive(self, claim: Claim) -> None:
-        """Say that it was asked for."""
-        self.tracker.note("outlive", claim.token.hex)
+    def outlive(self, claim: Claim, gone: Callable[[], bool]) -> None:
+        """Say when the worker is gone."""
+
+        def wait() -> None:
+            if gone():
+                self.tracker.note("orphaned", claim.token.hex)
+
+        threading.Thread(target=wait, daemon=True).start()
 
     def flush(self) -> None:
         """Say that it was asked for."""

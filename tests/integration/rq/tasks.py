@@ -192,3 +192,12 @@ class Reversed:
 def ask_redis() -> None:
     """Speak to a Redis that is not there."""
     redis.Redis(port=1, retry=Retrying(NoBackoff(), 0)).ping()
+
+
+def say_and_wait(path: str) -> None:
+    """Leave a line, and return once a file is there beside it."""
+    say(path)
+    go_on = Path(path).with_suffix(".go")
+    deadline = time.monotonic() + 30
+    while not go_on.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)

@@ -271,6 +271,34 @@ class TestHorse:
         assert tracker.notes("end") == [[job.id, "completed", ""]]
         assert worker.pid not in tracker.pids("end")
 
+    def test_a_horse_knows_that_its_worker_turned_away(
+        self, queue: Queue, tracker: FakeTracker, ledger: Path
+    ) -> None:
+        """A worker that Redis fails leaves its horse behind, in a program that may live on."""
+
+        class Quitting(Worker):
+            def monitor_work_horse(self, *args: Any, **kwargs: Any) -> Any:
+                eventually(lambda: ledger.read_text())
+                raise redis.ConnectionError("gone")
+
+        queue.enqueue(tasks.say_and_wait, str(ledger))
+        with suppress(redis.ConnectionError):
+            work(Quitting, queue)
+
+        eventually(lambda: tracker.notes("orphaned"))
+        assert tracker.pids("orphaned") != [os.getpid()]
+        ledger.with_suffix(".go").touch()
+        eventually(lambda: tracker.notes("end"))
+
+    def test_a_horse_whose_worker_lives_is_no_orphan(
+        self, queue: Queue, tracker: FakeTracker, ledger: Path
+    ) -> None:
+        """Nobody takes over while the worker waits for its horse, nor when both are done."""
+        queue.enqueue(tasks.say, str(ledger))
+        work(Worker, queue)
+
+        assert not tracker.notes("orphaned")
+
     def test_long_error(self, queue: Queue, tracker: FakeTracker) -> None:
         """An error of a megabyte neither blocks the horse nor is lost."""
         queue.enqueue(tasks.fail_at_length)
