@@ -72,7 +72,7 @@ class Looker:
         older = self._older_lives(sightings)
         # The library may still believe in the run of an older life, for as long as the job may take:
         # its worker died after it told the end, or the record of the next life, and before it told Redis.
-        over = {token for token, (other, _) in older.items() if other not in now.listed}
+        over = {token for token, other in older.items() if other not in now.listed}
         sightings = {
             token: Sighting(Presence.ABSENT, f"older:{s.other}") if token in older else s
             for token, s in sightings.items()
@@ -106,8 +106,8 @@ class Looker:
         seconds, micros = self._client.time()
         return float(seconds) + float(micros) / 1e6
 
-    def _older_lives(self, sightings: Mapping[UUID, Sighting]) -> dict[UUID, tuple[UUID, Outcome]]:
-        """Which deliveries have an older life of their id in their place, that has ended; and how.
+    def _older_lives(self, sightings: Mapping[UUID, Sighting]) -> dict[UUID, UUID]:
+        """Which deliveries have an older life of their id in their place that has ended, and which.
 
         A younger one is never replaced, even if it has ended by now.
         """
@@ -117,7 +117,7 @@ class Looker:
             if s.other is not None and s.other < token
         }
         ended = self._store.tombstones(self._source, list(others.values())) if others else {}
-        return {token: (other, ended[other]) for token, other in others.items() if other in ended}
+        return {token: other for token, other in others.items() if other in ended}
 
     def _strangers(self, sightings: Mapping[UUID, Sighting]) -> frozenset[UUID]:
         """Which deliveries stand in others' places that the ledger has not heard of."""

@@ -112,7 +112,7 @@ class PutBack:
         self,
         term: int,
         lost: Sequence[tuple[Owed, Cause]],
-        older: Mapping[UUID, tuple[UUID, Outcome]],
+        older: Mapping[UUID, UUID],
         over: Collection[UUID],
         deadline: float,
         done: Done,
@@ -140,7 +140,7 @@ class PutBack:
         self,
         term: int,
         chosen: Sequence[tuple[Owed, Cause]],
-        older: Mapping[UUID, tuple[UUID, Outcome]],
+        older: Mapping[UUID, UUID],
         over: Collection[UUID],
         deadline: float,
         done: Done,
@@ -158,9 +158,7 @@ class PutBack:
         ready = [
             replace(
                 restorable,
-                replaces=frozenset(
-                    [older[restorable.token][0]] if restorable.token in older else []
-                ),
+                replaces=frozenset([older[restorable.token]] if restorable.token in older else []),
                 takeover=restorable.token in over
                 or (
                     told(causes[restorable.token][0])
