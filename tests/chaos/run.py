@@ -30,7 +30,7 @@ APART = (1.0, 4.0)
 """Seconds between two faults: the recovery from one is often met by the next."""
 TRIES = 5
 """How often a fault that found nothing to be done to is tried again."""
-TOP_UP_SECONDS = 150.0
+TOP_UP_SECONDS = 270.0
 """What the faults did not bring about for the failpoints, is brought about for so long."""
 TOP_UP_APART = 12.0
 """Enough for another leader to be elected, and for it to see that a worker is dead."""
