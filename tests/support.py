@@ -7,8 +7,11 @@ import time
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from jobguard.job import Owed
+
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from uuid import UUID
 
     import redis
 
@@ -23,6 +26,23 @@ PATIENT = {
     "JOBGUARD_RECORD_TIMEOUT": "20",
 }
 """For processes of a test that rehearses no outage of Postgres: a busy machine shall not look like one."""
+
+
+def newly_owed(token: UUID, *, job_id: str, queue: str, task: str = "") -> Owed:
+    """Give a delivery as a look finds it that nobody has claimed, suspected or recovered yet."""
+    return Owed(
+        token=token,
+        job_id=job_id,
+        queue=queue,
+        task=task,
+        age=0.0,
+        due_in=0.0,
+        expired=False,
+        crashes=0,
+        recoveries=0,
+        claims=0,
+        backoff=0.0,
+    )
 
 
 def eventually(

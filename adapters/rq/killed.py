@@ -7,9 +7,9 @@ within the crash budget. RQ's failure callbacks, its retries and its failed regi
 that failed, and stay out of it. Where Redis failed RQ before the function was even called, its verdict
 does not stand either; RQ 3.0 has called its failure callback by then.
 
-RQ's verdict stands where nobody else would judge: the job is not owed, nobody leads, or
-``recover_killed`` is off. A horse that was killed by order (a job far beyond its timeout, a stopped
-job, the command kill-horse) has failed, as RQ says.
+RQ's verdict stands where nobody else would judge: the job is not owed, its queue is not trusted, nobody
+leads and watches its Redis, or ``recover_killed`` is off. A horse that was killed by order (a job far
+beyond its timeout, a stopped job, the command kill-horse) has failed, as RQ says.
 """
 
 from __future__ import annotations

@@ -20,7 +20,6 @@ from jobguard.job import (
     End,
     Ended,
     Outcome,
-    Owed,
     Restorable,
     Restored,
     Sighting,
@@ -29,6 +28,7 @@ from jobguard.job import (
 from jobguard.settings import Settings
 from jobguard.store import Ask
 from jobguard.store.postgres import PostgresStore
+from tests.support import newly_owed
 
 BRISK: dict[str, Any] = {
     "beat_interval": 0.4,
@@ -90,19 +90,7 @@ class Leader:
 
     def look(self, delivery: Restorable) -> Sighting:
         """Look where Redis has it."""
-        owed = Owed(
-            token=delivery.token,
-            job_id=delivery.job_id,
-            queue=delivery.queue,
-            task="",
-            age=0.0,
-            due_in=0.0,
-            expired=False,
-            crashes=0,
-            recoveries=0,
-            claims=0,
-            backoff=0.0,
-        )
+        owed = newly_owed(delivery.token, job_id=delivery.job_id, queue=delivery.queue)
         return self.broker.presence([owed])[delivery.token]
 
     def restore(self, *deliveries: Restorable, deadline: float | None = None) -> list[Restored]:

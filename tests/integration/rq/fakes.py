@@ -28,6 +28,7 @@ from jobguard.job import (
     Restored,
     Sighting,
 )
+from tests.support import newly_owed
 
 
 class FakeSession:
@@ -257,18 +258,8 @@ class FakeTracker:
 
 def owed(delivery: Delivery) -> Owed:
     """Return a delivery as a look needs it."""
-    return Owed(
-        token=delivery.token,
-        job_id=delivery.job_id,
-        queue=delivery.queue,
-        task=delivery.task,
-        age=0.0,
-        due_in=0.0,
-        expired=False,
-        crashes=0,
-        recoveries=0,
-        claims=0,
-        backoff=0.0,
+    return newly_owed(
+        delivery.token, job_id=delivery.job_id, queue=delivery.queue, task=delivery.task
     )
 
 

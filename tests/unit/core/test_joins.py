@@ -5,8 +5,9 @@ from uuid import UUID
 
 import pytest
 
-from jobguard.job import Fate, Join, Outcome, Owed, Presence, Sighting, new_token
+from jobguard.job import Fate, Join, Outcome, Presence, Sighting, new_token
 from jobguard.reconciler.joins import Joins, Met, met
+from tests.support import newly_owed
 from tests.unit.core.fakes import Clock
 
 GRACE, PATIENCE = 10.0, 60.0
@@ -65,19 +66,7 @@ class Stage:
 
     def look(self, token: UUID, join: Join | None, *, judgeable: bool = True) -> bool:
         """See one of them, and tell whether it goes on."""
-        owed = Owed(
-            token=token,
-            job_id="child",
-            queue="q",
-            task="t",
-            age=0,
-            due_in=0,
-            expired=False,
-            crashes=0,
-            recoveries=0,
-            claims=0,
-            backoff=0,
-        )
+        owed = newly_owed(token, job_id="child", queue="q")
         seen = Sighting(Presence.SCHEDULED, "deferred", joins=join)
         return list(self.joins.over([(owed, seen)], judgeable=judgeable)) == [token]
 
