@@ -26,8 +26,10 @@ from jobguard.guest import well_behaved
 from jobguard.job import (
     Claim,
     Delivery,
+    OpenJoin,
     Outcome,
     Owed,
+    Part,
     Recorded,
     Refused,
     Restorable,
@@ -53,7 +55,10 @@ class Source:
     address: str
     """``host:port/db`` or ``unix:path/db``; never a password."""
     prefix: str = ""
+    """Where its keys lie, in the adapter's own words."""
     name: str | None = None
+    one_body: bool = True
+    """Redis keeps one body of a job id, so that a new delivery takes the place of any other of that id."""
     id: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -83,6 +88,27 @@ class Tracker(Protocol):
 
     def withdraw(self, deliveries: Sequence[Delivery]) -> None:
         """Take back first deliveries that were surely not pushed and never will be."""
+
+    def hold(
+        self, deliveries: Sequence[Delivery], push: Callable[[Recorded], None]
+    ) -> bool:
+        """Within a batch: record these with all the others at its end, and push then; False: no batch.
+
+        ``push`` is called in order with what became of these. It must do then what a push of its own
+        does, and not push what was refused; its errors reach whoever ends the batch.
+        """
+
+    def batch(self) -> AbstractContextManager[None]:
+        """Record all that is sent inside in one statement, and push it at the end. Of this thread."""
+
+    def open_join(self, join: str, size: int, state: bytes = b"") -> None:
+        """Remember that a continuation waits for so many jobs, before the first of them is pushed.
+
+        Their ends name the join by ``Part``, the continuation by ``Delivery.closes``.
+        """
+
+    def close_join(self, join: str) -> None:
+        """Nothing will come of this join: the library gave it up, or what it counts has moved on."""
 
     def leave_to_outbox(self, tokens: Sequence[UUID]) -> None:
         """The push of these recorded deliveries failed or is in doubt: the leader shall see to it."""
@@ -130,8 +156,21 @@ class Tracker(Protocol):
         verdict stands. ``began=False``: no run of them ever began, which is never their failure.
         """
 
-    def open_session(self, *, name: str, queues: Sequence[str]) -> Session:
-        """Begin to beat as a worker. One session a worker process; the same again is returned."""
+    @property
+    def mends_library(self) -> bool:
+        """Whether crashes of the library itself, that would take a worker down, may be mended."""
+
+    def open_session(
+        self,
+        *,
+        name: str,
+        queues: Sequence[str],
+        lists: Callable[[], Iterable[UUID]] | None = None,
+    ) -> Session:
+        """Begin to beat as a worker. One session a worker process; the same again is returned.
+
+        ``lists``: deliveries that its children may be running, asked at every beat from its thread.
+        """
 
     def inherit_session(
         self, worker: UUID, pid: int, *, name: str, queues: Sequence[str]
@@ -156,8 +195,15 @@ class Session(Protocol):
         queue: str,
         task: str,
         error: str | None = None,
+        part: Part | None = None,
     ) -> None:
-        """Report the end of a claimed delivery; batched, in order."""
+        """Report the end of a claimed delivery; batched, in order. ``part``: of a join."""
+
+    def decline(self, token: UUID, *, job_id: str, error: str) -> None:
+        """This worker cannot begin it, another may: it goes back, later each time, 5 times at most.
+
+        After that it is dead. For what the library has taken and dropped unrun, such as an unknown task.
+        """
 
     def release(self, claim: Claim) -> None:
         """A new delivery has taken this one's place by ``Delivery.parent``: nothing is left to report."""
@@ -205,6 +251,14 @@ class Broker(Protocol):
     def hide(self, page: Sequence[Owed]) -> None:
         """Take back what a restore with ``running`` put back of these: they have ended meanwhile."""
 
+    def rejoin(self, joins: Sequence[OpenJoin], *, finish: bool, deadline: float) -> None:
+        """Put back what the library counts of these joins, where it is missing.
+
+        Comes before any of their members is put back. ``finish``: all their members have ended and
+        nothing has come of it; have the last one told to the library again, by pushing its envelope:
+        its worker is refused the claim, as ended, and counts it instead of running it.
+        """
+
     def consumers(self) -> Mapping[str, frozenset[str]]:
         """The library's own names of the workers that Redis knows, by queue."""
 
@@ -214,17 +268,22 @@ class Adapter(Protocol):
 
     library: str
 
-    def sources(self, target: object, *, namespace: str, name: str | None) -> Guarded | None:
+    def sources(
+        self, target: object, *, namespace: str, name: str | None
+    ) -> Guarded | Later | None:
         """What guarding this target means; None: not a target of this library.
 
         Raises UnsupportedTarget with the reason and the next step.
         """
 
-    def install(self, tracker: Tracker) -> None:
-        """Hook the library, so that it speaks to this tracker. Once a source; all or nothing."""
+    def install(self, tracker: Tracker, target: object) -> None:
+        """Hook the library, so that this target speaks to this tracker; all or nothing.
+
+        Called for every target of a source; the same again changes nothing.
+        """
 
     def uninstall(self, tracker: Tracker) -> None:
-        """The mirror image of install."""
+        """The mirror image of install, for all the targets of this tracker."""
 
     def broker(self, source: Source, client: redis.Redis) -> Broker:
         """The reconciler's view of a source. ``client`` is the core's own, and returns bytes."""
@@ -241,6 +300,18 @@ class Guarded:
     """Makes a client of our own for the target's Redis, with short timeouts; None: a test double."""
     inert: str | None = None
     """Why nothing is to be guarded here, if so: a test double, an eager mode."""
+
+
+@dataclass(frozen=True, slots=True)
+class Later:
+    """A target of this library of which nothing can be known before its application is configured.
+
+    To look would configure it: too early, for the user's next line may change what it says.
+    """
+
+    when: Callable[[Callable[[], None]], None]
+    """Calls this back once, before the first push, the first job, or whatever else needs us first.
+    By then ``sources`` knows its answer. The callback raises nothing."""
 
 
 def running_job(

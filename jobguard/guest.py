@@ -7,6 +7,7 @@ behind this wall, which answers what leaves the library to itself.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 from uuid import UUID
 
@@ -66,6 +67,7 @@ class _Session(_Wall):
         "start": lambda token, describe: Claim(token, 0),
         "end": _nothing,
         "release": _nothing,
+        "decline": _nothing,
         "abandon": _nothing,
         "outlive": _nothing,
         "flush": _nothing,
@@ -83,7 +85,7 @@ class _Nobody:
         """Let it run."""
         return Claim(token, 0)
 
-    end = release = abandon = outlive = flush = close = _nothing
+    end = release = decline = abandon = outlive = flush = close = _nothing
 
 
 class _Tracker(_Wall):
@@ -91,6 +93,10 @@ class _Tracker(_Wall):
         "guards": _no,
         "record": lambda deliveries, **_: Recorded(lost=True),
         "withdraw": _nothing,
+        "hold": _no,
+        "batch": nullcontext,
+        "open_join": _nothing,
+        "close_join": _nothing,
         "leave_to_outbox": _nothing,
         "settle": _nothing,
         "broker_in_doubt": _no,

@@ -10,6 +10,7 @@ are numbered, so that a worker which slept through its own funeral cannot speak 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 import time
@@ -98,6 +99,18 @@ def new_token(after: UUID | None = None) -> UUID:
     return UUID(int=(ticks >> 12) << 80 | 7 << 76 | (ticks & 0xFFF) << 64 | 2 << 62 | random)
 
 
+def derived_token(parent: UUID, job_id: str, nth: int = 0) -> UUID:
+    """Return the token of what a run of ``parent`` sends under this id: the same at every run of it.
+
+    A run that was killed after it sent something sends it again when it is started again; by its token
+    the ledger knows it. ``nth``: how often this run has sent this id before. Sorts behind the parent.
+    """
+    ticks = ((parent.int >> 80) << 12 | (parent.int >> 64 & 0xFFF)) + 1
+    digest = hashlib.sha256(f"{parent.hex}\x00{nth}\x00{job_id}".encode()).digest()
+    random = int.from_bytes(digest[:8]) & ((1 << 62) - 1)
+    return UUID(int=(ticks >> 12) << 80 | 7 << 76 | (ticks & 0xFFF) << 64 | 2 << 62 | random)
+
+
 def token_at(epoch_seconds: float) -> UUID:
     """Return the smallest token that could have been made at that time: a bound for a range of tokens."""
     return UUID(int=max(0, int(epoch_seconds * 1000)) << 80)
@@ -140,6 +153,10 @@ class Delivery:
     parent: Parent | None = None
     fresh: bool = False
     """The job id was made for this delivery, so that no older delivery of it can exist. Saves a look."""
+    derived: bool = False
+    """Its token is derived from the run that sends it: if it has ended already, it is refused."""
+    closes: str | None = None
+    """The join that this goes on from. Of several, only the first is taken; the others are refused."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +211,15 @@ class Unknown:
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """What the end of a job is to a join that the library counts in Redis (a chord, a group's barrier)."""
+
+    join: str
+    state: bytes = b""
+    """What the library keeps of it for what comes after: opaque to everyone but the adapter."""
+
+
+@dataclass(frozen=True, slots=True)
 class End:
     """A worker's report that a delivery has ended, in the name of a claim."""
 
@@ -207,6 +233,7 @@ class End:
     ended_at: float = field(default_factory=time.time)
     error: str | None = None
     """Redacted and cut to 5,000 characters before it comes here."""
+    part: Part | None = None
 
 
 class Ended(StrEnum):
@@ -252,6 +279,31 @@ class Join:
 
 
 @dataclass(frozen=True, slots=True)
+class EndedPart:
+    """A member of a join that has ended, with all that is needed to have the library count it again."""
+
+    token: UUID
+    job_id: str
+    queue: str
+    state: bytes
+    envelope: bytes
+    """Empty: nobody had recorded it."""
+
+
+@dataclass(frozen=True, slots=True)
+class OpenJoin:
+    """A join whose continuation nobody has recorded yet."""
+
+    id: str
+    size: int
+    """How many members it waits for; 0: nobody said so."""
+    state: bytes = b""
+    """What the adapter gave when it was opened."""
+    parts: Sequence[EndedPart] = ()
+    """The members that have ended, in the order of their ends."""
+
+
+@dataclass(frozen=True, slots=True)
 class Fate:
     """What the ledger knows of a job id."""
 
@@ -273,6 +325,9 @@ class Sighting:
     """With ABSENT: the library has nothing of it at all."""
     joins: Join | None = None
     """With SCHEDULED: it waits for other jobs, and the library itself knows of none that is to come."""
+    held_by: str = ""
+    """A worker has taken it, and would put it back or run it: the name of its session, or its id in hex.
+    If that worker is dead or has left, the delivery is as good as absent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -328,6 +383,8 @@ class Restorable:
     """A live worker runs it: put back what others must see of it, and push nothing."""
     released: bool = False
     """The jobs that it waits for have ended: it waits no longer."""
+    held_by: str = ""
+    """The dead worker that Redis still says has taken it: take it from there."""
 
 
 class Restored(StrEnum):

@@ -79,6 +79,9 @@ class Settings:
     recover_killed: bool = _setting(
         True, "a run that was killed, not failed, goes back within the crash budget"
     )
+    mend_library: bool = _setting(
+        True, "mend crashes of the queue library itself that would take a worker down"
+    )
     unexplained: Literal["restore", "hold"] = _setting(
         "restore", "what to do with a job that is absent without a known cause"
     )
