@@ -89,9 +89,7 @@ class Tracker(Protocol):
     def withdraw(self, deliveries: Sequence[Delivery]) -> None:
         """Take back first deliveries that were surely not pushed and never will be."""
 
-    def hold(
-        self, deliveries: Sequence[Delivery], push: Callable[[Recorded], None]
-    ) -> bool:
+    def hold(self, deliveries: Sequence[Delivery], push: Callable[[Recorded], None]) -> bool:
         """Within a batch: record these with all the others at its end, and push then; False: no batch.
 
         ``push`` is called in order with what became of these. It must do then what a push of its own
@@ -338,6 +336,11 @@ _resolve: list[Callable[[object], Tracker | None]] = []
 def register(tracker: Tracker) -> None:
     """Make a tracker known to the adapters of this process; what it raises, they will not see."""
     _trackers[tracker.source.id] = well_behaved(tracker)
+
+
+def behind_wall(tracker: Tracker) -> Tracker:
+    """Return a registered tracker as adapters are given it."""
+    return _trackers[tracker.source.id]
 
 
 def unregister(tracker: Tracker) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import atexit
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import EntryPoint, entry_points
 from types import TracebackType
@@ -13,7 +15,9 @@ from uuid import UUID
 from jobguard.adapter import (
     Adapter,
     Guarded,
+    Later,
     Tracker,
+    behind_wall,
     on_unguarded_worker,
     register,
     unregister,
@@ -54,16 +58,44 @@ class JobGuard:
         tracker: HostTracker | None = None,
         adapter: Adapter | None = None,
         conninfo: Callable[[], str] | None = None,
+        later: Callable[[], None] | None = None,
     ) -> None:
         self.settings = settings
-        self.inert = inert
-        self._tracker = tracker
+        self._inert = inert
+        self._known: HostTracker | None = tracker
         self._adapter = adapter
         self._conninfo = conninfo
+        self._later = later
 
     def __repr__(self) -> str:
-        what = f"inert: {self.inert}" if self._tracker is None else str(self._tracker.source)
+        if self._later is not None:
+            return "<JobGuard: known when its application is configured>"
+        what = f"inert: {self._inert}" if self._known is None else str(self._known.source)
         return f"<JobGuard {what}>"
+
+    @property
+    def inert(self) -> str | None:
+        """Why nothing is guarded, if so."""
+        self._settle()
+        return self._inert
+
+    @property
+    def _tracker(self) -> HostTracker | None:
+        self._settle()
+        return self._known
+
+    def _settle(self) -> None:
+        """Find out what is guarded, where that had to wait for the application's configuration."""
+        if self._later is not None:
+            self._later()
+
+    def batch(self) -> AbstractContextManager[None]:
+        """Record all jobs sent inside the block in one statement, and push them at its end.
+
+        For loops that send many jobs from one thread. What was sent before an error is sent all the
+        same. Nothing of it is in Redis before the block ends.
+        """
+        return nullcontext() if self._tracker is None else self._tracker.batch()
 
     def stats(self) -> Stats:
         """Count the jobs of this source by state and queue. Raises StoreUnavailable."""
@@ -143,10 +175,13 @@ class JobGuard:
 
     def close(self) -> None:
         """Write what still waits to be written, and take the hooks out of the library again."""
-        tracker, self._tracker = self._tracker, None
+        later, self._later = self._later, None
+        tracker, self._known = self._known, None
+        if later is not None and tracker is None:
+            self._inert = "closed"
         if tracker is None:
             return
-        self.inert = "closed"
+        self._inert = "closed"
         unregister(cast(Tracker, tracker))
         _guards.pop(tracker.source.id, None)
         if self._adapter is not None:
@@ -179,12 +214,14 @@ def guard(
 ) -> JobGuard:
     """Guard a queue: from now on every job is recorded in Postgres before it goes to Redis.
 
-    ``target`` is an ``rq.Queue``, a list of them, or a ``redis.Redis`` (every RQ queue on it); it is
-    used as before. ``postgres`` is a URL, a mapping or a callable that returns one; without it,
-    ``JOBGUARD_POSTGRES_URL`` or ``DATABASE_URL``. Other arguments are the fields of
-    ``jobguard.settings.Settings``; each also has the variable ``JOBGUARD_<NAME>``.
+    ``target`` is an ``rq.Queue``, a list of them, or a ``redis.Redis`` (every RQ queue on it); a
+    ``celery.Celery``; a Dramatiq ``RedisBroker``. It is used as before. ``postgres`` is a URL, a
+    mapping or a callable that returns one; without it, ``JOBGUARD_POSTGRES_URL`` or ``DATABASE_URL``.
+    Other arguments are the fields of ``jobguard.settings.Settings``; each also has the variable
+    ``JOBGUARD_<NAME>``.
 
-    Nothing is connected to. The same call again changes nothing.
+    Nothing is connected to, and no application's configuration is read before its first job: what
+    cannot be guarded is said then, in the log. The same call again changes nothing.
 
     Raises UnsupportedTarget, ConfigurationError, or ConflictingGuard if the source is already
     guarded with other settings; with ``connect="require"`` also StoreUnavailable.
@@ -194,6 +231,14 @@ def guard(
         say("guard_inert", reason="JOBGUARD_DISABLED is set")
         return JobGuard(chosen, inert="JOBGUARD_DISABLED is set")
     adapter, guarded = _recognised(target, chosen)
+    if isinstance(guarded, Later):
+        return _guard_later(target, chosen, postgres, adapter, guarded)
+    return _guard_now(target, chosen, postgres, adapter, guarded)
+
+
+def _guard_now(
+    target: object, chosen: Settings, postgres: Postgres, adapter: Adapter, guarded: Guarded
+) -> JobGuard:
     if guarded.inert is not None or guarded.client is None:
         reason = guarded.inert or "a test double"
         say("guard_inert", reason=reason)
@@ -201,10 +246,14 @@ def guard(
     conninfo = postgres_conninfo(postgres)
     existing = _guards.get(guarded.source.id)
     if existing is not None:
-        return _same(existing, chosen, conninfo, guarded)
+        return _same(existing, chosen, conninfo, guarded, target)
     tracker = _tracker(guarded, chosen, conninfo)
-    adapter.install(cast(Tracker, tracker))
     register(cast(Tracker, tracker))
+    try:
+        adapter.install(behind_wall(cast(Tracker, tracker)), target)
+    except BaseException:
+        unregister(cast(Tracker, tracker))
+        raise
     made = JobGuard(chosen, tracker=tracker, adapter=adapter, conninfo=conninfo)
     _guards[guarded.source.id] = made
     say(
@@ -218,6 +267,40 @@ def guard(
         except JobguardError:
             made.close()
             raise
+    return made
+
+
+def _guard_later(
+    target: object, chosen: Settings, postgres: Postgres, adapter: Adapter, later: Later
+) -> JobGuard:
+    """Guard a target as soon as its application is configured; until then nothing is asked of it.
+
+    What turns out to be impossible then is said in the log, for it is no time to raise.
+    """
+    if postgres is not None:
+        postgres_conninfo(postgres)  # raises at once what is wrong with it
+    once = threading.RLock()
+
+    def complete() -> None:
+        with once:
+            if made._later is None:
+                return
+            made._later = None  # what asks for the guard meanwhile must not come here again
+            try:
+                _, guarded = _recognised(target, chosen)
+                if isinstance(guarded, Later):
+                    made._later = complete
+                    return
+                real = _guard_now(target, chosen, postgres, adapter, guarded)
+            except (JobguardError, ValueError) as error:
+                say("guard_refused", error=str(error))
+                made._inert = str(error)
+                return
+            made._known, made._inert = real._known, real._inert
+            made._adapter, made._conninfo = real._adapter, real._conninfo
+
+    made = JobGuard(chosen, later=complete)
+    later.when(complete)
     return made
 
 
@@ -240,7 +323,11 @@ def _tracker(guarded: Guarded, settings: Settings, conninfo: Callable[[], str]) 
 
 
 def _same(
-    existing: JobGuard, settings: Settings, conninfo: Callable[[], str], guarded: Guarded
+    existing: JobGuard,
+    settings: Settings,
+    conninfo: Callable[[], str],
+    guarded: Guarded,
+    target: object,
 ) -> JobGuard:
     differences = [
         f"{f.name} is {getattr(existing.settings, f.name)!r}, now {getattr(settings, f.name)!r}"
@@ -248,6 +335,7 @@ def _same(
         if getattr(existing.settings, f.name) != getattr(settings, f.name)
     ]
     assert existing._conninfo is not None and existing._tracker is not None
+    assert existing._adapter is not None
     was, now = describe(existing._conninfo()), describe(conninfo())
     if was != now:
         differences.append(f"postgres is {was}, now {now}")
@@ -256,10 +344,11 @@ def _same(
             f"{guarded.source} is already guarded with other settings: {'; '.join(differences)}"
         )
     existing._tracker.guard_also(guarded.queues)
+    existing._adapter.install(behind_wall(cast(Tracker, existing._tracker)), target)
     return existing
 
 
-def _recognised(target: object, settings: Settings) -> tuple[Adapter, Guarded]:
+def _recognised(target: object, settings: Settings) -> tuple[Adapter, Guarded | Later]:
     tried = []
     for entry in _adapters_for(target):
         try:
@@ -273,7 +362,8 @@ def _recognised(target: object, settings: Settings) -> tuple[Adapter, Guarded]:
             return adapter, guarded
     kind = f"{type(target).__module__}.{type(target).__qualname__}"
     raise UnsupportedTarget(
-        f"cannot guard a {kind}: give an rq.Queue, a list of them, or a redis.Redis "
+        f"cannot guard a {kind}: give an rq.Queue, a list of them, or a redis.Redis; a "
+        "celery.Celery; or a dramatiq RedisBroker "
         f"(adapters tried: {', '.join(tried) or 'none installed'})"
     )
 

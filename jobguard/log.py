@@ -73,6 +73,9 @@ EVENTS: Mapping[str, Event] = {
     "worker_left": Event(INFO, "a guarded worker said goodbye"),  # worker, name
     "start_skipped": Event(INFO, "a start was skipped"),  # job_id, queue, reason, outcome
     "start_unclaimed": Event(WARNING, "a job starts without a claim: Postgres is away"),  # job_id
+    "job_declined": Event(
+        WARNING, "this worker cannot begin a job: it goes back later"
+    ),  # job_id, tries_left, error
     "claim_lost": Event(WARNING, "a run's claim went to another worker"),  # job_id
     "start_unfenced": Event(WARNING, "a start was not granted, but the fence is off"),  # reason
     "nobody_leads": Event(
@@ -140,6 +143,10 @@ EVENTS: Mapping[str, Event] = {
         INFO, "jobs that waited in vain for others, which had ended, go on"
     ),  # count
     "jobs_restored": Event(INFO, "jobs were put back"),  # source, count, cause, seconds
+    "joins_mended": Event(INFO, "what a library counts of joins was put back"),  # count
+    "joins_finished": Event(
+        INFO, "joins whose members had all ended were told to the library again"
+    ),  # count
     "job_buried": Event(
         ERROR, "a job is dead: its crash budget is spent"
     ),  # job_id, queue, crashes

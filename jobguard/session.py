@@ -16,7 +16,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 from uuid import UUID
@@ -30,6 +30,7 @@ from jobguard.job import (
     End,
     Ended,
     Outcome,
+    Part,
     Refused,
     Unknown,
     new_token,
@@ -53,6 +54,10 @@ _STEP = 0.05
 """Seconds between two tries of a worker to introduce itself."""
 _HEIR = 1 << 40
 """The beats of a worker's heir are counted from here: any of the worker's own is another number."""
+_DECLINES = 5
+"""How often a job goes back that no worker can begin, before it is dead."""
+_DECLINED = 5.0
+"""Seconds before it goes back the first time; twice as many each time after."""
 _BREATH = 0.25
 """Seconds between two beats at least, however much there is to tell."""
 
@@ -98,6 +103,7 @@ class WorkerSession:
         name: str,
         queues: Sequence[str],
         inherited: tuple[UUID, int] | None = None,
+        lists: Callable[[], Iterable[UUID]] | None = None,
     ) -> None:
         self.id, self._pid = inherited or (new_token(), os.getpid())
         self.closed = False
@@ -106,6 +112,8 @@ class WorkerSession:
         self._beat_store = beat_store
         self._name = name
         self._queues = tuple(queues)
+        self._lists = lists
+        self._children: frozenset[UUID] = frozenset()
         self._lock = threading.Lock()
         self._lock_pid = os.getpid()
         self._listed: dict[UUID, int] = {}  # by how many starts of this process
@@ -253,6 +261,7 @@ class WorkerSession:
         queue: str,
         task: str,
         error: str | None = None,
+        part: Part | None = None,
     ) -> None:
         """Report the end of a claimed delivery; see Session."""
         self._mine()
@@ -265,6 +274,7 @@ class WorkerSession:
             queue=queue,
             task=task,
             error=None if error is None else redact(error),
+            part=part,
         )
         with self._lock:
             self._unclaimed.pop(claim.token, None)
@@ -285,6 +295,24 @@ class WorkerSession:
         self._mine()
         self._unlist((claim.token,))
         self._beat_now.set()  # a claim that is not listed is nobody's
+
+    def decline(self, token: UUID, *, job_id: str, error: str) -> None:
+        """Have it go back later, a few times; see Session."""
+        self._mine()
+        source = self._tracker.source.id
+        try:
+            left = self._tracker.call(
+                lambda store: store.decline(
+                    source, token, most=_DECLINES, wait=_DECLINED, error=redact(error)
+                )
+            )
+        except Exception as failure:
+            if is_host_interrupt(failure):
+                raise
+            # Nothing is lost: it is owed, and found absent by the sweep.
+            say("not_written", what="decline", error=str(failure))
+            return
+        say("job_declined", job_id=job_id, tries_left=left, error=error)
 
     def ended(self, ends: Sequence[End]) -> None:
         """These ends are in Postgres: they need not be listed any more."""
@@ -381,9 +409,10 @@ class WorkerSession:
         return True
 
     def _snapshot(self, pulse: tuple[UUID, int] | None) -> Beat:
+        others = self._others()
         with self._lock:
             self._counter += 1
-            listed = tuple(self._listed)
+            listed = tuple(self._listed.keys() | others)
             oldest = self._pending[0].ended_at if self._pending else None
         if oldest is not None and time.time() - oldest < _HOLD_BACK:
             oldest = None
@@ -401,6 +430,15 @@ class WorkerSession:
             pulse=pulse,
             fence=self._settings.fence,
         )
+
+    def _others(self) -> frozenset[UUID]:
+        """What children of ours may be running, as the adapter sees it; in doubt, as it saw it last."""
+        if self._lists is not None:
+            try:
+                self._children = frozenset(self._lists())
+            except Exception as error:
+                say("guest_failed", where="lists", error=str(error), exc_info=True)
+        return self._children
 
     def _be_reborn(self) -> None:
         """A leader has declared us dead: what we held is others' now, and we begin anew."""
@@ -464,6 +502,7 @@ class WorkerSession:
         self._redis = None  # its connection is the parent's
         with self._lock:
             self._listed = {claim.token: 1}
+            self._lists, self._children = None, frozenset()
             self._counter += _HEIR
         self._tracker.replay()
         while True:

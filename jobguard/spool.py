@@ -26,7 +26,17 @@ class Cancelled:
     queue: str | None
 
 
-Entry = Delivery | End | Cancelled
+@dataclass(frozen=True, slots=True)
+class JoinOpened:
+    """A join that Postgres has not heard of yet, or whose end it has not heard of."""
+
+    join: str
+    size: int
+    state: bytes = b""
+    closed: bool = False
+
+
+Entry = Delivery | End | Cancelled | JoinOpened
 
 
 @dataclass(slots=True)

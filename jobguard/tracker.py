@@ -11,12 +11,14 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 from uuid import UUID
 
 import redis
 
+from jobguard import batch as batches
 from jobguard.adapter import Source
 from jobguard.circuit import Circuit
 from jobguard.commit import GroupCommit
@@ -35,7 +37,7 @@ from jobguard.job import Delivery, End, Ended, Recorded
 from jobguard.log import say
 from jobguard.session import WorkerSession, bare_end
 from jobguard.settings import Settings
-from jobguard.spool import Cancelled, Entry, MemorySpool, Spool
+from jobguard.spool import Cancelled, Entry, JoinOpened, MemorySpool, Spool
 from jobguard.store import HostStore, SourceRow
 
 _REPLAY = 250
@@ -127,6 +129,7 @@ class HostTracker:
                 prefix=self.source.prefix,
                 name=self.source.name,
                 settings=mine,
+                one_body=self.source.one_body,
             )
         )
         name = self._store.installation
@@ -208,6 +211,22 @@ class HostTracker:
             relaxed=self.settings.durability == "relaxed",
         )
 
+    def hold(self, deliveries: Sequence[Delivery], push: Callable[[Recorded], None]) -> bool:
+        """Within a batch, keep these until its end; see Tracker."""
+        return batches.hold(self.source.id, self, deliveries, push)
+
+    def batch(self) -> AbstractContextManager[None]:
+        """Record all that is sent inside in one statement; see Tracker."""
+        return batches.batch(self.source.id, self)
+
+    def open_join(self, join: str, size: int, state: bytes = b"") -> None:
+        """Remember that a continuation waits for so many jobs; see Tracker."""
+        self._intend(JoinOpened(join, size, state), "open_join")
+
+    def close_join(self, join: str) -> None:
+        """Nothing will come of this join; see Tracker."""
+        self._intend(JoinOpened(join, 0, closed=True), "close_join")
+
     def _record_alone(
         self, deliveries: Sequence[Delivery], error: BadRow, *, outbox: bool
     ) -> Recorded:
@@ -286,10 +305,12 @@ class HostTracker:
         queue: str | None = None,
     ) -> None:
         """Write the tombstones before Redis forgets; see Tracker."""
-        entry = Cancelled(tuple(tokens), tuple(job_ids), queue)
+        self._intend(Cancelled(tuple(tokens), tuple(job_ids), queue), "cancel")
+
+    def _intend(self, entry: Cancelled | JoinOpened, what: str) -> None:
         try:
-            self.call(lambda store: self._cancel(store, entry))
-            if len(self.spool):
+            self.call(lambda store: self._write_intent(store, entry))
+            if isinstance(entry, Cancelled) and len(self.spool):
                 # Its record may still wait there: the intent must come after it as well.
                 self.spool.put([entry])
         except StoreUnavailable as error:
@@ -299,12 +320,16 @@ class HostTracker:
         except Exception as error:
             if is_host_interrupt(error):
                 raise
-            say("guest_failed", where="cancel", error=str(error))
+            say("guest_failed", where=what, error=str(error))
 
-    def _cancel(self, store: HostStore, entry: Cancelled) -> int:
-        return store.cancel(
-            self.source.id, tokens=entry.tokens, job_ids=entry.job_ids, queue=entry.queue
-        )
+    def _write_intent(self, store: HostStore, entry: Cancelled | JoinOpened) -> None:
+        source = self.source.id
+        if isinstance(entry, Cancelled):
+            store.cancel(source, tokens=entry.tokens, job_ids=entry.job_ids, queue=entry.queue)
+        elif entry.closed:
+            store.close_join(source, entry.join)
+        else:
+            store.open_join(source, entry.join, size=entry.size, state=entry.state)
 
     def heartbeat(
         self,
@@ -356,10 +381,23 @@ class HostTracker:
 
     # -- workers -----------------------------------------------------------------------------------
 
-    def open_session(self, *, name: str, queues: Sequence[str]) -> WorkerSession:
+    @property
+    def mends_library(self) -> bool:
+        """Whether crashes of the library itself may be mended; see Tracker."""
+        return self.settings.mend_library
+
+    def open_session(
+        self,
+        *,
+        name: str,
+        queues: Sequence[str],
+        lists: Callable[[], Iterable[UUID]] | None = None,
+    ) -> WorkerSession:
         """Begin to beat as a worker; see Tracker."""
         if self._session is None or not self._session.is_mine or self._session.closed:
-            self._session = WorkerSession(self, self._make_store(), name=name, queues=queues)
+            self._session = WorkerSession(
+                self, self._make_store(), name=name, queues=queues, lists=lists
+            )
             self._session.open()
         return self._session
 
@@ -426,8 +464,8 @@ class HostTracker:
         deliveries = [entry for entry in entries if isinstance(entry, Delivery)]
         ends = [entry for entry in entries if isinstance(entry, End)]
         for entry in entries:
-            if isinstance(entry, Cancelled):
-                self._cancel(store, entry)
+            if isinstance(entry, Cancelled | JoinOpened):
+                self._write_intent(store, entry)
         if deliveries:
             store.record(self.source.id, deliveries, namespace=self.source.namespace, replay=True)
         if ends:

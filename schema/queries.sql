@@ -3,8 +3,9 @@
 -- name: register
 -- Make a source known; who came first stays.
 with added as (
-  insert into jobguard.sources (id, namespace, library, address, prefix, name, settings)
-  values (%(id)s, %(namespace)s, %(library)s, %(address)s, %(prefix)s, %(name)s, %(settings)s)
+  insert into jobguard.sources (id, namespace, library, address, prefix, name, settings, one_body)
+  values (%(id)s, %(namespace)s, %(library)s, %(address)s, %(prefix)s, %(name)s, %(settings)s,
+          %(one_body)s)
   on conflict (id) do nothing
 )
 select s.settings, s.pulse_epoch, s.pulse_n, s.run_id, i.name
@@ -50,7 +51,8 @@ select jobguard.record(
   %(source)s, %(token)b::uuid[], %(job_id)b::text[], %(queue)b::text[], %(task)b::text[],
   %(priority)b::int[], %(attempt)b::int[], %(due)s::float8[], %(expires)s::float8[],
   %(key)s::text[], %(trace)s::text[], %(envelope)b::bytea[], %(parent)s::uuid[], %(claim)s::int[],
-  %(outcome)s::text[], %(speaker)s::uuid[], %(fresh)b::bool[], %(outbox)s, %(replay)s, %(newest)s),
+  %(outcome)s::text[], %(speaker)s::uuid[], %(fresh)b::bool[],
+  %(derived)b::bool[], %(closes)s::text[], %(outbox)s, %(replay)s, %(newest)s),
   jobguard.led(%(namespace)s)
 
 -- name: withdraw
@@ -80,7 +82,25 @@ from jobguard.claim(%(source)s, %(token)s, %(nonce)s, %(worker)s, %(pid)s::int, 
 -- name: end
 select jobguard.end(
   %(source)s, %(token)b::uuid[], %(number)b::int[], %(outcome)s::text[], %(worker)b::uuid[],
-  %(ended)b::float8[], %(job_id)b::text[], %(queue)b::text[], %(task)b::text[], %(error)s::text[])
+  %(ended)b::float8[], %(job_id)b::text[], %(queue)b::text[], %(task)b::text[], %(error)s::text[],
+  %(join)s::text[], %(part)s::bytea[])
+
+-- name: open_join
+insert into jobguard.joins as x (source, id, size, state)
+values (%(source)s, %(join)s, %(size)s, %(state)s)
+on conflict (source, id) do update set size = excluded.size, state = excluded.state
+where x.size = 0
+
+-- name: close_join
+-- Nothing comes of it: its members need not be remembered.
+with closed as (
+  insert into jobguard.joins as x (source, id, closed_at) values (%(source)s, %(join)s, now())
+  on conflict (source, id) do update set closed_at = now() where x.closed_at is null
+)
+delete from jobguard.join_parts p where p.source = %(source)s and p.join_id = %(join)s
+
+-- name: decline
+select jobguard.decline(%(source)s, %(token)s, %(most)s, %(wait)s::float8, %(error)s)
 
 -- name: cancel
 select jobguard.cancel(%(source)s, %(tokens)b::uuid[], %(job_ids)b::text[], %(queue)s)
@@ -167,7 +187,7 @@ select i.id::text, i.name, i.system_identifier, i.database_oid::text, null::text
 from jobguard.installation i
 
 -- name: sources
-select id, namespace, library, address, prefix, name, settings, pulse_epoch, pulse_n, run_id
+select id, namespace, library, address, prefix, name, settings, one_body, pulse_epoch, pulse_n, run_id
 from jobguard.sources where namespace = %(namespace)s order by id
 
 -- name: acknowledge
@@ -317,6 +337,27 @@ where j.source = %(source)s and j.token = any (%(tokens)b::uuid[])
   and not exists (select from jobguard.history h where h.source = j.source and h.token = j.token)
 order by j.token
 
+-- name: open_joins
+select x.id, x.size, x.state from jobguard.joins x
+where x.source = %(source)s and x.closed_at is null and x.id > %(after)s
+order by x.id limit %(limit)s
+
+-- name: complete_joins
+-- All members have ended, and for a while nothing has come of it.
+select x.id, x.size, x.state from jobguard.joins x
+cross join lateral (
+  select count(*) as ended, max(p.ended_at) as last from jobguard.join_parts p
+  where p.source = x.source and p.join_id = x.id
+) p
+where x.source = %(source)s and x.closed_at is null and x.size > 0 and p.ended >= x.size
+  and p.last < now() - make_interval(secs => %(quiet)s)
+order by x.id limit %(limit)s
+
+-- name: join_parts
+select p.join_id, p.token, p.job_id, p.queue, p.state, p.envelope from jobguard.join_parts p
+where p.source = %(source)s and p.join_id = any (%(joins)s::text[])
+order by p.join_id, p.ended_at, p.token
+
 -- name: tombstones
 select distinct on (h.token) h.token, h.outcome::text from jobguard.history h
 where h.source = %(source)s and h.token = any (%(tokens)b::uuid[])
@@ -335,6 +376,7 @@ where h.source = %(source)s and h.token = any (%(tokens)b::uuid[])
 -- one stood in their place. Later by the database's clock; tokens are made by many.
 select j.token from jobguard.jobs j
 where j.source = %(source)s and j.token = any (%(tokens)b::uuid[])
+  and (select s.one_body from jobguard.sources s where s.id = %(source)s) is not false
   and (exists (
          select from jobguard.jobs y
          join jobguard.running r on r.source = y.source and r.token = y.token

@@ -48,7 +48,7 @@ class RQAdapter:
         names = frozenset(queue.name for queue in queues)
         return _guarded(queues[0].connection, queues, names, namespace=namespace, name=name)
 
-    def install(self, tracker: Tracker) -> None:
+    def install(self, tracker: Tracker, target: object) -> None:
         """Put the hooks on RQ's classes; raises UnsupportedTarget if this RQ is not known."""
         importlib.import_module("jobguard.adapters.rq.patches").install(tracker.source.id)
 

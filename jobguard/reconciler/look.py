@@ -39,6 +39,8 @@ class Circumstances:
     """(queue, age in seconds) -> whether it was only ever seen by guarded workers."""
     holds: Callable[[str], bool]
     cause_of: Callable[[Owed], Cause]
+    gone: Callable[[str], bool]
+    """(a worker's name or id) -> whether it is dead or has left."""
     too_many: Callable[[str, Sequence[Owed]], bool]
     """(queue, its unexplained absences now) -> whether that pulls the brake; it then holds."""
 
@@ -69,6 +71,12 @@ class Looker:
             return done
         deadline = self._redis_time() + _DEADLINE
         sightings = self._broker.presence(page)
+        # What a worker has taken and not begun is as good as lost with it: nobody else will run it.
+        left = {t: s.held_by for t, s in sightings.items() if s.held_by and now.gone(s.held_by)}
+        sightings = {
+            token: Sighting(Presence.ABSENT, f"held by {left[token]}") if token in left else s
+            for token, s in sightings.items()
+        }
         older = self._older_lives(sightings)
         # The library may still believe in the run of an older life, for as long as the job may take:
         # its worker died after it told the end, or the record of the next life, and before it told Redis.
@@ -81,7 +89,18 @@ class Looker:
         missing = [o.token for o in page if sightings[o.token].presence is not Presence.WAITING]
         ended = self._store.tombstones(self._source, missing)
         decided = [
-            (owed, seen, self._decide(owed, seen, ended, now, stranger=seen.other in strangers))
+            (
+                owed,
+                seen,
+                self._decide(
+                    owed,
+                    seen,
+                    ended,
+                    now,
+                    stranger=seen.other in strangers,
+                    left=owed.token in left,
+                ),
+            )
             for owed, seen in ((owed, sightings[owed.token]) for owed in page)
         ]
         self._note(term, decided, now, done)
@@ -94,13 +113,17 @@ class Looker:
         )
         self.putting_back.joined(term, free, deadline, done, judgeable=now.judgeable)
         lost = [
-            (owed, self._cause(owed, now))
+            (owed, Cause.WORKER if owed.token in left else self._cause(owed, now))
             for owed, _, decision in decided
             if decision.verdict is Verdict.RESTORE
         ]
         lost = self._brake(lost, now, done)
-        self.putting_back.lost(term, lost, older, over, deadline, done)
+        self.putting_back.lost(term, lost, older, over, left, deadline, done)
         return done
+
+    def finish_joins(self) -> None:
+        """Have the library go on from joins whose members have all ended."""
+        self.putting_back.finish_joins(lambda: self._redis_time() + _DEADLINE)
 
     def _redis_time(self) -> float:
         seconds, micros = self._client.time()
@@ -143,8 +166,9 @@ class Looker:
         now: Circumstances,
         *,
         stranger: bool,
+        left: bool,
     ) -> Decision:
-        cause = self._cause(owed, now)
+        cause = Cause.WORKER if left else self._cause(owed, now)
         unchanged = owed.suspected is not None and (owed.suspected_mark == seen.mark or told(owed))
         holder = Holder.NOBODY
         if owed.claim_number is not None:
@@ -159,7 +183,7 @@ class Looker:
                 listed=owed.token in now.listed,
                 cause=cause,
                 seen_for=owed.suspected_for if unchanged else None,
-                grace=self._grace(cause, owed),
+                grace=0.0 if left else self._grace(cause, owed),
                 judgeable=now.judgeable,
                 trusted=now.trusts(owed.queue, owed.age),
                 held=now.holds(owed.queue),
@@ -204,6 +228,9 @@ class Looker:
                 done.in_grace += seen.presence is Presence.ABSENT
             if decision.clear and owed.suspected is not None:
                 clear.append(owed.token)
+            elif decision.verdict is Verdict.RESTORE and owed.suspected is None:
+                # Its first look is enough, but the limiter may keep it waiting.
+                suspects.append((owed.token, Cause.WORKER, seen.mark))
             elif decision.suspect and not told(owed):
                 if owed.suspected is not None and owed.suspected_mark == seen.mark:
                     continue  # noted already, and unchanged

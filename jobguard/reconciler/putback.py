@@ -17,6 +17,7 @@ from jobguard.log import say
 from jobguard.reconciler.done import LOSSES, Done, told
 from jobguard.reconciler.joins import Joins
 from jobguard.reconciler.limiter import TokenBucket, round_robin
+from jobguard.reconciler.rejoin import Rejoiner
 from jobguard.settings import Settings
 from jobguard.store import Closing, LeaderStore
 
@@ -47,6 +48,7 @@ class PutBack:
             patience=settings.sweep_interval,
             clock=clock,
         )
+        self._rejoiner = Rejoiner(broker, store, source, grace=settings.grace, clock=clock)
         self._shown: dict[UUID, Owed] = {}  # what runs, and was put back for others to see
         # A million lost jobs must not delay one killed worker's.
         self._losses = TokenBucket(settings.recovery_rate)
@@ -75,6 +77,11 @@ class PutBack:
                 self._broker.hide([self._shown[token] for token in ended])
             for token in ended:
                 del self._shown[token]
+
+    def finish_joins(self, deadline: Callable[[], float]) -> None:
+        """Have the library go on from joins whose members have all ended."""
+        if not self._observes:
+            self._rejoiner.finish(deadline)
 
     @property
     def has_joins_to_see_again(self) -> bool:
@@ -114,10 +121,14 @@ class PutBack:
         lost: Sequence[tuple[Owed, Cause]],
         older: Mapping[UUID, UUID],
         over: Collection[UUID],
+        left: Mapping[UUID, str],
         deadline: float,
         done: Done,
     ) -> None:
-        """Put back what nobody has, as fast as the limiter lets it."""
+        """Put back what nobody has, as fast as the limiter lets it.
+
+        ``left``: by whom Redis says that it was taken, if they are gone.
+        """
         if not lost:
             return
         if self._observes:
@@ -127,6 +138,8 @@ class PutBack:
                 say("would_restore", count=len(lost))
             return
         losses = [pair for pair in lost if pair[1] in LOSSES]
+        if losses:
+            self._rejoiner.mend(deadline)
         repairs = [pair for pair in lost if pair[1] not in LOSSES]
         for bucket, wanted in ((self._repairs, repairs), (self._losses, losses)):
             granted = bucket.take(min(len(wanted), _SLICE))
@@ -134,7 +147,7 @@ class PutBack:
             done.throttled += len(wanted) - granted
             chosen = list(round_robin(wanted, lambda pair: pair[0].queue))[:granted]
             if chosen:
-                self._put_back(term, chosen, older, over, deadline, done)
+                self._put_back(term, chosen, older, over, left, deadline, done)
 
     def _put_back(
         self,
@@ -142,6 +155,7 @@ class PutBack:
         chosen: Sequence[tuple[Owed, Cause]],
         older: Mapping[UUID, UUID],
         over: Collection[UUID],
+        left: Mapping[UUID, str],
         deadline: float,
         done: Done,
     ) -> None:
@@ -164,6 +178,7 @@ class PutBack:
                     told(causes[restorable.token][0])
                     and causes[restorable.token][0].suspected is Cause.WORKER
                 ),
+                held_by=left.get(restorable.token, ""),
             )
             for restorable in self._store.envelopes(self._source, list(causes))
         ]

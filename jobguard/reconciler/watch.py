@@ -49,6 +49,8 @@ class _Lap:
     after: UUID | None = None
     began: float = 0.0
     running: bool = False
+    brisk: bool = False
+    """Something has happened: page after page, rather than spread over sweep_interval."""
 
 
 class Watch:
@@ -92,6 +94,7 @@ class Watch:
         self._laps_done = 0
         self._due: dict[str, float] = {}
         self._verify_at: list[float] = []
+        self._walk_at_once = False
         self._doubt_until: dict[Cause, float] = {}
         self._incident_at: float | None = None
         self._incidents: list[int] = []
@@ -113,7 +116,7 @@ class Watch:
         self._incident_at = at
         if incident is not None and incident not in self._incidents:
             self._incidents.append(incident)
-        self._lap = _Lap(running=True, began=self._clock())
+        self._lap = _Lap(running=True, began=self._clock(), brisk=True)
         self._due["watched"] = 0.0
 
     @property
@@ -146,6 +149,7 @@ class Watch:
             asks = health not in (Health.DOWN, Health.STOP)
             if self._workers.poll(term, now, ask_redis=asks):
                 self._due["urgent"] = 0.0
+                self._walk_at_once = True  # for what they had taken and not begun
             if health in (Health.DOWN, Health.UNSURE, Health.STOP):
                 return
             self._doubts(now)
@@ -155,6 +159,8 @@ class Watch:
             self._look_at_watched(term, now)
             self._look_at_young(term, now)
             self._walk(term, now)
+            if not self._brake.paused:
+                self._looker.finish_joins()
         except redis.RedisError as error:
             if now >= self._due.get("failed", 0.0):
                 self._due["failed"] = now + _SAY_AGAIN
@@ -220,6 +226,7 @@ class Watch:
             trusts=lambda queue, age: self._trust.trusts(queue, here - age),
             holds=lambda queue: self._brake.holds(self.source.id, queue),
             cause_of=lambda owed: self._cause_of(owed, now),
+            gone=self._workers.gone,
             too_many=lambda queue, absent: self._too_many(term, queue, absent),
         )
 
@@ -258,9 +265,12 @@ class Watch:
             self._doubt_until[cause] = now + _VERIFY_AGAIN[-1] + self._settings.sweep_interval
             self._verify_at = [now, *(now + wait for wait in _VERIFY_AGAIN)]
             say("verifying", source=self.source.address, cause=cause.value)
-        if self._verify_at and now >= self._verify_at[0] and not self._lap.running:
-            self._verify_at.pop(0)
-            self._lap = _Lap(running=True, began=now)
+        due = bool(self._verify_at) and now >= self._verify_at[0]
+        if (due or self._walk_at_once) and not (self._lap.running and self._lap.brisk):
+            if due:
+                self._verify_at.pop(0)
+            self._walk_at_once = False
+            self._lap = _Lap(running=True, began=now, brisk=True)
             self._due["page"] = now
 
     def _look_at_urgent(self, term: int, now: float) -> None:
@@ -350,7 +360,8 @@ class Watch:
             self._progress(term, missing=done.absent, restored=done.restored[Cause.INCIDENT])
         pages = max(1, sum(self._owed.values()) // self._settings.page + 1)
         took = self._clock() - now
-        self._due["page"] = now + max(self._settings.sweep_interval / pages / 2, 5 * took)
+        spread = 0.0 if self._lap.brisk else self._settings.sweep_interval / pages / 2
+        self._due["page"] = now + max(spread, 5 * took)
         if len(page) < self._settings.page:
             self._lap.running = False
             self._lap.after = None

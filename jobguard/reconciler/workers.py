@@ -130,6 +130,19 @@ class Workers:
         """Whether one that holds claims has not been heard of since we began to listen."""
         return any(row.claims for row in self.rows if row.id in self.judgement.silent)
 
+    def gone(self, name: str) -> bool:
+        """Whether the worker of this name, or id in hex, is known to be dead or to have left.
+
+        An id that the ledger does not know is that of a worker that is long gone, and forgotten.
+        """
+        if not self.polled:
+            return False
+        rows = [row for row in self.rows if name in (row.name, row.id.hex)]
+        if not rows:
+            return _is_id(name)
+        dead = frozenset(self.judgement.dead)
+        return all(row.left or row.dead or row.id in dead for row in rows)
+
     def names(self) -> dict[str, frozenset[str]]:
         """The library's names of guarded workers by queue, the gone included: it names them, too."""
         found: dict[str, set[str]] = {}
@@ -137,3 +150,10 @@ class Workers:
             for queue in row.queues:
                 found.setdefault(queue, set()).add(row.name)
         return {queue: frozenset(names) for queue, names in found.items()}
+
+
+def _is_id(name: str) -> bool:
+    try:
+        return UUID(name).hex == name
+    except ValueError:
+        return False

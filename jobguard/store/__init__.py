@@ -19,6 +19,7 @@ from jobguard.job import (
     End,
     Ended,
     Fate,
+    OpenJoin,
     Outcome,
     Owed,
     Recorded,
@@ -63,6 +64,8 @@ class SourceRow:
     prefix: str
     name: str | None
     settings: str
+    one_body: bool = True
+    """Redis keeps one body of a job id; see jobguard.adapter.Source."""
     pulse_epoch: UUID | None = None
     pulse_n: int | None = None
     run_id: str | None = None
@@ -96,10 +99,12 @@ class HostStore(Protocol):
     ) -> Recorded:
         """Commit deliveries as owed. The same token again changes nothing.
 
-        A delivery supersedes its parent, and every unclaimed delivery of its job id. It is refused if
-        the parent has ended or is claimed by somebody else who lives. ``replay``: these may be old
-        news, so history is looked at first: what has ended, or has had a younger life of its id, is
-        not owed again. ``newest``: the library has these in the place of any other life of their ids.
+        A delivery supersedes its parent and, where Redis keeps one body of an id, every unclaimed
+        delivery of its job id. It is refused if the parent has ended or is claimed by somebody else who
+        lives, if it is derived and has ended, or if another has closed its join. ``replay``: these may
+        be old news, so history is looked at first: what has ended, or has had a younger life of its
+        id, is not owed again. ``newest``: the library has these in the place of any other life of
+        their ids.
         """
 
     def withdraw(self, source: int, tokens: Sequence[UUID]) -> None:
@@ -126,6 +131,19 @@ class HostStore(Protocol):
         queue: str | None = None,
     ) -> int:
         """Write tombstones; ``queue``: for every unclaimed delivery in it. Returns how many were owed."""
+
+    def open_join(self, source: int, join: str, *, size: int, state: bytes) -> None:
+        """Remember a join, and for how many members its continuation waits."""
+
+    def close_join(self, source: int, join: str) -> None:
+        """Nothing will come of a join."""
+
+    def decline(self, source: int, token: UUID, *, most: int, wait: float, error: str) -> int:
+        """A worker cannot begin an unclaimed delivery: it goes back after a while.
+
+        First after ``wait`` seconds, then twice as many each time. After ``most`` times it is dead.
+        Returns how many are left.
+        """
 
     def beat(self, source: int, beat: Beat, *, namespace: str) -> BeatReply:
         """Take a worker's beat."""
@@ -327,6 +345,12 @@ class LeaderStore(Protocol):
 
     def fates(self, source: int, job_ids: Sequence[str]) -> Mapping[str, Fate]:
         """What is known of each of these job ids."""
+
+    def open_joins(self, source: int, *, after: str, limit: int) -> Sequence[OpenJoin]:
+        """Joins that have not been closed, in the order of their ids."""
+
+    def complete_joins(self, source: int, *, quiet: float, limit: int) -> Sequence[OpenJoin]:
+        """Those of them whose members have all ended, the last one at least so many seconds ago."""
 
     def restored(self, term: int, source: int, tokens: Sequence[UUID]) -> None:
         """These were put back: count it, and suspect them no longer."""

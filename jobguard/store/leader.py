@@ -13,7 +13,7 @@ from typing import Any
 from uuid import UUID
 
 from jobguard.errors import NoRights, NotLeading
-from jobguard.job import Cause, Fate, Outcome, Owed, Restorable, token_at
+from jobguard.job import Cause, EndedPart, Fate, OpenJoin, Outcome, Owed, Restorable, token_at
 from jobguard.schema import statements
 from jobguard.settings import Settings
 from jobguard.store import (
@@ -258,6 +258,23 @@ class PostgresLeaderStore:
             job_id: Fate(owed, Outcome(outcome) if outcome else None)
             for job_id, owed, outcome in rows
         }
+
+    def open_joins(self, source: int, *, after: str, limit: int) -> Sequence[OpenJoin]:
+        """Joins that have not been closed; see LeaderStore."""
+        return self._joins(source, self._ask("open_joins", source=source, after=after, limit=limit))
+
+    def complete_joins(self, source: int, *, quiet: float, limit: int) -> Sequence[OpenJoin]:
+        """Joins whose members have all ended; see LeaderStore."""
+        rows = self._ask("complete_joins", source=source, quiet=quiet, limit=limit)
+        return self._joins(source, rows)
+
+    def _joins(self, source: int, rows: Sequence[Row]) -> Sequence[OpenJoin]:
+        if not rows:
+            return []
+        parts: dict[str, list[EndedPart]] = {}
+        for join, *part in self._ask("join_parts", source=source, joins=[row[0] for row in rows]):
+            parts.setdefault(join, []).append(EndedPart(*part))
+        return [OpenJoin(id, size, state, tuple(parts.get(id, ()))) for id, size, state in rows]
 
     def restored(self, term: int, source: int, tokens: Sequence[UUID]) -> None:
         """These were put back; see LeaderStore."""

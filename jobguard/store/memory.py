@@ -31,7 +31,9 @@ from jobguard.job import (
     Delivery,
     End,
     Ended,
+    EndedPart,
     Fate,
+    OpenJoin,
     Outcome,
     Owed,
     Parent,
@@ -74,6 +76,7 @@ class _Job:
     crashes: int = 0
     claims: int = 0
     not_before: float | None = None
+    declined: int = 0
 
     def inherit(self, older: _Job) -> None:
         self.recoveries = max(self.recoveries, older.recoveries)
@@ -135,6 +138,17 @@ class _Suspect:
 
 
 @dataclass(slots=True)
+class _Join:
+    size: int = 0
+    state: bytes = b""
+    opened_at: float = 0.0
+    closed_at: float | None = None
+    closed_by: UUID | None = None
+    parts: dict[str, tuple[float, EndedPart]] = field(default_factory=dict)
+    """By job id: when it ended, and what it left."""
+
+
+@dataclass(slots=True)
 class _Lease:
     term: int
     holder: UUID
@@ -174,6 +188,7 @@ class _Tables:
         self.watched_at: dict[int, float] = {}
         self.incidents: dict[int, _Loss] = {}
         self.queues: dict[tuple[int, str], QueueRow] = {}
+        self.joins: dict[tuple[int, str], _Join] = {}
 
     @contextmanager
     def open(self) -> Iterator[float]:
@@ -250,6 +265,15 @@ class _Tables:
         """Neither suspect nor to be pushed."""
         self.suspects.pop(key, None)
         self.outbox.pop(key, None)
+
+    def one_body(self, source: int) -> bool:
+        """Whether the library keeps one body of a job id."""
+        row = self.sources.get(source)
+        return row is None or row.one_body
+
+    def join(self, source: int, join: str, now: float) -> _Join:
+        """Return a join, known or new."""
+        return self.joins.setdefault((source, join), _Join(opened_at=now))
 
     def owed(self, source: int, tokens: Iterable[UUID]) -> list[_Key]:
         """Those of the tokens that are owed, each once."""
@@ -333,6 +357,10 @@ class _Host:
                 key = (source, delivery.token)
                 if key in tables.jobs:
                     continue
+                if self._never(source, delivery, now=now):
+                    if not replay:
+                        refused.add(delivery.token)
+                    continue
                 job = _Job(delivery, recorded_at=now)
                 if replay and key in tables.history:
                     # It is over before it was recorded; what it took the place of is not, for that.
@@ -347,9 +375,23 @@ class _Host:
                     refused.add(delivery.token)
             return Recorded(frozenset(refused), leader_live=tables.led(namespace, now))
 
+    def _never(self, source: int, delivery: Delivery, *, now: float) -> bool:
+        """Whether it is not to be owed, whoever holds what; closes the join that it goes on from."""
+        tables = self._tables
+        late = False
+        if delivery.closes is not None:
+            join = tables.join(source, delivery.closes, now)
+            if join.closed_at is None:
+                join.closed_at, join.closed_by = now, delivery.token
+            join.parts.clear()
+            late = join.closed_by != delivery.token
+        return late or (delivery.derived and (source, delivery.token) in tables.history)
+
     def _outdated(self, source: int, delivery: Delivery, *, now: float) -> bool:
         """Bury a late record whose job id has had a younger life since."""
         tables, token = self._tables, delivery.token
+        if not tables.one_body(source):
+            return False
         parent = delivery.parent.token if delivery.parent is not None else None
         lives = [t for _, t in tables.of_job(source, [delivery.job_id])] + [
             t
@@ -415,7 +457,7 @@ class _Host:
     ) -> None:
         """Where one body is kept per id, an unclaimed delivery of it is nowhere any more."""
         tables, delivery = self._tables, job.delivery
-        if delivery.fresh and delivery.parent is None:
+        if (delivery.fresh and delivery.parent is None) or not tables.one_body(source):
             return
         for key in tables.of_job(source, [delivery.job_id]):
             if key not in tables.running and (younger or key[1] < delivery.token):
@@ -478,6 +520,7 @@ class _Host:
         if key in tables.jobs:
             if not _counts(end, tables.running.get(key)):
                 return Ended.LATE
+            self._count(key, end, now=now, envelope=tables.jobs[key].delivery.envelope)
             tables.bury(
                 key,
                 end.outcome,
@@ -499,11 +542,52 @@ class _Host:
             worker=end.worker,
             error=end.error,
         )
+        self._count(key, end, now=now, envelope=b"")
+        if not tables.one_body(key[0]):
+            return Ended.UNKNOWN
         # It ran, so it stood where an older delivery of its id had stood.
         for older in tables.of_job(key[0], [end.job_id]):
             if older not in tables.running and older[1] < end.token:
                 tables.bury(older, Outcome.SUPERSEDED, ended_at=now, next=end.token)
         return Ended.UNKNOWN
+
+    def _count(self, key: _Key, end: End, *, now: float, envelope: bytes) -> None:
+        """Note the end of a member of a join that is still open."""
+        if end.part is None:
+            return
+        join = self._tables.join(key[0], end.part.join, now)
+        job = self._tables.jobs.get(key)
+        if join.closed_at is None:
+            job_id = job.delivery.job_id if job else end.job_id
+            queue = job.delivery.queue if job else end.queue
+            part = EndedPart(key[1], job_id, queue, end.part.state, envelope)
+            join.parts.setdefault(job_id, (now, part))
+
+    def open_join(self, source: int, join: str, *, size: int, state: bytes) -> None:
+        with self._tables.open() as now:
+            row = self._tables.join(source, join, now)
+            if not row.size:
+                row.size, row.state = size, state
+
+    def close_join(self, source: int, join: str) -> None:
+        with self._tables.open() as now:
+            row = self._tables.join(source, join, now)
+            row.closed_at = now if row.closed_at is None else row.closed_at
+            row.parts.clear()
+
+    def decline(self, source: int, token: UUID, *, most: int, wait: float, error: str) -> int:
+        tables, key = self._tables, (source, token)
+        with tables.open() as now:
+            if key not in tables.jobs or key in tables.running:
+                return 0
+            job = tables.jobs[key]
+            if job.declined == most:
+                tables.bury(key, Outcome.DEAD, ended_at=now, error=error)
+                return 0
+            job.not_before = now + wait * 2**job.declined
+            job.declined += 1
+            tables.suspects[key] = _Suspect(Cause.WORKER, "", now)
+            return most - job.declined
 
     def cancel(
         self,
@@ -884,6 +968,8 @@ class _Leader:
     def overtaken(self, source: int, tokens: Sequence[UUID]) -> frozenset[UUID]:
         with self._tables.open():
             tables = self._tables
+            if not tables.one_body(source):
+                return frozenset()
             begun = [
                 (key[0], job.delivery.job_id, job.recorded_at)
                 for key, job in tables.jobs.items()
@@ -920,6 +1006,31 @@ class _Leader:
             )
             last = {stone.job_id: stone.outcome for stone in stones}
             return {job_id: Fate(job_id in owed, last.get(job_id)) for job_id in job_ids}
+
+    def open_joins(self, source: int, *, after: str, limit: int) -> Sequence[OpenJoin]:
+        with self._tables.open():
+            ids = sorted(id for owner, id in self._tables.joins if owner == source and id > after)
+            return [join for id in ids if (join := self._open_join(source, id)) is not None][:limit]
+
+    def complete_joins(self, source: int, *, quiet: float, limit: int) -> Sequence[OpenJoin]:
+        with self._tables.open() as now:
+            complete = []
+            for (owner, id), row in sorted(self._tables.joins.items()):
+                done = row.size and len(row.parts) >= row.size
+                if (
+                    owner == source
+                    and done
+                    and max(at for at, _ in row.parts.values()) < now - quiet
+                ):
+                    complete.append(self._open_join(source, id))
+            return [join for join in complete if join is not None][:limit]
+
+    def _open_join(self, source: int, id: str) -> OpenJoin | None:
+        row = self._tables.joins[source, id]
+        if row.closed_at is not None:
+            return None
+        parts = sorted(row.parts.values(), key=lambda part: (part[0], part[1].token))
+        return OpenJoin(id, row.size, row.state, tuple(part for _, part in parts))
 
     def restored(self, term: int, source: int, tokens: Sequence[UUID]) -> None:
         with self._leading(term):
@@ -983,6 +1094,11 @@ class _Leader:
             days = {key: int(tombstone.ended_at // _DAY) for key, tombstone in history.items()}
             old = {day for day in days.values() if (day + 1) * _DAY < now - retention}
             self._tables.history = {key: history[key] for key in history if days[key] not in old}
+            self._tables.joins = {
+                key: join
+                for key, join in self._tables.joins.items()
+                if (join.closed_at or join.opened_at) >= now - retention
+            }
             return len(old)
 
     def vacuum(self) -> Sequence[str]:

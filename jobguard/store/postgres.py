@@ -30,7 +30,7 @@ from jobguard.settings import Settings
 from jobguard.store import Ask, BeatReply, SourceRow
 from jobguard.store.connection import Database
 
-_SOURCE = ("id", "namespace", "library", "address", "prefix", "name", "settings")
+_SOURCE = ("id", "namespace", "library", "address", "prefix", "name", "settings", "one_body")
 _BATCH = 250
 """Deliveries in one statement: a larger one saves nothing and holds its locks longer."""
 
@@ -82,7 +82,7 @@ class PostgresStore:
             "namespace": namespace,
             "commit": "off" if relaxed and not outbox else None,
         }
-        plain = not outbox and not replay and all(d.fresh and d.parent is None for d in deliveries)
+        plain = not outbox and not replay and all(map(_is_plain, deliveries))
         if plain and len(deliveries) == 1:
             rows = self._db.execute(
                 self._sql["record_one"],
@@ -154,6 +154,8 @@ class PostgresStore:
                 "queue": [e.queue for e in ends],
                 "task": [e.task for e in ends],
                 "error": [e.error for e in ends],
+                "join": [e.part.join if e.part else None for e in ends],
+                "part": [e.part.state if e.part else None for e in ends],
             },
         )
         return [Ended(answer) for answer in rows[0][0]]
@@ -170,6 +172,25 @@ class PostgresStore:
         rows = self._db.execute(
             self._sql["cancel"],
             {"source": source, "tokens": list(tokens), "job_ids": list(job_ids), "queue": queue},
+        )
+        return int(rows[0][0])
+
+    def open_join(self, source: int, join: str, *, size: int, state: bytes) -> None:
+        """Remember a join; see HostStore."""
+        self._db.execute(
+            self._sql["open_join"],
+            {"source": source, "join": join, "size": size, "state": state},
+        )
+
+    def close_join(self, source: int, join: str) -> None:
+        """Nothing will come of a join; see HostStore."""
+        self._db.execute(self._sql["close_join"], {"source": source, "join": join})
+
+    def decline(self, source: int, token: UUID, *, most: int, wait: float, error: str) -> int:
+        """It goes back after a while, or is dead in the end; see HostStore."""
+        rows = self._db.execute(
+            self._sql["decline"],
+            {"source": source, "token": token, "most": most, "wait": wait, "error": error},
         )
         return int(rows[0][0])
 
@@ -239,6 +260,16 @@ class PostgresStore:
         self._db.close()
 
 
+def _is_plain(delivery: Delivery) -> bool:
+    """Whether nothing can stand in its way, so that nothing need be looked at."""
+    return (
+        delivery.fresh
+        and delivery.parent is None
+        and not delivery.derived
+        and delivery.closes is None
+    )
+
+
 def _batches(deliveries: Sequence[Delivery]) -> Iterator[Sequence[Delivery]]:
     """Cut into statements of a good size, none of which has a job id twice.
 
@@ -287,4 +318,6 @@ def _lineage(batch: Sequence[Delivery]) -> dict[str, Any]:
         "claim": [d.parent.claim or None if d.parent else None for d in batch],
         "outcome": [d.parent.outcome.value if d.parent else None for d in batch],
         "fresh": [d.fresh for d in batch],
+        "derived": [d.derived for d in batch],
+        "closes": [d.closes for d in batch],
     }

@@ -32,6 +32,7 @@ create table jobguard.jobs (
   attempt     smallint    not null default 1,
   recoveries  smallint    not null default 0,
   crashes     smallint    not null default 0,
+  declined    smallint    not null default 0,
   claims      integer     not null default 0,
   due_at      timestamptz,
   expires_at  timestamptz,
@@ -45,6 +46,7 @@ create table jobguard.jobs (
         autovacuum_vacuum_cost_delay = 0);
 create index jobs_job_id on jobguard.jobs (source, job_id);
 comment on column jobguard.jobs.token is 'one push of the job; ours, random, new at every push';
+comment on column jobguard.jobs.declined is 'how many workers could not begin it (an unknown task)';
 comment on column jobguard.jobs.claims is 'the highest claim number that was voided';
 comment on column jobguard.jobs.not_before is 'a job recovered from a worker''s death waits until then';
 
@@ -135,6 +137,34 @@ create table jobguard.outbox (
 comment on column jobguard.outbox.unsent is
   'its producer surely sent nothing to Redis, so that nobody can have run it';
 
+-- What libraries count in Redis: a continuation waits until so many members have ended (a chord, a
+-- group's barrier). Rows of members go when the join is closed; the join stays, so that it is closed once.
+create table jobguard.joins (
+  source    bigint      not null,
+  id        text        collate "C" not null,
+  size      integer     not null default 0,
+  state     bytea       not null default '',
+  opened_at timestamptz not null default now(),
+  closed_at timestamptz,
+  closed_by uuid,
+  primary key (source, id)
+) with (autovacuum_vacuum_scale_factor = 0.05);
+create index joins_open on jobguard.joins (source, id) where closed_at is null;
+create index joins_closed on jobguard.joins (closed_at) where closed_at is not null;
+comment on column jobguard.joins.closed_by is 'the delivery of the continuation; null: given up';
+
+create table jobguard.join_parts (
+  source   bigint      not null,
+  join_id  text        collate "C" not null,
+  job_id   text        collate "C" not null,
+  token    uuid        not null,
+  queue    text        collate "C" not null,
+  state    bytea       not null,
+  envelope bytea       not null default '',
+  ended_at timestamptz not null default clock_timestamp(),
+  primary key (source, join_id, job_id)
+) with (autovacuum_vacuum_scale_factor = 0.05);
+
 -- One leader a namespace. The brake stands here, so that whoever renews the lease sees it.
 create table jobguard.leader (
   namespace  text        primary key,
@@ -159,12 +189,14 @@ create table jobguard.sources (
   name        text,
   fence       boolean     not null default true,
   settings    text        not null default '',
+  one_body    boolean     not null default true,
   pulse_epoch uuid,
   pulse_n     bigint,
   run_id      text,
   watched_at  timestamptz,
   created_at  timestamptz not null default now()
 ) with (fillfactor = 50);
+comment on column jobguard.sources.one_body is 'the library keeps one body of a job id in Redis';
 comment on column jobguard.sources.watched_at is 'when a leader last moved the pulse in its Redis';
 create index sources_namespace on jobguard.sources (namespace);
 
@@ -232,6 +264,9 @@ begin
     end if;
   end loop;
   delete from history_default where ended_at < now() - retention;
+  delete from joins where coalesce(closed_at, opened_at) < now() - retention;
+  delete from join_parts p where not exists (
+    select from joins x where x.source = p.source and x.id = p.join_id);
   return dropped;
 end
 $$;

@@ -27,6 +27,24 @@ returns void language sql as $$
   select pg_advisory_xact_lock(hashtextextended(p_token::text, 7417))
 $$;
 
+-- Close joins in the name of what goes on from them. Returns those that come too late.
+create function jobguard.close_joins(p_source bigint, p_token uuid[], p_closes text[])
+returns uuid[] language plpgsql as $$
+begin
+  insert into jobguard.joins as x (source, id, closed_at, closed_by)
+  select distinct on (f.closes) p_source, f.closes, now(), f.token
+  from unnest(p_token, p_closes) with ordinality f(token, closes, nth)
+  where f.closes is not null order by f.closes, f.nth
+  on conflict (source, id) do update
+  set closed_at = now(), closed_by = excluded.closed_by where x.closed_at is null;
+  delete from jobguard.join_parts p where p.source = p_source and p.join_id = any (p_closes);
+  return array(
+    select f.token from unnest(p_token, p_closes) f(token, closes)
+    join jobguard.joins x on x.source = p_source and x.id = f.closes
+    where x.closed_by is distinct from f.token);
+end
+$$;
+
 -- Record deliveries that may take the place of others. Returns the refused ones.
 --
 -- A delivery supersedes its parent, in the name of the claim it speaks for, and every unclaimed
@@ -35,10 +53,12 @@ create function jobguard.record(
   p_source bigint, p_token uuid[], p_job_id text[], p_queue text[], p_task text[], p_priority int[],
   p_attempt int[], p_due float8[], p_expires float8[], p_key text[], p_trace text[],
   p_envelope bytea[], p_parent uuid[], p_claim int[], p_outcome text[], p_speaker uuid[],
-  p_fresh bool[],
+  p_fresh bool[], p_derived bool[], p_closes text[],
   p_outbox bool, p_replay bool, p_newest bool)
 returns uuid[] language plpgsql as $$
 declare
+  v_alone   bool := (select s.one_body from jobguard.sources s where s.id = p_source);
+  v_never   uuid[] := '{}';  -- of the refused: whoever holds what
   v_refused uuid[] := '{}';
   v_skipped uuid[] := '{}';
   v_over    uuid[] := '{}';  -- of these: over before they were recorded, but what they followed is not
@@ -59,12 +79,12 @@ begin
       select f.token, j.token as next
       from unnest(p_token, p_job_id, p_parent) f(token, job_id, parent)
       join jobguard.jobs j on j.source = p_source and j.job_id = f.job_id and j.token > f.token
-      where not p_newest and j.token is distinct from f.parent
+      where v_alone is not false and not p_newest and j.token is distinct from f.parent
       union all
       select f.token, h.token
       from unnest(p_token, p_job_id, p_parent) f(token, job_id, parent)
       join jobguard.history h on h.source = p_source and h.job_id = f.job_id and h.token > f.token
-      where not p_newest and h.token is distinct from f.parent
+      where v_alone is not false and not p_newest and h.token is distinct from f.parent
     ), outdated as (
       select distinct on (f.token) f.token, f.job_id, f.queue, f.task, l.next
       from unnest(p_token, p_job_id, p_queue, p_task, p_fresh) f(token, job_id, queue, task, fresh)
@@ -79,7 +99,19 @@ begin
     )
     select v_skipped || array(select token from tombstones) into v_skipped;
   end if;
-  v_ids := array(select f.job_id from unnest(p_job_id, p_fresh) f(job_id, fresh) where not f.fresh);
+  if true = any (p_derived) then
+    -- A run that was killed and started again sends once more what it had sent.
+    v_never := array(select distinct h.token
+                     from unnest(p_token, p_derived) f(token, derived)
+                     join jobguard.history h on h.source = p_source and h.token = f.token
+                     where f.derived);
+  end if;
+  if exists (select from unnest(p_closes) c where c is not null) then
+    v_never := v_never || jobguard.close_joins(p_source, p_token, p_closes);
+  end if;
+  v_skipped := v_skipped || v_never;
+  v_ids := array(select f.job_id from unnest(p_job_id, p_fresh) f(job_id, fresh)
+                 where v_alone is not false and not f.fresh);
   -- Two deliveries of one id at one moment: neither is a row yet that the other could lock.
   perform pg_advisory_xact_lock(hashtextextended(i, p_source)) from unnest(v_ids) i order by i;
   perform from jobguard.jobs j
@@ -101,7 +133,7 @@ begin
       select p_source, t, true from unnest(p_token) t where not t = any (v_skipped)
       on conflict do nothing;
     end if;
-    return v_refused;
+    return case when p_replay then '{}' else v_never end;
   end if;
 
   v_refused := array(
@@ -185,7 +217,8 @@ begin
     select p_source, t, true from unnest(p_token) t where not t = any (v_skipped)
     on conflict do nothing;
   end if;
-  return array(select r from unnest(v_refused) r where not r = any (v_over));
+  return array(select r from unnest(v_refused) r where not r = any (v_over))
+      || case when p_replay then '{}' else v_never end;
 end
 $$;
 
@@ -271,10 +304,51 @@ begin
 end
 $$;
 
+create function jobguard.is_closed(p_source bigint, p_join text)
+returns boolean language sql stable as $$
+  select exists (select from jobguard.joins x
+                 where x.source = p_source and x.id = p_join and x.closed_at is not null)
+$$;
+
+-- A worker cannot begin a delivery (it has no such task): back after a while, or dead in the end.
+-- Returns how many times are left.
+create function jobguard.decline(p_source bigint, p_token uuid, p_most int, p_wait float8, p_error text)
+returns integer language plpgsql as $$
+declare
+  v_declined int;
+begin
+  update jobguard.jobs j
+  set declined = j.declined + 1, not_before = now() + make_interval(secs => p_wait * 2 ^ j.declined)
+  where j.source = p_source and j.token = p_token
+    and not exists (select from jobguard.running r where r.source = p_source and r.token = p_token)
+  returning j.declined into v_declined;
+  if v_declined is null then
+    return 0;
+  end if;
+  if v_declined <= p_most then
+    insert into jobguard.suspects as s (source, token, cause) values (p_source, p_token, 'worker')
+    on conflict (source, token) do update set cause = 'worker', mark = '', seen_at = now();
+    return p_most - v_declined;
+  end if;
+  with gone as (
+    delete from jobguard.jobs j where j.source = p_source and j.token = p_token returning j.*
+  )
+  insert into jobguard.history (source, token, job_id, queue, task, outcome, attempt, recoveries,
+                                crashes, recorded_at, errors, envelope)
+  select g.source, g.token, g.job_id, g.queue, g.task, 'dead', g.attempt, g.recoveries, g.crashes,
+         g.recorded_at, array[p_error], g.envelope
+  from gone g;
+  delete from jobguard.suspects s where s.source = p_source and s.token = p_token;
+  delete from jobguard.outbox b where b.source = p_source and b.token = p_token;
+  return 0;
+end
+$$;
+
 -- End deliveries in the name of their claims. One answer each: ended, late or unknown.
 create function jobguard.end(
   p_source bigint, p_token uuid[], p_number int[], p_outcome text[], p_worker uuid[],
-  p_ended float8[], p_job_id text[], p_queue text[], p_task text[], p_error text[])
+  p_ended float8[], p_job_id text[], p_queue text[], p_task text[], p_error text[],
+  p_join text[], p_part bytea[])
 returns text[] language plpgsql as $$
 declare
   v_open    uuid[] := p_token;
@@ -288,8 +362,8 @@ loop
   where j.source = p_source and j.token = any (v_open) order by j.token for update;
   with said as (
     select distinct on (e.token) e.*
-    from unnest(p_token, p_number, p_outcome, p_worker, p_ended, p_error) with ordinality
-      e(token, number, outcome, worker, ended, error, nth)
+    from unnest(p_token, p_number, p_outcome, p_worker, p_ended, p_error, p_join, p_part)
+      with ordinality e(token, number, outcome, worker, ended, error, join_id, part, nth)
     where e.token = any (v_open)
     order by e.token, e.nth
   ), valid as (
@@ -303,7 +377,12 @@ loop
        or (s.number = 0 and r.worker = s.worker)
   ), gone as (
     delete from jobguard.jobs j using valid v where j.source = p_source and j.token = v.token
-    returning j.*, v.number, v.outcome, v.worker, v.ended, v.error, v.claimed_at
+    returning j.*, v.number, v.outcome, v.worker, v.ended, v.error, v.claimed_at, v.join_id, v.part
+  ), parts as (
+    insert into jobguard.join_parts (source, join_id, job_id, token, queue, state, envelope)
+    select g.source, g.join_id, g.job_id, g.token, g.queue, g.part, g.envelope from gone g
+    where g.join_id is not null and not jobguard.is_closed(p_source, g.join_id)
+    on conflict do nothing
   ), unclaimed as (
     delete from jobguard.running r using valid v where r.source = p_source and r.token = v.token
   ), unsuspected as (
@@ -352,11 +431,18 @@ end loop;
     from unnest(p_token, p_job_id, p_queue, p_task, p_outcome, p_number, p_worker, p_ended, p_error)
       with ordinality e(token, job_id, queue, task, outcome, number, worker, ended, error, nth)
     where e.token = any (v_unknown) order by e.token, e.nth;
+    insert into jobguard.join_parts (source, join_id, job_id, token, queue, state)
+    select p_source, e.join_id, e.job_id, e.token, e.queue, e.part
+    from unnest(p_token, p_job_id, p_queue, p_join, p_part) e(token, job_id, queue, join_id, part)
+    where e.token = any (v_unknown) and e.join_id is not null
+      and not jobguard.is_closed(p_source, e.join_id)
+    on conflict do nothing;
     -- It ran, so it stood where an older delivery of its id had stood, of which nobody else will tell.
     with replaced as (
       delete from jobguard.jobs j
       using unnest(p_token, p_job_id) u(token, job_id)
-      where u.token = any (v_unknown) and j.source = p_source and j.job_id = u.job_id
+      where (select s.one_body from jobguard.sources s where s.id = p_source) is not false
+        and u.token = any (v_unknown) and j.source = p_source and j.job_id = u.job_id
         and j.token < u.token
         and not exists (select from jobguard.running r where r.source = j.source and r.token = j.token)
       returning j.*, u.token as next

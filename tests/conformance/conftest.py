@@ -9,7 +9,7 @@ import pytest
 import redis
 
 import jobguard
-from jobguard.adapter import Source
+from jobguard.adapter import Guarded, Source
 from jobguard.guard import JobGuard
 from tests.conformance import tasks
 from tests.conformance.library import Library
@@ -45,7 +45,7 @@ def records(database: str) -> Records:
 def source(library: Library) -> Source:
     """Give the identity of what is guarded."""
     guarded = library.adapter.sources(library.target(), namespace="default", name=None)
-    assert guarded is not None
+    assert isinstance(guarded, Guarded)
     return guarded.source
 
 

@@ -36,7 +36,7 @@ def tracker(queue: Queue, tmp_path: Path) -> Iterator[FakeTracker]:
     assert guarded is not None
     tracker = FakeTracker(guarded.source, tmp_path / "calls")
     adapter.register(tracker)
-    rq_adapter.install(tracker)
+    rq_adapter.install(tracker, None)
     yield tracker
     rq_adapter.uninstall(tracker)
     adapter.unregister(tracker)

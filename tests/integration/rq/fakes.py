@@ -6,7 +6,8 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
@@ -14,6 +15,7 @@ from uuid import UUID, uuid4
 from rq import Queue
 from rq.scheduler import RQScheduler
 
+from jobguard import batch as batches
 from jobguard.adapter import Session, Source
 from jobguard.adapters.rq.broker import RQBroker
 from jobguard.job import (
@@ -21,6 +23,7 @@ from jobguard.job import (
     Delivery,
     Outcome,
     Owed,
+    Part,
     Recorded,
     Refusal,
     Refused,
@@ -63,6 +66,7 @@ class FakeSession:
         queue: str,
         task: str,
         error: str | None = None,
+        part: Part | None = None,
     ) -> None:
         """End it."""
         self.tracker.note("end", job_id, outcome.value, error or "")
@@ -73,6 +77,10 @@ class FakeSession:
         """Hold it no more."""
         self.tracker.note("release", claim.token.hex)
         self.held.discard(claim.token)
+
+    def decline(self, token: UUID, *, job_id: str, error: str) -> None:
+        """Send it back."""
+        self.tracker.note("decline", job_id, error)
 
     def abandon(self, claim: Claim) -> None:
         """Give it up as a dead worker's."""
@@ -204,6 +212,27 @@ class FakeTracker:
         self.note("outbox", *(token.hex for token in tokens))
         self.outbox += tokens
 
+    def hold(self, deliveries: Sequence[Delivery], push: Callable[[Recorded], None]) -> bool:
+        """Keep these, inside a batch."""
+        return batches.hold(self.source.id, self, deliveries, push)
+
+    def batch(self) -> AbstractContextManager[None]:
+        """Hold back what is sent inside."""
+        return batches.batch(self.source.id, self)
+
+    def open_join(self, join: str, size: int, state: bytes = b"") -> None:
+        """Remember it."""
+        self.note("open_join", join, str(size))
+
+    def close_join(self, join: str) -> None:
+        """Forget it."""
+        self.note("close_join", join)
+
+    @property
+    def mends_library(self) -> bool:
+        """Whether crashes of the library may be mended."""
+        return True
+
     def broker_in_doubt(self) -> bool:
         """Whether the test says so."""
         return self.in_doubt
@@ -249,7 +278,13 @@ class FakeTracker:
         session.id = worker
         return session
 
-    def open_session(self, *, name: str, queues: Sequence[str]) -> Session:
+    def open_session(
+        self,
+        *,
+        name: str,
+        queues: Sequence[str],
+        lists: Callable[[], Iterable[UUID]] | None = None,
+    ) -> Session:
         """Open."""
         self.note("open", name)
         self.sessions.append(FakeSession(self, name, queues))

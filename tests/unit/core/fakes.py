@@ -22,6 +22,7 @@ from jobguard.job import (
     End,
     Ended,
     Join,
+    OpenJoin,
     Outcome,
     Owed,
     Presence,
@@ -265,6 +266,12 @@ class FakeBroker:
     """Those that went on although the library would not have moved them."""
     shown: list[str] = field(default_factory=list)
     """The running ones whose bodies were put back."""
+    held: dict[str, str] = field(default_factory=dict)
+    """Those that a worker has taken and not begun, and its name."""
+    taken_from: list[tuple[str, str]] = field(default_factory=list)
+    """Those that were put back from a worker that is gone, and its name."""
+    rejoined: list[tuple[str, bool]] = field(default_factory=list)
+    """The joins that were put back, in order, and whether they were told again."""
     before_restore: Callable[[], None] = lambda: None
 
     def put(self, given: Delivery, presence: Presence = Presence.WAITING) -> None:
@@ -283,7 +290,8 @@ class FakeBroker:
         if found[0] != owed.token:
             return Sighting(Presence.OVERWRITTEN, f"other:{found[0]}", other=found[0])
         join = self.joins.get(owed.job_id) if found[1] is Presence.SCHEDULED else None
-        return Sighting(found[1], found[1].value, joins=join)
+        holder = self.held.get(owed.job_id, "")
+        return Sighting(found[1], found[1].value, joins=join, held_by=holder)
 
     def restore(
         self, deliveries: Sequence[Restorable], *, deadline: float
@@ -307,6 +315,9 @@ class FakeBroker:
             self.bodies[given.job_id] = (given.token, Presence.WAITING)
             self.released.append(given.job_id)
             return Restored.RESTORED
+        if found is not None and given.held_by and self.held.get(given.job_id) == given.held_by:
+            self.taken_from.append((given.job_id, self.held.pop(given.job_id)))
+            found = None
         if found is not None:
             if found[0] == given.token and not given.takeover:
                 return Restored.PRESENT
@@ -330,6 +341,11 @@ class FakeBroker:
         """Take back the bodies of what has ended."""
         for owed in page:
             self.bodies.pop(owed.job_id, None)
+
+    def rejoin(self, joins: Sequence[OpenJoin], *, finish: bool, deadline: float) -> None:
+        """Put back what is counted; see Broker."""
+        self.redis._up()
+        self.rejoined += [(join.id, finish) for join in joins]
 
     def consumers(self) -> Mapping[str, frozenset[str]]:
         """Name the workers that the library knows; see Broker."""

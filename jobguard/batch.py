@@ -1,0 +1,110 @@
+"""A batch: what one thread sends inside ``with guard.batch():``, recorded in one statement.
+
+An adapter hands over its deliveries with what is left to do for each once they are recorded. At the end
+of the block all of them are recorded, and pushed in the order in which they were sent.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Protocol
+from uuid import UUID
+
+from jobguard.job import Delivery, Recorded
+
+Push = Callable[[Recorded], None]
+
+_MOST = 1_000
+"""Deliveries of which none is kept waiting for more: what is sent beyond them begins anew."""
+
+
+class Recorder(Protocol):
+    """What a batch needs of the tracker whose deliveries it holds."""
+
+    @property
+    def push_deadline(self) -> float:
+        """Seconds after its record in which a producer may push."""
+
+    def record(self, deliveries: Sequence[Delivery], *, outbox: bool = False) -> Recorded:
+        """Commit these."""
+
+    def withdraw(self, deliveries: Sequence[Delivery]) -> None:
+        """Take back what was surely not pushed."""
+
+    def leave_to_outbox(self, tokens: Sequence[UUID]) -> None:
+        """Leave the push to the leader."""
+
+
+@dataclass(slots=True)
+class _Batch:
+    """What is held back, in order."""
+
+    held: list[tuple[Sequence[Delivery], Push]] = field(default_factory=list)
+    count: int = 0
+
+
+_open: ContextVar[Mapping[int, _Batch]] = ContextVar("jobguard_batches", default={})  # noqa: B039
+"""By source. Never changed in place: a context that is copied has batches of its own."""
+
+
+def hold(source: int, recorder: Recorder, deliveries: Sequence[Delivery], push: Push) -> bool:
+    """Keep these for the end of the batch of this thread; False: there is none."""
+    batch = _open.get().get(source)
+    if batch is None:
+        return False
+    batch.held.append((deliveries, push))
+    batch.count += len(deliveries)
+    if batch.count >= _MOST:
+        _send(batch, recorder)
+    return True
+
+
+@contextmanager
+def batch(source: int, recorder: Recorder) -> Iterator[None]:
+    """Hold back what is sent to this source inside. A batch inside a batch is part of it.
+
+    What was sent before an error is sent all the same, as it would have been without a batch.
+    """
+    if source in _open.get():
+        yield
+        return
+    mine = _Batch()
+    before = _open.set({**_open.get(), source: mine})
+    try:
+        yield
+    finally:
+        _open.reset(before)
+        _send(mine, recorder)
+
+
+def _send(batch: _Batch, recorder: Recorder) -> None:
+    held, batch.held, batch.count = batch.held, [], 0
+    if not held:
+        return
+    begun = time.monotonic()
+    recorded = recorder.record([delivery for deliveries, _ in held for delivery in deliveries])
+    unwritten = recorded.spooled or recorded.lost  # then no leader can have pushed any of it
+    for at, (_, push) in enumerate(held):
+        if time.monotonic() - begun > recorder.push_deadline and not unwritten:
+            tokens = {d.token for later, _ in held[at:] for d in later} - recorded.refused
+            recorder.leave_to_outbox(sorted(tokens))
+            return
+        try:
+            push(recorded)
+        except BaseException:
+            # Surely not pushed, and whoever sent them hears that something went wrong.
+            recorder.withdraw(
+                [
+                    delivery
+                    for later, _ in held[at + 1 :]
+                    for delivery in later
+                    if delivery.parent is None and delivery.token not in recorded.refused
+                ]
+            )
+            superseding = [d.token for later, _ in held[at + 1 :] for d in later if d.parent]
+            recorder.leave_to_outbox(superseding)
+            raise
