@@ -206,6 +206,12 @@ class Session(Protocol):
     def release(self, claim: Claim) -> None:
         """A new delivery has taken this one's place by ``Delivery.parent``: nothing is left to report."""
 
+    def give_back(self, claim: Claim) -> None:
+        """The library puts this very delivery back, for anyone to start: nobody holds it, no crash.
+
+        Committed at once, for it comes before the push.
+        """
+
     def abandon(self, claim: Claim) -> None:
         """The run was killed: give the claim up as a dead worker's, for the leader to take away."""
 

@@ -68,6 +68,7 @@ class _Session(_Wall):
         "end": _nothing,
         "release": _nothing,
         "decline": _nothing,
+        "give_back": _nothing,
         "abandon": _nothing,
         "outlive": _nothing,
         "flush": _nothing,
@@ -85,7 +86,7 @@ class _Nobody:
         """Let it run."""
         return Claim(token, 0)
 
-    end = release = decline = abandon = outlive = flush = close = _nothing
+    end = release = decline = give_back = abandon = outlive = flush = close = _nothing
 
 
 class _Tracker(_Wall):

@@ -21,7 +21,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 from uuid import UUID
 
-from jobguard import failpoint
+from jobguard import failpoint, native
 from jobguard.errors import BadRow, JobguardError, StoreUnavailable, is_host_interrupt
 from jobguard.job import (
     Beat,
@@ -114,21 +114,23 @@ class WorkerSession:
         self._queues = tuple(queues)
         self._lists = lists
         self._children: frozenset[UUID] = frozenset()
-        self._lock = threading.Lock()
+        self._lock = native.lock()
         self._lock_pid = os.getpid()
         self._listed: dict[UUID, int] = {}  # by how many starts of this process
         self._unclaimed: dict[UUID, UUID] = {}  # started while Postgres was away: token -> nonce
         self._pending: deque[End] = deque()
         self._flushing = threading.Lock()
         self._wake = threading.Event()
-        self._beat_now = threading.Event()
+        self._beat_now = native.Event()
         self._stop = threading.Event()
+        self._stop_beats = native.Event()
+        self._beats_ended: native.Event | None = None
         self._counter = 0
         self._known = inherited is not None
         self._leader_live = False
         self._redis: redis.Redis | None = None
         self._pulse: tuple[UUID, int] | None = None  # as the last beat into Redis saw it
-        self._threads: list[threading.Thread] = []
+        self._flusher: threading.Thread | None = None
 
     @property
     def is_mine(self) -> bool:
@@ -139,7 +141,7 @@ class WorkerSession:
         """In a forked child: begin with locks that no thread of the parent holds, and nothing to tell."""
         if self._lock_pid != os.getpid():
             self._lock_pid = os.getpid()
-            self._lock = threading.Lock()
+            self._lock = native.lock()
             self._flushing = threading.Lock()
             self._pending = deque()
 
@@ -152,10 +154,9 @@ class WorkerSession:
             time.sleep(_STEP)
             heard = self._beat_postgres(self._snapshot(self._pulse))
         say("worker_started", worker=self.id, name=self._name, queues=self._queues)
-        for name, work in (("beat", self._beats), ("ends", self._flushes)):
-            thread = threading.Thread(target=work, name=f"jobguard-{name}", daemon=True)
-            thread.start()
-            self._threads.append(thread)
+        self._beats_ended = native.start(self._beats, name="jobguard-beat")
+        self._flusher = threading.Thread(target=self._flushes, name="jobguard-ends", daemon=True)
+        self._flusher.start()
 
     # -- starts ------------------------------------------------------------------------------------
 
@@ -290,6 +291,21 @@ class WorkerSession:
         self._mine()
         self._unlist((claim.token,))
 
+    def give_back(self, claim: Claim) -> None:
+        """Let anyone start it again; see Session."""
+        self._mine()
+        source = self._tracker.source.id
+        try:
+            self._tracker.call(
+                lambda store: store.give_back(source, claim.token, self.id, number=claim.number)
+            )
+        except Exception as failure:
+            if is_host_interrupt(failure):
+                raise
+            # Whoever starts it is refused until a leader has seen that nobody lists it.
+            say("not_written", what="give_back", error=str(failure))
+        self._unlist((claim.token,))
+
     def abandon(self, claim: Claim) -> None:
         """Give a claim up as a dead worker's; see Session."""
         self._mine()
@@ -374,6 +390,8 @@ class WorkerSession:
                 self.flush()
                 if len(self._tracker.spool):
                     self._tracker.replay()
+                if native.is_patched() and self._known:
+                    self._late_claims()
             except Exception as error:
                 say("guest_failed", where="ends", error=str(error), exc_info=True)
 
@@ -476,15 +494,16 @@ class WorkerSession:
     def _beats(self) -> None:
         interval = self._settings.beat_interval
         breath = min(_BREATH, interval)
-        while not self._stop.wait(breath):
+        while not self._stop_beats.wait(breath):
             # At once where Postgres does not know of something that we run or ran: as long as it is
             # not on our list, its absence from Redis would be taken for a loss.
             self._beat_now.wait(interval - breath)
             self._beat_now.clear()
-            if self._stop.is_set():
+            if self._stop_beats.is_set():
                 return
             try:
-                if self.beat():
+                # A claim takes locks that greenlets wait for: from a thread of its own it must not.
+                if self.beat() and not native.is_patched():
                     self._late_claims()
             except Exception as error:
                 say("guest_failed", where="beats", error=str(error), exc_info=True)
@@ -518,10 +537,13 @@ class WorkerSession:
             return
         self.closed = True
         self._stop.set()
+        self._stop_beats.set()
         self._wake.set()
         self._beat_now.set()
-        for thread in self._threads:
-            thread.join(timeout=self._settings.record_timeout)
+        if self._flusher is not None:
+            self._flusher.join(timeout=self._settings.record_timeout)
+        if self._beats_ended is not None:
+            self._beats_ended.wait(self._settings.record_timeout)
         self.flush()
         self._tracker.settle(last=True)
         if running or len(self._tracker.spool):

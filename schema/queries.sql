@@ -79,6 +79,20 @@ select verdict, number, crashes, outcome::text
 from jobguard.claim(%(source)s, %(token)s, %(nonce)s, %(worker)s, %(pid)s::int, %(namespace)s,
                     %(timeout)s::float8, %(budget)s::int)
 
+-- name: give_back
+-- A claim that its own worker gives back, so that anyone may start the delivery again.
+with locked as (
+  select j.token from jobguard.jobs j
+  where j.source = %(source)s and j.token = %(token)s for update
+), gone as (
+  delete from jobguard.running r using locked l
+  where r.source = %(source)s and r.token = l.token and r.worker = %(worker)s
+    and %(number)s in (0, r.number)
+  returning r.token, r.number
+)
+update jobguard.jobs j set claims = greatest(j.claims, g.number)
+from gone g where j.source = %(source)s and j.token = g.token
+
 -- name: end
 select jobguard.end(
   %(source)s, %(token)b::uuid[], %(number)b::int[], %(outcome)s::text[], %(worker)b::uuid[],

@@ -119,6 +119,12 @@ class HostStore(Protocol):
         Taking over a dead claim charges the crash budget, unless its worker had said goodbye.
         """
 
+    def give_back(self, source: int, token: UUID, worker: UUID, *, number: int) -> None:
+        """Take this worker's claim away, so that anyone may start the delivery again; no crash.
+
+        ``number`` 0: whichever it holds.
+        """
+
     def end(self, source: int, ends: Sequence[End]) -> Sequence[Ended]:
         """Move deliveries from owed to history, in the name of their claims; one answer an end."""
 

@@ -509,6 +509,14 @@ class _Host:
             return Refused(ask.token, Refusal.SPENT)
         return self._grant(key, ask, job, number=run.number + 1, now=now)
 
+    def give_back(self, source: int, token: UUID, worker: UUID, *, number: int) -> None:
+        with self._tables.open():
+            run = self._tables.running.get((source, token))
+            if run is not None and run.worker == worker and number in (0, run.number):
+                job = self._tables.jobs[source, token]
+                job.claims = max(job.claims, run.number)
+                del self._tables.running[source, token]
+
     def end(self, source: int, ends: Sequence[End]) -> Sequence[Ended]:
         with self._tables.open() as now:
             for end in ends:

@@ -137,6 +137,13 @@ class PostgresStore:
             return Unknown(ask.token)
         return Refused(ask.token, Refusal(verdict), Outcome(outcome) if outcome else None)
 
+    def give_back(self, source: int, token: UUID, worker: UUID, *, number: int) -> None:
+        """Take this worker's claim away; see HostStore."""
+        self._db.execute(
+            self._sql["give_back"],
+            {"source": source, "token": token, "worker": worker, "number": number},
+        )
+
     def end(self, source: int, ends: Sequence[End]) -> Sequence[Ended]:
         """Move deliveries to history; see HostStore."""
         if not ends:

@@ -82,6 +82,11 @@ class FakeSession:
         """Send it back."""
         self.tracker.note("decline", job_id, error)
 
+    def give_back(self, claim: Claim) -> None:
+        """Hold it no more."""
+        self.tracker.note("give_back", claim.token.hex)
+        self.held.discard(claim.token)
+
     def abandon(self, claim: Claim) -> None:
         """Give it up as a dead worker's."""
         self.tracker.note("abandon", claim.token.hex)

@@ -728,7 +728,9 @@ def test_close_flushes_and_leaves() -> None:
     assert worker.outcome(job) is Outcome.COMPLETED
     assert [row.left for row in worker.leader.workers(SOURCE.id)] == [True]
     assert worker.session.closed
-    eventually(lambda: not any(thread.is_alive() for thread in worker.session._threads))
+    beats, flusher = worker.session._beats_ended, worker.session._flusher
+    assert beats is not None and flusher is not None
+    eventually(lambda: beats.is_set() and not flusher.is_alive())
 
 
 @pytest.mark.parametrize("what", ["start", "end"])
