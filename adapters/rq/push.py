@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from jobguard import failpoint
@@ -51,6 +51,8 @@ def push(tracker: Tracker, queue: Queue, buffer: Callable[[Pipeline], T]) -> T:
     if not staged:  # nothing of it is for us to record
         pipe.execute()
         return result
+    if tracker.hold([e.delivery for e in staged], partial(_push_held, pipe, tracker, staged)):
+        return result
     if not in_doubt and down is None:
         # Connected before the record: if this fails, surely nothing was sent.
         down = _unless_up(tracker, lambda: _connect(pipe))
@@ -71,6 +73,32 @@ def push(tracker: Tracker, queue: Queue, buffer: Callable[[Pipeline], T]) -> T:
             leave_to_outbox(staged)
             pipe.reset()
             return result
+    _execute(pipe, tracker, staged, recorded)
+    return result
+
+
+def _push_held(
+    pipe: Pipeline, tracker: Tracker, staged: Sequence[Staged], recorded: Recorded
+) -> None:
+    """Push what was recorded with the others of its batch."""
+    settle(staged, recorded)
+    in_doubt = tracker.broker_in_doubt()
+    down = None if in_doubt else _unless_up(tracker, lambda: _connect(pipe))
+    if in_doubt or down is not None:
+        if tracker.accepts_without_broker(recorded):
+            leave_to_outbox(staged)
+            pipe.reset()
+            return
+        down = down or _unless_up(tracker, lambda: _connect(pipe))
+        if down is not None:
+            _take_back(pipe, tracker, staged)
+            raise down
+    _execute(pipe, tracker, staged, recorded)
+
+
+def _execute(
+    pipe: Pipeline, tracker: Tracker, staged: Sequence[Staged], recorded: Recorded
+) -> None:
     if recorded.refused:
         staged = _without_refused(pipe, staged, recorded)
     written = not (recorded.spooled or recorded.lost)
@@ -85,7 +113,6 @@ def push(tracker: Tracker, queue: Queue, buffer: Callable[[Pipeline], T]) -> T:
         not_pushed(staged, error)
         raise
     failpoint.hit("after_push", when=written)
-    return result
 
 
 def _record(

@@ -296,6 +296,35 @@ class TestRestore:
         assert library.waiting() == before
 
 
+class TestBatch:
+    """Many jobs, one statement."""
+
+    def test_a_batch_is_recorded_in_one_statement_and_pushed_in_order(
+        self,
+        library: Library,
+        guard: JobGuard,
+        records: Records,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """Nothing of it is in Redis before."""
+        counts: list[int] = []
+        record = HostTracker.record
+
+        def watched(self: HostTracker, deliveries: Any, **options: Any) -> Any:
+            counts.append(len(deliveries))
+            return record(self, deliveries, **options)
+
+        monkeypatch.setattr(HostTracker, "record", watched)
+        with guard.batch():
+            sent = [library.send("say", str(n)) for n in range(20)]
+            assert library.waiting() == []
+        assert counts == [20]
+        assert library.waiting() == sent
+        assert [owed.job_id for owed in records.owed()] == sent
+        library.work()
+        assert sorted(library.said(), key=int) == [str(n) for n in range(20)]
+
+
 class TestLives:
     """Each push is a delivery, and each delivery ends once."""
 

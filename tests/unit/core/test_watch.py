@@ -9,7 +9,7 @@ import pytest
 import redis
 
 from jobguard.errors import NotLeading
-from jobguard.job import Cause, Claim, Outcome, Owed, Parent, Presence, Sighting
+from jobguard.job import Cause, Claim, End, Outcome, Owed, Parent, Part, Presence, Sighting
 from jobguard.pulse import ACCEPTED
 from jobguard.reconciler import watch as watch_module
 from jobguard.store import Brake
@@ -430,6 +430,101 @@ def test_a_goodbye_costs_nothing_and_takes_no_time() -> None:
     world.run_until(lambda: world.broker.pushed == ["job"], within=2, step=0.1)
 
     assert world.owed()["job"].crashes == 0
+
+
+def test_what_a_dead_worker_had_taken_goes_back_with_it() -> None:
+    """It had not begun it: within 2 s of the death, without a grace, and it is no crash."""
+    world = World()
+    worker = world.trusted()
+    world.enqueue(*ids(30))
+    world.broker.held = dict.fromkeys(ids(30), worker.name)
+    world.run(70)
+    assert world.broker.pushed == []
+    worker.kill()
+
+    took = world.run_until(lambda: len(world.broker.pushed) == 30, within=30, step=0.1)
+
+    assert took <= world.settings.worker_timeout + 2
+    assert world.broker.taken_from == [(job, worker.name) for job in ids(30)]
+    assert {owed.crashes for owed in world.owed().values()} == {0}
+
+
+def test_what_a_departed_worker_had_taken_goes_back_at_once() -> None:
+    """It said goodbye, and did not put it back itself; named by the id of its session."""
+    world = World()
+    worker = world.trusted()
+    world.enqueue("job")
+    world.broker.held["job"] = worker.id.hex
+    world.run(20)
+    worker.leave()
+    world.run_until(lambda: world.broker.taken_from == [("job", worker.id.hex)], within=3)
+
+
+def test_what_a_stranger_has_taken_is_left_alone() -> None:
+    """A worker of that name was never heard of: it is not guarded, and lives for all we know."""
+    world = calm()
+    world.enqueue("job")
+    world.broker.held["job"] = "stranger"
+    world.run(200)
+    assert world.broker.pushed == []
+
+
+def test_what_a_forgotten_worker_had_taken_goes_back() -> None:
+    """The ledger does not know the id any more: that boot is long gone."""
+    world = calm()
+    world.enqueue("job")
+    world.broker.held["job"] = uuid4().hex
+    world.run_until(lambda: world.broker.pushed == ["job"], within=130)
+
+
+def test_joins_are_mended_before_members_go_back() -> None:
+    """After a loss; and nothing is asked while nothing is lost."""
+    world = calm()
+    world.enqueue("member")
+    world.host.open_join(SOURCE.id, "chord", size=2, state=b"")
+    world.run(70)
+    assert world.broker.rejoined == []
+    seen: list[list[tuple[str, bool]]] = []
+    world.broker.before_restore = lambda: seen.append(list(world.broker.rejoined))
+    world.flushall()
+    world.run_until(lambda: world.broker.pushed == ["member"], within=10)
+    assert seen[0] == [("chord", False)]
+
+
+def test_a_complete_join_is_told_again_until_something_comes_of_it() -> None:
+    """After the grace, then again ever more seldom."""
+    world = World()
+    worker = world.trusted()
+    (member,) = world.enqueue("member")
+    world.host.open_join(SOURCE.id, "chord", size=1, state=b"")
+    claim = worker.start(member)
+    assert isinstance(claim, Claim)
+    end = End(member.token, claim.number, Outcome.COMPLETED, worker.id, part=Part("chord"))
+    world.host.end(SOURCE.id, [end])
+    world.run(world.settings.grace - 1)
+    assert world.broker.rejoined == []
+    world.run(5)
+    assert world.broker.rejoined == [("chord", True)]
+    world.run(100)
+    assert world.broker.rejoined == [("chord", True)] * 3
+    world.record(world.describe("body", closes="chord"))
+    world.run(300)
+    assert world.broker.rejoined == [("chord", True)] * 3
+
+
+def test_a_paused_leader_finishes_no_join() -> None:
+    """It would push something."""
+    world = World()
+    worker = world.trusted()
+    (member,) = world.enqueue("member")
+    world.host.open_join(SOURCE.id, "chord", size=1, state=b"")
+    claim = worker.start(member)
+    assert isinstance(claim, Claim)
+    end = End(member.token, claim.number, Outcome.COMPLETED, worker.id, part=Part("chord"))
+    world.host.end(SOURCE.id, [end])
+    world.brake = Brake(paused=True)
+    world.run(60)
+    assert world.broker.rejoined == []
 
 
 def test_the_crash_budget() -> None:

@@ -1,0 +1,331 @@
+"""What the ledger knows of libraries that count joins in Redis and keep a body for each push."""
+
+from __future__ import annotations
+
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+
+from jobguard.job import (
+    Cause,
+    Claim,
+    Delivery,
+    Ended,
+    OpenJoin,
+    Outcome,
+    Parent,
+    Part,
+    Refusal,
+    Refused,
+    derived_token,
+    new_token,
+)
+from jobguard.store import SourceRow
+from tests.contract.conftest import (
+    CRASH_BUDGET,
+    NAMESPACE,
+    SOURCE,
+    Contract,
+    Worker,
+    delivery,
+)
+
+PLENTY = 100
+
+
+@pytest.fixture
+def bodies(ledger: Contract) -> Contract:
+    """A source whose library keeps a body of its own for every push."""
+    row = SourceRow(SOURCE, NAMESPACE, "celery", "localhost:6379/0", "", None, "", one_body=False)
+    ledger.store.register(row)
+    return ledger
+
+
+def opened(ledger: Contract) -> dict[str, OpenJoin]:
+    """Return the joins that are open, by id."""
+    found = ledger.leader.open_joins(SOURCE, after="", limit=PLENTY)
+    return {join.id: join for join in found}
+
+
+def complete(ledger: Contract, quiet: float = 10.0) -> list[str]:
+    """Return the joins of which something should have come."""
+    return [join.id for join in ledger.leader.complete_joins(SOURCE, quiet=quiet, limit=PLENTY)]
+
+
+def ends(worker: Worker, member: Delivery, join: str = "g", state: bytes = b"result") -> Ended:
+    """Have a member run, and end as a part of a join."""
+    return worker.end(worker.start(member.token), part=Part(join, state))
+
+
+def body(join: str = "g", **more: Any) -> Delivery:
+    """Describe the continuation of a join."""
+    return delivery("body", fresh=True, closes=join, **more)
+
+
+# Joins
+
+
+def test_the_ends_of_members_are_kept_with_all_that_brings_them_back(ledger: Contract) -> None:
+    """In the order of their ends; a member that has not ended is no part yet."""
+    ledger.store.open_join(SOURCE, "g", size=3, state=b"body")
+    first, second = (ledger.recorded(id, envelope=id.encode(), queue="mail") for id in "ab")
+    ledger.recorded("c")
+    worker = ledger.worker()
+    ends(worker, second, state=b"2")
+    ledger.advance(1)
+    ends(worker, first, state=b"1")
+
+    join = opened(ledger)["g"]
+    assert (join.size, join.state) == (3, b"body")
+    assert [(p.token, p.job_id, p.queue, p.state, p.envelope) for p in join.parts] == [
+        (second.token, "b", "mail", b"2", b"b"),
+        (first.token, "a", "mail", b"1", b"a"),
+    ]
+
+
+def test_a_member_counts_once(ledger: Contract) -> None:
+    """Whoever reports its end, and however often."""
+    ledger.store.open_join(SOURCE, "g", size=2, state=b"")
+    member = ledger.recorded("a")
+    worker = ledger.worker()
+    claim = worker.start(member.token)
+    assert worker.end(claim, part=Part("g", b"first")) is Ended.ENDED
+    assert worker.end(claim, part=Part("g", b"again")) is Ended.LATE
+    assert [part.state for part in opened(ledger)["g"].parts] == [b"first"]
+
+
+def test_an_end_that_does_not_count_is_no_part(ledger: Contract) -> None:
+    """A stale claim's failure changes nothing."""
+    ledger.store.open_join(SOURCE, "g", size=1, state=b"")
+    member = ledger.recorded("a")
+    dead, heir = ledger.working(), ledger.working()
+    claim = dead.start(member.token)
+    dead.leave()
+    assert isinstance(heir.claim(member.token), Claim)
+    assert dead.end(claim, Outcome.FAILED, part=Part("g", b"")) is Ended.LATE
+    assert opened(ledger)["g"].parts == ()
+
+
+def test_a_part_of_what_nobody_recorded_counts(ledger: Contract) -> None:
+    """Its record waits in a spool; it cannot be told again, for its envelope is there as well."""
+    ledger.store.open_join(SOURCE, "g", size=1, state=b"")
+    worker = ledger.working()
+    part = Part("g", b"result")
+    assert worker.end(Claim(new_token(), 0), job_id="a", queue="mail", part=part) is Ended.UNKNOWN
+    (found,) = opened(ledger)["g"].parts
+    assert (found.job_id, found.queue, found.state, found.envelope) == ("a", "mail", b"result", b"")
+
+
+def test_a_join_is_complete_when_all_have_ended_and_it_was_quiet_for_a_while(
+    ledger: Contract,
+) -> None:
+    """Its library has some time to go on by itself."""
+    ledger.store.open_join(SOURCE, "g", size=2, state=b"")
+    first, second = ledger.recorded("a"), ledger.recorded("b")
+    worker = ledger.worker()
+    ends(worker, first)
+    ledger.advance(60)
+    assert complete(ledger) == []
+    ends(worker, second)
+    assert complete(ledger) == []
+    ledger.advance(11)
+    assert complete(ledger) == ["g"]
+
+
+def test_a_join_of_which_nobody_said_how_large_it_is_is_never_complete(ledger: Contract) -> None:
+    """Until somebody does: members may end before it is opened, where that waits in a spool."""
+    ends(ledger.worker(), ledger.recorded("a"))
+    ledger.store.open_join(SOURCE, "other", size=1, state=b"")
+    ledger.advance(60)
+    assert complete(ledger) == []
+    ledger.store.open_join(SOURCE, "g", size=1, state=b"s")
+    assert complete(ledger) == ["g"]
+
+
+def test_its_continuation_closes_a_join_once(ledger: Contract) -> None:
+    """Whoever else goes on from it is refused; the one that did may say so again."""
+    ledger.store.open_join(SOURCE, "g", size=1, state=b"")
+    ends(ledger.worker(), ledger.recorded("a"))
+    first, second = body(), body()
+    assert ledger.record(first).refused == frozenset()
+    assert opened(ledger) == {}
+    assert ledger.record(second).refused == {second.token}
+    assert ledger.record(first).refused == frozenset()
+    assert set(ledger.owed()) == {first.token}
+    ledger.advance(60)
+    assert complete(ledger) == []
+
+
+def test_of_two_continuations_in_one_call_the_first_is_taken(ledger: Contract) -> None:
+    """And what goes with them is recorded as ever."""
+    first, second, other = body(), body(), delivery("x", fresh=True)
+    assert ledger.record(first, second, other).refused == {second.token}
+    assert set(ledger.owed()) == {first.token, other.token}
+
+
+def test_a_replayed_continuation_that_comes_too_late_is_not_owed(ledger: Contract) -> None:
+    """It waited in a spool while another went on."""
+    first, second = body(), body()
+    ledger.record(first)
+    assert ledger.record(second, replay=True).refused == frozenset()
+    assert set(ledger.owed()) == {first.token}
+
+
+def test_what_is_closed_takes_no_more_parts(ledger: Contract) -> None:
+    """Given up by the library, or gone on from."""
+    ledger.store.open_join(SOURCE, "g", size=1, state=b"")
+    ledger.store.close_join(SOURCE, "g")
+    assert opened(ledger) == {}
+    ends(ledger.worker(), ledger.recorded("a"))
+    ledger.advance(60)
+    assert (opened(ledger), complete(ledger)) == ({}, [])
+    late = body()
+    assert ledger.record(late).refused == {late.token}
+
+
+def test_joins_are_read_by_the_page(ledger: Contract) -> None:
+    """In the order of their ids; those of other sources are none of its business."""
+    for n in range(5):
+        ledger.store.open_join(SOURCE, f"g{n}", size=1, state=b"")
+    ledger.store.open_join(SOURCE + 1, "g9", size=1, state=b"")
+    page = ledger.leader.open_joins(SOURCE, after="g1", limit=2)
+    assert [join.id for join in page] == ["g2", "g3"]
+
+
+def test_retention_drops_joins(ledger: Contract) -> None:
+    """Open or not: what a library forgets after a day need not be kept for a week."""
+    ledger.store.open_join(SOURCE, "old", size=1, state=b"")
+    ends(ledger.worker(), ledger.recorded("a"), join="old")
+    ledger.advance(8 * 86400)
+    ledger.store.open_join(SOURCE, "young", size=1, state=b"")
+    ledger.leader.rotate(retention=7 * 86400)
+    assert set(opened(ledger)) == {"young"}
+
+
+# What a run sends
+
+
+def test_a_derived_token_is_that_of_its_run() -> None:
+    """Another run of the parent sends the same; another id or the next of the same id does not."""
+    parent = new_token()
+    assert derived_token(parent, "a") == derived_token(parent, "a") > parent
+    others = {
+        derived_token(parent, "b"),
+        derived_token(parent, "a", 1),
+        derived_token(uuid4(), "a"),
+    }
+    assert len({derived_token(parent, "a"), *others}) == 4
+
+
+def test_what_a_killed_run_had_sent_is_not_owed_again_when_it_is_sent_again(
+    bodies: Contract,
+) -> None:
+    """It has run and ended by then; refused, so that it is not pushed."""
+    parent = bodies.recorded("a")
+    sent = delivery("b", token=derived_token(parent.token, "b"), fresh=True, derived=True)
+    assert bodies.record(sent).refused == frozenset()
+    assert (
+        bodies.record(sent).refused == frozenset()
+    )  # waits: the fence makes one run of two copies
+    worker = bodies.worker()
+    worker.end(worker.start(sent.token))
+    assert bodies.record(sent).refused == {sent.token}
+    assert set(bodies.owed()) == {parent.token}
+
+
+# One body for each push
+
+
+def test_lives_of_one_id_do_not_touch_each_other(bodies: Contract) -> None:
+    """Each push has a body of its own: nothing is superseded but a parent."""
+    first, second = bodies.recorded("j"), bodies.recorded("j")
+    assert set(bodies.owed()) == {first.token, second.token}
+    worker = bodies.worker()
+    worker.end(Claim(new_token(), 0), job_id="j")  # one that nobody had recorded
+    worker.start(second.token)
+    assert set(bodies.owed()) == {first.token, second.token}
+    assert bodies.leader.overtaken(SOURCE, [first.token]) == frozenset()
+
+
+def test_a_late_record_stands_beside_a_younger_life(bodies: Contract) -> None:
+    """What waited in a spool is owed, though its id was sent again meanwhile."""
+    older = delivery("j")
+    younger = bodies.recorded("j")
+    bodies.record(older, replay=True)
+    assert set(bodies.owed()) == {older.token, younger.token}
+
+
+def test_a_parent_is_superseded_all_the_same(bodies: Contract) -> None:
+    """By the name that the retry gives."""
+    first = bodies.recorded("j")
+    claim = bodies.worker().start(first.token)
+    retry = delivery("j", parent=Parent(first.token, claim=claim.number), fresh=True)
+    assert bodies.record(retry).refused == frozenset()
+    assert set(bodies.owed()) == {retry.token}
+    assert bodies.outcome(first.token) is Outcome.SUPERSEDED
+
+
+# Declined, and given back
+
+
+def declined(ledger: Contract, token: UUID) -> int:
+    """Decline it once more."""
+    return ledger.store.decline(SOURCE, token, most=2, wait=10.0, error="no such task")
+
+
+def test_what_no_worker_can_begin_goes_back_later_and_is_dead_in_the_end(ledger: Contract) -> None:
+    """The wait doubles each time; nobody has died of it."""
+    it = ledger.recorded("j", envelope=b"kept")
+    assert declined(ledger, it.token) == 1
+    assert ledger.watched() == {}
+    ledger.advance(11)
+    row = ledger.watched()[it.token]
+    assert (row.suspected, row.suspected_mark, row.crashes) == (Cause.WORKER, "", 0)
+
+    ledger.leader.restored(ledger.elected(), SOURCE, [it.token])
+    assert declined(ledger, it.token) == 0
+    ledger.advance(11)
+    assert ledger.watched() == {}
+    ledger.advance(10)
+    assert set(ledger.watched()) == {it.token}
+
+    assert declined(ledger, it.token) == 0
+    assert ledger.outcome(it.token) is Outcome.DEAD
+    assert ledger.owed() == {}
+
+
+def test_what_somebody_runs_is_not_declined(ledger: Contract) -> None:
+    """Nor what has ended, or nobody knows."""
+    it = ledger.recorded("j")
+    ledger.worker().start(it.token)
+    declined(ledger, it.token)
+    declined(ledger, new_token())
+    assert ledger.watched() == {}
+
+
+def test_a_claim_that_is_given_back_is_anyones(ledger: Contract) -> None:
+    """No crash; and what its holder still says of it is late."""
+    it = ledger.recorded("j")
+    ledger.elected()
+    worker, other = ledger.working(), ledger.working()
+    claim = worker.start(it.token)
+    assert other.claim(it.token) == Refused(it.token, Refusal.HELD)
+    ledger.store.give_back(SOURCE, it.token, worker.id, number=claim.number)
+
+    again = other.claim(it.token, budget=CRASH_BUDGET)
+    assert again == Claim(it.token, claim.number + 1)
+    assert worker.end(claim, Outcome.FAILED) is Ended.LATE
+    assert other.end(again) is Ended.ENDED
+
+
+@pytest.mark.parametrize("number", [2, 0])
+def test_only_its_holder_gives_a_claim_back(ledger: Contract, number: int) -> None:
+    """In the name of that very claim, or of whichever it holds."""
+    it = ledger.recorded("j")
+    worker, other = ledger.working(), ledger.working()
+    worker.start(it.token)
+    ledger.store.give_back(SOURCE, it.token, other.id, number=0)
+    ledger.store.give_back(SOURCE, it.token, worker.id, number=number)
+    stands = ledger.owed()[it.token].claim_number
+    assert stands == (1 if number else None)

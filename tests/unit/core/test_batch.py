@@ -1,0 +1,140 @@
+"""A batch records once, and pushes in order."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from uuid import UUID
+
+import pytest
+
+from jobguard.batch import batch, hold
+from jobguard.job import Delivery, Parent, Recorded, new_token
+from tests.support import eventually
+
+SOURCE = 7
+
+
+class Recorder:
+    """A tracker of which only what a batch needs is there."""
+
+    def __init__(self) -> None:
+        self.push_deadline = 60.0
+        self.answer = Recorded(leader_live=True)
+        self.batches: list[list[str]] = []
+        self.withdrawn: list[str] = []
+        self.outbox: list[UUID] = []
+
+    def record(self, deliveries: Sequence[Delivery], *, outbox: bool = False) -> Recorded:
+        """Note them."""
+        self.batches.append([delivery.job_id for delivery in deliveries])
+        return self.answer
+
+    def withdraw(self, deliveries: Sequence[Delivery]) -> None:
+        """Note them."""
+        self.withdrawn += [delivery.job_id for delivery in deliveries]
+
+    def leave_to_outbox(self, tokens: Sequence[UUID]) -> None:
+        """Note them."""
+        self.outbox += tokens
+
+
+def delivery(job_id: str, *, parent: Parent | None = None) -> Delivery:
+    """Make one."""
+    return Delivery(new_token(), job_id, "mail", "task", b"", parent=parent)
+
+
+def send(recorder: Recorder, job_id: str, pushed: list[str]) -> bool:
+    """Send a job as an adapter does."""
+    return hold(SOURCE, recorder, [delivery(job_id)], lambda _: pushed.append(job_id))
+
+
+def test_nothing_is_held_outside() -> None:
+    """The adapter records and pushes by itself."""
+    recorder, pushed = Recorder(), list[str]()
+    assert not send(recorder, "a", pushed)
+    with batch(SOURCE + 1, recorder):
+        assert not send(recorder, "a", pushed)
+    assert (recorder.batches, pushed) == ([], [])
+
+
+def test_all_are_recorded_at_once_and_then_pushed_in_order() -> None:
+    """Nothing of it before the end of the outermost block."""
+    recorder, pushed = Recorder(), list[str]()
+    with batch(SOURCE, recorder):
+        assert send(recorder, "a", pushed)
+        with batch(SOURCE, recorder):
+            assert send(recorder, "b", pushed)
+        assert (recorder.batches, pushed) == ([], [])
+        assert send(recorder, "c", pushed)
+    assert recorder.batches == [["a", "b", "c"]]
+    assert pushed == ["a", "b", "c"]
+    assert not send(recorder, "d", pushed)
+
+
+def test_a_thousand_are_not_kept_waiting() -> None:
+    """However long the loop is."""
+    recorder, pushed = Recorder(), list[str]()
+    with batch(SOURCE, recorder):
+        for n in range(1001):
+            send(recorder, str(n), pushed)
+        assert len(pushed) == 1000
+    assert [len(one) for one in recorder.batches] == [1000, 1]
+
+
+def test_what_was_sent_before_an_error_is_sent() -> None:
+    """As it would have been without a batch."""
+    recorder, pushed = Recorder(), list[str]()
+    with pytest.raises(KeyError), batch(SOURCE, recorder):
+        send(recorder, "a", pushed)
+        raise KeyError
+    assert pushed == ["a"]
+
+
+def test_an_empty_batch_asks_nothing() -> None:
+    """Nor is anything recorded."""
+    recorder = Recorder()
+    with batch(SOURCE, recorder):
+        pass
+    assert recorder.batches == []
+
+
+def test_a_push_that_fails_takes_back_what_comes_after_it() -> None:
+    """Whoever sent them hears of it; what has superseded something cannot be taken back."""
+    recorder, pushed = Recorder(), list[str]()
+
+    def refuse(_: Recorded) -> None:
+        raise ConnectionError
+
+    retry = delivery("d", parent=Parent(new_token()))
+    with pytest.raises(ConnectionError), batch(SOURCE, recorder):
+        send(recorder, "a", pushed)
+        hold(SOURCE, recorder, [delivery("b")], refuse)
+        send(recorder, "c", pushed)
+        hold(SOURCE, recorder, [retry], lambda _: pushed.append("d"))
+    assert pushed == ["a"]
+    assert recorder.withdrawn == ["c"]
+    assert recorder.outbox == [retry.token]
+
+
+def test_what_is_late_is_left_to_the_leader() -> None:
+    """It may have pushed it already; but not what Postgres does not have."""
+    recorder, pushed = Recorder(), list[str]()
+    recorder.push_deadline = -1.0
+    with batch(SOURCE, recorder):
+        send(recorder, "a", pushed)
+        send(recorder, "b", pushed)
+    assert pushed == [] and len(recorder.outbox) == 2
+    recorder.answer = Recorded(spooled=True)
+    with batch(SOURCE, recorder):
+        send(recorder, "c", pushed)
+    assert pushed == ["c"]
+
+
+def test_a_batch_is_that_of_its_thread() -> None:
+    """What others send meanwhile goes out at once."""
+    recorder, pushed = Recorder(), list[str]()
+    answers: list[bool] = []
+    with batch(SOURCE, recorder):
+        threading.Thread(target=lambda: answers.append(send(recorder, "a", pushed))).start()
+        eventually(lambda: answers == [False])
