@@ -7,11 +7,14 @@ source, so that it is made here for everyone, and holds no password.
 from __future__ import annotations
 
 from typing import Any, cast
+from urllib.parse import unquote, urlsplit
 
 import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
+from redis.sentinel import Sentinel
 
+_SENTINEL_PORT = 26379
 _LOOPBACK = {"localhost", "127.0.0.1", "::1", ""}
 
 
@@ -62,5 +65,38 @@ def own_client(client: redis.Redis, *, timeout: float) -> redis.Redis:
 
 
 def client_from_url(url: str, *, timeout: float) -> redis.Redis:
-    """Return a client of our own for a ``redis://``, ``rediss://`` or ``unix://`` URL."""
+    """Return a client of our own for a ``redis://``, ``rediss://``, ``unix://`` or ``sentinel://`` URL.
+
+    ``sentinel://[user:password@]host[:port][,host[:port]…]/service[/db]``: the master of that service,
+    by these sentinels; user and password are those of Redis. Raises ValueError.
+    """
+    if url.startswith("sentinel://"):
+        return own_client(_by_sentinels(url, timeout), timeout=timeout)
     return own_client(redis.Redis.from_url(url), timeout=timeout)
+
+
+def _by_sentinels(url: str, timeout: float) -> redis.Redis:
+    parts = urlsplit(url)
+    account, _, hosts = parts.netloc.rpartition("@")
+    service, _, db = parts.path.strip("/").partition("/")
+    if not (hosts and service and (db or "0").isdigit()):
+        raise ValueError(
+            "a sentinel URL is sentinel://[user:password@]host[:port][,host[:port]]/service[/db]"
+        )
+    username, _, password = account.partition(":")
+    sentinels = [_host_and_port(given) for given in hosts.split(",")]
+    sentinel: Any = cast(Any, Sentinel)(
+        sentinels, socket_timeout=timeout, socket_connect_timeout=timeout
+    )
+    master = sentinel.master_for(
+        service,
+        db=int(db or 0),
+        username=unquote(username) or None,
+        password=unquote(password) or None,
+    )
+    return cast(redis.Redis, master)
+
+
+def _host_and_port(given: str) -> tuple[str, int]:
+    parts = urlsplit(f"//{given}")
+    return parts.hostname or "localhost", parts.port or _SENTINEL_PORT

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import atexit
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, replace
-from importlib.metadata import EntryPoint, entry_points
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, cast
 from uuid import UUID
@@ -32,6 +31,7 @@ from jobguard.errors import (
 from jobguard.log import say
 from jobguard.settings import Settings, disabled, settings_from
 from jobguard.store import Counts
+from jobguard.targets import recognised
 
 if TYPE_CHECKING:
     from jobguard.store import Ledger
@@ -230,7 +230,7 @@ def guard(
     if disabled():
         say("guard_inert", reason="JOBGUARD_DISABLED is set")
         return JobGuard(chosen, inert="JOBGUARD_DISABLED is set")
-    adapter, guarded = _recognised(target, chosen)
+    adapter, guarded = recognised(target, chosen)
     if isinstance(guarded, Later):
         return _guard_later(target, chosen, postgres, adapter, guarded)
     return _guard_now(target, chosen, postgres, adapter, guarded)
@@ -287,7 +287,7 @@ def _guard_later(
                 return
             made._later = None  # what asks for the guard meanwhile must not come here again
             try:
-                _, guarded = _recognised(target, chosen)
+                _, guarded = recognised(target, chosen)
                 if isinstance(guarded, Later):
                     made._later = complete
                     return
@@ -346,35 +346,6 @@ def _same(
     existing._tracker.guard_also(guarded.queues)
     existing._adapter.install(behind_wall(cast(Tracker, existing._tracker)), target)
     return existing
-
-
-def _recognised(target: object, settings: Settings) -> tuple[Adapter, Guarded | Later]:
-    tried = []
-    for entry in _adapters_for(target):
-        try:
-            adapter: Adapter = entry.load()()
-        except ImportError as error:
-            tried.append(f"{entry.name} ({error})")
-            continue
-        tried.append(entry.name)
-        guarded = adapter.sources(target, namespace=settings.namespace, name=settings.source)
-        if guarded is not None:
-            return adapter, guarded
-    kind = f"{type(target).__module__}.{type(target).__qualname__}"
-    raise UnsupportedTarget(
-        f"cannot guard a {kind}: give an rq.Queue, a list of them, or a redis.Redis; a "
-        "celery.Celery; or a dramatiq RedisBroker "
-        f"(adapters tried: {', '.join(tried) or 'none installed'})"
-    )
-
-
-def _adapters_for(target: object) -> Iterator[EntryPoint]:
-    """The adapter whose library the target is made of comes first; no other library is imported for it."""
-    found = {entry.name: entry for entry in entry_points(group="jobguard.adapters")}
-    roots = [kind.__module__.split(".")[0] for kind in type(target).__mro__]
-    named = [name for name in found if name in roots]
-    for name in named or found:
-        yield found[name]
 
 
 def _resolve_worker(target: object) -> Tracker | None:

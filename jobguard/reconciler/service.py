@@ -298,7 +298,7 @@ def clients_from_urls(urls: Sequence[str]) -> Clients:
         name, separator, url = given.partition("=")
         if not separator or "://" in name:
             name, url = "", given
-        address = address_of(redis.Redis.from_url(url))
+        address = address_of(client_from_url(url, timeout=_CLIENT_TIMEOUT))
         made[name or address] = _maker(url)
     return made
 

@@ -1,0 +1,43 @@
+"""Which adapter a target is for: the one whose library it is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.metadata import EntryPoint, entry_points
+
+from jobguard.adapter import Adapter, Guarded, Later
+from jobguard.errors import UnsupportedTarget
+from jobguard.settings import Settings
+
+
+def recognised(target: object, settings: Settings) -> tuple[Adapter, Guarded | Later]:
+    """Return the adapter that knows this target, and what guarding it means.
+
+    Raises UnsupportedTarget.
+    """
+    tried = []
+    for entry in _adapters_for(target):
+        try:
+            adapter: Adapter = entry.load()()
+        except ImportError as error:
+            tried.append(f"{entry.name} ({error})")
+            continue
+        tried.append(entry.name)
+        guarded = adapter.sources(target, namespace=settings.namespace, name=settings.source)
+        if guarded is not None:
+            return adapter, guarded
+    kind = f"{type(target).__module__}.{type(target).__qualname__}"
+    raise UnsupportedTarget(
+        f"cannot guard a {kind}: give an rq.Queue, a list of them, or a redis.Redis; a "
+        "celery.Celery; or a dramatiq RedisBroker "
+        f"(adapters tried: {', '.join(tried) or 'none installed'})"
+    )
+
+
+def _adapters_for(target: object) -> Iterator[EntryPoint]:
+    """The adapter whose library the target is made of comes first; no other library is imported for it."""
+    found = {entry.name: entry for entry in entry_points(group="jobguard.adapters")}
+    roots = [kind.__module__.split(".")[0] for kind in type(target).__mro__]
+    named = [name for name in found if name in roots]
+    for name in named or found:
+        yield found[name]
