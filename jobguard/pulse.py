@@ -2,9 +2,9 @@
 
 Layout in Redis, all of it in the source's own db:
 
-- ``jobguard:pulse:<namespace>`` (hash): ``epoch`` (uuid; a new one after every incident), ``n`` (the
-  counter), ``source`` (the id of the source this Redis is taken for), ``installation`` (the uuid of
-  the ledger). Written by the leader alone.
+- ``jobguard:pulse:<namespace>:<library>[:<prefix>]`` (hash): ``epoch`` (uuid; a new one after every
+  incident), ``n`` (the counter), ``source`` (the id of the source this Redis is taken for),
+  ``installation`` (the uuid of the ledger). Written by the leader alone.
 - ``jobguard:beat:<worker id>`` (string): a worker's beat counter, with a time to live.
 
 The leader moves ``n`` to ``n + 1`` by compare-and-set, and only after Postgres holds the last value.
@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, Protocol
 from uuid import UUID
 
 _FIELDS = ("epoch", "n", "source", "installation")
@@ -28,9 +28,30 @@ ACCEPTED = -1
 """In Postgres, in place of the counter: a person said that what stands in Redis is right."""
 
 
-def pulse_key(namespace: str) -> str:
-    """The key of a namespace's pulse."""
-    return f"jobguard:pulse:{namespace}"
+class Kept(Protocol):
+    """What has a pulse of its own in its Redis: a source, by whichever address it is reached."""
+
+    @property
+    def namespace(self) -> str:
+        """The tenant."""
+
+    @property
+    def library(self) -> str:
+        """The queue library."""
+
+    @property
+    def prefix(self) -> str:
+        """Where its keys lie."""
+
+
+def pulse_key(source: Kept) -> str:
+    """The key of a source's pulse.
+
+    Without its address: a process that reaches the same Redis by another one, and takes it for another
+    source, is to read this very pulse, and to see whose it is.
+    """
+    key = f"jobguard:pulse:{source.namespace}:{source.library}"
+    return f"{key}:{source.prefix}" if source.prefix else key
 
 
 def beat_key(worker: UUID) -> str:
@@ -48,9 +69,9 @@ class Standing:
     installation: UUID
 
 
-def read_pulse(client: Any, namespace: str) -> Any:
+def read_pulse(client: Any, source: Kept) -> Any:
     """Ask a client or a pipeline for the pulse; the answer goes to parse_pulse."""
-    return client.hmget(pulse_key(namespace), _FIELDS)
+    return client.hmget(pulse_key(source), _FIELDS)
 
 
 def parse_pulse(answer: Sequence[bytes | None] | None) -> Standing | None:

@@ -474,7 +474,7 @@ class WorkerSession:
             pipe = client.pipeline(transaction=False)
             seconds = int(4 * self._settings.worker_timeout)
             pipe.set(beat_key(self.id), counter, ex=seconds)
-            read_pulse(pipe, self._tracker.source.namespace)
+            read_pulse(pipe, self._tracker.source)
             answers: list[Any] = pipe.execute()
         except Exception as error:
             say("beat_unheard", store="redis", error=str(error))

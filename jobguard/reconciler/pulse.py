@@ -74,7 +74,7 @@ class PulseKeeper:
         self._store = store
         self._source = source
         self._installation = installation
-        self._key = pulse_key(source.namespace)
+        self._key = pulse_key(source)
         self._epoch = source.pulse_epoch
         self._n = source.pulse_n
         self._run_id = source.run_id
@@ -99,7 +99,7 @@ class PulseKeeper:
             self._look_at_topology()
             if self._topology is not None and self._topology.role == "slave":
                 raise redis.ReadOnlyError("it is a replica: what is not here may be on its master")
-            answer = read_pulse(self._client, self._source.namespace)
+            answer = read_pulse(self._client, self._source)
             standing = parse_pulse(answer)
             self._raw = tuple((value or b"").decode(errors="replace") for value in answer[:2])
             reading = judge_pulse(
@@ -230,7 +230,7 @@ class PulseKeeper:
 
     def stands(self) -> bool:
         """Whether the pulse is in Redis right now as we know it: nothing was lost up to here."""
-        standing = parse_pulse(read_pulse(self._client, self._source.namespace))
+        standing = parse_pulse(read_pulse(self._client, self._source))
         return standing is not None and standing.epoch == self._epoch
 
     def _accepted(self) -> bool:

@@ -17,6 +17,7 @@ import psycopg
 import pytest
 
 import jobguard.schema
+from jobguard.adapter import Source
 from jobguard.pulse import parse_pulse, read_pulse
 from jobguard.servers import PostgresServer, RedisServer, _postgres_bin
 from tests.acceptance import roads
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from jobguard.servers import NamedPostgres
+
+
+RQ = Source("default", "rq", "any", "rq")
 
 
 @pytest.fixture
@@ -147,7 +151,7 @@ def test_a_second_ledger_on_one_redis_and_namespace_touches_nothing(
     with site.producer() as (queue, _):
         queue.enqueue(roads.say, str(site.ledger), "ours")
     with site.client() as client:
-        eventually(lambda: parse_pulse(read_pulse(client, "default")))
+        eventually(lambda: parse_pulse(read_pulse(client, RQ)))
         name = f"jobguard_test_{uuid.uuid4().hex}"
         url = postgres_server.create_database(name, template_database)
         with psycopg.connect(url) as connection:
@@ -162,7 +166,7 @@ def test_a_second_ledger_on_one_redis_and_namespace_touches_nothing(
             before = keys(site)
             reconciler = second.reconciler()
             eventually(lambda: "another ledger keeps its pulse" in reconciler.log, 20)
-            standing = parse_pulse(read_pulse(client, "default"))
+            standing = parse_pulse(read_pulse(client, RQ))
             assert standing is not None
             assert [str(standing.installation)] == site.ask(
                 "select id::text from jobguard.installation"
@@ -171,7 +175,7 @@ def test_a_second_ledger_on_one_redis_and_namespace_touches_nothing(
             later = standing.n + 5
 
             def moved() -> bool:
-                now = parse_pulse(read_pulse(client, "default"))
+                now = parse_pulse(read_pulse(client, RQ))
                 return now is not None and now.n >= later and now.epoch == standing.epoch
 
             eventually(moved)

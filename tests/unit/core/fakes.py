@@ -176,12 +176,12 @@ class FakeRedis:
 
     def pulse(self) -> tuple[str, int] | None:
         """Tell the pulse (epoch, n) that stands here."""
-        found = self.hashes.get(pulse_key(NAMESPACE))
+        found = self.hashes.get(pulse_key(SOURCE))
         return None if found is None else (found["epoch"].decode(), int(found["n"]))
 
     def set_pulse(self, **fields: object) -> None:
         """Overwrite fields of the pulse."""
-        at = self.hashes.setdefault(pulse_key(NAMESPACE), {})
+        at = self.hashes.setdefault(pulse_key(SOURCE), {})
         at.update({name: str(value).encode() for name, value in fields.items()})
 
     def _up(self) -> None:

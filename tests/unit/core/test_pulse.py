@@ -22,7 +22,6 @@ from jobguard.reconciler.pulse import Health, PlaceIsSure, PulseKeeper
 from jobguard.store.memory import MemoryLedger
 from tests.unit.core.fakes import (
     FOR_EVER,
-    NAMESPACE,
     SOURCE,
     Clock,
     FakeRedis,
@@ -169,7 +168,7 @@ def test_the_pulse_names_its_source_and_installation() -> None:
     """What stands in Redis tells whose it is."""
     stage = started()
 
-    fields = stage.redis.hashes[pulse_key(NAMESPACE)]
+    fields = stage.redis.hashes[pulse_key(SOURCE)]
 
     assert fields["source"] == str(SOURCE.id).encode()
     assert fields["installation"] == str(OURS).encode()
@@ -588,7 +587,7 @@ def test_a_pulse_that_comes_back_is_not_missed_any_more() -> None:
 def test_a_broken_pulse_is_made_anew() -> None:
     """A pulse of which a field is missing or unreadable is a loss once, and then steady again."""
     stage = started()
-    del stage.redis.hashes[pulse_key(NAMESPACE)]["source"]
+    del stage.redis.hashes[pulse_key(SOURCE)]["source"]
 
     assert stage.tick() is Health.LOST
     assert stage.tick() is Health.STEADY
@@ -631,13 +630,21 @@ def test_a_stale_leader_moves_nothing_in_postgres() -> None:
     assert at[1] - before[1] <= 1
 
 
-def test_two_sources_two_pulses() -> None:
-    """A source of another namespace keeps its pulse beside ours."""
-    fields: dict[str, Any] = {"namespace": "another"}
-    row = replace(source_row(), **fields)
+@pytest.mark.parametrize(
+    "other", [{"namespace": "another"}, {"library": "celery"}, {"prefix": "p"}]
+)
+def test_two_sources_two_pulses(other: dict[str, Any]) -> None:
+    """A source of another namespace, library or prefix keeps its pulse beside ours."""
+    row = replace(source_row(), **other)
     stage = started()
     keeper = PulseKeeper(stage.redis.client, stage.store, row, OURS)
 
     assert keeper.tick(stage.term, place_is_sure=unasked, now=1.0) is Health.STEADY
     assert stage.tick() is Health.STEADY
-    assert set(stage.redis.hashes) == {pulse_key(NAMESPACE), pulse_key("another")}
+    assert set(stage.redis.hashes) == {pulse_key(SOURCE), pulse_key(row)}
+    assert len(stage.redis.hashes) == 2
+
+
+def test_one_redis_by_two_addresses_has_one_pulse() -> None:
+    """So that whoever takes it for another source sees whose it is."""
+    assert pulse_key(source_row()) == pulse_key(replace(source_row(), address="other:1/0"))
