@@ -316,6 +316,8 @@ class Later:
     when: Callable[[Callable[[], None]], None]
     """Calls this back once, before the first push, the first job, or whatever else needs us first.
     By then ``sources`` knows its answer. The callback raises nothing."""
+    settle: Callable[[], None]
+    """Somebody asks the guard itself: configure the application now, so that ``sources`` knows."""
 
 
 def running_job(

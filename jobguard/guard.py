@@ -289,8 +289,7 @@ def _guard_later(
             try:
                 _, guarded = recognised(target, chosen)
                 if isinstance(guarded, Later):
-                    made._later = complete
-                    return
+                    raise UnsupportedTarget("its application is not configured to the end")
                 real = _guard_now(target, chosen, postgres, adapter, guarded)
             except (JobguardError, ValueError) as error:
                 say("guard_refused", error=str(error))
@@ -299,7 +298,11 @@ def _guard_later(
             made._known, made._inert = real._known, real._inert
             made._adapter, made._conninfo = real._adapter, real._conninfo
 
-    made = JobGuard(chosen, later=complete)
+    def settle() -> None:
+        later.settle()
+        complete()
+
+    made = JobGuard(chosen, later=settle)
     later.when(complete)
     return made
 
