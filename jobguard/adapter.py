@@ -154,6 +154,9 @@ class Tracker(Protocol):
         verdict stands. ``began=False``: no run of them ever began, which is never their failure.
         """
 
+    def tombstones(self, tokens: Sequence[UUID]) -> Mapping[UUID, Outcome]:
+        """How these have ended, of those that the ledger knows to have ended; empty while it is away."""
+
     @property
     def mends_library(self) -> bool:
         """Whether crashes of the library itself, that would take a worker down, may be mended."""
@@ -164,10 +167,13 @@ class Tracker(Protocol):
         name: str,
         queues: Sequence[str],
         lists: Callable[[], Iterable[UUID]] | None = None,
+        apart: bool = False,
     ) -> Session:
         """Begin to beat as a worker. One session a worker process; the same again is returned.
 
         ``lists``: deliveries that its children may be running, asked at every beat from its thread.
+        ``apart``: jobs run in this very process, so that one of them can keep a thread of ours from
+        beating: have another process beat then.
         """
 
     def inherit_session(

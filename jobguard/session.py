@@ -4,9 +4,10 @@ A delivery is on the session's list from before its claim is asked for until its
 that a beat never leaves out what this worker may be running, nor what it has run and not yet told.
 
 Two threads: one beats, on a connection of its own that no breaker holds back, into Postgres and into
-Redis; one commits ends. A work-horse forked off the worker has neither; what it reports is written
-at once. But it watches its worker: should that die, the horse runs on, and beats in its stead, so
-that the job is not started beside it.
+Redis; one commits ends. Where jobs run in threads beside them, which a C call can starve, a stand-in in
+a process of its own beats when they cannot (see standin.py). A work-horse forked off the worker has
+neither; what it reports is written at once. But it watches its worker: should that die, the horse runs
+on, and beats in its stead, so that the job is not started beside it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, Protocol
 from uuid import UUID
 
@@ -38,6 +39,7 @@ from jobguard.job import (
 from jobguard.log import say
 from jobguard.pulse import beat_key, parse_pulse, read_pulse
 from jobguard.redact import redact
+from jobguard.standin import StandIn
 from jobguard.store import Ask, BeatReply, HostStore
 
 if TYPE_CHECKING:
@@ -58,6 +60,8 @@ _DECLINES = 5
 """How often a job goes back that no worker can begin, before it is dead."""
 _DECLINED = 5.0
 """Seconds before it goes back the first time; twice as many each time after."""
+_SAY_WHERE = 60.0
+"""Seconds for which a stand-in may use the same address: its password may be one that rotates."""
 _BREATH = 0.25
 """Seconds between two beats at least, however much there is to tell."""
 
@@ -104,6 +108,7 @@ class WorkerSession:
         queues: Sequence[str],
         inherited: tuple[UUID, int] | None = None,
         lists: Callable[[], Iterable[UUID]] | None = None,
+        apart: bool = False,
     ) -> None:
         self.id, self._pid = inherited or (new_token(), os.getpid())
         self.closed = False
@@ -114,6 +119,8 @@ class WorkerSession:
         self._queues = tuple(queues)
         self._lists = lists
         self._children: frozenset[UUID] = frozenset()
+        self._stand_in = self._apart() if apart else None
+        self._conninfo: tuple[float, str] | None = None  # as the stand-in was told it, and when
         self._lock = native.lock()
         self._lock_pid = os.getpid()
         self._listed: dict[UUID, int] = {}  # by how many starts of this process
@@ -166,6 +173,8 @@ class WorkerSession:
         nonce = new_token()
         with self._lock:
             self._listed[token] = self._listed.get(token, 0) + 1
+            if self._stand_in is not None:  # before the claim is asked for
+                self._stand_in.begins(token.hex)
         try:
             answer = self._claim(token, nonce, describe)
         except StoreUnavailable as error:
@@ -187,10 +196,7 @@ class WorkerSession:
             say("start_unfenced", reason=answer.reason.value)
             return Claim(token, 0)
         with self._lock:
-            # Held, perhaps by another thread of ours: its listing stays.
-            self._listed[token] -= 1
-            if not self._listed[token]:
-                del self._listed[token]
+            self._count_down(token)  # another thread of ours may hold it: then it stays listed
         say(
             "start_skipped",
             reason=answer.reason.value,
@@ -337,8 +343,16 @@ class WorkerSession:
     def _unlist(self, tokens: Sequence[UUID]) -> None:
         with self._lock:
             for token in tokens:
-                self._listed.pop(token, None)
+                self._count_down(token)
                 self._unclaimed.pop(token, None)
+
+    def _count_down(self, token: UUID) -> None:
+        """One start of it less: several copies may be starting at once, of which one is granted."""
+        count = self._listed.pop(token, 0) - 1
+        if count > 0:
+            self._listed[token] = count
+        elif self._stand_in is not None:
+            self._stand_in.ends(token.hex)
 
     def flush(self) -> None:
         """Commit every end reported so far, or put it into the spool; see Session."""
@@ -403,7 +417,36 @@ class WorkerSession:
         heard = self._beat_postgres(beat)
         # Second, so that a name that does not resolve, or a Redis that hangs, delays no beat.
         self._pulse = self._beat_redis(beat.counter)
+        if self._stand_in is not None:
+            self._tell(self._stand_in, beat)
         return heard
+
+    def _apart(self) -> StandIn | None:
+        """Make what beats in our stead while something holds the interpreter; None: nothing can."""
+        if self._beat_store.conninfo() is None:
+            return None
+        return StandIn(
+            {
+                "source": self._tracker.source.id,
+                "namespace": self._tracker.source.namespace,
+                "interval": self._settings.beat_interval,
+                "settings": asdict(self._settings),
+            }
+        )
+
+    def _tell(self, stand_in: StandIn, beat: Beat) -> None:
+        try:
+            at = time.monotonic()
+            if self._conninfo is None or at - self._conninfo[0] > _SAY_WHERE:
+                self._conninfo = (at, self._beat_store.conninfo() or "")
+            with self._lock:  # what has begun or ended since the beat is told in this order, too
+                claims = tuple(self._listed.keys() | self._children)
+                now = replace(
+                    beat, worker=self.id, counter=self._counter, claims=claims, pulse=None
+                )
+                stand_in.beat(now, self._conninfo[1])
+        except Exception as error:
+            say("guest_failed", where="stand-in", error=str(error), exc_info=True)
 
     def _beat_postgres(self, beat: Beat) -> bool:
         source = self._tracker.source
@@ -521,7 +564,7 @@ class WorkerSession:
         self._redis = None  # its connection is the parent's
         with self._lock:
             self._listed = {claim.token: 1}
-            self._lists, self._children = None, frozenset()
+            self._lists, self._children, self._stand_in = None, frozenset(), None
             self._counter += _HEIR
         self._tracker.replay()
         while True:
@@ -536,6 +579,8 @@ class WorkerSession:
         if self.closed or not self.is_mine:
             return
         self.closed = True
+        if self._stand_in is not None:
+            self._stand_in.close()
         self._stop.set()
         self._stop_beats.set()
         self._wake.set()

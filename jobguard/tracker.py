@@ -33,7 +33,7 @@ from jobguard.errors import (
     WrongInstallation,
     is_host_interrupt,
 )
-from jobguard.job import Delivery, End, Ended, Recorded
+from jobguard.job import Delivery, End, Ended, Outcome, Recorded
 from jobguard.log import say
 from jobguard.session import WorkerSession, bare_end
 from jobguard.settings import Settings
@@ -367,6 +367,15 @@ class HostTracker:
         )
         return found or frozenset()
 
+    def tombstones(self, tokens: Sequence[UUID]) -> Mapping[UUID, Outcome]:
+        """How these have ended; see Tracker."""
+        if not tokens:
+            return {}
+        found: Mapping[UUID, Outcome] | None = self._quietly(
+            "tombstones", lambda store: store.tombstones(self.source.id, tokens)
+        )
+        return found or {}
+
     def _quietly(self, what: str, work: Callable[[HostStore], Any]) -> Any:
         try:
             return self.call(work)
@@ -392,11 +401,12 @@ class HostTracker:
         name: str,
         queues: Sequence[str],
         lists: Callable[[], Iterable[UUID]] | None = None,
+        apart: bool = False,
     ) -> WorkerSession:
         """Begin to beat as a worker; see Tracker."""
         if self._session is None or not self._session.is_mine or self._session.closed:
             self._session = WorkerSession(
-                self, self._make_store(), name=name, queues=queues, lists=lists
+                self, self._make_store(), name=name, queues=queues, lists=lists, apart=apart
             )
             self._session.open()
         return self._session

@@ -80,6 +80,9 @@ class HostStore(Protocol):
     installation: str | None
     """The name that the database carries; known once a source was registered."""
 
+    def conninfo(self) -> str | None:
+        """How another process reaches it, with the password; None: no other process can."""
+
     def probe(self) -> bool:
         """Whether Postgres accepts us, found out without waiting; False: not known yet, ask again."""
 
@@ -161,6 +164,9 @@ class HostStore(Protocol):
         self, source: int, tokens: Sequence[UUID], *, namespace: str
     ) -> frozenset[UUID]:
         """Which of these a leader will bring back: owed, of a trusted queue of a source it watches."""
+
+    def tombstones(self, source: int, tokens: Sequence[UUID]) -> Mapping[UUID, Outcome]:
+        """Which of these have ended, and how."""
 
     def heartbeat(
         self,

@@ -198,6 +198,12 @@ class _Tables:
                 raise StoreUnavailable
             yield self.clock()
 
+    def outcomes(self, source: int, tokens: Sequence[UUID]) -> Mapping[UUID, Outcome]:
+        """Which of these have ended, and how."""
+        with self.open():
+            found = {token: self.history.get((source, token)) for token in tokens}
+            return {token: stone.outcome for token, stone in found.items() if stone is not None}
+
     def led(self, namespace: str, now: float) -> bool:
         """Whether a leader's lease is live."""
         lease = self.leases.get(namespace)
@@ -328,6 +334,9 @@ class _Host:
     def __init__(self, tables: _Tables) -> None:
         self._tables = tables
         self.installation: str | None = None
+
+    def conninfo(self) -> str | None:
+        return None
 
     def probe(self) -> bool:
         with self._tables.open():
@@ -665,6 +674,9 @@ class _Host:
                 and queue.trusted_since <= job.recorded_at
             )
 
+    def tombstones(self, source: int, tokens: Sequence[UUID]) -> Mapping[UUID, Outcome]:
+        return self._tables.outcomes(source, tokens)
+
     def heartbeat(
         self,
         source: int,
@@ -964,9 +976,7 @@ class _Leader:
             ]
 
     def tombstones(self, source: int, tokens: Sequence[UUID]) -> Mapping[UUID, Outcome]:
-        with self._tables.open():
-            found = {token: self._tables.history.get((source, token)) for token in tokens}
-            return {token: stone.outcome for token, stone in found.items() if stone is not None}
+        return self._tables.outcomes(source, tokens)
 
     def known(self, source: int, tokens: Sequence[UUID]) -> frozenset[UUID]:
         with self._tables.open():

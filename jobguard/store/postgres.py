@@ -39,6 +39,7 @@ class PostgresStore:
     """HostStore over one connection of this process."""
 
     def __init__(self, conninfo: Callable[[], str], settings: Settings) -> None:
+        self._conninfo = conninfo
         self._db = Database(
             conninfo,
             connect_timeout=settings.connect_timeout,
@@ -47,6 +48,10 @@ class PostgresStore:
         )
         self._sql = statements()
         self.installation: str | None = None
+
+    def conninfo(self) -> str | None:
+        """How another process reaches it; see HostStore."""
+        return self._conninfo()
 
     def probe(self) -> bool:
         """Without waiting: whether Postgres accepts us. Raises StoreUnavailable if it surely does not."""
@@ -237,6 +242,11 @@ class PostgresStore:
             {"source": source, "tokens": list(tokens), "namespace": namespace},
         )
         return frozenset(token for (token,) in rows)
+
+    def tombstones(self, source: int, tokens: Sequence[UUID]) -> Mapping[UUID, Outcome]:
+        """Which of these have ended, and how; see HostStore."""
+        rows = self._db.execute(self._sql["tombstones"], {"source": source, "tokens": list(tokens)})
+        return {token: Outcome(outcome) for token, outcome in rows}
 
     def heartbeat(
         self,

@@ -329,3 +329,12 @@ def test_only_its_holder_gives_a_claim_back(ledger: Contract, number: int) -> No
     ledger.store.give_back(SOURCE, it.token, worker.id, number=number)
     stands = ledger.owed()[it.token].claim_number
     assert stands == (1 if number else None)
+
+
+def test_a_host_learns_what_has_ended(ledger: Contract) -> None:
+    """However it ended; of what is owed, or unknown, nothing is told."""
+    done, owed = ledger.recorded("a"), ledger.recorded("b")
+    worker = ledger.worker()
+    worker.end(worker.start(done.token), Outcome.FAILED)
+    asked = [done.token, owed.token, new_token()]
+    assert ledger.store.tombstones(SOURCE, asked) == {done.token: Outcome.FAILED}

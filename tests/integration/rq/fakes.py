@@ -6,7 +6,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -271,6 +271,10 @@ class FakeTracker:
         """What is owed, if the test has somebody who leads."""
         return frozenset(tokens) & self.owed.keys() if self.led else frozenset()
 
+    def tombstones(self, tokens: Sequence[UUID]) -> Mapping[UUID, Outcome]:
+        """Return how these have ended."""
+        return {token: self.ended[token] for token in tokens if token in self.ended}
+
     def settle(self) -> None:
         """Have nothing that waits."""
 
@@ -289,6 +293,7 @@ class FakeTracker:
         name: str,
         queues: Sequence[str],
         lists: Callable[[], Iterable[UUID]] | None = None,
+        apart: bool = False,
     ) -> Session:
         """Open."""
         self.note("open", name)

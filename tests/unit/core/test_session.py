@@ -208,6 +208,26 @@ def test_a_refused_second_start_keeps_the_listing_of_the_first() -> None:
     assert worker.listed == {job.token}
 
 
+def test_a_copy_that_starts_while_the_first_one_ends_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its place on the list is its own: the end of the other must not take it away under its feet."""
+    worker = Worker().begin()
+    job = worker.owe()
+    claim = worker.run(job)
+    ask = worker.session._claim
+
+    def ends_meanwhile(*given: Any) -> Any:
+        worker.end(claim)
+        worker.session.flush()
+        assert worker.listed == {job.token}
+        return ask(*given)
+
+    monkeypatch.setattr(worker.session, "_claim", ends_meanwhile)
+    assert worker.start(job) == Refused(job.token, Refusal.ENDED, Outcome.COMPLETED)
+    assert worker.listed == set()
+
+
 def test_an_unknown_delivery_is_recorded_and_claimed() -> None:
     """B3: what nobody recorded is recorded by the worker that starts it."""
     worker = Worker().begin()
