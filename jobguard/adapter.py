@@ -269,6 +269,9 @@ class Broker(Protocol):
         its worker is refused the claim, as ended, and counts it instead of running it.
         """
 
+    def parts(self, ended: Sequence[Restorable]) -> Mapping[UUID, Part]:
+        """What these are to joins, of those that the library shows as completed and nobody reported."""
+
     def consumers(self) -> Mapping[str, frozenset[str]]:
         """The library's own names of the workers that Redis knows, by queue."""
 

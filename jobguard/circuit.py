@@ -59,6 +59,10 @@ class Circuit:
         """Whether calls are let through, as far as is known."""
         return self._breaker.current_state == pybreaker.STATE_CLOSED
 
+    def open_for(self) -> float:
+        """Seconds since it last opened."""
+        return self._clock() - self._opened_at
+
     @contextmanager
     def calling(self) -> Iterator[None]:
         """Make a call inside; StoreUnavailable from it opens the circuit.

@@ -1,5 +1,7 @@
 """Group commit without a thread: callers join the batch that one of them flushes.
 
+What is committed are the records of producers, and the claims of workers whose jobs run in threads.
+
 The first caller to find no batch open becomes its leader. While an earlier batch is being committed,
 others join; when the leader's turn comes, it closes the batch and writes it as one statement. A lone
 producer so pays one commit and never waits for company; sixteen threads share one.
@@ -11,11 +13,12 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
 
 from jobguard.errors import BadRow, StoreUnavailable
-from jobguard.job import Delivery, Recorded
 
-Write = Callable[[Sequence[Delivery]], Recorded]
+Row = TypeVar("Row")
+Answer = TypeVar("Answer")
 
 _LARGEST = 500
 """Deliveries in a batch; the next caller opens another."""
@@ -24,41 +27,41 @@ _LINGER = 0.25
 
 
 @dataclass(slots=True)
-class _Part:
+class _Part(Generic[Row, Answer]):
     """One caller's share of a batch."""
 
-    rows: Sequence[Delivery]
+    rows: Sequence[Row]
     done: threading.Lock = field(default_factory=threading.Lock)
-    answer: Recorded | None = None
+    answer: Answer | None = None
     error: BaseException | None = None
 
 
 @dataclass(slots=True)
-class _Batch:
-    parts: list[_Part] = field(default_factory=list)
+class _Batch(Generic[Row, Answer]):
+    parts: list[_Part[Row, Answer]] = field(default_factory=list)
     size: int = 0
     wanted: int = 0
     full: threading.Event = field(default_factory=threading.Event)
 
 
-class GroupCommit:
-    """Turns the records of many threads into few statements."""
+class GroupCommit(Generic[Row, Answer]):
+    """Turns what many threads write into few statements; each is answered for all of its batch."""
 
-    def __init__(self, write: Write, *, timeout: float) -> None:
+    def __init__(self, write: Callable[[Sequence[Row]], Answer], *, timeout: float) -> None:
         self._write = write
         self._timeout = timeout
         self._joining = threading.Lock()
         self._committing = threading.Lock()
-        self._open: _Batch | None = None
+        self._open: _Batch[Row, Answer] | None = None
         self._usual = 0.0  # seconds of a commit, smoothed
         self._last = 0  # parts in the batch before
 
-    def submit(self, rows: Sequence[Delivery]) -> Recorded:
+    def submit(self, rows: Sequence[Row]) -> Answer:
         """Return when these rows are committed, with or without those of others.
 
         Raises what the write raised for these rows: BadRow only to the caller whose row is bad.
         """
-        part = _Part(rows)
+        part: _Part[Row, Answer] = _Part(rows)
         with self._joining:
             batch = self._open
             leads = batch is None or batch.size + len(rows) > _LARGEST
@@ -79,7 +82,7 @@ class GroupCommit:
         assert part.answer is not None
         return part.answer
 
-    def _lead(self, batch: _Batch) -> None:
+    def _lead(self, batch: _Batch[Row, Answer]) -> None:
         queued = not self._committing.acquire(blocking=False)
         if queued and not self._committing.acquire(timeout=self._timeout):
             self._release(batch, StoreUnavailable("the batch before was not committed in time"))
@@ -103,7 +106,7 @@ class GroupCommit:
             self._committing.release()
             self._wake(batch)
 
-    def _wait_for_company(self, batch: _Batch, queued: bool) -> None:
+    def _wait_for_company(self, batch: _Batch[Row, Answer], queued: bool) -> None:
         if self._last <= 1 and not queued:
             return
         with self._joining:
@@ -113,23 +116,23 @@ class GroupCommit:
         if waits:
             batch.full.wait(_LINGER * self._usual)
 
-    def _close(self, batch: _Batch) -> None:
+    def _close(self, batch: _Batch[Row, Answer]) -> None:
         with self._joining:
             if self._open is batch:
                 self._open = None
 
-    def _release(self, batch: _Batch, error: BaseException) -> None:
+    def _release(self, batch: _Batch[Row, Answer], error: BaseException) -> None:
         self._close(batch)
         for part in batch.parts:
             if part.answer is None and part.error is None:
                 part.error = error
 
     @staticmethod
-    def _wake(batch: _Batch) -> None:
+    def _wake(batch: _Batch[Any, Any]) -> None:
         for part in batch.parts[1:]:  # the first is the leader
             part.done.release()
 
-    def _commit(self, parts: Sequence[_Part]) -> None:
+    def _commit(self, parts: Sequence[_Part[Row, Answer]]) -> None:
         rows = [row for part in parts for row in part.rows]
         try:
             answer = self._write(rows)
@@ -142,7 +145,7 @@ class GroupCommit:
         for part in parts:
             part.answer = answer
 
-    def _commit_alone(self, part: _Part) -> None:
+    def _commit_alone(self, part: _Part[Row, Answer]) -> None:
         try:
             part.answer = self._write(part.rows)
         except Exception as error:

@@ -41,6 +41,7 @@ from jobguard.pulse import beat_key, parse_pulse, read_pulse
 from jobguard.redact import redact
 from jobguard.standin import StandIn
 from jobguard.store import Ask, BeatReply, HostStore
+from jobguard.unflushed import Unflushed
 
 if TYPE_CHECKING:
     import redis
@@ -77,6 +78,9 @@ class Host(Protocol):
 
     def call(self, work: Callable[[HostStore], Any]) -> Any:
         """Make one call to the store, behind the circuit."""
+
+    def claim(self, ask: Ask) -> Claim | Refused | Unknown:
+        """Ask for a claim, or raise as the store does."""
 
     def connect(self) -> None:
         """Reach Postgres now, or raise why it cannot be used."""
@@ -123,6 +127,7 @@ class WorkerSession:
         self._conninfo: tuple[float, str] | None = None  # as the stand-in was told it, and when
         self._lock = native.lock()
         self._lock_pid = os.getpid()
+        self._unflushed = Unflushed()
         self._listed: dict[UUID, int] = {}  # by how many starts of this process
         self._unclaimed: dict[UUID, UUID] = {}  # started while Postgres was away: token -> nonce
         self._pending: deque[End] = deque()
@@ -176,7 +181,7 @@ class WorkerSession:
             if self._stand_in is not None:  # before the claim is asked for
                 self._stand_in.begins(token.hex)
         try:
-            answer = self._claim(token, nonce, describe)
+            answer = self._claim_patiently(token, nonce, describe)
         except StoreUnavailable as error:
             # Fail open: the job runs, and is claimed as soon as Postgres answers again.
             say("start_unclaimed", error=str(error))
@@ -206,6 +211,28 @@ class WorkerSession:
             say("nobody_leads")
         return answer
 
+    def _claim_patiently(
+        self, token: UUID, nonce: UUID, describe: Callable[[], Delivery]
+    ) -> Claim | Refused:
+        """Claim, again if Postgres was only slow: without a claim, copies of one job run twice.
+
+        Waits as long as one record may take, and only that long after the circuit opened: an outage
+        costs a worker one such wait.
+        """
+        until: float | None = None
+        while True:
+            try:
+                return self._claim(token, nonce, describe)
+            except StoreUnavailable:
+                circuit = self._tracker.circuit
+                if until is None:
+                    left = self._settings.record_timeout - circuit.open_for()
+                    until = time.monotonic() + left
+                while not circuit.look() and time.monotonic() < until:
+                    time.sleep(_STEP / 2)
+                if time.monotonic() >= until:
+                    raise
+
     def _claim(
         self, token: UUID, nonce: UUID, describe: Callable[[], Delivery] | None
     ) -> Claim | Refused:
@@ -220,17 +247,15 @@ class WorkerSession:
             worker_timeout=self._settings.worker_timeout,
             crash_budget=self._settings.crash_budget,
         )
-        source = self._tracker.source.id
-        answer = self._tracker.call(lambda store: store.claim(source, ask))
+        answer = self._tracker.claim(ask)
         if isinstance(answer, Unknown):
             if describe is None:
                 raise BadRow("nothing is known of it")
             self._adopt(describe())
-            answer = self._tracker.call(lambda store: store.claim(source, ask))
+            answer = self._tracker.claim(ask)
         if isinstance(answer, Unknown):
             raise StoreUnavailable("it is neither owed nor ended, though it was just recorded")
-        result: Claim | Refused = answer
-        return result
+        return answer
 
     def _adopt(self, delivery: Delivery) -> None:
         """Record what nobody recorded: an unguarded producer's job, or one that waits in a spool."""
@@ -477,8 +502,8 @@ class WorkerSession:
             oldest = self._pending[0].ended_at if self._pending else None
         if oldest is not None and time.time() - oldest < _HOLD_BACK:
             oldest = None
-        spooled = self._tracker.spool.oldest()
-        unflushed = min((at for at in (oldest, spooled) if at is not None), default=None)
+        waiting = (oldest, self._tracker.spool.oldest(), self._unflushed.oldest())
+        unflushed = min((at for at in waiting if at is not None), default=None)
         return Beat(
             worker=self.id,
             counter=self._counter,
@@ -491,6 +516,14 @@ class WorkerSession:
             pulse=pulse,
             fence=self._settings.fence,
         )
+
+    def waits(self, since: float | None) -> None:
+        """In a child: it has reports since then that Postgres does not have; None: none."""
+        self._unflushed.say(since)
+
+    def share(self, other: WorkerSession) -> None:
+        """In a child: tell what waits where the worker looks, whose forked session this is."""
+        self._unflushed = other._unflushed
 
     def _others(self) -> frozenset[UUID]:
         """What children of ours may be running, as the adapter sees it; in doubt, as it saw it last."""

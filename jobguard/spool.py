@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 from uuid import UUID
@@ -74,10 +74,11 @@ class Spool(Protocol):
 
 
 class MemorySpool:
-    """A spool in memory."""
+    """A spool in memory. ``changed`` is called after whatever came or went."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, changed: Callable[[], None] = lambda: None) -> None:
         self._size = size
+        self._changed = changed
         self._lock = threading.Lock()
         self._entries: deque[tuple[float, Entry]] = deque()
         self.counts = SpoolCounts()
@@ -91,7 +92,8 @@ class MemorySpool:
             at = time.time()
             self._entries.extend((at, entry) for entry in entries)
             self.counts.taken += len(entries)
-            return True
+        self._changed()
+        return True
 
     def peek(self, limit: int) -> Sequence[Entry]:
         """The oldest entries of one kind; see Spool."""
@@ -110,6 +112,7 @@ class MemorySpool:
                 if self._entries and self._entries[0][1] is entry:
                     self._entries.popleft()
                     self.counts.replayed += 1
+        self._changed()
 
     def remove(self, tokens: Sequence[UUID]) -> None:
         """Forget the records of these deliveries; see Spool."""
@@ -119,6 +122,7 @@ class MemorySpool:
                 for at, entry in self._entries
                 if not (isinstance(entry, Delivery) and entry.token in tokens)
             )
+        self._changed()
 
     def oldest(self) -> float | None:
         """When the oldest entry was put in; see Spool."""

@@ -33,12 +33,12 @@ from jobguard.errors import (
     WrongInstallation,
     is_host_interrupt,
 )
-from jobguard.job import Delivery, End, Ended, Outcome, Recorded
+from jobguard.job import Claim, Delivery, End, Ended, Outcome, Recorded, Refused, Unknown
 from jobguard.log import say
 from jobguard.session import WorkerSession, bare_end
 from jobguard.settings import Settings
 from jobguard.spool import Cancelled, Entry, JoinOpened, MemorySpool, Spool
-from jobguard.store import HostStore, SourceRow
+from jobguard.store import Ask, HostStore, SourceRow
 
 _REPLAY = 250
 """Entries of the spool that one call carries along: a host that comes by waits for no more."""
@@ -61,7 +61,7 @@ class HostTracker:
     ) -> None:
         self.source = source
         self.settings = settings
-        self.spool: Spool = spool or MemorySpool(settings.spool_size)
+        self.spool: Spool = spool or MemorySpool(settings.spool_size, self._spool_changed)
         self._make_store = store
         self._queues = queues
         self.client = client
@@ -92,8 +92,11 @@ class HostTracker:
             if before is not None:
                 self.circuit.copy_state(before)
                 # What waits in the parent's spool is the parent's to replay.
-                self.spool = MemorySpool(self.settings.spool_size)
-            self._commit = GroupCommit(self._write, timeout=self.settings.record_timeout)
+                self.spool = MemorySpool(self.settings.spool_size, self._spool_changed)
+            self._draining = threading.Lock()
+            timeout = self.settings.record_timeout
+            self._commit = GroupCommit(self._write, timeout=timeout)
+            self._claims = GroupCommit(self._write_claims, timeout=timeout)
             if self._doubt is not None:
                 self._doubt.after_fork()
         return self
@@ -415,9 +418,12 @@ class HostTracker:
         self, worker: UUID, pid: int, *, name: str, queues: Sequence[str]
     ) -> WorkerSession:
         """Speak for the worker that spawned this process; see Tracker."""
+        before = self._session
         self._session = WorkerSession(
             self, self._make_store(), name=name, queues=queues, inherited=(worker, pid)
         )
+        if before is not None:
+            self._session.share(before)
         return self._session
 
     def end(self, ends: Sequence[End]) -> Sequence[Ended]:
@@ -428,7 +434,41 @@ class HostTracker:
                 say("end_late", job_id=end.job_id, outcome=end.outcome.value, number=end.number)
         return answers
 
+    def claim(self, ask: Ask) -> Claim | Refused | Unknown:
+        """Ask for a claim, together with what other threads ask for. Raises as the store does."""
+        answers: Mapping[UUID, Claim | Refused | Unknown] = self.call(
+            lambda _store: self._claims.submit([ask])
+        )
+        return answers[ask.nonce]
+
+    def _write_claims(self, asks: Sequence[Ask]) -> Mapping[UUID, Claim | Refused | Unknown]:
+        if not self.circuit.closed:  # it opened while these stood in line: one wait is enough
+            raise BreakerOpen
+        if len(asks) == 1:
+            return {asks[0].nonce: self._store.claim(self.source.id, asks[0])}
+        return self._store.claims(self.source.id, asks)
+
     # -- the spool ---------------------------------------------------------------------------------
+
+    def _spool_changed(self) -> None:
+        """Tell the worker whose child this is; and see to it that all is written, tasks or none."""
+        session = self._session
+        if session is None or session.is_mine:
+            return
+        session.waits(self.spool.oldest())
+        if len(self.spool) and self._draining.acquire(blocking=False):
+            threading.Thread(target=self._drain, name="jobguard-drain", daemon=True).start()
+
+    def _drain(self) -> None:
+        try:
+            while len(self.spool):
+                time.sleep(self.settings.retry_interval / 4)
+                if self.circuit.look():
+                    self.replay()
+        except Exception as error:
+            say("guest_failed", where="drain", error=str(error), exc_info=True)
+        finally:
+            self._draining.release()
 
     def replay(self, limit: int = _REPLAY) -> int:
         """Give Postgres what waits in the spool, oldest first; returns how many entries it took."""

@@ -79,6 +79,16 @@ select verdict, number, crashes, outcome::text
 from jobguard.claim(%(source)s, %(token)s, %(nonce)s, %(worker)s, %(pid)s::int, %(namespace)s,
                     %(timeout)s::float8, %(budget)s::int)
 
+-- name: claims
+-- The same for several starts of one worker; rows of jobs are locked in the order of their tokens.
+select a.nonce, a.token, c.verdict, c.number, c.crashes, c.outcome::text
+from (
+  select u.token, u.nonce from unnest(%(token)b::uuid[], %(nonce)b::uuid[]) u(token, nonce)
+  order by u.token
+) a
+cross join lateral jobguard.claim(%(source)s, a.token, a.nonce, %(worker)s, %(pid)s::int,
+                                  %(namespace)s, %(timeout)s::float8, %(budget)s::int) c
+
 -- name: give_back
 -- A claim that its own worker gives back, so that anyone may start the delivery again.
 with locked as (
@@ -456,8 +466,9 @@ select array(select token from charged) from lease
 with lease as (
   select from jobguard.leader where namespace = %(namespace)s and term = %(term)s for share
 ), said as (
-  select u.* from lease, unnest(%(token)b::uuid[], %(outcome)s::text[], %(error)s::text[])
-    u(token, outcome, error)
+  select u.* from lease, unnest(%(token)b::uuid[], %(outcome)s::text[], %(error)s::text[],
+                                %(join)s::text[], %(part)s::bytea[])
+    u(token, outcome, error, join_id, part)
 ), locked as (
   select j.token, r.number, r.worker, r.claimed_at
   from jobguard.jobs j
@@ -469,7 +480,12 @@ with lease as (
 ), gone as (
   delete from jobguard.jobs j using said u, locked l
   where j.source = %(source)s and j.token = u.token and l.token = u.token
-  returning j.*, u.outcome, u.error, l.number, l.worker, l.claimed_at
+  returning j.*, u.outcome, u.error, u.join_id, u.part, l.number, l.worker, l.claimed_at
+), parts as (
+  insert into jobguard.join_parts (source, join_id, job_id, token, queue, state, envelope)
+  select g.source, g.join_id, g.job_id, g.token, g.queue, g.part, g.envelope from gone g
+  where g.join_id is not null and not jobguard.is_closed(g.source, g.join_id)
+  on conflict do nothing
 ), unclaimed as (
   delete from jobguard.running r using gone g where r.source = %(source)s and r.token = g.token
 ), unsuspected as (

@@ -17,7 +17,7 @@ from redis.exceptions import NoScriptError, RedisError
 from jobguard.adapter import Source
 from jobguard.adapters.rq.envelope import Mode, UnknownEnvelope, decode
 from jobguard.adapters.rq.layout import FIELD, KEPT, SPENT, Layout
-from jobguard.job import Join, OpenJoin, Owed, Presence, Restorable, Restored, Sighting
+from jobguard.job import Join, OpenJoin, Owed, Part, Presence, Restorable, Restored, Sighting
 
 if TYPE_CHECKING:
     import redis
@@ -123,6 +123,10 @@ class RQBroker:
 
     def rejoin(self, joins: Sequence[OpenJoin], *, finish: bool, deadline: float) -> None:
         """RQ counts no joins: a dependent has the ids of its parents."""
+
+    def parts(self, ended: Sequence[Restorable]) -> Mapping[UUID, Part]:
+        """RQ counts no joins."""
+        return {}
 
     def consumers(self) -> Mapping[str, frozenset[str]]:
         """RQ's own names of the workers that Redis knows, by queue."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from uuid import UUID
 
 import redis
@@ -254,6 +254,7 @@ class Looker:
         ]
         if not closings:
             return
+        closings = self._with_parts(closings)
         self._store.close_owed(term, self._source, closings)
         buried = [owed for owed, _, decision in decided if decision.verdict is Verdict.BURY]
         if buried and self._settings.mode == "guard":
@@ -270,6 +271,12 @@ class Looker:
                     outcome=decision.outcome.value,
                     reason=decision.reason,
                 )
+
+    def _with_parts(self, closings: Sequence[Closing]) -> list[Closing]:
+        """Add what they are to joins, where their worker died before it could tell."""
+        done = [c.token for c in closings if c.outcome is Outcome.COMPLETED]
+        parts = self._broker.parts(self._store.envelopes(self._source, done)) if done else {}
+        return [replace(c, part=parts.get(c.token)) for c in closings]
 
     def _void(
         self, term: int, decided: Sequence[tuple[Owed, Sighting, Decision]], done: Done

@@ -99,6 +99,9 @@ def decide(case: Case) -> Decision:
         return Decision(Verdict.CLOSE, "history wins", case.tombstone)
     if case.holder is Holder.LIVE:
         return Decision(Verdict.WAIT, "its worker beats and lists it", clear=True)
+    if case.presence in _ENDS and not case.judgeable:
+        # The worker's own word says more: what it completed, and what that is to a join.
+        return Decision(Verdict.WAIT, "a worker has reports that are not written yet", clear=True)
     if case.presence in _ENDS:
         return Decision(Verdict.CLOSE, "the library knows its end", _ENDS[case.presence])
     if case.presence is Presence.OVERWRITTEN:

@@ -22,6 +22,7 @@ from jobguard.job import (
     OpenJoin,
     Outcome,
     Owed,
+    Part,
     Recorded,
     Refused,
     Restorable,
@@ -121,6 +122,9 @@ class HostStore(Protocol):
 
         Taking over a dead claim charges the crash budget, unless its worker had said goodbye.
         """
+
+    def claims(self, source: int, asks: Sequence[Ask]) -> Mapping[UUID, Claim | Refused | Unknown]:
+        """The same for several, of one worker, in one call; the answers by nonce."""
 
     def give_back(self, source: int, token: UUID, worker: UUID, *, number: int) -> None:
         """Take this worker's claim away, so that anyone may start the delivery again; no crash.
@@ -264,6 +268,7 @@ class Closing:
     token: UUID
     outcome: Outcome
     error: str | None = None
+    part: Part | None = None
 
 
 class LeaderStore(Protocol):

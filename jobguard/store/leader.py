@@ -305,6 +305,8 @@ class PostgresLeaderStore:
             token=[c.token for c in closings],
             outcome=[c.outcome.value for c in closings],
             error=[c.error for c in closings],
+            join=[c.part.join if c.part else None for c in closings],
+            part=[c.part.state if c.part else None for c in closings],
         )
         return int(self._led(rows)[0][0])
 

@@ -37,6 +37,7 @@ from jobguard.job import (
     Outcome,
     Owed,
     Parent,
+    Part,
     Recorded,
     Refusal,
     Refused,
@@ -281,6 +282,20 @@ class _Tables:
         """Return a join, known or new."""
         return self.joins.setdefault((source, join), _Join(opened_at=now))
 
+    def count(self, key: _Key, ended: Delivery, part: Part, *, now: float) -> None:
+        """Note the end of a member of a join that is still open."""
+        join = self.join(key[0], part.join, now)
+        if join.closed_at is None:
+            left = EndedPart(key[1], ended.job_id, ended.queue, part.state, ended.envelope)
+            join.parts.setdefault(ended.job_id, (now, left))
+
+    def fill_in(self, key: _Key, envelope: bytes) -> None:
+        """The record of a member that had ended has come: it can be told again with its envelope."""
+        for join in self.joins.values():
+            for job_id, (at, part) in join.parts.items():
+                if part.token == key[1] and not part.envelope:
+                    join.parts[job_id] = (at, replace(part, envelope=envelope))
+
     def owed(self, source: int, tokens: Iterable[UUID]) -> list[_Key]:
         """Those of the tokens that are owed, each once."""
         keys = dict.fromkeys((source, token) for token in tokens)
@@ -371,6 +386,8 @@ class _Host:
                         refused.add(delivery.token)
                     continue
                 job = _Job(delivery, recorded_at=now)
+                if replay:
+                    tables.fill_in(key, delivery.envelope)
                 if replay and key in tables.history:
                     # It is over before it was recorded; what it took the place of is not, for that.
                     if self._follow(source, job, now=now):
@@ -449,7 +466,9 @@ class _Host:
     def _speaks_for(self, key: _Key, parent: Parent) -> bool:
         run = self._tables.running.get(key)
         if parent.claim:
-            return run is not None and run.number == parent.claim
+            # A claim that was taken away, and given to nobody since, still speaks for its run.
+            number = self._tables.jobs[key].claims if run is None else run.number
+            return number == parent.claim
         # Started while the store was away, and perhaps claimed since, by the very one who speaks.
         own = run is not None and run.worker == parent.worker
         return run is None or own or not self._tables.lives(key, run)
@@ -505,6 +524,9 @@ class _Host:
                 return Refused(ask.token, Refusal.HELD)
             return self._take_over(key, ask, job, run, now=now)
 
+    def claims(self, source: int, asks: Sequence[Ask]) -> Mapping[UUID, Claim | Refused | Unknown]:
+        return {ask.nonce: self.claim(source, ask) for ask in asks}
+
     def _grant(self, key: _Key, ask: Ask, job: _Job, *, number: int, now: float) -> Claim:
         self._tables.running[key] = _Run(number, ask.nonce, ask.worker, ask.pid, claimed_at=now)
         return Claim(ask.token, number, job.crashes)
@@ -537,7 +559,8 @@ class _Host:
         if key in tables.jobs:
             if not _counts(end, tables.running.get(key)):
                 return Ended.LATE
-            self._count(key, end, now=now, envelope=tables.jobs[key].delivery.envelope)
+            if end.part is not None:
+                tables.count(key, tables.jobs[key].delivery, end.part, now=now)
             tables.bury(
                 key,
                 end.outcome,
@@ -547,7 +570,12 @@ class _Host:
                 error=end.error,
             )
             return Ended.ENDED
-        if key in tables.history:
+        stone = tables.history.get(key)
+        if stone is not None:
+            # What completed as the library shows it has still left something to its join.
+            if end.part is not None and {stone.outcome, end.outcome} == {Outcome.COMPLETED}:
+                told = Delivery(key[1], stone.job_id, stone.queue, stone.task, b"")
+                tables.count(key, told, end.part, now=now)
             return Ended.LATE
         tables.history[key] = _Tombstone(
             outcome=end.outcome,
@@ -559,7 +587,9 @@ class _Host:
             worker=end.worker,
             error=end.error,
         )
-        self._count(key, end, now=now, envelope=b"")
+        if end.part is not None:
+            told = Delivery(end.token, end.job_id, end.queue, end.task, b"")
+            tables.count(key, told, end.part, now=now)
         if not tables.one_body(key[0]):
             return Ended.UNKNOWN
         # It ran, so it stood where an older delivery of its id had stood.
@@ -567,18 +597,6 @@ class _Host:
             if older not in tables.running and older[1] < end.token:
                 tables.bury(older, Outcome.SUPERSEDED, ended_at=now, next=end.token)
         return Ended.UNKNOWN
-
-    def _count(self, key: _Key, end: End, *, now: float, envelope: bytes) -> None:
-        """Note the end of a member of a join that is still open."""
-        if end.part is None:
-            return
-        join = self._tables.join(key[0], end.part.join, now)
-        job = self._tables.jobs.get(key)
-        if join.closed_at is None:
-            job_id = job.delivery.job_id if job else end.job_id
-            queue = job.delivery.queue if job else end.queue
-            part = EndedPart(key[1], job_id, queue, end.part.state, envelope)
-            join.parts.setdefault(job_id, (now, part))
 
     def open_join(self, source: int, join: str, *, size: int, state: bytes) -> None:
         with self._tables.open() as now:
@@ -1086,6 +1104,8 @@ class _Leader:
         run = tables.running.get(key)
         if run is not None and tables.lives(key, run):
             return False
+        if closing.part is not None:
+            tables.count(key, tables.jobs[key].delivery, closing.part, now=now)
         tables.bury(key, closing.outcome, ended_at=now, error=closing.error)
         return True
 

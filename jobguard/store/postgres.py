@@ -135,12 +135,25 @@ class PostgresStore:
                 "budget": ask.crash_budget,
             },
         )
-        verdict, number, crashes, outcome = rows[0]
-        if verdict == "granted":
-            return Claim(ask.token, number, crashes)
-        if verdict == "unknown":
-            return Unknown(ask.token)
-        return Refused(ask.token, Refusal(verdict), Outcome(outcome) if outcome else None)
+        return _verdict(ask.token, *rows[0])
+
+    def claims(self, source: int, asks: Sequence[Ask]) -> Mapping[UUID, Claim | Refused | Unknown]:
+        """Grant several starts their claims, or say why not; see HostStore."""
+        one = asks[0]
+        rows = self._db.execute(
+            self._sql["claims"],
+            {
+                "source": source,
+                "token": [ask.token for ask in asks],
+                "nonce": [ask.nonce for ask in asks],
+                "worker": one.worker,
+                "pid": one.pid,
+                "namespace": one.namespace,
+                "timeout": one.worker_timeout,
+                "budget": one.crash_budget,
+            },
+        )
+        return {nonce: _verdict(token, *found) for nonce, token, *found in rows}
 
     def give_back(self, source: int, token: UUID, worker: UUID, *, number: int) -> None:
         """Take this worker's claim away; see HostStore."""
@@ -275,6 +288,16 @@ class PostgresStore:
     def close(self) -> None:
         """Let go of the connection."""
         self._db.close()
+
+
+def _verdict(
+    token: UUID, verdict: str, number: int, crashes: int, outcome: str | None
+) -> Claim | Refused | Unknown:
+    if verdict == "granted":
+        return Claim(token, number, crashes)
+    if verdict == "unknown":
+        return Unknown(token)
+    return Refused(token, Refusal(verdict), Outcome(outcome) if outcome else None)
 
 
 def _is_plain(delivery: Delivery) -> bool:

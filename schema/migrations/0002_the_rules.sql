@@ -73,6 +73,10 @@ begin
     v_skipped := array(select distinct h.token from jobguard.history h
                        where h.source = p_source and h.token = any (p_token));
     v_over := v_skipped;
+    -- A member of a join that had ended by then can be told to the library again with its envelope.
+    update jobguard.join_parts p set envelope = f.envelope
+    from unnest(p_token, p_envelope) f(token, envelope)
+    where p.source = p_source and p.token = f.token and p.envelope = '';
     -- Older than what is owed of its id by now: it was superseded before it could be recorded. What a
     -- worker holds is the newest there is, whatever the clocks say that made the tokens.
     with later as (
@@ -144,7 +148,9 @@ begin
     left join jobguard.workers w on w.id = r.worker
     where f.parent is not null
       and case
-        when j.token is not null and f.claim is not null then r.number is distinct from f.claim
+        -- A claim that was taken away, and given to nobody since, still speaks for its run.
+        when j.token is not null and f.claim is not null then
+          coalesce(r.number, j.claims) is distinct from f.claim
         -- Started while Postgres was away, and perhaps claimed since, by the very one who speaks.
         when j.token is not null then
           r.token is not null and jobguard.holds(w, r) and r.worker is distinct from f.speaker
@@ -420,6 +426,16 @@ loop
   end if;
   exit when v_open = '{}';
 end loop;
+
+  -- What completed as the library shows it, or as another said, has still left something to its join.
+  insert into jobguard.join_parts (source, join_id, job_id, token, queue, state)
+  select distinct on (e.join_id, h.job_id) p_source, e.join_id, h.job_id, e.token, h.queue, e.part
+  from unnest(p_token, p_outcome, p_join, p_part) e(token, outcome, join_id, part)
+  join jobguard.history h on h.source = p_source and h.token = e.token and h.outcome = 'completed'
+  where e.join_id is not null and e.outcome = 'completed'
+    and not e.token = any (v_ended) and not e.token = any (v_unknown)
+    and not jobguard.is_closed(p_source, e.join_id)
+  on conflict do nothing;
 
   if v_unknown <> '{}' then
     insert into jobguard.history (source, token, job_id, queue, task, outcome, number, worker,

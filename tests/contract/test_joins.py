@@ -18,10 +18,11 @@ from jobguard.job import (
     Part,
     Refusal,
     Refused,
+    Unknown,
     derived_token,
     new_token,
 )
-from jobguard.store import SourceRow
+from jobguard.store import Closing, SourceRow, Void
 from tests.contract.conftest import (
     CRASH_BUDGET,
     NAMESPACE,
@@ -338,3 +339,78 @@ def test_a_host_learns_what_has_ended(ledger: Contract) -> None:
     worker.end(worker.start(done.token), Outcome.FAILED)
     asked = [done.token, owed.token, new_token()]
     assert ledger.store.tombstones(SOURCE, asked) == {done.token: Outcome.FAILED}
+
+
+def test_a_late_end_leaves_its_part_where_the_library_had_told_first(ledger: Contract) -> None:
+    """The leader had closed it from observation; only what completed counts."""
+    ledger.store.open_join(SOURCE, "g", size=2, state=b"")
+    done, failed = ledger.recorded("a", queue="mail"), ledger.recorded("b")
+    worker = ledger.worker()
+    first, second = worker.start(done.token), worker.start(failed.token)
+    worker.leave()
+    term = ledger.elected()
+    closings = [Closing(done.token, Outcome.COMPLETED), Closing(failed.token, Outcome.FAILED)]
+    assert ledger.leader.close_owed(term, SOURCE, closings) == 2
+    assert worker.end(first, part=Part("g", b"late")) is Ended.LATE
+    assert worker.end(second, part=Part("g", b"no")) is Ended.LATE
+    assert [(p.job_id, p.queue, p.state) for p in opened(ledger)["g"].parts] == [
+        ("a", "mail", b"late")
+    ]
+
+
+def test_what_is_closed_from_observation_is_a_part_all_the_same(ledger: Contract) -> None:
+    """Its worker died before it could tell; the library shows what it left."""
+    ledger.store.open_join(SOURCE, "g", size=1, state=b"")
+    done = ledger.recorded("a", envelope=b"kept")
+    closing = Closing(done.token, Outcome.COMPLETED, part=Part("g", b"result"))
+    ledger.leader.close_owed(ledger.elected(), SOURCE, [closing])
+    (part,) = opened(ledger)["g"].parts
+    assert (part.token, part.state, part.envelope) == (done.token, b"result", b"kept")
+
+
+def test_a_record_that_comes_late_fills_in_the_envelope_of_a_part(ledger: Contract) -> None:
+    """So that it can be told to the library again."""
+    ledger.store.open_join(SOURCE, "g", size=1, state=b"")
+    late = delivery("a", envelope=b"late")
+    worker = ledger.working()
+    worker.end(Claim(late.token, 0), job_id="a", part=Part("g", b""))
+    ledger.record(late, replay=True)
+    assert [part.envelope for part in opened(ledger)["g"].parts] == [b"late"]
+    assert ledger.owed() == {}
+
+
+def test_a_retry_of_a_claim_that_was_taken_away_counts_while_nobody_has_another(
+    bodies: Contract,
+) -> None:
+    """It waited in a spool. Once somebody has started it again, it is too late."""
+    for started_again in (False, True):
+        first = bodies.recorded(f"j{started_again}")
+        worker, other = bodies.working(), bodies.working()
+        claim = worker.start(first.token)
+        worker.leave()
+        term = bodies.elected()
+        void = Void(first.token, claim.number, charge=False, backoff=0)
+        assert bodies.leader.void(term, SOURCE, [void]) == [first.token]
+        if started_again:
+            other.start(first.token)
+        parent = Parent(first.token, claim=claim.number)
+        retry = delivery(f"j{started_again}", parent=parent, fresh=True)
+        refused = bodies.record(retry, replay=True).refused
+        assert refused == ({retry.token} if started_again else set())
+        bodies.leader.resign(term)
+
+
+def test_several_claims_are_asked_for_in_one_call(ledger: Contract) -> None:
+    """Each has its own answer; of two copies of one delivery one is granted."""
+    ledger.elected()
+    owed, gone = ledger.recorded("a"), ledger.recorded("b")
+    worker = ledger.working()
+    worker.end(worker.start(gone.token))
+    asks = [worker.ask(token) for token in (owed.token, gone.token, owed.token, new_token())]
+    answers = ledger.store.claims(SOURCE, asks)
+    assert [answers[ask.nonce] for ask in asks[1::2]] == [
+        Refused(gone.token, Refusal.ENDED, Outcome.COMPLETED),
+        Unknown(asks[3].token),
+    ]
+    copies = [answers[ask.nonce] for ask in asks[0:3:2]]
+    assert sorted(type(answer) is Claim for answer in copies) == [False, True]

@@ -25,6 +25,7 @@ from jobguard.job import (
     OpenJoin,
     Outcome,
     Owed,
+    Part,
     Presence,
     Refused,
     Restorable,
@@ -270,6 +271,8 @@ class FakeBroker:
     """Those that a worker has taken and not begun, and its name."""
     taken_from: list[tuple[str, str]] = field(default_factory=list)
     """Those that were put back from a worker that is gone, and its name."""
+    left: dict[str, Part] = field(default_factory=dict)
+    """What a finished job is to a join, as the library shows it."""
     rejoined: list[tuple[str, bool]] = field(default_factory=list)
     """The joins that were put back, in order, and whether they were told again."""
     before_restore: Callable[[], None] = lambda: None
@@ -346,6 +349,12 @@ class FakeBroker:
         """Put back what is counted; see Broker."""
         self.redis._up()
         self.rejoined += [(join.id, finish) for join in joins]
+
+    def parts(self, ended: Sequence[Restorable]) -> Mapping[UUID, Part]:
+        """Say what the test says; see Broker."""
+        return {
+            given.token: self.left[given.job_id] for given in ended if given.job_id in self.left
+        }
 
     def consumers(self) -> Mapping[str, frozenset[str]]:
         """Name the workers that the library knows; see Broker."""

@@ -5,6 +5,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 from uuid import UUID
 
@@ -38,7 +39,8 @@ class Worker:
         self.clock = Clock()
         self.ledger = ledger or MemoryLedger(clock=self.clock.wall)
         quiet = {"namespace": NAMESPACE, "beat_interval": 1e6, "worker_timeout": 3e6}
-        self.settings = Settings(**{**quiet, "ends_interval": 1e6, **settings})
+        brief = {"ends_interval": 1e6, "record_timeout": 0.05}
+        self.settings = Settings(**{**quiet, **brief, **settings})
         self.tracker = HostTracker(SOURCE, self.settings, self.ledger.host)
         self.tracker.circuit._clock = self.clock
         self.session = WorkerSession(self.tracker, self.ledger.host(), name="w1", queues=["mail"])
@@ -303,6 +305,23 @@ def test_fail_open_and_late_claim() -> None:
     worker.end(Claim(job.token, 0))
     worker.session.flush()
     assert worker.outcome(job) is Outcome.COMPLETED
+
+
+def test_a_postgres_that_was_slow_once_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the same start, which would else run without a claim, and beside any copy of its job."""
+    worker = Worker(record_timeout=10.0).begin()
+    job = worker.owe()
+    ask, slow = worker.tracker.circuit.calling, [StoreUnavailable()]
+
+    @contextmanager
+    def calling() -> Iterator[None]:
+        with ask():
+            if slow:
+                raise slow.pop()
+            yield
+
+    monkeypatch.setattr(worker.tracker.circuit, "calling", calling)
+    assert worker.start(job) == Claim(job.token, 1)
 
 
 def test_a_late_claim_of_what_another_runs(caplog: pytest.LogCaptureFixture) -> None:
@@ -702,7 +721,7 @@ def test_it_beats_by_itself(lively: Worker) -> None:
 
 def test_a_worker_introduces_itself_with_patience() -> None:
     """A Postgres that is slow to accept the first beat has still heard of it when the session is open."""
-    worker = Worker()
+    worker = Worker(record_timeout=10.0)
     tries = iter([StoreUnavailable(), StoreUnavailable()])
 
     class Slow(Beats):

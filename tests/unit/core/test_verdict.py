@@ -206,3 +206,12 @@ def test_only_a_dead_workers_unannounced_claim_is_buried(case: Case) -> None:
     if decide(case).verdict is Verdict.BURY:
         assert case.holder is Holder.DEAD
         assert case.crashes + (not case.announced) > case.crash_budget
+
+
+@pytest.mark.parametrize("presence", [Presence.FINISHED, Presence.FAILED, Presence.CANCELLED])
+def test_an_end_that_only_redis_knows_waits_for_the_workers_own_word(presence: Presence) -> None:
+    """It says more: the error, and what the job is to a join."""
+    case = Case(presence, judgeable=False)
+    decision = decide(case)
+    assert (decision.verdict, decision.suspect) == (Verdict.WAIT, False)
+    assert decide(replace(case, judgeable=True)).verdict is Verdict.CLOSE

@@ -1,0 +1,53 @@
+"""What children have not written, as their worker sees it."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+from jobguard.unflushed import Unflushed
+
+
+def child(work: Unflushed, since: float | None) -> int:
+    """Fork a child that says so and lives on."""
+    said, says = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        work.say(since)
+        os.write(says, b".")
+        signal.pause()
+        os._exit(0)
+    os.close(says)
+    assert os.read(said, 1) == b"."
+    os.close(said)
+    return pid
+
+
+def end(pid: int) -> None:
+    """End it."""
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
+def test_the_oldest_of_all_children_counts_as_long_as_it_lives() -> None:
+    """What a dead child had is lost with it, and nobody waits for that."""
+    work = Unflushed()
+    assert work.oldest() is None
+    first, second, third = child(work, 20.0), child(work, 10.0), child(work, None)
+    try:
+        assert work.oldest() == 10.0
+        end(second)
+        assert work.oldest() == 20.0
+    finally:
+        end(first)
+        end(third)
+    assert work.oldest() is None
+
+
+def test_what_is_written_waits_no_more() -> None:
+    """Also of this very process."""
+    work = Unflushed()
+    work.say(5.0)
+    assert work.oldest() == 5.0
+    work.say(None)
+    assert work.oldest() is None
