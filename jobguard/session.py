@@ -519,7 +519,7 @@ class WorkerSession:
 
     def waits(self, since: float | None) -> None:
         """In a child: it has reports since then that Postgres does not have; None: none."""
-        self._unflushed.say(since)
+        self._unflushed.note(since)
 
     def share(self, other: WorkerSession) -> None:
         """In a child: tell what waits where the worker looks, whose forked session this is."""

@@ -38,6 +38,11 @@ _PIPE = 1 << 20
 _TO_END = 1.0
 _AGAIN = 5.0
 """Seconds between two tries to have a stand-in."""
+_NOT_MEANT = (
+    *(signal.SIGINT, signal.SIGTERM, signal.SIGHUP),
+    *(signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2),
+)
+"""Signals that reach the whole group, and are meant for the worker, which decides."""
 STANDS_IN = 1 << 41
 """Its beats are counted from here: any of the worker's own is another number."""
 
@@ -108,6 +113,7 @@ class StandIn:
                     (os.POSIX_SPAWN_DUP2, reader, 0),
                     (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
                 ],
+                setsigmask=_NOT_MEANT,  # from its first moment on
             )
         except OSError:
             os.close(writer)
@@ -252,8 +258,8 @@ class _Substitute:
 
 
 def _main() -> None:
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2"):
-        signal.signal(getattr(signal, name), signal.SIG_IGN)  # meant for the worker, which decides
+    for number in _NOT_MEANT:
+        signal.signal(number, signal.SIG_IGN)
     _Substitute(0).run()
 
 

@@ -24,7 +24,7 @@ class Unflushed:
     def __init__(self) -> None:
         self._memory = mmap.mmap(-1, _SLOTS * _SLOT.size)
 
-    def say(self, since: float | None) -> None:
+    def note(self, since: float | None) -> None:
         """This process has reports since then; None: none any more."""
         pid = os.getpid()
         _SLOT.pack_into(self._memory, pid % _SLOTS * _SLOT.size, pid, since or 0.0)

@@ -13,7 +13,7 @@ def child(work: Unflushed, since: float | None) -> int:
     said, says = os.pipe()
     pid = os.fork()
     if pid == 0:
-        work.say(since)
+        work.note(since)
         os.write(says, b".")
         signal.pause()
         os._exit(0)
@@ -47,7 +47,7 @@ def test_the_oldest_of_all_children_counts_as_long_as_it_lives() -> None:
 def test_what_is_written_waits_no_more() -> None:
     """Also of this very process."""
     work = Unflushed()
-    work.say(5.0)
+    work.note(5.0)
     assert work.oldest() == 5.0
-    work.say(None)
+    work.note(None)
     assert work.oldest() is None
