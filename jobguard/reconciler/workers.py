@@ -43,6 +43,8 @@ class Workers:
         self._beats: Mapping[UUID, int] = {}  # in this Redis
         self._first_beats: dict[UUID, int] = {}  # as this leader found them
         self._gone: set[UUID] = set()
+        self._timeout = settings.worker_timeout
+        self._strangers: dict[str, float] = {}  # ids that the ledger did not know, and since when
         self.rows: Sequence[WorkerRow] = ()
         self.judgement = _NOBODY
         self.polled = False
@@ -72,6 +74,8 @@ class Workers:
         if now >= self._forget_at:
             self._forget_at = now + _FORGET
             self._store.forget(term, [row.id for row in self.rows if row.left or row.dead])
+            known = {row.id.hex for row in self.rows}
+            self._strangers = {id: at for id, at in self._strangers.items() if id not in known}
         self.polled = True
         return missed
 
@@ -133,15 +137,20 @@ class Workers:
     def gone(self, name: str) -> bool:
         """Whether the worker of this name, or id in hex, is known to be dead or to have left.
 
-        An id that the ledger does not know is that of a worker that is long gone, and forgotten.
+        An id that the ledger does not know is that of a worker that is long gone, and forgotten; or of
+        one that could not introduce itself yet, for Postgres was away. That it must have done by and by.
         """
         if not self.polled:
             return False
         rows = [row for row in self.rows if name in (row.name, row.id.hex)]
         if not rows:
-            return _is_id(name)
+            return _is_id(name) and self._is_unknown_for_long(name)
         dead = frozenset(self.judgement.dead)
         return all(row.left or row.dead or row.id in dead for row in rows)
+
+    def _is_unknown_for_long(self, name: str) -> bool:
+        now = self._clock()
+        return now - self._strangers.setdefault(name, now) >= self._timeout
 
     def names(self) -> dict[str, frozenset[str]]:
         """The library's names of guarded workers by queue, the gone included: it names them, too."""

@@ -1,0 +1,56 @@
+"""Who counts as gone: what a leader may take out of the hands of a worker, and what it may not."""
+
+from __future__ import annotations
+
+from typing import Any
+from uuid import UUID
+
+from jobguard.job import new_token
+from jobguard.reconciler.workers import Workers
+from jobguard.settings import Settings
+from jobguard.store import WorkerRow
+
+TIMEOUT = 15.0
+
+
+class Store:
+    """A ledger that knows these workers."""
+
+    def __init__(self) -> None:
+        self.rows: list[WorkerRow] = []
+
+    def workers(self, source: int) -> list[WorkerRow]:
+        """Give them."""
+        return self.rows
+
+    def forget(self, term: int, workers: list[UUID]) -> None:
+        """Forget nobody."""
+
+
+class Redis:
+    """A Redis without any beat."""
+
+    def mget(self, keys: list[str]) -> list[None]:
+        """Answer nothing."""
+        return [None for _ in keys]
+
+
+def test_an_id_that_the_ledger_does_not_know_is_not_gone_before_it_had_time_to_introduce_itself() -> (
+    None
+):
+    """It may have booted while Postgres was away, and be running what it took."""
+    time = [100.0]
+    store: Any = Store()
+    client: Any = Redis()
+    settings = Settings(worker_timeout=TIMEOUT)
+    workers = Workers(client, store, 1, settings, clock=lambda: time[0])
+    unknown = new_token().hex
+
+    assert not workers.gone(unknown)  # nothing is known yet
+    workers.poll(1, time[0], ask_redis=True)
+    assert not workers.gone(unknown)
+    time[0] += TIMEOUT - 1
+    assert not workers.gone(unknown)
+    time[0] += 2
+    assert workers.gone(unknown)
+    assert not workers.gone("an unguarded worker's name")
