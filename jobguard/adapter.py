@@ -96,8 +96,12 @@ class Tracker(Protocol):
         does, and not push what was refused; its errors reach whoever ends the batch.
         """
 
-    def batch(self) -> AbstractContextManager[None]:
-        """Record all that is sent inside in one statement, and push it at the end. Of this thread."""
+    def batch(self, *, patience: float | None = None) -> AbstractContextManager[None]:
+        """Record all that is sent inside in one statement, and push it at the end. Of this thread.
+
+        ``patience``: seconds after which what waits goes out with the next; for what the library sends as
+        it comes, from a generator that may be slow.
+        """
 
     def open_join(self, join: str, size: int, state: bytes = b"") -> None:
         """Remember that a continuation waits for so many jobs, before the first of them is pushed.

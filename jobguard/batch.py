@@ -43,8 +43,10 @@ class Recorder(Protocol):
 class _Batch:
     """What is held back, in order."""
 
+    patience: float | None
     held: list[tuple[Sequence[Delivery], Push]] = field(default_factory=list)
     count: int = 0
+    began: float = 0.0
 
 
 _open: ContextVar[Mapping[int, _Batch]] = ContextVar("jobguard_batches", default={})  # noqa: B039
@@ -56,23 +58,29 @@ def hold(source: int, recorder: Recorder, deliveries: Sequence[Delivery], push: 
     batch = _open.get().get(source)
     if batch is None:
         return False
+    if not batch.held:
+        batch.began = time.monotonic()
     batch.held.append((deliveries, push))
     batch.count += len(deliveries)
-    if batch.count >= _MOST:
+    waited = time.monotonic() - batch.began
+    if batch.count >= _MOST or (batch.patience is not None and waited > batch.patience):
         _send(batch, recorder)
     return True
 
 
 @contextmanager
-def batch(source: int, recorder: Recorder) -> Iterator[None]:
+def batch(source: int, recorder: Recorder, patience: float | None = None) -> Iterator[None]:
     """Hold back what is sent to this source inside. A batch inside a batch is part of it.
+
+    ``patience``: seconds after which the next delivery takes along what waits; None: none of it goes out
+    before the end.
 
     What was sent before an error is sent all the same, as it would have been without a batch.
     """
     if source in _open.get():
         yield
         return
-    mine = _Batch()
+    mine = _Batch(patience)
     before = _open.set({**_open.get(), source: mine})
     try:
         yield

@@ -112,8 +112,10 @@ select jobguard.end(
 -- name: open_join
 insert into jobguard.joins as x (source, id, size, state)
 values (%(source)s, %(join)s, %(size)s, %(state)s)
-on conflict (source, id) do update set size = excluded.size, state = excluded.state
-where x.size = 0
+-- The same join once more (an application sends one chord twice) begins anew.
+on conflict (source, id) do update
+set size = excluded.size, state = excluded.state, opened_at = now(), closed_at = null, closed_by = null
+where x.size = 0 or x.closed_at is not null
 
 -- name: close_join
 -- Nothing comes of it: its members need not be remembered.

@@ -146,7 +146,10 @@ class HostStore(Protocol):
         """Write tombstones; ``queue``: for every unclaimed delivery in it. Returns how many were owed."""
 
     def open_join(self, source: int, join: str, *, size: int, state: bytes) -> None:
-        """Remember a join, and for how many members its continuation waits."""
+        """Remember a join, and for how many members its continuation waits.
+
+        One that is closed begins anew.
+        """
 
     def close_join(self, source: int, join: str) -> None:
         """Nothing will come of a join."""

@@ -601,8 +601,9 @@ class _Host:
     def open_join(self, source: int, join: str, *, size: int, state: bytes) -> None:
         with self._tables.open() as now:
             row = self._tables.join(source, join, now)
-            if not row.size:
-                row.size, row.state = size, state
+            if not row.size or row.closed_at is not None:
+                row.size, row.state, row.opened_at = size, state, now
+                row.closed_at = row.closed_by = None
 
     def close_join(self, source: int, join: str) -> None:
         with self._tables.open() as now:

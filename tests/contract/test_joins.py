@@ -185,6 +185,19 @@ def test_what_is_closed_takes_no_more_parts(ledger: Contract) -> None:
     assert ledger.record(late).refused == {late.token}
 
 
+def test_a_join_that_is_opened_once_more_begins_anew(ledger: Contract) -> None:
+    """An application may send one chord twice: its continuation comes twice, too."""
+    for _ in range(2):
+        ledger.store.open_join(SOURCE, "g", size=1, state=b"")
+        ledger.store.open_join(SOURCE, "g", size=9, state=b"not this one")
+        assert opened(ledger)["g"].size == 1
+        ends(ledger.worker(), ledger.recorded("a"))
+        assert len(opened(ledger)["g"].parts) == 1
+        it = body()
+        assert ledger.record(it).refused == frozenset()
+    assert len(ledger.owed()) == 2
+
+
 def test_joins_are_read_by_the_page(ledger: Contract) -> None:
     """In the order of their ids; those of other sources are none of its business."""
     for n in range(5):

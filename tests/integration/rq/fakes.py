@@ -221,9 +221,9 @@ class FakeTracker:
         """Keep these, inside a batch."""
         return batches.hold(self.source.id, self, deliveries, push)
 
-    def batch(self) -> AbstractContextManager[None]:
+    def batch(self, *, patience: float | None = None) -> AbstractContextManager[None]:
         """Hold back what is sent inside."""
-        return batches.batch(self.source.id, self)
+        return batches.batch(self.source.id, self, patience)
 
     def open_join(self, join: str, size: int, state: bytes = b"") -> None:
         """Remember it."""

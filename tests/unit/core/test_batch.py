@@ -138,3 +138,13 @@ def test_a_batch_is_that_of_its_thread() -> None:
     with batch(SOURCE, recorder):
         threading.Thread(target=lambda: answers.append(send(recorder, "a", pushed))).start()
         eventually(lambda: answers == [False])
+
+
+def test_what_has_waited_goes_out_with_the_next() -> None:
+    """Where the library sends as it comes."""
+    recorder, pushed = Recorder(), list[str]()
+    with batch(SOURCE, recorder, patience=0.0):
+        send(recorder, "a", pushed)
+        send(recorder, "b", pushed)
+        assert pushed in (["a"], ["a", "b"])
+    assert pushed == ["a", "b"]
