@@ -380,6 +380,8 @@ class _Host:
             for delivery in deliveries:
                 key = (source, delivery.token)
                 if key in tables.jobs:
+                    if replay:  # a worker met it first, and could not know what it follows
+                        self._follow(source, _Job(delivery, recorded_at=now), now=now)
                     continue
                 if self._never(source, delivery, now=now):
                     if not replay:

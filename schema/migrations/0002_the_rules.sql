@@ -72,7 +72,9 @@ begin
     end loop;
     v_skipped := array(select distinct h.token from jobguard.history h
                        where h.source = p_source and h.token = any (p_token));
-    v_over := v_skipped;
+    -- Nor is what a worker has met, and recorded without knowing what it follows.
+    v_over := v_skipped || array(select j.token from jobguard.jobs j
+                                 where j.source = p_source and j.token = any (p_token));
     -- A member of a join that had ended by then can be told to the library again with its envelope.
     update jobguard.join_parts p set envelope = f.envelope
     from unnest(p_token, p_envelope) f(token, envelope)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -276,6 +277,20 @@ def test_a_parent_is_superseded_all_the_same(bodies: Contract) -> None:
     claim = bodies.worker().start(first.token)
     retry = delivery("j", parent=Parent(first.token, claim=claim.number), fresh=True)
     assert bodies.record(retry).refused == frozenset()
+    assert set(bodies.owed()) == {retry.token}
+    assert bodies.outcome(first.token) is Outcome.SUPERSEDED
+
+
+def test_a_retry_that_a_worker_met_before_its_record_takes_its_parents_place_all_the_same(
+    bodies: Contract,
+) -> None:
+    """Who records what it meets does not know what that follows."""
+    first = bodies.recorded("j")
+    claim = bodies.worker().start(first.token)
+    retry = delivery("j", parent=Parent(first.token, claim=claim.number), fresh=True)
+    bodies.record(replace(retry, parent=None), replay=True, newest=True)
+    bodies.worker().start(retry.token)
+    bodies.record(retry, replay=True)
     assert set(bodies.owed()) == {retry.token}
     assert bodies.outcome(first.token) is Outcome.SUPERSEDED
 
