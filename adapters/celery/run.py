@@ -1,0 +1,134 @@
+"""One guarded run of a task, and the one report of how it ended.
+
+What is published from inside a run is the run's own: its token follows from the run's and from the
+job's id, so that a run that is started again sends the same again. A retry and a replacement carry
+the id of the job itself: they take its place, and then there is nothing left to report.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import AbstractContextManager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING
+from uuid import UUID
+
+from jobguard.adapter import running_job
+from jobguard.errors import is_host_interrupt
+from jobguard.job import Claim, Outcome, Parent, Part
+
+if TYPE_CHECKING:
+    from jobguard.adapter import Session, Tracker
+
+log = logging.getLogger("jobguard")
+
+LONGEST_ERROR = 5_000
+
+_current: ContextVar[Run | None] = ContextVar("jobguard_celery_run", default=None)
+_joining: ContextVar[tuple[str, str] | None] = ContextVar("jobguard_celery_joining", default=None)
+
+
+class Run:
+    """A claim that this process holds, until its end is told: once, by whoever is first."""
+
+    def __init__(
+        self,
+        tracker: Tracker,
+        session: Session,
+        claim: Claim,
+        *,
+        job_id: str,
+        queue: str,
+        task: str,
+        attempt: int,
+    ) -> None:
+        self.tracker, self.session, self.claim = tracker, session, claim
+        self.job_id, self.queue, self.task = job_id, queue, task
+        self.told = False
+        self.part: Part | None = None
+        """What its end is to a chord."""
+        self.error: str | None = None
+        self._attempt = attempt
+        self._successor: UUID | None = None
+        self._sent: dict[str, int] = {}
+        self._inside: AbstractContextManager[None] | None = None
+
+    # What is published from inside.
+
+    def next_nth(self, job_id: str) -> int:
+        """Return how often this run has sent this id before, and count this time."""
+        nth = self._sent.get(job_id, 0)
+        self._sent[job_id] = nth + 1
+        return nth
+
+    def parent(self) -> Parent:
+        """Return what a delivery of this run's own job takes the place of."""
+        if self._successor is not None:
+            return Parent(self._successor)
+        return Parent(self.claim.token, claim=self.claim.number or None, worker=self.session.id)
+
+    def superseded_by(self, token: UUID | None) -> None:
+        """Report nothing: what takes the place of this run is recorded, or was refused for a newer one."""
+        if token is not None:
+            self._successor = token
+        if not self.told:
+            self.told = True
+            self.session.release(self.claim)
+
+    # From its start to its end.
+
+    def enter(self) -> None:
+        """From here on this thread, or greenlet, is in this run."""
+        _current.set(self)
+        self._inside = running_job(self.tracker, self.claim, self.job_id, attempt=self._attempt)
+        self._inside.__enter__()
+
+    def leave(self) -> None:
+        """It is over here."""
+        _current.set(None)
+        inside, self._inside = self._inside, None
+        if inside is not None:
+            inside.__exit__(None, None, None)
+
+    def end(self, outcome: Outcome, error: str | None = None) -> None:
+        """Report how it ended, unless that is told already."""
+        if self.told:
+            return
+        self.told = True
+        self.session.end(
+            self.claim,
+            outcome,
+            job_id=self.job_id,
+            queue=self.queue,
+            task=self.task,
+            error=error[-LONGEST_ERROR:] if error else None,
+            part=self.part,
+        )
+
+    def hand_back(self) -> None:
+        """The library puts this very delivery back into its queue."""
+        if not self.told:
+            self.told = True
+            hand_back(self.session, self.claim)
+
+
+def current_run() -> Run | None:
+    """Return the run that this thread, or greenlet, is in."""
+    return _current.get()
+
+
+def closes(job_id: str) -> str | None:
+    """Return the chord of which this job is the body, if the library is just about to send that."""
+    joining = _joining.get()
+    return joining[0] if joining is not None and joining[1] == job_id else None
+
+
+def hand_back(session: Session, claim: Claim) -> None:
+    """The library takes this very delivery back, to be started by anyone; that is no crash."""
+    try:
+        give_back = getattr(session, "give_back", None) or session.release
+        give_back(claim)
+    except Exception as error:
+        if is_host_interrupt(error):
+            raise
+        log.exception("jobguard could not hand back a claim")
