@@ -7,25 +7,34 @@ the id of the job itself: they take its place, and then there is nothing left to
 
 from __future__ import annotations
 
-import logging
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from uuid import UUID
 
 from jobguard.adapter import running_job
-from jobguard.errors import is_host_interrupt
 from jobguard.job import Claim, Outcome, Parent, Part
 
 if TYPE_CHECKING:
     from jobguard.adapter import Session, Tracker
 
-log = logging.getLogger("jobguard")
-
 LONGEST_ERROR = 5_000
 
+
+
+@dataclass(slots=True)
+class _Joining:
+    """A chord whose last part may have come."""
+
+    group: str
+    body: str | None
+    over: bool = False
+
+
 _current: ContextVar[Run | None] = ContextVar("jobguard_celery_run", default=None)
-_joining: ContextVar[tuple[str, str] | None] = ContextVar("jobguard_celery_joining", default=None)
+_joining: ContextVar[_Joining | None] = ContextVar("jobguard_celery_joining", default=None)
 
 
 class Run:
@@ -41,9 +50,13 @@ class Run:
         queue: str,
         task: str,
         attempt: int,
+        left: Callable[[], None] | None = None,
     ) -> None:
         self.tracker, self.session, self.claim = tracker, session, claim
         self.job_id, self.queue, self.task = job_id, queue, task
+        self.in_worker = left is not None
+        """It runs in the worker's own process, which wants to know when it has left it."""
+        self._left = left
         self.told = False
         self.part: Part | None = None
         """What its end is to a chord."""
@@ -90,6 +103,12 @@ class Run:
         if inside is not None:
             inside.__exit__(None, None, None)
 
+    def finish(self) -> None:
+        """It is over, and told."""
+        left, self._left = self._left, None
+        if left is not None:
+            left()
+
     def end(self, outcome: Outcome, error: str | None = None) -> None:
         """Report how it ended, unless that is told already."""
         if self.told:
@@ -109,7 +128,7 @@ class Run:
         """The library puts this very delivery back into its queue."""
         if not self.told:
             self.told = True
-            hand_back(self.session, self.claim)
+            self.session.give_back(self.claim)
 
 
 def current_run() -> Run | None:
@@ -117,18 +136,30 @@ def current_run() -> Run | None:
     return _current.get()
 
 
+@contextmanager
+def joining(group: str, body: str | None) -> Iterator[None]:
+    """Let what is sent inside under the body's id go on from this chord; None: what is sent first."""
+    before = _joining.set(_Joining(group, body))
+    try:
+        yield
+    finally:
+        _joining.reset(before)
+
+
+def no_longer_joining() -> str | None:
+    """Return the chord that was about to go on, which it will not."""
+    at = _joining.get()
+    if at is None or at.over:
+        return None
+    at.over = True
+    return at.group
+
+
 def closes(job_id: str) -> str | None:
     """Return the chord of which this job is the body, if the library is just about to send that."""
-    joining = _joining.get()
-    return joining[0] if joining is not None and joining[1] == job_id else None
+    at = _joining.get()
+    if at is None or at.over or at.body not in (None, job_id):
+        return None
+    at.over = at.body is None
+    return at.group
 
-
-def hand_back(session: Session, claim: Claim) -> None:
-    """The library takes this very delivery back, to be started by anyone; that is no crash."""
-    try:
-        give_back = getattr(session, "give_back", None) or session.release
-        give_back(claim)
-    except Exception as error:
-        if is_host_interrupt(error):
-            raise
-        log.exception("jobguard could not hand back a claim")

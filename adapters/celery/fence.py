@@ -1,0 +1,234 @@
+"""The fence: no task is run without a claim, and every run tells its end.
+
+``before_start`` is where Celery itself asks a task before it runs, with the request at hand, after
+``task_prerun`` and outside of any swallowing of exceptions. The hook stands on Celery's own ``Task``,
+which every task has, whenever and however it was registered; a class with a ``before_start`` of its
+own is hooked as well when Celery prepares to run its task, and still has its say. Eager runs are
+left alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import TYPE_CHECKING, Any
+
+import kombu.compression
+import kombu.serialization
+from celery import states
+from celery.app import trace
+from celery.app.task import Context, Task
+from celery.worker.consumer import consumer
+from kombu.exceptions import OperationalError
+from redis.exceptions import RedisError
+
+from jobguard import failpoint
+from jobguard.adapters.celery import lookup, sessions, wire
+from jobguard.adapters.celery.header import TOKEN, WORKER, token_of
+from jobguard.adapters.celery.hooks import Hooks
+from jobguard.adapters.celery.run import Run
+from jobguard.adapters.celery.sessions import CONTENT
+from jobguard.adapters.celery.skip import remember, skip
+from jobguard.errors import is_host_interrupt
+from jobguard.job import Delivery, Outcome, Refused, new_token
+
+if TYPE_CHECKING:
+    from uuid import UUID
+
+log = logging.getLogger("jobguard")
+Hook = Callable[..., Any]
+
+_ASKED = "_jobguard_asked"
+_RUN = "_jobguard_run"
+_OURS = "_jobguard_fence"
+_NOT_OF_THE_MESSAGE = frozenset(
+    {
+        *("args", "kwargs", "callbacks", "errbacks", "chain", "chord", "headers"),
+        *("properties", "reply_to", "correlation_id", "hostname", "delivery_info"),
+        *("is_eager", "called_directly", "loglevel", "logfile", "time_limit", "soft_time_limit"),
+        *(TOKEN, WORKER, CONTENT),
+    }
+)
+
+
+def put_on(hooks: Hooks) -> None:
+    """Stand before every task that is run in this process."""
+    hooks.put(Task, "before_start", before_start)
+    for module in (trace, consumer):
+        hooks.put(module, "build_tracer", lambda original: build_tracer(original, hooks))
+
+
+def before_start(original: Hook) -> Hook:
+    """Task.before_start: no start without a claim."""
+
+    @wraps(original)
+    def hook(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _ask(self)
+        return original(self, *args, **kwargs)
+
+    # Celery passes by a Task.before_start that is its own; and this tells ours from a user's.
+    hook.__module__ = __name__
+    vars(hook)[_OURS] = True
+    return hook
+
+
+def build_tracer(original: Hook, hooks: Hooks) -> Hook:
+    """trace.build_tracer: a class with a before_start of its own may not call Celery's."""
+
+    @wraps(original)
+    def hook(name: str, task: Any, *args: Any, **kwargs: Any) -> Any:
+        for kind in type(task).__mro__:
+            own = vars(kind).get("before_start")
+            if own is not None:
+                if not getattr(own, _OURS, False):
+                    hooks.put(kind, "before_start", before_start)
+                break
+        return original(name, task, *args, **kwargs)
+
+    return hook
+
+
+def _ask(task: Any) -> None:
+    """Ask for the claim of the run that is about to begin; raises Ignore if it is refused."""
+    request = task.request
+    if request.is_eager or request.called_directly or _ASKED in vars(request):
+        return
+    vars(request)[_ASKED] = True
+    try:
+        refused = _begin(task, request)
+    except Exception as error:
+        if is_host_interrupt(error):
+            raise
+        log.exception("jobguard could not claim task %s; it runs unclaimed", request.id)
+        return
+    if refused is not None:
+        raise skip(task, refused)
+
+
+def _begin(task: Any, request: Any) -> Refused | None:
+    tracker = lookup.tracker_for(task.app)
+    session = None if tracker is None else sessions.session_for(tracker, request)
+    if tracker is None or session is None:
+        return None
+    token = token_of(vars(request)) or new_token()
+    answer = session.start(token, lambda: _describe(task, request, token))
+    if isinstance(answer, Refused):
+        return answer
+    working = sessions.own(session)
+    if working is not None:
+        sessions.count(working, 1)
+    run = Run(
+        tracker,
+        session,
+        answer,
+        job_id=request.id,
+        queue=queue_of(request),
+        task=task.name,
+        attempt=(request.retries or 0) + 1,
+        left=None if working is None else lambda: sessions.count(working, -1),
+    )
+    vars(request)[_RUN] = run
+    run.enter()
+    failpoint.hit("after_claim")
+    return None
+
+
+def queue_of(request: Any) -> str:
+    """Return the queue that a task came from, as far as its message says so."""
+    return (request.delivery_info or {}).get("routing_key") or ""
+
+
+def _describe(task: Any, request: Any, token: UUID) -> Delivery:
+    """Return the record of a delivery that nobody recorded, encoded anew as it was."""
+    given = vars(request)
+    headers = {
+        key: value
+        for key, value in given.items()
+        if key not in _NOT_OF_THE_MESSAGE and key[0] != "_"
+    }
+    embed = {key: given.get(key) for key in ("callbacks", "errbacks", "chain", "chord")}
+    kind = given.get(CONTENT) or "application/json"
+    content_type, content_encoding, body = kombu.serialization.dumps(
+        [list(request.args), request.kwargs, embed], serializer=kind
+    )
+    if headers.get("compression"):
+        body, _ = kombu.compression.compress(body, headers["compression"])
+    properties = dict(request.properties or {})
+    return wire.describe(
+        task.app,
+        headers,
+        body,
+        content_type,
+        content_encoding,
+        properties,
+        queue=queue_of(request),
+        priority=properties.get("priority") or 0,
+        token=token,
+    )
+
+
+def before_celery_says_started(sender: Any = None, **_: Any) -> None:
+    """task_prerun: Celery may be about to overwrite how the task ended before."""
+    request = sender.request
+    if request.is_eager or lookup.tracker_for(sender.app) is None:
+        return
+    try:
+        remember(sender)
+    except Exception as error:
+        if is_host_interrupt(error):
+            raise
+        log.debug("the result of task %s cannot be read: %s", request.id, error)
+
+
+def why_it_failed(sender: Any = None, einfo: Any = None, **_: Any) -> None:
+    """task_failure, in the process that ran the task: keep the error for the report."""
+    run = vars(sender.request).get(_RUN)
+    if run is not None and einfo is not None:
+        run.error = str(einfo.traceback or einfo.exception)
+
+
+def after_the_run(
+    sender: Any = None, retval: Any = None, state: str | None = None, **_: Any
+) -> None:
+    """task_postrun: the run is over, whatever came of it."""
+    run = vars(sender.request).pop(_RUN, None)
+    if run is None:
+        return
+    run.leave()
+    if state == states.SUCCESS:
+        failpoint.hit("after_return")
+    try:
+        _tell(run, state, retval, sys.exc_info()[1])
+    except Exception as error:
+        if is_host_interrupt(error):
+            raise
+        log.exception("jobguard could not report the end of task %s", run.job_id)
+    finally:
+        run.finish()
+
+
+def _tell(run: Run, state: str | None, retval: Any, thrown: BaseException | None) -> None:
+    """Report how a run ended, by the state that Celery gives it."""
+    if state == states.SUCCESS:
+        # What is thrown now, after the function returned, is Redis that failed Celery's own word of
+        # it; or what came after the function could not be sent, and then the task has failed.
+        run.end(*((Outcome.COMPLETED,) if _returned(thrown) else (Outcome.FAILED, repr(thrown))))
+    elif state == states.IGNORED:
+        run.end(Outcome.COMPLETED)
+    elif state == states.FAILURE:
+        run.end(Outcome.FAILED, run.error or repr(retval))
+    elif state == states.REJECTED:
+        if getattr(retval, "requeue", False):
+            run.hand_back()
+        else:
+            run.end(Outcome.FAILED, f"rejected: {getattr(retval, 'reason', retval)!r}")
+    elif state == states.RETRY:
+        run.end(Outcome.FAILED, "Retry was raised, but nothing was sent again")
+    elif isinstance(thrown, SystemExit | KeyboardInterrupt) and run.in_worker:
+        run.end(Outcome.FAILED, repr(thrown))
+
+
+def _returned(thrown: BaseException | None) -> bool:
+    return thrown is None or isinstance(thrown, OperationalError | RedisError | OSError)

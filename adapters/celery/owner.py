@@ -1,0 +1,70 @@
+"""Whose a message is that a worker has taken: written into ``unacked``, where a leader looks.
+
+kombu moves what a worker has taken to the hash ``unacked``, and says there nothing of the worker. If
+it dies, its messages lie there for the visibility timeout, an hour by default. A guarded worker
+writes its session into what it puts there; a message that came without a token, from a program that
+is not guarded, is given one, so that it is the same delivery however often it is put back.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+from kombu.transport.redis import QoS
+
+from jobguard.adapters.celery import sessions
+from jobguard.adapters.celery.header import TOKEN, WORKER, token_of
+from jobguard.adapters.celery.hooks import Hooks
+from jobguard.errors import is_host_interrupt
+from jobguard.job import new_token
+
+log = logging.getLogger("jobguard")
+Hook = Callable[..., Any]
+
+
+def put_on(hooks: Hooks) -> None:
+    """Mark what this process' workers take."""
+    hooks.put(QoS, "append", append)
+
+
+def append(original: Hook) -> Hook:
+    """QoS.append: a message was popped off its queue, and is now written into ``unacked``."""
+
+    @wraps(original)
+    def hook(self: Any, message: Any, delivery_tag: Any) -> Any:
+        try:
+            _mark(self.channel, message)
+        except Exception as error:
+            if is_host_interrupt(error):
+                raise
+            log.exception("jobguard could not mark a message as this worker's")
+        return original(self, message, delivery_tag)
+
+    return hook
+
+
+def _mark(channel: Any, message: Any) -> None:
+    working = sessions.consuming(channel.connection.client)
+    headers = message.headers
+    if working is None or not isinstance(headers, dict):
+        return
+    if token_of(headers) is None:
+        if not _is_a_task(message):
+            return
+        headers[TOKEN] = new_token().hex
+    headers[WORKER] = working.session.id.hex
+    message._raw["headers"] = headers
+
+
+def _is_a_task(message: Any) -> bool:
+    """Whether Celery will take this for a task, by its headers, or with protocol 1 by its body."""
+    if "task" in message.headers:
+        return True
+    try:
+        body = message.decode()
+    except Exception:  # whatever it is, Celery is about to say so
+        return False
+    return isinstance(body, dict) and "task" in body

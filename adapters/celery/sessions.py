@@ -1,0 +1,200 @@
+"""Who works here: the session of this process' worker, and who speaks for it in its children.
+
+A worker opens its session before its pool starts, in its main process, which beats for all its
+children. What they may be running it knows from Celery's own books (``active_requests``). A child
+claims and reports by itself, in the name of the main process' session: a forked one has inherited
+it, a spawned one is told its id with every task; and so it hears of it when its worker was taken
+for dead, and has begun anew.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+from weakref import WeakKeyDictionary
+
+from celery.concurrency import prefork
+from celery.worker import state
+
+from jobguard.adapters.celery import lookup
+from jobguard.adapters.celery.header import TOKEN, WORKER, token_of
+
+if TYPE_CHECKING:
+    from jobguard.adapter import Session, Tracker
+
+log = logging.getLogger("jobguard")
+
+CONTENT = "jobguard-content"
+"""Of which kind the body was, in what the main process tells its children of a task."""
+_HANDED = 10.0
+"""Seconds within which a child surely says that it has taken what was handed to it."""
+
+
+@dataclass(slots=True)
+class Working:
+    """One guarded worker of this process."""
+
+    controller: Any
+    """Celery's WorkController."""
+    tracker: Tracker
+    session: Session = field(init=False)
+    pid: int = field(default_factory=os.getpid)
+    handed: WeakKeyDictionary[Any, float] = field(default_factory=WeakKeyDictionary)
+    """Requests by when they were given to the pool."""
+    live: int = 0
+    """Tasks that run in this very process."""
+
+    def open(self) -> None:
+        """Begin to beat."""
+        controller = self.controller
+        queues = [queue.name for queue in controller.app.amqp.queues.consume_from.values()]
+        self.session = self.tracker.open_session(
+            name=controller.hostname, queues=queues, lists=self.lists
+        )
+
+    def lists(self) -> Iterable[UUID]:
+        """What children of this process may be running; asked at every beat, from its thread."""
+        return {token for request in self._with_children() if (token := token_in(request))}
+
+    def hand(self, request: Any) -> None:
+        """Tell whoever will run this request what it must know to claim it."""
+        self.handed[request] = time.monotonic()
+        told = request.request_dict
+        told[WORKER], told[CONTENT] = self.session.id.hex, request.content_type
+        if (token := token_in(request)) is not None:
+            told[TOKEN] = token.hex  # protocol 1 has none where a child would look for it
+
+    def _with_children(self) -> Iterator[Any]:
+        if not isinstance(getattr(self.controller, "pool", None), prefork.TaskPool):
+            return  # it runs what it claims itself, and lists that by itself
+        for request in _snapshot(state.active_requests):
+            if _is_there(request.worker_pid):
+                yield request
+        now = time.monotonic()
+        for request, at in _snapshot(self.handed.items()):
+            if now - at < _HANDED and request.worker_pid is None:
+                yield request
+
+
+_here: dict[int, Working] = {}
+"""By source: the workers of this process; in a forked child, of its parent."""
+_inherited: dict[int, Session] = {}
+_lock = threading.Lock()
+
+
+def begin(controller: Any) -> None:
+    """Open the session of a worker that is about to start, once."""
+    tracker = lookup.tracker_for(controller.app)
+    if tracker is None:
+        return
+    with _lock:
+        working = _here.get(tracker.source.id)
+        if working is None or working.pid != os.getpid() or working.controller is not controller:
+            working = Working(controller, tracker)
+            working.open()
+            _here[tracker.source.id] = working
+
+
+def end(tracker: Tracker) -> None:
+    """Say goodbye: all has ended, or is back in its queue, or is nobody's from now on.
+
+    Threads that still run a task go on, and the process with them: then it is its exit that does this.
+    """
+    working = _here.get(tracker.source.id)
+    if working is not None and working.pid == os.getpid() and not working.live:
+        del _here[tracker.source.id]
+        working.session.close()
+
+
+def forget(tracker: Tracker) -> None:
+    """This source is no longer guarded: its tracker has closed, or closes, its session."""
+    _here.pop(tracker.source.id, None)
+    _inherited.pop(tracker.source.id, None)
+
+
+def working_for(app: Any) -> Working | None:
+    """Return this process' own guarded worker of an app."""
+    tracker = lookup.tracker_for(app)
+    working = None if tracker is None else _here.get(tracker.source.id)
+    return working if working is not None and working.pid == os.getpid() else None
+
+
+def consuming(connection: Any) -> Working | None:
+    """Return the worker of this process that consumes by this connection of kombu's."""
+    for working in _here.values():
+        consumer = getattr(working.controller, "consumer", None)
+        if consumer is not None and consumer.connection is connection:
+            return working if working.pid == os.getpid() else None
+    return None
+
+
+def session_for(tracker: Tracker, request: Any) -> Session | None:
+    """Return the session that claims this task: this process', or that of its parent."""
+    working = _here.get(tracker.source.id)
+    if working is not None and working.pid == os.getpid():
+        return working.session
+    told = request.get(WORKER)
+    if not isinstance(told, str):
+        return None if working is None else working.session
+    worker = UUID(hex=told)
+    if working is not None and working.session.id == worker:
+        return working.session
+    return _of_parent(tracker, worker, request)
+
+
+def _of_parent(tracker: Tracker, worker: UUID, request: Any) -> Session:
+    known = _inherited.get(tracker.source.id)
+    if known is None or known.id != worker:
+        known = tracker.inherit_session(worker, os.getppid(), name=request.hostname, queues=())
+        _inherited[tracker.source.id] = known
+    return known
+
+
+def own(session: Session) -> Working | None:
+    """Return the worker of this very process that beats for a session; None: it is the parent's."""
+    mine = (one for one in _here.values() if one.pid == os.getpid())
+    return next((one for one in mine if one.session is session), None)
+
+
+def count(working: Working, change: int) -> None:
+    """One more, or less, of its tasks runs in this process."""
+    with _lock:
+        working.live += change
+
+
+def children() -> Iterator[Session]:
+    """Return the sessions in whose name this process, a child, has spoken."""
+    yield from _inherited.values()
+    yield from (one.session for one in _here.values() if one.pid != os.getpid())
+
+
+def token_in(request: Any) -> UUID | None:
+    """Return the token of a request of the main process."""
+    return token_of(request.request_dict) or token_of(getattr(request.message, "headers", None))
+
+
+def _snapshot(of: Iterable[Any]) -> list[Any]:
+    """Copy what another thread may be changing."""
+    while True:
+        try:
+            return list(of)
+        except RuntimeError:
+            continue
+
+
+def _is_there(pid: int | None) -> bool:
+    if not pid:
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True

@@ -1,0 +1,128 @@
+"""A guarded worker: which of Celery's signals and methods are heard, from its start to its goodbye.
+
+The hooks are on Celery's classes and on its signals, which know no app: each asks whose task it is.
+They are put on with the first guarded app of a process and come off with the last.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from functools import wraps
+from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
+
+from celery import signals
+from celery.exceptions import SoftTimeLimitExceeded
+from celery.worker import WorkController
+
+from jobguard.adapter import trackers
+from jobguard.adapters.celery import fence, killed, lookup, mend, owner, parts, sessions, unread
+from jobguard.adapters.celery.header import token_of
+from jobguard.adapters.celery.hooks import Hooks
+from jobguard.errors import host_interrupts, is_host_interrupt
+from jobguard.job import Outcome
+
+if TYPE_CHECKING:
+    from jobguard.adapter import Tracker
+
+log = logging.getLogger("jobguard")
+
+# What a time limit throws into a task by a signal; it may strike inside of our code.
+host_interrupts(SoftTimeLimitExceeded)
+
+_lock = threading.RLock()
+_apps: WeakSet[Any] = WeakSet()
+_hooks = Hooks()
+
+
+def install(tracker: Tracker, app: Any) -> None:
+    """Hear what the workers of this app do."""
+    with _lock:
+        if not _apps:
+            for part in (fence, killed, owner, parts, unread):
+                part.put_on(_hooks)
+            if tracker.mends_library:
+                mend.put_on(_hooks)
+            _hooks.put(WorkController, "_process_task", process_task)
+            for signal, receiver in HEARD:
+                signal.connect(receiver, weak=False, dispatch_uid=_uid(receiver))
+        _apps.add(app)
+
+
+def uninstall(tracker: Tracker, app: Any) -> None:
+    """Hear it no more."""
+    with _lock:
+        sessions.forget(tracker)
+        _apps.discard(app)
+        if not _apps:
+            for signal, receiver in HEARD:
+                signal.disconnect(receiver, dispatch_uid=_uid(receiver))
+            _hooks.take_off()
+
+
+def begin(controller: Any) -> None:
+    """Open the session of a worker that is about to start its pool; once."""
+    try:
+        sessions.begin(controller)
+    except Exception as error:
+        if is_host_interrupt(error):
+            raise
+        log.exception("jobguard could not open a session for worker %s", controller.hostname)
+
+
+def process_task(original: Callable[..., Any]) -> Callable[..., Any]:
+    """WorkController._process_task: a request goes to the pool."""
+
+    @wraps(original)
+    def hook(self: Any, req: Any) -> Any:
+        working = sessions.working_for(self.app)
+        if working is not None:
+            working.hand(req)
+        return original(self, req)
+
+    return hook
+
+
+def worker_begins(sender: Any = None, **_: Any) -> None:
+    """worker_init: before the pool, and so before any fork."""
+    begin(sender)
+
+
+def worker_has_ended(sender: Any = None, **_: Any) -> None:
+    """worker_shutdown: the pool is empty, and what was not begun is back in its queue."""
+    tracker = lookup.tracker_for(sender.app)
+    if tracker is not None:
+        sessions.end(tracker)
+
+
+def child_ends(**_: Any) -> None:
+    """worker_process_shutdown: a child leaves by os._exit, where nothing that waits would be written."""
+    for session in sessions.children():
+        session.flush()
+    for tracker in trackers():
+        tracker.settle()
+
+
+def was_revoked(sender: Any = None, request: Any = None, **_: Any) -> None:
+    """task_revoked: by a person, by a stamp, or because it expired; perhaps while it ran."""
+    working, token = sessions.working_for(sender.app), token_of(vars(request))
+    if working is not None and token is not None:
+        killed.report(working, token, Outcome.CANCELLED, request=request)
+
+
+HEARD = (
+    (signals.worker_init, worker_begins),
+    (signals.worker_shutdown, worker_has_ended),
+    (signals.worker_process_shutdown, child_ends),
+    (signals.task_prerun, fence.before_celery_says_started),
+    (signals.task_failure, fence.why_it_failed),
+    (signals.task_postrun, fence.after_the_run),
+    (signals.task_revoked, was_revoked),
+    (signals.task_rejected, unread.was_rejected),
+)
+
+
+def _uid(receiver: Callable[..., Any]) -> str:
+    return f"jobguard.celery.{receiver.__name__}"
