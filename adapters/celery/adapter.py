@@ -1,0 +1,93 @@
+"""Celery as the composition root sees it: what may be guarded, and how a guard is put up.
+
+Importable without Celery: a reconciler needs the broker alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+from jobguard.adapter import Broker, Guarded, Later, Source, Tracker
+from jobguard.adapters.celery.broker import CeleryBroker
+from jobguard.errors import UnsupportedTarget
+
+if TYPE_CHECKING:
+    import redis
+
+LIBRARY = "celery"
+
+_IN_MEMORY = "kombu.transport.memory"
+_INSTEAD = {
+    "kombu.transport.pyamqp": "RabbitMQ keeps its messages itself: jobguard guards Celery on Redis only.",
+    "kombu.transport.librabbitmq": (
+        "RabbitMQ keeps its messages itself: jobguard guards Celery on Redis only."
+    ),
+}
+
+
+class CeleryAdapter:
+    """Guards a Celery app."""
+
+    library = LIBRARY
+
+    def sources(
+        self, target: object, *, namespace: str, name: str | None
+    ) -> Guarded | Later | None:
+        """Return what guarding this app means, or that its configuration is not to be read yet."""
+        if importlib.util.find_spec("celery") is None:
+            return None
+        celery = importlib.import_module("celery")
+        if not isinstance(target, celery.Celery):
+            return None
+        app: Any = target
+        patches = importlib.import_module("jobguard.adapters.celery.patches")
+        if not app.configured and not patches.is_waited_for(app):
+            return Later(lambda callback: patches.wait(app, callback))
+        if app.conf.task_always_eager:
+            return _inert(namespace, name, "task_always_eager runs tasks at once, in the caller")
+        return _guarded(app, namespace, name)
+
+    def install(self, tracker: Tracker, target: object) -> None:
+        """Have this app speak to this tracker; raises UnsupportedTarget if this Celery is not known."""
+        importlib.import_module("jobguard.adapters.celery.patches").install(tracker, target)
+
+    def uninstall(self, tracker: Tracker) -> None:
+        """Have no app speak to it, and take the hooks off with the last guard."""
+        importlib.import_module("jobguard.adapters.celery.patches").uninstall(tracker)
+
+    def broker(self, source: Source, client: redis.Redis) -> Broker:
+        """Return the reconciler's view of a source."""
+        return CeleryBroker(source, client)
+
+
+def _guarded(app: Any, namespace: str, name: str | None) -> Guarded:
+    places = importlib.import_module("jobguard.adapters.celery.places")
+    connection = app.connection_for_write()
+    try:
+        transport = connection.get_transport_cls()
+    except (KeyError, ImportError) as error:
+        raise UnsupportedTarget(
+            f"this Celery's broker is not a Redis that kombu knows ({error}): use a redis://, "
+            "rediss://, redis+socket:// or sentinel:// URL. Redis Cluster is not supported by kombu."
+        ) from error
+    if transport.__module__ == _IN_MEMORY:
+        return _inert(namespace, name, "memory:// keeps nothing that could be lost")
+    try:
+        place = places.place_of(connection)
+    except ValueError as error:  # a Sentinel without the name of its master, a db that is no number
+        raise UnsupportedTarget(f"this Celery's broker cannot be guarded: {error}") from error
+    if place is None:
+        instead = _INSTEAD.get(transport.__module__, "jobguard guards Celery on Redis only.")
+        raise UnsupportedTarget(
+            f"this Celery's broker is {connection.transport_cls}://: {instead} Set broker_url to a "
+            "redis:// URL, or take the guard away."
+        )
+    source = Source(namespace, LIBRARY, place.address, str(place.layout), name, one_body=False)
+    return Guarded(source, None, lambda: places.client_of(connection))
+
+
+def _inert(namespace: str, name: str | None, why: str) -> Guarded:
+    source = Source(namespace, LIBRARY, "inert", name=name, one_body=False)
+    return Guarded(source, frozenset(), None, inert=why)

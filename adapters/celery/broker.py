@@ -1,0 +1,242 @@
+"""A Celery on Redis as the reconciler sees it: where its deliveries are, and how they are put back.
+
+Nothing here imports Celery or kombu, or unpickles anything: messages go back as they were.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+from uuid import UUID
+
+from redis.exceptions import RedisError
+
+from jobguard.adapter import Source
+from jobguard.adapters.celery.consumers import Consumers, Workers
+from jobguard.adapters.celery.envelope import UnknownEnvelope, decode, fresh
+from jobguard.adapters.celery.joins import Rejoin
+from jobguard.adapters.celery.layout import Layout
+from jobguard.adapters.celery.results import Results, ends_of
+from jobguard.adapters.celery.scan import Scan, look
+from jobguard.adapters.celery.scripts import Script
+from jobguard.clients import own_client
+from jobguard.job import OpenJoin, Owed, Presence, Restorable, Restored, Sighting
+
+if TYPE_CHECKING:
+    import redis
+
+T = TypeVar("T")
+
+RESTORES_A_TRIP = 200
+_KEPT = 1.0
+"""Seconds at most for which a look serves other pages as well; less, if it cost less."""
+_LEAST_KEPT = 0.05
+_USABLE = 5.0
+"""Seconds for which a look is proof enough to put back what it did not see."""
+_KEEP_FAILURE = 86_400
+"""Seconds: as long as Celery keeps a result by default."""
+_TIMEOUT = 1.0
+
+
+class CeleryBroker:
+    """One Celery in one Redis."""
+
+    def __init__(self, source: Source, client: redis.Redis):
+        self._layout = Layout.parse(source.prefix)
+        self._client = client
+        self._restore = Script(client, "restore.lua")
+        self._workers = Workers(client, self._layout, db=_db_of(client))
+        self._rejoin = Rejoin(client, self._layout, db=_db_of(client))
+        self._clients: dict[int, redis.Redis] = {}
+        self._scan: Scan | None = None
+
+    def presence(self, page: Sequence[Owed]) -> Mapping[UUID, Sighting]:
+        """Where Redis has each of these deliveries."""
+        if not page:
+            return {}
+        scan = self._look({owed.queue for owed in page}, [owed.token for owed in page])
+        seen = {owed.token: _sighting(scan, owed) for owed in page}
+        absent = [owed for owed in page if seen[owed.token].presence is Presence.ABSENT]
+        scan.missed.update(owed.token.hex.encode() for owed in absent)
+        seen.update(self._ends(absent))
+        return seen
+
+    def restore(
+        self, deliveries: Sequence[Restorable], *, deadline: float
+    ) -> Mapping[UUID, Restored]:
+        """Put these back, in this order, unless Redis' clock is past the deadline.
+
+        Redis cannot be asked whether a message is in a list: the look that did not see it is the proof,
+        and a note of what was put back since then.
+        """
+        done: dict[UUID, Restored] = {}
+        calls: list[tuple[UUID, list[Any], list[Any]]] = []
+        scan = self._proof(deliveries)
+        # Taken ones go back to where the next is taken from: the first of them last.
+        held = [delivery for delivery in deliveries if delivery.held_by]
+        for delivery in (*(d for d in deliveries if not d.held_by), *reversed(held)):
+            try:
+                call = self._call(delivery, deadline, scan)
+            except UnknownEnvelope:
+                done[delivery.token] = Restored.UNREADABLE
+                continue
+            if call is None:
+                done[delivery.token] = Restored.PRESENT
+            else:
+                calls.append((delivery.token, *call))
+        for batch in _chunks(calls, RESTORES_A_TRIP):
+            answers = self._restore.run([(keys, args) for _, keys, args in batch])
+            for (token, _, _), answer in zip(batch, answers, strict=True):
+                failed = isinstance(answer, RedisError)
+                done[token] = Restored.ERROR if failed else Restored(answer.decode())
+        return done
+
+    def abandon(self, page: Sequence[Owed]) -> None:
+        """Nothing: Celery's own recovery takes what a dead worker had, and the fence sees to that."""
+
+    def bury(self, page: Sequence[Owed]) -> None:
+        """Store a failure, where results are kept as JSON: whoever waits for one is told."""
+        results = self._workers.results()
+        if results is None or not results.json:
+            return
+        client = self._in(results)
+        ended = ends_of(client, results, {owed.job_id: float("-inf") for owed in page})
+        with client.pipeline(transaction=False) as pipe:
+            for owed in page:
+                if owed.job_id not in ended:
+                    key, value = results.tasks + owed.job_id, _failure(owed.job_id)
+                    cast(Any, pipe).set(key, value, ex=_KEEP_FAILURE)
+                    cast(Any, pipe).publish(key, value)
+            pipe.execute()
+
+    def hide(self, page: Sequence[Owed]) -> None:
+        """Nothing: what runs leaves no trace in the broker that others would look for."""
+
+    def rejoin(self, joins: Sequence[OpenJoin], *, finish: bool, deadline: float) -> None:
+        """Put back what Celery counts of these chords, where it is missing."""
+        self._rejoin(joins, finish=finish, deadline=deadline)
+
+    def consumers(self) -> Mapping[str, frozenset[str]]:
+        """Celery's own names of the workers that Redis knows, by queue."""
+        found: Consumers = self._workers.consumers()
+        return found
+
+    def _look(self, queues: Iterable[str], tokens: Sequence[UUID]) -> Scan:
+        """Return a look at these queues: the last one, if it is young and has not missed any of these."""
+        scan = self._scan
+        if (
+            scan is not None
+            and time.monotonic() - scan.begun - scan.cost < min(_KEPT, max(scan.cost, _LEAST_KEPT))
+            and scan.queues.issuperset(queues)
+            and not any(token.hex.encode() in scan.missed for token in tokens)
+        ):
+            return scan
+        # The queues of other pages as well: they will be asked for next.
+        known = scan.queues if scan is not None else frozenset()
+        scan = self._scan = look(self._client, self._layout, known.union(queues))
+        return scan
+
+    def _proof(self, deliveries: Sequence[Restorable]) -> Scan:
+        scan = self._scan
+        queues = {delivery.queue for delivery in deliveries}
+        if (
+            scan is not None
+            and time.monotonic() - scan.begun < _USABLE
+            and scan.queues.issuperset(queues)
+        ):
+            return scan
+        scan = self._scan = look(self._client, self._layout, queues)
+        return scan
+
+    def _call(
+        self, delivery: Restorable, deadline: float, scan: Scan
+    ) -> tuple[list[Any], list[Any]] | None:
+        """Return the keys and arguments of its restore; None: it is there, or nothing is to be done."""
+        token = delivery.token.hex.encode()
+        taken = scan.taken.get(token)
+        if delivery.running or token in scan.waiting:
+            return None
+        if taken is not None and (not delivery.held_by or taken.holder != delivery.held_by):
+            return None
+        routing, message = decode(delivery.envelope)
+        layout, expires = self._layout, delivery.expires_at
+        return [
+            layout.list_of(routing.queue, routing.step),
+            layout.restored,
+            layout.unacked,
+            layout.unacked_index,
+            layout.binding(routing.exchange),
+        ], [
+            repr(deadline),
+            delivery.token.hex,
+            fresh(message, delivery.token),
+            scan.redis_time,
+            "" if expires is None else repr(expires),
+            taken.tag if taken is not None else "",
+            taken.holder if taken is not None else "",
+            routing.binding,
+        ]
+
+    def _ends(self, absent: Sequence[Owed]) -> dict[UUID, Sighting]:
+        """Return how these ended, of those whose stored result says so, and was not an earlier life's."""
+        results = self._workers.results() if absent else None
+        if results is None:
+            return {}
+        now = time.time()
+        ends = ends_of(self._in(results), results, {o.job_id: now - o.age for o in absent})
+        return {
+            owed.token: Sighting(ends[owed.job_id], "result")
+            for owed in absent
+            if owed.job_id in ends
+        }
+
+    def _in(self, results: Results) -> redis.Redis:
+        """Return a client for the db of the results."""
+        if results.db == _db_of(self._client):
+            return self._client
+        if results.db not in self._clients:
+            timeout = self._client.connection_pool.connection_kwargs.get("socket_timeout")
+            other = own_client(self._client, timeout=timeout or _TIMEOUT)
+            other.connection_pool.connection_kwargs["db"] = results.db
+            self._clients[results.db] = other
+        return self._clients[results.db]
+
+
+def _sighting(scan: Scan, owed: Owed) -> Sighting:
+    token = owed.token.hex.encode()
+    if token in scan.waiting:
+        return Sighting(Presence.WAITING, "list")
+    taken = scan.taken.get(token)
+    if taken is not None:
+        return Sighting(Presence.WAITING, f"unacked:{taken.tag}", held_by=taken.holder)
+    return Sighting(Presence.ABSENT, "missing")
+
+
+def _failure(job_id: str) -> str:
+    """Return the result of a task whose workers were killed once too often, as Celery writes one."""
+    return json.dumps(
+        {
+            "status": "FAILURE",
+            "result": {
+                "exc_type": "WorkerLostError",
+                "exc_message": ["jobguard gave it up: too many workers died with it"],
+                "exc_module": "billiard.exceptions",
+            },
+            "traceback": None,
+            "children": [],
+            "date_done": datetime.now(UTC).isoformat(),
+            "task_id": job_id,
+        }
+    )
+
+
+def _db_of(client: redis.Redis) -> int:
+    return int(client.connection_pool.connection_kwargs.get("db") or 0)
+
+
+def _chunks(values: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    for start in range(0, len(values), size):
+        yield values[start : start + size]

@@ -1,0 +1,167 @@
+"""Who takes tasks from a broker: the guarded workers, which say so, and the others.
+
+Of a worker kombu writes down the name alone, in the table of the exchange by which it is controlled;
+not its queues, and not that it is gone. So a stranger counts for every queue; and if there is one, the
+exchange is asked how many hear it: as many as there are guarded workers means that it was a dead one's
+name. What is sent to ask is a control command for a worker that does not exist.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+from jobguard.adapters.celery.layout import Layout
+from jobguard.adapters.celery.results import Results
+
+if TYPE_CHECKING:
+    import redis
+
+_SILENT = 15
+"""Seconds after which a guarded worker that has said nothing does not count among those that hear."""
+_REMEMBER = 120.0
+"""Seconds for which its name is known to be a guarded worker's: Redis may have lost what it said."""
+_ASK_AGAIN = 5.0
+_PIDBOX = ".pidbox"
+_CONTROL = "celery"
+
+
+@dataclass(frozen=True, slots=True)
+class Announced:
+    """What a guarded worker says of itself."""
+
+    name: str
+    queues: tuple[str, ...]
+    control: str = ""
+    """The exchange by which it is controlled; "": it is not."""
+    results: Results | None = None
+
+
+class Consumers(Mapping[str, frozenset[str]]):
+    """Names of workers by queue; strangers are in every queue, also in one that nobody named."""
+
+    def __init__(self, by_queue: Mapping[str, frozenset[str]], strangers: frozenset[str]) -> None:
+        self._by_queue = by_queue
+        self._strangers = strangers
+
+    def __getitem__(self, queue: str) -> frozenset[str]:
+        return self._by_queue.get(queue, frozenset()) | self._strangers
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._by_queue)
+
+    def __len__(self) -> int:
+        return len(self._by_queue)
+
+
+class Workers:
+    """The workers of one broker, as Redis knows them."""
+
+    def __init__(self, client: redis.Redis, layout: Layout, *, db: int) -> None:
+        self._client: Any = client
+        self._layout = layout
+        self._db = db
+        self._names: dict[str, float] = {}  # of guarded workers: when they were last heard of
+        self._results: Results | None = None
+        self._asked_at = float("-inf")
+        self._hear = 0
+
+    def consumers(self) -> Consumers:
+        """Return who takes from which queue."""
+        announced, heard = self._read()
+        by_queue: dict[str, set[str]] = {}
+        for worker in announced:
+            for queue in worker.queues:
+                by_queue.setdefault(queue, set()).add(worker.name)
+        controls = {worker.control for worker in announced if worker.control} | {_CONTROL}
+        strangers = {
+            control: self._bound(control).difference(self._names) for control in sorted(controls)
+        }
+        alive: set[str] = set()
+        for control, names in strangers.items():
+            ours = sum(worker.control == control for worker in heard)
+            if names and self._count(control) > ours:
+                alive |= names
+        return Consumers(
+            {queue: frozenset(names) for queue, names in by_queue.items()}, frozenset(alive)
+        )
+
+    def results(self) -> Results | None:
+        """Return where guarded workers keep their results, as last heard."""
+        if self._results is None:
+            self._read()
+        return self._results
+
+    def _read(self) -> tuple[list[Announced], list[Announced]]:
+        """Return the guarded workers that are known, and those of them that spoke a moment ago."""
+        with self._client.pipeline(transaction=False) as pipe:
+            pipe.time()
+            pipe.zrange(self._layout.workers, 0, -1, withscores=True)
+            pipe.hgetall(self._layout.about)
+            (seconds, _), said, about = pipe.execute()
+        known, heard = [], []
+        for session, at in said:
+            worker = _announced(about.get(session))
+            if worker is None:
+                continue
+            known.append(worker)
+            if int(seconds) - at <= _SILENT:
+                heard.append(worker)
+            self._results = worker.results or self._results
+        now = time.monotonic()
+        self._names.update((worker.name, now) for worker in known)
+        self._names = {name: at for name, at in self._names.items() if now - at < _REMEMBER}
+        return known, heard
+
+    def _bound(self, control: str) -> set[str]:
+        """Return the names of all workers that ever listened to this exchange, but those that left."""
+        rows = self._client.smembers(self._layout.binding(control + _PIDBOX))
+        queues = (row.decode(errors="replace").split(self._layout.sep)[-1] for row in rows)
+        return {queue.removesuffix(f".{control}{_PIDBOX}") for queue in queues}
+
+    def _count(self, control: str) -> int:
+        """Return how many workers hear this exchange."""
+        if time.monotonic() - self._asked_at >= _ASK_AGAIN:
+            self._hear = self._client.publish(
+                self._layout.fanout(control + _PIDBOX, self._db), _nobody(control)
+            )
+            self._asked_at = time.monotonic()
+        return self._hear
+
+
+def _announced(raw: bytes | None) -> Announced | None:
+    try:
+        told = json.loads(raw or b"")
+        return Announced(
+            str(told["name"]),
+            tuple(map(str, told["queues"])),
+            str(told.get("control") or ""),
+            Results.heard(told.get("results")),
+        )
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _nobody(control: str) -> str:
+    """Return a control command for nobody, as kombu would send it."""
+    command = {"method": "ping", "arguments": {}, "destination": ["nobody@jobguard"]}
+    return json.dumps(
+        {
+            "body": base64.b64encode(json.dumps(command).encode()).decode(),
+            "content-encoding": "utf-8",
+            "content-type": "application/json",
+            "headers": {"clock": 0},
+            "properties": {
+                "delivery_mode": 2,
+                "delivery_info": {"exchange": control + _PIDBOX, "routing_key": ""},
+                "priority": 0,
+                "body_encoding": "base64",
+                "delivery_tag": str(uuid4()),
+            },
+        }
+    )

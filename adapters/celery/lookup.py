@@ -1,0 +1,112 @@
+"""Which tracker an app speaks to."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from jobguard.adapter import trackers
+from jobguard.adapters.celery.places import Place, place_of
+
+if TYPE_CHECKING:
+    from jobguard.adapter import Tracker
+
+LIBRARY = "celery"
+
+_lock = threading.RLock()
+_guards: WeakKeyDictionary[Any, list[Tracker]] = WeakKeyDictionary()
+_waiting: WeakKeyDictionary[Any, list[Callable[[], None]]] = WeakKeyDictionary()
+
+
+def add(tracker: Tracker, app: Any) -> bool:
+    """Have this app speak to this tracker; False: it does already."""
+    with _lock:
+        guards = _guards.setdefault(app, [])
+        if any(known.source.id == tracker.source.id for known in guards):
+            return False
+        guards.append(tracker)
+        return True
+
+
+def remove(tracker: Tracker) -> list[Any]:
+    """Have no app speak to this tracker; return those that speak to none now."""
+    bare = []
+    with _lock:
+        for app, guards in list(_guards.items()):
+            left = [known for known in guards if known.source.id != tracker.source.id]
+            if len(left) < len(guards):
+                _guards[app] = left
+                if not left:
+                    del _guards[app]
+                    bare.append(app)
+    return bare
+
+
+def is_guarded() -> bool:
+    """Whether any app is, or will be once it is configured."""
+    return bool(_guards or _waiting)
+
+
+def wait(app: Any, callback: Callable[[], None]) -> None:
+    """Call this back before the first thing that this app does."""
+    with _lock:
+        _waiting.setdefault(app, []).append(callback)
+
+
+def is_waited_for(app: Any) -> bool:
+    """Whether somebody waits to be called back."""
+    return app in _waiting
+
+
+def settle(app: Any) -> None:
+    """Call back who waits for this app to be configured: that time has come.
+
+    They stay on the list until they are done: another thread waits here for them as well.
+    """
+    if app not in _waiting:
+        return
+    app.conf.broker_url  # noqa: B018  # configures it
+    for callback in list(_waiting.get(app, ())):
+        callback()
+    with _lock:
+        _waiting.pop(app, None)
+
+
+def tracker_for(app: Any) -> Tracker | None:
+    """Return the tracker that this app speaks to; None: it is not guarded."""
+    settle(app)
+    guards = _guards.get(app)
+    return guards[0] if guards else None
+
+
+def tracker_for_push(app: Any, connection: Any) -> Tracker | None:
+    """Return the tracker of the broker that this app pushes to, by this connection.
+
+    An app that came to this process as a copy, spawned or unpickled, is known by its broker.
+    """
+    settle(app)
+    guards = _guards.get(app)
+    place = place_of(connection)
+    if place is None:
+        return None
+    known = guards if guards is not None else list(trackers())
+    return next((tracker for tracker in known if _is_at(tracker, place)), None)
+
+
+def trackers_at(connection: Any) -> list[Tracker]:
+    """Return all trackers of the broker that this connection leads to, whoever's app it is."""
+    for app in list(_waiting):
+        settle(app)
+    place = place_of(connection)
+    return [tracker for tracker in trackers() if place is not None and _is_at(tracker, place)]
+
+
+def _is_at(tracker: Tracker, place: Place) -> bool:
+    source = tracker.source
+    return (
+        source.library == LIBRARY
+        and source.address == place.address
+        and source.prefix == str(place.layout)
+    )

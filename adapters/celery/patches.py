@@ -1,0 +1,92 @@
+"""Where the hooks hang: on each guarded app, and, with the first of them, on Celery's own classes.
+
+All of them or none, and removed as they were put.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import celery
+from celery.signals import worker_init
+
+from jobguard.adapters.celery import backend, intent, lookup, worker
+from jobguard.adapters.celery.capture import hook_app, unhook_app
+from jobguard.adapters.celery.hooks import Hooks
+from jobguard.errors import UnsupportedTarget
+
+if TYPE_CHECKING:
+    from jobguard.adapter import Tracker
+
+_OLDEST = (5, 4)
+_UID = "jobguard.celery.settle"
+
+_lock = threading.RLock()
+_hooks = Hooks()
+_on = False
+
+
+def install(tracker: Tracker, app: Any) -> None:
+    """Have this app speak to this tracker; raises UnsupportedTarget if this Celery is not known."""
+    with _lock:
+        _put_on()
+        if lookup.add(tracker, app):
+            hook_app(app)
+            worker.install(tracker, app)
+
+
+def uninstall(tracker: Tracker) -> None:
+    """Have no app speak to this tracker, and take the hooks off with the last."""
+    with _lock:
+        for app in lookup.remove(tracker):
+            worker.uninstall(tracker, app)
+            unhook_app(app)
+        _take_off()
+
+
+def wait(app: Any, callback: Callable[[], None]) -> None:
+    """Call this back before the first thing that this app does; it need not be configured for this."""
+    with _lock:
+        _put_on()
+        lookup.wait(app, callback)
+        hook_app(app)
+
+
+def is_waited_for(app: Any) -> bool:
+    """Whether somebody waits for this app to be configured: asked again, he wants to know now."""
+    return lookup.is_waited_for(app)
+
+
+def _put_on() -> None:
+    global _on
+    if _on:
+        return
+    try:
+        if celery.VERSION[:2] < _OLDEST:
+            raise AttributeError("it is too old")
+        for part in (backend, intent):
+            part.put_on(_hooks)
+    except AttributeError as error:
+        _hooks.take_off()
+        raise UnsupportedTarget(
+            f"Celery {celery.__version__} is not as jobguard knows it ({error}): tasks are not "
+            "guarded. Use a Celery from 5.4 on, or upgrade jobguard."
+        ) from error
+    worker_init.connect(_worker_begins, weak=False, dispatch_uid=_UID)
+    _on = True
+
+
+def _take_off() -> None:
+    global _on
+    if _on and not lookup.is_guarded():
+        worker_init.disconnect(_worker_begins, dispatch_uid=_UID)
+        _hooks.take_off()
+        _on = False
+
+
+def _worker_begins(sender: Any = None, **_: Any) -> None:
+    """worker_init: an app that was not configured until now is guarded from here on."""
+    if lookup.tracker_for(sender.app) is not None:
+        worker.begin(sender)
