@@ -19,7 +19,7 @@ import kombu.compression
 import kombu.serialization
 from celery import states
 from celery.app import trace
-from celery.app.task import Context, Task
+from celery.app.task import Task
 from celery.worker.consumer import consumer
 from kombu.exceptions import OperationalError
 from redis.exceptions import RedisError
@@ -28,6 +28,7 @@ from jobguard import failpoint
 from jobguard.adapters.celery import lookup, sessions, wire
 from jobguard.adapters.celery.header import TOKEN, WORKER, token_of
 from jobguard.adapters.celery.hooks import Hooks
+from jobguard.adapters.celery.parts import PART
 from jobguard.adapters.celery.run import Run
 from jobguard.adapters.celery.sessions import CONTENT
 from jobguard.adapters.celery.skip import remember, skip
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("jobguard")
 Hook = Callable[..., Any]
 
+OURS = (TOKEN, WORKER, CONTENT, PART)
+"""Headers of ours, as a task's request has them."""
 _ASKED = "_jobguard_asked"
 _RUN = "_jobguard_run"
 _OURS = "_jobguard_fence"
@@ -48,7 +51,7 @@ _NOT_OF_THE_MESSAGE = frozenset(
         *("args", "kwargs", "callbacks", "errbacks", "chain", "chord", "headers"),
         *("properties", "reply_to", "correlation_id", "hostname", "delivery_info"),
         *("is_eager", "called_directly", "loglevel", "logfile", "time_limit", "soft_time_limit"),
-        *(TOKEN, WORKER, CONTENT),
+        *OURS,
     }
 )
 
@@ -116,6 +119,8 @@ def _begin(task: Any, request: Any) -> Refused | None:
     answer = session.start(token, lambda: _describe(task, request, token))
     if isinstance(answer, Refused):
         return answer
+    for name in OURS:  # else whatever inherits this task's headers takes them along
+        (request.headers or {}).pop(name, None)
     working = sessions.own(session)
     if working is not None:
         sessions.count(working, 1)
@@ -151,7 +156,8 @@ def _describe(task: Any, request: Any, token: UUID) -> Delivery:
     embed = {key: given.get(key) for key in ("callbacks", "errbacks", "chain", "chord")}
     kind = given.get(CONTENT) or "application/json"
     content_type, content_encoding, body = kombu.serialization.dumps(
-        [list(request.args), request.kwargs, embed], serializer=kind
+        [list(request.args), request.kwargs, embed],
+        serializer=kombu.serialization.registry.type_to_name.get(kind, kind),
     )
     if headers.get("compression"):
         body, _ = kombu.compression.compress(body, headers["compression"])

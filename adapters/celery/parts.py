@@ -92,9 +92,7 @@ def finish(task: Any, request: Any) -> None:
 
 def _note(backend: Any, request: Any, state: str, result: Any) -> None:
     try:
-        member = backend.encode(
-            [1, request.id, state, backend.encode_result(result, state)]
-        )
+        member = backend.encode([1, request.id, state, backend.encode_result(result, state)])
         line = json.dumps([request.group, request.id, request.group_index])
         part = Part(request.group, line.encode() + b"\n" + str_to_bytes(member))
     except Exception as error:

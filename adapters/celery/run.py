@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 LONGEST_ERROR = 5_000
 
 
-
 @dataclass(slots=True)
 class _Joining:
     """A chord whose last part may have come."""
@@ -162,4 +161,3 @@ def closes(job_id: str) -> str | None:
         return None
     at.over = at.body is None
     return at.group
-

@@ -23,6 +23,7 @@ from celery.concurrency import prefork
 from celery.worker import state
 
 from jobguard.adapters.celery import lookup
+from jobguard.adapters.celery.announce import announce, leave
 from jobguard.adapters.celery.header import TOKEN, WORKER, token_of
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ log = logging.getLogger("jobguard")
 
 CONTENT = "jobguard-content"
 """Of which kind the body was, in what the main process tells its children of a task."""
+_ANNOUNCE = 4.0
+"""Seconds between two announcements."""
 _HANDED = 10.0
 """Seconds within which a child surely says that it has taken what was handed to it."""
 
@@ -44,22 +47,39 @@ class Working:
     """Celery's WorkController."""
     tracker: Tracker
     session: Session = field(init=False)
+    queues: list[str] = field(default_factory=list)
     pid: int = field(default_factory=os.getpid)
     handed: WeakKeyDictionary[Any, float] = field(default_factory=WeakKeyDictionary)
     """Requests by when they were given to the pool."""
+    announced: float = -_ANNOUNCE
     live: int = 0
     """Tasks that run in this very process."""
 
     def open(self) -> None:
         """Begin to beat."""
         controller = self.controller
-        queues = [queue.name for queue in controller.app.amqp.queues.consume_from.values()]
+        self.queues = [queue.name for queue in controller.app.amqp.queues.consume_from.values()]
         self.session = self.tracker.open_session(
-            name=controller.hostname, queues=queues, lists=self.lists
+            name=controller.hostname, queues=self.queues, lists=self.lists
         )
+        self.announce()
+
+    def announce(self) -> None:
+        """Say in the broker's Redis that we are there, if that was some time ago."""
+        now = time.monotonic()
+        if now - self.announced >= _ANNOUNCE:
+            self.announced = now
+            announce(
+                self.controller.app,
+                session=self.session.id,
+                name=self.controller.hostname,
+                queues=self.queues,
+            )
 
     def lists(self) -> Iterable[UUID]:
         """What children of this process may be running; asked at every beat, from its thread."""
+        if hasattr(self, "session"):  # not while it is being opened
+            self.announce()
         return {token for request in self._with_children() if (token := token_in(request))}
 
     def hand(self, request: Any) -> None:
@@ -109,6 +129,7 @@ def end(tracker: Tracker) -> None:
     working = _here.get(tracker.source.id)
     if working is not None and working.pid == os.getpid() and not working.live:
         del _here[tracker.source.id]
+        leave(working.controller.app, session=working.session.id)
         working.session.close()
 
 

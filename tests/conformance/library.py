@@ -32,6 +32,12 @@ class Library(ABC):
     adapter: ClassVar[Adapter]
     one_body_per_id: ClassVar[bool]
     """Whether Redis keeps one body of a job id, so that a newer life takes an older one's place."""
+    delayed_jobs_are_moved: ClassVar[bool] = True
+    """Whether a delayed job waits elsewhere, and is pushed to its queue when it is due."""
+    shows_runs: ClassVar[bool] = True
+    """Whether Redis shows that a job runs."""
+    tells_again_how_it_ended: ClassVar[bool] = True
+    """Whether Redis can be told again how a job ended, after it has forgotten that."""
 
     def __init__(self, redis_url: str, ledger: Path) -> None:
         self.redis_url, self.ledger = redis_url, ledger

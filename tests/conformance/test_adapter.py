@@ -137,12 +137,15 @@ class TestPresence:
     ) -> None:
         """In the delay queue."""
         library.send(delay=HOUR)
-        assert leader.look(*records.owed()).presence is Presence.SCHEDULED
+        where = Presence.SCHEDULED if library.delayed_jobs_are_moved else Presence.WAITING
+        assert leader.look(*records.owed()).presence is where
 
     def test_running(
         self, library: Library, guard: JobGuard, records: Records, leader: Leader
     ) -> None:
         """On a worker."""
+        if not library.shows_runs:
+            pytest.skip("Redis does not show what runs: claims do")
         library.send("look")
         (owed,) = records.owed()
         seen: list[Presence] = []
@@ -342,6 +345,8 @@ class TestLives:
         self, library: Library, guard: JobGuard, records: Records
     ) -> None:
         """It is the same attempt still."""
+        if not library.delayed_jobs_are_moved:
+            pytest.skip("a delayed job is not pushed again")
         job_id = library.send(delay=HOUR)
         (delayed,) = records.owed()
         library.move_delayed()
@@ -355,6 +360,8 @@ class TestLives:
         self, library: Library, guard: JobGuard, records: Records
     ) -> None:
         """The library may try: it is a push of what has ended, and does not become another life."""
+        if not library.delayed_jobs_are_moved:
+            pytest.skip("a delayed job is not pushed again")
         job_id = library.send(delay=HOUR)
         guard.cancel(job_id)
         library.move_delayed()
@@ -386,7 +393,8 @@ class TestLives:
         library.work()
         assert library.said() == ["ran"]
         assert library.waiting() == []
-        assert leader.look(owed).presence is presence
+        if library.tells_again_how_it_ended:
+            assert leader.look(owed).presence is presence
         assert (records.owed(), records.ended(job_id)) == ([], ended)
 
     def test_what_another_worker_runs_is_skipped_and_its_run_is_not_touched(
@@ -404,7 +412,8 @@ class TestLives:
             body = library.body(job_id)
             library.work()
             assert library.said() == []
-            assert library.body(job_id) == body
+            if library.one_body_per_id:  # else it was one of two messages that is gone
+                assert library.body(job_id) == body
             assert library.waiting() == []
             assert records.claims() == [(owed.token, 1)]
             assert other.complete() is Ended.ENDED

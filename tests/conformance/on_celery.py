@@ -1,0 +1,234 @@
+"""Celery, as the suite sees it."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import pytest
+from celery import Celery, signals
+from celery.app import trace
+from celery.app.amqp import AMQP
+from celery.app.base import Celery as App
+from celery.app.control import Control
+from celery.app.task import Task
+from celery.backends.base import Backend
+from celery.backends.redis import RedisBackend
+from celery.canvas import chain, chord, group
+from celery.utils.dispatch import Signal
+from celery.worker import WorkController, state
+from celery.worker.consumer import consumer
+from celery.worker.request import Request
+from kombu.transport.redis import Channel, QoS
+
+from jobguard.adapters.celery import CeleryAdapter
+from tests.conformance import celery_app
+from tests.conformance.library import OTHER, QUEUE, Library
+
+_HOOKED = (
+    *(AMQP, App, Backend, Channel, Control, QoS, RedisBackend, Request, Task, WorkController),
+    *(chain, chord, group, consumer.Consumer, consumer, trace),
+)
+_PATIENCE = 30.0
+"""Seconds for which a worker may work until nothing is left."""
+
+
+class OnCelery(Library):
+    """Celery."""
+
+    adapter = CeleryAdapter()
+    one_body_per_id = False
+    delayed_jobs_are_moved = False
+    shows_runs = False
+    tells_again_how_it_ended = False
+
+    def __init__(self, redis_url: str, ledger: Path) -> None:
+        super().__init__(redis_url, ledger)
+        self._revoked: set[str] = set()
+        self.app = configured(celery_app.make(redis_url))
+
+    def target(self, queue: str | None = None) -> object:
+        """The application."""
+        if queue is not None:
+            pytest.skip("a Celery application is guarded with all its queues")
+        return self.app
+
+    def doubles(self) -> Mapping[str, object]:
+        """What keeps nothing that could be lost."""
+        in_memory = Celery(broker="memory://", set_as_current=False)
+        eager = celery_app.make(self.redis_url)
+        eager.conf.task_always_eager = True
+        return {"memory://": configured(in_memory), "task_always_eager": eager}
+
+    @contextmanager
+    def bare(self) -> Iterator[None]:
+        """Nothing but a guard hooks Celery."""
+        yield
+
+    def hooks(self) -> object:
+        """The classes and modules, entry by entry, and who hears the signals."""
+        heard = {
+            name: [key for key, *_ in signal.receivers or ()]
+            for name, signal in vars(signals).items()
+            if isinstance(signal, Signal)
+        }
+        own = {name: vars(self.app).get(name) for name in ("amqp_cls", "control_cls")}
+        sends = vars(self.app.amqp).get("send_task_message")
+        return {each: dict(vars(each)) for each in _HOOKED}, heard, own, sends
+
+    def send(
+        self,
+        task: str = "say",
+        *words: object,
+        queue: str = QUEUE,
+        job_id: str | None = None,
+        delay: float | None = None,
+        retries: int = 0,
+        at_front: bool = False,
+    ) -> str:
+        """Send it to its queue."""
+        if at_front:
+            pytest.skip("Celery has no front of a queue")
+        sent: Any = self.app.tasks[celery_app.name_of(task)].apply_async(
+            (str(self.ledger), *words),
+            {"retries": retries} if retries else {},
+            task_id=job_id,
+            queue=queue,
+            countdown=delay,
+        )
+        return str(sent.id)
+
+    def cancel(self, job_id: str) -> None:
+        """As a person does, who knows the id."""
+        self.app.control.revoke(job_id)
+        self._revoked.add(job_id)
+
+    def work(self, queue: str = QUEUE) -> None:
+        """By the solo worker, in this thread, until nothing waits that is due."""
+        worker: Any = WorkController(
+            app=self.app,
+            hostname="worker@suite",
+            pool="solo",
+            concurrency=1,
+            queues=[queue],
+            without_gossip=True,
+            without_mingle=True,
+            without_heartbeat=True,
+        )
+        state.revoked.update(self._revoked)  # as one that was there would know it
+        trace.setup_worker_optimizations(self.app, worker.hostname)
+        over = threading.Event()
+        watch = threading.Thread(target=self._stop_when_idle, args=(queue, worker, over))
+        watch.start()
+        try:
+            worker.start()
+        finally:
+            over.set()
+            watch.join(10)
+            trace.reset_worker_optimizations(self.app)
+            state.should_stop = None
+            state.reset_state()
+            state.revoked.clear()
+
+    def _stop_when_idle(self, queue: str, worker: Any, over: threading.Event) -> None:
+        client = self.client.__class__.from_url(self.redis_url)
+        deadline = time.monotonic() + _PATIENCE
+        idle = 0
+        while not over.wait(0.02) and time.monotonic() < deadline and idle < 5:
+            lists = [client.llen(key) for key in _lists(queue)]
+            held: Any = client.hlen("unacked")
+            ready = getattr(worker.consumer, "task_consumer", None) is not None
+            busy = any(lists) or held > len(state.scheduled_requests) or state.active_requests
+            idle = idle + 1 if ready and not busy else 0
+        state.should_stop = 0
+        client.close()
+
+    def move_delayed(self) -> None:
+        """Let their time come: a worker that is given them now runs them at once."""
+        past = (datetime.now(UTC) - timedelta(seconds=1)).isoformat()
+        for key in _lists(QUEUE):
+            waiting: Any = self.client.lrange(key, 0, -1)
+            for at, raw in enumerate(waiting):
+                message = json.loads(raw)
+                if message["headers"].get("eta"):
+                    message["headers"]["eta"] = past
+                    self.client.lset(key, at, json.dumps(message))
+
+    def start_worker(self, environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
+        """The usual command, with the pool that is the worker itself."""
+        return subprocess.Popen(
+            [
+                *(sys.executable, "-m", "celery", "-A", "tests.conformance.celery_app", "worker"),
+                *("--pool", "solo", "-Q", QUEUE, "--loglevel", "ERROR", "-n", "worker@%h"),
+            ],
+            env={**environ, "C_FORCE_ROOT": "1"},  # it accepts pickle
+            stdin=subprocess.DEVNULL,
+        )
+
+    def waiting(self, queue: str = QUEUE) -> list[str]:
+        """What a worker has taken and left lying; then the lists, the next to be run first."""
+        taken: Any = self.client.hvals("unacked")
+        lists: list[Any] = [self.client.lrange(key, 0, -1) for key in _lists(queue)]
+        left = [json.loads(entry)[0] for entry in taken]
+        return [
+            *(message["headers"]["id"] for message in left),
+            *(json.loads(raw)["headers"]["id"] for raws in lists for raw in reversed(raws)),
+        ]
+
+    def body(self, job_id: str) -> dict[str, Any] | None:
+        """Its message."""
+        found = (
+            message for _, _, message in self._messages() if message["headers"]["id"] == job_id
+        )
+        return next(found, None)
+
+    def token(self, job_id: str) -> UUID | None:
+        """The header of ours."""
+        text = ((self.body(job_id) or {}).get("headers") or {}).get("jobguard")
+        return UUID(hex=text) if text else None
+
+    def forget(self, job_id: str) -> None:
+        """Its message."""
+        for key, raw, message in list(self._messages()):
+            if message["headers"]["id"] == job_id:
+                self.client.lrem(key, 0, raw)
+
+    def _messages(self) -> Iterator[tuple[str, str, dict[str, Any]]]:
+        for queue in (QUEUE, OTHER):
+            for key in _lists(queue):
+                waiting: Any = self.client.lrange(key, 0, -1)
+                for raw in waiting:
+                    yield key, raw, json.loads(raw)
+
+    def jobs(self) -> dict[str, Any]:
+        """Without the tag that kombu puts on each push."""
+        return {
+            key: [re.sub(rb'"delivery_tag": "[^"]+"', b"", raw) for raw in value]
+            if isinstance(value, list)
+            else value
+            for key, value in super().jobs().items()
+        }
+
+    def is_a_jobs(self, key: str) -> bool:
+        """The lists, and what workers have taken."""
+        return key.split("\x06")[0] in (QUEUE, OTHER, "unacked", "unacked_index")
+
+
+def configured(app: Celery) -> Celery:
+    """Return an application that knows its settings, as it does after its first use."""
+    assert app.conf.broker_url
+    return app
+
+
+def _lists(queue: str) -> list[str]:
+    return [queue, *(f"{queue}\x06\x16{step}" for step in (3, 6, 9))]
