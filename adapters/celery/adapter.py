@@ -64,9 +64,10 @@ class CeleryAdapter:
 
 def _guarded(app: Any, namespace: str, name: str | None) -> Guarded:
     places = importlib.import_module("jobguard.adapters.celery.places")
-    connection = app.connection_for_write()
     try:
+        connection = app.connection_for_write()
         transport = connection.get_transport_cls()
+        places.check(connection)
     except (KeyError, ImportError) as error:
         raise UnsupportedTarget(
             f"this Celery's broker is not a Redis that kombu knows ({error}): use a redis://, "

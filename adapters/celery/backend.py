@@ -7,6 +7,7 @@ before it sends a task, must not keep it from being accepted while Redis is away
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 from collections.abc import Callable
@@ -14,21 +15,27 @@ from functools import wraps
 from typing import Any
 
 from celery import canvas
-from celery.backends.redis import RedisBackend
+from celery.backends.redis import RedisBackend, ResultConsumer
 
 from jobguard.adapters.celery import lookup
 from jobguard.adapters.celery.hooks import Hooks
+from jobguard.adapters.celery.places import check_out
+from jobguard.adapters.celery.push import BROKER_DOWN
 from jobguard.adapters.celery.results import results_of
 
 log = logging.getLogger("jobguard")
 Hook = Callable[..., Any]
+
+_MISSED = "_jobguard_missed"
+"""Results that nobody is subscribed to yet, because Redis was away."""
 
 
 def put_on(hooks: Hooks) -> None:
     """Put the hooks on."""
     hooks.put(canvas.group, "apply_async", apply_group)
     hooks.put(RedisBackend, "set_chord_size", set_chord_size)
-    hooks.put(RedisBackend, "on_task_call", on_task_call)
+    hooks.put(ResultConsumer, "consume_from", consume_from)
+    hooks.put(ResultConsumer, "on_wait_for_pending", on_wait_for_pending)
 
 
 def apply_group(original: Hook) -> Hook:
@@ -61,15 +68,48 @@ def set_chord_size(original: Hook) -> Hook:
     return hook
 
 
-def on_task_call(original: Hook) -> Hook:
-    """RedisBackend.on_task_call: subscribes to the result; one that asks for it does so again."""
+def consume_from(original: Hook) -> Hook:
+    """ResultConsumer.consume_from: subscribes to a result, trying for half a minute if Redis is away."""
 
     @wraps(original)
-    def hook(self: Any, producer: Any, task_id: str) -> Any:
-        tracker = lookup.tracker_for(self.app)
-        shared = tracker is not None and results_of(self, tracker.source.address) is not None
-        if tracker is not None and shared and tracker.broker_in_doubt():
+    def hook(self: Any, task_id: str) -> Any:
+        if _is_away(self.backend):
+            vars(self).setdefault(_MISSED, set()).add(task_id)
             return None
-        return original(self, producer, task_id)
+        _catch_up(self, original)
+        return original(self, task_id)
 
     return hook
+
+
+def on_wait_for_pending(original: Hook) -> Hook:
+    """ResultConsumer.on_wait_for_pending: somebody waits for results, and wants to hear of them."""
+
+    @wraps(original)
+    def hook(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if vars(self).get(_MISSED) and not _is_away(self.backend):
+            _catch_up(self, inspect.unwrap(type(self).consume_from))
+        return original(self, *args, **kwargs)
+
+    return hook
+
+
+def _catch_up(consumer: Any, subscribe: Hook) -> None:
+    missed: set[str] = vars(consumer).get(_MISSED) or set()
+    while missed:
+        subscribe(consumer, missed.pop())
+
+
+def _is_away(backend: Any) -> bool:
+    """Whether the Redis of these results is the guarded one, and is away."""
+    tracker = lookup.tracker_for(backend.app)
+    if tracker is None or results_of(backend, tracker.source.address) is None:
+        return False
+    if tracker.broker_in_doubt():
+        return True
+    try:
+        check_out(backend.client)
+    except BROKER_DOWN:
+        tracker.broker_failed()
+        return True
+    return False

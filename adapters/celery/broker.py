@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 from uuid import UUID
@@ -32,8 +32,7 @@ T = TypeVar("T")
 
 RESTORES_A_TRIP = 200
 _KEPT = 1.0
-"""Seconds at most for which a look serves other pages as well; less, if it cost less."""
-_LEAST_KEPT = 0.05
+"""Seconds at most for which a look serves other pages as well; as many as it took, if it took less."""
 _USABLE = 5.0
 """Seconds for which a look is proof enough to put back what it did not see."""
 _KEEP_FAILURE = 86_400
@@ -57,10 +56,10 @@ class CeleryBroker:
         """Where Redis has each of these deliveries."""
         if not page:
             return {}
-        scan = self._look({owed.queue for owed in page}, [owed.token for owed in page])
+        scan = self._look(page)
+        scan.told.update(owed.token.hex.encode() for owed in page)
         seen = {owed.token: _sighting(scan, owed) for owed in page}
         absent = [owed for owed in page if seen[owed.token].presence is Presence.ABSENT]
-        scan.missed.update(owed.token.hex.encode() for owed in absent)
         seen.update(self._ends(absent))
         return seen
 
@@ -98,7 +97,17 @@ class CeleryBroker:
         """Nothing: Celery's own recovery takes what a dead worker had, and the fence sees to that."""
 
     def bury(self, page: Sequence[Owed]) -> None:
-        """Store a failure, where results are kept as JSON: whoever waits for one is told."""
+        """Store a failure, where results are kept as JSON: whoever waits for one is told.
+
+        What the last of their workers had taken goes, too: Celery would bring it back in an hour.
+        """
+        scan = look(self._client, self._layout, ())
+        tags = [scan.taken[t].tag for o in page if (t := o.token.hex.encode()) in scan.taken]
+        if tags:
+            with self._client.pipeline() as pipe:
+                pipe.hdel(self._layout.unacked, *tags)
+                pipe.zrem(self._layout.unacked_index, *tags)
+                pipe.execute()
         results = self._workers.results()
         if results is None or not results.json:
             return
@@ -124,19 +133,24 @@ class CeleryBroker:
         found: Consumers = self._workers.consumers()
         return found
 
-    def _look(self, queues: Iterable[str], tokens: Sequence[UUID]) -> Scan:
-        """Return a look at these queues: the last one, if it is young and has not missed any of these."""
+    def _look(self, page: Sequence[Owed]) -> Scan:
+        """Return a look that these were not told of: the last one, if it is younger than it cost.
+
+        Younger than the youngest of them as well: what was pushed since then, it cannot have seen.
+        """
+        queues = {owed.queue for owed in page}
         scan = self._scan
-        if (
-            scan is not None
-            and time.monotonic() - scan.begun - scan.cost < min(_KEPT, max(scan.cost, _LEAST_KEPT))
-            and scan.queues.issuperset(queues)
-            and not any(token.hex.encode() in scan.missed for token in tokens)
-        ):
-            return scan
-        # The queues of other pages as well: they will be asked for next.
-        known = scan.queues if scan is not None else frozenset()
-        scan = self._scan = look(self._client, self._layout, known.union(queues))
+        if scan is not None:
+            age = time.monotonic() - scan.begun
+            if (
+                age < scan.cost + min(_KEPT, scan.cost)
+                and age < min(owed.age for owed in page)
+                and scan.queues.issuperset(queues)
+                and scan.told.isdisjoint(owed.token.hex.encode() for owed in page)
+            ):
+                return scan
+            queues |= scan.queues  # those of other pages will be asked for next
+        scan = self._scan = look(self._client, self._layout, queues)
         return scan
 
     def _proof(self, deliveries: Sequence[Restorable]) -> Scan:

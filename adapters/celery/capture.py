@@ -124,8 +124,7 @@ class Producer:
         if body is not self._body:
             return self._producer.publish(body, **options)
         if self._push is None:
-            headers = options["headers"] = options.get("headers") or {}
-            headers.pop(TOKEN, None)
+            options["headers"] = options.get("headers") or {}
             wire = self._serialised(body, options)
             self._push = self._prepared(wire, options)
         if self._push is None:
@@ -201,17 +200,24 @@ class Producer:
             )
             wire.headers.pop(TOKEN, None)
             return None
-        sent = {
-            **options,
-            "content_type": wire.content_type,
-            "content_encoding": wire.content_encoding,
-            "compression": "",  # it is compressed already
-        }
+        data, sent = (
+            wire.data,
+            {
+                **options,
+                "content_type": wire.content_type,
+                "content_encoding": wire.content_encoding,
+                "compression": "",  # it is compressed already
+            },
+        )
+        if (
+            isinstance(data, str) and not wire.in_base64
+        ):  # kombu would make bytes of it, and keep those
+            data, sent = self._body, options
         return Push(
             tracker=self._tracker,
             app=self._app,
             delivery=delivery,
-            send=lambda producer: producer.publish(wire.data, **sent),
+            send=lambda producer: producer.publish(data, **sent),
             run=moving,
             retry=bool(options.get("retry")),
             policy=options.get("retry_policy"),

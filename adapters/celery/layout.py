@@ -22,7 +22,8 @@ All but the results begin with ``global_keyprefix``. Ours beside them:
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
+from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
 BINDING_SEP = "\x06\x16"
@@ -52,12 +53,15 @@ class Layout:
     def parse(cls, prefix: str) -> Layout:
         """Return the layout that a source's prefix names."""
         known = {f.name for f in fields(cls)}
-        given = {k: v for k, v in parse_qsl(prefix, keep_blank_values=True) if k in known}
-        steps = given.pop("priority_steps", None)
-        layout = cls(**given)  # all others are text
-        if steps is None:
-            return layout
-        return replace(layout, priority_steps=tuple(int(step) for step in steps.split(".")))
+        given: dict[str, Any] = {k: v for k, v in parse_qsl(prefix, keep_blank_values=True)}
+        if "priority_steps" in given:
+            given["priority_steps"] = tuple(map(int, given["priority_steps"].split(".")))
+        return cls(**{name: value for name, value in given.items() if name in known})
+
+    def list_of(self, queue: str, step: int = 0) -> str:
+        """Return the key of a queue's list of this step."""
+        suffix = f"{self.sep}{step}" if step else ""
+        return f"{self.global_keyprefix}{queue}{suffix}"
 
     def lists_of(self, queues: Iterable[str]) -> list[str]:
         """Return the keys of all the lists of these queues."""

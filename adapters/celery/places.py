@@ -51,6 +51,13 @@ def is_redis(connection: Any) -> bool:
     return issubclass(connection.get_transport_cls(), transport.Transport)
 
 
+def check(connection: Any) -> None:
+    """Raise KeyError for a scheme that kombu does not know, and would take for a Redis on this machine."""
+    scheme, found, _ = str(connection.hostname or "").partition("://")
+    if found and scheme != "socket":
+        raise KeyError(f"No such transport: {connection.transport_cls}+{scheme}")
+
+
 def client_of(connection: Any) -> redis.Redis:
     """Return a client as this connection would make one; nothing is connected to yet."""
     paper: Any = on_paper(_first(connection))

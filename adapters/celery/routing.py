@@ -45,6 +45,10 @@ def target_of(
         return None
     key = str(routing_key or "")
     ours = {row[2]: row for queue in known for row in _rows(queue) if _matches(row, key)}
+    if channel is not None and known and name not in channel.state.exchanges:
+        known[0].exchange.bind(
+            channel
+        ).declare()  # by its type kombu finds the queue; stays in this process
     there = set(ours) if channel is None else _asked(channel, name, key, ours)
     if len(there) != 1:
         return None
@@ -72,9 +76,9 @@ def _asked(
 
 def _rows(queue: Any) -> Iterator[tuple[str, str, str]]:
     """Return the rows of its exchange's table by which a queue is found."""
-    kind = STANDARD_EXCHANGE_TYPES.get(queue.exchange.type, DirectExchange)(None)
+    kind: Any = STANDARD_EXCHANGE_TYPES.get(queue.exchange.type, DirectExchange)
     for key in (queue.routing_key, *(bound.routing_key for bound in queue.bindings or ())):
-        row = kind.prepare_bind(queue.name, queue.exchange.name, key or "", None)
+        row = kind(None).prepare_bind(queue.name, queue.exchange.name, key or "", None)
         yield (row[0] or "", row[1] or "", row[2])
 
 

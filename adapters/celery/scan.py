@@ -43,8 +43,8 @@ class Scan:
     taken: dict[bytes, Taken] = field(default_factory=dict)
     begun: float = 0.0
     cost: float = 0.0
-    missed: set[bytes] = field(default_factory=set)
-    """Tokens that were reported absent by this look: never a second time."""
+    told: set[bytes] = field(default_factory=set)
+    """Tokens of which this look was told already: it is never the second look at any of them."""
 
     def saw(self, token: bytes) -> bool:
         """Whether it is anywhere."""

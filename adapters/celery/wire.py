@@ -13,7 +13,7 @@ from kombu.utils.encoding import str_to_bytes
 from kombu.utils.json import dumps
 
 from jobguard.adapters.celery.envelope import Routing, encode
-from jobguard.adapters.celery.header import TOKEN
+from jobguard.adapters.celery.header import PART, TOKEN, WORKER
 from jobguard.adapters.celery.places import on_paper
 from jobguard.job import Delivery
 
@@ -51,6 +51,12 @@ class Wire:
         """The task's id."""
         return str(self.task["id"])
 
+    @property
+    def in_base64(self) -> bool:
+        """Whether the body stands in Redis as base64: a transport option says otherwise."""
+        paper: Any = on_paper(self.connection)
+        return bool(paper.body_encoding == "base64")
+
     def delivery(
         self,
         token: UUID,
@@ -61,7 +67,8 @@ class Wire:
         closes: str | None = None,
     ) -> Delivery:
         """Return the record of this message, sent as this delivery to this queue."""
-        self.headers.pop(TOKEN, None)  # ours stands last, also in headers that a retry inherited
+        for name in (TOKEN, WORKER, PART):  # a retry inherits them; ours stands last
+            self.headers.pop(name, None)
         self.headers[TOKEN] = token.hex
         paper: Any = on_paper(self.connection)
         message = paper.prepare_message(

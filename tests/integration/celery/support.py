@@ -1,0 +1,70 @@
+"""What the tests of the Celery adapter do to Redis and to a broker."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from typing import Any
+
+import redis
+
+from jobguard.adapters.celery.broker import CeleryBroker
+from jobguard.job import Delivery, Owed, Restored, Sighting
+from tests.integration.rq import fakes
+from tests.integration.rq.fakes import lost, owed
+
+Message = dict[str, Any]
+
+
+class FakeTracker(fakes.FakeTracker):
+    """A tracker that remembers what a join was opened with."""
+
+    joins: dict[str, bytes]
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.joins = {}
+
+    def open_join(self, join: str, size: int, state: bytes = b"") -> None:
+        """Remember it."""
+        super().open_join(join, size, state)
+        self.joins[join] = state
+
+
+def lists(client: redis.Redis) -> dict[str, list[Message]]:
+    """Return every message that waits, by list, from the head, without the tag that is drawn anew."""
+    found = {}
+    any_client: Any = client
+    for key in sorted(any_client.scan_iter()):
+        if any_client.type(key) == b"list":
+            messages = [json.loads(raw) for raw in any_client.lrange(key, 0, -1)]
+            for message in messages:
+                message["properties"].pop("delivery_tag")
+            found[key.decode()] = messages
+    return found
+
+
+def bare(messages: dict[str, list[Message]]) -> dict[str, list[Message]]:
+    """Return the same as an unguarded app sends them."""
+    for message in (one for several in messages.values() for one in several):
+        message["headers"].pop("jobguard", None)
+    return messages
+
+
+def look(broker: CeleryBroker, delivery: Delivery, **known: Any) -> Sighting:
+    """Look for one."""
+    return broker.presence([aged(delivery, **known)])[delivery.token]
+
+
+def aged(delivery: Delivery, age: float = 0.0) -> Owed:
+    """Return a delivery as a look needs it."""
+    return replace(owed(delivery), age=age)
+
+
+def put_back(broker: CeleryBroker, *deliveries: Delivery, **changes: Any) -> list[Restored]:
+    """Put back, with time enough."""
+    done = broker.restore(
+        [lost(delivery, **changes) for delivery in deliveries], deadline=time.time() + 60
+    )
+    return [done[delivery.token] for delivery in deliveries]

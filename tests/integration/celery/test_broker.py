@@ -1,0 +1,503 @@
+"""The reconciler's view: where deliveries are, and that they are put back once."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import celery
+import pytest
+import redis
+from celery import chord
+from kombu.entity import Exchange, Queue
+
+from jobguard.adapters.celery import announce, scan
+from jobguard.adapters.celery.broker import CeleryBroker
+from jobguard.adapters.celery.header import token_in
+from jobguard.job import EndedPart, OpenJoin, Presence, Restored, new_token
+from tests.integration.celery.support import FakeTracker, aged, lists, look, put_back
+from tests.integration.rq.fakes import lost
+
+Make = Callable[..., celery.Celery]
+Guard = Callable[[celery.Celery], FakeTracker]
+
+
+def take(client: redis.Redis, key: str = "celery", *, worker: str = "", tag: str = "") -> str:
+    """Do what a worker does that takes a message, guarded or not; return its tag."""
+    there: Any = client
+    message = json.loads(there.rpop(key))
+    if worker:
+        message["headers"]["jobguard-worker"] = worker
+    tag = tag or message["properties"]["delivery_tag"]
+    there.zadd("unacked_index", {tag: time.time()})
+    there.hset("unacked", tag, json.dumps([message, "", key]))
+    return tag
+
+
+class TestPresence:
+    """Where a look finds a delivery."""
+
+    def test_all_lists_of_a_queue(
+        self, make_app: Make, guard: Guard, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """In every list of a queue, also one longer than what is read at once; also by protocol 1."""
+        monkeypatch.setattr(scan, "CHUNK", 3)
+        app = make_app()
+        old = make_app(task_protocol=1, task_serializer="pickle")
+        tracker, other = guard(app), guard(old)
+        for n in range(7):
+            app.tasks["add"].delay(n)
+        for priority in range(10):
+            app.tasks["add"].apply_async((1,), priority=priority)
+            old.tasks["add"].apply_async((1,), priority=priority, queue="q2")
+        app.tasks["add"].apply_async((1,), countdown=3600)
+        recorded = tracker.recorded + other.recorded
+        assert len(recorded) == 28
+        seen = CeleryBroker(tracker.source, client).presence([aged(d) for d in recorded])
+        assert {one.presence for one in seen.values()} == {Presence.WAITING}
+
+    def test_taken(
+        self, app: celery.Celery, tracker: FakeTracker, broker: CeleryBroker, client: redis.Redis
+    ) -> None:
+        """In what a worker has taken, with the worker's session if it is a guarded one."""
+        mine = uuid.uuid4().hex
+        app.tasks["add"].delay(1)
+        app.tasks["add"].delay(2)
+        take(client)
+        take(client, worker=mine)
+        first, second = (look(broker, delivery) for delivery in tracker.recorded)
+        assert (first.presence, first.held_by) == (Presence.WAITING, "")
+        assert (second.presence, second.held_by) == (Presence.WAITING, mine)
+
+    def test_gone(
+        self, app: celery.Celery, tracker: FakeTracker, broker: CeleryBroker, client: redis.Redis
+    ) -> None:
+        """Nowhere: a look is never the second look at the same delivery."""
+        app.tasks["add"].delay(1)
+        (delivery,) = tracker.recorded
+        assert look(broker, delivery).presence is Presence.WAITING
+        client.delete("celery")
+        assert look(broker, delivery).presence is Presence.ABSENT
+
+    def test_one_look_serves_several_pages(
+        self,
+        app: celery.Celery,
+        tracker: FakeTracker,
+        broker: CeleryBroker,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """For as long as it took, and for deliveries older than it."""
+        for n in range(3):
+            app.tasks["add"].delay(n)
+        looks = []
+
+        def costly(*args: Any) -> scan.Scan:
+            looks.append(args)
+            found = scan.look(*args)
+            found.cost = 60.0
+            return found
+
+        monkeypatch.setattr("jobguard.adapters.celery.broker.look", costly)
+        first, second, third = tracker.recorded
+        broker.presence([aged(first, 60)])
+        broker.presence([aged(second, 60)])
+        assert len(looks) == 1
+        broker.presence([aged(second, 60)])
+        assert len(looks) == 2
+        broker.presence([aged(third, 0)])
+        assert len(looks) == 3
+
+    def test_own_header_of_headers(
+        self, app: celery.Celery, tracker: FakeTracker, broker: CeleryBroker
+    ) -> None:
+        """A user's header that looks like ours does not hide it."""
+        other = new_token().hex
+        app.tasks["add"].apply_async((1,), headers={"mine": {"jobguard": other}})
+        assert look(broker, tracker.recorded[0]).presence is Presence.WAITING
+
+
+class TestResults:
+    """What the stored result of an absent task says."""
+
+    @pytest.fixture
+    def seen(
+        self, app: celery.Celery, tracker: FakeTracker, broker: CeleryBroker, client: redis.Redis
+    ) -> Callable[..., Presence]:
+        """Return how a lost task looks whose result is this."""
+        announce.announce(app, session=uuid.uuid4(), name="w@h", queues=["celery"])
+
+        def look_at(age: float = 60.0, **meta: Any) -> Presence:
+            result = app.tasks["add"].delay(1)
+            client.delete("celery")
+            told = {"status": "SUCCESS", "result": 3, "date_done": datetime.now(UTC).isoformat()}
+            client.set(f"celery-task-meta-{result.id}", json.dumps({**told, **meta}))
+            return broker.presence([aged(tracker.recorded[-1], age)])[
+                tracker.recorded[-1].token
+            ].presence
+
+        return look_at
+
+    def test_final(self, seen: Callable[..., Presence]) -> None:
+        """It has ended, if its result is final."""
+        assert seen() is Presence.FINISHED
+        assert seen(status="FAILURE", result={"exc_type": "ValueError"}) is Presence.FAILED
+        assert seen(status="REVOKED") is Presence.CANCELLED
+
+    def test_not_final(self, seen: Callable[..., Presence]) -> None:
+        """A retry is none, nor is a killed worker, for that is for the ledger to say."""
+        assert seen(status="RETRY") is Presence.ABSENT
+        assert seen(status="STARTED") is Presence.ABSENT
+        killed = {"exc_type": "WorkerLostError", "exc_message": ["signal 9"]}
+        assert seen(status="FAILURE", result=killed) is Presence.ABSENT
+
+    def test_of_an_earlier_life(self, seen: Callable[..., Presence]) -> None:
+        """An id may be used again: the result must be younger than the record."""
+        before = (datetime.now(UTC) - timedelta(minutes=2)).isoformat()
+        assert seen(date_done=before) is Presence.ABSENT
+        assert seen(date_done=None) is Presence.ABSENT
+        naive = datetime.now(UTC).replace(tzinfo=None).isoformat()
+        assert seen(date_done=naive) is Presence.FINISHED
+
+    def test_unreadable(
+        self,
+        make_app: Make,
+        guard: Guard,
+        client: redis.Redis,
+    ) -> None:
+        """What is pickled is not read."""
+        app = make_app(result_serializer="pickle")
+        tracker = guard(app)
+        broker = CeleryBroker(tracker.source, client)
+        announce.announce(app, session=uuid.uuid4(), name="w@h", queues=["celery"])
+        result = app.tasks["add"].delay(1)
+        client.delete("celery")
+        client.set(f"celery-task-meta-{result.id}", b"\x80\x04.")
+        assert look(broker, tracker.recorded[0], age=60).presence is Presence.ABSENT
+
+    def test_in_another_db_with_a_prefix(
+        self, make_app: Make, guard: Guard, client: redis.Redis, redis_url: str
+    ) -> None:
+        """Results are found in their own db, under their own prefix."""
+        db = client.connection_pool.connection_kwargs["db"]
+        other = (db + 7) % 15 + 1
+        app = make_app(
+            result_backend=f"{redis_url.rpartition('/')[0]}/{other}",
+            result_backend_transport_options={"global_keyprefix": "res"},
+        )
+        tracker = guard(app)
+        broker = CeleryBroker(tracker.source, client)
+        announce.announce(app, session=uuid.uuid4(), name="w@h", queues=["celery"])
+        result = app.tasks["add"].delay(1)
+        client.delete("celery")
+        app.backend.store_result(result.id, 3, "SUCCESS")
+        try:
+            assert look(broker, tracker.recorded[0], age=60).presence is Presence.FINISHED
+        finally:
+            app.backend.client.flushdb()
+
+
+class TestRestore:
+    """Each delivery is put back once, or not at all."""
+
+    def test_order_and_tags(
+        self, app: celery.Celery, tracker: FakeTracker, broker: CeleryBroker, client: redis.Redis
+    ) -> None:
+        """In the order of recording, each with a tag of its own."""
+        for n in range(3):
+            app.tasks["add"].delay(n)
+        before = lists(client)
+        tags = _tags(client)
+        client.flushdb()
+        put_back(broker, *tracker.recorded)
+        assert lists(client) == before
+        assert len(_tags(client) | tags) == 6
+
+    def test_what_is_there_is_left(
+        self, app: celery.Celery, tracker: FakeTracker, broker: CeleryBroker, client: redis.Redis
+    ) -> None:
+        """Without a look of before, one is made."""
+        app.tasks["add"].delay(1)
+        app.tasks["add"].delay(2)
+        take(client)
+        assert put_back(broker, *tracker.recorded) == [Restored.PRESENT, Restored.PRESENT]
+        assert client.llen("celery") == 1
+
+    def test_deadline(
+        self, app: celery.Celery, tracker: FakeTracker, broker: CeleryBroker, client: redis.Redis
+    ) -> None:
+        """Past its deadline, in Redis' time, a leader puts nothing back."""
+        app.tasks["add"].delay(1)
+        (delivery,) = tracker.recorded
+        client.flushdb()
+        done = broker.restore([lost(delivery)], deadline=time.time() - 1)
+        assert done[delivery.token] is Restored.TOO_LATE
+        assert not client.exists("celery")
+
+    def test_expired(
+        self, app: celery.Celery, tracker: FakeTracker, broker: CeleryBroker, client: redis.Redis
+    ) -> None:
+        """What the worker would drop is not put back."""
+        app.tasks["add"].delay(1)
+        client.flushdb()
+        past = time.time() - 1
+        assert put_back(broker, *tracker.recorded, expires_at=past) == [Restored.EXPIRED]
+        assert not client.exists("celery")
+
+    def test_two_leaders(
+        self, app: celery.Celery, tracker: FakeTracker, broker: CeleryBroker, client: redis.Redis
+    ) -> None:
+        """Of two that have both seen it nowhere, only one puts it back."""
+        app.tasks["add"].delay(1)
+        (delivery,) = tracker.recorded
+        other = CeleryBroker(tracker.source, client)
+        client.flushdb()
+        assert look(broker, delivery).presence is look(other, delivery).presence is Presence.ABSENT
+        assert put_back(broker, delivery) == [Restored.RESTORED]
+        assert put_back(other, delivery) == [Restored.PRESENT]
+        assert client.llen("celery") == 1
+        client.delete("celery")  # lost once more
+        assert look(other, delivery).presence is Presence.ABSENT
+        assert put_back(other, delivery) == [Restored.RESTORED]
+
+    def test_from_a_dead_worker(
+        self, app: celery.Celery, tracker: FakeTracker, broker: CeleryBroker, client: redis.Redis
+    ) -> None:
+        """What a dead worker had is taken from it, and is next in line again, in its order."""
+        dead = uuid.uuid4().hex
+        for n in range(3):
+            app.tasks["add"].delay(n)
+        before = lists(client)
+        take(client, worker=dead)
+        take(client, worker=dead)
+        held = tracker.recorded[:2]
+        assert {look(broker, delivery).held_by for delivery in held} == {dead}
+        assert put_back(broker, *held, held_by=dead) == [Restored.RESTORED] * 2
+        assert lists(client) == before
+        assert not client.exists("unacked") and not client.exists("unacked_index")
+
+    def test_from_a_worker_that_has_it_no_more(
+        self, app: celery.Celery, tracker: FakeTracker, broker: CeleryBroker, client: redis.Redis
+    ) -> None:
+        """If another has it by now, it is left there."""
+        dead, alive = uuid.uuid4().hex, uuid.uuid4().hex
+        app.tasks["add"].delay(1)
+        (delivery,) = tracker.recorded
+        tag = take(client, worker=dead)
+        assert look(broker, delivery).held_by == dead
+        message = json.loads(client.hget("unacked", tag) or b"")
+        message[0]["headers"]["jobguard-worker"] = alive
+        client.hset("unacked", tag, json.dumps(message))
+        assert put_back(broker, delivery, held_by=dead) == [Restored.PRESENT]
+        assert not client.exists("celery") and client.hlen("unacked") == 1
+
+    def test_requeued(
+        self, app: celery.Celery, tracker: FakeTracker, broker: CeleryBroker, client: redis.Redis
+    ) -> None:
+        """A person's requeue minted a token: it is the one that the message carries."""
+        app.tasks["add"].delay(1)
+        (delivery,) = tracker.recorded
+        client.flushdb()
+        minted = new_token()
+        done = broker.restore([lost(delivery, token=minted)], deadline=time.time() + 60)
+        assert done[minted] is Restored.RESTORED
+        raw: Any = client.lindex("celery", 0)
+        assert token_in(raw) == minted.hex.encode()
+
+    def test_unreadable(
+        self, app: celery.Celery, tracker: FakeTracker, broker: CeleryBroker, client: redis.Redis
+    ) -> None:
+        """An envelope of another version is left alone."""
+        app.tasks["add"].delay(1)
+        client.flushdb()
+        answers = put_back(broker, *tracker.recorded, envelope=b"\x09what")
+        assert answers == [Restored.UNREADABLE]
+
+    def test_what_runs_is_not_pushed(
+        self, app: celery.Celery, tracker: FakeTracker, broker: CeleryBroker, client: redis.Redis
+    ) -> None:
+        """A live worker runs it."""
+        app.tasks["add"].delay(1)
+        client.flushdb()
+        put_back(broker, *tracker.recorded, running=True)
+        assert not client.exists("celery")
+
+    def test_bindings_come_back(self, make_app: Make, guard: Guard, client: redis.Redis) -> None:
+        """A producer that declared its queue long ago finds the way to it again."""
+        app = make_app(task_queues=[Queue("tq", Exchange("t", "topic"), routing_key="a.#")])
+        tracker = guard(app)
+        app.tasks["add"].apply_async((1,), queue="tq", routing_key="a.b")
+        table = client.smembers("_kombu.binding.t")
+        client.flushdb()
+        put_back(CeleryBroker(tracker.source, client), *tracker.recorded)
+        assert client.smembers("_kombu.binding.t") == table
+        client.flushdb()
+        app.tasks["add"].apply_async((1,), queue="tq", routing_key="a.b")
+        assert client.llen("tq") == 1
+
+
+class TestConsumers:
+    """Who takes tasks from a queue, guarded or not."""
+
+    def test_strangers(
+        self, app: celery.Celery, tracker: FakeTracker, broker: CeleryBroker, client: redis.Redis
+    ) -> None:
+        """One that is bound and hears is a stranger in every queue; a dead one's name is not."""
+        announce.announce(app, session=uuid.uuid4(), name="good@h", queues=["celery", "q2"])
+        bind(client, "good@h")
+        assert broker.consumers()["celery"] == {"good@h"}
+        assert broker.consumers()["q3"] == frozenset()
+        bind(client, "bad@h")  # it was killed long ago
+        with any_client(client).pubsub() as good:
+            hear(client, good)
+            fresh(broker)
+            assert broker.consumers()["q2"] == {"good@h"}
+            with any_client(client).pubsub() as bad:
+                hear(client, bad)
+                fresh(broker)
+                assert broker.consumers()["q2"] == {"good@h", "bad@h"}
+                assert broker.consumers()["q3"] == {"bad@h"}
+
+    def test_after_a_loss(
+        self, app: celery.Celery, tracker: FakeTracker, broker: CeleryBroker, client: redis.Redis
+    ) -> None:
+        """A guarded worker that has not yet said so again is no stranger."""
+        announce.announce(app, session=uuid.uuid4(), name="good@h", queues=["celery"])
+        broker.consumers()
+        client.flushdb()
+        bind(client, "good@h")
+        with any_client(client).pubsub() as good:
+            hear(client, good)
+            assert broker.consumers()["q2"] == frozenset()
+
+    def test_one_that_left(
+        self, app: celery.Celery, broker: CeleryBroker, client: redis.Redis
+    ) -> None:
+        """It takes nothing any more."""
+        session = uuid.uuid4()
+        announce.announce(app, session=session, name="good@h", queues=["celery"])
+        announce.leave(app, session=session)
+        assert broker.consumers()["celery"] == frozenset()
+
+
+class TestBury:
+    """What is given up is shown as failed."""
+
+    def test_failure_is_stored(
+        self, app: celery.Celery, tracker: FakeTracker, broker: CeleryBroker
+    ) -> None:
+        """Whoever waits for the result is told; a result that stands is left."""
+        announce.announce(app, session=uuid.uuid4(), name="w@h", queues=["celery"])
+        lost_one, done = app.tasks["add"].delay(1), app.tasks["add"].delay(2)
+        app.backend.store_result(done.id, 4, "SUCCESS")
+        broker.bury([aged(delivery) for delivery in tracker.recorded])
+        with pytest.raises(Exception, match="gave it up"):
+            lost_one.get(timeout=5)
+        assert done.get(timeout=5) == 4
+
+    def test_what_its_worker_had(
+        self, app: celery.Celery, tracker: FakeTracker, broker: CeleryBroker, client: redis.Redis
+    ) -> None:
+        """It does not come back when Celery's own patience ends; what others have stays."""
+        for n in range(2):
+            app.tasks["add"].delay(n)
+            take(client, worker=uuid.uuid4().hex)
+        broker.bury([aged(tracker.recorded[0])])
+        assert client.hlen("unacked") == client.zcard("unacked_index") == 1
+        assert look(broker, tracker.recorded[1]).presence is Presence.WAITING
+
+    def test_nothing_is_known(
+        self, app: celery.Celery, tracker: FakeTracker, broker: CeleryBroker, client: redis.Redis
+    ) -> None:
+        """Without a worker that says where results are, there is nothing to do."""
+        app.tasks["add"].delay(1)
+        before = set(client.scan_iter())
+        broker.bury([aged(delivery) for delivery in tracker.recorded])
+        assert set(client.scan_iter()) == before
+
+
+class TestRejoin:
+    """What a chord has counted is put back."""
+
+    def test_counts_and_finish(
+        self, app: celery.Celery, tracker: FakeTracker, broker: CeleryBroker, client: redis.Redis
+    ) -> None:
+        """Where it is missing, and only there; and the last part is told again."""
+        result = chord([app.tasks["add"].s(n, n) for n in range(2)])(app.tasks["total"].s())
+        group = result.parent.id
+        members = tracker.recorded
+        ((_, size),) = tracker.notes("open_join")
+        assert size == "2"
+        client.flushdb()
+        join = OpenJoin(group, 2, tracker.joins[group], parts(app, group, members[:1]))
+        for _ in range(2):
+            broker.rejoin([join], finish=False, deadline=time.time() + 60)
+        key = f"celery-taskset-meta-{group}"
+        assert client.get(f"{key}.s") == b"2"
+        assert client.zcard(f"{key}.j") == client.scard(f"{key}.d") == 1
+        assert client.ttl(f"{key}.j") > 0
+
+        both = OpenJoin(group, 2, tracker.joins[group], parts(app, group, members))
+        broker.rejoin([both], finish=True, deadline=time.time() + 60)
+        assert client.zcard(f"{key}.j") == client.scard(f"{key}.d") == 1
+        raw: Any = client.lindex("celery", 0)
+        message = json.loads(raw)
+        assert message["headers"]["id"] == members[1].job_id
+        assert message["headers"]["jobguard"] == members[1].token.hex
+        assert "jobguard-part" in message["headers"]
+
+    def test_deadline_and_done(
+        self, app: celery.Celery, tracker: FakeTracker, broker: CeleryBroker, client: redis.Redis
+    ) -> None:
+        """Too late, or its body is on its way: nothing is touched."""
+        result = chord([app.tasks["add"].s(1, 1)])(app.tasks["total"].s())
+        group = result.parent.id
+        join = OpenJoin(group, 1, tracker.joins[group], parts(app, group, tracker.recorded))
+        client.flushdb()
+        broker.rejoin([join], finish=True, deadline=time.time() - 1)
+        assert not client.exists(f"celery-taskset-meta-{group}.s")
+        client.set(f"celery-taskset-meta-{group}.c", "done")
+        broker.rejoin([join], finish=True, deadline=time.time() + 60)
+        assert not client.exists(f"celery-taskset-meta-{group}.s") and not client.exists("celery")
+
+
+def parts(app: Any, group: str, members: Any) -> list[EndedPart]:
+    """Return the ends of these header tasks, as a worker reports them."""
+    ended = []
+    for at, member in enumerate(members):
+        line = json.dumps([group, member.job_id, at]).encode()
+        result = app.backend.encode([1, member.job_id, "SUCCESS", at]).encode()
+        state = line + b"\n" + result
+        ended.append(EndedPart(member.token, member.job_id, "celery", state, member.envelope))
+    return ended
+
+
+def any_client(client: redis.Redis) -> Any:
+    """Return it without its types, which have gaps."""
+    return client
+
+
+def bind(client: redis.Redis, name: str) -> None:
+    """Do what a worker does at its start to be controlled."""
+    client.sadd("_kombu.binding.celery.pidbox", f"\x06\x16\x06\x16{name}.celery.pidbox")
+
+
+def hear(client: redis.Redis, pubsub: Any) -> None:
+    """Listen as a worker does."""
+    db = client.connection_pool.connection_kwargs["db"]
+    pubsub.psubscribe(f"/{db}.celery.pidbox")
+    pubsub.get_message(timeout=5)
+
+
+def fresh(broker: CeleryBroker) -> None:
+    """Have it ask again how many hear it."""
+    broker._workers._asked_at = float("-inf")
+
+
+def _tags(client: redis.Redis) -> set[str]:
+    there: Any = client
+    raws = there.lrange("celery", 0, -1)
+    return {json.loads(raw)["properties"]["delivery_tag"] for raw in raws}

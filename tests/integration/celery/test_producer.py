@@ -1,0 +1,512 @@
+"""Every publish is recorded before it is sent, whichever way it takes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import celery
+import pytest
+import redis
+from celery import chain, chord, group
+from celery.beat import ScheduleEntry, Scheduler
+from celery.bin.base import CLIContext
+from celery.bin.call import call as program
+from celery.signals import before_task_publish
+from click.testing import CliRunner
+from kombu.common import Broadcast
+from kombu.connection import Connection
+from kombu.entity import Exchange, Queue
+from kombu.exceptions import OperationalError
+
+from jobguard.adapter import behind_wall
+from jobguard.adapters.celery import run as runs
+from jobguard.adapters.celery.run import Run, joining
+from jobguard.errors import StoreUnavailable
+from jobguard.job import Claim, Outcome, derived_token
+from jobguard.servers import RedisServer
+from tests.integration.celery.support import FakeTracker, lists
+
+Make = Callable[..., celery.Celery]
+Guard = Callable[[celery.Celery], FakeTracker]
+
+
+def tokens(client: redis.Redis) -> list[str | None]:
+    """Return the tokens of all that waits, in the order of sending."""
+    waiting = [m for messages in lists(client).values() for m in reversed(messages)]
+    return [message["headers"].get("jobguard") for message in waiting]
+
+
+class TestRecord:
+    """The record comes first."""
+
+    def test_before_redis(
+        self, app: celery.Celery, tracker: FakeTracker, client: redis.Redis
+    ) -> None:
+        """When it is recorded, nothing of it is in Redis."""
+        seen = []
+        tracker.before_record = lambda: seen.append(client.llen("celery"))
+        app.tasks["add"].delay(1, 2)
+        assert seen == [0]
+        assert tokens(client) == [tracker.recorded[0].token.hex]
+
+    def test_what_receivers_add_is_recorded(
+        self, app: celery.Celery, tracker: FakeTracker, client: redis.Redis
+    ) -> None:
+        """A receiver of before_task_publish may write headers: tracing does."""
+
+        def trace(headers: dict[str, Any], **_: Any) -> None:
+            headers["trace"] = "abc"
+
+        before_task_publish.connect(trace)
+        try:
+            app.tasks["add"].delay(1, 2)
+        finally:
+            before_task_publish.disconnect(trace)
+        assert b'"trace": "abc"' in tracker.recorded[0].envelope
+
+    def test_postgres_away_and_the_user_wants_to_hear(
+        self, app: celery.Celery, tracker: FakeTracker, client: redis.Redis
+    ) -> None:
+        """Then nothing is sent."""
+
+        def away() -> None:
+            raise StoreUnavailable
+
+        tracker.before_record = away
+        with pytest.raises(StoreUnavailable):
+            app.tasks["add"].delay(1, 2)
+        assert not client.exists("celery")
+
+    def test_our_own_failure(
+        self,
+        app: celery.Celery,
+        tracker: FakeTracker,
+        client: redis.Redis,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """The host sends as if we were absent."""
+
+        def broken(*_: Any, **__: Any) -> None:
+            raise RuntimeError("ours")
+
+        monkeypatch.setattr("jobguard.adapters.celery.capture.target_of", broken)
+        app.tasks["add"].delay(1, 2)
+        assert tokens(client) == [None] and not tracker.recorded
+
+    def test_their_failure(self, app: celery.Celery, tracker: FakeTracker) -> None:
+        """What cannot be serialised raises what it always raised."""
+        with pytest.raises(Exception, match="not JSON serializable"):
+            app.tasks["add"].delay(object())
+        assert not tracker.recorded
+
+    def test_events_go_by(self, make_app: Make, guard: Guard, client: redis.Redis) -> None:
+        """The event of a sent task is no task."""
+        app = make_app(task_send_sent_event=True)
+        tracker = guard(app)
+        app.tasks["add"].delay(1, 2)
+        assert len(tracker.recorded) == 1 and tokens(client) == [tracker.recorded[0].token.hex]
+
+
+class TestWays:
+    """All ways lead by the choke point."""
+
+    def test_producer_and_connection(
+        self, app: celery.Celery, tracker: FakeTracker, client: redis.Redis, redis_url: str
+    ) -> None:
+        """A connection or producer of the user's own, to the same broker."""
+        with Connection(redis_url) as connection:
+            app.tasks["add"].apply_async((1,), connection=connection)
+            with app.amqp.Producer(connection, auto_declare=False) as producer:
+                app.tasks["add"].apply_async((2,), producer=producer)
+        assert tokens(client) == [delivery.token.hex for delivery in tracker.recorded]
+        assert len(tracker.recorded) == 2
+
+    def test_another_broker(
+        self, app: celery.Celery, tracker: FakeTracker, client: redis.Redis, redis_url: str
+    ) -> None:
+        """A connection to another broker is none of ours."""
+        db = client.connection_pool.connection_kwargs["db"]
+        other = f"{redis_url.rpartition('/')[0]}/{(db + 7) % 15 + 1}"
+        with Connection(other) as connection, redis.Redis.from_url(other) as there:
+            app.tasks["add"].apply_async((1,), connection=connection)
+            assert tokens(there) == [None]
+            there.flushdb()
+        assert not tracker.recorded
+
+    def test_broadcast(self, make_app: Make, guard: Guard) -> None:
+        """What everybody shall run is none of ours, nor is a command for the workers."""
+        app = make_app(task_queues=[Broadcast("all"), Queue("celery")])
+        tracker = guard(app)
+        app.tasks["add"].apply_async((1,), queue="all")
+        app.tasks["add"].apply_async((1,), exchange=Exchange("e", "fanout"), routing_key="k")
+        app.control.ping(timeout=0.1)
+        assert not tracker.recorded
+
+    def test_several_queues(self, make_app: Make, guard: Guard, client: redis.Redis) -> None:
+        """A message that goes to several queues is as many tasks of one id: it goes unrecorded."""
+        exchange = Exchange("t", "topic")
+        queues = [Queue("a", exchange, routing_key="x.#"), Queue("b", exchange, routing_key="#.y")]
+        app = make_app(task_queues=queues)
+        tracker = guard(app)
+        app.tasks["add"].apply_async((1,), queue="a", routing_key="x.y", declare=queues)
+        assert not tracker.recorded and tokens(client) == [None, None]
+
+    def test_eager(self, make_app: Make, guard: Guard) -> None:
+        """What runs at once is none of ours."""
+        app = make_app()
+        tracker = guard(app)
+        app.conf.task_always_eager = True
+        assert app.tasks["add"].delay(1, 2).get() == 3
+        assert group(app.tasks["add"].s(1, 2) for _ in range(2)).apply_async().get() == [3, 3]
+        assert not tracker.recorded
+
+    def test_call_and_beat(
+        self, app: celery.Celery, tracker: FakeTracker, client: redis.Redis
+    ) -> None:
+        """`celery call`, and a schedule that is due."""
+        done = CliRunner().invoke(
+            program, ["add", "-a", "[1, 2]"], obj=CLIContext(app, True, False)
+        )
+        assert done.exit_code == 0, done.output
+        scheduler = Scheduler(app, lazy=True)
+        entry = ScheduleEntry(
+            name="e",
+            task="add",
+            schedule=timedelta(0),
+            args=(1, 2),
+            app=app,
+            options={"queue": "b"},
+        )
+        scheduler.apply_async(entry, advance=False)
+        assert [delivery.queue for delivery in tracker.recorded] == ["celery", "b"]
+        assert len(tokens(client)) == 2
+
+    def test_before_and_after_the_guard(
+        self, make_app: Make, guard: Guard, client: redis.Redis
+    ) -> None:
+        """An app that has published already is guarded from then on, and as before when it is over."""
+        from jobguard.adapters.celery import CeleryAdapter
+
+        app = make_app()
+        app.tasks["add"].delay(1)
+        tracker = guard(app)
+        app.tasks["add"].delay(2)
+        sender = vars(app.amqp)["send_task_message"]
+        CeleryAdapter().install(behind_wall(tracker), app)
+        assert vars(app.amqp)["send_task_message"] is sender
+        CeleryAdapter().uninstall(tracker)
+        app.tasks["add"].delay(3)
+        assert [bool(token) for token in tokens(client)] == [False, True, False]
+        assert len(tracker.recorded) == 1
+
+    def test_a_copy_of_the_app(
+        self, app: celery.Celery, tracker: FakeTracker, client: redis.Redis
+    ) -> None:
+        """An app that was pickled, as to a spawned worker, is still guarded."""
+        import pickle
+
+        copy = pickle.loads(pickle.dumps(app))
+        copy.send_task("add", (1, 2))
+        assert tokens(client) == [tracker.recorded[0].token.hex]
+
+    def test_app_of_its_own_kind(self, redis_url: str, guard: Guard, client: redis.Redis) -> None:
+        """An app with an AMQP of its own keeps it."""
+        from celery.app.amqp import AMQP
+
+        class Mine(AMQP):  # type: ignore[misc]
+            argsrepr_maxsize = 5
+
+        app = celery.Celery("mine", broker=redis_url, amqp=Mine, set_as_current=False)
+        tracker = guard(app)
+        app.send_task("add", ("x" * 99,))
+        assert type(app.amqp) is Mine
+        assert tokens(client) == [tracker.recorded[0].token.hex]
+
+
+class TestBatches:
+    """Many tasks, one statement."""
+
+    def test_group(self, app: celery.Celery, tracker: FakeTracker, client: redis.Redis) -> None:
+        """A group, with all that is in it."""
+        add = app.tasks["add"]
+        members = [add.s(n, n) for n in range(20)]
+        group([*members, chain(add.s(1, 1), add.s(1)), group(add.s(2, 2), add.s(3, 3))])()
+        assert [len(batch) for batch in tracker.batches] == [23]
+        assert tokens(client) == [delivery.token.hex for delivery in tracker.recorded]
+
+    def test_chunks(self, app: celery.Celery, tracker: FakeTracker) -> None:
+        """Chunks are a group."""
+        app.tasks["add"].chunks(zip(range(20), range(20), strict=True), 5).apply_async()
+        assert [len(batch) for batch in tracker.batches] == [4]
+
+    def test_chord(self, app: celery.Celery, tracker: FakeTracker, client: redis.Redis) -> None:
+        """A chord's header is one, and its size is known before any of it is sent."""
+        tracker.before_record = lambda: opened.extend(tracker.joins)
+        opened: list[str] = []
+        result = chord(app.tasks["add"].s(n, n) for n in range(3))(app.tasks["total"].s())
+        assert [len(batch) for batch in tracker.batches] == [3]
+        assert opened == [result.parent.id]
+        assert json.loads(tracker.joins[result.parent.id])["groups"] == "celery-taskset-meta-"
+
+    def test_results_elsewhere(self, make_app: Make, guard: Guard, own_redis: RedisServer) -> None:
+        """Where the results are in another Redis, its loss is none of ours."""
+        app = make_app(result_backend=own_redis.url)
+        tracker = guard(app)
+        chord(app.tasks["add"].s(n, n) for n in range(3))(app.tasks["total"].s())
+        assert len(tracker.recorded) == 3 and not tracker.joins
+
+    def test_loop(self, app: celery.Celery, tracker: FakeTracker, client: redis.Redis) -> None:
+        """A plain loop in a batch of the user's."""
+        with tracker.batch():
+            for n in range(5):
+                app.tasks["add"].delay(n)
+            assert not client.exists("celery")
+        assert [len(batch) for batch in tracker.batches] == [5]
+        assert tokens(client) == [delivery.token.hex for delivery in tracker.recorded]
+
+    def test_error_in_the_middle(
+        self, app: celery.Celery, tracker: FakeTracker, client: redis.Redis
+    ) -> None:
+        """What came before it is sent, as without us."""
+        add = app.tasks["add"]
+        with pytest.raises(Exception, match="not JSON serializable"):
+            group(add.s(1), add.s(2), add.s(object()), add.s(4)).apply_async()
+        assert len(tokens(client)) == len(tracker.recorded) == 2
+
+
+class TestInsideARun:
+    """What a run sends is its own."""
+
+    @pytest.fixture
+    def run(self, app: celery.Celery, tracker: FakeTracker) -> Any:
+        """Return a run that this thread is in."""
+        app.tasks["add"].apply_async((1,), task_id="me")
+        token = tracker.recorded[0].token
+        session: Any = tracker.open_session(name="w@h", queues=["celery"])
+        run = Run(
+            behind_wall(tracker),
+            session,
+            Claim(token, 1),
+            job_id="me",
+            queue="celery",
+            task="add",
+            attempt=1,
+        )
+        before = runs._current.set(run)
+        yield run
+        runs._current.reset(before)
+
+    def test_same_again(self, app: celery.Celery, tracker: FakeTracker, run: Run) -> None:
+        """By its tokens a run that is started again sends the same."""
+        app.tasks["add"].apply_async((1,), task_id="child")
+        app.tasks["add"].apply_async((2,), task_id="child")
+        first, second = tracker.recorded[1:]
+        assert first.derived and second.derived and first.parent is None
+        assert first.token == derived_token(run.claim.token, "child", 0)
+        assert second.token == derived_token(run.claim.token, "child", 1)
+
+    def test_retry(
+        self, app: celery.Celery, tracker: FakeTracker, run: Run, client: redis.Redis
+    ) -> None:
+        """A retry takes its place; its header is not inherited."""
+        inherited = {"jobguard": run.claim.token.hex, "jobguard-worker": "x" * 32}
+        app.tasks["add"].apply_async((1,), task_id="me", retries=1, headers=inherited)
+        retry = tracker.recorded[1]
+        assert retry.parent is not None
+        assert (retry.parent.token, retry.parent.claim) == (run.claim.token, 1)
+        assert retry.attempt == 2 and retry.token != run.claim.token
+        assert tracker.ended[run.claim.token] is Outcome.SUPERSEDED
+        assert run.told and tracker.notes("release")
+        message = lists(client)["celery"][0]
+        assert message["headers"]["jobguard"] == retry.token.hex
+        assert "jobguard-worker" not in message["headers"]
+        assert b"jobguard-worker" not in retry.envelope
+
+    def test_refused(
+        self, app: celery.Celery, tracker: FakeTracker, run: Run, client: redis.Redis
+    ) -> None:
+        """A retry of what has ended meanwhile is not sent."""
+        tracker.close(run.claim.token, Outcome.CANCELLED)
+        client.flushdb()
+        app.tasks["add"].apply_async((1,), task_id="me", retries=1)
+        assert not client.exists("celery") and run.told
+
+    def test_group(
+        self, app: celery.Celery, tracker: FakeTracker, run: Run, client: redis.Redis
+    ) -> None:
+        """All of a group that it sends, and a retry in a batch."""
+        with tracker.batch():
+            group(app.tasks["add"].s(n).set(task_id=f"g{n}") for n in range(3))()
+            app.tasks["add"].apply_async((1,), task_id="me", retries=1)
+            assert not run.told
+        assert [len(batch) for batch in tracker.batches] == [1, 4]
+        assert all(delivery.derived for delivery in tracker.recorded[1:])
+        assert run.told
+
+    def test_body(self, app: celery.Celery, tracker: FakeTracker, run: Run) -> None:
+        """What a chord goes on with closes it."""
+        with joining("g1", "body"):
+            app.tasks["total"].apply_async(([1],), task_id="body")
+            app.tasks["total"].apply_async(([1],), task_id="other")
+        assert [delivery.closes for delivery in tracker.recorded[1:]] == ["g1", None]
+
+    def test_another_apps_task(
+        self, make_app: Make, guard: Guard, run: Run, client: redis.Redis
+    ) -> None:
+        """A task of another guarded broker has nothing to do with this run."""
+        other = make_app(broker_transport_options={"global_keyprefix": "o:"})
+        tracker = guard(other)
+        other.tasks["add"].apply_async((1,), task_id="me")
+        (delivery,) = tracker.recorded
+        assert delivery.parent is None and not delivery.derived
+        assert client.llen("o:celery") == 1
+
+
+class TestRedisAway:
+    """Redis is away: the record is accepted, and the call returns in bounded time."""
+
+    @pytest.fixture
+    def away(self, own_redis: RedisServer, make_app: Make, guard: Guard) -> Any:
+        """Return an app whose Redis is killed after its first task, and its tracker."""
+        app = make_app(broker_url=own_redis.url, result_backend=own_redis.url)
+        tracker = guard(app)
+        app.tasks["add"].delay(0)
+        own_redis.kill()
+        return app, tracker
+
+    def test_accepted(self, away: Any) -> None:
+        """The leader pushes it."""
+        app, tracker = away
+        begun = time.monotonic()
+        app.tasks["add"].delay(1)
+        assert time.monotonic() - begun < 3
+        assert tracker.outbox == [tracker.recorded[1].token]
+        assert tracker.notes("broker_failed")
+
+    def test_known_to_be_away(self, away: Any) -> None:
+        """Nobody waits for a Redis that has just failed another."""
+        app, tracker = away
+        tracker.in_doubt = True
+        begun = time.monotonic()
+        for n in range(20):
+            app.tasks["add"].delay(n)
+        assert time.monotonic() - begun < 1
+        assert len(tracker.outbox) == 20
+
+    def test_in_a_batch(self, away: Any) -> None:
+        """A batch is accepted too."""
+        app, tracker = away
+        tracker.in_doubt = True
+        begun = time.monotonic()
+        group(app.tasks["add"].s(n) for n in range(20))()
+        assert time.monotonic() - begun < 2
+        assert len(tracker.outbox) == 20
+
+    def test_not_accepted(self, away: Any) -> None:
+        """Else the library's own error is raised, and a first delivery is withdrawn."""
+        app, tracker = away
+        tracker.accepting = False
+        with pytest.raises(OperationalError):
+            app.tasks["add"].apply_async((1,), ignore_result=True)
+        assert tracker.withdrawn == [tracker.recorded[1]]
+
+    def test_first_task_of_all(self, own_redis: RedisServer, make_app: Make, guard: Guard) -> None:
+        """A process that never reached Redis sends its first task."""
+        app = make_app(broker_url=own_redis.url, result_backend=own_redis.url)
+        tracker = guard(app)
+        own_redis.kill()
+        tracker.in_doubt = True
+        app.tasks["add"].delay(1)
+        assert tracker.outbox == [tracker.recorded[0].token]
+
+    def test_ambiguous(
+        self,
+        app: celery.Celery,
+        tracker: FakeTracker,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """What may have reached Redis is never withdrawn."""
+        from kombu.transport.redis import Channel
+
+        put: Any = Channel._put
+
+        def torn(self: Any, *args: Any, **kwargs: Any) -> None:
+            put(self, *args, **kwargs)
+            raise redis.ConnectionError("torn")
+
+        monkeypatch.setattr(Channel, "_put", torn)
+        app.tasks["add"].apply_async((1,), retry=False)
+        (delivery,) = tracker.recorded
+        assert tracker.outbox == [delivery.token] and not tracker.withdrawn
+        tracker.accepting = False
+        with pytest.raises(OperationalError) as raised:
+            app.tasks["add"].apply_async((1,), retry=False, task_id="mine")
+        chained = raised.value.__cause__ or raised.value.__context__ or raised.value
+        assert "mine" in "".join(getattr(chained, "__notes__", []))
+        assert not tracker.withdrawn
+
+    def test_refused_by_redis(
+        self, app: celery.Celery, tracker: FakeTracker, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A Redis that is full answers: the task was surely not taken."""
+        from kombu.transport.redis import Channel
+
+        def full(*_: Any, **__: Any) -> None:
+            raise redis.exceptions.OutOfMemoryError("OOM command not allowed")
+
+        monkeypatch.setattr(Channel, "_put", full)
+        with pytest.raises(Exception, match="OOM"):
+            app.tasks["add"].apply_async((1,), retry=False)
+        assert tracker.withdrawn == tracker.recorded
+
+    def test_deadline(self, app: celery.Celery, tracker: FakeTracker, client: redis.Redis) -> None:
+        """After a record that took too long the leader pushes, not the producer."""
+        tracker.push_deadline = -1.0
+        app.tasks["add"].delay(1)
+        assert tracker.outbox == [tracker.recorded[0].token]
+        assert not client.exists("celery")
+
+
+@pytest.mark.parametrize("where", ["after_record", "after_push"])
+def test_failpoints(where: str, redis_url: str, tmp_path: Path, client: redis.Redis) -> None:
+    """A producer can be killed between the record and the push, and after it."""
+    program = f"""
+import celery, os
+from pathlib import Path
+from jobguard import adapter
+from jobguard.adapters.celery import CeleryAdapter
+from tests.integration.rq.fakes import FakeTracker
+app = celery.Celery("x", broker={redis_url!r})
+app.conf.broker_url
+guarded = CeleryAdapter().sources(app, namespace="test", name=None)
+tracker = FakeTracker(guarded.source, Path({str(tmp_path / "calls")!r}))
+adapter.register(tracker)
+CeleryAdapter().install(adapter.behind_wall(tracker), app)
+app.send_task("add")
+"""
+    (tmp_path / where).touch()
+    environ = {
+        **os.environ,
+        "JOBGUARD_TESTING": "1",
+        "JOBGUARD_FAILPOINT": where,
+        "JOBGUARD_FAILPOINT_LOGS": str(tmp_path),
+    }
+    done = subprocess.run([sys.executable, "-c", program], env=environ, check=False)
+    assert done.returncode == -9
+    assert client.llen("celery") == (where == "after_push")
+
+
+def test_ids_of_every_kind(app: celery.Celery, tracker: FakeTracker) -> None:
+    """An id may be anything that is a string in the end."""
+    app.tasks["add"].apply_async((1,), task_id=str(uuid.uuid4()))
+    app.tasks["add"].apply_async((1,), task_id="grüße/☃")
+    assert tracker.recorded[1].job_id == "grüße/☃"

@@ -1,0 +1,161 @@
+"""What of Celery can be guarded, and what it is called; nothing is ever connected to."""
+
+from __future__ import annotations
+
+import socket
+from typing import Any
+
+import celery
+import pytest
+
+import jobguard
+from jobguard.adapter import Guarded, Later
+from jobguard.adapters.celery import CeleryAdapter
+from jobguard.adapters.celery.places import client_of
+from jobguard.errors import UnsupportedTarget
+
+
+@pytest.fixture(autouse=True)
+def no_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever connects fails."""
+
+    def connect(*_: Any) -> None:
+        raise AssertionError("a connection was made")
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+
+
+def sources(url: str | None, **conf: Any) -> Guarded:
+    """Return what guarding a configured app on this broker means."""
+    app = celery.Celery("app", set_as_current=False)
+    app.conf.update(broker_url=url, **conf)
+    assert app.conf.broker_url == url
+    found = CeleryAdapter().sources(app, namespace="n", name=None)
+    assert isinstance(found, Guarded)
+    return found
+
+
+MASTER = {"master_name": "mymaster"}
+
+
+@pytest.mark.parametrize(
+    ("url", "conf", "address"),
+    [
+        ("redis://localhost/0", {}, "localhost:6379/0"),
+        ("redis://127.0.0.1:6380/3", {}, "localhost:6380/3"),
+        ("redis://:secret@Redis.Example:1/", {}, "redis.example:1/0"),
+        ("rediss://u:secret@r:6380/1?ssl_cert_reqs=none", {}, "r:6380/1"),
+        ("redis://r:6380/1", {"broker_use_ssl": {"ssl_ca_certs": "/ca"}}, "r:6380/1"),
+        ("redis+socket:///tmp/redis.sock", {}, "unix:/tmp/redis.sock/0"),
+        ("redis+socket:///tmp/redis.sock?virtual_host=2", {}, "unix:/tmp/redis.sock/2"),
+        (
+            "sentinel://s1:26379/2;sentinel://s2:26379/2",
+            {"broker_transport_options": MASTER},
+            "sentinel:mymaster/2",
+        ),
+        (
+            "sentinel://s1:26379",
+            {"broker_transport_options": MASTER},
+            "sentinel:mymaster/0",
+        ),
+        ("redis://a:1/1;redis://b:2/2", {}, "a:1/1"),
+        ("redis://read/0", {"broker_write_url": "redis://write/5"}, "write:6379/5"),
+    ],
+)
+def test_addresses(url: str, conf: dict[str, Any], address: str) -> None:
+    """Every way to name a Redis has its address, without a password."""
+    found = sources(url, **conf)
+    assert found.source.address == address
+    assert found.source.prefix == ""
+    assert found.queues is None and found.inert is None
+    assert not found.source.one_body
+
+
+def test_client() -> None:
+    """A client of our own is made as kombu would make one."""
+    app = celery.Celery("app", broker="rediss://u:secret@r:6380/1", set_as_current=False)
+    app.conf.broker_use_ssl = {"ssl_ca_certs": "/ca"}
+    kwargs = client_of(app.connection_for_write()).connection_pool.connection_kwargs
+    assert (kwargs["host"], kwargs["username"], kwargs["password"]) == ("r", "u", "secret")
+    assert kwargs["ssl_ca_certs"] == "/ca"
+
+
+def test_prefix_names_the_layout() -> None:
+    """What lies elsewhere than usual is another source; where results are is not."""
+    options = {"global_keyprefix": "me:", "priority_steps": [0, 5], "sep": ":"}
+    found = sources("redis://r/0", broker_transport_options=options)
+    assert found.source.prefix == "global_keyprefix=me%3A&sep=%3A&priority_steps=0.5"
+    assert sources("redis://r/0", result_backend="redis://r/1").source.prefix == ""
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("amqp://guest@rabbit//", "RabbitMQ"),
+        ("pyamqp://guest@rabbit//", "RabbitMQ"),
+        (None, "RabbitMQ"),
+        ("filesystem://", "filesystem"),
+        ("unix:///tmp/redis.sock", "redis[+]socket://"),
+        ("redis+cluster://r/0", "Cluster"),
+        ("sentinel://s1:26379", "master_name"),
+        ("redis://r/no-number", "Database"),
+    ],
+)
+def test_what_cannot_be_guarded(url: str | None, says: str) -> None:
+    """It is an error that tells the next step."""
+    with pytest.raises(UnsupportedTarget, match=says):
+        sources(url)
+
+
+@pytest.mark.parametrize(
+    ("url", "conf"),
+    [
+        ("memory://", {}),
+        ("memory://", {"result_backend": "cache+memory://"}),
+        ("redis://localhost/0", {"task_always_eager": True}),
+    ],
+)
+def test_doubles(url: str, conf: dict[str, Any]) -> None:
+    """In a user's tests there is nothing to guard, and the reason is told."""
+    found = sources(url, **conf)
+    assert found.inert and found.client is None
+
+
+def test_other_targets() -> None:
+    """What is no Celery app is none of ours."""
+    assert CeleryAdapter().sources(object(), namespace="n", name=None) is None
+
+
+class TestLazy:
+    """An app is not configured before its time."""
+
+    def test_guard_does_not_configure(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """guard(app) leaves the next lines to say what they want."""
+        app = celery.Celery("app", set_as_current=False)
+        guard = jobguard.guard(app, postgres="postgresql://localhost/nowhere")
+        try:
+            assert not app.configured and "amqp" not in vars(app)
+            app.conf.broker_url = "memory://"  # as a line below may do
+            assert guard.inert and "memory" in guard.inert
+        finally:
+            guard.close()
+
+    def test_later(self) -> None:
+        """The answer comes with the first push, once."""
+        app = celery.Celery("app", broker="memory://", set_as_current=False)
+        later = CeleryAdapter().sources(app, namespace="n", name=None)
+        assert isinstance(later, Later)
+        called: list[bool] = []
+        later.when(lambda: called.append(app.configured))
+        assert not called and not app.configured
+        app.send_task("nobody.knows")
+        app.send_task("nobody.knows")
+        assert called == [True]
+
+    def test_refused_later(self, caplog: pytest.LogCaptureFixture) -> None:
+        """What turns out to be no Redis is said in the log, and tasks are sent as ever."""
+        app = celery.Celery("app", broker="memory://", set_as_current=False)
+        guard = jobguard.guard(app, postgres="postgresql://localhost/nowhere")
+        app.send_task("nobody.knows")
+        assert guard.inert == "memory:// keeps nothing that could be lost"
+        guard.close()
