@@ -21,14 +21,12 @@ from celery import states
 from celery.app import trace
 from celery.app.task import Task
 from celery.worker.consumer import consumer
-from kombu.exceptions import OperationalError
-from redis.exceptions import RedisError
 
 from jobguard import failpoint
 from jobguard.adapters.celery import lookup, sessions, wire
 from jobguard.adapters.celery.header import TOKEN, WORKER, token_of
 from jobguard.adapters.celery.hooks import Hooks
-from jobguard.adapters.celery.parts import PART
+from jobguard.adapters.celery.parts import PART, REDIS_FAILED, part_made_of
 from jobguard.adapters.celery.run import Run
 from jobguard.adapters.celery.sessions import CONTENT
 from jobguard.adapters.celery.skip import remember, skip
@@ -199,14 +197,20 @@ def after_the_run(
     sender: Any = None, retval: Any = None, state: str | None = None, **_: Any
 ) -> None:
     """task_postrun: the run is over, whatever came of it."""
-    run = vars(sender.request).pop(_RUN, None)
+    request = sender.request
+    run = vars(request).pop(_RUN, None)
     if run is None:
         return
     run.leave()
     if state == states.SUCCESS:
         failpoint.hit("after_return")
+    thrown = sys.exc_info()[1]
     try:
-        _tell(run, state, retval, sys.exc_info()[1])
+        if (
+            run.part is None and request.chord
+        ):  # Redis may have failed before Celery came to count it
+            _note(sender, request, retval, state, thrown, run)
+        _tell(run, state, retval, thrown)
     except Exception as error:
         if is_host_interrupt(error):
             raise
@@ -215,8 +219,17 @@ def after_the_run(
         run.finish()
 
 
+def _note(task: Any, request: Any, retval: Any, state: str | None, thrown: Any, run: Run) -> None:
+    if state == states.SUCCESS and _returned(thrown):
+        run.part = part_made_of(task.backend, request, states.SUCCESS, retval)
+    elif state in (states.SUCCESS, states.FAILURE, None) and isinstance(
+        thrown or retval, Exception
+    ):
+        run.part = part_made_of(task.backend, request, states.FAILURE, thrown or retval)
+
+
 def _tell(run: Run, state: str | None, retval: Any, thrown: BaseException | None) -> None:
-    """Report how a run ended, by the state that Celery gives it."""
+    """Report how a run ended, by the state that Celery gives it; by none where its own word failed it."""
     if state == states.SUCCESS:
         # What is thrown now, after the function returned, is Redis that failed Celery's own word of
         # it; or what came after the function could not be sent, and then the task has failed.
@@ -232,9 +245,11 @@ def _tell(run: Run, state: str | None, retval: Any, thrown: BaseException | None
             run.end(Outcome.FAILED, f"rejected: {getattr(retval, 'reason', retval)!r}")
     elif state == states.RETRY:
         run.end(Outcome.FAILED, "Retry was raised, but nothing was sent again")
+    elif isinstance(thrown, Exception):
+        run.end(Outcome.FAILED, run.error or repr(thrown.__context__ or thrown))
     elif isinstance(thrown, SystemExit | KeyboardInterrupt) and run.in_worker:
         run.end(Outcome.FAILED, repr(thrown))
 
 
 def _returned(thrown: BaseException | None) -> bool:
-    return thrown is None or isinstance(thrown, OperationalError | RedisError | OSError)
+    return thrown is None or isinstance(thrown, REDIS_FAILED)

@@ -13,15 +13,16 @@ import logging
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
+from uuid import UUID
 
 from billiard.einfo import ExceptionWithTraceback
-from billiard.exceptions import WorkerLostError
+from billiard.exceptions import TimeLimitExceeded, WorkerLostError
 from celery.worker.request import Request
 from celery.worker.state import task_ready
 
 from jobguard.adapters.celery import sessions
 from jobguard.adapters.celery.hooks import Hooks
-from jobguard.adapters.celery.parts import part_of
+from jobguard.adapters.celery.parts import REDIS_FAILED, part_of
 from jobguard.adapters.celery.sessions import Working, token_in
 from jobguard.errors import is_host_interrupt
 from jobguard.job import Claim, Outcome
@@ -46,31 +47,38 @@ def on_failure(original: Hook) -> Hook:
     """Request.on_failure: a child has reported, or is gone."""
 
     @wraps(original)
-    def hook(self: Any, exc_info: Any, *args: Any, **kwargs: Any) -> Any:
+    def hook(
+        self: Any, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False
+    ) -> Any:
+        def call() -> Any:
+            return original(self, exc_info, send_failed_event, return_ok)
+
         working = sessions.working_for(self.app)
         error = exc_info.exception
         error = error.exc if isinstance(error, ExceptionWithTraceback) else error
-        gone = isinstance(error, WorkerLostError | SystemExit)
+        if working is not None and not return_ok and _never_began(working, self, error):
+            return None
+        gone = isinstance(error, WorkerLostError | TimeLimitExceeded | SystemExit)
         by_order = _OVER in vars(self) or self._already_revoked or self._already_cancelled
         if working is None or not gone or by_order:
-            return original(self, exc_info, *args, **kwargs)
+            return call()
         if isinstance(error, WorkerLostError) and _is_left_to_the_leader(working, self):
             return None
-        return _lost(working, self, repr(error), lambda: original(self, exc_info, *args, **kwargs))
+        return _lost(working, self, repr(error), call)
 
     return hook
 
 
 def on_timeout(original: Hook) -> Hook:
-    """Request.on_timeout: the hard time limit kills the child by order."""
+    """Request.on_timeout: the hard time limit kills the child by order. on_failure may come before."""
 
     @wraps(original)
     def hook(self: Any, soft: bool, timeout: Any) -> Any:
         working = sessions.working_for(self.app)
-        if soft or working is None:
+        if soft or working is None or _OVER in vars(self):
             return original(self, soft, timeout)
-        error = f"the hard time limit of {timeout} s was exceeded"
-        return _lost(working, self, error, lambda: original(self, soft, timeout))
+        error = TimeLimitExceeded(timeout)
+        return _lost(working, self, repr(error), lambda: original(self, soft, timeout))
 
     return hook
 
@@ -94,17 +102,35 @@ def announce_cancelled(original: Hook) -> Hook:
     """Request._announce_cancelled: a cold shutdown, or a lost connection, kills the child.
 
     Celery says RETRY, but sends nothing. What was acknowledged when it began is nobody's when this
-    worker has said goodbye; what was not goes back into the queue.
+    worker has said goodbye, and not before, for that would be a crash; what was not goes back into
+    the queue.
     """
 
     @wraps(original)
     def hook(self: Any, *args: Any, **kwargs: Any) -> Any:
         working, token = sessions.working_for(self.app), token_in(self)
-        if working is not None and token is not None and not self.acknowledged:
-            working.session.give_back(Claim(token, 0))
+        if working is not None and token is not None:
+            if self.acknowledged:
+                working.last.add(token)
+            else:
+                working.session.give_back(Claim(token, 0))
         return original(self, *args, **kwargs)
 
     return hook
+
+
+def _never_began(working: Working, request: Any, error: BaseException) -> bool:
+    """Whether Redis failed Celery before the function was called; then it is not the task that failed."""
+    token = token_in(request)
+    if token is None or not isinstance(error, REDIS_FAILED):
+        return False
+    if token not in working.tracker.recovers([token], began=False):
+        return False  # it has begun, and its end is told
+    log.warning("task %s never began, for Redis failed its worker: it goes back", request.id)
+    task_ready(request)
+    request.acknowledge()
+    working.session.give_back(Claim(token, 0))
+    return True
 
 
 def _is_left_to_the_leader(working: Working, request: Any) -> bool:
@@ -130,19 +156,28 @@ def _lost(working: Working, request: Any, error: str, call: Callable[[], Any]) -
         return call()
     finally:
         if token is not None and vars(request).pop(_LOST, False):
-            done = getattr(request, "_success_was_stored", lambda: False)()
-            report(
-                working,
-                token,
-                Outcome.COMPLETED if done else Outcome.FAILED,
-                request=request._context,
-                error=None if done else error,
-            )
+            _judged(working, request, token, error)
+
+
+def _judged(working: Working, request: Any, token: UUID, error: str) -> None:
+    if request.task.acks_late and not request.acknowledged:
+        # Celery before 5.6 leaves it where it is, for the visibility timeout to bring it back.
+        working.session.give_back(Claim(token, 0))
+        return
+    stored = getattr(request, "_success_was_stored", None)
+    done = stored is not None and stored()
+    report(
+        working,
+        token,
+        Outcome.COMPLETED if done else Outcome.FAILED,
+        request=request._context,
+        error=None if done else error,
+    )
 
 
 def report(
     working: Working,
-    token: Any,
+    token: UUID,
     outcome: Outcome,
     *,
     request: Any = None,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import json
 import logging
+import sys
 from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any
@@ -17,7 +18,10 @@ from typing import Any
 from celery.app.task import Context
 from celery.backends.base import Backend
 from celery.backends.redis import RedisBackend
+from celery.exceptions import BackendError
+from kombu.exceptions import OperationalError
 from kombu.utils.encoding import str_to_bytes
+from redis.exceptions import RedisError
 
 from jobguard.adapters.celery import lookup
 from jobguard.adapters.celery.hooks import Hooks
@@ -30,6 +34,8 @@ Hook = Callable[..., Any]
 
 PART = "jobguard-part"
 """The header of a message that is only to be counted: the state of its part, in base64."""
+REDIS_FAILED = (RedisError, OperationalError, BackendError, OSError)
+"""What says that it was not the task, but the Redis that should hear of it."""
 _NOTED = "_jobguard_part"
 _SEVERAL = frozenset(("celery.chain", "celery.group", "celery.chord"))
 
@@ -38,6 +44,7 @@ def put_on(hooks: Hooks) -> None:
     """Hear of every part, and of a chord that is given up."""
     hooks.put(RedisBackend, "on_chord_part_return", on_chord_part_return)
     hooks.put(Backend, "chord_error_from_stack", chord_error_from_stack)
+    hooks.put(RedisBackend, "mark_as_done", mark_as_done)
 
 
 def on_chord_part_return(original: Hook) -> Hook:
@@ -48,7 +55,11 @@ def on_chord_part_return(original: Hook) -> Hook:
         group = getattr(request, "group", None)
         if not group or not request.id or lookup.tracker_for(self.app) is None:
             return original(self, request, state, result, *args, **kwargs)
-        _note(self, request, state, result)
+        run, part = current_run(), part_made_of(self, request, state, result)
+        if run is not None:
+            run.part = part
+        else:
+            vars(request)[_NOTED] = part
         with joining(group, _body_of(request)):
             return original(self, request, state, result, *args, **kwargs)
 
@@ -56,15 +67,47 @@ def on_chord_part_return(original: Hook) -> Hook:
 
 
 def chord_error_from_stack(original: Hook) -> Hook:
-    """Backend.chord_error_from_stack: the body will never be sent."""
+    """Backend.chord_error_from_stack: the body will never be sent.
+
+    But if it was Redis that failed, while the parts were read, the leader has them counted again.
+    """
 
     @wraps(original)
     def hook(self: Any, *args: Any, **kwargs: Any) -> Any:
+        broken = isinstance(sys.exc_info()[1], REDIS_FAILED)
         group = no_longer_joining()  # what is sent from here on are error callbacks
-        tracker = lookup.tracker_for(self.app)
-        if group is not None and tracker is not None:
-            tracker.close_join(group)
+        tracker, run = lookup.tracker_for(self.app), current_run()
+        if group is None or tracker is None:
+            return original(self, *args, **kwargs)
+        if broken and run is not None and tracker.recovers([run.claim.token], began=False):
+            log.warning(
+                "Redis failed as chord %s was to go on: it goes on when Redis is back", group
+            )
+            return None
+        tracker.close_join(group)
         return original(self, *args, **kwargs)
+
+    return hook
+
+
+def mark_as_done(original: Hook) -> Hook:
+    """RedisBackend.mark_as_done: the function has returned. Should Redis fail now, that is not its failure.
+
+    Celery would say of a task that has completed that it failed, and give up its chord.
+    """
+
+    @wraps(original)
+    def hook(
+        self: Any, task_id: str, result: Any, request: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        run = current_run()
+        if run is None or run.job_id != task_id:
+            return original(self, task_id, result, request, *args, **kwargs)
+        try:
+            return original(self, task_id, result, request, *args, **kwargs)
+        except REDIS_FAILED as error:
+            log.warning("task %s completed, but its result could not be stored: %r", task_id, error)
+            return None
 
     return hook
 
@@ -90,21 +133,19 @@ def finish(task: Any, request: Any) -> None:
     backend.on_chord_part_return(told, state, result)
 
 
-def _note(backend: Any, request: Any, state: str, result: Any) -> None:
+def part_made_of(backend: Any, request: Any, state: str, result: Any) -> Part | None:
+    """Return what a task adds to its chord, as Celery will keep it; None: nothing that can be kept."""
+    if not request.group or not isinstance(backend, RedisBackend):
+        return None
     try:
         member = backend.encode([1, request.id, state, backend.encode_result(result, state)])
         line = json.dumps([request.group, request.id, request.group_index])
-        part = Part(request.group, line.encode() + b"\n" + str_to_bytes(member))
+        return Part(request.group, line.encode() + b"\n" + str_to_bytes(member))
     except Exception as error:
         if is_host_interrupt(error):
             raise
         log.debug("the result of a chord's part cannot be kept: %s", error)
-        return
-    run = current_run()
-    if run is not None:
-        run.part = part
-    else:
-        vars(request)[_NOTED] = part
+        return None
 
 
 def _body_of(request: Any) -> str | None:

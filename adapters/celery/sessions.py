@@ -51,6 +51,8 @@ class Working:
     pid: int = field(default_factory=os.getpid)
     handed: WeakKeyDictionary[Any, float] = field(default_factory=WeakKeyDictionary)
     """Requests by when they were given to the pool."""
+    last: set[UUID] = field(default_factory=set)
+    """Deliveries that a cold shutdown has killed: ours until the goodbye."""
     announced: float = -_ANNOUNCE
     live: int = 0
     """Tasks that run in this very process."""
@@ -80,7 +82,8 @@ class Working:
         """What children of this process may be running; asked at every beat, from its thread."""
         if hasattr(self, "session"):  # not while it is being opened
             self.announce()
-        return {token for request in self._with_children() if (token := token_in(request))}
+        running = {token for request in self._with_children() if (token := token_in(request))}
+        return running | self.last
 
     def hand(self, request: Any) -> None:
         """Tell whoever will run this request what it must know to claim it."""

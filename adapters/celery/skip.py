@@ -12,7 +12,7 @@ import logging
 from typing import Any
 
 from celery import states
-from celery.backends.base import KeyValueStoreBackend
+from celery.backends.base import BaseKeyValueStoreBackend
 from celery.exceptions import Ignore, WorkerLostError
 
 from jobguard.adapters.celery import parts
@@ -51,7 +51,7 @@ def skip(task: Any, refused: Refused) -> Ignore:
 
 
 def _keeps(backend: Any) -> bool:
-    return isinstance(backend, KeyValueStoreBackend)
+    return isinstance(backend, BaseKeyValueStoreBackend)
 
 
 def _put_back(task: Any) -> None:

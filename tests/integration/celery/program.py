@@ -1,0 +1,204 @@
+"""The application of the tests with real workers: every way in which a task can end."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from celery import Celery, Task, chord, group
+from celery.exceptions import Ignore, Reject
+
+import jobguard
+
+LEDGER = Path(os.environ["LEDGER"])
+"""A file that jobguard never touches."""
+
+app: Any = Celery("program", broker=os.environ["JOBGUARD_REDIS_URL"])
+app.conf.update(
+    result_backend=os.environ["JOBGUARD_REDIS_URL"],
+    broker_connection_retry_on_startup=True,
+    broker_transport_options=json.loads(os.environ.get("TRANSPORT", "{}")),
+    worker_hijack_root_logger=False,
+    **json.loads(os.environ.get("CONF", "{}")),
+)
+if os.environ.get("UNGUARDED") != "1":
+    jobguard.guard(app)
+
+
+def say(word: object) -> None:
+    """Leave a word that only a run can leave."""
+    with LEDGER.open("a") as file:
+        file.write(f"{time.time():.3f} {os.getpid()} {word}\n")
+
+
+class HasItsOwnSay(Task):  # type: ignore[misc]  # Celery is not typed
+    """A task class with a before_start that does not call Celery's."""
+
+    def before_start(self, task_id: str, args: Any, kwargs: Any) -> None:
+        """Say so."""
+        say("before")
+
+
+@app.task
+def ok(word: object = "ok") -> object:
+    """Return."""
+    say(word)
+    return word
+
+
+@app.task(base=HasItsOwnSay)
+def own(word: object = "own") -> None:
+    """Return, after a before_start of its own."""
+    say(word)
+
+
+@app.task(track_started=True)
+def fail(word: object = "fail") -> None:
+    """Fail."""
+    say(word)
+    raise ValueError("as it must")
+
+
+@app.task(bind=True, max_retries=3)
+def again(self: Any, word: object = "again", times: int = 2, countdown: float = 0) -> None:
+    """Be retried so many times."""
+    say(word)
+    if self.request.retries < times:
+        raise self.retry(countdown=countdown)
+
+
+@app.task
+def slow(word: object = "slow", seconds: float = 5.0) -> object:
+    """Take its time."""
+    say(f"{word}-begins")
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        time.sleep(0.02)
+    say(word)
+    return word
+
+
+@app.task(acks_late=True)
+def late(word: object = "late", seconds: float = 5.0) -> None:
+    """Take its time, and be acknowledged after it."""
+    slow(word, seconds)
+
+
+@app.task
+def busy(word: object = "busy", seconds: float = 5.0) -> None:
+    """Compute, and give nobody else a turn that does not take it."""
+    say(f"{word}-begins")
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        sum(range(1000))
+    say(word)
+
+
+@app.task
+def deaf(word: object = "deaf", seconds: float = 5.0) -> None:
+    """Hold the GIL in a C call."""
+    say(f"{word}-begins")
+    ctypes.PyDLL(None).usleep(int(seconds * 1e6))
+    say(word)
+
+
+@app.task
+def die(word: object = "die") -> None:
+    """Be killed, but once only."""
+    say(word)
+    _die_once(word)
+
+
+@app.task(acks_late=True, reject_on_worker_lost=True)
+def die_late(word: object = "die_late") -> None:
+    """The same, where Celery would run it again by itself."""
+    say(word)
+    _die_once(word)
+
+
+@app.task
+def die_always(word: object = "die_always") -> None:
+    """Be killed whenever it runs."""
+    say(word)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _die_once(word: object) -> None:
+    if LEDGER.read_text().count(f" {word}\n") < 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@app.task
+def leave(word: object = "leave") -> None:
+    """Call sys.exit()."""
+    say(word)
+    sys.exit(3)
+
+
+@app.task(time_limit=1)
+def too_long(word: object = "too_long") -> None:
+    """Be killed for its hard time limit."""
+    slow(word, 30)
+
+
+@app.task(time_limit=1, acks_late=True)
+def too_long_late(word: object = "too_long_late") -> None:
+    """The same; where Celery is told so, it is queued again, and the second time it is quick."""
+    say(word)
+    if LEDGER.read_text().count(f" {word}\n") < 2:
+        time.sleep(30)
+
+
+@app.task(soft_time_limit=1)
+def too_slow(word: object = "too_slow") -> None:
+    """Be interrupted by its soft time limit."""
+    slow(word, 30)
+
+
+@app.task
+def ignore(word: object = "ignore") -> None:
+    """Raise Ignore."""
+    say(word)
+    raise Ignore
+
+
+@app.task(acks_late=True)
+def reject(word: object = "reject") -> None:
+    """Raise Reject."""
+    say(word)
+    raise Reject("no")
+
+
+@app.task(acks_late=True)
+def requeue(word: object = "requeue") -> None:
+    """Ask to be queued again, five times: more often than a crash budget allows."""
+    say(word)
+    if LEDGER.read_text().count(f" {word}\n") < 6:
+        raise Reject("not yet", requeue=True)
+
+
+@app.task(bind=True)
+def replaced(self: Any, word: object = "replaced") -> Any:
+    """Be replaced by another task."""
+    say(word)
+    return self.replace(ok.si(f"{word}-by-another"))
+
+
+@app.task
+def collect(results: list[object], word: object = "collect") -> object:
+    """Be the body of a chord."""
+    say(word)
+    return sorted(map(str, results))
+
+
+@app.task
+def fan(word: object = "fan", size: int = 3) -> None:
+    """Send a chord from inside a task."""
+    say(word)
+    chord(group(ok.s(f"{word}-{n}") for n in range(size)), collect.s(f"{word}-all")).delay()

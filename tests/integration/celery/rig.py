@@ -1,0 +1,256 @@
+"""Real workers, by the usual command, with a real ledger and a leader that is a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import celery
+import psycopg
+import redis
+
+import jobguard
+from jobguard.guard import JobGuard
+from tests.support import PATIENT, eventually
+
+ROOT = Path(__file__).parents[3]
+PROGRAM = "tests.integration.celery.program"
+WORKER_TIMEOUT = 3.0
+QUICK: dict[str, Any] = {
+    "beat_interval": 0.5,
+    "worker_timeout": WORKER_TIMEOUT,
+    "grace": 0.3,
+    "lease": 3.0,
+    "crash_backoff": (0.0,),
+}
+SOON = 40.0
+"""Seconds for what takes a few on an idle machine."""
+
+
+class Process:
+    """A child, with a log that is shown when a test fails."""
+
+    def __init__(self, arguments: list[str], environ: dict[str, str], log: Path) -> None:
+        self.log = log
+        with log.open("wb") as out:
+            self._popen = subprocess.Popen(
+                [sys.executable, *arguments],
+                env=environ,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self.pid = self._popen.pid
+
+    @property
+    def text(self) -> str:
+        """What it has printed."""
+        return self.log.read_text(errors="replace")
+
+    @property
+    def ended(self) -> bool:
+        """Whether it is gone."""
+        return self._popen.poll() is not None
+
+    def signal(self, number: int) -> None:
+        """Send it a signal, and its children none."""
+        self._popen.send_signal(number)
+
+    def wait(self, timeout: float = SOON) -> int:
+        """Wait for its end; gives its exit code."""
+        return self._popen.wait(timeout)
+
+    def stop(self) -> int:
+        """End it in an orderly way."""
+        self.signal(signal.SIGTERM)
+        return self.wait()
+
+    def kill(self) -> None:
+        """Kill it, and all that it has started."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self._popen.wait(10)
+
+
+class Rig:
+    """One Redis, one database, an application that sends, and the processes of one test."""
+
+    def __init__(self, folder: Path, database: str, redis_url: str) -> None:
+        self.folder, self.database, self.redis_url = folder, database, redis_url
+        self.ledger = folder / "ledger"
+        self.ledger.touch()
+        self.redis: Any = redis.Redis.from_url(redis_url)
+        self._processes: list[Process] = []
+        self._postgres = psycopg.connect(database, autocommit=True)
+        self.app = celery.Celery("sender", broker=redis_url, set_as_current=False)
+        self.app.conf.result_backend = redis_url
+
+    def guard(self) -> JobGuard:
+        """Guard what the test itself sends."""
+        patient = dict.fromkeys(("connect_timeout", "call_timeout", "record_timeout"), 10.0)
+        settings: dict[str, Any] = {**QUICK, **patient}
+        return jobguard.guard(self.app, postgres=self.database, **settings)
+
+    def close(self) -> None:
+        """End every process."""
+        for process in self._processes:
+            process.kill()
+        self._postgres.close()
+        self.redis.close()
+
+    # -- processes ---------------------------------------------------------------------------------
+
+    def worker(
+        self,
+        pool: str = "prefork",
+        *options: str,
+        concurrency: int = 2,
+        guarded: bool = True,
+        conf: dict[str, Any] | None = None,
+        transport: dict[str, Any] | None = None,
+        **environ: str,
+    ) -> Process:
+        """Start a worker, and wait until it is ready."""
+        name = f"w{len(self._processes)}"
+        process = self._start(
+            name,
+            *("-m", "celery", "-A", PROGRAM, "worker", "--pool", pool, "--loglevel", "INFO"),
+            *("--concurrency", str(concurrency), "--hostname", f"{name}@%h", *options),
+            CONF=json.dumps(conf or {}),
+            TRANSPORT=json.dumps(transport or {}),
+            UNGUARDED="" if guarded else "1",
+            **environ,
+        )
+        self._until_up(process, lambda: " ready." in process.text)
+        return process
+
+    def reconciler(self) -> Process:
+        """Start a reconciler, and wait until it leads and trusts the queue."""
+        process = self._start(
+            "reconciler", "-c", "from jobguard.cli import main; main()", "reconcile"
+        )
+        leads = "select 1 from jobguard.leader where expires_at > now()"
+        self._until_up(process, lambda: self.ask(leads))
+        return process
+
+    def trusted(self) -> bool:
+        """Whether what is lost of the queue is put back."""
+        return bool(self.ask("select 1 from jobguard.queues where trusted_since is not null"))
+
+    def _start(self, name: str, *arguments: str, **more: str) -> Process:
+        settings = {
+            f"JOBGUARD_{name.upper()}": ",".join(map(str, value))
+            if isinstance(value, tuple)
+            else str(value)
+            for name, value in QUICK.items()
+        }
+        environ = {
+            **os.environ,
+            **settings,
+            **PATIENT,
+            "JOBGUARD_POSTGRES_URL": self.database,
+            "JOBGUARD_REDIS_URL": self.redis_url,
+            "LEDGER": str(self.ledger),
+            "PYTHONPATH": str(ROOT),
+            "PYTHONWARNINGS": "ignore",
+            **more,
+        }
+        log = self.folder / f"{name}-{len(self._processes)}.log"
+        process = Process([*arguments], environ, log)
+        self._processes.append(process)
+        return process
+
+    def _until_up(self, process: Process, is_up: Any) -> None:
+        def up() -> bool:
+            if process.ended:
+                raise RuntimeError(f"it ended:\n{process.text[-3000:]}")
+            return bool(is_up())
+
+        eventually(up, SOON, message=f"{process.log.name} is up")
+
+    # -- sending and looking -----------------------------------------------------------------------
+
+    def signature(self, task: str, *args: Any, **options: Any) -> Any:
+        """Return a call of one of the program's tasks."""
+        return self.app.signature(f"{PROGRAM}.{task}", args, **options)
+
+    def send(self, task: str, *args: Any, **options: Any) -> str:
+        """Send one of the program's tasks; return its id."""
+        return str(self.app.send_task(f"{PROGRAM}.{task}", args, **options).id)
+
+    def ask(self, sql: str, *values: Any) -> list[Any]:
+        """Ask the ledger in Postgres."""
+        return self._postgres.execute(sql, values).fetchall()
+
+    def ended(self, job_id: str) -> list[str]:
+        """Return how each delivery of a job ended, in the order of recording."""
+        rows = self.ask(
+            "select outcome::text from jobguard.history where job_id = %s order by token", job_id
+        )
+        return [outcome for (outcome,) in rows]
+
+    def error(self, job_id: str) -> str:
+        """Return what the ledger says of why a job failed."""
+        rows = self.ask("select errors::text from jobguard.history where job_id = %s", job_id)
+        return "\n".join(str(errors) for (errors,) in rows)
+
+    def owed(self) -> int:
+        """Return how many deliveries are owed."""
+        ((count,),) = self.ask("select count(*) from jobguard.jobs")
+        return int(count)
+
+    def claims(self) -> int:
+        """Return how many claims stand."""
+        ((count,),) = self.ask("select count(*) from jobguard.running")
+        return int(count)
+
+    def said(self) -> Counter[str]:
+        """Return what the tasks have said, and how often."""
+        lines = (line.split(" ", 2) for line in self.ledger.read_text().splitlines())
+        return Counter(word for _, _, word in lines)
+
+    def when(self, word: str) -> list[float]:
+        """Return when a task has said this."""
+        lines = [line.split(" ", 2) for line in self.ledger.read_text().splitlines()]
+        return [float(at) for at, _, said in lines if said == word]
+
+    def pid(self, word: str) -> int:
+        """Return which process has said this last."""
+        lines = [line.split(" ", 2) for line in self.ledger.read_text().splitlines()]
+        return [int(pid) for _, pid, said in lines if said == word][-1]
+
+    def until(self, is_so: Any, timeout: float = SOON) -> Any:
+        """Wait for it."""
+        return eventually(is_so, timeout)
+
+    def show(self) -> None:
+        """Print the ends of all logs: pytest shows them if the test fails."""
+        for process in self._processes:
+            print(f"---- {process.log.name}\n{process.text[-4000:]}")
+
+
+@contextmanager
+def a_rig(folder: Path, database: str, redis_url: str) -> Iterator[Rig]:
+    """Give a rig whose own sends are guarded."""
+    rig = Rig(folder, database, redis_url)
+    try:
+        with rig.guard():
+            yield rig
+    finally:
+        rig.show()
+        rig.close()
+
+
+def now() -> float:
+    """The clock of the tasks."""
+    return time.time()

@@ -1,0 +1,260 @@
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import redis
+from celery import chord
+
+from jobguard.servers import RedisServer
+from tests.integration.celery.rig import WORKER_TIMEOUT, Rig, a_rig
+
+IN_ONE_PROCESS = ["solo", "threads", "gevent"]
+RECOVERED = WORKER_TIMEOUT + 2
+"""Seconds within which what a dead worker held has begun again."""
+BUSY = 1.5
+"""Seconds that a busy machine may take on top."""
+
+
+@pytest.fixture
+def rig(tmp_path: Path, database: str, redis_url: str) -> Iterator[Rig]:
+    """Give real workers with a leader, and an application that is guarded."""
+    with a_rig(tmp_path, database, redis_url) as rig:
+        rig.reconciler()
+        yield rig
+
+
+class TestChild:
+    """A child of a prefork worker that lives."""
+
+    @pytest.mark.parametrize("task", ["die", "die_late"])
+    def test_a_killed_child_gives_its_task_back(self, rig: Rig, task: str) -> None:
+        """Killed is not failed; nor is it lost where Celery itself queues it again at once (B1)."""
+        worker = rig.worker()
+        rig.until(rig.trusted)
+        job_id = rig.send(task)
+        rig.until(lambda: not rig.owed())
+        assert rig.ended(job_id) == ["completed"]
+        assert rig.said() == {task: 2}
+        assert rig.ask("select crashes, recoveries from jobguard.history") == [(1, 1)]
+        assert rig.app.AsyncResult(job_id).state == "SUCCESS"
+        assert not worker.ended
+
+    @pytest.mark.parametrize("task", ["die", "die_late"])
+    def test_celerys_own_verdict_stands_where_nobody_leads(
+        self, tmp_path: Path, database: str, redis_url: str, task: str
+    ) -> None:
+        """It fails the one, and runs the other again at once, in another child of the same worker."""
+        with a_rig(tmp_path, database, redis_url) as rig:
+            rig.worker()
+            job_id = rig.send(task)
+            rig.until(lambda: not rig.owed())
+            assert rig.ended(job_id) == [{"die": "failed", "die_late": "completed"}[task]]
+            assert rig.said()[task] == {"die": 1, "die_late": 2}[task]
+
+    def test_a_task_that_always_kills_is_dead(self, rig: Rig) -> None:
+        """When its crash budget is spent, and Celery shows it as failed."""
+        rig.worker()
+        rig.until(rig.trusted)
+        job_id = rig.send("die_always")
+        rig.until(lambda: rig.ended(job_id))
+        assert rig.ended(job_id) == ["dead"]
+        assert 3 <= rig.said()["die_always"] <= 4
+        rig.until(lambda: rig.app.AsyncResult(job_id).state == "FAILURE")
+
+    def test_the_children_of_a_spawning_pool_claim_as_well(self, rig: Rig) -> None:
+        """In the name of their parent, whose session they have not inherited."""
+        rig.worker(conf={"worker_pool_start_method": "spawn"})
+        rig.until(rig.trusted)
+        sent = [rig.send("ok"), rig.send("slow", "slow", 6.0)]
+        killed = rig.send("die")
+        rig.until(lambda: not rig.owed())
+        assert [rig.ended(job_id) for job_id in [*sent, killed]] == [["completed"]] * 3
+        assert rig.said() == {"ok": 1, "slow-begins": 1, "slow": 1, "die": 2}
+
+    def test_a_child_that_is_replaced_reports_all_it_ran(self, rig: Rig) -> None:
+        """worker_max_tasks_per_child ends children all the time, by os._exit."""
+        rig.worker(conf={"worker_max_tasks_per_child": 2})
+        sent = [rig.send("ok", f"w{n}") for n in range(20)]
+        rig.until(lambda: not rig.owed())
+        assert [rig.ended(job_id) for job_id in sent] == [["completed"]] * 20
+        assert set(rig.said().values()) == {1}
+
+
+class TestWorker:
+    """A whole worker that is killed."""
+
+    @pytest.mark.parametrize("pool", ["prefork", *IN_ONE_PROCESS])
+    def test_its_tasks_run_again_soon(self, rig: Rig, pool: str) -> None:
+        """What it ran, acknowledged early or late, and what it had only taken: within seconds."""
+        worker = rig.worker(pool)
+        rig.until(rig.trusted)
+        words = ["early", "late"] if pool != "solo" else ["early"]
+        sent = [rig.send("slow", "early", 30.0)]
+        if pool != "solo":
+            sent.append(rig.send("late", "late", 30.0))
+        taken = [rig.send("ok", f"taken-{n}") for n in range(4)]
+        rig.until(lambda: all(rig.said()[f"{word}-begins"] for word in words))
+        rig.until(lambda: int(rig.redis.hlen("unacked")) >= (1 if pool == "solo" else 4))
+        rig.worker("threads", concurrency=8)
+        time.sleep(1)  # a claim must have been listed before its worker can be missed
+
+        worker.signal(signal.SIGKILL)
+        killed = time.time()
+        rig.until(lambda: all(rig.said()[f"{word}-begins"] == 2 for word in words))
+        rig.until(lambda: all(rig.said()[f"taken-{n}"] for n in range(4)))
+        again = max(rig.when(f"{word}-begins")[-1] for word in words) - killed
+        back = max(rig.when(f"taken-{n}")[-1] for n in range(4)) - killed
+        print(f"FIGURE {pool}: running again after {again:.1f} s, taken ones after {back:.1f} s")
+        assert again < RECOVERED + BUSY
+        assert back < RECOVERED + BUSY
+        assert [rig.ended(job_id) for job_id in taken] == [["completed"]] * 4
+        assert rig.said()["taken-0"] == 1
+        assert sent
+
+    @pytest.mark.parametrize("pool", ["prefork", *IN_ONE_PROCESS])
+    def test_a_worker_that_computes_is_alive(self, rig: Rig, pool: str) -> None:
+        """For longer than the worker timeout, and gives nobody a turn: a thread of its own beats."""
+        rig.worker(pool)
+        rig.worker("threads")
+        rig.until(rig.trusted)
+        job_id = rig.send("busy", "busy", WORKER_TIMEOUT * 3)
+        rig.until(lambda: rig.ended(job_id))
+        assert rig.ended(job_id) == ["completed"]
+        assert rig.said() == {"busy-begins": 1, "busy": 1}
+        assert not rig.ask("select 1 from jobguard.workers where dead_at is not null")
+
+    def test_a_stopped_worker_goes_on_in_another_name(self, rig: Rig) -> None:
+        """Declared dead while it was stopped, it begins anew; its children hear of it with each task."""
+        worker = rig.worker(concurrency=1)
+        rig.until(rig.trusted)
+        first = rig.send("ok", "first")
+        rig.until(lambda: rig.ended(first))
+        worker.signal(signal.SIGSTOP)
+        rig.until(lambda: rig.ask("select 1 from jobguard.workers where dead_at is not null"))
+        worker.signal(signal.SIGCONT)
+        alive = "select id from jobguard.workers where dead_at is null and left_at is null"
+        rig.until(lambda: rig.ask(alive))
+        second = rig.send("slow", "second", WORKER_TIMEOUT * 2)
+        rig.until(lambda: rig.said()["second-begins"])
+        claimed = "select worker from jobguard.running"
+        assert rig.ask(claimed) == rig.ask(alive)
+        rig.until(lambda: rig.ended(second))
+        assert rig.ended(second) == ["completed"]
+        assert rig.said()["second-begins"] == 1
+
+
+class TestVisibilityTimeout:
+    """Celery's own redelivery, which knows nothing of who holds what."""
+
+    TRANSPORT = {  # noqa: RUF012
+        "visibility_timeout": 5,
+        "unacked_restore_interval": 1,
+        "unacked_restore_throttle": 1,
+    }
+
+    def test_an_eta_beyond_it_runs_once(self, rig: Rig) -> None:
+        """Without us each of five tasks runs about five times."""
+        for _ in range(2):
+            rig.worker(transport=self.TRANSPORT)
+        sent = [rig.send("ok", f"w{n}", countdown=22) for n in range(5)]
+        rig.until(lambda: not rig.owed(), 60)
+        rig.until(lambda: not rig.redis.hlen("unacked") and not rig.redis.llen("celery"), 60)
+        assert rig.said() == {f"w{n}": 1 for n in range(5)}
+        assert [rig.ended(job_id) for job_id in sent] == [["completed"]] * 5
+
+    def test_a_task_that_runs_beyond_it_runs_once(self, rig: Rig) -> None:
+        """Acknowledged late, it is redelivered while it runs."""
+        for _ in range(2):
+            rig.worker(transport=self.TRANSPORT)
+        job_id = rig.send("late", "late", 14.0)
+        rig.until(lambda: rig.ended(job_id))
+        assert rig.said() == {"late-begins": 1, "late": 1}
+
+
+@pytest.mark.parametrize("pool", ["prefork", *IN_ONE_PROCESS])
+class TestRedis:
+    """A Redis that is killed, with messages in the hands of a worker."""
+
+    def test_a_guarded_worker_survives_it(
+        self, tmp_path: Path, database: str, own_redis: RedisServer, pool: str
+    ) -> None:
+        """A kombu 5.7 crashes if one message is unacknowledged; and nothing is lost or run twice."""
+        with a_rig(tmp_path, database, own_redis.url) as rig:
+            rig.reconciler()
+            worker = rig.worker(pool, concurrency=4)
+            rig.until(rig.trusted)
+            sent = [rig.send("ok", "soon", countdown=6)]
+            if pool != "solo":
+                sent.append(rig.send("late", "late", 4.0))
+                rig.until(lambda: rig.said()["late-begins"])
+            else:
+                rig.until(lambda: rig.redis.hlen("unacked"))
+            sent.append(rig.send("ok", "later", countdown=30))
+            own_redis.restart(keep_data=False)
+            rig.until(lambda: answers(rig.redis))
+            sent.append(rig.send("ok", "after"))
+            rig.until(lambda: not rig.owed(), 60)
+            assert not worker.ended
+            assert [rig.ended(job_id) for job_id in sent] == [["completed"]] * len(sent)
+            begun = {word: times for word, times in rig.said().items() if word != "late-begins"}
+            assert set(begun.values()) == {1}
+
+
+class TestChords:
+    """Header tasks and what comes after them."""
+
+    def test_a_chord_goes_through(self, rig: Rig) -> None:
+        """Sent by a program, and from inside a task; the body is recorded as what goes on from it."""
+        rig.worker()
+        rig.send("fan", "inner")
+        body = rig.signature("collect", "outer-all")
+        header = [rig.signature("ok", f"outer-{n}") for n in range(3)]
+        chord(header, app=rig.app)(body)
+        rig.until(lambda: rig.said()["inner-all"] and rig.said()["outer-all"])
+        rig.until(lambda: not rig.owed())
+        assert set(rig.said().values()) == {1}
+        assert not rig.ask("select 1 from jobguard.joins where closed_at is null")
+
+    def test_a_chord_survives_a_redis_that_forgot_all(
+        self, tmp_path: Path, database: str, own_redis: RedisServer
+    ) -> None:
+        """With its results in the same Redis, half of them counted."""
+        with a_rig(tmp_path, database, own_redis.url) as rig:
+            rig.reconciler()
+            rig.worker(concurrency=4)
+            rig.until(rig.trusted)
+            header = [
+                rig.signature("ok", "quick-0"),
+                rig.signature("ok", "quick-1"),
+                rig.signature("slow", "slow-0", 4.0),
+                rig.signature("ok", "eta-0").set(countdown=6),
+            ]
+            chord(header, app=rig.app)(rig.signature("collect", "all"))
+            rig.until(lambda: rig.said()["quick-0"] and rig.said()["quick-1"])
+            rig.until(lambda: rig.said()["slow-0-begins"])
+            own_redis.restart(keep_data=False)
+            rig.until(lambda: rig.said()["all"], 60)
+            rig.until(lambda: not rig.owed())
+            assert rig.said()["all"] == 1
+
+    def test_a_chord_that_fails_is_closed(self, rig: Rig) -> None:
+        """Celery will never send its body."""
+        rig.worker()
+        chord([rig.signature("ok"), rig.signature("fail")], app=rig.app)(
+            rig.signature("collect", "all")
+        )
+        rig.until(lambda: not rig.owed())
+        rig.until(lambda: not rig.ask("select 1 from jobguard.joins where closed_at is null"))
+        assert not rig.said()["all"]
+
+
+def answers(client: redis.Redis) -> bool:
+    """Whether Redis is back."""
+    try:
+        return bool(client.ping())
+    except redis.RedisError:
+        return False
