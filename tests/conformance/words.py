@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -89,9 +90,9 @@ class Leader:
         self.broker = broker
 
     def look(self, delivery: Restorable) -> Sighting:
-        """Look where Redis has it."""
+        """Look where Redis has it, some time after it was recorded."""
         owed = newly_owed(delivery.token, job_id=delivery.job_id, queue=delivery.queue)
-        return self.broker.presence([owed])[delivery.token]
+        return self.broker.presence([replace(owed, age=60.0)])[delivery.token]
 
     def restore(self, *deliveries: Restorable, deadline: float | None = None) -> list[Restored]:
         """Put these back, with time enough."""

@@ -8,8 +8,9 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from celery import Celery, Task, chord, group
 from celery.exceptions import Ignore, Reject
@@ -31,13 +32,27 @@ if os.environ.get("UNGUARDED") != "1":
     jobguard.guard(app)
 
 
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def task(**options: Any) -> Callable[[F], F]:
+    """Celery's own decorator, for a checker of types."""
+    decorator: Callable[[F], F] = app.task(**options)
+    return decorator
+
+
+def a_call_of_ok(word: object) -> Any:
+    """Return a signature."""
+    return app.signature(f"{__name__}.ok", (word,), immutable=True)
+
+
 def say(word: object) -> None:
     """Leave a word that only a run can leave."""
     with LEDGER.open("a") as file:
         file.write(f"{time.time():.3f} {os.getpid()} {word}\n")
 
 
-class HasItsOwnSay(Task):  # type: ignore[misc]  # Celery is not typed
+class HasItsOwnSay(Task):  # type: ignore[misc]  # Celery has no types
     """A task class with a before_start that does not call Celery's."""
 
     def before_start(self, task_id: str, args: Any, kwargs: Any) -> None:
@@ -45,27 +60,27 @@ class HasItsOwnSay(Task):  # type: ignore[misc]  # Celery is not typed
         say("before")
 
 
-@app.task
+@task()
 def ok(word: object = "ok") -> object:
     """Return."""
     say(word)
     return word
 
 
-@app.task(base=HasItsOwnSay)
+@task(base=HasItsOwnSay)
 def own(word: object = "own") -> None:
     """Return, after a before_start of its own."""
     say(word)
 
 
-@app.task(track_started=True)
+@task(track_started=True)
 def fail(word: object = "fail") -> None:
     """Fail."""
     say(word)
     raise ValueError("as it must")
 
 
-@app.task(bind=True, max_retries=3)
+@task(bind=True, max_retries=3)
 def again(self: Any, word: object = "again", times: int = 2, countdown: float = 0) -> None:
     """Be retried so many times."""
     say(word)
@@ -73,7 +88,7 @@ def again(self: Any, word: object = "again", times: int = 2, countdown: float = 
         raise self.retry(countdown=countdown)
 
 
-@app.task
+@task()
 def slow(word: object = "slow", seconds: float = 5.0) -> object:
     """Take its time."""
     say(f"{word}-begins")
@@ -84,13 +99,13 @@ def slow(word: object = "slow", seconds: float = 5.0) -> object:
     return word
 
 
-@app.task(acks_late=True)
+@task(acks_late=True)
 def late(word: object = "late", seconds: float = 5.0) -> None:
     """Take its time, and be acknowledged after it."""
     slow(word, seconds)
 
 
-@app.task
+@task()
 def busy(word: object = "busy", seconds: float = 5.0) -> None:
     """Compute, and give nobody else a turn that does not take it."""
     say(f"{word}-begins")
@@ -100,7 +115,7 @@ def busy(word: object = "busy", seconds: float = 5.0) -> None:
     say(word)
 
 
-@app.task
+@task()
 def deaf(word: object = "deaf", seconds: float = 5.0) -> None:
     """Hold the GIL in a C call."""
     say(f"{word}-begins")
@@ -108,21 +123,21 @@ def deaf(word: object = "deaf", seconds: float = 5.0) -> None:
     say(word)
 
 
-@app.task
+@task()
 def die(word: object = "die") -> None:
     """Be killed, but once only."""
     say(word)
     _die_once(word)
 
 
-@app.task(acks_late=True, reject_on_worker_lost=True)
+@task(acks_late=True, reject_on_worker_lost=True)
 def die_late(word: object = "die_late") -> None:
     """The same, where Celery would run it again by itself."""
     say(word)
     _die_once(word)
 
 
-@app.task
+@task()
 def die_always(word: object = "die_always") -> None:
     """Be killed whenever it runs."""
     say(word)
@@ -134,20 +149,20 @@ def _die_once(word: object) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-@app.task
+@task()
 def leave(word: object = "leave") -> None:
     """Call sys.exit()."""
     say(word)
     sys.exit(3)
 
 
-@app.task(time_limit=1)
+@task(time_limit=1)
 def too_long(word: object = "too_long") -> None:
     """Be killed for its hard time limit."""
     slow(word, 30)
 
 
-@app.task(time_limit=1, acks_late=True)
+@task(time_limit=1, acks_late=True)
 def too_long_late(word: object = "too_long_late") -> None:
     """The same; where Celery is told so, it is queued again, and the second time it is quick."""
     say(word)
@@ -155,27 +170,27 @@ def too_long_late(word: object = "too_long_late") -> None:
         time.sleep(30)
 
 
-@app.task(soft_time_limit=1)
+@task(soft_time_limit=1)
 def too_slow(word: object = "too_slow") -> None:
     """Be interrupted by its soft time limit."""
     slow(word, 30)
 
 
-@app.task
+@task()
 def ignore(word: object = "ignore") -> None:
     """Raise Ignore."""
     say(word)
     raise Ignore
 
 
-@app.task(acks_late=True)
+@task(acks_late=True)
 def reject(word: object = "reject") -> None:
     """Raise Reject."""
     say(word)
     raise Reject("no")
 
 
-@app.task(acks_late=True)
+@task(acks_late=True)
 def requeue(word: object = "requeue") -> None:
     """Ask to be queued again, five times: more often than a crash budget allows."""
     say(word)
@@ -183,22 +198,23 @@ def requeue(word: object = "requeue") -> None:
         raise Reject("not yet", requeue=True)
 
 
-@app.task(bind=True)
+@task(bind=True)
 def replaced(self: Any, word: object = "replaced") -> Any:
     """Be replaced by another task."""
     say(word)
-    return self.replace(ok.si(f"{word}-by-another"))
+    return self.replace(a_call_of_ok(f"{word}-by-another"))
 
 
-@app.task
+@task()
 def collect(results: list[object], word: object = "collect") -> object:
     """Be the body of a chord."""
     say(word)
     return sorted(map(str, results))
 
 
-@app.task
+@task()
 def fan(word: object = "fan", size: int = 3) -> None:
     """Send a chord from inside a task."""
     say(word)
-    chord(group(ok.s(f"{word}-{n}") for n in range(size)), collect.s(f"{word}-all")).delay()
+    body = app.signature(f"{__name__}.collect", (f"{word}-all",))
+    chord(group(a_call_of_ok(f"{word}-{n}") for n in range(size)), body).delay()
