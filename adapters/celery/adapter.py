@@ -42,9 +42,12 @@ class CeleryAdapter:
         if not isinstance(target, celery.Celery):
             return None
         app: Any = target
-        patches = importlib.import_module("jobguard.adapters.celery.patches")
-        if not app.configured and not patches.is_waited_for(app):
-            return Later(lambda callback: patches.wait(app, callback))
+        if not app.configured:
+            patches = importlib.import_module("jobguard.adapters.celery.patches")
+            return Later(
+                when=lambda callback: patches.wait(app, callback),
+                settle=lambda: patches.settle(app),
+            )
         if app.conf.task_always_eager:
             return _inert(namespace, name, "task_always_eager runs tasks at once, in the caller")
         return _guarded(app, namespace, name)

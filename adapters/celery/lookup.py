@@ -55,11 +55,6 @@ def wait(app: Any, callback: Callable[[], None]) -> None:
         _waiting.setdefault(app, []).append(callback)
 
 
-def is_waited_for(app: Any) -> bool:
-    """Whether somebody waits to be called back."""
-    return app in _waiting
-
-
 def settle(app: Any) -> None:
     """Call back who waits for this app to be configured: that time has come.
 

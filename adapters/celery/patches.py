@@ -54,9 +54,9 @@ def wait(app: Any, callback: Callable[[], None]) -> None:
         hook_app(app)
 
 
-def is_waited_for(app: Any) -> bool:
-    """Whether somebody waits for this app to be configured: asked again, he wants to know now."""
-    return lookup.is_waited_for(app)
+def settle(app: Any) -> None:
+    """Have this app configured now, and call back who waits for it."""
+    lookup.settle(app)
 
 
 def _put_on() -> None:

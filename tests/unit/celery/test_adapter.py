@@ -152,6 +152,16 @@ class TestLazy:
         app.send_task("nobody.knows")
         assert called == [True]
 
+    def test_asked_before(self) -> None:
+        """Who asks the guard itself has the app configured."""
+        app = celery.Celery("app", broker="redis://localhost/0", set_as_current=False)
+        again = [jobguard.guard(app, postgres="postgresql://localhost/nowhere") for _ in range(2)]
+        assert not app.configured
+        assert [guard.inert for guard in again] == [None, None]
+        assert app.configured
+        for guard in again:
+            guard.close()
+
     def test_refused_later(self, caplog: pytest.LogCaptureFixture) -> None:
         """What turns out to be no Redis is said in the log, and tasks are sent as ever."""
         app = celery.Celery("app", broker="memory://", set_as_current=False)
