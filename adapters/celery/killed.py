@@ -56,6 +56,8 @@ def on_failure(original: Hook) -> Hook:
         working = sessions.working_for(self.app)
         error = exc_info.exception
         error = error.exc if isinstance(error, ExceptionWithTraceback) else error
+        if working is not None and not return_ok and _is_told(working, self):
+            return None
         if working is not None and not return_ok and _never_began(working, self, error):
             return None
         gone = isinstance(error, WorkerLostError | TimeLimitExceeded | SystemExit)
@@ -117,6 +119,20 @@ def announce_cancelled(original: Hook) -> Hook:
         return original(self, *args, **kwargs)
 
     return hook
+
+
+def _is_told(working: Working, request: Any) -> bool:
+    """Whether the child had told its end, other than a failure, before it was lost: that end stands."""
+    token, ended = token_in(request), getattr(working.tracker, "ended", None)
+    if token is None or ended is None:
+        return False
+    outcome = ended([token]).get(token)
+    if outcome in (None, Outcome.FAILED, Outcome.DEAD):
+        return False
+    log.warning("the child that ran task %s is lost, but the task is %s", request.id, outcome)
+    task_ready(request, successful=outcome is Outcome.COMPLETED)
+    request.acknowledge()
+    return True
 
 
 def _never_began(working: Working, request: Any, error: BaseException) -> bool:

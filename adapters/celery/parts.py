@@ -44,7 +44,8 @@ def put_on(hooks: Hooks) -> None:
     """Hear of every part, and of a chord that is given up."""
     hooks.put(RedisBackend, "on_chord_part_return", on_chord_part_return)
     hooks.put(Backend, "chord_error_from_stack", chord_error_from_stack)
-    hooks.put(RedisBackend, "mark_as_done", mark_as_done)
+    hooks.put(RedisBackend, "mark_as_done", mark)
+    hooks.put(RedisBackend, "mark_as_retry", mark)
 
 
 def on_chord_part_return(original: Hook) -> Hook:
@@ -90,23 +91,22 @@ def chord_error_from_stack(original: Hook) -> Hook:
     return hook
 
 
-def mark_as_done(original: Hook) -> Hook:
-    """RedisBackend.mark_as_done: the function has returned. Should Redis fail now, that is not its failure.
+def mark(original: Hook) -> Hook:
+    """RedisBackend.mark_as_done, mark_as_retry: should Redis fail now, that is no failure of the task.
 
-    Celery would say of a task that has completed that it failed, and give up its chord.
+    Its function has returned, or its retry is recorded. Celery would say that it failed, and give up
+    its chord.
     """
 
     @wraps(original)
-    def hook(
-        self: Any, task_id: str, result: Any, request: Any = None, *args: Any, **kwargs: Any
-    ) -> Any:
+    def hook(self: Any, task_id: str, *args: Any, **kwargs: Any) -> Any:
         run = current_run()
         if run is None or run.job_id != task_id:
-            return original(self, task_id, result, request, *args, **kwargs)
+            return original(self, task_id, *args, **kwargs)
         try:
-            return original(self, task_id, result, request, *args, **kwargs)
+            return original(self, task_id, *args, **kwargs)
         except REDIS_FAILED as error:
-            log.warning("task %s completed, but its result could not be stored: %r", task_id, error)
+            log.warning("what became of task %s could not be stored: %r", task_id, error)
             return None
 
     return hook
