@@ -123,10 +123,10 @@ def announce_cancelled(original: Hook) -> Hook:
 
 def _is_told(working: Working, request: Any) -> bool:
     """Whether the child had told its end, other than a failure, before it was lost: that end stands."""
-    token, ended = token_in(request), getattr(working.tracker, "ended", None)
-    if token is None or ended is None:
+    token = token_in(request)
+    if token is None:
         return False
-    outcome = ended([token]).get(token)
+    outcome = working.tracker.tombstones([token]).get(token)
     if outcome in (None, Outcome.FAILED, Outcome.DEAD):
         return False
     log.warning("the child that ran task %s is lost, but the task is %s", request.id, outcome)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID
 from weakref import WeakKeyDictionary
 
-from celery.concurrency import prefork
+from celery.concurrency import get_implementation, prefork
 from celery.worker import state
 
 from jobguard.adapters.celery import lookup
@@ -62,7 +62,10 @@ class Working:
         controller = self.controller
         self.queues = [queue.name for queue in controller.app.amqp.queues.consume_from.values()]
         self.session = self.tracker.open_session(
-            name=controller.hostname, queues=self.queues, lists=self.lists
+            name=controller.hostname,
+            queues=self.queues,
+            lists=self.lists,
+            apart=not _forks(controller),
         )
         self.announce()
 
@@ -201,6 +204,12 @@ def children() -> Iterator[Session]:
 def token_in(request: Any) -> UUID | None:
     """Return the token of a request of the main process."""
     return token_of(request.request_dict) or token_of(getattr(request.message, "headers", None))
+
+
+def _forks(controller: Any) -> bool:
+    """Whether tasks will run in children: else a C call of one of them can stop every beat."""
+    pool = get_implementation(controller.pool_cls)
+    return isinstance(pool, type) and issubclass(pool, prefork.TaskPool)
 
 
 def _snapshot(of: Iterable[Any]) -> list[Any]:
