@@ -55,6 +55,26 @@ class TestChild:
             assert rig.ended(job_id) == [{"die": "failed", "die_late": "completed"}[task]]
             assert rig.said()[task] == {"die": 1, "die_late": 2}[task]
 
+    @pytest.mark.parametrize(("task", "ends"), [("ok", ["completed"]), ("again", ["superseded"])])
+    def test_a_child_that_is_killed_after_it_has_told_its_end_changes_nothing(
+        self, rig: Rig, tmp_path: Path, task: str, ends: list[str]
+    ) -> None:
+        """Celery would say that the task failed, call its error callbacks, and give up its chord."""
+        place = {"ok": "after_end_committed", "again": "after_move_record"}[task]
+        (tmp_path / place).touch()
+        testing = {"TESTING": "1", "FAILPOINT": place, "FAILPOINT_LOGS": str(tmp_path)}
+        worker = rig.worker(**{f"JOBGUARD_{name}": value for name, value in testing.items()})
+        rig.until(rig.trusted)
+        job_id = rig.send(task, link_error=rig.signature("ok", "an-error").set(immutable=True))
+        rig.until(lambda: (tmp_path / place).read_text())
+        (tmp_path / place).unlink()
+        rig.until(lambda: "is lost, but the task is" in worker.text)
+        assert rig.ended(job_id)[: len(ends)] == ends
+        rig.until(lambda: not rig.owed())
+        assert rig.ended(job_id)[-1] == "completed"
+        assert rig.said()["an-error"] == 0
+        assert rig.app.AsyncResult(job_id).state == "SUCCESS"
+
     def test_a_task_that_always_kills_is_dead(self, rig: Rig) -> None:
         """When its crash budget is spent, and Celery shows it as failed."""
         rig.worker()
@@ -124,6 +144,17 @@ class TestWorker:
         rig.until(lambda: rig.ended(job_id))
         assert rig.ended(job_id) == ["completed"]
         assert rig.said() == {"busy-begins": 1, "busy": 1}
+        assert not rig.ask("select 1 from jobguard.workers where dead_at is not null")
+
+    @pytest.mark.parametrize("pool", IN_ONE_PROCESS)
+    def test_a_worker_in_a_c_call_is_alive(self, rig: Rig, pool: str) -> None:
+        """Which holds the interpreter, so that no thread of it can beat."""
+        rig.worker(pool)
+        rig.worker("threads")
+        rig.until(rig.trusted)
+        job_id = rig.send("deaf", "deaf", WORKER_TIMEOUT * 3)
+        rig.until(lambda: rig.ended(job_id))
+        assert rig.said() == {"deaf-begins": 1, "deaf": 1}
         assert not rig.ask("select 1 from jobguard.workers where dead_at is not null")
 
     def test_a_stopped_worker_goes_on_in_another_name(self, rig: Rig) -> None:
