@@ -26,7 +26,7 @@ from jobguard import failpoint
 from jobguard.adapters.celery import lookup, sessions, wire
 from jobguard.adapters.celery.header import TOKEN, WORKER, token_of
 from jobguard.adapters.celery.hooks import Hooks
-from jobguard.adapters.celery.parts import PART, REDIS_FAILED, part_made_of
+from jobguard.adapters.celery.parts import OVER, PART, REDIS_FAILED, part_made_of
 from jobguard.adapters.celery.run import Run
 from jobguard.adapters.celery.sessions import CONTENT
 from jobguard.adapters.celery.skip import remember, skip
@@ -201,6 +201,7 @@ def after_the_run(
     run = vars(request).pop(_RUN, None)
     if run is None:
         return
+    vars(request)[OVER] = run
     run.leave()
     if state == states.SUCCESS:
         failpoint.hit("after_return")

@@ -27,7 +27,7 @@ from jobguard.adapters.celery import lookup
 from jobguard.adapters.celery.hooks import Hooks
 from jobguard.adapters.celery.run import current_run, joining, no_longer_joining
 from jobguard.errors import is_host_interrupt
-from jobguard.job import Part
+from jobguard.job import Outcome, Part
 
 log = logging.getLogger("jobguard")
 Hook = Callable[..., Any]
@@ -36,6 +36,8 @@ PART = "jobguard-part"
 """The header of a message that is only to be counted: the state of its part, in base64."""
 REDIS_FAILED = (RedisError, OperationalError, BackendError, OSError)
 """What says that it was not the task, but the Redis that should hear of it."""
+OVER = "_jobguard_over"
+"""On a request: its run, after its end."""
 _NOTED = "_jobguard_part"
 _SEVERAL = frozenset(("celery.chain", "celery.group", "celery.chord"))
 
@@ -44,6 +46,7 @@ def put_on(hooks: Hooks) -> None:
     """Hear of every part, and of a chord that is given up."""
     hooks.put(RedisBackend, "on_chord_part_return", on_chord_part_return)
     hooks.put(Backend, "chord_error_from_stack", chord_error_from_stack)
+    hooks.put(Backend, "mark_as_failure", mark_as_failure)
     hooks.put(RedisBackend, "mark_as_done", mark)
     hooks.put(RedisBackend, "mark_as_retry", mark)
 
@@ -108,6 +111,27 @@ def mark(original: Hook) -> Hook:
         except REDIS_FAILED as error:
             log.warning("what became of task %s could not be stored: %r", task_id, error)
             return None
+
+    return hook
+
+
+def mark_as_failure(original: Hook) -> Hook:
+    """Backend.mark_as_failure: what failed after the end was told is Celery's own word of it."""
+
+    @wraps(original)
+    def hook(
+        self: Any,
+        task_id: str,
+        exc: Any,
+        traceback: Any = None,
+        request: Any = None,
+        **options: Any,
+    ) -> Any:
+        run = getattr(request, "__dict__", {}).get(OVER)
+        if run is None or not run.told or run.outcome is Outcome.FAILED:
+            return original(self, task_id, exc, traceback, request, **options)
+        log.warning("task %s has not failed, but Celery's word of it: %r", task_id, exc)
+        return None
 
     return hook
 

@@ -57,6 +57,8 @@ class Run:
         """It runs in the worker's own process, which wants to know when it has left it."""
         self._left = left
         self.told = False
+        self.outcome: Outcome | None = None
+        """How it ended, once that is told; None: something else has taken its place."""
         self.part: Part | None = None
         """What its end is to a chord."""
         self.error: str | None = None
@@ -112,7 +114,7 @@ class Run:
         """Report how it ended, unless that is told already."""
         if self.told:
             return
-        self.told = True
+        self.told, self.outcome = True, outcome
         self.session.end(
             self.claim,
             outcome,

@@ -62,8 +62,9 @@ class TestChild:
         """Celery would say that the task failed, call its error callbacks, and give up its chord."""
         place = {"ok": "after_end_committed", "again": "after_move_record"}[task]
         (tmp_path / place).touch()
-        testing = {"TESTING": "1", "FAILPOINT": place, "FAILPOINT_LOGS": str(tmp_path)}
-        worker = rig.worker(**{f"JOBGUARD_{name}": value for name, value in testing.items()})
+        worker = rig.worker(
+            JOBGUARD_TESTING="1", JOBGUARD_FAILPOINT=place, JOBGUARD_FAILPOINT_LOGS=str(tmp_path)
+        )
         rig.until(rig.trusted)
         job_id = rig.send(task, link_error=rig.signature("ok", "an-error").set(immutable=True))
         rig.until(lambda: (tmp_path / place).read_text())
