@@ -1,6 +1,7 @@
 -- A guarded worker says that it is there.
 -- KEYS: 1 zset of workers by the time they last said so  2 hash of what is known of them
--- ARGV: 1 session  2 what is known, in JSON ('' it leaves)
+-- ARGV: 1 session  2 what is known, in JSON ('' it leaves)  3 where its results are ('' elsewhere)
+-- Where results are outlives the workers: it goes with Redis, as the results do.
 local now = tonumber(redis.call('TIME')[1])
 if ARGV[2] == '' then
   redis.call('ZREM', KEYS[1], ARGV[1])
@@ -12,5 +13,6 @@ for _, gone in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now - 300)) d
 end
 redis.call('ZADD', KEYS[1], now, ARGV[1])
 redis.call('HSET', KEYS[2], ARGV[1], ARGV[2])
+if ARGV[3] ~= '' then redis.call('HSET', KEYS[2], 'results ' .. ARGV[3], now) end
 redis.call('EXPIRE', KEYS[1], 3600)
-return redis.call('EXPIRE', KEYS[2], 3600)
+return redis.call('EXPIRE', KEYS[2], 604800)

@@ -39,8 +39,8 @@ def announce(app: Any, *, session: UUID, name: str, queues: Sequence[str]) -> No
     if tracker is None:
         return
     try:
-        about = {"name": name, "queues": list(queues), **_about(app, tracker)}
-        _say(app, tracker, session, json.dumps(about))
+        about = {"name": name, "queues": list(queues), "control": _control(app)}
+        _say(app, tracker, session, json.dumps(about), _results(app, tracker))
     except Exception as error:
         if is_host_interrupt(error):
             raise
@@ -53,29 +53,33 @@ def leave(app: Any, *, session: UUID) -> None:
     if tracker is None:
         return
     try:
-        _say(app, tracker, session, "")
+        _say(app, tracker, session, "", "")
     except Exception as error:
         if is_host_interrupt(error):
             raise
         log.debug("a worker could not say goodbye: %s", error)
 
 
-def _say(app: Any, tracker: Tracker, session: UUID, about: str) -> None:
+def _say(app: Any, tracker: Tracker, session: UUID, about: str, results: str) -> None:
     mine = _scripts.get(app)
     if mine is None or mine[0] != os.getpid():
         client = own_client(client_of(app.connection_for_write()), timeout=TIMEOUT)
         mine = _scripts[app] = (os.getpid(), Script(client, "announce.lua"))
     layout = Layout.parse(tracker.source.prefix)
-    (answer,) = mine[1].run([([layout.workers, layout.about], [session.hex, about])])
+    (answer,) = mine[1].run([([layout.workers, layout.about], [session.hex, about, results])])
     if isinstance(answer, Exception):
         raise answer
 
 
-def _about(app: Any, tracker: Tracker) -> dict[str, object]:
+def _control(app: Any) -> str:
+    """Return the exchange by which this app's workers are controlled; "": they are not."""
     conf = app.conf
-    control = str(conf.control_exchange or "celery") if conf.worker_enable_remote_control else ""
+    return str(conf.control_exchange or "celery") if conf.worker_enable_remote_control else ""
+
+
+def _results(app: Any, tracker: Tracker) -> str:
     backend = app.backend
-    results = (
-        results_of(backend, tracker.source.address) if isinstance(backend, RedisBackend) else None
-    )
-    return {"control": control, "results": results.told() if results is not None else None}
+    if not isinstance(backend, RedisBackend):
+        return ""
+    results = results_of(backend, tracker.source.address)
+    return json.dumps(results.told(), sort_keys=True) if results is not None else ""

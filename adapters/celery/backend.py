@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import inspect
 import json
-import logging
 from collections.abc import Callable
 from functools import wraps
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from celery import canvas
 from celery.backends.redis import RedisBackend, ResultConsumer
@@ -22,8 +21,11 @@ from jobguard.adapters.celery.hooks import Hooks
 from jobguard.adapters.celery.places import check_out
 from jobguard.adapters.celery.push import BROKER_DOWN
 from jobguard.adapters.celery.results import results_of
+from jobguard.adapters.celery.wall import our_own_affair
 
-log = logging.getLogger("jobguard")
+if TYPE_CHECKING:
+    from jobguard.adapter import Tracker
+
 Hook = Callable[..., Any]
 
 _MISSED = "_jobguard_missed"
@@ -43,9 +45,8 @@ def apply_group(original: Hook) -> Hook:
 
     @wraps(original)
     def hook(self: Any, *args: Any, **kwargs: Any) -> Any:
-        app = self.app
-        tracker = lookup.tracker_for(app)
-        if tracker is None or app.conf.task_always_eager:
+        tracker = _tracker_of_group(self)
+        if tracker is None:
             return original(self, *args, **kwargs)
         with tracker.batch():
             return original(self, *args, **kwargs)
@@ -58,14 +59,26 @@ def set_chord_size(original: Hook) -> Hook:
 
     @wraps(original)
     def hook(self: Any, group_id: str, chord_size: int, *args: Any, **kwargs: Any) -> Any:
-        tracker = lookup.tracker_for(self.app)
-        if tracker is not None:
-            results = results_of(self, tracker.source.address)
-            if results is not None:
-                tracker.open_join(group_id, int(chord_size), json.dumps(results.told()).encode())
+        _open_join(self, group_id, chord_size)
         return original(self, group_id, chord_size, *args, **kwargs)
 
     return hook
+
+
+def _open_join(backend: Any, group_id: str, size: int) -> None:
+    with our_own_affair("open a chord"):
+        tracker = lookup.tracker_for(backend.app)
+        results = results_of(backend, tracker.source.address) if tracker is not None else None
+        if tracker is not None and results is not None:
+            tracker.open_join(group_id, int(size), json.dumps(results.told()).encode())
+
+
+def _tracker_of_group(group: Any) -> Tracker | None:
+    with our_own_affair("batch a group"):
+        app = group.app
+        tracker = lookup.tracker_for(app)
+        return None if tracker is None or app.conf.task_always_eager else tracker
+    return None
 
 
 def consume_from(original: Hook) -> Hook:
@@ -102,14 +115,15 @@ def _catch_up(consumer: Any, subscribe: Hook) -> None:
 
 def _is_away(backend: Any) -> bool:
     """Whether the Redis of these results is the guarded one, and is away."""
-    tracker = lookup.tracker_for(backend.app)
-    if tracker is None or results_of(backend, tracker.source.address) is None:
-        return False
-    if tracker.broker_in_doubt():
-        return True
-    try:
-        check_out(backend.client)
-    except BROKER_DOWN:
-        tracker.broker_failed()
-        return True
+    with our_own_affair("ask for Redis"):
+        tracker = lookup.tracker_for(backend.app)
+        if tracker is None or results_of(backend, tracker.source.address) is None:
+            return False
+        if tracker.broker_in_doubt():
+            return True
+        try:
+            check_out(backend.client)
+        except BROKER_DOWN:
+            tracker.broker_failed()
+            return True
     return False

@@ -38,6 +38,8 @@ _USABLE = 5.0
 _KEEP_FAILURE = 86_400
 """Seconds: as long as Celery keeps a result by default."""
 _TIMEOUT = 1.0
+_LONG_AGO = 3_600.0
+"""Seconds after which a failure that an unguarded worker may have stored is believed."""
 
 
 class CeleryBroker:
@@ -108,18 +110,9 @@ class CeleryBroker:
                 pipe.hdel(self._layout.unacked, *tags)
                 pipe.zrem(self._layout.unacked_index, *tags)
                 pipe.execute()
-        results = self._workers.results()
-        if results is None or not results.json:
-            return
-        client = self._in(results)
-        ended = ends_of(client, results, {owed.job_id: float("-inf") for owed in page})
-        with client.pipeline(transaction=False) as pipe:
-            for owed in page:
-                if owed.job_id not in ended:
-                    key, value = results.tasks + owed.job_id, _failure(owed.job_id)
-                    cast(Any, pipe).set(key, value, ex=_KEEP_FAILURE)
-                    cast(Any, pipe).publish(key, value)
-            pipe.execute()
+        for results in self._workers.results():
+            if results.json:
+                self._fail(page, results)
 
     def hide(self, page: Sequence[Owed]) -> None:
         """Nothing: what runs leaves no trace in the broker that others would look for."""
@@ -196,16 +189,27 @@ class CeleryBroker:
 
     def _ends(self, absent: Sequence[Owed]) -> dict[UUID, Sighting]:
         """Return how these ended, of those whose stored result says so, and was not an earlier life's."""
-        results = self._workers.results() if absent else None
-        if results is None:
-            return {}
         now = time.time()
-        ends = ends_of(self._in(results), results, {o.job_id: now - o.age for o in absent})
+        since = {owed.job_id: now - owed.age for owed in absent}
+        ends: dict[str, Presence] = {}
+        for results in self._workers.results() if absent else ():
+            ends.update(ends_of(self._in(results), results, since))
         return {
             owed.token: Sighting(ends[owed.job_id], "result")
             for owed in absent
-            if owed.job_id in ends
+            if owed.job_id in ends and _is_its_own(ends[owed.job_id], owed)
         }
+
+    def _fail(self, page: Sequence[Owed], results: Results) -> None:
+        client = self._in(results)
+        ended = ends_of(client, results, {owed.job_id: float("-inf") for owed in page})
+        with client.pipeline(transaction=False) as pipe:
+            for owed in page:
+                if owed.job_id not in ended:
+                    key, value = results.tasks + owed.job_id, _failure(owed.job_id)
+                    cast(Any, pipe).set(key, value, ex=_KEEP_FAILURE)
+                    cast(Any, pipe).publish(key, value)
+            pipe.execute()
 
     def _in(self, results: Results) -> redis.Redis:
         """Return a client for the db of the results."""
@@ -245,6 +249,16 @@ def _failure(job_id: str) -> str:
             "task_id": job_id,
         }
     )
+
+
+def _is_its_own(end: Presence, owed: Owed) -> bool:
+    """Whether a stored end is surely that of this delivery.
+
+    Celery stores a failure also where it failed to write down a retry: that is of the attempt before,
+    and younger than the record of this one, which nobody has begun.
+    """
+    begun = owed.claim_number is not None or owed.claims > 0
+    return end is not Presence.FAILED or begun or owed.age > _LONG_AGO
 
 
 def _db_of(client: redis.Redis) -> int:

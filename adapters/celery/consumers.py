@@ -39,7 +39,6 @@ class Announced:
     queues: tuple[str, ...]
     control: str = ""
     """The exchange by which it is controlled; "": it is not."""
-    results: Results | None = None
 
 
 class Consumers(Mapping[str, frozenset[str]]):
@@ -67,7 +66,7 @@ class Workers:
         self._layout = layout
         self._db = db
         self._names: dict[str, float] = {}  # of guarded workers: when they were last heard of
-        self._results: Results | None = None
+        self._results: tuple[Results, ...] = ()
         self._asked_at = float("-inf")
         self._hear = 0
 
@@ -91,9 +90,9 @@ class Workers:
             {queue: frozenset(names) for queue, names in by_queue.items()}, frozenset(alive)
         )
 
-    def results(self) -> Results | None:
-        """Return where guarded workers keep their results, as last heard."""
-        if self._results is None:
+    def results(self) -> tuple[Results, ...]:
+        """Return where guarded workers keep their results, as last heard; hardly ever several places."""
+        if not self._results:
             self._read()
         return self._results
 
@@ -112,7 +111,8 @@ class Workers:
             known.append(worker)
             if int(seconds) - at <= _SILENT:
                 heard.append(worker)
-            self._results = worker.results or self._results
+        places = (_results(field) for field in about)
+        self._results = tuple(place for place in places if place is not None) or self._results
         now = time.monotonic()
         self._names.update((worker.name, now) for worker in known)
         self._names = {name: at for name, at in self._names.items() if now - at < _REMEMBER}
@@ -141,9 +141,16 @@ def _announced(raw: bytes | None) -> Announced | None:
             str(told["name"]),
             tuple(map(str, told["queues"])),
             str(told.get("control") or ""),
-            Results.heard(told.get("results")),
         )
     except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _results(field: bytes) -> Results | None:
+    name, _, told = field.partition(b" ")
+    try:
+        return Results.heard(json.loads(told)) if name == b"results" else None
+    except ValueError:
         return None
 
 

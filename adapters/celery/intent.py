@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import wraps
 from typing import Any
@@ -19,9 +18,8 @@ from jobguard.adapters.celery.hooks import Hooks
 from jobguard.adapters.celery.layout import Layout
 from jobguard.adapters.celery.places import client_of, place_of
 from jobguard.adapters.celery.scan import messages_in, taken
-from jobguard.errors import StoreUnavailable, is_host_interrupt
+from jobguard.adapters.celery.wall import our_own_affair
 
-log = logging.getLogger("jobguard")
 Hook = Callable[..., Any]
 
 _A_CALL = 5_000
@@ -61,7 +59,10 @@ def revoke_by_stamped_headers(original: Hook) -> Hook:
     def hook(self: Any, headers: Any, destination: Any = None, *args: Any, **kwargs: Any) -> Any:
         tracker = lookup.tracker_for(self.app)
         if tracker is not None and destination is None and isinstance(headers, Mapping):
-            with _our_own_affair("revoke"), self.app.connection_for_write() as connection:
+            with (
+                our_own_affair("write down a revoke"),
+                self.app.connection_for_write() as connection,
+            ):
                 place = place_of(connection)
                 if place is not None:
                     client = client_of(connection)
@@ -100,7 +101,7 @@ def queue_delete(original: Hook) -> Hook:
 
 
 def _drop(channel: Any, queue: str) -> None:
-    with _our_own_affair("purge"):
+    with our_own_affair("write down a purge"):
         connection = channel.connection.client
         place = place_of(connection)
         for tracker in lookup.trackers_at(connection):
@@ -154,21 +155,3 @@ def _chunks(tokens: Iterable[UUID]) -> Iterator[list[UUID]]:
             chunk = []
     if chunk:
         yield chunk
-
-
-class _our_own_affair:  # reads as a statement
-    """What goes wrong inside is none of the host's, but that the user asked to hear of Postgres."""
-
-    def __init__(self, what: str) -> None:
-        self._what = what
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
-        if error is None or isinstance(error, StoreUnavailable) or is_host_interrupt(error):
-            return False
-        if not isinstance(error, Exception):
-            return False
-        log.exception("jobguard could not write down a %s before it happens", self._what)
-        return True

@@ -15,7 +15,7 @@ All but the results begin with ``global_keyprefix``. Ours beside them:
 ==============================  =========================================================
 ``jobguard:celery:restored``    zset of tokens put back lately, by the time in microseconds
 ``jobguard:celery:workers``     zset of guarded workers' sessions by the time they last said so
-``jobguard:celery:about``       hash of the same: session to what is known of it
+``jobguard:celery:about``       hash of the same: session to what is known of it, and where results are
 ==============================  =========================================================
 """
 

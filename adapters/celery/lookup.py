@@ -7,6 +7,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+from celery.local import Proxy
+
 from jobguard.adapter import trackers
 from jobguard.adapters.celery.places import Place, place_of
 
@@ -44,6 +46,11 @@ def remove(tracker: Tracker) -> list[Any]:
     return bare
 
 
+def real(app: Any) -> Any:
+    """Return the app that a proxy, such as ``current_app``, stands for."""
+    return app._get_current_object() if issubclass(type(app), Proxy) else app
+
+
 def is_guarded() -> bool:
     """Whether any app is, or will be once it is configured."""
     return bool(_guards or _waiting)
@@ -60,7 +67,7 @@ def settle(app: Any) -> None:
 
     They stay on the list until they are done: another thread waits here for them as well.
     """
-    if app not in _waiting:
+    if not _waiting or (app := real(app)) not in _waiting:
         return
     app.conf.broker_url  # noqa: B018  # configures it
     for callback in list(_waiting.get(app, ())):
@@ -72,7 +79,7 @@ def settle(app: Any) -> None:
 def tracker_for(app: Any) -> Tracker | None:
     """Return the tracker that this app speaks to; None: it is not guarded."""
     settle(app)
-    guards = _guards.get(app)
+    guards = _guards.get(real(app)) if _guards else None
     return guards[0] if guards else None
 
 
@@ -82,7 +89,7 @@ def tracker_for_push(app: Any, connection: Any) -> Tracker | None:
     An app that came to this process as a copy, spawned or unpickled, is known by its broker.
     """
     settle(app)
-    guards = _guards.get(app)
+    guards = _guards.get(real(app))
     place = place_of(connection)
     if place is None:
         return None

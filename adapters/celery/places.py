@@ -32,6 +32,8 @@ _known: dict[tuple[Any, ...], Place | None] = {}
 
 def place_of(connection: Any) -> Place | None:
     """Return where this connection leads; None: not to a Redis. Asks nobody, and is quick."""
+    if not isinstance(connection, Connection):
+        return None  # a user's double
     options = connection.transport_options or {}
     several = _several(connection)
     where = (

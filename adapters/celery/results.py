@@ -6,13 +6,12 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
+
+import redis
 
 from jobguard.clients import address_of
 from jobguard.job import Presence
-
-if TYPE_CHECKING:
-    import redis
 
 _FINAL = {
     "SUCCESS": Presence.FINISHED,
@@ -71,6 +70,8 @@ def results_of(backend: Any, broker: str) -> Results | None:
 
 
 def _find(backend: Any, broker: str) -> Results | None:
+    if not isinstance(backend.client, redis.Redis):
+        return None  # a user's double
     address = address_of(backend.client)
     server, _, db = address.rpartition("/")
     if server != broker.rpartition("/")[0]:

@@ -92,7 +92,7 @@ class Leader:
     def look(self, delivery: Restorable) -> Sighting:
         """Look where Redis has it, some time after it was recorded."""
         owed = newly_owed(delivery.token, job_id=delivery.job_id, queue=delivery.queue)
-        return self.broker.presence([replace(owed, age=60.0)])[delivery.token]
+        return self.broker.presence([replace(owed, age=60.0, claims=1)])[delivery.token]
 
     def restore(self, *deliveries: Restorable, deadline: float | None = None) -> list[Restored]:
         """Put these back, with time enough."""

@@ -57,9 +57,9 @@ def look(broker: CeleryBroker, delivery: Delivery, **known: Any) -> Sighting:
     return broker.presence([aged(delivery, **known)])[delivery.token]
 
 
-def aged(delivery: Delivery, age: float = 0.0) -> Owed:
+def aged(delivery: Delivery, age: float = 0.0, **known: Any) -> Owed:
     """Return a delivery as a look needs it."""
-    return replace(owed(delivery), age=age)
+    return replace(owed(delivery), age=age, **known)
 
 
 def put_back(broker: CeleryBroker, *deliveries: Delivery, **changes: Any) -> list[Restored]:

@@ -130,12 +130,12 @@ class TestResults:
         """Return how a lost task looks whose result is this."""
         announce.announce(app, session=uuid.uuid4(), name="w@h", queues=["celery"])
 
-        def look_at(age: float = 60.0, **meta: Any) -> Presence:
+        def look_at(age: float = 60.0, claims: int = 1, **meta: Any) -> Presence:
             result = app.tasks["add"].delay(1)
             client.delete("celery")
             told = {"status": "SUCCESS", "result": 3, "date_done": datetime.now(UTC).isoformat()}
             client.set(f"celery-task-meta-{result.id}", json.dumps({**told, **meta}))
-            return broker.presence([aged(tracker.recorded[-1], age)])[
+            return broker.presence([aged(tracker.recorded[-1], age, claims=claims)])[
                 tracker.recorded[-1].token
             ].presence
 
@@ -153,6 +153,13 @@ class TestResults:
         assert seen(status="STARTED") is Presence.ABSENT
         killed = {"exc_type": "WorkerLostError", "exc_message": ["signal 9"]}
         assert seen(status="FAILURE", result=killed) is Presence.ABSENT
+
+    def test_of_a_delivery_that_nobody_began(self, seen: Callable[..., Presence]) -> None:
+        """A failure is that of the attempt before: Celery stores one where it cannot write a retry."""
+        failure = {"status": "FAILURE", "result": {"exc_type": "ConnectionError"}}
+        assert seen(claims=0, **failure) is Presence.ABSENT
+        assert seen(claims=0, age=7_200, **failure) is Presence.FAILED
+        assert seen(claims=0, status="REVOKED") is Presence.CANCELLED
 
     def test_of_an_earlier_life(self, seen: Callable[..., Presence]) -> None:
         """An id may be used again: the result must be younger than the record."""

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import celery
 import pytest
@@ -217,6 +218,16 @@ class TestWays:
         copy = pickle.loads(pickle.dumps(app))
         copy.send_task("add", (1, 2))
         assert tokens(client) == [tracker.recorded[0].token.hex]
+
+    def test_proxies_and_doubles(
+        self, app: celery.Celery, tracker: FakeTracker, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """A proxy of the app is the app; a double of a producer in a user's test is nobody's."""
+        app.set_current()
+        group([app.tasks["add"].s(n) for n in range(2)], app=celery.current_app).apply_async()
+        assert [len(batch) for batch in tracker.batches] == [2]
+        app.tasks["add"].apply_async((1,), producer=MagicMock())
+        assert len(tracker.recorded) == 2 and not caplog.records
 
     def test_app_of_its_own_kind(self, redis_url: str, guard: Guard, client: redis.Redis) -> None:
         """An app with an AMQP of its own keeps it."""
