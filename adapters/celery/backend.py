@@ -37,6 +37,7 @@ def put_on(hooks: Hooks) -> None:
     hooks.put(canvas.group, "apply_async", apply_group)
     hooks.put(RedisBackend, "set_chord_size", set_chord_size)
     hooks.put(ResultConsumer, "consume_from", consume_from)
+    hooks.put(ResultConsumer, "cancel_for", cancel_for)
     hooks.put(ResultConsumer, "on_wait_for_pending", on_wait_for_pending)
 
 
@@ -90,6 +91,23 @@ def consume_from(original: Hook) -> Hook:
             vars(self).setdefault(_MISSED, set()).add(task_id)
             return None
         _catch_up(self, original)
+        return original(self, task_id)
+
+    return hook
+
+
+def cancel_for(original: Hook) -> Hook:
+    """ResultConsumer.cancel_for: a result that nobody holds any more, which may never have been heard of.
+
+    It comes from ``AsyncResult.__del__``, and Celery before 5.5 goes to Redis for it in any case.
+    """
+
+    @wraps(original)
+    def hook(self: Any, task_id: str) -> Any:
+        missed: set[str] = vars(self).get(_MISSED) or set()
+        if task_id in missed:
+            missed.discard(task_id)
+            return None
         return original(self, task_id)
 
     return hook

@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from threading import Timer
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -421,6 +422,19 @@ class TestRedisAway:
         group(app.tasks["add"].s(n) for n in range(20))()
         assert time.monotonic() - begun < 2
         assert len(tracker.outbox) == 20
+
+    def test_results_are_heard_of_later(self, away: Any, own_redis: RedisServer) -> None:
+        """Who waits for the result of a task that was accepted hears of it when Redis is back."""
+        app, tracker = away
+        tracker.in_doubt = True
+        result = app.tasks["add"].delay(1)
+        several = group(app.tasks["add"].s(n) for n in range(2))()
+        tracker.in_doubt = False
+        own_redis.start()
+        for one in (result, *several):
+            Timer(0.2, app.backend.store_result, (one.id, 7, "SUCCESS")).start()
+        assert result.get(timeout=10) == 7
+        assert several.get(timeout=10) == [7, 7]
 
     def test_not_accepted(self, away: Any) -> None:
         """Else the library's own error is raised, and a first delivery is withdrawn."""
