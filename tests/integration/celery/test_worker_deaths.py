@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import kombu
 import pytest
 import redis
 from celery import chord
@@ -233,6 +234,26 @@ class TestRedis:
             assert [rig.ended(job_id) for job_id in sent] == [["completed"]] * len(sent)
             begun = {word: times for word, times in rig.said().items() if word != "late-begins"}
             assert set(begun.values()) == {1}
+
+
+@pytest.mark.skipif(kombu.VERSION[:2] < (5, 7), reason="kombu 5.7 brought the crash")
+def test_unmended_a_worker_ends_with_its_redis(
+    tmp_path: Path, database: str, own_redis: RedisServer
+) -> None:
+    """A setting has Celery as it is; what the worker held is not lost even so."""
+    with a_rig(tmp_path, database, own_redis.url) as rig:
+        rig.reconciler()
+        worker = rig.worker(concurrency=4, JOBGUARD_MEND_LIBRARY="0")
+        rig.until(rig.trusted)
+        sent = [rig.send("ok", f"w{n}", countdown=6) for n in range(3)]
+        rig.until(lambda: rig.redis.hlen("unacked") == 3)
+        own_redis.restart(keep_data=False)
+        assert worker.wait() == 1
+        assert "has no attribute 'hostname'" in worker.text
+        rig.worker()
+        rig.until(lambda: not rig.owed(), 60)
+        assert [rig.ended(job_id) for job_id in sent] == [["completed"]] * 3
+        assert rig.said() == {f"w{n}": 1 for n in range(3)}
 
 
 class TestChords:
