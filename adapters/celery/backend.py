@@ -140,7 +140,7 @@ def _is_away(backend: Any) -> bool:
         if tracker.broker_in_doubt():
             return True
         try:
-            check_out(backend.client)
+            check_out(backend.client.connection_pool)
         except BROKER_DOWN:
             tracker.broker_failed()
             return True

@@ -17,13 +17,13 @@ from redis.exceptions import RedisError
 from jobguard.adapter import Source
 from jobguard.adapters.celery.consumers import Consumers, Workers
 from jobguard.adapters.celery.envelope import UnknownEnvelope, decode, fresh
-from jobguard.adapters.celery.joins import Rejoin
+from jobguard.adapters.celery.joins import Rejoin, group_of, part_of
 from jobguard.adapters.celery.layout import Layout
-from jobguard.adapters.celery.results import Results, ends_of
+from jobguard.adapters.celery.results import Results, ends_of, read
 from jobguard.adapters.celery.scan import Scan, look
 from jobguard.adapters.celery.scripts import Script
 from jobguard.clients import own_client
-from jobguard.job import OpenJoin, Owed, Presence, Restorable, Restored, Sighting
+from jobguard.job import OpenJoin, Owed, Part, Presence, Restorable, Restored, Sighting
 
 if TYPE_CHECKING:
     import redis
@@ -120,6 +120,19 @@ class CeleryBroker:
     def rejoin(self, joins: Sequence[OpenJoin], *, finish: bool, deadline: float) -> None:
         """Put back what Celery counts of these chords, where it is missing."""
         self._rejoin(joins, finish=finish, deadline=deadline)
+
+    def parts(self, ended: Sequence[Restorable]) -> Mapping[UUID, Part]:
+        """What these left to their chords, as their stored results say, as far as both are JSON."""
+        counting = {one.token: group for one in ended if (group := group_of(one.envelope))}
+        ids = {one.token: one.job_id for one in ended if one.token in counting}
+        found: dict[UUID, Part] = {}
+        for results in self._workers.results() if ids else ():
+            metas = read(self._in(results), results, list(ids.values()))
+            for token, job_id in ids.items():
+                part = part_of(*counting[token], job_id, metas.get(job_id, {}))
+                if part is not None:
+                    found[token] = part
+        return found
 
     def consumers(self) -> Mapping[str, frozenset[str]]:
         """Celery's own names of the workers that Redis knows, by queue."""

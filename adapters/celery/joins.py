@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import logging
-from collections.abc import Sequence
+import zlib
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jobguard.adapters.celery.envelope import UnknownEnvelope, as_part, decode, fresh
 from jobguard.adapters.celery.layout import Layout
 from jobguard.adapters.celery.results import Results
 from jobguard.adapters.celery.scripts import Script
-from jobguard.job import EndedPart, OpenJoin
+from jobguard.job import EndedPart, OpenJoin, Part
 
 if TYPE_CHECKING:
     import redis
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("jobguard")
 
 _A_TRIP = 50
+_DEFLATED = "application/x-gzip"
+"""What kombu calls zlib's."""
 
 
 class Rejoin:
@@ -75,6 +79,37 @@ class Rejoin:
             again,
             *(field for part in parts for field in _fields(part)),
         ]
+
+
+def group_of(envelope: bytes) -> tuple[str, Any] | None:
+    """Return the chord that a task counts for, and its place in it; None: for none that can be read.
+
+    Whether it counts for one stands in its body, which is read if it is JSON, and not unpickled.
+    """
+    try:
+        _, raw = decode(envelope)
+        message = json.loads(raw)
+        headers = message["headers"]
+        group = headers.get("group")
+        if not group or message["content-type"] != "application/json":
+            return None
+        body = message["body"]
+        if message["properties"].get("body_encoding") == "base64":
+            body = base64.b64decode(body)
+        deflated = headers.get("compression") == _DEFLATED
+        _, _, embedded = json.loads(zlib.decompress(body) if deflated else body)
+        return (str(group), headers.get("group_index")) if embedded.get("chord") else None
+    except (UnknownEnvelope, ValueError, KeyError, TypeError, AttributeError, zlib.error):
+        return None
+
+
+def part_of(group: str, place: Any, job_id: str, meta: Mapping[str, Any]) -> Part | None:
+    """Return what a completed task left to its chord, from its stored result."""
+    if meta.get("status") != "SUCCESS" or "result" not in meta:
+        return None
+    line = json.dumps([group, job_id, place])
+    member = json.dumps([1, job_id, "SUCCESS", meta["result"]])
+    return Part(group, f"{line}\n{member}".encode())
 
 
 def _fields(part: EndedPart) -> tuple[str, str, bytes]:

@@ -82,12 +82,11 @@ def on_paper(connection: Any) -> transport.Channel:
     return paper
 
 
-def check_out(client: redis.Redis | redis.client.Pipeline) -> None:
-    """Get a connection of a client's pool and give it back: connects if need be, and asks nothing.
+def check_out(pool: redis.ConnectionPool) -> None:
+    """Get a connection of a pool and give it back: connects if need be, and asks nothing.
 
     A socket that the other side has closed is noticed by this. Raises RedisError.
     """
-    pool = client.connection_pool
     get: Any = pool.get_connection
     pool.release(get("PING") if _wants_command_name(type(pool)) else get())
 

@@ -171,7 +171,7 @@ class Push:
 def reach(producer: Any) -> None:
     """Make sure that the connection of this producer, if it has one, still is one. Raises RedisError."""
     if producer.connection.connected:
-        check_out(producer.channel._create_client())
+        check_out(producer.channel.pool)
 
 
 def ping(connection: Any) -> None:

@@ -98,24 +98,28 @@ def ends_of(
 
     ``wanted``: by id, the time before which a result is that of an earlier life of the id.
     """
-    found: dict[str, Presence] = {}
-    if not results.json:
-        return found
-    for ids in _chunks(list(wanted)):
-        values: Any = cast(Any, client).mget([results.tasks + id for id in ids])
-        for id, raw in zip(ids, values, strict=True):
-            presence = _end_in(raw, wanted[id]) if raw else None
-            if presence is not None:
-                found[id] = presence
+    metas = read(client, results, list(wanted))
+    ends = ((id, _end_in(meta, wanted[id])) for id, meta in metas.items())
+    return {id: end for id, end in ends if end is not None}
+
+
+def read(client: redis.Redis, results: Results, ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return what is stored of these tasks, as far as it is JSON. Raises RedisError."""
+    found: dict[str, dict[str, Any]] = {}
+    for some in _chunks(ids) if results.json else ():
+        values: Any = cast(Any, client).mget([results.tasks + id for id in some])
+        for id, raw in zip(some, values, strict=True):
+            try:
+                meta = json.loads(raw or b"null")
+            except ValueError:
+                continue
+            if isinstance(meta, dict):
+                found[id] = meta
     return found
 
 
-def _end_in(raw: bytes, since: float) -> Presence | None:
-    try:
-        meta = json.loads(raw)
-    except ValueError:
-        return None
-    if not isinstance(meta, dict) or _done_at(meta.get("date_done")) < since:
+def _end_in(meta: Mapping[str, Any], since: float) -> Presence | None:
+    if _done_at(meta.get("date_done")) < since:
         return None
     result = meta.get("result")
     if isinstance(result, dict) and result.get("exc_type") == _KILLED:

@@ -456,6 +456,28 @@ class TestRejoin:
         assert message["headers"]["jobguard"] == members[1].token.hex
         assert "jobguard-part" in message["headers"]
 
+    @pytest.mark.parametrize("conf", [{}, {"task_compression": "gzip"}, {"task_protocol": 2}])
+    def test_parts_from_results(
+        self, conf: dict[str, Any], make_app: Make, guard: Guard, client: redis.Redis
+    ) -> None:
+        """What nobody reported is read from the stored result, as Celery would have kept it."""
+        app = make_app(**conf)
+        tracker = guard(app)
+        broker = CeleryBroker(tracker.source, client)
+        announce.announce(app, session=uuid.uuid4(), name="w@h", queues=["celery"])
+        result = chord([app.tasks["add"].s(n, n) for n in range(2)])(app.tasks["total"].s())
+        group = result.parent.id
+        app.tasks["add"].delay(1, 1)
+        first, _, single = tracker.recorded
+        for delivery in (first, single):
+            app.backend.store_result(delivery.job_id, {"ü": [1]}, "SUCCESS")
+        parts = broker.parts([lost(delivery) for delivery in tracker.recorded])
+        assert set(parts) == {first.token}
+        line, member = parts[first.token].state.split(b"\n", 1)
+        assert parts[first.token].join == group
+        assert json.loads(line) == [group, first.job_id, 0]
+        assert member.decode() == app.backend.encode([1, first.job_id, "SUCCESS", {"ü": [1]}])
+
     def test_deadline_and_done(
         self, app: celery.Celery, tracker: FakeTracker, broker: CeleryBroker, client: redis.Redis
     ) -> None:
