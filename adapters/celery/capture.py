@@ -10,15 +10,16 @@ import inspect
 import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+from uuid import UUID
 
 from celery.utils.imports import instantiate
 
 from jobguard.adapters.celery import lookup
-from jobguard.adapters.celery.header import TOKEN
+from jobguard.adapters.celery.header import PART, TOKEN, WORKER
 from jobguard.adapters.celery.push import BROKER_DOWN, Push
 from jobguard.adapters.celery.routing import target_of
-from jobguard.adapters.celery.run import closes, current_run
-from jobguard.adapters.celery.wire import Wire
+from jobguard.adapters.celery.run import Run, closes, current_run
+from jobguard.adapters.celery.wire import Target, Wire
 from jobguard.errors import is_host_interrupt
 from jobguard.job import derived_token, new_token
 
@@ -98,8 +99,8 @@ class Sender:
         if tracker is not None:
             body = message[2]
             producer = Producer(producer, tracker, app, body, options.get("exchange_type"))
-        elif TOKEN in (options.get("headers") or {}):  # inherited from the message of a guarded run
-            options["headers"] = {k: v for k, v in options["headers"].items() if k != TOKEN}
+        elif options.get("headers"):
+            options["headers"] = _without_ours(options["headers"])
         return self.original(producer, name, message, *args, **options)
 
 
@@ -124,7 +125,7 @@ class Producer:
         if body is not self._body:
             return self._producer.publish(body, **options)
         if self._push is None:
-            options["headers"] = options.get("headers") or {}
+            options["headers"] = _without_ours(options.get("headers") or {})
             wire = self._serialised(body, options)
             self._push = self._prepared(wire, options)
         if self._push is None:
@@ -176,43 +177,35 @@ class Producer:
             )
             if target is None or not self._tracker.guards(target.queue):
                 return None
-            run = current_run()
-            if run is not None and run.tracker.source.id != self._tracker.source.id:
-                run = None
-            moving = run if run is not None and run.job_id == wire.job_id else None
-            if run is None:
-                token = new_token()
-            else:
-                nth = run.next_nth(wire.job_id)
-                token = derived_token(run.claim.token, wire.job_id, nth)
-            delivery = wire.delivery(
-                token,
-                target,
-                parent=moving.parent() if moving is not None else None,
-                derived=run is not None,
-                closes=closes(wire.job_id),
-            )
+            return self._recorded_first(wire, target, options)
         except Exception as error:
             if is_host_interrupt(error):
                 raise
-            log.exception(
-                "jobguard could not take task %s; it goes unrecorded", wire.task.get("id")
-            )
+            log.exception("jobguard could not take task %s", wire.task.get("id"))
             wire.headers.pop(TOKEN, None)
             return None
-        data, sent = (
-            wire.data,
-            {
-                **options,
-                "content_type": wire.content_type,
-                "content_encoding": wire.content_encoding,
-                "compression": "",  # it is compressed already
-            },
+
+    def _recorded_first(self, wire: Wire, target: Target, options: dict[str, Any]) -> Push:
+        run = current_run()
+        if run is not None and run.tracker.source.id != self._tracker.source.id:
+            run = None  # a task of another broker
+        moving = run if run is not None and run.job_id == wire.job_id else None
+        delivery = wire.delivery(
+            new_token() if run is None else _next_of(run, wire.job_id),
+            target,
+            parent=moving.parent() if moving is not None else None,
+            derived=run is not None,
+            closes=closes(wire.job_id),
         )
-        if (
-            isinstance(data, str) and not wire.in_base64
-        ):  # kombu would make bytes of it, and keep those
-            data, sent = self._body, options
+        encoded = {
+            **options,
+            "content_type": wire.content_type,
+            "content_encoding": wire.content_encoding,
+            "compression": "",  # it is compressed already
+        }
+        # Of text that is not to be base64 kombu would make bytes, and keep those: it gets the original.
+        as_it_came = isinstance(wire.data, str) and not wire.in_base64
+        data, sent = (self._body, options) if as_it_came else (wire.data, encoded)
         return Push(
             tracker=self._tracker,
             app=self._app,
@@ -235,6 +228,15 @@ class Producer:
         except BROKER_DOWN:
             self._tracker.broker_failed()
             return None
+
+
+def _next_of(run: Run, job_id: str) -> UUID:
+    return derived_token(run.claim.token, job_id, run.next_nth(job_id))
+
+
+def _without_ours(headers: dict[str, Any]) -> dict[str, Any]:
+    """Return a message's headers without what they inherited from the message of a guarded run."""
+    return {name: value for name, value in headers.items() if name not in (TOKEN, WORKER, PART)}
 
 
 def _tracker_for(app: Any, producer: Any) -> Tracker | None:

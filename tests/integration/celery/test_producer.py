@@ -30,7 +30,9 @@ from kombu.entity import Exchange, Queue
 from kombu.exceptions import OperationalError
 
 from jobguard.adapter import behind_wall
+from jobguard.adapters.celery import CeleryAdapter
 from jobguard.adapters.celery import run as runs
+from jobguard.adapters.celery.capture import hook_app
 from jobguard.adapters.celery.run import Run, joining
 from jobguard.errors import StoreUnavailable
 from jobguard.job import Claim, Outcome, derived_token
@@ -153,6 +155,19 @@ class TestWays:
         app.control.ping(timeout=0.1)
         assert not tracker.recorded
 
+    def test_headers_that_were_inherited(
+        self, make_app: Make, redis_url: str, client: redis.Redis
+    ) -> None:
+        """What is not ours to record carries nothing of ours, though its sender was given it."""
+        app = make_app()
+        headers = {"jobguard": "a" * 32, "jobguard-worker": "b" * 32, "mine": 1}
+        CeleryAdapter().sources(app, namespace="t", name=None)
+        hook_app(app)
+        app.tasks["add"].apply_async((1,), headers=headers)
+        (message,) = lists(client)["celery"]
+        assert message["headers"]["mine"] == 1 and len(headers) == 3
+        assert not [name for name in message["headers"] if name.startswith("jobguard")]
+
     def test_several_queues(self, make_app: Make, guard: Guard, client: redis.Redis) -> None:
         """A message that goes to several queues is as many tasks of one id: it goes unrecorded."""
         exchange = Exchange("t", "topic")
@@ -196,8 +211,6 @@ class TestWays:
         self, make_app: Make, guard: Guard, client: redis.Redis
     ) -> None:
         """An app that has published already is guarded from then on, and as before when it is over."""
-        from jobguard.adapters.celery import CeleryAdapter
-
         app = make_app()
         app.tasks["add"].delay(1)
         tracker = guard(app)
