@@ -46,6 +46,8 @@ class GuardedAMQP:
     can be pickled with the app, as to a spawned worker.
     """
 
+    is_hooked = True
+
     def __init__(self, before: Any) -> None:
         self.before = before
 

@@ -80,7 +80,17 @@ def tracker_for(app: Any) -> Tracker | None:
     """Return the tracker that this app speaks to; None: it is not guarded."""
     settle(app)
     guards = _guards.get(real(app)) if _guards else None
-    return guards[0] if guards else None
+    return guards[0] if guards else _tracker_of_copy(real(app))
+
+
+def _tracker_of_copy(app: Any) -> Tracker | None:
+    """Return the tracker of an app that came into a spawned child as a copy: that of its broker."""
+    if not getattr(getattr(app, "amqp_cls", None), "is_hooked", False):
+        return None
+    tracker = next(iter(trackers_at(app.connection_for_write())), None)
+    if tracker is not None:
+        add(tracker, app)
+    return tracker
 
 
 def tracker_for_push(app: Any, connection: Any) -> Tracker | None:

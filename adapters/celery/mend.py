@@ -23,7 +23,7 @@ _ILL = ((5, 6), (5, 7))
 
 def put_on(hooks: Hooks) -> None:
     """Mend this kombu, if it has the bug."""
-    if tuple(kombu.VERSION[:2]) in _ILL:
+    if tuple(kombu.VERSION[:2]) in _ILL and not hasattr(Channel._connparams, "__wrapped__"):
         hooks.put(Channel, "_connparams", connparams)
 
 

@@ -52,6 +52,9 @@ def wait(app: Any, callback: Callable[[], None]) -> None:
         _put_on()
         lookup.wait(app, callback)
         hook_app(app)
+        worker.install(
+            None, app
+        )  # a spawned child prepares its tasks before anything is configured
 
 
 def settle(app: Any) -> None:

@@ -37,18 +37,18 @@ _apps: WeakSet[Any] = WeakSet()
 _hooks = Hooks()
 
 
-def install(tracker: Tracker, app: Any) -> None:
-    """Hear what the workers of this app do."""
+def install(tracker: Tracker | None, app: Any) -> None:
+    """Hear what the workers of this app do; None: it is not known yet to whom that is told."""
     with _lock:
         if not _apps:
             for part in (fence, killed, owner, parts, unread):
                 part.put_on(_hooks)
-            if tracker.mends_library:
-                mend.put_on(_hooks)
             _hooks.put(WorkController, "_process_task", process_task)
             for signal, receiver in HEARD:
                 signal.connect(receiver, weak=False, dispatch_uid=_uid(receiver))
         _apps.add(app)
+        if tracker is not None and tracker.mends_library:
+            mend.put_on(_hooks)
 
 
 def uninstall(tracker: Tracker, app: Any) -> None:

@@ -89,13 +89,15 @@ class TestChild:
 
     def test_the_children_of_a_spawning_pool_claim_as_well(self, rig: Rig) -> None:
         """In the name of their parent, whose session they have not inherited."""
-        rig.worker(conf={"worker_pool_start_method": "spawn"})
+        rig.worker(conf={"worker_pool_start_method": "spawn", "worker_proc_alive_timeout": 60})
         rig.until(rig.trusted)
         sent = [rig.send("ok"), rig.send("slow", "slow", 6.0)]
         killed = rig.send("die")
         rig.until(lambda: not rig.owed())
         assert [rig.ended(job_id) for job_id in [*sent, killed]] == [["completed"]] * 3
         assert rig.said() == {"ok": 1, "slow-begins": 1, "slow": 1, "die": 2}
+        claims = rig.ask("select number from jobguard.history order by number")
+        assert claims == [(1,), (1,), (2,)], "the children told it, and no leader found it out"
 
     def test_a_child_that_is_replaced_reports_all_it_ran(self, rig: Rig) -> None:
         """worker_max_tasks_per_child ends children all the time, by os._exit."""
