@@ -127,8 +127,9 @@ def on_wait_for_pending(original: Hook) -> Hook:
 
 def _catch_up(consumer: Any, subscribe: Hook) -> None:
     missed: set[str] = vars(consumer).get(_MISSED) or set()
-    while missed:
-        subscribe(consumer, missed.pop())
+    with our_own_affair("subscribe to results"):
+        while missed:
+            subscribe(consumer, missed.pop())
 
 
 def _is_away(backend: Any) -> bool:

@@ -15,7 +15,6 @@ from kombu.transport.redis import Channel
 from jobguard.adapters.celery import lookup
 from jobguard.adapters.celery.header import token_in
 from jobguard.adapters.celery.hooks import Hooks
-from jobguard.adapters.celery.layout import Layout
 from jobguard.adapters.celery.places import client_of, place_of
 from jobguard.adapters.celery.scan import messages_in, taken
 from jobguard.adapters.celery.wall import our_own_affair
@@ -43,10 +42,11 @@ def revoke(original: Hook) -> Hook:
 
     @wraps(original)
     def hook(self: Any, task_id: Any, destination: Any = None, *args: Any, **kwargs: Any) -> Any:
-        tracker = lookup.tracker_for(self.app)
-        if tracker is not None and destination is None and task_id:
-            ids = list(task_id) if isinstance(task_id, list | tuple | set) else [task_id]
-            tracker.cancel(job_ids=[str(id) for id in ids])
+        with our_own_affair("write down a revoke"):
+            tracker = lookup.tracker_for(self.app)
+            if tracker is not None and destination is None and task_id:
+                ids = list(task_id) if isinstance(task_id, list | tuple | set) else [task_id]
+                tracker.cancel(job_ids=[str(id) for id in ids])
         return original(self, task_id, destination, *args, **kwargs)
 
     return hook
@@ -122,12 +122,15 @@ def _tokens(raws: Iterable[bytes]) -> Iterator[UUID]:
             yield UUID(hex=token.decode())
 
 
-def _stamped(
-    client: Any, layout: Layout, queues: list[str], headers: Mapping[str, Any]
-) -> Iterator[UUID]:
+def _stamped(app: Any, headers: Mapping[str, Any]) -> Iterator[UUID]:
     """Return the deliveries that carry one of these stamps, as a worker would compare them."""
-    known = (layout.lists_of(queues), layout.unacked)
-    for raw in (*messages_in(client, known[0]), *taken(client, known[1])):
+    connection = app.connection_for_write()
+    place = place_of(connection)
+    if place is None:
+        return
+    client, layout = client_of(connection), place.layout
+    waiting = messages_in(client, layout.lists_of(list(app.amqp.queues)))
+    for raw in (*waiting, *taken(client, layout.unacked)):
         if b'"stamps"' not in raw:
             continue
         message = json.loads(raw)
