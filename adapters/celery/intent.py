@@ -57,18 +57,11 @@ def revoke_by_stamped_headers(original: Hook) -> Hook:
 
     @wraps(original)
     def hook(self: Any, headers: Any, destination: Any = None, *args: Any, **kwargs: Any) -> Any:
-        tracker = lookup.tracker_for(self.app)
-        if tracker is not None and destination is None and isinstance(headers, Mapping):
-            with (
-                our_own_affair("write down a revoke"),
-                self.app.connection_for_write() as connection,
-            ):
-                place = place_of(connection)
-                if place is not None:
-                    client = client_of(connection)
-                    stamped = _stamped(client, place.layout, list(self.app.amqp.queues), headers)
-                    for tokens in _chunks(stamped):
-                        tracker.cancel(tokens=tokens)
+        with our_own_affair("write down a revoke"):
+            tracker = lookup.tracker_for(self.app)
+            if tracker is not None and destination is None and isinstance(headers, Mapping):
+                for tokens in _chunks(_stamped(self.app, headers)):
+                    tracker.cancel(tokens=tokens)
         return original(self, headers, destination, *args, **kwargs)
 
     return hook
