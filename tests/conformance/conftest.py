@@ -14,10 +14,11 @@ from jobguard.guard import JobGuard
 from tests.conformance import tasks
 from tests.conformance.library import Library
 from tests.conformance.on_celery import OnCelery
+from tests.conformance.on_dramatiq import OnDramatiq
 from tests.conformance.on_rq import OnRQ
 from tests.conformance.words import BRISK, Leader, Records
 
-LIBRARIES: dict[str, type[Library]] = {"celery": OnCelery, "rq": OnRQ}
+LIBRARIES: dict[str, type[Library]] = {"celery": OnCelery, "dramatiq": OnDramatiq, "rq": OnRQ}
 
 
 @pytest.fixture(params=LIBRARIES)

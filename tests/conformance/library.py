@@ -11,6 +11,7 @@ from uuid import UUID
 import pytest
 import redis
 
+from jobguard.job import Presence
 from tests.support import keyspace
 
 if TYPE_CHECKING:
@@ -38,6 +39,11 @@ class Library(ABC):
     """Whether Redis shows that a job runs."""
     tells_again_how_it_ended: ClassVar[bool] = True
     """Whether Redis can be told again how a job ended, after it has forgotten that."""
+    remembers: ClassVar[Mapping[str, Presence]] = {
+        "say": Presence.FINISHED,
+        "fail": Presence.FAILED,
+    }
+    """What a look sees of a task that has ended; ABSENT: the library keeps nothing of it."""
 
     def __init__(self, redis_url: str, ledger: Path) -> None:
         self.redis_url, self.ledger = redis_url, ledger

@@ -153,9 +153,7 @@ class TestPresence:
         library.work()
         assert seen == [Presence.RUNNING]
 
-    @pytest.mark.parametrize(
-        ("task", "presence"), [("say", Presence.FINISHED), ("fail", Presence.FAILED)]
-    )
+    @pytest.mark.parametrize("task", ["say", "fail"])
     def test_ended(
         self,
         library: Library,
@@ -163,13 +161,12 @@ class TestPresence:
         records: Records,
         leader: Leader,
         task: str,
-        presence: Presence,
     ) -> None:
         """As the library remembers it."""
         library.send(task)
         (owed,) = records.owed()
         library.work()
-        assert leader.look(owed).presence is presence
+        assert leader.look(owed).presence is library.remembers[task]
 
     def test_absent(
         self, library: Library, guard: JobGuard, records: Records, leader: Leader
@@ -338,7 +335,9 @@ class TestLives:
         job_id = library.send("fail", retries=2)
         library.work()
         assert library.said() == ["ran"] * 3
-        assert records.ended(job_id) == [("superseded", 1), ("superseded", 2), ("failed", 3)]
+        # By attempt: a library that keeps a retry in its delay queue first makes two deliveries of it.
+        last = {attempt: outcome for outcome, attempt in records.ended(job_id)}
+        assert last == {1: "superseded", 2: "superseded", 3: "failed"}
         assert (records.owed(), records.claims()) == ([], [])
 
     def test_a_move_from_the_delay_queue_supersedes_what_waited_there(
@@ -369,9 +368,7 @@ class TestLives:
         assert library.said() == []
         assert (records.owed(), records.ended(job_id)) == ([], [("cancelled", 1)])
 
-    @pytest.mark.parametrize(
-        ("task", "presence"), [("say", Presence.FINISHED), ("fail", Presence.FAILED)]
-    )
+    @pytest.mark.parametrize("task", ["say", "fail"])
     def test_what_has_ended_is_skipped_and_put_right(
         self,
         library: Library,
@@ -379,7 +376,6 @@ class TestLives:
         records: Records,
         leader: Leader,
         task: str,
-        presence: Presence,
     ) -> None:
         """Redis went back to before its end: it does not run again, and Redis hears how it ended."""
         job_id = library.send(task)
@@ -394,7 +390,7 @@ class TestLives:
         assert library.said() == ["ran"]
         assert library.waiting() == []
         if library.tells_again_how_it_ended:
-            assert leader.look(owed).presence is presence
+            assert leader.look(owed).presence is library.remembers[task]
         assert (records.owed(), records.ended(job_id)) == ([], ended)
 
     def test_what_another_worker_runs_is_skipped_and_its_run_is_not_touched(
@@ -543,7 +539,7 @@ class TestGuest:
             library.send("say", "said")
             library.send("fail", "failed", retries=1)
             library.send("say", "delayed", delay=HOUR)
-            library.cancel(library.send("say", "cancelled"))
+            library.cancel(library.send("say", "cancelled", queue=OTHER))
             library.work()
             library.move_delayed()
             library.work()

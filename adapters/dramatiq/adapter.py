@@ -1,0 +1,87 @@
+"""Dramatiq as the composition root sees it: what may be guarded, and how a guard is put up.
+
+Importable without Dramatiq: a reconciler needs the broker alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+import redis
+
+from jobguard.adapter import Broker, Guarded, Source, Tracker
+from jobguard.adapters.dramatiq.broker import DramatiqBroker
+from jobguard.adapters.dramatiq.layout import Layout
+from jobguard.clients import address_of, is_test_double, own_client
+from jobguard.errors import UnsupportedTarget
+
+if TYPE_CHECKING:
+    from dramatiq.brokers.redis import RedisBroker
+
+LIBRARY = "dramatiq"
+CLIENT_TIMEOUT = 1.0
+"""Seconds that a client of ours waits for Redis at most."""
+
+
+class DramatiqAdapter:
+    """Guards Dramatiq's RedisBroker, with every queue of it."""
+
+    library = LIBRARY
+
+    def sources(self, target: object, *, namespace: str, name: str | None) -> Guarded | None:
+        """Return what guarding a RedisBroker means; other brokers are refused, or are test doubles."""
+        if importlib.util.find_spec("dramatiq") is None:
+            return None
+        if not isinstance(target, importlib.import_module("dramatiq.broker").Broker):
+            return None
+        if isinstance(target, importlib.import_module("dramatiq.brokers.stub").StubBroker):
+            return _inert(namespace, name, "a StubBroker keeps its messages in this process")
+        if not isinstance(target, importlib.import_module("dramatiq.brokers.redis").RedisBroker):
+            raise UnsupportedTarget(
+                f"a {type(target).__name__} cannot be guarded: its messages are not in Redis, where "
+                "jobguard could see that they are lost. Guard a dramatiq RedisBroker instead; with "
+                "RabbitMQ declare quorum queues, which are durable by themselves."
+            )
+        return _guarded(target, namespace=namespace, name=name)
+
+    def install(self, tracker: Tracker, target: object) -> None:
+        """Put the hooks on this broker; raises UnsupportedTarget if this Dramatiq is not known."""
+        importlib.import_module("jobguard.adapters.dramatiq.patches").install(tracker, target)
+
+    def uninstall(self, tracker: Tracker) -> None:
+        """Take the hooks off every broker of this tracker."""
+        importlib.import_module("jobguard.adapters.dramatiq.patches").uninstall(tracker)
+
+    def prepare_worker(self) -> None:
+        """Guard the broker of a worker whose modules call no guard(): ``jobguard run -- dramatiq``."""
+        importlib.import_module("jobguard.adapters.dramatiq.patches").guard_workers()
+
+    def broker(self, source: Source, client: redis.Redis) -> Broker:
+        """Return the reconciler's view of a source."""
+        return DramatiqBroker(source, client)
+
+
+def _guarded(target: RedisBroker, *, namespace: str, name: str | None) -> Guarded:
+    client: Any = target.client
+    if is_test_double(client):
+        return _inert(namespace, name, "fakeredis keeps nothing that could be lost")
+    if not isinstance(client, redis.Redis):
+        raise UnsupportedTarget(
+            f"Dramatiq on a {type(client).__name__} cannot be guarded: give the broker a redis.Redis "
+            "(standalone or Sentinel)."
+        )
+    if client.connection_pool.connection_kwargs.get("decode_responses"):
+        raise UnsupportedTarget(
+            "this Redis client has decode_responses=True, with which Dramatiq's own workers cannot "
+            "read messages: give the broker a client without it."
+        )
+    prefix = Layout(target.namespace).prefix
+    source = Source(namespace, LIBRARY, address_of(client), prefix, name, one_body=False)
+    return Guarded(source, None, lambda: own_client(client, timeout=CLIENT_TIMEOUT))
+
+
+def _inert(namespace: str, name: str | None, why: str) -> Guarded:
+    source = Source(namespace, LIBRARY, "inert", name=name, one_body=False)
+    return Guarded(source, frozenset(), None, inert=why)

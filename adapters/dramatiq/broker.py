@@ -1,0 +1,288 @@
+"""A RedisBroker as the reconciler sees it: where its messages are, and how they are put back.
+
+Nothing here imports Dramatiq or user code, and nothing decodes a message.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+from uuid import UUID
+
+from redis.exceptions import RedisError
+
+from jobguard.adapter import Source
+from jobguard.adapters.dramatiq.envelope import UnknownEnvelope, decode
+from jobguard.adapters.dramatiq.layout import (
+    Layout,
+    canonical,
+    counted_key,
+    finish_key,
+    is_guest,
+    is_stranger,
+    name_of,
+    worker_of,
+)
+from jobguard.adapters.dramatiq.scripts import Script
+from jobguard.job import EndedPart, OpenJoin, Owed, Part, Presence, Restorable, Restored, Sighting
+
+if TYPE_CHECKING:
+    import redis
+
+T = TypeVar("T")
+
+IDS_A_CALL = 1_000
+"""Redis does nothing else while a script runs: a thousand ids take it some 2 ms."""
+LIST_CHUNK = 10_000
+RESTORES_A_TRIP = 200
+_SILENT = 10_000
+"""Milliseconds after which a worker that polls once a second has fetched its last message."""
+_TALKING = 15.0
+"""Seconds for which whoever has said a word is believed to consume."""
+_FIRST_LOOK = 60.0
+"""The same at the first look, by clocks that may differ."""
+
+
+class DramatiqBroker:
+    """One RedisBroker's keys in one Redis."""
+
+    def __init__(self, source: Source, client: redis.Redis):
+        self._layout = Layout.parse(source.prefix)
+        self._address = source.address
+        self._client = cast(Any, client)
+        self._presence = Script(client, "presence")
+        self._restore = Script(client, "restore")
+        self._abandon = Script(client, "abandon")
+        self._bury = Script(client, "bury")
+        self._rejoin = Script(client, "rejoin")
+        self._said: dict[str, tuple[float, float]] | None = None
+        """By worker: its last word, and when (by our clock) that was news."""
+
+    def presence(self, page: Sequence[Owed]) -> Mapping[UUID, Sighting]:
+        """Where Redis has each of these deliveries.
+
+        First the message, then the lists, then what was fetched: a delivery that moves on meanwhile is
+        seen twice rather than not at all. One that is put back meanwhile may be missed, once.
+        """
+        places = dict(zip((owed.token for owed in page), self._places(page), strict=True))
+        names = {owed.token: _list_of(owed.queue, places[owed.token]) for owed in page}
+        there = {token: name for token, name in names.items() if name}
+        listed = {name: self._read_list(name) for name in set(there.values())}
+        holders = self._holders(
+            {t: name for t, name in there.items() if str(t).encode() not in listed[name]}
+        )
+        return {
+            owed.token: _sighting(
+                places[owed.token],
+                listed=str(owed.token).encode() in listed.get(names[owed.token], ()),
+                holder=holders.get(owed.token),
+            )
+            for owed in page
+        }
+
+    def restore(
+        self, deliveries: Sequence[Restorable], *, deadline: float
+    ) -> Mapping[UUID, Restored]:
+        """Put these back, in this order, each atomically, unless Redis' clock is past the deadline."""
+        done: dict[UUID, Restored] = {}
+        calls: list[tuple[UUID, list[Any], list[Any]]] = []
+        for delivery in deliveries:
+            if delivery.running:  # nobody looks for what runs
+                done[delivery.token] = Restored.PRESENT
+                continue
+            try:
+                calls.append((delivery.token, *self._call(delivery, deadline)))
+            except UnknownEnvelope:
+                done[delivery.token] = Restored.UNREADABLE
+        for batch in _chunks(calls, RESTORES_A_TRIP):
+            answers = self._restore.run([(keys, args) for _, keys, args in batch])
+            for (token, _, _), answer in zip(batch, answers, strict=True):
+                failed = isinstance(answer, RedisError)
+                done[token] = Restored.ERROR if failed else Restored(answer.decode())
+        return done
+
+    def abandon(self, page: Sequence[Owed]) -> None:
+        """Take these out of the hands of workers that are not heard of: Dramatiq would put them back."""
+        acks = self._layout.acks_prefix
+        self._abandon.run(
+            [
+                ([self._layout.heartbeats], [str(owed.token), acks, owed.queue, _SILENT])
+                for owed in page
+            ]
+        )
+
+    def bury(self, page: Sequence[Owed]) -> None:
+        """Show these among the dead letters, where people look for them."""
+        acks = self._layout.acks_prefix
+        self._bury.run(
+            [([*self._lists_of(owed.queue)], [str(owed.token), acks, owed.queue]) for owed in page]
+        )
+
+    def hide(self, page: Sequence[Owed]) -> None:
+        """Nothing is put back of what runs."""
+
+    def parts(self, ended: Sequence[Restorable]) -> Mapping[UUID, Part]:
+        """Nothing: of what has completed Redis keeps nothing, so that no look shows it."""
+        return {}
+
+    def rejoin(self, joins: Sequence[OpenJoin], *, finish: bool, deadline: float) -> None:
+        """Put back the barriers of these groups; ``finish``: tell a worker that one is complete."""
+        if finish:
+            self._finish(joins, deadline)
+            return
+        calls = []
+        for join in joins:
+            state = json.loads(join.state or b"{}")
+            # A barrier in another Redis was not lost with this one; what no barrier was made for,
+            # or was made by another version, is left to its end.
+            if state.get("at") != self._address or not join.size:
+                continue
+            counted = [part.job_id for part in join.parts]
+            left = max(1, join.size - len(counted))
+            keys = [join.id, counted_key(join.id)]
+            calls.append((keys, [repr(deadline), left, state["ttl"], *counted]))
+        for batch in _chunks(calls, RESTORES_A_TRIP):
+            _raise_error(self._rejoin.run(batch))
+
+    def _finish(self, joins: Sequence[OpenJoin], deadline: float) -> None:
+        """Push the last member again: its worker finds that it has ended, and reads our word there."""
+        told: list[tuple[OpenJoin, EndedPart]] = []
+        for join in joins:
+            part = next((part for part in reversed(join.parts) if part.envelope), None)
+            if part is not None:
+                told.append((join, part))
+        with self._client.pipeline(transaction=False) as pipe:
+            for join, _ in told:
+                pipe.set(finish_key(join.id), 1, ex=86_400)
+            pipe.execute()
+        again = [
+            Restorable(part.token, part.job_id, part.queue, part.envelope, None, None)
+            for _, part in told
+        ]
+        self.restore(again, deadline=deadline)
+
+    def consumers(self) -> Mapping[str, frozenset[str]]:
+        """Who may consume unguarded, whatever the queue.
+
+        Redis does not know which queues an idle worker polls, nor a worker from a producer that says a
+        word now and then: whoever talks and is not known as guarded may have consumed anything.
+        """
+        now = time.monotonic()
+        said = dict(self._client.zrange(self._layout.heartbeats, 0, -1, withscores=True))
+        seen, known = {raw.decode(): score for raw, score in said.items()}, self._said
+        if known is None:
+            cut = (float(self._client.time()[0]) - _FIRST_LOOK) * 1000
+            never = float("-inf")
+            self._said = {w: (score, now if score > cut else never) for w, score in seen.items()}
+        else:
+            self._said = {
+                worker: known[worker] if known.get(worker, (None,))[0] == score else (score, now)
+                for worker, score in seen.items()
+            }
+        talking = [worker for worker, (_, at) in self._said.items() if now - at < _TALKING]
+        return _Anywhere(frozenset(filter(is_stranger, talking)))
+
+    def _places(self, page: Sequence[Owed]) -> Iterator[str]:
+        for owed in _chunks(page, IDS_A_CALL):
+            pairs = chain.from_iterable((str(one.token), one.queue) for one in owed)
+            (answer,) = _raise_error(self._presence.run([([], [self._layout.key(""), *pairs])]))
+            yield from answer.decode()
+
+    def _read_list(self, name: str) -> set[bytes]:
+        """Return the ids in a list. From the tail: workers take from the head, and skip none for us."""
+        key, end, found = self._layout.key(name), -1, set[bytes]()
+        while True:
+            chunk: list[bytes] = self._client.lrange(key, end - LIST_CHUNK + 1, end)
+            found.update(chunk)
+            if len(chunk) < LIST_CHUNK:
+                return found
+            end -= LIST_CHUNK
+
+    def _holders(self, unlisted: Mapping[UUID, str]) -> dict[UUID, str]:
+        """Return who has fetched which of these (token, list)."""
+        if not unlisted:
+            return {}
+        workers = [raw.decode() for raw in self._client.zrange(self._layout.heartbeats, 0, -1)]
+        of: dict[str, list[UUID]] = {}
+        for token, name in unlisted.items():
+            of.setdefault(name, []).append(token)
+        asked = [(worker, name) for name in of for worker in workers if not is_guest(worker)]
+        with self._client.pipeline(transaction=False) as pipe:
+            for worker, name in asked:
+                pipe.smismember(self._layout.acks(worker, name), [str(t) for t in of[name]])
+            answers = pipe.execute() if asked else []
+        return {
+            token: name_of(worker)
+            for (worker, name), fetched in zip(asked, answers, strict=True)
+            for token, has in zip(of[name], fetched, strict=True)
+            if has
+        }
+
+    def _call(self, delivery: Restorable, deadline: float) -> tuple[list[Any], list[Any]]:
+        envelope, layout = decode(delivery.envelope), self._layout
+        list_, expires = layout.key(envelope.queue), delivery.expires_at
+        dead_letters = layout.key(canonical(envelope.queue))
+        return [list_, f"{list_}.msgs", f"{dead_letters}.XQ.msgs", layout.heartbeats], [
+            repr(deadline),
+            str(delivery.token),
+            envelope.data_for(delivery.token),
+            "" if expires is None else int(expires * 1000),
+            layout.acks_prefix,
+            envelope.queue,
+            worker_of(delivery.held_by),
+        ]
+
+    def _lists_of(self, queue: str) -> list[str]:
+        names = (queue, f"{queue}.DQ", f"{queue}.XQ")
+        keys = [self._layout.key(end) for name in names for end in (name, f"{name}.msgs")]
+        return [*keys, self._layout.heartbeats]
+
+
+class _Anywhere(Mapping[str, frozenset[str]]):
+    """The same workers for whatever queue is asked for; it names none itself."""
+
+    def __init__(self, names: frozenset[str]):
+        self._names = names
+
+    def __getitem__(self, queue: str) -> frozenset[str]:
+        return self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(())
+
+    def __len__(self) -> int:
+        return 0
+
+
+def _list_of(queue: str, place: str) -> str:
+    """Return the list in which a message at that place must be; '': none."""
+    return {"1": queue, "2": f"{queue}.DQ"}.get(place, "")
+
+
+def _sighting(place: str, *, listed: bool, holder: str | None) -> Sighting:
+    if place == "0":
+        return Sighting(Presence.ABSENT, "missing")
+    if place == "3":
+        return Sighting(Presence.FAILED, "dead letter")
+    delayed = place == "2"
+    if listed:
+        return Sighting(Presence.SCHEDULED if delayed else Presence.WAITING, "list")
+    if holder is not None:  # fetched: it runs, or it is about to
+        state = Presence.SCHEDULED if delayed else Presence.RUNNING
+        return Sighting(state, "fetched", held_by=holder)
+    return Sighting(Presence.ABSENT, "stranded")
+
+
+def _raise_error(answers: list[Any]) -> list[Any]:
+    for answer in answers:
+        if isinstance(answer, RedisError):
+            raise answer
+    return answers
+
+
+def _chunks(values: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    for start in range(0, len(values), size):
+        yield values[start : start + size]

@@ -1,0 +1,61 @@
+"""The envelope: a message's bytes as Dramatiq encoded them, and the list they went to.
+
+Layout of version 1, big-endian: one byte of version; 16 bytes, the id under which it was pushed; 2
+bytes of length and the name of the list (``mail``, or ``mail.DQ`` where it is delayed); then the
+message, exactly as it went to Redis. Nothing is ever decoded here: the encoder is the user's.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from uuid import UUID
+
+VERSION = 1
+_HEAD = struct.Struct(">B16sH")
+
+
+class UnknownEnvelope(Exception):
+    """This envelope is of a version that this jobguard cannot read. Upgrade the reconciler."""
+
+
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """What one push wrote."""
+
+    rid: UUID
+    queue: str
+    """The list, with .DQ where it is delayed."""
+    data: bytes
+
+    def encode(self) -> bytes:
+        """Return it as bytes."""
+        name = self.queue.encode()
+        return _HEAD.pack(VERSION, self.rid.bytes, len(name)) + name + self.data
+
+    def data_for(self, token: UUID) -> bytes:
+        """Return the message under another id: that of a delivery which a person had put back.
+
+        The id stands in the message, and a worker acknowledges what it reads there. Raises
+        UnknownEnvelope where the encoder hid it.
+        """
+        if token == self.rid:
+            return self.data
+        old = str(self.rid).encode()
+        if old not in self.data:
+            raise UnknownEnvelope("the id of a message cannot be found in its bytes")
+        return self.data.replace(old, str(token).encode())
+
+
+def decode(envelope: bytes) -> Envelope:
+    """Return what an envelope says; raises UnknownEnvelope."""
+    if not envelope or envelope[0] != VERSION:
+        raise UnknownEnvelope(f"a Dramatiq envelope of version {envelope[:1].hex() or 'none'}")
+    try:
+        _, rid, size = _HEAD.unpack_from(envelope)
+        end = _HEAD.size + size
+        if end > len(envelope):
+            raise ValueError("cut short")
+        return Envelope(UUID(bytes=rid), envelope[_HEAD.size : end].decode(), envelope[end:])
+    except (struct.error, ValueError) as error:
+        raise UnknownEnvelope("a damaged Dramatiq envelope") from error

@@ -1,0 +1,161 @@
+"""Groups whose completion something waits for, and the barrier in Redis that counts their members.
+
+The ledger counts them, too: each end names its group, and what waited for the group is recorded as its
+continuation, under an id that follows from the group. So a barrier that is lost is put back, and what
+waited is sent once, whoever notices that the group is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from functools import wraps
+from typing import TYPE_CHECKING, Any
+
+from dramatiq import Message
+from dramatiq.broker import MessageProxy
+from dramatiq.middleware import GroupCallbacks
+from dramatiq.rate_limits.backends import RedisBackend
+
+from jobguard.adapters.dramatiq.layout import counted_key, finish_key
+from jobguard.adapters.dramatiq.producer import going_on_from
+from jobguard.adapters.dramatiq.run import current_run
+from jobguard.adapters.dramatiq.scripts import text_of
+from jobguard.clients import address_of
+from jobguard.errors import is_host_interrupt
+
+if TYPE_CHECKING:
+    from dramatiq.brokers.redis import RedisBroker
+
+    from jobguard.adapter import Tracker
+
+log = logging.getLogger("jobguard")
+
+
+class Joins:
+    """The groups of one guarded broker."""
+
+    def __init__(self, tracker: Tracker, broker: RedisBroker) -> None:
+        self._tracker = tracker
+        self._broker = broker
+        self._adopted: list[tuple[Any, Any, str, Any]] = []
+
+    def adopt(self) -> None:
+        """Stand between the middleware that counts members and its barriers."""
+        for middleware in self._broker.middleware:
+            if not isinstance(middleware, GroupCallbacks):
+                continue
+            backend = middleware.rate_limiter_backend
+            if isinstance(backend, Barriers):
+                continue
+            self._put(middleware, "rate_limiter_backend", Barriers(self._tracker, backend))
+            hook = self._after_process_message(middleware.after_process_message)
+            self._put(middleware, "after_process_message", hook)
+
+    def _put(self, owner: Any, name: str, ours: Any) -> None:
+        self._adopted.append((owner, owner.__dict__.get(name), name, ours))
+        setattr(owner, name, ours)
+
+    def release(self) -> None:
+        """Step aside again."""
+        while self._adopted:
+            owner, before, name, ours = self._adopted.pop()
+            if owner.__dict__.get(name) is not ours:
+                continue
+            if before is None:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, before)
+
+    def of(self, message: MessageProxy) -> str | None:
+        """Return the group that a message is a member of, if something waits for it."""
+        join = message.options.get("group_completion_uuid")
+        return join if join and message.options.get("group_completion_callbacks") else None
+
+    def finish(self, message: MessageProxy) -> None:
+        """A member has ended before: if a leader says that all have, send what waits for them."""
+        join = self.of(message)
+        if join is None:
+            return
+        try:
+            client: Any = self._broker.client
+            if client.getdel(finish_key(join)) is None:
+                return
+            log.warning("all members of group %s have completed: it goes on", join)
+            with going_on_from(join), self._tracker.batch():
+                for callback in message.options["group_completion_callbacks"]:
+                    self._broker.enqueue(Message(**callback))
+        except Exception as error:
+            if is_host_interrupt(error):
+                raise
+            log.exception("jobguard could not have group %s go on", join)  # a leader asks again
+
+    def _after_process_message(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """GroupCallbacks.after_process_message: what it sends goes on from the group, all or nothing."""
+
+        @wraps(original)
+        def hook(broker: Any, message: MessageProxy, *args: Any, **kwargs: Any) -> Any:
+            join = self.of(message)
+            if join is None:
+                return original(broker, message, *args, **kwargs)
+            with going_on_from(join), self._tracker.batch():
+                return original(broker, message, *args, **kwargs)
+
+        return hook
+
+
+class Barriers:
+    """A rate limiter's backend, of which barriers are made that lose no count."""
+
+    def __init__(self, tracker: Tracker, backend: Any) -> None:
+        self._tracker = tracker
+        self._backend = backend
+        self._open = self._count = None
+        if isinstance(backend, RedisBackend):
+            self._open = backend.client.register_script(text_of("open"))
+            self._count = backend.client.register_script(text_of("count"))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    def add(self, key: str, value: int, ttl: int) -> bool:
+        """Create a barrier; Group.run does, before it sends the first member."""
+        redis_ = self._open is not None
+        at = address_of(self._backend.client) if redis_ else type(self._backend).__name__
+        state = json.dumps({"at": at, "ttl": ttl})
+        self._tracker.open_join(key, value, state.encode())
+        try:
+            if self._open is None:
+                return bool(self._backend.add(key, value, ttl))
+            return bool(self._open(keys=[key, counted_key(key)], args=[value, ttl]))
+        except BaseException:
+            self._tracker.close_join(key)
+            raise
+
+    def decr(self, key: str, amount: int, minimum: int, ttl: int) -> bool:
+        """Count the member that runs here; False: it was the last."""
+        run = current_run()
+        if self._count is not None and run is not None and run.join == key:
+            answer = self._count(keys=[key, counted_key(key)], args=[run.job_id, ttl])
+            if answer != b"plain":
+                return bool(answer != b"cleared")
+        return bool(self._backend.decr(key, amount, minimum, ttl))
+
+
+def run_group(tracker_of: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """group.run: all its messages are one record."""
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(original)
+        def hook(self: Any, *args: Any, **kwargs: Any) -> Any:
+            guard = tracker_of(self.broker)
+            if guard is None:
+                return original(self, *args, **kwargs)
+            guard.joins.adopt()
+            with guard.tracker.batch():
+                return original(self, *args, **kwargs)
+
+        return hook
+
+    return make

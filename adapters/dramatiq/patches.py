@@ -1,0 +1,184 @@
+"""Where the hooks are put, and taken off again.
+
+All of them on one broker object, but for ``group.run`` and, for ``jobguard run``, ``Worker.start``. A
+method that is missing, or whose arguments are named otherwise, means a Dramatiq that this adapter does
+not know: then nothing is patched.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from functools import wraps
+from typing import TYPE_CHECKING, Any
+
+import dramatiq
+from dramatiq import Worker, group
+from dramatiq.brokers.redis import RedisBroker
+
+from jobguard.adapter import Tracker, tracker_for_worker
+from jobguard.adapters.dramatiq.consumer import Held
+from jobguard.adapters.dramatiq.intent import Intent
+from jobguard.adapters.dramatiq.joins import Joins, run_group
+from jobguard.adapters.dramatiq.layout import new_guest
+from jobguard.adapters.dramatiq.middleware import GuardMiddleware
+from jobguard.adapters.dramatiq.producer import Producer
+from jobguard.adapters.dramatiq.worker import WorkerHalf
+from jobguard.errors import UnsupportedTarget
+
+if TYPE_CHECKING:
+    from dramatiq import Broker
+
+log = logging.getLogger("jobguard")
+
+_GUARD = "_jobguard"
+_ABSENT: Any = object()
+_KNOWN = {
+    "enqueue": ("message",),
+    "consume": ("queue_name", "prefetch", "timeout"),
+    "flush": ("queue_name",),
+}
+_lock = threading.Lock()
+_guards: list[BrokerGuard] = []
+_group_run: list[tuple[Any, Any]] = []
+_worker_start: list[Any] = []
+
+
+class BrokerGuard:
+    """One guarded broker object, with all that is hooked of it."""
+
+    def __init__(self, tracker: Tracker, broker: RedisBroker) -> None:
+        self.tracker = tracker
+        self.broker = broker
+        held = Held()
+        self.joins = Joins(tracker, broker)
+        self.worker = WorkerHalf(tracker, broker, held, self.joins)
+        producer = Producer(tracker, broker, held, self.worker)
+        intent = Intent(tracker, broker)
+        self._middleware = GuardMiddleware(producer, self.worker)
+        self._hooks: dict[str, Callable[[Any], Any]] = {
+            "enqueue": producer.enqueue,
+            "do_enqueue": producer.do_enqueue,
+            "consume": self.worker.consume,
+            "do_ack": self.worker.do_ack,
+            "do_nack": self.worker.do_nack,
+            "flush": intent.flush,
+            "do_purge": intent.do_purge,
+        }
+        self._before: dict[str, Any] = {}
+        self._put: dict[str, Any] = {}
+
+    def put_up(self) -> None:
+        """Hook the broker."""
+        own = self.broker.__dict__
+        for name, make in self._hooks.items():
+            self._before[name] = own.get(name, _ABSENT)
+            self._put[name] = make(self._original(name))
+            setattr(self.broker, name, self._put[name])
+        self._before["broker_id"] = self.broker.broker_id
+        self.broker.broker_id = str(new_guest())
+        self.broker.add_middleware(self._middleware)
+        setattr(self.broker, _GUARD, self)
+
+    def _original(self, name: str) -> Any:
+        """Return what a hook calls: the method of the class as it is then, whoever hooks it meanwhile."""
+        kind = type(self.broker)
+        if name in self.broker.__dict__ or not hasattr(kind, name):
+            return getattr(self.broker, name)
+
+        @wraps(getattr(kind, name))
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return getattr(kind, name)(self.broker, *args, **kwargs)
+
+        return call
+
+    def take_down(self) -> None:
+        """Leave the broker as it was, but for what others have put over ours."""
+        delattr(self.broker, _GUARD)
+        self.worker.end()
+        self.joins.release()
+        middleware = [each for each in self.broker.middleware if each is not self._middleware]
+        self.broker.middleware = middleware
+        self.broker.broker_id = self._before.pop("broker_id")
+        for name, before in self._before.items():
+            if self.broker.__dict__.get(name) is not self._put[name]:
+                continue
+            if before is _ABSENT:
+                delattr(self.broker, name)
+            else:
+                setattr(self.broker, name, before)
+
+
+def guard_of(broker: Broker) -> BrokerGuard | None:
+    """Return the guard of a broker object."""
+    found: BrokerGuard | None = broker.__dict__.get(_GUARD)
+    return found
+
+
+def install(tracker: Tracker, broker: Any) -> None:
+    """Put the hooks on a broker; raises UnsupportedTarget if this Dramatiq is not known."""
+    with _lock:
+        if guard_of(broker) is not None:
+            return
+        for problem in _strange(broker):
+            raise UnsupportedTarget(
+                f"Dramatiq {dramatiq.__version__} has no {problem} as jobguard knows it: messages are "
+                "not guarded. Use a Dramatiq from 1.17 to 2.x, or upgrade jobguard."
+            )
+        if not _group_run:
+            original = group.run
+            hook = run_group(guard_of)(original)
+            _group_run.append((original, hook))
+            setattr(group, "run", hook)  # noqa: B010 - a method, to the type checker
+        made = BrokerGuard(tracker, broker)
+        made.put_up()
+        _guards.append(made)
+
+
+def uninstall(tracker: Tracker) -> None:
+    """Take the hooks off every broker of this source; the last takes those on Dramatiq itself along."""
+    with _lock:
+        for made in [each for each in _guards if each.tracker.source.id == tracker.source.id]:
+            _guards.remove(made)
+            made.take_down()
+        if _group_run and not _guards:
+            original, hook = _group_run.pop()
+            if group.__dict__.get("run") is hook:
+                setattr(group, "run", original)  # noqa: B010 - a method, to the type checker
+
+
+def guard_workers() -> None:
+    """Have a worker that starts guard its broker by what its environment says."""
+    with _lock:
+        if _worker_start:
+            return
+        original = Worker.start
+
+        def start(self: Worker) -> None:
+            broker = self.broker
+            if isinstance(broker, RedisBroker) and guard_of(broker) is None:
+                try:
+                    tracker_for_worker(broker)
+                except Exception:
+                    log.exception("jobguard cannot guard this worker")
+            original(self)
+
+        _worker_start.append(original)
+        setattr(Worker, "start", start)  # noqa: B010 - a method, to the type checker
+
+
+def _strange(broker: RedisBroker) -> Iterator[str]:
+    """Name what of this Dramatiq is not as we know it."""
+    for name, leading in _KNOWN.items():
+        method = getattr(broker, name, None)
+        try:
+            names = tuple(inspect.signature(method).parameters) if callable(method) else ()
+        except (TypeError, ValueError):
+            names = ()
+        if names[: len(leading)] != leading:
+            yield f"RedisBroker.{name}({', '.join(leading)}, ...)"
+    for name in ("broker_id", "namespace", "client", "middleware", "actors"):
+        if not hasattr(broker, name):
+            yield f"RedisBroker.{name}"

@@ -1,0 +1,190 @@
+"""What a guarded broker does with every message that goes into Redis.
+
+``enqueue`` is where one sees what is sent, and of what it comes; ``before_enqueue`` of our middleware
+is where its id may be chosen; ``do_enqueue`` is where the bytes go, whatever other middleware did to the
+message in between.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import wraps
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+from dramatiq import Message
+
+from jobguard.adapters.dramatiq.deliveries import deliver
+from jobguard.adapters.dramatiq.layout import Layout, canonical, token_of
+from jobguard.adapters.dramatiq.push import Push, reach
+from jobguard.adapters.dramatiq.run import Run, current_run, derive
+from jobguard.adapters.dramatiq.scripts import text_of
+from jobguard.errors import is_host_interrupt
+from jobguard.job import Delivery, Parent, derived_token, new_token, token_at
+
+if TYPE_CHECKING:
+    from dramatiq.brokers.redis import RedisBroker
+
+    from jobguard.adapter import Tracker
+    from jobguard.adapters.dramatiq.consumer import Held
+
+log = logging.getLogger("jobguard")
+Enqueue = Callable[..., Any]
+
+
+@dataclass(slots=True)
+class _Draft:
+    """One call of enqueue, from its beginning to the push."""
+
+    origin: UUID | None
+    """The delivery that the message comes from: its retry, its move from the delay queue."""
+    run: Run | None
+    message: Message[Any] | None = None
+    """As it will be encoded."""
+    token: UUID | None = None
+    parent: Parent | None = None
+    supersedes: bool = False
+    """It takes the place of the run that sends it."""
+    derived: bool = False
+    closes: str | None = None
+
+
+_draft: ContextVar[_Draft | None] = ContextVar("jobguard_dramatiq_draft", default=None)
+
+
+@dataclass(slots=True)
+class _Join:
+    id: str
+    sent: int = 0
+    """How much has gone on from it. All of it is recorded at once, and the first closes it."""
+
+
+_closing: ContextVar[_Join | None] = ContextVar("jobguard_dramatiq_closing", default=None)
+
+
+@contextmanager
+def going_on_from(join: str) -> Iterator[None]:
+    """Inside, what is sent is what waited for that group."""
+    before = _closing.set(_Join(join))
+    try:
+        yield
+    finally:
+        _closing.reset(before)
+
+
+class Producer:
+    """The producing half of one guarded broker."""
+
+    def __init__(self, tracker: Tracker, broker: RedisBroker, held: Held, worker: Any) -> None:
+        self._tracker = tracker
+        self._broker = broker
+        self._held = held
+        self._worker = worker
+        self._layout = Layout(broker.namespace)
+        self._push = broker.client.register_script(text_of("push"))
+
+    def enqueue(self, original: Enqueue) -> Enqueue:
+        """RedisBroker.enqueue: what every message comes through."""
+
+        @wraps(original)
+        def hook(message: Message[Any], *, delay: int | None = None) -> Any:
+            run = current_run()
+            draft = _Draft(token_of(message.options.get("redis_message_id")), run)
+            before = _draft.set(draft)
+            try:
+                return original(message, delay=delay)
+            except BaseException:
+                if run is not None and run.after:
+                    run.broken = True  # Dramatiq swallows this, and acknowledges the job
+                raise
+            finally:
+                _draft.reset(before)
+
+        return hook
+
+    def before_enqueue(self, message: Message[Any]) -> None:
+        """Give the message that is about to be pushed a token of ours for its id."""
+        draft = _draft.get()
+        if draft is None or not self._tracker.guards(canonical(message.queue_name)):
+            return
+        self._descend(draft, message)
+        draft.message = message
+        message.options["redis_message_id"] = str(draft.token)
+
+    def do_enqueue(self, original: Enqueue) -> Enqueue:
+        """RedisBroker.do_enqueue: the bytes, on their way to Redis."""
+
+        @wraps(original)
+        def hook(queue_name: str, rid: str, data: bytes) -> Any:
+            try:
+                push = self._prepare(queue_name, rid, data)
+            except Exception as error:
+                if is_host_interrupt(error):
+                    raise
+                log.exception("jobguard could not take message %s; it goes unrecorded", rid)
+                push = None
+            if push is None:
+                return original(queue_name, rid, data)
+            return push.make()
+
+        return hook
+
+    def _descend(self, draft: _Draft, message: Message[Any]) -> None:
+        """Find out what the message comes from, and make its token of that."""
+        run, origin, join = draft.run, draft.origin, _closing.get()
+        id, sent_at = message.message_id, message.message_timestamp / 1000
+        if join is not None:
+            # Whoever completes the group last, and how often: it is one and the same delivery.
+            draft.token = derived_token(token_at(sent_at), f"{join.id}\x00{id}", join.sent)
+            draft.derived, draft.closes = True, None if join.sent else join.id
+            join.sent += 1
+        elif run is not None and origin == run.token and run.after and run.error is not None:
+            if not run.superseded:
+                draft.parent, draft.supersedes = run.parent(), True
+            draft.token, draft.derived = run.derive(id), True
+        elif run is None and origin is not None and str(origin) in self._held:
+            # Dramatiq's move from the delay queue; or its retry of what failed before it was claimed.
+            session = self._worker.session
+            draft.parent = Parent(origin, worker=session.id if session is not None else None)
+            draft.token, draft.derived = derive(origin, id, 0, sent_at=sent_at), True
+        elif run is not None:
+            draft.token, draft.derived = run.derive(id), True
+        else:
+            draft.token = new_token()
+
+    def _prepare(self, queue_name: str, rid: str, data: bytes) -> Push | None:
+        token = token_of(rid)
+        if token is None or not self._tracker.guards(canonical(queue_name)):
+            return None
+        draft = _draft.get()
+        if draft is None or draft.message is None or draft.token != token:
+            draft = _Draft(None, None, Message.decode(data))  # somebody pushes by hand
+        return Push(
+            self._tracker,
+            self._delivery(draft, token, queue_name, data),
+            connect=lambda: reach(self._broker.client),
+            send=lambda: self._send(queue_name, rid, data),
+            run=draft.run,
+            supersedes=draft.supersedes,
+        )
+
+    def _delivery(self, draft: _Draft, token: UUID, queue: str, data: bytes) -> Delivery:
+        assert draft.message is not None
+        return deliver(
+            self._broker,
+            draft.message,
+            rid=token,
+            queue=queue,
+            data=data if isinstance(data, bytes) else str(data).encode(),
+            parent=draft.parent,
+            derived=draft.derived,
+            closes=draft.closes,
+        )
+
+    def _send(self, queue_name: str, rid: str, data: bytes) -> None:
+        list_ = self._layout.key(queue_name)
+        self._push(keys=[list_, f"{list_}.msgs"], args=[rid, data])

@@ -1,0 +1,45 @@
+"""Lua scripts of this adapter, for a client of ours that runs many of them in one round trip."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+from redis.exceptions import NoScriptError
+
+if TYPE_CHECKING:
+    import redis
+
+_HERE = files(__package__)
+
+
+def text_of(name: str) -> str:
+    """Return a script that lies beside this file."""
+    return _HERE.joinpath(f"{name}.lua").read_text(encoding="utf-8")
+
+
+class Script:
+    """A script that is loaded once, and again only if Redis forgot it."""
+
+    def __init__(self, client: redis.Redis, name: str):
+        self._client = client
+        self._text = text_of(name)
+        self._sha = ""
+
+    def run(self, calls: Sequence[tuple[Sequence[Any], Sequence[Any]]]) -> list[Any]:
+        """Run these calls (keys, arguments) in order, in one trip; errors are among the answers."""
+        answers: list[Any] = [NoScriptError()] * len(calls)
+        for load in (not self._sha, True):
+            left = [at for at, answer in enumerate(answers) if isinstance(answer, NoScriptError)]
+            if not left:
+                break
+            if load:
+                self._sha = str(self._client.script_load(self._text))
+            with self._client.pipeline(transaction=False) as pipe:
+                for at in left:
+                    keys, args = calls[at]
+                    pipe.evalsha(self._sha, len(keys), *keys, *args)
+                for at, answer in zip(left, pipe.execute(raise_on_error=False), strict=True):
+                    answers[at] = answer
+        return answers

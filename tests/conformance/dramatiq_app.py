@@ -1,0 +1,21 @@
+"""An application of Dramatiq, as a worker imports it; where Redis is, is in the environment."""
+
+from __future__ import annotations
+
+import os
+import time
+
+from dramatiq import Worker, set_broker
+
+import jobguard
+from tests.conformance.on_dramatiq import a_broker, declare
+
+broker = a_broker(url=os.environ["JOBGUARD_REDIS_URL"])
+set_broker(broker)
+guard = jobguard.guard(broker)
+declare(broker)
+
+if __name__ == "__main__":
+    Worker(broker, worker_timeout=100, worker_threads=1).start()
+    while True:
+        time.sleep(60)

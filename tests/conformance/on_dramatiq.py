@@ -1,0 +1,210 @@
+"""Dramatiq, as the suite sees it."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+from uuid import UUID
+
+import dramatiq
+import fakeredis
+import pytest
+from dramatiq import Worker, group
+from dramatiq.brokers.redis import RedisBroker
+from dramatiq.brokers.stub import StubBroker
+from dramatiq.encoder import Encoder
+
+from jobguard.adapters.dramatiq import DramatiqAdapter
+from jobguard.job import Presence
+from tests.conformance import tasks
+from tests.conformance.library import QUEUE, Library
+from tests.support import eventually
+
+MINUTE = 60_000
+_TASKS = {name: getattr(tasks, name) for name in ("say", "fail", "look", "die")}
+_NO_JOBS = ("dramatiq:__heartbeats__", "dramatiq:__acks__", "jobguard:")
+
+
+class _Pickles(Encoder):
+    """JSON, and what JSON cannot say, as an application may have it."""
+
+    def encode(self, data: Any) -> bytes:
+        try:
+            return json.dumps(data, separators=(",", ":")).encode()
+        except TypeError:
+            return pickle.dumps(data)
+
+    def decode(self, data: bytes) -> Any:
+        return json.loads(data) if data.startswith(b"{") else pickle.loads(data)
+
+
+dramatiq.set_encoder(_Pickles())
+
+
+def a_broker(**options: Any) -> RedisBroker:
+    """Return a broker; Dramatiq does not say of what types its arguments are."""
+    make: Any = RedisBroker
+    made: RedisBroker = make(**options)
+    return made
+
+
+def declare(broker: RedisBroker, queue: str = QUEUE) -> None:
+    """Have the broker know the tasks of the suite."""
+    actor: Any = dramatiq.actor
+    for name, task in _TASKS.items():
+        actor(task, broker=broker, actor_name=name, queue_name=queue, max_retries=0)
+
+
+class OnDramatiq(Library):
+    """Dramatiq."""
+
+    adapter = DramatiqAdapter()
+    one_body_per_id = False
+    remembers: ClassVar[Mapping[str, Presence]] = {"say": Presence.ABSENT, "fail": Presence.FAILED}
+
+    def __init__(self, redis_url: str, ledger: Path) -> None:
+        super().__init__(redis_url, ledger)
+        self.broker = a_broker(url=redis_url)
+        declare(self.broker)
+
+    def target(self, queue: str | None = None) -> object:
+        """The broker; to guard something else, another one."""
+        return self.broker if queue is None else a_broker(url=self.redis_url)
+
+    def doubles(self) -> Mapping[str, object]:
+        """What keeps nothing that could be lost."""
+        fake: Any = fakeredis.FakeRedis()
+        return {"fakeredis": a_broker(client=fake), "StubBroker": StubBroker()}
+
+    @contextmanager
+    def bare(self) -> Iterator[None]:
+        """Nothing is hooked but a broker."""
+        yield
+
+    def hooks(self) -> object:
+        """The broker, entry by entry, and the one method that is hooked of Dramatiq."""
+        own = {name: value for name, value in self.broker.__dict__.items() if name != "logger"}
+        return {**own, "middleware": list(self.broker.middleware)}, group.__dict__["run"]
+
+    def send(
+        self,
+        task: str = "say",
+        *words: object,
+        queue: str = QUEUE,
+        job_id: str | None = None,
+        delay: float | None = None,
+        retries: int = 0,
+        at_front: bool = False,
+    ) -> str:
+        """Enqueue it."""
+        if at_front:
+            pytest.skip("Dramatiq knows no front of a queue")
+        message = self.broker.actors[task].message_with_options(
+            args=(str(self.ledger), *words), max_retries=retries, min_backoff=1, max_backoff=1
+        )
+        message = message.copy(queue_name=queue, **({"message_id": job_id} if job_id else {}))
+        self.broker.declare_queue(queue)
+        wait = None if delay is None else int(delay * 1000)
+        return self.broker.enqueue(message, delay=wait).message_id
+
+    def cancel(self, job_id: str) -> None:
+        """Dramatiq throws away whole queues alone."""
+        for queue in self.broker.get_declared_queues():
+            if job_id in self.waiting(queue):
+                self.broker.flush(queue)
+
+    @contextmanager
+    def worker(self, *queues: str, threads: int = 1) -> Iterator[Worker]:
+        """Have a worker in this process."""
+        worker = Worker(self.broker, queues=set(queues), worker_timeout=20, worker_threads=threads)
+        worker.start()
+        try:
+            yield worker
+        finally:
+            worker.stop()
+
+    def work(self, queue: str = QUEUE) -> None:
+        """Until nothing waits that is due."""
+        self.broker.declare_queue(queue)
+        with self.worker(queue):
+            eventually(lambda: not self._due(queue), 30)
+
+    def _due(self, queue: str) -> bool:
+        bodies: Any = self.client.hvals(f"dramatiq:{queue}.msgs")
+        taken: Any = self.client.keys(f"dramatiq:__acks__.*.{queue}")
+        listed: Any = self.client.llen(f"dramatiq:{queue}")
+        delayed: Any = self.client.hvals(f"dramatiq:{queue}.DQ.msgs")
+        soon = time.time() * 1000 + MINUTE
+        etas = [dramatiq.Message.decode(body).options["eta"] for body in delayed]
+        return bool(listed or taken or any(eta < soon for eta in etas)) and bool(bodies or delayed)
+
+    def move_delayed(self) -> None:
+        """What the consumer of a delay queue does, with nobody there to run what it moves."""
+        key = f"dramatiq:{QUEUE}.DQ.msgs"
+        stored: Any = self.client.hgetall(key)
+        for rid, data in stored.items():
+            message = dramatiq.Message.decode(data)
+            message.options["eta"] = int(time.time() * 1000) - 1
+            self.client.hset(key, rid, message.encode())
+        worker = Worker(self.broker, queues={QUEUE}, worker_timeout=20, worker_threads=0)
+        worker.delay_prefetch = 1000
+        worker.start()
+        try:
+            eventually(lambda: not self.client.exists(key), 30)
+        finally:
+            worker.stop()
+
+    def start_worker(self, environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
+        """Without the command, whose workers live on when it is killed."""
+        return subprocess.Popen(
+            [sys.executable, "-m", "tests.conformance.dramatiq_app"],
+            env=dict(environ),
+            stdin=subprocess.DEVNULL,
+        )
+
+    def waiting(self, queue: str = QUEUE) -> list[str]:
+        """The list, from its head; before it, what a worker has fetched."""
+        rids: list[bytes] = []
+        for key in self.client.scan_iter(f"dramatiq:__acks__.*.{queue}"):
+            rids += self.client.smembers(key)  # type: ignore[arg-type]
+        rids += self.client.lrange(f"dramatiq:{queue}", 0, -1)  # type: ignore[arg-type]
+        bodies: Any = self.client.hmget(f"dramatiq:{queue}.msgs", rids) if rids else []
+        return [dramatiq.Message.decode(body).message_id for body in bodies if body]
+
+    def body(self, job_id: str) -> object:
+        """Its message, as it stands there."""
+        found = self._find(job_id)
+        return {**json.loads(found[1]), **json.loads(found[1])["options"]} if found else None
+
+    def token(self, job_id: str) -> UUID | None:
+        """Its id in Redis, if we chose that."""
+        found = self._find(job_id)
+        token = UUID(found[0].decode()) if found else None
+        return token if token is not None and token.version == 7 else None
+
+    def _find(self, job_id: str) -> tuple[bytes, bytes] | None:
+        for key in self.client.scan_iter("dramatiq:*.msgs"):
+            stored: Any = self.client.hgetall(key)
+            for rid, data in stored.items():
+                if not key.endswith(b".XQ.msgs") and job_id in data.decode(errors="replace"):
+                    return rid, data
+        return None
+
+    def forget(self, job_id: str) -> None:
+        """Its message, and its place in the list."""
+        found = self._find(job_id)
+        assert found is not None
+        for queue in (QUEUE, f"{QUEUE}.DQ"):
+            self.client.hdel(f"dramatiq:{queue}.msgs", found[0])
+            self.client.lrem(f"dramatiq:{queue}", 0, found[0].decode())
+
+    def is_a_jobs(self, key: str) -> bool:
+        """All but workers and what they have fetched."""
+        return not key.startswith(_NO_JOBS)

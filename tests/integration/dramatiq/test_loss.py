@@ -1,0 +1,283 @@
+"""Redis loses data under a running application, or parts of it; a leader puts back what is owed."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+import jobguard
+from jobguard.adapters.dramatiq.joins import Barriers
+from jobguard.adapters.dramatiq.run import Run
+from jobguard.guard import JobGuard
+from jobguard.job import Presence, Restored
+from jobguard.tracker import HostTracker
+from tests.conformance.words import BRISK, Leader, Records
+from tests.integration.dramatiq.stage import KEYS, Stage, open_joins
+from tests.support import eventually
+
+HOUR = 3_600_000
+
+
+class TestParts:
+    """Part of it is gone, or stands where no worker would find it."""
+
+    @pytest.fixture(autouse=True)
+    def sent(self, stage: Stage, guard: JobGuard) -> list[str]:
+        """Send some, in order."""
+        return [stage.actor("say").send(word).options["redis_message_id"] for word in range(30)]
+
+    def restore(self, records: Records, leader: Leader) -> list[Restored]:
+        """Put back what is absent; twice is once."""
+        lost = [d for d in records.owed() if leader.look(d).presence is Presence.ABSENT]
+        done = leader.restore(*lost)
+        assert set(leader.restore(*lost)) <= {Restored.PRESENT}
+        return done
+
+    def test_some_messages(
+        self, stage: Stage, records: Records, leader: Leader, sent: list[str]
+    ) -> None:
+        """With their places."""
+        for rid in sent[::3]:
+            stage.client.hdel(f"{KEYS}.msgs", rid)
+            stage.client.lrem(KEYS, 0, rid)
+        assert self.restore(records, leader) == [Restored.RESTORED] * 10
+        stage.work()
+        assert sorted(map(int, stage.said())) == list(range(30))
+
+    @pytest.mark.parametrize("evicted", [KEYS, f"{KEYS}.msgs"])
+    def test_an_evicted_key(
+        self, stage: Stage, records: Records, leader: Leader, sent: list[str], evicted: str
+    ) -> None:
+        """The list, or the messages that stand in it."""
+        stage.client.delete(evicted)
+        assert self.restore(records, leader) == [Restored.RESTORED] * 30
+        assert [raw.decode() for raw in stage.client.lrange(KEYS, 0, -1)] == sent
+        assert stage.client.hlen(f"{KEYS}.msgs") == 30
+        stage.work()
+        assert sorted(map(int, stage.said())) == list(range(30))
+
+    def test_what_a_dead_worker_had_fetched(
+        self, stage: Stage, records: Records, leader: Leader, sent: list[str]
+    ) -> None:
+        """It is taken from that worker alone; what a living one has is left."""
+        dead, living = "0" * 32, "d00dfeed-0000-4000-8000-000000000000"
+        of_the_dead = "00000000-0000-0000-0000-000000000000"
+        for worker, rids in ((of_the_dead, sent[:10]), (living, sent[10:20])):
+            stage.client.zadd("dramatiq:__heartbeats__", {worker: 1})
+            stage.client.sadd(f"dramatiq:__acks__.{worker}.default", *rids)
+            for rid in rids:
+                stage.client.lrem(KEYS, 0, rid)
+        owed = [replace(d, held_by=dead) for d in records.owed()]
+        answers = leader.restore(*owed)
+        assert answers == [Restored.RESTORED] * 10 + [Restored.PRESENT] * 20
+        assert not stage.client.exists(f"dramatiq:__acks__.{of_the_dead}.default")
+        assert stage.client.scard(f"dramatiq:__acks__.{living}.default") == 10
+        assert stage.client.llen(KEYS) == 20
+
+    def test_a_dead_letter_is_no_loss(
+        self, stage: Stage, records: Records, leader: Leader, sent: list[str]
+    ) -> None:
+        """Dramatiq knows its end."""
+        body = stage.client.hget(f"{KEYS}.msgs", sent[0])
+        stage.client.hdel(f"{KEYS}.msgs", sent[0])
+        stage.client.lrem(KEYS, 0, sent[0])
+        stage.client.hset(f"{KEYS}.XQ.msgs", sent[0], body)
+        (owed, *_) = records.owed()
+        assert leader.look(owed).presence is Presence.FAILED
+        assert leader.restore(owed) == [Restored.PRESENT]
+
+
+class TestFlush:
+    """FLUSHDB under a worker, with a leader that leads."""
+
+    @pytest.fixture(autouse=True)
+    def led(self, stage: Stage, guard: JobGuard, reconciler: Any) -> Any:
+        """Wait until the queue is trusted."""
+        with stage.worker():
+            reconciler()
+
+    def done(self, stage: Stage, records: Records, *words: str) -> None:
+        """Wait until all is done, and each was said once."""
+        eventually(lambda: len(stage.said()) >= len(words), 30)
+        eventually(lambda: records.owed() == [], 30)
+        assert sorted(stage.said()) == sorted(words)
+
+    def test_waiting_and_delayed(self, stage: Stage, records: Records) -> None:
+        """In their queues."""
+        for word in "abc":
+            stage.actor("say").send(word)
+        stage.actor("say").send_with_options(args=("d",), delay=4000)
+        stage.client.flushdb()
+        with stage.worker():
+            self.done(stage, records, *"abcd")
+
+    def test_delayed_in_a_workers_memory(self, stage: Stage, records: Records) -> None:
+        """It moves what it remembers, and what is put back meanwhile is the same delivery."""
+        with stage.worker() as worker:
+            stage.actor("say").send_with_options(args=("a",), delay=3000)
+            delayed: Any = worker.consumers["default.DQ"]
+            eventually(lambda: delayed.delay_queue.qsize() == 1)
+            stage.client.flushdb()
+            self.done(stage, records, "a")
+
+    def test_fetched_by_a_worker_that_then_stops(self, stage: Stage, records: Records) -> None:
+        """It gives back what Redis does not know any more; Dramatiq drops it without a word."""
+        stage.actor("wait").send("a")
+        with stage.worker():
+            eventually(lambda: stage.said() == ["a:begun"])
+            stage.actor("wait").send("b")
+            eventually(lambda: not stage.client.exists(KEYS))
+            stage.client.flushdb()
+            threading.Timer(0.3, stage.gate("a").touch).start()  # when it has begun to stop
+        assert stage.said() == ["a:begun", "a"]
+        stage.gate("b").touch()
+        with stage.worker():
+            self.done(stage, records, "a:begun", "a", "b:begun", "b")
+
+    def test_a_retry_that_waits(self, stage: Stage, records: Records) -> None:
+        """With the tries it has had."""
+        stage.actor("flaky").send_with_options(
+            args=("a",), max_retries=1, min_backoff=1500, max_backoff=1500
+        )
+        with stage.worker():
+            eventually(lambda: stage.said() == ["a"])
+            eventually(lambda: stage.client.exists(f"{KEYS}.DQ.msgs"))
+        stage.client.flushdb()
+        with stage.worker():
+            self.done(stage, records, "a", "a")
+
+    def test_a_pipeline_between_two_steps(self, stage: Stage, records: Records) -> None:
+        """The step that waits goes on with what it was given."""
+        steps = [stage.message("echo", "a"), stage.message("wait"), stage.message("say", "z")]
+        steps[2] = steps[2].copy(options={"pipe_ignore": True})
+        stage.pipeline(steps).run()
+        with stage.worker():
+            eventually(lambda: "a:begun" in stage.said())
+            stage.client.flushdb()
+            stage.gate("a").touch()
+            self.done(stage, records, "a", "a:begun", "a", "z")
+
+    def test_a_group_of_which_some_have_completed(
+        self, stage: Stage, records: Records, database: str
+    ) -> None:
+        """What waits for it is sent once, when the last has completed."""
+        members = [stage.message("say", w) for w in "abc"] + [stage.message("wait", "d")]
+        several = stage.group(members)
+        several.add_completion_callback(stage.message("say", "all"))
+        several.run()
+        with stage.worker(worker_threads=2):
+            eventually(lambda: {"a", "b", "c", "d:begun"} <= set(stage.said()))
+            eventually(lambda: len(records.owed()) == 1)
+            stage.actor("say").send("last")  # something to put back, and the barrier with it
+            stage.client.flushdb()
+            stage.gate("d").touch()
+            self.done(stage, records, *"abc", "d:begun", "d", "all", "last")
+        assert open_joins(database) == 0
+
+    @pytest.mark.parametrize("lost", ["before", "after"])
+    def test_a_member_that_ends_around_the_loss(
+        self,
+        stage: Stage,
+        records: Records,
+        database: str,
+        monkeypatch: pytest.MonkeyPatch,
+        lost: str,
+    ) -> None:
+        """Counted in Redis, and its end not yet written; or ended while there is no barrier."""
+        reached, go = threading.Event(), threading.Event()
+        end = HostTracker.end
+
+        def late(self: HostTracker, ends: Any) -> Any:
+            if any(e.part for e in ends) and not go.is_set():
+                reached.set()
+                go.wait(20)
+            return end(self, ends)
+
+        monkeypatch.setattr(HostTracker, "end", late)
+        members = [
+            stage.message("say", "a"),
+            stage.message("wait", "b"),
+            stage.message("wait", "c"),
+        ]
+        several = stage.group(members)
+        several.add_completion_callback(stage.message("say", "all"))
+        several.run()
+        with stage.worker(worker_threads=3):
+            eventually(lambda: {"b:begun", "c:begun"} <= set(stage.said()))
+            eventually(reached.is_set)
+            stage.client.flushdb()
+            if lost == "after":
+                stage.gate("b").touch()
+                eventually(lambda: "b" in stage.said())
+            stage.actor("say").send("last")
+            eventually(lambda: "last" in stage.said(), 20)
+            go.set()
+            stage.gate("b").touch()
+            stage.gate("c").touch()
+            words = ("a", "b:begun", "b", "c:begun", "c", "all", "last")
+            self.done(stage, records, *words)
+        assert open_joins(database) == 0
+        assert stage.said()[-1] == "all"  # not before the last member
+
+    def test_a_callback_that_was_never_sent(
+        self, stage: Stage, records: Records, database: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """All members have ended: a leader has a worker send it."""
+        several = stage.group([stage.message("say", w) for w in "ab"])
+        several.add_completion_callback(stage.message("say", "all"))
+        several.add_completion_callback(stage.message("say", "too"))
+        several.run()
+        stage.client.flushdb()
+        with monkeypatch.context() as patch:
+            patch.setattr(Barriers, "decr", lambda *_: True)  # nobody is told that it is the last
+            with stage.worker():
+                eventually(lambda: {"a", "b"} <= set(stage.said()), 20)
+                eventually(lambda: len(records.owed()) == 0)
+        with stage.worker():
+            self.done(stage, records, "a", "b", "all", "too")
+        assert open_joins(database) == 0
+
+
+class TestRerun:
+    """A member that was counted, and whose end was never told, runs again."""
+
+    def test_it_is_counted_once(self, stage: Stage, database: str, records: Records) -> None:
+        """Else what waits for the group would be sent too early."""
+        with jobguard.guard(stage.broker, postgres=database, **BRISK):
+            members = [stage.message("say", "a"), stage.message("wait", "b")]
+            several = stage.group(members)
+            several.add_completion_callback(stage.message("say", "all"))
+            several.run()
+            ended = threading.Event()
+
+            def killed(self: Run, *, failed: bool) -> None:
+                if self.task == "say" and not ended.is_set():
+                    ended.set()
+                    self.leave()
+                    self.session.give_back(self.claim)  # as if its worker had died here
+                    stage.client.rpush(KEYS, str(self.token))
+                    self.told = True
+                    return
+                original(self, failed=failed)
+
+            original = Run.end
+            Run.end = killed  # type: ignore[method-assign]
+            try:
+                rid = stage.client.lindex(KEYS, 0)
+                body = stage.client.hget(f"{KEYS}.msgs", rid)
+                with stage.worker(worker_threads=2):
+                    eventually(ended.is_set)
+                    eventually(lambda: not stage.client.hexists(f"{KEYS}.msgs", rid))
+                    stage.client.delete(KEYS)
+                    stage.client.hset(f"{KEYS}.msgs", rid, body)
+                    stage.client.rpush(KEYS, rid)
+                    eventually(lambda: stage.said().count("a") == 2)
+                    eventually(lambda: len(records.owed()) == 1)
+                    assert "all" not in stage.said()
+                    stage.gate("b").touch()
+                    eventually(lambda: "all" in stage.said())
+            finally:
+                Run.end = original  # type: ignore[method-assign]

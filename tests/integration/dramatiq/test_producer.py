@@ -1,0 +1,292 @@
+"""What is sent: from wherever, however, and whatever is away."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import dramatiq
+import pytest
+import redis
+from dramatiq.middleware import Middleware
+
+import jobguard
+from jobguard.adapter import Source
+from jobguard.adapters.dramatiq.broker import DramatiqBroker
+from jobguard.adapters.dramatiq.envelope import decode
+from jobguard.errors import StoreUnavailable
+from jobguard.guard import JobGuard
+from jobguard.job import Delivery, Restored, new_token
+from jobguard.tracker import HostTracker
+from tests.conformance.words import BRISK, Leader, Records
+from tests.integration.dramatiq.stage import KEYS, Stage, a_broker
+from tests.support import eventually
+
+UNREACHABLE = "postgresql://nobody@127.0.0.1:1/nothing"
+HOUR = 3_600_000
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[list[Delivery]]:
+    """Give every record that is made, one list a statement."""
+    made: list[list[Delivery]] = []
+    record = HostTracker.record
+
+    def watched(self: HostTracker, deliveries: Any, **options: Any) -> Any:
+        made.append(list(deliveries))
+        return record(self, deliveries, **options)
+
+    monkeypatch.setattr(HostTracker, "record", watched)
+    return made
+
+
+@contextmanager
+def redis_away(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Have nobody reach Redis by the host's client."""
+
+    def refused(*_: Any, **__: Any) -> Any:
+        raise redis.ConnectionError("away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage.client, "execute_command", refused)
+        patch.setattr(stage.client.connection_pool, "get_connection", refused)
+        yield
+
+
+class TestRecord:
+    """What the record of a message says."""
+
+    def test_it_says_all_that_is_known_of_it(
+        self, stage: Stage, guard: JobGuard, recorded: list[list[Delivery]]
+    ) -> None:
+        """Whose it is, when it is due, when it is too late, and its very bytes."""
+        sent = stage.actor("say").send_with_options(args=("a",), delay=HOUR, max_age=2 * HOUR)
+        (((one,),)) = recorded
+        assert (one.job_id, one.queue, one.task, one.attempt) == (
+            sent.message_id,
+            "default",
+            "say",
+            1,
+        )
+        assert one.due_at == sent.options["eta"] / 1000
+        assert one.expires_at == (sent.message_timestamp + 2 * HOUR) / 1000
+        assert str(one.token) == sent.options["redis_message_id"]
+        envelope = decode(one.envelope)
+        assert envelope.queue == "default.DQ"
+        assert stage.client.hget(f"{KEYS}.DQ.msgs", str(one.token)) == envelope.data
+
+    def test_what_other_middleware_adds_is_recorded(
+        self, stage: Stage, guard: JobGuard, recorded: list[list[Delivery]]
+    ) -> None:
+        """Whoever comes after us: the bytes are those of Redis."""
+
+        class Late(Middleware):
+            def before_enqueue(self, broker: Any, message: Any, delay: int | None) -> None:
+                message.options["late"] = "added"
+
+        stage.broker.add_middleware(Late())
+        stage.actor("say").send("a")
+        (((one,),)) = recorded
+        data = decode(one.envelope).data
+        assert b"added" in data
+        assert stage.client.hvals(f"{KEYS}.msgs") == [data]
+
+    def test_what_cannot_be_encoded_is_not_recorded(
+        self, stage: Stage, guard: JobGuard, recorded: list[list[Delivery]]
+    ) -> None:
+        """The error is the encoder's."""
+        with pytest.raises(TypeError):
+            stage.actor("say").send(object())
+        assert recorded == []
+
+    def test_a_group_is_one_record(
+        self, stage: Stage, guard: JobGuard, recorded: list[list[Delivery]]
+    ) -> None:
+        """With its pipelines, and pushed in order."""
+        members = [stage.message("say", word) for word in range(3)]
+        chain = stage.message("echo", "a") | stage.message("echo")
+        stage.group([*members, chain]).run()
+        assert [len(each) for each in recorded] == [4]
+        rids = [raw.decode() for raw in stage.client.lrange(KEYS, 0, -1)]
+        assert rids == [str(one.token) for one in recorded[0]]
+
+    def test_a_push_by_hand_is_recorded(
+        self, stage: Stage, guard: JobGuard, recorded: list[list[Delivery]]
+    ) -> None:
+        """Somebody has the id chosen already."""
+        token = new_token()
+        message = stage.message("say", "a").copy(options={"redis_message_id": str(token)})
+        stage.broker.do_enqueue("default", str(token), message.encode())
+        assert [one.token for one in recorded[0]] == [token]
+
+    def test_a_fork_of_a_guarded_process_records_too(
+        self, stage: Stage, guard: JobGuard, records: Records
+    ) -> None:
+        """Gunicorn --preload."""
+        stage.actor("say").send("parent")
+        child = os.fork()
+        if child == 0:
+            try:
+                stage.actor("say").send("child")
+            finally:
+                os._exit(0)
+        os.waitpid(child, 0)
+        assert len(records.owed()) == 2
+        assert stage.client.llen(KEYS) == 2
+
+    def test_actors_may_be_declared_before_and_after(
+        self, redis_url: str, database: str, records: Records
+    ) -> None:
+        """And several brokers on one Redis are guarded alike."""
+        declare: Any = dramatiq.actor
+        brokers = [a_broker(redis_url), a_broker(redis_url)]
+        before = [declare(print, broker=b, actor_name="before") for b in brokers]
+        guards = [jobguard.guard(b, postgres=database, **BRISK) for b in brokers]
+        assert guards[0] is guards[1]
+        with guards[0]:
+            after = [declare(print, broker=b, actor_name="after") for b in brokers]
+            for actor in (*before, *after):
+                actor.send()
+            assert len(records.owed()) == 4
+        before[1].send()
+        assert len(records.owed()) == 4
+
+    def test_a_namespace_is_a_source_of_its_own(
+        self, redis_url: str, database: str, tmp_path: Path, records: Records
+    ) -> None:
+        """Its messages go back where they came from."""
+        spaced = Stage(a_broker(redis_url, namespace="{mine}"), tmp_path / "ledger")
+        with jobguard.guard(spaced.broker, postgres=database, **BRISK) as guard:
+            spaced.actor("say").send("a")
+            assert guard._tracker is not None
+            source = guard._tracker.source
+            before = spaced.client.hgetall("{mine}:default.msgs")
+            spaced.client.flushdb()
+            leader = Leader(DramatiqBroker(source, spaced.client))
+            assert leader.restore(*records.owed()) == [Restored.RESTORED]
+            assert spaced.client.hgetall("{mine}:default.msgs") == before
+
+
+class TestRedisAway:
+    """The record is accepted, and the leader pushes it."""
+
+    def test_a_first_delivery_is_taken_back_while_nobody_leads(
+        self,
+        stage: Stage,
+        guard: JobGuard,
+        records: Records,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """The caller hears it, and nothing is owed."""
+        with redis_away(stage, monkeypatch), pytest.raises(redis.ConnectionError):
+            stage.actor("say").send("a")
+        assert records.owed() == []
+
+    def test_it_is_accepted_while_somebody_leads(
+        self,
+        stage: Stage,
+        guard: JobGuard,
+        records: Records,
+        reconciler: Any,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """And is in Redis when that is back, once, whatever its kind."""
+        with stage.worker() as worker:
+            reconciler()
+            worker.pause()
+            with redis_away(stage, monkeypatch):
+                stage.actor("say").send("a")
+                with guard.batch():
+                    stage.actor("say").send("b")
+                stage.group([stage.message("say", "c")]).run()
+            worker.resume()
+            eventually(lambda: sorted(stage.said()) == ["a", "b", "c"], 20)
+            eventually(lambda: records.owed() == [])
+
+    def test_a_push_of_which_nobody_knows_stays(
+        self,
+        stage: Stage,
+        guard: JobGuard,
+        records: Records,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """It may have reached Redis: the error says which, and the leader sees to it."""
+
+        def lost(*_: Any, **__: Any) -> Any:
+            raise redis.TimeoutError("no answer")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(stage.client, "execute_command", lost)
+            with pytest.raises(redis.TimeoutError) as caught:
+                stage.actor("say").send("a")
+        (owed,) = records.owed()
+        assert owed.job_id in caught.value.__notes__[0]
+
+    def test_sent_twice_it_is_there_once(self, stage: Stage, guard: JobGuard) -> None:
+        """redis-py asks again when an answer is lost."""
+        message = stage.actor("say").send("a")
+        rid = message.options["redis_message_id"]
+        stage.broker.do_enqueue("default", rid, message.encode())
+        assert stage.client.llen(KEYS) == 1
+
+
+class TestPostgresAway:
+    """As the user said."""
+
+    def test_a_refused_send_pushes_nothing(self, stage: Stage) -> None:
+        """Not even a group's members."""
+        with jobguard.guard(stage.broker, postgres=UNREACHABLE, when_postgres_down="raise"):
+            with pytest.raises(StoreUnavailable):
+                stage.actor("say").send("a")
+            with pytest.raises(StoreUnavailable):
+                stage.group([stage.message("say", "b")]).run()
+        assert stage.client.llen(KEYS) == 0
+
+
+class TestIntent:
+    """What is thrown away stays away."""
+
+    def test_a_flushed_queue_stays_empty(
+        self, stage: Stage, guard: JobGuard, records: Records
+    ) -> None:
+        """With what is delayed; other queues are left alone."""
+        stage.broker.declare_queue("other")
+        stage.actor("say").send("a")
+        stage.actor("say").send_with_options(args=("b",), delay=HOUR)
+        stage.broker.enqueue(stage.message("say", "c").copy(queue_name="other"))
+        stage.broker.flush("default")
+        assert [owed.queue for owed in records.owed()] == ["other"]
+        stage.broker.flush_all()
+        assert records.owed() == []
+
+    def test_a_purged_list_is_that_alone(
+        self, stage: Stage, guard: JobGuard, records: Records
+    ) -> None:
+        """Not what is delayed beside it."""
+        stage.actor("say").send("a")
+        delayed = stage.actor("say").send_with_options(args=("b",), delay=HOUR)
+        stage.broker.do_purge("default")
+        assert [owed.job_id for owed in records.owed()] == [delayed.message_id]
+
+
+class TestRequeue:
+    """A person has what failed put back."""
+
+    def test_it_goes_back_under_a_new_id_and_is_acknowledged_by_that(
+        self, stage: Stage, guard: JobGuard, records: Records, leader: Leader, source: Source
+    ) -> None:
+        """The id stands in the message, too."""
+        failed = stage.actor("flaky").send("a")
+        with stage.worker():
+            eventually(lambda: records.ended(failed.message_id) == [("failed", 1)])
+        was = failed.options["redis_message_id"]
+        minted = guard.requeue(was)
+        (owed,) = records.owed()
+        assert owed.token == minted
+        assert leader.restore(owed) == [Restored.RESTORED]
+        stage.work()
+        assert stage.said() == ["a", "a"]
+        assert records.ended(failed.message_id) == [("failed", 1), ("completed", 2)]

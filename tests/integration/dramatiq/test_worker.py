@@ -1,0 +1,575 @@
+"""What a worker does with what it fetches: starts, ends, skips, and what it has lost sight of."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from typing import Any
+from uuid import UUID, uuid4
+
+import dramatiq
+import psycopg
+import pytest
+import redis
+from dramatiq.middleware import Middleware, SkipMessage
+from dramatiq.results import ResultFailure
+
+from jobguard import current
+from jobguard.adapter import Source
+from jobguard.errors import StoreUnavailable
+from jobguard.guard import JobGuard
+from jobguard.job import Presence
+from jobguard.session import WorkerSession
+from jobguard.tracker import HostTracker
+from tests.conformance.words import Leader, Records, another_worker
+from tests.integration.dramatiq.stage import KEYS, Stage, open_joins
+from tests.support import eventually
+
+HOUR = 3_600_000
+
+
+def outcomes(records: Records, message: Any) -> list[str]:
+    """Return how each delivery of a message ended."""
+    return [outcome for outcome, _ in records.ended(message.message_id)]
+
+
+def rid_of(message: Any) -> str:
+    """Return the id of a message in Redis."""
+    return str(message.options["redis_message_id"])
+
+
+class TestEnds:
+    """Each run ends once, and as it was."""
+
+    def test_a_pipeline(self, stage: Stage, guard: JobGuard, records: Records) -> None:
+        """Each step is a job, and its result goes on."""
+        steps = [stage.message("echo", "a"), stage.message("echo"), stage.message("echo")]
+        stage.pipeline(steps).run()
+        stage.work()
+        assert stage.said() == ["a", "a", "a"]
+        assert [outcomes(records, step) for step in steps] == [["completed"]] * 3
+
+    def test_a_group_and_what_waited_for_it(
+        self, stage: Stage, guard: JobGuard, records: Records, database: str
+    ) -> None:
+        """Both callbacks, once, when the last has completed."""
+        several = stage.group([stage.message("flaky", w, max_retries=1) for w in "abcd"])
+        callbacks = [stage.message("say", "all"), stage.message("say", "too")]
+        for callback in callbacks:
+            several.add_completion_callback(callback)
+        several.run()
+        stage.work(worker_threads=4)
+        assert sorted(stage.said()) == sorted([*"aabbccdd", "all", "too"])
+        assert [outcomes(records, callback) for callback in callbacks] == [["completed"]] * 2
+        assert open_joins(database) == 0
+
+    def test_an_asyncio_actor(self, stage: Stage, guard: JobGuard, records: Records) -> None:
+        """What it sends from the loop is known as its own."""
+        sent = stage.actor("later").send("a")
+        stage.work()
+        assert stage.said() == ["a", "a:sent"]
+        assert outcomes(records, sent) == ["completed"]
+
+    def test_a_time_limit(self, stage: Stage, guard: JobGuard, records: Records) -> None:
+        """The actor is interrupted, and has failed."""
+        stage.broker.emit_after("process_boot")  # as the command does: what watches the time begins
+        sent = stage.actor("wait").send_with_options(args=("a",), time_limit=50)
+        stage.work()
+        assert outcomes(records, sent) == ["failed"]
+
+    def test_what_grew_too_old_is_cancelled(
+        self, stage: Stage, guard: JobGuard, records: Records
+    ) -> None:
+        """Its time to live ran out; it is a dead letter all the same."""
+        sent = stage.actor("say").send_with_options(args=("a",), max_age=1)
+        stage.work()
+        assert stage.said() == []
+        assert outcomes(records, sent) == ["cancelled"]
+        assert stage.client.hexists(f"{KEYS}.XQ.msgs", rid_of(sent))
+
+    @pytest.mark.parametrize("who", ["the actor", "another middleware"])
+    def test_what_is_skipped_is_cancelled(
+        self, stage: Stage, guard: JobGuard, records: Records, who: str
+    ) -> None:
+        """Whoever says so."""
+
+        class Skipper(Middleware):
+            def before_process_message(self, broker: Any, message: Any) -> None:
+                if who != "the actor":
+                    raise SkipMessage("not today")
+
+        def skip() -> None:
+            raise SkipMessage("not today")
+
+        stage.broker.add_middleware(Skipper())
+        declare: Any = dramatiq.actor
+        sent = declare(skip, broker=stage.broker).send()
+        stage.work()
+        assert outcomes(records, sent) == ["cancelled"]
+        assert (records.owed(), records.claims()) == ([], [])
+
+    def test_without_retries_a_failure_is_one(
+        self, stage: Stage, guard: JobGuard, records: Records
+    ) -> None:
+        """Though Dramatiq acknowledges it."""
+        stage.broker.middleware = [
+            m for m in stage.broker.middleware if type(m).__name__ != "Retries"
+        ]
+        sent = stage.actor("fail").send("a")
+        stage.work()
+        assert outcomes(records, sent) == ["failed"]
+
+    def test_a_job_knows_itself(self, stage: Stage, guard: JobGuard) -> None:
+        """And not any more when it is over."""
+        seen: list[Any] = []
+
+        def look() -> None:
+            seen.append((current().id, current().attempt, current().progress(0.5)))
+
+        declare: Any = dramatiq.actor
+        sent = declare(look, broker=stage.broker).send()
+        stage.work()
+        assert seen == [(sent.message_id, 1, True)]
+        assert not current()
+
+    def test_what_a_message_sends_of_itself_is_a_job_of_its_own(
+        self, stage: Stage, guard: JobGuard, records: Records
+    ) -> None:
+        """Not its retry: it goes on, and completes."""
+        seen: list[int] = []
+
+        def again(left: int) -> None:
+            seen.append(left)
+            if left:
+                message = dramatiq.middleware.CurrentMessage.get_current_message()
+                stage.broker.enqueue(message.copy(args=(left - 1,)))  # type: ignore[union-attr]
+
+        stage.broker.add_middleware(dramatiq.middleware.CurrentMessage())
+        declare: Any = dramatiq.actor
+        sent = declare(again, broker=stage.broker).send(2)
+        stage.work()
+        assert seen == [2, 1, 0]
+        assert outcomes(records, sent) == ["completed"] * 3
+
+    def test_an_end_is_told_when_all_that_follows_is_sent(
+        self, stage: Stage, guard: JobGuard, records: Records, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Killed in between, it would be over, and its pipeline with it."""
+        order: list[str] = []
+        end, record = WorkerSession.end, HostTracker.record
+
+        def ended(self: WorkerSession, *args: Any, **kwargs: Any) -> None:
+            order.append(f"end {kwargs['task']}")
+            end(self, *args, **kwargs)
+
+        def recorded(self: HostTracker, deliveries: Any, **kwargs: Any) -> Any:
+            order.extend(f"record {delivery.task}" for delivery in deliveries)
+            return record(self, deliveries, **kwargs)
+
+        monkeypatch.setattr(WorkerSession, "end", ended)
+        monkeypatch.setattr(HostTracker, "record", recorded)
+        steps = [stage.message("echo", "a"), stage.message("say")]
+        stage.pipeline(steps).run()
+        stage.work()
+        assert order == ["record echo", "record say", "end echo", "end say"]
+
+
+class TestSkip:
+    """What has ended or is run elsewhere does not run, and nothing is lost by that."""
+
+    def test_the_result_of_the_run_is_kept(
+        self, stage: Stage, guard: JobGuard, records: Records
+    ) -> None:
+        """Else the middleware stores None over it."""
+        sent = stage.actor("add").send(20, 22)
+        body = stage.client.hget(f"{KEYS}.msgs", rid_of(sent))
+        stage.work()
+        stage.client.hset(f"{KEYS}.msgs", rid_of(sent), body)
+        stage.client.rpush(KEYS, rid_of(sent))
+        stage.work()
+        assert stage.said() == ["add"]
+        assert sent.get_result() == 42
+
+    def test_the_failure_of_the_run_is_kept(
+        self, stage: Stage, guard: JobGuard, records: Records
+    ) -> None:
+        """And it goes to the dead letters once more."""
+        sent = stage.actor("add").send("a", 1)
+        body = stage.client.hget(f"{KEYS}.msgs", rid_of(sent))
+        stage.work()
+        with pytest.raises(ResultFailure, match="TypeError"):
+            sent.get_result()
+        stage.client.delete(f"{KEYS}.XQ", f"{KEYS}.XQ.msgs")
+        stage.client.hset(f"{KEYS}.msgs", rid_of(sent), body)
+        stage.client.rpush(KEYS, rid_of(sent))
+        stage.work()
+        with pytest.raises(ResultFailure, match="TypeError"):
+            sent.get_result()
+        assert stage.client.hexists(f"{KEYS}.XQ.msgs", rid_of(sent))
+
+    def test_dramatiq_gives_a_moved_message_to_another_worker(
+        self, stage: Stage, guard: JobGuard, records: Records
+    ) -> None:
+        """The move is recorded and pushed, its worker dies before the acknowledgement: it moves once."""
+        sent = stage.actor("say").send_with_options(args=("a",), delay=1)
+        body = stage.client.hget(f"{KEYS}.DQ.msgs", rid_of(sent))
+        stage.work()
+        stage.client.hset(f"{KEYS}.DQ.msgs", rid_of(sent), body)
+        stage.client.rpush(f"{KEYS}.DQ", rid_of(sent))
+        stage.work()
+        assert stage.said() == ["a"]
+        assert outcomes(records, sent) == ["superseded", "completed"]
+
+    def test_dramatiq_gives_a_running_message_to_another_worker(
+        self, stage: Stage, guard: JobGuard, records: Records
+    ) -> None:
+        """It took its worker for dead. Nothing of the run is touched, and nothing stays behind."""
+        sent = stage.actor("wait").send("a")
+        with stage.worker(worker_threads=2):
+            eventually(lambda: stage.said() == ["a:begun"])
+            acks = f"dramatiq:__acks__.{stage.broker.broker_id}.default"
+            # What the maintenance of Dramatiq does.
+            stage.client.delete(acks)
+            stage.client.rpush(KEYS, rid_of(sent))
+            eventually(lambda: not stage.client.exists(KEYS) and not stage.client.exists(acks))
+            assert stage.client.hexists(f"{KEYS}.msgs", rid_of(sent))
+            assert len(records.claims()) == 1
+            stage.gate("a").touch()
+            eventually(stage.is_idle)
+        assert stage.said() == ["a:begun", "a"]
+        assert outcomes(records, sent) == ["completed"]
+
+    def test_a_run_that_ends_while_its_copy_is_skipped_leaves_nothing_behind(
+        self, stage: Stage, guard: JobGuard, records: Records, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It was acknowledged before, and its end is committed after."""
+        end, go = HostTracker.end, threading.Event()
+
+        def late(self: HostTracker, ends: Any) -> Any:
+            go.wait(20)
+            return end(self, ends)
+
+        monkeypatch.setattr(HostTracker, "end", late)
+        sent = stage.actor("say").send("a")
+        body = stage.client.hget(f"{KEYS}.msgs", rid_of(sent))
+        with stage.worker():
+            eventually(stage.is_idle)
+            stage.client.hset(f"{KEYS}.msgs", rid_of(sent), body)
+            stage.client.rpush(KEYS, rid_of(sent))
+            eventually(lambda: not stage.client.exists(KEYS))
+            eventually(lambda: not stage.client.keys("dramatiq:__acks__*"))
+            assert stage.client.hlen(f"{KEYS}.msgs") == 1
+            go.set()
+            eventually(stage.is_idle)
+        assert stage.said() == ["a"]
+
+    def test_what_another_worker_runs_keeps_its_message(
+        self,
+        stage: Stage,
+        guard: JobGuard,
+        records: Records,
+        leader: Leader,
+        source: Source,
+        database: str,
+    ) -> None:
+        """Should that one die, the message is there to be put back."""
+        sent = stage.actor("say").send("a")
+        (owed,) = records.owed()
+        with another_worker(database, source, owed), stage.worker():
+            eventually(lambda: not stage.client.exists(KEYS))
+            eventually(lambda: not stage.client.keys("dramatiq:__acks__*"))
+            assert stage.client.hexists(f"{KEYS}.msgs", rid_of(sent))
+            assert leader.look(owed).mark == "stranded"
+        leader.restore(owed)
+        assert leader.look(owed).presence is Presence.WAITING
+
+
+class TestUnfit:
+    """What this worker cannot begin."""
+
+    def test_without_a_leader_an_unknown_actor_is_a_dead_letter(
+        self, stage: Stage, guard: JobGuard, records: Records
+    ) -> None:
+        """As ever."""
+        message = stage.message("say", "a").copy()
+        sent = stage.broker.enqueue(dramatiq.Message(**{**message.asdict(), "actor_name": "gone"}))
+        stage.work()
+        assert outcomes(records, sent) == ["failed"]
+        assert stage.client.hexists(f"{KEYS}.XQ.msgs", rid_of(sent))
+
+    def test_with_one_it_goes_back_later(
+        self, stage: Stage, guard: JobGuard, records: Records, reconciler: Any
+    ) -> None:
+        """To a worker that may know it."""
+        with stage.worker():
+            reconciler()
+            message = stage.message("say", "a")
+            sent = stage.broker.enqueue(
+                dramatiq.Message(**{**message.asdict(), "actor_name": "new"})
+            )
+            eventually(stage.is_idle)
+            assert len(records.owed()) == 1
+            assert not stage.client.exists(f"{KEYS}.XQ")
+            declare: Any = dramatiq.actor
+            declare(stage.say, broker=stage.broker, actor_name="new")
+            eventually(lambda: stage.said() == ["a"], 20)
+            eventually(lambda: outcomes(records, sent) == ["completed"])
+
+    def test_poison_takes_nothing_along(
+        self, stage: Stage, guard: JobGuard, records: Records
+    ) -> None:
+        """What was fetched with it runs, and it is left where Dramatiq leaves it."""
+        poison = str(uuid4())
+        stage.client.hset(f"{KEYS}.msgs", poison, b"no message")
+        stage.client.rpush(KEYS, poison)
+        for word in range(4):
+            stage.actor("say").send(word)
+        with stage.worker(worker_threads=4):
+            eventually(lambda: sorted(stage.said()) == ["0", "1", "2", "3"])
+            eventually(lambda: stage.client.hkeys(f"{KEYS}.msgs") == [poison.encode()])
+            acks = f"dramatiq:__acks__.{stage.broker.broker_id}.default"
+            assert stage.client.smembers(acks) == {poison.encode()}
+
+    def test_what_is_recorded_and_cannot_be_decoded_goes_back_later(
+        self, stage: Stage, guard: JobGuard, records: Records, reconciler: Any
+    ) -> None:
+        """To a worker with the right encoder."""
+        with stage.worker() as worker:
+            reconciler()
+            worker.pause()
+            sent = stage.actor("say").send("a")
+            stage.client.hset(f"{KEYS}.msgs", rid_of(sent), b"no message")
+            worker.resume()
+            eventually(lambda: stage.said() == ["a"], 20)  # the ledger has its true bytes
+            eventually(lambda: outcomes(records, sent) == ["completed"])
+
+
+class TestForgotten:
+    """What a living worker has lost out of its memory."""
+
+    def test_a_fetch_whose_answer_was_lost(
+        self, stage: Stage, guard: JobGuard, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It is in its name, and nobody else would run it."""
+        monkeypatch.setattr("dramatiq.worker.CONSUMER_RESTART_DELAY_SECS", 0.05)
+        fetch = stage.broker.do_fetch
+        lost = threading.Event()
+
+        def once(queue: str, *args: Any) -> Any:
+            answer = fetch(queue, *args)
+            if answer and not lost.is_set():
+                lost.set()
+                raise redis.ConnectionError("the answer was lost")
+            return answer
+
+        monkeypatch.setattr(stage.broker, "do_fetch", once, raising=False)
+        for word in "abc":
+            stage.actor("say").send(word)
+        with stage.worker():
+            eventually(lambda: sorted(stage.said()) == ["a", "b", "c"])
+
+    def test_what_was_delayed_in_memory_when_the_connection_broke(
+        self, stage: Stage, guard: JobGuard, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Dramatiq throws it away without giving it back."""
+        monkeypatch.setattr("dramatiq.worker.CONSUMER_RESTART_DELAY_SECS", 0.05)
+        stage.actor("say").send_with_options(args=("a",), delay=700)
+        fetch, broken = stage.broker.do_fetch, threading.Event()
+        breaks = threading.Event()
+
+        def once(queue: str, *args: Any) -> Any:
+            if queue.endswith(".DQ") and breaks.is_set() and not broken.is_set():
+                broken.set()
+                raise redis.ConnectionError("away")
+            return fetch(queue, *args)
+
+        monkeypatch.setattr(stage.broker, "do_fetch", once, raising=False)
+        with stage.worker() as worker:
+            delayed: Any = worker.consumers["default.DQ"]
+            eventually(lambda: delayed.delay_queue.qsize() == 1)
+            breaks.set()
+            eventually(broken.is_set)
+            eventually(lambda: stage.said() == ["a"])
+
+    def test_the_thread_of_a_consumer_that_an_error_ended(
+        self, stage: Stage, guard: JobGuard
+    ) -> None:
+        """It is started anew, and what it had is put back."""
+        with stage.worker() as worker:
+            thread: Any = worker.consumers["default.DQ"]
+            eventually(lambda: thread.consumer is not None)
+
+            def die(*_: Any) -> None:
+                raise SystemExit
+
+            thread.handle_delayed_messages = die
+            eventually(lambda: not thread.is_alive())
+            stage.actor("say").send_with_options(args=("a",), delay=10)
+            eventually(lambda: stage.said() == ["a"])
+
+    def test_a_move_that_postgres_refuses_ends_no_consumer(
+        self, stage: Stage, guard: JobGuard, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The message is out of memory then, and goes back."""
+        monkeypatch.setattr("dramatiq.worker.CONSUMER_RESTART_DELAY_SECS", 0.05)
+        record, refused = HostTracker.record, threading.Event()
+
+        def once(self: HostTracker, deliveries: Any, **kwargs: Any) -> Any:
+            if deliveries[0].parent is not None and not refused.is_set():
+                refused.set()
+                raise StoreUnavailable
+            return record(self, deliveries, **kwargs)
+
+        monkeypatch.setattr(HostTracker, "record", once)
+        stage.actor("say").send_with_options(args=("a",), delay=50)
+        with stage.worker():
+            eventually(refused.is_set)
+            eventually(lambda: stage.said() == ["a"])
+
+    def test_what_it_has_in_hand_is_left_alone(self, stage: Stage, guard: JobGuard) -> None:
+        """Fetched, delayed and running."""
+        stage.actor("wait").send("a")
+        stage.actor("say").send_with_options(args=("c",), delay=HOUR)
+        with stage.worker() as worker:
+            eventually(lambda: stage.said() == ["a:begun"])
+            stage.actor("say").send("b")
+            eventually(lambda: not stage.client.exists(KEYS))
+            delayed: Any = worker.consumers["default.DQ"]
+            eventually(lambda: delayed.delay_queue.qsize() == 1)
+            threading.Event().wait(0.5)  # some looks
+            assert not stage.client.exists(KEYS, f"{KEYS}.DQ")
+            stage.gate("a").touch()
+            eventually(lambda: stage.said() == ["a:begun", "a", "b"])
+
+
+class TestOutage:
+    """Redis goes away while jobs run; nothing that follows from them is lost."""
+
+    @pytest.mark.parametrize("kind", ["retry", "pipeline", "callback"])
+    def test_what_follows_is_accepted_and_pushed_later(
+        self,
+        stage: Stage,
+        guard: JobGuard,
+        records: Records,
+        reconciler: Any,
+        monkeypatch: pytest.MonkeyPatch,
+        kind: str,
+    ) -> None:
+        """Dramatiq swallows the error, and acknowledges the job."""
+        with stage.worker() as worker:
+            reconciler()
+            worker.pause()
+            if kind == "retry":
+                stage.actor("flaky").send_with_options(args=("a",), max_retries=1)
+            elif kind == "pipeline":
+                (stage.message("echo", "a") | stage.message("echo")).run()
+            else:
+                stage.actor("echo").send_with_options(args=("a",), on_success="say")
+            lost = threading.Event()
+
+            def away(*_: Any) -> None:
+                lost.set()
+                raise redis.ConnectionError("away")
+
+            with monkeypatch.context() as patch:
+                patch.setattr("jobguard.adapters.dramatiq.producer.reach", away)
+                worker.resume()
+                eventually(lost.is_set)
+            eventually(lambda: len(stage.said()) >= 2, 20)
+            eventually(lambda: records.owed() == [])
+
+    def test_it_is_kept_while_nobody_leads_too(
+        self,
+        stage: Stage,
+        guard: JobGuard,
+        records: Records,
+        database: str,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """Dramatiq would swallow our error as well: whoever leads next pushes it."""
+        sent = stage.actor("flaky").send_with_options(args=("a",), max_retries=1)
+
+        def away(*_: Any) -> None:
+            raise redis.ConnectionError("away")
+
+        with monkeypatch.context() as patch, stage.worker():
+            patch.setattr("jobguard.adapters.dramatiq.producer.reach", away)
+            eventually(lambda: outcomes(records, sent) == ["superseded"])
+        (owed,) = records.owed()
+        with psycopg.connect(database) as connection:
+            outbox = connection.execute("select token from jobguard.outbox").fetchall()
+        assert outbox == [(owed.token,)]
+
+    def test_what_could_be_recorded_nowhere_is_sent_by_another_run(
+        self,
+        stage: Stage,
+        guard: JobGuard,
+        records: Records,
+        reconciler: Any,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """The job has not ended, for its pipeline has not gone on."""
+        with stage.worker() as worker:
+            reconciler()
+            worker.pause()
+            first = stage.message("echo", "a")
+            stage.pipeline([first, stage.message("echo")]).run()
+            record, refused = HostTracker.record, threading.Event()
+
+            def once(self: HostTracker, deliveries: Any, **kwargs: Any) -> Any:
+                if deliveries[0].derived and not refused.is_set():
+                    refused.set()
+                    raise StoreUnavailable
+                return record(self, deliveries, **kwargs)
+
+            monkeypatch.setattr(HostTracker, "record", once)
+            worker.resume()
+            eventually(lambda: stage.said() == ["a", "a", "a"], 20)
+            eventually(lambda: records.owed() == [])
+            assert outcomes(records, first) == ["completed"]
+
+
+class TestName:
+    """How a worker is known in Redis."""
+
+    def test_a_worker_is_named_by_its_id(
+        self, stage: Stage, guard: JobGuard, leader: Leader, records: Records
+    ) -> None:
+        """What it has fetched names it, and a producer names nobody."""
+        before = stage.broker.broker_id
+        assert UUID(before).version == 8
+        stage.actor("wait").send("a")
+        (owed,) = records.owed()
+        with stage.worker():
+            eventually(lambda: stage.said() == ["a:begun"])
+            assert UUID(stage.broker.broker_id).version == 7
+            assert leader.look(owed).held_by == UUID(stage.broker.broker_id).hex
+            stage.gate("a").touch()
+        assert UUID(stage.broker.broker_id).version == 8
+
+    def test_only_strangers_are_consumers(
+        self, stage: Stage, guard: JobGuard, leader: Leader, surroundings: Mapping[str, str]
+    ) -> None:
+        """Guarded workers and producers are none; one that is silent is none any more."""
+        stage.broker.do_qsize("default")
+        with stage.worker():
+            eventually(lambda: stage.client.zcard("dramatiq:__heartbeats__") == 2)
+            assert leader.broker.consumers().get("default", frozenset()) == frozenset()
+            stranger = str(uuid4())
+            stage.client.zadd("dramatiq:__heartbeats__", {stranger: 1})
+            assert leader.broker.consumers().get("any", frozenset()) == {stranger}
+
+    def test_whoever_consumes_by_hand_is_a_stranger(self, stage: Stage, guard: JobGuard) -> None:
+        """It claims nothing."""
+        next(iter(stage.broker.consume("default", timeout=1)))
+        assert UUID(stage.broker.broker_id).version == 4
+
+    def test_a_worker_may_follow_another(
+        self, stage: Stage, guard: JobGuard, records: Records
+    ) -> None:
+        """In one process, as tests have it."""
+        for word in "ab":
+            stage.actor("say").send(word)
+            stage.work()
+        assert stage.said() == ["a", "b"]
+        assert records.owed() == []
