@@ -1,4 +1,4 @@
-"""`jobguard demo`: RQ jobs outlive a Redis without persistence that is killed with -9.
+"""`jobguard demo`: jobs outlive a Redis without persistence that is killed with -9.
 
 Workers import this package too, for the tasks: what takes long to import waits for the command.
 """
@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from jobguard.demo import libraries
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -21,15 +23,6 @@ if TYPE_CHECKING:
     from jobguard.demo.harness import Plan
 
 __all__ = ["command"]
-
-LIBRARIES = ("rq",)
-
-
-def _library(_context: click.Context, _option: click.Parameter, name: str) -> str:
-    if name not in LIBRARIES:
-        there = ", ".join(LIBRARIES)
-        raise click.BadParameter(f"there is no demo with {name!r} yet; there is one with: {there}")
-    return name
 
 
 def _cores() -> int:
@@ -44,8 +37,9 @@ def _cores() -> int:
 @click.option(
     "--workers",
     type=click.IntRange(min=1),
-    default=lambda: 2 * _cores(),
-    show_default="2 for each core",
+    default=None,
+    show_default="rq: 2 for each core; celery: 2 with a child for each core;"
+    " dramatiq: 2 processes with 30 threads",
 )
 @click.option(
     "--kills",
@@ -55,7 +49,11 @@ def _cores() -> int:
     help="How often Redis is killed; a worker is killed once besides.",
 )
 @click.option(
-    "--library", default="rq", show_default=True, callback=_library, help="The queue library."
+    "--library",
+    type=click.Choice(libraries.NAMES),
+    default="rq",
+    show_default=True,
+    help="Whose jobs.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 @click.option("--compare", is_flag=True, help="Run without jobguard first, and show both.")
@@ -76,7 +74,7 @@ def _cores() -> int:
 @click.option("--unguarded", is_flag=True, hidden=True, help="Only the run without jobguard.")
 def command(
     jobs: int,
-    workers: int,
+    workers: int | None,
     kills: int,
     library: str,
     as_json: bool,
@@ -100,18 +98,20 @@ def command(
 
         from jobguard.demo.harness import DemoError, Plan
         from jobguard.servers import ServerError
+
+        known = libraries.named(library)
     except ModuleNotFoundError as error:
         raise click.ClickException(
-            f"the demo needs the package {error.name}; do: pip install 'jobguard[rq,embedded]'"
+            f"the demo needs the package {error.name}; do: pip install 'jobguard[{library},embedded]'"
         ) from error
 
     plan = Plan(
         jobs=jobs,
-        workers=workers,
+        crew=known.crew(workers, _cores()),
         cores=_cores(),
         kills=kills,
         seed=random.randrange(10_000) if seed is None else seed,
-        library=library,
+        library=known,
         guarded=not unguarded,
         sabotage=sabotage,
         keep=keep,
@@ -134,7 +134,7 @@ def _runs(plan: Plan, *, compare: bool, console: Console) -> list[tuple[str, Fig
     from jobguard.demo.screen import Screen
 
     console.print(
-        f"{plan.jobs:,} {plan.library.upper()} jobs, {plan.workers} workers on {plan.cores} cores,"
+        f"{plan.jobs:,} {plan.library.title} jobs, {_crew(plan)} on {plan.cores} cores,"
         f" {plan.kills} kills of Redis and one of a worker, seed {plan.seed}",
         highlight=False,
     )
@@ -148,6 +148,12 @@ def _runs(plan: Plan, *, compare: bool, console: Console) -> list[tuple[str, Fig
         with Screen(console) as screen:
             columns.append((name, run(one, screen)))
     return columns
+
+
+def _crew(plan: Plan) -> str:
+    crew = plan.crew
+    at_once = f" that run {crew.at_once} at once" if crew.at_once > crew.workers else ""
+    return f"{crew.workers} workers{at_once}"
 
 
 def _report(columns: list[tuple[str, Figures]], *, as_json: bool, console: Console) -> None:

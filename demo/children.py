@@ -6,6 +6,7 @@ of Redis would stop the work for good, with jobguard or without.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -14,22 +15,34 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobguard.servers import _die_with_parent  # one way to leave no orphan, not two
+import psutil
+
+# One way to leave no orphan and to be sure of a death, not two.
+from jobguard.servers import _die_with_parent, _suspend, _wait_until_gone
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
 RESTART_SECONDS = 0.1  # systemd's own RestartSec
 STOP_SECONDS = 5.0
+_PREFIXES = ("JOBGUARD_", "RQ_", "CELERY_", "DRAMATIQ_")
 
 
 class Child:
     """This Python with these arguments; what it says goes to a log."""
 
-    def __init__(self, arguments: Sequence[str], *, environ: Mapping[str, str], log: Path) -> None:
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        *,
+        environ: Mapping[str, str],
+        log: Path,
+        orphan_signal: signal.Signals = signal.SIGKILL,
+    ) -> None:
         self._command = [sys.executable, *arguments]
         self._environ = dict(environ)
         self._log = log
+        self._orphan_signal = orphan_signal
         self._ended_at: float | None = None
         self.process = self._start()
         self.starts = 1
@@ -76,7 +89,7 @@ class Child:
                 stderr=subprocess.STDOUT,
                 env=self._environ,
                 start_new_session=True,  # a Ctrl-C is for the demo, which ends them in order
-                preexec_fn=_die_with_parent(signal.SIGKILL),
+                preexec_fn=_die_with_parent(self._orphan_signal),
             )
 
 
@@ -90,14 +103,29 @@ def end(children: Iterable[Child]) -> None:
         try:
             process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            process.kill()
+            kill_tree(process.pid)
             process.wait()
 
 
+def kill_tree(pid: int) -> None:
+    """SIGKILL a process with all its children, and return when they are gone."""
+    try:
+        root = psutil.Process(pid)
+        _suspend(root)  # it cannot fork between the look and the deed
+        tree = [root, *root.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return
+    for member in tree:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    for member in tree:
+        _wait_until_gone(member)
+
+
 def clean_environment() -> dict[str, str]:
-    """Give our environment without settings of jobguard: what is shown are its defaults."""
+    """Give our environment without settings: what is shown are the defaults."""
     return {
         name: value
         for name, value in os.environ.items()
-        if not name.startswith(("JOBGUARD_", "RQ_")) and name not in ("DATABASE_URL", "REDIS_URL")
+        if not name.upper().startswith(_PREFIXES) and name not in ("DATABASE_URL", "REDIS_URL")
     }

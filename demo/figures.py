@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +55,7 @@ class Figures:
     detect_seconds: float | None
     recover_seconds: float | None
     seconds: float
+    concurrency: int
 
     @property
     def promise_is_kept(self) -> bool:
@@ -62,7 +64,7 @@ class Figures:
 
     def public(self) -> dict[str, Any]:
         """Give what `--json` prints."""
-        more = ("excused", "restart_seconds", "refused", "redis_kills")
+        more = ("excused", "restart_seconds", "refused", "redis_kills", "concurrency")
         return {name: value for name, value in asdict(self).items() if name not in more}
 
 
@@ -92,6 +94,7 @@ def count(
         detect_seconds=_worst((kill.at, kill.detected_at) for kill in redis_kills),
         recover_seconds=_worst((kill.up_at, kill.recovered_at) for kill in redis_kills),
         seconds=_span(ledger),
+        concurrency=_concurrency(ledger),
     )
 
 
@@ -99,7 +102,7 @@ def _excused(ends: Sequence[Mark], worker_kills: Sequence[WorkerKill]) -> bool:
     """Whether there was one second run, and the first was done by a worker on its last gasp."""
     first = ends[0]
     return len(ends) == 2 and any(
-        first.pid == kill.pid and 0 <= kill.at - first.at <= REPORT_SECONDS for kill in worker_kills
+        first.is_of(kill.pid) and 0 <= kill.at - first.at <= REPORT_SECONDS for kill in worker_kills
     )
 
 
@@ -111,9 +114,11 @@ def _restart(ledger: Ledger, kill: WorkerKill) -> list[float]:
     return [
         round(min(again) - kill.at, 3)
         for number, starts in ledger.starts.items()
-        if any(mark.pid == kill.pid for mark in starts)
-        and not any(mark.pid == kill.pid for mark in ledger.ends.get(number, ()))
-        and (again := [mark.at for mark in starts if mark.pid != kill.pid and mark.at > kill.at])
+        if any(mark.is_of(kill.pid) for mark in starts)
+        and not any(mark.is_of(kill.pid) for mark in ledger.ends.get(number, ()))
+        and (
+            again := [mark.at for mark in starts if not mark.is_of(kill.pid) and mark.at > kill.at]
+        )
     ]
 
 
@@ -151,3 +156,17 @@ def _span(ledger: Ledger) -> float:
     if not calls or not ends:
         return 0.0
     return round(max(mark.at for mark in ends) - min(mark.at for mark in calls), 3)
+
+
+def _concurrency(ledger: Ledger) -> int:
+    """Count the jobs that were run at once, at most; runs that never ended are left out."""
+    steps = []
+    for number, starts in ledger.starts.items():
+        ends = list(ledger.ends.get(number, ()))
+        for start in starts:
+            end = next((mark for mark in ends if mark.pid == start.pid), None)
+            if end is not None:
+                ends.remove(end)
+                steps += [(start.at, 1), (end.at, -1)]
+    running = itertools.accumulate(step for _, step in sorted(steps))
+    return max(running, default=0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import tempfile
 import time
 import uuid
@@ -18,18 +19,17 @@ from typing import TYPE_CHECKING, Protocol
 
 import psycopg
 import redis
-import rq
-from rq.worker_registration import REDIS_WORKER_KEYS
 
-from jobguard.demo import children, figures, ledger
+from jobguard.demo import apps, children, figures, ledger
 from jobguard.demo.storm import Storm, forecast
 from jobguard.servers import NamedPostgres, PostgresServer, RedisServer
 from jobguard.settings import Settings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Sequence
 
-QUEUE = "demo"
+    from jobguard.demo.libraries import Crew, Library
+
 # The command `jobguard` in this very Python; a script of that name may be another installation's.
 JOBGUARD = ("-c", "from jobguard.cli import main; main()")
 TICK_SECONDS = 0.025
@@ -41,20 +41,19 @@ SETTLE_SECONDS = 3.0
 
 # All workers together, however many, are to be slower than the one producer: or else the queue is
 # empty when Redis is killed, nothing is lost, and nothing is shown. A sleeping job costs no
-# processor, so many workers are slowed by longer jobs; RQ itself takes some 8 ms for each.
+# processor, so many workers are slowed by longer jobs.
 JOBS_A_SECOND = 400.0
 # More workers than the machine can bear would starve the producer beside them.
 CROWD_JOBS_A_SECOND_AND_CORE = 100.0
-RQ_SECONDS = 0.008
 WORK_SECONDS = 0.002
 
 
-def work_seconds(workers: int, cores: int) -> float:
-    """Choose how long a job takes."""
+def work_seconds(crew: Crew, cores: int, *, overhead: float) -> float:
+    """Choose how long a job takes, beside what the library itself takes for it."""
     rate = JOBS_A_SECOND
-    if workers > 2 * cores:
+    if crew.workers * crew.processes > 2 * cores:
         rate = min(rate, CROWD_JOBS_A_SECOND_AND_CORE * cores)
-    return max(WORK_SECONDS, workers / rate - RQ_SECONDS)
+    return max(WORK_SECONDS, crew.at_once / rate - overhead)
 
 
 class DemoError(RuntimeError):
@@ -66,11 +65,11 @@ class Plan:
     """What is asked for."""
 
     jobs: int
-    workers: int
+    library: Library
+    crew: Crew
     cores: int
     kills: int
     seed: int
-    library: str = "rq"
     guarded: bool = True
     sabotage: bool = False
     keep: Path | None = None
@@ -159,18 +158,17 @@ class _Run:
         self._server, self._postgres = server, postgres
         self._reader = ledger.Reader(folder / "ledger")
         stack.callback(self._reader.close)
-        self._environ = children.clean_environment()
+        self._environ = children.clean_environment() | {apps.REDIS: server.url}
         if postgres is not None:
-            self._environ["JOBGUARD_POSTGRES_URL"] = postgres
+            self._environ[apps.POSTGRES] = postgres
         # In the order in which they are started; ended in the other.
         self._reconciler = self._start_reconciler(stack) if postgres is not None else None
         self._workers = self._start_workers(stack)
         self._storm = Storm(
             jobs=plan.jobs,
-            queue=rq.Queue(QUEUE, connection=redis.Redis.from_url(server.url)),
+            library=plan.library,
             server=server,
             reader=self._reader,
-            workers=self._workers,
             forecast=forecast(plan.kills, plan.seed),
             postgres=postgres,
             recovers=plan.guarded and not plan.sabotage,
@@ -194,7 +192,7 @@ class _Run:
         self._reader.read()
         return figures.count(
             self._reader.ledger,
-            library=self._plan.library,
+            library=self._plan.library.name,
             redis_kills=self._storm.redis_kills,
             worker_kills=self._storm.worker_kills,
         )
@@ -246,7 +244,7 @@ class _Run:
             redis_is_up=self._storm.redis_is_up,
             redis_kills=len(self._storm.redis_kills),
             worker_kills=len(self._storm.worker_kills),
-            workers=len(self._workers),
+            workers=self._plan.crew.workers,
             restarts=sum(worker.starts - 1 for worker in self._workers),
             seconds=time.monotonic() - self._started_at,
         )
@@ -271,33 +269,35 @@ class _Run:
     def _start_workers(self, stack: contextlib.ExitStack) -> list[children.Child]:
         workers: list[children.Child] = []
         stack.callback(children.end, workers)
-        for number in range(self._plan.workers):
-            workers.append(
-                self._child(f"worker-{number}", "jobguard.demo.worker", self._server.url, QUEUE)
-            )
+        for number, command in enumerate(self._plan.library.commands(self._plan.crew)):
+            child = self._child(f"worker-{number}", command, self._plan.library.orphan_signal)
+            workers.append(child)
         with redis.Redis.from_url(self._server.url) as client:
             self._await(
-                lambda: int(client.scard(REDIS_WORKER_KEYS)) >= len(workers),
+                lambda: self._plan.library.workers_known(client) >= self._plan.crew.workers,
                 workers,
                 "a worker",
-                START_SECONDS + 2 * len(workers),
+                START_SECONDS + 2 * self._plan.crew.workers * self._plan.crew.processes,
             )
         return workers
 
     def _start_producer(self, stack: contextlib.ExitStack) -> children.Child:
-        takes = f"{work_seconds(self._plan.workers, self._plan.cores):.4f}"
-        child = self._child(
-            "producer",
-            *("jobguard.demo.producer", self._server.url, QUEUE, str(self._plan.jobs), takes),
+        takes = work_seconds(
+            self._plan.crew, self._plan.cores, overhead=self._plan.library.overhead_seconds
         )
+        command = ("jobguard.demo.producer", self._plan.library.name, str(self._plan.jobs))
+        child = self._child("producer", ("-m", *command, f"{takes:.4f}"))
         stack.callback(children.end, [child])
         return child
 
-    def _child(self, name: str, module: str, *arguments: str) -> children.Child:
-        flags = ["--guarded"] if self._plan.guarded else []
-        environ: Mapping[str, str] = self._environ | {ledger.VARIABLE: str(self._folder / "ledger")}
+    def _child(
+        self, name: str, command: Sequence[str], orphan_signal: signal.Signals = signal.SIGKILL
+    ) -> children.Child:
         return children.Child(
-            ["-m", module, *arguments, *flags], environ=environ, log=self._folder / f"{name}.log"
+            command,
+            environ=self._environ | {ledger.VARIABLE: str(self._folder / "ledger")},
+            log=self._folder / f"{name}.log",
+            orphan_signal=orphan_signal,
         )
 
     def _await(

@@ -45,7 +45,11 @@ class Mark:
 
     pid: int
     at: float
-    parent: int = 0  # of a work-horse: the worker that reports for it
+    parent: int = 0  # the process that started the writer: of a work-horse, its worker
+
+    def is_of(self, worker: int) -> bool:
+        """Whether this process wrote it, or a child of it."""
+        return worker in (self.pid, self.parent)
 
 
 @dataclass(slots=True)

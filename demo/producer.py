@@ -1,4 +1,4 @@
-"""The producer: `python -m jobguard.demo.producer URL QUEUE JOBS SECONDS [--guarded]`.
+"""The producer: `python -m jobguard.demo.producer LIBRARY JOBS SECONDS`.
 
 It enqueues at full speed jobs that each take so many seconds, and now and then a longer one.
 It goes on until so many calls of enqueue have returned. A call that raised is no promise: it is
@@ -7,16 +7,17 @@ written down as refused, and the producer tries again a moment later, as any pro
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import logging
-import os
 import sys
 import time
-
-import redis
-import rq
+from typing import TYPE_CHECKING
 
 from jobguard.demo.ledger import note
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 # Now and then a job that is long enough to be caught in the middle of, when a worker is to be
 # killed. A sleeping job costs no processor, so the other workers are the faster for it.
@@ -26,15 +27,11 @@ LONG_JOBS = 40
 REFUSED_PAUSE_SECONDS = 0.05
 
 
-def main(url: str, queue_name: str, jobs: str, seconds: str, *flags: str) -> None:
+def main(library: str, jobs: str, seconds: str) -> None:
     """Enqueue."""
     logging.basicConfig(format="%(asctime)s %(message)s")
-    queue = rq.Queue(queue_name, connection=redis.Redis.from_url(url))
-    if "--guarded" in flags:
-        import jobguard  # not in the run without jobguard
-
-        jobguard.guard(queue, postgres=os.environ["JOBGUARD_POSTGRES_URL"])
-    produce(queue, int(jobs), float(seconds))
+    app = importlib.import_module(f"jobguard.demo.apps.{library}")
+    produce(app.enqueue, int(jobs), float(seconds))
 
 
 def is_long(number: int, jobs: int) -> bool:
@@ -43,18 +40,18 @@ def is_long(number: int, jobs: int) -> bool:
     return number % every == every // 2
 
 
-def produce(queue: rq.Queue, jobs: int, seconds: float) -> None:
+def produce(enqueue: Callable[[int, float], str], jobs: int, seconds: float) -> None:
     """Enqueue until `jobs` calls have returned."""
     returned = 0
     for number in itertools.count(1):
         takes = seconds + LONGER_SECONDS * is_long(number, jobs)
         try:
-            job = queue.enqueue("jobguard.demo.tasks.work", number, takes)
+            job_id = enqueue(number, takes)
         except Exception:  # whatever the library raises: the caller was told
             note("refused", number)
             time.sleep(REFUSED_PAUSE_SECONDS)
             continue
-        note("enqueued", number, job.id)
+        note("enqueued", number, job_id)
         returned += 1
         if returned == jobs:
             return

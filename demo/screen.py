@@ -129,4 +129,5 @@ _ROWS: tuple[tuple[str, Callable[[Figures], str]], ...] = (
     ("time to recover from it, worst", lambda run: _seconds(run.recover_seconds)),
     ("first enqueue to last end", lambda run: f"{run.seconds:.1f} s"),
     ("executed a second", _a_second),
+    ("executed at once, at most", lambda run: _number(run.concurrency)),
 )

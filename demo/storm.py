@@ -10,21 +10,22 @@ from __future__ import annotations
 import random
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+import psutil
 import psycopg
 import redis
-import rq
 
 from jobguard.clients import client_from_url
+from jobguard.demo.children import kill_tree
 from jobguard.demo.figures import RedisKill, WorkerKill
 from jobguard.demo.producer import is_long
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
-    from jobguard.demo.children import Child
     from jobguard.demo.ledger import Reader
+    from jobguard.demo.libraries import Library
     from jobguard.servers import RedisServer
 
 DOWN_SECONDS = 0.5
@@ -62,7 +63,7 @@ class Aftermath:
     kill: RedisKill
     absent: set[int]
     taken: int | None = None
-    looked_at: float = 0.0
+    look_at: float = 0.0  # no sooner than then, of the monotonic clock
 
     @property
     def back(self) -> int:
@@ -75,10 +76,9 @@ class Storm:
     """Kills at the right moments, one step at each tick."""
 
     jobs: int
-    queue: rq.Queue
+    library: Library
     server: RedisServer
     reader: Reader
-    workers: Sequence[Child]
     forecast: Forecast
     postgres: str | None  # where the incidents are; None without jobguard
     recovers: bool  # somebody puts back what is lost: the next kill waits for it
@@ -127,7 +127,7 @@ class Storm:
     def waiting(self) -> int:
         """Count the jobs that stand in the queue; 0 while Redis is down."""
         try:
-            return int(self._redis.llen(self.queue.key))
+            return self.library.waiting(self._redis)
         except redis.RedisError:
             return 0
 
@@ -184,9 +184,9 @@ class Storm:
     def _look(self, aftermath: Aftermath) -> None:
         kill = aftermath.kill
         seen = kill.recovered_at is not None and (kill.detected_at or not self._postgres)
-        if seen or time.monotonic() - aftermath.looked_at < LOOK_SECONDS:
+        if seen or time.monotonic() < aftermath.look_at:
             return
-        aftermath.looked_at = time.monotonic()
+        began_at = time.monotonic()
         if kill.detected_at is None and self._postgres:
             kill.detected_at = self._postgres.first_since(kill.at)
             if kill.detected_at:
@@ -194,6 +194,9 @@ class Storm:
                 self.say(f"the loss was detected {seconds:.2f} s after the kill")
         if kill.recovered_at is None:
             self._count_absent(aftermath)
+        # Looking at many long messages takes time from the workers: a fifth of ours at most.
+        took = time.monotonic() - began_at
+        aftermath.look_at = began_at + max(LOOK_SECONDS, 5 * took)
 
     def _count_absent(self, aftermath: Aftermath) -> None:
         """Look where the jobs are that were owed when Redis came back.
@@ -204,16 +207,19 @@ class Storm:
         look, so that the figure is too large by one look and never too small.
         """
         try:
-            present = self._present()
+            present = self.library.present(self._redis)
         except redis.RedisError:
             return
         self.reader.read()  # after Redis: a job that moved on in between is seen in the ledger
         ledger, kill = self.reader.ledger, aftermath.kill
-        alive = {worker.pid for worker in self.workers if not worker.ended}
-        in_hand = {number for number, mark in ledger.running.items() if mark.pid in alive}
-        # A killed worker's job has another promise, worker_timeout, and a figure of its own.
-        others = {worker_kill.number for worker_kill in self.worker_kills}
-        aftermath.absent -= present | in_hand | others | ledger.ends.keys()
+        aftermath.absent -= {ledger.number_of.get(job_id, 0) for job_id in present}
+        aftermath.absent -= ledger.ends.keys()
+        # A killed worker's jobs have another promise, worker_timeout, and a figure of their own.
+        killed = {worker_kill.pid for worker_kill in self.worker_kills}
+        for number in aftermath.absent & ledger.running.keys():
+            worker = self.library.worker_of(ledger.running[number])
+            if worker in killed or psutil.pid_exists(worker):
+                aftermath.absent.remove(number)
         if aftermath.taken is None:
             aftermath.taken = len(aftermath.absent)
             self.say(f"redis is back and empty: [bold]{aftermath.taken:,}[/] owed jobs are nowhere")
@@ -222,23 +228,6 @@ class Storm:
             seconds = kill.recovered_at - kill.up_at
             self.say(f"[green]all of them are back[/] {seconds:.2f} s after Redis")
 
-    def _present(self) -> set[int]:
-        pipeline: Any = self._redis.pipeline(transaction=True)
-        for key in (self.queue.key, self.queue.intermediate_queue_key):
-            pipeline.lrange(key, 0, -1)
-        for registry in (
-            self.queue.started_job_registry,
-            self.queue.scheduled_job_registry,
-            self.queue.deferred_job_registry,
-        ):
-            pipeline.zrange(registry.key, 0, -1)
-        number_of = self.reader.ledger.number_of
-        return {
-            number_of.get(member.decode().partition(":")[0], 0)  # started: job id:execution id
-            for members in pipeline.execute()
-            for member in members
-        }
-
     def _worker_kill_is_due(self) -> bool:
         if self.worker_was_caught:
             return False
@@ -246,16 +235,16 @@ class Storm:
         return self.reader.ledger.executed >= min(self.forecast.worker * self.jobs, reachable)
 
     def _kill_worker(self) -> None:
-        of_pid = {worker.pid: worker for worker in self.workers if not worker.ended}
         for number, mark in self.reader.ledger.running.items():
+            worker = self.library.worker_of(mark)
             is_fresh = time.time() - mark.at < FRESH_SECONDS
-            if mark.pid in of_pid and is_fresh and is_long(number, self.jobs):
-                of_pid[mark.pid].kill()
-                self.worker_kills.append(WorkerKill(time.time(), mark.pid, number))
+            if is_fresh and is_long(number, self.jobs) and psutil.pid_exists(worker):
+                kill_tree(worker)
+                self.worker_kills.append(WorkerKill(time.time(), worker, number))
                 self.reader.read()
                 # If it was too quick for us after all, the next one will not be.
                 self.worker_was_caught = number not in self.reader.ledger.ends
-                self.say(f"[bold red]kill -9 worker[/] {mark.pid} in the middle of job {number:,}")
+                self.say(f"[bold red]kill -9 worker[/] {worker} in the middle of job {number:,}")
                 return
 
 

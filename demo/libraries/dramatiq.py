@@ -1,0 +1,55 @@
+"""Dramatiq: one command starts all workers, each a process with many threads.
+
+When one of them is killed, the command ends the others and itself; its supervisor starts it again.
+
+``dramatiq:default``: list of the ids of the messages that wait. ``dramatiq:default.msgs`` and, for
+those that are delayed, ``…:default.DQ.msgs``: hash of the messages, each from its push until it is
+acknowledged. ``dramatiq:__heartbeats__``: sorted set of the processes that spoke to Redis.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+from typing import TYPE_CHECKING, Any
+
+from jobguard.demo.libraries import Crew, Library
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from jobguard.demo.ledger import Mark
+
+APP = "jobguard.demo.apps.dramatiq"
+_JOB_ID = re.compile(rb'"message_id":"([^"]+)"')
+
+
+class _Dramatiq(Library):
+    name = "dramatiq"
+    title = "Dramatiq"
+    overhead_seconds = 0.005
+    orphan_signal = signal.SIGTERM  # its workers would outlive a command that is killed
+
+    def crew(self, workers: int | None, cores: int) -> Crew:
+        return Crew(workers or 2, threads=30)
+
+    def commands(self, crew: Crew) -> Sequence[Sequence[str]]:
+        processes, threads = str(crew.workers), str(crew.threads)
+        return [("-m", "dramatiq", APP, "--processes", processes, "--threads", threads)]
+
+    def workers_known(self, client: Any) -> int:
+        return int(client.zcard("dramatiq:__heartbeats__"))
+
+    def waiting(self, client: Any) -> int:
+        return int(client.llen("dramatiq:default"))
+
+    def present(self, client: Any) -> set[str]:
+        messages = client.hvals("dramatiq:default.msgs") + client.hvals("dramatiq:default.DQ.msgs")
+        found = (_JOB_ID.search(message) for message in messages)
+        return {match[1].decode() for match in found if match}
+
+    def worker_of(self, mark: Mark) -> int:
+        return mark.pid
+
+
+LIBRARY = _Dramatiq()
