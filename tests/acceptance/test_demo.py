@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 
+from jobguard.demo.libraries import NAMES
 from tests.support import eventually
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.timeout(300)
 
 SMALL = ("--jobs", "1500", "--workers", "4", "--kills", "2", "--seed", "7")
+FEWER = {"celery": ("--workers", "2"), "dramatiq": ("--workers", "2")}  # of several jobs each
 
 
 def environment() -> dict[str, str]:
@@ -48,22 +50,32 @@ def demo(*arguments: str, cwd: Path) -> tuple[int, dict[str, Any]]:
     return process.returncode, json.loads(out)
 
 
-def test_nothing_is_lost_with_jobguard(tmp_path: Path) -> None:
+def of(library: str) -> tuple[str, ...]:
+    """Give the options of a small run with this library."""
+    return (*SMALL, "--library", library, *FEWER.get(library, ()))
+
+
+@pytest.mark.parametrize("library", NAMES)
+def test_nothing_is_lost_with_jobguard(library: str, tmp_path: Path) -> None:
     """Redis is killed twice and a worker once, and every promise is kept, once."""
-    code, figures = demo(*SMALL, cwd=tmp_path)
+    code, figures = demo(*of(library), cwd=tmp_path)
+    assert figures["library"] == library
     assert (figures["enqueued"], figures["executed"], figures["lost"]) == (1500, 1500, 0)
     assert figures["duplicated"] == 0
     assert figures["recovered"] > 0
-    assert figures["restarted"] == 1
+    if library == "rq":  # the others have more than one job in their hands
+        assert figures["restarted"] == 1
+    assert figures["restarted"] >= 1
     assert figures["detect_seconds"] is not None
     assert figures["recover_seconds"] is not None
     assert code == 0
     assert not list(tmp_path.iterdir())  # neither ledger nor spool nor dump is left about
 
 
-def test_much_is_lost_without(tmp_path: Path) -> None:
-    """The same storm over plain RQ: it is a storm."""
-    code, figures = demo("--unguarded", *SMALL, cwd=tmp_path)
+@pytest.mark.parametrize("library", NAMES)
+def test_much_is_lost_without(library: str, tmp_path: Path) -> None:
+    """The same storm over the plain library: it is a storm."""
+    code, figures = demo("--unguarded", *of(library), cwd=tmp_path)
     assert figures["enqueued"] == 1500
     assert figures["lost"] > 300
     assert figures["executed"] + figures["lost"] == 1500
@@ -87,15 +99,20 @@ def test_compare_shows_both(tmp_path: Path) -> None:
     assert code == 0
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_demo_leaves_nothing_running(tmp_path: Path, how: signal.Signals) -> None:
-    """Neither servers nor workers."""
+@pytest.mark.parametrize(
+    ("library", "how"),
+    [*((name, signal.SIGINT) for name in NAMES), ("rq", signal.SIGTERM)],
+)
+def test_an_interrupted_demo_leaves_nothing_running(
+    library: str, how: signal.Signals, tmp_path: Path
+) -> None:
+    """Neither servers nor workers, nor the children of workers."""
     keep = tmp_path / "kept"
-    process = start("--unguarded", "--keep", str(keep), *SMALL, cwd=tmp_path)
+    process = start("--unguarded", "--keep", str(keep), *of(library), cwd=tmp_path)
     ledger = keep / "unguarded" / "ledger"
     eventually(lambda: ledger.exists() and b"\nend" in ledger.read_bytes(), timeout=60)
     children = psutil.Process(process.pid).children(recursive=True)
-    assert len(children) >= 5  # redis and four workers
+    assert len(children) >= 4  # redis and some workers
 
     process.send_signal(how)
     process.communicate(timeout=30)

@@ -13,13 +13,13 @@ from jobguard.demo.ledger import Ledger
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-KILLED, OTHER = 11, 12
+KILLED, OTHER, MAIN = 11, 12, 10
 
 
-def line(what: str, number: int, at: float, pid: int = OTHER) -> str:
+def line(what: str, number: int, at: float, pid: int = OTHER, parent: int = 0) -> str:
     """Write one line of a ledger."""
-    job_id = f" id-{number}" if what == "enqueued" else ""
-    return f"{what} {number} {pid} {int(at * 1e9)}{job_id}"
+    more = f" id-{number}" if what == "enqueued" else f" {parent}" if parent else ""
+    return f"{what} {number} {pid} {int(at * 1e9)}{more}"
 
 
 def ledger(*lines: str) -> Ledger:
@@ -156,6 +156,42 @@ def test_the_job_of_a_killed_worker_is_restarted() -> None:
     )
     assert (counted.restarted, counted.restart_seconds) == (1, 16.5)
     assert (counted.lost, counted.duplicated) == (0, 0)
+
+
+def test_a_worker_is_killed_with_its_children() -> None:
+    """What its child ran is restarted, or excused, like what it would have run itself."""
+    counted = figures(
+        ledger(
+            line("enqueued", 1, 10.0),
+            line("start", 1, 19.8, KILLED, MAIN),
+            line("enqueued", 2, 10.0),
+            line("start", 2, 19.8, KILLED + 5, MAIN),
+            line("end", 2, 19.95, KILLED + 5, MAIN),
+            line("start", 1, 36.5),
+            line("end", 1, 37.0),
+            line("start", 2, 36.5),
+            line("end", 2, 37.0),
+        ),
+        worker_kills=[WorkerKill(at=20.0, pid=MAIN, number=1)],
+    )
+    assert (counted.restarted, counted.restart_seconds) == (1, 16.5)
+    assert (counted.excused, counted.duplicated) == (1, 0)
+
+
+def test_jobs_at_once_are_counted_from_their_lines() -> None:
+    """At most three were; a run that was killed has no length, and its second run counts once."""
+    counted = figures(
+        ledger(
+            *(line("start", number, 10.0 + number / 10) for number in (1, 2, 3)),
+            *(line("end", number, 11.0 + number / 10) for number in (1, 2, 3)),
+            line("start", 4, 10.0, KILLED),
+            line("start", 4, 11.15),
+            line("end", 4, 12.0),
+            line("start", 5, 12.0),
+            line("end", 5, 12.5),
+        )
+    )
+    assert counted.concurrency == 3
 
 
 def test_a_second_start_without_a_kill_is_no_restart() -> None:

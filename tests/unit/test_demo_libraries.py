@@ -1,0 +1,79 @@
+"""What the demo knows of each library, without running it."""
+
+from __future__ import annotations
+
+import shlex
+
+import pytest
+
+from jobguard.demo.harness import WORK_SECONDS, work_seconds
+from jobguard.demo.ledger import Mark
+from jobguard.demo.libraries import NAMES, Crew, named
+
+MAIN, CHILD, OTHER = 10, 11, 12
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_library_knows_its_name(name: str) -> None:
+    """The figures carry it."""
+    assert named(name).name == name == named(name).title.lower()
+
+
+@pytest.mark.parametrize(
+    ("name", "crew", "at_once"),
+    [
+        ("rq", Crew(8), 8),
+        ("celery", Crew(2, processes=4), 8),
+        ("dramatiq", Crew(2, threads=30), 60),
+    ],
+)
+def test_the_usual_crew_on_four_cores(name: str, crew: Crew, at_once: int) -> None:
+    """It is what each library is usually run with."""
+    assert named(name).crew(None, 4) == crew
+    assert crew.at_once == at_once
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_number_of_workers_can_be_named(name: str) -> None:
+    """A worker is what one can kill, whatever it is made of."""
+    assert named(name).crew(5, 4).workers == 5
+
+
+def test_the_commands_are_those_a_user_types() -> None:
+    """One for each worker, but Dramatiq starts all of its own."""
+    told = {
+        name: [shlex.join(command) for command in named(name).commands(named(name).crew(3, 2))]
+        for name in NAMES
+    }
+    assert told["rq"] == ["-m jobguard.demo.apps.rq_worker demo"] * 3
+    assert told["celery"] == [
+        "-m celery -A jobguard.demo.apps.celery worker --loglevel WARNING"
+        f" --concurrency 2 --hostname demo-{number}@%h"
+        for number in range(3)
+    ]
+    assert told["dramatiq"] == [
+        "-m dramatiq jobguard.demo.apps.dramatiq --processes 3 --threads 30"
+    ]
+
+
+@pytest.mark.parametrize(("name", "worker"), [("rq", CHILD), ("celery", MAIN), ("dramatiq", CHILD)])
+def test_a_worker_is_what_beats(name: str, worker: int) -> None:
+    """For Celery the main process, whose child ran the job; else who ran it."""
+    mark = Mark(pid=CHILD, at=1.0, parent=MAIN)
+    assert named(name).worker_of(mark) == worker
+    assert mark.is_of(worker) and not mark.is_of(OTHER)
+
+
+@pytest.mark.parametrize("cores", [1, 2, 8])
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("workers", [None, 1, 3, 40])
+def test_no_crew_outruns_the_producer(name: str, workers: int | None, cores: int) -> None:
+    """All of them together take 400 jobs a second at most, fewer where they crowd the machine."""
+    library = named(name)
+    crew = library.crew(workers, cores)
+    takes = work_seconds(crew, cores, overhead=library.overhead_seconds)
+    assert takes >= WORK_SECONDS
+    rate = crew.at_once / (takes + library.overhead_seconds)
+    assert rate <= 400.01
+    if crew.workers * crew.processes > 2 * cores:
+        assert rate <= 100.01 * cores
