@@ -39,21 +39,22 @@ UNGUARDED_STALL_SECONDS = 5.0  # nobody brings anything back: an empty queue sta
 # When all is done we stay a little: a job that was put back although it had ended would run now.
 SETTLE_SECONDS = 3.0
 
-# All workers together, however many, are to be slower than the one producer: or else the queue is
-# empty when Redis is killed, nothing is lost, and nothing is shown. A sleeping job costs no
-# processor, so many workers are slowed by longer jobs.
-JOBS_A_SECOND = 400.0
 # More workers than the machine can bear would starve the producer beside them.
 CROWD_JOBS_A_SECOND_AND_CORE = 100.0
 WORK_SECONDS = 0.002
 
 
-def work_seconds(crew: Crew, cores: int, *, overhead: float) -> float:
-    """Choose how long a job takes, beside what the library itself takes for it."""
-    rate = JOBS_A_SECOND
+def work_seconds(library: Library, crew: Crew, cores: int) -> float:
+    """Choose how long a job takes.
+
+    All workers together, however many, are to be slower than the one producer: or else the queue is
+    empty when Redis is killed, nothing is lost, and nothing is shown. A sleeping job costs no
+    processor, so many workers are slowed by longer jobs.
+    """
+    rate = library.jobs_a_second
     if crew.workers * crew.processes > 2 * cores:
         rate = min(rate, CROWD_JOBS_A_SECOND_AND_CORE * cores)
-    return max(WORK_SECONDS, crew.at_once / rate - overhead)
+    return max(WORK_SECONDS, crew.at_once / rate - library.overhead_seconds)
 
 
 class DemoError(RuntimeError):
@@ -282,9 +283,7 @@ class _Run:
         return workers
 
     def _start_producer(self, stack: contextlib.ExitStack) -> children.Child:
-        takes = work_seconds(
-            self._plan.crew, self._plan.cores, overhead=self._plan.library.overhead_seconds
-        )
+        takes = work_seconds(self._plan.library, self._plan.crew, self._plan.cores)
         command = ("jobguard.demo.producer", self._plan.library.name, str(self._plan.jobs))
         child = self._child("producer", ("-m", *command, f"{takes:.4f}"))
         stack.callback(children.end, [child])

@@ -40,6 +40,8 @@ class Library(ABC):
 
     name: ClassVar[str]
     title: ClassVar[str]
+    jobs_a_second: ClassVar[float]
+    """What all workers together may do at most, for one guarded producer to be faster."""
     overhead_seconds: ClassVar[float]
     """What the library itself takes of a worker's time for each job, about."""
     orphan_signal: ClassVar[signal.Signals] = signal.SIGKILL

@@ -20,6 +20,7 @@ QUEUE = "demo"
 class _RQ(Library):
     name = "rq"
     title = "RQ"
+    jobs_a_second = 400.0
     overhead_seconds = 0.008
 
     def crew(self, workers: int | None, cores: int) -> Crew:
