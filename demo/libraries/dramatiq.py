@@ -27,7 +27,7 @@ _JOB_ID = re.compile(rb'"message_id":"([^"]+)"')
 class _Dramatiq(Library):
     name = "dramatiq"
     title = "Dramatiq"
-    jobs_a_second = 200.0
+    jobs_a_second = 300.0
     overhead_seconds = 0.005
     orphan_signal = signal.SIGTERM  # its workers would outlive a command that is killed
 
