@@ -284,8 +284,9 @@ class _Run:
 
     def _start_producer(self, stack: contextlib.ExitStack) -> children.Child:
         takes = work_seconds(self._plan.library, self._plan.crew, self._plan.cores)
-        command = ("jobguard.demo.producer", self._plan.library.name, str(self._plan.jobs))
-        child = self._child("producer", ("-m", *command, f"{takes:.4f}"))
+        what = (self._plan.library.name, str(self._plan.jobs))
+        how = (f"{takes:.4f}", str(self._plan.crew.at_once))
+        child = self._child("producer", ("-m", "jobguard.demo.producer", *what, *how))
         stack.callback(children.end, [child])
         return child
 

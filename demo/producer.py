@@ -1,6 +1,7 @@
-"""The producer: `python -m jobguard.demo.producer LIBRARY JOBS SECONDS`.
+"""The producer: `python -m jobguard.demo.producer LIBRARY JOBS SECONDS AT_ONCE`.
 
-It enqueues at full speed jobs that each take so many seconds, and now and then a longer one.
+It enqueues at full speed jobs that each take so many seconds, and now and then a longer one. On a
+busy machine it makes all of them longer: workers that run so many at once may not be faster than it.
 It goes on until so many calls of enqueue have returned. A call that raised is no promise: it is
 written down as refused, and the producer tries again a moment later, as any program would.
 """
@@ -12,9 +13,11 @@ import itertools
 import logging
 import sys
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from jobguard.demo.ledger import note
+from jobguard.demo.libraries import named
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,13 +28,16 @@ LONGER_SECONDS = 0.5
 LONG_JOBS = 40
 
 REFUSED_PAUSE_SECONDS = 0.05
+SETTLED = 100  # calls: the first of all connects
+AHEAD = 1.25  # so much faster than the workers, or a killed Redis would have nothing to lose
 
 
-def main(library: str, jobs: str, seconds: str) -> None:
+def main(library: str, jobs: str, seconds: str, at_once: str) -> None:
     """Enqueue."""
     logging.basicConfig(format="%(asctime)s %(message)s")
     app = importlib.import_module(f"jobguard.demo.apps.{library}")
-    produce(app.enqueue, int(jobs), float(seconds))
+    overhead = named(library).overhead_seconds
+    produce(app.enqueue, int(jobs), Pace(float(seconds), int(at_once), overhead))
 
 
 def is_long(number: int, jobs: int) -> bool:
@@ -40,11 +46,28 @@ def is_long(number: int, jobs: int) -> bool:
     return number % every == every // 2
 
 
-def produce(enqueue: Callable[[int, float], str], jobs: int, seconds: float) -> None:
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How long jobs take, for the queue to grow while they are enqueued."""
+
+    seconds: float  # at least
+    at_once: int
+    overhead: float  # of the library, for each job
+
+    def takes(self, returned: int, elapsed: float) -> float:
+        """Choose how long the next job takes: so many calls of enqueue have taken so long in all."""
+        if returned < SETTLED:
+            return self.seconds
+        return max(self.seconds, AHEAD * self.at_once * elapsed / returned - self.overhead)
+
+
+def produce(enqueue: Callable[[int, float], str], jobs: int, pace: Pace) -> None:
     """Enqueue until `jobs` calls have returned."""
     returned = 0
+    began_at = time.monotonic()
     for number in itertools.count(1):
-        takes = seconds + LONGER_SECONDS * is_long(number, jobs)
+        takes = pace.takes(returned, time.monotonic() - began_at)
+        takes += LONGER_SECONDS * is_long(number, jobs)
         try:
             job_id = enqueue(number, takes)
         except Exception:  # whatever the library raises: the caller was told

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from jobguard.demo import command
 from jobguard.demo.children import clean_environment
 from jobguard.demo.libraries import NAMES
-from jobguard.demo.producer import LONG_JOBS, is_long
+from jobguard.demo.producer import LONG_JOBS, SETTLED, Pace, is_long
 from jobguard.demo.storm import forecast
 
 LIBRARIES_OWN = ("RQ_REDIS_URL", "CELERY_BROKER_URL", "dramatiq_restart_delay")
@@ -87,6 +87,15 @@ def test_some_jobs_are_long_enough_to_be_killed_in(jobs: int) -> None:
     long = [number for number in range(1, jobs + 1) if is_long(number, jobs)]
     assert 20 <= len(long) <= LONG_JOBS
     assert long[0] < 0.1 * jobs and long[-1] > 0.9 * jobs
+
+
+def test_a_slow_producer_has_slower_workers() -> None:
+    """Four at once, of 8 ms each besides, may do four fifths of what is enqueued in a second."""
+    pace = Pace(seconds=0.002, at_once=4, overhead=0.008)
+    assert pace.takes(SETTLED, 0.001 * SETTLED) == 0.002  # quick enough
+    takes = pace.takes(SETTLED, 0.01 * SETTLED)  # 100 enqueued a second
+    assert 4 / (takes + pace.overhead) == pytest.approx(80)
+    assert pace.takes(SETTLED - 1, 60.0) == 0.002  # it had to connect first
 
 
 def test_children_see_no_setting_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
