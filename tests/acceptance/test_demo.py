@@ -124,6 +124,6 @@ def test_an_interrupted_demo_leaves_nothing_running(
 def runs(process: psutil.Process) -> bool:
     """Whether a process is more than an entry in a table."""
     try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
