@@ -1,7 +1,8 @@
-"""Runs inside a host's own tests: notes how each ended, and guards every Redis they use."""
+"""Runs inside a host's own tests: notes how each ended, and has what they use guarded."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import multiprocessing
@@ -10,27 +11,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import redis
 
 _OUT = Path(os.environ["HOST_SUITE_OUT"])
-_DATABASES = range(17)  # RQ's tests look for an empty one from 4 on
+_GUARDED = "HOST_SUITE_GUARDED" in os.environ
+_HOST: Any = importlib.import_module(f"host_{os.environ['HOST_SUITE']}")
 
 os.environ.pop("HOST_SUITE_PLUGIN", None)  # it is for this process, not for what its tests start
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Guard before a test module is imported, as an application would."""
-    if "JOBGUARD_POSTGRES_URL" not in os.environ:
-        return
-    import jobguard
-
-    _listen()
-    for number in _DATABASES:
-        jobguard.guard(redis.Redis(db=number))
+    if hasattr(_HOST, "prepare_tests"):
+        _HOST.prepare_tests()
+    if _GUARDED:
+        _listen()
+        if hasattr(_HOST, "guard_tests"):
+            _HOST.guard_tests()
 
 
 def _listen() -> None:
-    """Keep what we complain of: RQ's tests switch logging off, and an error of ours would be lost."""
+    """Keep what we complain of: tests that switch logging off would lose an error of ours."""
     log: Any = logging.getLogger("jobguard")
     log.isEnabledFor = lambda level: level >= logging.WARNING
     handler = logging.FileHandler(_OUT / "complaints.log", delay=True)
@@ -39,21 +39,51 @@ def _listen() -> None:
     log.propagate = False
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave out what cannot run here."""
+    for item in items:
+        reason = _HOST.out_of_reach(item) if hasattr(_HOST, "out_of_reach") else None
+        if reason:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    """Note also what could not even be collected."""
+    if report.outcome != "passed":
+        _note(report, 0.0)
+
+
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Write a line as soon as it is known, so that a run that hangs has told where."""
-    if report.when != "call" and report.outcome == "passed":
-        return
+    if report.when == "call" or report.outcome != "passed":
+        _note(report, report.duration)
+
+
+def _note(report: pytest.TestReport | pytest.CollectReport, seconds: float) -> None:
     line = {
         "test": report.nodeid,
         "outcome": report.outcome,
-        "seconds": round(report.duration, 2),
-        "why": str(report.longrepr) if report.failed else "",
+        "seconds": round(seconds, 2),
+        "why": _why(report),
     }
     with (_OUT / "results.jsonl").open("a") as results:
         results.write(json.dumps(line) + "\n")
 
 
+def _why(report: pytest.TestReport | pytest.CollectReport) -> str:
+    if report.failed:
+        return str(report.longrepr)
+    if report.skipped:
+        known = getattr(report, "wasxfail", None)
+        if known is not None:
+            return f"known to fail: {known}"
+        return str(report.longrepr[2]) if isinstance(report.longrepr, tuple) else ""
+    return ""
+
+
 def pytest_unconfigure() -> None:
     """End the workers that a failed test left behind: this process would wait for them for ever."""
+    if _GUARDED and hasattr(_HOST, "finish"):
+        _HOST.finish()
     for child in multiprocessing.active_children():
         child.kill()

@@ -1,18 +1,18 @@
-"""Runs first in every Python that a host's tests start: gives them the Redis that is theirs.
+"""Runs first in every Python that a host's tests start: gives them the Redis and the guard that are theirs.
 
-RQ's tests ask for localhost:6379 whatever the machine runs there. The port is changed where a
+A host's tests ask for localhost:6379 whatever the machine runs there. The port is changed where a
 connection is made and nowhere else, so that what the tests read from a client stays as they wrote it.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 from typing import Any
 
 import redis.connection
 
 _PORT = os.environ.get("HOST_SUITE_REDIS_PORT")
-_GUARDED = "JOBGUARD_POSTGRES_URL" in os.environ
 
 if _PORT:
     _init: Any = redis.connection.Connection.__init__
@@ -22,6 +22,5 @@ if _PORT:
 
     redis.connection.Connection.__init__ = _redirected  # type: ignore[method-assign, assignment]
 
-if _GUARDED and "HOST_SUITE_PLUGIN" not in os.environ:
-    # A fresh interpreter that a test starts: a spawned horse, `rq worker` by its command.
-    import jobguard.adapters.rq.workers  # noqa: F401 (the import is what hooks RQ)
+if "HOST_SUITE_GUARDED" in os.environ:
+    importlib.import_module(f"host_{os.environ['HOST_SUITE']}").guard_here()
