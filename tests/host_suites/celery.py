@@ -1,0 +1,110 @@
+"""Celery's own tests against guarded applications: ``python -m tests.host_suites.celery``.
+
+There are two kinds of them, and each runs by itself; see `suite.py`.
+
+- ``t/integration``, with Redis as broker and result backend and a prefork worker: bare, guarded, and
+  guarded while a leader leads.
+- ``t/unit``, mostly with a broker in memory and mocks: bare, and with every application hooked as if
+  its broker were Redis. A recorder that takes everything stands in for the core (`inside/recorder.py`).
+
+``t/smoke`` is not run: each of its tests starts workers and brokers as containers, from images.
+What may differ stands in DOCUMENTED and DOCUMENTED_WHILE_LED; anything else ends this with 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tests.host_suites.suite import (
+    Run,
+    Suite,
+    bare_and_guarded,
+    distribution,
+    interpreter,
+    servers,
+    verdict,
+)
+
+DOCUMENTED: dict[str, str] = {}
+"""Tests (with * for several) that may fail guarded, and why that is right."""
+DOCUMENTED_WHILE_LED: dict[str, str] = {}
+"""The same while a leader leads."""
+
+_NEEDS = (
+    "boto3",
+    "cryptography",
+    "eventlet",
+    "fakeredis[lua]",
+    "freezegun",
+    "gevent",
+    "moto",
+    "msgpack",
+    "pydantic",
+    "pymemcache",
+    "pymongo",
+    "pytest-click",
+    "pytest-order",
+    "pytest-rerunfailures",
+    "pytest-subtests",
+    "pyyaml",
+    "sqlalchemy",
+    "tblib",
+)
+"""What Celery's tests import, but for the clients of services that have nothing to do with a queue."""
+_OPTIONS = (
+    "--continue-on-collection-errors",
+    "--timeout=300",
+)
+_ENVIRONMENT = {
+    "C_FORCE_ROOT": "1",  # whoever runs this as root has been told already
+    "TEST_BROKER": "redis://",
+    "TEST_BACKEND": "redis://",
+}
+_RECORDER = {"HOST_SUITE_GUARDED": "1", "HOST_SUITE_RECORDER": "1"}
+
+
+def main() -> int:
+    """Run, compare, and tell."""
+    options = _options()
+    folder = distribution("celery", options.version)
+    python = interpreter("celery", options.version, _NEEDS)
+    codes = []
+    for kind, least in (("t/unit", 0.05), ("t/integration", 1.0)):
+        tests = [test for test in options.tests if test.startswith(kind)]
+        if tests:
+            print(f"\n==== {kind}")
+            suite = Suite("celery", folder, tests, _OPTIONS, _ENVIRONMENT, python, least)
+            codes.append(_run(suite, kind, options.keep))
+    print("\nt/smoke: not run, each of its tests needs containers")
+    return max(codes, default=2)
+
+
+def _run(suite: Suite, kind: str, keep: Path | None) -> int:
+    with servers(keep and keep / kind.replace("/", "-")) as at:
+        if kind == "t/integration":
+            return verdict(suite, bare_and_guarded(at, DOCUMENTED, DOCUMENTED_WHILE_LED))
+        bare = Run("bare", at.folder / "bare", at.redis())
+        hooked = Run(
+            "hooked",
+            at.folder / "hooked",
+            at.redis(),
+            documented=DOCUMENTED,
+            environment=_RECORDER,
+        )
+        return verdict(suite, [bare, hooked])
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tests.host_suites.celery", description=__doc__)
+    parser.add_argument("--version", default="5.7.0", help="of Celery; default: %(default)s")
+    parser.add_argument("--keep", type=Path, help="keep what the runs write in this folder")
+    both: Sequence[str] = ("t/unit", "t/integration")
+    parser.add_argument("tests", nargs="*", default=both, help="files or ids, as for pytest")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""Guards every RedisBroker in a process of Dramatiq's tests, as soon as it is made."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Iterator
+from typing import Any
+from unittest.mock import MagicMock
+
+import pytest
+from after_import import after_import  # type: ignore[import-not-found]  # beside this file
+
+
+def guard_here() -> None:
+    """Have each broker guarded, when there are any."""
+    after_import("dramatiq.brokers.redis", _guard_each)
+
+
+def _guard_each(module: Any) -> None:
+    init = module.RedisBroker.__init__
+
+    @functools.wraps(init)
+    def guarded(self: Any, *args: Any, **kwargs: Any) -> None:
+        import jobguard
+
+        init(self, *args, **kwargs)
+        jobguard.guard(self)
+
+    module.RedisBroker.__init__ = guarded
+
+
+def prepare_tests() -> None:
+    """Have tests run without a Memcached that have nothing to do with it."""
+    after_import("dramatiq.rate_limits.backends", _without_memcached)
+    after_import("dramatiq.results.backends", _without_memcached)
+    if "HOST_SUITE_STUBS_ON_REDIS" in os.environ:
+        after_import("dramatiq.brokers.stub", _stubs_on_redis)
+
+
+def _without_memcached(module: Any) -> None:
+    """Their fixtures make a backend of each kind whichever is asked for, and skip all if one is missing."""
+    module.MemcachedBackend = lambda **_: MagicMock(pool=_NoPool())
+
+
+class _NoPool:
+    @contextlib.contextmanager
+    def reserve(self) -> Iterator[Any]:
+        """Give a client of nothing."""
+        yield MagicMock()
+
+
+def out_of_reach(item: pytest.Item) -> str | None:
+    """Why this test cannot run here."""
+    chosen = getattr(item, "callspec", None)
+    if chosen is not None and "memcached" in chosen.params.values():
+        return "needs Memcached"
+    return None
+
+
+def _stubs_on_redis(module: Any) -> None:
+    """Play the tests that use a StubBroker on Redis: the guard leaves a real stub alone."""
+    from dramatiq.brokers.redis import RedisBroker
+    from dramatiq.errors import QueueNotFound
+
+    class StubBroker(RedisBroker):
+        """A Redis broker that can be called as a stub is."""
+
+        def __init__(self, middleware: Any = None, **_: Any) -> None:
+            super().__init__(middleware=middleware)
+            self.client.flushall()
+
+        def join(self, queue_name: str, *, timeout: int | None = None, **_: Any) -> None:
+            """Wait; that a message failed is not told."""
+            if queue_name not in self.queues:
+                raise QueueNotFound(queue_name)
+            super().join(queue_name, timeout=timeout)
+
+        def flush_all(self) -> None:
+            """Leave nothing to the next test."""
+            self.client.flushall()
+
+    module.StubBroker = StubBroker

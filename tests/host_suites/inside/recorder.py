@@ -1,0 +1,115 @@
+"""What stands in for the core where a host's tests have no Redis: it says yes to all, and counts.
+
+The hooks of the adapter are all in place then, and called; nothing is written, and no thread started,
+for some hosts' tests count threads.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from jobguard.adapter import Source
+from jobguard.job import Claim, Delivery, Recorded, Refused, new_token
+
+calls: Counter[str] = Counter()
+"""How often each was told something, by method."""
+
+
+class Recorder:
+    """A tracker that takes everything."""
+
+    push_deadline = 60.0
+    mends_library = True
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+
+    def record(self, deliveries: Sequence[Delivery], *, outbox: bool = False) -> Recorded:
+        """Count these."""
+        calls["record"] += len(deliveries)
+        return Recorded()
+
+    def hold(self, deliveries: Sequence[Delivery], push: Callable[[Recorded], None]) -> bool:
+        """Hold nothing: nobody records a batch at its end."""
+        return False
+
+    def batch(self) -> AbstractContextManager[None]:
+        """Batch nothing."""
+        return nullcontext()
+
+    def recovers(self, tokens: Sequence[UUID], *, began: bool = True) -> frozenset[UUID]:
+        """Recover nothing: nobody leads."""
+        return frozenset()
+
+    def guards(self, queue: str) -> bool:
+        """Guard every queue."""
+        return True
+
+    def broker_in_doubt(self) -> bool:
+        """Doubt no broker: there is none."""
+        return False
+
+    def accepts_without_broker(self, recorded: Recorded) -> bool:
+        """Leave the error of a push to the host."""
+        return False
+
+    def open_session(
+        self,
+        *,
+        name: str,
+        queues: Sequence[str],
+        lists: Callable[[], Iterable[UUID]] | None = None,
+    ) -> Session:
+        """Begin."""
+        calls["open_session"] += 1
+        return Session()
+
+    def inherit_session(
+        self, worker: UUID, pid: int, *, name: str, queues: Sequence[str]
+    ) -> Session:
+        """Begin."""
+        return Session()
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        return _counting(name)
+
+
+class Session:
+    """A worker that may run everything."""
+
+    def __init__(self) -> None:
+        self.id = new_token()
+
+    def start(self, token: UUID, describe: Callable[[], Delivery]) -> Claim | Refused:
+        """Grant it, and have the delivery described, as for one that nobody recorded."""
+        calls["start"] += 1
+        describe()
+        return Claim(token, 1)
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        return _counting(f"session.{name}")
+
+
+def _counting(name: str) -> Callable[..., Any]:
+    if name.startswith("__"):
+        raise AttributeError(name)
+
+    def call(*_: Any, **__: Any) -> None:
+        calls[name] += 1
+
+    return call
+
+
+def write_down() -> None:
+    """Say at the end of this process how many deliveries it was told of."""
+    folder = Path(os.environ["HOST_SUITE_OUT"])
+    (folder / f"recorded-{os.getpid()}").write_text(str(calls["record"]))
+    (folder / f"calls-{os.getpid()}.txt").write_text(
+        "".join(f"{name} {times}\n" for name, times in calls.most_common())
+    )
