@@ -180,7 +180,7 @@ def verdict(suite: Suite, runs: Sequence[Run]) -> int:
         print((bare.folder / "output.txt").read_text())
         return 2
     fine = [_compare(suite, bare, run) for run in guarded]
-    tell_skipped(bare)
+    _tell_what_did_not_run(bare)
     return 0 if all(fine) else 1
 
 
@@ -314,12 +314,17 @@ def _confirmed(suite: Suite, bare: Run, run: Run, tests: Sequence[str]) -> set[s
     return left
 
 
-def tell_skipped(run: Run) -> None:
-    """Tell what does not run here, by reason."""
-    reasons = Counter(why for outcome, why in run.results().values() if outcome == "skipped")
-    print(f"\n== not run, bare or guarded: {reasons.total()}")
-    for reason, times in sorted(reasons.items(), key=lambda told: -told[1]):
+def _tell_what_did_not_run(bare: Run) -> None:
+    """Tell what cannot be compared: what is skipped here, by reason, and what fails without us."""
+    results = bare.results()
+    reasons = Counter(why for outcome, why in results.values() if outcome == "skipped")
+    print(f"\n== skipped: {reasons.total()}")
+    for reason, times in reasons.most_common():
         print(f"   {times} {reason}")
+    failed = [test for test, (outcome, _) in results.items() if outcome == "failed"]
+    print(f"== fails bare: {len(failed)}")
+    for test in failed:
+        print(f"   {test}")
 
 
 def _counts(results: Mapping[str, tuple[str, str]]) -> str:

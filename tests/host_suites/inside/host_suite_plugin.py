@@ -77,7 +77,11 @@ def _why(report: pytest.TestReport | pytest.CollectReport) -> str:
         known = getattr(report, "wasxfail", None)
         if known is not None:
             return f"known to fail: {known}"
-        return str(report.longrepr[2]) if isinstance(report.longrepr, tuple) else ""
+        return (
+            str(report.longrepr[2]).removeprefix("Skipped: ")
+            if isinstance(report.longrepr, tuple)
+            else ""
+        )
     return ""
 
 
