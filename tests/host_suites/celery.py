@@ -55,6 +55,8 @@ _NEEDS = (
 )
 """What Celery's tests import, but for the clients of services that have nothing to do with a queue."""
 _OPTIONS = (
+    "-p",
+    "celery.contrib.pytest",
     "--continue-on-collection-errors",
     "--timeout=300",
 )
@@ -63,7 +65,11 @@ _ENVIRONMENT = {
     "TEST_BROKER": "redis://",
     "TEST_BACKEND": "redis://",
 }
-_RECORDER = {"HOST_SUITE_GUARDED": "1", "HOST_SUITE_RECORDER": "1"}
+_RECORDER = {
+    "HOST_SUITE_GUARDED": "1",
+    "HOST_SUITE_RECORDER": "1",
+    "JOBGUARD_POSTGRES_URL": "postgresql://nobody@localhost/none",  # never connected to
+}
 
 
 def main() -> int:

@@ -39,7 +39,7 @@ DOCUMENTED_WHILE_LED: dict[str, str] = {}
 """The same while a leader leads."""
 
 REPOSITORY = "https://github.com/Bogdanp/dramatiq"
-_NEEDS = ("pika", "prometheus_client", "pylibmc")
+_NEEDS = ("pika", "prometheus_client", "pylibmc", "watchdog")
 _OPTIONS = (
     "-o",
     "addopts=",  # theirs measure coverage

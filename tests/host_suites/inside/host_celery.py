@@ -17,6 +17,8 @@ def guard_here() -> None:
     after_import("celery.app.base", _guard_each)
     if _RECORDER:
         after_import("jobguard.adapters.celery", _take_any_broker)
+        after_import("jobguard.adapters.celery.places", _see_redis)
+        after_import("jobguard.adapters.celery.push", _reach)
 
 
 def _guard_each(module: Any) -> None:
@@ -44,25 +46,41 @@ def _take_any_broker(module: Any) -> None:
     import redis
     from recorder import Recorder  # type: ignore[import-not-found]  # beside this file
 
-    from jobguard.adapter import Guarded, Later, Source
-    from jobguard.errors import UnsupportedTarget
+    from jobguard.adapter import Guarded, Source
+    from jobguard.adapters.celery import places
 
     composition: Any = sys.modules["jobguard.guard"]
     composition._tracker = lambda guarded, settings, conninfo: Recorder(guarded.source)
     adapter: Any = module.CeleryAdapter
     sources = adapter.sources
 
-    def any_source(self: Any, target: object, *, namespace: str, name: str | None) -> Any:
-        try:
-            found = sources(self, target, namespace=namespace, name=name)
-        except UnsupportedTarget:
-            found = None
-        if found is not None and (isinstance(found, Later) or found.inert is None):
+    def any_source(self: Any, target: Any, *, namespace: str, name: str | None) -> Any:
+        found = sources(self, target, namespace=namespace, name=name)
+        if getattr(found, "inert", None) is None or target.conf.task_always_eager:
             return found
-        source = Source(namespace, "celery", "nowhere:0/0", one_body=False)
+        place: Any = places.place_of(target.connection_for_write())
+        source = Source(namespace, "celery", place.address, str(place.layout), one_body=False)
         return Guarded(source, None, redis.Redis)
 
     adapter.sources = any_source
+
+
+def _see_redis(module: Any) -> None:
+    """Have what is asked about a broker in memory answered as for one that is in Redis."""
+    from kombu import Connection
+
+    def on_redis(connection: Any) -> Any:
+        in_memory = isinstance(connection, Connection) and connection.transport_cls == "memory"
+        return Connection("redis://") if in_memory else connection
+
+    for name in ("place_of", "client_of", "on_paper"):
+        asked = getattr(module, name)
+        setattr(module, name, lambda connection, asked=asked: asked(on_redis(connection)))
+
+
+def _reach(module: Any) -> None:
+    """A broker in memory can always be reached."""
+    module.reach = lambda producer: None
 
 
 def finish() -> None:
