@@ -60,6 +60,7 @@ _OPTIONS = (
     "--continue-on-collection-errors",
     "--timeout=300",
 )
+_NOT_ON_REDIS = "ERROR this cannot be guarded *jobguard guards Celery on Redis only*"
 _ENVIRONMENT = {
     "C_FORCE_ROOT": "1",  # whoever runs this as root has been told already
     "TEST_BROKER": "redis://",
@@ -82,7 +83,9 @@ def main() -> int:
         tests = [test for test in options.tests if test.startswith(kind)]
         if tests:
             print(f"\n==== {kind}")
-            suite = Suite("celery", folder, tests, _OPTIONS, _ENVIRONMENT, python, least)
+            suite = Suite(
+                "celery", folder, tests, _OPTIONS, _ENVIRONMENT, python, least, _NOT_ON_REDIS
+            )
             codes.append(_run(suite, kind, options.keep))
     print("\nt/smoke: not run, each of its tests needs containers")
     return max(codes, default=2)
