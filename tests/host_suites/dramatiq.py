@@ -75,9 +75,7 @@ def main() -> int:
     if options.tests != _ALL:
         return code
     print("\n==== those that use a StubBroker, on Redis")
-    suite = replace(
-        suite, tests=["tests"], options=(*_OPTIONS, "--ignore=tests/test_stub_broker.py")
-    )
+    suite = replace(suite, options=(*_OPTIONS, "--ignore=tests/test_stub_broker.py"))
     with servers(options.keep and options.keep / "on-redis") as at:
         return max(code, verdict(suite, _on_redis(at)))
 

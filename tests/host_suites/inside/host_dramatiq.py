@@ -12,6 +12,8 @@ from unittest.mock import MagicMock
 import pytest
 from after_import import after_import  # type: ignore[import-not-found]  # beside this file
 
+_STUBS_ON_REDIS = "HOST_SUITE_STUBS_ON_REDIS" in os.environ
+
 
 def guard_here() -> None:
     """Have each broker guarded, when there are any."""
@@ -35,8 +37,6 @@ def prepare_tests() -> None:
     """Have tests run without a Memcached that have nothing to do with it."""
     after_import("dramatiq.rate_limits.backends", _without_memcached)
     after_import("dramatiq.results.backends", _without_memcached)
-    if "HOST_SUITE_STUBS_ON_REDIS" in os.environ:
-        after_import("dramatiq.brokers.stub", _stubs_on_redis)
 
 
 def _without_memcached(module: Any) -> None:
@@ -51,6 +51,12 @@ class _NoPool:
         yield MagicMock()
 
 
+def is_asked_for(item: pytest.Item) -> bool:
+    """Whether this test is to be played: on Redis, only those that usually are not."""
+    fixtures: Any = getattr(item, "fixturenames", ())
+    return not _STUBS_ON_REDIS or "stub_broker" in fixtures
+
+
 def out_of_reach(item: pytest.Item) -> str | None:
     """Why this test cannot run here."""
     chosen = getattr(item, "callspec", None)
@@ -59,8 +65,10 @@ def out_of_reach(item: pytest.Item) -> str | None:
     return None
 
 
-def _stubs_on_redis(module: Any) -> None:
-    """Play the tests that use a StubBroker on Redis: the guard leaves a real stub alone."""
+def prepare_fixtures(module: Any) -> None:
+    """Play the tests that use a StubBroker on Redis, if asked to: the guard leaves a real stub alone."""
+    if not _STUBS_ON_REDIS or not hasattr(module, "StubBroker"):
+        return
     from dramatiq.brokers.redis import RedisBroker
     from dramatiq.errors import QueueNotFound
 

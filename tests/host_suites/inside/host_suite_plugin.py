@@ -19,14 +19,22 @@ _HOST: Any = importlib.import_module(f"host_{os.environ['HOST_SUITE']}")
 os.environ.pop("HOST_SUITE_PLUGIN", None)  # it is for this process, not for what its tests start
 
 
+if hasattr(_HOST, "prepare_tests"):
+    _HOST.prepare_tests()  # now, for what comes next is their conftest.py
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Guard before a test module is imported, as an application would."""
-    if hasattr(_HOST, "prepare_tests"):
-        _HOST.prepare_tests()
     if _GUARDED:
         _listen()
         if hasattr(_HOST, "guard_tests"):
             _HOST.guard_tests()
+
+
+def pytest_plugin_registered(plugin: object) -> None:
+    """Let a host's fixtures be made to fit as soon as they are known."""
+    if hasattr(_HOST, "prepare_fixtures") and getattr(plugin, "__name__", "").endswith("conftest"):
+        _HOST.prepare_fixtures(plugin)
 
 
 def _listen() -> None:
@@ -40,7 +48,9 @@ def _listen() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave out what cannot run here."""
+    """Leave out what is not asked for, or cannot run here."""
+    if hasattr(_HOST, "is_asked_for"):
+        items[:] = [item for item in items if _HOST.is_asked_for(item)]
     for item in items:
         reason = _HOST.out_of_reach(item) if hasattr(_HOST, "out_of_reach") else None
         if reason:
