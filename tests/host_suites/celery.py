@@ -63,8 +63,8 @@ _OPTIONS = (
 _NOT_ON_REDIS = "ERROR this cannot be guarded *jobguard guards Celery on Redis only*"
 _ENVIRONMENT = {
     "C_FORCE_ROOT": "1",  # whoever runs this as root has been told already
-    "TEST_BROKER": "redis://",
-    "TEST_BACKEND": "redis://",
+    "TEST_BROKER": "redis://localhost:{port}",  # which one test puts a proxy before
+    "TEST_BACKEND": "redis://localhost:{port}",
 }
 _RECORDER = {
     "HOST_SUITE_GUARDED": "1",

@@ -53,6 +53,7 @@ class Suite:
     """Files or ids, as for pytest."""
     options: Sequence[str] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
+    """``{port}`` in it is that of the run's Redis."""
     python: Path = Path(sys.executable)
     least_recorded: float = 0.5
     """Deliveries a test that passed: a run that records less was hardly guarded."""
@@ -103,7 +104,9 @@ class Run:
         if self.postgres:
             ours["HOST_SUITE_GUARDED"] = "1"
             ours["JOBGUARD_POSTGRES_URL"] = self.postgres
-        return plain | ours | dict(suite.environment) | dict(self.environment)
+        told = {**suite.environment, **self.environment}
+        port = str(self.redis_port)
+        return plain | ours | {name: text.replace("{port}", port) for name, text in told.items()}
 
     def results(self) -> dict[str, tuple[str, str]]:
         """How each test ended, and why; of a test with parts, its worst."""
