@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 import sys
 from typing import Any
@@ -47,8 +48,8 @@ def _take_any_broker(module: Any) -> None:
     from recorder import Recorder  # type: ignore[import-not-found]  # beside this file
 
     from jobguard.adapter import Guarded, Source
-    from jobguard.adapters.celery import places
 
+    places: Any = importlib.import_module("jobguard.adapters.celery.places")
     composition: Any = sys.modules["jobguard.guard"]
     composition._tracker = lambda guarded, settings, conninfo: Recorder(guarded.source)
     adapter: Any = module.CeleryAdapter
@@ -58,7 +59,7 @@ def _take_any_broker(module: Any) -> None:
         found = sources(self, target, namespace=namespace, name=name)
         if getattr(found, "inert", None) is None or target.conf.task_always_eager:
             return found
-        place: Any = places.place_of(target.connection_for_write())
+        place = places.place_of(target.connection_for_write())
         source = Source(namespace, "celery", place.address, str(place.layout), one_body=False)
         return Guarded(source, None, redis.Redis)
 
@@ -67,11 +68,13 @@ def _take_any_broker(module: Any) -> None:
 
 def _see_redis(module: Any) -> None:
     """Have what is asked about a broker in memory answered as for one that is in Redis."""
-    from kombu import Connection
+    kombu: Any = importlib.import_module("kombu")
 
     def on_redis(connection: Any) -> Any:
-        in_memory = isinstance(connection, Connection) and connection.transport_cls == "memory"
-        return Connection("redis://") if in_memory else connection
+        in_memory = (
+            isinstance(connection, kombu.Connection) and connection.transport_cls == "memory"
+        )
+        return kombu.Connection("redis://") if in_memory else connection
 
     for name in ("place_of", "client_of", "on_paper"):
         asked = getattr(module, name)

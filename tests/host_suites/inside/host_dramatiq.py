@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -70,19 +71,21 @@ def prepare_fixtures(module: Any) -> None:
     if not _STUBS_ON_REDIS or not hasattr(module, "StubBroker"):
         return
     from dramatiq.brokers.redis import RedisBroker
-    from dramatiq.errors import QueueNotFound
+
+    errors: Any = importlib.import_module("dramatiq.errors")
 
     class StubBroker(RedisBroker):
         """A Redis broker that can be called as a stub is."""
 
         def __init__(self, middleware: Any = None, **_: Any) -> None:
-            super().__init__(middleware=middleware)
+            init: Any = super().__init__
+            init(middleware=middleware)
             self.client.flushall()
 
         def join(self, queue_name: str, *, timeout: int | None = None, **_: Any) -> None:
             """Wait; that a message failed is not told."""
             if queue_name not in self.queues:
-                raise QueueNotFound(queue_name)
+                raise errors.QueueNotFound(queue_name)
             super().join(queue_name, timeout=timeout)
 
         def flush_all(self) -> None:
