@@ -80,12 +80,19 @@ def main() -> int:
     python = interpreter("celery", options.version, _NEEDS)
     codes = []
     for kind, least in (("t/unit", 0.05), ("t/integration", 1.0)):
-        tests = [test for test in options.tests if test.startswith(kind)]
-        if tests:
+        suite = Suite(
+            "celery",
+            folder,
+            [test for test in options.tests if test.startswith(kind)],
+            _OPTIONS,
+            _ENVIRONMENT,
+            python,
+            least_recorded=least,
+            in_turn=kind == "t/integration",
+            refused=_NOT_ON_REDIS,
+        )
+        if suite.tests:
             print(f"\n==== {kind}")
-            suite = Suite(
-                "celery", folder, tests, _OPTIONS, _ENVIRONMENT, python, least, _NOT_ON_REDIS
-            )
             codes.append(_run(suite, kind, options.keep))
     print("\nt/smoke: not run, each of its tests needs containers")
     return max(codes, default=2)

@@ -57,6 +57,8 @@ class Suite:
     python: Path = Path(sys.executable)
     least_recorded: float = 0.5
     """Deliveries a test that passed: a run that records less was hardly guarded."""
+    in_turn: bool = False
+    """One run after the other: its tests wait for work to be done, and give up."""
     one_at_a_time: Sequence[str] = ()
     """Files whose tests use paths that all runs share: they run when nothing else does."""
     refused: str = "nothing is refused"
@@ -187,8 +189,9 @@ def verdict(suite: Suite, runs: Sequence[Run]) -> int:
     aside = [name for name in suite.one_at_a_time if _are_wanted(name, suite.tests)]
     apart = [f"--ignore={name}" for name in aside]
     rest = [test for test in suite.tests if test not in aside]
-    if rest:
-        play(replace(suite, options=(*suite.options, *apart)), runs, rest)
+    for together in [[run] for run in runs] if suite.in_turn else [list(runs)]:
+        if rest:
+            play(replace(suite, options=(*suite.options, *apart)), together, rest)
     for run in runs if aside else ():
         play(suite, [run], aside)
     if not bare.results():
