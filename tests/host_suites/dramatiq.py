@@ -45,7 +45,7 @@ DOCUMENTED_WHILE_LED = {
 """The same while a leader leads."""
 
 REPOSITORY = "https://github.com/Bogdanp/dramatiq"
-_NEEDS = ("pika", "prometheus_client", "pylibmc", "watchdog")
+_NEEDS = ("gevent", "pika", "prometheus_client", "pylibmc", "watchdog")
 _OPTIONS = (
     "-o",
     "addopts=",  # theirs measure coverage
