@@ -79,7 +79,7 @@ def main() -> int:
     folder = distribution("celery", options.version)
     python = interpreter("celery", options.version, _NEEDS)
     codes = []
-    for kind, least in (("t/unit", 0.05), ("t/integration", 1.0)):
+    for kind, least in (("t/unit", 0.02), ("t/integration", 1.0)):
         suite = Suite(
             "celery",
             folder,
