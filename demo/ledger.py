@@ -4,7 +4,8 @@ Nobody else writes it: jobguard is never told where it lies. One line an event, 
 small write each, so that the lines of many processes do not mix, and what was written stays when
 its writer is killed a microsecond later:
 
-    call <number> <pid> <nanoseconds>                  enqueue is about to be called (chaos only)
+    call <number> <pid> <nanoseconds> [numbers]        enqueue is about to be called (chaos only);
+                                                       those behind which the library is to run it
     enqueued <number> <pid> <nanoseconds> <job id>     the call of enqueue returned
     refused <number> <pid> <nanoseconds>               the call of enqueue raised
     start <number> <pid> <nanoseconds> [parent pid]    first statement of the task
@@ -57,6 +58,9 @@ class Ledger:
     """What was read so far."""
 
     called: dict[int, Mark] = field(default_factory=dict)
+    follows: dict[int, tuple[int, ...]] = field(
+        default_factory=dict
+    )  # of a chain, or a chord's body
     enqueued: dict[int, Mark] = field(default_factory=dict)
     refused: dict[int, Mark] = field(default_factory=dict)
     starts: dict[int, list[Mark]] = field(default_factory=dict)
@@ -73,6 +77,8 @@ class Ledger:
         number, mark = int(number_text), Mark(int(pid), int(nanoseconds) / 1e9, parent)
         if what == "call":
             self.called[number] = mark
+            if more:
+                self.follows[number] = tuple(map(int, more[0].split(",")))
         elif what == "enqueued":
             self.enqueued[number] = mark
             self.number_of[more[0]] = number

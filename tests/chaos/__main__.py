@@ -6,6 +6,7 @@ import json
 import math
 import random
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -13,7 +14,7 @@ from rich.console import Console
 
 from jobguard.servers import ServerError
 from tests.chaos import report
-from tests.chaos.faults import FAULTS
+from tests.chaos.faults import FAULTS, faults_for
 from tests.chaos.libraries import LIBRARIES, Library, failpoints
 from tests.chaos.plan import HITS, Plan
 from tests.chaos.run import Result, run
@@ -41,6 +42,7 @@ from tests.chaos.site import ChaosError
 @click.option("--json", "path", type=click.Path(dir_okay=False, path_type=Path), default=None)
 @click.option("--fence-off", is_flag=True, help="To see that second completions are seen.")
 @click.option("--sabotage", is_flag=True, help="Forbid recovery, to see that losses are seen.")
+@click.option("--unguarded", is_flag=True, help="Without jobguard: what the library loses alone.")
 @click.option(
     "--keep",
     type=click.Path(file_okay=False, path_type=Path),
@@ -56,6 +58,7 @@ def main(
     path: Path | None,
     fence_off: bool,
     sabotage: bool,
+    unguarded: bool,
     keep: Path | None,
 ) -> None:
     """Let everything that can die die at random moments, and count what became of the jobs."""
@@ -67,7 +70,7 @@ def main(
     results: list[Result] = []
     found: list[str] = []
     for library in (LIBRARIES[name] for name in libraries):
-        names, hits = _chosen(library, faults, runs)
+        names, hits = _chosen(library, faults, guarded=not unguarded)
         for nth in range(runs):
             plan = Plan(
                 library=library,
@@ -77,6 +80,7 @@ def main(
                 hits={name: math.ceil(HITS / runs) for name in hits},
                 fence=not fence_off,
                 sabotage=sabotage,
+                guarded=not unguarded,
                 keep=keep,
             )
             console.rule(f"{library.name}, seed {plan.seed}: {nth + 1} of {runs}")
@@ -85,7 +89,7 @@ def main(
             except (ChaosError, ServerError) as error:
                 raise click.ClickException(str(error)) from error
             report.show(console, results[-1:], report.problems(results[-1:], failpoints=False))
-            found = report.problems(results, failpoints=not (fence_off or sabotage))
+            found = report.problems(results, failpoints=not (fence_off or sabotage or unguarded))
             if path is not None:  # also of what was made before somebody lost patience
                 path.write_text(json.dumps(report.as_json(results, found), indent=1, default=str))
     if runs * len(libraries) > 1:
@@ -94,17 +98,20 @@ def main(
     raise SystemExit(1 if found else 0)
 
 
-def _chosen(library: Library, wanted: str, runs: int) -> tuple[tuple[str, ...], list[str]]:
-    """Give the faults and the failpoints that were asked for."""
-    places = failpoints(library)
+def _chosen(
+    library: Library, wanted: str, *, guarded: bool
+) -> tuple[tuple[str, ...], Sequence[str]]:
+    """Give the faults and the failpoints that were asked for, as far as this library has them."""
+    there, places = faults_for(library, guarded=guarded), failpoints(library) if guarded else ()
     if wanted == "all":
-        return tuple(FAULTS), places
+        return there, places
     names = [name.strip() for name in wanted.split(",") if name.strip()]
-    unknown = sorted(set(names) - set(FAULTS) - set(places))
+    known = [*FAULTS, *(place for one in LIBRARIES.values() for place in failpoints(one))]
+    unknown = sorted(set(names) - set(known))
     if unknown:
-        there = ", ".join([*FAULTS, *places])
-        raise click.BadParameter(f"there is no {', '.join(unknown)}; there are: {there}")
-    return tuple(n for n in names if n in FAULTS), [n for n in names if n in places]
+        told = ", ".join(dict.fromkeys(known))
+        raise click.BadParameter(f"there is no {', '.join(unknown)}; there are: {told}")
+    return tuple(n for n in names if n in there), [n for n in names if n in places]
 
 
 if __name__ == "__main__":

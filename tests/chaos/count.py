@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,7 @@ class Count:
     lost: tuple[int, ...]
     twice: tuple[int, ...]  # completed more than once, and not excused
     excused: tuple[int, ...]
+    early: tuple[int, ...] = ()  # begun before all that the library was to run first had ended
 
 
 def count(ledger: Ledger, kills: Sequence[Kill]) -> Count:
@@ -47,7 +49,14 @@ def count(ledger: Ledger, kills: Sequence[Kill]) -> Count:
         lost=tuple(sorted(ledger.owed() | (recorded - ledger.ends.keys()))),
         twice=tuple(sorted(again.keys() - excused)),
         excused=tuple(sorted(excused)),
+        early=tuple(sorted(number for number in ledger.follows if _is_early(ledger, number))),
     )
+
+
+def _is_early(ledger: Ledger, number: int) -> bool:
+    starts = [mark.at for mark in ledger.starts.get(number, ())]
+    ends = [[mark.at for mark in ledger.ends.get(one, ())] for one in ledger.follows[number]]
+    return bool(starts) and not all(min(marks, default=math.inf) <= min(starts) for marks in ends)
 
 
 def is_excused(ends: Sequence[Mark], kills: Sequence[Kill]) -> bool:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from jobguard.demo.children import Child
+    from tests.chaos.libraries import Library
     from tests.chaos.site import Site
 
 Steps = Generator[None, None, str | None]
@@ -81,18 +82,30 @@ def list_deleted(site: Site, chance: random.Random) -> Steps:
     return f"{key}, {length} long"
 
 
-def hash_deleted(site: Site, chance: random.Random) -> Steps:
-    """The hash of a waiting job is deleted."""
+def job_deleted(site: Site, chance: random.Random) -> Steps:
+    """One waiting job is deleted."""
 
-    def waiting() -> list[str]:
-        return [member for members in site.lists().values() for member in members]
+    def waiting() -> list[tuple[str, bytes]]:
+        return [(key, member) for key, members in site.lists().items() for member in members]
 
     yield from _until(lambda: bool(waiting()))
-    members = waiting()
-    if not members:
+    jobs = waiting()
+    return site.library.layout.delete(site.client, *chance.choice(jobs)) if jobs else None
+
+
+def book_deleted(site: Site, chance: random.Random) -> Steps:
+    """A key is deleted in which the library notes what workers hold, or counts."""
+    pattern = chance.choice(site.library.layout.books)
+
+    def there() -> list[bytes]:
+        return sorted(site.client.scan_iter(pattern, count=1000))
+
+    yield from _until(lambda: bool(there()))
+    keys = there()
+    if not keys:
         return None
-    key = site.library.hash_key.format(member=chance.choice(members))
-    return key if site.client.delete(key) else None
+    key = chance.choice(keys)
+    return key.decode() if site.client.delete(key) else None
 
 
 def worker_kill(site: Site, chance: random.Random) -> Steps:
@@ -125,15 +138,15 @@ def horse_kill(site: Site, chance: random.Random) -> Steps:
 
 
 def worker_term(site: Site, chance: random.Random) -> Steps:
-    """SIGTERM to a worker of two queues, as a deploy sends it."""
-    two = [role.name for role in site.library.workers if len(role.queues) > 1]
-    name = chance.choice(two)
-    yield from _until(lambda: not site.workers[name].ended)
-    child = site.workers[name]
-    child.process.send_signal(signal.SIGTERM)
+    """A worker of two queues is asked to stop, as a deploy does it."""
+    role = chance.choice([role for role in site.library.workers if len(role.queues) > 1])
+    stop = chance.choice(role.stops)
+    yield from _until(lambda: not site.workers[role.name].ended)
+    child = site.workers[role.name]
+    child.process.send_signal(signal.Signals[stop])
     starts = child.starts
     yield from _until(lambda: child.ended or child.starts > starts)
-    return name
+    return f"{stop} to {role.name}"
 
 
 def producer_kill(site: Site, chance: random.Random) -> Steps:
@@ -195,11 +208,21 @@ def postgres_restart(site: Site, chance: random.Random) -> Steps:
 FAULTS: dict[str, Fault] = {
     fault.__name__: fault
     for fault in (
-        *(redis_kill, flushall, old_snapshot, list_deleted, hash_deleted),
+        *(redis_kill, flushall, old_snapshot, list_deleted, job_deleted, book_deleted),
         *(worker_kill, horse_kill, worker_term, producer_kill),
         *(leader_kill, leader_stop, postgres_restart),
     )
 }
+
+_OF_JOBGUARD = {"leader_kill", "leader_stop", "postgres_restart"}
+
+
+def faults_for(library: Library, *, guarded: bool) -> tuple[str, ...]:
+    """Name the faults that there can be."""
+    out = set() if guarded else _OF_JOBGUARD
+    if not library.layout.books:
+        out = out | {"book_deleted"}
+    return tuple(name for name in FAULTS if name not in out)
 
 
 def _pass(seconds: float) -> Generator[None, None, None]:
@@ -257,7 +280,8 @@ def _is_written(site: Site, back_at: datetime) -> bool:
     What a worker said before the outage says nothing about what it could not write in it.
     """
     counted = site.reader.ledger
-    ids = [job_id for job_id, number in counted.number_of.items() if number in counted.owed()]
+    pushed = counted.owed() - counted.follows.keys()  # the others only when those before them end
+    ids = [job_id for job_id, number in counted.number_of.items() if number in pushed]
     known = site.ask(
         "select count(*) from unnest(%s::text[]) as owed (id)"
         " where exists (select from jobguard.jobs where job_id = owed.id)"

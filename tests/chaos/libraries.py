@@ -8,10 +8,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from tests.chaos.layouts import CeleryLayout, DramatiqLayout, RQLayout
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from tests.chaos.layouts import Layout
+
 QUEUES = ("mail", "image")
+REDIS_VARIABLE = "CHAOS_REDIS_URL"
+"""Names Redis to the programs; no setting of ours, nor one of the libraries."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,10 +25,11 @@ class Role:
     """One process of the library: how it is started, and what may be done to it."""
 
     name: str
-    arguments: tuple[str, ...]  # behind `python -m module`; URL stands for that of Redis
+    arguments: tuple[str, ...]  # behind `python -m module`, and followed by the queues
     queues: tuple[str, ...] = QUEUES
     forks: bool = False
     failpoints: Mapping[str, float] | None = None
+    stops: tuple[str, ...] = ("SIGTERM",)  # of which one ends it in order
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +41,7 @@ class Library:
     workers: tuple[Role, ...]
     services: tuple[Role, ...]  # what the library needs besides: only failpoints are aimed at it
     producer_failpoints: Mapping[str, float]
-    list_key: str  # of a queue's list
-    hash_key: str  # of what a member of that list stands for
+    layout: Layout
 
 
 _PRODUCER = {"after_record": 0.03, "after_push": 0.03}
@@ -50,19 +56,65 @@ RQ = Library(
     name="rq",
     module="tests.chaos.rq_program",
     workers=(
-        Role("simple-mail", ("worker", "URL", "simple"), ("mail",), failpoints=_WORKER),
-        Role("simple-image", ("worker", "URL", "simple"), ("image",), failpoints=_WORKER),
-        Role("simple-both", ("worker", "URL", "simple"), failpoints=_WORKER),
-        Role("fork-mail", ("worker", "URL", "fork"), ("mail",), forks=True, failpoints=_WORKER),
-        Role("fork-both", ("worker", "URL", "fork"), forks=True, failpoints=_WORKER),
+        Role("simple-mail", ("worker", "simple"), ("mail",), failpoints=_WORKER),
+        Role("simple-image", ("worker", "simple"), ("image",), failpoints=_WORKER),
+        Role("simple-both", ("worker", "simple"), failpoints=_WORKER),
+        Role("fork-mail", ("worker", "fork"), ("mail",), forks=True, failpoints=_WORKER),
+        Role("fork-both", ("worker", "fork"), forks=True, failpoints=_WORKER),
     ),
-    services=(Role("scheduler", ("scheduler", "URL"), failpoints={"after_move_record": 0.05}),),
+    services=(Role("scheduler", ("scheduler",), failpoints={"after_move_record": 0.05}),),
     producer_failpoints=_PRODUCER,
-    list_key="rq:queue:{queue}",
-    hash_key="rq:job:{member}",
+    layout=RQLayout(),
 )
 
-LIBRARIES = {library.name: library for library in (RQ,)}
+# Their workers publish, too: the next step of a chain, a retry, what a task sends.
+_PUBLISHER = _WORKER | {"after_record": 0.02, "after_push": 0.02}
+
+
+def _celery(name: str, *how: str, queues: tuple[str, ...] = QUEUES) -> Role:
+    forks = "prefork" in how
+    return Role(
+        name,
+        ("worker", name, *how),
+        queues,
+        forks=forks,
+        failpoints=_PUBLISHER,
+        # A cold shutdown gives up what runs; a pool without processes has no such thing.
+        stops=("SIGTERM", "SIGQUIT") if forks else ("SIGTERM",),
+    )
+
+
+CELERY = Library(
+    name="celery",
+    module="tests.chaos.celery_program",
+    workers=(
+        _celery("prefork-mail", "prefork", "2", "early", queues=("mail",)),
+        _celery("prefork-both", "prefork", "2", "early"),
+        _celery("prefork-late", "prefork", "2", "late"),
+        _celery("threads", "threads", "4", "early"),
+        _celery("solo", "solo", "1", "early", queues=("image",)),
+    ),
+    services=(),
+    producer_failpoints=_PRODUCER,
+    layout=CeleryLayout(),
+)
+
+DRAMATIQ = Library(
+    name="dramatiq",
+    module="tests.chaos.dramatiq_program",
+    workers=(
+        Role("command-mail", ("command", "2", "1"), ("mail",), True, _PUBLISHER),
+        Role("command-both", ("command", "2", "2"), QUEUES, True, _PUBLISHER),
+        Role("command-threads", ("command", "1", "4"), QUEUES, True, _PUBLISHER),
+        Role("worker-both", ("worker", "2"), failpoints=_PUBLISHER),
+        Role("worker-image", ("worker", "2"), ("image",), failpoints=_PUBLISHER),
+    ),
+    services=(),
+    producer_failpoints=_PRODUCER,
+    layout=DramatiqLayout(),
+)
+
+LIBRARIES = {library.name: library for library in (RQ, CELERY, DRAMATIQ)}
 
 RECONCILER_FAILPOINTS = {"after_incident_row": 0.6, "after_restore": 0.5, "after_void": 0.9}
 

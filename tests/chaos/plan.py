@@ -45,6 +45,7 @@ class Plan:
     hits: dict[str, int]  # failpoint -> how often it is to be hit in this run
     fence: bool = True
     sabotage: bool = False
+    guarded: bool = True
     keep: Path | None = None
 
     @property
@@ -55,6 +56,6 @@ class Plan:
     @property
     def patience(self) -> float:
         """Seconds without any movement after which nothing more will come."""
-        if self.sabotage:
+        if self.sabotage or not self.guarded:
             return 8.0  # nobody puts anything back
         return max(30.0, 3 * float(SETTINGS["JOBGUARD_WORKER_TIMEOUT"]) + 2 * Settings().grace)

@@ -1,7 +1,9 @@
 """What every producer does, whatever the library: it enqueues at a steady rate until it is told to stop.
 
 Each call is announced in the ledger before it is made, and answered after it has returned or raised. A
-producer that is killed leaves calls without an answer: nothing was promised by them.
+producer that is killed leaves calls without an answer: nothing was promised by them. What one call
+promises may be several jobs, of which some are to be run behind others: each is a job of its own here,
+and must complete as often as any other.
 """
 
 from __future__ import annotations
@@ -11,45 +13,79 @@ import os
 import random
 import signal
 import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from jobguard.demo.ledger import VARIABLE, note
 from tests.chaos.tasks import claim
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
 BLOCK = 10_000
 """Numbers that one boot of a producer may use."""
-MANY = 10
-"""Jobs in one call of enqueue_many."""
 LONG = 0.6
 """Seconds of a job that is long enough to be caught in the middle."""
 SLOWED = 0.25
 """The share of its rate at which a producer goes on while the file `enough` lies beside the ledger."""
-_SHARES = {"plain": 76, "later": 10, "failing": 10, "many": 4}
 _REFUSED_PAUSE = 0.05
 
 
-class Enqueue(Protocol):
-    """The ways into one library. Each returns the library's ids of the jobs, in order."""
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What is to be enqueued in one call."""
 
-    def plain(self, queue: str, number: int, seconds: float) -> str:
-        """Enqueue one job, to be run at once."""
+    queue: str
+    numbers: Sequence[int]
+    seconds: float  # of each job
+    wait: float  # of those that are to wait
 
-    def later(self, queue: str, number: int, seconds: float, wait: float) -> str:
-        """Enqueue one job, to be run after a while."""
-
-    def failing(self, queue: str, number: int, seconds: float) -> str:
-        """Enqueue a job that fails at first and that the library retries."""
-
-    def many(self, queue: str, numbers: Sequence[int], seconds: float) -> Sequence[str]:
-        """Enqueue several jobs in one call."""
+    @property
+    def number(self) -> int:
+        """The job, of a call for one."""
+        return self.numbers[0]
 
 
-def produce(enqueue: Enqueue, queues: Sequence[str], *, rate: float, seed: int) -> None:
-    """Enqueue so many jobs a second until SIGTERM."""
+Way = Callable[[Order], Sequence[str]]
+"""One way into a library: returns its ids of the jobs that are promised, in their order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A way in, as every library has it that knows such a thing."""
+
+    share: int
+    jobs: int = 1
+    promised: int | None = None  # None: all of them; else the rest is enqueued by the first
+    longest: float = LONG
+
+
+KINDS = {
+    "plain": Kind(76),
+    "later": Kind(10),  # after a while
+    "failing": Kind(10),  # fails at first, and the library retries it
+    "many": Kind(4, jobs=10, longest=0.1),
+    "chain": Kind(6, jobs=3),  # one behind the other
+    "gather": Kind(6, jobs=5),  # the last behind all others
+    "sending": Kind(8, jobs=2, promised=1),  # the first enqueues the second
+    "far": Kind(2),  # after longer than the library waits for what it calls lost
+}
+
+
+def produce(
+    ways: Mapping[str, Way],
+    queues: Sequence[str],
+    *,
+    rate: float,
+    seed: int,
+    slow: float = 1.0,
+) -> None:
+    """Enqueue so many jobs a second until SIGTERM, in these ways.
+
+    ``slow``: how much longer each takes, so that there is a backlog for as many workers, too.
+    """
     stopped: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _frame: stopped.append(number))
     block = _block()
@@ -58,7 +94,7 @@ def produce(enqueue: Enqueue, queues: Sequence[str], *, rate: float, seed: int) 
     due = time.monotonic()
     enough = Path(os.environ[VARIABLE]).with_name("enough")
     while not stopped:
-        made = _call(enqueue, queues, numbers, chance)
+        made = _call(ways, queues, numbers, chance, slow)
         if enough.exists():
             made /= SLOWED
         # After an outage it goes on at its own rate: what could not be called then is not made up for.
@@ -67,32 +103,42 @@ def produce(enqueue: Enqueue, queues: Sequence[str], *, rate: float, seed: int) 
 
 
 def _call(
-    enqueue: Enqueue, queues: Sequence[str], numbers: Iterator[int], chance: random.Random
+    ways: Mapping[str, Way],
+    queues: Sequence[str],
+    numbers: Iterator[int],
+    chance: random.Random,
+    slow: float,
 ) -> float:
     """Make one call; returns how many jobs it was for."""
-    (kind,) = chance.choices(list(_SHARES), list(_SHARES.values()))
+    (name,) = chance.choices(list(ways), [KINDS[name].share for name in ways])
+    kind = KINDS[name]
     queue = chance.choice(queues)
     seconds = LONG if chance.random() < 0.03 else chance.uniform(0.01, 0.15)
-    mine = [next(numbers) for _ in range(MANY if kind == "many" else 1)]
-    for number in mine:
-        note("call", number)
+    mine = [next(numbers) for _ in range(kind.jobs)]
+    seconds = slow * min(seconds, kind.longest)
+    order = Order(queue, mine, seconds, chance.uniform(1.0, 3.0))
+    promised = mine[: kind.promised]
+    for number in promised:
+        note("call", number, *_follows(name, mine, number))
     try:
-        if kind == "many":
-            ids = enqueue.many(queue, mine, min(seconds, 0.1))
-        elif kind == "later":
-            ids = [enqueue.later(queue, mine[0], seconds, chance.uniform(1.0, 3.0))]
-        elif kind == "failing":
-            ids = [enqueue.failing(queue, mine[0], seconds)]
-        else:
-            ids = [enqueue.plain(queue, mine[0], seconds)]
+        ids = ways[name](order)
     except Exception:  # whatever the library raises: the caller was told
-        for number in mine:
+        for number in promised:
             note("refused", number)
         time.sleep(_REFUSED_PAUSE)
         return len(mine)
-    for number, job_id in zip(mine, ids, strict=True):
+    for number, job_id in zip(promised, ids, strict=True):
         note("enqueued", number, job_id)
     return len(mine)
+
+
+def _follows(name: str, numbers: Sequence[int], number: int) -> tuple[str, ...]:
+    """Say behind which jobs this one is to run, if any."""
+    if name == "chain" and number != numbers[0]:
+        return (str(number - 1),)
+    if name == "gather" and number == numbers[-1]:
+        return (",".join(map(str, numbers[:-1])),)
+    return ()
 
 
 def _block() -> int:

@@ -27,6 +27,8 @@ def problems(results: Sequence[Result], *, failpoints: bool) -> list[str]:
             found.append(f"{where}: {len(result.count.lost)} jobs were lost")
         if result.count.twice:
             found.append(f"{where}: {len(result.count.twice)} jobs completed twice, unexcused")
+        if result.count.early:
+            found.append(f"{where}: {len(result.count.early)} jobs began before those they follow")
         found += [f"{where}: nothing to deal {name} to" for name in result.missed]
     if failpoints:
         for library in sorted({result.library for result in results}):
@@ -67,7 +69,7 @@ def show(console: Console, results: Sequence[Result], found: Sequence[str]) -> N
     )
     for name in ("library", "seed", "faults", "deaths", "enqueued", "refused"):
         table.add_column(name, justify="left" if name == "library" else "right")
-    for name in ("lost", "twice", "excused", "seconds"):
+    for name in ("lost", "twice", "early", "excused", "seconds"):
         table.add_column(name, justify="right")
     for result in results:
         counted = result.count
@@ -75,7 +77,7 @@ def show(console: Console, results: Sequence[Result], found: Sequence[str]) -> N
             *(result.library, str(result.seed), str(len(result.faults))),
             *(str(sum(result.failpoints.values())), f"{counted.enqueued:,}"),
             *(str(counted.refused), _bad(len(counted.lost)), _bad(len(counted.twice))),
-            *(str(len(counted.excused)), f"{result.seconds:.0f}"),
+            *(_bad(len(counted.early)), str(len(counted.excused)), f"{result.seconds:.0f}"),
         )
     console.print(table)
     hits = total_hits(results)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -12,63 +13,68 @@ import rq
 from rq.scheduler import RQScheduler
 
 import jobguard
-from tests.chaos.produce import produce
+from tests.chaos.libraries import REDIS_VARIABLE
+from tests.chaos.produce import Order, Way, produce
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 TASKS = "tests.chaos.tasks"
 RETRIES = 8
 """A work-horse that is killed costs one of them, where RQ itself sees to it."""
 
 
-class Enqueue:
-    """RQ's ways in; see tests.chaos.produce.Enqueue."""
+def ways(connection: redis.Redis) -> Mapping[str, Way]:
+    """Give RQ's ways in; see tests.chaos.produce."""
 
-    def __init__(self, connection: redis.Redis) -> None:
-        self._connection = connection
+    def queue_of(order: Order) -> rq.Queue:
+        return rq.Queue(order.queue, connection=connection)
 
-    def plain(self, queue: str, number: int, seconds: float) -> str:
-        """Enqueue."""
-        return self._queue(queue).enqueue(f"{TASKS}.work", number, seconds).id
+    def plain(order: Order) -> Sequence[str]:
+        job = queue_of(order).enqueue(f"{TASKS}.work", order.number, order.seconds)
+        return [job.id]
 
-    def later(self, queue: str, number: int, seconds: float, wait: float) -> str:
+    def later(order: Order) -> Sequence[str]:
         """Enqueue into RQ's delay queue."""
-        return (
-            self._queue(queue)
-            .enqueue_in(timedelta(seconds=wait), f"{TASKS}.work", number, seconds)
-            .id
-        )
+        wait = timedelta(seconds=order.wait)
+        job = queue_of(order).enqueue_in(wait, f"{TASKS}.work", order.number, order.seconds)
+        return [job.id]
 
-    def failing(self, queue: str, number: int, seconds: float) -> str:
+    def failing(order: Order) -> Sequence[str]:
         """Enqueue with retries: every other one waits a second for its next attempt."""
-        retry = rq.Retry(max=RETRIES, interval=[0, 1][number % 2])
-        return self._queue(queue).enqueue(f"{TASKS}.fail_first", number, seconds, retry=retry).id
+        retry = rq.Retry(max=RETRIES, interval=[0, 1][order.number % 2])
+        call = f"{TASKS}.fail_first", order.number, order.seconds
+        return [queue_of(order).enqueue(*call, retry=retry).id]
 
-    def many(self, queue: str, numbers: Sequence[int], seconds: float) -> Sequence[str]:
+    def many(order: Order) -> Sequence[str]:
         """Enqueue several in one transaction."""
-        datas = [rq.Queue.prepare_data(f"{TASKS}.work", (number, seconds)) for number in numbers]
-        return [job.id for job in self._queue(queue).enqueue_many(datas)]
+        calls = [(number, order.seconds) for number in order.numbers]
+        datas = [rq.Queue.prepare_data(f"{TASKS}.work", call) for call in calls]
+        return [job.id for job in queue_of(order).enqueue_many(datas)]
 
-    def _queue(self, name: str) -> rq.Queue:
-        return rq.Queue(name, connection=self._connection)
+    return {"plain": plain, "later": later, "failing": failing, "many": many}
 
 
-def worker(url: str, kind: str, *queues: str) -> None:
+def connect() -> redis.Redis:
+    """Connect as the site says."""
+    return redis.Redis.from_url(os.environ[REDIS_VARIABLE])
+
+
+def worker(kind: str, *queues: str) -> None:
     """Work until told to stop, or until RQ gives up because Redis is gone."""
     from jobguard.adapters.rq import SimpleWorker, Worker
 
     worker_class = {"simple": SimpleWorker, "fork": Worker}[kind]
-    worker_class(queues, connection=redis.Redis.from_url(url)).work(logging_level="WARNING")
+    worker_class(queues, connection=connect()).work(logging_level="WARNING")
 
 
-def scheduler(url: str, *queues: str) -> None:
+def scheduler(*queues: str) -> None:
     """Move what is due from the delay queues, as the only one who does.
 
     In a process of its own: a worker looks for a dead scheduler's lock every ten minutes only. The
     supervisor starts no second one, so that whatever lock is left is that of the one before.
     """
-    connection = redis.Redis.from_url(url)
+    connection = connect()
     jobguard.guard(connection)
     only: Any = RQScheduler(
         list(queues), connection=connection, interval=1, logging_level="WARNING"
@@ -78,11 +84,11 @@ def scheduler(url: str, *queues: str) -> None:
     only.work()
 
 
-def producer(url: str, rate: str, seed: str, *queues: str) -> None:
+def producer(rate: str, seed: str, *queues: str) -> None:
     """Enqueue until told to stop."""
-    connection = redis.Redis.from_url(url)
+    connection = connect()
     jobguard.guard(connection)
-    produce(Enqueue(connection), queues, rate=float(rate), seed=int(seed))
+    produce(ways(connection), queues, rate=float(rate), seed=int(seed))
 
 
 PROGRAMS: dict[str, Callable[..., None]] = {

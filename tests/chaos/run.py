@@ -204,7 +204,8 @@ class _Run:
         self._moved_at = time.monotonic()
         self._go_on(lambda: not counted.owed() or time.monotonic() - self._moved_at > patience)
         # What is recorded and was promised to nobody comes too; so might a job that has ended.
-        until = time.monotonic() + (0.0 if self._plan.sabotage else OWED_SECONDS)
+        comes = self._plan.guarded and not self._plan.sabotage
+        until = time.monotonic() + (OWED_SECONDS if comes else 0.0)
         self._go_on(lambda: self._owes_nothing() or time.monotonic() > until)
         self._moved_at = time.monotonic()
         self._go_on(lambda: time.monotonic() - self._moved_at > SETTLE_SECONDS)
@@ -219,6 +220,7 @@ class _Run:
         site = self._site
         children = (*site.reconcilers, *site.workers.values(), *site.services, *site.producers)
         counted = count(site.reader.ledger, site.kills.all())
+        went_wrong = dict.fromkeys((*counted.lost[:20], *counted.twice[:20], *counted.early[:20]))
         return Result(
             library=self._plan.library.name,
             seed=self._plan.seed,
@@ -229,5 +231,5 @@ class _Run:
             restarts=sum(child.starts - 1 for child in children),
             extra=dict(self._extra),
             seconds=round(time.monotonic() - self._began, 1),
-            about=site.about([*counted.lost[:20], *counted.twice[:20]]),
+            about=site.about(went_wrong),
         )

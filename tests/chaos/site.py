@@ -17,7 +17,7 @@ from jobguard.demo import children, ledger
 from jobguard.demo.harness import JOBGUARD
 from jobguard.servers import PostgresServer, RedisServer
 from tests.chaos.kills import KillLog
-from tests.chaos.libraries import QUEUES, RECONCILER_FAILPOINTS, failpoints
+from tests.chaos.libraries import QUEUES, RECONCILER_FAILPOINTS, REDIS_VARIABLE, failpoints
 from tests.chaos.plan import SETTINGS
 
 if TYPE_CHECKING:
@@ -79,21 +79,23 @@ class Site:
 
     def start(self, stack: contextlib.ExitStack) -> None:
         """Start all of them but the producers, and return once what is recorded is recovered."""
-        for number in range(RECONCILERS):
-            self.reconcilers.append(self._reconciler(number))
-        self.await_(lambda: self.leader() is not None, "a leader")
+        if self.plan.guarded:
+            for number in range(RECONCILERS):
+                self.reconcilers.append(self._reconciler(number))
+            self.await_(lambda: self.leader() is not None, "a leader")
         stack.callback(lambda: children.end([*self.workers.values(), *self.services]))
         for role in self.library.workers:
             self.workers[role.name] = self._member(role)
         for role in self.library.services:
             self.services.append(self._member(role))
-        trusted = "select count(*) from jobguard.queues where trusted_since is not null"
-        self.await_(lambda: self.ask(trusted) == [(len(QUEUES),)], "the trust in all queues")
+        if self.plan.guarded:
+            trusted = "select count(*) from jobguard.queues where trusted_since is not null"
+            self.await_(lambda: self.ask(trusted) == [(len(QUEUES),)], "the trust in all queues")
 
     def produce(self) -> None:
         """Start the producers."""
         rate = f"{self.plan.rate / PRODUCERS:.2f}"
-        arguments = ("producer", "URL", rate, str(self.plan.seed))
+        arguments = ("producer", rate, str(self.plan.seed))
         places = self.library.producer_failpoints
         for number in range(PRODUCERS):
             self.producers.append(self._host(f"producer-{number}", arguments, QUEUES, places))
@@ -188,11 +190,9 @@ class Site:
         marks = self.reader.ledger.running.values()
         return not worker.ended and any(worker.pid in (mark.pid, mark.parent) for mark in marks)
 
-    def lists(self) -> Mapping[str, Sequence[str]]:
-        """Give the key of each queue's list in Redis, and what is in it."""
-        client: Any = self.client
-        keys = [self.library.list_key.format(queue=queue) for queue in QUEUES]
-        return {key: [member.decode() for member in client.lrange(key, 0, -1)] for key in keys}
+    def lists(self) -> Mapping[str, Sequence[bytes]]:
+        """Give the key of each list of waiting jobs in Redis, and what is in it."""
+        return self.library.layout.lists(self.client, QUEUES)
 
     def await_(self, is_ready: Callable[[], bool], what: str) -> None:
         """Wait for what must be there before the run can begin."""
@@ -216,12 +216,7 @@ class Site:
             return told
         for table, query in _ABOUT.items():
             told[table] = [row for (row,) in self.ask(query, job_id)]
-        fields: Any = self.client.hgetall(self.library.hash_key.format(member=job_id))
-        told["redis"] = {
-            name.decode(): value[:80].decode(errors="replace")
-            for name, value in fields.items()
-            if name != b"data"
-        }
+        told["redis"] = self.library.layout.about(self.client, QUEUES, job_id)
         return told
 
     # -- its processes -----------------------------------------------------------------------------
@@ -245,10 +240,10 @@ class Site:
         queues: Sequence[str],
         places: Mapping[str, float],
     ) -> children.Child:
-        said = [self.redis.url if word == "URL" else word for word in arguments]
+        told = {ledger.VARIABLE: str(self.ledger_path), REDIS_VARIABLE: self.redis.url}
         return children.Child(
-            ["-m", self.library.module, *said, *queues],
-            environ=self._environ(places) | {ledger.VARIABLE: str(self.ledger_path)},
+            ["-m", self.library.module, *arguments, *queues],
+            environ=self._environ(places) | told,
             log=self.folder / f"{name}.log",
         )
 
@@ -260,6 +255,8 @@ class Site:
             "JOBGUARD_POSTGRES_URL": self._url,
             "JOBGUARD_FENCE": str(int(self.plan.fence)),
         }
+        if not self.plan.guarded:
+            environ["JOBGUARD_DISABLED"] = "1"
         if wanted:
             environ |= {
                 "JOBGUARD_TESTING": "1",

@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jobguard.demo.ledger import VARIABLE, note
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 def work(number: int, seconds: float) -> None:
@@ -28,6 +32,20 @@ def fail_first(number: int, seconds: float) -> None:
         note("fail", number)
         raise ValueError("the first attempt fails")
     work(number, seconds)
+
+
+def send(number: int, seconds: float, other: int, enqueue: Callable[[], str]) -> None:
+    """Enqueue another job, and work; whether it was promised the ledger says, as for any producer."""
+    note("start", number, str(os.getppid()))
+    note("call", other)
+    try:
+        job_id = enqueue()
+    except Exception:  # whatever the library raises: we were told
+        note("refused", other)
+    else:
+        note("enqueued", other, job_id)
+    time.sleep(seconds)
+    note("end", number, str(os.getppid()))
 
 
 def _is_first(number: int) -> bool:
