@@ -1,0 +1,152 @@
+"""The processes of Celery: `python -m tests.chaos.celery_program worker|producer …`."""
+
+# Celery is published without types.
+# mypy: disable-error-code="untyped-decorator"
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+from celery import Celery, chain, chord, group
+
+import jobguard
+from tests.chaos import tasks
+from tests.chaos.libraries import REDIS_VARIABLE
+from tests.chaos.produce import Order, Way, produce
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+SLOW = 2.8
+"""Its workers run a dozen jobs at a time."""
+RETRIES = 8
+VISIBILITY = 8.0
+"""Seconds after which Celery gives a message again that nobody acknowledged, were it held all the time."""
+
+app: Any = Celery("chaos", broker=os.environ[REDIS_VARIABLE], backend=os.environ[REDIS_VARIABLE])
+app.conf.update(
+    broker_connection_retry_on_startup=True,
+    worker_prefetch_multiplier=1,  # what waits is to wait in Redis, too
+    broker_transport_options={
+        "visibility_timeout": VISIBILITY,
+        # It looks every two seconds, not every hundred.
+        "unacked_restore_interval": 2,
+        "unacked_restore_throttle": 1,
+    },
+)
+jobguard.guard(app)
+
+
+@app.task(name="work")
+def work(number: int, seconds: float) -> int:
+    """Work; the result says whose it is."""
+    tasks.work(number, seconds)
+    return number
+
+
+@app.task(name="fail_first", bind=True, max_retries=RETRIES)
+def fail_first(self: Any, number: int, seconds: float) -> int:
+    """Fail and retry: every other one waits a second for its next attempt."""
+    try:
+        tasks.fail_first(number, seconds)
+    except ValueError as error:
+        raise self.retry(exc=error, countdown=number % 2) from error
+    return number
+
+
+@app.task(name="follow")
+def follow(before: int | list[int], number: int, seconds: float, expected: int | list[int]) -> int:
+    """Work behind others, whose results are what they ought to be."""
+    if before != expected:
+        raise ValueError(f"{number} was given {before!r}, not {expected!r}")
+    tasks.work(number, seconds)
+    return number
+
+
+@app.task(name="send")
+def send(number: int, seconds: float, other: int, queue: str) -> int:
+    """Send another task, which has the same id however often this one is begun."""
+    again = work.s(other, seconds).set(queue=queue, task_id=f"sent-{other}")
+    tasks.send(number, seconds, other, lambda: again.apply_async().id)
+    return number
+
+
+def ways() -> Mapping[str, Way]:
+    """Give Celery's ways in; see tests.chaos.produce."""
+
+    def plain(order: Order) -> Sequence[str]:
+        return [work.s(order.number, order.seconds).apply_async(queue=order.queue).id]
+
+    def later(order: Order) -> Sequence[str]:
+        signature = work.s(order.number, order.seconds)
+        return [signature.apply_async(queue=order.queue, countdown=order.wait).id]
+
+    def far(order: Order) -> Sequence[str]:
+        """Wait longer than the visibility timeout."""
+        signature = work.s(order.number, order.seconds)
+        return [signature.apply_async(queue=order.queue, countdown=VISIBILITY + order.wait).id]
+
+    def failing(order: Order) -> Sequence[str]:
+        return [fail_first.s(order.number, order.seconds).apply_async(queue=order.queue).id]
+
+    def many(order: Order) -> Sequence[str]:
+        each = [work.s(number, order.seconds).set(queue=order.queue) for number in order.numbers]
+        return [result.id for result in group(each).apply_async().results]
+
+    def one_by_one(order: Order) -> Sequence[str]:
+        first, *rest = order.numbers
+        steps = [work.s(first, order.seconds)]
+        steps += [follow.s(number, order.seconds, number - 1) for number in rest]
+        result = chain(*(step.set(queue=order.queue) for step in steps)).apply_async()
+        ids = [result.id]
+        while (result := result.parent) is not None:
+            ids.insert(0, result.id)
+        return ids
+
+    def gather(order: Order) -> Sequence[str]:
+        """Enqueue a chord, one of whose headers is retried."""
+        failing, *members, last = order.numbers
+        header = [fail_first.s(failing, order.seconds)]
+        header += [work.s(number, order.seconds) for number in members]
+        body = follow.s(last, order.seconds, list(order.numbers[:-1])).set(queue=order.queue)
+        result = chord([one.set(queue=order.queue) for one in header], body).apply_async()
+        return [*(one.id for one in result.parent.results), result.id]
+
+    def sending(order: Order) -> Sequence[str]:
+        number, other = order.numbers
+        signature = send.s(number, order.seconds, other, order.queue)
+        return [signature.apply_async(queue=order.queue).id]
+
+    return {
+        **{"plain": plain, "later": later, "far": far, "failing": failing},
+        **{"many": many, "chain": one_by_one, "gather": gather, "sending": sending},
+    }
+
+
+def worker(name: str, pool: str, concurrency: str, ack: str, *queues: str) -> None:
+    """Work until told to stop; `late`: what a killed worker had is given again."""
+    late = ack == "late"
+    app.conf.update(task_acks_late=late, task_reject_on_worker_lost=late)
+    app.worker_main(
+        [
+            *("worker", "--hostname", f"{name}@chaos", "--queues", ",".join(queues)),
+            *("--pool", pool, "--concurrency", concurrency, "--loglevel", "WARNING"),
+        ]
+    )
+
+
+def producer(rate: str, seed: str, *queues: str) -> None:
+    """Enqueue until told to stop."""
+    produce(ways(), queues, rate=float(rate), seed=int(seed), slow=SLOW)
+
+
+PROGRAMS: dict[str, Callable[..., None]] = {"worker": worker, "producer": producer}
+
+if __name__ == "__main__":
+    if sys.argv[1] == "producer":  # a worker of Celery sets up logging itself
+        logging.basicConfig(format="%(asctime)s %(process)d %(name)s: %(message)s")
+    logging.getLogger("jobguard").setLevel(logging.INFO)
+    PROGRAMS[sys.argv[1]](*sys.argv[2:])
