@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from tests.chaos.libraries import LIBRARIES
+
 pytestmark = pytest.mark.timeout(240)  # two runs beside three other tests on a small machine
 
 ROOT = Path(__file__).parents[2]
@@ -33,21 +35,24 @@ def chaos(folder: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
     return done.returncode, json.loads(report.read_text())
 
 
-def test_a_short_run_loses_nothing(tmp_path: Path) -> None:
-    """One FLUSHALL over a few hundred jobs: all of them run, once."""
-    code, report = chaos(tmp_path, "--faults", "flushall")
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_short_run_loses_nothing(tmp_path: Path, library: str) -> None:
+    """One FLUSHALL over a few hundred jobs: all of them run, once, and what follows behind them."""
+    code, report = chaos(tmp_path, "--library", library, "--faults", "flushall")
     (run,) = report["runs"]
     assert [fault["name"] for fault in run["faults"]] == ["flushall"]
     assert run["enqueued"] == run["executed"] >= 200
-    assert (run["lost"], run["twice"], report["problems"]) == ([], [], [])
+    assert (run["lost"], run["twice"], run["early"], report["problems"]) == ([], [], [], [])
     assert code == 0
 
 
-def test_sabotage_is_seen(tmp_path: Path) -> None:
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_sabotage_is_seen(tmp_path: Path, library: str) -> None:
     """With recovery forbidden the same run loses jobs, says which, and the exit is 1."""
-    code, report = chaos(tmp_path, "--faults", "flushall", "--sabotage")
+    arguments = ("--library", library, "--faults", "redis_kill", "--sabotage")
+    code, report = chaos(tmp_path, *arguments)
     (run,) = report["runs"]
     assert len(run["lost"]) == run["enqueued"] - run["executed"] > 0
-    assert run["about"][0]["jobs"]  # Postgres knows that it is owed
+    assert any(job["jobs"] for job in run["about"])  # Postgres knows that they are owed
     assert not report["passed"]
     assert code == 1

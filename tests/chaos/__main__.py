@@ -39,6 +39,12 @@ from tests.chaos.site import ChaosError
     show_default=True,
     help="all, or names of faults and failpoints, separated by commas.",
 )
+@click.option(
+    "--hits",
+    type=click.IntRange(min=1),
+    default=None,
+    help=f"Deaths at each failpoint in each run; {HITS} in all runs together if not given.",
+)
 @click.option("--json", "path", type=click.Path(dir_okay=False, path_type=Path), default=None)
 @click.option("--fence-off", is_flag=True, help="To see that second completions are seen.")
 @click.option("--sabotage", is_flag=True, help="Forbid recovery, to see that losses are seen.")
@@ -55,6 +61,7 @@ def main(
     seed: int | None,
     libraries: tuple[str, ...],
     faults: str,
+    hits: int | None,
     path: Path | None,
     fence_off: bool,
     sabotage: bool,
@@ -70,14 +77,14 @@ def main(
     results: list[Result] = []
     found: list[str] = []
     for library in (LIBRARIES[name] for name in libraries):
-        names, hits = _chosen(library, faults, guarded=not unguarded)
+        names, places = _chosen(library, faults, guarded=not unguarded)
         for nth in range(runs):
             plan = Plan(
                 library=library,
                 jobs=jobs,
                 seed=first + nth,
                 faults=names,
-                hits={name: math.ceil(HITS / runs) for name in hits},
+                hits={name: hits or math.ceil(HITS / runs) for name in places},
                 fence=not fence_off,
                 sabotage=sabotage,
                 guarded=not unguarded,
@@ -88,8 +95,9 @@ def main(
                 results.append(run(plan, lambda text: console.print(text, highlight=False)))
             except (ChaosError, ServerError) as error:
                 raise click.ClickException(str(error)) from error
-            report.show(console, results[-1:], report.problems(results[-1:], failpoints=False))
-            found = report.problems(results, failpoints=not (fence_off or sabotage or unguarded))
+            report.show(console, results[-1:], report.problems(results[-1:]))
+            as_ever = not (fence_off or sabotage or unguarded)
+            found = report.problems(results, hits=(hits or 0) * runs or HITS if as_ever else 0)
             if path is not None:  # also of what was made before somebody lost patience
                 path.write_text(json.dumps(report.as_json(results, found), indent=1, default=str))
     if runs * len(libraries) > 1:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from tests.chaos.plan import HITS, SETTINGS
+from tests.chaos.plan import SETTINGS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from tests.chaos.run import Result
 
 
-def problems(results: Sequence[Result], *, failpoints: bool) -> list[str]:
-    """Name everything for which chaos fails; `failpoints`: all of them were to be hit."""
+def problems(results: Sequence[Result], *, hits: int = 0) -> list[str]:
+    """Name everything for which chaos fails; `hits`: so often every failpoint was to be hit."""
     found = []
     for result in results:
         where = f"{result.library}, seed {result.seed}"
@@ -30,14 +30,13 @@ def problems(results: Sequence[Result], *, failpoints: bool) -> list[str]:
         if result.count.early:
             found.append(f"{where}: {len(result.count.early)} jobs began before those they follow")
         found += [f"{where}: nothing to deal {name} to" for name in result.missed]
-    if failpoints:
-        for library in sorted({result.library for result in results}):
-            hits = total_hits([result for result in results if result.library == library])
-            found += [
-                f"{library}: {name} was hit {count} times, not {HITS}"
-                for name, count in hits.items()
-                if count < HITS
-            ]
+    for library in sorted({result.library for result in results}):
+        total = total_hits([result for result in results if result.library == library])
+        found += [
+            f"{library}: {name} was hit {count} times, not {hits}"
+            for name, count in total.items()
+            if count < hits
+        ]
     return found
 
 

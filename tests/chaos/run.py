@@ -130,6 +130,8 @@ class _Run:
         site.kills.disarm()
         site.stop_producing()
         self._drain()
+        if self._plan.keep is not None:
+            site.dump()
         return self._result()
 
     # -- the load and the faults -------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import signal
 import time
 from pathlib import Path
@@ -33,6 +34,10 @@ START_SECONDS = 60.0
 BACKLOG = 300
 """Enough to be lost with Redis; what waits besides only makes the run longer."""
 
+_TABLES = (
+    "select relname::text from pg_class where relnamespace = 'jobguard'::regnamespace"
+    " and relkind in ('r', 'p') and not relispartition order by 1"
+)
 _OF_THE_JOB = "token in (select token from jobguard.jobs where job_id = %s)"
 _ABOUT = {
     table: f"select to_jsonb(t) - 'envelope' from jobguard.{table} t where {which} order by token"
@@ -218,6 +223,28 @@ class Site:
             told[table] = [row for (row,) in self.ask(query, job_id)]
         told["redis"] = self.library.layout.about(self.client, QUEUES, job_id)
         return told
+
+    def dump(self) -> None:
+        """Leave in the folder what both stores hold in the end, for whoever looks for a cause."""
+        with (self.folder / "postgres.jsonl").open("w") as file:
+            for (table,) in self.ask(_TABLES):
+                query = f"select to_jsonb(t) - 'envelope' from jobguard.{table} t"
+                file.writelines(json.dumps({table: row}) + "\n" for (row,) in self.ask(query))
+        with (self.folder / "redis.jsonl").open("w") as file:
+            for key in self.client.scan_iter(count=1000):
+                told = {"key": key.decode(errors="replace"), "value": str(self._value(key))}
+                file.write(json.dumps(told) + "\n")
+
+    def _value(self, key: bytes) -> Any:
+        client: Any = self.client
+        read = {
+            b"string": client.get,
+            b"list": lambda key: client.lrange(key, 0, -1),
+            b"set": client.smembers,
+            b"zset": lambda key: client.zrange(key, 0, -1, withscores=True),
+            b"hash": client.hgetall,
+        }
+        return read.get(client.type(key), client.type)(key)
 
     # -- its processes -----------------------------------------------------------------------------
 

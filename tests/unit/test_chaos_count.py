@@ -111,6 +111,32 @@ def test_a_third_completion_needs_a_death_of_its_own() -> None:
     assert count(twice(first, line("end", 1, 30.0), third), [kill, second_kill]).excused == (1,)
 
 
+def test_what_follows_others_counts_as_any_other_job() -> None:
+    """It was promised with them: it is lost if it never runs."""
+    lines = [*enqueued(1), line("call", 2, 10.0, more="1"), line("enqueued", 2, 10.1)]
+    counted = count(ledger(*lines, line("end", 1, 11.0)), [])
+    assert (counted.enqueued, counted.lost, counted.early) == (2, (2,), ())
+
+
+@pytest.mark.parametrize(
+    ("ends", "early"),
+    [
+        ([line("end", 1, 11.0), line("end", 2, 12.0)], False),
+        ([line("end", 1, 11.0), line("end", 2, 13.0)], True),
+        ([line("end", 1, 11.0)], True),
+        # A second completion comes too late to be waited for.
+        ([line("end", 1, 11.0), line("end", 2, 12.0), line("end", 1, 20.0)], False),
+    ],
+)
+def test_what_follows_others_begins_when_all_of_them_have_ended(
+    ends: list[str], early: bool
+) -> None:
+    """However often each of them ended."""
+    promised = [*enqueued(1), *enqueued(2), line("call", 3, 10.0, more="1,2")]
+    lines = [*promised, line("enqueued", 3, 10.1), line("start", 3, 12.5), line("end", 3, 12.6)]
+    assert count(ledger(*lines, *ends), []).early == ((3,) if early else ())
+
+
 def test_completions_are_judged_in_the_order_of_their_time() -> None:
     """Not of their lines, which a slow process may write late."""
     late = line("end", 1, 30.0), line("end", 1, 19.95, KILLED)
@@ -147,11 +173,13 @@ FINE = Count(1, 1, 0, 0, 0, lost=(), twice=(), excused=(4,))
 
 def test_the_report_fails_for_what_was_promised_and_not_kept() -> None:
     """A loss, an unexcused second completion, a failpoint that was not hit often enough."""
-    assert report.problems([result(FINE, here=20)], failpoints=True) == []
-    assert report.problems([result(FINE, here=10)] * 2, failpoints=True) == []
-    assert len(report.problems([result(FINE, here=19)], failpoints=True)) == 1
-    assert report.problems([result(FINE, here=19)], failpoints=False) == []
+    assert report.problems([result(FINE, here=20)], hits=20) == []
+    assert report.problems([result(FINE, here=10)] * 2, hits=20) == []
+    assert len(report.problems([result(FINE, here=19)], hits=20)) == 1
+    assert report.problems([result(FINE, here=19)], hits=0) == []
     lost = Count(1, 0, 0, 0, 0, lost=(1,), twice=(), excused=())
-    assert len(report.problems([result(lost)], failpoints=True)) == 1
+    assert len(report.problems([result(lost)], hits=20)) == 1
     again = Count(1, 1, 0, 0, 0, lost=(), twice=(1,), excused=())
-    assert len(report.problems([result(again)], failpoints=True)) == 1
+    early = Count(1, 1, 0, 0, 0, lost=(), twice=(), excused=(), early=(1,))
+    assert len(report.problems([result(early)], hits=20)) == 1
+    assert len(report.problems([result(again)], hits=20)) == 1
