@@ -107,13 +107,18 @@ def ways() -> Mapping[str, Way]:
         return ids
 
     def gather(order: Order) -> Sequence[str]:
-        """Enqueue a chord, one of whose headers is retried."""
-        failing, *members, last = order.numbers
-        header = [fail_first.s(failing, order.seconds)]
-        header += [work.s(number, order.seconds) for number in members]
-        body = follow.s(last, order.seconds, list(order.numbers[:-1])).set(queue=order.queue)
-        result = chord([one.set(queue=order.queue) for one in header], body).apply_async()
-        return [*(one.id for one in result.parent.results), result.id]
+        """Enqueue a chord: in its header a task, one that is retried, and a chain."""
+        plain, failing, first, second, last = order.numbers
+        steps = [work.s(first, order.seconds), follow.s(second, order.seconds, first)]
+        header = [
+            work.s(plain, order.seconds).set(queue=order.queue),
+            fail_first.s(failing, order.seconds).set(queue=order.queue),
+            chain(*(step.set(queue=order.queue) for step in steps)),
+        ]
+        body = follow.s(last, order.seconds, [plain, failing, second]).set(queue=order.queue)
+        result = chord(header, body).apply_async()
+        *members, chained = result.parent.results
+        return [*(one.id for one in members), chained.parent.id, chained.id, result.id]
 
     def sending(order: Order) -> Sequence[str]:
         number, other = order.numbers

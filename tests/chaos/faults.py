@@ -45,6 +45,7 @@ def redis_kill(site: Site, chance: random.Random) -> Steps:
     site.redis.kill()
     yield from _pass(DOWN_SECONDS * chance.uniform(0.5, 3))
     site.redis.start()
+    site.lost_at = time.time()
     return f"{owed} jobs were owed"
 
 
@@ -53,6 +54,7 @@ def flushall(site: Site, chance: random.Random) -> Steps:
     yield from _stake(site)
     owed = site.backlog()
     site.client.flushall()
+    site.lost_at = time.time()
     return f"{owed} jobs were owed"
 
 
@@ -63,6 +65,7 @@ def old_snapshot(site: Site, chance: random.Random) -> Steps:
     ended = site.reader.ledger.executed
     yield from _pass(chance.uniform(2, 5))
     site.redis.restore(snapshot)
+    site.lost_at = time.time()
     return f"{site.reader.ledger.executed - ended} jobs had ended since"
 
 
@@ -180,6 +183,7 @@ def leader_stop(site: Site, chance: random.Random) -> Steps:
     site.pause(leader)
     yield from _pass(chance.uniform(0, 2))
     site.client.flushall()  # or else whoever sleeps through it misses nothing
+    site.lost_at = time.time()
     yield from _until(lambda: site.leader() not in (None, pid))
     took = time.monotonic() - at
     yield from _pass(chance.uniform(0, 2))
@@ -191,14 +195,18 @@ def postgres_restart(site: Site, chance: random.Random) -> Steps:
     """Postgres is restarted, and nothing else happens until what waited for it is written.
 
     While it is away, a process that dies takes along what it could not write: no other fault now.
+    Nor is there a fence: what has a second copy since Redis lost it is to have ended before.
     """
     site.kills.disarm()
+    yield from _until(lambda: _is_settled(site))
     yield from _pass(1.0)
     at = time.monotonic()
+    stopped_at = time.time()
     site.postgres.stop()
     yield from _pass(chance.uniform(0, 3))
     site.postgres.start()
     took = time.monotonic() - at
+    site.unfenced.append((stopped_at, time.time()))
     ((back_at,),) = site.ask("select clock_timestamp()")
     yield from _until(lambda: _is_written(site, back_at))
     yield from _pass(1.0)
@@ -272,6 +280,12 @@ def _horses(site: Site) -> list[psutil.Process]:
         except psutil.NoSuchProcess:
             pass
     return found
+
+
+def _is_settled(site: Site) -> bool:
+    """Whether all that was enqueued when Redis lost its data for the last time has ended."""
+    enqueued = site.reader.ledger.enqueued
+    return not any(enqueued[number].at < site.lost_at for number in site.reader.ledger.owed())
 
 
 def _is_written(site: Site, back_at: datetime) -> bool:

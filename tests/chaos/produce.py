@@ -68,7 +68,7 @@ KINDS = {
     "failing": Kind(10),  # fails at first, and the library retries it
     "many": Kind(4, jobs=10, longest=0.1),
     "chain": Kind(6, jobs=3),  # one behind the other
-    "gather": Kind(6, jobs=5),  # the last behind all others
+    "gather": Kind(6, jobs=5),  # the last behind all others, of which the fourth behind the third
     "sending": Kind(8, jobs=2, promised=1),  # the first enqueues the second
     "far": Kind(2),  # after longer than the library waits for what it calls lost
 }
@@ -136,6 +136,8 @@ def _follows(name: str, numbers: Sequence[int], number: int) -> tuple[str, ...]:
     """Say behind which jobs this one is to run, if any."""
     if name == "chain" and number != numbers[0]:
         return (str(number - 1),)
+    if name == "gather" and number == numbers[3]:
+        return (str(numbers[2]),)
     if name == "gather" and number == numbers[-1]:
         return (",".join(map(str, numbers[:-1])),)
     return ()

@@ -68,7 +68,7 @@ def show(console: Console, results: Sequence[Result], found: Sequence[str]) -> N
     )
     for name in ("library", "seed", "faults", "deaths", "enqueued", "refused"):
         table.add_column(name, justify="left" if name == "library" else "right")
-    for name in ("lost", "twice", "early", "excused", "seconds"):
+    for name in ("lost", "twice", "early", "excused", "unfenced", "seconds"):
         table.add_column(name, justify="right")
     for result in results:
         counted = result.count
@@ -76,7 +76,12 @@ def show(console: Console, results: Sequence[Result], found: Sequence[str]) -> N
             *(result.library, str(result.seed), str(len(result.faults))),
             *(str(sum(result.failpoints.values())), f"{counted.enqueued:,}"),
             *(str(counted.refused), _bad(len(counted.lost)), _bad(len(counted.twice))),
-            *(_bad(len(counted.early)), str(len(counted.excused)), f"{result.seconds:.0f}"),
+            *(
+                _bad(len(counted.early)),
+                str(len(counted.excused)),
+                str(len(counted.unfenced)),
+                f"{result.seconds:.0f}",
+            ),
         )
     console.print(table)
     hits = total_hits(results)
