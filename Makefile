@@ -24,7 +24,7 @@ help:
 	@echo "make check   ruff, mypy and the import contracts"
 	@echo "make fmt     format the code and mend what ruff can mend"
 	@echo "make bench   measure                                           (BENCH_ARGS=…)"
-	@echo "make chaos   3 runs under random faults; CHAOS=full: 20        (CHAOS_ARGS='--seed 7')"
+	@echo "make chaos   3 runs a library under random faults; CHAOS=full: 20 (CHAOS_ARGS='--library rq')"
 
 demo: $(VENV)/.ready-for-demo
 	$(BIN)/jobguard demo $(DEMO_ARGS)

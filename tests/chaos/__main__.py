@@ -72,7 +72,7 @@ def main(
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # end our children all the same
     console = Console()
     if not console.is_terminal:
-        console = Console(width=100)  # the table is wider than the eighty characters of a log
+        console = Console(width=112)  # the table is wider than the eighty characters of a log
     first = random.randrange(10_000) if seed is None else seed
     results: list[Result] = []
     found: list[str] = []
