@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 
 Hook = Callable[..., Any]
 
+_PATIENCE = 0.8
+"""Seconds that a member waits for the others: a group may come from a generator that takes its time.
+
+A thousand signatures that are ready are made into messages in less."""
 _MISSED = "_jobguard_missed"
 """Results that nobody is subscribed to yet, because Redis was away."""
 
@@ -49,7 +53,7 @@ def apply_group(original: Hook) -> Hook:
         tracker = _tracker_of_group(self)
         if tracker is None:
             return original(self, *args, **kwargs)
-        with tracker.batch():
+        with tracker.batch(patience=_PATIENCE):
             return original(self, *args, **kwargs)
 
     return hook

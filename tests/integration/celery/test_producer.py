@@ -30,7 +30,7 @@ from kombu.entity import Exchange, Queue
 from kombu.exceptions import OperationalError
 
 from jobguard.adapter import behind_wall
-from jobguard.adapters.celery import CeleryAdapter
+from jobguard.adapters.celery import CeleryAdapter, backend
 from jobguard.adapters.celery import run as runs
 from jobguard.adapters.celery.capture import hook_app
 from jobguard.adapters.celery.run import Run, joining
@@ -259,6 +259,19 @@ class TestWays:
 
 class TestBatches:
     """Many tasks, one statement."""
+
+    @pytest.fixture(autouse=True)
+    def patience(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A busy machine shall not look like a generator that takes its time."""
+        monkeypatch.setattr(backend, "_PATIENCE", 60.0)
+
+    def test_generator_that_takes_its_time(
+        self, app: celery.Celery, tracker: FakeTracker, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Its tasks go out as they come, not when it has come to its end."""
+        monkeypatch.setattr(backend, "_PATIENCE", 0.0)
+        group(app.tasks["add"].s(n) for n in range(6)).apply_async()
+        assert len(tracker.batches) > 1 and len(tracker.recorded) == 6
 
     def test_group(self, app: celery.Celery, tracker: FakeTracker, client: redis.Redis) -> None:
         """A group, with all that is in it."""
@@ -521,7 +534,7 @@ def test_failpoints(where: str, redis_url: str, tmp_path: Path, client: redis.Re
 import celery, os
 from pathlib import Path
 from jobguard import adapter
-from jobguard.adapters.celery import CeleryAdapter
+from jobguard.adapters.celery import CeleryAdapter, backend
 from tests.integration.rq.fakes import FakeTracker
 app = celery.Celery("x", broker={redis_url!r})
 app.conf.broker_url
