@@ -30,6 +30,7 @@ from jobguard.adapters.celery.parts import OVER, PART, REDIS_FAILED, part_made_o
 from jobguard.adapters.celery.run import Run
 from jobguard.adapters.celery.sessions import CONTENT
 from jobguard.adapters.celery.skip import remember, skip
+from jobguard.adapters.celery.wall import our_own_affair
 from jobguard.errors import is_host_interrupt
 from jobguard.job import Delivery, Outcome, Refused, new_token
 
@@ -80,12 +81,10 @@ def build_tracer(original: Hook, hooks: Hooks) -> Hook:
 
     @wraps(original)
     def hook(name: str, task: Any, *args: Any, **kwargs: Any) -> Any:
-        for kind in type(task).__mro__:
-            own = vars(kind).get("before_start")
-            if own is not None:
-                if not getattr(own, _OURS, False):
-                    hooks.put(kind, "before_start", before_start)
-                break
+        with our_own_affair("stand before a task of its own class"):
+            kinds: list[Any] = [k for k in type(task).__mro__ if "before_start" in vars(k)]
+            if kinds and not getattr(kinds[0].before_start, _OURS, False):
+                hooks.put(kinds[0], "before_start", before_start)
         return original(name, task, *args, **kwargs)
 
     return hook
@@ -178,12 +177,8 @@ def before_celery_says_started(sender: Any = None, **_: Any) -> None:
     request = sender.request
     if request.is_eager or lookup.tracker_for(sender.app) is None:
         return
-    try:
+    with our_own_affair("read how a task had ended"):
         remember(sender)
-    except Exception as error:
-        if is_host_interrupt(error):
-            raise
-        log.debug("the result of task %s cannot be read: %s", request.id, error)
 
 
 def why_it_failed(sender: Any = None, einfo: Any = None, **_: Any) -> None:

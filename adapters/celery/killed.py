@@ -24,12 +24,14 @@ from jobguard.adapters.celery import sessions
 from jobguard.adapters.celery.hooks import Hooks
 from jobguard.adapters.celery.parts import REDIS_FAILED, part_of
 from jobguard.adapters.celery.sessions import Working, token_in
-from jobguard.errors import is_host_interrupt
+from jobguard.adapters.celery.wall import our_own_affair
 from jobguard.job import Claim, Outcome
 
 log = logging.getLogger("jobguard")
 Hook = Callable[..., Any]
 
+_GONE = (WorkerLostError, TimeLimitExceeded, SystemExit)
+"""What says that there is no child any more."""
 _LOST = "_jobguard_lost"
 """On a request whose child is gone: its message may go back into the queue."""
 _OVER = "_jobguard_over"
@@ -53,20 +55,14 @@ def on_failure(original: Hook) -> Hook:
         def call() -> Any:
             return original(self, exc_info, send_failed_event, return_ok)
 
-        working = sessions.working_for(self.app)
-        error = exc_info.exception
-        error = error.exc if isinstance(error, ExceptionWithTraceback) else error
-        if working is not None and not return_ok and _is_told(working, self):
-            return None
-        if working is not None and not return_ok and _never_began(working, self, error):
-            return None
-        gone = isinstance(error, WorkerLostError | TimeLimitExceeded | SystemExit)
-        by_order = _OVER in vars(self) or self._already_revoked or self._already_cancelled
-        if working is None or not gone or by_order:
-            return call()
-        if isinstance(error, WorkerLostError) and _is_left_to_the_leader(working, self):
-            return None
-        return _lost(working, self, repr(error), call)
+        gone = ""
+        with our_own_affair("see what became of a task"):
+            error = exc_info.exception
+            error = error.exc if isinstance(error, ExceptionWithTraceback) else error
+            if not return_ok and _is_dealt_with(self, error):
+                return None
+            gone = repr(error) if isinstance(error, _GONE) and not _was_by_order(self) else ""
+        return _lost(self, gone, call) if gone else call()
 
     return hook
 
@@ -76,11 +72,12 @@ def on_timeout(original: Hook) -> Hook:
 
     @wraps(original)
     def hook(self: Any, soft: bool, timeout: Any) -> Any:
-        working = sessions.working_for(self.app)
-        if soft or working is None or _OVER in vars(self):
+        def call() -> Any:
             return original(self, soft, timeout)
-        error = TimeLimitExceeded(timeout)
-        return _lost(working, self, repr(error), lambda: original(self, soft, timeout))
+
+        if soft or _OVER in vars(self):
+            return call()
+        return _lost(self, repr(TimeLimitExceeded(timeout)), call)
 
     return hook
 
@@ -90,11 +87,10 @@ def reject(original: Hook) -> Hook:
 
     @wraps(original)
     def hook(self: Any, requeue: bool = False) -> Any:
-        if requeue and vars(self).get(_LOST) and not self.acknowledged:
-            working, token = sessions.working_for(self.app), token_in(self)
-            if working is not None and token is not None:
+        with our_own_affair("hand back a task"):
+            if requeue and vars(self).get(_LOST) and not self.acknowledged:
                 vars(self)[_LOST] = False
-                working.session.give_back(Claim(token, 0))
+                _hand_back(self)
         return original(self, requeue)
 
     return hook
@@ -110,15 +106,41 @@ def announce_cancelled(original: Hook) -> Hook:
 
     @wraps(original)
     def hook(self: Any, *args: Any, **kwargs: Any) -> Any:
-        working, token = sessions.working_for(self.app), token_in(self)
-        if working is not None and token is not None:
+        with our_own_affair("hand back a task"):
             if self.acknowledged:
-                working.last.add(token)
+                _keep_until_goodbye(self)
             else:
-                working.session.give_back(Claim(token, 0))
+                _hand_back(self)
         return original(self, *args, **kwargs)
 
     return hook
+
+
+def _hand_back(request: Any) -> None:
+    working, token = sessions.working_for(request.app), token_in(request)
+    if working is not None and token is not None:
+        working.session.give_back(Claim(token, 0))
+
+
+def _keep_until_goodbye(request: Any) -> None:
+    working, token = sessions.working_for(request.app), token_in(request)
+    if working is not None and token is not None:
+        working.last.add(token)
+
+
+def _was_by_order(request: Any) -> bool:
+    """Whether this end is told already, or is no end."""
+    return _OVER in vars(request) or request._already_revoked or request._already_cancelled
+
+
+def _is_dealt_with(request: Any, error: BaseException) -> bool:
+    """Whether Celery need not hear that this child did not return: its task has not failed."""
+    working = sessions.working_for(request.app)
+    if working is None or _was_by_order(request):
+        return False
+    if _is_told(working, request) or _never_began(working, request, error):
+        return True
+    return isinstance(error, WorkerLostError) and _is_left_to_the_leader(working, request)
 
 
 def _is_told(working: Working, request: Any) -> bool:
@@ -164,20 +186,23 @@ def _is_left_to_the_leader(working: Working, request: Any) -> bool:
     return True
 
 
-def _lost(working: Working, request: Any, error: str, call: Callable[[], Any]) -> Any:
+def _lost(request: Any, error: str, call: Callable[[], Any]) -> Any:
     """Let Celery judge what has become of the task of a child that is gone, and report that."""
-    token = token_in(request)
     vars(request)[_OVER] = vars(request)[_LOST] = True
     try:
         return call()
     finally:
-        if token is not None and vars(request).pop(_LOST, False):
-            _judged(working, request, token, error)
+        with our_own_affair("report the end of a task"):
+            if vars(request).pop(_LOST, False):
+                _tell(request, error)
 
 
-def _judged(working: Working, request: Any, token: UUID, error: str) -> None:
+def _tell(request: Any, error: str) -> None:
+    working, token = sessions.working_for(request.app), token_in(request)
+    if working is None or token is None:
+        return
     if request.task.acks_late and not request.acknowledged:
-        # Celery before 5.6 leaves it where it is, for the visibility timeout to bring it back.
+        # Older Celerys leave it where it is, for the visibility timeout to bring it back.
         working.session.give_back(Claim(token, 0))
         return
     stored = getattr(request, "_success_was_stored", None)
@@ -201,7 +226,7 @@ def report(
     job_id: str = "",
 ) -> None:
     """Report an end of which the main process knows, without a claim at hand."""
-    try:
+    with our_own_affair("report the end of a task"):
         info = getattr(request, "delivery_info", None) or {}
         working.session.end(
             Claim(token, 0),
@@ -212,7 +237,3 @@ def report(
             error=error,
             part=None if request is None else part_of(request),
         )
-    except Exception as failure:
-        if is_host_interrupt(failure):
-            raise
-        log.exception("jobguard could not report the end of task %s", job_id)

@@ -8,7 +8,6 @@ is not guarded, is given one, so that it is the same delivery however often it i
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -18,10 +17,9 @@ from kombu.transport.redis import QoS
 from jobguard.adapters.celery import sessions
 from jobguard.adapters.celery.header import TOKEN, WORKER, token_of
 from jobguard.adapters.celery.hooks import Hooks
-from jobguard.errors import is_host_interrupt
+from jobguard.adapters.celery.wall import our_own_affair
 from jobguard.job import new_token
 
-log = logging.getLogger("jobguard")
 Hook = Callable[..., Any]
 
 
@@ -35,12 +33,8 @@ def append(original: Hook) -> Hook:
 
     @wraps(original)
     def hook(self: Any, message: Any, delivery_tag: Any) -> Any:
-        try:
+        with our_own_affair("mark a message as this worker's"):
             _mark(self.channel, message)
-        except Exception as error:
-            if is_host_interrupt(error):
-                raise
-            log.exception("jobguard could not mark a message as this worker's")
         return original(self, message, delivery_tag)
 
     return hook

@@ -12,8 +12,9 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import wraps
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from celery.app.task import Context
 from celery.backends.base import Backend
@@ -26,8 +27,12 @@ from redis.exceptions import RedisError
 from jobguard.adapters.celery import lookup
 from jobguard.adapters.celery.hooks import Hooks
 from jobguard.adapters.celery.run import current_run, joining, no_longer_joining
+from jobguard.adapters.celery.wall import our_own_affair
 from jobguard.errors import is_host_interrupt
 from jobguard.job import Outcome, Part
+
+if TYPE_CHECKING:
+    from jobguard.adapter import Tracker
 
 log = logging.getLogger("jobguard")
 Hook = Callable[..., Any]
@@ -56,15 +61,12 @@ def on_chord_part_return(original: Hook) -> Hook:
 
     @wraps(original)
     def hook(self: Any, request: Any, state: str, result: Any, *args: Any, **kwargs: Any) -> Any:
-        group = getattr(request, "group", None)
-        if not group or not request.id or lookup.tracker_for(self.app) is None:
-            return original(self, request, state, result, *args, **kwargs)
-        run, part = current_run(), part_made_of(self, request, state, result)
-        if run is not None:
-            run.part = part
-        else:
-            vars(request)[_NOTED] = part
-        with joining(group, _body_of(request)):
+        group, body = None, None
+        with our_own_affair("note a part of a chord"):
+            if request.id and request.group and lookup.tracker_for(self.app) is not None:
+                _note(part_made_of(self, request, state, result), request)
+                group, body = request.group, _body_of(request)
+        with joining(group, body) if group else nullcontext():
             return original(self, request, state, result, *args, **kwargs)
 
     return hook
@@ -79,19 +81,25 @@ def chord_error_from_stack(original: Hook) -> Hook:
     @wraps(original)
     def hook(self: Any, *args: Any, **kwargs: Any) -> Any:
         broken = isinstance(sys.exc_info()[1], REDIS_FAILED)
-        group = no_longer_joining()  # what is sent from here on are error callbacks
-        tracker, run = lookup.tracker_for(self.app), current_run()
-        if group is None or tracker is None:
-            return original(self, *args, **kwargs)
-        if broken and run is not None and tracker.recovers([run.claim.token], began=False):
-            log.warning(
-                "Redis failed as chord %s was to go on: it goes on when Redis is back", group
-            )
-            return None
-        tracker.close_join(group)
+        with our_own_affair("see whether a chord is given up"):
+            if _goes_on(lookup.tracker_for(self.app), broken=broken):
+                return None
         return original(self, *args, **kwargs)
 
     return hook
+
+
+def _goes_on(tracker: Tracker | None, *, broken: bool) -> bool:
+    """Whether a chord that Celery gives up goes on all the same; if not, it is closed."""
+    group = no_longer_joining()  # what is sent from here on are error callbacks
+    if group is None or tracker is None:
+        return False
+    run = current_run()
+    if broken and run is not None and tracker.recovers([run.claim.token], began=False):
+        log.warning("Redis failed as chord %s was to go on: it goes on when Redis is back", group)
+        return True
+    tracker.close_join(group)
+    return False
 
 
 def mark(original: Hook) -> Hook:
@@ -155,6 +163,14 @@ def finish(task: Any, request: Any) -> None:
         vars(request), id=task_id, group=group, group_index=index, chord=_chord_in(request)
     )
     backend.on_chord_part_return(told, state, result)
+
+
+def _note(part: Part | None, request: Any) -> None:
+    run = current_run()
+    if run is not None:
+        run.part = part
+    else:
+        vars(request)[_NOTED] = part
 
 
 def part_made_of(backend: Any, request: Any, state: str, result: Any) -> Part | None:

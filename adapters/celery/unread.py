@@ -17,6 +17,7 @@ from celery.worker.consumer.consumer import Consumer
 from jobguard.adapters.celery import killed, sessions
 from jobguard.adapters.celery.header import token_of
 from jobguard.adapters.celery.hooks import Hooks
+from jobguard.adapters.celery.wall import our_own_affair
 from jobguard.job import Outcome
 
 log = logging.getLogger("jobguard")
@@ -34,22 +35,30 @@ def on_unknown_task(original: Hook) -> Hook:
 
     @wraps(original)
     def hook(self: Any, body: Any, message: Any, exc: Any) -> Any:
-        working, token = sessions.working_for(self.app), token_of(message.headers)
-        if working is None or token is None:
-            return original(self, body, message, exc)
-        job_id, name = _named(message)
-        if token not in working.tracker.recovers([token], began=False):
-            result = original(self, body, message, exc)
-            error = f"unregistered task {name}"
-            killed.report(working, token, Outcome.FAILED, job_id=job_id, error=error)
-            return result
-        log.error("task %s[%s] is not registered here: it goes back, for others", name, job_id)
-        working.session.decline(token, job_id=job_id, error=f"unregistered task {name}")
-        message.reject_log_error(log, self.connection_errors)
-        signals.task_unknown.send(sender=self, message=message, exc=exc, name=name, id=job_id)
-        return None
+        with our_own_affair("see to an unknown task"):
+            if _goes_back(self, message, exc):
+                return None
+        result = original(self, body, message, exc)
+        with our_own_affair("report an unknown task"):
+            _has_failed(self, message, f"unregistered task {_named(message)[1]}")
+        return result
 
     return hook
+
+
+def _goes_back(consumer: Any, message: Any, exc: Any) -> bool:
+    """Whether the leader lets others try it; then it is out of Celery's hands."""
+    working, token = sessions.working_for(consumer.app), token_of(message.headers)
+    if working is None or token is None:
+        return False
+    if token not in working.tracker.recovers([token], began=False):
+        return False
+    job_id, name = _named(message)
+    log.error("task %s[%s] is not registered here: it goes back, for others", name, job_id)
+    working.session.decline(token, job_id=job_id, error=f"unregistered task {name}")
+    message.reject_log_error(log, consumer.connection_errors)
+    signals.task_unknown.send(sender=consumer, message=message, exc=exc, name=name, id=job_id)
+    return True
 
 
 def on_decode_error(original: Hook) -> Hook:
@@ -57,7 +66,8 @@ def on_decode_error(original: Hook) -> Hook:
 
     @wraps(original)
     def hook(self: Any, message: Any, exc: Any) -> Any:
-        _has_failed(self, message, exc)
+        with our_own_affair("report a message that cannot be read"):
+            _has_failed(self, message, repr(exc))
         return original(self, message, exc)
 
     return hook
@@ -65,14 +75,15 @@ def on_decode_error(original: Hook) -> Hook:
 
 def was_rejected(sender: Any = None, message: Any = None, exc: Any = None, **_: Any) -> None:
     """task_rejected: no task, or none that may be read."""
-    _has_failed(sender, message, exc)
+    with our_own_affair("report a message that was rejected"):
+        _has_failed(sender, message, repr(exc))
 
 
-def _has_failed(consumer: Any, message: Any, exc: Any) -> None:
+def _has_failed(consumer: Any, message: Any, error: str) -> None:
     working, token = sessions.working_for(consumer.app), token_of(message.headers)
     if working is not None and token is not None:
         job_id = str((message.headers or {}).get("id") or "")
-        killed.report(working, token, Outcome.FAILED, job_id=job_id, error=repr(exc))
+        killed.report(working, token, Outcome.FAILED, job_id=job_id, error=error)
 
 
 def _named(message: Any) -> tuple[str, str]:

@@ -6,7 +6,6 @@ They are put on with the first guarded app of a process and come off with the la
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable
 from functools import wraps
@@ -21,13 +20,12 @@ from jobguard.adapter import trackers
 from jobguard.adapters.celery import fence, killed, lookup, mend, owner, parts, sessions, unread
 from jobguard.adapters.celery.header import token_of
 from jobguard.adapters.celery.hooks import Hooks
-from jobguard.errors import host_interrupts, is_host_interrupt
+from jobguard.adapters.celery.wall import our_own_affair
+from jobguard.errors import host_interrupts
 from jobguard.job import Outcome
 
 if TYPE_CHECKING:
     from jobguard.adapter import Tracker
-
-log = logging.getLogger("jobguard")
 
 # What a time limit throws into a task by a signal; it may strike inside of our code.
 host_interrupts(SoftTimeLimitExceeded)
@@ -64,12 +62,8 @@ def uninstall(tracker: Tracker, app: Any) -> None:
 
 def begin(controller: Any) -> None:
     """Open the session of a worker that is about to start its pool; once."""
-    try:
+    with our_own_affair("open a session for a worker"):
         sessions.begin(controller)
-    except Exception as error:
-        if is_host_interrupt(error):
-            raise
-        log.exception("jobguard could not open a session for worker %s", controller.hostname)
 
 
 def process_task(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -77,9 +71,9 @@ def process_task(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(original)
     def hook(self: Any, req: Any) -> Any:
-        working = sessions.working_for(self.app)
-        if working is not None:
-            working.hand(req)
+        with our_own_affair("tell a child of its task"):
+            if (working := sessions.working_for(self.app)) is not None:
+                working.hand(req)
         return original(self, req)
 
     return hook
@@ -92,9 +86,9 @@ def worker_begins(sender: Any = None, **_: Any) -> None:
 
 def worker_has_ended(sender: Any = None, **_: Any) -> None:
     """worker_shutdown: the pool is empty, and what was not begun is back in its queue."""
-    tracker = lookup.tracker_for(sender.app)
-    if tracker is not None:
-        sessions.end(tracker)
+    with our_own_affair("say goodbye"):
+        if (tracker := lookup.tracker_for(sender.app)) is not None:
+            sessions.end(tracker)
 
 
 def child_ends(**_: Any) -> None:
@@ -107,9 +101,10 @@ def child_ends(**_: Any) -> None:
 
 def was_revoked(sender: Any = None, request: Any = None, **_: Any) -> None:
     """task_revoked: by a person, by a stamp, or because it expired; perhaps while it ran."""
-    working, token = sessions.working_for(sender.app), token_of(vars(request))
-    if working is not None and token is not None:
-        killed.report(working, token, Outcome.CANCELLED, request=request)
+    with our_own_affair("report that a task was revoked"):
+        working, token = sessions.working_for(sender.app), token_of(vars(request))
+        if working is not None and token is not None:
+            killed.report(working, token, Outcome.CANCELLED, request=request)
 
 
 HEARD = (
