@@ -20,6 +20,7 @@ from uuid import UUID
 from redis.exceptions import RedisError
 from rq.job import Job, JobStatus
 from rq.queue import Queue
+from rq.worker import SimpleWorker
 
 from jobguard import failpoint
 from jobguard.adapter import running_job, trackers
@@ -363,7 +364,9 @@ def _open_session(worker: Any) -> Session | None:
     if tracker is None:
         return None
     worker.__dict__[_TRACKER] = tracker
-    session: Session = tracker.open_session(name=worker.name, queues=worker.queue_names())
+    session: Session = tracker.open_session(
+        name=worker.name, queues=worker.queue_names(), apart=isinstance(worker, SimpleWorker)
+    )
     worker.__dict__[_SESSION] = session
     return session
 
