@@ -21,6 +21,7 @@ from jobguard.adapters.celery.header import token_in
 from jobguard.job import EndedPart, OpenJoin, Presence, Restored, new_token
 from tests.integration.celery.support import FakeTracker, aged, lists, look, put_back
 from tests.integration.rq.fakes import lost
+from tests.support import eventually
 
 Make = Callable[..., celery.Celery]
 Guard = Callable[[celery.Celery], FakeTracker]
@@ -128,7 +129,7 @@ class TestResults:
         self, app: celery.Celery, tracker: FakeTracker, broker: CeleryBroker, client: redis.Redis
     ) -> Callable[..., Presence]:
         """Return how a lost task looks whose result is this."""
-        announce.announce(app, session=uuid.uuid4(), name="w@h", queues=["celery"])
+        make_known(app, "w@h", "celery")
 
         def look_at(age: float = 60.0, claims: int = 1, **meta: Any) -> Presence:
             result = app.tasks["add"].delay(1)
@@ -179,7 +180,7 @@ class TestResults:
         app = make_app(result_serializer="pickle")
         tracker = guard(app)
         broker = CeleryBroker(tracker.source, client)
-        announce.announce(app, session=uuid.uuid4(), name="w@h", queues=["celery"])
+        make_known(app, "w@h", "celery")
         result = app.tasks["add"].delay(1)
         client.delete("celery")
         client.set(f"celery-task-meta-{result.id}", b"\x80\x04.")
@@ -197,7 +198,7 @@ class TestResults:
         )
         tracker = guard(app)
         broker = CeleryBroker(tracker.source, client)
-        announce.announce(app, session=uuid.uuid4(), name="w@h", queues=["celery"])
+        make_known(app, "w@h", "celery")
         result = app.tasks["add"].delay(1)
         client.delete("celery")
         app.backend.store_result(result.id, 3, "SUCCESS")
@@ -353,7 +354,7 @@ class TestConsumers:
         self, app: celery.Celery, tracker: FakeTracker, broker: CeleryBroker, client: redis.Redis
     ) -> None:
         """One that is bound and hears is a stranger in every queue; a dead one's name is not."""
-        announce.announce(app, session=uuid.uuid4(), name="good@h", queues=["celery", "q2"])
+        make_known(app, "good@h", "celery", "q2")
         bind(client, "good@h")
         assert broker.consumers()["celery"] == {"good@h"}
         assert broker.consumers()["q3"] == frozenset()
@@ -372,7 +373,7 @@ class TestConsumers:
         self, app: celery.Celery, tracker: FakeTracker, broker: CeleryBroker, client: redis.Redis
     ) -> None:
         """A guarded worker that has not yet said so again is no stranger."""
-        announce.announce(app, session=uuid.uuid4(), name="good@h", queues=["celery"])
+        make_known(app, "good@h", "celery")
         broker.consumers()
         client.flushdb()
         bind(client, "good@h")
@@ -384,8 +385,7 @@ class TestConsumers:
         self, app: celery.Celery, broker: CeleryBroker, client: redis.Redis
     ) -> None:
         """It takes nothing any more."""
-        session = uuid.uuid4()
-        announce.announce(app, session=session, name="good@h", queues=["celery"])
+        session = make_known(app, "good@h", "celery")
         announce.leave(app, session=session)
         assert broker.consumers()["celery"] == frozenset()
 
@@ -397,7 +397,7 @@ class TestBury:
         self, app: celery.Celery, tracker: FakeTracker, broker: CeleryBroker
     ) -> None:
         """Whoever waits for the result is told; a result that stands is left."""
-        announce.announce(app, session=uuid.uuid4(), name="w@h", queues=["celery"])
+        make_known(app, "w@h", "celery")
         lost_one, done = app.tasks["add"].delay(1), app.tasks["add"].delay(2)
         app.backend.store_result(done.id, 4, "SUCCESS")
         broker.bury([aged(delivery) for delivery in tracker.recorded])
@@ -464,7 +464,7 @@ class TestRejoin:
         app = make_app(**conf)
         tracker = guard(app)
         broker = CeleryBroker(tracker.source, client)
-        announce.announce(app, session=uuid.uuid4(), name="w@h", queues=["celery"])
+        make_known(app, "w@h", "celery")
         result = chord([app.tasks["add"].s(n, n) for n in range(2)])(app.tasks["total"].s())
         group = result.parent.id
         app.tasks["add"].delay(1, 1)
@@ -507,6 +507,19 @@ def parts(app: Any, group: str, members: Any) -> list[EndedPart]:
 def any_client(client: redis.Redis) -> Any:
     """Return it without its types, which have gaps."""
     return client
+
+
+def make_known(app: Any, name: str, *queues: str) -> uuid.UUID:
+    """Do what a guarded worker does every few seconds, until a busy machine lets it."""
+    session = uuid.uuid4()
+
+    def is_known() -> bool:
+        announce.announce(app, session=session, name=name, queues=queues)
+        with redis.Redis.from_url(app.conf.broker_url) as client:
+            return bool(client.hexists("jobguard:celery:about", session.hex))
+
+    eventually(is_known)
+    return session
 
 
 def bind(client: redis.Redis, name: str) -> None:
