@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 from weakref import WeakKeyDictionary
@@ -33,42 +34,63 @@ log = logging.getLogger("jobguard")
 _scripts: WeakKeyDictionary[Any, tuple[int, Script]] = WeakKeyDictionary()
 
 
-def announce(app: Any, *, session: UUID, name: str, queues: Sequence[str]) -> None:
-    """Say that this worker is there; to be said again every few seconds. Raises nothing."""
+def announcement(app: Any, *, name: str, queues: Sequence[str]) -> Callable[[UUID], None] | None:
+    """Return what says that this worker is there, to be called every few seconds, from any thread.
+
+    All that is asked of Celery and kombu is asked here, in the main thread: they lock whatever they
+    look up, and a child that is forked in such a moment would wait for that lock for ever.
+    """
     tracker = lookup.tracker_for(app)
     if tracker is None:
-        return
-    try:
-        about = {"name": name, "queues": list(queues), "control": _control(app)}
-        _say(app, tracker, session, json.dumps(about), _results(app, tracker))
-    except Exception as error:
-        if is_host_interrupt(error):
-            raise
-        log.debug("a worker could not make itself known: %s", error)
+        return None
+    about = json.dumps({"name": name, "queues": list(queues), "control": _control(app)})
+    results = _results(app, tracker)
+    say = _sayer(app, tracker)
+
+    def again(session: UUID) -> None:
+        with _quietly("make itself known"):
+            say(session, about, results)
+
+    return again
+
+
+def announce(app: Any, *, session: UUID, name: str, queues: Sequence[str]) -> None:
+    """Say once that this worker is there. Raises nothing."""
+    with _quietly("make itself known"):
+        if (say := announcement(app, name=name, queues=queues)) is not None:
+            say(session)
 
 
 def leave(app: Any, *, session: UUID) -> None:
     """Say that this worker is gone. Raises nothing."""
-    tracker = lookup.tracker_for(app)
-    if tracker is None:
-        return
+    with _quietly("say goodbye"):
+        if (tracker := lookup.tracker_for(app)) is not None:
+            _sayer(app, tracker)(session, "", "")
+
+
+@contextmanager
+def _quietly(what: str) -> Iterator[None]:
     try:
-        _say(app, tracker, session, "", "")
+        yield
     except Exception as error:
         if is_host_interrupt(error):
             raise
-        log.debug("a worker could not say goodbye: %s", error)
+        log.debug("a worker could not %s: %s", what, error)
 
 
-def _say(app: Any, tracker: Tracker, session: UUID, about: str, results: str) -> None:
+def _sayer(app: Any, tracker: Tracker) -> Callable[[UUID, str, str], None]:
     mine = _scripts.get(app)
     if mine is None or mine[0] != os.getpid():
         client = own_client(client_of(app.connection_for_write()), timeout=TIMEOUT)
         mine = _scripts[app] = (os.getpid(), Script(client, "announce.lua"))
-    layout = Layout.parse(tracker.source.prefix)
-    (answer,) = mine[1].run([([layout.workers, layout.about], [session.hex, about, results])])
-    if isinstance(answer, Exception):
-        raise answer
+    script, layout = mine[1], Layout.parse(tracker.source.prefix)
+
+    def say(session: UUID, about: str, results: str) -> None:
+        (answer,) = script.run([([layout.workers, layout.about], [session.hex, about, results])])
+        if isinstance(answer, Exception):
+            raise answer
+
+    return say
 
 
 def _control(app: Any) -> str:

@@ -10,10 +10,11 @@ for dead, and has begun anew.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
@@ -23,7 +24,7 @@ from celery.concurrency import get_implementation, prefork
 from celery.worker import state
 
 from jobguard.adapters.celery import lookup
-from jobguard.adapters.celery.announce import announce, leave
+from jobguard.adapters.celery.announce import announcement, leave
 from jobguard.adapters.celery.header import TOKEN, WORKER, token_of
 
 if TYPE_CHECKING:
@@ -53,7 +54,9 @@ class Working:
     """Requests by when they were given to the pool."""
     last: set[UUID] = field(default_factory=set)
     """Deliveries that a cold shutdown has killed: ours until the goodbye."""
-    announced: float = -_ANNOUNCE
+    say: Callable[[UUID], None] | None = None
+    """Makes us known, once we are."""
+    announced: float = -math.inf
     live: int = 0
     """Tasks that run in this very process."""
 
@@ -67,24 +70,22 @@ class Working:
             lists=self.lists,
             apart=not _forks(controller),
         )
+        self.say = announcement(controller.app, name=controller.hostname, queues=self.queues)
         self.announce()
 
     def announce(self) -> None:
         """Say in the broker's Redis that we are there, if that was some time ago."""
         now = time.monotonic()
-        if now - self.announced >= _ANNOUNCE:
+        if self.say is not None and now - self.announced >= _ANNOUNCE:
             self.announced = now
-            announce(
-                self.controller.app,
-                session=self.session.id,
-                name=self.controller.hostname,
-                queues=self.queues,
-            )
+            self.say(self.session.id)
 
     def lists(self) -> Iterable[UUID]:
-        """What children of this process may be running; asked at every beat, from its thread."""
-        if hasattr(self, "session"):  # not while it is being opened
-            self.announce()
+        """What children of this process may be running; asked at every beat, from its thread.
+
+        Nothing that kombu keeps may be asked for here: it would be locked in a child forked just then.
+        """
+        self.announce()
         running = {token for request in self._with_children() if (token := token_in(request))}
         return running | self.last
 
