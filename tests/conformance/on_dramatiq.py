@@ -45,9 +45,6 @@ class _Pickles(Encoder):
         return json.loads(data) if data.startswith(b"{") else pickle.loads(data)
 
 
-dramatiq.set_encoder(_Pickles())
-
-
 def a_broker(**options: Any) -> RedisBroker:
     """Return a broker; Dramatiq does not say of what types its arguments are."""
     make: Any = RedisBroker
@@ -71,6 +68,7 @@ class OnDramatiq(Library):
 
     def __init__(self, redis_url: str, ledger: Path) -> None:
         super().__init__(redis_url, ledger)
+        dramatiq.set_encoder(_Pickles())
         self.broker = a_broker(url=redis_url)
         declare(self.broker)
 
@@ -137,13 +135,15 @@ class OnDramatiq(Library):
             eventually(lambda: not self._due(queue), 30)
 
     def _due(self, queue: str) -> bool:
-        bodies: Any = self.client.hvals(f"dramatiq:{queue}.msgs")
-        taken: Any = self.client.keys(f"dramatiq:__acks__.*.{queue}")
-        listed: Any = self.client.llen(f"dramatiq:{queue}")
-        delayed: Any = self.client.hvals(f"dramatiq:{queue}.DQ.msgs")
+        """Whether a message waits or runs; one that moves is never in neither place."""
+        with self.client.pipeline(transaction=True) as pipe:
+            pipe.exists(f"dramatiq:{queue}")
+            pipe.keys(f"dramatiq:__acks__.*.{queue}")
+            pipe.hvals(f"dramatiq:{queue}.DQ.msgs")
+            waits, fetched, delayed = pipe.execute()
         soon = time.time() * 1000 + MINUTE
         etas = [dramatiq.Message.decode(body).options["eta"] for body in delayed]
-        return bool(listed or taken or any(eta < soon for eta in etas)) and bool(bodies or delayed)
+        return bool(waits or fetched) or any(eta < soon for eta in etas)
 
     def move_delayed(self) -> None:
         """What the consumer of a delay queue does, with nobody there to run what it moves."""

@@ -171,10 +171,7 @@ class Stage:
 
     def is_idle(self) -> bool:
         """Whether nothing is in Redis but dead letters."""
-        return not any(
-            self.client.exists(key)
-            for key in (KEYS, f"{KEYS}.msgs", f"{KEYS}.DQ", f"{KEYS}.DQ.msgs")
-        )
+        return not self.client.exists(KEYS, f"{KEYS}.msgs", f"{KEYS}.DQ", f"{KEYS}.DQ.msgs")
 
     def work(self, **options: Any) -> None:
         """Run all there is."""
