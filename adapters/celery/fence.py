@@ -32,7 +32,7 @@ from jobguard.adapters.celery.sessions import CONTENT
 from jobguard.adapters.celery.skip import remember, skip
 from jobguard.adapters.celery.wall import our_own_affair
 from jobguard.errors import is_host_interrupt
-from jobguard.job import Delivery, Outcome, Refused, new_token
+from jobguard.job import Delivery, Outcome, Refusal, Refused, new_token
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -113,6 +113,9 @@ def _begin(task: Any, request: Any) -> Refused | None:
     if tracker is None or session is None:
         return None
     token = token_of(vars(request)) or new_token()
+    ended = tracker.tombstones([token]) if request.get(PART) is not None else {}
+    if token in ended:  # it is to be counted, not run, also where the fence is off
+        return Refused(token, Refusal.ENDED, ended[token])
     answer = session.start(token, lambda: _describe(task, request, token))
     if isinstance(answer, Refused):
         return answer

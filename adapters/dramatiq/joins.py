@@ -12,7 +12,9 @@ import logging
 from collections.abc import Callable
 from functools import wraps
 from typing import TYPE_CHECKING, Any
+from uuid import UUID
 
+import redis
 from dramatiq import Message
 from dramatiq.broker import MessageProxy
 from dramatiq.middleware import GroupCallbacks
@@ -24,6 +26,7 @@ from jobguard.adapters.dramatiq.run import current_run
 from jobguard.adapters.dramatiq.scripts import text_of
 from jobguard.clients import address_of
 from jobguard.errors import is_host_interrupt
+from jobguard.job import Refusal, Refused
 
 if TYPE_CHECKING:
     from dramatiq.brokers.redis import RedisBroker
@@ -72,6 +75,17 @@ class Joins:
         """Return the group that a message is a member of, if something waits for it."""
         join = message.options.get("group_completion_uuid")
         return join if join and message.options.get("group_completion_callbacks") else None
+
+    def ended_before(self, message: MessageProxy, token: UUID) -> Refused | None:
+        """A member that a leader tells again, which is to be counted and not run; None: it is none."""
+        join = self.of(message)
+        try:
+            if join is None or not self._broker.client.exists(finish_key(join)):
+                return None
+        except redis.RedisError:  # whatever was told was told by Redis
+            return None
+        outcome = self._tracker.tombstones([token]).get(token)
+        return None if outcome is None else Refused(token, Refusal.ENDED, outcome)
 
     def finish(self, message: MessageProxy) -> None:
         """A member has ended before: if a leader says that all have, send what waits for them."""

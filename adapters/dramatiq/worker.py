@@ -129,7 +129,9 @@ class WorkerHalf:
         if not self._tracker.guards(canonical(message.queue_name)):
             return
         try:
-            answer = session.start(token, lambda: self._describe(message, token))
+            answer = self._joins.ended_before(message, token) or session.start(
+                token, lambda: self._describe(message, token)
+            )
         except BaseException:  # interrupted by Dramatiq, for which it has failed then
             session.release(Claim(token, 0))
             raise
