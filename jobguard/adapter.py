@@ -99,8 +99,8 @@ class Tracker(Protocol):
     def batch(self, *, patience: float | None = None) -> AbstractContextManager[None]:
         """Record all that is sent inside in one statement, and push it at the end. Of this thread.
 
-        ``patience``: seconds after which what waits goes out with the next; for what the library sends as
-        it comes, from a generator that may be slow.
+        ``patience``: what comes so many seconds after the last goes out at once, with all that waits; for
+        what the library sends as it comes, from a generator that may be slow.
         """
 
     def open_join(self, join: str, size: int, state: bytes = b"") -> None:

@@ -46,7 +46,8 @@ class _Batch:
     patience: float | None
     held: list[tuple[Sequence[Delivery], Push]] = field(default_factory=list)
     count: int = 0
-    began: float = 0.0
+    last: float = field(default_factory=time.monotonic)
+    """When something was held last, or it was opened."""
 
 
 _open: ContextVar[Mapping[int, _Batch]] = ContextVar("jobguard_batches", default={})  # noqa: B039
@@ -58,12 +59,10 @@ def hold(source: int, recorder: Recorder, deliveries: Sequence[Delivery], push: 
     batch = _open.get().get(source)
     if batch is None:
         return False
-    if not batch.held:
-        batch.began = time.monotonic()
     batch.held.append((deliveries, push))
     batch.count += len(deliveries)
-    waited = time.monotonic() - batch.began
-    if batch.count >= _MOST or (batch.patience is not None and waited > batch.patience):
+    quiet, batch.last = time.monotonic() - batch.last, time.monotonic()
+    if batch.count >= _MOST or (batch.patience is not None and quiet > batch.patience):
         _send(batch, recorder)
     return True
 
@@ -72,8 +71,8 @@ def hold(source: int, recorder: Recorder, deliveries: Sequence[Delivery], push: 
 def batch(source: int, recorder: Recorder, patience: float | None = None) -> Iterator[None]:
     """Hold back what is sent to this source inside. A batch inside a batch is part of it.
 
-    ``patience``: seconds after which the next delivery takes along what waits; None: none of it goes out
-    before the end.
+    ``patience``: a delivery that comes so many seconds after the last goes out at once, with all that
+    waits; None: none of it goes out before the end.
 
     What was sent before an error is sent all the same, as it would have been without a batch.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 from uuid import UUID
 
@@ -140,11 +141,14 @@ def test_a_batch_is_that_of_its_thread() -> None:
         eventually(lambda: answers == [False])
 
 
-def test_what_has_waited_goes_out_with_the_next() -> None:
-    """Where the library sends as it comes."""
-    recorder, pushed = Recorder(), list[str]()
-    with batch(SOURCE, recorder, patience=0.0):
-        send(recorder, "a", pushed)
-        send(recorder, "b", pushed)
-        assert pushed in (["a"], ["a", "b"])
-    assert pushed == ["a", "b"]
+def test_what_comes_slowly_goes_out_as_it_comes() -> None:
+    """Where the library sends from a generator; what comes at one go waits for its end."""
+    for patience, at_once in ((0.0, ["a", "b"]), (60.0, [])):
+        recorder, pushed = Recorder(), list[str]()
+        with batch(SOURCE, recorder, patience=patience):
+            time.sleep(0.001)
+            send(recorder, "a", pushed)
+            time.sleep(0.001)
+            send(recorder, "b", pushed)
+            assert pushed == at_once
+        assert pushed == ["a", "b"]
