@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 import redis
-from dramatiq import Message
+from dramatiq import Message, pipeline
 from dramatiq.broker import MessageProxy
 from dramatiq.middleware import GroupCallbacks
 from dramatiq.rate_limits.backends import RedisBackend
@@ -34,6 +35,10 @@ if TYPE_CHECKING:
     from jobguard.adapter import Tracker
 
 log = logging.getLogger("jobguard")
+
+
+_uncounted: ContextVar[bool] = ContextVar("jobguard_dramatiq_uncounted", default=False)
+"""Whether the group that begins here is left to Dramatiq's own counting."""
 
 
 class Joins:
@@ -135,6 +140,8 @@ class Barriers:
 
     def add(self, key: str, value: int, ttl: int) -> bool:
         """Create a barrier; Group.run does, before it sends the first member."""
+        if _uncounted.get():
+            return bool(self._backend.add(key, value, ttl))
         redis_ = self._open is not None
         at = address_of(self._backend.client) if redis_ else type(self._backend).__name__
         state = json.dumps({"at": at, "ttl": ttl})
@@ -157,6 +164,13 @@ class Barriers:
         return bool(self._backend.decr(key, amount, minimum, ttl))
 
 
+def _has_twins(members: Sequence[Any]) -> bool:
+    """Whether a message is in a group twice: members are counted by id, and such a one only once."""
+    last = [each.messages[-1] if isinstance(each, pipeline) else each for each in members]
+    ids = [getattr(message, "message_id", None) for message in last]
+    return len(set(ids)) < len(ids)
+
+
 def run_group(tracker_of: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """group.run: all its messages are one record."""
 
@@ -167,8 +181,12 @@ def run_group(tracker_of: Callable[[Any], Any]) -> Callable[[Any], Any]:
             if guard is None:
                 return original(self, *args, **kwargs)
             guard.joins.adopt()
-            with guard.tracker.batch():
-                return original(self, *args, **kwargs)
+            before = _uncounted.set(_has_twins(self.children))
+            try:
+                with guard.tracker.batch():
+                    return original(self, *args, **kwargs)
+            finally:
+                _uncounted.reset(before)
 
         return hook
 

@@ -63,6 +63,15 @@ class TestEnds:
         assert [outcomes(records, callback) for callback in callbacks] == [["completed"]] * 2
         assert open_joins(database) == 0
 
+    def test_a_group_with_a_message_twice(self, stage: Stage, guard: JobGuard) -> None:
+        """Both are counted, though they have one id; Dramatiq does that itself."""
+        twin = stage.message("say", "a")
+        several = stage.group([twin, twin])
+        several.add_completion_callback(stage.message("say", "all"))
+        several.run()
+        stage.work()
+        assert stage.said() == ["a", "a", "all"]
+
     def test_an_asyncio_actor(self, stage: Stage, guard: JobGuard, records: Records) -> None:
         """What it sends from the loop is known as its own."""
         sent = stage.actor("later").send("a")
