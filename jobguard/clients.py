@@ -6,6 +6,8 @@ source, so that it is made here for everyone, and holds no password.
 
 from __future__ import annotations
 
+import inspect
+from functools import cache
 from typing import Any, cast
 from urllib.parse import unquote, urlsplit
 
@@ -62,6 +64,21 @@ def own_client(client: redis.Redis, *, timeout: float) -> redis.Redis:
         kwargs.pop("socket_connect_timeout")
     own = redis.ConnectionPool(connection_class=pool.connection_class, **kwargs)
     return redis.Redis(connection_pool=own)
+
+
+def take_connection(pool: redis.ConnectionPool, command: str) -> Any:
+    """Take a connection of a host's pool, as its client would for this command: connects if need be.
+
+    A socket that the other side has closed is noticed by this. Raises RedisError.
+    """
+    get: Any = pool.get_connection
+    return get(command) if _wants_command(type(pool)) else get()
+
+
+@cache
+def _wants_command(pool: type[Any]) -> bool:
+    named = inspect.signature(pool.get_connection).parameters.get("command_name")
+    return named is not None and named.default is inspect.Parameter.empty  # redis-py before 5.3
 
 
 def client_from_url(url: str, *, timeout: float) -> redis.Redis:

@@ -22,9 +22,9 @@ from jobguard.adapters.celery.layout import Layout
 from jobguard.adapters.celery.places import client_of
 from jobguard.adapters.celery.push import TIMEOUT
 from jobguard.adapters.celery.results import results_of
-from jobguard.adapters.celery.scripts import Script
 from jobguard.clients import own_client
 from jobguard.errors import is_host_interrupt
+from jobguard.scripts import Script
 
 if TYPE_CHECKING:
     from jobguard.adapter import Tracker
@@ -45,11 +45,11 @@ def announcement(app: Any, *, name: str, queues: Sequence[str]) -> Callable[[UUI
         return None
     about = json.dumps({"name": name, "queues": list(queues), "control": _control(app)})
     results = _results(app, tracker)
-    say = _sayer(app, tracker)
+    tell = _teller(app, tracker)
 
     def again(session: UUID) -> None:
         with _quietly("make itself known"):
-            say(session, about, results)
+            tell(session, about, results)
 
     return again
 
@@ -57,15 +57,15 @@ def announcement(app: Any, *, name: str, queues: Sequence[str]) -> Callable[[UUI
 def announce(app: Any, *, session: UUID, name: str, queues: Sequence[str]) -> None:
     """Say once that this worker is there. Raises nothing."""
     with _quietly("make itself known"):
-        if (say := announcement(app, name=name, queues=queues)) is not None:
-            say(session)
+        if (tell := announcement(app, name=name, queues=queues)) is not None:
+            tell(session)
 
 
 def leave(app: Any, *, session: UUID) -> None:
     """Say that this worker is gone. Raises nothing."""
     with _quietly("say goodbye"):
         if (tracker := lookup.tracker_for(app)) is not None:
-            _sayer(app, tracker)(session, "", "")
+            _teller(app, tracker)(session, "", "")
 
 
 @contextmanager
@@ -78,19 +78,19 @@ def _quietly(what: str) -> Iterator[None]:
         log.debug("a worker could not %s: %s", what, error)
 
 
-def _sayer(app: Any, tracker: Tracker) -> Callable[[UUID, str, str], None]:
+def _teller(app: Any, tracker: Tracker) -> Callable[[UUID, str, str], None]:
     mine = _scripts.get(app)
     if mine is None or mine[0] != os.getpid():
         client = own_client(client_of(app.connection_for_write()), timeout=TIMEOUT)
-        mine = _scripts[app] = (os.getpid(), Script(client, "announce.lua"))
+        mine = _scripts[app] = (os.getpid(), Script(client, __package__, "announce.lua"))
     script, layout = mine[1], Layout.parse(tracker.source.prefix)
 
-    def say(session: UUID, about: str, results: str) -> None:
+    def tell(session: UUID, about: str, results: str) -> None:
         (answer,) = script.run([([layout.workers, layout.about], [session.hex, about, results])])
         if isinstance(answer, Exception):
             raise answer
 
-    return say
+    return tell
 
 
 def _control(app: Any) -> str:

@@ -21,9 +21,9 @@ from jobguard.adapters.celery.joins import Rejoin, group_of, part_of
 from jobguard.adapters.celery.layout import Layout
 from jobguard.adapters.celery.results import Results, ends_of, read
 from jobguard.adapters.celery.scan import Scan, look
-from jobguard.adapters.celery.scripts import Script
 from jobguard.clients import own_client
 from jobguard.job import OpenJoin, Owed, Part, Presence, Restorable, Restored, Sighting
+from jobguard.scripts import Script
 
 if TYPE_CHECKING:
     import redis
@@ -48,7 +48,7 @@ class CeleryBroker:
     def __init__(self, source: Source, client: redis.Redis):
         self._layout = Layout.parse(source.prefix)
         self._client = client
-        self._restore = Script(client, "restore.lua")
+        self._restore = Script(client, __package__, "restore.lua")
         self._workers = Workers(client, self._layout, db=_db_of(client))
         self._rejoin = Rejoin(client, self._layout, db=_db_of(client))
         self._clients: dict[int, redis.Redis] = {}

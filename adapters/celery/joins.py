@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from jobguard.adapters.celery.envelope import UnknownEnvelope, as_part, decode, fresh
 from jobguard.adapters.celery.layout import Layout
 from jobguard.adapters.celery.results import Results
-from jobguard.adapters.celery.scripts import Script
 from jobguard.job import EndedPart, OpenJoin, Part
+from jobguard.scripts import Script
 
 if TYPE_CHECKING:
     import redis
@@ -29,7 +29,7 @@ class Rejoin:
     """Puts back the chords of one broker."""
 
     def __init__(self, client: redis.Redis, layout: Layout, *, db: int) -> None:
-        self._script = Script(client, "rejoin.lua")
+        self._script = Script(client, __package__, "rejoin.lua")
         self._layout = layout
         self._db = db
 

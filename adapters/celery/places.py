@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +12,7 @@ from kombu.connection import Connection
 from kombu.transport import redis as transport
 
 from jobguard.adapters.celery.layout import Layout
-from jobguard.clients import address_of
+from jobguard.clients import address_of, take_connection
 
 _OPTIONS = ("master_name", *(f.name for f in fields(Layout)))
 
@@ -87,14 +85,7 @@ def check_out(pool: redis.ConnectionPool) -> None:
 
     A socket that the other side has closed is noticed by this. Raises RedisError.
     """
-    get: Any = pool.get_connection
-    pool.release(get("PING") if _wants_command_name(type(pool)) else get())
-
-
-@cache
-def _wants_command_name(pool: type[Any]) -> bool:
-    named = inspect.signature(pool.get_connection).parameters.get("command_name")
-    return named is not None and named.default is inspect.Parameter.empty  # redis-py before 5.3
+    pool.release(take_connection(pool, "PING"))
 
 
 def _several(connection: Any) -> str:

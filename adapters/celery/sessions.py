@@ -54,7 +54,7 @@ class Working:
     """Requests by when they were given to the pool."""
     last: set[UUID] = field(default_factory=set)
     """Deliveries that a cold shutdown has killed: ours until the goodbye."""
-    say: Callable[[UUID], None] | None = None
+    tell: Callable[[UUID], None] | None = None
     """Makes us known, once we are."""
     announced: float = -math.inf
     live: int = 0
@@ -70,15 +70,15 @@ class Working:
             lists=self.lists,
             apart=not _forks(controller),
         )
-        self.say = announcement(controller.app, name=controller.hostname, queues=self.queues)
+        self.tell = announcement(controller.app, name=controller.hostname, queues=self.queues)
         self.announce()
 
     def announce(self) -> None:
         """Say in the broker's Redis that we are there, if that was some time ago."""
         now = time.monotonic()
-        if self.say is not None and now - self.announced >= _ANNOUNCE:
+        if self.tell is not None and now - self.announced >= _ANNOUNCE:
             self.announced = now
-            self.say(self.session.id)
+            self.tell(self.session.id)
 
     def lists(self) -> Iterable[UUID]:
         """What children of this process may be running; asked at every beat, from its thread.

@@ -26,8 +26,8 @@ from jobguard.adapters.dramatiq.layout import (
     name_of,
     worker_of,
 )
-from jobguard.adapters.dramatiq.scripts import Script
 from jobguard.job import EndedPart, OpenJoin, Owed, Part, Presence, Restorable, Restored, Sighting
+from jobguard.scripts import Script
 
 if TYPE_CHECKING:
     import redis
@@ -53,11 +53,11 @@ class DramatiqBroker:
         self._layout = Layout.parse(source.prefix)
         self._address = source.address
         self._client = cast(Any, client)
-        self._presence = Script(client, "presence")
-        self._restore = Script(client, "restore")
-        self._abandon = Script(client, "abandon")
-        self._bury = Script(client, "bury")
-        self._rejoin = Script(client, "rejoin")
+        self._presence = Script(client, __package__, "presence.lua")
+        self._restore = Script(client, __package__, "restore.lua")
+        self._abandon = Script(client, __package__, "abandon.lua")
+        self._bury = Script(client, __package__, "bury.lua")
+        self._rejoin = Script(client, __package__, "rejoin.lua")
         self._said: dict[str, tuple[float, float]] | None = None
         """By worker: its last word, and when (by our clock) that was news."""
 

@@ -24,10 +24,10 @@ from dramatiq.rate_limits.backends import RedisBackend
 from jobguard.adapters.dramatiq.layout import counted_key, finish_key
 from jobguard.adapters.dramatiq.producer import going_on_from
 from jobguard.adapters.dramatiq.run import current_run
-from jobguard.adapters.dramatiq.scripts import text_of
 from jobguard.clients import address_of
 from jobguard.errors import is_host_interrupt
 from jobguard.job import Refusal, Refused
+from jobguard.scripts import text_of
 
 if TYPE_CHECKING:
     from dramatiq.brokers.redis import RedisBroker
@@ -132,8 +132,8 @@ class Barriers:
         self._backend = backend
         self._open = self._count = None
         if isinstance(backend, RedisBackend):
-            self._open = backend.client.register_script(text_of("open"))
-            self._count = backend.client.register_script(text_of("count"))
+            self._open = backend.client.register_script(text_of(__package__, "open.lua"))
+            self._count = backend.client.register_script(text_of(__package__, "count.lua"))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._backend, name)

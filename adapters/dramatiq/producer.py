@@ -22,9 +22,9 @@ from jobguard.adapters.dramatiq.deliveries import deliver
 from jobguard.adapters.dramatiq.layout import Layout, canonical, token_of
 from jobguard.adapters.dramatiq.push import Push, reach
 from jobguard.adapters.dramatiq.run import Run, current_run, derive
-from jobguard.adapters.dramatiq.scripts import text_of
 from jobguard.errors import is_host_interrupt
 from jobguard.job import Delivery, Parent, derived_token, new_token, token_at
+from jobguard.scripts import text_of
 
 if TYPE_CHECKING:
     from dramatiq.brokers.redis import RedisBroker
@@ -85,7 +85,7 @@ class Producer:
         self._held = held
         self._worker = worker
         self._layout = Layout(broker.namespace)
-        self._push = broker.client.register_script(text_of("push"))
+        self._push = broker.client.register_script(text_of(__package__, "push.lua"))
 
     def enqueue(self, original: Enqueue) -> Enqueue:
         """RedisBroker.enqueue: what every message comes through."""

@@ -36,9 +36,9 @@ from jobguard.adapters.dramatiq.layout import (
     token_of,
 )
 from jobguard.adapters.dramatiq.run import Run, current_run, set_run
-from jobguard.adapters.dramatiq.scripts import text_of
 from jobguard.errors import host_interrupts, is_host_interrupt
 from jobguard.job import Claim, Delivery, Outcome, Refusal, Refused
+from jobguard.scripts import text_of
 
 if TYPE_CHECKING:
     from dramatiq.brokers.redis import RedisBroker
@@ -62,7 +62,7 @@ class WorkerHalf:
         self._held = held
         self._joins = joins
         self._layout = Layout(broker.namespace)
-        self._ack = broker.client.register_script(text_of("ack"))
+        self._ack = broker.client.register_script(text_of(__package__, "ack.lua"))
         self._healer: Healer | None = None
         self._running: dict[str, Run] = {}
         self._elsewhere: set[str] = set()

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from importlib.resources import files
 from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 from uuid import UUID
 
-from redis.exceptions import NoScriptError, RedisError
+from redis.exceptions import RedisError
 
 from jobguard.adapter import Source
 from jobguard.adapters.rq.envelope import Mode, UnknownEnvelope, decode
 from jobguard.adapters.rq.layout import FIELD, KEPT, SPENT, Layout
 from jobguard.job import Join, OpenJoin, Owed, Part, Presence, Restorable, Restored, Sighting
+from jobguard.scripts import Script
 
 if TYPE_CHECKING:
     import redis
@@ -37,7 +37,6 @@ _ENDED = {
     "stopped": Presence.FAILED,
     "canceled": Presence.CANCELLED,
 }
-_HERE = files(__package__)
 
 
 class RQBroker:
@@ -46,11 +45,11 @@ class RQBroker:
     def __init__(self, source: Source, client: redis.Redis):
         self._layout = Layout.parse(source.prefix)
         self._client = client
-        self._presence = _Script(client, "presence.lua")
-        self._restore = _Script(client, "restore.lua")
-        self._abandon = _Script(client, "abandon.lua")
-        self._skip = _Script(client, "skip.lua")
-        self._hide = _Script(client, "hide.lua")
+        self._presence = Script(client, __package__, "presence.lua")
+        self._restore = Script(client, __package__, "restore.lua")
+        self._abandon = Script(client, __package__, "abandon.lua")
+        self._skip = Script(client, __package__, "skip.lua")
+        self._hide = Script(client, __package__, "hide.lua")
         self._listed: set[tuple[str, str]] = set()
         """(queue, id) that the last look saw in a list; their hash may be gone all the same."""
 
@@ -292,32 +291,6 @@ def _other(jg: str) -> UUID | None:
         return UUID(hex=jg) if len(jg) == 32 else None
     except ValueError:
         return None
-
-
-class _Script:
-    """A script that is loaded once, and again only if Redis forgot it."""
-
-    def __init__(self, client: redis.Redis, name: str):
-        self._client = client
-        self._text = _HERE.joinpath(name).read_text(encoding="utf-8")
-        self._sha = ""
-
-    def run(self, calls: Sequence[tuple[list[Any], list[Any]]]) -> list[Any]:
-        """Run these calls in order, in one round trip; errors are among the answers."""
-        answers: list[Any] = [NoScriptError()] * len(calls)
-        for load in (not self._sha, True):
-            left = [at for at, answer in enumerate(answers) if isinstance(answer, NoScriptError)]
-            if not left:
-                break
-            if load:
-                self._sha = str(self._client.script_load(self._text))
-            with self._client.pipeline(transaction=False) as pipe:
-                for at in left:
-                    keys, args = calls[at]
-                    pipe.evalsha(self._sha, len(keys), *keys, *args)
-                for at, answer in zip(left, pipe.execute(raise_on_error=False), strict=True):
-                    answers[at] = answer
-        return answers
 
 
 def _chunks(values: Sequence[T], size: int) -> Iterator[Sequence[T]]:

@@ -7,13 +7,12 @@ the leader to push.
 
 from __future__ import annotations
 
-import inspect
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache, partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
 from jobguard import failpoint
 from jobguard.adapters.rq.deliveries import BROKER_DOWN, set_token
@@ -24,6 +23,7 @@ from jobguard.adapters.rq.pipeline import (
     not_pushed,
     settle,
 )
+from jobguard.clients import take_connection
 from jobguard.job import Recorded
 
 if TYPE_CHECKING:
@@ -157,15 +157,7 @@ def _unless_up(tracker: Tracker, ask: Callable[[], object]) -> BaseException | N
 
 def _connect(pipe: Pipeline) -> None:
     """Give the pipeline its connection now; Pipeline.execute would do just this."""
-    pool = pipe.connection_pool
-    get: Any = pool.get_connection
-    pipe.connection = get("MULTI") if _wants_command_name(type(pool)) else get()
-
-
-@cache
-def _wants_command_name(pool: type[Any]) -> bool:
-    named = inspect.signature(pool.get_connection).parameters.get("command_name")
-    return named is not None and named.default is inspect.Parameter.empty  # redis-py before 5.3
+    pipe.connection = take_connection(pipe.connection_pool, "MULTI")
 
 
 @contextmanager

@@ -381,7 +381,7 @@ class _Host:
                 key = (source, delivery.token)
                 if key in tables.jobs:
                     if replay:  # a worker met it first, and could not know what it follows
-                        self._follow(source, _Job(delivery, recorded_at=now), now=now)
+                        self._follow(source, _Job(delivery, recorded_at=now), now=now, replay=True)
                     continue
                 if self._never(source, delivery, now=now):
                     if not replay:
@@ -392,12 +392,12 @@ class _Host:
                     tables.fill_in(key, delivery.envelope)
                 if replay and key in tables.history:
                     # It is over before it was recorded; what it took the place of is not, for that.
-                    if self._follow(source, job, now=now):
+                    if self._follow(source, job, now=now, replay=replay):
                         self._supersede_older(source, job, now=now)
                     continue
                 if replay and not newest and self._outdated(source, delivery, now=now):
                     continue
-                if self._follow(source, job, now=now):
+                if self._follow(source, job, now=now, replay=replay):
                     self._owe(source, job, now=now, outbox=outbox)
                 else:
                     refused.add(delivery.token)
@@ -438,7 +438,7 @@ class _Host:
             )
         return bool(younger)
 
-    def _follow(self, source: int, job: _Job, *, now: float) -> bool:
+    def _follow(self, source: int, job: _Job, *, now: float, replay: bool) -> bool:
         """Take the parent's place; False: it has ended, has moved on, or is somebody else's."""
         tables, token, parent = self._tables, job.delivery.token, job.delivery.parent
         if parent is None:
@@ -446,7 +446,7 @@ class _Host:
         key = (source, parent.token)
         older = tables.jobs.get(key)
         if older is not None:
-            if not self._speaks_for(key, parent):
+            if not self._speaks_for(key, parent, replay=replay):
                 return False
             tables.bury(key, parent.outcome, ended_at=now, next=token)
             job.inherit(older)
@@ -465,12 +465,13 @@ class _Host:
         )
         return True
 
-    def _speaks_for(self, key: _Key, parent: Parent) -> bool:
+    def _speaks_for(self, key: _Key, parent: Parent, *, replay: bool) -> bool:
         run = self._tables.running.get(key)
         if parent.claim:
-            # A claim that was taken away, and given to nobody since, still speaks for its run.
-            number = self._tables.jobs[key].claims if run is None else run.number
-            return number == parent.claim
+            if run is not None:
+                return run.number == parent.claim
+            # Of old news: a claim that was taken away, and given to nobody since, still speaks.
+            return replay and self._tables.jobs[key].claims == parent.claim
         # Started while the store was away, and perhaps claimed since, by the very one who speaks.
         own = run is not None and run.worker == parent.worker
         return run is None or own or not self._tables.lives(key, run)

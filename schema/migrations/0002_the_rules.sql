@@ -150,9 +150,10 @@ begin
     left join jobguard.workers w on w.id = r.worker
     where f.parent is not null
       and case
-        -- A claim that was taken away, and given to nobody since, still speaks for its run.
+        -- Of old news, which is in Redis already: a claim that was taken away, and given to nobody since,
+        -- still speaks for its run.
         when j.token is not null and f.claim is not null then
-          coalesce(r.number, j.claims) is distinct from f.claim
+          coalesce(r.number, case when p_replay then j.claims end) is distinct from f.claim
         -- Started while Postgres was away, and perhaps claimed since, by the very one who speaks.
         when j.token is not null then
           r.token is not null and jobguard.holds(w, r) and r.worker is distinct from f.speaker

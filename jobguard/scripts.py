@@ -1,4 +1,4 @@
-"""Lua scripts, loaded once, and again only if Redis forgot them."""
+"""Lua scripts for a client of ours: loaded once, many calls in one trip."""
 
 from __future__ import annotations
 
@@ -11,19 +11,22 @@ from redis.exceptions import NoScriptError
 if TYPE_CHECKING:
     import redis
 
-_HERE = files(__package__)
+
+def text_of(package: str, name: str) -> str:
+    """Return a script that lies in a package."""
+    return files(package).joinpath(name).read_text(encoding="utf-8")
 
 
 class Script:
-    """One script."""
+    """A script that is loaded once, and again only if Redis forgot it."""
 
-    def __init__(self, client: redis.Redis, name: str):
+    def __init__(self, client: redis.Redis, package: str, name: str):
         self._client = client
-        self._text = _HERE.joinpath(name).read_text(encoding="utf-8")
+        self._text = text_of(package, name)
         self._sha = ""
 
     def run(self, calls: Sequence[tuple[Sequence[Any], Sequence[Any]]]) -> list[Any]:
-        """Run these calls of keys and arguments in order, in one trip; errors are among the answers."""
+        """Run these calls (keys, arguments) in order, in one trip; errors are among the answers."""
         answers: list[Any] = [NoScriptError()] * len(calls)
         for load in (not self._sha, True):
             left = [at for at, answer in enumerate(answers) if isinstance(answer, NoScriptError)]
