@@ -89,8 +89,13 @@ def test_a_killed_redis_under_load_loses_nothing(rig: Rig) -> None:
     reconciler = rig.reconciler()
     workers = [rig.worker(), rig.worker()]
     rig.trust()
-    producer = rig.producer(1000, pause=0.002)
-    eventually(lambda: rig.runs().total() >= 100, 30)
+    producer = rig.producer(1000, pause=0.0)
+
+    def under_load() -> bool:
+        done = rig.runs("end").total()
+        return done >= 100 and rig.runs("enqueued").total() - done >= 100  # some of them wait
+
+    eventually(under_load, 30)
 
     rig.server.kill()
     at = time.monotonic()
