@@ -36,6 +36,7 @@ DOCUMENTED_WHILE_LED: dict[str, str] = {}
 _NEEDS = (
     "boto3",
     "cryptography",
+    "django",
     "ephem",
     "eventlet",
     "fakeredis[lua]",
