@@ -7,18 +7,17 @@ swallow the error, and lose it.
 
 from __future__ import annotations
 
-import inspect
 import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import redis
 
 from jobguard import failpoint
 from jobguard.adapters.dramatiq.run import Run
+from jobguard.clients import take_connection
 from jobguard.job import Delivery, Recorded
 
 if TYPE_CHECKING:
@@ -125,12 +124,4 @@ def reach(client: Any) -> None:
     """Connect to Redis, if no connection is open. Raises as the client does."""
     pool = getattr(client, "connection_pool", None)
     if pool is not None:
-        get: Any = pool.get_connection
-        kind: Any = type(pool)
-        pool.release(get("EVALSHA") if _wants_command_name(kind) else get())
-
-
-@cache
-def _wants_command_name(pool: Any) -> bool:
-    named = inspect.signature(pool.get_connection).parameters.get("command_name")
-    return named is not None and named.default is inspect.Parameter.empty  # redis-py before 5.3
+        pool.release(take_connection(pool, "EVALSHA"))
