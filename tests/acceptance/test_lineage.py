@@ -121,7 +121,8 @@ def work_one(trip: Trip) -> None:
 def move(trip: Trip) -> None:
     """Have what is scheduled come due, and RQ's scheduler move it."""
     key = f"rq:scheduled:{QUEUE}"
-    ids: Any = trip.redis.zrange(key, 0, -1)
+    # A Redis that was slow for a moment has the job from the leader, a moment later.
+    ids: Any = eventually(lambda: trip.redis.zrange(key, 0, -1), 20)
     trip.redis.zadd(key, {one: time.time() - 1 for one in ids})
     scheduler: Any = RQScheduler([trip.queue], connection=trip.redis)
     scheduler.acquire_locks()
