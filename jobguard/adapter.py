@@ -96,11 +96,14 @@ class Tracker(Protocol):
         does, and not push what was refused; its errors reach whoever ends the batch.
         """
 
-    def batch(self, *, patience: float | None = None) -> AbstractContextManager[None]:
+    def batch(
+        self, *, patience: float | None = None, first_at_once: bool = False
+    ) -> AbstractContextManager[None]:
         """Record all that is sent inside in one statement, and push it at the end. Of this thread.
 
         ``patience``: what comes so many seconds after the last goes out at once, with all that waits; for
-        what the library sends as it comes, from a generator that may be slow.
+        what the library sends as it comes, from a generator that may be slow. ``first_at_once``: it has
+        waited for the first of them already.
         """
 
     def open_join(self, join: str, size: int, state: bytes = b"") -> None:

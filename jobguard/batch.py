@@ -68,11 +68,13 @@ def hold(source: int, recorder: Recorder, deliveries: Sequence[Delivery], push: 
 
 
 @contextmanager
-def batch(source: int, recorder: Recorder, patience: float | None = None) -> Iterator[None]:
+def batch(
+    source: int, recorder: Recorder, patience: float | None = None, *, first_at_once: bool = False
+) -> Iterator[None]:
     """Hold back what is sent to this source inside. A batch inside a batch is part of it.
 
     ``patience``: a delivery that comes so many seconds after the last goes out at once, with all that
-    waits; None: none of it goes out before the end.
+    waits; None: none of it goes out before the end. ``first_at_once``: so does the first of all.
 
     What was sent before an error is sent all the same, as it would have been without a batch.
     """
@@ -80,6 +82,8 @@ def batch(source: int, recorder: Recorder, patience: float | None = None) -> Ite
         yield
         return
     mine = _Batch(patience)
+    if first_at_once:
+        mine.last = float("-inf")
     before = _open.set({**_open.get(), source: mine})
     try:
         yield

@@ -218,9 +218,11 @@ class HostTracker:
         """Within a batch, keep these until its end; see Tracker."""
         return batches.hold(self.source.id, self, deliveries, push)
 
-    def batch(self, *, patience: float | None = None) -> AbstractContextManager[None]:
+    def batch(
+        self, *, patience: float | None = None, first_at_once: bool = False
+    ) -> AbstractContextManager[None]:
         """Record all that is sent inside in one statement; see Tracker."""
-        return batches.batch(self.source.id, self, patience)
+        return batches.batch(self.source.id, self, patience, first_at_once=first_at_once)
 
     def open_join(self, join: str, size: int, state: bytes = b"") -> None:
         """Remember that a continuation waits for so many jobs; see Tracker."""

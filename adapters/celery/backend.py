@@ -53,7 +53,9 @@ def apply_group(original: Hook) -> Hook:
         tracker = _tracker_of_group(self)
         if tracker is None:
             return original(self, *args, **kwargs)
-        with tracker.batch(patience=_PATIENCE):
+        # Of a generator the group has taken the first elements when it was made.
+        slow = not getattr(self.tasks, "_regen__done", True)
+        with tracker.batch(patience=_PATIENCE, first_at_once=slow):
             return original(self, *args, **kwargs)
 
     return hook

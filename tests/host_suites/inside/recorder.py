@@ -39,7 +39,7 @@ class Recorder:
         """Hold nothing: nobody records a batch at its end."""
         return False
 
-    def batch(self) -> AbstractContextManager[None]:
+    def batch(self, **_: object) -> AbstractContextManager[None]:
         """Batch nothing."""
         return nullcontext()
 

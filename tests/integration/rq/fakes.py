@@ -221,9 +221,11 @@ class FakeTracker:
         """Keep these, inside a batch."""
         return batches.hold(self.source.id, self, deliveries, push)
 
-    def batch(self, *, patience: float | None = None) -> AbstractContextManager[None]:
+    def batch(
+        self, *, patience: float | None = None, first_at_once: bool = False
+    ) -> AbstractContextManager[None]:
         """Hold back what is sent inside."""
-        return batches.batch(self.source.id, self, patience)
+        return batches.batch(self.source.id, self, patience, first_at_once=first_at_once)
 
     def open_join(self, join: str, size: int, state: bytes = b"") -> None:
         """Remember it."""

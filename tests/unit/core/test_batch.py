@@ -152,3 +152,13 @@ def test_what_comes_slowly_goes_out_as_it_comes() -> None:
             send(recorder, "b", pushed)
             assert pushed == at_once
         assert pushed == ["a", "b"]
+
+
+def test_the_first_may_go_out_at_once() -> None:
+    """Where the library has waited for it already; the others, if they come at one go, wait."""
+    recorder, pushed = Recorder(), list[str]()
+    with batch(SOURCE, recorder, patience=60.0, first_at_once=True):
+        for job_id in "abc":
+            send(recorder, job_id, pushed)
+        assert pushed == ["a"]
+    assert recorder.batches == [["a"], ["b", "c"]]
