@@ -75,8 +75,8 @@ def note(what: str, label: object, more: object = "") -> None:
 
 
 def read_ledger(path: str | Path) -> list[Line]:
-    """Give every line that was written so far."""
-    lines = Path(path).read_text().splitlines() if Path(path).exists() else []
+    """Give every line that was written so far; one that is just being written is seen the next time."""
+    lines = Path(path).read_text().rpartition("\n")[0].splitlines() if Path(path).exists() else []
     return [
         Line(what, label, int(pid), float(at), more)
         for what, label, pid, at, more in (line.split(" ", 4) for line in lines)
