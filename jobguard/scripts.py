@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
+from uuid import UUID
 
-from redis.exceptions import NoScriptError
+from redis.exceptions import NoScriptError, RedisError
+
+from jobguard.job import Restored
 
 if TYPE_CHECKING:
     import redis
+
+T = TypeVar("T")
+RESTORES_A_TRIP = 200
 
 
 def text_of(package: str, name: str) -> str:
@@ -41,3 +47,22 @@ class Script:
                 for at, answer in zip(left, pipe.execute(raise_on_error=False), strict=True):
                     answers[at] = answer
         return answers
+
+
+def restored_by(
+    script: Script, calls: Sequence[tuple[UUID, list[Any], list[Any]]]
+) -> dict[UUID, Restored]:
+    """Run a restore script for these (token, keys, arguments), in order; what it did of each."""
+    done: dict[UUID, Restored] = {}
+    for batch in chunks(calls, RESTORES_A_TRIP):
+        answers = script.run([(keys, args) for _, keys, args in batch])
+        for (token, _, _), answer in zip(batch, answers, strict=True):
+            failed = isinstance(answer, RedisError)
+            done[token] = Restored.ERROR if failed else Restored(answer.decode())
+    return done
+
+
+def chunks(values: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    """Cut these into pieces of at most so many."""
+    for start in range(0, len(values), size):
+        yield values[start : start + size]

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, cast
 from uuid import UUID
-
-from redis.exceptions import RedisError
 
 from jobguard.adapter import Source
 from jobguard.adapters.celery.consumers import Consumers, Workers
@@ -23,14 +21,12 @@ from jobguard.adapters.celery.results import Results, ends_of, read
 from jobguard.adapters.celery.scan import Scan, look
 from jobguard.clients import own_client
 from jobguard.job import OpenJoin, Owed, Part, Presence, Restorable, Restored, Sighting
-from jobguard.scripts import Script
+from jobguard.scripts import Script, restored_by
 
 if TYPE_CHECKING:
     import redis
 
-T = TypeVar("T")
 
-RESTORES_A_TRIP = 200
 _KEPT = 1.0
 """Seconds at most for which a look serves other pages as well; as many as it took, if it took less."""
 _USABLE = 5.0
@@ -88,12 +84,7 @@ class CeleryBroker:
                 done[delivery.token] = Restored.PRESENT
             else:
                 calls.append((delivery.token, *call))
-        for batch in _chunks(calls, RESTORES_A_TRIP):
-            answers = self._restore.run([(keys, args) for _, keys, args in batch])
-            for (token, _, _), answer in zip(batch, answers, strict=True):
-                failed = isinstance(answer, RedisError)
-                done[token] = Restored.ERROR if failed else Restored(answer.decode())
-        return done
+        return done | restored_by(self._restore, calls)
 
     def abandon(self, page: Sequence[Owed]) -> None:
         """Nothing: Celery's own recovery takes what a dead worker had, and the fence sees to that."""
@@ -276,8 +267,3 @@ def _is_its_own(end: Presence, owed: Owed) -> bool:
 
 def _db_of(client: redis.Redis) -> int:
     return int(client.connection_pool.connection_kwargs.get("db") or 0)
-
-
-def _chunks(values: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    for start in range(0, len(values), size):
-        yield values[start : start + size]

@@ -9,7 +9,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, cast
 from uuid import UUID
 
 from redis.exceptions import RedisError
@@ -27,17 +27,15 @@ from jobguard.adapters.dramatiq.layout import (
     worker_of,
 )
 from jobguard.job import EndedPart, OpenJoin, Owed, Part, Presence, Restorable, Restored, Sighting
-from jobguard.scripts import Script
+from jobguard.scripts import RESTORES_A_TRIP, Script, chunks, restored_by
 
 if TYPE_CHECKING:
     import redis
 
-T = TypeVar("T")
 
 IDS_A_CALL = 1_000
 """Redis does nothing else while a script runs: a thousand ids take it some 2 ms."""
 LIST_CHUNK = 10_000
-RESTORES_A_TRIP = 200
 _SILENT = 10_000
 """Milliseconds after which a worker that polls once a second has fetched its last message."""
 _TALKING = 15.0
@@ -97,12 +95,7 @@ class DramatiqBroker:
                 calls.append((delivery.token, *self._call(delivery, deadline)))
             except UnknownEnvelope:
                 done[delivery.token] = Restored.UNREADABLE
-        for batch in _chunks(calls, RESTORES_A_TRIP):
-            answers = self._restore.run([(keys, args) for _, keys, args in batch])
-            for (token, _, _), answer in zip(batch, answers, strict=True):
-                failed = isinstance(answer, RedisError)
-                done[token] = Restored.ERROR if failed else Restored(answer.decode())
-        return done
+        return done | restored_by(self._restore, calls)
 
     def abandon(self, page: Sequence[Owed]) -> None:
         """Take these out of the hands of workers that are not heard of: Dramatiq would put them back."""
@@ -144,7 +137,7 @@ class DramatiqBroker:
             left = max(1, join.size - len(counted))
             keys = [join.id, counted_key(join.id)]
             calls.append((keys, [repr(deadline), left, state["ttl"], *counted]))
-        for batch in _chunks(calls, RESTORES_A_TRIP):
+        for batch in chunks(calls, RESTORES_A_TRIP):
             _raise_error(self._rejoin.run(batch))
 
     def _finish(self, joins: Sequence[OpenJoin], deadline: float) -> None:
@@ -186,7 +179,7 @@ class DramatiqBroker:
         return _Anywhere(frozenset(filter(is_stranger, talking)))
 
     def _places(self, page: Sequence[Owed]) -> Iterator[str]:
-        for owed in _chunks(page, IDS_A_CALL):
+        for owed in chunks(page, IDS_A_CALL):
             pairs = chain.from_iterable((str(one.token), one.queue) for one in owed)
             (answer,) = _raise_error(self._presence.run([([], [self._layout.key(""), *pairs])]))
             yield from answer.decode()
@@ -281,8 +274,3 @@ def _raise_error(answers: list[Any]) -> list[Any]:
         if isinstance(answer, RedisError):
             raise answer
     return answers
-
-
-def _chunks(values: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    for start in range(0, len(values), size):
-        yield values[start : start + size]

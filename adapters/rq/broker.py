@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import chain
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, cast
 from uuid import UUID
 
 from redis.exceptions import RedisError
@@ -17,17 +17,15 @@ from jobguard.adapter import Source
 from jobguard.adapters.rq.envelope import Mode, UnknownEnvelope, decode
 from jobguard.adapters.rq.layout import FIELD, KEPT, SPENT, Layout
 from jobguard.job import Join, OpenJoin, Owed, Part, Presence, Restorable, Restored, Sighting
-from jobguard.scripts import Script
+from jobguard.scripts import RESTORES_A_TRIP, Script, chunks, restored_by
 
 if TYPE_CHECKING:
     import redis
 
-T = TypeVar("T")
 
 IDS_A_CALL = 1_000
 """Redis does nothing else while a script runs: a thousand ids take it some 5 ms."""
 LIST_CHUNK = 10_000
-RESTORES_A_TRIP = 200
 _TIMESTAMP = "%Y-%m-%dT%H:%M:%S.%fZ"
 """As RQ writes one."""
 
@@ -80,12 +78,7 @@ class RQBroker:
                 calls.append((delivery.token, *self._call(delivery, deadline)))
             except UnknownEnvelope:
                 done[delivery.token] = Restored.UNREADABLE
-        for batch in _chunks(calls, RESTORES_A_TRIP):
-            answers = self._restore.run([(keys, args) for _, keys, args in batch])
-            for (token, _, _), answer in zip(batch, answers, strict=True):
-                failed = isinstance(answer, RedisError)
-                done[token] = Restored.ERROR if failed else Restored(answer.decode())
-        return done
+        return done | restored_by(self._restore, calls)
 
     def abandon(self, page: Sequence[Owed]) -> None:
         """Take these dead workers' runs out of RQ's books."""
@@ -97,7 +90,7 @@ class RQBroker:
             )
             for owed in page
         ]
-        for batch in _chunks(calls, RESTORES_A_TRIP):
+        for batch in chunks(calls, RESTORES_A_TRIP):
             self._abandon.run(batch)
 
     def bury(self, page: Sequence[Owed]) -> None:
@@ -110,7 +103,7 @@ class RQBroker:
             )
             for owed in page
         ]
-        for batch in _chunks(calls, RESTORES_A_TRIP):
+        for batch in chunks(calls, RESTORES_A_TRIP):
             self._skip.run(batch)
 
     def hide(self, page: Sequence[Owed]) -> None:
@@ -151,7 +144,7 @@ class RQBroker:
 
     def _look(self, page: Sequence[Owed]) -> Iterator[tuple[str, str, str, str, Join | None]]:
         """Return of each: what its hash holds as token, status and time, its place, and its join."""
-        for owed in _chunks(page, IDS_A_CALL):
+        for owed in chunks(page, IDS_A_CALL):
             pairs = chain.from_iterable((one.job_id, one.queue) for one in owed)
             args = [self._layout.base, self._layout.job_prefix, *pairs]
             (answers,) = self._presence.run([([], args)])
@@ -291,8 +284,3 @@ def _other(jg: str) -> UUID | None:
         return UUID(hex=jg) if len(jg) == 32 else None
     except ValueError:
         return None
-
-
-def _chunks(values: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    for start in range(0, len(values), size):
-        yield values[start : start + size]
