@@ -25,7 +25,7 @@ _CHUNK = 1000  # so many at a time block nobody else
 class _Celery(Library):
     name = "celery"
     title = "Celery"
-    jobs_a_second = 200.0
+    jobs_a_second = 400.0
     overhead_seconds = 0.003
 
     def crew(self, workers: int | None, cores: int) -> Crew:

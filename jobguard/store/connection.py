@@ -45,6 +45,11 @@ _NO_RIGHTS = {"42501"}
 _PREPARED_LOST = {"26000", "42P05"}  # behind a pooler that hands out other sessions
 _AGAIN = {"40P01", "40001"}  # deadlock and serialization: the statement did nothing
 
+# A session keeps the plans of its statements, and of those inside functions, for the sizes that tables
+# had when they were made. Ours are empty at one moment and full at the next: a plan made for a few rows
+# reads all of them for every claim, until somebody analyzes the table. New plans take a millisecond.
+PLANS_SECONDS = 5.0
+
 # What a fork leaves behind in the child. Kept for ever, so that no destructor closes the parent's socket.
 _inherited: list[object] = []
 
@@ -57,6 +62,7 @@ class _Bounded(psycopg.Connection[Row]):
     """A psycopg connection whose every wait ends at ``deadline`` (monotonic seconds)."""
 
     deadline: float = float("inf")
+    planned_at: float = 0.0
 
     def wait(self, gen: Any, *args: Any, **kwargs: Any) -> Any:
         """Run a psycopg generator to its end or to the deadline.
@@ -210,8 +216,12 @@ class Database:
 
     def _attempt(self, query: str, parameters: Parameters, budget: float) -> list[Row]:
         connection = self._connected()
-        connection.deadline = time.monotonic() + budget
+        now = time.monotonic()
+        connection.deadline = now + budget
         try:
+            if now - connection.planned_at > PLANS_SECONDS:
+                connection.execute("discard plans", prepare=False)
+                connection.planned_at = now
             return _rows(connection, query, parameters, self._prepare)
         except _DeadlinePassed as error:
             # A second try would wait as long again: this outage has had its one wait.
@@ -267,6 +277,7 @@ class Database:
             connection = _Bounded(cast(Any, pgconn))
             connection._autocommit = True  # before any statement; the setter would send one
             connection.prepare_threshold = 0 if self._prepare else None
+            connection.planned_at = time.monotonic()
             self._connection = connection
             return True
 

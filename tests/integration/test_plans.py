@@ -2,7 +2,8 @@
 
 auto_explain tells the plans, those inside the functions as well, and after enough calls for a
 generic plan to be chosen. Planted once, each seen to fail: the index jobs_job_id dropped (record),
-history_token dropped (claim), jobs_pkey dropped (end), `j.token::text > …` in `page` (leader).
+history_token dropped (claim), jobs_pkey dropped (end), `j.token::text > …` in `page` (leader), and
+plans kept for as long as the session (a queue that was empty at first).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 import pytest
 
+import jobguard.store.connection
 from jobguard.job import Claim, Delivery, End, Outcome, Parent, new_token
 from jobguard.settings import Settings
 from jobguard.store import Ask, Void
@@ -96,6 +98,14 @@ class Plans:
             rf"Seq Scan on (jobs|{'|'.join(self._filled)})\b|Removed by Filter: \d{{4}}"
         )
         return [plan for plan in self.told if whole.search(plan)]
+
+
+@pytest.fixture
+def once_empty(postgres_server: NamedPostgres, template_database: str) -> Iterator[str]:
+    """Give a ledger in which nothing is owed yet, and whose tables nobody has analyzed."""
+    name = f"jobguard_test_{uuid.uuid4().hex}"
+    yield postgres_server.create_database(name, template_database)
+    postgres_server.drop_database(name)
 
 
 @pytest.fixture
@@ -189,6 +199,30 @@ def test_what_hosts_send_reads_no_table_whole(
     for n in range(OFTEN):
         work(host, owed, n)
     print(f"{(time.monotonic() - began) / OFTEN * 1000:.1f} ms a round with all its plans told")
+    assert not plans.whole_reads(), plans.whole_reads()[0]
+
+
+def test_a_queue_that_was_empty_at_first(
+    once_empty: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a worker that waited for jobs had planned is planned anew when there are many."""
+    works = (_record, _record_again, _retry, _claim, _end)
+    store = PostgresStore(lambda: once_empty, Settings(call_timeout=20, connect_timeout=20))
+    for n in range(OFTEN):
+        for work in works:
+            few = delivery(fresh=True)
+            store.record(SOURCE, [few], namespace="default")
+            work(store, [few.token] * 400, n)
+    with psycopg.connect(once_empty, autocommit=True) as connection:
+        connection.execute(FILL)
+        rows = connection.execute("select token from jobguard.jobs order by token offset 25000")
+        owed = [token for (token,) in rows.fetchmany(400)]
+    monkeypatch.setattr(jobguard.store.connection, "PLANS_SECONDS", 0.0)
+    plans = Plans(store)
+    for n in range(OFTEN):
+        for work in works:
+            work(store, owed, n)
+    store.close()
     assert not plans.whole_reads(), plans.whole_reads()[0]
 
 
