@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 RECORDED = ("after_record", "after_push")
 """Who dies at these has committed its record: the job is owed, although nobody was told so."""
 _OF_THIS_CALL = 5.0
-_RECONNECTS = 1.0
-"""Seconds after which every worker knows that Postgres is back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,26 +31,15 @@ class Count:
     lost: tuple[int, ...]
     twice: tuple[int, ...]  # completed more than once, and not excused
     excused: tuple[int, ...]
-    unfenced: tuple[
-        int, ...
-    ] = ()  # completed more than once, as a run began while there was no fence
     early: tuple[int, ...] = ()  # begun before all that the library was to run first had ended
 
 
-def count(ledger: Ledger, kills: Sequence[Kill], away: Sequence[tuple[float, float]] = ()) -> Count:
-    """Count one run, of which nothing moves any more.
-
-    ``away``: when Postgres was. Whoever starts a job then cannot know that it has ended, and starts it.
-    """
+def count(ledger: Ledger, kills: Sequence[Kill]) -> Count:
+    """Count one run, of which nothing moves any more."""
     unanswered = ledger.called.keys() - ledger.enqueued.keys() - ledger.refused.keys()
     recorded = _recorded(ledger, unanswered, kills)
     again = {number: marks for number, marks in ledger.ends.items() if len(marks) > 1}
     excused = {number for number, marks in again.items() if is_excused(marks, kills)}
-    unfenced = {
-        number
-        for number in again.keys() - excused
-        if any(_began_between(ledger, number, span) for span in away)
-    }
     return Count(
         enqueued=len(ledger.enqueued),
         executed=len(ledger.enqueued.keys() & ledger.ends.keys()),
@@ -60,18 +47,10 @@ def count(ledger: Ledger, kills: Sequence[Kill], away: Sequence[tuple[float, flo
         unanswered=len(unanswered),
         recorded=len(recorded),
         lost=tuple(sorted(ledger.owed() | (recorded - ledger.ends.keys()))),
-        twice=tuple(sorted(again.keys() - excused - unfenced)),
+        twice=tuple(sorted(again.keys() - excused)),
         excused=tuple(sorted(excused)),
-        unfenced=tuple(sorted(unfenced)),
         early=tuple(sorted(number for number in ledger.follows if _is_early(ledger, number))),
     )
-
-
-def _began_between(ledger: Ledger, number: int, away: tuple[float, float]) -> bool:
-    """Whether one run began without a fence, and there are no other runs too many."""
-    starts = [mark.at for mark in ledger.starts.get(number, ())]
-    left, back = away
-    return len(ledger.ends[number]) == 2 and any(left <= at <= back + _RECONNECTS for at in starts)
 
 
 def _is_early(ledger: Ledger, number: int) -> bool:

@@ -17,6 +17,7 @@ import psutil
 import psycopg
 import redis
 
+from tests.chaos.libraries import QUEUES
 from tests.chaos.plan import SETTINGS
 from tests.chaos.site import wait_until_gone
 
@@ -34,6 +35,8 @@ DOWN_SECONDS = 0.5
 STAKE = 25
 """Jobs that should be owed when Redis loses its data: or else nothing is at stake."""
 _PATIENCE = 20.0
+_ACKS = 1.0
+"""Seconds within which Redis is told that a job has ended."""
 _FRESH = 0.3
 """A long job that started so recently surely runs on for a moment."""
 
@@ -195,18 +198,18 @@ def postgres_restart(site: Site, chance: random.Random) -> Steps:
     """Postgres is restarted, and nothing else happens until what waited for it is written.
 
     While it is away, a process that dies takes along what it could not write: no other fault now.
-    Nor is there a fence: what has a second copy since Redis lost it is to have ended before.
+    Nor is there a fence: what has a second copy since Redis lost it is to have ended before, and its
+    copies are to have met a worker.
     """
     site.kills.disarm()
-    yield from _until(lambda: _is_settled(site))
+    if not (yield from _until(lambda: _is_settled(site))):
+        return None
     yield from _pass(1.0)
     at = time.monotonic()
-    stopped_at = time.time()
     site.postgres.stop()
     yield from _pass(chance.uniform(0, 3))
     site.postgres.start()
     took = time.monotonic() - at
-    site.unfenced.append((stopped_at, time.time()))
     ((back_at,),) = site.ask("select clock_timestamp()")
     yield from _until(lambda: _is_written(site, back_at))
     yield from _pass(1.0)
@@ -283,9 +286,16 @@ def _horses(site: Site) -> list[psutil.Process]:
 
 
 def _is_settled(site: Site) -> bool:
-    """Whether all that was enqueued when Redis lost its data for the last time has ended."""
-    enqueued = site.reader.ledger.enqueued
-    return not any(enqueued[number].at < site.lost_at for number in site.reader.ledger.owed())
+    """Whether all that was enqueued when Redis lost its data for the last time has ended.
+
+    And Redis has nothing that ended longer ago than a worker needs to acknowledge it.
+    """
+    counted = site.reader.ledger
+    if any(counted.enqueued[number].at < site.lost_at for number in counted.owed()):
+        return False
+    ended = {number for number, marks in counted.ends.items() if marks[0].at < time.time() - _ACKS}
+    held = site.library.layout.held(site.client, QUEUES)
+    return not any(counted.number_of.get(job_id) in ended for job_id in held)
 
 
 def _is_written(site: Site, back_at: datetime) -> bool:

@@ -23,6 +23,9 @@ class Layout(Protocol):
     def lists(self, client: redis.Redis, queues: Iterable[str]) -> Mapping[str, Sequence[bytes]]:
         """Give the key of each list of waiting jobs, and what is in it."""
 
+    def held(self, client: redis.Redis, queues: Iterable[str]) -> set[str]:
+        """Give the ids of the jobs that wait, are delayed, or were taken and not acknowledged."""
+
     def delete(self, client: redis.Redis, key: str, member: bytes) -> str | None:
         """Delete the one job that this member of a list stands for; None: it was gone already."""
 
@@ -38,6 +41,10 @@ class RQLayout:
     def lists(self, client: redis.Redis, queues: Iterable[str]) -> Mapping[str, Sequence[bytes]]:
         """One list a queue."""
         return _lists(client, [f"rq:queue:{queue}" for queue in queues])
+
+    def held(self, client: redis.Redis, queues: Iterable[str]) -> set[str]:
+        """What is in lists: a job that is scheduled or runs has no second body."""
+        return {one.decode() for members in self.lists(client, queues).values() for one in members}
 
     def delete(self, client: redis.Redis, key: str, member: bytes) -> str | None:
         """Delete the hash; its id stays in the list."""
@@ -63,6 +70,13 @@ class CeleryLayout:
     def lists(self, client: redis.Redis, queues: Iterable[str]) -> Mapping[str, Sequence[bytes]]:
         """All are published with the default priority."""
         return _lists(client, queues)
+
+    def held(self, client: redis.Redis, queues: Iterable[str]) -> set[str]:
+        """What is in lists, and what workers hold."""
+        messages = [one for members in self.lists(client, queues).values() for one in members]
+        unacked: Any = client.hvals("unacked")
+        messages += [json.dumps(json.loads(one)[0]).encode() for one in unacked]
+        return {str(json.loads(one)["headers"]["id"]) for one in messages}
 
     def delete(self, client: redis.Redis, key: str, member: bytes) -> str | None:
         """Delete the message."""
@@ -95,6 +109,15 @@ class DramatiqLayout:
     def lists(self, client: redis.Redis, queues: Iterable[str]) -> Mapping[str, Sequence[bytes]]:
         """One list a queue; what is delayed waits in the memory of workers."""
         return _lists(client, [f"dramatiq:{queue}" for queue in queues])
+
+    def held(self, client: redis.Redis, queues: Iterable[str]) -> set[str]:
+        """Every body that is there; a dead letter is done with."""
+        held: set[str] = set()
+        for queue in queues:
+            for name in (queue, f"{queue}.DQ"):
+                bodies: Any = client.hvals(f"dramatiq:{name}.msgs")
+                held |= {str(json.loads(body)["message_id"]) for body in bodies}
+        return held
 
     def delete(self, client: redis.Redis, key: str, member: bytes) -> str | None:
         """Delete the body; its id stays in the list."""

@@ -68,7 +68,7 @@ def show(console: Console, results: Sequence[Result], found: Sequence[str]) -> N
     )
     for name in ("library", "seed", "faults", "deaths", "enqueued", "refused"):
         table.add_column(name, justify="left" if name == "library" else "right")
-    for name in ("lost", "twice", "early", "excused", "unfenced", "seconds"):
+    for name in ("lost", "twice", "early", "excused", "seconds"):
         table.add_column(name, justify="right")
     for result in results:
         counted = result.count
@@ -79,7 +79,6 @@ def show(console: Console, results: Sequence[Result], found: Sequence[str]) -> N
             *(
                 _bad(len(counted.early)),
                 str(len(counted.excused)),
-                str(len(counted.unfenced)),
                 f"{result.seconds:.0f}",
             ),
         )

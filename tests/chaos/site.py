@@ -77,8 +77,6 @@ class Site:
         self._paused: set[int] = set()
         self.lost_at = 0.0
         """When Redis lost data for the last time, by the wall clock."""
-        self.unfenced: list[tuple[float, float]] = []
-        """From when until when Postgres was away."""
         stack.callback(self._end_orphans)
         # In the order in which they are started; ended in the other.
         self.reconcilers = self._children(stack)

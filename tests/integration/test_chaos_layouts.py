@@ -43,6 +43,22 @@ def test_one_waiting_job_is_found_told_of_and_deleted(library: str, redis_url: s
         lists = layout.lists(client, QUEUES)
         ((key, (member,)),) = ((key, members) for key, members in lists.items() if members)
         assert any(layout.about(client, QUEUES, job_id).values())
+        assert layout.held(client, QUEUES) == {job_id}
         assert layout.delete(client, key, member)
         assert layout.delete(client, key, member) is None
         assert not any(layout.about(client, QUEUES, job_id).values())
+
+
+def test_what_a_celery_worker_has_taken_is_held(redis_url: str) -> None:
+    """It is in `unacked` alone, until the worker acknowledges it."""
+    layout = LIBRARIES["celery"].layout
+    with (
+        redis.Redis.from_url(redis_url) as client,
+        celery.Celery(broker=redis_url).connection_for_read() as connection,
+    ):
+        job_id = send_to_celery(redis_url, client)
+        message = connection.SimpleQueue("mail").get(timeout=10)
+        assert not any(layout.lists(client, QUEUES).values())
+        assert layout.held(client, QUEUES) == {job_id}
+        message.ack()
+        assert layout.held(client, QUEUES) == set()

@@ -202,9 +202,7 @@ def test_what_hosts_send_reads_no_table_whole(
     assert not plans.whole_reads(), plans.whole_reads()[0]
 
 
-def test_a_queue_that_was_empty_at_first(
-    once_empty: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_queue_that_was_empty_at_first(once_empty: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a worker that waited for jobs had planned is planned anew when there are many."""
     works = (_record, _record_again, _retry, _claim, _end)
     store = PostgresStore(lambda: once_empty, Settings(call_timeout=20, connect_timeout=20))

@@ -137,20 +137,6 @@ def test_what_follows_others_begins_when_all_of_them_have_ended(
     assert count(ledger(*lines, *ends), []).early == ((3,) if early else ())
 
 
-@pytest.mark.parametrize(
-    ("start", "unfenced"), [(24.9, False), (25.0, True), (28.5, True), (29.5, False)]
-)
-def test_a_second_run_that_began_without_a_fence_is_told_apart(
-    start: float, unfenced: bool
-) -> None:
-    """Postgres was away: nobody could know that the job had ended. It is no excuse for a third."""
-    made = twice(line("end", 1, 20.0), line("start", 1, start), line("end", 1, 30.0))
-    counted = count(made, [], [(25.0, 28.0)])
-    assert (counted.unfenced, counted.twice) == (((1,), ()) if unfenced else ((), (1,)))
-    made.add(line("end", 1, 40.0))
-    assert count(made, [], [(25.0, 28.0)]).twice == (1,)
-
-
 def test_completions_are_judged_in_the_order_of_their_time() -> None:
     """Not of their lines, which a slow process may write late."""
     late = line("end", 1, 30.0), line("end", 1, 19.95, KILLED)
