@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import redis
 from celery import Celery, Task, chord, group
 from celery.exceptions import Ignore, Reject
 
@@ -86,6 +87,25 @@ def again(self: Any, word: object = "again", times: int = 2, countdown: float = 
     say(word)
     if self.request.retries < times:
         raise self.retry(countdown=countdown)
+
+
+@task(bind=True, max_retries=3)
+def unstored(self: Any, word: object = "unstored", times: int = 0) -> object:
+    """Be retried so many times; Redis fails when Celery stores what became of the first run."""
+    say(word)
+    if self.request.retries == 0:
+        _fail_once(self.backend)
+    if self.request.retries < times:
+        raise self.retry(countdown=0)
+    return word
+
+
+def _fail_once(backend: Any) -> None:
+    def fail(*args: object, **options: object) -> None:
+        del backend.set  # what its class has is there again
+        raise redis.ConnectionError("as it must")
+
+    backend.set = fail
 
 
 @task()

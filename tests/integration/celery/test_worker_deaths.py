@@ -238,6 +238,46 @@ class TestRedis:
             assert set(begun.values()) == {1}
 
 
+@pytest.mark.parametrize("pool", ["prefork", "threads"])
+class TestAResultThatCannotBeStored:
+    """Redis fails just when Celery tells it what became of a task: the task has not failed."""
+
+    def test_a_task_has_completed(self, rig: Rig, pool: str) -> None:
+        """No error callback is called, and nothing says that it failed."""
+        worker = rig.worker(pool)
+        rig.until(rig.trusted)
+        on_error = rig.signature("ok", "an-error").set(immutable=True)
+        job_id = rig.send("unstored", link_error=on_error)
+        rig.until(lambda: rig.ended(job_id))
+        rig.until(lambda: "could not be stored" in worker.text)
+        last = rig.send("ok")
+        rig.until(lambda: rig.ended(last))
+        assert rig.ended(job_id) == ["completed"]
+        assert rig.said() == {"unstored": 1, "ok": 1}
+        assert rig.app.AsyncResult(job_id).state == "PENDING"
+
+    def test_a_retry_is_owed(self, rig: Rig, pool: str) -> None:
+        """It is recorded by then; a failure that Celery stored would close it."""
+        worker = rig.worker(pool)
+        rig.until(rig.trusted)
+        job_id = rig.send("unstored", "unstored", 1)
+        rig.until(lambda: "completed" in rig.ended(job_id))
+        assert "could not be stored" in worker.text
+        assert rig.ended(job_id) == ["superseded", "completed"]
+        assert rig.said() == {"unstored": 2}
+        assert rig.app.AsyncResult(job_id).state == "SUCCESS"
+
+    def test_a_chord_goes_on(self, rig: Rig, pool: str) -> None:
+        """What its member adds is counted all the same, and its body runs once."""
+        rig.worker(pool)
+        rig.until(rig.trusted)
+        header = [rig.signature("unstored"), rig.signature("ok")]
+        chord(header, app=rig.app)(rig.signature("collect", "all"))
+        rig.until(lambda: rig.said()["all"])
+        rig.until(lambda: not rig.owed())
+        assert rig.said() == {"unstored": 1, "ok": 1, "all": 1}
+
+
 @pytest.mark.skipif(kombu.VERSION[:2] < (5, 7), reason="kombu 5.7 brought the crash")
 def test_unmended_a_worker_ends_with_its_redis(
     tmp_path: Path, database: str, own_redis: RedisServer
