@@ -226,19 +226,40 @@ class TestFlush:
         self, stage: Stage, records: Records, database: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """All members have ended: a leader has a worker send it."""
-        several = stage.group([stage.message("say", w) for w in "ab"])
-        several.add_completion_callback(stage.message("say", "all"))
-        several.add_completion_callback(stage.message("say", "too"))
-        several.run()
-        stage.client.flushdb()
-        with monkeypatch.context() as patch:
-            patch.setattr(Barriers, "decr", lambda *_: True)  # nobody is told that it is the last
-            with stage.worker():
-                eventually(lambda: {"a", "b"} <= set(stage.said()), 20)
-                eventually(lambda: len(records.owed()) == 0)
+        lose_callbacks(stage, records, monkeypatch)
         with stage.worker():
             self.done(stage, records, "a", "b", "all", "too")
         assert open_joins(database) == 0
+
+    def test_the_same_without_a_fence(
+        self,
+        stage: Stage,
+        guard: JobGuard,
+        records: Records,
+        database: str,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """A member that a leader tells again is counted and not run, whatever else would be."""
+        guard.close()
+        with jobguard.guard(stage.broker, postgres=database, fence=False, **BRISK):
+            lose_callbacks(stage, records, monkeypatch)
+            with stage.worker():
+                self.done(stage, records, "a", "b", "all", "too")
+        assert open_joins(database) == 0
+
+
+def lose_callbacks(stage: Stage, records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a group whose members all end, and have nobody be told that it was the last."""
+    several = stage.group([stage.message("say", w) for w in "ab"])
+    several.add_completion_callback(stage.message("say", "all"))
+    several.add_completion_callback(stage.message("say", "too"))
+    several.run()
+    stage.client.flushdb()
+    with monkeypatch.context() as patch:
+        patch.setattr(Barriers, "decr", lambda *_: True)
+        with stage.worker():
+            eventually(lambda: {"a", "b"} <= set(stage.said()), 20)
+            eventually(lambda: len(records.owed()) == 0)
 
 
 class TestRerun:
