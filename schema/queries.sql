@@ -504,7 +504,7 @@ with lease as (
   from gone g
   where not exists (select from jobguard.history h where h.source = g.source and h.token = g.token)
 )
-select (select count(*) from gone)::int from lease
+select array(select token from gone) from lease
 
 -- name: queues
 select source, queue, extract(epoch from trusted_since)::float8,

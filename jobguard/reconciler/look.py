@@ -255,7 +255,8 @@ class Looker:
         if not closings:
             return
         closings = self._with_parts(closings)
-        self._store.close_owed(term, self._source, closings)
+        # Not those that have ended since the look: their workers have told it.
+        closed = frozenset(self._store.close_owed(term, self._source, closings))
         buried = [owed for owed, _, decision in decided if decision.verdict is Verdict.BURY]
         if buried and self._settings.mode == "guard":
             self._broker.bury(buried)
@@ -263,7 +264,11 @@ class Looker:
             if decision.verdict is Verdict.BURY:
                 done.buried += 1
                 say("job_buried", job_id=owed.job_id, queue=owed.queue, crashes=owed.crashes)
-            elif decision.verdict is Verdict.CLOSE and decision.outcome is not None:
+            elif (
+                decision.verdict is Verdict.CLOSE
+                and decision.outcome is not None
+                and owed.token in closed
+            ):
                 done.closed[decision.outcome] += 1
                 say(
                     "job_closed",

@@ -378,8 +378,8 @@ class LeaderStore(Protocol):
     def void(self, term: int, source: int, voids: Sequence[Void]) -> Sequence[UUID]:
         """Take these claims away if they still stand with that number; suspects with cause worker."""
 
-    def close_owed(self, term: int, source: int, closings: Sequence[Closing]) -> int:
-        """End these in the leader's name. Returns how many were owed."""
+    def close_owed(self, term: int, source: int, closings: Sequence[Closing]) -> Sequence[UUID]:
+        """End these in the leader's name. Returns the tokens of those that were owed."""
 
     def queues(self, source: int) -> Sequence[QueueRow]:
         """What is known of each queue's consumers."""

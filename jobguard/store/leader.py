@@ -294,10 +294,10 @@ class PostgresLeaderStore:
         )
         return list(self._led(rows)[0][0])
 
-    def close_owed(self, term: int, source: int, closings: Sequence[Closing]) -> int:
+    def close_owed(self, term: int, source: int, closings: Sequence[Closing]) -> Sequence[UUID]:
         """End these in the leader's name; see LeaderStore."""
         if not closings:
-            return 0
+            return []
         rows = self._write(
             "close_owed",
             term,
@@ -308,7 +308,7 @@ class PostgresLeaderStore:
             join=[c.part.join if c.part else None for c in closings],
             part=[c.part.state if c.part else None for c in closings],
         )
-        return int(self._led(rows)[0][0])
+        return list(self._led(rows)[0][0])
 
     def queues(self, source: int) -> Sequence[QueueRow]:
         """What is known of each queue's consumers; see LeaderStore."""

@@ -1095,11 +1095,13 @@ class _Leader:
         self._tables.suspects[key] = _Suspect(Cause.WORKER, "", now)
         return True
 
-    def close_owed(self, term: int, source: int, closings: Sequence[Closing]) -> int:
+    def close_owed(self, term: int, source: int, closings: Sequence[Closing]) -> Sequence[UUID]:
         with self._leading(term) as now:
-            return sum(
-                self._close_owed((source, closing.token), closing, now) for closing in closings
-            )
+            return [
+                closing.token
+                for closing in closings
+                if self._close_owed((source, closing.token), closing, now)
+            ]
 
     def _close_owed(self, key: _Key, closing: Closing, now: float) -> bool:
         tables = self._tables

@@ -378,7 +378,7 @@ def test_a_late_end_leaves_its_part_where_the_library_had_told_first(ledger: Con
     worker.leave()
     term = ledger.elected()
     closings = [Closing(done.token, Outcome.COMPLETED), Closing(failed.token, Outcome.FAILED)]
-    assert ledger.leader.close_owed(term, SOURCE, closings) == 2
+    assert len(ledger.leader.close_owed(term, SOURCE, closings)) == 2
     assert worker.end(first, part=Part("g", b"late")) is Ended.LATE
     assert worker.end(second, part=Part("g", b"no")) is Ended.LATE
     assert [(p.job_id, p.queue, p.state) for p in opened(ledger)["g"].parts] == [

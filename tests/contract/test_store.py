@@ -1575,7 +1575,7 @@ def test_history_wins(ledger: Contract) -> None:
     assert list(ledger.owed()) == [it.token]
     assert ledger.outcome(it.token) is Outcome.COMPLETED
     assert ledger.leader.envelopes(SOURCE, [it.token]) == []
-    assert ledger.leader.close_owed(term, SOURCE, [Closing(it.token, Outcome.DEAD)]) == 1
+    assert ledger.leader.close_owed(term, SOURCE, [Closing(it.token, Outcome.DEAD)]) == [it.token]
     assert ledger.owed() == {}
     assert ledger.outcome(it.token) is Outcome.COMPLETED
 
@@ -1665,7 +1665,7 @@ def test_a_leader_ends_what_nobody_runs(ledger: Contract) -> None:
         Closing(it.token, Outcome.DEAD, "killed three workers"),
         Closing(new_token(), Outcome.COMPLETED),
     ]
-    assert ledger.leader.close_owed(term, SOURCE, closings) == 1
+    assert ledger.leader.close_owed(term, SOURCE, closings) == [it.token]
     assert list(ledger.owed()) == [other.token]
     assert ledger.watched() == {}
     assert ledger.outcome(it.token) is Outcome.DEAD
@@ -1677,10 +1677,12 @@ def test_a_leader_does_not_end_what_is_running(ledger: Contract) -> None:
     term, it = ledger.elected(), ledger.recorded()
     worker = ledger.working()
     worker.start(it.token)
-    assert ledger.leader.close_owed(term, SOURCE, [Closing(it.token, Outcome.COMPLETED)]) == 0
+    assert ledger.leader.close_owed(term, SOURCE, [Closing(it.token, Outcome.COMPLETED)]) == []
     assert list(ledger.owed()) == [it.token]
     ledger.leader.declare_dead(term, [worker.id])
-    assert ledger.leader.close_owed(term, SOURCE, [Closing(it.token, Outcome.COMPLETED)]) == 1
+    assert ledger.leader.close_owed(term, SOURCE, [Closing(it.token, Outcome.COMPLETED)]) == [
+        it.token
+    ]
     assert ledger.owed() == {}
 
 

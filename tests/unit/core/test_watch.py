@@ -296,6 +296,32 @@ def test_an_end_that_only_redis_knows(presence: Presence, outcome: Outcome) -> N
     assert world.broker.pushed == []
 
 
+def test_what_ends_between_two_questions_of_the_leader(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its worker has told it by the time that it is closed: nothing is said or counted of it."""
+    world = calm()
+    (job,) = world.enqueue("job")
+    worker = world.workers[0]
+    claim = worker.start(job)
+    assert isinstance(claim, Claim)
+    world.broker.bodies.clear()
+    tombstones = world.store.tombstones
+
+    def end_and_tell(source: int, tokens: Sequence[UUID]) -> Mapping[UUID, Outcome]:
+        if job.token in tokens:
+            worker.end(job, claim)
+        return tombstones(source, tokens)
+
+    monkeypatch.setattr(world.store, "tombstones", end_and_tell)
+    with caplog.at_level(logging.INFO):
+        world.run_until(lambda: not world.owed(), within=120)
+        world.run(5)
+
+    assert world.outcome(job) is Outcome.COMPLETED
+    assert "job_closed" not in events(caplog.records)
+
+
 def test_overwritten_by_another_life() -> None:
     """An id in whose place somebody else's delivery stands is closed after two looks, not one."""
     world = calm()
