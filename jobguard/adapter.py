@@ -166,7 +166,7 @@ class Tracker(Protocol):
 
     @property
     def mends_library(self) -> bool:
-        """Whether crashes of the library itself, that would take a worker down, may be mended."""
+        """Whether faults of the library that end a worker or run a job twice may be mended."""
 
     def open_session(
         self,

@@ -80,7 +80,7 @@ class Settings:
         True, "a run that was killed, not failed, goes back within the crash budget"
     )
     mend_library: bool = _setting(
-        True, "mend crashes of the queue library itself that would take a worker down"
+        True, "mend what in the queue library itself takes a worker down, or runs a job twice"
     )
     unexplained: Literal["restore", "hold"] = _setting(
         "restore", "what to do with a job that is absent without a known cause"

@@ -397,8 +397,8 @@ class HostTracker:
 
     @property
     def mends_library(self) -> bool:
-        """Whether crashes of the library itself may be mended; see Tracker."""
-        return self.settings.mend_library
+        """Whether faults of the library itself may be mended; see Tracker."""
+        return self.settings.mend_library and self.settings.mode == "guard"
 
     def open_session(
         self,

@@ -34,17 +34,19 @@ def append(original: Hook) -> Hook:
     @wraps(original)
     def hook(self: Any, message: Any, delivery_tag: Any) -> Any:
         with our_own_affair("mark a message as this worker's"):
-            _mark(self.channel, message)
+            _mark(self, message)
         return original(self, message, delivery_tag)
 
     return hook
 
 
-def _mark(channel: Any, message: Any) -> None:
-    working = sessions.consuming(channel.connection.client)
+def _mark(books: Any, message: Any) -> None:
+    working = sessions.consuming(books.channel.connection.client)
     headers = message.headers
     if working is None or not isinstance(headers, dict):
         return
+    if working.held is not None:
+        working.held.add(books)
     if token_of(headers) is None:
         if not _is_a_task(message):
             return

@@ -26,6 +26,7 @@ from celery.worker import state
 from jobguard.adapters.celery import lookup
 from jobguard.adapters.celery.announce import announcement, leave
 from jobguard.adapters.celery.header import TOKEN, WORKER, token_of
+from jobguard.adapters.celery.held import Held, snapshot
 
 if TYPE_CHECKING:
     from jobguard.adapter import Session, Tracker
@@ -57,6 +58,8 @@ class Working:
     tell: Callable[[UUID], None] | None = None
     """Makes us known, once we are."""
     announced: float = -math.inf
+    held: Held | None = None
+    """What it has taken, if the others are to leave it to us."""
     live: int = 0
     """Tasks that run in this very process."""
 
@@ -70,6 +73,8 @@ class Working:
             lists=self.lists,
             apart=not _forks(controller),
         )
+        if self.tracker.mends_library:
+            self.held = Held(controller.app, self.tracker.source, self.consumes_by)
         self.tell = announcement(controller.app, name=controller.hostname, queues=self.queues)
         self.announce()
 
@@ -86,8 +91,15 @@ class Working:
         Nothing that kombu keeps may be asked for here: it would be locked in a child forked just then.
         """
         self.announce()
+        if self.held is not None:
+            self.held.renew()
         running = {token for request in self._with_children() if (token := token_in(request))}
         return running | self.last
+
+    def consumes_by(self, connection: Any) -> bool:
+        """Whether this connection of kombu's is that of our consumer."""
+        consumer = getattr(self.controller, "consumer", None)
+        return consumer is not None and consumer.connection is connection
 
     def hand(self, request: Any) -> None:
         """Tell whoever will run this request what it must know to claim it."""
@@ -100,11 +112,11 @@ class Working:
     def _with_children(self) -> Iterator[Any]:
         if not isinstance(getattr(self.controller, "pool", None), prefork.TaskPool):
             return  # it runs what it claims itself, and lists that by itself
-        for request in _snapshot(state.active_requests):
+        for request in snapshot(state.active_requests):
             if _is_there(request.worker_pid):
                 yield request
         now = time.monotonic()
-        for request, at in _snapshot(self.handed.items()):
+        for request, at in snapshot(self.handed.items()):
             if now - at < _HANDED and request.worker_pid is None:
                 yield request
 
@@ -156,8 +168,7 @@ def working_for(app: Any) -> Working | None:
 def consuming(connection: Any) -> Working | None:
     """Return the worker of this process that consumes by this connection of kombu's."""
     for working in _here.values():
-        consumer = getattr(working.controller, "consumer", None)
-        if consumer is not None and consumer.connection is connection:
+        if working.consumes_by(connection):
             return working if working.pid == os.getpid() else None
     return None
 
@@ -211,15 +222,6 @@ def _forks(controller: Any) -> bool:
     """Whether tasks will run in children: else a C call of one of them can stop every beat."""
     pool = get_implementation(controller.pool_cls)
     return isinstance(pool, type) and issubclass(pool, prefork.TaskPool)
-
-
-def _snapshot(of: Iterable[Any]) -> list[Any]:
-    """Copy what another thread may be changing."""
-    while True:
-        try:
-            return list(of)
-        except RuntimeError:
-            continue
 
 
 def _is_there(pid: int | None) -> bool:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -189,6 +190,41 @@ class TestVisibilityTimeout:
         "unacked_restore_interval": 1,
         "unacked_restore_throttle": 1,
     }
+
+    @pytest.mark.parametrize("mend", [True, False], ids=["mended", "left as it is"])
+    def test_what_a_living_worker_holds_is_left_to_it(self, rig: Rig, mend: bool) -> None:
+        """Unless a setting has Celery as it is: then each worker has it in turn, and one runs it."""
+        soon = {**self.TRANSPORT, "visibility_timeout": 2}
+        workers = [
+            rig.worker(pool, transport=soon, JOBGUARD_MEND_LIBRARY=str(int(mend)))
+            for pool in ("prefork", "threads")
+        ]
+        sent = [rig.send("ok", f"w{n}", countdown=8) for n in range(5)]
+        sent.append(rig.send("late", "late", 6.0))
+        rig.until(lambda: not rig.owed(), 60)
+        rig.until(lambda: not rig.redis.hlen("unacked") and not rig.redis.llen("celery"), 60)
+        assert [rig.ended(job_id) for job_id in sent] == [["completed"]] * 6
+        assert set(rig.said().values()) == {1}
+        received = [
+            len(re.findall(rf"\[{job_id}\] received", "".join(w.text for w in workers)))
+            for job_id in sent
+        ]
+        assert received == [1] * 6 if mend else min(received) > 1
+
+    def test_what_it_lost_with_its_connection_is_handed_on(
+        self, tmp_path: Path, database: str, own_redis: RedisServer
+    ) -> None:
+        """Celery forgets what it had taken by a connection that broke: nobody must think it held."""
+        soon = {**self.TRANSPORT, "visibility_timeout": 2}
+        with a_rig(tmp_path, database, own_redis.url) as rig:
+            worker = rig.worker("threads", transport=soon)
+            rig.send("late", "late", 15.0)
+            job_id = rig.send("ok", "ok", countdown=6)
+            rig.until(lambda: rig.said()["late-begins"] and rig.redis.hlen("unacked") == 2)
+            own_redis.restart(keep_data=True)
+            rig.until(lambda: rig.ended(job_id))
+            assert rig.said() == {"late-begins": 1, "ok": 1}, "it need not wait for the other"
+            assert not worker.ended
 
     def test_an_eta_beyond_it_runs_once(self, rig: Rig) -> None:
         """Without us each of five tasks runs about five times."""
