@@ -73,8 +73,9 @@ $(VENV)/.ready: pyproject.toml $(VENV)/.created
 	$(PIP) --editable '.[celery,dramatiq,rq,embedded,test,dev]'
 	@touch $(VENV)/.ready-for-demo $@
 
+# Of the libraries the one alone, as most users have it.
 $(VENV)-%/.ready: pyproject.toml $(VENV)/.created
 	$(BIN)/python -m venv --clear $(VENV)-$*
 	$(VENV)-$*/bin/python -m pip install --quiet --disable-pip-version-check \
-		--editable '.[embedded,test]' '$(subst -,==,$*).*'
+		--editable '.[$(firstword $(subst -, ,$*)),embedded,matrix]' '$(subst -,==,$*).*'
 	@touch $@
