@@ -154,8 +154,10 @@ class Tracker(Protocol):
     ) -> bool:
         """Note a running job's progress; False if nobody heard it."""
 
-    def recovers(self, tokens: Sequence[UUID], *, began: bool = True) -> frozenset[UUID]:
+    def recovers(self, tokens: Sequence[UUID], *, began: bool = True) -> frozenset[UUID] | None:
         """Which of these the leader brings back if their run was killed, or lost with its worker.
+
+        None: Postgres, which alone knows, is away; who can wait asks again.
 
         Of the others, and of all while nobody leads or ``recover_killed`` is off, the library's own
         verdict stands. ``began=False``: no run of them ever began, which is never their failure.

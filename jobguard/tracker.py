@@ -360,17 +360,17 @@ class HostTracker:
             )
         )
 
-    def recovers(self, tokens: Sequence[UUID], *, began: bool = True) -> frozenset[UUID]:
+    def recovers(self, tokens: Sequence[UUID], *, began: bool = True) -> frozenset[UUID] | None:
         """Which of these the leader brings back if their run was killed; see Tracker."""
         wanted = self.settings.recover_killed or not began
         if not (tokens and wanted and self.settings.mode == "guard"):
             return frozenset()
         source = self.source
-        found = self._quietly(
+        found: frozenset[UUID] | None = self._quietly(
             "recovers",
             lambda store: store.recoverable(source.id, tokens, namespace=source.namespace),
         )
-        return found or frozenset()
+        return found
 
     def tombstones(self, tokens: Sequence[UUID]) -> Mapping[UUID, Outcome]:
         """How these have ended; see Tracker."""

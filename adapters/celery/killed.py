@@ -35,6 +35,12 @@ _GONE = (WorkerLostError, TimeLimitExceeded, SystemExit)
 _LOST = "_jobguard_lost"
 """On a request whose child is gone: its message may go back into the queue."""
 _OVER = "_jobguard_over"
+_AGAIN = 1.0
+"""Seconds until it is asked again what becomes of a task."""
+
+
+class _NobodyKnows(Exception):
+    """Postgres is away: until it is asked, a task has neither failed nor come back."""
 
 
 def put_on(hooks: Hooks) -> None:
@@ -59,7 +65,11 @@ def on_failure(original: Hook) -> Hook:
         with our_own_affair("see what became of a task"):
             error = exc_info.exception
             error = error.exc if isinstance(error, ExceptionWithTraceback) else error
-            if not return_ok and _is_dealt_with(self, error):
+            try:
+                if not return_ok and _is_dealt_with(self, error):
+                    return None
+            except _NobodyKnows:
+                _ask_again(self, lambda: hook(self, exc_info, send_failed_event, return_ok))
                 return None
             gone = repr(error) if isinstance(error, _GONE) and not _was_by_order(self) else ""
         return _lost(self, gone, call) if gone else call()
@@ -162,7 +172,7 @@ def _never_began(working: Working, request: Any, error: BaseException) -> bool:
     token = token_in(request)
     if token is None or not isinstance(error, REDIS_FAILED):
         return False
-    if token not in working.tracker.recovers([token], began=False):
+    if not _recovers(working, token, began=False):
         return False  # it has begun, and its end is told
     log.warning("task %s never began, for Redis failed its worker: it goes back", request.id)
     task_ready(request)
@@ -174,7 +184,7 @@ def _never_began(working: Working, request: Any, error: BaseException) -> bool:
 def _is_left_to_the_leader(working: Working, request: Any) -> bool:
     """Whether the leader brings this task back; then it is out of Celery's hands."""
     token = token_in(request)
-    if token is None or token not in working.tracker.recovers([token]):
+    if token is None or not _recovers(working, token):
         return False
     stored = getattr(request, "_success_was_stored", None)
     if stored is not None and stored():
@@ -184,6 +194,21 @@ def _is_left_to_the_leader(working: Working, request: Any) -> bool:
     request.acknowledge()
     working.session.abandon(Claim(token, 0))
     return True
+
+
+def _recovers(working: Working, token: UUID, *, began: bool = True) -> bool:
+    found = working.tracker.recovers([token], began=began)
+    if found is None:
+        raise _NobodyKnows
+    return token in found
+
+
+def _ask_again(request: Any, ask: Callable[[], object]) -> None:
+    """Have it decided in a moment; until then its claim stands for as long as a killed child's does."""
+    log.warning("what becomes of task %s is decided when Postgres is back", request.id)
+    working = sessions.working_for(request.app)
+    if working is not None:
+        working.controller.consumer.timer.call_after(_AGAIN, ask)
 
 
 def _lost(request: Any, error: str, call: Callable[[], Any]) -> Any:

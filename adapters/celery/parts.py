@@ -95,7 +95,8 @@ def _goes_on(tracker: Tracker | None, *, broken: bool) -> bool:
     if group is None or tracker is None:
         return False
     run = current_run()
-    if broken and run is not None and tracker.recovers([run.claim.token], began=False):
+    owed = tracker.recovers([run.claim.token], began=False) if broken and run is not None else ()
+    if owed is None or owed:
         log.warning("Redis failed as chord %s was to go on: it goes on when Redis is back", group)
         return True
     tracker.close_join(group)

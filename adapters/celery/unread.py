@@ -51,7 +51,7 @@ def _goes_back(consumer: Any, message: Any, exc: Any) -> bool:
     working, token = sessions.working_for(consumer.app), token_of(message.headers)
     if working is None or token is None:
         return False
-    if token not in working.tracker.recovers([token], began=False):
+    if token not in (working.tracker.recovers([token], began=False) or ()):
         return False
     job_id, name = _named(message)
     log.error("task %s[%s] is not registered here: it goes back, for others", name, job_id)

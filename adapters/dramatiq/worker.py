@@ -247,7 +247,7 @@ class WorkerHalf:
 
     def _goes_back(self, token: UUID, *, job_id: str, error: str) -> bool:
         session = self.session
-        if session is None or token not in self._tracker.recovers([token], began=False):
+        if session is None or token not in (self._tracker.recovers([token], began=False) or ()):
             return False
         session.decline(token, job_id=job_id, error=error)
         return True

@@ -105,7 +105,9 @@ def is_left_to_the_leader(worker: Any, job: Job) -> bool:
     token = token_of(job) if run is None else run.claim.token
     tracker = tracker_for_job(job)
     began = run is None or run.killed
-    if tracker is None or token is None or token not in tracker.recovers([token], began=began):
+    if tracker is None or token is None:
+        return False
+    if token not in (tracker.recovers([token], began=began) or ()):
         return False
     if run is None or run.killed:
         log.warning("job %s was killed, not failed: it goes back within its crash budget", job.id)
@@ -163,7 +165,7 @@ def _postpone(tracker: Tracker, registry: Any, until: float) -> None:
     if not entries:
         return
     tokens = _tokens(registry, entries)
-    ours = tracker.recovers(list(tokens.values()))
+    ours = tracker.recovers(list(tokens.values())) or ()
     later = {
         entry: max(time.time(), until) + _POSTPONED
         for entry, token in tokens.items()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import re
 import signal
 import time
@@ -11,7 +12,7 @@ import pytest
 import redis
 from celery import chord
 
-from jobguard.servers import RedisServer
+from jobguard.servers import PostgresServer, RedisServer
 from tests.integration.celery.rig import WORKER_TIMEOUT, Rig, a_rig
 
 IN_ONE_PROCESS = ["solo", "threads", "gevent"]
@@ -77,6 +78,26 @@ class TestChild:
         assert rig.ended(job_id)[-1] == "completed"
         assert rig.said()["an-error"] == 0
         assert rig.app.AsyncResult(job_id).state == "SUCCESS"
+
+    def test_what_becomes_of_it_is_decided_when_postgres_is_back(
+        self, tmp_path: Path, own_database: str, redis_url: str, own_postgres: PostgresServer
+    ) -> None:
+        """Until then its task has not failed, though Celery would say so, and give up its chord."""
+        with a_rig(tmp_path, own_database, redis_url) as rig:
+            rig.reconciler()
+            worker = rig.worker(JOBGUARD_CALL_TIMEOUT="0.5", JOBGUARD_CONNECT_TIMEOUT="0.5")
+            rig.until(rig.trusted)
+            chord([rig.signature("ok"), rig.signature("slow")], app=rig.app)(
+                rig.signature("collect", "all")
+            )
+            rig.until(lambda: rig.said()["slow-begins"])
+            own_postgres.pause()
+            os.kill(rig.pid("slow-begins"), signal.SIGKILL)
+            rig.until(lambda: "is decided when Postgres is back" in worker.text)
+            own_postgres.resume()
+            rig.until(lambda: rig.said()["all"])
+            rig.until(lambda: not rig.owed())
+            assert rig.said() == {"ok": 1, "slow-begins": 2, "slow": 1, "all": 1}
 
     def test_a_task_that_always_kills_is_dead(self, rig: Rig) -> None:
         """When its crash budget is spent, and Celery shows it as failed."""
