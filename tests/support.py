@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 import time
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from jobguard.job import Owed
@@ -16,9 +14,6 @@ if TYPE_CHECKING:
     import redis
 
 T = TypeVar("T")
-
-VERSION_OF_RQ = tuple(int(part) for part in re.findall(r"\d+", version("rq"))[:2])
-
 
 PATIENT = {
     "JOBGUARD_CONNECT_TIMEOUT": "10",

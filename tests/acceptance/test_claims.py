@@ -10,7 +10,8 @@ from rq import Retry
 
 from jobguard.servers import RedisServer
 from tests.acceptance.rig import QUICK, START, TASKS, Rig
-from tests.support import VERSION_OF_RQ, eventually
+from tests.integration.rq.versions import VERSION_OF_RQ
+from tests.support import eventually
 
 TIMEOUT = float(QUICK["JOBGUARD_WORKER_TIMEOUT"])
 

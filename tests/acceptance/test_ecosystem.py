@@ -21,7 +21,8 @@ from rq import Queue, Retry
 
 from tests.acceptance import roads
 from tests.acceptance.roads import BIN, QUEUE, REPOSITORY, Child, Site, words
-from tests.support import PATIENT, VERSION_OF_RQ, eventually
+from tests.integration.rq.versions import VERSION_OF_RQ
+from tests.support import PATIENT, eventually
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -37,7 +37,8 @@ import jobguard.schema
 from jobguard.guard import JobGuard
 from tests.acceptance.roads import QUEUE, Site
 from tests.integration.rq import tasks
-from tests.support import PATIENT, VERSION_OF_RQ, eventually
+from tests.integration.rq.versions import VERSION_OF_RQ
+from tests.support import PATIENT, eventually
 
 if TYPE_CHECKING:
     from jobguard.servers import NamedPostgres, NamedRedis

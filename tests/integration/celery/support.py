@@ -11,8 +11,8 @@ import redis
 
 from jobguard.adapters.celery.broker import CeleryBroker
 from jobguard.job import Delivery, Owed, Restored, Sighting
-from tests.integration.rq import fakes
-from tests.integration.rq.fakes import lost, owed
+from tests.integration import fakes
+from tests.integration.fakes import lost, owed
 
 Message = dict[str, Any]
 

@@ -20,7 +20,7 @@ from jobguard.adapters.celery.broker import CeleryBroker
 from jobguard.adapters.celery.header import token_in
 from jobguard.job import EndedPart, OpenJoin, Presence, Restored, new_token
 from tests.integration.celery.support import FakeTracker, aged, lists, look, put_back
-from tests.integration.rq.fakes import lost
+from tests.integration.fakes import lost
 from tests.support import eventually
 
 Make = Callable[..., celery.Celery]

@@ -535,7 +535,7 @@ import celery, os
 from pathlib import Path
 from jobguard import adapter
 from jobguard.adapters.celery import CeleryAdapter, backend
-from tests.integration.rq.fakes import FakeTracker
+from tests.integration.fakes import FakeTracker
 app = celery.Celery("x", broker={redis_url!r})
 app.conf.broker_url
 guarded = CeleryAdapter().sources(app, namespace="test", name=None)

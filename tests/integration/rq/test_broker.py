@@ -14,9 +14,10 @@ from jobguard.adapters.rq import broker as broker_module
 from jobguard.adapters.rq.broker import RQBroker
 from jobguard.adapters.rq.envelope import decode
 from jobguard.job import Delivery, Join, Presence, Restored, Sighting, new_token
+from tests.integration.fakes import FakeTracker, look, lost, owed, restore
 from tests.integration.rq import tasks
-from tests.integration.rq.fakes import FakeTracker, look, lost, owed, restore
-from tests.support import VERSION_OF_RQ, keyspace
+from tests.integration.rq.versions import VERSION_OF_RQ
+from tests.support import keyspace
 
 needs_rate_limit = pytest.mark.skipif(VERSION_OF_RQ < (3, 0), reason="rate_limit= came with RQ 3.0")
 

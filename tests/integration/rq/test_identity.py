@@ -35,9 +35,11 @@ from rq.serializers import JSONSerializer
 
 from jobguard.adapters.rq.broker import RQBroker
 from jobguard.job import Presence, Restored
+from tests.integration.fakes import FakeTracker, look, lost, restore
 from tests.integration.rq import tasks
-from tests.integration.rq.fakes import FakeTracker, look, lost, move_scheduled, restore
-from tests.support import VERSION_OF_RQ, keyspace
+from tests.integration.rq.scheduler import move_scheduled
+from tests.integration.rq.versions import VERSION_OF_RQ
+from tests.support import keyspace
 
 LATER = timedelta(hours=1)
 SAY = "tests.integration.rq.tasks.say"

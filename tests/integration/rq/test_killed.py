@@ -9,8 +9,8 @@ import redis
 from rq import Callback, Queue, Retry, SimpleWorker, Worker
 from rq.job import Job
 
+from tests.integration.fakes import FakeTracker
 from tests.integration.rq import tasks
-from tests.integration.rq.fakes import FakeTracker
 from tests.integration.rq.test_worker import ran, work
 from tests.support import eventually
 

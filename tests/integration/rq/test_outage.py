@@ -13,8 +13,8 @@ from rq import Queue, SimpleWorker
 from jobguard.adapters.rq.broker import RQBroker
 from jobguard.job import Restorable, Restored
 from jobguard.servers import RedisServer
+from tests.integration.fakes import FakeTracker
 from tests.integration.rq import tasks
-from tests.integration.rq.fakes import FakeTracker
 
 
 @pytest.fixture

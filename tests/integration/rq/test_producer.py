@@ -22,9 +22,10 @@ from jobguard.adapters.rq.envelope import Mode, decode
 from jobguard.adapters.rq.layout import SPENT
 from jobguard.errors import StoreUnavailable
 from jobguard.job import Outcome
+from tests.integration.fakes import FakeTracker
 from tests.integration.rq import tasks
-from tests.integration.rq.fakes import FakeTracker
-from tests.support import VERSION_OF_RQ, keyspace
+from tests.integration.rq.versions import VERSION_OF_RQ
+from tests.support import keyspace
 
 needs_unique = pytest.mark.skipif(VERSION_OF_RQ < (2, 8), reason="unique= came with RQ 2.8")
 needs_rate_limit = pytest.mark.skipif(VERSION_OF_RQ < (3, 0), reason="rate_limit= came with RQ 3.0")

@@ -21,9 +21,11 @@ from rq.job import Job
 from jobguard import adapter
 from jobguard.adapters.rq.layout import KEPT, SPENT
 from jobguard.job import Outcome
+from tests.integration.fakes import FakeTracker
 from tests.integration.rq import tasks
-from tests.integration.rq.fakes import FakeTracker, move_scheduled
-from tests.support import VERSION_OF_RQ, eventually, keyspace
+from tests.integration.rq.scheduler import move_scheduled
+from tests.integration.rq.versions import VERSION_OF_RQ
+from tests.support import eventually, keyspace
 
 WORKERS = [SimpleWorker, Worker]
 needs_returned_retry = pytest.mark.skipif(VERSION_OF_RQ < (2, 1), reason="RQ 2.1 brought it")

@@ -12,12 +12,8 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
-from rq import Queue
-from rq.scheduler import RQScheduler
-
 from jobguard import batch as batches
-from jobguard.adapter import Session, Source
-from jobguard.adapters.rq.broker import RQBroker
+from jobguard.adapter import Broker, Session, Source
 from jobguard.job import (
     Claim,
     Delivery,
@@ -323,20 +319,12 @@ def lost(delivery: Delivery, **changes: Any) -> Restorable:
     return Restorable(**(given | changes))
 
 
-def restore(broker: RQBroker, *deliveries: Restorable) -> list[Restored]:
+def restore(broker: Broker, *deliveries: Restorable) -> list[Restored]:
     """Put back, with time enough."""
     done = broker.restore(deliveries, deadline=time.time() + 60)
     return [done[delivery.token] for delivery in deliveries]
 
 
-def look(broker: RQBroker, delivery: Delivery) -> Sighting:
+def look(broker: Broker, delivery: Delivery) -> Sighting:
     """Look for one."""
     return broker.presence([owed(delivery)])[delivery.token]
-
-
-def move_scheduled(queue: Queue) -> None:
-    """Do what RQ's scheduler does once a second."""
-    scheduler: Any = RQScheduler([queue], connection=queue.connection)
-    scheduler.acquire_locks()
-    scheduler.enqueue_scheduled_jobs()
-    scheduler.release_locks()

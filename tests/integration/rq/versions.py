@@ -1,0 +1,8 @@
+"""Which RQ is tried."""
+
+from __future__ import annotations
+
+import re
+from importlib.metadata import version
+
+VERSION_OF_RQ = tuple(int(part) for part in re.findall(r"\d+", version("rq"))[:2])
