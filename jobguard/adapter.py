@@ -159,8 +159,8 @@ class Tracker(Protocol):
 
         None: Postgres, which alone knows, is away; who can wait asks again.
 
-        Of the others, and of all while nobody leads or ``recover_killed`` is off, the library's own
-        verdict stands. ``began=False``: no run of them ever began, which is never their failure.
+        Of the others, and of all if nobody has led for minutes or ``recover_killed`` is off, the library's
+        own verdict stands. ``began=False``: no run of them ever began, which is never their failure.
         """
 
     def tombstones(self, tokens: Sequence[UUID]) -> Mapping[UUID, Outcome]:

@@ -365,10 +365,10 @@ class HostTracker:
         wanted = self.settings.recover_killed or not began
         if not (tokens and wanted and self.settings.mode == "guard"):
             return frozenset()
-        source = self.source
+        source = self.source.id
         found: frozenset[UUID] | None = self._quietly(
             "recovers",
-            lambda store: store.recoverable(source.id, tokens, namespace=source.namespace),
+            lambda store: store.recoverable(source, tokens),
         )
         return found
 

@@ -153,13 +153,13 @@ from (select set_config('synchronous_commit', 'off', true)) calm
 update jobguard.workers set left_at = now() where id = %(worker)s and left_at is null
 
 -- name: recoverable
--- What a leader that is there will bring back: of a source that it watches, and a trusted queue.
+-- What a leader will bring back: of a source that is watched, or was until its leader died a moment
+-- ago and the next one takes over, and of a trusted queue.
 select j.token from jobguard.jobs j
 join jobguard.sources s on s.id = j.source
 join jobguard.queues q on q.source = j.source and q.queue = j.queue
 where j.source = %(source)s and j.token = any (%(tokens)b::uuid[])
-  and q.trusted_since <= j.recorded_at and s.watched_at > now() - interval '30 seconds'
-  and jobguard.led(%(namespace)s)
+  and q.trusted_since <= j.recorded_at and s.watched_at > now() - interval '5 minutes'
 
 -- name: heartbeat
 -- A running job's progress, in the name of its claim where one is given.

@@ -17,15 +17,16 @@ from uuid import UUID
 
 from billiard.einfo import ExceptionWithTraceback
 from billiard.exceptions import TimeLimitExceeded, WorkerLostError
+from celery import states
 from celery.worker.request import Request
 from celery.worker.state import task_ready
 
 from jobguard.adapters.celery import sessions
 from jobguard.adapters.celery.hooks import Hooks
-from jobguard.adapters.celery.parts import REDIS_FAILED, part_of
+from jobguard.adapters.celery.parts import REDIS_FAILED, part_made_of, part_of
 from jobguard.adapters.celery.sessions import Working, token_in
 from jobguard.adapters.celery.wall import our_own_affair
-from jobguard.job import Claim, Outcome
+from jobguard.job import Claim, Outcome, Part
 
 log = logging.getLogger("jobguard")
 Hook = Callable[..., Any]
@@ -231,14 +232,14 @@ def _tell(request: Any, error: str) -> None:
         working.session.give_back(Claim(token, 0))
         return
     stored = getattr(request, "_success_was_stored", None)
-    done = stored is not None and stored()
-    report(
-        working,
-        token,
-        Outcome.COMPLETED if done else Outcome.FAILED,
-        request=request._context,
-        error=None if done else error,
-    )
+    meta = stored() if stored is not None else None
+    if not meta:
+        report(working, token, Outcome.FAILED, request=request._context, error=error)
+        return
+    # The child has counted it in Redis, or was about to; Redis may forget that before the chord goes on.
+    context = request._context
+    part = part_made_of(request.task.backend, context, states.SUCCESS, meta["result"])
+    report(working, token, Outcome.COMPLETED, request=context, part=part)
 
 
 def report(
@@ -248,6 +249,7 @@ def report(
     *,
     request: Any = None,
     error: str | None = None,
+    part: Part | None = None,
     job_id: str = "",
 ) -> None:
     """Report an end of which the main process knows, without a claim at hand."""
@@ -260,5 +262,5 @@ def report(
             queue=info.get("routing_key") or "",
             task=getattr(request, "task", None) or "",
             error=error,
-            part=None if request is None else part_of(request),
+            part=part or (None if request is None else part_of(request)),
         )

@@ -167,10 +167,11 @@ class HostStore(Protocol):
     def leave(self, worker: UUID) -> None:
         """Take a worker's goodbye."""
 
-    def recoverable(
-        self, source: int, tokens: Sequence[UUID], *, namespace: str
-    ) -> frozenset[UUID]:
-        """Which of these a leader will bring back: owed, of a trusted queue of a source it watches."""
+    def recoverable(self, source: int, tokens: Sequence[UUID]) -> frozenset[UUID]:
+        """Which of these a leader will bring back: owed, of a trusted queue of a source it watches.
+
+        Or was watched five minutes ago: who kills a leader does not kill the jobs with it.
+        """
 
     def tombstones(self, source: int, tokens: Sequence[UUID]) -> Mapping[UUID, Outcome]:
         """Which of these have ended, and how."""

@@ -61,7 +61,7 @@ from jobguard.store import (
 _Key = tuple[int, UUID]
 """(source, token), as in every table."""
 
-_WATCHED = 30.0
+_WATCHED = 300.0
 """Seconds after a leader's last tick in a source's Redis in which it surely watches it."""
 _DAY = 86400.0
 _SMALLINT = range(-(2**15), 2**15)
@@ -678,13 +678,11 @@ class _Host:
             if row is not None and row.left_at is None:
                 row.left_at = now
 
-    def recoverable(
-        self, source: int, tokens: Sequence[UUID], *, namespace: str
-    ) -> frozenset[UUID]:
+    def recoverable(self, source: int, tokens: Sequence[UUID]) -> frozenset[UUID]:
         with self._tables.open() as now:
             tables = self._tables
             watched = tables.watched_at.get(source, float("-inf"))
-            if not tables.led(namespace, now) or now - watched > _WATCHED:
+            if now - watched > _WATCHED:
                 return frozenset()
             owed = {t: tables.jobs[source, t] for t in tokens if (source, t) in tables.jobs}
             queues = {t: tables.queues.get((source, job.delivery.queue)) for t, job in owed.items()}

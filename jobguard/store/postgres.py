@@ -246,13 +246,10 @@ class PostgresStore:
         """Take a worker's goodbye; see HostStore."""
         self._db.execute(self._sql["leave"], {"worker": worker})
 
-    def recoverable(
-        self, source: int, tokens: Sequence[UUID], *, namespace: str
-    ) -> frozenset[UUID]:
+    def recoverable(self, source: int, tokens: Sequence[UUID]) -> frozenset[UUID]:
         """Which of these a leader will bring back; see HostStore."""
         rows = self._db.execute(
-            self._sql["recoverable"],
-            {"source": source, "tokens": list(tokens), "namespace": namespace},
+            self._sql["recoverable"], {"source": source, "tokens": list(tokens)}
         )
         return frozenset(token for (token,) in rows)
 

@@ -79,6 +79,31 @@ class TestChild:
         assert rig.said()["an-error"] == 0
         assert rig.app.AsyncResult(job_id).state == "SUCCESS"
 
+    def test_what_it_had_added_to_its_chord_is_kept(
+        self, tmp_path: Path, database: str, own_redis: RedisServer
+    ) -> None:
+        """Its result was stored, and its main process says that it has completed; then Redis forgets."""
+        with a_rig(tmp_path, database, own_redis.url) as rig:
+            rig.reconciler()
+            (tmp_path / "after_return").touch()
+            rig.worker(
+                JOBGUARD_TESTING="1",
+                JOBGUARD_FAILPOINT="after_return",
+                JOBGUARD_FAILPOINT_LOGS=str(tmp_path),
+            )
+            rig.until(rig.trusted)
+            # The first is killed; the other begins when that is over.
+            header = [rig.signature("ok"), rig.signature("slow", "slow", 4.0).set(countdown=3)]
+            chord(header, app=rig.app)(rig.signature("collect", "all"))
+            rig.until(lambda: (tmp_path / "after_return").read_text())
+            (tmp_path / "after_return").unlink()
+            rig.until(lambda: rig.said()["slow-begins"])
+            rig.until(lambda: rig.owed() == 1)
+            own_redis.restart(keep_data=False)
+            rig.until(lambda: rig.said()["all"], 60)
+            rig.until(lambda: not rig.owed())
+            assert rig.said() == {"ok": 1, "slow-begins": 1, "slow": 1, "all": 1}
+
     def test_what_becomes_of_it_is_decided_when_postgres_is_back(
         self, tmp_path: Path, own_database: str, redis_url: str, own_postgres: PostgresServer
     ) -> None:
