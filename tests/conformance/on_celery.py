@@ -148,7 +148,7 @@ class OnCelery(Library):
             lists = [client.llen(key) for key in _lists(queue)]
             held: Any = client.hlen("unacked")
             ready = getattr(worker.consumer, "task_consumer", None) is not None
-            busy = any(lists) or held > len(state.scheduled_requests) or state.active_requests
+            busy = any(lists) or held > _scheduled() or state.active_requests
             idle = idle + 1 if ready and not busy else 0
         state.should_stop = 0
         client.close()
@@ -228,6 +228,14 @@ def configured(app: Celery) -> Celery:
     """Return an application that knows its settings, as it does after its first use."""
     assert app.conf.broker_url
     return app
+
+
+def _scheduled() -> int:
+    """Count what waits in the worker for its time to come; before Celery 5.6 it was reserved like all."""
+    scheduled = getattr(state, "scheduled_requests", None)
+    if scheduled is not None:
+        return len(scheduled)
+    return sum(bool(request.eta) for request in list(state.reserved_requests))
 
 
 def _lists(queue: str) -> list[str]:
