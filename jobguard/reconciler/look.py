@@ -172,8 +172,12 @@ class Looker:
         unchanged = owed.suspected is not None and (owed.suspected_mark == seen.mark or told(owed))
         holder = Holder.NOBODY
         if owed.claim_number is not None:
-            live = owed.claim_live or owed.token in now.listed
-            holder = Holder.LIVE if live else Holder.DEAD
+            if owed.claim_live or owed.token in now.listed:
+                holder = Holder.LIVE
+            elif owed.claim_worker is not None and not now.gone(owed.claim_worker.hex):
+                holder = Holder.LET_GO
+            else:
+                holder = Holder.DEAD
         return decide(
             Case(
                 presence=seen.presence,

@@ -33,6 +33,7 @@ class Holder(StrEnum):
 
     NOBODY = "nobody"
     LIVE = "live"
+    LET_GO = "let go"  # by a worker that lives, and lists it no longer
     DEAD = "dead"
 
 
@@ -110,7 +111,10 @@ def decide(case: Case) -> Decision:
         return Decision(Verdict.WAIT, "a worker that beats lists it", clear=True)
     if case.presence in (Presence.WAITING, Presence.SCHEDULED):
         return Decision(Verdict.WAIT, "it is where it belongs", clear=True)
-    if case.holder is Holder.DEAD:
+    if case.holder is Holder.LET_GO and not case.judgeable:
+        # A retry that waits for Postgres may stand in its place by now, or its end be on the way.
+        return Decision(Verdict.WAIT, "a worker has reports that are not written yet")
+    if case.holder in (Holder.LET_GO, Holder.DEAD):
         return _left_behind(case)
     if case.presence is Presence.RUNNING and case.cause is not Cause.WORKER:
         return Decision(Verdict.WAIT, "somebody runs it without a claim", clear=True)

@@ -146,9 +146,9 @@ class OnCelery(Library):
         idle = 0
         while not over.wait(0.02) and time.monotonic() < deadline and idle < 5:
             lists = [client.llen(key) for key in _lists(queue)]
-            held: Any = client.hlen("unacked")
+            taken: Any = client.hvals("unacked")
             ready = getattr(worker.consumer, "task_consumer", None) is not None
-            busy = any(lists) or held > _scheduled() or state.active_requests
+            busy = any(lists) or any(map(_is_due, taken)) or state.active_requests
             idle = idle + 1 if ready and not busy else 0
         state.should_stop = 0
         client.close()
@@ -230,12 +230,10 @@ def configured(app: Celery) -> Celery:
     return app
 
 
-def _scheduled() -> int:
-    """Count what waits in the worker for its time to come; before Celery 5.6 it was reserved like all."""
-    scheduled = getattr(state, "scheduled_requests", None)
-    if scheduled is not None:
-        return len(scheduled)
-    return sum(bool(request.eta) for request in list(state.reserved_requests))
+def _is_due(unacked: bytes) -> bool:
+    """Whether what a worker has taken is not to wait for its time."""
+    eta = json.loads(unacked)[0]["headers"].get("eta")
+    return not eta or datetime.fromisoformat(eta) <= datetime.now(UTC)
 
 
 def _lists(queue: str) -> list[str]:

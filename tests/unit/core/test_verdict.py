@@ -201,10 +201,18 @@ def test_an_end_has_an_outcome_and_nothing_else_has(case: Case) -> None:
 
 
 @given(OWED)
+def test_what_a_living_worker_let_go_waits_for_all_reports(case: Case) -> None:
+    """Its end, or the retry that took its place, may be among those that are not written yet."""
+    decision = decide(replace(case, holder=Holder.LET_GO, judgeable=False))
+
+    assert decision.verdict in (Verdict.WAIT, Verdict.CLOSE)
+
+
+@given(OWED)
 def test_only_a_dead_workers_unannounced_claim_is_buried(case: Case) -> None:
-    """A job is buried only for deaths: its holder is dead and the budget would be overdrawn."""
+    """A job is buried only for deaths: its holder, or who ran it, is dead and the budget overdrawn."""
     if decide(case).verdict is Verdict.BURY:
-        assert case.holder is Holder.DEAD
+        assert case.holder in (Holder.DEAD, Holder.LET_GO)
         assert case.crashes + (not case.announced) > case.crash_budget
 
 

@@ -296,6 +296,28 @@ def test_an_end_that_only_redis_knows(presence: Presence, outcome: Outcome) -> N
     assert world.broker.pushed == []
 
 
+def test_what_a_living_worker_let_go_waits_for_its_reports() -> None:
+    """A child has ended it, or has been retried, while Postgres was away: that is not written yet."""
+    world = calm()
+    (job,) = world.enqueue("job")
+    worker = world.workers[0]
+    claim = worker.start(job)
+    assert isinstance(claim, Claim)
+    world.run(4)
+    world.broker.bodies.clear()
+    worker.listed.clear()
+    worker.unflushed_since = world.clock.wall()
+
+    world.run(60)
+
+    assert world.broker.pushed == []
+    worker.end(job, claim)
+    worker.unflushed_since = None
+    world.run(10)
+    assert world.outcome(job) is Outcome.COMPLETED
+    assert world.broker.pushed == []
+
+
 def test_what_ends_between_two_questions_of_the_leader(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
