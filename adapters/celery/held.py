@@ -21,6 +21,7 @@ from jobguard.adapters.celery.layout import Layout
 from jobguard.adapters.celery.places import client_of
 from jobguard.adapters.celery.push import TIMEOUT
 from jobguard.clients import own_client
+from jobguard.scripts import chunks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -62,9 +63,8 @@ class Held:
         tags = [tag for books in snapshot(self._books) for tag in self._tags(books)]
         at = time.time()  # kombu's clock, too
         try:
-            for first in range(0, len(tags), _CHUNK):
-                taken = dict.fromkeys(tags[first : first + _CHUNK], at)
-                self._client.zadd(self._index, taken, xx=True)
+            for some in chunks(tags, _CHUNK):
+                self._client.zadd(self._index, dict.fromkeys(some, at), xx=True)
         except redis.RedisError as error:
             log.debug("a worker could not say what it holds: %s", error)
 

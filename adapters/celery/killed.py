@@ -10,7 +10,7 @@ here as well.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any
 from uuid import UUID
@@ -187,8 +187,7 @@ def _is_left_to_the_leader(working: Working, request: Any) -> bool:
     token = token_in(request)
     if token is None or not _recovers(working, token):
         return False
-    stored = getattr(request, "_success_was_stored", None)
-    if stored is not None and stored():
+    if _stored(request):
         return False  # the child had done all but to report it
     log.warning("task %s was killed, not failed: it goes back within its crash budget", request.id)
     task_ready(request)
@@ -202,6 +201,12 @@ def _recovers(working: Working, token: UUID, *, began: bool = True) -> bool:
     if found is None:
         raise _NobodyKnows
     return token in found
+
+
+def _stored(request: Any) -> Mapping[str, Any] | None:
+    """Return what its child had stored of its success, if it had; an older Celery does not say."""
+    stored = getattr(request, "_success_was_stored", None)
+    return (stored() or None) if stored is not None else None
 
 
 def _ask_again(request: Any, ask: Callable[[], object]) -> None:
@@ -231,9 +236,8 @@ def _tell(request: Any, error: str) -> None:
         # Older Celerys leave it where it is, for the visibility timeout to bring it back.
         working.session.give_back(Claim(token, 0))
         return
-    stored = getattr(request, "_success_was_stored", None)
-    meta = stored() if stored is not None else None
-    if not meta:
+    meta = _stored(request)
+    if meta is None:
         report(working, token, Outcome.FAILED, request=request._context, error=error)
         return
     # The child has counted it in Redis, or was about to; Redis may forget that before the chord goes on.

@@ -73,10 +73,11 @@ class CeleryLayout:
 
     def held(self, client: redis.Redis, queues: Iterable[str]) -> set[str]:
         """What is in lists, and what workers hold."""
-        messages = [one for members in self.lists(client, queues).values() for one in members]
         unacked: Any = client.hvals("unacked")
-        messages += [json.dumps(json.loads(one)[0]).encode() for one in unacked]
-        return {str(json.loads(one)["headers"]["id"]) for one in messages}
+        messages = [json.loads(one)[0] for one in unacked]
+        for members in self.lists(client, queues).values():
+            messages += map(json.loads, members)
+        return {str(message["headers"]["id"]) for message in messages}
 
     def delete(self, client: redis.Redis, key: str, member: bytes) -> str | None:
         """Delete the message."""

@@ -76,11 +76,7 @@ def show(console: Console, results: Sequence[Result], found: Sequence[str]) -> N
             *(result.library, str(result.seed), str(len(result.faults))),
             *(str(sum(result.failpoints.values())), f"{counted.enqueued:,}"),
             *(str(counted.refused), _bad(len(counted.lost)), _bad(len(counted.twice))),
-            *(
-                _bad(len(counted.early)),
-                str(len(counted.excused)),
-                f"{result.seconds:.0f}",
-            ),
+            *(_bad(len(counted.early)), str(len(counted.excused)), f"{result.seconds:.0f}"),
         )
     console.print(table)
     hits = total_hits(results)

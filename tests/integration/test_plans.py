@@ -101,14 +101,6 @@ class Plans:
 
 
 @pytest.fixture
-def once_empty(postgres_server: NamedPostgres, template_database: str) -> Iterator[str]:
-    """Give a ledger in which nothing is owed yet, and whose tables nobody has analyzed."""
-    name = f"jobguard_test_{uuid.uuid4().hex}"
-    yield postgres_server.create_database(name, template_database)
-    postgres_server.drop_database(name)
-
-
-@pytest.fixture
 def host(much: str) -> Iterator[PostgresStore]:
     """Give the store of a host process, patient with a busy machine."""
     store = PostgresStore(lambda: much, Settings(call_timeout=20, connect_timeout=20))
@@ -202,16 +194,16 @@ def test_what_hosts_send_reads_no_table_whole(
     assert not plans.whole_reads(), plans.whole_reads()[0]
 
 
-def test_a_queue_that_was_empty_at_first(once_empty: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_queue_that_was_empty_at_first(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a worker that waited for jobs had planned is planned anew when there are many."""
     works = (_record, _record_again, _retry, _claim, _end)
-    store = PostgresStore(lambda: once_empty, Settings(call_timeout=20, connect_timeout=20))
+    store = PostgresStore(lambda: database, Settings(call_timeout=20, connect_timeout=20))
     for n in range(OFTEN):
         for work in works:
             few = delivery(fresh=True)
             store.record(SOURCE, [few], namespace="default")
             work(store, [few.token] * 400, n)
-    with psycopg.connect(once_empty, autocommit=True) as connection:
+    with psycopg.connect(database, autocommit=True) as connection:
         connection.execute(FILL)
         rows = connection.execute("select token from jobguard.jobs order by token offset 25000")
         owed = [token for (token,) in rows.fetchmany(400)]
