@@ -29,6 +29,7 @@ from celery.utils.dispatch import Signal
 from celery.worker import WorkController, state
 from celery.worker.consumer import consumer
 from celery.worker.request import Request
+from kombu.asynchronous import set_event_loop
 from kombu.transport.redis import Channel, QoS
 
 from jobguard.adapters.celery import CeleryAdapter
@@ -136,6 +137,7 @@ class OnCelery(Library):
             over.set()
             watch.join(10)
             trace.reset_worker_optimizations(self.app)
+            set_event_loop(None)  # the next worker would wait on this one's timer
             state.should_stop = None
             state.reset_state()
             state.revoked.clear()
