@@ -89,11 +89,14 @@ class Tracker(Protocol):
     def withdraw(self, deliveries: Sequence[Delivery]) -> None:
         """Take back first deliveries that were surely not pushed and never will be."""
 
-    def hold(self, deliveries: Sequence[Delivery], push: Callable[[Recorded], None]) -> bool:
-        """Within a batch: record these with all the others at its end, and push then; False: no batch.
+    def hold(
+        self, deliveries: Sequence[Delivery], push: Callable[[Recorded], None]
+    ) -> Callable[[], None] | None:
+        """Within a batch: record these with all the others at its end, and push then; None: no batch.
 
         ``push`` is called in order with what became of these. It must do then what a push of its own
-        does, and not push what was refused; its errors reach whoever ends the batch.
+        does, and not push what was refused; its errors reach whoever ends the batch. Call what is
+        returned: it does nothing, or ends the batch, which has become long.
         """
 
     def batch(

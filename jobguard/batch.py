@@ -43,6 +43,7 @@ class Recorder(Protocol):
 class _Batch:
     """What is held back, in order."""
 
+    recorder: Recorder
     patience: float | None
     held: list[tuple[Sequence[Delivery], Push]] = field(default_factory=list)
     count: int = 0
@@ -54,17 +55,24 @@ _open: ContextVar[Mapping[int, _Batch]] = ContextVar("jobguard_batches", default
 """By source. Never changed in place: a context that is copied has batches of its own."""
 
 
-def hold(source: int, recorder: Recorder, deliveries: Sequence[Delivery], push: Push) -> bool:
-    """Keep these for the end of the batch of this thread; False: there is none."""
+def hold(source: int, deliveries: Sequence[Delivery], push: Push) -> Callable[[], None] | None:
+    """Keep these for the end of the batch of this thread; None: there is none.
+
+    Returns what is left to do now: nothing, or to send all that was kept. It raises what a push raises.
+    """
     batch = _open.get().get(source)
     if batch is None:
-        return False
+        return None
     batch.held.append((deliveries, push))
     batch.count += len(deliveries)
     quiet, batch.last = time.monotonic() - batch.last, time.monotonic()
     if batch.count >= _MOST or (batch.patience is not None and quiet > batch.patience):
-        _send(batch, recorder)
-    return True
+        return lambda: _send(batch)
+    return _wait
+
+
+def _wait() -> None:
+    """The batch is not over yet."""
 
 
 @contextmanager
@@ -81,7 +89,7 @@ def batch(
     if source in _open.get():
         yield
         return
-    mine = _Batch(patience)
+    mine = _Batch(recorder, patience)
     if first_at_once:
         mine.last = float("-inf")
     before = _open.set({**_open.get(), source: mine})
@@ -89,18 +97,18 @@ def batch(
         yield
     finally:
         _open.reset(before)
-        _send(mine, recorder)
+        _send(mine)
 
 
-def _send(batch: _Batch, recorder: Recorder) -> None:
+def _send(batch: _Batch) -> None:
     held, batch.held, batch.count = batch.held, [], 0
+    recorder = batch.recorder
     if not held:
         return
     begun = time.monotonic()
     recorded = recorder.record([delivery for deliveries, _ in held for delivery in deliveries])
-    unwritten = recorded.spooled or recorded.lost  # then no leader can have pushed any of it
     for at, (_, push) in enumerate(held):
-        if time.monotonic() - begun > recorder.push_deadline and not unwritten:
+        if recorded.written and time.monotonic() - begun > recorder.push_deadline:
             tokens = {d.token for later, _ in held[at:] for d in later} - recorded.refused
             recorder.leave_to_outbox(sorted(tokens))
             return

@@ -94,7 +94,7 @@ class _Tracker(_Wall):
         "guards": _no,
         "record": lambda deliveries, **_: Recorded(lost=True),
         "withdraw": _nothing,
-        "hold": _no,
+        "hold": _nothing,
         "batch": lambda **_: nullcontext(),
         "open_join": _nothing,
         "close_join": _nothing,

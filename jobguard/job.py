@@ -172,6 +172,11 @@ class Recorded:
     lost: bool = False
     """Neither Postgres nor the spool took it. Counted and logged already."""
 
+    @property
+    def written(self) -> bool:
+        """Postgres has it; only then can a leader have pushed it."""
+        return not (self.spooled or self.lost)
+
 
 class Refusal(StrEnum):
     """Why a start was not granted its claim."""

@@ -33,6 +33,7 @@ from jobguard.errors import (
     WrongInstallation,
     is_host_interrupt,
 )
+from jobguard.guest import well_behaved
 from jobguard.job import Claim, Delivery, End, Ended, Outcome, Recorded, Refused, Unknown
 from jobguard.log import say
 from jobguard.session import WorkerSession, bare_end
@@ -214,15 +215,18 @@ class HostTracker:
             relaxed=self.settings.durability == "relaxed",
         )
 
-    def hold(self, deliveries: Sequence[Delivery], push: Callable[[Recorded], None]) -> bool:
+    def hold(
+        self, deliveries: Sequence[Delivery], push: Callable[[Recorded], None]
+    ) -> Callable[[], None] | None:
         """Within a batch, keep these until its end; see Tracker."""
-        return batches.hold(self.source.id, self, deliveries, push)
+        return batches.hold(self.source.id, deliveries, push)
 
     def batch(
         self, *, patience: float | None = None, first_at_once: bool = False
     ) -> AbstractContextManager[None]:
         """Record all that is sent inside in one statement; see Tracker."""
-        return batches.batch(self.source.id, self, patience, first_at_once=first_at_once)
+        recorder = well_behaved(self)  # what is pushed at its end is an adapter's
+        return batches.batch(self.source.id, recorder, patience, first_at_once=first_at_once)
 
     def open_join(self, join: str, size: int, state: bytes = b"") -> None:
         """Remember that a continuation waits for so many jobs; see Tracker."""

@@ -16,7 +16,7 @@ from celery.utils.imports import instantiate
 
 from jobguard.adapters.celery import lookup
 from jobguard.adapters.celery.header import PART, TOKEN, WORKER
-from jobguard.adapters.celery.push import BROKER_DOWN, Push
+from jobguard.adapters.celery.push import BROKER_DOWN, TaskPush
 from jobguard.adapters.celery.routing import target_of
 from jobguard.adapters.celery.run import Run, closes, current_run
 from jobguard.adapters.celery.wire import Target, Wire
@@ -117,7 +117,7 @@ class Producer:
         self._app = app
         self._body = body
         self._exchange_type = exchange_type
-        self._push: Push | None = None
+        self._push: TaskPush | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._producer, name)
@@ -133,8 +133,8 @@ class Producer:
         if self._push is None:
             return self._producer.publish(body, **options)
         if self._push.begun:  # the library tries the very same message again
-            return self._push.send(self._producer)
-        return self._push.make(self._producer)
+            return self._push.send()
+        return self._push.make()
 
     def _serialised(self, body: Any, options: dict[str, Any]) -> Wire:
         """Do what the real producer would do to the body; what it raises is what that would raise."""
@@ -166,7 +166,7 @@ class Producer:
             priority=options.get("priority", 0),
         )
 
-    def _prepared(self, wire: Wire, options: dict[str, Any]) -> Push | None:
+    def _prepared(self, wire: Wire, options: dict[str, Any]) -> TaskPush | None:
         """Return what is to be done; None: this message is none of ours."""
         try:
             target = target_of(
@@ -187,7 +187,7 @@ class Producer:
             wire.headers.pop(TOKEN, None)
             return None
 
-    def _recorded_first(self, wire: Wire, target: Target, options: dict[str, Any]) -> Push:
+    def _recorded_first(self, wire: Wire, target: Target, options: dict[str, Any]) -> TaskPush:
         run = current_run()
         if run is not None and run.tracker.source.id != self._tracker.source.id:
             run = None  # a task of another broker
@@ -208,11 +208,12 @@ class Producer:
         # Of text that is not to be base64 kombu would make bytes, and keep those: it gets the original.
         as_it_came = isinstance(wire.data, str) and not wire.in_base64
         data, sent = (self._body, options) if as_it_came else (wire.data, encoded)
-        return Push(
+        return TaskPush(
             tracker=self._tracker,
             app=self._app,
             delivery=delivery,
-            send=lambda producer: producer.publish(data, **sent),
+            publish=lambda producer: producer.publish(data, **sent),
+            producer=self._producer,
             run=moving,
             retry=bool(options.get("retry")),
             policy=options.get("retry_policy"),

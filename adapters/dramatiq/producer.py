@@ -20,7 +20,7 @@ from dramatiq import Message
 
 from jobguard.adapters.dramatiq.deliveries import deliver
 from jobguard.adapters.dramatiq.layout import Layout, canonical, token_of
-from jobguard.adapters.dramatiq.push import Push, reach
+from jobguard.adapters.dramatiq.push import MessagePush
 from jobguard.adapters.dramatiq.run import Run, current_run, derive
 from jobguard.errors import is_host_interrupt
 from jobguard.job import Delivery, Parent, derived_token, new_token, token_at
@@ -156,18 +156,18 @@ class Producer:
         else:
             draft.token = new_token()
 
-    def _prepare(self, queue_name: str, rid: str, data: bytes) -> Push | None:
+    def _prepare(self, queue_name: str, rid: str, data: bytes) -> MessagePush | None:
         token = token_of(rid)
         if token is None or not self._tracker.guards(canonical(queue_name)):
             return None
         draft = _draft.get()
         if draft is None or draft.message is None or draft.token != token:
             draft = _Draft(None, None, Message.decode(data))  # somebody pushes by hand
-        return Push(
+        return MessagePush(
             self._tracker,
             self._delivery(draft, token, queue_name, data),
-            connect=lambda: reach(self._broker.client),
-            send=lambda: self._send(queue_name, rid, data),
+            self._broker.client,
+            enqueue=lambda: self._send(queue_name, rid, data),
             run=draft.run,
             supersedes=draft.supersedes,
         )

@@ -43,8 +43,8 @@ class Staged:
     start: int
     end: int
     """The slice of the pipeline's commands that is its push."""
-    unwritten: bool = False
-    """Postgres does not have it: no leader can have pushed it, however long that took to find out."""
+    written: bool = True
+    """Postgres has it; if not, no leader can have pushed it, however long that took to find out."""
 
 
 class Batch:
@@ -152,7 +152,7 @@ class Batch:
                     return None
         going = [entry for entry in staged if entry.delivery.token not in refused]
         late = time.monotonic() - begun
-        if any(late > entry.tracker.push_deadline for entry in going if not entry.unwritten):
+        if any(late > entry.tracker.push_deadline for entry in going if entry.written):
             leave_to_outbox(going)
             going = []
         pushed = {entry.delivery.token for entry in going}
@@ -175,7 +175,7 @@ def record(staged: Sequence[Staged]) -> set[UUID]:
 def settle(entries: Sequence[Staged], recorded: Recorded) -> None:
     """Tell the runs whose place is taken: their record was superseded in that very transaction."""
     for entry in entries:
-        entry.unwritten = recorded.spooled or recorded.lost
+        entry.written = recorded.written
         if entry.push.run is not None and entry.delivery.token not in recorded.refused:
             entry.push.run.superseded_by(entry.delivery.token)
 

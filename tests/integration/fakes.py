@@ -213,9 +213,11 @@ class FakeTracker:
         self.note("outbox", *(token.hex for token in tokens))
         self.outbox += tokens
 
-    def hold(self, deliveries: Sequence[Delivery], push: Callable[[Recorded], None]) -> bool:
+    def hold(
+        self, deliveries: Sequence[Delivery], push: Callable[[Recorded], None]
+    ) -> Callable[[], None] | None:
         """Keep these, inside a batch."""
-        return batches.hold(self.source.id, self, deliveries, push)
+        return batches.hold(self.source.id, deliveries, push)
 
     def batch(
         self, *, patience: float | None = None, first_at_once: bool = False

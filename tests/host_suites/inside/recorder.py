@@ -35,9 +35,8 @@ class Recorder:
         calls["record"] += len(deliveries)
         return Recorded()
 
-    def hold(self, deliveries: Sequence[Delivery], push: Callable[[Recorded], None]) -> bool:
+    def hold(self, deliveries: Sequence[Delivery], push: Callable[[Recorded], None]) -> None:
         """Hold nothing: nobody records a batch at its end."""
-        return False
 
     def batch(self, **_: object) -> AbstractContextManager[None]:
         """Batch nothing."""

@@ -519,6 +519,24 @@ class TestRedisAway:
             app.tasks["add"].apply_async((1,), retry=False)
         assert tracker.withdrawn == tracker.recorded
 
+    def test_refused_by_redis_in_a_batch_that_becomes_long(
+        self, app: celery.Celery, tracker: FakeTracker, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Whoever made it so long hears it: nobody else is there, and none of it was taken."""
+        from kombu.transport.redis import Channel
+
+        def full(*_: Any, **__: Any) -> None:
+            raise redis.exceptions.OutOfMemoryError("OOM command not allowed")
+
+        monkeypatch.setattr(Channel, "_put", full)
+        monkeypatch.setattr("jobguard.batch._MOST", 2)
+        add = app.tasks["add"]
+        with tracker.batch():
+            add.apply_async((1,), retry=False)
+            with pytest.raises(Exception, match="OOM"):
+                add.apply_async((2,), retry=False)
+        assert len(tracker.recorded) == 2 and tracker.withdrawn == tracker.recorded
+
     def test_deadline(self, app: celery.Celery, tracker: FakeTracker, client: redis.Redis) -> None:
         """After a record that took too long the leader pushes, not the producer."""
         tracker.push_deadline = -1.0

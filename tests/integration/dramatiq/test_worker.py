@@ -481,7 +481,7 @@ class TestOutage:
                 raise redis.ConnectionError("away")
 
             with monkeypatch.context() as patch:
-                patch.setattr("jobguard.adapters.dramatiq.producer.reach", away)
+                patch.setattr("jobguard.adapters.dramatiq.push.MessagePush.reach", away)
                 worker.resume()
                 eventually(lost.is_set)
             eventually(lambda: len(stage.said()) >= 2, 20)
@@ -502,7 +502,7 @@ class TestOutage:
             raise redis.ConnectionError("away")
 
         with monkeypatch.context() as patch, stage.worker():
-            patch.setattr("jobguard.adapters.dramatiq.producer.reach", away)
+            patch.setattr("jobguard.adapters.dramatiq.push.MessagePush.reach", away)
             eventually(lambda: outcomes(records, sent) == ["superseded"])
         (owed,) = records.owed()
         with psycopg.connect(database) as connection:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from uuid import UUID
 
 import pytest
@@ -45,17 +45,25 @@ def delivery(job_id: str, *, parent: Parent | None = None) -> Delivery:
     return Delivery(new_token(), job_id, "mail", "task", b"", parent=parent)
 
 
-def send(recorder: Recorder, job_id: str, pushed: list[str]) -> bool:
-    """Send a job as an adapter does."""
-    return hold(SOURCE, recorder, [delivery(job_id)], lambda _: pushed.append(job_id))
+def send(job_id: str, pushed: list[str]) -> bool:
+    """Send a job as an adapter does; False: there is no batch."""
+    return hand_over([delivery(job_id)], lambda _: pushed.append(job_id))
+
+
+def hand_over(deliveries: Sequence[Delivery], push: Callable[[Recorded], None]) -> bool:
+    """Do what is left to do now."""
+    now = hold(SOURCE, deliveries, push)
+    if now is not None:
+        now()
+    return now is not None
 
 
 def test_nothing_is_held_outside() -> None:
     """The adapter records and pushes by itself."""
     recorder, pushed = Recorder(), list[str]()
-    assert not send(recorder, "a", pushed)
+    assert not send("a", pushed)
     with batch(SOURCE + 1, recorder):
-        assert not send(recorder, "a", pushed)
+        assert not send("a", pushed)
     assert (recorder.batches, pushed) == ([], [])
 
 
@@ -63,14 +71,14 @@ def test_all_are_recorded_at_once_and_then_pushed_in_order() -> None:
     """Nothing of it before the end of the outermost block."""
     recorder, pushed = Recorder(), list[str]()
     with batch(SOURCE, recorder):
-        assert send(recorder, "a", pushed)
+        assert send("a", pushed)
         with batch(SOURCE, recorder):
-            assert send(recorder, "b", pushed)
+            assert send("b", pushed)
         assert (recorder.batches, pushed) == ([], [])
-        assert send(recorder, "c", pushed)
+        assert send("c", pushed)
     assert recorder.batches == [["a", "b", "c"]]
     assert pushed == ["a", "b", "c"]
-    assert not send(recorder, "d", pushed)
+    assert not send("d", pushed)
 
 
 def test_a_thousand_are_not_kept_waiting() -> None:
@@ -78,7 +86,7 @@ def test_a_thousand_are_not_kept_waiting() -> None:
     recorder, pushed = Recorder(), list[str]()
     with batch(SOURCE, recorder):
         for n in range(1001):
-            send(recorder, str(n), pushed)
+            send(str(n), pushed)
         assert len(pushed) == 1000
     assert [len(one) for one in recorder.batches] == [1000, 1]
 
@@ -87,7 +95,7 @@ def test_what_was_sent_before_an_error_is_sent() -> None:
     """As it would have been without a batch."""
     recorder, pushed = Recorder(), list[str]()
     with pytest.raises(KeyError), batch(SOURCE, recorder):
-        send(recorder, "a", pushed)
+        send("a", pushed)
         raise KeyError
     assert pushed == ["a"]
 
@@ -109,13 +117,29 @@ def test_a_push_that_fails_takes_back_what_comes_after_it() -> None:
 
     retry = delivery("d", parent=Parent(new_token()))
     with pytest.raises(ConnectionError), batch(SOURCE, recorder):
-        send(recorder, "a", pushed)
-        hold(SOURCE, recorder, [delivery("b")], refuse)
-        send(recorder, "c", pushed)
-        hold(SOURCE, recorder, [retry], lambda _: pushed.append("d"))
+        send("a", pushed)
+        hand_over([delivery("b")], refuse)
+        send("c", pushed)
+        hand_over([retry], lambda _: pushed.append("d"))
     assert pushed == ["a"]
     assert recorder.withdrawn == ["c"]
     assert recorder.outbox == [retry.token]
+
+
+def test_what_fails_before_the_end_is_heard_at_once() -> None:
+    """By whoever made the batch too long; what was taken back is no longer held."""
+    recorder, pushed = Recorder(), list[str]()
+
+    def refuse(_: Recorded) -> None:
+        raise ConnectionError
+
+    with batch(SOURCE, recorder):
+        hand_over([delivery(str(n)) for n in range(999)], refuse)
+        with pytest.raises(ConnectionError):
+            send("last", pushed)
+        send("after", pushed)
+    assert pushed == ["after"]
+    assert recorder.withdrawn == ["last"]
 
 
 def test_what_is_late_is_left_to_the_leader() -> None:
@@ -123,12 +147,12 @@ def test_what_is_late_is_left_to_the_leader() -> None:
     recorder, pushed = Recorder(), list[str]()
     recorder.push_deadline = -1.0
     with batch(SOURCE, recorder):
-        send(recorder, "a", pushed)
-        send(recorder, "b", pushed)
+        send("a", pushed)
+        send("b", pushed)
     assert pushed == [] and len(recorder.outbox) == 2
     recorder.answer = Recorded(spooled=True)
     with batch(SOURCE, recorder):
-        send(recorder, "c", pushed)
+        send("c", pushed)
     assert pushed == ["c"]
 
 
@@ -137,7 +161,7 @@ def test_a_batch_is_that_of_its_thread() -> None:
     recorder, pushed = Recorder(), list[str]()
     answers: list[bool] = []
     with batch(SOURCE, recorder):
-        threading.Thread(target=lambda: answers.append(send(recorder, "a", pushed))).start()
+        threading.Thread(target=lambda: answers.append(send("a", pushed))).start()
         eventually(lambda: answers == [False])
 
 
@@ -147,9 +171,9 @@ def test_what_comes_slowly_goes_out_as_it_comes() -> None:
         recorder, pushed = Recorder(), list[str]()
         with batch(SOURCE, recorder, patience=patience):
             time.sleep(0.001)
-            send(recorder, "a", pushed)
+            send("a", pushed)
             time.sleep(0.001)
-            send(recorder, "b", pushed)
+            send("b", pushed)
             assert pushed == at_once
         assert pushed == ["a", "b"]
 
@@ -159,6 +183,6 @@ def test_the_first_may_go_out_at_once() -> None:
     recorder, pushed = Recorder(), list[str]()
     with batch(SOURCE, recorder, patience=60.0, first_at_once=True):
         for job_id in "abc":
-            send(recorder, job_id, pushed)
+            send(job_id, pushed)
         assert pushed == ["a"]
     assert recorder.batches == [["a"], ["b", "c"]]

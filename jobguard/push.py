@@ -1,0 +1,192 @@
+"""A push that is ours to execute: record it, then have the library send it.
+
+If Redis is away the record alone is kept, for the leader to push. What may have reached Redis is never
+taken back. What differs from library to library is what a push is made of, and how it is sent.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from jobguard import failpoint
+from jobguard.job import Delivery, Recorded
+
+if TYPE_CHECKING:
+    from jobguard.adapter import Tracker
+
+
+@dataclass
+class Push(ABC):
+    """One call to the library to send something, with what it needs once that is recorded."""
+
+    tracker: Tracker
+    broker_down: ClassVar[tuple[type[BaseException], ...]]
+    """What says that Redis is away."""
+
+    @property
+    @abstractmethod
+    def deliveries(self) -> Sequence[Delivery]:
+        """What is recorded; after ``settle``, what is left to be pushed."""
+
+    @abstractmethod
+    def reach(self) -> None:
+        """Make sure that Redis can be reached; nothing may be sent. Raises as the library does."""
+
+    @abstractmethod
+    def send(self) -> Any:
+        """Push what is left, as the library does."""
+
+    def settle(self, recorded: Recorded) -> bool:
+        """It is recorded: take out what was refused. False: nothing is left to be pushed."""
+        return any(delivery.token not in recorded.refused for delivery in self.deliveries)
+
+    def wait(self, down: BaseException | None) -> None:
+        """Nobody else would push it: reach Redis with the library's own patience. Raises as it does."""
+        if down is not None:
+            raise down
+        self.reach()
+
+    def accepts(self, recorded: Recorded) -> bool:
+        """Whether its record is enough, so that nobody need hear that it was not pushed."""
+        return self.tracker.accepts_without_broker(recorded)
+
+    def undo(self) -> None:  # noqa: B027 - hardly any needs it
+        """Surely nothing of it is in Redis, and its sender hears an error: let nothing remember it."""
+
+    def release(self) -> None:  # noqa: B027 - hardly any needs it
+        """This is over: give back what was held for it."""
+
+    def borrowed(self) -> AbstractContextManager[object]:
+        """What it is sent by at the end of a batch, if what it came by may be in other hands then."""
+        return nullcontext()
+
+    def make(self) -> Any:
+        """Record and send it. Raises as the library does, or StoreUnavailable if the user asked for that.
+
+        Returns what the library returned; None if the leader pushes, or the end of a batch.
+        """
+        held = self.tracker.hold(self.deliveries, self.finish)
+        if held is not None:
+            held()
+            return None
+        try:
+            # Reached before the record: if this fails, surely nothing was sent.
+            away, down = self._look()
+            begun = time.monotonic()
+            try:
+                recorded = self.tracker.record(self.deliveries, outbox=away)
+            except BaseException:
+                self.undo()
+                raise
+            if not self.settle(recorded):
+                return None
+            if away:
+                return self._without_broker(recorded, down, in_outbox=True)
+            if recorded.written and time.monotonic() - begun > self.tracker.push_deadline:
+                self._leave()
+                return None
+            return self._send(recorded)
+        finally:
+            self.release()
+
+    def finish(self, recorded: Recorded) -> None:
+        """The same at the end of a batch, when all of it is recorded."""
+        try:
+            if not self.settle(recorded):
+                return
+            if self.tracker.broker_in_doubt() and self.tracker.accepts_without_broker(recorded):
+                self._leave()
+                return
+            with ExitStack() as stack:
+                with self._unsent():
+                    stack.enter_context(self.borrowed())
+                    away, down = self._look()
+                if away:
+                    self._without_broker(recorded, down, in_outbox=False)
+                else:
+                    self._send(recorded)
+        finally:
+            self.release()
+
+    def _look(self) -> tuple[bool, BaseException | None]:
+        """Whether Redis is away, and what it said if it was asked."""
+        if self.tracker.broker_in_doubt():
+            return True, None
+        down = self._unless_up(self.reach)
+        return down is not None, down
+
+    def _without_broker(
+        self, recorded: Recorded, down: BaseException | None, *, in_outbox: bool
+    ) -> Any:
+        if not self.tracker.accepts_without_broker(recorded):
+            with self._unsent():
+                down = self._unless_up(lambda: self.wait(down))
+            if down is None:
+                return self._send(recorded)
+            if not self.accepts(recorded):
+                self.take_back()
+                raise down
+        if not in_outbox:
+            self._leave()
+        return None
+
+    @contextmanager
+    def _unsent(self) -> Iterator[None]:
+        """What is raised inside, whatever it is, comes before anything was sent."""
+        try:
+            yield
+        except BaseException:
+            self.take_back()
+            raise
+
+    def _send(self, recorded: Recorded) -> Any:
+        moves = any(delivery.parent is not None for delivery in self.deliveries)
+        failpoint.hit("after_move_record" if moves else "after_record", when=recorded.written)
+        try:
+            sent = self.send()
+        except BaseException as error:
+            if self.is_down(error):
+                self.tracker.broker_failed()
+            in_the_dark = self.failed(error)
+            if in_the_dark and self.is_down(error) and self.accepts(recorded):
+                return None
+            raise
+        failpoint.hit("after_push", when=recorded.written)
+        return sent
+
+    def failed(self, error: BaseException) -> bool:
+        """See to what is recorded, and whose push failed; False: surely nothing of it is in Redis."""
+        self._leave()
+        ids = ", ".join(delivery.job_id for delivery in self.deliveries)
+        error.add_note(f"jobguard: it may have reached Redis, and stays recorded: job {ids}")
+        return True
+
+    def take_back(self) -> None:
+        """Surely nothing of it is in Redis. What takes another's place cannot be taken back."""
+        first = [delivery for delivery in self.deliveries if delivery.parent is None]
+        moved = [delivery.token for delivery in self.deliveries if delivery.parent is not None]
+        if first:
+            self.tracker.withdraw(first)
+        if moved:
+            self.tracker.leave_to_outbox(moved)
+        self.undo()
+
+    def is_down(self, error: BaseException) -> bool:
+        """Whether this says that Redis is away."""
+        return isinstance(error, self.broker_down)
+
+    def _leave(self) -> None:
+        self.tracker.leave_to_outbox([delivery.token for delivery in self.deliveries])
+
+    def _unless_up(self, ask: Callable[[], object]) -> BaseException | None:
+        try:
+            ask()
+        except self.broker_down as error:
+            self.tracker.broker_failed()
+            return error
+        return None
