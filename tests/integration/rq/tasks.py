@@ -81,10 +81,10 @@ class Backwards:
 
 def kill_parent(path: str) -> None:
     """Kill the worker, and go on."""
-    os.kill(os.getppid(), signal.SIGKILL)
-    deadline = time.monotonic() + 10
     parent = os.getppid()
-    while time.monotonic() < deadline and os.getppid() == parent and parent != 1:
+    os.kill(parent, signal.SIGKILL)
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and os.getppid() == parent:
         time.sleep(0.01)
     say(path)
 
