@@ -31,7 +31,7 @@ demo: $(VENV)/.ready-for-demo
 	$(BIN)/jobguard demo $(DEMO_ARGS)
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -n 4 --dist worksteal $(TEST_ARGS)
+	$(BIN)/python -m pytest -n 6 --dist worksteal $(TEST_ARGS)
 
 # Of each library the oldest first; the servers are tried with the last.
 matrix: $(VENV)/.ready $(VERSIONS:%=$(VENV)-%/.ready)
