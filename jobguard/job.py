@@ -317,6 +317,10 @@ class Fate:
     """How it ended last, retries and repeats aside; None: no end is remembered."""
 
 
+LET_GO = UUID(int=0).hex
+"""In the place of a worker that has taken a delivery: it lives, but will neither run it nor put it back."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sighting:
     """What a look at Redis showed of one delivery."""
@@ -332,7 +336,7 @@ class Sighting:
     """With SCHEDULED: it waits for other jobs, and the library itself knows of none that is to come."""
     held_by: str = ""
     """A worker has taken it, and would put it back or run it: the name of its session, or its id in hex.
-    If that worker is dead or has left, the delivery is as good as absent."""
+    If that worker is dead or has left, or if it is LET_GO, the delivery is as good as absent."""
 
 
 @dataclass(frozen=True, slots=True)

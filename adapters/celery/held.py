@@ -1,10 +1,13 @@
-"""What a guarded worker holds is left to it by the others, for as long as it lives.
+"""What a guarded worker holds is left to it by the others, for as long as it lives and holds it.
 
 kombu hands a message on when it was not acknowledged for ``visibility_timeout``, though its worker
 waits for its time to come (an ETA), or runs it still. The fence refuses that second run, but not while
 Postgres is away. So a guarded worker says at its beats that what it holds was taken just now: that is
-what the time in ``unacked_index`` means. What it holds no longer, for it lost its connection, it says
-nothing of.
+what the time in ``unacked_index`` means.
+
+What it had taken by a connection that broke, Celery forgets; kombu would put it back, but Redis is
+away just then, and it stays in ``unacked`` for the rest of the visibility timeout, in the name of a
+worker that lives. So the worker says that it has let go of it, and a leader puts it back.
 """
 
 from __future__ import annotations
@@ -13,7 +16,6 @@ import logging
 import math
 import time
 from typing import TYPE_CHECKING, Any
-from weakref import WeakSet
 
 import redis
 
@@ -21,10 +23,12 @@ from jobguard.adapters.celery.layout import Layout
 from jobguard.adapters.celery.places import client_of
 from jobguard.adapters.celery.push import TIMEOUT
 from jobguard.clients import own_client
-from jobguard.scripts import chunks
+from jobguard.job import LET_GO
+from jobguard.scripts import Script, chunks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+    from uuid import UUID
 
     from kombu.transport.redis import QoS
 
@@ -40,39 +44,67 @@ _CHUNK = 1000  # tags at a time block nobody else
 class Held:
     """The messages that one worker has taken and not acknowledged."""
 
-    def __init__(self, app: Any, source: Source, is_ours: Callable[[Any], bool]) -> None:
+    def __init__(
+        self,
+        app: Any,
+        source: Source,
+        *,
+        session: Callable[[], UUID],
+        is_ours: Callable[[Any], bool],
+    ) -> None:
         """``is_ours``: whether the worker still consumes by a connection of kombu's."""
         self._client: Any = own_client(client_of(app.connection_for_read()), timeout=TIMEOUT)
-        self._index = Layout.parse(source.prefix).unacked_index
+        self._let_go = Script(self._client, __package__, "let_go.lua")
+        self._layout = Layout.parse(source.prefix)
+        self._session = session
         self._is_ours = is_ours
-        self._books: WeakSet[QoS] = WeakSet()
+        self._books: dict[QoS, float] = {}
+        """By when the first message was taken by each."""
         self._timeout = math.inf
         self._renewed = time.monotonic()
 
     def add(self, books: QoS) -> None:
         """Remember where kombu notes what it has taken; in its own thread, where it may be asked."""
-        self._timeout = float(books.visibility_timeout)
-        self._books.add(books)
+        if books not in self._books:
+            self._timeout = float(books.visibility_timeout)
+            self._books[books] = time.time()  # kombu's clock, too
 
-    def renew(self) -> None:
-        """Say that all of it was taken just now, if that is due. From any thread; raises nothing."""
-        now = time.monotonic()
-        if now - self._renewed < self._timeout / _SHARE:
-            return
-        self._renewed = now
-        tags = [tag for books in snapshot(self._books) for tag in self._tags(books)]
-        at = time.time()  # kombu's clock, too
+    def tend(self) -> None:
+        """Say what is held, if that is due, and what no longer is. From any thread; raises nothing."""
         try:
-            for some in chunks(tags, _CHUNK):
-                self._client.zadd(self._index, dict.fromkeys(some, at), xx=True)
+            for books, since in snapshot(self._books.items()):
+                if not self._is_open(books):
+                    self._give_up(books, since)
+            now = time.monotonic()
+            if now - self._renewed >= self._timeout / _SHARE:
+                self._renewed = now
+                self._renew()
         except redis.RedisError as error:
             log.debug("a worker could not say what it holds: %s", error)
 
-    def _tags(self, books: Any) -> Iterable[str]:
+    def _renew(self) -> None:
+        """Say that all of it was taken just now."""
+        books = filter(self._is_open, snapshot(self._books))
+        tags = [tag for each in books for tag in snapshot(each._delivered)]
+        at = time.time()
+        for some in chunks(tags, _CHUNK):
+            self._client.zadd(self._layout.unacked_index, dict.fromkeys(some, at), xx=True)
+
+    def _give_up(self, books: QoS, since: float) -> None:
+        """Say that nobody holds what was taken by a connection that is gone; at every beat until told."""
+        later = [at for at in snapshot(self._books.values()) if at > since]
+        keys = (self._layout.unacked, self._layout.unacked_index)
+        said = (self._session().hex, LET_GO, repr(min(later, default=time.time())))
+        tags = snapshot(books._delivered)
+        answers = self._let_go.run([(keys, (*said, *some)) for some in chunks(tags, _CHUNK)])
+        for answer in answers:
+            if isinstance(answer, Exception):
+                raise answer
+        del self._books[books]
+
+    def _is_open(self, books: Any) -> bool:
         channel = books.channel
-        if channel.closed or not self._is_ours(getattr(channel.connection, "client", None)):
-            return ()
-        return snapshot(books._delivered)
+        return not channel.closed and self._is_ours(getattr(channel.connection, "client", None))
 
 
 def snapshot(of: Iterable[Any]) -> list[Any]:

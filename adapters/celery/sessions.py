@@ -74,7 +74,12 @@ class Working:
             apart=not _forks(controller),
         )
         if self.tracker.mends_library:
-            self.held = Held(controller.app, self.tracker.source, self.consumes_by)
+            self.held = Held(
+                controller.app,
+                self.tracker.source,
+                session=lambda: self.session.id,
+                is_ours=self.consumes_by,
+            )
         self.tell = announcement(controller.app, name=controller.hostname, queues=self.queues)
         self.announce()
 
@@ -92,7 +97,7 @@ class Working:
         """
         self.announce()
         if self.held is not None:
-            self.held.renew()
+            self.held.tend()
         running = {token for request in self._with_children() if (token := token_in(request))}
         return running | self.last
 

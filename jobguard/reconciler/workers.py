@@ -7,6 +7,7 @@ from uuid import UUID
 
 import redis
 
+from jobguard.job import LET_GO
 from jobguard.log import say
 from jobguard.pulse import beat_key
 from jobguard.reconciler.liveness import Judgement, Liveness
@@ -142,6 +143,8 @@ class Workers:
         """
         if not self.polled:
             return False
+        if name == LET_GO:
+            return True
         rows = [row for row in self.rows if name in (row.name, row.id.hex)]
         if not rows:
             return _is_id(name) and self._is_unknown_for_long(name)

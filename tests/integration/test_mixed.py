@@ -6,28 +6,18 @@ second target (two applications); a reconciler that takes the first client for e
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any, cast
 
-import celery
-import psycopg
 import pytest
 import redis
-from dramatiq.brokers.redis import RedisBroker
-from dramatiq.message import Message
-from rq import Queue
 
 import jobguard
-from jobguard.guard import JobGuard
-from jobguard.reconciler.service import Service, clients_from_urls
 from jobguard.servers import RedisServer
 from tests.conformance.words import BRISK
+from tests.integration.hosts import Host, leading, rows, trusted
 from tests.support import eventually
-
-QUEUE = "mail"
 
 
 @pytest.fixture
@@ -45,75 +35,6 @@ def stack() -> Iterator[ExitStack]:
     """Give what closes all that was opened, in the reverse order."""
     with ExitStack() as made:
         yield made
-
-
-class Host:
-    """One guarded application: it can send, and say what waits in its Redis."""
-
-    def __init__(self, library: str, url: str) -> None:
-        self.client = redis.Redis.from_url(url)
-        self._library = library
-        self.target: Any
-        if library == "rq":
-            self.target = Queue(QUEUE, connection=self.client)
-        elif library == "celery":
-            self.target = celery.Celery("app", broker=url, set_as_current=False)
-            self.target.conf.task_default_queue = QUEUE
-        else:
-            self.target = cast(Any, RedisBroker)(url=url)
-
-    def guard(self, stack: ExitStack, database: str, **settings: Any) -> JobGuard:
-        """Guard it, with a worker that beats and takes nothing."""
-        given: Any = {"postgres": database, **BRISK, **settings}
-        guard = stack.enter_context(jobguard.guard(self.target, **given))
-        assert guard.inert is None
-        assert guard._tracker is not None
-        session = guard._tracker.open_session(name=f"worker {id(self)}", queues=[QUEUE])
-        stack.callback(session.close)
-        stack.callback(self.client.close)
-        return guard
-
-    def send(self) -> str:
-        """Send a job; return its id."""
-        if self._library == "rq":
-            job_id: str = self.target.enqueue("builtins.print", "x").id
-        elif self._library == "celery":
-            job_id = self.target.send_task("app.task", args=["x"]).id
-        else:
-            message: Message[Any] = Message(QUEUE, "actor", ("x",), {}, {})
-            self.target.declare_queue(QUEUE)
-            job_id = self.target.enqueue(message).message_id
-        return job_id
-
-    def waiting(self) -> int:
-        """Return how many jobs wait."""
-        key = {"rq": f"rq:queue:{QUEUE}", "celery": QUEUE, "dramatiq": f"dramatiq:{QUEUE}"}
-        return int(self.client.llen(key[self._library]))
-
-
-@contextmanager
-def leading(guard: JobGuard, database: str, *urls: str) -> Iterator[Service]:
-    """Have a reconciler lead, which knows these Redises."""
-    service = Service(guard.settings, lambda: database, clients_from_urls(urls))
-    thread = threading.Thread(target=service.run, daemon=True)
-    thread.start()
-    try:
-        yield service
-    finally:
-        service.stop()
-        thread.join(30)
-        assert not thread.is_alive()
-
-
-def rows(database: str, query: str) -> list[tuple[Any, ...]]:
-    """Ask the ledger."""
-    with psycopg.connect(database) as connection:
-        return connection.execute(query).fetchall()
-
-
-def trusted(database: str) -> int:
-    """Return how many queues are trusted."""
-    return len(rows(database, "select from jobguard.queues where trusted_since is not null"))
 
 
 def incidents(database: str) -> int:

@@ -23,11 +23,13 @@ LEDGER = Path(os.environ["LEDGER"])
 
 app: Any = Celery("program", broker=os.environ["JOBGUARD_REDIS_URL"])
 app.conf.update(
-    result_backend=os.environ["JOBGUARD_REDIS_URL"],
-    broker_connection_retry_on_startup=True,
-    broker_transport_options=json.loads(os.environ.get("TRANSPORT", "{}")),
-    worker_hijack_root_logger=False,
-    **json.loads(os.environ.get("CONF", "{}")),
+    {
+        "result_backend": os.environ["JOBGUARD_REDIS_URL"],
+        "broker_connection_retry_on_startup": True,
+        "broker_transport_options": json.loads(os.environ.get("TRANSPORT", "{}")),
+        "worker_hijack_root_logger": False,
+    }
+    | json.loads(os.environ.get("CONF", "{}"))
 )
 if os.environ.get("UNGUARDED") != "1":
     jobguard.guard(app)

@@ -9,16 +9,16 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import celery
 import psycopg
-import redis
 
 import jobguard
+from jobguard.clients import client_from_url
 from jobguard.guard import JobGuard
 from tests.support import PATIENT, eventually
 
@@ -85,15 +85,19 @@ class Process:
 class Rig:
     """One Redis, one database, an application that sends, and the processes of one test."""
 
-    def __init__(self, folder: Path, database: str, redis_url: str) -> None:
+    def __init__(
+        self, folder: Path, database: str, redis_url: str, conf: Mapping[str, Any] | None = None
+    ) -> None:
+        """``conf``: of every application, where jobguard's URL is not one of Celery's."""
         self.folder, self.database, self.redis_url = folder, database, redis_url
         self.ledger = folder / "ledger"
         self.ledger.touch()
-        self.redis: Any = redis.Redis.from_url(redis_url)
+        self.redis: Any = client_from_url(redis_url, timeout=30.0)
         self._processes: list[Process] = []
         self._postgres = psycopg.connect(database, autocommit=True)
         self.app = celery.Celery("sender", broker=redis_url, set_as_current=False)
-        self.app.conf.result_backend = redis_url
+        self._conf = dict(conf or {})
+        self.app.conf.update({"result_backend": redis_url} | self._conf)
 
     def guard(self) -> JobGuard:
         """Guard what the test itself sends."""
@@ -126,7 +130,7 @@ class Rig:
             name,
             *("-m", "celery", "-A", PROGRAM, "worker", "--pool", pool, "--loglevel", "INFO"),
             *("--concurrency", str(concurrency), "--hostname", f"{name}@%h", *options),
-            CONF=json.dumps(conf or {}),
+            CONF=json.dumps({**self._conf, **(conf or {})}),
             TRANSPORT=json.dumps(transport or {}),
             UNGUARDED="" if guarded else "1",
             **environ,
@@ -240,9 +244,11 @@ class Rig:
 
 
 @contextmanager
-def a_rig(folder: Path, database: str, redis_url: str) -> Iterator[Rig]:
+def a_rig(
+    folder: Path, database: str, redis_url: str, conf: Mapping[str, Any] | None = None
+) -> Iterator[Rig]:
     """Give a rig whose own sends are guarded."""
-    rig = Rig(folder, database, redis_url)
+    rig = Rig(folder, database, redis_url, conf)
     try:
         with rig.guard():
             yield rig

@@ -68,3 +68,15 @@ def put_back(broker: CeleryBroker, *deliveries: Delivery, **changes: Any) -> lis
         [lost(delivery, **changes) for delivery in deliveries], deadline=time.time() + 60
     )
     return [done[delivery.token] for delivery in deliveries]
+
+
+def take(client: redis.Redis, key: str = "celery", *, worker: str = "", tag: str = "") -> str:
+    """Do what a worker does that takes a message, guarded or not; return its tag."""
+    there: Any = client
+    message = json.loads(there.rpop(key))
+    if worker:
+        message["headers"]["jobguard-worker"] = worker
+    tag = tag or message["properties"]["delivery_tag"]
+    there.zadd("unacked_index", {tag: time.time()})
+    there.hset("unacked", tag, json.dumps([message, "", key]))
+    return tag

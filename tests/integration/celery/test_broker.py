@@ -19,24 +19,12 @@ from jobguard.adapters.celery import announce, scan
 from jobguard.adapters.celery.broker import CeleryBroker
 from jobguard.adapters.celery.header import token_in
 from jobguard.job import EndedPart, OpenJoin, Presence, Restored, new_token
-from tests.integration.celery.support import FakeTracker, aged, lists, look, put_back
+from tests.integration.celery.support import FakeTracker, aged, lists, look, put_back, take
 from tests.integration.fakes import lost
 from tests.support import eventually
 
 Make = Callable[..., celery.Celery]
 Guard = Callable[[celery.Celery], FakeTracker]
-
-
-def take(client: redis.Redis, key: str = "celery", *, worker: str = "", tag: str = "") -> str:
-    """Do what a worker does that takes a message, guarded or not; return its tag."""
-    there: Any = client
-    message = json.loads(there.rpop(key))
-    if worker:
-        message["headers"]["jobguard-worker"] = worker
-    tag = tag or message["properties"]["delivery_tag"]
-    there.zadd("unacked_index", {tag: time.time()})
-    there.hset("unacked", tag, json.dumps([message, "", key]))
-    return tag
 
 
 class TestPresence:

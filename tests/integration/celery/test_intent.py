@@ -14,8 +14,7 @@ from celery.canvas import StampingVisitor
 from click.testing import CliRunner
 
 from jobguard.job import Outcome
-from tests.integration.celery.support import FakeTracker
-from tests.integration.celery.test_broker import take
+from tests.integration.celery.support import FakeTracker, take
 
 Make = Callable[..., celery.Celery]
 Guard = Callable[[celery.Celery], FakeTracker]

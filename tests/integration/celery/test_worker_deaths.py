@@ -272,6 +272,22 @@ class TestVisibilityTimeout:
             assert rig.said() == {"late-begins": 1, "ok": 1}, "it need not wait for the other"
             assert not worker.ended
 
+    def test_what_it_lost_with_its_connection_is_put_back(
+        self, tmp_path: Path, database: str, own_redis: RedisServer
+    ) -> None:
+        """Nobody waits for the visibility timeout of an hour, for it says that it has let go of it."""
+        with a_rig(tmp_path, database, own_redis.url) as rig:
+            rig.reconciler()
+            worker = rig.worker()
+            rig.until(rig.trusted)
+            sent = [rig.send("slow", f"w{n}", 3.0) for n in range(6)]
+            rig.until(lambda: rig.said() and rig.redis.hlen("unacked") >= 3)
+            own_redis.restart(keep_data=True)
+            rig.until(lambda: not rig.owed(), 90)
+            assert [rig.ended(job_id) for job_id in sent] == [["completed"]] * 6
+            assert set(rig.said().values()) == {1}
+            assert not worker.ended
+
     def test_an_eta_beyond_it_runs_once(self, rig: Rig) -> None:
         """Without us each of five tasks runs about five times."""
         for _ in range(2):

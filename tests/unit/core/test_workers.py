@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 from uuid import UUID
 
-from jobguard.job import new_token
+from jobguard.job import LET_GO, new_token
 from jobguard.reconciler.workers import Workers
 from jobguard.settings import Settings
 from jobguard.store import WorkerRow
@@ -54,3 +54,13 @@ def test_an_id_that_the_ledger_does_not_know_is_not_gone_before_it_had_time_to_i
     time[0] += 2
     assert workers.gone(unknown)
     assert not workers.gone("an unguarded worker's name")
+
+
+def test_what_a_living_worker_has_let_go_of_has_no_holder() -> None:
+    """At once, and though no worker of that name ever died."""
+    store: Any = Store()
+    client: Any = Redis()
+    workers = Workers(client, store, 1, Settings(worker_timeout=TIMEOUT), clock=lambda: 100.0)
+    assert not workers.gone(LET_GO)  # who is alive is not known yet
+    workers.poll(1, 100.0, ask_redis=True)
+    assert workers.gone(LET_GO)

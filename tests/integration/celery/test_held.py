@@ -1,0 +1,119 @@
+"""What a worker says of what it has taken: that it holds it still, or no longer.
+
+Planted once, each seen to fail: a worker that lets go of whatever has its tag (no ``since``), of what is
+another's (no session in the pattern), and one that forgets it without having been heard.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+from uuid import UUID, uuid4
+
+import celery
+import pytest
+import redis
+
+from jobguard.adapters.celery.broker import CeleryBroker
+from jobguard.adapters.celery.held import Held
+from jobguard.job import LET_GO
+from jobguard.servers import RedisServer
+from tests.integration.celery.support import FakeTracker, look, take
+
+HOUR = 3600.0
+
+
+class Books:
+    """What kombu notes of one connection."""
+
+    visibility_timeout = HOUR
+
+    def __init__(self, *tags: str) -> None:
+        self._delivered = dict.fromkeys(tags)
+        self.channel = SimpleNamespace(closed=False, connection=SimpleNamespace(client=self))
+
+
+@pytest.fixture
+def session() -> UUID:
+    """Name a worker."""
+    return uuid4()
+
+
+@pytest.fixture
+def held(app: celery.Celery, tracker: FakeTracker, session: UUID) -> Held:
+    """Give what one worker holds."""
+    return Held(app, tracker.source, session=lambda: session, is_ours=lambda _: True)
+
+
+@pytest.fixture
+def taken(
+    app: celery.Celery, tracker: FakeTracker, client: redis.Redis
+) -> Callable[[UUID], tuple[str, Any]]:
+    """Return what sends a task and has a worker take it; gives its tag and its delivery."""
+
+    def send(worker: UUID) -> tuple[str, Any]:
+        app.tasks["add"].delay(1)
+        return take(client, worker=worker.hex), tracker.recorded[-1]
+
+    return send
+
+
+def break_off(books: Any) -> None:
+    """Close its connection."""
+    books.channel.closed = True
+
+
+def test_what_a_broken_connection_had_taken_is_nobodys(
+    held: Held, taken: Any, session: UUID, broker: CeleryBroker
+) -> None:
+    """But nobody else's is touched."""
+    tag, ours = taken(session)
+    other = uuid4()
+    others, theirs = taken(other)
+    books: Any = Books(tag, others, "gone by now")
+    held.add(books)
+    held.tend()
+    assert look(broker, ours).held_by == session.hex
+    break_off(books)
+    held.tend()
+    assert look(broker, ours).held_by == LET_GO
+    assert look(broker, theirs).held_by == other.hex
+
+
+def test_what_was_taken_anew_by_another_connection_is_held(
+    held: Held, taken: Any, session: UUID, broker: CeleryBroker, client: redis.Redis
+) -> None:
+    """It has the same tag."""
+    tag, ours = taken(session)
+    before, after = Books(tag), Books(tag)
+    held.add(before)  # type: ignore[arg-type]
+    time.sleep(0.001)  # the clock goes on
+    held.add(after)  # type: ignore[arg-type]
+    client.zadd("unacked_index", {tag: time.time()})
+    break_off(before)
+    held.tend()
+    assert look(broker, ours).held_by == session.hex
+
+
+def test_it_is_said_again_until_redis_hears_it(
+    make_app: Any, taken: Any, session: UUID, tracker: FakeTracker, own_redis: RedisServer
+) -> None:
+    """A beat comes while Redis is still away."""
+    away = make_app(broker_url=own_redis.url)
+    held = Held(away, tracker.source, session=lambda: session, is_ours=lambda _: True)
+    books: Any = Books("tag")
+    held.add(books)
+    break_off(books)
+    entry = f'[{{"headers": {{"jobguard-worker": "{session.hex}"}}}}, "", "celery"]'
+    with redis.Redis.from_url(own_redis.url) as client:
+        client.ping()
+        own_redis.kill()
+        held.tend()
+        own_redis.start()
+        client.hset("unacked", "tag", entry)
+        client.zadd("unacked_index", {"tag": time.time()})
+        held.tend()
+        told = client.hget("unacked", "tag") or b""
+    assert LET_GO.encode() in told and session.hex.encode() not in told
