@@ -72,6 +72,14 @@ def old_snapshot(site: Site, chance: random.Random) -> Steps:
     return f"{site.reader.ledger.executed - ended} jobs had ended since"
 
 
+def redis_restart(site: Site, chance: random.Random) -> Steps:
+    """Redis: stopped and back with all its data; what was on the way to it, or from it, is not."""
+    yield from _stake(site)
+    owed = site.backlog()
+    site.redis.restart(keep_data=True)
+    return f"{owed} jobs were owed"
+
+
 def list_deleted(site: Site, chance: random.Random) -> Steps:
     """A queue's list is deleted."""
 
@@ -219,7 +227,15 @@ def postgres_restart(site: Site, chance: random.Random) -> Steps:
 FAULTS: dict[str, Fault] = {
     fault.__name__: fault
     for fault in (
-        *(redis_kill, flushall, old_snapshot, list_deleted, job_deleted, book_deleted),
+        *(
+            redis_kill,
+            redis_restart,
+            flushall,
+            old_snapshot,
+            list_deleted,
+            job_deleted,
+            book_deleted,
+        ),
         *(worker_kill, horse_kill, worker_term, producer_kill),
         *(leader_kill, leader_stop, postgres_restart),
     )

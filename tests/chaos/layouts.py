@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any, Protocol
 
+from jobguard.job import LET_GO
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
@@ -72,9 +74,13 @@ class CeleryLayout:
         return _lists(client, queues)
 
     def held(self, client: redis.Redis, queues: Iterable[str]) -> set[str]:
-        """What is in lists, and what workers hold."""
+        """What is in lists, and what workers hold.
+
+        Not what one has let go of: if that has ended, nothing puts it back before the visibility timeout.
+        """
         unacked: Any = client.hvals("unacked")
-        messages = [json.loads(one)[0] for one in unacked]
+        taken = [json.loads(one)[0] for one in unacked]
+        messages = [one for one in taken if one["headers"].get("jobguard-worker") != LET_GO]
         for members in self.lists(client, queues).values():
             messages += map(json.loads, members)
         return {str(message["headers"]["id"]) for message in messages}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 import celery
 import pytest
 import redis
@@ -9,6 +12,7 @@ import rq
 from dramatiq.brokers.redis import RedisBroker
 from dramatiq.message import Message
 
+from jobguard.job import LET_GO
 from tests.chaos.libraries import LIBRARIES, QUEUES
 
 
@@ -60,5 +64,12 @@ def test_what_a_celery_worker_has_taken_is_held(redis_url: str) -> None:
         message = connection.SimpleQueue("mail").get(timeout=10)
         assert not any(layout.lists(client, QUEUES).values())
         assert layout.held(client, QUEUES) == {job_id}
+        unacked: Any = client.hgetall("unacked")
+        ((tag, entry),) = unacked.items()
+        taken = json.loads(entry)
+        taken[0]["headers"]["jobguard-worker"] = LET_GO
+        client.hset("unacked", tag, json.dumps(taken))
+        assert layout.held(client, QUEUES) == set()
+        client.hset("unacked", tag, entry)
         message.ack()
         assert layout.held(client, QUEUES) == set()
