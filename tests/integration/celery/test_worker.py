@@ -23,7 +23,8 @@ def rig(tmp_path: Path, database: str, redis_url: str) -> Iterator[Rig]:
 class TestEnds:
     """How a task ends, in every pool."""
 
-    def test_every_end_is_told(self, rig: Rig, pool: str) -> None:
+    @pytest.mark.parametrize("protocol", [1, 2])
+    def test_every_end_is_told(self, rig: Rig, pool: str, protocol: int) -> None:
         """Each once, in the right table, and nothing is left owed or claimed."""
         expected = {
             "ok": ["completed"],
@@ -35,7 +36,8 @@ class TestEnds:
             "requeue": ["completed"],
             "replaced": ["superseded", "completed"],
         }
-        worker = rig.worker(pool)
+        rig.app.conf.task_protocol = protocol
+        worker = rig.worker(pool, conf={"task_protocol": protocol})
         sent = {task: rig.send(task) for task in expected}
         rig.until(lambda: not rig.owed())
 

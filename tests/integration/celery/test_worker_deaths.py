@@ -34,9 +34,11 @@ def rig(tmp_path: Path, database: str, redis_url: str) -> Iterator[Rig]:
 class TestChild:
     """A child of a prefork worker that lives."""
 
+    @pytest.mark.parametrize("protocol", [1, 2])
     @pytest.mark.parametrize("task", ["die", "die_late"])
-    def test_a_killed_child_gives_its_task_back(self, rig: Rig, task: str) -> None:
+    def test_a_killed_child_gives_its_task_back(self, rig: Rig, task: str, protocol: int) -> None:
         """Killed is not failed; nor is it lost where Celery itself queues it again at once (B1)."""
+        rig.app.conf.task_protocol = protocol
         worker = rig.worker()
         rig.until(rig.trusted)
         job_id = rig.send(task)
