@@ -318,7 +318,8 @@ class Fate:
 
 
 LET_GO = UUID(int=0).hex
-"""In the place of a worker that has taken a delivery: it lives, but will neither run it nor put it back."""
+"""In the place of a worker that has taken a delivery: it lives, and has lost it. It puts it back no more,
+and if it runs it all the same, it claims it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -178,7 +178,10 @@ class WorkerSession:
         nonce = new_token()
         with self._lock:
             self._listed[token] = self._listed.get(token, 0) + 1
-            if self._stand_in is not None:  # before the claim is asked for
+            # Before the claim is asked for.
+            if not self.is_mine:
+                self._unflushed.runs(token)
+            if self._stand_in is not None:
                 self._stand_in.begins(token.hex)
         try:
             answer = self._claim_patiently(token, nonce, describe)
@@ -376,7 +379,10 @@ class WorkerSession:
         count = self._listed.pop(token, 0) - 1
         if count > 0:
             self._listed[token] = count
-        elif self._stand_in is not None:
+            return
+        if not self.is_mine:
+            self._unflushed.runs(next(reversed(self._listed), None))
+        if self._stand_in is not None:
             self._stand_in.ends(token.hex)
 
     def flush(self) -> None:
@@ -495,7 +501,7 @@ class WorkerSession:
         return True
 
     def _snapshot(self, pulse: tuple[UUID, int] | None) -> Beat:
-        others = self._others()
+        others = self._others() | self._unflushed.running()
         with self._lock:
             self._counter += 1
             listed = tuple(self._listed.keys() | others)

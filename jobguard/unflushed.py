@@ -1,8 +1,9 @@
-"""What the forked children of a worker have not written yet, in memory that they share with it.
+"""What the forked children of a worker tell it, in memory that they share with it.
 
 A worker says in its beats since when reports of its own wait for Postgres, so that nobody judges its
-jobs by a ledger that has not heard of them. A child that runs tasks keeps in its own memory what it
-could not write, and its worker must know.
+jobs by a ledger that has not heard of them; and which deliveries run under it. A child that runs tasks
+keeps in its own memory what it could not write and what it runs, and its worker must know: the
+library's own books forget a child's task, as Celery's do when the connection to Redis breaks.
 """
 
 from __future__ import annotations
@@ -10,15 +11,20 @@ from __future__ import annotations
 import mmap
 import os
 import struct
+from uuid import UUID
 
 _SLOTS = 1024
-_SLOT = struct.Struct("=qd")
+_SLOT = struct.Struct("=qd16s")
+_SINCE = struct.Struct("=d")
+_SINCE_AT, _TOKEN_AT = 8, 16
+_NOTHING = bytes(16)
 
 
 class Unflushed:
-    """Since when each child has reports that Postgres does not have; made before the first fork.
+    """Since when each child has reports that Postgres does not have, and what it runs.
 
-    A child has the slot of its pid. Two that share one (of a thousand children) overwrite each other.
+    Made before the first fork. A child has the slot of its pid. Two that share one (of a thousand
+    children) overwrite each other.
     """
 
     def __init__(self) -> None:
@@ -26,15 +32,35 @@ class Unflushed:
 
     def note(self, since: float | None) -> None:
         """This process has reports since then; None: none any more."""
-        pid = os.getpid()
-        _SLOT.pack_into(self._memory, pid % _SLOTS * _SLOT.size, pid, since or 0.0)
+        _SINCE.pack_into(self._memory, self._slot() + _SINCE_AT, since or 0.0)
+
+    def runs(self, token: UUID | None) -> None:
+        """This process runs this delivery; None: none any more."""
+        at = self._slot() + _TOKEN_AT
+        self._memory[at : at + len(_NOTHING)] = token.bytes if token is not None else _NOTHING
 
     def oldest(self) -> float | None:
         """Since when a child that lives has reports. What a dead one had is lost with it."""
-        waiting = [
-            since for pid, since in _SLOT.iter_unpack(self._memory[:]) if since and _lives(pid)
-        ]
+        waiting = [since for pid, since, _ in self._slots() if since and _lives(pid)]
         return min(waiting, default=None)
+
+    def running(self) -> frozenset[UUID]:
+        """What children of this very process run, as far as they live."""
+        return frozenset(
+            UUID(bytes=token)
+            for pid, _, token in self._slots()
+            if token != _NOTHING and _is_our_child(pid)
+        )
+
+    def _slot(self) -> int:
+        pid = os.getpid()
+        at = pid % _SLOTS * _SLOT.size
+        if _SLOT.unpack_from(self._memory, at)[0] != pid:
+            _SLOT.pack_into(self._memory, at, pid, 0.0, _NOTHING)
+        return at
+
+    def _slots(self) -> list[tuple[int, float, bytes]]:
+        return list(_SLOT.iter_unpack(self._memory[:]))
 
 
 def _lives(pid: int) -> bool:
@@ -45,3 +71,13 @@ def _lives(pid: int) -> bool:
     except PermissionError:
         pass
     return True
+
+
+def _is_our_child(pid: int) -> bool:
+    """Whether this is a child of ours that runs: not a dead one's number, given to somebody else."""
+    if not hasattr(os, "waitid"):
+        return _lives(pid)
+    try:
+        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+    except ChildProcessError:
+        return False

@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import redis
@@ -41,6 +42,16 @@ _SHARE = 4
 _CHUNK = 1000  # tags at a time block nobody else
 
 
+@dataclass(slots=True)
+class _Taken:
+    """What was taken by one channel."""
+
+    by: Any
+    """Its connection; another channel of the same one is no later one."""
+    since: float = field(default_factory=time.time)  # kombu's clock, too
+    in_doubt: set[str] = field(default_factory=set)
+
+
 class Held:
     """The messages that one worker has taken and not acknowledged."""
 
@@ -51,15 +62,19 @@ class Held:
         *,
         session: Callable[[], UUID],
         is_ours: Callable[[Any], bool],
+        runs: Callable[[], set[str]],
     ) -> None:
-        """``is_ours``: whether the worker still consumes by a connection of kombu's."""
+        """``is_ours``: whether the worker still consumes by a connection of kombu's.
+
+        ``runs``: the tags of what it will run although it lost it.
+        """
         self._client: Any = own_client(client_of(app.connection_for_read()), timeout=TIMEOUT)
         self._let_go = Script(self._client, __package__, "let_go.lua")
         self._layout = Layout.parse(source.prefix)
         self._session = session
         self._is_ours = is_ours
-        self._books: dict[QoS, float] = {}
-        """By when the first message was taken by each."""
+        self._runs = runs
+        self._books: dict[QoS, _Taken] = {}
         self._timeout = math.inf
         self._renewed = time.monotonic()
 
@@ -67,14 +82,18 @@ class Held:
         """Remember where kombu notes what it has taken; in its own thread, where it may be asked."""
         if books not in self._books:
             self._timeout = float(books.visibility_timeout)
-            self._books[books] = time.time()  # kombu's clock, too
+            self._books[books] = _Taken(books.channel.connection.client)
+
+    def doubt(self, books: QoS, tag: str) -> None:
+        """Redis broke off while it was told that we take this: it may have heard it."""
+        self._books[books].in_doubt.add(tag)
 
     def tend(self) -> None:
         """Say what is held, if that is due, and what no longer is. From any thread; raises nothing."""
         try:
-            for books, since in snapshot(self._books.items()):
+            for books, taken in snapshot(self._books.items()):
                 if not self._is_open(books):
-                    self._give_up(books, since)
+                    self._give_up(books, taken)
             now = time.monotonic()
             if now - self._renewed >= self._timeout / _SHARE:
                 self._renewed = now
@@ -84,23 +103,28 @@ class Held:
 
     def _renew(self) -> None:
         """Say that all of it was taken just now."""
+        at = time.time()
         books = filter(self._is_open, snapshot(self._books))
         tags = [tag for each in books for tag in snapshot(each._delivered)]
-        at = time.time()
         for some in chunks(tags, _CHUNK):
             self._client.zadd(self._layout.unacked_index, dict.fromkeys(some, at), xx=True)
 
-    def _give_up(self, books: QoS, since: float) -> None:
+    def _give_up(self, books: QoS, taken: _Taken) -> None:
         """Say that nobody holds what was taken by a connection that is gone; at every beat until told."""
-        later = [at for at in snapshot(self._books.values()) if at > since]
+        now = time.time()  # before it is looked who came later
+        others = [one for one in snapshot(self._books.values()) if one.by is not taken.by]
+        later = min((one.since for one in others if one.since > taken.since), default=now)
+        tags = {*snapshot(books._delivered), *taken.in_doubt}
+        running = tags & self._runs()
         keys = (self._layout.unacked, self._layout.unacked_index)
-        said = (self._session().hex, LET_GO, repr(min(later, default=time.time())))
-        tags = snapshot(books._delivered)
-        answers = self._let_go.run([(keys, (*said, *some)) for some in chunks(tags, _CHUNK)])
+        said = (self._session().hex, LET_GO, repr(later))
+        lost = sorted(tags - running)
+        answers = self._let_go.run([(keys, (*said, *some)) for some in chunks(lost, _CHUNK)])
         for answer in answers:
             if isinstance(answer, Exception):
                 raise answer
-        del self._books[books]
+        if not running:
+            self._books.pop(books, None)
 
     def _is_open(self, books: Any) -> bool:
         channel = books.channel

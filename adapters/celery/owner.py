@@ -35,7 +35,12 @@ def append(original: Hook) -> Hook:
     def hook(self: Any, message: Any, delivery_tag: Any) -> Any:
         with our_own_affair("mark a message as this worker's"):
             _mark(self, message)
-        return original(self, message, delivery_tag)
+        try:
+            return original(self, message, delivery_tag)
+        except BaseException:
+            with our_own_affair("remember what this worker may have taken"):
+                _doubt(self, delivery_tag)
+            raise
 
     return hook
 
@@ -53,6 +58,12 @@ def _mark(books: Any, message: Any) -> None:
         headers[TOKEN] = new_token().hex
     headers[WORKER] = working.session.id.hex
     message._raw["headers"] = headers
+
+
+def _doubt(books: Any, tag: str) -> None:
+    working = sessions.consuming(books.channel.connection.client)
+    if working is not None and working.held is not None:
+        working.held.doubt(books, tag)
 
 
 def _is_a_task(message: Any) -> bool:

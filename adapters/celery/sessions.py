@@ -79,6 +79,7 @@ class Working:
                 self.tracker.source,
                 session=lambda: self.session.id,
                 is_ours=self.consumes_by,
+                runs=self.backlog,
             )
         self.tell = announcement(controller.app, name=controller.hostname, queues=self.queues)
         self.announce()
@@ -95,11 +96,21 @@ class Working:
 
         Nothing that kombu keeps may be asked for here: it would be locked in a child forked just then.
         """
-        self.announce()
-        if self.held is not None:
-            self.held.tend()
+        if self.pid == os.getpid():  # a child that beats holds nothing
+            self.announce()
+            if self.held is not None:
+                self.held.tend()
         running = {token for request in self._with_children() if (token := token_in(request))}
         return running | self.last
+
+    def backlog(self) -> set[str]:
+        """The tags of what this process will run by itself, though its connection is gone.
+
+        Celery clears the backlog of a prefork pool then, and of no other.
+        """
+        if self._has_children():
+            return set()
+        return {request.message.delivery_tag for request in snapshot(self.handed)}
 
     def consumes_by(self, connection: Any) -> bool:
         """Whether this connection of kombu's is that of our consumer."""
@@ -114,8 +125,11 @@ class Working:
         if (token := token_in(request)) is not None:
             told[TOKEN] = token.hex  # protocol 1 has none where a child would look for it
 
+    def _has_children(self) -> bool:
+        return isinstance(getattr(self.controller, "pool", None), prefork.TaskPool)
+
     def _with_children(self) -> Iterator[Any]:
-        if not isinstance(getattr(self.controller, "pool", None), prefork.TaskPool):
+        if not self._has_children():
             return  # it runs what it claims itself, and lists that by itself
         for request in snapshot(state.active_requests):
             if _is_there(request.worker_pid):

@@ -16,7 +16,7 @@ import redis
 
 from jobguard import failpoint
 from jobguard.adapter import Broker
-from jobguard.job import Cause, Outcome, Owed, Presence, Sighting
+from jobguard.job import LET_GO, Cause, Outcome, Owed, Presence, Sighting
 from jobguard.log import say
 from jobguard.reconciler.done import LOSSES, Done, told
 from jobguard.reconciler.putback import PutBack
@@ -72,7 +72,7 @@ class Looker:
         deadline = self._redis_time() + _DEADLINE
         sightings = self._broker.presence(page)
         # What a worker has taken and not begun is as good as lost with it: nobody else will run it.
-        left = {t: s.held_by for t, s in sightings.items() if s.held_by and now.gone(s.held_by)}
+        left = {t: s.held_by for t, s in sightings.items() if self._is_left(s.held_by, now)}
         sightings = {
             token: Sighting(Presence.ABSENT, f"held by {left[token]}") if token in left else s
             for token, s in sightings.items()
@@ -120,6 +120,10 @@ class Looker:
         lost = self._brake(lost, now, done)
         self.putting_back.lost(term, lost, older, over, left, deadline, done)
         return done
+
+    def _is_left(self, holder: str, now: Circumstances) -> bool:
+        # Who let go of it lives, and may have run it all the same: its report is on the way then.
+        return bool(holder) and now.gone(holder) and (holder != LET_GO or now.judgeable)
 
     def finish_joins(self) -> None:
         """Have the library go on from joins whose members have all ended."""

@@ -44,7 +44,7 @@ def session() -> UUID:
 @pytest.fixture
 def held(app: celery.Celery, tracker: FakeTracker, session: UUID) -> Held:
     """Give what one worker holds."""
-    return Held(app, tracker.source, session=lambda: session, is_ours=lambda _: True)
+    return Held(app, tracker.source, session=lambda: session, is_ours=lambda _: True, runs=set)
 
 
 @pytest.fixture
@@ -97,12 +97,65 @@ def test_what_was_taken_anew_by_another_connection_is_held(
     assert look(broker, ours).held_by == session.hex
 
 
+def test_another_channel_of_the_same_connection_is_no_later_one(
+    held: Held, taken: Any, session: UUID, broker: CeleryBroker
+) -> None:
+    """What was taken after it began to take is lost with the connection all the same."""
+    queue: Any = Books()
+    other: Any = Books()
+    other.channel.connection = queue.channel.connection
+    held.add(queue)
+    time.sleep(0.001)  # the clock goes on
+    held.add(other)
+    tag, ours = taken(session)
+    queue._delivered[tag] = None
+    break_off(queue)
+    break_off(other)
+    held.tend()
+    assert look(broker, ours).held_by == LET_GO
+
+
+def test_what_redis_may_have_heard_is_let_go_too(
+    held: Held, taken: Any, session: UUID, broker: CeleryBroker
+) -> None:
+    """The connection broke while kombu wrote down that it takes this: it does not know of it."""
+    books: Any = Books()
+    held.add(books)
+    tag, ours = taken(session)
+    held.doubt(books, tag)
+    break_off(books)
+    held.tend()
+    assert look(broker, ours).held_by == LET_GO
+
+
+def test_what_runs_in_this_process_all_the_same_is_kept_until_it_has_run(
+    app: celery.Celery, tracker: FakeTracker, taken: Any, session: UUID, broker: CeleryBroker
+) -> None:
+    """The backlog of a pool of threads is not cleared."""
+    tag, ours = taken(session)
+    backlog = {tag}
+    held = Held(
+        *(app, tracker.source),
+        session=lambda: session,
+        is_ours=lambda _: True,
+        runs=lambda: backlog,
+    )
+    books: Any = Books(tag)
+    held.add(books)
+    break_off(books)
+    held.tend()
+    assert look(broker, ours).held_by == session.hex
+    backlog.clear()
+    held.tend()
+    assert look(broker, ours).held_by == LET_GO
+
+
 def test_it_is_said_again_until_redis_hears_it(
     make_app: Any, taken: Any, session: UUID, tracker: FakeTracker, own_redis: RedisServer
 ) -> None:
     """A beat comes while Redis is still away."""
     away = make_app(broker_url=own_redis.url)
-    held = Held(away, tracker.source, session=lambda: session, is_ours=lambda _: True)
+    held = Held(away, tracker.source, session=lambda: session, is_ours=lambda _: True, runs=set)
     books: Any = Books("tag")
     held.add(books)
     break_off(books)

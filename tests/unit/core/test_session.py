@@ -690,6 +690,42 @@ def test_a_work_horse_shares_no_lock() -> None:
     assert len(session._pending) == 1
 
 
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_its_worker_lists_what_a_child_runs() -> None:
+    """Though the library's own books say nothing of it; and no longer than it runs it."""
+    worker = Worker().begin()
+    job = worker.owe("job")
+    session = worker.session
+    begun, go_on = os.pipe(), os.pipe()
+
+    pid = os.fork()
+    if pid == 0:
+        good = False
+        try:
+            claim = worker.run(job)
+            os.write(begun[1], b".")
+            os.read(go_on[0], 1)
+            worker.end(claim)
+            os.write(begun[1], b".")
+            os.read(go_on[0], 1)
+            good = True
+        finally:
+            os._exit(0 if good else 1)
+    watchdog = threading.Timer(20, os.kill, (pid, 9))
+    watchdog.start()
+    os.read(begun[0], 1)
+    listed = [session._snapshot(None).claims]
+    os.write(go_on[1], b".")
+    os.read(begun[0], 1)
+    listed.append(session._snapshot(None).claims)
+    os.write(go_on[1], b".")
+    _, status = os.waitpid(pid, 0)
+    watchdog.cancel()
+
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert listed == [(job.token,), ()]
+
+
 # -- for real: threads -------------------------------------------------------------------------------
 
 

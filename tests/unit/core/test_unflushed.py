@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 import signal
+from uuid import UUID, uuid4
 
 from jobguard.unflushed import Unflushed
 
 
-def child(work: Unflushed, since: float | None) -> int:
+def child(work: Unflushed, since: float | None, *ran: UUID | None) -> int:
     """Fork a child that says so and lives on."""
     said, says = os.pipe()
     pid = os.fork()
     if pid == 0:
         work.note(since)
+        for token in ran:
+            work.runs(token)
         os.write(says, b".")
         signal.pause()
         os._exit(0)
@@ -51,3 +54,22 @@ def test_what_is_written_waits_no_more() -> None:
     assert work.oldest() == 5.0
     work.note(None)
     assert work.oldest() is None
+
+
+def test_what_children_run_is_known_while_they_run_it() -> None:
+    """The last that each has begun; not what a dead one ran, nor a process that is no child of ours."""
+    work = Unflushed()
+    tokens = [uuid4() for _ in range(4)]
+    first, second = child(work, None, tokens[0], tokens[1]), child(work, 10.0, tokens[2])
+    third = child(work, None, tokens[3], None)
+    work.runs(uuid4())  # of this process, which lists its own
+    try:
+        assert work.running() == {tokens[1], tokens[2]}
+        os.kill(first, signal.SIGKILL)
+        os.waitid(os.P_PID, first, os.WEXITED | os.WNOWAIT)
+        assert work.running() == {tokens[2]}, "though nobody has reaped it yet"
+        assert work.oldest() == 10.0
+    finally:
+        for pid in (first, second, third):
+            end(pid)
+    assert work.running() == frozenset()

@@ -9,7 +9,7 @@ import pytest
 import redis
 
 from jobguard.errors import NotLeading
-from jobguard.job import Cause, Claim, End, Outcome, Owed, Parent, Part, Presence, Sighting
+from jobguard.job import LET_GO, Cause, Claim, End, Outcome, Owed, Parent, Part, Presence, Sighting
 from jobguard.pulse import ACCEPTED
 from jobguard.reconciler import watch as watch_module
 from jobguard.store import Brake
@@ -523,6 +523,23 @@ def test_what_a_forgotten_worker_had_taken_goes_back() -> None:
     world.enqueue("job")
     world.broker.held["job"] = uuid4().hex
     world.run_until(lambda: world.broker.pushed == ["job"], within=130)
+
+
+def test_what_a_living_worker_has_let_go_of_goes_back_when_all_reports_are_written() -> None:
+    """It may have run it all the same, before Postgres could be told."""
+    world = World()
+    worker = world.trusted()
+    world.enqueue("job")
+    world.run(6)
+    worker.unflushed_since = world.clock.wall()
+    worker.beat()
+    world.broker.held["job"] = LET_GO
+    world.run(130)
+    assert world.broker.pushed == []
+
+    worker.unflushed_since = None
+    worker.beat()
+    world.run_until(lambda: world.broker.taken_from == [("job", LET_GO)], within=70)
 
 
 def test_joins_are_mended_before_members_go_back() -> None:
