@@ -120,14 +120,17 @@ class TestEnds:
         """With track_started Celery overwrites FAILURE before anybody is asked."""
         job_id = rig.send("fail")
         (raw,) = rig.redis.lrange("celery", 0, -1)
-        worker = rig.worker(pool)
+        worker = rig.worker(pool, concurrency=1)
         rig.until(lambda: not rig.owed())
         before = rig.redis.get(f"celery-task-meta-{job_id}")
         rig.redis.lpush("celery", raw)
         rig.until(lambda: "is skipped" in worker.text)
+        # Celery before 5.6 hangs, guarded or not, if it is to stop just as a task is ignored.
+        last = rig.send("ok")
+        rig.until(lambda: rig.ended(last))
         assert worker.stop() == 0
         assert rig.redis.get(f"celery-task-meta-{job_id}") == before
-        assert rig.said() == {"fail": 1}
+        assert rig.said() == {"fail": 1, "ok": 1}
 
     def test_a_warm_shutdown_leaves_nothing_claimed(self, rig: Rig, pool: str) -> None:
         """What runs is finished, what was taken goes back, and the goodbye is said."""

@@ -243,15 +243,15 @@ class TestVisibilityTimeout:
     @pytest.mark.parametrize("mend", [True, False], ids=["mended", "left as it is"])
     def test_what_a_living_worker_holds_is_left_to_it(self, rig: Rig, mend: bool) -> None:
         """Unless a setting has Celery as it is: then each worker has it in turn, and one runs it."""
+        if not mend and kombu.VERSION[:2] < (5, 7):
+            pytest.skip("kombu looks every 100 s only, and cannot be told otherwise")
         soon = {**self.TRANSPORT, "visibility_timeout": 2}
         workers = [
             rig.worker(pool, transport=soon, JOBGUARD_MEND_LIBRARY=str(int(mend)))
             for pool in ("prefork", "threads")
         ]
-        # Before 5.7 kombu cannot be told to look more often than ten seconds after it connected.
-        long = 8.0 if kombu.VERSION[:2] >= (5, 7) else 14.0
-        sent = [rig.send("ok", f"w{n}", countdown=long) for n in range(5)]
-        sent.append(rig.send("late", "late", long - 2))
+        sent = [rig.send("ok", f"w{n}", countdown=8) for n in range(5)]
+        sent.append(rig.send("late", "late", 6.0))
         rig.until(lambda: not rig.owed(), 60)
         rig.until(lambda: not rig.redis.hlen("unacked") and not rig.redis.llen("celery"), 60)
         assert [rig.ended(job_id) for job_id in sent] == [["completed"]] * 6
