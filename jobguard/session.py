@@ -24,6 +24,7 @@ from uuid import UUID
 
 from jobguard import failpoint, native
 from jobguard.errors import BadRow, JobguardError, StoreUnavailable, is_host_interrupt
+from jobguard.forks import Forks
 from jobguard.job import (
     Beat,
     Claim,
@@ -41,7 +42,6 @@ from jobguard.pulse import beat_key, parse_pulse, read_pulse
 from jobguard.redact import redact
 from jobguard.standin import StandIn
 from jobguard.store import Ask, BeatReply, HostStore
-from jobguard.unflushed import Unflushed
 
 if TYPE_CHECKING:
     import redis
@@ -127,7 +127,7 @@ class WorkerSession:
         self._conninfo: tuple[float, str] | None = None  # as the stand-in was told it, and when
         self._lock = native.lock()
         self._lock_pid = os.getpid()
-        self._unflushed = Unflushed()
+        self._forks = Forks()
         self._listed: dict[UUID, int] = {}  # by how many starts of this process
         self._unclaimed: dict[UUID, UUID] = {}  # started while Postgres was away: token -> nonce
         self._pending: deque[End] = deque()
@@ -180,7 +180,7 @@ class WorkerSession:
             self._listed[token] = self._listed.get(token, 0) + 1
             # Before the claim is asked for.
             if not self.is_mine:
-                self._unflushed.runs(token)
+                self._forks.runs(token)
             if self._stand_in is not None:
                 self._stand_in.begins(token.hex)
         try:
@@ -381,7 +381,7 @@ class WorkerSession:
             self._listed[token] = count
             return
         if not self.is_mine:
-            self._unflushed.runs(next(reversed(self._listed), None))
+            self._forks.runs(next(reversed(self._listed), None))
         if self._stand_in is not None:
             self._stand_in.ends(token.hex)
 
@@ -501,14 +501,14 @@ class WorkerSession:
         return True
 
     def _snapshot(self, pulse: tuple[UUID, int] | None) -> Beat:
-        others = self._others() | self._unflushed.running()
+        others = self._others() | self._forks.running()
         with self._lock:
             self._counter += 1
             listed = tuple(self._listed.keys() | others)
             oldest = self._pending[0].ended_at if self._pending else None
         if oldest is not None and time.time() - oldest < _HOLD_BACK:
             oldest = None
-        waiting = (oldest, self._tracker.spool.oldest(), self._unflushed.oldest())
+        waiting = (oldest, self._tracker.spool.oldest(), self._forks.oldest())
         unflushed = min((at for at in waiting if at is not None), default=None)
         return Beat(
             worker=self.id,
@@ -525,11 +525,11 @@ class WorkerSession:
 
     def waits(self, since: float | None) -> None:
         """In a child: it has reports since then that Postgres does not have; None: none."""
-        self._unflushed.note(since)
+        self._forks.note(since)
 
     def share(self, other: WorkerSession) -> None:
         """In a child: tell what waits where the worker looks, whose forked session this is."""
-        self._unflushed = other._unflushed
+        self._forks = other._forks
 
     def _others(self) -> frozenset[UUID]:
         """What children of ours may be running, as the adapter sees it; in doubt, as it saw it last."""

@@ -6,10 +6,10 @@ import os
 import signal
 from uuid import UUID, uuid4
 
-from jobguard.unflushed import Unflushed
+from jobguard.forks import Forks
 
 
-def child(work: Unflushed, since: float | None, *ran: UUID | None) -> int:
+def child(work: Forks, since: float | None, *ran: UUID | None) -> int:
     """Fork a child that says so and lives on."""
     said, says = os.pipe()
     pid = os.fork()
@@ -34,7 +34,7 @@ def end(pid: int) -> None:
 
 def test_the_oldest_of_all_children_counts_as_long_as_it_lives() -> None:
     """What a dead child had is lost with it, and nobody waits for that."""
-    work = Unflushed()
+    work = Forks()
     assert work.oldest() is None
     first, second, third = child(work, 20.0), child(work, 10.0), child(work, None)
     try:
@@ -49,7 +49,7 @@ def test_the_oldest_of_all_children_counts_as_long_as_it_lives() -> None:
 
 def test_what_is_written_waits_no_more() -> None:
     """Also of this very process."""
-    work = Unflushed()
+    work = Forks()
     work.note(5.0)
     assert work.oldest() == 5.0
     work.note(None)
@@ -58,7 +58,7 @@ def test_what_is_written_waits_no_more() -> None:
 
 def test_what_children_run_is_known_while_they_run_it() -> None:
     """The last that each has begun; not what a dead one ran, nor a process that is no child of ours."""
-    work = Unflushed()
+    work = Forks()
     tokens = [uuid4() for _ in range(4)]
     first, second = child(work, None, tokens[0], tokens[1]), child(work, 10.0, tokens[2])
     third = child(work, None, tokens[3], None)

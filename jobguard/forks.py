@@ -20,7 +20,7 @@ _SINCE_AT, _TOKEN_AT = 8, 16
 _NOTHING = bytes(16)
 
 
-class Unflushed:
+class Forks:
     """Since when each child has reports that Postgres does not have, and what it runs.
 
     Made before the first fork. A child has the slot of its pid. Two that share one (of a thousand
