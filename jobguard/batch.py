@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Protocol
-from uuid import UUID
 
 from jobguard.job import Delivery, Recorded
+from jobguard.push import TakesBack, take_back
 
 Push = Callable[[Recorded], None]
 
@@ -22,7 +22,7 @@ _MOST = 1_000
 """Deliveries of which none is kept waiting for more: what is sent beyond them begins anew."""
 
 
-class Recorder(Protocol):
+class Recorder(TakesBack, Protocol):
     """What a batch needs of the tracker whose deliveries it holds."""
 
     @property
@@ -31,12 +31,6 @@ class Recorder(Protocol):
 
     def record(self, deliveries: Sequence[Delivery], *, outbox: bool = False) -> Recorded:
         """Commit these."""
-
-    def withdraw(self, deliveries: Sequence[Delivery]) -> None:
-        """Take back what was surely not pushed."""
-
-    def leave_to_outbox(self, tokens: Sequence[UUID]) -> None:
-        """Leave the push to the leader."""
 
 
 @dataclass(slots=True)
@@ -116,14 +110,6 @@ def _send(batch: _Batch) -> None:
             push(recorded)
         except BaseException:
             # Surely not pushed, and whoever sent them hears that something went wrong.
-            recorder.withdraw(
-                [
-                    delivery
-                    for later, _ in held[at + 1 :]
-                    for delivery in later
-                    if delivery.parent is None and delivery.token not in recorded.refused
-                ]
-            )
-            superseding = [d.token for later, _ in held[at + 1 :] for d in later if d.parent]
-            recorder.leave_to_outbox(superseding)
+            rest = [delivery for later, _ in held[at + 1 :] for delivery in later]
+            take_back(recorder, [d for d in rest if d.token not in recorded.refused])
             raise

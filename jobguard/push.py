@@ -11,13 +11,34 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from uuid import UUID
 
 from jobguard import failpoint
 from jobguard.job import Delivery, Recorded
 
 if TYPE_CHECKING:
     from jobguard.adapter import Tracker
+
+
+class TakesBack(Protocol):
+    """What it takes to take back what was recorded."""
+
+    def withdraw(self, deliveries: Sequence[Delivery]) -> None:
+        """Take back what was surely not pushed."""
+
+    def leave_to_outbox(self, tokens: Sequence[UUID]) -> None:
+        """Leave the push to the leader."""
+
+
+def take_back(recorder: TakesBack, deliveries: Sequence[Delivery]) -> None:
+    """Surely nothing of it is in Redis. What takes another's place cannot be taken back."""
+    first = [delivery for delivery in deliveries if delivery.parent is None]
+    moved = [delivery.token for delivery in deliveries if delivery.parent is not None]
+    if first:
+        recorder.withdraw(first)
+    if moved:
+        recorder.leave_to_outbox(moved)
 
 
 @dataclass
@@ -117,7 +138,7 @@ class Push(ABC):
         """Whether Redis is away, and what it said if it was asked."""
         if self.tracker.broker_in_doubt():
             return True, None
-        down = self._unless_up(self.reach)
+        down = self.unless_up(self.reach)
         return down is not None, down
 
     def _without_broker(
@@ -125,7 +146,7 @@ class Push(ABC):
     ) -> Any:
         if not self.tracker.accepts_without_broker(recorded):
             with self._unsent():
-                down = self._unless_up(lambda: self.wait(down))
+                down = self.unless_up(lambda: self.wait(down))
             if down is None:
                 return self._send(recorded)
             if not self.accepts(recorded):
@@ -167,13 +188,8 @@ class Push(ABC):
         return True
 
     def take_back(self) -> None:
-        """Surely nothing of it is in Redis. What takes another's place cannot be taken back."""
-        first = [delivery for delivery in self.deliveries if delivery.parent is None]
-        moved = [delivery.token for delivery in self.deliveries if delivery.parent is not None]
-        if first:
-            self.tracker.withdraw(first)
-        if moved:
-            self.tracker.leave_to_outbox(moved)
+        """Surely nothing of it is in Redis."""
+        take_back(self.tracker, self.deliveries)
         self.undo()
 
     def is_down(self, error: BaseException) -> bool:
@@ -183,7 +199,8 @@ class Push(ABC):
     def _leave(self) -> None:
         self.tracker.leave_to_outbox([delivery.token for delivery in self.deliveries])
 
-    def _unless_up(self, ask: Callable[[], object]) -> BaseException | None:
+    def unless_up(self, ask: Callable[[], object]) -> BaseException | None:
+        """Ask Redis this; what it says if it is away."""
         try:
             ask()
         except self.broker_down as error:

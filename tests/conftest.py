@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 import uuid
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -128,6 +129,13 @@ def redis_url(redis_server: NamedRedis, redis_databases: Iterator[int]) -> Itera
         client.flushdb()
         yield url
         client.flushdb()
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    """Give what closes all that was opened, in the reverse order."""
+    with ExitStack() as made:
+        yield made
 
 
 @pytest.fixture

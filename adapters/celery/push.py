@@ -91,12 +91,12 @@ class TaskPush(Push):
     def settle(self, recorded: Recorded) -> bool:
         """Tell the run whose place is taken: its record was superseded in that very transaction."""
         self.begun = True
-        refused = self.delivery.token in recorded.refused
+        left = super().settle(recorded)
         if self.run is not None:
-            self.run.superseded_by(None if refused else self.delivery.token)
-        if refused:
+            self.run.superseded_by(self.delivery.token if left else None)
+        if not left:
             log.info("task %s has ended or moved on; it is not sent", self.delivery.job_id)
-        return not refused
+        return left
 
     def failed(self, error: BaseException) -> bool:
         """If Redis answered, it did not take it."""

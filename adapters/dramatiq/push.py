@@ -56,13 +56,13 @@ class MessagePush(Push):
         """From here on it stands in its parent's place."""
         if self.run is not None and self.supersedes and not recorded.lost:
             self.run.superseded, self.run.spooled = True, recorded.spooled
-        if self.delivery.token not in recorded.refused:
-            return True
-        log.info("message %s has ended or moved on; it is not pushed", self.delivery.job_id)
-        return False
+        left = super().settle(recorded)
+        if not left:
+            log.info("message %s has ended or moved on; it is not pushed", self.delivery.job_id)
+        return left
 
     def accepts(self, recorded: Recorded) -> bool:
         """What a worker sends, if anything has it; else as the settings say."""
         if self.delivery.parent is not None or self.delivery.derived:
             return not recorded.lost
-        return self.tracker.accepts_without_broker(recorded)
+        return super().accepts(recorded)

@@ -33,10 +33,11 @@ def push(tracker: Tracker, queue: Queue, buffer: Callable[[Pipeline], T]) -> T:
     """Push what ``buffer`` puts on a pipeline, for a producer that waits for it."""
     pipe = queue.connection.pipeline()
     batch = Batch.own(pipe)
-    with _version_known(tracker, queue):
+    push = _Push(tracker, pipe, batch.staged)
+    with _version_known(push, queue):
         result = buffer(pipe)
     if batch.staged:
-        _Push(tracker, pipe, batch.staged).make()
+        push.make()
     else:  # nothing of it is for us to record
         pipe.execute()
     return result
@@ -91,9 +92,9 @@ class _Push(Push):
 
 
 @contextmanager
-def _version_known(tracker: Tracker, queue: Queue) -> Iterator[None]:
+def _version_known(push: _Push, queue: Queue) -> Iterator[None]:
     """Keep RQ from asking an absent Redis for its version, which no push depends on."""
-    if queue.redis_server_version or _tells_its_version(tracker, queue):
+    if queue.redis_server_version or _tells_its_version(push, queue):
         yield
         return
     queue.redis_server_version = _ANY_VERSION
@@ -103,12 +104,7 @@ def _version_known(tracker: Tracker, queue: Queue) -> Iterator[None]:
         queue.redis_server_version = None
 
 
-def _tells_its_version(tracker: Tracker, queue: Queue) -> bool:
-    if tracker.broker_in_doubt():
+def _tells_its_version(push: _Push, queue: Queue) -> bool:
+    if push.tracker.broker_in_doubt():
         return False
-    try:
-        queue.get_redis_server_version()
-    except BROKER_DOWN:
-        tracker.broker_failed()
-        return False
-    return True
+    return push.unless_up(queue.get_redis_server_version) is None

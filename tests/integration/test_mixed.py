@@ -30,13 +30,6 @@ def second_url(redis_url: str, redis_databases: Iterator[int]) -> Iterator[str]:
         client.flushdb()
 
 
-@pytest.fixture
-def stack() -> Iterator[ExitStack]:
-    """Give what closes all that was opened, in the reverse order."""
-    with ExitStack() as made:
-        yield made
-
-
 def incidents(database: str) -> int:
     """Return how many sources have lost something."""
     return int(rows(database, "select count(distinct source) from jobguard.incidents")[0][0])

@@ -83,13 +83,6 @@ def tls_door(server: RedisServer, certificate: trustme.LeafCert) -> Iterator[int
 
 
 @pytest.fixture
-def stack() -> Iterator[ExitStack]:
-    """Give what closes all that was opened, in the reverse order."""
-    with ExitStack() as made:
-        yield made
-
-
-@pytest.fixture
 def replica(own_redis: RedisServer) -> Iterator[RedisServer]:
     """Start a Redis that follows the first."""
     follows = {"replicaof": f"127.0.0.1 {own_redis.port}", "repl-diskless-sync-delay": "0"}

@@ -421,6 +421,16 @@ class TestRedisAway:
         own_redis.kill()
         return app, tracker
 
+    @pytest.fixture
+    def full(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Have Redis take nothing more."""
+        from kombu.transport.redis import Channel
+
+        def refuse(*_: Any, **__: Any) -> None:
+            raise redis.exceptions.OutOfMemoryError("OOM command not allowed")
+
+        monkeypatch.setattr(Channel, "_put", refuse)
+
     def test_accepted(self, away: Any) -> None:
         """The leader pushes it."""
         app, tracker = away
@@ -505,30 +515,18 @@ class TestRedisAway:
         assert "mine" in "".join(getattr(chained, "__notes__", []))
         assert not tracker.withdrawn
 
-    def test_refused_by_redis(
-        self, app: celery.Celery, tracker: FakeTracker, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    @pytest.mark.usefixtures("full")
+    def test_refused_by_redis(self, app: celery.Celery, tracker: FakeTracker) -> None:
         """A Redis that is full answers: the task was surely not taken."""
-        from kombu.transport.redis import Channel
-
-        def full(*_: Any, **__: Any) -> None:
-            raise redis.exceptions.OutOfMemoryError("OOM command not allowed")
-
-        monkeypatch.setattr(Channel, "_put", full)
         with pytest.raises(Exception, match="OOM"):
             app.tasks["add"].apply_async((1,), retry=False)
         assert tracker.withdrawn == tracker.recorded
 
+    @pytest.mark.usefixtures("full")
     def test_refused_by_redis_in_a_batch_that_becomes_long(
         self, app: celery.Celery, tracker: FakeTracker, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Whoever made it so long hears it: nobody else is there, and none of it was taken."""
-        from kombu.transport.redis import Channel
-
-        def full(*_: Any, **__: Any) -> None:
-            raise redis.exceptions.OutOfMemoryError("OOM command not allowed")
-
-        monkeypatch.setattr(Channel, "_put", full)
         monkeypatch.setattr("jobguard.batch._MOST", 2)
         add = app.tasks["add"]
         with tracker.batch():

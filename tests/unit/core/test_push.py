@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,8 +29,6 @@ class Tracker:
         self.accepting = True
         self.in_doubt = False
         self.push_deadline = 60.0
-        self.seconds = 0.0
-        """What a record takes, beyond the deadline or not."""
         self.held: list[Callable[[Recorded], None]] | None = None
 
     def hold(
@@ -46,10 +43,6 @@ class Tracker:
     def record(self, deliveries: Sequence[Delivery], *, outbox: bool = False) -> Recorded:
         """Answer as told."""
         self.journal.append("record for the leader" if outbox else "record")
-        if self.seconds:
-            began = time.monotonic()
-            while time.monotonic() - began <= self.seconds:
-                pass
         if isinstance(self.answer, Exception):
             raise self.answer
         return self.answer
@@ -158,14 +151,14 @@ class TestRedisIsThere:
 
     def test_too_late(self, tracker: Tracker) -> None:
         """A leader may have pushed it by now: a second copy would be ours."""
-        tracker.push_deadline, tracker.seconds = 0.0, 0.001
+        tracker.push_deadline = -1.0
         assert push(tracker).make() is None
         assert tracker.journal == ["reach", "record", "leave 1", "release"]
 
     @pytest.mark.parametrize("unwritten", [Recorded(spooled=True), Recorded(lost=True)])
     def test_late_but_unknown_to_any_leader(self, tracker: Tracker, unwritten: Recorded) -> None:
         """Nobody else can have pushed what Postgres does not have."""
-        tracker.push_deadline, tracker.seconds, tracker.answer = 0.0, 0.001, unwritten
+        tracker.push_deadline, tracker.answer = -1.0, unwritten
         assert push(tracker).make() == "sent"
 
     def test_postgres_is_away_and_the_user_hears_it(self, tracker: Tracker) -> None:

@@ -37,6 +37,17 @@ def calm(**settings: object) -> World:
     return world
 
 
+def with_reports_unwritten() -> tuple[World, FakeWorker]:
+    """Begin calmly, with a job that is owed; and the worker has reports that Postgres does not have."""
+    world = World()
+    worker = world.trusted()
+    world.enqueue("job")
+    world.run(6)
+    worker.unflushed_since = world.clock.wall()
+    worker.beat()
+    return world, worker
+
+
 def resume(world: World) -> None:
     """Say `jobguard resume`."""
     world.ledger._tables.leases[NAMESPACE].held.clear()
@@ -527,12 +538,7 @@ def test_what_a_forgotten_worker_had_taken_goes_back() -> None:
 
 def test_what_a_living_worker_has_let_go_of_goes_back_when_all_reports_are_written() -> None:
     """It may have run it all the same, before Postgres could be told."""
-    world = World()
-    worker = world.trusted()
-    world.enqueue("job")
-    world.run(6)
-    worker.unflushed_since = world.clock.wall()
-    worker.beat()
+    world, worker = with_reports_unwritten()
     world.broker.held["job"] = LET_GO
     world.run(130)
     assert world.broker.pushed == []
@@ -742,12 +748,7 @@ def test_an_unclaimed_run_is_not_taken_over_for_anothers_goodbye() -> None:
 
 def test_an_unflushed_worker_blocks_the_judgement() -> None:
     """C1: while a live worker has unwritten reports nothing is judged lost."""
-    world = World()
-    worker = world.trusted()
-    world.enqueue("job")
-    world.run(6)
-    worker.unflushed_since = world.clock.wall()
-    worker.beat()
+    world, worker = with_reports_unwritten()
     world.flushall()
     world.run(60)
     assert world.broker.pushed == []
