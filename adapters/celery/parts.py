@@ -51,7 +51,7 @@ def put_on(hooks: Hooks) -> None:
     """Hear of every part, and of a chord that is given up."""
     hooks.put(RedisBackend, "on_chord_part_return", on_chord_part_return)
     hooks.put(Backend, "chord_error_from_stack", chord_error_from_stack)
-    hooks.put(Backend, "mark_as_failure", mark_as_failure)
+    hooks.put(RedisBackend, "mark_as_failure", mark_as_failure)
     hooks.put(RedisBackend, "mark_as_done", mark)
     hooks.put(RedisBackend, "mark_as_retry", mark)
 
@@ -125,7 +125,7 @@ def mark(original: Hook) -> Hook:
 
 
 def mark_as_failure(original: Hook) -> Hook:
-    """Backend.mark_as_failure: what failed after the end was told is Celery's own word of it."""
+    """RedisBackend.mark_as_failure: what failed after the end was told is Celery's own word of it."""
 
     @wraps(original)
     def hook(

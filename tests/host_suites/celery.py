@@ -62,10 +62,17 @@ _OPTIONS = (
     "--continue-on-collection-errors",
     "--timeout=300",
 )
+_WENT_ON = "ERROR jobguard failed, and the host went on without it"
 _SAID = (
     "ERROR this cannot be guarded *jobguard guards Celery on Redis only*",
-    "ERROR jobguard failed, and the host went on without it * error=*Mock*",
-    "ERROR jobguard could not tell a child of its task",  # a task that is a mock
+    "ERROR this cannot be guarded *No such transport: foo*",
+    f"{_WENT_ON} * error=*Mock*",
+    # Tests that make a request themselves: one without an id, or with errors for its arguments.
+    f"{_WENT_ON} where='start' error=\"'id'\"*",
+    f"{_WENT_ON} where='start' error='Object of type * is not JSON serializable'*",
+    "ERROR jobguard could not tell a child of its task: *'Mock' object*",
+    # Tests of settings that Celery refuses, with this very error, as soon as one is read.
+    "ERROR jobguard could not * ImproperlyConfigured(*",
 )
 _ENVIRONMENT = {
     "C_FORCE_ROOT": "1",  # whoever runs this as root has been told already

@@ -42,9 +42,19 @@ def _listen() -> None:
     log: Any = logging.getLogger("jobguard")
     log.isEnabledFor = lambda level: level >= logging.WARNING
     handler = logging.FileHandler(_OUT / "complaints.log", delay=True)
-    handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+    handler.setFormatter(_WithItsError("%(levelname)s %(message)s"))
     log.addHandler(handler)
     log.propagate = False
+
+
+class _WithItsError(logging.Formatter):
+    """Says in the one line by which complaints are known also what the error was."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """Add the error, if one is logged."""
+        said = super().formatMessage(record)
+        error = record.exc_info and record.exc_info[1]
+        return f"{said}: {' '.join(repr(error).split())}" if error else said
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

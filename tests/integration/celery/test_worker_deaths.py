@@ -374,6 +374,19 @@ class TestAResultThatCannotBeStored:
         assert rig.said() == {"unstored": 2}
         assert rig.app.AsyncResult(job_id).state == "SUCCESS"
 
+    def test_another_backend_is_not_ours(
+        self, tmp_path: Path, database: str, redis_url: str, pool: str
+    ) -> None:
+        """Where results are not in Redis, Celery's word stands, as it does without jobguard."""
+        (tmp_path / "results").mkdir()
+        conf = {"result_backend": f"file://{tmp_path}/results"}
+        with a_rig(tmp_path, database, redis_url, conf) as rig:
+            rig.worker(pool, concurrency=1)
+            job_id = rig.send("unstored")
+            rig.until(lambda: rig.ended(job_id))
+            rig.until(lambda: rig.app.AsyncResult(job_id).state == "FAILURE")
+            assert rig.ended(job_id) == ["completed"]
+
     def test_a_chord_goes_on(self, rig: Rig, pool: str) -> None:
         """What its member adds is counted all the same, and its body runs once."""
         rig.worker(pool)
