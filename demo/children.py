@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 # One way to leave no orphan and to be sure of a death, not two.
-from jobguard.servers import _die_with_parent, _suspend, _wait_until_gone
+from jobguard.servers.process import die_with_parent, suspend, wait_until_gone
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -89,7 +89,7 @@ class Child:
                 stderr=subprocess.STDOUT,
                 env=self._environ,
                 start_new_session=True,  # a Ctrl-C is for the demo, which ends them in order
-                preexec_fn=_die_with_parent(self._orphan_signal),
+                preexec_fn=die_with_parent(self._orphan_signal),
             )
 
 
@@ -111,7 +111,7 @@ def kill_tree(pid: int) -> None:
     """SIGKILL a process with all its children, and return when they are gone."""
     try:
         root = psutil.Process(pid)
-        _suspend(root)  # it cannot fork between the look and the deed
+        suspend(root)  # it cannot fork between the look and the deed
         tree = [root, *root.children(recursive=True)]
     except psutil.NoSuchProcess:
         return
@@ -119,7 +119,7 @@ def kill_tree(pid: int) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             member.kill()
     for member in tree:
-        _wait_until_gone(member)
+        wait_until_gone(member)
 
 
 def clean_environment() -> dict[str, str]:

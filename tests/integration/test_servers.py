@@ -18,8 +18,9 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from jobguard import servers
 from jobguard.servers import NamedPostgres, PostgresServer, RedisServer, ServerError
+from jobguard.servers.postgres import postgres_bin
+from jobguard.servers.redis import redis_binary
 from tests.support import eventually
 
 if TYPE_CHECKING:
@@ -228,7 +229,7 @@ def test_servers_die_with_a_parent_that_is_killed() -> None:
         "signal.pause()\n"
     )
     # Named, so that a child that is killed need not have made, and left, a copy of the binaries.
-    environment = os.environ | {"JOBGUARD_TEST_POSTGRES_BIN": str(servers._postgres_bin())}
+    environment = os.environ | {"JOBGUARD_TEST_POSTGRES_BIN": str(postgres_bin())}
     command = [sys.executable, "-c", program]
     parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     assert parent.stdout is not None
@@ -245,7 +246,7 @@ def test_a_redis_binary_is_named_by_itself_or_by_its_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever is on PATH; and a name that leads nowhere is an error that repeats it."""
-    find = servers._redis_binary.__wrapped__
+    find = redis_binary.__wrapped__
     here = find()
     monkeypatch.setenv("JOBGUARD_TEST_REDIS_BIN", str(here))
     assert find() == here
