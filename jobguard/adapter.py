@@ -100,13 +100,14 @@ class Tracker(Protocol):
         """
 
     def batch(
-        self, *, patience: float | None = None, first_at_once: bool = False
+        self, *, patience: float | None = None, first_at_once: bool = False, unheard: bool = False
     ) -> AbstractContextManager[None]:
         """Record all that is sent inside in one statement, and push it at the end. Of this thread.
 
         ``patience``: what comes so many seconds after the last goes out at once, with all that waits; for
         what the library sends as it comes, from a generator that may be slow. ``first_at_once``: it has
-        waited for the first of them already.
+        waited for the first of them already. ``unheard``: the library swallows an error of a push, so
+        that the leader pushes what comes after it.
         """
 
     def open_join(self, join: str, size: int, state: bytes = b"") -> None:
@@ -166,8 +167,8 @@ class Tracker(Protocol):
         own verdict stands. ``began=False``: no run of them ever began, which is never their failure.
         """
 
-    def tombstones(self, tokens: Sequence[UUID]) -> Mapping[UUID, Outcome]:
-        """How these have ended, of those that the ledger knows to have ended; empty while it is away."""
+    def tombstones(self, tokens: Sequence[UUID]) -> Mapping[UUID, Outcome] | None:
+        """How these have ended, of those that the ledger knows to have ended; None while it is away."""
 
     @property
     def mends_library(self) -> bool:

@@ -6,9 +6,11 @@ of the block all of them are recorded, and pushed in the order in which they wer
 
 from __future__ import annotations
 
+import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -39,14 +41,50 @@ class _Batch:
 
     recorder: Recorder
     patience: float | None
-    held: list[tuple[Sequence[Delivery], Push]] = field(default_factory=list)
-    count: int = 0
+    unheard: bool
     last: float = field(default_factory=time.monotonic)
     """When something was held last, or it was opened."""
+    over: bool = False
+    """Its block is left: whoever still knows of it, a task that was begun inside, sends by itself."""
+    _held: list[tuple[Sequence[Delivery], Push]] = field(default_factory=list)
+    _count: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _pid: int = field(default_factory=os.getpid)
+
+    @property
+    def is_mine(self) -> bool:
+        """Whether this process opened it: a forked child has a copy that nobody sends."""
+        return self._pid == os.getpid()
+
+    def hold(self, deliveries: Sequence[Delivery], push: Push) -> Callable[[], None] | None:
+        """Keep these; see `hold`."""
+        if not self.is_mine:
+            return None
+        with self._lock:
+            if self.over:
+                return None
+            self._held.append((deliveries, push))
+            self._count += len(deliveries)
+            quiet, self.last = time.monotonic() - self.last, time.monotonic()
+            if self._count < _MOST and (self.patience is None or quiet <= self.patience):
+                return _wait
+        return lambda: _send(self)
+
+    def take(self) -> list[tuple[Sequence[Delivery], Push]]:
+        """Give what is held, and hold it no longer."""
+        with self._lock:
+            held, self._held, self._count = self._held, [], 0
+        return held
+
+    def close(self) -> None:
+        """Hold nothing from here on, and send what is held."""
+        with self._lock:
+            self.over = True
+        _send(self)
 
 
 _open: ContextVar[Mapping[int, _Batch]] = ContextVar("jobguard_batches", default={})  # noqa: B039
-"""By source. Never changed in place: a context that is copied has batches of its own."""
+"""By source. Never changed in place: a context that is copied opens batches of its own."""
 
 
 def hold(source: int, deliveries: Sequence[Delivery], push: Push) -> Callable[[], None] | None:
@@ -55,14 +93,7 @@ def hold(source: int, deliveries: Sequence[Delivery], push: Push) -> Callable[[]
     Returns what is left to do now: nothing, or to send all that was kept. It raises what a push raises.
     """
     batch = _open.get().get(source)
-    if batch is None:
-        return None
-    batch.held.append((deliveries, push))
-    batch.count += len(deliveries)
-    quiet, batch.last = time.monotonic() - batch.last, time.monotonic()
-    if batch.count >= _MOST or (batch.patience is not None and quiet > batch.patience):
-        return lambda: _send(batch)
-    return _wait
+    return None if batch is None else batch.hold(deliveries, push)
 
 
 def _wait() -> None:
@@ -71,32 +102,42 @@ def _wait() -> None:
 
 @contextmanager
 def batch(
-    source: int, recorder: Recorder, patience: float | None = None, *, first_at_once: bool = False
+    source: int,
+    recorder: Recorder,
+    patience: float | None = None,
+    *,
+    first_at_once: bool = False,
+    unheard: bool = False,
 ) -> Iterator[None]:
     """Hold back what is sent to this source inside. A batch inside a batch is part of it.
 
     ``patience``: a delivery that comes so many seconds after the last goes out at once, with all that
     waits; None: none of it goes out before the end. ``first_at_once``: so does the first of all.
+    ``unheard``: nobody hears of an error, so that a leader pushes what comes after it.
 
     What was sent before an error is sent all the same, as it would have been without a batch.
     """
-    if source in _open.get():
+    around = _open.get().get(source)
+    if around is not None and around.is_mine and not around.over:
         yield
         return
-    mine = _Batch(recorder, patience)
+    mine = _Batch(recorder, patience, unheard)
     if first_at_once:
         mine.last = float("-inf")
     before = _open.set({**_open.get(), source: mine})
     try:
         yield
     finally:
-        _open.reset(before)
-        _send(mine)
+        if mine.is_mine:
+            # A generator may be closed in another context than it was begun in: there is nothing to
+            # put back then, and where it is still known it is over.
+            with suppress(ValueError):
+                _open.reset(before)
+            mine.close()
 
 
 def _send(batch: _Batch) -> None:
-    held, batch.held, batch.count = batch.held, [], 0
-    recorder = batch.recorder
+    held, recorder = batch.take(), batch.recorder
     if not held:
         return
     begun = time.monotonic()
@@ -109,7 +150,10 @@ def _send(batch: _Batch) -> None:
         try:
             push(recorded)
         except BaseException:
-            # Surely not pushed, and whoever sent them hears that something went wrong.
             rest = [delivery for later, _ in held[at + 1 :] for delivery in later]
-            take_back(recorder, [d for d in rest if d.token not in recorded.refused])
+            rest = [delivery for delivery in rest if delivery.token not in recorded.refused]
+            if batch.unheard:
+                recorder.leave_to_outbox([delivery.token for delivery in rest])
+            else:  # surely not pushed, and whoever sent them hears that something went wrong
+                take_back(recorder, rest)
             raise

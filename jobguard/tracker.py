@@ -222,11 +222,13 @@ class HostTracker:
         return batches.hold(self.source.id, deliveries, push)
 
     def batch(
-        self, *, patience: float | None = None, first_at_once: bool = False
+        self, *, patience: float | None = None, first_at_once: bool = False, unheard: bool = False
     ) -> AbstractContextManager[None]:
         """Record all that is sent inside in one statement; see Tracker."""
         recorder = well_behaved(self)  # what is pushed at its end is an adapter's
-        return batches.batch(self.source.id, recorder, patience, first_at_once=first_at_once)
+        return batches.batch(
+            self.source.id, recorder, patience, first_at_once=first_at_once, unheard=unheard
+        )
 
     def open_join(self, join: str, size: int, state: bytes = b"") -> None:
         """Remember that a continuation waits for so many jobs; see Tracker."""
@@ -376,14 +378,14 @@ class HostTracker:
         )
         return found
 
-    def tombstones(self, tokens: Sequence[UUID]) -> Mapping[UUID, Outcome]:
+    def tombstones(self, tokens: Sequence[UUID]) -> Mapping[UUID, Outcome] | None:
         """How these have ended; see Tracker."""
         if not tokens:
             return {}
         found: Mapping[UUID, Outcome] | None = self._quietly(
             "tombstones", lambda store: store.tombstones(self.source.id, tokens)
         )
-        return found or {}
+        return found
 
     def _quietly(self, what: str, work: Callable[[HostStore], Any]) -> Any:
         try:

@@ -24,9 +24,9 @@ from celery.worker.consumer import consumer
 
 from jobguard import failpoint
 from jobguard.adapters.celery import lookup, sessions, wire
-from jobguard.adapters.celery.header import TOKEN, WORKER, token_of
+from jobguard.adapters.celery.header import PART, TOKEN, WORKER, token_of
 from jobguard.adapters.celery.hooks import Hooks
-from jobguard.adapters.celery.parts import OVER, PART, REDIS_FAILED, part_made_of
+from jobguard.adapters.celery.parts import OVER, REDIS_FAILED, part_made_of
 from jobguard.adapters.celery.run import Run
 from jobguard.adapters.celery.sessions import CONTENT
 from jobguard.adapters.celery.skip import remember, skip
@@ -113,9 +113,12 @@ def _begin(task: Any, request: Any) -> Refused | None:
     if tracker is None or session is None:
         return None
     token = token_of(vars(request)) or new_token()
-    ended = tracker.tombstones([token]) if request.get(PART) is not None else {}
-    if token in ended:  # it is to be counted, not run, also where the fence is off
-        return Refused(token, Refusal.ENDED, ended[token])
+    if request.get(PART) is not None:  # it is to be counted, not run, also where the fence is off
+        ended = tracker.tombstones([token])
+        if ended is None:  # the leader's word is enough: nobody else can be asked
+            return Refused(token, Refusal.ENDED)
+        if token in ended:
+            return Refused(token, Refusal.ENDED, ended[token])
     answer = session.start(token, lambda: _describe(task, request, token))
     if isinstance(answer, Refused):
         return answer

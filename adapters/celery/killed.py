@@ -159,7 +159,7 @@ def _is_told(working: Working, request: Any) -> bool:
     token = token_in(request)
     if token is None:
         return False
-    outcome = working.tracker.tombstones([token]).get(token)
+    outcome = (working.tracker.tombstones([token]) or {}).get(token)
     if outcome in (None, Outcome.FAILED, Outcome.DEAD):
         return False
     log.warning("the child that ran task %s is lost, but the task is %s", request.id, outcome)

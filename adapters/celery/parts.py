@@ -25,6 +25,7 @@ from kombu.utils.encoding import str_to_bytes
 from redis.exceptions import RedisError
 
 from jobguard.adapters.celery import lookup
+from jobguard.adapters.celery.header import PART
 from jobguard.adapters.celery.hooks import Hooks
 from jobguard.adapters.celery.run import current_run, joining, no_longer_joining
 from jobguard.adapters.celery.wall import our_own_affair
@@ -37,8 +38,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("jobguard")
 Hook = Callable[..., Any]
 
-PART = "jobguard-part"
-"""The header of a message that is only to be counted: the state of its part, in base64."""
 REDIS_FAILED = (RedisError, OperationalError, BackendError, OSError)
 """What says that it was not the task, but the Redis that should hear of it."""
 OVER = "_jobguard_over"

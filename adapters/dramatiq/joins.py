@@ -26,7 +26,7 @@ from jobguard.adapters.dramatiq.producer import going_on_from
 from jobguard.adapters.dramatiq.run import current_run
 from jobguard.clients import address_of
 from jobguard.errors import is_host_interrupt
-from jobguard.job import Refusal, Refused
+from jobguard.job import Outcome, Refusal, Refused
 from jobguard.scripts import text_of
 
 if TYPE_CHECKING:
@@ -89,8 +89,10 @@ class Joins:
                 return None
         except redis.RedisError:  # whatever was told was told by Redis
             return None
-        outcome = self._tracker.tombstones([token]).get(token)
-        return None if outcome is None else Refused(token, Refusal.ENDED, outcome)
+        ended = self._tracker.tombstones([token])
+        if ended is None:  # nobody else can be asked: the leader's word is enough
+            return Refused(token, Refusal.ENDED, Outcome.COMPLETED)
+        return Refused(token, Refusal.ENDED, ended[token]) if token in ended else None
 
     def finish(self, message: MessageProxy) -> None:
         """A member has ended before: if a leader says that all have, send what waits for them."""
@@ -102,7 +104,7 @@ class Joins:
             if client.getdel(finish_key(join)) is None:
                 return
             log.warning("all members of group %s have completed: it goes on", join)
-            with going_on_from(join), self._tracker.batch():
+            with going_on_from(join), self._tracker.batch(unheard=True):
                 for callback in message.options["group_completion_callbacks"]:
                     self._broker.enqueue(Message(**callback))
         except Exception as error:
@@ -118,7 +120,7 @@ class Joins:
             join = self.of(message)
             if join is None:
                 return original(broker, message, *args, **kwargs)
-            with going_on_from(join), self._tracker.batch():
+            with going_on_from(join), self._tracker.batch(unheard=True):
                 return original(broker, message, *args, **kwargs)
 
         return hook

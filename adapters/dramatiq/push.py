@@ -35,7 +35,7 @@ class MessagePush(Push):
     """The run that sends it."""
     supersedes: bool = False
     """It takes the place of that run."""
-    broker_down = (redis.ConnectionError, redis.TimeoutError)
+    broker_down = (redis.ConnectionError, redis.TimeoutError, redis.exceptions.ReadOnlyError)
 
     @property
     def deliveries(self) -> Sequence[Delivery]:

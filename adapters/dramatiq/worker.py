@@ -305,7 +305,7 @@ class WorkerHalf:
     def _tidy(self) -> None:
         """Remove what was left for a run that has ended since: it may have ended before we left it."""
         try:
-            for token in self._tracker.tombstones(list(self._left)):
+            for token in self._tracker.tombstones(list(self._left)) or ():
                 self.remove(self._left[token], str(token))
                 del self._left[token]
         except redis.RedisError as error:

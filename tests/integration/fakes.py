@@ -128,6 +128,7 @@ class FakeTracker:
         self.cancelled: list[tuple[tuple[UUID, ...], tuple[str, ...], str | None]] = []
         self.sessions: list[FakeSession] = []
         self.in_doubt = False
+        self.away = False
         self.accepting = True
         self.led = False
         self.refusing: set[str] = set()
@@ -220,10 +221,12 @@ class FakeTracker:
         return batches.hold(self.source.id, deliveries, push)
 
     def batch(
-        self, *, patience: float | None = None, first_at_once: bool = False
+        self, *, patience: float | None = None, first_at_once: bool = False, unheard: bool = False
     ) -> AbstractContextManager[None]:
         """Hold back what is sent inside."""
-        return batches.batch(self.source.id, self, patience, first_at_once=first_at_once)
+        return batches.batch(
+            self.source.id, self, patience, first_at_once=first_at_once, unheard=unheard
+        )
 
     def open_join(self, join: str, size: int, state: bytes = b"") -> None:
         """Remember it."""
@@ -271,8 +274,10 @@ class FakeTracker:
         """What is owed, if the test has somebody who leads."""
         return frozenset(tokens) & self.owed.keys() if self.led else frozenset()
 
-    def tombstones(self, tokens: Sequence[UUID]) -> Mapping[UUID, Outcome]:
-        """Return how these have ended."""
+    def tombstones(self, tokens: Sequence[UUID]) -> Mapping[UUID, Outcome] | None:
+        """Return how these have ended, unless the test has the ledger away."""
+        if self.away:
+            return None
         return {token: self.ended[token] for token in tokens if token in self.ended}
 
     def settle(self) -> None:

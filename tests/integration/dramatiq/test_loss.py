@@ -231,6 +231,7 @@ class TestFlush:
             self.done(stage, records, "a", "b", "all", "too")
         assert open_joins(database) == 0
 
+    @pytest.mark.parametrize("away", [False, True], ids=["there", "postgres-away"])
     def test_the_same_without_a_fence(
         self,
         stage: Stage,
@@ -238,9 +239,12 @@ class TestFlush:
         records: Records,
         database: str,
         monkeypatch: pytest.MonkeyPatch,
+        away: bool,
     ) -> None:
         """A member that a leader tells again is counted and not run, whatever else would be."""
         guard.close()
+        if away:
+            monkeypatch.setattr(HostTracker, "tombstones", lambda *_: None)
         with jobguard.guard(stage.broker, postgres=database, fence=False, **BRISK):
             lose_callbacks(stage, records, monkeypatch)
             with stage.worker():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextvars
+import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from uuid import UUID
 
 import pytest
@@ -124,6 +126,93 @@ def test_a_push_that_fails_takes_back_what_comes_after_it() -> None:
     assert pushed == ["a"]
     assert recorder.withdrawn == ["c"]
     assert recorder.outbox == [retry.token]
+
+
+def test_where_nobody_hears_of_an_error_the_leader_pushes_the_rest() -> None:
+    """The first has gone: what waits for it in Redis does not come again."""
+    recorder = Recorder()
+
+    def refuse(_: Recorded) -> None:
+        raise ConnectionError
+
+    rest = [delivery("b"), delivery("c")]
+    with pytest.raises(ConnectionError), batch(SOURCE, recorder, unheard=True):
+        hand_over([delivery("a")], refuse)
+        for one in rest:
+            hand_over([one], lambda _: None)
+    assert recorder.withdrawn == []
+    assert recorder.outbox == [one.token for one in rest]
+
+
+def test_what_is_sent_after_the_end_by_a_task_that_began_inside() -> None:
+    """It has a copy of the context, and the batch in it is over."""
+    recorder, pushed = Recorder(), list[str]()
+    with batch(SOURCE, recorder):
+        send("a", pushed)
+        inside = contextvars.copy_context()
+    assert not inside.run(send, "b", pushed)
+
+    def batch_of_its_own() -> None:
+        with batch(SOURCE, recorder):
+            assert send("c", pushed)
+
+    inside.run(batch_of_its_own)
+    assert recorder.batches == [["a"], ["c"]]
+    assert pushed == ["a", "c"]
+
+
+def test_a_generator_that_is_closed_in_another_context() -> None:
+    """As asyncio closes one that was left early: what was sent goes out, and no error comes of it."""
+    recorder, pushed = Recorder(), list[str]()
+
+    def batched() -> Iterator[None]:
+        with batch(SOURCE, recorder):
+            send("a", pushed)
+            yield
+
+    inside, steps = contextvars.copy_context(), batched()
+    inside.run(next, steps)
+    steps.close()  # type: ignore[attr-defined]
+    assert pushed == ["a"]
+    assert not inside.run(send, "b", pushed)
+
+
+def test_a_forked_child_sends_by_itself() -> None:
+    """What it sends is its own, and what its parent holds is its parent's."""
+    recorder, pushed = Recorder(), list[str]()
+    with batch(SOURCE, recorder):
+        send("a", pushed)
+        child = os.fork()
+        if child == 0:
+            held = send("b", pushed)
+            with batch(SOURCE, recorder):
+                send("c", pushed)
+            right = not held and pushed == ["c"] and recorder.batches == [["c"]]
+            os._exit(0 if right else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert pushed == ["a"]
+
+
+def test_threads_that_share_a_batch_lose_nothing() -> None:
+    """A thread that is given a copy of the context, as by asyncio.to_thread, holds into the same."""
+    recorder, pushed, alone = Recorder(), list[str](), list[str]()
+
+    def sends(name: int) -> None:
+        for n in range(2_000):
+            if not send(f"{name}-{n}", pushed):
+                alone.append(f"{name}-{n}")
+
+    with batch(SOURCE, recorder):
+        threads = [
+            threading.Thread(target=contextvars.copy_context().run, args=(sends, name))
+            for name in range(4)
+        ]
+        for thread in threads:
+            thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(pushed) + len(alone) == len({*pushed, *alone}) == 8_000
+    assert sum(map(len, recorder.batches)) == len(pushed)
 
 
 def test_what_fails_before_the_end_is_heard_at_once() -> None:

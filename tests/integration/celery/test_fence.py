@@ -1,0 +1,73 @@
+"""What a worker does before a task is begun."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable
+
+import celery
+import pytest
+import redis
+from celery.exceptions import Ignore
+
+from jobguard.adapters.celery import sessions
+from jobguard.job import new_token
+from tests.integration.celery.support import FakeTracker
+
+
+@pytest.mark.parametrize("away", [False, True], ids=["there", "postgres-away"])
+def test_a_part_that_is_told_again_is_counted_and_not_run(
+    make_app: Callable[..., celery.Celery],
+    guard: Callable[[celery.Celery], FakeTracker],
+    client: redis.Redis,
+    monkeypatch: pytest.MonkeyPatch,
+    away: bool,
+) -> None:
+    """Nor where Postgres cannot be asked whether it has ended: a leader has said so."""
+    app = make_app()
+    tracker = guard(app)
+    session = tracker.open_session(name="w", queues=["celery"])
+    monkeypatch.setattr(sessions, "session_for", lambda *_: session)
+    result = celery.chord([app.tasks["add"].s(1, 1)])(app.tasks["total"].s())
+    assert result.parent is not None
+    (member,) = tracker.recorded
+    tracker.ended[member.token] = "completed"  # type: ignore[assignment]
+    tracker.away = away
+    group = result.parent.id
+    line = json.dumps([group, member.job_id, 0]).encode()
+    left = line + b"\n" + app.backend.encode([1, member.job_id, "SUCCESS", 2]).encode()
+    task = app.tasks["add"]
+    task.push_request(
+        id=member.job_id,
+        group=group,
+        called_directly=False,
+        chord=app.tasks["total"].s(),
+        **{"jobguard": member.token.hex, "jobguard-part": base64.b64encode(left).decode()},
+    )
+    try:
+        with pytest.raises(Ignore):
+            task.before_start(member.job_id, (), {})
+    finally:
+        task.pop_request()
+    assert not tracker.notes("start")
+    assert client.llen("celery") == 2  # the member, and the body that goes on from it
+
+
+def test_whatever_else_begins(
+    make_app: Callable[..., celery.Celery],
+    guard: Callable[[celery.Celery], FakeTracker],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its claim is asked for."""
+    app = make_app()
+    tracker = guard(app)
+    session = tracker.open_session(name="w", queues=["celery"])
+    monkeypatch.setattr(sessions, "session_for", lambda *_: session)
+    tracker.away, task, token = True, app.tasks["add"], new_token()
+    task.push_request(id="a", called_directly=False, args=(), kwargs={}, jobguard=token.hex)
+    try:
+        task.before_start("a", (), {})
+    finally:
+        task.pop_request()
+    assert tracker.notes("start") == [[token.hex]]
