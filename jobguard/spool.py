@@ -10,20 +10,33 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 from uuid import UUID
 
-from jobguard.job import Delivery, End
+from jobguard.job import Delivery, End, new_token
 
 
 @dataclass(frozen=True, slots=True)
 class Cancelled:
-    """An intent that Postgres has not heard of yet."""
+    """An intent that Postgres has not heard of yet, and what was there when it was made.
+
+    Its ids and its queue mean nothing that was sent later, however late it is told.
+    """
 
     tokens: Sequence[UUID]
     job_ids: Sequence[str]
     queue: str | None
+    waiting: Sequence[UUID] = ()
+    """What it means of this process's own spool: Postgres will take that for later than it was."""
+    made_at: float = field(default_factory=time.monotonic)
+    until: UUID = field(default_factory=new_token)
+    """Every later token of this process sorts behind it."""
+
+    @property
+    def age(self) -> float:
+        """Seconds since it was made."""
+        return time.monotonic() - self.made_at
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +78,9 @@ class Spool(Protocol):
 
     def remove(self, tokens: Sequence[UUID]) -> None:
         """Forget the records of these deliveries: they are withdrawn."""
+
+    def waiting(self, job_ids: Sequence[str], queue: str | None) -> Sequence[UUID]:
+        """Which deliveries of these ids, or to this queue, wait for their record."""
 
     def oldest(self) -> float | None:
         """When the oldest entry was put in, in seconds since the epoch; None: empty."""
@@ -123,6 +139,16 @@ class MemorySpool:
                 if not (isinstance(entry, Delivery) and entry.token in tokens)
             )
         self._changed()
+
+    def waiting(self, job_ids: Sequence[str], queue: str | None) -> Sequence[UUID]:
+        """Which deliveries of these ids, or to this queue, wait; see Spool."""
+        ids = frozenset(job_ids)
+        with self._lock:
+            return tuple(
+                entry.token
+                for _, entry in self._entries
+                if isinstance(entry, Delivery) and (entry.job_id in ids or entry.queue == queue)
+            )
 
     def oldest(self) -> float | None:
         """When the oldest entry was put in; see Spool."""

@@ -316,7 +316,9 @@ class HostTracker:
         queue: str | None = None,
     ) -> None:
         """Write the tombstones before Redis forgets; see Tracker."""
-        self._intend(Cancelled(tuple(tokens), tuple(job_ids), queue), "cancel")
+        self._mine()  # a parent's spool, which a child must not ask, is the parent's
+        waiting = self.spool.waiting(job_ids, queue)
+        self._intend(Cancelled(tuple(tokens), tuple(job_ids), queue, waiting), "cancel")
 
     def _intend(self, entry: Cancelled | JoinOpened, what: str) -> None:
         try:
@@ -333,10 +335,22 @@ class HostTracker:
                 raise
             say("guest_failed", where=what, error=str(error))
 
-    def _write_intent(self, store: HostStore, entry: Cancelled | JoinOpened) -> None:
+    def _write_intent(
+        self, store: HostStore, entry: Cancelled | JoinOpened, *, replay: bool = False
+    ) -> None:
         source = self.source.id
         if isinstance(entry, Cancelled):
-            store.cancel(source, tokens=entry.tokens, job_ids=entry.job_ids, queue=entry.queue)
+            store.cancel(
+                source,
+                tokens=entry.tokens,
+                job_ids=entry.job_ids,
+                queue=entry.queue,
+                # Told at once it means all that is there. Old news means what was there: what has
+                # been recorded since is a new life, which nobody cancelled.
+                age=entry.age if replay else 0.0,
+                until=entry.until if replay else None,
+                waiting=entry.waiting if replay else (),
+            )
         elif entry.closed:
             store.close_join(source, entry.join)
         else:
@@ -523,7 +537,7 @@ class HostTracker:
         ends = [entry for entry in entries if isinstance(entry, End)]
         for entry in entries:
             if isinstance(entry, Cancelled | JoinOpened):
-                self._write_intent(store, entry)
+                self._write_intent(store, entry, replay=True)
         if deliveries:
             store.record(self.source.id, deliveries, namespace=self.source.namespace, replay=True)
         if ends:

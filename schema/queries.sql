@@ -129,7 +129,9 @@ delete from jobguard.join_parts p where p.source = %(source)s and p.join_id = %(
 select jobguard.decline(%(source)s, %(token)s, %(most)s, %(wait)s::float8, %(error)s)
 
 -- name: cancel
-select jobguard.cancel(%(source)s, %(tokens)b::uuid[], %(job_ids)b::text[], %(queue)s)
+select jobguard.cancel(
+  %(source)s, %(tokens)b::uuid[], %(job_ids)b::text[], %(queue)s,
+  %(age)s::float8, %(until)s::uuid, %(waiting)b::uuid[])
 
 -- name: beat
 -- A worker's beat; nothing is taken from a worker that was declared dead.

@@ -142,8 +142,16 @@ class HostStore(Protocol):
         tokens: Sequence[UUID] = (),
         job_ids: Sequence[str] = (),
         queue: str | None = None,
+        age: float = 0.0,
+        until: UUID | None = None,
+        waiting: Sequence[UUID] = (),
     ) -> int:
-        """Write tombstones; ``queue``: for every unclaimed delivery in it. Returns how many were owed."""
+        """Write tombstones; ``queue``: for every unclaimed delivery in it. Returns how many were owed.
+
+        Ids and the queue mean what was recorded when the cancel was meant, ``age`` seconds ago, with
+        tokens up to ``until``, and of what waited in a spool at that moment, ``waiting``. A token
+        means its delivery whenever that comes, also if nobody knows it yet.
+        """
 
     def open_join(self, source: int, join: str, *, size: int, state: bytes) -> None:
         """Remember a join, and for how many members its continuation waits.

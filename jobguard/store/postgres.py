@@ -192,11 +192,22 @@ class PostgresStore:
         tokens: Sequence[UUID] = (),
         job_ids: Sequence[str] = (),
         queue: str | None = None,
+        age: float = 0.0,
+        until: UUID | None = None,
+        waiting: Sequence[UUID] = (),
     ) -> int:
         """Write tombstones; see HostStore."""
         rows = self._db.execute(
             self._sql["cancel"],
-            {"source": source, "tokens": list(tokens), "job_ids": list(job_ids), "queue": queue},
+            {
+                "source": source,
+                "tokens": list(tokens),
+                "job_ids": list(job_ids),
+                "queue": queue,
+                "age": age,
+                "until": until,
+                "waiting": list(waiting),
+            },
         )
         return int(rows[0][0])
 

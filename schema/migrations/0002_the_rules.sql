@@ -487,21 +487,37 @@ $$;
 
 -- Write tombstones for what is cancelled, claimed or not; for a whole queue: what is not claimed.
 -- Returns how many were owed.
-create function jobguard.cancel(p_source bigint, p_token uuid[], p_job_id text[], p_queue text)
+--
+-- An id or a queue means what stood there when the cancel was meant, p_age seconds ago: what has been
+-- recorded since is a new life. The time is counted from now(), where this transaction began, so that
+-- a wait for a lock takes in nothing more. The way to us does: what the canceller itself made later is
+-- left out by its token, which sorts behind p_until. What waited in its spool then, p_waiting, was sent
+-- before, however late it is recorded. A token means its delivery, whenever that comes.
+create function jobguard.cancel(
+  p_source bigint, p_token uuid[], p_job_id text[], p_queue text,
+  p_age float8, p_until uuid, p_waiting uuid[])
 returns integer language plpgsql as $$
 declare
-  v_owed integer;
+  v_meant timestamptz := now() - make_interval(secs => p_age);
+  v_owed  integer;
 begin
+  -- What runs is locked with the rest of its queue: by the next look it may have been given back.
   perform from jobguard.jobs j
   where j.source = p_source
-    and (j.token = any (p_token) or j.job_id = any (p_job_id) or j.queue = p_queue)
+    and (j.token = any (p_token)
+         or ((j.job_id = any (p_job_id) or j.queue = p_queue)
+             and (j.token = any (p_waiting)
+                  or (j.recorded_at <= v_meant and (p_until is null or j.token <= p_until)))))
   order by j.token for update;
   with gone as (
     delete from jobguard.jobs j
     where j.source = p_source
-      and (j.token = any (p_token) or j.job_id = any (p_job_id)
-           or (j.queue = p_queue and not exists (
-                 select from jobguard.running r where r.source = p_source and r.token = j.token)))
+      and (j.token = any (p_token)
+           or ((j.job_id = any (p_job_id)
+                or (j.queue = p_queue and not exists (
+                      select from jobguard.running r where r.source = p_source and r.token = j.token)))
+               and (j.token = any (p_waiting)
+                    or (j.recorded_at <= v_meant and (p_until is null or j.token <= p_until)))))
     returning j.*
   ), unclaimed as (
     delete from jobguard.running r using gone g where r.source = p_source and r.token = g.token

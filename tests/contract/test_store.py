@@ -1162,6 +1162,93 @@ def test_a_purge_spares_what_runs(ledger: Contract) -> None:
     assert ledger.outcome(waiting.token) is Outcome.CANCELLED
 
 
+_BY = pytest.mark.parametrize("by", [{"job_ids": ["j"]}, {"queue": "default"}], ids=["id", "queue"])
+
+
+@_BY
+def test_a_cancellation_told_late_spares_what_was_recorded_since(
+    ledger: Contract, by: dict[str, Any]
+) -> None:
+    """It is old news: what came after it, from whomever, is a new life, whatever its token says."""
+    before, since = delivery(fresh=True), delivery(fresh=True)
+    ledger.record(before)
+    ledger.advance(20)
+    ledger.record(since)
+    assert ledger.store.cancel(SOURCE, **by, age=10, until=new_token()) == 1
+    assert list(ledger.owed()) == [since.token]
+    assert ledger.outcome(before.token) is Outcome.CANCELLED
+
+
+@_BY
+def test_a_cancellation_told_late_spares_what_its_process_sent_since(
+    ledger: Contract, by: dict[str, Any]
+) -> None:
+    """A process knows its own order by its tokens, more exactly than any clock does."""
+    before, until = ledger.recorded(fresh=True), new_token()
+    since = ledger.recorded(fresh=True)
+    assert ledger.store.cancel(SOURCE, **by, age=0, until=until) == 1
+    assert list(ledger.owed()) == [since.token]
+    assert ledger.outcome(before.token) is Outcome.CANCELLED
+
+
+@_BY
+def test_a_cancellation_told_late_finds_what_waited_for_its_record(
+    ledger: Contract, by: dict[str, Any]
+) -> None:
+    """What stood in the spool then was sent before, and is cancelled if it is meant."""
+    waited, until = delivery(), new_token()
+    other = delivery("other", queue="mail")
+    ledger.record(waited, other, replay=True)
+    waiting = [waited.token, other.token]
+    assert ledger.store.cancel(SOURCE, **by, age=10, until=until) == 0
+    assert ledger.store.cancel(SOURCE, **by, age=10, until=until, waiting=waiting) == 1
+    assert list(ledger.owed()) == [other.token]
+    assert ledger.outcome(waited.token) is Outcome.CANCELLED
+
+
+def test_a_purge_told_late_spares_what_runs(ledger: Contract) -> None:
+    """Also of what waited in the spool: by now a worker has it."""
+    running = ledger.recorded()
+    ledger.working().start(running.token)
+    waiting = [running.token]
+    assert ledger.store.cancel(SOURCE, queue="default", age=0, waiting=waiting) == 0
+    assert list(ledger.owed()) == [running.token]
+
+
+def test_a_cancelled_token_is_cancelled_whenever_it_is_recorded(ledger: Contract) -> None:
+    """A token means one delivery: it has no new life that could be taken for it."""
+    until = new_token()
+    since, unknown = ledger.recorded("a"), delivery("b")
+    tokens = [since.token, unknown.token]
+    assert ledger.store.cancel(SOURCE, tokens=tokens, age=10, until=until) == 1
+    ledger.record(unknown, replay=True)
+    assert ledger.owed() == {}
+    assert {ledger.outcome(token) for token in tokens} == {Outcome.CANCELLED}
+
+
+@_BY
+def test_a_cancellation_that_waits_spares_what_is_recorded_meanwhile(
+    ledger_in_postgres: Contract, together: Together, by: dict[str, Any]
+) -> None:
+    """Whoever cancelled may have given up waiting, and enqueued anew."""
+    ledger = ledger_in_postgres
+    assert isinstance(ledger.backend, InPostgres)
+    ended, before = ledger.recorded(fresh=True), ledger.recorded(fresh=True)
+    runner = ledger.working()
+    end = End(ended.token, runner.start(ended.token).number, Outcome.COMPLETED, runner.id)
+    with ledger.backend.commits_held_back() as waiting:
+        together.call(ledger.backend.host().end, SOURCE, [end])
+        eventually(lambda: waiting() >= 1)
+        cancel = partial(ledger.backend.host().cancel, SOURCE, **by)
+        answers = together.call(cancel)
+        eventually(lambda: waiting() >= 2)
+        since = ledger.recorded(fresh=True)
+    together.wait()
+    assert answers == [1]
+    assert list(ledger.owed()) == [since.token]
+    assert ledger.outcome(before.token) is Outcome.CANCELLED
+
+
 def test_a_cancelled_delivery_is_watched_no_more(ledger: Contract) -> None:
     """Nobody puts it back: its suspicion and its push are gone with it."""
     it = delivery()

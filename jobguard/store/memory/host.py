@@ -317,15 +317,26 @@ class MemoryHostStore:
         tokens: Sequence[UUID] = (),
         job_ids: Sequence[str] = (),
         queue: str | None = None,
+        age: float = 0.0,
+        until: UUID | None = None,
+        waiting: Sequence[UUID] = (),
     ) -> int:
         tables = self._tables
         with tables.open() as now:
-            waiting = [
+            unclaimed = [
                 key
                 for key, job in tables.jobs.items()
                 if key[0] == source and job.delivery.queue == queue and key not in tables.running
             ]
-            keys = {*tables.owed(source, tokens), *tables.of_job(source, job_ids), *waiting}
+            meant = [
+                key
+                for key in (*tables.of_job(source, job_ids), *unclaimed)
+                if key[1] in waiting
+                or (
+                    tables.jobs[key].recorded_at <= now - age and (until is None or key[1] <= until)
+                )
+            ]
+            keys = {*tables.owed(source, tokens), *meant}
             for key in keys:
                 tables.bury(key, Outcome.CANCELLED, ended_at=now)
             for token in tokens:

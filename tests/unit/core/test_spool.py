@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from uuid import uuid4
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobguard.job import End, Outcome
+from jobguard.job import End, Outcome, new_token
 from jobguard.spool import Cancelled, Entry, MemorySpool
 from tests.unit.core.fakes import delivery, token
 
@@ -96,6 +97,27 @@ def test_dropping_what_is_not_at_the_head_drops_nothing() -> None:
     spool.drop([first])
     assert list(spool.peek(9)) == [second]
     assert spool.counts.replayed == 1
+
+
+def test_who_waits() -> None:
+    """It tells which records of an id, or of a queue, wait in it, in order."""
+    spool = MemorySpool(10)
+    first, other, again = delivery("a"), delivery("b", queue="film"), delivery("a", queue="film")
+    spool.put([first, end(), other, cancelled(), again])
+
+    assert spool.waiting(["a"], None) == (first.token, again.token)
+    assert spool.waiting([], "film") == (other.token, again.token)
+    assert spool.waiting(["c"], "mail") == (first.token,)
+    assert spool.waiting([], None) == ()
+
+
+def test_an_intent_knows_when_it_was_made() -> None:
+    """What this process sends later sorts behind it, and it gets older."""
+    earlier = new_token()
+    intent = cancelled()
+
+    assert earlier < intent.until < new_token()
+    assert replace(intent, made_at=intent.made_at - 60).age >= 60
 
 
 def test_oldest() -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -13,6 +14,7 @@ import pytest
 from jobguard.errors import BadRow, BreakerOpen, NotMigrated, StoreUnavailable
 from jobguard.job import Delivery, End, Outcome, Parent, Recorded, new_token
 from jobguard.settings import Settings
+from jobguard.spool import Cancelled
 from jobguard.store import HostStore, SourceRow
 from jobguard.store.memory import MemoryLedger
 from jobguard.tracker import HostTracker
@@ -340,6 +342,166 @@ def test_a_cancellation_right_after_the_outage() -> None:
     host.tracker.cancel(job_ids=["job"])
 
     assert host.owed == {}
+
+
+_LATE = pytest.mark.parametrize("waiting", [0, 300])
+"""A call carries along less than the larger number: the cancellation is replayed by a later one."""
+_WHAT = pytest.mark.parametrize(
+    "what", [{"job_ids": ["job"]}, {"queue": "mail"}], ids=["id", "queue"]
+)
+
+
+def _fill(host: Host, waiting: int) -> None:
+    host.tracker.record([delivery(f"other-{n}", queue="film") for n in range(waiting)])
+
+
+def _drain(host: Host) -> None:
+    while len(host.tracker.spool):
+        host.tracker.connect()
+
+
+@_LATE
+@_WHAT
+def test_a_late_cancellation_spares_what_is_recorded_after_the_outage(
+    what: dict[str, Any], waiting: int
+) -> None:
+    """R8: who enqueues an id, or to a queue, after it was cancelled means a new life of it."""
+    host = Host()
+    old = delivery("job")
+    host.tracker.record([old])
+    with outage(host.ledger):
+        _fill(host, waiting)
+        host.tracker.cancel(**what)
+    host.back()
+
+    new = delivery("job", token=new_token())
+    host.tracker.record([new])
+    _drain(host)
+
+    assert host.owed["job"] == new.token
+    assert host.outcome(old.token) is (Outcome.SUPERSEDED if waiting else Outcome.CANCELLED)
+    assert len(host.owed) == waiting + 1
+
+
+@_LATE
+@_WHAT
+def test_a_late_cancellation_spares_what_was_enqueued_behind_it(
+    what: dict[str, Any], waiting: int
+) -> None:
+    """R8: also while the outage lasts; what waited before it is cancelled, and nothing else."""
+    host = Host()
+    old, new = delivery("job"), delivery("job")
+    with outage(host.ledger):
+        _fill(host, waiting)
+        host.tracker.record([old])
+        host.tracker.cancel(**what)
+        host.tracker.record([new])
+    host.back()
+    _drain(host)
+
+    assert host.owed["job"] == new.token
+    assert host.outcome(old.token) is Outcome.CANCELLED
+    assert len(host.owed) == waiting + 1
+
+
+@_LATE
+@_WHAT
+def test_a_late_cancellation_finds_what_was_recorded_or_waited_before_it(
+    what: dict[str, Any], waiting: int
+) -> None:
+    """R8: what stood in the ledger before the outage ends with what was enqueued in it."""
+    host = Host()
+    recorded, kept = delivery("job", fresh=True), delivery("job", fresh=True)
+    host.tracker.record([recorded])
+    with outage(host.ledger):
+        _fill(host, waiting)
+        host.tracker.record([kept])
+        host.tracker.cancel(**what)
+    host.back()
+    _drain(host)
+
+    assert host.outcome(recorded.token) is Outcome.CANCELLED
+    assert host.outcome(kept.token) is Outcome.CANCELLED
+    assert len(host.owed) == waiting
+
+
+@_WHAT
+def test_a_cancellation_told_twice_spares_what_came_between(what: dict[str, Any]) -> None:
+    """R8: one that is told at once, and again after what waited, means the same both times."""
+    host = Host()
+    old = delivery("job")
+    with outage(host.ledger):
+        _fill(host, 600)
+        host.tracker.record([old])
+    host.back()
+
+    host.tracker.cancel(**what)
+    new = delivery("job", token=new_token())
+    host.tracker.record([new])
+    _drain(host)
+
+    assert host.owed["job"] == new.token
+    assert host.outcome(old.token) is Outcome.SUPERSEDED
+    assert len(host.owed) == 601
+
+
+@_WHAT
+def test_a_late_cancellation_spares_what_others_recorded_since(what: dict[str, Any]) -> None:
+    """R8: another process, whose clock may be behind, is known by when its record came."""
+    clock = Clock()
+    host = Host(MemoryLedger(clock=clock.wall))
+    other = Host(host.ledger)
+    old, new = delivery("job", fresh=True), delivery("job", fresh=True)
+    other.tracker.record([old])
+    clock.advance(10)
+    made_at = time.monotonic() - 60
+    told = Cancelled((), tuple(what.get("job_ids", ())), what.get("queue"), made_at=made_at)
+    host.tracker.spool.put([told])
+    clock.advance(60)
+    other.tracker.record([new])
+
+    host.tracker.connect()
+
+    assert host.owed == {"job": new.token}
+    assert host.outcome(old.token) is Outcome.CANCELLED
+
+
+@_WHAT
+def test_a_late_cancellation_that_is_long_on_its_way_spares_what_its_process_sent(
+    what: dict[str, Any],
+) -> None:
+    """R8: its age does not tell how long it was on its way; the tokens of this process do."""
+    clock = Clock()
+    host = Host(MemoryLedger(clock=clock.wall))
+    old = delivery("job", fresh=True)
+    host.tracker.record([old])
+    with outage(host.ledger):
+        _fill(host, 300)
+        host.tracker.cancel(**what)
+    host.back()
+    new = delivery("job", fresh=True, token=new_token())
+    host.tracker.record([new])
+    clock.advance(60)
+
+    _drain(host)
+
+    assert host.owed["job"] == new.token
+    assert host.outcome(old.token) is Outcome.CANCELLED
+
+
+def test_a_late_cancellation_of_a_delivery_finds_it_whenever_it_was_recorded() -> None:
+    """R8: a token means one delivery, and none that could be taken for it."""
+    host = Host()
+    job = delivery("job")
+    with outage(host.ledger):
+        _fill(host, 300)
+        host.tracker.cancel(tokens=[job.token])
+    host.back()
+    host.tracker.record([job])
+    _drain(host)
+
+    assert host.outcome(job.token) is Outcome.CANCELLED
+    assert len(host.owed) == 300
 
 
 # -- bad rows ----------------------------------------------------------------------------------------
