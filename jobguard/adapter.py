@@ -234,6 +234,12 @@ class Session(Protocol):
     def abandon(self, claim: Claim) -> None:
         """The run was killed: give the claim up as a dead worker's, for the leader to take away."""
 
+    def consumes(self, queues: Sequence[str]) -> None:
+        """The worker takes from these queues now: its beats say so from the next one on.
+
+        A queue is recovered only if a guarded worker has said that it takes from it.
+        """
+
     def outlive(self, claim: Claim, gone: Callable[[], bool]) -> None:
         """In a child that runs this claim for its worker: should the worker die, beat in its stead.
 

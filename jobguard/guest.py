@@ -70,6 +70,7 @@ class _Session(_Wall):
         "decline": _nothing,
         "give_back": _nothing,
         "abandon": _nothing,
+        "consumes": _nothing,
         "outlive": _nothing,
         "flush": _nothing,
         "close": _nothing,
@@ -86,7 +87,7 @@ class _Nobody:
         """Let it run."""
         return Claim(token, 0)
 
-    end = release = decline = give_back = abandon = outlive = flush = close = _nothing
+    end = release = decline = give_back = abandon = consumes = outlive = flush = close = _nothing
 
 
 class _Tracker(_Wall):

@@ -590,6 +590,13 @@ class WorkerSession:
             except Exception as error:
                 say("guest_failed", where="beats", error=str(error), exc_info=True)
 
+    def consumes(self, queues: Sequence[str]) -> None:
+        """Say from the next beat on that it takes from these queues; see Session."""
+        queues = tuple(queues)
+        if queues != self._queues:
+            self._queues = queues
+            self._beat_now.set()  # should we die before it is said, nobody vouches for what is new
+
     def outlive(self, claim: Claim, gone: Callable[[], bool]) -> None:
         """Beat in the worker's stead if it dies before this child of it; see Session."""
         self._mine()

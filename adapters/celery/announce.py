@@ -34,11 +34,12 @@ log = logging.getLogger("jobguard")
 _scripts: WeakKeyDictionary[Any, tuple[int, Script]] = WeakKeyDictionary()
 
 
-def announcement(app: Any, *, name: str, queues: Sequence[str]) -> Callable[[UUID], None] | None:
+def announcement(app: Any, *, name: str, queues: Sequence[str]) -> Callable[[UUID], bool] | None:
     """Return what says that this worker is there, to be called every few seconds, from any thread.
 
-    All that is asked of Celery and kombu is asked here, in the main thread: they lock whatever they
-    look up, and a child that is forked in such a moment would wait for that lock for ever.
+    It answers whether Redis heard it. All that is asked of Celery and kombu is asked here, in the main
+    thread: they lock whatever they look up, and a child that is forked in such a moment would wait for
+    that lock for ever.
     """
     tracker = lookup.tracker_for(app)
     if tracker is None:
@@ -47,9 +48,11 @@ def announcement(app: Any, *, name: str, queues: Sequence[str]) -> Callable[[UUI
     results = _results(app, tracker)
     tell = _teller(app, tracker)
 
-    def again(session: UUID) -> None:
+    def again(session: UUID) -> bool:
         with _quietly("make itself known"):
             tell(session, about, results)
+            return True
+        return False
 
     return again
 

@@ -66,7 +66,7 @@ class Working:
     def open(self) -> None:
         """Begin to beat."""
         controller = self.controller
-        self.queues = [queue.name for queue in controller.app.amqp.queues.consume_from.values()]
+        self.queues = self._consumed()
         self.session = self.tracker.open_session(
             name=controller.hostname,
             queues=self.queues,
@@ -81,8 +81,32 @@ class Working:
                 is_ours=self.consumes_by,
                 runs=self.backlog,
             )
-        self.tell = announcement(controller.app, name=controller.hostname, queues=self.queues)
+        self._introduce()
         self.announce()
+
+    def follow(self) -> None:
+        """Have all who are told hear which queues it consumes now. In the main thread; see announcement."""
+        before, self.queues = self.queues, self._consumed()
+        if self.queues != before:
+            # What it leaves stays in its beats until Redis does not name it there any more: it would
+            # be taken for an unguarded worker of that queue.
+            self.session.consumes(list(dict.fromkeys([*before, *self.queues])))
+            self._introduce()
+            self.announced = -math.inf
+
+    def _consumed(self) -> list[str]:
+        return [queue.name for queue in self.controller.app.amqp.queues.consume_from.values()]
+
+    def _introduce(self) -> None:
+        """Have it say from now on what it consumes now: in Redis, and then in its beats."""
+        controller, queues = self.controller, self.queues
+        told = announcement(controller.app, name=controller.hostname, queues=queues)
+
+        def tell(session: UUID) -> None:
+            if told is None or told(session):
+                self.session.consumes(queues)
+
+        self.tell = tell
 
     def announce(self) -> None:
         """Say in the broker's Redis that we are there, if that was some time ago."""

@@ -15,6 +15,7 @@ from weakref import WeakSet
 from celery import signals
 from celery.exceptions import SoftTimeLimitExceeded
 from celery.worker import WorkController
+from celery.worker.consumer.consumer import Consumer
 
 from jobguard.adapter import trackers
 from jobguard.adapters.celery import fence, killed, lookup, mend, owner, parts, sessions, unread
@@ -42,6 +43,8 @@ def install(tracker: Tracker | None, app: Any) -> None:
             for part in (fence, killed, owner, parts, unread):
                 part.put_on(_hooks)
             _hooks.put(WorkController, "_process_task", process_task)
+            _hooks.put(Consumer, "add_task_queue", consumes_others)
+            _hooks.put(Consumer, "cancel_task_queue", consumes_others)
             for signal, receiver in HEARD:
                 signal.connect(receiver, weak=False, dispatch_uid=_uid(receiver))
         _apps.add(app)
@@ -75,6 +78,21 @@ def process_task(original: Callable[..., Any]) -> Callable[..., Any]:
             if (working := sessions.working_for(self.app)) is not None:
                 working.hand(req)
         return original(self, req)
+
+    return hook
+
+
+def consumes_others(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Consumer.add_task_queue and cancel_task_queue: somebody has it consume another queue, or one less."""
+
+    @wraps(original)
+    def hook(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return original(self, *args, **kwargs)
+        finally:  # a broken connection, too: when it is back, so is what was added or left
+            with our_own_affair("tell which queues are consumed"):
+                if (working := sessions.working_for(self.app)) is not None:
+                    working.follow()
 
     return hook
 

@@ -1286,12 +1286,13 @@ def test_a_beat_makes_a_worker_known(ledger: Contract) -> None:
 
 
 def test_a_later_beat_replaces_the_one_before(ledger: Contract) -> None:
-    """The counter moves on, and what was unflushed no longer is."""
+    """The counter moves on, what was unflushed no longer is, and the queues are those of now."""
     worker = ledger.worker()
-    worker.beat(unflushed_since=1_700_000_000.0)
-    worker.beat()
+    worker.beat(unflushed_since=1_700_000_000.0, queues=["mail"])
+    worker.beat(queues=["bulk", "mail"])
     (row,) = ledger.leader.workers(SOURCE)
     assert (row.beat, row.unflushed_since) == (2, None)
+    assert list(row.queues) == ["bulk", "mail"]
 
 
 def test_a_beat_tells_whether_a_leader_leads(ledger: Contract) -> None:

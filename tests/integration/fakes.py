@@ -88,6 +88,10 @@ class FakeSession:
         self.tracker.note("abandon", claim.token.hex)
         self.held.discard(claim.token)
 
+    def consumes(self, queues: Sequence[str]) -> None:
+        """Take from these."""
+        self.queues = list(queues)
+
     def outlive(self, claim: Claim, gone: Callable[[], bool]) -> None:
         """Say when the worker is gone."""
 

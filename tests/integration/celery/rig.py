@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ import celery
 import psycopg
 
 import jobguard
+from jobguard.adapters.celery.layout import Layout
 from jobguard.clients import client_from_url
 from jobguard.guard import JobGuard
 from tests.support import PATIENT, eventually
@@ -138,6 +140,12 @@ class Rig:
         self._until_up(process, lambda: " ready." in process.text)
         return process
 
+    def add_consumer(self, worker: Process, queue: str) -> None:
+        """Have a worker consume another queue: told again until it answers, for it may not listen yet."""
+        name = f"{worker.log.name.partition('-')[0]}@{socket.gethostname()}"
+        add = self.app.control.add_consumer
+        self.until(lambda: add(queue, destination=[name], reply=True, limit=1))
+
     def reconciler(self) -> Process:
         """Start a reconciler, and wait until it leads and trusts the queue."""
         process = self._start(
@@ -150,6 +158,22 @@ class Rig:
     def trusted(self) -> bool:
         """Whether what is lost of the queue is put back."""
         return bool(self.ask("select 1 from jobguard.queues where trusted_since is not null"))
+
+    def trusts(self, queue: str) -> bool:
+        """Whether what is lost of this one of several queues is put back."""
+        trusted = "select 1 from jobguard.queues where queue = %s and trusted_since is not null"
+        return bool(self.ask(trusted, queue))
+
+    def listed(self) -> list[set[str]]:
+        """Return the queues of each worker that is there, by its last beat."""
+        rows = self.ask("select queues from jobguard.workers where left_at is null order by id")
+        return [set(queues) for (queues,) in rows]
+
+    def announced(self) -> list[set[str]]:
+        """Return the queues of each worker, as it makes itself known in Redis."""
+        about = self.redis.hgetall(Layout().about)
+        told = [json.loads(raw) for field, raw in about.items() if b" " not in field]
+        return [set(one["queues"]) for one in told]
 
     def _start(self, name: str, *arguments: str, **more: str) -> Process:
         settings = {

@@ -77,6 +77,19 @@ class TestEnds:
         assert worker.stop() == 0
         assert not rig.said()
 
+    def test_it_is_known_for_the_queues_it_consumes(self, rig: Rig, pool: str) -> None:
+        """To the ledger and in Redis, as they come and go at run time."""
+        worker = rig.worker(pool)
+        rig.until(lambda: rig.listed() == rig.announced() == [{"celery"}])
+        rig.add_consumer(worker, "added")
+        rig.until(lambda: rig.listed() == rig.announced() == [{"celery", "added"}])
+        job_id = rig.send("ok", queue="added")
+        rig.until(lambda: rig.ended(job_id))
+        rig.app.control.cancel_consumer("added")
+        rig.until(lambda: rig.listed() == rig.announced() == [{"celery"}])
+        job_id = rig.send("ok")
+        rig.until(lambda: rig.ended(job_id))
+
     def test_an_unknown_task_goes_back(self, rig: Rig, pool: str) -> None:
         """Where a leader lives, another worker may know it: it has not failed."""
         rig.reconciler()

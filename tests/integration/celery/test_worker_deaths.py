@@ -189,6 +189,23 @@ class TestWorker:
         assert [rig.said()[f"taken-{n}"] for n in range(4)] == [1] * 4
 
     @pytest.mark.parametrize("pool", ["prefork", *IN_ONE_PROCESS])
+    def test_a_task_of_a_queue_that_was_added_runs_again(self, rig: Rig, pool: str) -> None:
+        """No worker began with it: both were told at run time to consume it."""
+        worker = rig.worker(pool)
+        rig.until(lambda: rig.trusts("celery"))
+        rig.add_consumer(worker, "added")
+        rig.until(lambda: rig.trusts("added"))
+        job_id = rig.send("slow", "slow", 5.0, queue="added")
+        rig.until(lambda: rig.said()["slow-begins"])
+        rig.add_consumer(rig.worker(), "added")
+        rig.until(lambda: rig.listed() == [{"celery", "added"}] * 2)
+
+        worker.signal(signal.SIGKILL)
+        rig.until(lambda: rig.ended(job_id))
+        assert rig.ended(job_id) == ["completed"]
+        assert rig.said() == {"slow-begins": 2, "slow": 1}
+
+    @pytest.mark.parametrize("pool", ["prefork", *IN_ONE_PROCESS])
     def test_a_worker_that_computes_is_alive(self, rig: Rig, pool: str) -> None:
         """For longer than the worker timeout, and gives nobody a turn: a thread of its own beats."""
         rig.worker(pool)

@@ -59,6 +59,7 @@ def test_what_raises_answers_as_if_we_were_absent() -> None:
     session.end(claim, Outcome.COMPLETED, job_id="id", queue="q", task="t")
     session.release(claim)
     session.abandon(claim)
+    session.consumes(["q"])
     session.outlive(claim, lambda: False)
     session.flush()
     session.close()

@@ -107,6 +107,7 @@ class Beats:
     def __init__(self, inner: HostStore) -> None:
         self._inner = inner
         self.lists: list[set[UUID]] = []
+        self.queues: list[tuple[str, ...]] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
@@ -114,6 +115,7 @@ class Beats:
     def beat(self, source: int, beat: Beat, *, namespace: str) -> BeatReply:
         """Take a beat."""
         self.lists.append(set(beat.claims))
+        self.queues.append(tuple(beat.queues))
         return self._inner.beat(source, beat, namespace=namespace)
 
 
@@ -654,6 +656,25 @@ def test_the_ledger_in_memory_tells_what_workers_list() -> None:
     assert tuple(row.lists) == (job.token,)
 
 
+def test_a_beat_names_the_queues_that_are_consumed_now() -> None:
+    """A leader trusts only a queue of which a worker has said that it takes from it."""
+    worker = Worker().begin()
+    (before,) = worker.leader.workers(SOURCE.id)
+
+    worker.session.consumes(["mail", "bulk"])
+    worker.session.beat()
+    (after,) = worker.leader.workers(SOURCE.id)
+    worker.session.consumes(["bulk"])
+    worker.session.beat()
+    (last,) = worker.leader.workers(SOURCE.id)
+
+    assert [tuple(row.queues) for row in (before, after, last)] == [
+        ("mail",),
+        ("mail", "bulk"),
+        ("bulk",),
+    ]
+
+
 # -- forks -------------------------------------------------------------------------------------------
 
 
@@ -825,6 +846,19 @@ def test_what_postgres_missed_is_listed_at_once(what: str) -> None:
             worker.session.flush()
 
     eventually(lambda: {job.token} in beats.lists)
+    worker.session.close()
+
+
+def test_another_queue_is_told_at_once() -> None:
+    """Long before a beat is due: if the worker died until then, nobody would vouch for the queue."""
+    worker = Worker()
+    worker.session.open()
+    beats = Beats(worker.ledger.host())
+    worker.session._beat_store = cast(HostStore, beats)
+
+    worker.session.consumes(["mail", "bulk"])
+
+    eventually(lambda: beats.queues == [("mail", "bulk")])
     worker.session.close()
 
 
