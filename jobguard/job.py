@@ -171,6 +171,8 @@ class Recorded:
     """Postgres did not take it; the spool has it."""
     lost: bool = False
     """Neither Postgres nor the spool took it. Counted and logged already."""
+    at: float = field(default_factory=time.monotonic, compare=False)
+    """When the answer came, by this process' monotonic clock."""
 
     @property
     def written(self) -> bool:

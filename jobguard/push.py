@@ -10,7 +10,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from uuid import UUID
 
@@ -48,6 +48,8 @@ class Push(ABC):
     tracker: Tracker
     broker_down: ClassVar[tuple[type[BaseException], ...]]
     """What says that Redis is away."""
+    _written_at: float | None = field(default=None, init=False)
+    """When Postgres had it, if it has."""
 
     @property
     @abstractmethod
@@ -76,6 +78,10 @@ class Push(ABC):
         """Whether its record is enough, so that nobody need hear that it was not pushed."""
         return self.tracker.accepts_without_broker(recorded)
 
+    def may_wait(self) -> bool:
+        """Whether it may be kept for the end of a batch."""
+        return True
+
     def undo(self) -> None:  # noqa: B027 - hardly any needs it
         """Surely nothing of it is in Redis, and its sender hears an error: let nothing remember it."""
 
@@ -91,7 +97,7 @@ class Push(ABC):
 
         Returns what the library returned; None if the leader pushes, or the end of a batch.
         """
-        held = self.tracker.hold(self.deliveries, self.finish)
+        held = self.tracker.hold(self.deliveries, self.finish) if self.may_wait() else None
         if held is not None:
             held()
             return None
@@ -104,6 +110,7 @@ class Push(ABC):
             except BaseException:
                 self.undo()
                 raise
+            self._note(recorded)
             if not self.settle(recorded):
                 return None
             if away:
@@ -117,6 +124,7 @@ class Push(ABC):
 
     def finish(self, recorded: Recorded) -> None:
         """The same at the end of a batch, when all of it is recorded."""
+        self._note(recorded)
         try:
             if not self.settle(recorded):
                 return
@@ -134,6 +142,9 @@ class Push(ABC):
         finally:
             self.release()
 
+    def _note(self, recorded: Recorded) -> None:
+        self._written_at = recorded.at if recorded.written else None
+
     def _look(self) -> tuple[bool, BaseException | None]:
         """Whether Redis is away, and what it said if it was asked."""
         if self.tracker.broker_in_doubt():
@@ -145,12 +156,13 @@ class Push(ABC):
         self, recorded: Recorded, down: BaseException | None, *, in_outbox: bool
     ) -> Any:
         if not self.tracker.accepts_without_broker(recorded):
+            in_outbox = False  # where a leader would push it, though its sender may hear an error
             with self._unsent():
                 down = self.unless_up(lambda: self.wait(down))
             if down is None:
                 return self._send(recorded)
             if not self.accepts(recorded):
-                self.take_back()
+                self.give_up(down)
                 raise down
         if not in_outbox:
             self._leave()
@@ -161,8 +173,8 @@ class Push(ABC):
         """What is raised inside, whatever it is, comes before anything was sent."""
         try:
             yield
-        except BaseException:
-            self.take_back()
+        except BaseException as error:
+            self.give_up(error)
             raise
 
     def _send(self, recorded: Recorded) -> Any:
@@ -187,8 +199,12 @@ class Push(ABC):
         error.add_note(f"jobguard: it may have reached Redis, and stays recorded: job {ids}")
         return True
 
-    def take_back(self) -> None:
-        """Surely nothing of it is in Redis."""
+    def give_up(self, error: BaseException) -> None:
+        """It was never sent, and its sender hears this: take it back, unless a leader may have sent it."""
+        at = self._written_at
+        if at is not None and time.monotonic() - at > self.tracker.push_deadline:
+            Push.failed(self, error)
+            return
         take_back(self.tracker, self.deliveries)
         self.undo()
 

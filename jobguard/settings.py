@@ -46,7 +46,7 @@ class Settings:
         "batched", "durable: commit each end before the library's own acknowledgement"
     )
     when_postgres_down: Literal["spool", "raise", "skip"] = _setting(
-        "spool", "what enqueue does while Postgres is away"
+        "spool", "what enqueue does while Postgres is away; what a job sends is spooled, not raised"
     )
     when_redis_down: Literal["accept", "raise"] = _setting(
         "accept", "accept: the recorded job is pushed when Redis is back, while a reconciler leads"

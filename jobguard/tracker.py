@@ -181,6 +181,9 @@ class HostTracker:
         if not deliveries:
             return Recorded()
         self._mine()
+        outbox = (
+            outbox and self._accepts
+        )  # else a leader might push what its sender is told has failed
         try:
             if outbox or len(deliveries) > _REPLAY:
                 recorded = self.call(lambda store: self._send(store, deliveries, outbox=outbox))
@@ -189,7 +192,8 @@ class HostTracker:
         except BadRow as error:
             return self._record_alone(deliveries, error, outbox=outbox)
         except StoreUnavailable as error:
-            if self.settings.when_postgres_down == "raise":
+            if self.settings.when_postgres_down == "raise" and not any(map(_goes_on, deliveries)):
+                self._cancel_in_doubt(error, deliveries)
                 raise
             return self._overflow(deliveries, error)
         except Exception as error:
@@ -200,6 +204,15 @@ class HostTracker:
             return Recorded(lost=True)
         mine = frozenset(d.token for d in deliveries)
         return Recorded(refused=recorded.refused & mine, leader_live=recorded.leader_live)
+
+    def _cancel_in_doubt(self, error: StoreUnavailable, deliveries: Sequence[Delivery]) -> None:
+        """Its sender hears that it was not recorded, which it may have been: it is to be cancelled then."""
+        if isinstance(error, BreakerOpen):
+            return  # nobody was asked
+        tokens = tuple(delivery.token for delivery in deliveries)
+        if not self.spool.put([Cancelled(tokens, (), None)]):
+            ids = ", ".join(delivery.job_id for delivery in deliveries)
+            error.add_note(f"jobguard: it may be recorded all the same, and run: job {ids}")
 
     def _write(self, deliveries: Sequence[Delivery]) -> Recorded:
         if not self.circuit.closed:  # it opened while this batch stood in line: one wait is enough
@@ -300,13 +313,11 @@ class HostTracker:
 
     def accepts_without_broker(self, recorded: Recorded) -> bool:
         """Whether a recorded job may be accepted although Redis is away; see Tracker."""
-        return (
-            self.settings.when_redis_down == "accept"
-            and self.settings.mode == "guard"
-            and recorded.leader_live
-            and not recorded.refused
-            and not recorded.lost
-        )
+        return self._accepts and recorded.leader_live and not recorded.refused and not recorded.lost
+
+    @property
+    def _accepts(self) -> bool:
+        return self.settings.when_redis_down == "accept" and self.settings.mode == "guard"
 
     def cancel(
         self,
@@ -577,3 +588,8 @@ class HostTracker:
             self._session.close()
         self.settle(last=True)
         self._store.close()
+
+
+def _goes_on(delivery: Delivery) -> bool:
+    """Whether a run sends it: if that is refused, nothing sends it again."""
+    return delivery.parent is not None or delivery.derived

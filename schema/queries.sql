@@ -414,6 +414,20 @@ where j.source = %(source)s and j.token = any (%(tokens)b::uuid[])
          where h.source = j.source and h.job_id = j.job_id and h.recorded_at > j.recorded_at
            and h.claimed_at is not null))
 
+-- name: namesakes
+-- Of which of these a result that is kept by job id may be another's: one of the same id is owed as well,
+-- or has ended since. Where one body is kept per id, no two of them run.
+select j.token from jobguard.jobs j
+where j.source = %(source)s and j.token = any (%(tokens)b::uuid[])
+  and (select s.one_body from jobguard.sources s where s.id = %(source)s) is false
+  and (exists (
+         select from jobguard.jobs y
+         where y.source = j.source and y.job_id = j.job_id and y.token <> j.token)
+    or exists (
+         select from jobguard.history h
+         where h.source = j.source and h.job_id = j.job_id and h.token <> j.token
+           and h.outcome <> 'superseded' and h.ended_at > j.recorded_at))
+
 -- name: fates
 -- Whether a job id is owed, and how it ended last: a delivery that another took the place of did not end it.
 select i.job_id,

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 from collections.abc import Callable
+from contextvars import ContextVar
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
@@ -22,16 +24,19 @@ from jobguard.adapters.celery.places import check_out
 from jobguard.adapters.celery.push import BROKER_DOWN
 from jobguard.adapters.celery.results import results_of
 from jobguard.adapters.celery.wall import our_own_affair
+from jobguard.job import Recorded
 
 if TYPE_CHECKING:
     from jobguard.adapter import Tracker
 
+log = logging.getLogger("jobguard")
 Hook = Callable[..., Any]
 
 _PATIENCE = 0.8
 """Seconds that a member waits for the others: a group may come from a generator that takes its time.
 
 A thousand signatures that are ready are made into messages in less."""
+_sending: ContextVar[bool] = ContextVar("jobguard_celery_sends_a_group", default=False)
 _MISSED = "_jobguard_missed"
 """Results that nobody is subscribed to yet, because Redis was away."""
 
@@ -55,10 +60,19 @@ def apply_group(original: Hook) -> Hook:
             return original(self, *args, **kwargs)
         # Of a generator the group has taken the first elements when it was made.
         slow = not getattr(self.tasks, "_regen__done", True)
-        with tracker.batch(patience=_PATIENCE, first_at_once=slow):
-            return original(self, *args, **kwargs)
+        before = _sending.set(True)
+        try:
+            with tracker.batch(patience=_PATIENCE, first_at_once=slow):
+                return original(self, *args, **kwargs)
+        finally:
+            _sending.reset(before)
 
     return hook
+
+
+def sends_a_group() -> bool:
+    """Whether this is inside of a group's apply_async, and so perhaps in the generator it came from."""
+    return _sending.get()
 
 
 def set_chord_size(original: Hook) -> Hook:
@@ -66,18 +80,29 @@ def set_chord_size(original: Hook) -> Hook:
 
     @wraps(original)
     def hook(self: Any, group_id: str, chord_size: int, *args: Any, **kwargs: Any) -> Any:
-        _open_join(self, group_id, chord_size)
-        return original(self, group_id, chord_size, *args, **kwargs)
+        known = _open_join(self, group_id, chord_size)
+        try:
+            return original(self, group_id, chord_size, *args, **kwargs)
+        except BROKER_DOWN as error:
+            if not known:
+                raise
+            log.warning(
+                "the size of chord %s is put into Redis when it is back: %r", group_id, error
+            )
+            return None
 
     return hook
 
 
-def _open_join(backend: Any, group_id: str, size: int) -> None:
+def _open_join(backend: Any, group_id: str, size: int) -> bool:
+    """Have the ledger know of it; whether a leader puts the size back, should Redis not take it."""
     with our_own_affair("open a chord"):
         tracker = lookup.tracker_for(backend.app)
         results = results_of(backend, tracker.source.address) if tracker is not None else None
         if tracker is not None and results is not None:
             tracker.open_join(group_id, int(size), json.dumps(results.told()).encode())
+            return tracker.accepts_without_broker(Recorded(leader_live=True))
+    return False
 
 
 def _tracker_of_group(group: Any) -> Tracker | None:

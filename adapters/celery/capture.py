@@ -15,6 +15,7 @@ from uuid import UUID
 from celery.utils.imports import instantiate
 
 from jobguard.adapters.celery import lookup
+from jobguard.adapters.celery.backend import sends_a_group
 from jobguard.adapters.celery.header import PART, TOKEN, WORKER
 from jobguard.adapters.celery.push import BROKER_DOWN, TaskPush
 from jobguard.adapters.celery.routing import target_of
@@ -215,6 +216,7 @@ class Producer:
             publish=lambda producer: producer.publish(data, **sent),
             producer=self._producer,
             run=moving,
+            alone=sends_a_group() and not (wire.task.get("group") or wire.task.get("taskset")),
             retry=bool(options.get("retry")),
             policy=options.get("retry_policy"),
         )

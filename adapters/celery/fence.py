@@ -212,7 +212,7 @@ def after_the_run(
             run.part is None and request.chord
         ):  # Redis may have failed before Celery came to count it
             _note(sender, request, retval, state, thrown, run)
-        _tell(run, state, retval, thrown)
+        _tell(run, state, retval, thrown, acks_late=sender.acks_late)
     except Exception as error:
         if is_host_interrupt(error):
             raise
@@ -222,7 +222,7 @@ def after_the_run(
 
 
 def _note(task: Any, request: Any, retval: Any, state: str | None, thrown: Any, run: Run) -> None:
-    if state == states.SUCCESS and _returned(thrown):
+    if state == states.SUCCESS and _returned(run, thrown):
         run.part = part_made_of(task.backend, request, states.SUCCESS, retval)
     elif state in (states.SUCCESS, states.FAILURE, None) and isinstance(
         thrown or retval, Exception
@@ -230,18 +230,24 @@ def _note(task: Any, request: Any, retval: Any, state: str | None, thrown: Any, 
         run.part = part_made_of(task.backend, request, states.FAILURE, thrown or retval)
 
 
-def _tell(run: Run, state: str | None, retval: Any, thrown: BaseException | None) -> None:
-    """Report how a run ended, by the state that Celery gives it; by none where its own word failed it."""
+def _tell(
+    run: Run, state: str | None, retval: Any, thrown: BaseException | None, *, acks_late: bool
+) -> None:
+    """Report how a run ended, by the state that Celery gives it; by none where its own word failed it.
+
+    What was acknowledged before it began cannot go back into its queue: that Reject is its end.
+    """
     if state == states.SUCCESS:
         # What is thrown now, after the function returned, is Redis that failed Celery's own word of
-        # it; or what came after the function could not be sent, and then the task has failed.
-        run.end(*((Outcome.COMPLETED,) if _returned(thrown) else (Outcome.FAILED, repr(thrown))))
+        # it; or what comes after the function could not be sent, and then the task has failed.
+        returned = _returned(run, thrown)
+        run.end(*((Outcome.COMPLETED,) if returned else (Outcome.FAILED, repr(thrown))))
     elif state == states.IGNORED:
         run.end(Outcome.COMPLETED)
     elif state == states.FAILURE:
         run.end(Outcome.FAILED, run.error or repr(retval))
     elif state == states.REJECTED:
-        if getattr(retval, "requeue", False):
+        if getattr(retval, "requeue", False) and acks_late:
             run.hand_back()
         else:
             run.end(Outcome.FAILED, f"rejected: {getattr(retval, 'reason', retval)!r}")
@@ -253,5 +259,5 @@ def _tell(run: Run, state: str | None, retval: Any, thrown: BaseException | None
         run.end(Outcome.FAILED, repr(thrown))
 
 
-def _returned(thrown: BaseException | None) -> bool:
-    return thrown is None or isinstance(thrown, REDIS_FAILED)
+def _returned(run: Run, thrown: BaseException | None) -> bool:
+    return thrown is None or (run.storing and isinstance(thrown, REDIS_FAILED))

@@ -24,6 +24,7 @@ from celery.worker.state import task_ready
 from jobguard.adapters.celery import sessions
 from jobguard.adapters.celery.hooks import Hooks
 from jobguard.adapters.celery.parts import REDIS_FAILED, part_made_of, part_of
+from jobguard.adapters.celery.results import done_at
 from jobguard.adapters.celery.sessions import Working, token_in
 from jobguard.adapters.celery.wall import our_own_affair
 from jobguard.job import Claim, Outcome, Part
@@ -206,7 +207,11 @@ def _recovers(working: Working, token: UUID, *, began: bool = True) -> bool:
 def _stored(request: Any) -> Mapping[str, Any] | None:
     """Return what its child had stored of its success, if it had; an older Celery does not say."""
     stored = getattr(request, "_success_was_stored", None)
-    return (stored() or None) if stored is not None else None
+    meta: Mapping[str, Any] | None = (stored() or None) if stored is not None else None
+    ended = meta and meta.get("date_done")
+    if ended and done_at(ended) < (request.time_start or 0.0):
+        return None  # an earlier life of its id
+    return meta
 
 
 def _ask_again(request: Any, ask: Callable[[], object]) -> None:

@@ -114,6 +114,7 @@ def mark(original: Hook) -> Hook:
         run = current_run()
         if run is None or run.job_id != task_id:
             return original(self, task_id, *args, **kwargs)
+        run.storing = True
         try:
             return original(self, task_id, *args, **kwargs)
         except REDIS_FAILED as error:

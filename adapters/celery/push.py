@@ -47,6 +47,8 @@ class TaskPush(Push):
     run: Run | None = None
     """The run whose place it takes, if it is a retry or a replacement."""
     retry: bool = False
+    alone: bool = False
+    """A generator sends it while its group is sent, and may wait for what becomes of it."""
     policy: dict[str, Any] | None = None
     """How patient the library is with a Redis that is away."""
     begun: bool = False
@@ -57,6 +59,10 @@ class TaskPush(Push):
     def deliveries(self) -> Sequence[Delivery]:
         """The task."""
         return [self.delivery]
+
+    def may_wait(self) -> bool:
+        """Not what no group waits for."""
+        return not self.alone
 
     def reach(self) -> None:
         """Make sure that the connection of the producer, if it has one, still is one."""
@@ -101,7 +107,7 @@ class TaskPush(Push):
     def failed(self, error: BaseException) -> bool:
         """If Redis answered, it did not take it."""
         if isinstance(error, redis.ResponseError) and not self.is_down(error):
-            self.take_back()
+            self.give_up(error)
             return False
         return super().failed(error)
 

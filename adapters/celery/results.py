@@ -119,7 +119,7 @@ def read(client: redis.Redis, results: Results, ids: Sequence[str]) -> dict[str,
 
 
 def _end_in(meta: Mapping[str, Any], since: float) -> Presence | None:
-    if _done_at(meta.get("date_done")) < since:
+    if done_at(meta.get("date_done")) < since:
         return None
     result = meta.get("result")
     if isinstance(result, dict) and result.get("exc_type") == _KILLED:
@@ -127,7 +127,8 @@ def _end_in(meta: Mapping[str, Any], since: float) -> Presence | None:
     return _FINAL.get(str(meta.get("status")))
 
 
-def _done_at(text: object) -> float:
+def done_at(text: object) -> float:
+    """Return when a stored result says that its task ended; what cannot be read is long ago."""
     try:
         moment = datetime.fromisoformat(str(text))
     except ValueError:

@@ -59,6 +59,8 @@ class Run:
         self.told = False
         self.outcome: Outcome | None = None
         """How it ended, once that is told; None: something else has taken its place."""
+        self.storing = False
+        """All that comes after the function is sent: Celery is about to store what it returned."""
         self.part: Part | None = None
         """What its end is to a chord."""
         self.error: str | None = None

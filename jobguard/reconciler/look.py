@@ -20,7 +20,7 @@ from jobguard.job import LET_GO, Cause, Outcome, Owed, Presence, Sighting
 from jobguard.log import say
 from jobguard.reconciler.done import LOSSES, Done, told
 from jobguard.reconciler.putback import PutBack
-from jobguard.reconciler.verdict import Case, Decision, Holder, Verdict, decide
+from jobguard.reconciler.verdict import ENDS, Case, Decision, Holder, Verdict, decide
 from jobguard.settings import Settings
 from jobguard.store import Closing, LeaderStore, Void
 
@@ -75,6 +75,12 @@ class Looker:
         left = {t: s.held_by for t, s in sightings.items() if self._is_left(s.held_by, now)}
         sightings = {
             token: Sighting(Presence.ABSENT, f"held by {left[token]}") if token in left else s
+            for token, s in sightings.items()
+        }
+        ends = [token for token, s in sightings.items() if s.presence in ENDS]
+        anyones = self._store.namesakes(self._source, ends) if ends else frozenset()
+        sightings = {
+            token: Sighting(Presence.ABSENT, "end of a namesake") if token in anyones else s
             for token, s in sightings.items()
         }
         older = self._older_lives(sightings)

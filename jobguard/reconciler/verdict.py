@@ -87,7 +87,7 @@ class Decision:
     """With WAIT: it is where it belongs; whatever was suspected is forgotten."""
 
 
-_ENDS = {
+ENDS = {
     Presence.FINISHED: Outcome.COMPLETED,
     Presence.FAILED: Outcome.FAILED,
     Presence.CANCELLED: Outcome.CANCELLED,
@@ -100,11 +100,11 @@ def decide(case: Case) -> Decision:
         return Decision(Verdict.CLOSE, "history wins", case.tombstone)
     if case.holder is Holder.LIVE:
         return Decision(Verdict.WAIT, "its worker beats and lists it", clear=True)
-    if case.presence in _ENDS and not case.judgeable:
+    if case.presence in ENDS and not case.judgeable:
         # The worker's own word says more: what it completed, and what that is to a join.
         return Decision(Verdict.WAIT, "a worker has reports that are not written yet", clear=True)
-    if case.presence in _ENDS:
-        return Decision(Verdict.CLOSE, "the library knows its end", _ENDS[case.presence])
+    if case.presence in ENDS:
+        return Decision(Verdict.CLOSE, "the library knows its end", ENDS[case.presence])
     if case.presence is Presence.OVERWRITTEN:
         return _overwritten(case)
     if case.listed:

@@ -372,6 +372,9 @@ class LeaderStore(Protocol):
     def overtaken(self, source: int, tokens: Sequence[UUID]) -> frozenset[UUID]:
         """Which of these have had a later life of their job id begin since."""
 
+    def namesakes(self, source: int, tokens: Sequence[UUID]) -> frozenset[UUID]:
+        """Of which of these an end that the library keeps by job id may be another delivery's."""
+
     def fates(self, source: int, job_ids: Sequence[str]) -> Mapping[str, Fate]:
         """What is known of each of these job ids."""
 

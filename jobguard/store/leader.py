@@ -251,6 +251,11 @@ class PostgresLeaderStore:
         rows = self._ask("overtaken", source=source, tokens=list(tokens))
         return frozenset(token for (token,) in rows)
 
+    def namesakes(self, source: int, tokens: Sequence[UUID]) -> frozenset[UUID]:
+        """Which of these share their job id with another; see LeaderStore."""
+        rows = self._ask("namesakes", source=source, tokens=list(tokens))
+        return frozenset(token for (token,) in rows)
+
     def fates(self, source: int, job_ids: Sequence[str]) -> Mapping[str, Fate]:
         """What is known of each of these job ids; see LeaderStore."""
         rows = self._ask("fates", source=source, job_ids=list(job_ids))

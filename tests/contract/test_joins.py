@@ -263,6 +263,42 @@ def test_lives_of_one_id_do_not_touch_each_other(bodies: Contract) -> None:
     assert bodies.leader.overtaken(SOURCE, [first.token]) == frozenset()
 
 
+def test_whose_end_a_kept_result_is(bodies: Contract) -> None:
+    """It may be that of another delivery of its id, if one is owed too or has ended since."""
+    worker = bodies.worker()
+    first = bodies.recorded("j")
+    worker.end(worker.start(first.token))
+    bodies.advance(1)
+    second, other = bodies.recorded("j"), bodies.recorded("other")
+
+    def namesakes() -> frozenset[UUID]:
+        return bodies.leader.namesakes(SOURCE, [first.token, second.token, other.token])
+
+    assert namesakes() == frozenset(), "the first had ended before"
+    third = bodies.recorded("j")
+    assert namesakes() == {second.token}
+    bodies.advance(1)
+    worker.end(worker.start(third.token), ended_at=bodies.leader.now())
+    assert namesakes() == {second.token}
+
+
+def test_a_retry_is_no_namesake(bodies: Contract) -> None:
+    """It takes the place of the attempt before, which stored no end."""
+    worker, first = bodies.worker(), bodies.recorded("j")
+    claim = worker.start(first.token)
+    retry = delivery("j", parent=Parent(first.token, claim=claim.number, worker=worker.id))
+    bodies.record(retry)
+    assert bodies.leader.namesakes(SOURCE, [retry.token]) == frozenset()
+
+
+def test_where_one_body_is_kept_there_are_no_namesakes(ledger: Contract) -> None:
+    """A later life stands in the place of the one before."""
+    worker, first = ledger.worker(), ledger.recorded("j")
+    worker.start(first.token)
+    second = ledger.recorded("j")
+    assert ledger.leader.namesakes(SOURCE, [first.token, second.token]) == frozenset()
+
+
 def test_a_late_record_stands_beside_a_younger_life(bodies: Contract) -> None:
     """What waited in a spool is owed, though its id was sent again meanwhile."""
     older = delivery("j")

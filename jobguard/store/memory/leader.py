@@ -325,6 +325,27 @@ class MemoryLeaderStore:
                 and latest.get((owner, job.delivery.job_id), job.recorded_at) > job.recorded_at
             )
 
+    def namesakes(self, source: int, tokens: Sequence[UUID]) -> frozenset[UUID]:
+        tables = self._tables
+        with tables.open():
+            if tables.one_body(source):
+                return frozenset()
+            found = set()
+            for key in tables.owed(source, tokens):
+                job = tables.jobs[key]
+                id = job.delivery.job_id
+                ended = any(
+                    stone.job_id == id
+                    and owner == source
+                    and token != key[1]
+                    and stone.outcome is not Outcome.SUPERSEDED
+                    and stone.ended_at > job.recorded_at
+                    for (owner, token), stone in tables.history.items()
+                )
+                if ended or tables.of_job(source, [id]) != [key]:
+                    found.add(key[1])
+            return frozenset(found)
+
     def fates(self, source: int, job_ids: Sequence[str]) -> Mapping[str, Fate]:
         with self._tables.open():
             owed = {

@@ -111,6 +111,13 @@ def _fail_once(backend: Any) -> None:
 
 
 @task()
+def refuse(word: object = "refuse") -> None:
+    """Have it put back, though its message was acknowledged before it began: Celery drops it."""
+    say(word)
+    raise Reject("as it must", requeue=True)
+
+
+@task()
 def slow(word: object = "slow", seconds: float = 5.0) -> object:
     """Take its time."""
     say(f"{word}-begins")

@@ -11,7 +11,7 @@ import pytest
 import redis
 from celery.exceptions import Ignore
 
-from jobguard.adapters.celery import sessions
+from jobguard.adapters.celery import fence, sessions
 from jobguard.job import new_token
 from tests.integration.celery.support import FakeTracker
 
@@ -71,3 +71,36 @@ def test_whatever_else_begins(
     finally:
         task.pop_request()
     assert tracker.notes("start") == [[token.hex]]
+
+
+@pytest.mark.parametrize("reached", [False, True], ids=["next-step", "result"])
+def test_redis_fails_after_the_function_has_returned(
+    make_app: Callable[..., celery.Celery],
+    guard: Callable[[celery.Celery], FakeTracker],
+    monkeypatch: pytest.MonkeyPatch,
+    reached: bool,
+) -> None:
+    """It could not be sent what comes next: the task has failed. It could not be stored: it has not."""
+    app = make_app()
+    tracker = guard(app)
+    session = tracker.open_session(name="w", queues=["celery"])
+    monkeypatch.setattr(sessions, "session_for", lambda *_: session)
+
+    def fail(*_: object, **__: object) -> None:
+        raise redis.ConnectionError("as it must")
+
+    monkeypatch.setattr(app.backend, "set", fail)
+    task = app.tasks["add"]
+    task.push_request(id="a", called_directly=False, args=(), kwargs={}, jobguard=new_token().hex)
+    try:
+        task.before_start("a", (), {})
+        try:
+            if reached:
+                app.backend.mark_as_done("a", 3, task.request)
+            raise redis.ConnectionError("as it must")
+        except redis.ConnectionError:
+            fence.after_the_run(sender=task, retval=3, state="SUCCESS")
+    finally:
+        task.pop_request()
+    ((_, outcome, _),) = tracker.notes("end")
+    assert outcome == ("completed" if reached else "failed")

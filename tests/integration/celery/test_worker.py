@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from celery import group
 from celery.app.task import Task
 
 from tests.integration.celery.rig import Rig, a_rig
@@ -34,6 +35,7 @@ class TestEnds:
             "ignore": ["completed"],
             "reject": ["failed"],
             "requeue": ["completed"],
+            "refuse": ["failed"],
             "replaced": ["superseded", "completed"],
         }
         rig.app.conf.task_protocol = protocol
@@ -46,7 +48,7 @@ class TestEnds:
         said = rig.said()
         assert said["before"] == 1
         assert (said["again"], said["requeue"], said["ok"]) == (3, 6, 1)
-        assert said["replaced-by-another"] == 1
+        assert said["replaced-by-another"] == said["refuse"] == 1
         assert "ValueError: as it must" in rig.error(sent["fail"])
         assert worker.stop() == 0
         assert rig.ask("select 1 from jobguard.workers where left_at is not null")
@@ -64,6 +66,18 @@ class TestEnds:
 
         assert rig.said() == {"ok": 1}
         assert rig.ended(job_id) == ["completed"]
+
+    def test_a_group_whose_generator_waits_for_results(self, rig: Rig, pool: str) -> None:
+        """What it sends beside the group is not kept for the group's end."""
+        rig.worker(pool)
+
+        def load(word: str) -> str:
+            return str(rig.app.AsyncResult(rig.send("ok", word)).get(timeout=20))
+
+        members = (rig.signature("ok", "again-" + load(f"w{n}")) for n in range(4))
+        group(members, app=rig.app).apply_async()
+        rig.until(lambda: not rig.owed())
+        assert rig.said() == {f"{kind}w{n}": 1 for kind in ("", "again-") for n in range(4)}
 
     def test_a_revoked_task_is_cancelled(self, rig: Rig, pool: str) -> None:
         """Before it began; and an expired one too."""

@@ -11,7 +11,7 @@ import celery
 import kombu
 import pytest
 import redis
-from celery import chord
+from celery import chain, chord, group
 
 from jobguard.servers import PostgresServer, RedisServer
 from tests.integration.celery.rig import WORKER_TIMEOUT, Rig, a_rig
@@ -402,7 +402,7 @@ class TestAResultThatCannotBeStored:
             job_id = rig.send("unstored")
             rig.until(lambda: rig.ended(job_id))
             rig.until(lambda: rig.app.AsyncResult(job_id).state == "FAILURE")
-            assert rig.ended(job_id) == ["completed"]
+            assert rig.ended(job_id) == ["failed"]
 
     def test_a_chord_goes_on(self, rig: Rig, pool: str) -> None:
         """What its member adds is counted all the same, and its body runs once."""
@@ -436,6 +436,33 @@ def test_unmended_a_worker_ends_with_its_redis(
         rig.until(lambda: not rig.owed(), 60)
         assert [rig.ended(job_id) for job_id in sent] == [["completed"]] * 3
         assert rig.said() == {f"w{n}": 1 for n in range(3)}
+
+
+class TestAnIdThatIsUsedAgain:
+    """A stored result says whose id it is, not whose run it was."""
+
+    def test_a_killed_child_has_not_succeeded_before(self, rig: Rig) -> None:
+        """Its id has, in an earlier life."""
+        rig.worker()
+        rig.until(rig.trusted)
+        rig.send("ok", task_id="daily")
+        rig.until(lambda: rig.ended("daily"))
+        rig.send("die", task_id="daily")
+        rig.until(lambda: not rig.owed())
+        assert rig.ended("daily") == ["completed", "completed"]
+        assert rig.said() == {"ok": 1, "die": 2}
+
+    def test_a_lost_worker_has_not_finished_both(self, rig: Rig) -> None:
+        """Two of one id ran at once, and one of them had ended."""
+        worker = rig.worker()
+        rig.until(rig.trusted)
+        rig.send("slow", "short", 1.0, task_id="daily")
+        rig.send("slow", "long", 8.0, task_id="daily")
+        rig.until(lambda: rig.said()["long-begins"] and len(rig.ended("daily")) == 1)
+        worker.kill()
+        rig.worker()
+        rig.until(lambda: not rig.owed(), 60)
+        assert rig.said() == {"short-begins": 1, "short": 1, "long-begins": 2, "long": 1}
 
 
 class TestChords:
@@ -474,6 +501,32 @@ class TestChords:
             rig.until(lambda: rig.said()["all"], 60)
             rig.until(lambda: not rig.owed())
             assert rig.said()["all"] == 1
+
+    def test_a_chord_begins_while_its_redis_is_away(
+        self, tmp_path: Path, database: str, own_redis: RedisServer
+    ) -> None:
+        """As the next step of a chain, for longer than Celery tries to write down how large it is."""
+        policy = {"max_retries": 1, "interval_start": 0.1, "interval_step": 0, "interval_max": 0.1}
+        conf = {"result_backend_transport_options": {"retry_policy": policy}}
+        with a_rig(tmp_path, database, own_redis.url, conf) as rig:
+            rig.reconciler()
+            worker = rig.worker()
+            rig.until(rig.trusted)
+            header = group(
+                [rig.signature("ok", f"m{n}").set(immutable=True) for n in range(3)], app=rig.app
+            )
+            last = rig.signature("collect", "all")
+            first = rig.signature("slow", "first", 2.0).set(immutable=True)
+            chain(first, header, last, app=rig.app).apply_async()
+            rig.until(lambda: rig.said()["first-begins"])
+            own_redis.kill()
+            rig.until(lambda: "the size of chord" in worker.text, 20)
+            own_redis.start()
+            rig.until(lambda: answers(rig.redis))
+            rig.until(lambda: rig.said()["all"], 60)
+            rig.until(lambda: not rig.owed())
+            assert set(rig.said().values()) == {1}
+            assert not rig.ask("select 1 from jobguard.joins where closed_at is null")
 
     def test_a_chord_that_fails_is_closed(self, rig: Rig) -> None:
         """Celery will never send its body."""

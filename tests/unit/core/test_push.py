@@ -200,6 +200,15 @@ class TestRedisIsAway:
             *("broker failed", "withdraw a", "undo", "release"),
         ]
 
+    def test_not_accepted_but_too_late_to_take_back(self, tracker: Tracker) -> None:
+        """A leader may have pushed it while its sender waited: its record stays, and it says so."""
+        tracker.accepting, tracker.push_deadline = False, -1.0
+        with pytest.raises(Away) as raised:
+            push(tracker, Away()).make()
+        assert "stays recorded: job a" in raised.value.__notes__[0]
+        assert tracker.journal[-2:] == ["leave 1", "release"]
+        assert "withdraw a" not in tracker.journal
+
     def test_what_takes_the_place_of_another_is_not_taken_back(self, tracker: Tracker) -> None:
         """Its parent was superseded in the same transaction: it would be lost."""
         tracker.accepting = False
@@ -244,6 +253,15 @@ class TestInABatch:
         assert tracker.journal == ["held"]
         held[0](LED)
         assert tracker.journal == ["held", "reach", "send", "release"]
+
+    def test_it_may_not_wait(
+        self, tracker: Tracker, held: list[Callable[[Recorded], None]]
+    ) -> None:
+        """Its sender waits for what becomes of it."""
+        alone = push(tracker)
+        alone.may_wait = lambda: False  # type: ignore[method-assign]
+        assert alone.make() == "sent"
+        assert held == []
 
     def test_refused(self, tracker: Tracker, held: list[Callable[[Recorded], None]]) -> None:
         """It is not sent."""

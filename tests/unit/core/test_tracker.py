@@ -146,6 +146,14 @@ def test_outbox() -> None:
     assert [owed.token for owed in watched] == [job.token]
 
 
+@pytest.mark.parametrize("settings", [{"when_redis_down": "raise"}, {"mode": "observe"}])
+def test_no_outbox_for_what_is_not_accepted(settings: dict[str, Any]) -> None:
+    """A leader would push what its sender is told has failed."""
+    host = Host(**settings)
+    host.tracker.record([delivery()], outbox=True)
+    assert not leader_store(host.ledger).watched(SOURCE.id, limit=9)
+
+
 def test_refused_are_my_own() -> None:
     """A caller hears of its own refused deliveries."""
     host = Host()
@@ -215,7 +223,45 @@ def test_raise() -> None:
         with pytest.raises(StoreUnavailable):
             host.tracker.cancel(job_ids=["job"])
 
-    assert len(host.tracker.spool) == 0
+    assert len(host.tracker.spool) == 1, "an intent to cancel what may have been recorded"
+
+
+def test_what_was_recorded_though_its_sender_heard_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """when_postgres_down="raise", and only the answer was lost: nobody expects it to run."""
+    host = Host(when_postgres_down="raise")
+    first, second = delivery("first"), delivery("second")
+    host.tracker.record([first])
+    with monkeypatch.context() as patch:
+
+        def slow(*args: Any, **options: Any) -> Recorded:
+            record(*args, **options)
+            raise StoreUnavailable("Postgres did not answer in time")
+
+        record = host.store.record
+        patch.setattr(host.store, "record", slow, raising=False)
+        with pytest.raises(StoreUnavailable):
+            host.tracker.record([second])
+    assert set(host.owed.values()) == {first.token, second.token}
+    host.tracker.replay()
+    assert set(host.owed.values()) == {first.token}
+    assert host.outcome(second.token) is Outcome.CANCELLED
+
+
+def test_what_a_run_sends_is_spooled_all_the_same() -> None:
+    """when_postgres_down="raise" is for whoever can send it again: a run that is over cannot."""
+    host = Host(when_postgres_down="raise")
+    parent = delivery()
+    host.tracker.record([parent])
+    retry = delivery(parent=Parent(parent.token))
+    sent = replace(delivery("other"), derived=True)
+    with outage(host.ledger):
+        assert host.tracker.record([retry]).spooled
+        assert host.tracker.record([sent]).spooled
+    host.back()
+    host.tracker.replay()
+    assert set(host.owed.values()) == {retry.token, sent.token}
 
 
 def test_skip(caplog: pytest.LogCaptureFixture) -> None:
