@@ -23,12 +23,14 @@ _NOTHING = bytes(16)
 class Forks:
     """Since when each child has reports that Postgres does not have, and what it runs.
 
-    Made before the first fork. A child has the slot of its pid. Two that share one (of a thousand
-    children) overwrite each other.
+    Made before the first fork. A child has the first slot from its pid on that no other has, as long as
+    not all of a thousand live.
     """
 
     def __init__(self) -> None:
         self._memory = mmap.mmap(-1, _SLOTS * _SLOT.size)
+        self._own: tuple[int, int] | None = None
+        """Whose slot this is, and where: a child inherits that of its parent."""
 
     def note(self, since: float | None) -> None:
         """This process has reports since then; None: none any more."""
@@ -54,10 +56,22 @@ class Forks:
 
     def _slot(self) -> int:
         pid = os.getpid()
-        at = pid % _SLOTS * _SLOT.size
-        if _SLOT.unpack_from(self._memory, at)[0] != pid:
-            _SLOT.pack_into(self._memory, at, pid, 0.0, _NOTHING)
-        return at
+        if self._own is None or self._own[0] != pid:
+            self._own = pid, self._taken(pid)
+        return self._own[1]
+
+    def _taken(self, pid: int) -> int:
+        at = first = pid % _SLOTS
+        while self._is_anothers(at):
+            at = (at + 1) % _SLOTS
+            if at == first:
+                break
+        _SLOT.pack_into(self._memory, at * _SLOT.size, pid, 0.0, _NOTHING)
+        return at * _SLOT.size
+
+    def _is_anothers(self, slot: int) -> bool:
+        owner: int = _SLOT.unpack_from(self._memory, slot * _SLOT.size)[0]
+        return owner not in (0, os.getpid()) and _lives(owner)
 
     def _slots(self) -> list[tuple[int, float, bytes]]:
         return list(_SLOT.iter_unpack(self._memory[:]))

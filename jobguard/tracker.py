@@ -62,7 +62,9 @@ class HostTracker:
     ) -> None:
         self.source = source
         self.settings = settings
-        self.spool: Spool = spool or MemorySpool(settings.spool_size, self._spool_changed)
+        if spool is None:
+            spool = MemorySpool(settings.spool_size, self._spool_changed)
+        self.spool: Spool = spool
         self._make_store = store
         self._queues = queues
         self.client = client

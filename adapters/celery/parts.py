@@ -134,11 +134,12 @@ def mark_as_failure(original: Hook) -> Hook:
         exc: Any,
         traceback: Any = None,
         request: Any = None,
+        *args: Any,
         **options: Any,
     ) -> Any:
         run = getattr(request, "__dict__", {}).get(OVER)
         if run is None or not run.told or run.outcome is Outcome.FAILED:
-            return original(self, task_id, exc, traceback, request, **options)
+            return original(self, task_id, exc, traceback, request, *args, **options)
         log.warning("task %s has not failed, but Celery's word of it: %r", task_id, exc)
         return None
 

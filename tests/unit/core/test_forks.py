@@ -6,6 +6,9 @@ import os
 import signal
 from uuid import UUID, uuid4
 
+import pytest
+
+from jobguard import forks
 from jobguard.forks import Forks
 
 
@@ -73,3 +76,23 @@ def test_what_children_run_is_known_while_they_run_it() -> None:
         for pid in (first, second, third):
             end(pid)
     assert work.running() == frozenset()
+
+
+def test_every_child_has_a_place_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever their numbers, as long as there are places; a dead one's is given to another."""
+    monkeypatch.setattr(forks, "_SLOTS", 8)
+    work = Forks()
+    tokens = [uuid4() for _ in range(8)]
+    children: list[int] = []
+    try:
+        for token in tokens:
+            children.append(child(work, None, token))
+            end(child(Forks(), None))  # takes a number, so that every other of ours is left out
+        assert work.running() == frozenset(tokens)
+        end(children.pop(0))
+        last = uuid4()
+        children.append(child(work, None, last))
+        assert work.running() == {*tokens[1:], last}
+    finally:
+        for pid in children:
+            end(pid)
