@@ -48,8 +48,8 @@ class Push(ABC):
     tracker: Tracker
     broker_down: ClassVar[tuple[type[BaseException], ...]]
     """What says that Redis is away."""
-    _written_at: float | None = field(default=None, init=False)
-    """When Postgres had it, if it has."""
+    _led_since: float | None = field(default=None, init=False)
+    """When Postgres had it, if it has and a leader sees it."""
 
     @property
     @abstractmethod
@@ -143,7 +143,7 @@ class Push(ABC):
             self.release()
 
     def _note(self, recorded: Recorded) -> None:
-        self._written_at = recorded.at if recorded.written else None
+        self._led_since = recorded.at if recorded.written and recorded.leader_live else None
 
     def _look(self) -> tuple[bool, BaseException | None]:
         """Whether Redis is away, and what it said if it was asked."""
@@ -201,7 +201,7 @@ class Push(ABC):
 
     def give_up(self, error: BaseException) -> None:
         """It was never sent, and its sender hears this: take it back, unless a leader may have sent it."""
-        at = self._written_at
+        at = self._led_since
         if at is not None and time.monotonic() - at > self.tracker.push_deadline:
             Push.failed(self, error)
             return

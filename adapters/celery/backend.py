@@ -60,7 +60,7 @@ def apply_group(original: Hook) -> Hook:
             return original(self, *args, **kwargs)
         # Of a generator the group has taken the first elements when it was made.
         slow = not getattr(self.tasks, "_regen__done", True)
-        before = _sending.set(True)
+        before = _sending.set(slow)
         try:
             with tracker.batch(patience=_PATIENCE, first_at_once=slow):
                 return original(self, *args, **kwargs)
@@ -71,7 +71,7 @@ def apply_group(original: Hook) -> Hook:
 
 
 def sends_a_group() -> bool:
-    """Whether this is inside of a group's apply_async, and so perhaps in the generator it came from."""
+    """Whether this is inside of a group's apply_async, and perhaps in the generator it comes from."""
     return _sending.get()
 
 

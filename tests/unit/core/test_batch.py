@@ -144,6 +144,22 @@ def test_where_nobody_hears_of_an_error_the_leader_pushes_the_rest() -> None:
     assert recorder.outbox == [one.token for one in rest]
 
 
+def test_what_is_too_late_to_take_back_is_left_to_the_leader() -> None:
+    """It may have pushed it while an earlier push hung."""
+    recorder = Recorder()
+
+    def hang(_: Recorded) -> None:
+        recorder.push_deadline = -1.0
+        raise ConnectionError
+
+    rest = delivery("b")
+    with pytest.raises(ConnectionError), batch(SOURCE, recorder):
+        hand_over([delivery("a")], hang)
+        hand_over([rest], lambda _: None)
+    assert recorder.withdrawn == []
+    assert recorder.outbox == [rest.token]
+
+
 def test_what_is_sent_after_the_end_by_a_task_that_began_inside() -> None:
     """It has a copy of the context, and the batch in it is over."""
     recorder, pushed = Recorder(), list[str]()
