@@ -12,7 +12,7 @@ import redis
 from celery.exceptions import Ignore
 
 from jobguard.adapters.celery import fence, sessions
-from jobguard.job import new_token
+from jobguard.job import Outcome, new_token
 from tests.integration.celery.support import FakeTracker
 
 
@@ -29,29 +29,22 @@ def test_a_part_that_is_told_again_is_counted_and_not_run(
     tracker = guard(app)
     session = tracker.open_session(name="w", queues=["celery"])
     monkeypatch.setattr(sessions, "session_for", lambda *_: session)
-    result = celery.chord([app.tasks["add"].s(1, 1)])(app.tasks["total"].s())
+    task, body = app.tasks["add"], app.tasks["total"].s()
+    result = celery.chord([task.s(n, n) for n in range(2)])(body)
     assert result.parent is not None
-    (member,) = tracker.recorded
-    tracker.ended[member.token] = "completed"  # type: ignore[assignment]
-    tracker.away = away
-    group = result.parent.id
+    tracker.away, group, member = away, result.parent.id, tracker.recorded[0]
+    tracker.ended[member.token] = Outcome.COMPLETED
     line = json.dumps([group, member.job_id, 0]).encode()
-    left = line + b"\n" + app.backend.encode([1, member.job_id, "SUCCESS", 2]).encode()
-    task = app.tasks["add"]
-    task.push_request(
-        id=member.job_id,
-        group=group,
-        called_directly=False,
-        chord=app.tasks["total"].s(),
-        **{"jobguard": member.token.hex, "jobguard-part": base64.b64encode(left).decode()},
-    )
+    left = line + b"\n" + app.backend.encode([1, member.job_id, "SUCCESS", 0]).encode()
+    told = {"jobguard": member.token.hex, "jobguard-part": base64.b64encode(left).decode()}
+    task.push_request(id=member.job_id, group=group, called_directly=False, chord=body, **told)
     try:
         with pytest.raises(Ignore):
             task.before_start(member.job_id, (), {})
     finally:
         task.pop_request()
     assert not tracker.notes("start")
-    assert client.llen("celery") == 2  # the member, and the body that goes on from it
+    assert client.zcard(f"celery-taskset-meta-{group}.j") == 1
 
 
 def test_whatever_else_begins(
