@@ -31,6 +31,7 @@ from jobguard.job import (
     Owed,
     Part,
     Recorded,
+    Refusal,
     Refused,
     Restorable,
     Restored,
@@ -363,6 +364,17 @@ def running_job(
         )
 
     return running(CurrentJob(job_id, attempt, say))
+
+
+def told_again(tracker: Tracker, token: UUID) -> Refused | None:
+    """Refuse a member of a join that a leader tells the library again: it is to be counted, not run.
+
+    None: it has not ended. Where Postgres cannot be asked, the leader's word is enough.
+    """
+    ended = tracker.tombstones([token])
+    if ended is None:
+        return Refused(token, Refusal.ENDED, Outcome.COMPLETED)
+    return Refused(token, Refusal.ENDED, ended[token]) if token in ended else None
 
 
 _trackers: dict[int, Tracker] = {}

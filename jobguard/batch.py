@@ -152,8 +152,7 @@ def _send(batch: _Batch) -> None:
         except BaseException:
             rest = [delivery for later, _ in held[at + 1 :] for delivery in later]
             rest = [delivery for delivery in rest if delivery.token not in recorded.refused]
-            late = recorded.leader_live and time.monotonic() - begun > recorder.push_deadline
-            if batch.unheard or late:
+            if batch.unheard or recorded.may_be_pushed(recorder.push_deadline):
                 recorder.leave_to_outbox([delivery.token for delivery in rest])
             else:  # surely not pushed, and whoever sent them hears that something went wrong
                 take_back(recorder, rest)

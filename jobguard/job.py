@@ -179,6 +179,10 @@ class Recorded:
         """Postgres has it; only then can a leader have pushed it."""
         return not (self.spooled or self.lost)
 
+    def may_be_pushed(self, deadline: float) -> bool:
+        """Whether a leader may have pushed it by now, ``deadline`` seconds after it saw it."""
+        return self.written and self.leader_live and time.monotonic() - self.at > deadline
+
 
 class Refusal(StrEnum):
     """Why a start was not granted its claim."""

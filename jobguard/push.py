@@ -48,8 +48,7 @@ class Push(ABC):
     tracker: Tracker
     broker_down: ClassVar[tuple[type[BaseException], ...]]
     """What says that Redis is away."""
-    _led_since: float | None = field(default=None, init=False)
-    """When Postgres had it, if it has and a leader sees it."""
+    _recorded: Recorded = field(default=Recorded(), init=False)
 
     @property
     @abstractmethod
@@ -110,7 +109,7 @@ class Push(ABC):
             except BaseException:
                 self.undo()
                 raise
-            self._note(recorded)
+            self._recorded = recorded
             if not self.settle(recorded):
                 return None
             if away:
@@ -124,7 +123,7 @@ class Push(ABC):
 
     def finish(self, recorded: Recorded) -> None:
         """The same at the end of a batch, when all of it is recorded."""
-        self._note(recorded)
+        self._recorded = recorded
         try:
             if not self.settle(recorded):
                 return
@@ -141,9 +140,6 @@ class Push(ABC):
                     self._send(recorded)
         finally:
             self.release()
-
-    def _note(self, recorded: Recorded) -> None:
-        self._led_since = recorded.at if recorded.written and recorded.leader_live else None
 
     def _look(self) -> tuple[bool, BaseException | None]:
         """Whether Redis is away, and what it said if it was asked."""
@@ -201,8 +197,7 @@ class Push(ABC):
 
     def give_up(self, error: BaseException) -> None:
         """It was never sent, and its sender hears this: take it back, unless a leader may have sent it."""
-        at = self._led_since
-        if at is not None and time.monotonic() - at > self.tracker.push_deadline:
+        if self._recorded.may_be_pushed(self.tracker.push_deadline):
             Push.failed(self, error)
             return
         take_back(self.tracker, self.deliveries)

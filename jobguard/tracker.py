@@ -183,9 +183,8 @@ class HostTracker:
         if not deliveries:
             return Recorded()
         self._mine()
-        outbox = (
-            outbox and self._accepts
-        )  # else a leader might push what its sender is told has failed
+        # Else a leader might push what its sender is told has failed.
+        outbox = outbox and self._accepts
         try:
             if outbox or len(deliveries) > _REPLAY:
                 recorded = self.call(lambda store: self._send(store, deliveries, outbox=outbox))

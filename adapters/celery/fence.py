@@ -23,6 +23,7 @@ from celery.app.task import Task
 from celery.worker.consumer import consumer
 
 from jobguard import failpoint
+from jobguard.adapter import told_again
 from jobguard.adapters.celery import lookup, sessions, wire
 from jobguard.adapters.celery.header import PART, TOKEN, WORKER, token_of
 from jobguard.adapters.celery.hooks import Hooks
@@ -32,7 +33,7 @@ from jobguard.adapters.celery.sessions import CONTENT
 from jobguard.adapters.celery.skip import remember, skip
 from jobguard.adapters.celery.wall import our_own_affair
 from jobguard.errors import is_host_interrupt
-from jobguard.job import Delivery, Outcome, Refusal, Refused, new_token
+from jobguard.job import Delivery, Outcome, Refused, new_token
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -114,11 +115,9 @@ def _begin(task: Any, request: Any) -> Refused | None:
         return None
     token = token_of(vars(request)) or new_token()
     if request.get(PART) is not None:  # it is to be counted, not run, also where the fence is off
-        ended = tracker.tombstones([token])
-        if ended is None:  # the leader's word is enough: nobody else can be asked
-            return Refused(token, Refusal.ENDED)
-        if token in ended:
-            return Refused(token, Refusal.ENDED, ended[token])
+        ended = told_again(tracker, token)
+        if ended is not None:
+            return ended
     answer = session.start(token, lambda: _describe(task, request, token))
     if isinstance(answer, Refused):
         return answer

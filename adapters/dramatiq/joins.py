@@ -21,18 +21,19 @@ from dramatiq.broker import MessageProxy
 from dramatiq.middleware import GroupCallbacks
 from dramatiq.rate_limits.backends import RedisBackend
 
+from jobguard.adapter import told_again
 from jobguard.adapters.dramatiq.layout import counted_key, finish_key
 from jobguard.adapters.dramatiq.producer import going_on_from
 from jobguard.adapters.dramatiq.run import current_run
 from jobguard.clients import address_of
 from jobguard.errors import is_host_interrupt
-from jobguard.job import Outcome, Refusal, Refused
 from jobguard.scripts import text_of
 
 if TYPE_CHECKING:
     from dramatiq.brokers.redis import RedisBroker
 
     from jobguard.adapter import Tracker
+    from jobguard.job import Refused
 
 log = logging.getLogger("jobguard")
 
@@ -89,10 +90,7 @@ class Joins:
                 return None
         except redis.RedisError:  # whatever was told was told by Redis
             return None
-        ended = self._tracker.tombstones([token])
-        if ended is None:  # nobody else can be asked: the leader's word is enough
-            return Refused(token, Refusal.ENDED, Outcome.COMPLETED)
-        return Refused(token, Refusal.ENDED, ended[token]) if token in ended else None
+        return told_again(self._tracker, token)
 
     def finish(self, message: MessageProxy) -> None:
         """A member has ended before: if a leader says that all have, send what waits for them."""

@@ -155,12 +155,8 @@ class Rig:
         self._until_up(process, lambda: self.ask(leads))
         return process
 
-    def trusted(self) -> bool:
+    def trusted(self, queue: str = "celery") -> bool:
         """Whether what is lost of the queue is put back."""
-        return bool(self.ask("select 1 from jobguard.queues where trusted_since is not null"))
-
-    def trusts(self, queue: str) -> bool:
-        """Whether what is lost of this one of several queues is put back."""
         trusted = "select 1 from jobguard.queues where queue = %s and trusted_since is not null"
         return bool(self.ask(trusted, queue))
 

@@ -192,9 +192,9 @@ class TestWorker:
     def test_a_task_of_a_queue_that_was_added_runs_again(self, rig: Rig, pool: str) -> None:
         """No worker began with it: both were told at run time to consume it."""
         worker = rig.worker(pool)
-        rig.until(lambda: rig.trusts("celery"))
+        rig.until(rig.trusted)
         rig.add_consumer(worker, "added")
-        rig.until(lambda: rig.trusts("added"))
+        rig.until(lambda: rig.trusted("added"))
         job_id = rig.send("slow", "slow", 5.0, queue="added")
         rig.until(lambda: rig.said()["slow-begins"])
         rig.add_consumer(rig.worker(), "added")
