@@ -139,6 +139,7 @@ class WorkerSession:
         self._beats_ended: native.Event | None = None
         self._counter = 0
         self._known = inherited is not None
+        self._heard_at = time.monotonic()  # when Postgres last heard of this worker
         self._leader_live = False
         self._redis: redis.Redis | None = None
         self._pulse: tuple[UUID, int] | None = None  # as the last beat into Redis saw it
@@ -239,7 +240,7 @@ class WorkerSession:
     def _claim(
         self, token: UUID, nonce: UUID, describe: Callable[[], Delivery] | None
     ) -> Claim | Refused:
-        if not self._known and not (self._tracker.circuit.look() and self.beat()):
+        if self._is_stranger() and not (self._tracker.circuit.look() and self.beat()):
             raise StoreUnavailable("this worker has not been able to introduce itself")
         ask = Ask(
             token=token,
@@ -259,6 +260,11 @@ class WorkerSession:
         if isinstance(answer, Unknown):
             raise StoreUnavailable("it is neither owed nor ended, though it was just recorded")
         return answer
+
+    def _is_stranger(self) -> bool:
+        """Whether a claim might be nobody's: asleep for too long, it may have been declared dead."""
+        silent = time.monotonic() - self._heard_at
+        return not self._known or (self.is_mine and silent > self._settings.worker_timeout)
 
     def _adopt(self, delivery: Delivery) -> None:
         """Record what nobody recorded: an unguarded producer's job, or one that waits in a spool."""
@@ -495,7 +501,7 @@ class WorkerSession:
         if reply.dead:
             self._be_reborn()
             return self._beat_postgres(self._snapshot(self._pulse))
-        self._known = True
+        self._known, self._heard_at = True, time.monotonic()
         if not self._tracker.circuit.closed:
             self._tracker.circuit.answered()
         return True

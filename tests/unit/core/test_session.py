@@ -612,6 +612,20 @@ def test_declared_dead_it_goes_on_as_another(caplog: pytest.LogCaptureFixture) -
     assert "worker_renewed" in events(caplog.records)
 
 
+def test_asleep_for_too_long_it_is_heard_before_it_claims() -> None:
+    """It may have been declared dead: what it claimed by that name would be given to another at once."""
+    worker = Worker().begin()
+    before, job = worker.session.id, worker.owe()
+    declared_dead(worker)
+    worker.session._heard_at -= worker.settings.worker_timeout + 1
+
+    claim = worker.run(job)
+    assert claim.number == 1
+    assert worker.session.id != before
+    (run,) = worker.ledger._tables.running.values()
+    assert run.worker == worker.session.id
+
+
 def test_a_reborn_workers_old_failure_changes_nothing() -> None:
     """B2: what a zombie reports of a job that another worker has got is late."""
     zombie = Worker().begin()
