@@ -222,6 +222,17 @@ class Unknown:
 
 
 @dataclass(frozen=True, slots=True)
+class Disowned:
+    """A claim in the name of a worker that was declared dead: it would be taken away at once."""
+
+    token: UUID
+
+
+ClaimAnswer = Claim | Refused | Unknown | Disowned
+"""What a store answers who asks for a claim."""
+
+
+@dataclass(frozen=True, slots=True)
 class Part:
     """What the end of a job is to a join that the library counts in Redis (a chord, a group's barrier)."""
 

@@ -28,7 +28,9 @@ from jobguard.forks import Forks
 from jobguard.job import (
     Beat,
     Claim,
+    ClaimAnswer,
     Delivery,
+    Disowned,
     End,
     Ended,
     Outcome,
@@ -79,7 +81,7 @@ class Host(Protocol):
     def call(self, work: Callable[[HostStore], Any]) -> Any:
         """Make one call to the store, behind the circuit."""
 
-    def claim(self, ask: Ask) -> Claim | Refused | Unknown:
+    def claim(self, ask: Ask) -> ClaimAnswer:
         """Ask for a claim, or raise as the store does."""
 
     def connect(self) -> None:
@@ -139,7 +141,7 @@ class WorkerSession:
         self._beats_ended: native.Event | None = None
         self._counter = 0
         self._known = inherited is not None
-        self._heard_at = time.monotonic()  # when Postgres last heard of this worker
+        self._unknown_since = time.monotonic()
         self._leader_live = False
         self._redis: redis.Redis | None = None
         self._pulse: tuple[UUID, int] | None = None  # as the last beat into Redis saw it
@@ -201,6 +203,10 @@ class WorkerSession:
             return Claim(token, 0)
         if isinstance(answer, Claim):
             return answer
+        if isinstance(answer, Disowned):
+            # A child cannot know its worker's new name; the worker lists what it runs.
+            say("start_unclaimed", error="its worker was declared dead")
+            return Claim(token, 0)
         if not self._settings.fence or self._settings.mode == "observe":
             say("start_unfenced", reason=answer.reason.value)
             return Claim(token, 0)
@@ -217,11 +223,11 @@ class WorkerSession:
 
     def _claim_patiently(
         self, token: UUID, nonce: UUID, describe: Callable[[], Delivery]
-    ) -> Claim | Refused:
+    ) -> Claim | Refused | Disowned:
         """Claim, again if Postgres was only slow: without a claim, copies of one job run twice.
 
-        Waits as long as one record may take, and only that long after the circuit opened: an outage
-        costs a worker one such wait.
+        Waits as long as one record may take, and only that long after the circuit opened, or the worker
+        took its name: an outage costs a worker one such wait.
         """
         until: float | None = None
         while True:
@@ -230,17 +236,19 @@ class WorkerSession:
             except StoreUnavailable:
                 circuit = self._tracker.circuit
                 if until is None:
-                    left = self._settings.record_timeout - circuit.open_for()
-                    until = time.monotonic() + left
-                while not circuit.look() and time.monotonic() < until:
+                    away = circuit.open_for()
+                    if not self._known and circuit.closed:
+                        away = time.monotonic() - self._unknown_since
+                    until = time.monotonic() + self._settings.record_timeout - away
+                while not (circuit.look() and self._introduced()) and time.monotonic() < until:
                     time.sleep(_STEP / 2)
                 if time.monotonic() >= until:
                     raise
 
     def _claim(
         self, token: UUID, nonce: UUID, describe: Callable[[], Delivery] | None
-    ) -> Claim | Refused:
-        if self._is_stranger() and not (self._tracker.circuit.look() and self.beat()):
+    ) -> Claim | Refused | Disowned:
+        if not self._known and not (self._tracker.circuit.look() and self._introduced()):
             raise StoreUnavailable("this worker has not been able to introduce itself")
         ask = Ask(
             token=token,
@@ -259,12 +267,20 @@ class WorkerSession:
             answer = self._tracker.claim(ask)
         if isinstance(answer, Unknown):
             raise StoreUnavailable("it is neither owed nor ended, though it was just recorded")
+        if isinstance(answer, Disowned) and self.is_mine:
+            self._be_reborn(ask.worker)
+            raise StoreUnavailable("this worker was declared dead")
         return answer
 
-    def _is_stranger(self) -> bool:
-        """Whether a claim might be nobody's: asleep for too long, it may have been declared dead."""
-        silent = time.monotonic() - self._heard_at
-        return not self._known or (self.is_mine and silent > self._settings.worker_timeout)
+    def _introduced(self) -> bool:
+        """Whether Postgres knows this worker: a claim must belong to somebody."""
+        if not self._known:
+            if self.is_mine:
+                # Two beats at once could come in the wrong order, and the older one list too little.
+                self._beat_now.set()
+            else:
+                self.beat()
+        return self._known
 
     def _adopt(self, delivery: Delivery) -> None:
         """Record what nobody recorded: an unguarded producer's job, or one that waits in a spool."""
@@ -499,9 +515,10 @@ class WorkerSession:
             return False
         self._leader_live = reply.leader_live
         if reply.dead:
-            self._be_reborn()
+            self._be_reborn(beat.worker)
             return self._beat_postgres(self._snapshot(self._pulse))
-        self._known, self._heard_at = True, time.monotonic()
+        with self._lock:
+            self._known = self._known or beat.worker == self.id
         if not self._tracker.circuit.closed:
             self._tracker.circuit.answered()
         return True
@@ -546,13 +563,14 @@ class WorkerSession:
                 say("guest_failed", where="lists", error=str(error), exc_info=True)
         return self._children
 
-    def _be_reborn(self) -> None:
+    def _be_reborn(self, before: UUID) -> None:
         """A leader has declared us dead: what we held is others' now, and we begin anew."""
-        before, self.id = self.id, new_token()
-        say("worker_renewed", was=before, worker=self.id)
-        self._known = False
         with self._lock:
-            self._counter = 0
+            if self.id != before:
+                return  # another thread has heard it as well
+            self.id, self._counter, self._known = new_token(), 0, False
+            self._unknown_since = time.monotonic()
+        say("worker_renewed", was=before, worker=self.id)
 
     def _beat_redis(self, counter: int) -> tuple[UUID, int] | None:
         try:

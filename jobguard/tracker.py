@@ -34,7 +34,7 @@ from jobguard.errors import (
     is_host_interrupt,
 )
 from jobguard.guest import well_behaved
-from jobguard.job import Claim, Delivery, End, Ended, Outcome, Recorded, Refused, Unknown
+from jobguard.job import ClaimAnswer, Delivery, End, Ended, Outcome, Recorded
 from jobguard.log import say
 from jobguard.session import WorkerSession, bare_end
 from jobguard.settings import Settings
@@ -468,14 +468,12 @@ class HostTracker:
                 say("end_late", job_id=end.job_id, outcome=end.outcome.value, number=end.number)
         return answers
 
-    def claim(self, ask: Ask) -> Claim | Refused | Unknown:
+    def claim(self, ask: Ask) -> ClaimAnswer:
         """Ask for a claim, together with what other threads ask for. Raises as the store does."""
-        answers: Mapping[UUID, Claim | Refused | Unknown] = self.call(
-            lambda _store: self._claims.submit([ask])
-        )
+        answers: Mapping[UUID, ClaimAnswer] = self.call(lambda _store: self._claims.submit([ask]))
         return answers[ask.nonce]
 
-    def _write_claims(self, asks: Sequence[Ask]) -> Mapping[UUID, Claim | Refused | Unknown]:
+    def _write_claims(self, asks: Sequence[Ask]) -> Mapping[UUID, ClaimAnswer]:
         if not self.circuit.closed:  # it opened while these stood in line: one wait is enough
             raise BreakerOpen
         if len(asks) == 1:

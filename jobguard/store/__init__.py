@@ -14,7 +14,7 @@ from uuid import UUID
 from jobguard.job import (
     Beat,
     Cause,
-    Claim,
+    ClaimAnswer,
     Delivery,
     End,
     Ended,
@@ -24,9 +24,7 @@ from jobguard.job import (
     Owed,
     Part,
     Recorded,
-    Refused,
     Restorable,
-    Unknown,
 )
 
 
@@ -117,13 +115,15 @@ class HostStore(Protocol):
     def outbox(self, source: int, tokens: Sequence[UUID]) -> None:
         """Leave the push of owed deliveries to the leader."""
 
-    def claim(self, source: int, ask: Ask) -> Claim | Refused | Unknown:
+    def claim(self, source: int, ask: Ask) -> ClaimAnswer:
         """Grant the claim unless the delivery has ended, or another live claim stands.
+
+        Nor is one granted to a worker that was declared dead.
 
         Taking over a dead claim charges the crash budget, unless its worker had said goodbye.
         """
 
-    def claims(self, source: int, asks: Sequence[Ask]) -> Mapping[UUID, Claim | Refused | Unknown]:
+    def claims(self, source: int, asks: Sequence[Ask]) -> Mapping[UUID, ClaimAnswer]:
         """The same for several, of one worker, in one call; the answers by nonce."""
 
     def give_back(self, source: int, token: UUID, worker: UUID, *, number: int) -> None:

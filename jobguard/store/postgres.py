@@ -16,7 +16,9 @@ from jobguard.errors import BadRow
 from jobguard.job import (
     Beat,
     Claim,
+    ClaimAnswer,
     Delivery,
+    Disowned,
     End,
     Ended,
     Outcome,
@@ -120,7 +122,7 @@ class PostgresStore:
         """Leave the push to the leader; see HostStore."""
         self._db.execute(self._sql["outbox"], {"source": source, "tokens": list(tokens)})
 
-    def claim(self, source: int, ask: Ask) -> Claim | Refused | Unknown:
+    def claim(self, source: int, ask: Ask) -> ClaimAnswer:
         """Grant a start its claim, or say why not; see HostStore."""
         rows = self._db.execute(
             self._sql["claim"],
@@ -137,7 +139,7 @@ class PostgresStore:
         )
         return _verdict(ask.token, *rows[0])
 
-    def claims(self, source: int, asks: Sequence[Ask]) -> Mapping[UUID, Claim | Refused | Unknown]:
+    def claims(self, source: int, asks: Sequence[Ask]) -> Mapping[UUID, ClaimAnswer]:
         """Grant several starts their claims, or say why not; see HostStore."""
         one = asks[0]
         rows = self._db.execute(
@@ -300,11 +302,13 @@ class PostgresStore:
 
 def _verdict(
     token: UUID, verdict: str, number: int, crashes: int, outcome: str | None
-) -> Claim | Refused | Unknown:
+) -> ClaimAnswer:
     if verdict == "granted":
         return Claim(token, number, crashes)
     if verdict == "unknown":
         return Unknown(token)
+    if verdict == "disowned":
+        return Disowned(token)
     return Refused(token, Refusal(verdict), Outcome(outcome) if outcome else None)
 
 

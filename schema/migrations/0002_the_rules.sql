@@ -253,6 +253,10 @@ begin
     verdict := case when found then 'ended' else 'unknown' end;
     return;
   end if;
+  if exists (select from jobguard.workers w where w.id = p_worker and w.dead_at is not null) then
+    verdict := 'disowned';
+    return;
+  end if;
   crashes := v_job.crashes;
   insert into jobguard.running as r (source, token, number, nonce, worker, pid)
   values (p_source, p_token, v_job.claims + 1, p_nonce, p_worker, p_pid)

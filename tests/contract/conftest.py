@@ -21,6 +21,7 @@ from psycopg import sql
 from jobguard.job import (
     Beat,
     Claim,
+    ClaimAnswer,
     Delivery,
     End,
     Ended,
@@ -28,8 +29,6 @@ from jobguard.job import (
     Owed,
     Parent,
     Recorded,
-    Refused,
-    Unknown,
     new_token,
 )
 from jobguard.settings import Settings
@@ -208,7 +207,7 @@ class Worker:
 
     def claim(
         self, token: UUID, *, nonce: UUID | None = None, budget: int = CRASH_BUDGET
-    ) -> Claim | Refused | Unknown:
+    ) -> ClaimAnswer:
         """Ask for a claim and, if it is granted, list it from the next beat on."""
         answer = self.ledger.store.claim(
             self.ledger.source, self.ask(token, nonce=nonce, budget=budget)

@@ -28,6 +28,7 @@ from jobguard.job import (
     Cause,
     Claim,
     Delivery,
+    Disowned,
     End,
     Ended,
     Outcome,
@@ -287,6 +288,10 @@ class Model(RuleBasedStateMachine):
             assert answer == Refused(token, Refusal.ENDED, outcome)
         elif row is None:
             assert answer == Unknown(token)
+        elif any(
+            seen.dead for seen in self.leader.workers(self.ledger.source) if seen.id == worker.id
+        ):
+            assert answer == Disowned(token)
         elif row.claim_live:
             assert answer == Refused(token, Refusal.HELD)
         elif isinstance(answer, Refused):

@@ -14,6 +14,7 @@ from jobguard.job import (
     Cause,
     Claim,
     Delivery,
+    Disowned,
     End,
     Ended,
     Fate,
@@ -727,6 +728,19 @@ def test_a_claim_of_what_nobody_recorded_is_unknown(ledger: Contract) -> None:
     assert worker.claim(it.token) == Unknown(it.token)
     ledger.record(it, replay=True)
     assert worker.start(it.token).number == 1
+
+
+def test_no_claim_is_granted_to_the_dead(ledger: Contract) -> None:
+    """It would be taken away at once; what has ended has ended all the same."""
+    it, done = ledger.recorded("a"), ledger.recorded("b")
+    worker, other = ledger.working(), ledger.working()
+    other.end(other.start(done.token))
+    ledger.leader.declare_dead(ledger.elected(), [worker.id])
+    asks = [worker.ask(token) for token in (it.token, done.token)]
+    answers = ledger.store.claims(SOURCE, asks)
+    assert answers[asks[0].nonce] == worker.claim(it.token) == Disowned(it.token)
+    assert refused(answers[asks[1].nonce]) == (Refusal.ENDED, Outcome.COMPLETED)
+    assert other.start(it.token).number == 1
 
 
 @pytest.mark.parametrize("outcome", [Outcome.COMPLETED, Outcome.FAILED])

@@ -11,7 +11,9 @@ from jobguard.job import (
     Beat,
     Cause,
     Claim,
+    ClaimAnswer,
     Delivery,
+    Disowned,
     End,
     Ended,
     Outcome,
@@ -190,7 +192,7 @@ class MemoryHostStore:
             for key in self._tables.owed(source, tokens):
                 self._tables.outbox.setdefault(key, (now, False))
 
-    def claim(self, source: int, ask: Ask) -> Claim | Refused | Unknown:
+    def claim(self, source: int, ask: Ask) -> ClaimAnswer:
         tables, key = self._tables, (source, ask.token)
         with tables.open() as now:
             job = tables.jobs.get(key)
@@ -199,6 +201,9 @@ class MemoryHostStore:
                 if tombstone is None:
                     return Unknown(ask.token)
                 return Refused(ask.token, Refusal.ENDED, tombstone.outcome)
+            asker = tables.workers.get(ask.worker)
+            if asker is not None and asker.dead_at is not None:
+                return Disowned(ask.token)
             run = tables.running.get(key)
             if run is None:
                 return self._grant(key, ask, job, number=job.claims + 1, now=now)
@@ -211,7 +216,7 @@ class MemoryHostStore:
                 return Refused(ask.token, Refusal.HELD)
             return self._take_over(key, ask, job, run, now=now)
 
-    def claims(self, source: int, asks: Sequence[Ask]) -> Mapping[UUID, Claim | Refused | Unknown]:
+    def claims(self, source: int, asks: Sequence[Ask]) -> Mapping[UUID, ClaimAnswer]:
         return {ask.nonce: self.claim(source, ask) for ask in asks}
 
     def _grant(self, key: Key, ask: Ask, job: Job, *, number: int, now: float) -> Claim:

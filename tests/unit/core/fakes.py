@@ -18,6 +18,7 @@ from jobguard.job import (
     Beat,
     Cause,
     Claim,
+    ClaimAnswer,
     Delivery,
     End,
     Ended,
@@ -27,11 +28,9 @@ from jobguard.job import (
     Owed,
     Part,
     Presence,
-    Refused,
     Restorable,
     Restored,
     Sighting,
-    Unknown,
 )
 from jobguard.pulse import RESET, TICK, beat_key, pulse_key
 from jobguard.reconciler.watch import Watch
@@ -539,7 +538,7 @@ class FakeWorker:
         if self.alive and self.world.clock() >= self._next:
             self.beat()
 
-    def start(self, given: Delivery) -> Claim | Refused | Unknown:
+    def start(self, given: Delivery) -> ClaimAnswer:
         """Take a job from Redis and claim it."""
         self.world.broker.put(given, Presence.RUNNING)
         self.listed.append(given.token)

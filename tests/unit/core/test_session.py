@@ -5,6 +5,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, cast
 from uuid import UUID
@@ -153,12 +154,17 @@ def test_a_start_is_claimed() -> None:
 
 
 def test_a_worker_introduces_itself_before_its_first_claim() -> None:
-    """A claim belongs to a worker that Postgres knows: a start beats first, if nobody has."""
-    worker = Worker()
+    """A claim belongs to a worker that Postgres knows: a start waits for its beat."""
+    worker = Worker(record_timeout=10.0)
+    worker.session.open()
+    beats = Beats(worker.ledger.host())
+    worker.session._beat_store = cast(HostStore, beats)
+    worker.session._be_reborn(worker.session.id)
     job = worker.owe()
 
     assert worker.run(job).number == 1
-    assert [row.id for row in worker.leader.workers(SOURCE.id)] == [worker.session.id]
+    assert {job.token} in beats.lists
+    worker.session.close()
 
 
 def test_what_has_ended_is_refused() -> None:
@@ -612,18 +618,61 @@ def test_declared_dead_it_goes_on_as_another(caplog: pytest.LogCaptureFixture) -
     assert "worker_renewed" in events(caplog.records)
 
 
-def test_asleep_for_too_long_it_is_heard_before_it_claims() -> None:
-    """It may have been declared dead: what it claimed by that name would be given to another at once."""
-    worker = Worker().begin()
-    before, job = worker.session.id, worker.owe()
-    declared_dead(worker)
-    worker.session._heard_at -= worker.settings.worker_timeout + 1
+def test_declared_dead_unawares_it_claims_as_another() -> None:
+    """What it claimed by the dead one's name, waking faster than its beat, would be taken away at once.
 
-    claim = worker.run(job)
-    assert claim.number == 1
+    All its threads claim at that moment: they are one worker still.
+    """
+    worker = Worker(MemoryLedger(), record_timeout=10.0)
+    worker.session.open()
+    before, jobs = worker.session.id, [worker.owe(f"job{n}") for n in range(8)]
+    declared_dead(worker)
+    with ThreadPoolExecutor(len(jobs)) as threads:
+        claims = list(threads.map(worker.run, jobs))
+
+    assert [claim.number for claim in claims] == [1] * len(jobs)
     assert worker.session.id != before
-    (run,) = worker.ledger._tables.running.values()
-    assert run.worker == worker.session.id
+    assert {worker.claimed_by(job) for job in jobs} == {worker.session.id}
+    rows = {row.id: row for row in worker.leader.workers(SOURCE.id)}
+    assert {id: row.dead for id, row in rows.items()} == {before: True, worker.session.id: False}
+    worker.session.close()
+
+
+def test_it_is_declared_dead_once() -> None:
+    """A beat in the dead one's name that is answered late does not end its new life."""
+    worker = Worker().begin()
+    late = worker.session._snapshot(None)
+    declared_dead(worker)
+    worker.session.beat()
+    now = worker.session.id
+
+    assert worker.session._beat_postgres(late)
+    assert worker.session.id == now
+
+
+def test_a_beat_in_the_old_name_does_not_introduce_the_new() -> None:
+    """Sent before it began anew and answered after: a claim must still wait for a beat of its own name."""
+    worker = Worker().begin()
+    late, job = worker.session._snapshot(None), worker.owe()
+    worker.session._be_reborn(worker.session.id)
+
+    assert worker.session._beat_postgres(late)
+    assert worker.run(job).number == 0
+
+
+def test_the_child_of_a_worker_that_is_another_now_runs_unclaimed() -> None:
+    """It knows its worker by the dead one's name only; its worker lists what it runs."""
+    parent = Worker().begin()
+    child = Worker(parent.ledger, record_timeout=FOR_EVER)
+    inherited = (parent.session.id, os.getpid() + 1)
+    child.session = WorkerSession(
+        child.tracker, child.ledger.host(), name="w1", queues=["mail"], inherited=inherited
+    )
+    declared_dead(parent)
+    job = child.owe()
+
+    assert child.run(job) == Claim(job.token, 0)
+    assert child.claimed_by(job) is None
 
 
 def test_a_reborn_workers_old_failure_changes_nothing() -> None:
