@@ -8,6 +8,7 @@ delay queue, and messages for which there is no actor, in the thread of a consum
 from __future__ import annotations
 
 import logging
+import threading
 import time
 import uuid
 from collections.abc import Callable
@@ -64,6 +65,8 @@ class WorkerHalf:
         self._layout = Layout(broker.namespace)
         self._ack = broker.client.register_script(text_of(__package__, "ack.lua"))
         self._healer: Healer | None = None
+        self._queues: frozenset[str] = frozenset()
+        self._declaring = threading.Lock()  # each consumer has a thread of its own
         self._running: dict[str, Run] = {}
         self._elsewhere: set[str] = set()
         """Ids of what another worker runs, until they are acknowledged here."""
@@ -78,12 +81,14 @@ class WorkerHalf:
         """Begin to beat before the first message can be fetched, under a name that Redis shows."""
         self._joins.adopt()
         names = worker.consumer_whitelist or self._broker.get_declared_queues()
-        queues = sorted(name for name in names if self._tracker.guards(name))
-        if not queues and self._broker.get_declared_queues():
+        self._queues = frozenset(name for name in names if self._tracker.guards(name))
+        if not self._queues and self._broker.get_declared_queues():
             return
         me = new_worker()
         self._broker.broker_id = str(me)
-        self.session = self._tracker.open_session(name=me.hex, queues=queues, apart=True)
+        self.session = self._tracker.open_session(
+            name=me.hex, queues=sorted(self._queues), apart=True
+        )
         self._healer = Healer(self._broker, worker, self._held, self._tidy)
         self._healer.start()
 
@@ -113,9 +118,17 @@ class WorkerHalf:
             inner = original(queue_name, *args, **kwargs)
             if self.session is None or not self._tracker.guards(canonical(queue_name)):
                 return inner
+            self._take_from(self.session, canonical(queue_name))
             return GuardedConsumer(inner, queue_name, self._held, self._undecodable)
 
         return hook
+
+    def _take_from(self, session: Session, queue: str) -> None:
+        """Say so if it was declared since: only what a guarded worker says it takes from is trusted."""
+        with self._declaring:
+            if queue not in self._queues:
+                self._queues |= {queue}
+                session.consumes(sorted(self._queues))
 
     # -- a start -----------------------------------------------------------------------------------
 

@@ -556,6 +556,21 @@ class TestName:
             stage.gate("a").touch()
         assert UUID(stage.broker.broker_id).version == 8
 
+    def test_a_queue_declared_while_it_runs_is_among_its_own(
+        self, stage: Stage, guard: JobGuard, database: str
+    ) -> None:
+        """Else nothing that is lost of it could ever go back: nobody would vouch for the queue."""
+
+        def queues() -> list[list[str]]:
+            with psycopg.connect(database) as connection:
+                return [row for (row,) in connection.execute("select queues from jobguard.workers")]
+
+        with stage.worker():
+            assert queues() == [["default"]]
+            for name in ("late", "later"):
+                stage.broker.declare_queue(name)
+            eventually(lambda: queues() == [["default", "late", "later"]])
+
     def test_only_strangers_are_consumers(
         self, stage: Stage, guard: JobGuard, leader: Leader, surroundings: Mapping[str, str]
     ) -> None:
