@@ -199,7 +199,9 @@ class Tracker(Protocol):
 class Session(Protocol):
     """One boot of a guarded worker process, as its adapter sees it. No method raises."""
 
-    id: UUID
+    @property
+    def id(self) -> UUID:
+        """By which name Postgres knows this worker now; another one once it was declared dead."""
 
     def start(self, token: UUID, describe: Callable[[], Delivery]) -> Claim | Refused:
         """Ask for the claim to run a delivery. ``describe`` builds its record if nobody recorded it."""

@@ -80,13 +80,14 @@ from jobguard.claim(%(source)s, %(token)s, %(nonce)s, %(worker)s, %(pid)s::int, 
                     %(timeout)s::float8, %(budget)s::int)
 
 -- name: claims
--- The same for several starts of one worker; rows of jobs are locked in the order of their tokens.
+-- The same for several starts of one process; rows of jobs are locked in the order of their tokens.
 select a.nonce, a.token, c.verdict, c.number, c.crashes, c.outcome::text
 from (
-  select u.token, u.nonce from unnest(%(token)b::uuid[], %(nonce)b::uuid[]) u(token, nonce)
+  select u.token, u.nonce, u.worker
+  from unnest(%(token)b::uuid[], %(nonce)b::uuid[], %(worker)b::uuid[]) u(token, nonce, worker)
   order by u.token
 ) a
-cross join lateral jobguard.claim(%(source)s, a.token, a.nonce, %(worker)s, %(pid)s::int,
+cross join lateral jobguard.claim(%(source)s, a.token, a.nonce, a.worker, %(pid)s::int,
                                   %(namespace)s, %(timeout)s::float8, %(budget)s::int) c
 
 -- name: give_back

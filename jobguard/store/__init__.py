@@ -124,7 +124,10 @@ class HostStore(Protocol):
         """
 
     def claims(self, source: int, asks: Sequence[Ask]) -> Mapping[UUID, ClaimAnswer]:
-        """The same for several, of one worker, in one call; the answers by nonce."""
+        """The same for several, of one process, in one call; the answers by nonce.
+
+        A process that was declared dead may ask in two names at once.
+        """
 
     def give_back(self, source: int, token: UUID, worker: UUID, *, number: int) -> None:
         """Take this worker's claim away, so that anyone may start the delivery again; no crash.

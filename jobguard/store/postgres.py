@@ -148,7 +148,7 @@ class PostgresStore:
                 "source": source,
                 "token": [ask.token for ask in asks],
                 "nonce": [ask.nonce for ask in asks],
-                "worker": one.worker,
+                "worker": [ask.worker for ask in asks],
                 "pid": one.pid,
                 "namespace": one.namespace,
                 "timeout": one.worker_timeout,

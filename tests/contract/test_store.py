@@ -732,14 +732,15 @@ def test_a_claim_of_what_nobody_recorded_is_unknown(ledger: Contract) -> None:
 
 def test_no_claim_is_granted_to_the_dead(ledger: Contract) -> None:
     """It would be taken away at once; what has ended has ended all the same."""
-    it, done = ledger.recorded("a"), ledger.recorded("b")
+    it, done, more = (ledger.recorded(job_id) for job_id in "abc")
     worker, other = ledger.working(), ledger.working()
     other.end(other.start(done.token))
     ledger.leader.declare_dead(ledger.elected(), [worker.id])
-    asks = [worker.ask(token) for token in (it.token, done.token)]
+    asks = [worker.ask(it.token), worker.ask(done.token), other.ask(more.token)]
     answers = ledger.store.claims(SOURCE, asks)
     assert answers[asks[0].nonce] == worker.claim(it.token) == Disowned(it.token)
     assert refused(answers[asks[1].nonce]) == (Refusal.ENDED, Outcome.COMPLETED)
+    assert answers[asks[2].nonce] == Claim(more.token, 1)
     assert other.start(it.token).number == 1
 
 

@@ -49,7 +49,7 @@ class Worker:
 
     def begin(self) -> Worker:
         """Introduce itself."""
-        assert self.session.beat()
+        assert self.session._heart.beat()
         return self
 
     def back(self) -> None:
@@ -80,12 +80,12 @@ class Worker:
     @property
     def listed(self) -> set[UUID]:
         """What the next beat lists."""
-        return set(self.session._snapshot(None).claims)
+        return set(self.session._heart._snapshot().claims)
 
     @property
     def unflushed(self) -> float | None:
         """Since when, the next beat says, reports wait."""
-        return self.session._snapshot(None).unflushed_since
+        return self.session._heart._snapshot().unflushed_since
 
     @property
     def leader(self) -> LeaderStore:
@@ -158,8 +158,8 @@ def test_a_worker_introduces_itself_before_its_first_claim() -> None:
     worker = Worker(record_timeout=10.0)
     worker.session.open()
     beats = Beats(worker.ledger.host())
-    worker.session._beat_store = cast(HostStore, beats)
-    worker.session._be_reborn(worker.session.id)
+    worker.session._heart._store = cast(HostStore, beats)
+    worker.session._heart.be_reborn(worker.session.id)
     job = worker.owe()
 
     assert worker.run(job).number == 1
@@ -183,7 +183,7 @@ def test_what_another_live_worker_runs_is_refused() -> None:
     second = Worker(first.ledger).begin()
     job = first.owe()
     first.run(job)
-    first.session.beat()
+    first.session._heart.beat()
 
     assert second.start(job) == Refused(job.token, Refusal.HELD)
     assert second.listed == set()
@@ -201,7 +201,7 @@ def test_skipping_without_a_leader_is_warned_of(caplog: pytest.LogCaptureFixture
 
     caplog.clear()
     lead(worker.ledger)
-    worker.session.beat()
+    worker.session._heart.beat()
     worker.start(job)
     assert "nobody_leads" not in events(caplog.records)
 
@@ -211,7 +211,7 @@ def test_a_refused_second_start_keeps_the_listing_of_the_first() -> None:
     worker = Worker().begin()
     job = worker.owe()
     worker.run(job)
-    worker.session.beat()
+    worker.session._heart.beat()
 
     assert isinstance(worker.start(job), Refused)
 
@@ -279,7 +279,7 @@ def test_without_the_fence_it_runs_anyway(
     second = Worker(first.ledger, **settings).begin()
     job = first.owe()
     first.run(job)
-    first.session.beat()
+    first.session._heart.beat()
 
     assert second.start(job) == Claim(job.token, 0)
     assert "start_unfenced" in events(caplog.records)
@@ -306,7 +306,7 @@ def test_fail_open_and_late_claim() -> None:
     worker.back()
     assert worker.claimed_by(job) is None
 
-    assert worker.session.beat()
+    assert worker.session._heart.beat()
     worker.session._late_claims()
 
     assert worker.claimed_by(job) == worker.session.id
@@ -340,14 +340,14 @@ def test_a_late_claim_of_what_another_runs(caplog: pytest.LogCaptureFixture) -> 
     with outage(first.ledger):
         first.run(job)
     second.run(job)
-    second.session.beat()
+    second.session._heart.beat()
     first.back()
 
-    first.session.beat()
+    first.session._heart.beat()
     first.session._late_claims()
 
     assert "claim_lost" in events(caplog.records)
-    assert first.session._unclaimed == {}
+    assert first.session._listed.unclaimed() == []
     assert worker_holds(second, job)
 
 
@@ -358,10 +358,10 @@ def test_a_late_claim_of_what_still_waits_in_a_spool() -> None:
     with outage(worker.ledger):
         worker.run(job)
     worker.back()
-    worker.session.beat()
+    worker.session._heart.beat()
     worker.session._late_claims()
     assert worker.listed == {job.token}
-    assert job.token in worker.session._unclaimed
+    assert job.token in dict(worker.session._listed.unclaimed())
 
     worker.ledger.host().record(SOURCE.id, [job], namespace=NAMESPACE, replay=True)
     worker.session._late_claims()
@@ -378,7 +378,7 @@ def test_an_end_ends_the_wish_for_a_claim() -> None:
         worker.session.flush()
     worker.back()
 
-    worker.session.beat()
+    worker.session._heart.beat()
     worker.session._late_claims()
     worker.tracker.connect()
 
@@ -392,7 +392,7 @@ def test_the_wrong_installation_runs_unguarded() -> None:
     worker = Worker(installation="production")
     job = delivery()
 
-    assert not worker.session.beat()
+    assert not worker.session._heart.beat()
     assert worker.start(job) == Claim(job.token, 0)
     worker.end(Claim(job.token, 0))
     worker.session.flush()
@@ -407,9 +407,9 @@ def test_a_heard_beat_closes_the_circuit() -> None:
     with outage(worker.ledger):
         worker.run(worker_job := delivery())
         assert not worker.tracker.circuit.closed
-        assert not worker.session.beat()
+        assert not worker.session._heart.beat()
 
-    assert worker.session.beat()
+    assert worker.session._heart.beat()
 
     assert worker.tracker.circuit.closed
     assert worker_job.token in worker.listed
@@ -608,7 +608,7 @@ def test_declared_dead_it_goes_on_as_another(caplog: pytest.LogCaptureFixture) -
     before = worker.session.id
     declared_dead(worker)
 
-    assert worker.session.beat()
+    assert worker.session._heart.beat()
 
     assert worker.session.id != before
     rows = {row.id: row for row in worker.leader.workers(SOURCE.id)}
@@ -641,22 +641,22 @@ def test_declared_dead_unawares_it_claims_as_another() -> None:
 def test_it_is_declared_dead_once() -> None:
     """A beat in the dead one's name that is answered late does not end its new life."""
     worker = Worker().begin()
-    late = worker.session._snapshot(None)
+    late = worker.session._heart._snapshot()
     declared_dead(worker)
-    worker.session.beat()
+    worker.session._heart.beat()
     now = worker.session.id
 
-    assert worker.session._beat_postgres(late)
+    assert worker.session._heart._beat_postgres(late)
     assert worker.session.id == now
 
 
 def test_a_beat_in_the_old_name_does_not_introduce_the_new() -> None:
     """Sent before it began anew and answered after: a claim must still wait for a beat of its own name."""
     worker = Worker().begin()
-    late, job = worker.session._snapshot(None), worker.owe()
-    worker.session._be_reborn(worker.session.id)
+    late, job = worker.session._heart._snapshot(), worker.owe()
+    worker.session._heart.be_reborn(worker.session.id)
 
-    assert worker.session._beat_postgres(late)
+    assert worker.session._heart._beat_postgres(late)
     assert worker.run(job).number == 0
 
 
@@ -684,7 +684,7 @@ def test_a_reborn_workers_old_failure_changes_nothing() -> None:
     declared_dead(zombie)
     new = other.run(job)
     assert new.number == old.number + 1
-    zombie.session.beat()
+    zombie.session._heart.beat()
 
     zombie.end(old, Outcome.FAILED)
     zombie.session.flush()
@@ -699,7 +699,7 @@ def test_an_unclaimed_run_of_a_reborn_worker() -> None:
     """A claim asked for after the rebirth is in the new name."""
     worker = Worker().begin()
     declared_dead(worker)
-    worker.session.beat()
+    worker.session._heart.beat()
     job = worker.owe()
 
     worker.run(job)
@@ -712,7 +712,7 @@ def test_the_ledger_in_memory_tells_what_workers_list() -> None:
     worker = Worker().begin()
     job = worker.owe()
     worker.run(job)
-    worker.session.beat()
+    worker.session._heart.beat()
 
     (row,) = worker.ledger.leader(NAMESPACE, new_token()).workers(SOURCE.id)
 
@@ -725,10 +725,10 @@ def test_a_beat_names_the_queues_that_are_consumed_now() -> None:
     (before,) = worker.leader.workers(SOURCE.id)
 
     worker.session.consumes(["mail", "bulk"])
-    worker.session.beat()
+    worker.session._heart.beat()
     (after,) = worker.leader.workers(SOURCE.id)
     worker.session.consumes(["bulk"])
-    worker.session.beat()
+    worker.session._heart.beat()
     (last,) = worker.leader.workers(SOURCE.id)
 
     assert [tuple(row.queues) for row in (before, after, last)] == [
@@ -798,10 +798,10 @@ def test_its_worker_lists_what_a_child_runs() -> None:
     watchdog = threading.Timer(20, os.kill, (pid, 9))
     watchdog.start()
     os.read(begun[0], 1)
-    listed = [session._snapshot(None).claims]
+    listed = [session._heart._snapshot().claims]
     os.write(go_on[1], b".")
     os.read(begun[0], 1)
-    listed.append(session._snapshot(None).claims)
+    listed.append(session._heart._snapshot().claims)
     os.write(go_on[1], b".")
     _, status = os.waitpid(pid, 0)
     watchdog.cancel()
@@ -850,7 +850,7 @@ def test_a_worker_introduces_itself_with_patience() -> None:
                 raise error
             return super().beat(source, beat, namespace=namespace)
 
-    worker.session._beat_store = cast(HostStore, Slow(worker.ledger.host()))
+    worker.session._heart._store = cast(HostStore, Slow(worker.ledger.host()))
     worker.session.open()
 
     assert [row.id for row in worker.leader.workers(SOURCE.id)] == [worker.session.id]
@@ -887,7 +887,7 @@ def test_close_flushes_and_leaves() -> None:
     assert worker.outcome(job) is Outcome.COMPLETED
     assert [row.left for row in worker.leader.workers(SOURCE.id)] == [True]
     assert worker.session.closed
-    beats, flusher = worker.session._beats_ended, worker.session._flusher
+    beats, flusher = worker.session._heart.ended, worker.session._flusher
     assert beats is not None and flusher is not None
     eventually(lambda: beats.is_set() and not flusher.is_alive())
 
@@ -900,7 +900,7 @@ def test_what_postgres_missed_is_listed_at_once(what: str) -> None:
     job = worker.owe()
     claim = worker.run(job) if what == "end" else Claim(job.token, 0)
     beats = Beats(worker.ledger.host())
-    worker.session._beat_store = cast(HostStore, beats)
+    worker.session._heart._store = cast(HostStore, beats)
     with outage(worker.ledger):
         if what == "start":
             worker.run(job)
@@ -917,7 +917,7 @@ def test_another_queue_is_told_at_once() -> None:
     worker = Worker()
     worker.session.open()
     beats = Beats(worker.ledger.host())
-    worker.session._beat_store = cast(HostStore, beats)
+    worker.session._heart._store = cast(HostStore, beats)
 
     worker.session.consumes(["mail", "bulk"])
 

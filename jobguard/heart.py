@@ -1,0 +1,307 @@
+"""What beats for a worker: into Postgres and into Redis, and through a stand-in where it may be starved.
+
+Its thread is one of the operating system, on a connection of its own that no breaker holds back. Only it
+beats: of two beats at once the older could come last, and list too little.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any, Protocol
+from uuid import UUID
+
+from jobguard import native
+from jobguard.errors import JobguardError
+from jobguard.job import Beat, new_token
+from jobguard.log import say
+from jobguard.pulse import beat_key, parse_pulse, read_pulse
+from jobguard.standin import StandIn
+
+if TYPE_CHECKING:
+    import redis
+
+    from jobguard.adapter import Source
+    from jobguard.circuit import Circuit
+    from jobguard.listed import Listed
+    from jobguard.settings import Settings
+    from jobguard.store import BeatReply, HostStore
+
+_STEP = 0.05
+"""Seconds between two tries of a worker to introduce itself."""
+_HEIR = 1 << 40
+"""The beats of a worker's heir are counted from here: any of the worker's own is another number."""
+_SAY_WHERE = 60.0
+"""Seconds for which a stand-in may use the same address: its password may be one that rotates."""
+_BREATH = 0.25
+"""Seconds between two beats at least, however much there is to tell."""
+
+
+class Body(Protocol):
+    """What a heart needs of the tracker whose worker it beats for."""
+
+    source: Source
+    settings: Settings
+    circuit: Circuit
+    client: Callable[[], redis.Redis] | None
+
+    def connect(self) -> None:
+        """Reach Postgres now, or raise why it cannot be used."""
+
+
+class Heart:
+    """The beats of one worker process, and the name by which Postgres knows it."""
+
+    def __init__(
+        self,
+        body: Body,
+        store: HostStore,
+        listed: Listed,
+        *,
+        name: str,
+        queues: Sequence[str],
+        inherited: tuple[UUID, int] | None,
+        lists: Callable[[], Iterable[UUID]] | None,
+        unflushed: Callable[[], float | None],
+    ) -> None:
+        self.id, self.pid = inherited or (new_token(), os.getpid())
+        self.name = name
+        self.queues = tuple(queues)
+        self.leader_live = False
+        self.known = inherited is not None
+        """Whether Postgres has heard of this name."""
+        self.named_at = time.monotonic()
+        self.ended: native.Event | None = None
+        self._body = body
+        self._settings = body.settings
+        self._store = store
+        self._listed = listed
+        self._lists = lists
+        self._unflushed = unflushed
+        self._children: frozenset[UUID] = frozenset()
+        self._conninfo: tuple[float, str] | None = None  # as the stand-in was told it, and when
+        self._now = native.Event()
+        self._stop = native.Event()
+        self._counter = 0
+        self._redis: redis.Redis | None = None
+        self._pulse: tuple[UUID, int] | None = None  # as the last beat into Redis saw it
+
+    @property
+    def is_mine(self) -> bool:
+        """Whether this process began it; a forked child only inherited it."""
+        return self.pid == os.getpid()
+
+    # -- its thread --------------------------------------------------------------------------------
+
+    def introduce(self) -> None:
+        """Beat once, with the patience of one record."""
+        deadline = time.monotonic() + self._settings.record_timeout
+        heard = self.beat()
+        while not heard and time.monotonic() < deadline:
+            # Nothing waits for a worker that has not begun; unknown, it would start jobs unclaimed.
+            time.sleep(_STEP)
+            heard = self._beat_postgres(self._snapshot())
+
+    def start(self, heard: Callable[[], None]) -> None:
+        """Beat from now on; ``heard`` is called after each beat that Postgres has heard."""
+
+        def run() -> None:
+            interval = self._settings.beat_interval
+            breath = min(_BREATH, interval)
+            while not self._stop.wait(breath):
+                # At once where Postgres does not know of something that we run or ran: as long as it
+                # is not on our list, its absence from Redis would be taken for a loss.
+                self._now.wait(interval - breath)
+                self._now.clear()
+                if self._stop.is_set():
+                    return
+                try:
+                    if self.beat():
+                        heard()
+                except Exception as error:
+                    say("guest_failed", where="beats", error=str(error), exc_info=True)
+
+        self.ended = native.start(run, name="jobguard-beat")
+
+    def hurry(self) -> None:
+        """Beat at once."""
+        self._now.set()
+
+    def is_introduced(self) -> bool:
+        """Whether Postgres knows this worker, for whom it is about to beat if not."""
+        if not self.known:
+            if self.is_mine:
+                self._now.set()
+            else:
+                self.beat()  # nobody else does, in a child
+        return self.known
+
+    def consumes(self, queues: Sequence[str]) -> None:
+        """Say from the next beat on that it takes from these queues; see Session."""
+        queues = tuple(queues)
+        if queues != self.queues:
+            self.queues = queues
+            self._now.set()  # should we die before it is said, nobody vouches for what is new
+
+    def stop(self) -> None:
+        """Beat no more, nor have anyone else do it."""
+        if self._listed.stand_in is not None:
+            self._listed.stand_in.close()
+        self._stop.set()
+        self._now.set()
+
+    # -- a beat ------------------------------------------------------------------------------------
+
+    def beat(self) -> bool:
+        """Say to both stores that this worker lives; True if Postgres heard it."""
+        beat = self._snapshot()
+        heard = self._beat_postgres(beat)
+        # Second, so that a name that does not resolve, or a Redis that hangs, delays no beat.
+        self._pulse = self._beat_redis(beat.counter)
+        if self._listed.stand_in is not None:
+            self._tell(self._listed.stand_in, beat)
+        return heard
+
+    def _snapshot(self) -> Beat:
+        others = self._others() | self._listed.forks.running()
+        with self._listed.lock:
+            self._counter += 1
+            listed = tuple(self._listed.tokens() | others)
+            worker, counter = self.id, self._counter
+        return Beat(
+            worker=worker,
+            counter=counter,
+            claims=listed,
+            name=self.name,
+            host=socket.gethostname(),
+            pid=self.pid,
+            queues=self.queues,
+            unflushed_since=self._unflushed(),
+            pulse=self._pulse,
+            fence=self._settings.fence,
+        )
+
+    def _others(self) -> frozenset[UUID]:
+        """What children of ours may be running, as the adapter sees it; in doubt, as it saw it last."""
+        if self._lists is not None:
+            try:
+                self._children = frozenset(self._lists())
+            except Exception as error:
+                say("guest_failed", where="lists", error=str(error), exc_info=True)
+        return self._children
+
+    def _beat_postgres(self, beat: Beat) -> bool:
+        source = self._body.source
+        try:
+            if not self.known:
+                self._body.connect()
+            reply: BeatReply = self._store.beat(source.id, beat, namespace=source.namespace)
+        except JobguardError as error:
+            say("beat_unheard", store="postgres", error=str(error))
+            return False
+        except Exception as error:
+            say("guest_failed", where="beat", error=str(error), exc_info=True)
+            return False
+        self.leader_live = reply.leader_live
+        if reply.dead:
+            self.be_reborn(beat.worker)
+            return self._beat_postgres(self._snapshot())
+        with self._listed.lock:
+            self.known = self.known or beat.worker == self.id
+        if not self._body.circuit.closed:
+            self._body.circuit.answered()
+        return True
+
+    def be_reborn(self, before: UUID) -> None:
+        """A leader has declared us dead: what we held is others' now, and we begin anew."""
+        with self._listed.lock:
+            if self.id != before:
+                return  # another thread has heard it as well
+            self.id, self._counter, self.known = new_token(), 0, False
+            self.named_at = time.monotonic()
+        say("worker_renewed", was=before, worker=self.id)
+
+    def _beat_redis(self, counter: int) -> tuple[UUID, int] | None:
+        try:
+            client = self._client()
+            if client is None:
+                return None
+            pipe = client.pipeline(transaction=False)
+            seconds = int(4 * self._settings.worker_timeout)
+            pipe.set(beat_key(self.id), counter, ex=seconds)
+            read_pulse(pipe, self._body.source)
+            answers: list[Any] = pipe.execute()
+        except Exception as error:
+            say("beat_unheard", store="redis", error=str(error))
+            return None
+        standing = parse_pulse(answers[1])
+        if standing is None:
+            return None
+        if standing.source != self._body.source.id:
+            say("source_differs", source=str(self._body.source))
+        return standing.epoch, standing.n
+
+    def _client(self) -> redis.Redis | None:
+        if self._redis is None and self._body.client is not None:
+            self._redis = self._body.client()
+        return self._redis
+
+    # -- who beats in its stead ----------------------------------------------------------------------
+
+    def have_stand_in(self) -> None:
+        """Make what beats in our stead while something holds the interpreter, if anything can."""
+        if self._store.conninfo() is None:
+            return
+        self._listed.stand_in = StandIn(
+            {
+                "source": self._body.source.id,
+                "namespace": self._body.source.namespace,
+                "interval": self._settings.beat_interval,
+                "settings": asdict(self._settings),
+            }
+        )
+
+    def _tell(self, stand_in: StandIn, beat: Beat) -> None:
+        try:
+            at = time.monotonic()
+            if self._conninfo is None or at - self._conninfo[0] > _SAY_WHERE:
+                self._conninfo = (at, self._store.conninfo() or "")
+            with (
+                self._listed.lock
+            ):  # what has begun or ended since the beat is told in this order, too
+                claims = tuple(self._listed.tokens() | self._children)
+                now = replace(
+                    beat, worker=self.id, counter=self._counter, claims=claims, pulse=None
+                )
+                stand_in.beat(now, self._conninfo[1])
+        except Exception as error:
+            say("guest_failed", where="stand-in", error=str(error), exc_info=True)
+
+    def inherit(self, token: UUID) -> None:
+        """In a child that outlives its worker, and runs this: its beats are the worker's from now on."""
+        say("worker_inherited", worker=self.id, name=self.name)
+        self._redis = None  # its connection is the parent's
+        self._listed.only(token)
+        self._lists, self._children = None, frozenset()
+        self._counter += _HEIR
+
+    # -- its end -------------------------------------------------------------------------------------
+
+    def leave(self) -> None:
+        """Say goodbye to both stores: what we held is nobody's."""
+        try:
+            self._store.leave(self.id)
+        except Exception as error:
+            say("beat_unheard", store="postgres", error=str(error))
+        try:
+            if (client := self._client()) is not None:
+                client.delete(beat_key(self.id))
+        except Exception as error:
+            say("beat_unheard", store="redis", error=str(error))
+
+    def close(self) -> None:
+        """Let go of the connection."""
+        self._store.close()
