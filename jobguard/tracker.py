@@ -36,13 +36,12 @@ from jobguard.errors import (
 from jobguard.guest import well_behaved
 from jobguard.job import ClaimAnswer, Delivery, End, Ended, Outcome, Recorded
 from jobguard.log import say
-from jobguard.session import WorkerSession, bare_end
+from jobguard.replay import BATCH, Replay, write_intent
+from jobguard.session import WorkerSession
 from jobguard.settings import Settings
 from jobguard.spool import Cancelled, Entry, JoinOpened, MemorySpool, Spool
 from jobguard.store import Ask, HostStore, SourceRow
 
-_REPLAY = 250
-"""Entries of the spool that one call carries along: a host that comes by waits for no more."""
 _PATIENCE = 5.0
 """Seconds that a process which is about to end waits, in all, for Postgres to take what it alone knows."""
 
@@ -86,7 +85,6 @@ class HostTracker:
             self._told = False
             self._patience = _PATIENCE
             self._registering = threading.Lock()
-            self._replaying = threading.Lock()
             self.circuit = Circuit(
                 self._probe,
                 retry_interval=self.settings.retry_interval,
@@ -96,7 +94,14 @@ class HostTracker:
                 self.circuit.copy_state(before)
                 # What waits in the parent's spool is the parent's to replay.
                 self.spool = MemorySpool(self.settings.spool_size, self._spool_changed)
-            self._draining = threading.Lock()
+            self._replay = Replay(
+                self.source,
+                self.spool,
+                self.circuit,
+                self._ready,
+                retry_interval=self.settings.retry_interval,
+                ended=self._ended,
+            )
             timeout = self.settings.record_timeout
             self._commit = GroupCommit(self._write, timeout=timeout)
             self._claims = GroupCommit(self._write_claims, timeout=timeout)
@@ -186,7 +191,7 @@ class HostTracker:
         # Else a leader might push what its sender is told has failed.
         outbox = outbox and self._accepts
         try:
-            if outbox or len(deliveries) > _REPLAY:
+            if outbox or len(deliveries) > BATCH:
                 recorded = self.call(lambda store: self._send(store, deliveries, outbox=outbox))
             else:
                 recorded = self.call(lambda _store: self._commit.submit(deliveries))
@@ -334,7 +339,7 @@ class HostTracker:
 
     def _intend(self, entry: Cancelled | JoinOpened, what: str) -> None:
         try:
-            self.call(lambda store: self._write_intent(store, entry))
+            self.call(lambda store: write_intent(store, self.source.id, entry))
             if isinstance(entry, Cancelled) and len(self.spool):
                 # Its record may still wait there: the intent must come after it as well.
                 self.spool.put([entry])
@@ -346,27 +351,6 @@ class HostTracker:
             if is_host_interrupt(error):
                 raise
             say("guest_failed", where=what, error=str(error))
-
-    def _write_intent(
-        self, store: HostStore, entry: Cancelled | JoinOpened, *, replay: bool = False
-    ) -> None:
-        source = self.source.id
-        if isinstance(entry, Cancelled):
-            store.cancel(
-                source,
-                tokens=entry.tokens,
-                job_ids=entry.job_ids,
-                queue=entry.queue,
-                # Told at once it means all that is there. Old news means what was there: what has
-                # been recorded since is a new life, which nobody cancelled.
-                age=entry.age if replay else 0.0,
-                until=entry.until if replay else None,
-                waiting=entry.waiting if replay else (),
-            )
-        elif entry.closed:
-            store.close_join(source, entry.join)
-        else:
-            store.open_join(source, entry.join, size=entry.size, state=entry.state)
 
     def heartbeat(
         self,
@@ -488,72 +472,16 @@ class HostTracker:
         if session is None or session.is_mine:
             return
         session.waits(self.spool.oldest())
-        if len(self.spool) and self._draining.acquire(blocking=False):
-            threading.Thread(target=self._drain, name="jobguard-drain", daemon=True).start()
+        if len(self.spool):
+            self._replay.drain()
 
-    def _drain(self) -> None:
-        try:
-            while len(self.spool):
-                time.sleep(self.settings.retry_interval / 4)
-                if self.circuit.look():
-                    self.replay()
-        except Exception as error:
-            say("guest_failed", where="drain", error=str(error), exc_info=True)
-        finally:
-            self._draining.release()
+    def _ended(self, ends: Sequence[End]) -> None:
+        if self._session is not None:
+            self._session.ended(ends)
 
-    def replay(self, limit: int = _REPLAY) -> int:
+    def replay(self, limit: int = BATCH) -> int:
         """Give Postgres what waits in the spool, oldest first; returns how many entries it took."""
-        self._mine()
-        if not self._replaying.acquire(blocking=False):
-            return 0
-        done = 0
-        try:
-            while done < limit and (entries := self.spool.peek(limit - done)):
-                with self.circuit.calling():
-                    self._replay_each(self._ready(), entries)
-                self.spool.drop(entries)
-                done += len(entries)
-        except StoreUnavailable:
-            pass
-        except Exception as error:
-            if is_host_interrupt(error):
-                raise
-            say("guest_failed", where="replay", error=str(error), exc_info=True)
-        finally:
-            self._replaying.release()
-        if done:
-            say("spool_replayed", count=done, left=len(self.spool))
-        return done
-
-    def _replay_each(self, store: HostStore, entries: Sequence[Entry]) -> None:
-        """Replay these; one that is refused for what is in it does not keep the others waiting."""
-        try:
-            self._replay(store, entries)
-        except BadRow as error:
-            if len(entries) > 1:
-                for entry in entries:
-                    self._replay_each(store, [entry])
-                return
-            (entry,) = entries
-            bare = bare_end(entry) if isinstance(entry, End) else entry
-            self.spool.counts.quarantined += 1
-            say("row_refused", job_id=getattr(entry, "job_id", ""), error=str(error))
-            if bare != entry:
-                self._replay_each(store, [bare])
-
-    def _replay(self, store: HostStore, entries: Sequence[Entry]) -> None:
-        deliveries = [entry for entry in entries if isinstance(entry, Delivery)]
-        ends = [entry for entry in entries if isinstance(entry, End)]
-        for entry in entries:
-            if isinstance(entry, Cancelled | JoinOpened):
-                self._write_intent(store, entry, replay=True)
-        if deliveries:
-            store.record(self.source.id, deliveries, namespace=self.source.namespace, replay=True)
-        if ends:
-            store.end(self.source.id, ends)
-            if self._session is not None:
-                self._session.ended(ends)
+        return self._mine()._replay.some(limit)
 
     @property
     def push_deadline(self) -> float:
@@ -568,13 +496,7 @@ class HostTracker:
         self._mine()
         began = time.monotonic()
         patience = self._patience if last else self.settings.record_timeout
-        while len(self.spool):
-            replayed = self.replay()
-            if time.monotonic() - began >= patience:
-                break
-            if not replayed:
-                self.circuit.look()
-                time.sleep(0.01)
+        self._replay.settle(patience)
         if last:
             self._patience -= min(patience, time.monotonic() - began)
         if len(self.spool):

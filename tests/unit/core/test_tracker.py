@@ -741,7 +741,12 @@ def test_a_child_shares_no_lock_and_no_connection() -> None:
         )
 
     commit = host.tracker._commit
-    with commit._committing, commit._joining, host.tracker._registering, host.tracker._replaying:
+    with (
+        commit._committing,
+        commit._joining,
+        host.tracker._registering,
+        host.tracker._replay._replaying,
+    ):
         in_a_child(child)
     assert len(host.stores) == stores
 
