@@ -195,15 +195,13 @@ class TestWorker:
         rig.until(rig.trusted)
         rig.add_consumer(worker, "added")
         rig.until(lambda: rig.trusted("added"))
-        job_id = rig.send("slow", "slow", 5.0, queue="added")
+        rig.send("slow", "slow", 600.0, queue="added")
         rig.until(lambda: rig.said()["slow-begins"])
         rig.add_consumer(rig.worker(), "added")
         rig.until(lambda: rig.listed() == [{"celery", "added"}] * 2)
 
         worker.signal(signal.SIGKILL)
-        rig.until(lambda: rig.ended(job_id))
-        assert rig.ended(job_id) == ["completed"]
-        assert rig.said() == {"slow-begins": 2, "slow": 1}
+        rig.until(lambda: rig.said() == {"slow-begins": 2})
 
     @pytest.mark.parametrize("pool", ["prefork", *IN_ONE_PROCESS])
     def test_a_worker_that_computes_is_alive(self, rig: Rig, pool: str) -> None:
