@@ -72,7 +72,7 @@ EVENTS: Mapping[str, Event] = {
     ),  # worker, name
     "worker_left": Event(INFO, "a guarded worker said goodbye"),  # worker, name
     "start_skipped": Event(INFO, "a start was skipped"),  # job_id, queue, reason, outcome
-    "start_unclaimed": Event(WARNING, "a job starts without a claim: Postgres is away"),  # job_id
+    "start_unclaimed": Event(WARNING, "a job starts without a claim"),  # job_id
     "job_declined": Event(
         WARNING, "this worker cannot begin a job: it goes back later"
     ),  # job_id, tries_left, error
