@@ -111,8 +111,10 @@ class Tracker(Protocol):
         that the leader pushes what comes after it.
         """
 
-    def open_join(self, join: str, size: int, state: bytes = b"") -> None:
+    def open_join(self, join: str, size: int, state: bytes = b"") -> Recorded:
         """Remember that a continuation waits for so many jobs, before the first of them is pushed.
+
+        Returns whether it is in the ledger, and whether a leader is there to go by it.
 
         Their ends name the join by ``Part``, the continuation by ``Delivery.closes``.
         """

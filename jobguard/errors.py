@@ -41,15 +41,19 @@ class StoreUnavailable(JobguardError):
     """Postgres could not be reached in time."""
 
 
-class BreakerOpen(StoreUnavailable):
+class NotWritten(StoreUnavailable):
+    """Postgres could not be asked, or refused: nothing was written."""
+
+
+class BreakerOpen(NotWritten):
     """Postgres failed a moment ago; calls to it are held back until it answers again."""
 
 
-class NotMigrated(StoreUnavailable):
+class NotMigrated(NotWritten):
     """The schema is not there. Run `jobguard migrate`."""
 
 
-class NoRights(StoreUnavailable):
+class NoRights(NotWritten):
     """The role may not use the schema. See "Roles and grants" in the README."""
 
 

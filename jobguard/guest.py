@@ -97,7 +97,7 @@ class _Tracker(_Wall):
         "withdraw": _nothing,
         "hold": _nothing,
         "batch": lambda **_: nullcontext(),
-        "open_join": _nothing,
+        "open_join": lambda *_: Recorded(lost=True),
         "close_join": _nothing,
         "leave_to_outbox": _nothing,
         "settle": _nothing,

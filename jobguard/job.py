@@ -350,6 +350,8 @@ class Sighting:
     """With OVERWRITTEN: the token that stands there, if it is one of ours."""
     bodiless: bool = False
     """With ABSENT: the library has nothing of it at all."""
+    by_id: bool = False
+    """With an end: the library keeps it by job id, and so it may be that of another job of this id."""
     joins: Join | None = None
     """With SCHEDULED: it waits for other jobs, and the library itself knows of none that is to come."""
     held_by: str = ""

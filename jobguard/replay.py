@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from jobguard.errors import BadRow, StoreUnavailable, is_host_interrupt
-from jobguard.job import Delivery, End
+from jobguard.job import Delivery, End, Recorded
 from jobguard.log import say
 from jobguard.session import bare_end
 from jobguard.spool import Cancelled, Entry, JoinOpened, Spool
@@ -116,7 +116,7 @@ class Replay:
         ends = [entry for entry in entries if isinstance(entry, End)]
         for entry in entries:
             if isinstance(entry, Cancelled | JoinOpened):
-                write_intent(store, source.id, entry, replay=True)
+                write_intent(store, source, entry, replay=True)
         if deliveries:
             store.record(source.id, deliveries, namespace=source.namespace, replay=True)
         if ends:
@@ -125,22 +125,37 @@ class Replay:
 
 
 def write_intent(
-    store: HostStore, source: int, entry: Cancelled | JoinOpened, *, replay: bool = False
-) -> None:
+    store: HostStore, source: Source, entry: Cancelled | JoinOpened, *, replay: bool = False
+) -> Recorded:
     """Write what a host meant, now or (``replay``) some time ago."""
     if isinstance(entry, Cancelled):
-        store.cancel(
-            source,
-            tokens=entry.tokens,
-            job_ids=entry.job_ids,
-            queue=entry.queue,
-            # Told at once it means all that is there. Old news means what was there: what has
-            # been recorded since is a new life, which nobody cancelled.
-            age=entry.age if replay else 0.0,
-            until=entry.until if replay else None,
-            waiting=entry.waiting if replay else (),
-        )
-    elif entry.closed:
-        store.close_join(source, entry.join)
-    else:
-        store.open_join(source, entry.join, size=entry.size, state=entry.state)
+        _cancel(store, source.id, entry, replay=replay)
+        return Recorded()
+    if entry.closed:
+        store.close_join(source.id, entry.join)
+        return Recorded()
+    leader_live = store.open_join(
+        source.id,
+        entry.join,
+        size=entry.size,
+        state=entry.state,
+        namespace=source.namespace,
+    )
+    return Recorded(leader_live=leader_live)
+
+
+def _cancel(store: HostStore, source: int, entry: Cancelled, *, replay: bool) -> None:
+    meant = None
+    if entry.job_ids or entry.queue is not None:
+        # What is recorded from now on is a new life, which nobody cancelled; and a network may keep
+        # what we say as long as a spool. Told at once it means all that is there now.
+        meant = store.clock() - (entry.age if replay else 0.0)
+    store.cancel(
+        source,
+        tokens=entry.tokens,
+        job_ids=entry.job_ids,
+        queue=entry.queue,
+        meant=meant,
+        until=entry.until if replay else None,
+        waiting=entry.waiting if replay else (),
+    )

@@ -29,6 +29,7 @@ from jobguard.errors import (
     JobguardError,
     NoRights,
     NotMigrated,
+    NotWritten,
     StoreUnavailable,
     WrongInstallation,
     is_host_interrupt,
@@ -199,7 +200,8 @@ class HostTracker:
             return self._record_alone(deliveries, error, outbox=outbox)
         except StoreUnavailable as error:
             if self.settings.when_postgres_down == "raise" and not any(map(_goes_on, deliveries)):
-                self._cancel_in_doubt(error, deliveries)
+                if not isinstance(error, NotWritten):
+                    self._cancel_unheard(error, deliveries)
                 raise
             return self._overflow(deliveries, error)
         except Exception as error:
@@ -211,10 +213,8 @@ class HostTracker:
         mine = frozenset(d.token for d in deliveries)
         return Recorded(refused=recorded.refused & mine, leader_live=recorded.leader_live)
 
-    def _cancel_in_doubt(self, error: StoreUnavailable, deliveries: Sequence[Delivery]) -> None:
-        """Its sender hears that it was not recorded, which it may have been: it is to be cancelled then."""
-        if isinstance(error, BreakerOpen):
-            return  # nobody was asked
+    def _cancel_unheard(self, error: StoreUnavailable, deliveries: Sequence[Delivery]) -> None:
+        """Their sender hears that they were not recorded, which they may be: then they are cancelled."""
         tokens = tuple(delivery.token for delivery in deliveries)
         if not self.spool.put([Cancelled(tokens, (), None)]):
             ids = ", ".join(delivery.job_id for delivery in deliveries)
@@ -249,9 +249,9 @@ class HostTracker:
             self.source.id, recorder, patience, first_at_once=first_at_once, unheard=unheard
         )
 
-    def open_join(self, join: str, size: int, state: bytes = b"") -> None:
+    def open_join(self, join: str, size: int, state: bytes = b"") -> Recorded:
         """Remember that a continuation waits for so many jobs; see Tracker."""
-        self._intend(JoinOpened(join, size, state), "open_join")
+        return self._intend(JoinOpened(join, size, state), "open_join")
 
     def close_join(self, join: str) -> None:
         """Nothing will come of this join; see Tracker."""
@@ -265,7 +265,13 @@ class HostTracker:
             self.spool.counts.quarantined += 1
             say("row_refused", job_id=deliveries[0].job_id, error=str(error))
             return Recorded(lost=True)
-        parts = [self.record([delivery], outbox=outbox) for delivery in deliveries]
+        parts: list[Recorded] = []
+        for delivery in deliveries:
+            try:
+                parts.append(self.record([delivery], outbox=outbox))
+            except StoreUnavailable as unheard:
+                self._cancel_unheard(unheard, deliveries[: len(parts)])
+                raise
         return Recorded(
             refused=frozenset().union(*(part.refused for part in parts)),
             leader_live=any(part.leader_live for part in parts),
@@ -337,20 +343,22 @@ class HostTracker:
         waiting = self.spool.waiting(job_ids, queue)
         self._intend(Cancelled(tuple(tokens), tuple(job_ids), queue, waiting), "cancel")
 
-    def _intend(self, entry: Cancelled | JoinOpened, what: str) -> None:
+    def _intend(self, entry: Cancelled | JoinOpened, what: str) -> Recorded:
         try:
-            self.call(lambda store: write_intent(store, self.source.id, entry))
+            recorded: Recorded = self.call(lambda store: write_intent(store, self.source, entry))
             if isinstance(entry, Cancelled) and len(self.spool):
                 # Its record may still wait there: the intent must come after it as well.
                 self.spool.put([entry])
+            return recorded
         except StoreUnavailable as error:
             if self.settings.when_postgres_down == "raise":
                 raise
-            self._overflow([entry], error)
+            return self._overflow([entry], error)
         except Exception as error:
             if is_host_interrupt(error):
                 raise
             say("guest_failed", where=what, error=str(error))
+            return Recorded(lost=True)
 
     def heartbeat(
         self,

@@ -111,12 +111,15 @@ select jobguard.end(
   %(join)s::text[], %(part)s::bytea[])
 
 -- name: open_join
-insert into jobguard.joins as x (source, id, size, state)
-values (%(source)s, %(join)s, %(size)s, %(state)s)
--- The same join once more (an application sends one chord twice) begins anew.
-on conflict (source, id) do update
-set size = excluded.size, state = excluded.state, opened_at = now(), closed_at = null, closed_by = null
-where x.size = 0 or x.closed_at is not null
+with opened as (
+  insert into jobguard.joins as x (source, id, size, state)
+  values (%(source)s, %(join)s, %(size)s, %(state)s)
+  -- The same join once more (an application sends one chord twice) begins anew.
+  on conflict (source, id) do update
+  set size = excluded.size, state = excluded.state, opened_at = now(), closed_at = null, closed_by = null
+  where x.size = 0 or x.closed_at is not null
+)
+select jobguard.led(%(namespace)s)
 
 -- name: close_join
 -- Nothing comes of it: its members need not be remembered.
@@ -129,13 +132,17 @@ delete from jobguard.join_parts p where p.source = %(source)s and p.join_id = %(
 -- name: decline
 select jobguard.decline(%(source)s, %(token)s, %(most)s, %(wait)s::float8, %(error)s)
 
+-- name: clock
+select extract(epoch from clock_timestamp())::float8
+
 -- name: cancel
 select jobguard.cancel(
   %(source)s, %(tokens)b::uuid[], %(job_ids)b::text[], %(queue)s,
-  %(age)s::float8, %(until)s::uuid, %(waiting)b::uuid[])
+  to_timestamp(%(meant)s::float8), %(until)s::uuid, %(waiting)b::uuid[])
 
 -- name: beat
--- A worker's beat; nothing is taken from a worker that was declared dead.
+-- A worker's beat; nothing is taken from a worker that was declared dead, nor a beat that a network kept
+-- until a later one had come: its list is old. An heir and a stand-in count from numbers of their own.
 with taken as (
   insert into jobguard.workers as w (id, source, name, host, pid, queues, claims, beat,
                                      unflushed_since, pulse_epoch, pulse_n, fence)
@@ -146,10 +153,10 @@ with taken as (
   set claims = excluded.claims, beat = excluded.beat, unflushed_since = excluded.unflushed_since,
       pulse_epoch = excluded.pulse_epoch, pulse_n = excluded.pulse_n, queues = excluded.queues,
       previous_beat_at = w.beat_at, beat_at = now()
-  where w.dead_at is null
-  returning w.id
+  where w.dead_at is null and (excluded.beat >= w.beat or excluded.beat >> 40 <> w.beat >> 40)
 )
-select not exists (select from taken), jobguard.led(%(namespace)s)
+select exists (select from jobguard.workers w where w.id = %(worker)s and w.dead_at is not null),
+       jobguard.led(%(namespace)s)
 from (select set_config('synchronous_commit', 'off', true)) calm
 
 -- name: leave
@@ -417,10 +424,9 @@ where j.source = %(source)s and j.token = any (%(tokens)b::uuid[])
 
 -- name: namesakes
 -- Of which of these a result that is kept by job id may be another's: one of the same id is owed as well,
--- or has ended since. Where one body is kept per id, no two of them run.
+-- or has ended since.
 select j.token from jobguard.jobs j
 where j.source = %(source)s and j.token = any (%(tokens)b::uuid[])
-  and (select s.one_body from jobguard.sources s where s.id = %(source)s) is false
   and (exists (
          select from jobguard.jobs y
          where y.source = j.source and y.job_id = j.job_id and y.token <> j.token)

@@ -24,7 +24,6 @@ from jobguard.adapters.celery.places import check_out
 from jobguard.adapters.celery.push import BROKER_DOWN
 from jobguard.adapters.celery.results import results_of
 from jobguard.adapters.celery.wall import our_own_affair
-from jobguard.job import Recorded
 
 if TYPE_CHECKING:
     from jobguard.adapter import Tracker
@@ -100,8 +99,8 @@ def _open_join(backend: Any, group_id: str, size: int) -> bool:
         tracker = lookup.tracker_for(backend.app)
         results = results_of(backend, tracker.source.address) if tracker is not None else None
         if tracker is not None and results is not None:
-            tracker.open_join(group_id, int(size), json.dumps(results.told()).encode())
-            return tracker.accepts_without_broker(Recorded(leader_live=True))
+            told = json.dumps(results.told()).encode()
+            return tracker.accepts_without_broker(tracker.open_join(group_id, int(size), told))
     return False
 
 

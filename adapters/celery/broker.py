@@ -199,7 +199,7 @@ class CeleryBroker:
         for results in self._workers.results() if absent else ():
             ends.update(ends_of(self._in(results), results, since))
         return {
-            owed.token: Sighting(ends[owed.job_id], "result")
+            owed.token: Sighting(ends[owed.job_id], "result", by_id=True)
             for owed in absent
             if owed.job_id in ends and _is_its_own(ends[owed.job_id], owed)
         }

@@ -77,7 +77,7 @@ class Looker:
             token: Sighting(Presence.ABSENT, f"held by {left[token]}") if token in left else s
             for token, s in sightings.items()
         }
-        ends = [token for token, s in sightings.items() if s.presence in ENDS]
+        ends = [token for token, s in sightings.items() if s.presence in ENDS and s.by_id]
         anyones = self._store.namesakes(self._source, ends) if ends else frozenset()
         sightings = {
             token: Sighting(Presence.ABSENT, "end of a namesake") if token in anyones else s

@@ -138,6 +138,9 @@ class HostStore(Protocol):
     def end(self, source: int, ends: Sequence[End]) -> Sequence[Ended]:
         """Move deliveries from owed to history, in the name of their claims; one answer an end."""
 
+    def clock(self) -> float:
+        """The store's own time, in seconds since the epoch."""
+
     def cancel(
         self,
         source: int,
@@ -145,21 +148,21 @@ class HostStore(Protocol):
         tokens: Sequence[UUID] = (),
         job_ids: Sequence[str] = (),
         queue: str | None = None,
-        age: float = 0.0,
+        meant: float | None = None,
         until: UUID | None = None,
         waiting: Sequence[UUID] = (),
     ) -> int:
         """Write tombstones; ``queue``: for every unclaimed delivery in it. Returns how many were owed.
 
-        Ids and the queue mean what was recorded when the cancel was meant, ``age`` seconds ago, with
-        tokens up to ``until``, and of what waited in a spool at that moment, ``waiting``. A token
-        means its delivery whenever that comes, also if nobody knows it yet.
+        Ids and the queue mean what was recorded until the cancel was ``meant``, by the store's clock
+        (None: nothing was), with tokens up to ``until``, and of what waited in a spool at that moment,
+        ``waiting``. A token means its delivery whenever that comes, also if nobody knows it yet.
         """
 
-    def open_join(self, source: int, join: str, *, size: int, state: bytes) -> None:
-        """Remember a join, and for how many members its continuation waits.
+    def open_join(self, source: int, join: str, *, size: int, state: bytes, namespace: str) -> bool:
+        """Remember a join, and for how many members its continuation waits. One that is closed begins anew.
 
-        One that is closed begins anew.
+        Returns whether a leader's lease is live.
         """
 
     def close_join(self, source: int, join: str) -> None:

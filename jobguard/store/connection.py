@@ -27,6 +27,7 @@ from jobguard.errors import (
     JobguardError,
     NoRights,
     NotMigrated,
+    NotWritten,
     StoreUnavailable,
 )
 from jobguard.log import say
@@ -182,7 +183,7 @@ class Database:
             self._after_fork()
         # Others may be waiting for the same stopped server; nobody waits for all of their waits.
         if not self._lock.acquire(timeout=self._connect_timeout + self._call_timeout):
-            raise StoreUnavailable("another call to Postgres is still under way")
+            raise NotWritten("another call to Postgres is still under way")
         try:
             yield
         finally:
@@ -201,7 +202,8 @@ class Database:
         ``payload`` is how many bytes are sent along: a large one is given more time (1 s per 20 MB).
         A connection that turns out to be lost is made anew and the statement sent once more, within
         the same time: so every statement must be one that may run twice.
-        Raises StoreUnavailable or one of its kinds, BadRow, or JobguardError.
+        Raises StoreUnavailable or one of its kinds (NotWritten where that is certain), BadRow, or
+        JobguardError.
         """
         budget = (self._call_timeout if timeout is None else timeout) + payload / 20e6
         with self._mine():
@@ -213,6 +215,8 @@ class Database:
                 return self._attempt(query, parameters, budget)
             except _Lost as lost:
                 raise StoreUnavailable(str(lost)) from (lost.__cause__ or first)
+            except NotWritten as error:  # the first may have been, for all that
+                raise StoreUnavailable(str(error)) from first
 
     def _attempt(self, query: str, parameters: Parameters, budget: float) -> list[Row]:
         connection = self._connected()
@@ -248,7 +252,7 @@ class Database:
         self._drop()
         if not self.probe(wait=self._connect_timeout):
             self._abandon_connecting()
-            raise StoreUnavailable("Postgres did not accept a connection in time")
+            raise NotWritten("Postgres did not accept a connection in time")
         assert self._connection is not None
         return self._connection
 
@@ -313,7 +317,7 @@ class Database:
             return NoRights(f'{text} — see "Roles and grants" in the README')
         if state[:2] in ("22", "23") or (not state and isinstance(error, psycopg.DataError)):
             return BadRow(text)
-        return StoreUnavailable(text)
+        return NotWritten(text)
 
 
 class _Lost(Exception):

@@ -187,6 +187,10 @@ class PostgresStore:
         )
         return [Ended(answer) for answer in rows[0][0]]
 
+    def clock(self) -> float:
+        """The time of Postgres; see HostStore."""
+        return float(self._db.execute(self._sql["clock"])[0][0])
+
     def cancel(
         self,
         source: int,
@@ -194,7 +198,7 @@ class PostgresStore:
         tokens: Sequence[UUID] = (),
         job_ids: Sequence[str] = (),
         queue: str | None = None,
-        age: float = 0.0,
+        meant: float | None = None,
         until: UUID | None = None,
         waiting: Sequence[UUID] = (),
     ) -> int:
@@ -206,19 +210,20 @@ class PostgresStore:
                 "tokens": list(tokens),
                 "job_ids": list(job_ids),
                 "queue": queue,
-                "age": age,
+                "meant": meant,
                 "until": until,
                 "waiting": list(waiting),
             },
         )
         return int(rows[0][0])
 
-    def open_join(self, source: int, join: str, *, size: int, state: bytes) -> None:
+    def open_join(self, source: int, join: str, *, size: int, state: bytes, namespace: str) -> bool:
         """Remember a join; see HostStore."""
-        self._db.execute(
+        rows = self._db.execute(
             self._sql["open_join"],
-            {"source": source, "join": join, "size": size, "state": state},
+            {"source": source, "join": join, "size": size, "state": state, "namespace": namespace},
         )
+        return bool(rows[0][0])
 
     def close_join(self, source: int, join: str) -> None:
         """Nothing will come of a join; see HostStore."""

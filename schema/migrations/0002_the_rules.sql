@@ -499,11 +499,10 @@ $$;
 -- before, however late it is recorded. A token means its delivery, whenever that comes.
 create function jobguard.cancel(
   p_source bigint, p_token uuid[], p_job_id text[], p_queue text,
-  p_age float8, p_until uuid, p_waiting uuid[])
+  p_meant timestamptz, p_until uuid, p_waiting uuid[])
 returns integer language plpgsql as $$
 declare
-  v_meant timestamptz := now() - make_interval(secs => p_age);
-  v_owed  integer;
+  v_owed integer;
 begin
   -- What runs is locked with the rest of its queue: by the next look it may have been given back.
   perform from jobguard.jobs j
@@ -511,7 +510,7 @@ begin
     and (j.token = any (p_token)
          or ((j.job_id = any (p_job_id) or j.queue = p_queue)
              and (j.token = any (p_waiting)
-                  or (j.recorded_at <= v_meant and (p_until is null or j.token <= p_until)))))
+                  or (j.recorded_at <= p_meant and (p_until is null or j.token <= p_until)))))
   order by j.token for update;
   with gone as (
     delete from jobguard.jobs j
@@ -521,7 +520,7 @@ begin
                 or (j.queue = p_queue and not exists (
                       select from jobguard.running r where r.source = p_source and r.token = j.token)))
                and (j.token = any (p_waiting)
-                    or (j.recorded_at <= v_meant and (p_until is null or j.token <= p_until)))))
+                    or (j.recorded_at <= p_meant and (p_until is null or j.token <= p_until)))))
     returning j.*
   ), unclaimed as (
     delete from jobguard.running r using gone g where r.source = p_source and r.token = g.token

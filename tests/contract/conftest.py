@@ -272,6 +272,10 @@ class Contract:
         self.leader = backend.leader(NAMESPACE, uuid4())
         self.advance = backend.advance
 
+    def cancel(self, *, ago: float = 0.0, **what: Any) -> int:
+        """Cancel what was there so many seconds ago."""
+        return self.store.cancel(self.source, meant=self.store.clock() - ago, **what)
+
     def elected(self) -> int:
         """Make the leader lead for longer than any test."""
         term = self.leader.elect(lease=LONG)

@@ -70,7 +70,7 @@ def body(join: str = "g", **more: Any) -> Delivery:
 
 def test_the_ends_of_members_are_kept_with_all_that_brings_them_back(ledger: Contract) -> None:
     """In the order of their ends; a member that has not ended is no part yet."""
-    ledger.store.open_join(SOURCE, "g", size=3, state=b"body")
+    ledger.store.open_join(SOURCE, "g", size=3, state=b"body", namespace=NAMESPACE)
     first, second = (ledger.recorded(id, envelope=id.encode(), queue="mail") for id in "ab")
     ledger.recorded("c")
     worker = ledger.worker()
@@ -88,7 +88,7 @@ def test_the_ends_of_members_are_kept_with_all_that_brings_them_back(ledger: Con
 
 def test_a_member_counts_once(ledger: Contract) -> None:
     """Whoever reports its end, and however often."""
-    ledger.store.open_join(SOURCE, "g", size=2, state=b"")
+    ledger.store.open_join(SOURCE, "g", size=2, state=b"", namespace=NAMESPACE)
     member = ledger.recorded("a")
     worker = ledger.worker()
     claim = worker.start(member.token)
@@ -99,7 +99,7 @@ def test_a_member_counts_once(ledger: Contract) -> None:
 
 def test_an_end_that_does_not_count_is_no_part(ledger: Contract) -> None:
     """A stale claim's failure changes nothing."""
-    ledger.store.open_join(SOURCE, "g", size=1, state=b"")
+    ledger.store.open_join(SOURCE, "g", size=1, state=b"", namespace=NAMESPACE)
     member = ledger.recorded("a")
     dead, heir = ledger.working(), ledger.working()
     claim = dead.start(member.token)
@@ -111,7 +111,7 @@ def test_an_end_that_does_not_count_is_no_part(ledger: Contract) -> None:
 
 def test_a_part_of_what_nobody_recorded_counts(ledger: Contract) -> None:
     """Its record waits in a spool; it cannot be told again, for its envelope is there as well."""
-    ledger.store.open_join(SOURCE, "g", size=1, state=b"")
+    ledger.store.open_join(SOURCE, "g", size=1, state=b"", namespace=NAMESPACE)
     worker = ledger.working()
     part = Part("g", b"result")
     assert worker.end(Claim(new_token(), 0), job_id="a", queue="mail", part=part) is Ended.UNKNOWN
@@ -123,7 +123,7 @@ def test_a_join_is_complete_when_all_have_ended_and_it_was_quiet_for_a_while(
     ledger: Contract,
 ) -> None:
     """Its library has some time to go on by itself."""
-    ledger.store.open_join(SOURCE, "g", size=2, state=b"")
+    ledger.store.open_join(SOURCE, "g", size=2, state=b"", namespace=NAMESPACE)
     first, second = ledger.recorded("a"), ledger.recorded("b")
     worker = ledger.worker()
     ends(worker, first)
@@ -138,16 +138,16 @@ def test_a_join_is_complete_when_all_have_ended_and_it_was_quiet_for_a_while(
 def test_a_join_of_which_nobody_said_how_large_it_is_is_never_complete(ledger: Contract) -> None:
     """Until somebody does: members may end before it is opened, where that waits in a spool."""
     ends(ledger.worker(), ledger.recorded("a"))
-    ledger.store.open_join(SOURCE, "other", size=1, state=b"")
+    ledger.store.open_join(SOURCE, "other", size=1, state=b"", namespace=NAMESPACE)
     ledger.advance(60)
     assert complete(ledger) == []
-    ledger.store.open_join(SOURCE, "g", size=1, state=b"s")
+    ledger.store.open_join(SOURCE, "g", size=1, state=b"s", namespace=NAMESPACE)
     assert complete(ledger) == ["g"]
 
 
 def test_its_continuation_closes_a_join_once(ledger: Contract) -> None:
     """Whoever else goes on from it is refused; the one that did may say so again."""
-    ledger.store.open_join(SOURCE, "g", size=1, state=b"")
+    ledger.store.open_join(SOURCE, "g", size=1, state=b"", namespace=NAMESPACE)
     ends(ledger.worker(), ledger.recorded("a"))
     first, second = body(), body()
     assert ledger.record(first).refused == frozenset()
@@ -176,7 +176,7 @@ def test_a_replayed_continuation_that_comes_too_late_is_not_owed(ledger: Contrac
 
 def test_what_is_closed_takes_no_more_parts(ledger: Contract) -> None:
     """Given up by the library, or gone on from."""
-    ledger.store.open_join(SOURCE, "g", size=1, state=b"")
+    ledger.store.open_join(SOURCE, "g", size=1, state=b"", namespace=NAMESPACE)
     ledger.store.close_join(SOURCE, "g")
     assert opened(ledger) == {}
     ends(ledger.worker(), ledger.recorded("a"))
@@ -189,8 +189,8 @@ def test_what_is_closed_takes_no_more_parts(ledger: Contract) -> None:
 def test_a_join_that_is_opened_once_more_begins_anew(ledger: Contract) -> None:
     """An application may send one chord twice: its continuation comes twice, too."""
     for _ in range(2):
-        ledger.store.open_join(SOURCE, "g", size=1, state=b"")
-        ledger.store.open_join(SOURCE, "g", size=9, state=b"not this one")
+        ledger.store.open_join(SOURCE, "g", size=1, state=b"", namespace=NAMESPACE)
+        ledger.store.open_join(SOURCE, "g", size=9, state=b"not this one", namespace=NAMESPACE)
         assert opened(ledger)["g"].size == 1
         ends(ledger.worker(), ledger.recorded("a"))
         assert len(opened(ledger)["g"].parts) == 1
@@ -202,18 +202,18 @@ def test_a_join_that_is_opened_once_more_begins_anew(ledger: Contract) -> None:
 def test_joins_are_read_by_the_page(ledger: Contract) -> None:
     """In the order of their ids; those of other sources are none of its business."""
     for n in range(5):
-        ledger.store.open_join(SOURCE, f"g{n}", size=1, state=b"")
-    ledger.store.open_join(SOURCE + 1, "g9", size=1, state=b"")
+        ledger.store.open_join(SOURCE, f"g{n}", size=1, state=b"", namespace=NAMESPACE)
+    ledger.store.open_join(SOURCE + 1, "g9", size=1, state=b"", namespace=NAMESPACE)
     page = ledger.leader.open_joins(SOURCE, after="g1", limit=2)
     assert [join.id for join in page] == ["g2", "g3"]
 
 
 def test_retention_drops_joins(ledger: Contract) -> None:
     """Open or not: what a library forgets after a day need not be kept for a week."""
-    ledger.store.open_join(SOURCE, "old", size=1, state=b"")
+    ledger.store.open_join(SOURCE, "old", size=1, state=b"", namespace=NAMESPACE)
     ends(ledger.worker(), ledger.recorded("a"), join="old")
     ledger.advance(8 * 86400)
-    ledger.store.open_join(SOURCE, "young", size=1, state=b"")
+    ledger.store.open_join(SOURCE, "young", size=1, state=b"", namespace=NAMESPACE)
     ledger.leader.rotate(retention=7 * 86400)
     assert set(opened(ledger)) == {"young"}
 
@@ -289,14 +289,6 @@ def test_a_retry_is_no_namesake(bodies: Contract) -> None:
     retry = delivery("j", parent=Parent(first.token, claim=claim.number, worker=worker.id))
     bodies.record(retry)
     assert bodies.leader.namesakes(SOURCE, [retry.token]) == frozenset()
-
-
-def test_where_one_body_is_kept_there_are_no_namesakes(ledger: Contract) -> None:
-    """A later life stands in the place of the one before."""
-    worker, first = ledger.worker(), ledger.recorded("j")
-    worker.start(first.token)
-    second = ledger.recorded("j")
-    assert ledger.leader.namesakes(SOURCE, [first.token, second.token]) == frozenset()
 
 
 def test_a_late_record_stands_beside_a_younger_life(bodies: Contract) -> None:
@@ -407,7 +399,7 @@ def test_a_host_learns_what_has_ended(ledger: Contract) -> None:
 
 def test_a_late_end_leaves_its_part_where_the_library_had_told_first(ledger: Contract) -> None:
     """The leader had closed it from observation; only what completed counts."""
-    ledger.store.open_join(SOURCE, "g", size=2, state=b"")
+    ledger.store.open_join(SOURCE, "g", size=2, state=b"", namespace=NAMESPACE)
     done, failed = ledger.recorded("a", queue="mail"), ledger.recorded("b")
     worker = ledger.worker()
     first, second = worker.start(done.token), worker.start(failed.token)
@@ -424,7 +416,7 @@ def test_a_late_end_leaves_its_part_where_the_library_had_told_first(ledger: Con
 
 def test_what_is_closed_from_observation_is_a_part_all_the_same(ledger: Contract) -> None:
     """Its worker died before it could tell; the library shows what it left."""
-    ledger.store.open_join(SOURCE, "g", size=1, state=b"")
+    ledger.store.open_join(SOURCE, "g", size=1, state=b"", namespace=NAMESPACE)
     done = ledger.recorded("a", envelope=b"kept")
     closing = Closing(done.token, Outcome.COMPLETED, part=Part("g", b"result"))
     ledger.leader.close_owed(ledger.elected(), SOURCE, [closing])
@@ -434,7 +426,7 @@ def test_what_is_closed_from_observation_is_a_part_all_the_same(ledger: Contract
 
 def test_a_record_that_comes_late_fills_in_the_envelope_of_a_part(ledger: Contract) -> None:
     """So that it can be told to the library again."""
-    ledger.store.open_join(SOURCE, "g", size=1, state=b"")
+    ledger.store.open_join(SOURCE, "g", size=1, state=b"", namespace=NAMESPACE)
     late = delivery("a", envelope=b"late")
     worker = ledger.working()
     worker.end(Claim(late.token, 0), job_id="a", part=Part("g", b""))

@@ -427,7 +427,7 @@ class Model(RuleBasedStateMachine):
         """Somebody cancels a delivery, known or not."""
         token = self.some_token(which)
         was_owed = token in self.owed()
-        assert self.store.cancel(self.ledger.source, tokens=[token]) == was_owed
+        assert self.ledger.cancel(tokens=[token]) == was_owed
         assert token not in self.owed()
         assert token in self.history()
 
@@ -438,14 +438,14 @@ class Model(RuleBasedStateMachine):
             self.purge()
             return
         them = {token for token, row in self.owed().items() if row.job_id == job}
-        assert self.store.cancel(self.ledger.source, job_ids=[job]) == len(them)
+        assert self.ledger.cancel(job_ids=[job]) == len(them)
         assert not them & set(self.owed())
         self.told.revived -= them
 
     def purge(self) -> None:
         """Empty the queue, and see that only what is claimed is left."""
         claimed = {token for token, row in self.owed().items() if row.claim_number is not None}
-        self.store.cancel(self.ledger.source, queue="default")
+        self.ledger.cancel(queue="default")
         assert set(self.owed()) == claimed
 
     # The leader

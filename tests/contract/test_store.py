@@ -207,7 +207,7 @@ def test_a_cancelled_life_overtakes_nothing(ledger: Contract) -> None:
     worker.start(second.token)
     ledger.advance(1)
     third = ledger.recorded()
-    ledger.store.cancel(SOURCE, tokens=[third.token])
+    ledger.cancel(tokens=[third.token])
 
     assert ledger.leader.overtaken(SOURCE, [second.token]) == frozenset()
 
@@ -253,7 +253,7 @@ def test_sources_do_not_see_each_other(ledger: Contract) -> None:
     ledger.store.record(SOURCE + 1, [other], namespace=NAMESPACE)
     assert list(ledger.owed()) == [it.token]
     assert ledger.leader.count(SOURCE + 1) == {"default": 1}
-    assert ledger.store.cancel(SOURCE, job_ids=["j"]) == 1
+    assert ledger.cancel(job_ids=["j"]) == 1
     assert ledger.leader.count(SOURCE + 1) == {"default": 1}
 
 
@@ -434,7 +434,7 @@ def test_a_cancelled_delivery_is_not_retried(ledger: Contract) -> None:
     """The worker that runs it learns by its retry that it was cancelled."""
     parent = ledger.recorded()
     claim = ledger.working().start(parent.token)
-    ledger.store.cancel(SOURCE, tokens=[parent.token])
+    ledger.cancel(tokens=[parent.token])
     child = retry_of(claim)
     assert ledger.record(child).refused == {child.token}
     assert ledger.owed() == {}
@@ -497,7 +497,7 @@ def test_a_refused_delivery_supersedes_nothing(ledger: Contract) -> None:
 def test_a_refusal_does_not_stop_the_rest_of_its_call(ledger: Contract) -> None:
     """One answer names those that must not be pushed; all others are owed."""
     gone = ledger.recorded()
-    ledger.store.cancel(SOURCE, tokens=[gone.token])
+    ledger.cancel(tokens=[gone.token])
     bad, good = delivery(parent=Parent(gone.token)), delivery("other")
     assert ledger.record(bad, good).refused == {bad.token}
     assert list(ledger.owed()) == [good.token]
@@ -632,7 +632,7 @@ def test_a_replay_of_what_is_owed_changes_nothing(ledger: Contract) -> None:
 def test_a_replay_is_checked_one_by_one(ledger: Contract) -> None:
     """What has ended is left out, what has not is taken, in one call."""
     ended, open_ = delivery("a", fresh=True), delivery("b", fresh=True)
-    ledger.store.cancel(SOURCE, tokens=[ended.token])
+    ledger.cancel(tokens=[ended.token])
     ledger.record(ended, open_, replay=True)
     assert list(ledger.owed()) == [open_.token]
 
@@ -684,7 +684,7 @@ def test_a_push_can_be_left_to_the_leader_afterwards(ledger: Contract) -> None:
 def test_a_refused_delivery_is_not_put_into_the_outbox(ledger: Contract) -> None:
     """What must not be pushed is not left to the leader either."""
     gone = ledger.recorded()
-    ledger.store.cancel(SOURCE, tokens=[gone.token])
+    ledger.cancel(tokens=[gone.token])
     child = delivery(parent=Parent(gone.token))
     assert ledger.record(child, outbox=True).refused == {child.token}
     assert ledger.watched() == {}
@@ -1118,7 +1118,7 @@ def test_what_is_cancelled_stays_cancelled(ledger: Contract) -> None:
     """Neither a replay, nor a claim, nor a retry, nor an end brings it back."""
     it = ledger.recorded()
     worker = ledger.working()
-    assert ledger.store.cancel(SOURCE, tokens=[it.token]) == 1
+    assert ledger.cancel(tokens=[it.token]) == 1
     ledger.record(it, replay=True)
     child = delivery(parent=Parent(it.token))
     assert ledger.record(child).refused == {child.token}
@@ -1133,7 +1133,7 @@ def test_a_claimed_delivery_can_be_cancelled(ledger: Contract) -> None:
     it = ledger.recorded()
     worker = ledger.working()
     claim = worker.start(it.token)
-    assert ledger.store.cancel(SOURCE, job_ids=["j"]) == 1
+    assert ledger.cancel(job_ids=["j"]) == 1
     assert not worker.heartbeat(claim)
     assert worker.end(claim) is Ended.LATE
     assert ledger.outcome(it.token) is Outcome.CANCELLED
@@ -1145,14 +1145,14 @@ def test_every_delivery_of_a_job_id_is_cancelled(ledger: Contract) -> None:
     ledger.working().start(first.token)
     ledger.recorded("a")
     other = ledger.recorded("b")
-    assert ledger.store.cancel(SOURCE, job_ids=["a"]) == 2
+    assert ledger.cancel(job_ids=["a"]) == 2
     assert list(ledger.owed()) == [other.token]
 
 
 def test_a_cancellation_can_come_before_the_record(ledger: Contract) -> None:
     """The tombstone of what nobody knows yet keeps its record out when it comes."""
     it = delivery()
-    assert ledger.store.cancel(SOURCE, tokens=[it.token]) == 0
+    assert ledger.cancel(tokens=[it.token]) == 0
     ledger.record(it, replay=True)
     assert ledger.owed() == {}
     assert ledger.outcome(it.token) is Outcome.CANCELLED
@@ -1163,7 +1163,7 @@ def test_a_cancellation_does_not_rewrite_history(ledger: Contract) -> None:
     it = ledger.recorded()
     worker = ledger.working()
     worker.end(worker.start(it.token))
-    assert ledger.store.cancel(SOURCE, tokens=[it.token], job_ids=["j"]) == 0
+    assert ledger.cancel(tokens=[it.token], job_ids=["j"]) == 0
     assert ledger.outcome(it.token) is Outcome.COMPLETED
 
 
@@ -1172,7 +1172,7 @@ def test_a_purge_spares_what_runs(ledger: Contract) -> None:
     waiting, running = ledger.recorded("a"), ledger.recorded("b")
     elsewhere = ledger.recorded("c", queue="mail")
     ledger.working().start(running.token)
-    assert ledger.store.cancel(SOURCE, queue="default") == 1
+    assert ledger.cancel(queue="default") == 1
     assert set(ledger.owed()) == {running.token, elsewhere.token}
     assert ledger.outcome(waiting.token) is Outcome.CANCELLED
 
@@ -1189,7 +1189,7 @@ def test_a_cancellation_told_late_spares_what_was_recorded_since(
     ledger.record(before)
     ledger.advance(20)
     ledger.record(since)
-    assert ledger.store.cancel(SOURCE, **by, age=10, until=new_token()) == 1
+    assert ledger.cancel(**by, ago=10, until=new_token()) == 1
     assert list(ledger.owed()) == [since.token]
     assert ledger.outcome(before.token) is Outcome.CANCELLED
 
@@ -1201,7 +1201,7 @@ def test_a_cancellation_told_late_spares_what_its_process_sent_since(
     """A process knows its own order by its tokens, more exactly than any clock does."""
     before, until = ledger.recorded(fresh=True), new_token()
     since = ledger.recorded(fresh=True)
-    assert ledger.store.cancel(SOURCE, **by, age=0, until=until) == 1
+    assert ledger.cancel(**by, ago=0, until=until) == 1
     assert list(ledger.owed()) == [since.token]
     assert ledger.outcome(before.token) is Outcome.CANCELLED
 
@@ -1215,8 +1215,8 @@ def test_a_cancellation_told_late_finds_what_waited_for_its_record(
     other = delivery("other", queue="mail")
     ledger.record(waited, other, replay=True)
     waiting = [waited.token, other.token]
-    assert ledger.store.cancel(SOURCE, **by, age=10, until=until) == 0
-    assert ledger.store.cancel(SOURCE, **by, age=10, until=until, waiting=waiting) == 1
+    assert ledger.cancel(**by, ago=10, until=until) == 0
+    assert ledger.cancel(**by, ago=10, until=until, waiting=waiting) == 1
     assert list(ledger.owed()) == [other.token]
     assert ledger.outcome(waited.token) is Outcome.CANCELLED
 
@@ -1226,7 +1226,7 @@ def test_a_purge_told_late_spares_what_runs(ledger: Contract) -> None:
     running = ledger.recorded()
     ledger.working().start(running.token)
     waiting = [running.token]
-    assert ledger.store.cancel(SOURCE, queue="default", age=0, waiting=waiting) == 0
+    assert ledger.cancel(queue="default", ago=0, waiting=waiting) == 0
     assert list(ledger.owed()) == [running.token]
 
 
@@ -1235,7 +1235,7 @@ def test_a_cancelled_token_is_cancelled_whenever_it_is_recorded(ledger: Contract
     until = new_token()
     since, unknown = ledger.recorded("a"), delivery("b")
     tokens = [since.token, unknown.token]
-    assert ledger.store.cancel(SOURCE, tokens=tokens, age=10, until=until) == 1
+    assert ledger.cancel(tokens=tokens, ago=10, until=until) == 1
     ledger.record(unknown, replay=True)
     assert ledger.owed() == {}
     assert {ledger.outcome(token) for token in tokens} == {Outcome.CANCELLED}
@@ -1254,7 +1254,8 @@ def test_a_cancellation_that_waits_spares_what_is_recorded_meanwhile(
     with ledger.backend.commits_held_back() as waiting:
         together.call(ledger.backend.host().end, SOURCE, [end])
         eventually(lambda: waiting() >= 1)
-        cancel = partial(ledger.backend.host().cancel, SOURCE, **by)
+        host = ledger.backend.host()
+        cancel = partial(host.cancel, SOURCE, **by, meant=host.clock())
         answers = together.call(cancel)
         eventually(lambda: waiting() >= 2)
         since = ledger.recorded(fresh=True)
@@ -1269,7 +1270,7 @@ def test_a_cancelled_delivery_is_watched_no_more(ledger: Contract) -> None:
     it = delivery()
     ledger.record(it, outbox=True)
     ledger.leader.suspect(ledger.elected(), SOURCE, [(it.token, Cause.EVICTION, "")])
-    ledger.store.cancel(SOURCE, tokens=[it.token])
+    ledger.cancel(tokens=[it.token])
     assert ledger.watched() == {}
     assert ledger.leader.envelopes(SOURCE, [it.token]) == []
 
@@ -1308,6 +1309,30 @@ def test_a_later_beat_replaces_the_one_before(ledger: Contract) -> None:
     (row,) = ledger.leader.workers(SOURCE)
     assert (row.beat, row.unflushed_since) == (2, None)
     assert list(row.queues) == ["bulk", "mail"]
+
+
+def test_a_beat_that_a_network_kept_changes_nothing(ledger: Contract) -> None:
+    """Its list is old: what was claimed since would seem to be let go of, for two beats have come."""
+    it, worker = ledger.recorded(), ledger.working()
+    claim = worker.claim(it.token)
+    worker.beat()
+    worker.beats = 0
+    assert not worker.beat(claims=set()).dead
+    (row,) = ledger.leader.workers(SOURCE)
+    assert (row.beat, list(row.lists)) == (2, [it.token])
+    assert claim == Claim(it.token, 1)
+    assert ledger.owed()[it.token].claim_live
+
+
+@pytest.mark.parametrize("other", [1 << 40, 1 << 41], ids=["heir", "stand-in"])
+def test_whoever_beats_in_a_workers_stead_counts_by_itself(ledger: Contract, other: int) -> None:
+    """And the worker is heard again when it is back, though its numbers are smaller."""
+    worker = ledger.working()
+    for count in (other, 2, other + 1):
+        worker.beats = count - 1
+        worker.beat()
+        (row,) = ledger.leader.workers(SOURCE)
+        assert row.beat == count
 
 
 def test_a_beat_tells_whether_a_leader_leads(ledger: Contract) -> None:
@@ -1540,7 +1565,7 @@ def test_what_is_owed_is_counted_by_queue(ledger: Contract) -> None:
     for number in range(3):
         ledger.recorded(f"j{number}")
     ledger.recorded("mail", queue="mail")
-    ledger.store.cancel(SOURCE, job_ids=["j0"])
+    ledger.cancel(job_ids=["j0"])
     assert ledger.leader.count(SOURCE) == {"default": 2, "mail": 1}
 
 
@@ -1791,7 +1816,7 @@ def test_a_leader_does_not_end_what_is_running(ledger: Contract) -> None:
 def test_tombstones_are_told_of_those_that_have_ended(ledger: Contract) -> None:
     """The owed and the unknown are left out."""
     ended, owed = ledger.recorded("a"), ledger.recorded("b")
-    ledger.store.cancel(SOURCE, tokens=[ended.token])
+    ledger.cancel(tokens=[ended.token])
     asked = [ended.token, owed.token, new_token()]
     assert ledger.leader.tombstones(SOURCE, asked) == {ended.token: Outcome.CANCELLED}
     assert ledger.leader.tombstones(SOURCE, []) == {}
@@ -1849,12 +1874,12 @@ def test_a_held_queue_is_held_by_the_next_leader_too(ledger: Contract) -> None:
 def test_what_ended_long_ago_is_forgotten(ledger: Contract) -> None:
     """Memory of ended deliveries lasts for the retention, and what is owed for ever."""
     old, owed = ledger.recorded("a"), ledger.recorded("b")
-    ledger.store.cancel(SOURCE, tokens=[old.token])
+    ledger.cancel(tokens=[old.token])
     ledger.leader.rotate(retention=7 * 86400)
     assert ledger.outcome(old.token) is Outcome.CANCELLED
     ledger.advance(9 * 86400)
     recent = ledger.recorded("c")
-    ledger.store.cancel(SOURCE, tokens=[recent.token])
+    ledger.cancel(tokens=[recent.token])
     ledger.leader.rotate(retention=7 * 86400)
     assert ledger.outcome(old.token) is None
     assert ledger.outcome(recent.token) is Outcome.CANCELLED

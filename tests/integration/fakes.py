@@ -232,9 +232,10 @@ class FakeTracker:
             self.source.id, self, patience, first_at_once=first_at_once, unheard=unheard
         )
 
-    def open_join(self, join: str, size: int, state: bytes = b"") -> None:
+    def open_join(self, join: str, size: int, state: bytes = b"") -> Recorded:
         """Remember it."""
         self.note("open_join", join, str(size))
+        return Recorded()
 
     def close_join(self, join: str) -> None:
         """Forget it."""

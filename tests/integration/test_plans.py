@@ -164,7 +164,8 @@ def _end(store: PostgresStore, owed: list[UUID], n: int) -> None:
 
 
 def _cancel(store: PostgresStore, owed: list[UUID], n: int) -> None:
-    store.cancel(SOURCE, tokens=[owed[200 + n]], job_ids=[f"job-{20_000 + n}"])
+    job_ids = [f"job-{20_000 + n}"]
+    store.cancel(SOURCE, tokens=[owed[200 + n]], job_ids=job_ids, meant=store.clock())
 
 
 def _outbox(store: PostgresStore, owed: list[UUID], n: int) -> None:

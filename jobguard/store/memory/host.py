@@ -288,12 +288,13 @@ class MemoryHostStore:
                 tables.bury(older, Outcome.SUPERSEDED, ended_at=now, next=end.token)
         return Ended.UNKNOWN
 
-    def open_join(self, source: int, join: str, *, size: int, state: bytes) -> None:
+    def open_join(self, source: int, join: str, *, size: int, state: bytes, namespace: str) -> bool:
         with self._tables.open() as now:
             row = self._tables.join(source, join, now)
             if not row.size or row.closed_at is not None:
                 row.size, row.state, row.opened_at = size, state, now
                 row.closed_at = row.closed_by = None
+            return self._tables.led(namespace, now)
 
     def close_join(self, source: int, join: str) -> None:
         with self._tables.open() as now:
@@ -315,6 +316,10 @@ class MemoryHostStore:
             tables.suspects[key] = Suspect(Cause.WORKER, "", now)
             return most - job.declined
 
+    def clock(self) -> float:
+        with self._tables.open() as now:
+            return now
+
     def cancel(
         self,
         source: int,
@@ -322,7 +327,7 @@ class MemoryHostStore:
         tokens: Sequence[UUID] = (),
         job_ids: Sequence[str] = (),
         queue: str | None = None,
-        age: float = 0.0,
+        meant: float | None = None,
         until: UUID | None = None,
         waiting: Sequence[UUID] = (),
     ) -> int:
@@ -333,15 +338,17 @@ class MemoryHostStore:
                 for key, job in tables.jobs.items()
                 if key[0] == source and job.delivery.queue == queue and key not in tables.running
             ]
-            meant = [
+            named = [
                 key
                 for key in (*tables.of_job(source, job_ids), *unclaimed)
                 if key[1] in waiting
                 or (
-                    tables.jobs[key].recorded_at <= now - age and (until is None or key[1] <= until)
+                    meant is not None
+                    and tables.jobs[key].recorded_at <= meant
+                    and (until is None or key[1] <= until)
                 )
             ]
-            keys = {*tables.owed(source, tokens), *meant}
+            keys = {*tables.owed(source, tokens), *named}
             for key in keys:
                 tables.bury(key, Outcome.CANCELLED, ended_at=now)
             for token in tokens:
@@ -366,8 +373,13 @@ class MemoryHostStore:
                 return BeatReply(leader_live=led)
             if worker.dead_at is not None:
                 return BeatReply(dead=True, leader_live=led)
-            worker.beat, worker.claims = beat, frozenset(beat.claims)
-            worker.previous_beat_at, worker.beat_at = worker.beat_at, now
+            before, by_another = (
+                worker.beat.counter,
+                beat.counter >> 40 != worker.beat.counter >> 40,
+            )
+            if beat.counter >= before or by_another:
+                worker.beat, worker.claims = beat, frozenset(beat.claims)
+                worker.previous_beat_at, worker.beat_at = worker.beat_at, now
             return BeatReply(leader_live=led)
 
     def leave(self, worker: UUID) -> None:

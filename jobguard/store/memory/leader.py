@@ -328,8 +328,6 @@ class MemoryLeaderStore:
     def namesakes(self, source: int, tokens: Sequence[UUID]) -> frozenset[UUID]:
         tables = self._tables
         with tables.open():
-            if tables.one_body(source):
-                return frozenset()
             found = set()
             for key in tables.owed(source, tokens):
                 job = tables.jobs[key]

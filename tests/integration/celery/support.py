@@ -10,7 +10,7 @@ from typing import Any
 import redis
 
 from jobguard.adapters.celery.broker import CeleryBroker
-from jobguard.job import Delivery, Owed, Restored, Sighting
+from jobguard.job import Delivery, Owed, Recorded, Restored, Sighting
 from tests.integration import fakes
 from tests.integration.fakes import lost, owed
 
@@ -26,10 +26,10 @@ class FakeTracker(fakes.FakeTracker):
         super().__init__(*args)
         self.joins = {}
 
-    def open_join(self, join: str, size: int, state: bytes = b"") -> None:
+    def open_join(self, join: str, size: int, state: bytes = b"") -> Recorded:
         """Remember it."""
-        super().open_join(join, size, state)
         self.joins[join] = state
+        return super().open_join(join, size, state)
 
 
 def lists(client: redis.Redis) -> dict[str, list[Message]]:

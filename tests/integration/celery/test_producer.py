@@ -35,7 +35,7 @@ from jobguard.adapters.celery import run as runs
 from jobguard.adapters.celery.capture import hook_app
 from jobguard.adapters.celery.run import Run, joining
 from jobguard.errors import StoreUnavailable
-from jobguard.job import Claim, Outcome, derived_token
+from jobguard.job import Claim, Outcome, Recorded, derived_token
 from jobguard.servers import RedisServer
 from tests.integration.celery.support import FakeTracker, lists
 
@@ -471,6 +471,25 @@ class TestRedisAway:
             Timer(0.2, app.backend.store_result, (one.id, 7, "SUCCESS")).start()
         assert result.get(timeout=10) == 7
         assert several.get(timeout=10) == [7, 7]
+
+    @pytest.mark.parametrize("led", [True, False])
+    def test_the_size_of_a_chord(
+        self, away: Any, monkeypatch: pytest.MonkeyPatch, led: bool
+    ) -> None:
+        """A leader that knows of it puts it back; with none its body would never come."""
+        app, tracker = away
+        policy = {"max_retries": 1, "interval_start": 0, "interval_step": 0, "interval_max": 0}
+        monkeypatch.setitem(app.backend._transport_options, "retry_policy", policy)
+        opened = Recorded(leader_live=led)
+        monkeypatch.setattr(tracker, "open_join", lambda *_: opened)
+        monkeypatch.setattr(
+            tracker, "accepts_without_broker", lambda recorded: recorded.leader_live
+        )
+        if led:
+            app.backend.set_chord_size("g", 2)
+        else:
+            with pytest.raises((OperationalError, redis.ConnectionError)):
+                app.backend.set_chord_size("g", 2)
 
     def test_not_accepted(self, away: Any) -> None:
         """Else the library's own error is raised, and a first delivery is withdrawn."""

@@ -6,6 +6,7 @@ import threading
 from dataclasses import replace
 from typing import Any
 
+import psycopg
 import pytest
 
 import jobguard
@@ -88,6 +89,23 @@ class TestParts:
         (owed, *_) = records.owed()
         assert leader.look(owed).presence is Presence.FAILED
         assert leader.restore(owed) == [Restored.PRESENT]
+
+    def test_a_dead_letter_is_that_of_its_own_message(
+        self, stage: Stage, records: Records, leader: Leader, guard: JobGuard, database: str
+    ) -> None:
+        """Another message of its id, which waits, has an entry of its own."""
+        twin = stage.message("say", "twin")
+        rids = [stage.broker.enqueue(twin).options["redis_message_id"] for _ in range(2)]
+        body = stage.client.hget(f"{KEYS}.msgs", rids[0])
+        stage.client.hdel(f"{KEYS}.msgs", rids[0])
+        stage.client.lrem(KEYS, 0, rids[0])
+        stage.client.hset(f"{KEYS}.XQ.msgs", rids[0], body)
+        with psycopg.connect(database) as connection:
+            connection.execute("update jobguard.queues set trusted_since = '-infinity'")
+
+        eventually(lambda: guard.reconcile() and records.ended(twin.message_id))
+        assert [outcome for outcome, _ in records.ended(twin.message_id)] == ["failed"]
+        assert rids[1] in {str(owed.token) for owed in records.owed()}
 
 
 class TestFlush:

@@ -11,7 +11,7 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from jobguard.errors import BadRow, BreakerOpen, NotMigrated, StoreUnavailable
+from jobguard.errors import BadRow, BreakerOpen, NotMigrated, NotWritten, StoreUnavailable
 from jobguard.job import Delivery, End, Outcome, Parent, Recorded, new_token
 from jobguard.settings import Settings
 from jobguard.spool import Cancelled
@@ -247,6 +247,57 @@ def test_what_was_recorded_though_its_sender_heard_an_error(
     host.tracker.replay()
     assert set(host.owed.values()) == {first.token}
     assert host.outcome(second.token) is Outcome.CANCELLED
+
+
+def test_what_was_not_sent_need_not_be_cancelled() -> None:
+    """when_postgres_down="raise": a process that was refused is not kept from its end for that."""
+    host = Host(when_postgres_down="raise")
+    host.store.error = NotWritten("connection refused")
+    with pytest.raises(NotWritten):
+        host.tracker.record([delivery()])
+    assert len(host.tracker.spool) == 0
+
+
+def test_of_many_of_which_one_is_bad_all_or_none_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """when_postgres_down="raise": one by one, and Postgres goes; to their sender none is recorded."""
+    host = Host(when_postgres_down="raise")
+    first, second = delivery("first"), delivery("second")
+    with monkeypatch.context() as patch:
+
+        def goes(source: int, deliveries: Sequence[Delivery], **options: Any) -> Recorded:
+            if len(deliveries) > 1:
+                raise BadRow("one of them")
+            if deliveries[0] is second:
+                raise NotWritten("connection refused")
+            return cast(Recorded, record(source, deliveries, **options))
+
+        record = host.store.record
+        patch.setattr(host.store, "record", goes, raising=False)
+        with pytest.raises(StoreUnavailable):
+            host.tracker.record([first, second])
+    assert set(host.owed.values()) == {first.token}
+    host.tracker.replay()
+    assert host.owed == {}
+    assert host.outcome(first.token) is Outcome.CANCELLED
+
+
+def test_a_cancel_means_what_was_there_when_it_was_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network that keeps the statement brings it to a queue that has gone on."""
+    host = Host()
+    before, since = delivery("before"), delivery("since")
+    host.tracker.record([before])
+
+    def late(*args: Any, **what: Any) -> int:
+        host.ledger.host().record(SOURCE.id, [since], namespace=NAMESPACE)
+        return cast(int, cancel(*args, **what))
+
+    cancel = host.store.cancel
+    monkeypatch.setattr(host.store, "cancel", late, raising=False)
+    host.tracker.cancel(queue=before.queue)
+    assert set(host.owed.values()) == {since.token}
+    assert host.outcome(before.token) is Outcome.CANCELLED
 
 
 def test_what_a_run_sends_is_spooled_all_the_same() -> None:

@@ -266,7 +266,7 @@ def test_a_cancelled_job_stays_cancelled() -> None:
     world = calm()
     world.enqueue("kept", "cancelled")
     world.run(6)
-    world.host.cancel(SOURCE.id, job_ids=["cancelled"])
+    world.host.cancel(SOURCE.id, job_ids=["cancelled"], meant=world.host.clock())
     world.flushall()
 
     world.run(30)
@@ -552,7 +552,7 @@ def test_joins_are_mended_before_members_go_back() -> None:
     """After a loss; and nothing is asked while nothing is lost."""
     world = calm()
     world.enqueue("member")
-    world.host.open_join(SOURCE.id, "chord", size=2, state=b"")
+    world.host.open_join(SOURCE.id, "chord", size=2, state=b"", namespace=NAMESPACE)
     world.run(70)
     assert world.broker.rejoined == []
     seen: list[list[tuple[str, bool]]] = []
@@ -567,7 +567,7 @@ def test_a_complete_join_is_told_again_until_something_comes_of_it() -> None:
     world = World()
     worker = world.trusted()
     (member,) = world.enqueue("member")
-    world.host.open_join(SOURCE.id, "chord", size=1, state=b"")
+    world.host.open_join(SOURCE.id, "chord", size=1, state=b"", namespace=NAMESPACE)
     claim = worker.start(member)
     assert isinstance(claim, Claim)
     end = End(member.token, claim.number, Outcome.COMPLETED, worker.id, part=Part("chord"))
@@ -588,7 +588,7 @@ def test_a_paused_leader_finishes_no_join() -> None:
     world = World()
     worker = world.trusted()
     (member,) = world.enqueue("member")
-    world.host.open_join(SOURCE.id, "chord", size=1, state=b"")
+    world.host.open_join(SOURCE.id, "chord", size=1, state=b"", namespace=NAMESPACE)
     claim = worker.start(member)
     assert isinstance(claim, Claim)
     end = End(member.token, claim.number, Outcome.COMPLETED, worker.id, part=Part("chord"))
