@@ -101,14 +101,19 @@ class Tracker(Protocol):
         """
 
     def batch(
-        self, *, patience: float | None = None, first_at_once: bool = False, unheard: bool = False
+        self,
+        *,
+        patience: float | None = None,
+        first_at_once: bool = False,
+        unheard: bool = False,
+        apart: bool = False,
     ) -> AbstractContextManager[None]:
         """Record all that is sent inside in one statement, and push it at the end. Of this thread.
 
         ``patience``: what comes so many seconds after the last goes out at once, with all that waits; for
         what the library sends as it comes, from a generator that may be slow. ``first_at_once``: it has
         waited for the first of them already. ``unheard``: the library swallows an error of a push, so
-        that the leader pushes what comes after it.
+        that the leader pushes what comes after it. ``apart``: it is no part of the batch that it is in.
         """
 
     def open_join(self, join: str, size: int, state: bytes = b"") -> Recorded:

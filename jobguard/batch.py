@@ -108,8 +108,9 @@ def batch(
     *,
     first_at_once: bool = False,
     unheard: bool = False,
+    apart: bool = False,
 ) -> Iterator[None]:
-    """Hold back what is sent to this source inside. A batch inside a batch is part of it.
+    """Hold back what is sent to this source inside. A batch inside a batch is part of it, unless ``apart``.
 
     ``patience``: a delivery that comes so many seconds after the last goes out at once, with all that
     waits; None: none of it goes out before the end. ``first_at_once``: so does the first of all.
@@ -118,7 +119,7 @@ def batch(
     What was sent before an error is sent all the same, as it would have been without a batch.
     """
     around = _open.get().get(source)
-    if around is not None and around.is_mine and not around.over:
+    if not apart and around is not None and around.is_mine and not around.over:
         yield
         return
     mine = _Batch(recorder, patience, unheard)

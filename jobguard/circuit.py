@@ -43,7 +43,7 @@ class Circuit:
         self._on_change = on_change
         self._clock = clock
         self._next_look = 0.0
-        self._opened_at = -1e9
+        self._opened_at = self._closed_at = -1e9
         self._told_open = False
         self._looking = threading.Lock()
         self._breaker = pybreaker.CircuitBreaker(
@@ -62,6 +62,10 @@ class Circuit:
     def open_for(self) -> float:
         """Seconds since it last opened."""
         return self._clock() - self._opened_at
+
+    def closed_for(self) -> float:
+        """Seconds since it last closed."""
+        return self._clock() - self._closed_at
 
     @contextmanager
     def calling(self) -> Iterator[None]:
@@ -101,6 +105,7 @@ class Circuit:
         """Postgres has just answered somebody: close."""
         if not self.closed:
             self._breaker.close()
+            self._closed_at = self._clock()
             self._told_open = False
             self._on_change(True)
 

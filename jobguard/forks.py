@@ -1,9 +1,10 @@
-"""What the forked children of a worker tell it, in memory that they share with it.
+"""What a worker and its forked children tell each other, in memory that they share.
 
 A worker says in its beats since when reports of its own wait for Postgres, so that nobody judges its
 jobs by a ledger that has not heard of them; and which deliveries run under it. A child that runs tasks
 keeps in its own memory what it could not write and what it runs, and its worker must know: the
-library's own books forget a child's task, as Celery's do when the connection to Redis breaks.
+library's own books forget a child's task, as Celery's do when the connection to Redis breaks. And a child
+claims in its worker's name: it must know whether Postgres has heard of that.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import struct
 from uuid import UUID
 
+_WORKER = 16
 _SLOTS = 1024
 _SLOT = struct.Struct("=qd16s")
 _SINCE = struct.Struct("=d")
@@ -28,9 +30,18 @@ class Forks:
     """
 
     def __init__(self) -> None:
-        self._memory = mmap.mmap(-1, _SLOTS * _SLOT.size)
+        self._memory = mmap.mmap(-1, _WORKER + _SLOTS * _SLOT.size)
         self._own: tuple[int, int] | None = None
         """Whose slot this is, and where: a child inherits that of its parent."""
+
+    def introduce(self, worker: UUID) -> None:
+        """In the worker: Postgres knows it by this name."""
+        self._memory[:_WORKER] = worker.bytes
+
+    def worker(self) -> UUID | None:
+        """By which name Postgres knows the worker; None: by none yet."""
+        name = self._memory[:_WORKER]
+        return UUID(bytes=name) if name != _NOTHING else None
 
     def note(self, since: float | None) -> None:
         """This process has reports since then; None: none any more."""
@@ -61,20 +72,27 @@ class Forks:
         return self._own[1]
 
     def _taken(self, pid: int) -> int:
+        for slot, (owner, _, _) in enumerate(self._slots()):
+            if owner == pid:  # left by a dead one with our number
+                _SLOT.pack_into(self._memory, _at(slot), 0, 0.0, _NOTHING)
         at = first = pid % _SLOTS
         while self._is_anothers(at):
             at = (at + 1) % _SLOTS
             if at == first:
                 break
-        _SLOT.pack_into(self._memory, at * _SLOT.size, pid, 0.0, _NOTHING)
-        return at * _SLOT.size
+        _SLOT.pack_into(self._memory, _at(at), pid, 0.0, _NOTHING)
+        return _at(at)
 
     def _is_anothers(self, slot: int) -> bool:
-        owner: int = _SLOT.unpack_from(self._memory, slot * _SLOT.size)[0]
+        owner: int = _SLOT.unpack_from(self._memory, _at(slot))[0]
         return owner not in (0, os.getpid()) and _lives(owner)
 
     def _slots(self) -> list[tuple[int, float, bytes]]:
-        return list(_SLOT.iter_unpack(self._memory[:]))
+        return list(_SLOT.iter_unpack(self._memory[_WORKER:]))
+
+
+def _at(slot: int) -> int:
+    return _WORKER + slot * _SLOT.size
 
 
 def _lives(pid: int) -> bool:

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 _STEP = 0.05
 """Seconds between two tries of a worker to introduce itself."""
+_LOOK = 0.02
+"""Seconds between two looks how far a connection has come."""
 _HEIR = 1 << 40
 """The beats of a worker's heir are counted from here: any of the worker's own is another number."""
 _SAY_WHERE = 60.0
@@ -130,14 +132,18 @@ class Heart:
         """Beat at once."""
         self._now.set()
 
-    def is_introduced(self) -> bool:
-        """Whether Postgres knows this worker, for whom it is about to beat if not."""
-        if not self.known:
-            if self.is_mine:
-                self._now.set()
-            else:
-                self.beat()  # nobody else does, in a child
-        return self.known
+    def introduced(self) -> UUID | None:
+        """By which name Postgres knows this worker; None: by none yet, but it is about to hear of one."""
+        with self._listed.lock:
+            if self.known:
+                return self.id
+        if self.is_mine:
+            self._now.set()
+        elif self._listed.forks.worker() == self.id:
+            # The worker has beaten since it forked us. We must not: our list is not all of its list.
+            self.known = True
+            return self.id
+        return None
 
     def consumes(self, queues: Sequence[str]) -> None:
         """Say from the next beat on that it takes from these queues; see Session."""
@@ -197,7 +203,7 @@ class Heart:
         source = self._body.source
         try:
             if not self.known:
-                self._body.connect()
+                self._connect()
             reply: BeatReply = self._store.beat(source.id, beat, namespace=source.namespace)
         except JobguardError as error:
             say("beat_unheard", store="postgres", error=str(error))
@@ -211,9 +217,22 @@ class Heart:
             return self._beat_postgres(self._snapshot())
         with self._listed.lock:
             self.known = self.known or beat.worker == self.id
+            if self.known:
+                self._listed.forks.introduce(self.id)
         if not self._body.circuit.closed:
             self._body.circuit.answered()
         return True
+
+    def _connect(self) -> None:
+        """Reach Postgres as its producers do, for it must know their source before it knows us.
+
+        Nobody else may come by to carry a connection on, and a network may want a look for each step of it.
+        """
+        deadline = time.monotonic() + self._settings.record_timeout
+        while not self._body.circuit.look() and time.monotonic() < deadline:
+            if self._stop.wait(_LOOK):
+                break
+        self._body.connect()
 
     def be_reborn(self, before: UUID) -> None:
         """A leader has declared us dead: what we held is others' now, and we begin anew."""

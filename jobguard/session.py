@@ -188,8 +188,9 @@ class WorkerSession:
     ) -> Claim | Refused | Disowned:
         """Claim, again if Postgres was only slow: without a claim, copies of one job run twice.
 
-        Waits as long as one record may take, and only that long after the circuit opened, or the worker
-        took its name: an outage costs a worker one such wait.
+        Waits as long as one record may take, and only that long after the circuit opened; or, for a worker
+        that is not introduced yet, after it closed or the worker took its name. An outage costs one such
+        wait.
         """
         until: float | None = None
         while True:
@@ -200,11 +201,10 @@ class WorkerSession:
                 if until is None:
                     away = circuit.open_for()
                     if not self._heart.known and circuit.closed:
-                        away = time.monotonic() - self._heart.named_at
+                        away = min(time.monotonic() - self._heart.named_at, circuit.closed_for())
                     until = time.monotonic() + self._settings.record_timeout - away
                 while (
-                    not (circuit.look() and self._heart.is_introduced())
-                    and time.monotonic() < until
+                    not (circuit.look() and self._heart.introduced()) and time.monotonic() < until
                 ):
                     time.sleep(_STEP)
                 if time.monotonic() >= until:
@@ -213,13 +213,14 @@ class WorkerSession:
     def _claim(
         self, token: UUID, nonce: UUID, describe: Callable[[], Delivery] | None
     ) -> Claim | Refused | Disowned:
-        heart = self._heart
-        if not heart.known and not (self._tracker.circuit.look() and heart.is_introduced()):
+        worker = self._heart.introduced()
+        if worker is None:
+            self._tracker.circuit.look()  # the outage in which it began may just be over
             raise StoreUnavailable("this worker has not been able to introduce itself")
         ask = Ask(
             token=token,
             nonce=nonce,
-            worker=self.id,
+            worker=worker,
             pid=os.getpid(),
             namespace=self._tracker.source.namespace,
             worker_timeout=self._settings.worker_timeout,
@@ -234,7 +235,7 @@ class WorkerSession:
         if isinstance(answer, Unknown):
             raise StoreUnavailable("it is neither owed nor ended, though it was just recorded")
         if isinstance(answer, Disowned) and self.is_mine:
-            heart.be_reborn(ask.worker)
+            self._heart.be_reborn(worker)
             raise StoreUnavailable("this worker was declared dead")
         return answer
 

@@ -241,12 +241,22 @@ class HostTracker:
         return batches.hold(self.source.id, deliveries, push)
 
     def batch(
-        self, *, patience: float | None = None, first_at_once: bool = False, unheard: bool = False
+        self,
+        *,
+        patience: float | None = None,
+        first_at_once: bool = False,
+        unheard: bool = False,
+        apart: bool = False,
     ) -> AbstractContextManager[None]:
         """Record all that is sent inside in one statement; see Tracker."""
         recorder = well_behaved(self)  # what is pushed at its end is an adapter's
         return batches.batch(
-            self.source.id, recorder, patience, first_at_once=first_at_once, unheard=unheard
+            self.source.id,
+            recorder,
+            patience,
+            first_at_once=first_at_once,
+            unheard=unheard,
+            apart=apart,
         )
 
     def open_join(self, join: str, size: int, state: bytes = b"") -> Recorded:

@@ -59,9 +59,11 @@ def apply_group(original: Hook) -> Hook:
             return original(self, *args, **kwargs)
         # Of a generator the group has taken the first elements when it was made.
         slow = not getattr(self.tasks, "_regen__done", True)
+        inside = _sending.get()
         before = _sending.set(slow)
         try:
-            with tracker.batch(patience=_PATIENCE, first_at_once=slow):
+            # What a generator sends, and perhaps waits for, is no part of what it is to yield.
+            with tracker.batch(patience=_PATIENCE, first_at_once=slow, apart=inside):
                 return original(self, *args, **kwargs)
         finally:
             _sending.reset(before)

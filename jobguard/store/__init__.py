@@ -118,7 +118,8 @@ class HostStore(Protocol):
     def claim(self, source: int, ask: Ask) -> ClaimAnswer:
         """Grant the claim unless the delivery has ended, or another live claim stands.
 
-        Nor is one granted to a worker that was declared dead.
+        Nor is one granted to a worker that was declared dead; if it asks again with its nonce, in its
+        new name, a claim that it was granted before is its own.
 
         Taking over a dead claim charges the crash budget, unless its worker had said goodbye.
         """

@@ -241,6 +241,7 @@ declare
   v_job    record;
   v_held   record;
   v_silent boolean;
+  v_dead   boolean;
 begin
   -- A claim that is lost with a crash of Postgres is a start nobody remembers: the fence is then
   -- one restart weaker, as it is while Postgres is away. It is not worth a flush per start.
@@ -253,17 +254,16 @@ begin
     verdict := case when found then 'ended' else 'unknown' end;
     return;
   end if;
-  if exists (select from jobguard.workers w where w.id = p_worker and w.dead_at is not null) then
-    verdict := 'disowned';
-    return;
-  end if;
   crashes := v_job.crashes;
-  insert into jobguard.running as r (source, token, number, nonce, worker, pid)
-  values (p_source, p_token, v_job.claims + 1, p_nonce, p_worker, p_pid)
-  on conflict do nothing returning r.number into number;
-  if found then
-    verdict := 'granted';
-    return;
+  v_dead := exists (select from jobguard.workers w where w.id = p_worker and w.dead_at is not null);
+  if not v_dead then
+    insert into jobguard.running as r (source, token, number, nonce, worker, pid)
+    values (p_source, p_token, v_job.claims + 1, p_nonce, p_worker, p_pid)
+    on conflict do nothing returning r.number into number;
+    if found then
+      verdict := 'granted';
+      return;
+    end if;
   end if;
 
   select r.number, r.nonce, w.left_at, jobguard.holds(w, r) as held,
@@ -272,7 +272,10 @@ begin
   from jobguard.running r left join jobguard.workers w on w.id = r.worker
   where r.source = p_source and r.token = p_token;
   number := v_held.number;
-  if v_held.nonce = p_nonce then
+  if v_held.nonce = p_nonce and not v_dead then
+    -- Whoever asks again may have been declared dead since, and have another name.
+    update jobguard.running r set worker = p_worker, claimed_at = now()
+    where r.source = p_source and r.token = p_token and r.worker <> p_worker;
     verdict := 'granted';
     return;
   end if;
@@ -283,6 +286,10 @@ begin
       on conflict do nothing;
     end if;
     verdict := 'held';
+    return;
+  end if;
+  if v_dead then
+    verdict := 'disowned';
     return;
   end if;
 

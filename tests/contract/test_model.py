@@ -288,12 +288,12 @@ class Model(RuleBasedStateMachine):
             assert answer == Refused(token, Refusal.ENDED, outcome)
         elif row is None:
             assert answer == Unknown(token)
+        elif row.claim_live:
+            assert answer == Refused(token, Refusal.HELD)
         elif any(
             seen.dead for seen in self.leader.workers(self.ledger.source) if seen.id == worker.id
         ):
             assert answer == Disowned(token)
-        elif row.claim_live:
-            assert answer == Refused(token, Refusal.HELD)
         elif isinstance(answer, Refused):
             assert answer.reason is Refusal.SPENT
             assert row.claim_number is not None

@@ -744,6 +744,26 @@ def test_no_claim_is_granted_to_the_dead(ledger: Contract) -> None:
     assert other.start(it.token).number == 1
 
 
+def test_what_another_holds_is_refused_to_the_dead_as_well(ledger: Contract) -> None:
+    """A child of a worker that was declared dead skips what a living one runs."""
+    it, dead, living = ledger.recorded(), ledger.working(), ledger.working()
+    ledger.leader.declare_dead(ledger.elected(), [dead.id])
+    living.start(it.token)
+    assert refused(dead.claim(it.token)) == (Refusal.HELD, None)
+
+
+def test_who_asks_again_in_a_new_name_has_its_claim_in_that_name(ledger: Contract) -> None:
+    """The answer was lost, then the worker was declared dead: else its claim would be nobody's."""
+    it, worker, nonce = ledger.recorded(), ledger.working(), uuid4()
+    worker.claim(it.token, nonce=nonce)
+    ledger.leader.declare_dead(ledger.elected(), [worker.id])
+    assert worker.claim(it.token, nonce=nonce) == Disowned(it.token)
+    reborn = ledger.working()
+    assert reborn.claim(it.token, nonce=nonce) == Claim(it.token, 1)
+    row = ledger.owed()[it.token]
+    assert (row.claim_worker, row.claim_live) == (reborn.id, True)
+
+
 @pytest.mark.parametrize("outcome", [Outcome.COMPLETED, Outcome.FAILED])
 def test_a_claim_of_what_has_ended_is_refused(ledger: Contract, outcome: Outcome) -> None:
     """An ended delivery never runs again, and the refusal says how it ended."""

@@ -225,11 +225,21 @@ class FakeTracker:
         return batches.hold(self.source.id, deliveries, push)
 
     def batch(
-        self, *, patience: float | None = None, first_at_once: bool = False, unheard: bool = False
+        self,
+        *,
+        patience: float | None = None,
+        first_at_once: bool = False,
+        unheard: bool = False,
+        apart: bool = False,
     ) -> AbstractContextManager[None]:
         """Hold back what is sent inside."""
         return batches.batch(
-            self.source.id, self, patience, first_at_once=first_at_once, unheard=unheard
+            self.source.id,
+            self,
+            patience,
+            first_at_once=first_at_once,
+            unheard=unheard,
+            apart=apart,
         )
 
     def open_join(self, join: str, size: int, state: bytes = b"") -> Recorded:

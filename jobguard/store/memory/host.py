@@ -201,19 +201,23 @@ class MemoryHostStore:
                 if tombstone is None:
                     return Unknown(ask.token)
                 return Refused(ask.token, Refusal.ENDED, tombstone.outcome)
-            asker = tables.workers.get(ask.worker)
-            if asker is not None and asker.dead_at is not None:
-                return Disowned(ask.token)
-            run = tables.running.get(key)
+            asker, run = tables.workers.get(ask.worker), tables.running.get(key)
+            dead = asker is not None and asker.dead_at is not None
             if run is None:
+                if dead:
+                    return Disowned(ask.token)
                 return self._grant(key, ask, job, number=job.claims + 1, now=now)
-            if run.nonce == ask.nonce:
+            if run.nonce == ask.nonce and not dead:
+                if run.worker != ask.worker:
+                    run.worker, run.claimed_at = ask.worker, now
                 return Claim(ask.token, run.number, job.crashes)
             silent = tables.silent(run, now=now, timeout=ask.worker_timeout)
             if tables.lives(key, run) and (tables.led(ask.namespace, now) or not silent):
                 if silent:  # the push that is skipped now may have been the only copy
                     tables.suspects.setdefault(key, Suspect(Cause.WORKER, "", now))
                 return Refused(ask.token, Refusal.HELD)
+            if dead:
+                return Disowned(ask.token)
             return self._take_over(key, ask, job, run, now=now)
 
     def claims(self, source: int, asks: Sequence[Ask]) -> Mapping[UUID, ClaimAnswer]:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from threading import Timer
@@ -272,6 +272,32 @@ class TestBatches:
         monkeypatch.setattr(backend, "_PATIENCE", 0.0)
         group(app.tasks["add"].s(n) for n in range(6)).apply_async()
         assert len(tracker.batches) > 1 and len(tracker.recorded) == 6
+
+    @pytest.mark.parametrize("kind", ["task", "group", "chunks", "chord"])
+    def test_what_a_generator_sends_itself(
+        self, app: celery.Celery, tracker: FakeTracker, client: redis.Redis, kind: str
+    ) -> None:
+        """It may wait for that: it goes out at once, and is no part of the group."""
+        add, waiting = app.tasks["add"], []
+
+        def members() -> Iterator[Any]:
+            for n in range(3):
+                before = int(client.llen("celery"))
+                two = [add.s(1, 1), add.s(2, 2)]
+                if kind == "task":
+                    add.delay(1, 1)
+                elif kind == "group":
+                    group(two).apply_async()
+                elif kind == "chunks":
+                    add.chunks([(1, 1), (2, 2)], 1).apply_async()
+                else:
+                    chord(two, app.tasks["total"].s()).apply_async()
+                waiting.append(int(client.llen("celery")) - before)
+                yield add.s(n, n)
+
+        group(members()).apply_async()
+        assert waiting == [1 if kind == "task" else 2] * 3
+        assert len(tracker.recorded) == 3 + sum(waiting)
 
     def test_group(self, app: celery.Celery, tracker: FakeTracker, client: redis.Redis) -> None:
         """A group, with all that is in it."""

@@ -78,6 +78,17 @@ def test_what_children_run_is_known_while_they_run_it() -> None:
     assert work.running() == frozenset()
 
 
+def test_nothing_is_left_of_a_dead_one_with_its_number() -> None:
+    """Wherever that one had its place: what it ran would seem to run as long as this one lives."""
+    work = Forks()
+    place = forks._at((os.getpid() + 5) % forks._SLOTS)
+    forks._SLOT.pack_into(work._memory, place, os.getpid(), 1.0, uuid4().bytes)
+
+    work.note(2.0)
+
+    assert [since for pid, since, _ in work._slots() if pid == os.getpid()] == [2.0]
+
+
 def test_every_child_has_a_place_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever their numbers, as long as there are places; a dead one's is given to another."""
     monkeypatch.setattr(forks, "_SLOTS", 8)

@@ -6,7 +6,8 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any, cast
 from uuid import UUID
 
@@ -658,6 +659,72 @@ def test_a_beat_in_the_old_name_does_not_introduce_the_new() -> None:
 
     assert worker.session._heart._beat_postgres(late)
     assert worker.run(job).number == 0
+
+
+def test_a_start_just_after_a_long_outage_waits_for_its_workers_beat() -> None:
+    """Postgres was away when the worker began: it is introduced as soon as Postgres is back."""
+    worker = Worker(record_timeout=10.0)
+    job = worker.owe()
+    worker.session._heart.named_at -= 60
+    with outage(worker.ledger):
+        worker.session._settings = replace(worker.settings, record_timeout=0.05)
+        worker.session._heart.start(lambda: None)
+        assert not worker.session._heart.beat()
+    worker.session._settings = worker.settings
+    worker.clock.advance(60)
+
+    assert worker.run(job).number == 1
+    assert worker.claimed_by(job) == worker.session.id
+    worker.session.close()
+
+
+def test_a_connection_of_many_steps_is_carried_on_by_the_beat() -> None:
+    """An idle worker has nobody else to look how far it has come."""
+    worker = Worker(record_timeout=10.0)
+    with outage(worker.ledger), pytest.raises(StoreUnavailable):
+        worker.tracker.connect()
+    worker.back()
+    steps = iter([False] * 5)
+    worker.tracker._store.probe = lambda: next(steps, True)  # type: ignore[method-assign]
+
+    assert worker.session._heart.beat()
+    assert worker.session._heart.known
+
+
+def test_a_child_waits_until_its_worker_is_introduced() -> None:
+    """It beats in nobody's stead: what its siblings run would be missing from the list."""
+    worker = Worker()
+    beats = Beats(worker.ledger.host())
+    worker.session._heart._store = cast(HostStore, beats)
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        heart, code = worker.session._heart, 1
+        with suppress(BaseException):
+            before = heart.introduced()
+            os.read(reader, 1)
+            code = 0 if (before, heart.introduced()) == (None, heart.id) and not beats.lists else 1
+        os._exit(code)
+    worker.begin()
+    os.write(writer, b"x")
+
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_the_child_of_a_worker_that_was_declared_dead_leaves_what_another_runs() -> None:
+    """It cannot have a claim, but it can be told who has."""
+    parent = Worker().begin()
+    other = Worker(parent.ledger).begin()
+    child = Worker(parent.ledger)
+    inherited = (parent.session.id, os.getpid() + 1)
+    child.session = WorkerSession(
+        child.tracker, child.ledger.host(), name="w1", queues=["mail"], inherited=inherited
+    )
+    job = parent.owe()
+    declared_dead(parent)
+    other.run(job)
+
+    assert child.start(job) == Refused(job.token, Refusal.HELD)
 
 
 def test_the_child_of_a_worker_that_is_another_now_runs_unclaimed() -> None:
