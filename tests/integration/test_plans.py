@@ -242,5 +242,5 @@ def test_what_the_leader_asks_reads_no_table_whole(
 def test_the_plans_can_tell(host: PostgresStore) -> None:
     """A statement that does read everything is seen: emptying a queue, which must."""
     plans = Plans(host)
-    host.cancel(SOURCE, queue="no such queue")
+    host.cancel(SOURCE, queue="no such queue", meant=host.clock())
     assert plans.whole_reads()
