@@ -17,6 +17,7 @@ from uuid import UUID
 
 import pytest
 from celery import Celery, signals
+from celery._state import _set_task_join_will_block
 from celery.app import trace
 from celery.app.amqp import AMQP
 from celery.app.base import Celery as App
@@ -138,6 +139,7 @@ class OnCelery(Library):
             watch.join(10)
             trace.reset_worker_optimizations(self.app)
             set_event_loop(None)  # the next worker would wait on this one's timer
+            _set_task_join_will_block(False)  # this process is no worker any more
             state.should_stop = None
             state.reset_state()
             state.revoked.clear()
