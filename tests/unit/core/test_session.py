@@ -696,17 +696,20 @@ def test_a_child_waits_until_its_worker_is_introduced() -> None:
     worker = Worker()
     beats = Beats(worker.ledger.host())
     worker.session._heart._store = cast(HostStore, beats)
-    reader, writer = os.pipe()
+    (asked, asks), (heard, hears) = os.pipe(), os.pipe()
     child = os.fork()
     if child == 0:
         heart, code = worker.session._heart, 1
         with suppress(BaseException):
             before = heart.introduced()
-            os.read(reader, 1)
+            os.write(asks, b"x")
+            os.read(heard, 1)
             code = 0 if (before, heart.introduced()) == (None, heart.id) and not beats.lists else 1
         os._exit(code)
+    os.close(asks)
+    os.read(asked, 1)
     worker.begin()
-    os.write(writer, b"x")
+    os.write(hears, b"x")
 
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
