@@ -43,6 +43,14 @@ DOCUMENTED_WHILE_LED = {
     "tests/test_redis.py::test_redis_messages_belonging_to_missing_actors_are_rejected": _DECLINED,
 }
 """The same while a leader leads."""
+_ELEVEN_RUNS = (
+    "Eleven runs within 0.2 s is asked of a broker in memory, with which it passes guarded. On Redis each "
+    "retry is recorded and claimed as well: 0.21 s were measured."
+)
+DOCUMENTED_ON_REDIS = {
+    "tests/middleware/test_retries.py::test_actor*_zero_m??_backoff": _ELEVEN_RUNS,
+}
+"""The same for those that are made for a StubBroker, on Redis."""
 
 REPOSITORY = "https://github.com/Bogdanp/dramatiq"
 _NEEDS = ("gevent", "pika", "prometheus_client", "pylibmc", "watchdog")
@@ -84,7 +92,7 @@ def _on_redis(at: Servers) -> list[Run]:
     alone = ledger(at.postgres(), "alone")
     return [
         Run("bare", at.folder / "bare", at.redis(), environment=_ON_REDIS),
-        Run("guarded", at.folder / "guarded", at.redis(), alone, DOCUMENTED, _ON_REDIS),
+        Run("guarded", at.folder / "guarded", at.redis(), alone, DOCUMENTED_ON_REDIS, _ON_REDIS),
     ]
 
 
