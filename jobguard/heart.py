@@ -288,9 +288,8 @@ class Heart:
             at = time.monotonic()
             if self._conninfo is None or at - self._conninfo[0] > _SAY_WHERE:
                 self._conninfo = (at, self._store.conninfo() or "")
-            with (
-                self._listed.lock
-            ):  # what has begun or ended since the beat is told in this order, too
+            # What has begun or ended since the beat is told in this order, too.
+            with self._listed.lock:
                 claims = tuple(self._listed.tokens() | self._children)
                 now = replace(
                     beat, worker=self.id, counter=self._counter, claims=claims, pulse=None

@@ -23,15 +23,12 @@ class Listed:
         self.stand_in: StandIn | None = None
         """Who is told of each at once: it may have to beat before the next beat is due."""
         self._pid = pid  # of the worker; a child of it tells it what it runs
-        self._lock_pid = os.getpid()
         self._starts: dict[UUID, int] = {}
         self._unclaimed: dict[UUID, UUID] = {}  # started while Postgres was away: token -> nonce
 
     def after_fork(self) -> None:
         """In a forked child: begin with a lock that no thread of the parent holds."""
-        if self._lock_pid != os.getpid():
-            self._lock_pid = os.getpid()
-            self.lock = native.lock()
+        self.lock = native.lock()
 
     def add(self, token: UUID) -> None:
         """One start more of it."""

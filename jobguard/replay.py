@@ -149,7 +149,7 @@ def _cancel(store: HostStore, source: int, entry: Cancelled, *, replay: bool) ->
     if entry.job_ids or entry.queue is not None:
         # What is recorded from now on is a new life, which nobody cancelled; and a network may keep
         # what we say as long as a spool. Told at once it means all that is there now.
-        meant = store.clock() - (entry.age if replay else 0.0)
+        meant = store.now() - (entry.age if replay else 0.0)
     store.cancel(
         source,
         tokens=entry.tokens,

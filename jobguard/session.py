@@ -128,9 +128,9 @@ class WorkerSession:
 
     def _mine(self) -> None:
         """In a forked child: begin with locks that no thread of the parent holds, and nothing to tell."""
-        self._listed.after_fork()
         if self._lock_pid != os.getpid():
             self._lock_pid = os.getpid()
+            self._listed.after_fork()
             self._lock = native.lock()
             self._flushing = threading.Lock()
             self._pending = deque()
@@ -385,9 +385,8 @@ class WorkerSession:
         self._tracker.spool.counts.quarantined += 1
         say("row_refused", job_id=batch[0].job_id, error=str(error))
         bare = bare_end(batch[0])
-        if (
-            bare != batch[0]
-        ):  # else it stays listed: a leader must not take the claim for a dead one
+        if bare != batch[0]:
+            # Else it stays listed: a leader must not take the claim for a dead one.
             self._commit([bare])
 
     def _flushes(self) -> None:

@@ -132,9 +132,6 @@ delete from jobguard.join_parts p where p.source = %(source)s and p.join_id = %(
 -- name: decline
 select jobguard.decline(%(source)s, %(token)s, %(most)s, %(wait)s::float8, %(error)s)
 
--- name: clock
-select extract(epoch from clock_timestamp())::float8
-
 -- name: cancel
 select jobguard.cancel(
   %(source)s, %(tokens)b::uuid[], %(job_ids)b::text[], %(queue)s,

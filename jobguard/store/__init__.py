@@ -139,8 +139,8 @@ class HostStore(Protocol):
     def end(self, source: int, ends: Sequence[End]) -> Sequence[Ended]:
         """Move deliveries from owed to history, in the name of their claims; one answer an end."""
 
-    def clock(self) -> float:
-        """The store's own time, in seconds since the epoch."""
+    def now(self) -> float:
+        """Seconds since the epoch, by the database's clock."""
 
     def cancel(
         self,
@@ -155,7 +155,7 @@ class HostStore(Protocol):
     ) -> int:
         """Write tombstones; ``queue``: for every unclaimed delivery in it. Returns how many were owed.
 
-        Ids and the queue mean what was recorded until the cancel was ``meant``, by the store's clock
+        Ids and the queue mean what was recorded until the cancel was ``meant``, by the database's clock
         (None: nothing was), with tokens up to ``until``, and of what waited in a spool at that moment,
         ``waiting``. A token means its delivery whenever that comes, also if nobody knows it yet.
         """

@@ -187,9 +187,9 @@ class PostgresStore:
         )
         return [Ended(answer) for answer in rows[0][0]]
 
-    def clock(self) -> float:
-        """The time of Postgres; see HostStore."""
-        return float(self._db.execute(self._sql["clock"])[0][0])
+    def now(self) -> float:
+        """The database's clock; see HostStore."""
+        return float(self._db.execute(self._sql["now"])[0][0])
 
     def cancel(
         self,

@@ -499,11 +499,11 @@ $$;
 -- Write tombstones for what is cancelled, claimed or not; for a whole queue: what is not claimed.
 -- Returns how many were owed.
 --
--- An id or a queue means what stood there when the cancel was meant, p_age seconds ago: what has been
--- recorded since is a new life. The time is counted from now(), where this transaction began, so that
--- a wait for a lock takes in nothing more. The way to us does: what the canceller itself made later is
--- left out by its token, which sorts behind p_until. What waited in its spool then, p_waiting, was sent
--- before, however late it is recorded. A token means its delivery, whenever that comes.
+-- An id or a queue means what stood there when the cancel was meant, p_meant by our clock: what has been
+-- recorded since is a new life, however long a lock, a spool or a network has kept the cancel. What the
+-- canceller itself made later is left out by its token, which sorts behind p_until. What waited in its
+-- spool then, p_waiting, was sent before, however late it is recorded. A token means its delivery,
+-- whenever that comes.
 create function jobguard.cancel(
   p_source bigint, p_token uuid[], p_job_id text[], p_queue text,
   p_meant timestamptz, p_until uuid, p_waiting uuid[])

@@ -274,7 +274,7 @@ class Contract:
 
     def cancel(self, *, ago: float = 0.0, **what: Any) -> int:
         """Cancel what was there so many seconds ago."""
-        return self.store.cancel(self.source, meant=self.store.clock() - ago, **what)
+        return self.store.cancel(self.source, meant=self.store.now() - ago, **what)
 
     def elected(self) -> int:
         """Make the leader lead for longer than any test."""

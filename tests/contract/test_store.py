@@ -1275,7 +1275,7 @@ def test_a_cancellation_that_waits_spares_what_is_recorded_meanwhile(
         together.call(ledger.backend.host().end, SOURCE, [end])
         eventually(lambda: waiting() >= 1)
         host = ledger.backend.host()
-        cancel = partial(host.cancel, SOURCE, **by, meant=host.clock())
+        cancel = partial(host.cancel, SOURCE, **by, meant=host.now())
         answers = together.call(cancel)
         eventually(lambda: waiting() >= 2)
         since = ledger.recorded(fresh=True)

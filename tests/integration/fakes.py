@@ -224,23 +224,9 @@ class FakeTracker:
         """Keep these, inside a batch."""
         return batches.hold(self.source.id, deliveries, push)
 
-    def batch(
-        self,
-        *,
-        patience: float | None = None,
-        first_at_once: bool = False,
-        unheard: bool = False,
-        apart: bool = False,
-    ) -> AbstractContextManager[None]:
+    def batch(self, **how: Any) -> AbstractContextManager[None]:
         """Hold back what is sent inside."""
-        return batches.batch(
-            self.source.id,
-            self,
-            patience,
-            first_at_once=first_at_once,
-            unheard=unheard,
-            apart=apart,
-        )
+        return batches.batch(self.source.id, self, **how)
 
     def open_join(self, join: str, size: int, state: bytes = b"") -> Recorded:
         """Remember it."""

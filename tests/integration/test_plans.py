@@ -165,7 +165,7 @@ def _end(store: PostgresStore, owed: list[UUID], n: int) -> None:
 
 def _cancel(store: PostgresStore, owed: list[UUID], n: int) -> None:
     job_ids = [f"job-{20_000 + n}"]
-    store.cancel(SOURCE, tokens=[owed[200 + n]], job_ids=job_ids, meant=store.clock())
+    store.cancel(SOURCE, tokens=[owed[200 + n]], job_ids=job_ids, meant=store.now())
 
 
 def _outbox(store: PostgresStore, owed: list[UUID], n: int) -> None:
@@ -242,5 +242,5 @@ def test_what_the_leader_asks_reads_no_table_whole(
 def test_the_plans_can_tell(host: PostgresStore) -> None:
     """A statement that does read everything is seen: emptying a queue, which must."""
     plans = Plans(host)
-    host.cancel(SOURCE, queue="no such queue", meant=host.clock())
+    host.cancel(SOURCE, queue="no such queue", meant=host.now())
     assert plans.whole_reads()

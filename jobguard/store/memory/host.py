@@ -320,7 +320,7 @@ class MemoryHostStore:
             tables.suspects[key] = Suspect(Cause.WORKER, "", now)
             return most - job.declined
 
-    def clock(self) -> float:
+    def now(self) -> float:
         with self._tables.open() as now:
             return now
 
@@ -377,11 +377,8 @@ class MemoryHostStore:
                 return BeatReply(leader_live=led)
             if worker.dead_at is not None:
                 return BeatReply(dead=True, leader_live=led)
-            before, by_another = (
-                worker.beat.counter,
-                beat.counter >> 40 != worker.beat.counter >> 40,
-            )
-            if beat.counter >= before or by_another:
+            before = worker.beat.counter
+            if beat.counter >= before or beat.counter >> 40 != before >> 40:
                 worker.beat, worker.claims = beat, frozenset(beat.claims)
                 worker.previous_beat_at, worker.beat_at = worker.beat_at, now
             return BeatReply(leader_live=led)

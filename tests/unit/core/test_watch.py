@@ -266,7 +266,7 @@ def test_a_cancelled_job_stays_cancelled() -> None:
     world = calm()
     world.enqueue("kept", "cancelled")
     world.run(6)
-    world.host.cancel(SOURCE.id, job_ids=["cancelled"], meant=world.host.clock())
+    world.host.cancel(SOURCE.id, job_ids=["cancelled"], meant=world.host.now())
     world.flushall()
 
     world.run(30)
