@@ -155,6 +155,9 @@ EVENTS: Mapping[str, Event] = {
     # Housekeeping.
     "vacuumed": Event(DEBUG, "tables were vacuumed"),  # tables
     "rotated": Event(INFO, "old history was dropped"),  # dropped
+    "rotation_waits": Event(
+        INFO, "a long reader of history (a backup) is in the way of retention; it is tried again"
+    ),  # done
 }
 
 _standard = logging.getLogger("jobguard")

@@ -1,4 +1,5 @@
 -- The statements of jobguard, by name. Each may be sent twice: a lost answer is asked for again.
+-- What finds rows by job id, or by the tokens of a join, says "source + 0": see migration 0003.
 
 -- name: register
 -- Make a source known; who came first stays.
@@ -63,9 +64,9 @@ with gone as (
     and not exists (select from jobguard.running r where r.source = j.source and r.token = j.token)
   returning j.token
 ), unboxed as (
-  delete from jobguard.outbox b using gone g where b.source = %(source)s and b.token = g.token
+  delete from jobguard.outbox b using gone g where b.source + 0 = %(source)s and b.token = g.token
 )
-delete from jobguard.suspects s using gone g where s.source = %(source)s and s.token = g.token
+delete from jobguard.suspects s using gone g where s.source + 0 = %(source)s and s.token = g.token
 
 -- name: outbox
 -- Leave the push of owed deliveries to the leader.
@@ -97,12 +98,12 @@ with locked as (
   where j.source = %(source)s and j.token = %(token)s for update
 ), gone as (
   delete from jobguard.running r using locked l
-  where r.source = %(source)s and r.token = l.token and r.worker = %(worker)s
+  where r.source + 0 = %(source)s and r.token = l.token and r.worker = %(worker)s
     and %(number)s in (0, r.number)
   returning r.token, r.number
 )
 update jobguard.jobs j set claims = greatest(j.claims, g.number)
-from gone g where j.source = %(source)s and j.token = g.token
+from gone g where j.source + 0 = %(source)s and j.token = g.token
 
 -- name: end
 select jobguard.end(
@@ -112,11 +113,11 @@ select jobguard.end(
 
 -- name: open_join
 with opened as (
-  insert into jobguard.joins as x (source, id, size, state)
-  values (%(source)s, %(join)s, %(size)s, %(state)s)
+  insert into jobguard.joins as x (source, id, name, size, state)
+  values (%(source)s, %(join)s, %(name)s, %(size)s, %(state)s)
   -- The same join once more (an application sends one chord twice) begins anew.
   on conflict (source, id) do update
-  set size = excluded.size, state = excluded.state, opened_at = now(), closed_at = null, closed_by = null
+  set size = excluded.size, state = excluded.state, name = excluded.name, opened_at = now(), closed_at = null, closed_by = null
   where x.size = 0 or x.closed_at is not null
 )
 select jobguard.led(%(namespace)s)
@@ -138,8 +139,8 @@ select jobguard.cancel(
   to_timestamp(%(meant)s::float8), %(until)s::uuid, %(waiting)b::uuid[])
 
 -- name: beat
--- A worker's beat; nothing is taken from a worker that was declared dead, nor a beat that a network kept
--- until a later one had come: its list is old. An heir and a stand-in count from numbers of their own.
+-- A worker's beat. Nothing is taken from a worker that was declared dead, nor a beat that comes after a
+-- later one: its list is old. Beats of the worker, its stand-in and its heir have one order.
 with taken as (
   insert into jobguard.workers as w (id, source, name, host, pid, queues, claims, beat,
                                      unflushed_since, pulse_epoch, pulse_n, fence)
@@ -150,7 +151,7 @@ with taken as (
   set claims = excluded.claims, beat = excluded.beat, unflushed_since = excluded.unflushed_since,
       pulse_epoch = excluded.pulse_epoch, pulse_n = excluded.pulse_n, queues = excluded.queues,
       previous_beat_at = w.beat_at, beat_at = now()
-  where w.dead_at is null and (excluded.beat >= w.beat or excluded.beat >> 40 <> w.beat >> 40)
+  where w.dead_at is null and excluded.beat >= w.beat
 )
 select exists (select from jobguard.workers w where w.id = %(worker)s and w.dead_at is not null),
        jobguard.led(%(namespace)s)
@@ -164,7 +165,7 @@ update jobguard.workers set left_at = now() where id = %(worker)s and left_at is
 -- ago and the next one takes over, and of a trusted queue.
 select j.token from jobguard.jobs j
 join jobguard.sources s on s.id = j.source
-join jobguard.queues q on q.source = j.source and q.queue = j.queue
+join jobguard.queues q on q.source = j.source and coalesce(q.name, q.queue) = j.queue
 where j.source = %(source)s and j.token = any (%(tokens)b::uuid[])
   and q.trusted_since <= j.recorded_at and s.watched_at > now() - interval '5 minutes'
 
@@ -174,11 +175,13 @@ update jobguard.running r
 set heartbeat_at = now(), progress = coalesce(%(progress)s::real, r.progress),
     attrs = case when %(attrs)s::jsonb is null then r.attrs
                  else coalesce(r.attrs, '{}'::jsonb) || %(attrs)s::jsonb end
-from jobguard.jobs j
-where j.source = %(source)s and r.source = j.source and r.token = j.token
-  and (j.token = %(token)s or (%(token)s::uuid is null and j.job_id = %(job_id)s))
+where r.source = %(source)s and r.token = any (%(tokens)b::uuid[])
   and (%(number)s::int is null or r.number = %(number)s::int)
 returning true
+
+-- name: owed_of
+-- What is owed of a job id.
+select j.token from jobguard.jobs j where j.source + 0 = %(source)s and j.job_id = %(job_id)s
 
 -- name: elect
 -- Take the lease if nobody holds it.
@@ -256,7 +259,7 @@ returning true
 select w.id, w.name, w.host, w.pid, w.queues, w.beat, extract(epoch from w.started_at)::float8,
        extract(epoch from w.unflushed_since)::float8, w.pulse_epoch, w.pulse_n,
        w.left_at is not null, w.dead_at is not null,
-       (select count(*) from jobguard.running r where r.source = w.source and r.worker = w.id)::int,
+       (select count(*) from jobguard.running r where r.worker = w.id)::int,
        w.claims
 from jobguard.workers w where w.source = %(source)s order by w.id
 
@@ -315,7 +318,7 @@ from (
   select r.token from jobguard.running r left join jobguard.workers w on w.id = r.worker
   where r.source = %(source)s and jobguard.holds(w, r) is not true
 ) t
-join jobguard.jobs j on j.source = %(source)s and j.token = t.token
+join jobguard.jobs j on j.source + 0 = %(source)s and j.token = t.token
 left join jobguard.running r on r.source = j.source and r.token = j.token
 left join jobguard.workers w on w.id = r.worker
 left join jobguard.suspects s on s.source = j.source and s.token = j.token
@@ -371,13 +374,13 @@ where j.source = %(source)s and j.token = any (%(tokens)b::uuid[])
 order by j.token
 
 -- name: open_joins
-select x.id, x.size, x.state from jobguard.joins x
+select coalesce(x.name, x.id), x.size, x.state from jobguard.joins x
 where x.source = %(source)s and x.closed_at is null and x.id > %(after)s
 order by x.id limit %(limit)s
 
 -- name: complete_joins
 -- All members have ended, and for a while nothing has come of it.
-select x.id, x.size, x.state from jobguard.joins x
+select coalesce(x.name, x.id), x.size, x.state from jobguard.joins x
 cross join lateral (
   select count(*) as ended, max(p.ended_at) as last from jobguard.join_parts p
   where p.source = x.source and p.join_id = x.id
@@ -413,10 +416,10 @@ where j.source = %(source)s and j.token = any (%(tokens)b::uuid[])
   and (exists (
          select from jobguard.jobs y
          join jobguard.running r on r.source = y.source and r.token = y.token
-         where y.source = j.source and y.job_id = j.job_id and y.recorded_at > j.recorded_at)
+         where y.source + 0 = j.source and y.job_id = j.job_id and y.recorded_at > j.recorded_at)
     or exists (
          select from jobguard.history h
-         where h.source = j.source and h.job_id = j.job_id and h.recorded_at > j.recorded_at
+         where h.source + 0 = j.source and h.job_id = j.job_id and h.recorded_at > j.recorded_at
            and h.claimed_at is not null))
 
 -- name: namesakes
@@ -426,18 +429,18 @@ select j.token from jobguard.jobs j
 where j.source = %(source)s and j.token = any (%(tokens)b::uuid[])
   and (exists (
          select from jobguard.jobs y
-         where y.source = j.source and y.job_id = j.job_id and y.token <> j.token)
+         where y.source + 0 = j.source and y.job_id = j.job_id and y.token <> j.token)
     or exists (
          select from jobguard.history h
-         where h.source = j.source and h.job_id = j.job_id and h.token <> j.token
+         where h.source + 0 = j.source and h.job_id = j.job_id and h.token <> j.token
            and h.outcome <> 'superseded' and h.ended_at > j.recorded_at))
 
 -- name: fates
 -- Whether a job id is owed, and how it ended last: a delivery that another took the place of did not end it.
 select i.job_id,
-       exists (select from jobguard.jobs j where j.source = %(source)s and j.job_id = i.job_id),
+       exists (select from jobguard.jobs j where j.source + 0 = %(source)s and j.job_id = i.job_id),
        (select h.outcome::text from jobguard.history h
-        where h.source = %(source)s and h.job_id = i.job_id and h.outcome <> 'superseded'
+        where h.source + 0 = %(source)s and h.job_id = i.job_id and h.outcome <> 'superseded'
         order by h.ended_at desc limit 1)
 from unnest(%(job_ids)b::text[]) i(job_id)
 
@@ -465,16 +468,16 @@ with lease as (
                                 %(backoff)b::float8[]) u(token, number, charge, backoff)
 ), locked as (
   select j.token from jobguard.jobs j join said u on u.token = j.token
-  where j.source = %(source)s order by j.token for update of j
+  where j.source + 0 = %(source)s order by j.token for update of j
 ), gone as (
   delete from jobguard.running r using said u, locked l
-  where r.source = %(source)s and r.token = u.token and l.token = u.token and r.number = u.number
+  where r.source + 0 = %(source)s and r.token = u.token and l.token = u.token and r.number = u.number
   returning r.token, r.number, u.charge, u.backoff
 ), charged as (
   update jobguard.jobs j
   set claims = g.number, crashes = j.crashes + g.charge::int,
       not_before = now() + make_interval(secs => g.backoff)
-  from gone g where j.source = %(source)s and j.token = g.token
+  from gone g where j.source + 0 = %(source)s and j.token = g.token
   returning j.token
 ), suspected as (
   insert into jobguard.suspects as s (source, token, cause)
@@ -497,11 +500,11 @@ with lease as (
   join said u on u.token = j.token
   left join jobguard.running r on r.source = j.source and r.token = j.token
   left join jobguard.workers w on w.id = r.worker
-  where j.source = %(source)s and jobguard.holds(w, r) is not true
+  where j.source + 0 = %(source)s and jobguard.holds(w, r) is not true
   order by j.token for update of j
 ), gone as (
   delete from jobguard.jobs j using said u, locked l
-  where j.source = %(source)s and j.token = u.token and l.token = u.token
+  where j.source + 0 = %(source)s and j.token = u.token and l.token = u.token
   returning j.*, u.outcome, u.error, u.join_id, u.part, l.number, l.worker, l.claimed_at
 ), parts as (
   insert into jobguard.join_parts (source, join_id, job_id, token, queue, state, envelope)
@@ -509,11 +512,11 @@ with lease as (
   where g.join_id is not null and not jobguard.is_closed(g.source, g.join_id)
   on conflict do nothing
 ), unclaimed as (
-  delete from jobguard.running r using gone g where r.source = %(source)s and r.token = g.token
+  delete from jobguard.running r using gone g where r.source + 0 = %(source)s and r.token = g.token
 ), unsuspected as (
-  delete from jobguard.suspects s using gone g where s.source = %(source)s and s.token = g.token
+  delete from jobguard.suspects s using gone g where s.source + 0 = %(source)s and s.token = g.token
 ), unboxed as (
-  delete from jobguard.outbox b using gone g where b.source = %(source)s and b.token = g.token
+  delete from jobguard.outbox b using gone g where b.source + 0 = %(source)s and b.token = g.token
 ), tombstones as (
   insert into jobguard.history (source, token, job_id, queue, task, outcome, attempt, recoveries,
                                 crashes, number, worker, recorded_at, claimed_at, errors, envelope)
@@ -527,7 +530,7 @@ with lease as (
 select array(select token from gone) from lease
 
 -- name: queues
-select source, queue, extract(epoch from trusted_since)::float8,
+select source, coalesce(name, queue), extract(epoch from trusted_since)::float8,
        extract(epoch from clean_since)::float8, unguarded, extract(epoch from unguarded_at)::float8
 from jobguard.queues where source = %(source)s order by queue
 
@@ -535,8 +538,8 @@ from jobguard.queues where source = %(source)s order by queue
 with lease as (
   select from jobguard.leader where namespace = %(namespace)s and term = %(term)s for share
 )
-insert into jobguard.queues (source, queue, trusted_since, clean_since, unguarded, unguarded_at)
-select %(source)s, %(queue)s, to_timestamp(%(trusted)s::float8), to_timestamp(%(clean)s::float8),
+insert into jobguard.queues (source, queue, name, trusted_since, clean_since, unguarded, unguarded_at)
+select %(source)s, %(queue)s, %(full)s, to_timestamp(%(trusted)s::float8), to_timestamp(%(clean)s::float8),
        %(unguarded)b::text[], to_timestamp(%(unguarded_at)s::float8)
 from lease
 on conflict (source, queue) do update
@@ -554,8 +557,14 @@ returning true
 update jobguard.installation i
 set system_identifier = %(system_identifier)s, database_oid = %(database_oid)s::oid
 
+-- name: retain
+-- How long this namespace wants to remember; see jobguard.longest_retention.
+update jobguard.leader set retention = make_interval(secs => %(retention)s)
+where namespace = %(namespace)s and holder = %(holder)s
+  and retention is distinct from make_interval(secs => %(retention)s)
+
 -- name: rotate
-select jobguard.rotate(make_interval(secs => %(retention)s))
+select jobguard.rotate_step(make_interval(secs => %(retention)s))
 
 -- name: dead_rows
 -- Which of the small tables are worth a vacuum.

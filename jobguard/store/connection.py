@@ -31,6 +31,7 @@ from jobguard.errors import (
     StoreUnavailable,
 )
 from jobguard.log import say
+from jobguard.store import texts
 
 Row = tuple[Any, ...]
 Parameters = Mapping[str, Any] | Sequence[Any] | None
@@ -44,6 +45,9 @@ _NOT_MIGRATED = {
 }  # table, schema, column, function, type
 _NO_RIGHTS = {"42501"}
 _PREPARED_LOST = {"26000", "42P05"}  # behind a pooler that hands out other sessions
+# What is refused for what is in the row, or for its size: data, integrity, limits, checks, triggers.
+_ROW_CLASSES = ("21", "22", "23", "27", "44", "54", "P0")
+_ROW_STATES = {"40002", "42804", "42846", "42P18", "42P22"}
 _AGAIN = {"40P01", "40001"}  # deadlock and serialization: the statement did nothing
 
 # A session keeps the plans of its statements, and of those inside functions, for the sizes that tables
@@ -282,6 +286,7 @@ class Database:
             connection._autocommit = True  # before any statement; the setter would send one
             connection.prepare_threshold = 0 if self._prepare else None
             connection.planned_at = time.monotonic()
+            texts.register(connection)
             self._connection = connection
             return True
 
@@ -315,8 +320,10 @@ class Database:
             return NotMigrated(f"{text} — run `jobguard migrate`")
         if state in _NO_RIGHTS:
             return NoRights(f'{text} — see "Roles and grants" in the README')
-        if state[:2] in ("22", "23") or (not state and isinstance(error, psycopg.DataError)):
+        if state[:2] in _ROW_CLASSES or state in _ROW_STATES:
             return BadRow(text)
+        if not state and isinstance(error, psycopg.DataError | psycopg.ProgrammingError):
+            return BadRow(text)  # psycopg itself refused it
         return NotWritten(text)
 
 

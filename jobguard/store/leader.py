@@ -14,6 +14,7 @@ from uuid import UUID
 
 from jobguard.errors import NoRights, NotLeading
 from jobguard.job import Cause, EndedPart, Fate, OpenJoin, Outcome, Owed, Restorable, token_at
+from jobguard.log import say
 from jobguard.schema import statements
 from jobguard.settings import Settings
 from jobguard.store import (
@@ -24,12 +25,15 @@ from jobguard.store import (
     SourceRow,
     Void,
     WorkerRow,
+    texts,
 )
 from jobguard.store.connection import Database, Row
 
 _FIRST = token_at(0)
 _CALL_TIMEOUT = 5.0
 """A leader may wait longer than a host; but not longer than half its lease."""
+_STEPS = 100
+"""Steps of retention at a time, each a transaction of its own; the rest has time until the next."""
 
 
 class PostgresLeaderStore:
@@ -266,7 +270,9 @@ class PostgresLeaderStore:
 
     def open_joins(self, source: int, *, after: str, limit: int) -> Sequence[OpenJoin]:
         """Joins that have not been closed; see LeaderStore."""
-        return self._joins(source, self._ask("open_joins", source=source, after=after, limit=limit))
+        return self._joins(
+            source, self._ask("open_joins", source=source, after=texts.key(after), limit=limit)
+        )
 
     def complete_joins(self, source: int, *, quiet: float, limit: int) -> Sequence[OpenJoin]:
         """Joins whose members have all ended; see LeaderStore."""
@@ -277,9 +283,13 @@ class PostgresLeaderStore:
         if not rows:
             return []
         parts: dict[str, list[EndedPart]] = {}
-        for join, *part in self._ask("join_parts", source=source, joins=[row[0] for row in rows]):
+        keys = [texts.key(row[0]) for row in rows]
+        for join, *part in self._ask("join_parts", source=source, joins=keys):
             parts.setdefault(join, []).append(EndedPart(*part))
-        return [OpenJoin(id, size, state, tuple(parts.get(id, ()))) for id, size, state in rows]
+        return [
+            OpenJoin(id, size, state, tuple(parts.get(key, ())))
+            for key, (id, size, state) in zip(keys, rows, strict=True)
+        ]
 
     def restored(self, term: int, source: int, tokens: Sequence[UUID]) -> None:
         """These were put back; see LeaderStore."""
@@ -310,7 +320,7 @@ class PostgresLeaderStore:
             token=[c.token for c in closings],
             outcome=[c.outcome.value for c in closings],
             error=[c.error for c in closings],
-            join=[c.part.join if c.part else None for c in closings],
+            join=[texts.key(c.part.join) if c.part else None for c in closings],
             part=[c.part.state if c.part else None for c in closings],
         )
         return list(self._led(rows)[0][0])
@@ -327,7 +337,8 @@ class PostgresLeaderStore:
                     "trust",
                     term,
                     source=row.source,
-                    queue=row.queue,
+                    queue=texts.key(row.queue),
+                    full=texts.name(row.queue),
                     trusted=row.trusted_since,
                     clean=row.clean_since,
                     unguarded=list(row.unguarded),
@@ -341,8 +352,22 @@ class PostgresLeaderStore:
 
     def rotate(self, *, retention: float) -> int:
         """Make the coming partitions of history and drop the old; see LeaderStore."""
-        rows = self._db.execute(self._sql["rotate"], {"retention": retention}, timeout=30.0)
-        return int(rows[0][0])
+        values = {
+            "namespace": self._namespace,
+            "holder": self._holder,
+            "retention": retention,
+        }
+        self._db.execute(self._sql["retain"], values)
+        done: list[str] = []
+        while len(done) < _STEPS:
+            step = self._db.execute(self._sql["rotate"], values, timeout=30.0)[0][0]
+            if step is None:
+                break
+            if step == "busy":
+                say("rotation_waits", done=len(done))
+                break
+            done.append(step)
+        return done.count("dropped")
 
     def vacuum(self, least: int = 10_000) -> Sequence[str]:
         """Vacuum the small tables that need it; see LeaderStore."""

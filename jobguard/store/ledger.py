@@ -25,7 +25,7 @@ from jobguard.errors import (
 from jobguard.job import Outcome, new_token
 from jobguard.pulse import ACCEPTED
 from jobguard.schema import settle
-from jobguard.store import Counts
+from jobguard.store import Counts, texts
 
 Row: TypeAlias = dict[str, Any]
 
@@ -65,7 +65,7 @@ select * from (
          r.worker, w.name as worker_name, null::uuid as next, null::text[] as errors,
          true as kept
   from jobguard.sources s
-  join jobguard.jobs j on j.source = s.id
+  join jobguard.jobs j on j.source + 0 = s.id
   left join jobguard.running r on r.source = j.source and r.token = j.token
   left join jobguard.workers w on w.id = r.worker
   left join jobguard.suspects u on u.source = j.source and u.token = j.token
@@ -94,7 +94,7 @@ join jobguard.history h on h.source = s.id
 where s.namespace = :namespace and h.outcome::text = any (:outcomes)
   and h.outcome in ('failed', 'dead') and h.next is null
   and (cast(:queue as text) is null or h.queue = :queue)
-  and not exists (select from jobguard.jobs j where j.source = h.source and j.job_id = h.job_id)
+  and not exists (select from jobguard.jobs j where j.source + 0 = h.source and j.job_id = h.job_id)
   and not exists (
     select from jobguard.history l
     where l.source = h.source and l.job_id = h.job_id
@@ -107,7 +107,7 @@ _TOMBSTONE = sa.text("""
 select h.source, h.ended_at, h.job_id, h.queue, h.outcome::text as outcome, h.next,
        h.envelope is not null as kept,
        (select j.token from jobguard.jobs j
-        where j.source = h.source and j.job_id = h.job_id limit 1) as owed
+        where j.source + 0 = h.source and j.job_id = h.job_id limit 1) as owed
 from jobguard.sources s
 join jobguard.history h on h.source = s.id
 where s.namespace = :namespace and h.token = :token
@@ -207,7 +207,8 @@ where s.namespace = :namespace and i.closed_at is null order by i.id
 """)
 
 _QUEUES = sa.text("""
-select s.library, s.address, q.queue, q.trusted_since, q.clean_since, q.unguarded, q.unguarded_at
+select s.library, s.address, coalesce(q.name, q.queue) as queue, q.trusted_since, q.clean_since,
+       q.unguarded, q.unguarded_at
 from jobguard.sources s join jobguard.queues q on q.source = s.id
 where s.namespace = :namespace order by s.address, q.queue
 """)
@@ -346,12 +347,14 @@ class PostgresLedger:
         self._engine.dispose()
 
     def _connect(self) -> psycopg.Connection[Any]:
-        return psycopg.connect(
+        connection = psycopg.connect(
             self._conninfo(),
             connect_timeout=max(1, round(self._timeout)),
             prepare_threshold=None,  # behind a pooler the next session does not know it
             application_name="jobguard ledger",
         )
+        texts.register(connection)
+        return connection
 
     @contextmanager
     def _begin(self, *, snapshot: bool = False) -> Iterator[sa.Connection]:

@@ -29,7 +29,7 @@ from jobguard.job import (
 )
 from jobguard.schema import statements
 from jobguard.settings import Settings
-from jobguard.store import Ask, BeatReply, SourceRow
+from jobguard.store import Ask, BeatReply, SourceRow, texts
 from jobguard.store.connection import Database
 
 _SOURCE = ("id", "namespace", "library", "address", "prefix", "name", "settings", "one_body")
@@ -181,7 +181,7 @@ class PostgresStore:
                 "queue": [e.queue for e in ends],
                 "task": [e.task for e in ends],
                 "error": [e.error for e in ends],
-                "join": [e.part.join if e.part else None for e in ends],
+                "join": [texts.key(e.part.join) if e.part else None for e in ends],
                 "part": [e.part.state if e.part else None for e in ends],
             },
         )
@@ -221,13 +221,20 @@ class PostgresStore:
         """Remember a join; see HostStore."""
         rows = self._db.execute(
             self._sql["open_join"],
-            {"source": source, "join": join, "size": size, "state": state, "namespace": namespace},
+            {
+                "source": source,
+                "join": texts.key(join),
+                "name": texts.name(join),
+                "size": size,
+                "state": state,
+                "namespace": namespace,
+            },
         )
         return bool(rows[0][0])
 
     def close_join(self, source: int, join: str) -> None:
         """Nothing will come of a join; see HostStore."""
-        self._db.execute(self._sql["close_join"], {"source": source, "join": join})
+        self._db.execute(self._sql["close_join"], {"source": source, "join": texts.key(join)})
 
     def decline(self, source: int, token: UUID, *, most: int, wait: float, error: str) -> int:
         """It goes back after a while, or is dead in the end; see HostStore."""
@@ -287,18 +294,22 @@ class PostgresStore:
         attrs: Mapping[str, Any] | None = None,
     ) -> bool:
         """Note a running job's progress; see HostStore."""
+        tokens = [token] if token is not None else self._owed_of(source, job_id)
         rows = self._db.execute(
             self._sql["heartbeat"],
             {
                 "source": source,
-                "job_id": job_id,
-                "token": token,
+                "tokens": tokens,
                 "number": number,
                 "progress": progress,
                 "attrs": None if attrs is None else json.dumps(attrs, default=str),
             },
         )
         return bool(rows)
+
+    def _owed_of(self, source: int, job_id: str) -> list[UUID]:
+        rows = self._db.execute(self._sql["owed_of"], {"source": source, "job_id": job_id})
+        return [token for (token,) in rows]
 
     def close(self) -> None:
         """Let go of the connection."""
@@ -376,5 +387,5 @@ def _lineage(batch: Sequence[Delivery]) -> dict[str, Any]:
         "outcome": [d.parent.outcome.value if d.parent else None for d in batch],
         "fresh": [d.fresh for d in batch],
         "derived": [d.derived for d in batch],
-        "closes": [d.closes for d in batch],
+        "closes": [d.closes and texts.key(d.closes) for d in batch],
     }

@@ -42,6 +42,10 @@ class MemoryLedger:
         with self._tables.lock:
             self._tables.down = down
 
+    def refuse(self, refuses: Callable[[str], bool]) -> None:
+        """Refuse rows with such a text from now on, as Postgres refuses rows for what is in them."""
+        self._tables.refuses = refuses
+
     def host(self) -> HostStore:
         """Return the ledger as producers and workers use it."""
         return MemoryHostStore(self._tables)

@@ -63,7 +63,9 @@ class MemoryHostStore:
         tables = self._tables
         with tables.open() as now:
             for delivery in deliveries:
-                _check(delivery)
+                tables.check(delivery.job_id, delivery.queue, delivery.task)
+                if delivery.priority not in _SMALLINT:
+                    raise BadRow(f"priority {delivery.priority} is out of range")
             refused = set()
             for delivery in deliveries:
                 key = (source, delivery.token)
@@ -245,7 +247,7 @@ class MemoryHostStore:
     def end(self, source: int, ends: Sequence[End]) -> Sequence[Ended]:
         with self._tables.open() as now:
             for end in ends:
-                _check_text(end.job_id, end.queue, end.task, end.error)
+                self._tables.check(end.job_id, end.queue, end.task, end.error)
             return [self._end((source, end.token), end, now=now) for end in ends]
 
     def _end(self, key: Key, end: End, *, now: float) -> Ended:
@@ -377,8 +379,7 @@ class MemoryHostStore:
                 return BeatReply(leader_live=led)
             if worker.dead_at is not None:
                 return BeatReply(dead=True, leader_live=led)
-            before = worker.beat.counter
-            if beat.counter >= before or beat.counter >> 40 != before >> 40:
+            if beat.counter >= worker.beat.counter:
                 worker.beat, worker.claims = beat, frozenset(beat.claims)
                 worker.previous_beat_at, worker.beat_at = worker.beat_at, now
             return BeatReply(leader_live=led)
@@ -439,16 +440,3 @@ def _counts(end: End, run: Run | None) -> bool:
         # Number 0 started while Postgres was away. A zombie's completion, too, contradicts nobody.
         return end.number == 0 or end.outcome is Outcome.COMPLETED
     return end.number == run.number or (end.number == 0 and end.worker == run.worker)
-
-
-def _check(delivery: Delivery) -> None:
-    """Refuse what Postgres would refuse."""
-    _check_text(delivery.job_id, delivery.queue, delivery.task, delivery.key, delivery.trace)
-    if delivery.priority not in _SMALLINT:
-        raise BadRow(f"priority {delivery.priority} is out of range")
-
-
-def _check_text(*texts: str | None) -> None:
-    for text in texts:
-        if text is not None and "\x00" in text:
-            raise BadRow(f"text must not contain NUL: {text[:100]!r}")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 from uuid import UUID, uuid4
 
-from jobguard.errors import StoreUnavailable
+from jobguard.errors import BadRow, StoreUnavailable
 from jobguard.job import Beat, Cause, Delivery, EndedPart, Outcome, Part
 from jobguard.store import QueueRow, SourceRow
 
@@ -126,6 +126,8 @@ class Tables:
     def __init__(self, clock: Callable[[], float]) -> None:
         self.clock = clock
         self.down = False
+        self.refuses: Callable[[str], bool] = lambda _text: False
+        """What plays a database that refuses a row for what is in it."""
         self.lock = threading.RLock()
         self.installation = str(uuid4())
         self.jobs: dict[Key, Job] = {}
@@ -149,6 +151,12 @@ class Tables:
             if self.down:
                 raise StoreUnavailable
             yield self.clock()
+
+    def check(self, *texts: str | None) -> None:
+        """Refuse what the database is to refuse."""
+        for text in texts:
+            if text is not None and self.refuses(text):
+                raise BadRow(f"refused: {text[:100]!r}")
 
     def outcomes(self, source: int, tokens: Sequence[UUID]) -> Mapping[UUID, Outcome]:
         """Which of these have ended, and how."""

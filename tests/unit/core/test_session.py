@@ -40,6 +40,7 @@ class Worker:
     def __init__(self, ledger: MemoryLedger | None = None, **settings: Any) -> None:
         self.clock = Clock()
         self.ledger = ledger or MemoryLedger(clock=self.clock.wall)
+        self.ledger.refuse(lambda text: "\x00" in text)
         quiet = {"namespace": NAMESPACE, "beat_interval": 1e6, "worker_timeout": 3e6}
         brief = {"ends_interval": 1e6, "record_timeout": 0.05}
         self.settings = Settings(**{**quiet, **brief, **settings})

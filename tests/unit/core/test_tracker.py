@@ -69,6 +69,7 @@ class Host:
 
     def __init__(self, ledger: MemoryLedger | None = None, **settings: Any) -> None:
         self.ledger = ledger or MemoryLedger()
+        self.ledger.refuse(lambda text: "\x00" in text)
         self.settings = Settings(**{"namespace": NAMESPACE, "retry_interval": 1.0, **settings})
         self.stores: list[Store] = []
         self.tracker = HostTracker(SOURCE, self.settings, self._make)

@@ -1,0 +1,132 @@
+"""Ids, queues, tasks, workers and joins in any words and of any length, in both stores.
+
+Planted once, each seen to fail: the text adapters not registered (NUL, half a pair), the index
+jobs_by_job as a btree (long), the key of a join or of a queue not shortened (long).
+"""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING
+
+import pytest
+
+from jobguard.job import Claim, Ended, Fate, Outcome, Parent, Part
+from jobguard.store import QueueRow, SourceRow
+from jobguard.store.texts import escaped, key, name, restored
+from tests.contract.conftest import SOURCE, delivery
+
+if TYPE_CHECKING:
+    from tests.contract.conftest import Contract
+
+_random = random.Random(7)
+_LETTERS = [chr(code) for code in range(0x21, 0x3000) if chr(code).isprintable()]
+
+
+def noise(length: int) -> str:
+    """Return a text that does not compress."""
+    return "".join(_random.choices(_LETTERS, k=length))
+
+
+TEXTS = {
+    "one letter": "x",
+    "3,000": noise(3_000),
+    "100 kB": noise(40_000),
+    "emoji": "💥👩‍👩‍👧",
+    "nul": "a\x00b\x00",
+    "half a pair": "a\udcffb\ud800",
+    "our own mark": "\uf6a80000 \uf6a8",
+    "empty": "",
+}
+
+
+@pytest.fixture(params=TEXTS.values(), ids=TEXTS.keys())
+def text(request: pytest.FixtureRequest) -> str:
+    """Give one of the unusual texts."""
+    return str(request.param)
+
+
+def test_a_jobs_road(ledger: Contract, text: str) -> None:
+    """Recorded, claimed, seen by the leader, ended; found by its id at each step."""
+    it = ledger.recorded(text, queue=text, task=text)
+    (owed,) = ledger.owed().values()
+    assert (owed.job_id, owed.queue, owed.task) == (text, text, text)
+    assert ledger.leader.count(SOURCE) == {text: 1}
+    worker = ledger.worker()
+    worker.beat(name=text, queues=(text,))
+    (row,) = ledger.leader.workers(SOURCE)
+    assert (row.name, list(row.queues)) == (text, [text])
+    claim = worker.start(it.token)
+    assert ledger.store.heartbeat(SOURCE, job_id=text, progress=0.5)
+    (restorable,) = ledger.leader.envelopes(SOURCE, [it.token])
+    assert (restorable.job_id, restorable.queue) == (text, text)
+    assert ledger.leader.fates(SOURCE, [text]) == {text: Fate(owed=True)}
+    assert worker.end(claim, job_id=text, queue=text, task=text, error=text) is Ended.ENDED
+    assert ledger.leader.fates(SOURCE, [text]) == {text: Fate(False, Outcome.COMPLETED)}
+
+
+def test_lives_of_one_id(ledger: Contract, text: str) -> None:
+    """A second life supersedes the first; a retry follows its parent; old news is not owed again."""
+    first, second = ledger.recorded(text), ledger.recorded(text)
+    assert list(ledger.owed()) == [second.token]
+    claim = ledger.working().start(second.token)
+    retry = ledger.recorded(text, parent=Parent(second.token, claim=claim.number))
+    ledger.record(first, replay=True)
+    assert list(ledger.owed()) == [retry.token]
+
+
+def test_ends_and_cancels(ledger: Contract, text: str) -> None:
+    """An end of what nobody knows, a cancel by id, and one by queue."""
+    unknown = delivery(text)
+    worker = ledger.working()
+    assert worker.end(Claim(unknown.token, 0), job_id=text, queue=text) is Ended.UNKNOWN
+    ledger.record(unknown, replay=True)
+    assert ledger.owed() == {}
+    by_id, by_queue = ledger.recorded(text), ledger.recorded("other", queue=text)
+    assert ledger.cancel(job_ids=[text]) == 1
+    assert ledger.cancel(queue=text) == 1
+    assert ledger.outcome(by_id.token) is ledger.outcome(by_queue.token) is Outcome.CANCELLED
+
+
+def test_joins(ledger: Contract, text: str) -> None:
+    """A join and its members; two long names that differ at their end are two."""
+    for join in (text, text + "2"):
+        ledger.store.open_join(SOURCE, join, size=2, state=b"s", namespace=ledger.namespace)
+        worker = ledger.working()
+        for job_id in (text, text + "2"):
+            claim = worker.start(ledger.recorded(job_id, queue=text).token)
+            worker.end(claim, part=Part(join, b"p"))
+    opened = ledger.leader.open_joins(SOURCE, after="", limit=10)
+    assert {join.id for join in opened} == {text, text + "2"} - {""}
+    for join in opened:
+        assert {part.job_id for part in join.parts} == {text, text + "2"}
+        assert {part.queue for part in join.parts} == {text}
+    last = ledger.recorded("continuation", closes=text)
+    assert ledger.record(delivery("late", closes=text)).refused
+    assert last.token in ledger.owed()
+    ledger.store.close_join(SOURCE, text + "2")
+    assert ledger.leader.open_joins(SOURCE, after="", limit=10) == []
+
+
+def test_trust(ledger: Contract, text: str) -> None:
+    """A queue's trust is that of its name."""
+    term = ledger.elected()
+    row = SourceRow(SOURCE, ledger.namespace, "rq", "localhost:6379/0", "", None, "")
+    ledger.store.register(row)
+    it = ledger.recorded(queue=text)
+    epoch = it.token
+    ledger.leader.acknowledge(term, SOURCE, epoch, 1, run_id=None)
+    for _ in range(2):
+        ledger.leader.trust(term, [QueueRow(SOURCE, text, trusted_since=1.0)])
+    assert [row.queue for row in ledger.leader.queues(SOURCE)] == [text]
+    assert ledger.store.recoverable(SOURCE, [it.token]) == {it.token}
+
+
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS.keys())
+def test_what_is_stored_is_valid_and_comes_back(text: str) -> None:
+    """Postgres takes it; it is the same again; a key is short and says when it is another."""
+    stored = escaped(text)
+    assert b"\x00" not in stored.encode()
+    assert restored(stored) == text
+    assert len(escaped(key(text)).encode()) <= 1_000
+    assert (name(text) is None) == (key(text) == text)
