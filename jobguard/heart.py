@@ -34,8 +34,10 @@ _STEP = 0.05
 """Seconds between two tries of a worker to introduce itself."""
 _LOOK = 0.02
 """Seconds between two looks how far a connection has come."""
-_HEIR = 1 << 40
-"""The beats of a worker's heir are counted from here: any of the worker's own is another number."""
+_STRIDE = 1 << 20
+"""From one beat of a worker to its next; the numbers between are its stand-in's."""
+_HEIR = 1 << 60
+"""The beats of a worker's heir are counted from here: it comes after the worker and its stand-in."""
 _SAY_WHERE = 60.0
 """Seconds for which a stand-in may use the same address: its password may be one that rotates."""
 _BREATH = 0.25
@@ -174,7 +176,9 @@ class Heart:
     def _snapshot(self) -> Beat:
         others = self._others() | self._listed.forks.running()
         with self._listed.lock:
-            self._counter += 1
+            self._counter += _STRIDE
+            if self._listed.stand_in is not None:
+                self._listed.stand_in.counts(self._counter)
             listed = tuple(self._listed.tokens() | others)
             worker, counter = self.id, self._counter
         return Beat(

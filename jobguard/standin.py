@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jobguard.job import Beat
 
-_BEAT, _CLAIM, _END, _SPEC = "b", "+", "-", "s"
+_BEAT, _COUNT, _CLAIM, _END, _SPEC = "b", "n", "+", "-", "s"
 _PATIENCE = 1.5
 """Beats' intervals without a beat, after which the worker's interpreter is believed to be held."""
 _LOOK = 1.0
@@ -43,8 +43,8 @@ _NOT_MEANT = (
     *(signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2),
 )
 """Signals that reach the whole group, and are meant for the worker, which decides."""
-STANDS_IN = 1 << 41
-"""Its beats are counted from here: any of the worker's own is another number."""
+_BETWEEN = (1 << 20) - 1
+"""Beats of its own between two of the worker's, at most; see heart.py."""
 
 
 class StandIn:
@@ -64,6 +64,14 @@ class StandIn:
     def ends(self, claim: str) -> None:
         """The worker runs this no more."""
         self._tell(_END + claim)
+
+    def counts(self, counter: int) -> None:
+        """The worker's list of this beat is made; what it tells from now on is newer. Under that lock.
+
+        Beats are ordered by their lists: if the worker is held before it sends this beat, what its
+        stand-in says meanwhile is newer than what the worker sends in the end.
+        """
+        self._tell(f"{_COUNT}{counter}")
 
     def beat(self, beat: Beat, conninfo: str) -> None:
         """The worker has beaten; begins anew what has ended or cannot keep up."""
@@ -200,6 +208,10 @@ class _Substitute:
                 self._claims.add(rest.decode())
             elif what == _END:
                 self._claims.discard(rest.decode())
+            elif what == _COUNT:
+                self._beats = 0
+                if self._told is not None:
+                    self._told["beat"]["counter"] = int(rest)
             elif what == _BEAT:
                 self._told = json.loads(rest)
                 self._claims = set(self._told["beat"]["claims"]) if self._told else set()
@@ -239,10 +251,10 @@ class _Substitute:
 
         from jobguard.job import Beat
 
-        self._beats += 1
+        self._beats = min(self._beats + 1, _BETWEEN)
         told = dict(self._told["beat"])
         told["worker"] = UUID(hex=told["worker"])
-        told["counter"] += STANDS_IN + self._beats
+        told["counter"] += self._beats
         told["claims"] = [UUID(hex=claim) for claim in self._claims]
         reply = self._store.beat(
             self._spec["source"], Beat(**told), namespace=self._spec["namespace"]

@@ -165,6 +165,15 @@ class TestTheOtherEnd:
         other.told(beat("d"))
         assert other._claims == {"d"}
 
+    def test_what_it_says_is_newer_than_a_beat_whose_list_was_made_before(
+        self, other: Substitute
+    ) -> None:
+        """A beat is counted when its list is made: the worker may be held before it sends it."""
+        other.told(beat("a"), "n2097152", "+b")
+        assert other._told is not None
+        assert other._told["beat"]["counter"] == 2 << 20
+        assert other._claims == {"a", "b"}
+
     def test_a_claim_is_no_sign_of_life(self, other: Substitute) -> None:
         """A worker whose beats do not come is spoken for, whatever else it does."""
         other.told(beat())
