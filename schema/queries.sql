@@ -65,8 +65,10 @@ with gone as (
   returning j.token
 ), unboxed as (
   delete from jobguard.outbox b using gone g where b.source + 0 = %(source)s and b.token = g.token
+    and b.token = any (%(tokens)b::uuid[])
 )
 delete from jobguard.suspects s using gone g where s.source + 0 = %(source)s and s.token = g.token
+  and s.token = any (%(tokens)b::uuid[])
 
 -- name: outbox
 -- Leave the push of owed deliveries to the leader.
@@ -103,7 +105,7 @@ with locked as (
   returning r.token, r.number
 )
 update jobguard.jobs j set claims = greatest(j.claims, g.number)
-from gone g where j.source + 0 = %(source)s and j.token = g.token
+from gone g where j.source + 0 = %(source)s and j.token = g.token and j.token = %(token)s
 
 -- name: end
 select jobguard.end(
@@ -310,20 +312,20 @@ select j.token, j.job_id, j.queue, j.task, extract(epoch from now() - j.recorded
        coalesce(s.cause::text, case when o.token is not null then 'push' end),
        coalesce(extract(epoch from now() - coalesce(s.seen_at, o.created_at)), 0)::float8,
        coalesce(s.mark, ''), coalesce(o.unsent, false)
-from (
+from jobguard.jobs j
+left join jobguard.running r on r.source = j.source and r.token = j.token
+left join jobguard.workers w on w.id = r.worker
+left join jobguard.suspects s on s.source = j.source and s.token = j.token
+left join jobguard.outbox o on o.source = j.source and o.token = j.token
+where j.source + 0 = %(source)s and j.token = any (array(
   select token from jobguard.suspects where source = %(source)s and cause <> 'untrusted'
   union
   select token from jobguard.outbox where source = %(source)s
   union
   select r.token from jobguard.running r left join jobguard.workers w on w.id = r.worker
   where r.source = %(source)s and jobguard.holds(w, r) is not true
-) t
-join jobguard.jobs j on j.source + 0 = %(source)s and j.token = t.token
-left join jobguard.running r on r.source = j.source and r.token = j.token
-left join jobguard.workers w on w.id = r.worker
-left join jobguard.suspects s on s.source = j.source and s.token = j.token
-left join jobguard.outbox o on o.source = j.source and o.token = j.token
-where j.token > %(after)s and coalesce(j.not_before, now()) <= now()
+))
+  and j.token > %(after)s and coalesce(j.not_before, now()) <= now()
   and (not %(urgent)s or r.token is not null or o.token is not null
        or (s.cause = 'worker' and s.mark = ''))
 order by j.token limit %(limit)s
@@ -468,16 +470,18 @@ with lease as (
                                 %(backoff)b::float8[]) u(token, number, charge, backoff)
 ), locked as (
   select j.token from jobguard.jobs j join said u on u.token = j.token
-  where j.source + 0 = %(source)s order by j.token for update of j
+  where j.source + 0 = %(source)s and j.token = any (%(token)b::uuid[]) order by j.token for update of j
 ), gone as (
   delete from jobguard.running r using said u, locked l
   where r.source + 0 = %(source)s and r.token = u.token and l.token = u.token and r.number = u.number
+    and r.token = any (%(token)b::uuid[])
   returning r.token, r.number, u.charge, u.backoff
 ), charged as (
   update jobguard.jobs j
   set claims = g.number, crashes = j.crashes + g.charge::int,
       not_before = now() + make_interval(secs => g.backoff)
   from gone g where j.source + 0 = %(source)s and j.token = g.token
+    and j.token = any (%(token)b::uuid[])
   returning j.token
 ), suspected as (
   insert into jobguard.suspects as s (source, token, cause)
@@ -501,10 +505,12 @@ with lease as (
   left join jobguard.running r on r.source = j.source and r.token = j.token
   left join jobguard.workers w on w.id = r.worker
   where j.source + 0 = %(source)s and jobguard.holds(w, r) is not true
+    and j.token = any (%(token)b::uuid[])
   order by j.token for update of j
 ), gone as (
   delete from jobguard.jobs j using said u, locked l
   where j.source + 0 = %(source)s and j.token = u.token and l.token = u.token
+    and j.token = any (%(token)b::uuid[])
   returning j.*, u.outcome, u.error, u.join_id, u.part, l.number, l.worker, l.claimed_at
 ), parts as (
   insert into jobguard.join_parts (source, join_id, job_id, token, queue, state, envelope)
@@ -513,10 +519,13 @@ with lease as (
   on conflict do nothing
 ), unclaimed as (
   delete from jobguard.running r using gone g where r.source + 0 = %(source)s and r.token = g.token
+    and r.token = any (%(token)b::uuid[])
 ), unsuspected as (
   delete from jobguard.suspects s using gone g where s.source + 0 = %(source)s and s.token = g.token
+    and s.token = any (%(token)b::uuid[])
 ), unboxed as (
   delete from jobguard.outbox b using gone g where b.source + 0 = %(source)s and b.token = g.token
+    and b.token = any (%(token)b::uuid[])
 ), tombstones as (
   insert into jobguard.history (source, token, job_id, queue, task, outcome, attempt, recoveries,
                                 crashes, number, worker, recorded_at, claimed_at, errors, envelope)
@@ -525,7 +534,8 @@ with lease as (
          case when g.error is not null then array[g.error] end,
          case when g.outcome in ('failed', 'dead') then g.envelope end
   from gone g
-  where not exists (select from jobguard.history h where h.source = g.source and h.token = g.token)
+  where not exists (select from jobguard.history h where h.source = g.source and h.token = g.token
+                    and h.token = any (%(token)b::uuid[]))
 )
 select array(select token from gone) from lease
 

@@ -1,9 +1,10 @@
 -- Ids of any length, plans that no statistics mislead, retention that is kept apart.
 --
 -- Indexes lead with the column that selects. Where statistics were taken of a drained table, reading an
--- index by source alone looks as cheap as finding one row, and it is not when the table has filled up
--- again. So no index leads with source, and statements that find rows by token or job id write
--- "source + 0", which no index can serve.
+-- index as a whole looks as cheap as finding one row, and it is not when the table has filled up again.
+-- So no index leads with source; statements that find rows by job id, or by the tokens of a join, write
+-- "source + 0", which no index can serve; and with a join by token stands "token = any (…)", which every
+-- reading of the index by token must use.
 --
 -- All tables are locked first, in the order in which statements lock them, and for a moment only: behind
 -- a long reader (a backup) every host would wait with us. Then the migration fails, and is run again.
@@ -78,6 +79,7 @@ declare
   v_skipped uuid[] := '{}';
   v_over    uuid[] := '{}';  -- of these: over before they were recorded, but what they followed is not
   v_ids     text[];
+  v_rows    uuid[];
   v_stands  bool;
 begin
   if p_replay then
@@ -94,22 +96,26 @@ begin
     where p.source = p_source and p.token = f.token and p.envelope = '';
     -- Older than what is owed of its id by now: it was superseded before it could be recorded. What a
     -- worker holds is the newest there is, whatever the clocks say that made the tokens.
-    with later as (
-      select f.token, j.token as next
+    with namesakes as materialized (
+      select f.token, f.parent, j.token as next
       from unnest(p_token, p_job_id, p_parent) f(token, job_id, parent)
-      join jobguard.jobs j on j.source + 0 = p_source and j.job_id = f.job_id and j.token > f.token
-      where v_alone is not false and not p_newest and j.token is distinct from f.parent
+      join jobguard.jobs j on j.source + 0 = p_source and j.job_id = f.job_id
+      where v_alone is not false and not p_newest
       union all
-      select f.token, h.token
+      select f.token, f.parent, h.token
       from unnest(p_token, p_job_id, p_parent) f(token, job_id, parent)
-      join jobguard.history h on h.source + 0 = p_source and h.job_id = f.job_id and h.token > f.token
-      where v_alone is not false and not p_newest and h.token is distinct from f.parent
+      join jobguard.history h on h.source + 0 = p_source and h.job_id = f.job_id
+      where v_alone is not false and not p_newest
+    ), later as (
+      select n.token, n.next from namesakes n
+      where n.next > n.token and n.next is distinct from n.parent
     ), outdated as (
       select distinct on (f.token) f.token, f.job_id, f.queue, f.task, l.next
       from unnest(p_token, p_job_id, p_queue, p_task, p_fresh) f(token, job_id, queue, task, fresh)
       join later l on l.token = f.token
       where not f.token = any (v_skipped)
-        and not exists (select from jobguard.jobs o where o.source + 0 = p_source and o.token = f.token)
+        and not exists (select from jobguard.jobs o where o.source + 0 = p_source
+                         and o.token = f.token and o.token = any (p_token))
       order by f.token, l.next desc
     ), tombstones as (
       insert into jobguard.history (source, token, job_id, queue, task, outcome, next)
@@ -123,15 +129,17 @@ begin
     v_never := array(select distinct h.token
                      from unnest(p_token, p_derived) f(token, derived)
                      join jobguard.history h on h.source + 0 = p_source and h.token = f.token
+                       and h.token = any (p_token)
                      where f.derived);
   end if;
   v_ids := array(select f.job_id from unnest(p_job_id, p_fresh) f(job_id, fresh)
                  where v_alone is not false and not f.fresh);
   -- Two deliveries of one id at one moment: neither is a row yet that the other could lock.
   perform pg_advisory_xact_lock(hashtextextended(i, p_source)) from unnest(v_ids) i order by i;
+  v_rows := p_parent || array(select j.token from jobguard.jobs j
+                              where j.source + 0 = p_source and j.job_id = any (v_ids));
   perform from jobguard.jobs j
-  where j.source + 0 = p_source and (j.token = any (p_parent) or j.job_id = any (v_ids))
-  order by j.token for update;
+  where j.source + 0 = p_source and j.token = any (v_rows) order by j.token for update;
   v_stands := found;
   -- Joins after jobs, as in jobguard.end.
   if exists (select from unnest(p_closes) c where c is not null) then
@@ -161,7 +169,9 @@ begin
     select f.token
     from unnest(p_token, p_parent, p_claim, p_speaker) f(token, parent, claim, speaker)
     left join jobguard.jobs j on j.source + 0 = p_source and j.token = f.parent
+      and j.token = any (p_parent)
     left join jobguard.running r on r.source + 0 = p_source and r.token = f.parent
+      and r.token = any (p_parent)
     left join jobguard.workers w on w.id = r.worker
     where f.parent is not null
       and case
@@ -187,26 +197,32 @@ begin
   ), named as (
     select j.token, a.token as next, a.outcome::jobguard.outcome as outcome, a.error, 1 as rank
     from added a
-    join jobguard.jobs j on j.source + 0 = p_source and j.token = a.parent
+    join jobguard.jobs j on j.source + 0 = p_source and j.token = a.parent and j.token = any (v_rows)
     union all
     select j.token, a.token, 'superseded', null, 2
     from added a
     join jobguard.jobs j on j.source + 0 = p_source and j.job_id = a.job_id and j.token <> a.token
+      and j.token = any (v_rows)
     where not a.fresh and j.job_id = any (v_ids) and (j.token < a.token or not a.over)
-      and not exists (select from jobguard.running r where r.source + 0 = p_source and r.token = j.token)
+      and not exists (select from jobguard.running r where r.source + 0 = p_source
+                        and r.token = j.token and r.token = any (v_rows))
   ), old as (
     select distinct on (n.token) n.token, n.next, n.outcome, n.error from named n
     order by n.token, n.rank, n.next desc
   ), gone as (
     delete from jobguard.jobs j using old o where j.source + 0 = p_source and j.token = o.token
+      and j.token = any (v_rows)
     returning j.*, o.next, o.outcome, o.error
   ), unclaimed as (
     delete from jobguard.running r using old o where r.source + 0 = p_source and r.token = o.token
+      and r.token = any (v_rows)
     returning r.token, r.number, r.worker, r.claimed_at
   ), unsuspected as (
     delete from jobguard.suspects s using old o where s.source + 0 = p_source and s.token = o.token
+      and s.token = any (v_rows)
   ), unboxed as (
     delete from jobguard.outbox b using old o where b.source + 0 = p_source and b.token = o.token
+      and b.token = any (v_rows)
   ), tombstones as (
     insert into jobguard.history (source, token, job_id, queue, task, outcome, attempt, recoveries,
                                   crashes, number, worker, recorded_at, claimed_at, next, errors)
@@ -222,7 +238,8 @@ begin
     from added a
     where a.parent is not null
       and not exists (select from old o where o.token = a.parent)
-      and not exists (select from jobguard.history h where h.source + 0 = p_source and h.token = a.parent)
+      and not exists (select from jobguard.history h where h.source + 0 = p_source
+                        and h.token = a.parent and h.token = any (p_parent))
   )
   insert into jobguard.jobs (source, token, job_id, queue, task, priority, attempt, recoveries,
                              crashes, due_at, expires_at, key, trace, envelope)
@@ -366,7 +383,8 @@ begin
   -- as in jobguard.record, and all are taken in the order of tokens.
   v_looked := array(select distinct t from unnest(p_token) t
                     where not exists (select from jobguard.jobs j
-                                      where j.source + 0 = p_source and j.token = t));
+                                      where j.source + 0 = p_source and j.token = t
+                                        and j.token = any (p_token)));
   if v_looked <> '{}' then
     perform jobguard.alone_with(v_looked);
     -- And what stood in the place of the unknown ones, which is superseded below.
@@ -386,13 +404,15 @@ begin
     -- A stale number changes nothing; but what completed has completed, where nobody else runs it now.
     select s.*, r.claimed_at
     from said s
-    join jobguard.jobs j on j.source + 0 = p_source and j.token = s.token
+    join jobguard.jobs j on j.source + 0 = p_source and j.token = s.token and j.token = any (p_token)
     left join jobguard.running r on r.source + 0 = p_source and r.token = s.token
+      and r.token = any (p_token)
     where r.number = s.number
        or (r.token is null and (s.outcome = 'completed' or s.number = 0))
        or (s.number = 0 and r.worker = s.worker)
   ), gone as (
     delete from jobguard.jobs j using valid v where j.source + 0 = p_source and j.token = v.token
+      and j.token = any (p_token)
     returning j.*, v.number, v.outcome, v.worker, v.ended, v.error, v.claimed_at, v.join_id, v.part
   ), parts as (
     insert into jobguard.join_parts (source, join_id, job_id, token, queue, state, envelope)
@@ -401,10 +421,13 @@ begin
     on conflict do nothing
   ), unclaimed as (
     delete from jobguard.running r using valid v where r.source + 0 = p_source and r.token = v.token
+      and r.token = any (p_token)
   ), unsuspected as (
     delete from jobguard.suspects s using valid v where s.source + 0 = p_source and s.token = v.token
+      and s.token = any (p_token)
   ), unboxed as (
     delete from jobguard.outbox b using valid v where b.source + 0 = p_source and b.token = v.token
+      and b.token = any (p_token)
   ), tombstones as (
     insert into jobguard.history (source, token, job_id, queue, task, outcome, attempt, recoveries,
                                   crashes, number, worker, recorded_at, claimed_at, ended_at, errors,
@@ -424,8 +447,10 @@ begin
     v_unknown := array(
       select distinct t from unnest(p_token) t
       where not t = any (v_ended)
-        and not exists (select from jobguard.jobs j where j.source + 0 = p_source and j.token = t)
-        and not exists (select from jobguard.history h where h.source + 0 = p_source and h.token = t));
+        and not exists (select from jobguard.jobs j where j.source + 0 = p_source
+                          and j.token = t and j.token = any (p_token))
+        and not exists (select from jobguard.history h where h.source + 0 = p_source
+                          and h.token = t and h.token = any (p_token)));
   end if;
 
   -- What completed as the library shows it, or as another said, has still left something to its join.
@@ -433,6 +458,7 @@ begin
   select distinct on (e.join_id, h.job_id) p_source, e.join_id, h.job_id, e.token, h.queue, e.part
   from unnest(p_token, p_outcome, p_join, p_part) e(token, outcome, join_id, part)
   join jobguard.history h on h.source + 0 = p_source and h.token = e.token and h.outcome = 'completed'
+      and h.token = any (p_token)
   where e.join_id is not null and e.outcome = 'completed'
     and not e.token = any (v_ended) and not e.token = any (v_unknown)
     and not jobguard.is_closed(p_source, e.join_id)
@@ -460,13 +486,16 @@ begin
       using unnest(p_token, p_job_id) u(token, job_id)
       where (select s.one_body from jobguard.sources s where s.id = p_source) is not false
         and u.token = any (v_unknown) and j.source + 0 = p_source and j.job_id = u.job_id
-        and j.token < u.token
-        and not exists (select from jobguard.running r where r.source = j.source and r.token = j.token)
+        and j.token < u.token and j.token = any (v_rows)
+        and not exists (select from jobguard.running r where r.source + 0 = p_source
+                          and r.token = j.token and r.token = any (v_rows))
       returning j.*, u.token as next
     ), unsuspected as (
-      delete from jobguard.suspects s using replaced o where s.source = o.source and s.token = o.token
+      delete from jobguard.suspects s using replaced o where s.source + 0 = p_source
+        and s.token = o.token and s.token = any (v_rows)
     ), unboxed as (
-      delete from jobguard.outbox b using replaced o where b.source = o.source and b.token = o.token
+      delete from jobguard.outbox b using replaced o where b.source + 0 = p_source
+        and b.token = o.token and b.token = any (v_rows)
     )
     insert into jobguard.history (source, token, job_id, queue, task, outcome, attempt, recoveries,
                                   crashes, recorded_at, next)
@@ -515,28 +544,32 @@ create or replace function jobguard.cancel(
 returns integer language plpgsql as $$
 declare
   v_owed  integer;
-  v_meant uuid[];
+  v_rows  uuid[];
 begin
   -- What runs is locked with the rest of its queue: by the next look it may have been given back.
-  v_meant := jobguard.meant(p_source, p_job_id, p_queue, p_meant, p_until, p_waiting);
+  v_rows := p_token || jobguard.meant(p_source, p_job_id, p_queue, p_meant, p_until, p_waiting);
   perform from jobguard.jobs j
-  where j.source + 0 = p_source and j.token = any (p_token || v_meant)
+  where j.source + 0 = p_source and j.token = any (v_rows)
   order by j.token for update;
-  v_meant := v_meant || jobguard.meant(p_source, p_job_id, p_queue, p_meant, p_until, p_waiting);
+  v_rows := v_rows || jobguard.meant(p_source, p_job_id, p_queue, p_meant, p_until, p_waiting);
   with gone as (
     delete from jobguard.jobs j
-    where j.source + 0 = p_source and j.token = any (p_token || v_meant)
+    where j.source + 0 = p_source and j.token = any (v_rows)
       and (j.token = any (p_token) or j.job_id = any (p_job_id)
            or not exists (select from jobguard.running r
-                          where r.source + 0 = p_source and r.token = j.token))
+                          where r.source + 0 = p_source
+                            and r.token = j.token and r.token = any (v_rows)))
     returning j.*
   ), unclaimed as (
     delete from jobguard.running r using gone g where r.source + 0 = p_source and r.token = g.token
+      and r.token = any (v_rows)
     returning r.token, r.number, r.worker, r.claimed_at
   ), unsuspected as (
     delete from jobguard.suspects s using gone g where s.source + 0 = p_source and s.token = g.token
+      and s.token = any (v_rows)
   ), unboxed as (
     delete from jobguard.outbox b using gone g where b.source + 0 = p_source and b.token = g.token
+      and b.token = any (v_rows)
   ), tombstones as (
     insert into jobguard.history (source, token, job_id, queue, task, outcome, attempt, recoveries,
                                   crashes, number, worker, recorded_at, claimed_at)
@@ -550,8 +583,10 @@ begin
   insert into jobguard.history (source, token, job_id, queue, task, outcome)
   select distinct p_source, t, '', '', '', 'cancelled'::jobguard.outcome
   from unnest(p_token) t
-  where not exists (select from jobguard.history h where h.source + 0 = p_source and h.token = t)
-    and not exists (select from jobguard.jobs j where j.source + 0 = p_source and j.token = t);
+  where not exists (select from jobguard.history h where h.source + 0 = p_source
+                      and h.token = t and h.token = any (p_token))
+    and not exists (select from jobguard.jobs j where j.source + 0 = p_source
+                      and j.token = t and j.token = any (p_token));
   return v_owed;
 end
 $$;
