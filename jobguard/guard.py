@@ -45,6 +45,8 @@ class Stats(Counts):
     """How many jobs are in which state, in all and by queue."""
 
     queues: Mapping[str, Counts] = field(default_factory=dict)
+    spool: Mapping[str, int] = field(default_factory=dict)
+    """What this process keeps in memory for Postgres, in entries and bytes, and what became of the rest."""
 
 
 class JobGuard:
@@ -115,7 +117,11 @@ class JobGuard:
                     f.name: getattr(total, f.name) + getattr(counts, f.name) for f in fields(Counts)
                 },
             )
-        return Stats(**{f.name: getattr(total, f.name) for f in fields(Counts)}, queues=queues)
+        return Stats(
+            **{f.name: getattr(total, f.name) for f in fields(Counts)},
+            queues=queues,
+            spool=self._tracker.spooled(),
+        )
 
     def job(self, job_id: str) -> Sequence[Mapping[str, Any]]:
         """Return every delivery of a job that is owed or remembered, newest first."""

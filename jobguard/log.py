@@ -58,12 +58,28 @@ EVENTS: Mapping[str, Event] = {
     "record_skipped": Event(WARNING, "jobs go unrecorded while Postgres is away"),  # count
     "row_refused": Event(ERROR, "Postgres refuses a row for what is in it"),  # job_id, error
     "spool_replayed": Event(INFO, "the spool was replayed"),  # count, seconds
-    "spool_left": Event(ERROR, "entries of the spool were never written to Postgres"),  # count
+    "spool_left": Event(
+        ERROR, "entries of the spool were not written to Postgres when the process ended"
+    ),  # count, job_ids, aside
     "not_written": Event(DEBUG, "something was not written: Postgres is away"),  # what, error
     "pooler_found": Event(
         WARNING, "prepared statements are lost between calls, as behind a pooler; going without"
     ),
-    "spool_full": Event(ERROR, "the spool is full"),  # size
+    "spool_full": Event(
+        ERROR, "the spool is full: jobs go unrecorded until it has room"
+    ),  # entries, bytes, count, lost
+    "spool_lightened": Event(
+        WARNING,
+        "the spool is at its bound in bytes: records of jobs that are in Redis give up their "
+        "envelopes, and are recorded by the workers that start them",
+    ),  # count, bytes
+    "spool_has_room": Event(INFO, "the spool is empty again"),  # lost
+    "entry_set_aside": Event(
+        WARNING,
+        "an entry of the spool fails while Postgres answers: it is set aside and tried again later",
+    ),  # job_id, kind, bytes, aside, error
+    "entry_given_up": Event(ERROR, "an entry that was set aside is given up"),  # job_id, error
+    "aside_written": Event(INFO, "what was set aside is written"),
     # Working.
     "worker_started": Event(INFO, "a guarded worker begins"),  # worker, name, queues
     "worker_renewed": Event(WARNING, "this worker was declared dead and goes on anew"),  # worker

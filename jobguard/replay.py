@@ -5,13 +5,21 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from jobguard.errors import BadRow, StoreUnavailable, is_host_interrupt
+from jobguard.errors import (
+    BreakerOpen,
+    NoRights,
+    NotMigrated,
+    StoreUnavailable,
+    WrongInstallation,
+    is_host_interrupt,
+)
 from jobguard.job import Delivery, End, Recorded
 from jobguard.log import say
 from jobguard.session import bare_end
-from jobguard.spool import Cancelled, Entry, JoinOpened, Spool
+from jobguard.spool import Cancelled, Entry, JoinOpened, Spool, size_of
 
 if TYPE_CHECKING:
     from jobguard.adapter import Source
@@ -20,6 +28,18 @@ if TYPE_CHECKING:
 
 BATCH = 250
 """Entries of the spool that one call carries along: a host that comes by waits for no more."""
+_BYTES = 1 << 20
+"""And so many bytes of them."""
+_STRIKES = 2
+"""How often an entry may fail, while Postgres answers otherwise, before it is set aside."""
+_TRIES = 8
+"""How often one that was set aside is tried again before it is given up."""
+_AGAIN = 10.0
+"""Seconds until it is tried the first time; twice as many each time after, 10 minutes at most."""
+_LONGEST = 30.0
+"""Seconds between two tries of the thread that drains, at most."""
+_LEAST = 0.2
+"""Seconds for a look whether Postgres is back, where waiting any longer is no use."""
 
 
 class Replay:
@@ -43,32 +63,116 @@ class Replay:
         self._ended = ended
         self._replaying = threading.Lock()
         self._draining = threading.Lock()
+        self._failing = False
+        self._most = BATCH
+        self._strikes = 0
+        self._tried: dict[int, tuple[int, float]] = {}  # by entry: how often, and when again
 
     def some(self, limit: int) -> int:
         """Give Postgres so many entries at most; returns how many it took."""
         if not self._replaying.acquire(blocking=False):
             return 0
         done = 0
+        aside = len(self._spool.aside())
         try:
-            while done < limit and (entries := self._spool.peek(limit - done)):
-                with self._circuit.calling():
-                    self._each(self._ready(), entries)
-                self._spool.drop(entries)
-                done += len(entries)
-        except StoreUnavailable:
+            began = self._spool.size
+            while done < limit and began - self._spool.size < _BYTES:
+                entries = self._spool.peek(min(limit - done, self._most), _BYTES)
+                if not entries:
+                    break
+                if self._write(entries):
+                    self._spool.drop(entries)
+                    done += len(entries)
+            if not len(self._spool):
+                done += self._once_more()
+            self._failing = False
+        except (StoreUnavailable, WrongInstallation):
             pass
         except Exception as error:
             if is_host_interrupt(error):
                 raise
-            say("guest_failed", where="replay", error=str(error), exc_info=True)
+            if not self._failing:
+                say("guest_failed", where="replay", error=str(error), exc_info=True)
+            self._failing = True
         finally:
             self._replaying.release()
         if done:
-            say("spool_replayed", count=done, left=len(self._spool))
+            say("spool_replayed", count=done, left=self._spool.pending)
+        if aside and not self._spool.aside():
+            say("aside_written")
         return done
 
+    def _write(self, entries: Sequence[Entry]) -> bool:
+        """Write these; False: the first of them was set aside. Raises StoreUnavailable.
+
+        Fewer at a time after a failure, and at last one. One that fails while Postgres answers
+        otherwise must not stand in the way of all the others for ever, whatever the reason is.
+        """
+        if not self._strikes:
+            try:
+                with self._circuit.calling():
+                    self._each(self._ready(), entries)
+            except (BreakerOpen, NotMigrated, NoRights):
+                raise
+            except StoreUnavailable:
+                self._most = max(1, len(entries) // 4)
+                self._strikes = 1 if len(entries) == 1 else 0
+                raise
+        else:
+            with self._circuit.calling():
+                self._ready().now()
+            entry = entries[0]
+            try:
+                self._each(self._ready(), [entry])  # outside the circuit: it is the entry's failure
+            except StoreUnavailable as error:
+                self._strikes += 1
+                if self._strikes <= _STRIKES:
+                    raise
+                self._strikes = 0
+                self._spool.set_aside(entry)
+                say(
+                    "entry_set_aside",
+                    job_id=getattr(entry, "job_id", ""),
+                    kind=type(entry).__name__,
+                    bytes=size_of(entry),
+                    aside=len(self._spool.aside()),
+                    error=str(error),
+                )
+                return False
+            self._strikes = 0
+        self._most = min(BATCH, self._most * 2)
+        return True
+
+    def _once_more(self) -> int:
+        """Try the next one that was set aside, if its time has come; returns how many were written."""
+        now = time.monotonic()
+        known = {id(entry): entry for entry in self._spool.aside()}
+        self._tried = {which: self._tried.get(which, (0, now + _AGAIN)) for which in known}
+        due = [which for which, (_, at) in self._tried.items() if at <= now]
+        if not due:
+            return 0
+        entry = known[due[0]]
+        tries = self._tried[due[0]][0] + 1
+        with self._circuit.calling():
+            self._ready().now()
+        try:
+            self._each(self._ready(), [entry])
+        except StoreUnavailable as error:
+            self._tried[due[0]] = (tries, now + min(600.0, _AGAIN * 2**tries))
+            if tries >= _TRIES:
+                self._spool.drop_aside(entry, lost=True)
+                say("entry_given_up", job_id=getattr(entry, "job_id", ""), error=str(error))
+            return 0
+        self._spool.drop_aside(entry, lost=False)
+        return 1
+
     def settle(self, patience: float) -> None:
-        """Write all that waits, in so many seconds."""
+        """Write all that waits, in so many seconds.
+
+        Not longer than a look takes where Postgres has been away for longer than that already.
+        """
+        if not self._circuit.closed and self._circuit.open_for() > patience:
+            patience = min(patience, _LEAST)
         until = time.monotonic() + patience
         while len(self._spool):
             replayed = self.some(BATCH)
@@ -79,26 +183,47 @@ class Replay:
                 time.sleep(0.01)
 
     def drain(self) -> None:
-        """See to it that all is written, in a thread of its own, should nobody come by."""
-        if self._draining.acquire(blocking=False):
+        """See that all is written, in a thread that ends by itself, though the host makes no call."""
+        if not self._draining.acquire(blocking=False):
+            return
+        try:
             threading.Thread(target=self._drain, name="jobguard-drain", daemon=True).start()
+        except (
+            RuntimeError
+        ):  # the interpreter ends, or no thread can be had: the host's calls do it
+            self._draining.release()
 
     def _drain(self) -> None:
         try:
-            while len(self._spool):
-                time.sleep(self._retry_interval / 4)
-                if self._circuit.look():
-                    self.some(BATCH)
+            pause = self._retry_interval / 4
+            while self._spool.pending:
+                time.sleep(pause)
+                if not self._circuit.look():
+                    continue
+                if self.some(BATCH):
+                    pause = self._retry_interval / 4
+                    while self.some(BATCH):
+                        pass
+                elif len(self._spool):  # it takes connections, and refuses what we say
+                    pause = min(2 * pause, _LONGEST)
+                else:  # what was set aside has times of its own
+                    pause = self._retry_interval
         except Exception as error:
             say("guest_failed", where="drain", error=str(error), exc_info=True)
         finally:
             self._draining.release()
+        if self._spool.pending:
+            self.drain()  # something came after the last look
 
     def _each(self, store: HostStore, entries: Sequence[Entry]) -> None:
         """Replay these; one that is refused for what is in it does not keep the others waiting."""
         try:
             self._all(store, entries)
-        except BadRow as error:
+        except StoreUnavailable:
+            raise
+        except Exception as error:
+            if is_host_interrupt(error):
+                raise
             if len(entries) > 1:
                 for entry in entries:
                     self._each(store, [entry])
@@ -116,12 +241,20 @@ class Replay:
         ends = [entry for entry in entries if isinstance(entry, End)]
         for entry in entries:
             if isinstance(entry, Cancelled | JoinOpened):
-                write_intent(store, source, entry, replay=True)
+                write_intent(store, source, self._with_those_aside(entry), replay=True)
         if deliveries:
             store.record(source.id, deliveries, namespace=source.namespace, replay=True)
         if ends:
             store.end(source.id, ends)
             self._ended(ends)
+
+    def _with_those_aside(self, entry: Cancelled | JoinOpened) -> Cancelled | JoinOpened:
+        """Name the records that a cancel meant and that are set aside: they come after it."""
+        if not isinstance(entry, Cancelled) or not entry.waiting:
+            return entry
+        aside = {one.token for one in self._spool.aside() if isinstance(one, Delivery)}
+        meant = aside.intersection(entry.waiting)
+        return replace(entry, tokens=(*entry.tokens, *meant)) if meant else entry
 
 
 def write_intent(

@@ -69,6 +69,9 @@ class Host(Body, Protocol):
     def replay(self) -> int:
         """Give Postgres what waits in the spool."""
 
+    def tell_full(self, count: int) -> None:
+        """Say that so many entries find no room in the spool."""
+
     def settle(self, *, last: bool = False) -> None:
         """Write what waits, in bounded time."""
 
@@ -374,7 +377,7 @@ class WorkerSession:
             if self._tracker.spool.put(batch):
                 self._heart.hurry()
                 return  # listed until they are replayed
-            say("spool_full", size=self._settings.spool_size, ends=len(batch))
+            self._tracker.tell_full(len(batch))
         self.ended(batch)
 
     def _commit_alone(self, batch: Sequence[End], error: BadRow) -> None:
@@ -396,7 +399,7 @@ class WorkerSession:
             self._stop.wait(self._settings.ends_interval)
             try:
                 self.flush()
-                if len(self._tracker.spool):
+                if self._tracker.spool.pending:
                     self._tracker.replay()
                 if native.is_patched() and self._heart.known:
                     self._late_claims()

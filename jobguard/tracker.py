@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import asdict
 from typing import Any
 from uuid import UUID
 
@@ -45,6 +46,10 @@ from jobguard.store import Ask, HostStore, SourceRow
 
 _PATIENCE = 5.0
 """Seconds that a process which is about to end waits, in all, for Postgres to take what it alone knows."""
+_ADOPTABLE_PATIENCE = 0.5
+"""Seconds that it waits for records of jobs that are in Redis: a worker that starts one records it."""
+_NAMED = 20
+"""Ids of what was not written that are named, at most."""
 
 
 class HostTracker:
@@ -62,9 +67,7 @@ class HostTracker:
     ) -> None:
         self.source = source
         self.settings = settings
-        if spool is None:
-            spool = MemorySpool(settings.spool_size, self._spool_changed)
-        self.spool: Spool = spool
+        self.spool: Spool = self._memory_spool() if spool is None else spool
         self._make_store = store
         self._queues = queues
         self.client = client
@@ -83,7 +86,7 @@ class HostTracker:
             self._pid = os.getpid()
             self._store = self._make_store()
             self._registered = False
-            self._told = False
+            self._told = self._told_full = self._told_light = self._told_left = False
             self._patience = _PATIENCE
             self._registering = threading.Lock()
             self.circuit = Circuit(
@@ -94,7 +97,7 @@ class HostTracker:
             if before is not None:
                 self.circuit.copy_state(before)
                 # What waits in the parent's spool is the parent's to replay.
-                self.spool = MemorySpool(self.settings.spool_size, self._spool_changed)
+                self.spool = self._memory_spool()
             self._replay = Replay(
                 self.source,
                 self.spool,
@@ -110,13 +113,21 @@ class HostTracker:
                 self._doubt.after_fork()
         return self
 
+    def _memory_spool(self) -> MemorySpool:
+        return MemorySpool(
+            self.settings.spool_size,
+            self._spool_changed,
+            most_bytes=self.settings.spool_bytes,
+            lightened=self._spool_lightened,
+        )
+
     def _probe(self) -> bool:
         return self._store.probe()
 
     def _circuit_changed(self, closed: bool) -> None:
         if closed:
             self._told = False
-            say("postgres_back", to_replay=len(self.spool))
+            say("postgres_back", to_replay=self.spool.pending)
         else:
             say("postgres_away")
 
@@ -297,8 +308,25 @@ class HostTracker:
         if self.spool.put(entries):
             self._tell_once(error)
             return Recorded(spooled=True)
-        say("spool_full", size=self.settings.spool_size, count=len(entries), error=str(error))
+        self.tell_full(len(entries))
         return Recorded(lost=True)
+
+    def tell_full(self, count: int) -> None:
+        """Say that entries find no room in the spool, once until it is empty again."""
+        if not self._told_full:
+            self._told_full = True
+            say(
+                "spool_full",
+                entries=self.spool.pending,
+                bytes=self.spool.size,
+                count=count,
+                lost=self.spool.counts.lost,
+            )
+
+    def _spool_lightened(self, count: int) -> None:
+        if not self._told_light:
+            self._told_light = True
+            say("spool_lightened", count=count, bytes=self.spool.size)
 
     def _tell_once(self, error: Exception) -> None:
         """One line an outage: a busy producer would otherwise fill its log with them."""
@@ -356,7 +384,7 @@ class HostTracker:
     def _intend(self, entry: Cancelled | JoinOpened, what: str) -> Recorded:
         try:
             recorded: Recorded = self.call(lambda store: write_intent(store, self.source, entry))
-            if isinstance(entry, Cancelled) and len(self.spool):
+            if isinstance(entry, Cancelled) and self.spool.pending:
                 # Its record may still wait there: the intent must come after it as well.
                 self.spool.put([entry])
             return recorded
@@ -487,11 +515,20 @@ class HostTracker:
     def _spool_changed(self) -> None:
         """Tell the worker whose child this is; and see to it that all is written, tasks or none."""
         session = self._session
-        if session is None or session.is_mine:
-            return
-        session.waits(self.spool.oldest())
-        if len(self.spool):
+        if session is not None and not session.is_mine:
+            session.waits(self.spool.oldest())
+        if not self.spool.pending:
+            if self._told_full or self._told_light:
+                say("spool_has_room", lost=self.spool.counts.lost)
+            self._told_full = self._told_light = False
+        elif session is None or not session.is_mine or session.closed:
             self._replay.drain()
+
+    def spooled(self) -> Mapping[str, int]:
+        """What this process keeps that Postgres does not have, and what became of the rest."""
+        counts = asdict(self.spool.counts)
+        aside = len(self.spool.aside())
+        return {"waiting": len(self.spool), "aside": aside, "bytes": self.spool.size, **counts}
 
     def _ended(self, ends: Sequence[End]) -> None:
         if self._session is not None:
@@ -512,13 +549,20 @@ class HostTracker:
         ``last``: this is the end of the process, which waits as long as it has patience left.
         """
         self._mine()
+        if not last:
+            self._replay.settle(self.settings.record_timeout)
+            return
         began = time.monotonic()
-        patience = self._patience if last else self.settings.record_timeout
+        patience = self._patience
+        if self.spool.only_adoptable():
+            patience = min(patience, _ADOPTABLE_PATIENCE)
         self._replay.settle(patience)
-        if last:
-            self._patience -= min(patience, time.monotonic() - began)
-        if len(self.spool):
-            say("spool_left", count=len(self.spool))
+        self._patience -= min(self._patience, time.monotonic() - began)
+        left = self.spool.left()
+        if left and not self._told_left:
+            self._told_left = True
+            ids = [id for id in (getattr(entry, "job_id", "") for entry in left) if id]
+            say("spool_left", count=len(left), job_ids=ids[:_NAMED], aside=len(self.spool.aside()))
 
     def close(self) -> None:
         """Write what waits, in bounded time, and let go."""

@@ -55,6 +55,13 @@ _AGAIN = {"40P01", "40001"}  # deadlock and serialization: the statement did not
 # reads all of them for every claim, until somebody analyzes the table. New plans take a millisecond.
 PLANS_SECONDS = 5.0
 
+_FAST, _SLOW = 20e6, 250e3
+"""Bytes a second that a payload is given time for: at first, and at last."""
+_LARGE = 100_000
+"""Bytes of a payload of which the time says something about the network."""
+_MOST_FOR_PAYLOAD = 5.0
+"""Seconds that a payload may take."""
+
 # What a fork leaves behind in the child. Kept for ever, so that no destructor closes the parent's socket.
 _inherited: list[object] = []
 
@@ -170,6 +177,7 @@ class Database:
         self._prepare = not pooler
         self._application_name = application_name
         self._pid = os.getpid()
+        self._rate = _FAST
         self._lock = threading.RLock()
         self._connection: _Bounded | None = None
         self._connecting: Connecting | None = None
@@ -203,18 +211,28 @@ class Database:
     ) -> list[Row]:
         """Run one statement in a transaction of its own and return its rows.
 
-        ``payload`` is how many bytes are sent along: a large one is given more time (1 s per 20 MB).
+        ``payload`` is how many bytes are sent along. They are given the time that they took of late: 1 s
+        per 20 MB at first, four times as much after a miss, ``_MOST_FOR_PAYLOAD`` at most.
         A connection that turns out to be lost is made anew and the statement sent once more, within
         the same time: so every statement must be one that may run twice.
         Raises StoreUnavailable or one of its kinds (NotWritten where that is certain), BadRow, or
         JobguardError.
         """
-        budget = (self._call_timeout if timeout is None else timeout) + payload / 20e6
+        budget = self._call_timeout if timeout is None else timeout
+        budget += min(payload / self._rate, _MOST_FOR_PAYLOAD)
         with self._mine():
             try:
-                return self._attempt(query, parameters, budget)
+                began = time.monotonic()
+                rows = self._attempt(query, parameters, budget)
+                if payload > _LARGE:
+                    self._rate = min(_FAST, payload / (time.monotonic() - began) / 2)
+                return rows
             except _Lost as lost:
                 first = lost
+            except StoreUnavailable:
+                if payload > _LARGE:
+                    self._rate = max(_SLOW, self._rate / 4)
+                raise
             try:
                 return self._attempt(query, parameters, budget)
             except _Lost as lost:

@@ -184,6 +184,7 @@ class PostgresStore:
                 "join": [texts.key(e.part.join) if e.part else None for e in ends],
                 "part": [e.part.state if e.part else None for e in ends],
             },
+            payload=sum(len(e.error or "") + len(e.part.state if e.part else b"") for e in ends),
         )
         return [Ended(answer) for answer in rows[0][0]]
 
@@ -229,6 +230,7 @@ class PostgresStore:
                 "state": state,
                 "namespace": namespace,
             },
+            payload=len(state),
         )
         return bool(rows[0][0])
 

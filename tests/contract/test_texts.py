@@ -40,7 +40,7 @@ TEXTS = {
 }
 
 
-@pytest.fixture(params=TEXTS.values(), ids=TEXTS.keys())
+@pytest.fixture(params=list(TEXTS.values()), ids=list(TEXTS))
 def text(request: pytest.FixtureRequest) -> str:
     """Give one of the unusual texts."""
     return str(request.param)
@@ -90,12 +90,12 @@ def test_ends_and_cancels(ledger: Contract, text: str) -> None:
 
 def test_joins(ledger: Contract, text: str) -> None:
     """A join and its members; two long names that differ at their end are two."""
-    for join in (text, text + "2"):
-        ledger.store.open_join(SOURCE, join, size=2, state=b"s", namespace=ledger.namespace)
+    for name_ in (text, text + "2"):
+        ledger.store.open_join(SOURCE, name_, size=2, state=b"s", namespace=ledger.namespace)
         worker = ledger.working()
         for job_id in (text, text + "2"):
             claim = worker.start(ledger.recorded(job_id, queue=text).token)
-            worker.end(claim, part=Part(join, b"p"))
+            worker.end(claim, part=Part(name_, b"p"))
     opened = ledger.leader.open_joins(SOURCE, after="", limit=10)
     assert {join.id for join in opened} == {text, text + "2"} - {""}
     for join in opened:

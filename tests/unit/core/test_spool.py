@@ -7,8 +7,8 @@ from uuid import uuid4
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobguard.job import End, Outcome, new_token
-from jobguard.spool import Cancelled, Entry, MemorySpool
+from jobguard.job import End, Outcome, Parent, Part, new_token
+from jobguard.spool import Adoptable, Cancelled, Entry, MemorySpool, size_of
 from tests.unit.core.fakes import delivery, token
 
 
@@ -121,21 +121,94 @@ def test_an_intent_knows_when_it_was_made() -> None:
 
 
 def test_oldest() -> None:
-    """It tells since when something waits."""
+    """It tells since when a report waits; a record alone is no report."""
     spool = MemorySpool(10)
     before = time.time()
-    first = delivery()
+    record, first = delivery(), end()
+    spool.put([record])
+    assert spool.oldest() is None
     spool.put([first])
     at = spool.oldest()
     assert at is not None
     assert before <= at <= time.time()
 
-    spool.put([delivery()])
+    spool.put([delivery(parent=Parent(token()))])
     assert spool.oldest() == at
-    spool.drop([first])
+    spool.drop([record, first])
     later = spool.oldest()
     assert later is not None
     assert later >= at
+
+
+def test_bound_in_bytes() -> None:
+    """At the bound, records of jobs that are in Redis give up their envelopes, oldest first."""
+    told: list[int] = []
+    spool = MemorySpool(1_000, most_bytes=1_000_000, lightened=told.append)
+    follows = delivery("retry", parent=Parent(token()), envelope=b"x" * 100_000)
+    records = [delivery(str(n), envelope=b"x" * 100_000) for n in range(20)]
+    assert spool.put([follows])
+    for record in records:
+        assert spool.put([record])
+        assert spool.size <= 1_000_000
+
+    assert len(spool) == 21
+    assert spool.counts.lost == 0
+    assert spool.counts.adoptable == sum(told) > 0
+    assert list(spool.waiting(["0"], None)) == [records[0].token]
+    out: list[Entry] = []
+    while run := spool.peek(5):
+        out += run
+        spool.drop(run)
+    assert out[0] is follows
+    assert isinstance(out[1], Adoptable)
+    assert out[-1] is records[-1]
+    assert spool.size == 0
+
+
+def test_what_cannot_give_up_its_envelope_finds_no_room() -> None:
+    """It is counted; and what is larger than the spool leaves its id alone."""
+    spool = MemorySpool(1_000, most_bytes=100_000)
+    ends = [
+        End(
+            token(), 1, Outcome.COMPLETED, uuid4(), error="e" * 5_000, part=Part("j", b"x" * 50_000)
+        )
+        for _ in range(2)
+    ]
+    assert spool.put([ends[0]])
+    assert not spool.put([ends[1]])
+    assert spool.counts.lost == 1
+    assert spool.put([delivery(envelope=b"x" * 200_000)])
+    assert spool.counts.adoptable == 1
+
+
+def test_a_peek_is_bounded_in_bytes() -> None:
+    """One entry at least, however large."""
+    spool = MemorySpool(10)
+    large = [delivery(envelope=b"x" * 1_000) for _ in range(3)]
+    spool.put(large)
+    assert list(spool.peek(10, 10)) == large[:1]
+    assert list(spool.peek(10, 3_500)) == large[:2]
+
+
+def test_set_aside() -> None:
+    """It is out of the way, and neither forgotten nor without a bound."""
+    spool = MemorySpool(5_000)
+    odd, good = end(), delivery()
+    spool.put([odd, good])
+    spool.set_aside(odd)
+    assert list(spool.peek(9)) == [good]
+    assert spool.oldest() is None
+    assert (len(spool), spool.pending, list(spool.aside())) == (1, 2, [odd])
+    spool.drop_aside(odd, lost=False)
+    assert (spool.pending, spool.counts.replayed) == (1, 1)
+    spool.drop([good])
+    for _ in range(1_001):
+        odd = end()
+        spool.put([odd])
+        spool.set_aside(odd)
+    assert len(spool.aside()) == 1_000
+    assert spool.counts.lost == 1
+    assert spool.size == sum(size_of(one) for one in spool.aside())
 
 
 @given(st.lists(st.integers(0, 4)), st.integers(1, 8), st.integers(1, 5))
