@@ -410,7 +410,10 @@ class LeaderStore(Protocol):
         """Hold a queue until a person resumes it."""
 
     def rotate(self, *, retention: float) -> int:
-        """Make the coming partitions of history and drop the old. Returns how many were dropped."""
+        """Make the coming partitions of history and drop the old. Returns how many were dropped.
+
+        History is shared by all namespaces: what another one wants to remember stays.
+        """
 
     def vacuum(self) -> Sequence[str]:
         """Vacuum the small tables that need it. Returns which."""

@@ -1908,6 +1908,38 @@ def test_what_ended_long_ago_is_forgotten(ledger: Contract) -> None:
     assert list(ledger.owed()) == [owed.token]
 
 
+def test_one_namespaces_retention_drops_nothing_of_anothers(ledger: Contract) -> None:
+    """History is shared: what somebody wants to remember stays, as long as they want it."""
+    ledger.elected()
+    ledger.leader.rotate(retention=30 * 86400)
+    other = ledger.backend.leader("staging", uuid4())
+    assert other.elect(lease=LONG) is not None
+    it = ledger.recorded()
+    ledger.cancel(tokens=[it.token])
+    ledger.advance(9 * 86400)
+    other.rotate(retention=3600)
+    assert ledger.outcome(it.token) is Outcome.CANCELLED
+    ledger.leader.rotate(retention=2 * 86400)
+    other.rotate(retention=3600)
+    assert ledger.outcome(it.token) is None
+
+
+def test_a_namespace_that_never_said_what_it_wants_to_remember_has_a_week(
+    ledger: Contract,
+) -> None:
+    """Its hosts write, and no reconciler has run yet."""
+    row = SourceRow(SOURCE, NAMESPACE, "rq", "localhost:6379/0", "", None, "fence=true")
+    ledger.store.register(row)
+    it = ledger.recorded()
+    ledger.cancel(tokens=[it.token])
+    ledger.advance(5 * 86400)
+    ledger.backend.leader("staging", uuid4()).rotate(retention=3600)
+    assert ledger.outcome(it.token) is Outcome.CANCELLED
+    ledger.advance(5 * 86400)
+    ledger.backend.leader("staging", uuid4()).rotate(retention=3600)
+    assert ledger.outcome(it.token) is None
+
+
 def test_a_vacuum_can_always_be_asked_for(ledger: Contract) -> None:
     """With nothing to do it names no table."""
     assert list(ledger.leader.vacuum()) == []

@@ -15,6 +15,8 @@ from jobguard.store import Brake, Closing, Incident, QueueRow, SourceRow, Void, 
 from jobguard.store.memory.tables import Key, Lease, Loss, Suspect, Tables
 
 _DAY = 86400.0
+_RETENTION = 7 * _DAY
+"""How long a namespace that never said so wants to remember."""
 _REMEMBERED = 900.0
 """Seconds for which a worker that is gone is remembered."""
 
@@ -448,6 +450,11 @@ class MemoryLeaderStore:
         if retention < 3600:
             raise ConfigurationError(f"retention must be an hour at least, not {retention} s")
         with self._tables.open() as now:
+            self._tables.retentions[self._namespace] = retention
+            # What the other namespaces want to remember is not dropped for this one's sake.
+            others = {row.namespace for row in self._tables.sources.values()}
+            wishes = self._tables.retentions
+            retention = max(wishes.get(one, _RETENTION) for one in {*others, *wishes})
             history = self._tables.history
             days = {key: int(tombstone.ended_at // _DAY) for key, tombstone in history.items()}
             old = {day for day in days.values() if (day + 1) * _DAY < now - retention}

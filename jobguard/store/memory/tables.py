@@ -143,6 +143,8 @@ class Tables:
         self.incidents: dict[int, Loss] = {}
         self.queues: dict[tuple[int, str], QueueRow] = {}
         self.joins: dict[tuple[int, str], Join] = {}
+        self.retentions: dict[str, float] = {}
+        """By namespace: how long it wants to remember."""
 
     @contextmanager
     def open(self) -> Iterator[float]:
