@@ -130,6 +130,8 @@ class Parent:
     outcome: Outcome = Outcome.SUPERSEDED
     worker: UUID | None = None
     """Who speaks, where it is a worker."""
+    error: str | None = None
+    """Why its run failed, where that is known; redacted."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,11 +9,12 @@ exception of ours reach the host, unless the user asked for it.
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 from uuid import UUID
 
@@ -38,6 +39,7 @@ from jobguard.errors import (
 from jobguard.guest import well_behaved
 from jobguard.job import ClaimAnswer, Delivery, End, Ended, Outcome, Recorded
 from jobguard.log import say
+from jobguard.redact import redact
 from jobguard.replay import BATCH, Replay, write_intent
 from jobguard.session import WorkerSession
 from jobguard.settings import Settings
@@ -200,6 +202,7 @@ class HostTracker:
         if not deliveries:
             return Recorded()
         self._mine()
+        deliveries = _with_errors(deliveries)
         # Else a leader might push what its sender is told has failed.
         outbox = outbox and self._accepts
         try:
@@ -571,6 +574,23 @@ class HostTracker:
             self._session.close()
         self.settle(last=True)
         self._store.close()
+
+
+def _with_errors(deliveries: Sequence[Delivery]) -> Sequence[Delivery]:
+    """Say why the runs failed that these take the place of: libraries retry while they handle that."""
+    failure = sys.exception()
+    if failure is None or not any(delivery.parent for delivery in deliveries):
+        return deliveries
+    try:
+        error = redact(f"{type(failure).__name__}: {failure}")
+    except Exception:  # its words are the user's code
+        error = type(failure).__name__
+    return [
+        replace(one, parent=replace(one.parent, error=error))
+        if one.parent is not None and one.parent.error is None
+        else one
+        for one in deliveries
+    ]
 
 
 def _goes_on(delivery: Delivery) -> bool:

@@ -53,7 +53,8 @@ select jobguard.record(
   %(priority)b::int[], %(attempt)b::int[], %(due)s::float8[], %(expires)s::float8[],
   %(key)s::text[], %(trace)s::text[], %(envelope)b::bytea[], %(parent)s::uuid[], %(claim)s::int[],
   %(outcome)s::text[], %(speaker)s::uuid[], %(fresh)b::bool[],
-  %(derived)b::bool[], %(closes)s::text[], %(outbox)s, %(replay)s, %(newest)s),
+  %(derived)b::bool[], %(closes)s::text[], %(outbox)s, %(replay)s, %(newest)s,
+  %(error)s::text[]),
   jobguard.led(%(namespace)s)
 
 -- name: withdraw

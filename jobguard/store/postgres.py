@@ -389,5 +389,6 @@ def _lineage(batch: Sequence[Delivery]) -> dict[str, Any]:
         "outcome": [d.parent.outcome.value if d.parent else None for d in batch],
         "fresh": [d.fresh for d in batch],
         "derived": [d.derived for d in batch],
+        "error": [d.parent.error if d.parent else None for d in batch],
         "closes": [d.closes and texts.key(d.closes) for d in batch],
     }

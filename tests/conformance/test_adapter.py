@@ -338,6 +338,7 @@ class TestLives:
         # By attempt: a library that keeps a retry in its delay queue first makes two deliveries of it.
         last = {attempt: outcome for outcome, attempt in records.ended(job_id)}
         assert last == {1: "superseded", 2: "superseded", 3: "failed"}
+        assert records.blamed(job_id) == {1, 2, 3}
         assert (records.owed(), records.claims()) == ([], [])
 
     def test_a_move_from_the_delay_queue_supersedes_what_waited_there(

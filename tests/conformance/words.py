@@ -71,6 +71,14 @@ class Records:
                 [job_id],
             ).fetchall()
 
+    def blamed(self, job_id: str) -> set[int]:
+        """Return the attempts of a job of which it is known why they failed."""
+        with psycopg.connect(self._database) as connection:
+            rows = connection.execute(
+                "select attempt from jobguard.history where job_id = %s and errors <> '{}'", [job_id]
+            )
+            return {int(attempt) for (attempt,) in rows}
+
     def trusted(self) -> bool:
         """Whether a queue has only guarded workers, so that its jobs are put back."""
         with psycopg.connect(self._database) as connection:

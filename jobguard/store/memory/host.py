@@ -138,7 +138,7 @@ class MemoryHostStore:
         if older is not None:
             if not self._speaks_for(key, parent, replay=replay):
                 return False
-            tables.bury(key, parent.outcome, ended_at=now, next=token)
+            tables.bury(key, parent.outcome, ended_at=now, next=token, error=parent.error)
             job.inherit(older)
             return True
         tombstone = tables.history.get(key)
@@ -152,6 +152,7 @@ class MemoryHostStore:
             queue=job.delivery.queue,
             task=job.delivery.task,
             next=token,
+            error=parent.error,
         )
         return True
 
