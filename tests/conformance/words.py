@@ -75,7 +75,8 @@ class Records:
         """Return the attempts of a job of which it is known why they failed."""
         with psycopg.connect(self._database) as connection:
             rows = connection.execute(
-                "select attempt from jobguard.history where job_id = %s and errors <> '{}'", [job_id]
+                "select attempt from jobguard.history where job_id = %s and errors <> '{}'",
+                [job_id],
             )
             return {int(attempt) for (attempt,) in rows}
 
