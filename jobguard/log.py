@@ -61,8 +61,13 @@ EVENTS: Mapping[str, Event] = {
     "spool_left": Event(ERROR, "entries of the spool were never written to Postgres"),  # count
     "not_written": Event(DEBUG, "something was not written: Postgres is away"),  # what, error
     "pooler_found": Event(
-        WARNING, "prepared statements are lost between calls, as behind a pooler; going without"
+        INFO,
+        "Postgres is behind a pooler: statements are not prepared, and each transaction sets what it "
+        "needs",
     ),
+    "settings_reduced": Event(
+        INFO, "this Postgres does not have all settings of our sessions"
+    ),  # error
     "spool_full": Event(ERROR, "the spool is full"),  # size
     # Working.
     "worker_started": Event(INFO, "a guarded worker begins"),  # worker, name, queues

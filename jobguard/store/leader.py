@@ -348,7 +348,7 @@ class PostgresLeaderStore:
         """Vacuum the small tables that need it; see LeaderStore."""
         tables = [str(row[0]) for row in self._ask("dead_rows", least=least)]
         for table in tables:
-            self._db.execute(f"vacuum (truncate off) jobguard.{table}", timeout=30.0)
+            self._db.execute(f"vacuum (truncate off) jobguard.{table}", timeout=30.0, alone=True)
         return tables
 
     def close(self) -> None:
