@@ -70,6 +70,7 @@ class Replay:
     def settle(self, patience: float) -> None:
         """Write all that waits, in so many seconds."""
         until = time.monotonic() + patience
+        self._circuit.hurry()
         while len(self._spool):
             replayed = self.some(BATCH)
             if time.monotonic() >= until:
