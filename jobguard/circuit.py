@@ -117,7 +117,7 @@ class Circuit:
 
     def _pause(self) -> float:
         """How long to leave Postgres alone after one more failure."""
-        pause = self._retry_interval * 2 ** min(self._failures, _MOST)
+        pause = self._retry_interval * 2.0 ** min(self._failures, _MOST)
         self._failures += 1
         return pause * (0.5 + 0.5 * self._chance())
 

@@ -123,6 +123,11 @@ EVENTS: Mapping[str, Event] = {
     "ledger_moved": Event(
         ERROR, "this database is not where it was: `jobguard resume --moved`"
     ),  # was, is_now
+    "identity_partial": Event(
+        INFO,
+        "this Postgres does not tell its system identifier: a copy of the database is known by the "
+        "database's number alone",
+    ),  # error
     "ledger_behind": Event(ERROR, "Redis' pulse is ahead: Postgres went back in time"),  # source
     "queue_held": Event(ERROR, "a queue is held until `jobguard resume`"),  # source, queue, reason
     "queue_trusted": Event(INFO, "a queue is trusted"),  # source, queue

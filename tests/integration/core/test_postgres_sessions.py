@@ -26,6 +26,7 @@ from jobguard.settings import settings_from
 from jobguard.store import Ask, SourceRow, wire
 from jobguard.store.connection import Database
 from jobguard.store.leader import PostgresLeaderStore
+from jobguard.store.ledger import PostgresLedger
 from jobguard.store.names import Names
 from jobguard.store.postgres import PostgresStore
 from tests.pooler import Pooler
@@ -47,7 +48,7 @@ HOSTILE = {
     "array_nulls": "off",
     "lock_timeout": "1ms",
     "statement_timeout": "100ms",
-    "idle_in_transaction_session_timeout": "1ms",
+    "idle_in_transaction_session_timeout": "1s",
 }
 SHOWN = {
     "transaction_isolation": "read committed",
@@ -537,3 +538,45 @@ def test_behind_pgbouncer(database: str, tmp_path: Any) -> None:
             assert row == (80, 80)
         finally:
             bouncer.terminate()
+
+
+# -- the identity of the server --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("state", ["42501", "0A000", "55000", "XX000", "22023"])
+def test_a_server_that_does_not_tell_its_identifier(empty_database: str, state: str) -> None:
+    """However it refuses: it is migrated, led and shown, and known by the rest of its identity."""
+    with psycopg.connect(empty_database, autocommit=True) as connection:
+        connection.execute("set allow_system_table_mods = on")
+        connection.execute("alter function pg_control_system() rename to pg_kept_system")
+        refusal = (
+            "create function pg_catalog.pg_control_system() returns table (system_identifier bigint)"
+            f" language plpgsql as $$ begin raise exception 'no' using errcode = '{state}'; end $$"
+        )
+        connection.execute(refusal.encode())
+    jobguard.schema.migrate(empty_database)
+    leader = PostgresLeaderStore(
+        lambda: empty_database, "d", uuid.uuid4(), settings_from({"connect_timeout": LONG})
+    )
+
+    leader.settle()
+    known = leader.identity()
+
+    assert known["system_identifier"] is known["system_now"] is None
+    assert known["database_oid"] == known["database_now"]
+    ledger = PostgresLedger(lambda: empty_database)
+    shown = ledger.overview("d")["installation"]
+    assert (shown["moved"], shown["system_now"]) == (False, None)
+    ledger.close()
+    leader.close()
+
+
+def test_people_and_migrations_rely_on_no_default(empty_database: str) -> None:
+    """What is done for a person works under any default of the database, too."""
+    hostile(empty_database)
+    jobguard.schema.migrate(empty_database)
+    ledger = PostgresLedger(lambda: empty_database)
+    one_life(store(empty_database))
+    ledger.pause("d", queue=None)
+    assert ledger.overview("d")["brake"]["paused_at"] is not None
+    ledger.close()

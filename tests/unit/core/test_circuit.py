@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 
@@ -149,7 +150,7 @@ def test_looks_more_and_more_seldom() -> None:
 
     found = looks(stage, 40 * RETRY)
 
-    pauses = [round(later - sooner) for sooner, later in zip(found, found[1:], strict=False)]
+    pauses = [round(later - sooner) for sooner, later in pairwise(found)]
     assert pauses[:3] == [1, 2, 4]
     assert set(pauses[3:]) == {8}
     assert stage.calls == 1
