@@ -22,8 +22,8 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import psycopg
-from psycopg import pq
-from psycopg.adapt import PyFormat, Transformer
+from psycopg import abc, pq
+from psycopg.adapt import AdaptersMap, PyFormat, Transformer
 from psycopg.errors import error_from_result
 
 from jobguard import native
@@ -115,10 +115,16 @@ class Session:
         self._limit = _milliseconds(limit)
         self._planned_at = time.monotonic()
         self._prepared: set[bytes] = set()
-        self._transformer = Transformer()
+        self.adapters = AdaptersMap(psycopg.adapters)
+        """How values are told to this session; see psycopg.abc.AdaptContext."""
+        self.connection = None
         self._settings = _RELIED_ON | ({} if reduced else _WHERE_POSSIBLE)
         if pgconn.server_version >= 170000 and not reduced:
             self._settings = self._settings | _SINCE_17
+
+    @functools.cached_property
+    def _transformer(self) -> abc.Transformer:
+        return Transformer(self)
 
     @property
     def usable(self) -> bool:
