@@ -36,7 +36,6 @@ from jobguard.errors import (
 from jobguard.log import say
 from jobguard.store.names import is_address, names
 from jobguard.store.wire import (
-    PLANS_SECONDS,
     READ,
     WRITE,
     DeadlinePassed,
@@ -66,6 +65,11 @@ _NOT_SUPPORTED = ("0A", "22", "42")  # classes: a setting that this server does 
 _FULL = re.compile(
     r"too many (clients|connections)|connection slots|max_client_conn", re.IGNORECASE
 )
+
+# A session keeps the plans of its statements, and of those inside functions, for the sizes that tables
+# had when they were made. Ours are empty at one moment and full at the next: a plan made for a few rows
+# reads all of them for every claim, until somebody analyzes the table. New plans take a millisecond.
+PLANS_SECONDS = 5.0
 
 _STUCK = 5.0
 """Seconds after which a login that was begun is given up."""
@@ -374,7 +378,12 @@ class Database:
         session = self._connected()
         try:
             return session.call(
-                query, parameters, budget=budget, prepare=self._prepare, alone=alone
+                query,
+                parameters,
+                budget=budget,
+                prepare=self._prepare,
+                plans=PLANS_SECONDS,
+                alone=alone,
             )
         except DeadlinePassed as error:
             # A second try would wait as long again: this outage has had its one wait.

@@ -24,7 +24,7 @@ from typing import Any
 import psycopg
 from psycopg import abc, pq
 from psycopg.adapt import AdaptersMap, PyFormat, Transformer
-from psycopg.errors import error_from_result
+from psycopg.errors import Diagnostic, error_from_result
 
 from jobguard import native
 
@@ -36,9 +36,6 @@ Steps = Generator[int, None, list[Any]]
 
 READ, WRITE = 1, 2
 
-PLANS_SECONDS = 5.0
-"""How long a session uses the plans of its statements. Our tables are empty at one moment and full at
-the next, and a plan made for a few rows reads all of them for every claim. New plans take a millisecond."""
 _NAMES = 100
 """Statements that a session prepares by name. The others are sent as they are."""
 _MARGIN = 0.9
@@ -131,6 +128,10 @@ class Session:
         """Whether the connection stands, as far as is known."""
         return self.pgconn.status == pq.ConnStatus.OK
 
+    def add_notice_handler(self, handler: Callable[[Diagnostic], None]) -> None:
+        """Hand over what the server says beside its answers; psycopg's method of this name."""
+        self.pgconn.notice_handler = lambda result: handler(Diagnostic(result))
+
     # -- the settings ------------------------------------------------------------------------------
 
     def settle(self) -> Steps:
@@ -164,18 +165,20 @@ class Session:
         *,
         budget: float,
         prepare: bool,
+        plans: float,
         alone: bool = False,
     ) -> list[Row]:
         """Run one statement as a transaction and return its rows, within ``budget`` seconds.
 
-        ``alone``: it cannot stand in a transaction with others. Raises psycopg.Error as the server
+        ``plans``: how many seconds plans are used for. ``alone``: it cannot stand in a transaction
+        with others. Raises psycopg.Error as the server
         answers it (``failed_at`` is the place of what failed), or DeadlinePassed.
         """
         now = time.monotonic()
         deadline = now + budget
         limit = _milliseconds(budget)
         name, statement = self._statement(query, parameters, prepare and not self.pooled)
-        replan = now - self._planned_at > PLANS_SECONDS and not (self.pooled and alone)
+        replan = now - self._planned_at > plans and not (self.pooled and alone)
         relimit = not self.pooled and not limit * 0.8 <= self._limit <= limit
         before: list[Send] = []
         after: list[Send] = [None]
