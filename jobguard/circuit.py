@@ -8,10 +8,14 @@ A Postgres that was only slow once (a checkpoint, a busy machine) stands again a
 first look is taken at once: a stopped one accepts no connection. One that opened the circuit a
 moment ago is given ``retry_interval``, or else a Postgres that answers logins and nothing more would
 cost a wait with every call.
+
+Each failure after that doubles the pause, up to eight intervals. A part of the pause is random:
+processes that lost Postgres together do not come back together.
 """
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +27,8 @@ from jobguard.errors import BreakerOpen, StoreUnavailable
 
 _NEVER = 10.0 * 365 * 86400
 """pybreaker's own trial would be a call that waits."""
+_MOST = 3
+"""How often the pause is doubled."""
 _STEADY = 10
 """A circuit that was closed for so many retry intervals opens for a hiccup, as far as is known."""
 
@@ -37,8 +43,11 @@ class Circuit:
         retry_interval: float,
         on_change: Callable[[bool], None] = lambda _closed: None,
         clock: Callable[[], float] = time.monotonic,
+        chance: Callable[[], float] = random.random,
     ) -> None:
         self._probe = probe
+        self._chance = chance
+        self._failures = 0
         self._retry_interval = retry_interval
         self._on_change = on_change
         self._clock = clock
@@ -78,6 +87,7 @@ class Circuit:
         try:
             with self._breaker.calling():
                 yield
+            self._failures = 0
         except pybreaker.CircuitBreakerError as error:
             raise BreakerOpen from error
         except StoreUnavailable:
@@ -94,12 +104,22 @@ class Circuit:
             if not self._probe():
                 return False  # under way: the next who comes along carries it on
         except StoreUnavailable:
-            self._next_look = self._clock() + self._retry_interval
+            self._next_look = self._clock() + self._pause()
             return False
         finally:
             self._looking.release()
         self.answered()
         return True
+
+    def hurry(self) -> None:
+        """Let the next look be taken at once: this process is about to end."""
+        self._next_look = 0.0
+
+    def _pause(self) -> float:
+        """How long to leave Postgres alone after one more failure."""
+        pause = self._retry_interval * 2.0 ** min(self._failures, _MOST)
+        self._failures += 1
+        return pause * (0.5 + 0.5 * self._chance())
 
     def answered(self) -> None:
         """Postgres has just answered somebody: close."""
@@ -115,7 +135,9 @@ class Circuit:
         self._told_open = True
         now = self._clock()
         steady = now - self._opened_at >= _STEADY * self._retry_interval
-        self._next_look = now if steady else now + self._retry_interval
+        if steady:
+            self._failures = 0
+        self._next_look = now if steady else now + self._pause()
         self._opened_at = now
         self._on_change(False)
 

@@ -57,6 +57,10 @@ class NoRights(NotWritten):
     """The role may not use the schema. See "Roles and grants" in the README."""
 
 
+class TooManyConnections(NotWritten):
+    """Postgres has no connection left for this role, or none at all."""
+
+
 class SchemaMismatch(JobguardError):
     """The database's schema is of another version. Run `jobguard migrate` with this version."""
 

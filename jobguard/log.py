@@ -63,8 +63,13 @@ EVENTS: Mapping[str, Event] = {
     ),  # count, job_ids, aside
     "not_written": Event(DEBUG, "something was not written: Postgres is away"),  # what, error
     "pooler_found": Event(
-        WARNING, "prepared statements are lost between calls, as behind a pooler; going without"
+        INFO,
+        "Postgres is behind a pooler: statements are not prepared, and each transaction sets what it "
+        "needs",
     ),
+    "settings_reduced": Event(
+        INFO, "this Postgres does not have all settings of our sessions"
+    ),  # error
     "spool_full": Event(
         ERROR, "the spool is full: jobs go unrecorded until it has room"
     ),  # entries, bytes, count, lost
@@ -134,6 +139,11 @@ EVENTS: Mapping[str, Event] = {
     "ledger_moved": Event(
         ERROR, "this database is not where it was: `jobguard resume --moved`"
     ),  # was, is_now
+    "identity_partial": Event(
+        INFO,
+        "this Postgres does not tell its system identifier: a copy of the database is known by the "
+        "database's number alone",
+    ),  # error
     "ledger_behind": Event(ERROR, "Redis' pulse is ahead: Postgres went back in time"),  # source
     "queue_held": Event(ERROR, "a queue is held until `jobguard resume`"),  # source, queue, reason
     "queue_trusted": Event(INFO, "a queue is trusted"),  # source, queue

@@ -7,6 +7,7 @@ starves for as long. A beat must come all the same.
 from __future__ import annotations
 
 import contextlib
+import select
 import sys
 import threading
 from collections.abc import Callable
@@ -38,6 +39,15 @@ def start(work: Callable[[], None], *, name: str) -> Event:
 def lock() -> Any:
     """Return a lock of the operating system. Hold it for a moment only: it stops every greenlet."""
     return _gevents("allocate_lock")() if _gevent() else _threading().Lock()
+
+
+def poll() -> Any:
+    """Return a ``select.poll`` of the operating system, for a thread of start()."""
+    if _gevent():
+        return sys.modules["gevent.monkey"].get_original("select", "poll")()
+    if _eventlet():
+        return sys.modules["eventlet.patcher"].original("select").poll()
+    return select.poll()
 
 
 class Event:

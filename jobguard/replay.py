@@ -174,6 +174,7 @@ class Replay:
         if not self._circuit.closed and self._circuit.open_for() > patience:
             patience = min(patience, _LEAST)
         until = time.monotonic() + patience
+        self._circuit.hurry()
         while len(self._spool):
             replayed = self.some(BATCH)
             if time.monotonic() >= until:

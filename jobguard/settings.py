@@ -56,7 +56,9 @@ class Settings:
     call_timeout: float = _setting(0.25, "one call to Postgres from a host process")
     record_timeout: float = _setting(1.0, "all calls of one record, together")
     redis_timeout: float = _setting(0.25, "one question to Redis on a client of ours")
-    retry_interval: float = _setting(1.0, "between two looks whether Postgres is back")
+    retry_interval: float = _setting(
+        1.0, "between the first two looks whether Postgres is back; doubles up to 8 times this"
+    )
     spool_size: int = _setting(100_000, "what is kept in memory while Postgres is away, in entries")
     spool_bytes: int = _setting(64 << 20, "and in bytes")
     ends_interval: float = _setting(0.05, "an end waits this long for company, at most")

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -49,7 +50,7 @@ declare
 begin
   begin
     select system_identifier::text into present from pg_control_system();
-  exception when insufficient_privilege or undefined_function then
+  exception when others then
     present := null;
   end;
   update jobguard.installation set
@@ -124,21 +125,27 @@ def migrate(url: str, *, installation: str | None = None) -> list[str]:
     import psycopg
     from psycopg import IsolationLevel
 
+    from jobguard.store.connection import writable
+
     conninfo = normalise(url)
     try:
         with psycopg.connect(
-            conninfo, autocommit=True, application_name="jobguard migrate", prepare_threshold=None
+            writable(conninfo),
+            autocommit=True,
+            application_name="jobguard migrate",
+            prepare_threshold=None,
         ) as connection:
             _require_server(connection)
             # What others committed while we waited for the lock must be seen after it.
             connection.isolation_level = IsolationLevel.READ_COMMITTED
-            with connection.transaction():
+            connection.read_only = False  # whatever the role's default is
+            with _transaction(connection):
                 _begin_books(connection)
                 _require_name(connection, installation)
             applied = [
                 migration.name for migration in migrations() if _apply(connection, migration)
             ]
-            with connection.transaction():
+            with _transaction(connection):
                 connection.execute(LOCK)
                 connection.execute(_settle_once())
                 _name(connection, installation)
@@ -274,8 +281,22 @@ def _no_books(connection: psycopg.Connection[Any]) -> SchemaMismatch:
     )
 
 
-def _apply(connection: psycopg.Connection[Any], migration: Migration) -> bool:
+@contextmanager
+def _transaction(connection: psycopg.Connection[Any]) -> Iterator[None]:
+    """A transaction that relies on no default of the role or the database."""
     with connection.transaction():
+        connection.execute("set local statement_timeout = 0")
+        connection.execute(
+            "select set_config('search_path', 'pg_catalog', true), set_config('TimeZone', 'UTC', true),"
+            " set_config('lock_timeout', '0', true),"
+            " set_config('idle_in_transaction_session_timeout', '0', true),"
+            " set_config('standard_conforming_strings', 'on', true)"
+        )
+        yield
+
+
+def _apply(connection: psycopg.Connection[Any], migration: Migration) -> bool:
+    with _transaction(connection):
         connection.execute(LOCK)
         claimed = connection.execute(
             "insert into jobguard.migrations (number, name, checksum) values (%s, %s, %s)"

@@ -59,9 +59,12 @@ select jobguard.record(
 
 -- name: withdraw
 -- Forget deliveries that were never pushed.
-with gone as (
-  delete from jobguard.jobs j
-  where j.source = %(source)s and j.token = any (%(tokens)b::uuid[]) and j.claims = 0
+with locked as materialized (
+  select j.token from jobguard.jobs j
+  where j.source = %(source)s and j.token = any (%(tokens)b::uuid[]) order by j.token for update
+), gone as (
+  delete from jobguard.jobs j using locked l
+  where j.source = %(source)s and j.token = l.token and j.claims = 0
     and not exists (select from jobguard.running r where r.source = j.source and r.token = j.token)
   returning j.token
 ), unboxed as (
@@ -357,14 +360,22 @@ set cause = case when s.cause in ('worker', 'untrusted') then s.cause else exclu
 select true from lease
 
 -- name: clear
+-- Rows of jobs are locked first, as by all who lock rows of suspects and of the outbox.
 with lease as (
   select from jobguard.leader where namespace = %(namespace)s and term = %(term)s for share
+), locked as materialized (
+  select count(*) as rows from (
+    select from jobguard.jobs j
+    where j.source = %(source)s and j.token = any (%(tokens)b::uuid[]) order by j.token for key share
+  ) j
 ), unboxed as (
   delete from jobguard.outbox b using lease
   where b.source = %(source)s and b.token = any (%(tokens)b::uuid[])
+    and (select rows from locked) >= 0
 ), unsuspected as (
   delete from jobguard.suspects s using lease
   where s.source = %(source)s and s.token = any (%(tokens)b::uuid[])
+    and (select rows from locked) >= 0
 )
 select true from lease
 
@@ -450,15 +461,21 @@ from unnest(%(job_ids)b::text[]) i(job_id)
 -- name: restored
 with lease as (
   select from jobguard.leader where namespace = %(namespace)s and term = %(term)s for share
-), counted as (
-  update jobguard.jobs j set recoveries = j.recoveries + 1, not_before = null from lease
+), locked as materialized (
+  select j.token from jobguard.jobs j
   where j.source = %(source)s and j.token = any (%(tokens)b::uuid[])
+  order by j.token for no key update
+), counted as (
+  update jobguard.jobs j set recoveries = j.recoveries + 1, not_before = null from lease, locked l
+  where j.source = %(source)s and j.token = l.token
 ), unboxed as (
   delete from jobguard.outbox b using lease
   where b.source = %(source)s and b.token = any (%(tokens)b::uuid[])
+    and (select count(*) from locked) >= 0
 ), unsuspected as (
   delete from jobguard.suspects s using lease
   where s.source = %(source)s and s.token = any (%(tokens)b::uuid[])
+    and (select count(*) from locked) >= 0
 )
 select true from lease
 

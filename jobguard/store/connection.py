@@ -2,7 +2,7 @@
 
 psycopg waits for an answer as long as the server needs, and a server that is stopped
 (``SIGSTOP``, a black hole after a failover) honours no ``statement_timeout``. So the waiting is ours:
-``_Bounded.wait`` polls the socket up to a deadline, then gives the connection up.
+every step of a login and of a statement is taken under a deadline, then the connection is given up.
 
 A connection belongs to the process that made it. A child after a fork neither uses nor closes its
 parent's: two processes reading one socket get each other's answers, silently.
@@ -11,12 +11,14 @@ parent's: two processes reading one socket get each other's answers, silently.
 from __future__ import annotations
 
 import os
-import select
+import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any
 
 import psycopg
 from psycopg import pq
@@ -29,12 +31,25 @@ from jobguard.errors import (
     NotMigrated,
     NotWritten,
     StoreUnavailable,
+    TooManyConnections,
 )
 from jobguard.log import say
 from jobguard.store import texts
+from jobguard.store.names import is_address, names
+from jobguard.store.wire import (
+    READ,
+    WRITE,
+    DeadlinePassed,
+    Row,
+    Session,
+    Steps,
+    message,
+    ready,
+)
 
-Row = tuple[Any, ...]
-Parameters = Mapping[str, Any] | Sequence[Any] | None
+__all__ = ["PLANS_SECONDS", "Connecting", "Database", "Row", "writable"]
+
+Parameters = Mapping[str, Any] | None
 
 _NOT_MIGRATED = {
     "42P01",
@@ -49,6 +64,11 @@ _PREPARED_LOST = {"26000", "42P05"}  # behind a pooler that hands out other sess
 _ROW_CLASSES = ("21", "22", "23", "27", "44", "54", "P0")
 _ROW_STATES = {"40002", "42804", "42846", "42P18", "42P22"}
 _AGAIN = {"40P01", "40001"}  # deadlock and serialization: the statement did nothing
+_READ_ONLY = {"25006"}
+_NOT_SUPPORTED = ("0A", "22", "42")  # classes: a setting that this server does not have
+_FULL = re.compile(
+    r"too many (clients|connections)|connection slots|max_client_conn", re.IGNORECASE
+)
 
 # A session keeps the plans of its statements, and of those inside functions, for the sizes that tables
 # had when they were made. Ours are empty at one moment and full at the next: a plan made for a few rows
@@ -61,59 +81,13 @@ _LARGE = 100_000
 """Bytes of a payload of which the time says something about the network."""
 _MOST_FOR_PAYLOAD = 5.0
 """Seconds that a payload may take."""
+_STUCK = 5.0
+"""Seconds after which a login that was begun is given up."""
+_NEXT = 2.0
+"""The same where there is another place to look at."""
 
 # What a fork leaves behind in the child. Kept for ever, so that no destructor closes the parent's socket.
 _inherited: list[object] = []
-
-
-class _DeadlinePassed(Exception):
-    """The server did not answer in time."""
-
-
-class _Bounded(psycopg.Connection[Row]):
-    """A psycopg connection whose every wait ends at ``deadline`` (monotonic seconds)."""
-
-    deadline: float = float("inf")
-    planned_at: float = 0.0
-
-    def wait(self, gen: Any, *args: Any, **kwargs: Any) -> Any:
-        """Run a psycopg generator to its end or to the deadline.
-
-        The protocol is that of ``psycopg.waiting``: the generator says what it waits for
-        (1 read, 2 write, 3 either) and is told what is ready.
-        """
-        try:
-            wanted = int(next(gen))
-            poller = select.poll()
-            poller.register(self.pgconn.socket, _EVENTS[wanted])
-            while True:
-                left = self.deadline - time.monotonic()
-                events = poller.poll(max(0.0, min(left, 3600.0)) * 1000)
-                if not events:
-                    raise _DeadlinePassed
-                wanted = int(gen.send(_ready(events[0][1], wanted)))
-                poller.modify(self.pgconn.socket, _EVENTS[wanted])
-        except StopIteration as stop:
-            return stop.value
-        except psycopg.Error:
-            raise
-        except BaseException:
-            # Not an answer of the server: a deadline, or an exception thrown into this thread by a
-            # signal (RQ's time limit). The conversation is broken off in the middle.
-            self.pgconn.finish()
-            raise
-
-
-_EVENTS = {
-    1: select.POLLIN,
-    2: select.POLLOUT,
-    3: select.POLLIN | select.POLLOUT,
-}
-
-
-def _ready(event: int, wanted: int) -> int:
-    ready = (1 if event & select.POLLIN else 0) | (2 if event & select.POLLOUT else 0)
-    return ready or wanted  # an error or a hang-up: let libpq find it on its next read
 
 
 class Connecting:
@@ -137,26 +111,197 @@ class Connecting:
         deadline = time.monotonic() + wait
         while True:
             if self._pgconn.status == pq.ConnStatus.BAD:
-                raise psycopg.OperationalError(_message(self._pgconn))
+                raise psycopg.OperationalError(message(self._pgconn))
             # The socket can change from step to step (several hosts, TLS retries).
-            poller = select.poll()
-            event = select.POLLIN if self._state == pq.PollingStatus.READING else select.POLLOUT
-            poller.register(self._pgconn.socket, event)
-            if not poller.poll(max(0.0, deadline - time.monotonic()) * 1000):
+            wanted = READ if self._state == pq.PollingStatus.READING else WRITE
+            if not ready(self._pgconn.socket, wanted, deadline - time.monotonic()):
                 return None
             self._state = self._pgconn.connect_poll()
             if self._state == pq.PollingStatus.OK:
                 return self._pgconn
             if self._state == pq.PollingStatus.FAILED:
-                raise psycopg.OperationalError(_message(self._pgconn))
+                raise psycopg.OperationalError(message(self._pgconn))
 
     def abandon(self) -> None:
         """Give it up."""
         self._pgconn.finish()
 
 
-def _message(pgconn: pq.abc.PGconn) -> str:
-    return pgconn.get_error_message().strip() or "connection failed"
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One server, as the URL names it, or one of its addresses."""
+
+    host: str
+    port: str
+    address: str
+
+    @property
+    def server(self) -> tuple[str, str]:
+        """What stays the same when the addresses of a name change."""
+        return self.host or self.address, self.port
+
+    @property
+    def name(self) -> str | None:
+        """The name to resolve, if it must be."""
+        return None if self.address or is_address(self.host) else self.host
+
+
+class Approach:
+    """A search for a server that lets us in and can be written, carried on step by step.
+
+    Places are tried one after the other, each for its share of the time: a server that does not
+    answer keeps nobody from the next.
+    """
+
+    def __init__(
+        self,
+        given: Mapping[str, Any],
+        first: Place | None,
+        session: Callable[[pq.abc.PGconn], Session],
+    ) -> None:
+        self._given = dict(given)
+        self._make = session
+        self._last_good = first
+        self._left = deque(_places(self._given))
+        self.servers = list(self._left)
+        known = [place.server for place in self._left]
+        if first is not None and first.server in known:
+            self._left.rotate(-known.index(first.server))
+        if len(known) > 1:
+            self._given.setdefault("target_session_attrs", _PRIMARY)
+        self.place: Place | None = None
+        self._until = 0.0
+        self._connecting: Connecting | None = None
+        self._session: Session | None = None
+        self._steps: Steps | None = None
+        self._wanted = 0
+        self._error: Exception | None = None
+
+    def advance(self, wait: float) -> Session | None:
+        """Take the next steps, waiting ``wait`` seconds at most; None: it is still under way.
+
+        Raises psycopg.Error or OSError: no place let us in.
+        """
+        ends = time.monotonic() + wait
+        while True:
+            now = time.monotonic()
+            if self.place is None:
+                if not self._left:
+                    raise self._error or psycopg.OperationalError("there is no place to look at")
+                share = (ends - now) / len(self._left) if self._left else 0.0
+                patience = _NEXT if len(self._left) > 1 else _STUCK
+                self.place = self._left.popleft()
+                self._until = now + (share if wait > 0 else patience)
+            try:
+                session = self._step(max(0.0, min(ends, self._until) - now))
+            except (psycopg.Error, OSError) as error:
+                self._leave(error)
+                continue
+            if session is not None:
+                return session
+            if self.place is None:  # it was a name, and its addresses are known now
+                continue
+            now = time.monotonic()
+            if now >= self._until and (self._left or wait == 0):
+                self._leave(psycopg.OperationalError("the server did not answer in time"))
+            elif now >= ends:
+                return None
+
+    def _step(self, wait: float) -> Session | None:
+        place = self.place
+        assert place is not None
+        ends = time.monotonic() + wait
+        if place.name is not None:
+            found = names.addresses(place.name, wait)
+            if found is not None:
+                self._resolved(place, found)
+            return None
+        if self._steps is None:
+            if self._connecting is None:
+                self._connecting = Connecting(self._conninfo(place))
+            pgconn = self._connecting.advance(wait)
+            if pgconn is None:
+                return None
+            self._connecting = None
+            self._session = self._make(pgconn)
+            self._steps = self._session.settle()
+            self._wanted = 0
+        assert self._session is not None
+        try:
+            while not self._wanted or ready(
+                self._session.pgconn.socket, self._wanted, ends - time.monotonic()
+            ):
+                self._wanted = next(self._steps)
+        except StopIteration:
+            return self._session
+        return None
+
+    def _resolved(self, place: Place, found: Iterator[str] | Any) -> None:
+        places = [Place(place.host, place.port, address) for address in found]
+        if self._last_good in places:
+            places.sort(key=lambda each: each != self._last_good)
+        self._left.extendleft(reversed(places))
+        self.place = None
+
+    def _conninfo(self, place: Place) -> str:
+        one = {"host": place.host, "port": place.port, "hostaddr": place.address}
+        return make_conninfo("", **{**self._given, **{k: v or None for k, v in one.items()}})
+
+    def _leave(self, error: Exception) -> None:
+        place = self.place
+        assert place is not None
+        if place.address and not is_address(place.host):
+            names.forget(place.host)  # it may have moved
+        if self._error is None or not isinstance(error, OSError):
+            self._error = error
+        self._stop()
+        self.place = None
+
+    def _stop(self) -> None:
+        if self._connecting is not None:
+            self._connecting.abandon()
+        if self._session is not None:
+            self._session.pgconn.finish()
+        self._connecting = self._session = self._steps = None
+
+    def abandon(self) -> Place | None:
+        """Give it up; returns where to begin the next time."""
+        self._stop()
+        return self._left[0] if self._left else None
+
+
+_PRIMARY = "primary" if pq.version() >= 140000 else "read-write"
+
+
+def _places(given: Mapping[str, Any]) -> list[Place]:
+    if not given.get("service") and not (given.get("host") or given.get("hostaddr")):
+        # What the environment says; libpq would read it, and resolve it, behind our back.
+        defaults = {
+            option.keyword.decode(): (option.val or b"").decode()
+            for option in pq.Conninfo.get_defaults()
+        }
+        given = {k: defaults[k] for k in ("host", "hostaddr", "port") if defaults.get(k)} | dict(
+            given
+        )
+    hosts = str(given.get("host") or "").split(",")
+    addresses = str(given.get("hostaddr") or "").split(",")
+    ports = str(given.get("port") or "").split(",")
+    count = max(len(hosts), len(addresses))
+    if len(ports) == 1:
+        ports *= count
+    hosts = hosts if len(hosts) == count else [""] * count
+    addresses = addresses if len(addresses) == count else [""] * count
+    if len(ports) != count:
+        raise psycopg.OperationalError(f"{len(ports)} ports are named for {count} hosts")
+    return [Place(*each) for each in zip(hosts, ports, addresses, strict=True)]
+
+
+def writable(conninfo: str) -> str:
+    """Return the same; of several hosts, only one that can be written is taken."""
+    given = conninfo_to_dict(conninfo)
+    if len(_places(given)) > 1:
+        given.setdefault("target_session_attrs", _PRIMARY)
+    return make_conninfo("", **given)
 
 
 class Database:
@@ -179,8 +324,11 @@ class Database:
         self._pid = os.getpid()
         self._rate = _FAST
         self._lock = threading.RLock()
-        self._connection: _Bounded | None = None
-        self._connecting: Connecting | None = None
+        self._reduced = False
+        self._first: Place | None = None
+        self._servers: list[Place] = []
+        self._connection: Session | None = None
+        self._connecting: Approach | None = None
 
     def _after_fork(self) -> None:
         _inherited.append((self._connection, self._connecting, self._lock))
@@ -208,13 +356,15 @@ class Database:
         *,
         timeout: float | None = None,
         payload: int = 0,
+        alone: bool = False,
     ) -> list[Row]:
         """Run one statement in a transaction of its own and return its rows.
 
         ``payload`` is how many bytes are sent along. They are given the time that they took of late: 1 s
         per 20 MB at first, four times as much after a miss, ``_MOST_FOR_PAYLOAD`` at most.
         A connection that turns out to be lost is made anew and the statement sent once more, within
-        the same time: so every statement must be one that may run twice.
+        the same time: so every statement must be one that may run twice. ``alone``: it cannot stand
+        in a transaction with other statements.
         Raises StoreUnavailable or one of its kinds (NotWritten where that is certain), BadRow, or
         JobguardError.
         """
@@ -223,7 +373,7 @@ class Database:
         with self._mine():
             try:
                 began = time.monotonic()
-                rows = self._attempt(query, parameters, budget)
+                rows = self._attempt(query, parameters, budget, alone)
                 if payload > _LARGE:
                     self._rate = min(_FAST, payload / (time.monotonic() - began) / 2)
                 return rows
@@ -234,42 +384,59 @@ class Database:
                     self._rate = max(_SLOW, self._rate / 4)
                 raise
             try:
-                return self._attempt(query, parameters, budget)
+                return self._attempt(query, parameters, budget, alone)
             except _Lost as lost:
-                raise StoreUnavailable(str(lost)) from (lost.__cause__ or first)
+                kind = NotWritten if first.undone and lost.undone else StoreUnavailable
+                raise kind(str(lost)) from (lost.__cause__ or first)
             except NotWritten as error:  # the first may have been, for all that
+                if first.undone:
+                    raise
                 raise StoreUnavailable(str(error)) from first
 
-    def _attempt(self, query: str, parameters: Parameters, budget: float) -> list[Row]:
-        connection = self._connected()
-        now = time.monotonic()
-        connection.deadline = now + budget
+    def _attempt(
+        self, query: str, parameters: Parameters, budget: float, alone: bool = False
+    ) -> list[Row]:
+        session = self._connected()
         try:
-            if now - connection.planned_at > PLANS_SECONDS:
-                connection.execute("discard plans", prepare=False)
-                connection.planned_at = now
-            return _rows(connection, query, parameters, self._prepare)
-        except _DeadlinePassed as error:
+            return session.call(
+                query,
+                parameters,
+                budget=budget,
+                prepare=self._prepare,
+                plans=PLANS_SECONDS,
+                alone=alone,
+            )
+        except DeadlinePassed as error:
             # A second try would wait as long again: this outage has had its one wait.
-            self._drop()
+            self._drop(elsewhere=True)
             raise StoreUnavailable("Postgres did not answer in time") from error
         except UnicodeError as error:  # half a surrogate pair is no text to Postgres
             raise BadRow(str(error)) from error
         except psycopg.Error as error:
-            if error.sqlstate in _PREPARED_LOST and self._prepare:
+            state = error.sqlstate or ""
+            if not session.usable:
+                self._drop()
+                raise _Lost(str(error)) from error
+            if state in _PREPARED_LOST and self._prepare:
                 say("pooler_found")
                 self._prepare = False
                 self._drop()
-                raise _Lost(str(error)) from error
-            if error.sqlstate in _AGAIN:
-                raise _Lost(str(error)) from error
-            if connection.pgconn.status != pq.ConnStatus.OK:
+                raise _Lost(str(error), undone=True) from error
+            if state in _READ_ONLY or (
+                session.failed_at == 0 and session.pooled and state[:2] == "0A"
+            ):
+                self._drop(elsewhere=True)
+                raise _Lost(str(error), undone=True) from error
+            if session.failed_at == 2 and session.pooled and state[:2] in _NOT_SUPPORTED:
+                self._reduce(error)
                 self._drop()
-                raise _Lost(str(error)) from error
+                raise _Lost(str(error), undone=True) from error
+            if state in _AGAIN:
+                raise _Lost(str(error), undone=True) from error
             raise self._translated(error) from error
 
-    def _connected(self) -> _Bounded:
-        if self._connection is not None and self._connection.pgconn.status == pq.ConnStatus.OK:
+    def _connected(self) -> Session:
+        if self._connection is not None and self._connection.usable:
             return self._connection
         self._drop()
         if not self.probe(wait=self._connect_timeout):
@@ -285,44 +452,64 @@ class Database:
         whether Postgres is back. Raises StoreUnavailable if the attempt failed.
         """
         with self._mine():
-            if self._connection is not None and self._connection.pgconn.status == pq.ConnStatus.OK:
+            if self._connection is not None and self._connection.usable:
                 return True
             try:
-                if self._connecting is not None and self._connecting.age > 5.0:
-                    self._abandon_connecting()  # stuck in a server that answers no longer
                 if self._connecting is None:
-                    self._connecting = Connecting(self._full_conninfo())
-                pgconn = self._connecting.advance(wait)
-            except psycopg.Error as error:
+                    self._connecting = Approach(self._where(), self._first, self._session)
+                session = self._connecting.advance(wait)
+            except (psycopg.Error, OSError) as error:
                 self._abandon_connecting()
+                state = getattr(error, "sqlstate", None) or ""
+                if state[:2] in _NOT_SUPPORTED and not self._reduced:
+                    self._reduce(error)
+                    return self.probe(wait)
                 raise self._translated(error) from error
-            if pgconn is None:
+            except BaseException:  # thrown into this thread by a signal
+                self._abandon_connecting()
+                raise
+            if session is None:
                 return False
+            self._first, self._servers = self._connecting.place, self._connecting.servers
             self._connecting = None
-            pgconn.nonblocking = 1
-            connection = _Bounded(cast(Any, pgconn))
-            connection._autocommit = True  # before any statement; the setter would send one
-            connection.prepare_threshold = 0 if self._prepare else None
-            connection.planned_at = time.monotonic()
-            texts.register(connection)
-            self._connection = connection
+            if session.pooled and self._prepare:
+                say("pooler_found")
+                self._prepare = False
+            texts.register(session)
+            self._connection = session
             return True
 
-    def _full_conninfo(self) -> str:
+    def _session(self, pgconn: pq.abc.PGconn) -> Session:
+        return Session(
+            pgconn, pooled=not self._prepare, reduced=self._reduced, limit=self._call_timeout
+        )
+
+    def _reduce(self, error: Exception) -> None:
+        self._reduced = True
+        say("settings_reduced", error=str(error))
+
+    def _where(self) -> dict[str, Any]:
         given = conninfo_to_dict(self._conninfo())
         given.setdefault("application_name", self._application_name)
         given["client_encoding"] = "utf8"
-        return make_conninfo("", **given)
+        return given
 
     def _abandon_connecting(self) -> None:
         if self._connecting is not None:
-            self._connecting.abandon()
+            self._first = self._connecting.abandon()
             self._connecting = None
 
-    def _drop(self) -> None:
+    def _drop(self, *, elsewhere: bool = False) -> None:
+        """Let go of the connection; ``elsewhere``: begin the next search with another place."""
         if self._connection is not None:
             self._connection.pgconn.finish()
             self._connection = None
+        if elsewhere and self._first is not None:
+            names.forget(self._first.host)
+            known = [place.server for place in self._servers]
+            if self._first.server in known:
+                after = known.index(self._first.server) + 1
+                self._first = self._servers[after % len(known)]
 
     def close(self) -> None:
         """Let go of the connection; the next call makes a new one."""
@@ -331,8 +518,8 @@ class Database:
             self._abandon_connecting()
 
     @staticmethod
-    def _translated(error: psycopg.Error) -> JobguardError:
-        state = error.sqlstate or ""
+    def _translated(error: Exception) -> JobguardError:
+        state = getattr(error, "sqlstate", None) or ""
         text = str(error).strip()
         if state in _NOT_MIGRATED:
             return NotMigrated(f"{text} — run `jobguard migrate`")
@@ -342,13 +529,17 @@ class Database:
             return BadRow(text)
         if not state and isinstance(error, psycopg.DataError | psycopg.ProgrammingError):
             return BadRow(text)  # psycopg itself refused it
+        if state == "53300" or (not state and _FULL.search(text)):
+            return TooManyConnections(
+                f"{text}: raise max_connections, or the limit of the role or the database; each "
+                "process holds one connection, a worker two"
+            )
         return NotWritten(text)
 
 
 class _Lost(Exception):
     """The connection was lost, or the statement undone: it may be sent again."""
 
-
-def _rows(connection: _Bounded, query: str, parameters: Parameters, prepare: bool) -> list[Row]:
-    cursor = connection.execute(query, parameters, prepare=prepare, binary=True)
-    return cursor.fetchall() if cursor.description is not None else []
+    def __init__(self, text: str, *, undone: bool = False) -> None:
+        super().__init__(text)
+        self.undone = undone

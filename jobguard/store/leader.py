@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from uuid import UUID
 
-from jobguard.errors import NoRights, NotLeading
+from jobguard.errors import BadRow, NotLeading, NotWritten
 from jobguard.job import Cause, EndedPart, Fate, OpenJoin, Outcome, Owed, Restorable, token_at
 from jobguard.log import say
 from jobguard.schema import statements
@@ -52,6 +52,7 @@ class PostgresLeaderStore:
         self._sql = statements()
         self._namespace = namespace
         self._holder = holder
+        self._told_identity = False
 
     def _ask(self, name: str, **values: Any) -> list[Row]:
         return self._db.execute(self._sql[name], values)
@@ -100,8 +101,13 @@ class PostgresLeaderStore:
         """The installation, as it was and as it is; see LeaderStore."""
         try:
             row = self._ask("identity")[0]
-        except NoRights:
+        except (NotWritten, BadRow) as error:
+            # Hosts of databases refuse the system identifier in many ways. If it was not that, this
+            # fails as well.
             row = self._ask("identity_without_control")[0]
+            if not self._told_identity:
+                self._told_identity = True
+                say("identity_partial", error=str(error))
         names = ("id", "name", "system_identifier", "database_oid", "system_now", "database_now")
         return dict(zip(names, row, strict=True))
 
@@ -373,7 +379,7 @@ class PostgresLeaderStore:
         """Vacuum the small tables that need it; see LeaderStore."""
         tables = [str(row[0]) for row in self._ask("dead_rows", least=least)]
         for table in tables:
-            self._db.execute(f"vacuum (truncate off) jobguard.{table}", timeout=30.0)
+            self._db.execute(f"vacuum (truncate off) jobguard.{table}", timeout=30.0, alone=True)
         return tables
 
     def close(self) -> None:

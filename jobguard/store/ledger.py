@@ -26,6 +26,7 @@ from jobguard.job import Outcome, new_token
 from jobguard.pulse import ACCEPTED
 from jobguard.schema import settle
 from jobguard.store import Counts, texts
+from jobguard.store.connection import writable
 
 Row: TypeAlias = dict[str, Any]
 
@@ -348,7 +349,7 @@ class PostgresLedger:
 
     def _connect(self) -> psycopg.Connection[Any]:
         connection = psycopg.connect(
-            self._conninfo(),
+            writable(self._conninfo()),
             connect_timeout=max(1, round(self._timeout)),
             prepare_threshold=None,  # behind a pooler the next session does not know it
             application_name="jobguard ledger",
@@ -359,9 +360,14 @@ class PostgresLedger:
     @contextmanager
     def _begin(self, *, snapshot: bool = False) -> Iterator[sa.Connection]:
         """One transaction; ``snapshot``: of reads that all see the same moment."""
-        level = "REPEATABLE READ" if snapshot else "READ COMMITTED"
+        options: dict[str, Any] = {"isolation_level": "REPEATABLE READ"}
+        if not snapshot:  # whatever the role's default is
+            options = {"isolation_level": "READ COMMITTED", "postgresql_readonly": False}
         try:
-            with self._engine.execution_options(isolation_level=level).begin() as connection:
+            with (
+                self._engine.connect().execution_options(**options) as connection,
+                connection.begin(),
+            ):
                 yield connection
         except sa.exc.DBAPIError as error:
             raise self._translated(error) from error
@@ -389,7 +395,9 @@ def _installation(connection: sa.Connection) -> Row:
     try:
         with connection.begin_nested():
             row["system_now"] = connection.execute(_SYSTEM).scalar()
-    except sa.exc.ProgrammingError:  # not permitted: the oid alone must tell
+    except sa.exc.DBAPIError as error:  # not permitted: the oid alone must tell
+        if error.connection_invalidated:
+            raise
         row["system_now"] = None
     known = (row["system_identifier"], row["system_now"])
     row["moved"] = row["database_oid"] != row["database_now"] or (

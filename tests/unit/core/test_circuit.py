@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 
@@ -20,9 +21,14 @@ class Stage:
         self.calls = 0
         self.probes = 0
         self.changes: list[bool] = []
+        self.chance = 1.0
         self.standing: Callable[[], bool] = lambda: True
         self.circuit = Circuit(
-            self._probe, retry_interval=RETRY, on_change=self.changes.append, clock=self.clock
+            self._probe,
+            retry_interval=RETRY,
+            on_change=self.changes.append,
+            clock=self.clock,
+            chance=lambda: self.chance,
         )
 
     def _probe(self) -> bool:
@@ -123,19 +129,90 @@ def test_threads_that_fail_together_are_one_outage() -> None:
     assert stage.circuit.closed
 
 
-def test_looks_again_after_the_interval() -> None:
-    """Each retry_interval one look is taken while Postgres stays away."""
+def looks(stage: Stage, seconds: float) -> list[float]:
+    """Let calls come all the time, for so long; return when Postgres was looked for."""
+    began, found = stage.clock(), []
+    while stage.clock() - began < seconds:
+        before = stage.probes
+        with pytest.raises(BreakerOpen):
+            stage.call()
+        if stage.probes > before:
+            found.append(stage.clock() - began)
+        stage.clock.advance(RETRY / 10)
+    return found
+
+
+def test_looks_more_and_more_seldom() -> None:
+    """The pause doubles while Postgres stays away, up to eight intervals."""
     stage = Stage()
     stage.standing = away
     stage.fail()
 
-    for _ in range(50):
-        stage.clock.advance(RETRY / 10)
-        with pytest.raises(BreakerOpen):
-            stage.call()
+    found = looks(stage, 40 * RETRY)
 
+    pauses = [round(later - sooner) for sooner, later in pairwise(found)]
+    assert pauses[:3] == [1, 2, 4]
+    assert set(pauses[3:]) == {8}
     assert stage.calls == 1
-    assert 4 <= stage.probes <= 5
+
+
+def test_processes_do_not_look_in_step() -> None:
+    """A part of each pause is left to chance, half of it at least is not."""
+    stages = [Stage() for _ in range(3)]
+    for stage, chance in zip(stages, (0.0, 0.5, 1.0), strict=True):
+        stage.chance = chance
+        stage.standing = away
+        stage.fail()
+
+    firsts = [looks(stage, 3 * RETRY)[1] for stage in stages]
+
+    assert firsts[0] < firsts[1] < firsts[2]
+    assert firsts[0] >= RETRY / 2
+
+
+def test_one_that_lets_us_in_and_never_answers_is_left_alone_as_well() -> None:
+    """Its connections stand at each look, its calls fail: the pause grows all the same."""
+    stage = Stage()
+    for _ in range(5):
+        stage.fail()
+        while not stage.circuit.look():
+            stage.clock.advance(RETRY / 10)
+    began = stage.clock()
+    stage.fail()
+    while not stage.circuit.look():
+        stage.clock.advance(RETRY / 10)
+
+    assert stage.clock() - began >= 7 * RETRY
+
+
+def test_a_process_that_ends_looks_once_more() -> None:
+    """It does not wait for the end of a pause that is longer than its life."""
+    stage = Stage()
+    stage.standing = away
+    stage.fail()
+    looks(stage, 20 * RETRY)
+    stage.standing = lambda: True
+    assert not stage.circuit.look()
+
+    stage.circuit.hurry()
+
+    assert stage.circuit.look()
+
+
+def test_begins_anew_after_a_time_without_failures() -> None:
+    """An outage long ago makes the next one's first looks no later."""
+    stage = Stage()
+    stage.standing = away
+    stage.fail()
+    looks(stage, 20 * RETRY)
+    stage.standing = lambda: True
+    while not stage.circuit.look():
+        stage.clock.advance(RETRY)
+    stage.clock.advance(100 * RETRY)
+
+    stage.fail()
+    stage.standing = away
+    assert looks(stage, 3 * RETRY)[:2] == pytest.approx([0.0, RETRY], abs=RETRY / 5)
 
 
 def test_closes_when_the_probe_stands() -> None:

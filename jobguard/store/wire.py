@@ -1,0 +1,450 @@
+"""One session with one Postgres server: what is sent together, and what each session sets.
+
+Statements that belong together are sent in one go (libpq's pipeline mode), so that a call is one round
+trip whatever it needs. Every wait ends at a deadline of our own.
+
+A session relies on no default of the role, the database or the server. Where the server is reached
+directly, everything is set once, after the login. Behind a pooler a session belongs to others as
+well: there, nothing is set for longer than a transaction, and no statement has a name.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import os
+import re
+import select
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any
+
+import psycopg
+from psycopg import abc, pq
+from psycopg.adapt import AdaptersMap, PyFormat, Transformer
+from psycopg.errors import Diagnostic, error_from_result
+
+from jobguard import native
+
+Row = tuple[Any, ...]
+Send = Callable[[], None] | None
+"""Puts one command on its way; None: a point at which the server answers for all before it."""
+Steps = Generator[int, None, list[Any]]
+"""Says what it waits for, READ or WRITE or both; ends with the results."""
+
+READ, WRITE = 1, 2
+
+_NAMES = 100
+"""Statements that a session prepares by name. The others are sent as they are."""
+_MARGIN = 0.9
+"""Of our deadline: the server gives up before we do, and the session can be used again."""
+_CANCEL_SECONDS = 1.0
+_CANCELS = 4
+
+# What the statements rely on, whatever the role, the database or the server says.
+_RELIED_ON = {
+    "search_path": "pg_catalog",
+    "TimeZone": "UTC",
+    "standard_conforming_strings": "on",
+    "array_nulls": "on",
+    "lock_timeout": "0",  # statement_timeout covers it
+    "idle_in_transaction_session_timeout": "10s",
+}
+_SESSION = {
+    "default_transaction_isolation": "read committed",
+    "default_transaction_read_only": "off",
+    "idle_session_timeout": "0",
+}
+# What a server may not have, or not on its platform.
+_WHERE_POSSIBLE = {
+    "client_connection_check_interval": "500ms",  # a backend whose client has gone gives up
+    "jit": "off",
+}
+_SINCE_17 = {"transaction_timeout": "0"}
+
+_logger = logging.getLogger(__name__)
+
+_PIPELINES = psycopg.capabilities.has_pipeline()
+_BEGIN_ANY = b"begin isolation level read committed"
+_BEGIN = b"begin isolation level read committed read write"
+
+
+class DeadlinePassed(Exception):
+    """The server did not answer in time."""
+
+
+class NotAccepted(psycopg.OperationalError):
+    """The server is of no use to us: a standby."""
+
+
+def ready(fd: int, wanted: int, timeout: float) -> bool:
+    """Wait until a descriptor can be read or written, or has an error."""
+    timeout = max(0.0, min(timeout, 3600.0))
+    if hasattr(select, "poll"):
+        poller = select.poll()
+        poller.register(
+            fd,
+            (select.POLLIN if wanted & READ else 0) | (select.POLLOUT if wanted & WRITE else 0),
+        )
+        return bool(poller.poll(timeout * 1000))
+    # eventlet has no poll; its own select takes any descriptor. Another select takes small ones only.
+    try:
+        found = select.select(
+            [fd] if wanted & READ else [], [fd] if wanted & WRITE else [], [], timeout
+        )
+    except ValueError as error:
+        raise psycopg.OperationalError(f"the descriptor {fd} is too large: {error}") from error
+    return any(found)
+
+
+class Session:
+    """A connection that stands. Used by one thread at a time."""
+
+    def __init__(self, pgconn: pq.abc.PGconn, *, pooled: bool, reduced: bool, limit: float) -> None:
+        pgconn.nonblocking = 1
+        if _PIPELINES:
+            pgconn.enter_pipeline_mode()
+        self.pgconn = pgconn
+        self.pooled = pooled
+        self.failed_at: int | None = None
+        self._limit = _milliseconds(limit)
+        self._planned_at = time.monotonic()
+        self._prepared: set[bytes] = set()
+        self.adapters = AdaptersMap(psycopg.adapters)
+        """How values are told to this session; see psycopg.abc.AdaptContext."""
+        self.connection = None
+        self._settings = _RELIED_ON | ({} if reduced else _WHERE_POSSIBLE)
+        if pgconn.server_version >= 170000 and not reduced:
+            self._settings = self._settings | _SINCE_17
+
+    @functools.cached_property
+    def _transformer(self) -> abc.Transformer:
+        return Transformer(self)
+
+    @property
+    def usable(self) -> bool:
+        """Whether the connection stands, as far as is known."""
+        return self.pgconn.status == pq.ConnStatus.OK
+
+    def add_notice_handler(self, handler: Callable[[Diagnostic], None]) -> None:
+        """Hand over what the server says beside its answers; psycopg's method of this name."""
+        self.pgconn.notice_handler = lambda result: handler(Diagnostic(result))
+
+    # -- the settings ------------------------------------------------------------------------------
+
+    def settle(self) -> Steps:
+        """Set everything, and find out whether the server is reached directly and can be written.
+
+        Behind a pooler the number of the backend is not the one that the login told. There the
+        settings end with this very statement.
+        """
+        if self.pooled:
+            return []
+        other = f"pg_backend_pid() <> {self.pgconn.backend_pid}"
+        values = self._settings | _SESSION | {"statement_timeout": str(self._limit)}
+        query = f"select pg_is_in_recovery(), {other}, {_set(values, other)}"
+        texts = [_BEGIN_ANY, self._time_limit(self._limit), query.encode(), b"commit"]
+        results = yield from self.exchange([*map(self._plain, texts), None])
+        for each in results:
+            if _is_error(each):
+                raise error_from_result(each)
+        result = results[2]
+        if result.get_value(0, 0) == b"t":
+            raise NotAccepted("the server is a standby: it can only be read")
+        self.pooled = result.get_value(0, 1) == b"t"
+        return []
+
+    # -- one call ----------------------------------------------------------------------------------
+
+    def call(
+        self,
+        query: str,
+        parameters: Mapping[str, Any] | None,
+        *,
+        budget: float,
+        prepare: bool,
+        plans: float,
+        alone: bool = False,
+    ) -> list[Row]:
+        """Run one statement as a transaction and return its rows, within ``budget`` seconds.
+
+        ``plans``: how many seconds plans are used for. ``alone``: it cannot stand in a transaction
+        with others. Raises psycopg.Error as the server
+        answers it (``failed_at`` is the place of what failed), or DeadlinePassed.
+        """
+        now = time.monotonic()
+        deadline = now + budget
+        limit = _milliseconds(budget)
+        name, statement = self._statement(query, parameters, prepare and not self.pooled)
+        replan = now - self._planned_at > plans and not (self.pooled and alone)
+        relimit = not self.pooled and not limit * 0.8 <= self._limit <= limit
+        before: list[Send] = []
+        after: list[Send] = [None]
+        if self.pooled and not alone:
+            settings = f"select {_set(self._settings, 'true')}".encode()
+            before = [*map(self._plain, [_BEGIN, self._time_limit(limit), settings])]
+            after = [self._plain(b"commit"), None]
+        if relimit:
+            timeout = _set({"statement_timeout": str(limit)}, "false")
+            before += [self._plain(f"select {timeout}".encode()), None]
+        if replan:
+            before += [self._plain(b"discard plans"), *([] if self.pooled else [None])]
+        results = self.run(self.exchange([*before, *statement, *after]), deadline)
+        at = sum(send is not None for send in before)
+        prepared = len(statement) == 2 and at < len(results) and results[at] is not None
+        if name is not None and prepared and results[at].status == pq.ExecStatus.COMMAND_OK:
+            self._prepared.add(name)  # whatever became of its first use
+        self.failed_at = next((n for n, r in enumerate(results) if _is_error(r)), None)
+        if self.failed_at is not None:
+            if self.pgconn.transaction_status == pq.TransactionStatus.INERROR:
+                rollback = self.exchange([self._plain(b"rollback"), None])
+                self.run(rollback, max(deadline, time.monotonic() + 0.05))
+            raise error_from_result(results[self.failed_at])
+        if relimit:
+            self._limit = limit
+        if replan:
+            self._planned_at = now
+        result = results[at + len(statement) - 1]
+        if result.status != pq.ExecStatus.TUPLES_OK:
+            return []
+        self._transformer.set_pgresult(result)
+        return self._transformer.load_rows(0, result.ntuples, tuple)
+
+    def _time_limit(self, limit: int) -> bytes:
+        # First of all, and alone: what follows runs under it, and not under the role's.
+        return b"set local statement_timeout = %d" % limit
+
+    def _plain(self, query: bytes) -> Callable[[], None]:
+        return lambda: self.pgconn.send_query_params(query, None)
+
+    def _statement(
+        self, query: str, parameters: Mapping[str, Any] | None, prepare: bool
+    ) -> tuple[bytes | None, list[Send]]:
+        """How to send it; and the name that it is prepared by, if it is prepared."""
+        if parameters is None:
+            text: bytes = query.encode()
+            values: Sequence[Any] = ()
+            types: tuple[int, ...] = ()
+            formats: Sequence[int] = ()
+        else:
+            text, names, wanted = _converted(query)
+            values = self._transformer.dump_sequence([parameters[n] for n in names], wanted)
+            types = tuple(self._transformer.types or ())
+            formats = list(self._transformer.formats or ())
+        name = _name(text, types) if prepare else None
+        pgconn = self.pgconn
+        if name is None or (name not in self._prepared and len(self._prepared) >= _NAMES):
+            return None, [
+                lambda: pgconn.send_query_params(
+                    text, values, param_types=types, param_formats=formats, result_format=1
+                )
+            ]
+        sends: list[Send] = [
+            lambda: pgconn.send_query_prepared(name, values, param_formats=formats, result_format=1)
+        ]
+        if name not in self._prepared:
+            sends.insert(0, lambda: pgconn.send_prepare(name, text, param_types=types))
+        return name, sends
+
+    # -- the wire ----------------------------------------------------------------------------------
+
+    def run(self, steps: Steps, deadline: float) -> list[Any]:
+        """Take all steps. Raises DeadlinePassed, and gives the connection up, if that takes too long."""
+        try:
+            wanted = next(steps)
+            while ready(self.pgconn.socket, wanted, deadline - time.monotonic()):
+                wanted = next(steps)
+            raise DeadlinePassed
+        except StopIteration as stop:
+            results: list[Any] = stop.value
+            return results
+        except psycopg.Error:
+            self.pgconn.finish()
+            raise
+        except BaseException:
+            # A deadline, or an exception thrown into this thread by a signal (RQ's time limit): the
+            # conversation is broken off in the middle.
+            give_up(self.pgconn)
+            raise
+
+    def exchange(self, sends: Sequence[Send]) -> Steps:
+        """Send all of these and take their results, in order; what an error kept back has one too."""
+        results: list[Any] = []
+        if _PIPELINES:
+            for send in sends:
+                if send is None:
+                    self.pgconn.pipeline_sync()
+                else:
+                    send()
+            yield from self._flush()
+            syncs = sum(send is None for send in sends)
+            while syncs:
+                result = yield from self._result()
+                if result is None:
+                    continue
+                if result.status == pq.ExecStatus.PIPELINE_SYNC:
+                    syncs -= 1
+                else:
+                    results.append(result)
+            return results
+        for send in sends:
+            if send is None:
+                continue
+            send()
+            yield from self._flush()
+            last = None
+            while (result := (yield from self._result())) is not None:
+                last = result
+            results.append(last)
+            if _is_error(last):
+                break
+        return results
+
+    def _flush(self) -> Generator[int, None, None]:
+        while self.pgconn.flush():
+            yield READ | WRITE
+            self.pgconn.consume_input()  # a server that cannot send does not read either
+
+    def _result(self) -> Generator[int, None, Any]:
+        while self.pgconn.is_busy():
+            yield READ
+            self.pgconn.consume_input()
+        result = self.pgconn.get_result()
+        if result is None and self.pgconn.status != pq.ConnStatus.OK:
+            raise psycopg.OperationalError(message(self.pgconn))
+        return result
+
+
+def message(pgconn: pq.abc.PGconn) -> str:
+    """What libpq has to say."""
+    return pgconn.get_error_message().strip() or "connection failed"
+
+
+def _is_error(result: Any) -> bool:
+    return result is None or result.status in (
+        pq.ExecStatus.FATAL_ERROR,
+        pq.ExecStatus.BAD_RESPONSE,
+    )
+
+
+def _milliseconds(budget: float) -> int:
+    return max(1, int(budget * _MARGIN * 1000))
+
+
+def _set(values: Mapping[str, str], local: str) -> str:
+    return ", ".join(f"set_config('{name}', '{value}', {local})" for name, value in values.items())
+
+
+_PARAMETER = re.compile(r"%\((\w+)\)([sb])|%%")
+
+
+@functools.lru_cache(maxsize=500)
+def _converted(query: str) -> tuple[bytes, tuple[str, ...], tuple[PyFormat, ...]]:
+    """Turn psycopg's placeholders into those of the protocol."""
+    places: dict[tuple[str, str], int] = {}
+
+    def place(found: re.Match[str]) -> str:
+        if found[0] == "%%":
+            return "%"
+        return f"${places.setdefault((found[1], found[2]), len(places) + 1)}"
+
+    text = _PARAMETER.sub(place, query).encode()
+    formats = tuple(PyFormat.BINARY if kind == "b" else PyFormat.AUTO for _, kind in places)
+    return text, tuple(name for name, _ in places), formats
+
+
+@functools.lru_cache(maxsize=2000)
+def _name(text: bytes, types: tuple[int, ...]) -> bytes:
+    # Named by what it is: whoever has prepared this name before us has prepared this statement.
+    return b"jobguard_" + hashlib.sha256(repr((text, types)).encode()).hexdigest()[:32].encode()
+
+
+# -- giving up a session in the middle of a statement --------------------------------------------------
+
+
+class _Cancels:
+    """Ask servers to end what nobody waits for any more; one thread of a process at most does so."""
+
+    def __init__(self) -> None:
+        self._begin()
+
+    def _begin(self) -> None:
+        self._pid = os.getpid()
+        self._lock = native.lock()
+        self._left: deque[Any] = deque()
+        self._running = False
+
+    def take(self, pgconn: pq.abc.PGconn) -> bool:
+        """Cancel what runs there and close it, in the background. False: that is not possible now."""
+        if self._pid != os.getpid():
+            _kept.append(self._left)  # the parent's connections: no destructor shall close them
+            self._begin()
+        with self._lock:
+            if len(self._left) >= _CANCELS:
+                return False
+            self._left.append(pgconn)
+            if self._running:
+                return True
+            self._running = True
+        try:
+            native.start(self._work, name="jobguard-cancel")
+        except RuntimeError:  # the interpreter is about to end
+            with self._lock:
+                self._running = False
+                self._left.clear()
+            return False
+        return True
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                if not self._left:
+                    self._running = False
+                    return
+                pgconn = self._left.popleft()
+            try:
+                _cancel(pgconn)
+            except Exception as error:  # the server's own time limit ends it too
+                _logger.debug("a cancel request failed: %s", error)
+            finally:
+                pgconn.finish()
+
+
+_kept: list[object] = []
+_cancels = _Cancels()
+
+
+def give_up(pgconn: pq.abc.PGconn) -> None:
+    """Close a connection whose server may still be at work for us, and ask it to stop.
+
+    The socket is closed after the request: a pooler forwards a request of its clients only. Never
+    waits.
+    """
+    if pgconn.status != pq.ConnStatus.OK or not _cancels.take(pgconn):
+        pgconn.finish()
+
+
+def _cancel(pgconn: pq.abc.PGconn) -> None:
+    if not psycopg.capabilities.has_cancel_safe():
+        # It waits as long as it needs, but in this thread alone: the others run on, as ctypes says.
+        if pq.__impl__ == "python":
+            pgconn.get_cancel().cancel()
+        return
+    deadline = time.monotonic() + _CANCEL_SECONDS
+    request = pgconn.cancel_conn()
+    try:
+        request.start()
+        state = pq.PollingStatus.WRITING
+        while state not in (pq.PollingStatus.OK, pq.PollingStatus.FAILED):
+            poller = native.poll()
+            poller.register(
+                request.socket,
+                select.POLLIN if state == pq.PollingStatus.READING else select.POLLOUT,
+            )
+            if not poller.poll(max(0.0, deadline - time.monotonic()) * 1000):
+                return
+            state = pq.PollingStatus(request.poll())
+    finally:
+        request.finish()
