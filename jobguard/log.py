@@ -77,7 +77,9 @@ EVENTS: Mapping[str, Event] = {
         WARNING, "this worker cannot begin a job: it goes back later"
     ),  # job_id, tries_left, error
     "claim_lost": Event(WARNING, "a run's claim went to another worker"),  # job_id
-    "start_unfenced": Event(WARNING, "a start was not granted, but the fence is off"),  # reason
+    "start_unfenced": Event(
+        WARNING, "a start was not granted, and runs all the same (mode=observe)"
+    ),  # reason
     "nobody_leads": Event(
         WARNING, "a start was skipped while no reconciler leads: run `jobguard reconcile`"
     ),

@@ -38,7 +38,6 @@ class Settings:
     connect: Literal["lazy", "require"] = _setting(
         "lazy", "require: guard() raises if Postgres cannot be reached or is not migrated"
     )
-    fence: bool = _setting(True, "skip a start that was not granted its claim")
     durability: Literal["strict", "relaxed"] = _setting(
         "strict", "relaxed: do not wait for Postgres to flush a record (synchronous_commit=off)"
     )
@@ -94,7 +93,8 @@ class Settings:
 
     def fingerprint(self) -> str:
         """What all processes of one source must agree on, as text that can be compared and read."""
-        return f"namespace={self.namespace} fence={str(self.fence).lower()} mode={self.mode}"
+        # "fence=true" stays: processes of version 0.1.0 store and compare it.
+        return f"namespace={self.namespace} fence=true mode={self.mode}"
 
 
 def disabled(environ: Mapping[str, str] | None = None) -> bool:
@@ -114,7 +114,8 @@ def settings_from(
     environ = os.environ if environ is None else environ
     hints = get_type_hints(Settings)
     names = [f.name for f in fields(Settings)]
-    problems = [_unknown(name, names) for name in arguments if name not in names]
+    arguments, problems = _without_fence(arguments, environ)
+    problems += [_unknown(name, names) for name in arguments if name not in names]
     values: dict[str, Any] = {}
     for name in names:
         variable = PREFIX + name.upper()
@@ -135,6 +136,32 @@ def settings_from(
     if problems or settings is None:
         raise ConfigurationError("; ".join(problems))
     return settings
+
+
+def _without_fence(
+    arguments: Mapping[str, Any], environ: Mapping[str, str]
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the arguments without ``fence``, a setting of earlier versions, and what is wrong with it.
+
+    True changes nothing and is accepted. Anything else is a problem.
+    """
+    kept = dict(arguments)
+    given = {
+        "fence": kept.pop("fence", None),
+        "JOBGUARD_FENCE": environ.get("JOBGUARD_FENCE") or None,
+    }
+    problems = []
+    for where, value in given.items():
+        try:
+            if value is None or _coerce(value, bool):
+                continue
+        except ValueError:
+            pass
+        problems.append(
+            f"{where}={value!r}: the fence is always on; remove this setting. To try jobguard "
+            "without an effect on jobs, set mode='observe' (JOBGUARD_MODE=observe)"
+        )
+    return kept, problems
 
 
 def _unknown(name: str, names: list[str]) -> str:

@@ -150,6 +150,6 @@ def test_settings_of_one_source_must_agree(redis_url: str, database: str, stack:
     """A second application of the same source with other settings is an error that names them."""
     one, other = Host("dramatiq", redis_url), Host("dramatiq", redis_url)
     guard = one.guard(stack, database)
-    with pytest.raises(jobguard.JobguardError, match="fence"):
-        jobguard.guard(other.target, postgres=database, **{**BRISK, "fence": False})
-    assert replace(guard.settings, fence=True) == guard.settings
+    with pytest.raises(jobguard.JobguardError, match="durability"):
+        jobguard.guard(other.target, postgres=database, **{**BRISK, "durability": "relaxed"})
+    assert replace(guard.settings, durability="strict") == guard.settings

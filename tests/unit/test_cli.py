@@ -285,7 +285,7 @@ def overview(**changed: Any) -> dict[str, Any]:
         ({"leader": {"live": False}}, "nobody leads"),
         ({"brake": {"paused_at": datetime.now(UTC), "held": {}}}, "paused since"),
         ({"brake": {"paused_at": None, "held": {"1/q": {"reason": "why"}}}}, "held: why"),
-        ({"sources": [{"address": "a", "settings": "fence=false"}]}, "fence=false"),
+        ({"sources": [{"address": "a", "settings": "mode=observe"}]}, "mode=observe"),
         ({"queues": [{"queue": "q", "trusted_since": None, "unguarded": ["w"]}]}, "unguarded.*w"),
         ({"queues": [{"queue": "q", "trusted_since": None, "unguarded": []}]}, "not trusted yet"),
     ],
