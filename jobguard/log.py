@@ -52,6 +52,9 @@ EVENTS: Mapping[str, Event] = {
     "guest_failed": Event(
         ERROR, "jobguard failed, and the host went on without it"
     ),  # where, error
+    "redis_option_unknown": Event(
+        WARNING, "an option of a Redis URL is unknown and has no effect"
+    ),  # redis, option
     # Recording.
     "record_spooled": Event(WARNING, "records wait in the spool"),  # count
     "record_lost": Event(ERROR, "a record could be kept nowhere"),  # job_id, queue, error

@@ -15,6 +15,7 @@ import click
 
 from jobguard.conninfo import postgres_conninfo
 from jobguard.errors import ConfigurationError
+from jobguard.redis_urls import split_urls
 from jobguard.settings import Settings, settings_from
 
 if TYPE_CHECKING:
@@ -60,15 +61,15 @@ def redis_urls_from(given: tuple[str, ...], environ: Mapping[str, str] | None = 
     """Return the Redis URLs of the command line, else of the environment."""
     environ = os.environ if environ is None else environ
     if given:
-        return [url for urls in given for url in urls.split()]
+        return [url for urls in given for url in split_urls(urls)]
     if path := environ.get("JOBGUARD_REDIS_URL_FILE", "").strip():
         try:
             with open(path, encoding="utf-8") as file:
-                return file.read().split()
+                return split_urls(file.read())
         except OSError as error:
             raise ConfigurationError(f"JOBGUARD_REDIS_URL_FILE: {error}") from error
     for variable in ("JOBGUARD_REDIS_URL", "REDIS_URL"):
-        if urls := environ.get(variable, "").split():
+        if urls := split_urls(environ.get(variable, "")):
             return urls
     return []
 

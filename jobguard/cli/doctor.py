@@ -166,7 +166,7 @@ def _look_at_redis(url: str) -> Iterator[Finding]:
 
     try:
         client = client_from_url(url, timeout=REDIS_TIMEOUT_SECONDS)
-    except ValueError as error:
+    except JobguardError as error:
         yield _problem("redis", str(error))
         return
     with client:

@@ -21,6 +21,7 @@ from jobguard.log import say
 from jobguard.reconciler.done import Done
 from jobguard.reconciler.leader import Leadership
 from jobguard.reconciler.watch import Watch
+from jobguard.redis_urls import parse
 from jobguard.settings import Settings
 from jobguard.store import Brake, LeaderStore, SourceRow
 from jobguard.store.leader import PostgresLeaderStore
@@ -299,6 +300,8 @@ def clients_from_urls(urls: Sequence[str]) -> Clients:
         if not separator or "://" in name:
             name, url = "", given
         address = address_of(client_from_url(url, timeout=_CLIENT_TIMEOUT))
+        for option in parse(url).unknown:
+            say("redis_option_unknown", redis=address, option=option)
         made[name or address] = _maker(url)
     return made
 
