@@ -7,11 +7,12 @@ never pays for it.
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
-from urllib.parse import quote, unquote
+from urllib.parse import quote, unquote, unquote_to_bytes
 
 from jobguard.errors import ConfigurationError, JobguardError, StoreUnavailable
 
@@ -39,10 +40,13 @@ KEYWORDS = frozenset(
 _ALIASES = {"database": "dbname", "name": "dbname", "username": "user", "ssl": "sslmode"}
 _SSLMODES = {"true": "require", "1": "require", "no-verify": "require", "false": "prefer"}
 
+_WITH_AT = ("user", "username", "password")  # options whose value may hold a plain @
+
 _SCHEMES = ("postgres", "postgresql", "postgis", "pgsql")
 _URL = re.compile(r"(?P<scheme>[A-Za-z][\w+.-]*)://(?P<place>[^?]*)(?:\?(?P<query>.*))?", re.DOTALL)
 _PAIR = re.compile(r"(\w+)\s*=\s*('(?:[^'\\]|\\.)*'|(?:[^\s'\\]|\\.)*)", re.DOTALL)
-_PAIRS = re.compile(rf"\s*(?:{_PAIR.pattern}\s*)+", re.DOTALL)
+_PAIRS = re.compile(rf"\s*(?:{_PAIR.pattern}(?:\s+|$))+", re.DOTALL)
+_PLACE = re.compile(r"(?:\[[0-9A-Fa-f:.%]*\]|[\w.%~-]*)(?::\d*)?")
 
 
 def postgres_conninfo(
@@ -83,7 +87,7 @@ def normalise(given: str | Mapping[str, Any], *, where: str = "postgres") -> str
     if url:
         return _from_url(url, where)
     if _PAIRS.fullmatch(given):
-        return given
+        return _checked_pairs(given, where)
     scheme = given.partition(":")[0] if ":" in given[:20] else ""
     if scheme in ("sqlite", "mysql"):  # sqlite::memory: and the like
         raise _not_postgres(scheme, where)
@@ -104,6 +108,8 @@ def describe(conninfo: str, environ: Mapping[str, str] | None = None) -> str:
     places = (
         f"{host or 'localhost'}:{port or '5432'}" for host, port in zip(hosts, ports, strict=True)
     )
+    if "://" in database or "=" in database:
+        database = "(a database named by a connection string)"  # which may hold a password
     return f"{','.join(places)}/{database}"
 
 
@@ -143,9 +149,48 @@ def _from_url(url: re.Match[str], where: str) -> str:
     scheme = url["scheme"].lower()
     if scheme.partition("+")[0] not in _SCHEMES:
         raise _not_postgres(f"a {scheme}:// URL", where)
+    place = _checked_place(url["place"], url["query"] or "", where)
     query = _known(_query(url["query"] or ""))
     pairs = "&".join(f"{key}={quote(value, safe='/:,')}" for key, value in query.items())
-    return f"postgresql://{url['place']}" + (f"?{pairs}" if pairs else "")
+    return f"postgresql://{place}" + (f"?{pairs}" if pairs else "")
+
+
+def _checked_place(place: str, query: str, where: str) -> str:
+    """Return the place with its account percent-encoded.
+
+    libpq cuts a URL at the first @ and prints what it cannot read: a part of a password that is not
+    encoded. So nothing is passed on of which that can be true.
+    """
+    authority, slash, database = place.partition("/")
+    account, at, hosts = authority.rpartition("@")
+    astray = [option for option in query.split("&") if "@" in option]
+    if (
+        "@" in database
+        or not all(_PLACE.fullmatch(host) for host in hosts.split(","))
+        or not all(option.partition("=")[0] in _WITH_AT for option in astray)
+    ):
+        raise ConfigurationError(
+            f"{where} cannot be read as a URL. In a password write / as %2F, ? as %3F, @ as %40, "
+            "# as %23, : as %3A and % as %25"
+        )
+    user, colon, password = account.partition(":")
+    encoded = [quote(unquote_to_bytes(part), safe="") for part in (user, password)]
+    if "%00" in account:
+        raise ConfigurationError(f"{where} holds a zero byte (%00)")
+    return f"{encoded[0]}{colon}{encoded[1]}{at}{hosts}{slash}{database}"
+
+
+def _checked_pairs(given: str, where: str) -> str:
+    # libpq prints a keyword that it does not know, and that may be a part of an unquoted password.
+    unknown = [key for key, _ in _PAIR.findall(given) if key not in KEYWORDS]
+    if not unknown:
+        return given
+    close = difflib.get_close_matches(unknown[0], KEYWORDS, n=1)
+    raise ConfigurationError(
+        f"{where} has a keyword that libpq does not know"
+        + (f" (did you mean {close[0]}?)" if close else "")
+        + "; a value with spaces stands in single quotes"
+    )
 
 
 def _query(text: str) -> Iterable[tuple[str, str]]:
