@@ -2,8 +2,8 @@
 
 Code announces what happened by name and with fields; the wording is here. Everything goes through
 the standard logger ``jobguard`` and nowhere else, so that the host's logging decides what becomes
-of it; without logging set up, nothing is printed. A record carries its event and fields as the
-attribute ``jobguard`` (a mapping), for handlers that want more than text.
+of it; without logging set up, warnings and errors go to stderr. A record carries its event and
+fields as the attribute ``jobguard`` (a mapping), for handlers that want more than text.
 
 structlog is loaded when somebody binds a logger, and by ``configure``, which our command line alone
 calls: its import costs a host 150 ms, and the first event is most often a sign of trouble.
@@ -12,6 +12,9 @@ calls: its import costs a host 150 ms, and the first event is most often a sign 
 from __future__ import annotations
 
 import logging
+import os
+import sys
+import time
 from collections.abc import Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import UUID
@@ -162,17 +165,85 @@ EVENTS: Mapping[str, Event] = {
     "rotated": Event(INFO, "old history was dropped"),  # dropped
 }
 
+_REPEAT_SECONDS = 60.0
+
+
+class _LastResort(logging.Handler):
+    """Print warnings and errors to stderr where the host configured no handler that gets them.
+
+    The standard library's last resort prints every one. This one prints each kind of event at most
+    once a minute, because a host without logging did not ask for a log.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(WARNING)
+        self._printed: dict[str, tuple[float, int]] = {}
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print it if no other handler gets it."""
+        if not has_handlers():
+            self.print(record)
+
+    def print(self, record: logging.LogRecord) -> None:
+        """Print one line, unless there was one of its kind within the last minute."""
+        if logging.lastResort is None or sys.stderr is None:
+            return
+        event = str(getattr(record, "jobguard", {}).get("event", record.msg))
+        now = time.monotonic()
+        at, left_out = self._printed.get(event, (0.0, 0))
+        if event in self._printed and now - at < _REPEAT_SECONDS:
+            self._printed[event] = (at, left_out + 1)
+            return
+        self._printed[event] = (now, 0)
+        more = f" ({left_out} more since the last line of this kind)" if left_out else ""
+        try:
+            sys.stderr.write(f"jobguard: {record.levelname}: {record.getMessage()}{more}\n")
+            sys.stderr.flush()
+        except Exception:
+            self.handleError(record)
+
+
 _standard = logging.getLogger("jobguard")
-# Else the standard library's last resort prints warnings to the stderr of hosts without logging.
-_standard.addHandler(logging.NullHandler())
+_last_resort = _LastResort()
+_standard.addHandler(_last_resort)
+
+# What a process says once at its start is often said before its host has configured logging.
+_AT_START = ("guarded", "guard_inert")
+_unheard: list[tuple[int, str, dict[str, Any]]] = []
+
+
+def has_handlers() -> bool:
+    """Whether a handler of the host gets what we log."""
+    logger: logging.Logger | None = _standard
+    while logger is not None:
+        if any(handler is not _last_resort for handler in logger.handlers):
+            return True
+        logger = logger.parent if logger.propagate else None
+    return False
 
 
 def say(event: str, /, *, exc_info: Any = None, **fields: Any) -> None:
     """Tell that something happened; level and sentence are the table's."""
     level, sentence = EVENTS.get(event) or Event(WARNING, event)
+    if event in _AT_START and not _is_heard(level):
+        if len(_unheard) < 16:
+            _unheard.append((level, *_told(event, sentence, fields)))
+        return
+    while _unheard and _is_heard(INFO):
+        early, message, extra = _unheard.pop(0)
+        _standard.log(early, "%s", message, extra=extra)
     if _standard.isEnabledFor(level):
         message, extra = _told(event, sentence, fields)
         _standard.log(level, "%s", message, exc_info=exc_info, extra=extra, stacklevel=2)
+    elif _standard.disabled and level >= ERROR:
+        # The host's logging.config disabled every logger that it does not name.
+        message, extra = _told(event, sentence, fields)
+        record = _standard.makeRecord("jobguard", level, "", 0, message, (), None, extra=extra)
+        _last_resort.print(record)
+
+
+def _is_heard(level: int) -> bool:
+    return _standard.isEnabledFor(level) and has_handlers()
 
 
 def get_logger(**bound: Any) -> BoundLogger:
@@ -199,7 +270,7 @@ def configure(level: str = "info", json: bool = False) -> None:
             structlog.processors.JSONRenderer(default=str, ensure_ascii=False),
         ]
     else:
-        final += [structlog.dev.ConsoleRenderer(sort_keys=False)]
+        final += [structlog.dev.ConsoleRenderer(colors=_colours(), sort_keys=False)]
     formatter = ProcessorFormatter(
         foreign_pre_chain=[
             _fields_for_machines if json else _fields_for_people,
@@ -214,6 +285,15 @@ def configure(level: str = "info", json: bool = False) -> None:
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)  # other libraries' chatter stays away
     _standard.setLevel(level.upper())
+
+
+def _colours() -> bool:
+    """Whether lines on stderr are coloured: https://no-color.org, https://force-color.org."""
+    if os.environ.get("NO_COLOR"):
+        return False
+    if os.environ.get("FORCE_COLOR"):
+        return True
+    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def _told(
