@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 from urllib.parse import quote, unquote, unquote_to_bytes
 
-from jobguard.errors import ConfigurationError, JobguardError, StoreUnavailable
+from jobguard.errors import ConfigurationError, JobguardError, NoPostgres, StoreUnavailable
 
 Given: TypeAlias = str | Mapping[str, Any] | Callable[[], str | Mapping[str, Any]]
 
@@ -56,20 +56,26 @@ def postgres_conninfo(
 
     The argument wins, then JOBGUARD_POSTGRES_URL_FILE, JOBGUARD_POSTGRES_URL, DATABASE_URL.
 
-    Raises ConfigurationError for what is wrong already; the function raises StoreUnavailable where
-    a file or a callable fails, because both may be right again at the next connect.
+    Raises NoPostgres where none is named, ConfigurationError for what is wrong already; the function
+    raises StoreUnavailable where a file or a callable fails, because both may be right again at the
+    next connect.
     """
     environ = os.environ if environ is None else environ
     if callable(given):
         return _later(given, "the function given as postgres")
-    if given:
+    if given is not None:
         return _always(normalise(given))
     if path := environ.get(FILE_VARIABLE, "").strip():
         return _later(lambda: _content(path), FILE_VARIABLE)
     for variable in VARIABLES:
         if url := environ.get(variable, "").strip():
-            return _always(normalise(url, where=variable))
-    raise ConfigurationError(
+            try:
+                return _always(normalise(url, where=variable))
+            except ConfigurationError as error:
+                if variable != VARIABLES[0]:  # it is the application's, and may be SQLite in a test
+                    raise NoPostgres(str(error)) from None
+                raise
+    raise NoPostgres(
         "no Postgres is named: give postgres=…, or set JOBGUARD_POSTGRES_URL, "
         "JOBGUARD_POSTGRES_URL_FILE or DATABASE_URL"
     )
@@ -83,6 +89,8 @@ def normalise(given: str | Mapping[str, Any], *, where: str = "postgres") -> str
     if isinstance(given, Mapping):
         return _from_mapping(given, where)
     given = given.strip()
+    if not given:
+        raise ConfigurationError(f"{where} is empty: give a postgresql:// URL")
     url = _URL.fullmatch(given)
     if url:
         return _from_url(url, where)

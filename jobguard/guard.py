@@ -26,6 +26,7 @@ from jobguard.errors import (
     ConfigurationError,
     ConflictingGuard,
     JobguardError,
+    NoPostgres,
     UnsupportedTarget,
 )
 from jobguard.log import say
@@ -207,6 +208,7 @@ class JobGuard:
 
 
 _guards: dict[int, JobGuard] = {}
+_warned: set[str] = set()
 
 
 def guard(
@@ -221,10 +223,11 @@ def guard(
     ``JOBGUARD_<NAME>``.
 
     Nothing is connected to, and no application's configuration is read before its first job: what
-    cannot be guarded is said then, in the log. The same call again changes nothing.
+    cannot be guarded is said then, in the log. The same call again changes nothing. Where no Postgres
+    is named, the log has one warning and the guard is inert.
 
     Raises UnsupportedTarget, ConfigurationError, or ConflictingGuard if the source is already
-    guarded with other settings; with ``connect="require"`` also StoreUnavailable.
+    guarded with other settings; with ``connect="require"`` also StoreUnavailable or NoPostgres.
     """
     chosen = settings_from({**settings, "namespace": namespace})
     if disabled():
@@ -243,7 +246,12 @@ def _guard_now(
         reason = guarded.inert or "a test double"
         say("guard_inert", reason=reason)
         return JobGuard(chosen, inert=reason)
-    conninfo = postgres_conninfo(postgres)
+    try:
+        conninfo = postgres_conninfo(postgres)
+    except NoPostgres as error:
+        if chosen.connect == "require":
+            raise
+        return _without_postgres(chosen, str(error))
     existing = _guards.get(guarded.source.id)
     if existing is not None:
         return _same(existing, chosen, conninfo, guarded, target)
@@ -268,6 +276,14 @@ def _guard_now(
             made.close()
             raise
     return made
+
+
+def _without_postgres(chosen: Settings, reason: str) -> JobGuard:
+    """Return an inert guard: to import an application's module in a test or a build must not fail."""
+    if reason not in _warned:
+        _warned.add(reason)
+        say("postgres_unnamed", reason=reason)
+    return JobGuard(chosen, inert=reason)
 
 
 def _guard_later(

@@ -55,6 +55,9 @@ EVENTS: Mapping[str, Event] = {
     "guest_failed": Event(
         ERROR, "jobguard failed, and the host went on without it"
     ),  # where, error
+    "postgres_unnamed": Event(
+        WARNING, "nothing is guarded in this process: no usable Postgres is named"
+    ),  # reason
     "redis_option_unknown": Event(
         WARNING, "an option of a Redis URL is unknown and has no effect"
     ),  # redis, option
