@@ -30,7 +30,7 @@ from jobguard.errors import (
     UnsupportedTarget,
 )
 from jobguard.log import say
-from jobguard.settings import Settings, disabled, settings_from
+from jobguard.settings import Settings, disabled, settings_from, unknown_variables
 from jobguard.store import Counts
 from jobguard.targets import recognised
 
@@ -230,6 +230,10 @@ def guard(
     guarded with other settings; with ``connect="require"`` also StoreUnavailable or NoPostgres.
     """
     chosen = settings_from({**settings, "namespace": namespace})
+    for variable in unknown_variables():
+        if variable not in _warned:
+            _warned.add(variable)
+            say("variable_unknown", variable=variable)
     if disabled():
         say("guard_inert", reason="JOBGUARD_DISABLED is set")
         return JobGuard(chosen, inert="JOBGUARD_DISABLED is set")

@@ -58,6 +58,9 @@ EVENTS: Mapping[str, Event] = {
     "postgres_unnamed": Event(
         WARNING, "nothing is guarded in this process: no usable Postgres is named"
     ),  # reason
+    "variable_unknown": Event(
+        WARNING, "a variable JOBGUARD_… is unknown and has no effect"
+    ),  # variable
     "redis_option_unknown": Event(
         WARNING, "an option of a Redis URL is unknown and has no effect"
     ),  # redis, option

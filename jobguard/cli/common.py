@@ -16,7 +16,7 @@ import click
 from jobguard.conninfo import postgres_conninfo
 from jobguard.errors import ConfigurationError
 from jobguard.redis_urls import split_urls
-from jobguard.settings import Settings, settings_from
+from jobguard.settings import Settings, settings_from, unknown_variables
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -54,6 +54,8 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
 
 def settings_of(namespace: str | None = None) -> Settings:
     """Return the settings of the environment, with the namespace of the command line."""
+    for variable in unknown_variables():
+        click.echo(f"warning: there is no variable {variable}", err=True)
     return settings_from({"namespace": namespace})
 
 

@@ -82,3 +82,14 @@ def test_our_variable_is_meant_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JOBGUARD_POSTGRES_URL", "mysql://h/d")
     with pytest.raises(ConfigurationError, match="mysql"):
         jobguard.guard(object())
+
+
+def test_a_misspelt_variable_is_one_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is most often the reason why something else is missing."""
+    monkeypatch.setenv("JOBGUARD_POSTGRES_URI", "postgresql://h/d")
+    for _ in range(2):
+        jobguard.guard(object())
+    told = [record.getMessage() for record in caplog.records]
+    assert sum("did you mean JOBGUARD_POSTGRES_URL" in one for one in told) == 1

@@ -5,7 +5,7 @@ from dataclasses import fields
 import pytest
 
 from jobguard.errors import ConfigurationError
-from jobguard.settings import Settings, disabled, settings_from
+from jobguard.settings import Settings, disabled, settings_from, unknown_variables
 
 
 def test_an_argument_wins_over_the_environment_and_that_over_the_default() -> None:
@@ -104,3 +104,39 @@ def test_one_variable_switches_everything_off(word: str, off: bool) -> None:
     """JOBGUARD_DISABLED is looked at by itself."""
     assert disabled({"JOBGUARD_DISABLED": word}) is off
     assert not disabled({})
+
+
+@pytest.mark.parametrize(
+    ("environ", "word"),
+    [
+        ({"JOBGUARD_LEASE": "0"}, "JOBGUARD_LEASE must be more than 0"),
+        ({"JOBGUARD_WORKER_TIMEOUT": "1"}, r"JOBGUARD_WORKER_TIMEOUT \(1.0\).*twice beat_interval"),
+        ({"JOBGUARD_CRASH_BACKOFF": "-1"}, "JOBGUARD_CRASH_BACKOFF must be"),
+        ({"JOBGUARD_CRASH_BACKOFF": "1;2"}, "JOBGUARD_CRASH_BACKOFF='1;2': must be numbers"),
+        ({"JOBGUARD_NAMESPACE": " "}, "JOBGUARD_NAMESPACE must not be empty"),
+    ],
+)
+def test_a_problem_names_the_variable_that_it_came_from(environ: dict[str, str], word: str) -> None:
+    """It is what one has to change."""
+    with pytest.raises(ConfigurationError, match=word):
+        settings_from({}, environ)
+
+
+def test_a_variable_that_means_nothing_is_named_with_the_nearest() -> None:
+    """Its value, which may be a secret, is not."""
+    environ = {
+        "JOBGUARD_POSTGRES": "hidden",
+        "JOBGUARD_LEASE": "9",
+        "JOBGUARD_DISABELD": "1",
+        "JOBGUARD_DEAD_LIST_LIMIT": "5",
+        "JOBGUARD_XYZZY": "1",
+        "JOBGUARD_SERVICE_HOST": "10.0.0.1",
+        "JOBGUARD_PORT_80_TCP": "tcp://10.0.0.1:80",
+        "JOBGUARD_WEB_PORT": "tcp://10.0.0.1:80",
+        "OTHER": "1",
+    }
+    assert unknown_variables(environ) == [
+        "JOBGUARD_DISABELD (did you mean JOBGUARD_DISABLED?)",
+        "JOBGUARD_POSTGRES (did you mean JOBGUARD_POSTGRES_URL?)",
+        "JOBGUARD_XYZZY",
+    ]
