@@ -102,12 +102,8 @@ class JobGuard:
         """Count the jobs of this source by state and queue. Raises StoreUnavailable."""
         if self._tracker is None:
             return Stats()
-        address = self._tracker.source.name or self._tracker.source.address
-        queues = {
-            queue: counts
-            for (where, queue), counts in self._ledger().stats(self.settings.namespace).items()
-            if where == address
-        }
+        found = self._ledger().stats(self.settings.namespace, source=self._tracker.source.id)
+        queues = {queue: counts for (_, queue), counts in found.items()}
         total = Counts()
         for counts in queues.values():
             total = replace(
@@ -119,7 +115,11 @@ class JobGuard:
         return Stats(**{f.name: getattr(total, f.name) for f in fields(Counts)}, queues=queues)
 
     def job(self, job_id: str) -> Sequence[Mapping[str, Any]]:
-        """Return every delivery of a job that is owed or remembered, newest first."""
+        """Return every delivery of a job that is owed or remembered, newest first.
+
+        A list, because a job has a delivery for each time it was pushed: a retry supersedes the
+        delivery before. The first is the state of the job. Empty: the id is unknown.
+        """
         if self._tracker is None:
             return []
         return self._ledger().job(self.settings.namespace, job_id)

@@ -6,6 +6,7 @@ snapshot or writes one transaction, and lets go.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
@@ -31,7 +32,7 @@ Row: TypeAlias = dict[str, Any]
 
 # What history still counts. A failed or dead delivery that was requeued counts as its new delivery.
 _STATS = sa.text("""
-select coalesce(s.name, s.address), j.queue, 'owed' as state,
+select s.id, j.queue, 'owed' as state,
        count(*) filter (where r.token is null and coalesce(j.due_at <= now(), true)) as pending,
        count(*) filter (where r.token is null and j.due_at > now()) as scheduled,
        count(*) filter (where r.token is not null) as processing,
@@ -44,13 +45,14 @@ join jobguard.jobs j on j.source = s.id
 left join jobguard.running r on r.source = j.source and r.token = j.token
 left join jobguard.workers w on w.id = r.worker
 left join jobguard.suspects u on u.source = j.source and u.token = j.token
-where s.namespace = :namespace
+where s.namespace = :namespace and (cast(:source as bigint) is null or s.id = :source)
 group by 1, 2
 union all
-select coalesce(s.name, s.address), h.queue, h.outcome::text, count(*), 0, 0, 0
+select s.id, h.queue, h.outcome::text, count(*), 0, 0, 0
 from jobguard.sources s
 join jobguard.history h on h.source = s.id
-where s.namespace = :namespace and h.outcome <> 'superseded'
+where s.namespace = :namespace and (cast(:source as bigint) is null or s.id = :source)
+  and h.outcome <> 'superseded'
   and (h.outcome in ('completed', 'cancelled') or h.next is null)
 group by 1, 2, 3
 """)
@@ -224,17 +226,20 @@ class PostgresLedger:
             "postgresql+psycopg://", creator=self._connect, poolclass=sa.NullPool
         )
 
-    def stats(self, namespace: str) -> Mapping[tuple[str, str], Counts]:
-        """Count jobs by (source's name or address, queue); see Ledger."""
+    def stats(
+        self, namespace: str, *, source: int | None = None
+    ) -> Mapping[tuple[str, str], Counts]:
+        """Count jobs by (what names the source, queue); see Ledger."""
         found: dict[tuple[str, str], dict[str, int]] = {}
         with self._begin(snapshot=True) as connection:
-            for address, queue, state, *counts in connection.execute(
-                _STATS, {"namespace": namespace}
+            names = _names(_rows(connection, _SOURCES, namespace=namespace))
+            for id, queue, state, *counts in connection.execute(
+                _STATS, {"namespace": namespace, "source": source}
             ):
-                known = found.setdefault((address, queue), {})
+                known = found.setdefault((names[id], queue), {})
                 if state == "owed":
-                    names = ("pending", "scheduled", "processing", "stuck")
-                    known.update(zip(names, counts, strict=True))
+                    states = ("pending", "scheduled", "processing", "stuck")
+                    known.update(zip(states, counts, strict=True))
                 else:
                     known[state] = counts[0]
         return {key: Counts(**found[key]) for key in sorted(found)}
@@ -379,6 +384,22 @@ class PostgresLedger:
 
 def _rows(connection: sa.Connection, query: sa.TextClause, **values: Any) -> list[Row]:
     return [dict(row._mapping) for row in connection.execute(query, values)]
+
+
+def _names(sources: Sequence[Row]) -> dict[int, str]:
+    """Return what names each source: its name or address, and as much more as tells it from the others."""
+    forms = (
+        lambda s: s["name"] or s["address"],
+        lambda s: f"{s['library']} at {s['name'] or s['address']}",
+        lambda s: f"{s['library']} at {s['name'] or s['address']} ({s['prefix']})",
+    )
+    names: dict[int, str] = {}
+    for form in forms:
+        taken = Counter(form(source) for source in sources)
+        for source in sources:
+            if taken[form(source)] == 1:
+                names.setdefault(source["id"], form(source))
+    return {source["id"]: names.get(source["id"], str(source["id"])) for source in sources}
 
 
 def _installation(connection: sa.Connection) -> Row:
