@@ -14,7 +14,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import time
 from collections.abc import Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import UUID
@@ -171,51 +170,33 @@ EVENTS: Mapping[str, Event] = {
     "rotated": Event(INFO, "old history was dropped"),  # dropped
 }
 
-_REPEAT_SECONDS = 60.0
-
 
 class _LastResort(logging.Handler):
-    """Print warnings and errors to stderr where the host configured no handler that gets them.
-
-    The standard library's last resort prints every one. This one prints each kind of event at most
-    once a minute, because a host without logging did not ask for a log.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(WARNING)
-        self._printed: dict[str, tuple[float, int]] = {}
+    """Print warnings and errors to stderr where the host configured no handler that gets them."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print it if no other handler gets it."""
+        """Print the record if no other handler gets it."""
         if not has_handlers():
             self.print(record)
 
     def print(self, record: logging.LogRecord) -> None:
-        """Print one line, unless there was one of its kind within the last minute."""
+        """Print one line, unless the host switched the standard library's own last resort off."""
         if logging.lastResort is None or sys.stderr is None:
             return
-        event = str(getattr(record, "jobguard", {}).get("event", record.msg))
-        now = time.monotonic()
-        at, left_out = self._printed.get(event, (0.0, 0))
-        if event in self._printed and now - at < _REPEAT_SECONDS:
-            self._printed[event] = (at, left_out + 1)
-            return
-        self._printed[event] = (now, 0)
-        more = f" ({left_out} more since the last line of this kind)" if left_out else ""
         try:
-            sys.stderr.write(f"jobguard: {record.levelname}: {record.getMessage()}{more}\n")
+            sys.stderr.write(f"jobguard: {record.levelname}: {record.getMessage()}\n")
             sys.stderr.flush()
         except Exception:
             self.handleError(record)
 
 
 _standard = logging.getLogger("jobguard")
-_last_resort = _LastResort()
+_last_resort = _LastResort(WARNING)
 _standard.addHandler(_last_resort)
 
 # What a process says once at its start is often said before its host has configured logging.
 _AT_START = ("guarded", "guard_inert")
-_unheard: list[tuple[int, str, dict[str, Any]]] = []
+_unheard: list[tuple[str, dict[str, Any]]] = []
 
 
 def has_handlers() -> bool:
@@ -230,26 +211,27 @@ def has_handlers() -> bool:
 
 def say(event: str, /, *, exc_info: Any = None, **fields: Any) -> None:
     """Tell that something happened; level and sentence are the table's."""
-    level, sentence = EVENTS.get(event) or Event(WARNING, event)
-    if event in _AT_START and not _is_heard(level):
+    if _standard.isEnabledFor(INFO) and has_handlers():
+        while _unheard:
+            early, known = _unheard.pop(0)
+            _write(early, known, None, stacklevel=3)
+    elif event in _AT_START:
         if len(_unheard) < 16:
-            _unheard.append((level, *_told(event, sentence, fields)))
+            _unheard.append((event, fields))
         return
-    while _unheard and _is_heard(INFO):
-        early, message, extra = _unheard.pop(0)
-        _standard.log(early, "%s", message, extra=extra)
+    _write(event, fields, exc_info, stacklevel=3)
+
+
+def _write(event: str, fields: Mapping[str, Any], exc_info: Any, *, stacklevel: int) -> None:
+    level, sentence = EVENTS.get(event) or Event(WARNING, event)
     if _standard.isEnabledFor(level):
         message, extra = _told(event, sentence, fields)
-        _standard.log(level, "%s", message, exc_info=exc_info, extra=extra, stacklevel=2)
+        _standard.log(level, "%s", message, exc_info=exc_info, extra=extra, stacklevel=stacklevel)
     elif _standard.disabled and level >= ERROR:
         # The host's logging.config disabled every logger that it does not name.
         message, extra = _told(event, sentence, fields)
         record = _standard.makeRecord("jobguard", level, "", 0, message, (), None, extra=extra)
         _last_resort.print(record)
-
-
-def _is_heard(level: int) -> bool:
-    return _standard.isEnabledFor(level) and has_handlers()
 
 
 def get_logger(**bound: Any) -> BoundLogger:
