@@ -281,6 +281,28 @@ def test_reconcile_hands_over_what_the_command_line_says(
     assert nowhere.exit_code == 1 and "no Redis is named" in nowhere.stderr
 
 
+def test_one_pass_that_could_not_be_made_is_a_problem(
+    database: str, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Postgres away, a Redis that does not answer, a source that no URL is given for."""
+    monkeypatch.setattr("jobguard.log.configure", lambda level, json: None)
+    words = ("reconcile", "--once")
+    away = call(*words, "--postgres", "postgresql://127.0.0.1:1/d", "--redis", redis_url)
+    assert away.exit_code == 1 and "port 1 failed" in away.stderr, away.output
+    quick = {
+        "JOBGUARD_WORKER_TIMEOUT": "0.4",
+        "JOBGUARD_BEAT_INTERVAL": "0.2",
+        "JOBGUARD_GRACE": "0.2",
+    }
+    here = ("--postgres", database, "--redis", redis_url)
+    assert call(*words, *here, **quick).exit_code == 0
+    know_source(database, "localhost:1/0")
+    unnamed = call(*words, *here, **quick)
+    assert unnamed.exit_code == 1 and "localhost:1/0 was not looked at" in unnamed.stderr
+    closed = call(*words, *here, "--redis", "redis://localhost:1/0", "--json", **quick)
+    assert closed.exit_code == 1 and '"unfinished": [\n    "localhost:1/0"' in closed.stdout
+
+
 def test_run_keeps_the_commands_output_and_exit_code(tmp_path: Path) -> None:
     """A worker started through us ends as it would have ended."""
     worker = tmp_path / "worker.py"
