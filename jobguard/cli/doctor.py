@@ -12,6 +12,7 @@ import click
 
 from jobguard import schema
 from jobguard.cli.common import (
+    NOT_TRUSTED,
     console,
     json_option,
     namespace_option,
@@ -20,6 +21,7 @@ from jobguard.cli.common import (
     redis_option,
     redis_urls_from,
     settings_of,
+    since,
 )
 from jobguard.conninfo import describe, postgres_conninfo
 from jobguard.errors import JobguardError
@@ -110,12 +112,12 @@ def judge(settings: Settings, overview: dict[str, Any]) -> Iterator[Finding]:
     for queue in overview["queues"]:
         about = f"queue {queue['queue']}"
         if queue["trusted_since"] is not None:
-            yield _ok(about, f"trusted since {queue['trusted_since']:%Y-%m-%d %H:%M:%S}")
+            yield _ok(about, f"trusted {since(queue['trusted_since'])}")
         elif queue["unguarded"]:
             names = ", ".join(queue["unguarded"])
             yield _problem(about, f"unguarded workers consume it, so nothing is put back: {names}")
         else:
-            yield _problem(about, "not trusted yet, so nothing is put back")
+            yield _problem(about, f"not trusted yet, {NOT_TRUSTED}")
 
 
 def _look_at_postgres(conninfo: Callable[[], str]) -> Iterator[Finding]:
