@@ -183,6 +183,8 @@ from jobguard.leader where namespace = :namespace
 
 _SOURCES = sa.text("""
 select s.id, s.library, s.address, s.prefix, s.name, s.settings, s.pulse_epoch, s.pulse_n, s.run_id,
+       extract(epoch from now() - s.watched_at)::float8 as watched_seconds,
+       (select count(*) from jobguard.jobs j where j.source = s.id) as owed,
        (select count(*) from jobguard.outbox o where o.source = s.id) as outbox,
        (select count(*) from jobguard.suspects u where u.source = s.id) as suspects
 from jobguard.sources s where s.namespace = :namespace order by s.library, s.address, s.id
@@ -200,6 +202,36 @@ select count(*) filter (where w.dead_at is null and w.left_at is null) as alive,
          as unflushed_seconds
 from jobguard.sources s join jobguard.workers w on w.source = s.id
 where s.namespace = :namespace
+""")
+
+# What waits in Redis, as far as the ledger knows, beside a living worker of its queue that runs nothing.
+_IDLE = sa.text("""
+with waiting as (
+  select j.source, j.queue, count(*) as jobs, min(greatest(j.recorded_at, j.due_at)) as since
+  from jobguard.sources s
+  join jobguard.jobs j on j.source = s.id
+  left join jobguard.running r on r.source = j.source and r.token = j.token
+  left join jobguard.suspects u on u.source = j.source and u.token = j.token
+  left join jobguard.outbox o on o.source = j.source and o.token = j.token
+  where s.namespace = :namespace and r.token is null and u.token is null and o.token is null
+    and greatest(j.recorded_at, j.due_at) < now() - make_interval(secs => :seconds)
+  group by 1, 2
+)
+select q.source, q.queue, q.jobs, extract(epoch from now() - q.since)::float8 as seconds, q.since,
+       o.tokens, o.job_ids, o.tasks, cast(:namespace as text) as namespace,
+       array_agg(w.name order by w.name) as workers
+from waiting q
+cross join lateral (
+  select array_agg(token) as tokens, array_agg(job_id) as job_ids, array_agg(task) as tasks
+  from (select j.token, j.job_id, j.task from jobguard.jobs j
+        where j.source = q.source and j.queue = q.queue
+          and not exists (select from jobguard.running r
+                          where r.source = j.source and r.token = j.token)
+        order by j.token limit 20) oldest) o
+join jobguard.workers w on w.source = q.source and q.queue = any (w.queues)
+where w.dead_at is null and w.left_at is null and cardinality(w.claims) = 0
+  and w.started_at < now() - make_interval(secs => :seconds)
+group by 1, 2, 3, 4, 5, 6, 7, 8 order by 1, 2
 """)
 
 _INCIDENTS = sa.text("""
@@ -334,6 +366,11 @@ class PostgresLedger:
                 "incidents": _rows(connection, _INCIDENTS, namespace=namespace),
                 "queues": _rows(connection, _QUEUES, namespace=namespace),
             }
+
+    def idle(self, namespace: str, *, seconds: float) -> Sequence[Row]:
+        """Queues with jobs that wait so long beside workers that run nothing."""
+        with self._begin(snapshot=True) as connection:
+            return _rows(connection, _IDLE, namespace=namespace, seconds=seconds)
 
     def require_installation(self, name: str | None) -> None:
         """Raise WrongInstallation unless the database carries this name; None: any will do."""
