@@ -7,11 +7,9 @@ import os
 import re
 from contextlib import ExitStack
 from typing import Any
-from urllib.parse import urlsplit
 
 import psycopg
 import pytest
-import redis
 from click.testing import CliRunner
 
 from jobguard.cli import main
@@ -51,14 +49,13 @@ def test_a_source_that_the_reconciler_knows_by_another_address(
         host.send()
     other = own_redis.url.replace("127.0.0.1", "127.1")
     assert other != own_redis.url
-    with leading(guard, database, other) as service:
+    with leading(guard, database, other):
         eventually(lambda: rows(database, "select from jobguard.leader where term > 0"), 20)
         port = own_redis.port
         problem = about(problems(database, other), f"source {library}")
         assert "has 5 owed jobs and no reconciler watches it" in problem
         assert f"127.1:{port}/0 and localhost:{port}/0 are one Redis" in problem
         assert "JOBGUARD_SOURCE" in problem
-        del service
     with leading(guard, database, own_redis.url):
         eventually(lambda: not problems(database, own_redis.url), 30)
 
@@ -151,7 +148,6 @@ def test_connections_that_run_out_and_sessions_that_cannot_write(database: str) 
 def test_a_cluster_is_refused_with_a_reason(database: str) -> None:
     """Scripts need all keys of a job on one node."""
     with RedisServer(config={"cluster-enabled": "yes"}) as server:
-        assert urlsplit(server.url).port == server.port
         found = problems(database, server.url)
         assert any("cluster mode is on" in problem for problem in found), found
 
@@ -162,4 +158,3 @@ def test_unknown_options_and_variables_are_noted(database: str, redis_url: str) 
     done = CliRunner().invoke(main, words, env={"JOBGUARD_NAMSPACE": "x"})
     assert "protcol" in done.stdout
     assert "did you mean JOBGUARD_NAMESPACE?" in done.stdout
-    assert isinstance(redis.Redis.from_url(redis_url), redis.Redis)
