@@ -9,14 +9,13 @@ from __future__ import annotations
 import inspect
 from functools import cache
 from typing import Any, cast
-from urllib.parse import unquote, urlsplit
 
 import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
-from redis.sentinel import Sentinel
 
-_SENTINEL_PORT = 26379
+from jobguard.redis_urls import parse
+
 _LOOPBACK = {"localhost", "127.0.0.1", "::1", ""}
 
 
@@ -59,6 +58,7 @@ def own_client(client: redis.Redis, *, timeout: float) -> redis.Redis:
     if service:
         for name in ("host", "port", "path"):
             kwargs.pop(name, None)
+        kwargs["ssl"] = issubclass(pool.connection_class, redis.SSLConnection)
         return cast(redis.Redis, cast(Any, pool).sentinel_manager.master_for(service, **kwargs))
     if "path" in kwargs:
         kwargs.pop("socket_connect_timeout")
@@ -82,38 +82,9 @@ def _wants_command(pool: type[Any]) -> bool:
 
 
 def client_from_url(url: str, *, timeout: float) -> redis.Redis:
-    """Return a client of our own for a ``redis://``, ``rediss://``, ``unix://`` or ``sentinel://`` URL.
+    """Return a client of our own for a URL of any kind that ``redis_urls`` reads.
 
     ``sentinel://[user:password@]host[:port][,host[:port]…]/service[/db]``: the master of that service,
-    by these sentinels; user and password are those of Redis. Raises ValueError.
+    by these sentinels; user and password are those of Redis. Raises ConfigurationError.
     """
-    if url.startswith("sentinel://"):
-        return own_client(_by_sentinels(url, timeout), timeout=timeout)
-    return own_client(redis.Redis.from_url(url), timeout=timeout)
-
-
-def _by_sentinels(url: str, timeout: float) -> redis.Redis:
-    parts = urlsplit(url)
-    account, _, hosts = parts.netloc.rpartition("@")
-    service, _, db = parts.path.strip("/").partition("/")
-    if not (hosts and service and (db or "0").isdigit()):
-        raise ValueError(
-            "a sentinel URL is sentinel://[user:password@]host[:port][,host[:port]]/service[/db]"
-        )
-    username, _, password = account.partition(":")
-    sentinels = [_host_and_port(given) for given in hosts.split(",")]
-    sentinel: Any = cast(Any, Sentinel)(
-        sentinels, socket_timeout=timeout, socket_connect_timeout=timeout
-    )
-    master = sentinel.master_for(
-        service,
-        db=int(db or 0),
-        username=unquote(username) or None,
-        password=unquote(password) or None,
-    )
-    return cast(redis.Redis, master)
-
-
-def _host_and_port(given: str) -> tuple[str, int]:
-    parts = urlsplit(f"//{given}")
-    return parts.hostname or "localhost", parts.port or _SENTINEL_PORT
+    return own_client(parse(url).client(timeout=timeout), timeout=timeout)

@@ -7,13 +7,14 @@ never pays for it.
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
-from urllib.parse import quote, unquote
+from urllib.parse import quote, unquote, unquote_to_bytes
 
-from jobguard.errors import ConfigurationError, JobguardError, StoreUnavailable
+from jobguard.errors import ConfigurationError, JobguardError, NoPostgres, StoreUnavailable
 
 Given: TypeAlias = str | Mapping[str, Any] | Callable[[], str | Mapping[str, Any]]
 
@@ -39,10 +40,13 @@ KEYWORDS = frozenset(
 _ALIASES = {"database": "dbname", "name": "dbname", "username": "user", "ssl": "sslmode"}
 _SSLMODES = {"true": "require", "1": "require", "no-verify": "require", "false": "prefer"}
 
+_WITH_AT = ("user", "username", "password")  # options whose value may hold a plain @
+
 _SCHEMES = ("postgres", "postgresql", "postgis", "pgsql")
 _URL = re.compile(r"(?P<scheme>[A-Za-z][\w+.-]*)://(?P<place>[^?]*)(?:\?(?P<query>.*))?", re.DOTALL)
 _PAIR = re.compile(r"(\w+)\s*=\s*('(?:[^'\\]|\\.)*'|(?:[^\s'\\]|\\.)*)", re.DOTALL)
-_PAIRS = re.compile(rf"\s*(?:{_PAIR.pattern}\s*)+", re.DOTALL)
+_PAIRS = re.compile(rf"\s*(?:{_PAIR.pattern}(?:\s+|$))+", re.DOTALL)
+_PLACE = re.compile(r"(?:\[[0-9A-Fa-f:.%]*\]|[\w.%~-]*)(?::\d*)?")
 
 
 def postgres_conninfo(
@@ -52,20 +56,26 @@ def postgres_conninfo(
 
     The argument wins, then JOBGUARD_POSTGRES_URL_FILE, JOBGUARD_POSTGRES_URL, DATABASE_URL.
 
-    Raises ConfigurationError for what is wrong already; the function raises StoreUnavailable where
-    a file or a callable fails, because both may be right again at the next connect.
+    Raises NoPostgres where none is named, ConfigurationError for what is wrong already; the function
+    raises StoreUnavailable where a file or a callable fails, because both may be right again at the
+    next connect.
     """
     environ = os.environ if environ is None else environ
     if callable(given):
         return _later(given, "the function given as postgres")
-    if given:
+    if given is not None:
         return _always(normalise(given))
     if path := environ.get(FILE_VARIABLE, "").strip():
         return _later(lambda: _content(path), FILE_VARIABLE)
     for variable in VARIABLES:
         if url := environ.get(variable, "").strip():
-            return _always(normalise(url, where=variable))
-    raise ConfigurationError(
+            try:
+                return _always(normalise(url, where=variable))
+            except ConfigurationError as error:
+                if variable != VARIABLES[0]:  # it is the application's, and may be SQLite in a test
+                    raise NoPostgres(str(error)) from None
+                raise
+    raise NoPostgres(
         "no Postgres is named: give postgres=…, or set JOBGUARD_POSTGRES_URL, "
         "JOBGUARD_POSTGRES_URL_FILE or DATABASE_URL"
     )
@@ -79,11 +89,13 @@ def normalise(given: str | Mapping[str, Any], *, where: str = "postgres") -> str
     if isinstance(given, Mapping):
         return _from_mapping(given, where)
     given = given.strip()
+    if not given:
+        raise ConfigurationError(f"{where} is empty: give a postgresql:// URL")
     url = _URL.fullmatch(given)
     if url:
         return _from_url(url, where)
     if _PAIRS.fullmatch(given):
-        return given
+        return _checked_pairs(given, where)
     scheme = given.partition(":")[0] if ":" in given[:20] else ""
     if scheme in ("sqlite", "mysql"):  # sqlite::memory: and the like
         raise _not_postgres(scheme, where)
@@ -104,6 +116,8 @@ def describe(conninfo: str, environ: Mapping[str, str] | None = None) -> str:
     places = (
         f"{host or 'localhost'}:{port or '5432'}" for host, port in zip(hosts, ports, strict=True)
     )
+    if "://" in database or "=" in database:
+        database = "(a database named by a connection string)"  # which may hold a password
     return f"{','.join(places)}/{database}"
 
 
@@ -143,9 +157,48 @@ def _from_url(url: re.Match[str], where: str) -> str:
     scheme = url["scheme"].lower()
     if scheme.partition("+")[0] not in _SCHEMES:
         raise _not_postgres(f"a {scheme}:// URL", where)
+    place = _checked_place(url["place"], url["query"] or "", where)
     query = _known(_query(url["query"] or ""))
     pairs = "&".join(f"{key}={quote(value, safe='/:,')}" for key, value in query.items())
-    return f"postgresql://{url['place']}" + (f"?{pairs}" if pairs else "")
+    return f"postgresql://{place}" + (f"?{pairs}" if pairs else "")
+
+
+def _checked_place(place: str, query: str, where: str) -> str:
+    """Return the place with its account percent-encoded.
+
+    libpq cuts a URL at the first @ and prints what it cannot read: a part of a password that is not
+    encoded. So nothing is passed on of which that can be true.
+    """
+    authority, slash, database = place.partition("/")
+    account, at, hosts = authority.rpartition("@")
+    astray = [option for option in query.split("&") if "@" in option]
+    if (
+        "@" in database
+        or not all(_PLACE.fullmatch(host) for host in hosts.split(","))
+        or not all(option.partition("=")[0] in _WITH_AT for option in astray)
+    ):
+        raise ConfigurationError(
+            f"{where} cannot be read as a URL. In a password write / as %2F, ? as %3F, @ as %40, "
+            "# as %23, : as %3A and % as %25"
+        )
+    user, colon, password = account.partition(":")
+    encoded = [quote(unquote_to_bytes(part), safe="") for part in (user, password)]
+    if "%00" in account:
+        raise ConfigurationError(f"{where} holds a zero byte (%00)")
+    return f"{encoded[0]}{colon}{encoded[1]}{at}{hosts}{slash}{database}"
+
+
+def _checked_pairs(given: str, where: str) -> str:
+    # libpq prints a keyword that it does not know, and that may be a part of an unquoted password.
+    unknown = [key for key, _ in _PAIR.findall(given) if key not in KEYWORDS]
+    if not unknown:
+        return given
+    close = difflib.get_close_matches(unknown[0], KEYWORDS, n=1)
+    raise ConfigurationError(
+        f"{where} has a keyword that libpq does not know"
+        + (f" (did you mean {close[0]}?)" if close else "")
+        + "; a value with spaces stands in single quotes"
+    )
 
 
 def _query(text: str) -> Iterable[tuple[str, str]]:

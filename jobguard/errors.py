@@ -33,6 +33,10 @@ class ConfigurationError(JobguardError):
     """A setting is missing or makes no sense."""
 
 
+class NoPostgres(ConfigurationError):
+    """Neither an argument nor a variable names a Postgres."""
+
+
 class ConflictingGuard(JobguardError):
     """This source is already guarded with other settings."""
 

@@ -26,10 +26,11 @@ from jobguard.errors import (
     ConfigurationError,
     ConflictingGuard,
     JobguardError,
+    NoPostgres,
     UnsupportedTarget,
 )
 from jobguard.log import say
-from jobguard.settings import Settings, disabled, settings_from
+from jobguard.settings import Settings, disabled, settings_from, unknown_variables
 from jobguard.store import Counts
 from jobguard.targets import recognised
 
@@ -103,12 +104,8 @@ class JobGuard:
         """Count the jobs of this source by state and queue. Raises StoreUnavailable."""
         if self._tracker is None:
             return Stats()
-        address = self._tracker.source.name or self._tracker.source.address
-        queues = {
-            queue: counts
-            for (where, queue), counts in self._ledger().stats(self.settings.namespace).items()
-            if where == address
-        }
+        found = self._ledger().stats(self.settings.namespace, source=self._tracker.source.id)
+        queues = {queue: counts for (_, queue), counts in found.items()}
         total = Counts()
         for counts in queues.values():
             total = replace(
@@ -124,7 +121,11 @@ class JobGuard:
         )
 
     def job(self, job_id: str) -> Sequence[Mapping[str, Any]]:
-        """Return every delivery of a job that is owed or remembered, newest first."""
+        """Return every delivery of a job that is owed or remembered, newest first.
+
+        A list, because a job has a delivery for each time it was pushed: a retry supersedes the
+        delivery before. The first is the state of the job. Empty: the id is unknown.
+        """
         if self._tracker is None:
             return []
         return self._ledger().job(self.settings.namespace, job_id)
@@ -213,6 +214,7 @@ class JobGuard:
 
 
 _guards: dict[int, JobGuard] = {}
+_warned: set[str] = set()
 
 
 def guard(
@@ -227,12 +229,17 @@ def guard(
     ``JOBGUARD_<NAME>``.
 
     Nothing is connected to, and no application's configuration is read before its first job: what
-    cannot be guarded is said then, in the log. The same call again changes nothing.
+    cannot be guarded is said then, in the log. The same call again changes nothing. Where no Postgres
+    is named, the log has one warning and the guard is inert.
 
     Raises UnsupportedTarget, ConfigurationError, or ConflictingGuard if the source is already
-    guarded with other settings; with ``connect="require"`` also StoreUnavailable.
+    guarded with other settings; with ``connect="require"`` also StoreUnavailable or NoPostgres.
     """
     chosen = settings_from({**settings, "namespace": namespace})
+    for variable in unknown_variables():
+        if variable not in _warned:
+            _warned.add(variable)
+            say("variable_unknown", variable=variable)
     if disabled():
         say("guard_inert", reason="JOBGUARD_DISABLED is set")
         return JobGuard(chosen, inert="JOBGUARD_DISABLED is set")
@@ -249,7 +256,12 @@ def _guard_now(
         reason = guarded.inert or "a test double"
         say("guard_inert", reason=reason)
         return JobGuard(chosen, inert=reason)
-    conninfo = postgres_conninfo(postgres)
+    try:
+        conninfo = postgres_conninfo(postgres)
+    except NoPostgres as error:
+        if chosen.connect == "require":
+            raise
+        return _without_postgres(chosen, str(error))
     existing = _guards.get(guarded.source.id)
     if existing is not None:
         return _same(existing, chosen, conninfo, guarded, target)
@@ -274,6 +286,14 @@ def _guard_now(
             made.close()
             raise
     return made
+
+
+def _without_postgres(chosen: Settings, reason: str) -> JobGuard:
+    """Return an inert guard: to import an application's module in a test or a build must not fail."""
+    if reason not in _warned:
+        _warned.add(reason)
+        say("postgres_unnamed", reason=reason)
+    return JobGuard(chosen, inert=reason)
 
 
 def _guard_later(

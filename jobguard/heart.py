@@ -191,7 +191,6 @@ class Heart:
             queues=self.queues,
             unflushed_since=self._unflushed(),
             pulse=self._pulse,
-            fence=self._settings.fence,
         )
 
     def _others(self) -> frozenset[UUID]:

@@ -287,7 +287,6 @@ class Beat:
     """Seconds since the epoch of the oldest report that Postgres does not have; None: it has all."""
     pulse: tuple[UUID, int] | None = None
     """The pulse (epoch, n) that this worker reads in its Redis."""
-    fence: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,8 +2,8 @@
 
 Code announces what happened by name and with fields; the wording is here. Everything goes through
 the standard logger ``jobguard`` and nowhere else, so that the host's logging decides what becomes
-of it; without logging set up, nothing is printed. A record carries its event and fields as the
-attribute ``jobguard`` (a mapping), for handlers that want more than text.
+of it; without logging set up, warnings and errors go to stderr. A record carries its event and
+fields as the attribute ``jobguard`` (a mapping), for handlers that want more than text.
 
 structlog is loaded when somebody binds a logger, and by ``configure``, which our command line alone
 calls: its import costs a host 150 ms, and the first event is most often a sign of trouble.
@@ -12,6 +12,8 @@ calls: its import costs a host 150 ms, and the first event is most often a sign 
 from __future__ import annotations
 
 import logging
+import os
+import sys
 from collections.abc import Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import UUID
@@ -52,6 +54,15 @@ EVENTS: Mapping[str, Event] = {
     "guest_failed": Event(
         ERROR, "jobguard failed, and the host went on without it"
     ),  # where, error
+    "postgres_unnamed": Event(
+        WARNING, "nothing is guarded in this process: no usable Postgres is named"
+    ),  # reason
+    "variable_unknown": Event(
+        WARNING, "a variable JOBGUARD_… is unknown and has no effect"
+    ),  # variable
+    "redis_option_unknown": Event(
+        WARNING, "an option of a Redis URL is unknown and has no effect"
+    ),  # redis, option
     # Recording.
     "record_spooled": Event(WARNING, "records wait in the spool"),  # count
     "record_lost": Event(ERROR, "a record could be kept nowhere"),  # job_id, queue, error
@@ -98,7 +109,9 @@ EVENTS: Mapping[str, Event] = {
         WARNING, "this worker cannot begin a job: it goes back later"
     ),  # job_id, tries_left, error
     "claim_lost": Event(WARNING, "a run's claim went to another worker"),  # job_id
-    "start_unfenced": Event(WARNING, "a start was not granted, but the fence is off"),  # reason
+    "start_unfenced": Event(
+        WARNING, "a start was not granted, and runs all the same (mode=observe)"
+    ),  # reason
     "nobody_leads": Event(
         WARNING, "a start was skipped while no reconciler leads: run `jobguard reconcile`"
     ),
@@ -186,17 +199,68 @@ EVENTS: Mapping[str, Event] = {
     ),  # done
 }
 
+
+class _LastResort(logging.Handler):
+    """Print warnings and errors to stderr where the host configured no handler that gets them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print the record if no other handler gets it."""
+        if not has_handlers():
+            self.print(record)
+
+    def print(self, record: logging.LogRecord) -> None:
+        """Print one line, unless the host switched the standard library's own last resort off."""
+        if logging.lastResort is None or sys.stderr is None:
+            return
+        try:
+            sys.stderr.write(f"jobguard: {record.levelname}: {record.getMessage()}\n")
+            sys.stderr.flush()
+        except Exception:
+            self.handleError(record)
+
+
 _standard = logging.getLogger("jobguard")
-# Else the standard library's last resort prints warnings to the stderr of hosts without logging.
-_standard.addHandler(logging.NullHandler())
+_last_resort = _LastResort(WARNING)
+_standard.addHandler(_last_resort)
+
+# What a process says once at its start is often said before its host has configured logging.
+_AT_START = ("guarded", "guard_inert")
+_unheard: list[tuple[str, dict[str, Any]]] = []
+
+
+def has_handlers() -> bool:
+    """Whether a handler of the host gets what we log."""
+    logger: logging.Logger | None = _standard
+    while logger is not None:
+        if any(handler is not _last_resort for handler in logger.handlers):
+            return True
+        logger = logger.parent if logger.propagate else None
+    return False
 
 
 def say(event: str, /, *, exc_info: Any = None, **fields: Any) -> None:
     """Tell that something happened; level and sentence are the table's."""
+    if _standard.isEnabledFor(INFO) and has_handlers():
+        while _unheard:
+            early, known = _unheard.pop(0)
+            _write(early, known, None, stacklevel=3)
+    elif event in _AT_START:
+        if len(_unheard) < 16:
+            _unheard.append((event, fields))
+        return
+    _write(event, fields, exc_info, stacklevel=3)
+
+
+def _write(event: str, fields: Mapping[str, Any], exc_info: Any, *, stacklevel: int) -> None:
     level, sentence = EVENTS.get(event) or Event(WARNING, event)
     if _standard.isEnabledFor(level):
         message, extra = _told(event, sentence, fields)
-        _standard.log(level, "%s", message, exc_info=exc_info, extra=extra, stacklevel=2)
+        _standard.log(level, "%s", message, exc_info=exc_info, extra=extra, stacklevel=stacklevel)
+    elif _standard.disabled and level >= ERROR:
+        # The host's logging.config disabled every logger that it does not name.
+        message, extra = _told(event, sentence, fields)
+        record = _standard.makeRecord("jobguard", level, "", 0, message, (), None, extra=extra)
+        _last_resort.print(record)
 
 
 def get_logger(**bound: Any) -> BoundLogger:
@@ -223,7 +287,7 @@ def configure(level: str = "info", json: bool = False) -> None:
             structlog.processors.JSONRenderer(default=str, ensure_ascii=False),
         ]
     else:
-        final += [structlog.dev.ConsoleRenderer(sort_keys=False)]
+        final += [structlog.dev.ConsoleRenderer(colors=_colours(), sort_keys=False)]
     formatter = ProcessorFormatter(
         foreign_pre_chain=[
             _fields_for_machines if json else _fields_for_people,
@@ -238,6 +302,15 @@ def configure(level: str = "info", json: bool = False) -> None:
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)  # other libraries' chatter stays away
     _standard.setLevel(level.upper())
+
+
+def _colours() -> bool:
+    """Whether lines on stderr are coloured: https://no-color.org, https://force-color.org."""
+    if os.environ.get("NO_COLOR"):
+        return False
+    if os.environ.get("FORCE_COLOR"):
+        return True
+    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def _told(

@@ -39,7 +39,8 @@ _RULES: tuple[tuple[re.Pattern[str], str], ...] = (
         ),
         MASK,
     ),
-    (re.compile(r"(://[^\s/:@\"']{0,128}:)[^\s/\"'<>]{0,512}@"), rf"\1{MASK}@"),
+    # Up to the last @ of the word: the password may hold an @ or a / that is not encoded.
+    (re.compile(r"(://[^\s/:@\"']{0,128}:)[^\s\"'<>]{0,512}@"), rf"\1{MASK}@"),
     (
         re.compile(
             rf"(?i)\b((?:proxy-)?authorization|(?:set-)?cookie)({_IS})[\"']?[^\r\n\"']{{1,4096}}+"

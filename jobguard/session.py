@@ -173,7 +173,7 @@ class WorkerSession:
             # A child cannot know its worker's new name; the worker lists what it runs.
             say("start_unclaimed", error="its worker was declared dead")
             return Claim(token, 0)
-        if not self._settings.fence or self._settings.mode == "observe":
+        if self._settings.mode == "observe":
             say("start_unfenced", reason=answer.reason.value)
             return Claim(token, 0)
         self._listed.skip(token)

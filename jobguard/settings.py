@@ -7,7 +7,9 @@ secrets also ``JOBGUARD_<NAME>_FILE``, which is read anew at every connect.
 
 from __future__ import annotations
 
+import difflib
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -15,6 +17,18 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from jobguard.errors import ConfigurationError
 
 PREFIX = "JOBGUARD_"
+
+_OTHER_VARIABLES = frozenset(
+    """
+    DISABLED FAILPOINT FAILPOINT_LOGS FENCE LOG_JSON LOG_LEVEL POSTGRES_URL POSTGRES_URL_FILE
+    REDIS_URL REDIS_URL_FILE TESTING
+    """.split()  # noqa: SIM905 - a list of 12 lines says no more
+)
+# Options of single commands and of tests, and what Kubernetes sets for a service of that name.
+_NOT_SETTINGS = re.compile(
+    rf"{PREFIX}(?:BENCH|DEAD|DEMO|DOCTOR|MIGRATE|PAUSE|RECONCILE|RESUME|RQ|RUN|STATS|TEST)_"
+    rf"|{PREFIX}(?:.+_)?(?:SERVICE_(?:HOST|PORT)|PORT)(?:_|$)"
+)
 
 
 def _setting(default: Any, meaning: str, *, host: bool = False) -> Any:
@@ -38,7 +52,6 @@ class Settings:
     connect: Literal["lazy", "require"] = _setting(
         "lazy", "require: guard() raises if Postgres cannot be reached or is not migrated"
     )
-    fence: bool = _setting(True, "skip a start that was not granted its claim")
     durability: Literal["strict", "relaxed"] = _setting(
         "strict", "relaxed: do not wait for Postgres to flush a record (synchronous_commit=off)"
     )
@@ -97,7 +110,8 @@ class Settings:
 
     def fingerprint(self) -> str:
         """What all processes of one source must agree on, as text that can be compared and read."""
-        return f"namespace={self.namespace} fence={str(self.fence).lower()} mode={self.mode}"
+        # "fence=true" stays: processes of version 0.1.0 store and compare it.
+        return f"namespace={self.namespace} fence=true mode={self.mode}"
 
 
 def disabled(environ: Mapping[str, str] | None = None) -> bool:
@@ -117,8 +131,10 @@ def settings_from(
     environ = os.environ if environ is None else environ
     hints = get_type_hints(Settings)
     names = [f.name for f in fields(Settings)]
-    problems = [_unknown(name, names) for name in arguments if name not in names]
+    arguments, problems = _without_fence(arguments, environ)
+    problems += [_unknown(name, names) for name in arguments if name not in names]
     values: dict[str, Any] = {}
+    places: dict[str, str] = {}
     for name in names:
         variable = PREFIX + name.upper()
         if name in arguments and arguments[name] is not None:
@@ -127,6 +143,7 @@ def settings_from(
             given, where = environ[variable], variable
         else:
             continue
+        places[name] = where
         try:
             values[name] = _coerce(given, hints[name])
         except ValueError as error:
@@ -134,15 +151,53 @@ def settings_from(
     settings = None
     if not problems:
         settings = Settings(**values)
-        problems = _nonsense(settings)
+        problems = _nonsense(settings, places)
     if problems or settings is None:
         raise ConfigurationError("; ".join(problems))
     return settings
 
 
-def _unknown(name: str, names: list[str]) -> str:
-    import difflib
+def unknown_variables(environ: Mapping[str, str] | None = None) -> list[str]:
+    """Name the variables JOBGUARD_… that mean nothing, each with the nearest one that does."""
+    environ = os.environ if environ is None else environ
+    known = {f.name.upper() for f in fields(Settings)} | _OTHER_VARIABLES
+    unknown = []
+    for variable in sorted(environ):
+        name = variable.removeprefix(PREFIX)
+        if name == variable or name in known or _NOT_SETTINGS.match(variable):
+            continue
+        close = difflib.get_close_matches(name, known, n=1)
+        unknown.append(variable + (f" (did you mean {PREFIX}{close[0]}?)" if close else ""))
+    return unknown
 
+
+def _without_fence(
+    arguments: Mapping[str, Any], environ: Mapping[str, str]
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the arguments without ``fence``, a setting of earlier versions, and what is wrong with it.
+
+    True changes nothing and is accepted. Anything else is a problem.
+    """
+    kept = dict(arguments)
+    given = {
+        "fence": kept.pop("fence", None),
+        "JOBGUARD_FENCE": environ.get("JOBGUARD_FENCE") or None,
+    }
+    problems = []
+    for where, value in given.items():
+        try:
+            if value is None or _coerce(value, bool):
+                continue
+        except ValueError:
+            pass
+        problems.append(
+            f"{where}={value!r}: the fence is always on; remove this setting. To try jobguard "
+            "without an effect on jobs, set mode='observe' (JOBGUARD_MODE=observe)"
+        )
+    return kept, problems
+
+
+def _unknown(name: str, names: list[str]) -> str:
     close = difflib.get_close_matches(name, names, n=1)
     return f"there is no setting {name!r}" + (f"; did you mean {close[0]!r}?" if close else "")
 
@@ -162,7 +217,10 @@ def _coerce(given: Any, kind: Any) -> Any:
         return word in ("1", "true", "yes", "on")
     if get_origin(kind) is tuple:
         parts = given.split(",") if isinstance(given, str) else given
-        return tuple(float(part) for part in parts)
+        try:
+            return tuple(float(part) for part in parts)
+        except (TypeError, ValueError):
+            raise ValueError("must be numbers, separated by commas") from None
     if kind in (int, float):
         try:
             return kind(given)
@@ -171,9 +229,10 @@ def _coerce(given: Any, kind: Any) -> Any:
     return str(given)
 
 
-def _nonsense(settings: Settings) -> list[str]:
+def _nonsense(settings: Settings, places: Mapping[str, str]) -> list[str]:
+    """Say what makes no sense; ``places``: the name by which each value was given."""
     problems = [
-        f"{f.name} must be more than 0, not {getattr(settings, f.name)!r}"
+        f"{places.get(f.name, f.name)} must be more than 0, not {getattr(settings, f.name)!r}"
         for f in fields(Settings)
         if isinstance(getattr(settings, f.name), int | float)
         and not isinstance(getattr(settings, f.name), bool)
@@ -181,11 +240,13 @@ def _nonsense(settings: Settings) -> list[str]:
     ]
     if settings.worker_timeout < 2 * settings.beat_interval:
         problems.append(
-            f"worker_timeout ({settings.worker_timeout}) must be at least twice beat_interval "
-            f"({settings.beat_interval}), or one late beat looks like a death"
+            f"{places.get('worker_timeout', 'worker_timeout')} ({settings.worker_timeout}) must be at "
+            f"least twice {places.get('beat_interval', 'beat_interval')} ({settings.beat_interval}), "
+            "or one late beat looks like a death"
         )
     if not settings.namespace.strip():
-        problems.append("namespace must not be empty")
+        problems.append(f"{places.get('namespace', 'namespace')} must not be empty")
     if not settings.crash_backoff or min(settings.crash_backoff) < 0:
-        problems.append("crash_backoff must be a list of seconds, 0 or more")
+        where = places.get("crash_backoff", "crash_backoff")
+        problems.append(f"{where} must be a list of seconds, 0 or more")
     return problems

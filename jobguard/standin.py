@@ -89,7 +89,6 @@ class StandIn:
             "pid": beat.pid,
             "queues": list(beat.queues),
             "unflushed_since": beat.unflushed_since,
-            "fence": beat.fence,
         }
         self._tell(_BEAT + json.dumps({"beat": told, "conninfo": conninfo}))
 

@@ -15,6 +15,7 @@ def recognised(target: object, settings: Settings) -> tuple[Adapter, Guarded | L
 
     Raises UnsupportedTarget.
     """
+    _refuse_cluster(target)
     tried = []
     for entry in _adapters_for(target):
         try:
@@ -32,6 +33,18 @@ def recognised(target: object, settings: Settings) -> tuple[Adapter, Guarded | L
         "celery.Celery; or a dramatiq RedisBroker "
         f"(adapters tried: {', '.join(tried) or 'none installed'})"
     )
+
+
+def _refuse_cluster(target: object) -> None:
+    """Raise UnsupportedTarget for a client of Redis Cluster, or what is made of one."""
+    several = target if isinstance(target, list | tuple) else (target,)
+    for one in several:
+        for client in (one, getattr(one, "connection", None), getattr(one, "client", None)):
+            if any(kind.__name__ == "RedisCluster" for kind in type(client).__mro__):
+                raise UnsupportedTarget(
+                    "Redis Cluster cannot be guarded: scripts need all keys of a job on one node. Use a "
+                    "Redis without cluster mode, with Sentinel if it is to fail over"
+                )
 
 
 def _adapters_for(target: object) -> Iterator[EntryPoint]:

@@ -149,10 +149,9 @@ select jobguard.cancel(
 -- later one: its list is old. Beats of the worker, its stand-in and its heir have one order.
 with taken as (
   insert into jobguard.workers as w (id, source, name, host, pid, queues, claims, beat,
-                                     unflushed_since, pulse_epoch, pulse_n, fence)
+                                     unflushed_since, pulse_epoch, pulse_n)
   values (%(worker)s, %(source)s, %(name)s, %(host)s, %(pid)s, %(queues)b::text[],
-          %(claims)b::uuid[], %(beat)s, to_timestamp(%(unflushed)s::float8), %(epoch)s, %(n)s,
-          %(fence)s)
+          %(claims)b::uuid[], %(beat)s, to_timestamp(%(unflushed)s::float8), %(epoch)s, %(n)s)
   on conflict (id) do update
   set claims = excluded.claims, beat = excluded.beat, unflushed_since = excluded.unflushed_since,
       pulse_epoch = excluded.pulse_epoch, pulse_n = excluded.pulse_n, queues = excluded.queues,

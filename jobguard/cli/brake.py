@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
 from jobguard.cli.common import (
@@ -11,6 +13,10 @@ from jobguard.cli.common import (
     postgres_option,
     print_json,
 )
+from jobguard.errors import JobguardError
+
+if TYPE_CHECKING:
+    from jobguard.store.ledger import PostgresLedger
 
 queue_option = click.option("--queue", metavar="NAME", help="This queue alone.")
 
@@ -19,13 +25,18 @@ queue_option = click.option("--queue", metavar="NAME", help="This queue alone.")
 @postgres_option
 @namespace_option
 @queue_option
+@click.option("--force", is_flag=True, help="Also a queue that no job or worker has named yet.")
 @json_option
-def pause(postgres: str | None, namespace: str | None, queue: str | None, as_json: bool) -> None:
+def pause(
+    postgres: str | None, namespace: str | None, queue: str | None, force: bool, as_json: bool
+) -> None:
     """Put nothing back until `jobguard resume`; holds within a second.
 
     Enqueueing and working go on, and are recorded.
     """
     with open_ledger(postgres, namespace) as (ledger, tenant):
+        if queue is not None and not force:
+            _require_known(queue, ledger, tenant)
         ledger.pause(tenant, queue=queue)
         brake = ledger.overview(tenant)["brake"]
     if as_json:
@@ -51,6 +62,8 @@ def resume(
     if moved and queue is not None:
         raise click.UsageError("--moved is about the whole database, not about one queue")
     with open_ledger(postgres, namespace) as (ledger, tenant):
+        if queue is not None:
+            _require_known(queue, ledger, tenant)
         ledger.resume(tenant, queue=queue, moved=moved)
         brake = ledger.overview(tenant)["brake"]
     if as_json:
@@ -59,6 +72,21 @@ def resume(
     click.echo(f"resumed: {_what(tenant, queue)}")
     if brake["paused_at"] and queue is not None:
         click.echo(f"but all of the namespace {tenant} is paused: `jobguard resume`")
+
+
+def _require_known(queue: str, ledger: PostgresLedger, namespace: str) -> None:
+    """Raise JobguardError for a queue that no job and no worker names: most often a typing error."""
+    overview = ledger.overview(namespace)
+    known = {row["queue"] for row in overview["queues"]}
+    known.update(key.partition("/")[2] for key in overview["brake"]["held"])
+    if queue in known:
+        return
+    known.update(name for _, name in ledger.stats(namespace))
+    if queue not in known:
+        raise JobguardError(
+            f"no queue {queue!r} is known in the namespace {namespace!r}; known: "
+            f"{', '.join(sorted(known)) or 'none'}"
+        )
 
 
 def _what(namespace: str, queue: str | None) -> str:

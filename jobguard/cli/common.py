@@ -15,7 +15,8 @@ import click
 
 from jobguard.conninfo import postgres_conninfo
 from jobguard.errors import ConfigurationError
-from jobguard.settings import Settings, settings_from
+from jobguard.redis_urls import split_urls
+from jobguard.settings import Settings, settings_from, unknown_variables
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -53,6 +54,8 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
 
 def settings_of(namespace: str | None = None) -> Settings:
     """Return the settings of the environment, with the namespace of the command line."""
+    for variable in unknown_variables():
+        click.echo(f"warning: there is no variable {variable}", err=True)
     return settings_from({"namespace": namespace})
 
 
@@ -60,15 +63,15 @@ def redis_urls_from(given: tuple[str, ...], environ: Mapping[str, str] | None = 
     """Return the Redis URLs of the command line, else of the environment."""
     environ = os.environ if environ is None else environ
     if given:
-        return [url for urls in given for url in urls.split()]
+        return [url for urls in given for url in split_urls(urls)]
     if path := environ.get("JOBGUARD_REDIS_URL_FILE", "").strip():
         try:
             with open(path, encoding="utf-8") as file:
-                return file.read().split()
+                return split_urls(file.read())
         except OSError as error:
             raise ConfigurationError(f"JOBGUARD_REDIS_URL_FILE: {error}") from error
     for variable in ("JOBGUARD_REDIS_URL", "REDIS_URL"):
-        if urls := environ.get(variable, "").split():
+        if urls := split_urls(environ.get(variable, "")):
             return urls
     return []
 
@@ -99,6 +102,16 @@ def console() -> Console:
     from rich.console import Console
 
     return Console(width=None if sys.stdout.isatty() else 240, highlight=False)
+
+
+NOT_TRUSTED = (
+    "so nothing is put back: start a guarded worker for this queue while `jobguard reconcile` runs"
+)
+
+
+def since(moment: datetime) -> str:
+    """Say for people since when; the epoch stands for the first record."""
+    return "from the first record" if moment.year < 1971 else f"since {moment:%Y-%m-%d %H:%M:%S}"
 
 
 def ago(seconds: float | None) -> str:

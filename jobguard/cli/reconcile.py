@@ -63,4 +63,14 @@ def command(
         print_json(counts)
     elif once:
         for name, count in counts.items():
-            click.echo(f"{name:20} {count}")
+            click.echo(f"{name:20} {', '.join(count) if isinstance(count, list) else count}")
+    if once and not counts.get("leads", True):
+        click.echo("another reconciler leads this namespace: this pass did nothing", err=True)
+    for address in counts.get("unfinished", ()):
+        click.echo(
+            f"error: the source {address} was not looked at to the end: its Redis did not answer, or "
+            "no --redis URL is its address; see `jobguard doctor`",
+            err=True,
+        )
+    if counts.get("unfinished") or counts.get("misplaced"):
+        raise click.exceptions.Exit(1)

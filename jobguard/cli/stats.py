@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from jobguard.cli.common import (
+    NOT_TRUSTED,
     ago,
     console,
     json_option,
@@ -17,6 +18,7 @@ from jobguard.cli.common import (
     open_ledger,
     postgres_option,
     print_json,
+    since,
 )
 from jobguard.store import Counts
 
@@ -42,7 +44,7 @@ def command(postgres: str | None, namespace: str | None, as_json: bool) -> None:
         return
     out = console()
     out.print(_table(counts))
-    for line in chain(_lines(overview), _trust(overview)):
+    for line in chain(_lines(overview), _trust(overview), _legend(total_of(counts.values()))):
         out.print(line, markup=False)
 
 
@@ -122,6 +124,19 @@ def _trust(overview: Mapping[str, Any]) -> Iterable[str]:
             workers = ", ".join(queue["unguarded"])
             yield f"not trusted: {name} has unguarded workers, nothing is recovered: {workers}"
         elif queue["trusted_since"] is None:
-            yield f"not trusted yet: {name}"
+            yield f"not trusted yet: {name}, {NOT_TRUSTED}"
         else:
-            yield f"trusted since {queue['trusted_since']:%Y-%m-%d %H:%M:%S}: {name}"
+            yield f"trusted {since(queue['trusted_since'])}: {name}"
+
+
+def _legend(total: Counts) -> Iterable[str]:
+    """Explain the states that need an explanation, where there are such jobs."""
+    if total.stuck:
+        yield (
+            "stuck: the worker of the job is gone, or Redis does not have the job. The leader looks "
+            "again and puts it back; if the number stays, run `jobguard doctor`"
+        )
+    if total.failed:
+        yield "failed: given up by the library. `jobguard dead list --failed`"
+    if total.dead:
+        yield "dead: given up because its worker died too often. `jobguard dead list`"

@@ -21,6 +21,7 @@ from jobguard.log import say
 from jobguard.reconciler.done import Done
 from jobguard.reconciler.leader import Leadership
 from jobguard.reconciler.watch import Watch
+from jobguard.redis_urls import parse
 from jobguard.settings import Settings
 from jobguard.store import Brake, LeaderStore, SourceRow
 from jobguard.store.leader import PostgresLeaderStore
@@ -130,13 +131,15 @@ class Service:
         """Make one pass: until everything owed was looked at twice where needed, then resign.
 
         A worker's death takes ``worker_timeout`` to be sure of; this waits for it where a worker that
-        holds claims is silent.
+        holds claims is silent. ``unfinished``: the sources that this pass could not look at to the end.
+        Raises StoreUnavailable.
         """
         self._require_installation()
+        self._store.sources()  # an election that fails for want of Postgres looks like a lost one
         self._leadership.seek()
         try:
             if not self._leadership.leads:
-                return {"leads": False, **Done().counts()}
+                return {"leads": False, "unfinished": [], **Done().counts()}
             self._leadership.start()
             longest = 3 * self._settings.worker_timeout + self._settings.grace
             deadline = time.monotonic() + longest
@@ -148,12 +151,22 @@ class Service:
             total = Done()
             for watch in self._watches.values():
                 total += watch.done
-            return {"leads": True, "misplaced": self._misplaced, **total.counts()}
+            unfinished = [row.address for row in self._store.sources() if not self._settled(row.id)]
+            return {
+                "leads": True,
+                "misplaced": self._misplaced,
+                "unfinished": unfinished,
+                **total.counts(),
+            }
         except NotLeading:
-            return {"leads": False, **Done().counts()}
+            return {"leads": False, "unfinished": [], **Done().counts()}
         finally:
             self._leadership.stop()
             self._close()
+
+    def _settled(self, source: int) -> bool:
+        watch = self._watches.get(source)
+        return watch is not None and watch.settled
 
     # -- one step ----------------------------------------------------------------------------------
 
@@ -299,6 +312,8 @@ def clients_from_urls(urls: Sequence[str]) -> Clients:
         if not separator or "://" in name:
             name, url = "", given
         address = address_of(client_from_url(url, timeout=_CLIENT_TIMEOUT))
+        for option in parse(url).unknown:
+            say("redis_option_unknown", redis=address, option=option)
         made[name or address] = _maker(url)
     return made
 

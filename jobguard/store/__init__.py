@@ -452,8 +452,13 @@ class Counts:
 class Ledger(Protocol):
     """The store as people read and steer it."""
 
-    def stats(self, namespace: str) -> Mapping[tuple[str, str], Counts]:
-        """Counts by (source address, queue)."""
+    def stats(
+        self, namespace: str, *, source: int | None = None
+    ) -> Mapping[tuple[str, str], Counts]:
+        """Counts by (what names the source, queue); ``source``: of the one of this id alone.
+
+        A name is the source's name or address, with its library and prefix where several share that.
+        """
 
     def job(self, namespace: str, job_id: str) -> Sequence[Mapping[str, Any]]:
         """Every delivery of this id that is owed or remembered, newest first."""

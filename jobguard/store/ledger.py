@@ -6,6 +6,7 @@ snapshot or writes one transaction, and lets go.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
@@ -32,7 +33,7 @@ Row: TypeAlias = dict[str, Any]
 
 # What history still counts. A failed or dead delivery that was requeued counts as its new delivery.
 _STATS = sa.text("""
-select coalesce(s.name, s.address), j.queue, 'owed' as state,
+select s.id, j.queue, 'owed' as state,
        count(*) filter (where r.token is null and coalesce(j.due_at <= now(), true)) as pending,
        count(*) filter (where r.token is null and j.due_at > now()) as scheduled,
        count(*) filter (where r.token is not null) as processing,
@@ -45,13 +46,14 @@ join jobguard.jobs j on j.source = s.id
 left join jobguard.running r on r.source = j.source and r.token = j.token
 left join jobguard.workers w on w.id = r.worker
 left join jobguard.suspects u on u.source = j.source and u.token = j.token
-where s.namespace = :namespace
+where s.namespace = :namespace and (cast(:source as bigint) is null or s.id = :source)
 group by 1, 2
 union all
-select coalesce(s.name, s.address), h.queue, h.outcome::text, count(*), 0, 0, 0
+select s.id, h.queue, h.outcome::text, count(*), 0, 0, 0
 from jobguard.sources s
 join jobguard.history h on h.source = s.id
-where s.namespace = :namespace and h.outcome <> 'superseded'
+where s.namespace = :namespace and (cast(:source as bigint) is null or s.id = :source)
+  and h.outcome <> 'superseded'
   and (h.outcome in ('completed', 'cancelled') or h.next is null)
 group by 1, 2, 3
 """)
@@ -182,6 +184,8 @@ from jobguard.leader where namespace = :namespace
 
 _SOURCES = sa.text("""
 select s.id, s.library, s.address, s.prefix, s.name, s.settings, s.pulse_epoch, s.pulse_n, s.run_id,
+       extract(epoch from now() - s.watched_at)::float8 as watched_seconds,
+       (select count(*) from jobguard.jobs j where j.source = s.id) as owed,
        (select count(*) from jobguard.outbox o where o.source = s.id) as outbox,
        (select count(*) from jobguard.suspects u where u.source = s.id) as suspects
 from jobguard.sources s where s.namespace = :namespace order by s.library, s.address, s.id
@@ -199,6 +203,36 @@ select count(*) filter (where w.dead_at is null and w.left_at is null) as alive,
          as unflushed_seconds
 from jobguard.sources s join jobguard.workers w on w.source = s.id
 where s.namespace = :namespace
+""")
+
+# What waits in Redis, as far as the ledger knows, beside a living worker of its queue that runs nothing.
+_IDLE = sa.text("""
+with waiting as (
+  select j.source, j.queue, count(*) as jobs, min(greatest(j.recorded_at, j.due_at)) as since
+  from jobguard.sources s
+  join jobguard.jobs j on j.source = s.id
+  left join jobguard.running r on r.source = j.source and r.token = j.token
+  left join jobguard.suspects u on u.source = j.source and u.token = j.token
+  left join jobguard.outbox o on o.source = j.source and o.token = j.token
+  where s.namespace = :namespace and r.token is null and u.token is null and o.token is null
+    and greatest(j.recorded_at, j.due_at) < now() - make_interval(secs => :seconds)
+  group by 1, 2
+)
+select q.source, q.queue, q.jobs, extract(epoch from now() - q.since)::float8 as seconds, q.since,
+       o.tokens, o.job_ids, o.tasks, cast(:namespace as text) as namespace,
+       array_agg(w.name order by w.name) as workers
+from waiting q
+cross join lateral (
+  select array_agg(token) as tokens, array_agg(job_id) as job_ids, array_agg(task) as tasks
+  from (select j.token, j.job_id, j.task from jobguard.jobs j
+        where j.source = q.source and j.queue = q.queue
+          and not exists (select from jobguard.running r
+                          where r.source = j.source and r.token = j.token)
+        order by j.token limit 20) oldest) o
+join jobguard.workers w on w.source = q.source and q.queue = any (w.queues)
+where w.dead_at is null and w.left_at is null and cardinality(w.claims) = 0
+  and w.started_at < now() - make_interval(secs => :seconds)
+group by 1, 2, 3, 4, 5, 6, 7, 8 order by 1, 2
 """)
 
 _INCIDENTS = sa.text("""
@@ -226,17 +260,20 @@ class PostgresLedger:
             "postgresql+psycopg://", creator=self._connect, poolclass=sa.NullPool
         )
 
-    def stats(self, namespace: str) -> Mapping[tuple[str, str], Counts]:
-        """Count jobs by (source's name or address, queue); see Ledger."""
+    def stats(
+        self, namespace: str, *, source: int | None = None
+    ) -> Mapping[tuple[str, str], Counts]:
+        """Count jobs by (what names the source, queue); see Ledger."""
         found: dict[tuple[str, str], dict[str, int]] = {}
         with self._begin(snapshot=True) as connection:
-            for address, queue, state, *counts in connection.execute(
-                _STATS, {"namespace": namespace}
+            names = _names(_rows(connection, _SOURCES, namespace=namespace))
+            for id, queue, state, *counts in connection.execute(
+                _STATS, {"namespace": namespace, "source": source}
             ):
-                known = found.setdefault((address, queue), {})
+                known = found.setdefault((names[id], queue), {})
                 if state == "owed":
-                    names = ("pending", "scheduled", "processing", "stuck")
-                    known.update(zip(names, counts, strict=True))
+                    states = ("pending", "scheduled", "processing", "stuck")
+                    known.update(zip(states, counts, strict=True))
                 else:
                     known[state] = counts[0]
         return {key: Counts(**found[key]) for key in sorted(found)}
@@ -332,6 +369,11 @@ class PostgresLedger:
                 "queues": _rows(connection, _QUEUES, namespace=namespace),
             }
 
+    def idle(self, namespace: str, *, seconds: float) -> Sequence[Row]:
+        """Queues with jobs that wait so long beside workers that run nothing."""
+        with self._begin(snapshot=True) as connection:
+            return _rows(connection, _IDLE, namespace=namespace, seconds=seconds)
+
     def require_installation(self, name: str | None) -> None:
         """Raise WrongInstallation unless the database carries this name; None: any will do."""
         if name is None:
@@ -388,6 +430,22 @@ class PostgresLedger:
 
 def _rows(connection: sa.Connection, query: sa.TextClause, **values: Any) -> list[Row]:
     return [dict(row._mapping) for row in connection.execute(query, values)]
+
+
+def _names(sources: Sequence[Row]) -> dict[int, str]:
+    """Return what names each source: its name or address, and as much more as tells it from the others."""
+    forms = (
+        lambda s: s["name"] or s["address"],
+        lambda s: f"{s['library']} at {s['name'] or s['address']}",
+        lambda s: f"{s['library']} at {s['name'] or s['address']} ({s['prefix']})",
+    )
+    names: dict[int, str] = {}
+    for form in forms:
+        taken = Counter(form(source) for source in sources)
+        for source in sources:
+            if taken[form(source)] == 1:
+                names.setdefault(source["id"], form(source))
+    return {source["id"]: names.get(source["id"], str(source["id"])) for source in sources}
 
 
 def _installation(connection: sa.Connection) -> Row:

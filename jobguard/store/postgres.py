@@ -264,7 +264,6 @@ class PostgresStore:
                 "unflushed": beat.unflushed_since,
                 "epoch": epoch,
                 "n": n,
-                "fence": beat.fence,
             },
         )
         return BeatReply(dead=rows[0][0], leader_live=rows[0][1])

@@ -46,7 +46,6 @@ from tests.chaos.site import ChaosError
     help=f"Deaths at each failpoint in each run; {HITS} in all runs together if not given.",
 )
 @click.option("--json", "path", type=click.Path(dir_okay=False, path_type=Path), default=None)
-@click.option("--fence-off", is_flag=True, help="To see that second completions are seen.")
 @click.option("--sabotage", is_flag=True, help="Forbid recovery, to see that losses are seen.")
 @click.option("--unguarded", is_flag=True, help="Without jobguard: what the library loses alone.")
 @click.option(
@@ -63,7 +62,6 @@ def main(
     faults: str,
     hits: int | None,
     path: Path | None,
-    fence_off: bool,
     sabotage: bool,
     unguarded: bool,
     keep: Path | None,
@@ -85,7 +83,6 @@ def main(
                 seed=first + nth,
                 faults=names,
                 hits={name: hits or math.ceil(HITS / runs) for name in places},
-                fence=not fence_off,
                 sabotage=sabotage,
                 guarded=not unguarded,
                 keep=keep,
@@ -96,7 +93,7 @@ def main(
             except (ChaosError, ServerError) as error:
                 raise click.ClickException(str(error)) from error
             report.show(console, results[-1:], report.problems(results[-1:]))
-            as_ever = not (fence_off or sabotage or unguarded)
+            as_ever = not (sabotage or unguarded)
             found = report.problems(results, hits=(hits or 0) * runs or HITS if as_ever else 0)
             if path is not None:  # also of what was made before somebody lost patience
                 path.write_text(json.dumps(report.as_json(results, found), indent=1, default=str))

@@ -43,7 +43,6 @@ class Plan:
     seed: int
     faults: tuple[str, ...]
     hits: dict[str, int]  # failpoint -> how often it is to be hit in this run
-    fence: bool = True
     sabotage: bool = False
     guarded: bool = True
     keep: Path | None = None

@@ -282,7 +282,6 @@ class Site:
         environ |= {
             "PYTHONPATH": str(ROOT),
             "JOBGUARD_POSTGRES_URL": self._url,
-            "JOBGUARD_FENCE": str(int(self.plan.fence)),
         }
         if not self.plan.guarded:
             environ["JOBGUARD_DISABLED"] = "1"

@@ -114,7 +114,7 @@ def test_stats_are_a_table_for_people_and_an_object_for_programs(database: str) 
         database,
         "insert into jobguard.queues (source, queue, trusted_since, unguarded) values"
         " (1, 'fresh', null, '{}'), (1, 'mail', '2026-01-02 03:04:05', '{}'),"
-        " (1, 'mixed', null, '{old-worker}')",
+        " (1, 'mixed', null, '{old-worker}'), (1, 'ever', 'epoch', '{}')",
     )
     told = call("stats", "--postgres", database).stdout
     for line in (
@@ -122,7 +122,9 @@ def test_stats_are_a_table_for_people_and_an_object_for_programs(database: str) 
         "paused since",
         "held: queue mail of",
         "incident 1",
-        "not trusted yet: queue fresh of localhost:6379/0",
+        "dead: given up because its worker died too often",
+        "not trusted yet: queue fresh of localhost:6379/0, so nothing is put back: start a guarded",
+        "trusted from the first record: queue ever of",
         "trusted since 2026-01-02 03:04:05: queue mail of",
         "not trusted: queue mixed of localhost:6379/0 has unguarded workers, nothing is recovered: old",
     ):
@@ -130,7 +132,7 @@ def test_stats_are_a_table_for_people_and_an_object_for_programs(database: str) 
     report = json.loads(call("stats", "--json", "--postgres", database).stdout)
     assert report["total"]["dead"] == 2 and report["total"]["total"] == 3
     assert report["counts"][0]["queue"] == "mail"
-    assert [queue["queue"] for queue in report["queues"]] == ["fresh", "mail", "mixed"]
+    assert [queue["queue"] for queue in report["queues"]] == ["ever", "fresh", "mail", "mixed"]
     assert report["leader"]["term"] == 7 and report["brake"]["paused_at"]
     empty = call("stats", "--json", "--namespace", "nobody", "--postgres", database)
     assert json.loads(empty.stdout)["total"]["total"] == 0
@@ -186,8 +188,13 @@ def test_the_brake_is_pulled_and_let_go(database: str) -> None:
     """For all, or for one queue; a queue of a paused namespace says so."""
     know_source(database)
     assert call("pause", "--postgres", database).stdout == "paused: the namespace default\n"
-    held = json.loads(call("pause", "--queue", "q", "--json", "--postgres", database).stdout)
+    for word in ("pause", "resume"):
+        typo = call(word, "--queue", "q", "--postgres", database)
+        assert typo.exit_code == 1 and "no queue 'q' is known" in typo.stderr
+    forced = ("pause", "--queue", "q", "--force", "--json", "--postgres", database)
+    held = json.loads(call(*forced).stdout)
     assert held["paused_at"] and set(held["held"]) == {"1/q"}
+    assert call("pause", "--queue", "q", "--postgres", database).exit_code == 0  # known by now
     told = call("resume", "--queue", "q", "--postgres", database).stdout
     assert told.startswith("resumed: queue q of default\nbut all of the namespace")
     brake = json.loads(call("resume", "--moved", "--json", "--postgres", database).stdout)
@@ -279,6 +286,28 @@ def test_reconcile_hands_over_what_the_command_line_says(
     assert seen["redis"] == ["redis://c"]
     nowhere = call("reconcile", "--postgres", database)
     assert nowhere.exit_code == 1 and "no Redis is named" in nowhere.stderr
+
+
+def test_one_pass_that_could_not_be_made_is_a_problem(
+    database: str, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Postgres away, a Redis that does not answer, a source that no URL is given for."""
+    monkeypatch.setattr("jobguard.log.configure", lambda level, json: None)
+    words = ("reconcile", "--once")
+    away = call(*words, "--postgres", "postgresql://127.0.0.1:1/d", "--redis", redis_url)
+    assert away.exit_code == 1 and "port 1 failed" in away.stderr, away.output
+    quick = {
+        "JOBGUARD_WORKER_TIMEOUT": "0.4",
+        "JOBGUARD_BEAT_INTERVAL": "0.2",
+        "JOBGUARD_GRACE": "0.2",
+    }
+    here = ("--postgres", database, "--redis", redis_url)
+    assert call(*words, *here, **quick).exit_code == 0
+    know_source(database, "localhost:1/0")
+    unnamed = call(*words, *here, **quick)
+    assert unnamed.exit_code == 1 and "localhost:1/0 was not looked at" in unnamed.stderr
+    closed = call(*words, *here, "--redis", "redis://localhost:1/0", "--json", **quick)
+    assert closed.exit_code == 1 and '"unfinished": [\n    "localhost:1/0"' in closed.stdout
 
 
 def test_run_keeps_the_commands_output_and_exit_code(tmp_path: Path) -> None:

@@ -234,15 +234,15 @@ def test_other_settings_are_a_conflict_that_names_the_difference(
     client: redis.Redis, database: str, empty_database: str
 ) -> None:
     """What is different, what it was and what it would be; and never a password."""
-    jobguard.guard(client, postgres=database, fence=True)
-    with pytest.raises(ConflictingGuard, match="fence is True, now False"):
-        jobguard.guard(client, postgres=database, fence=False)
+    jobguard.guard(client, postgres=database)
+    with pytest.raises(ConflictingGuard, match=r"lease is 9\.0, now 8\.0"):
+        jobguard.guard(client, postgres=database, lease=8)
     secret = empty_database.replace("postgres@", "postgres:secret@")
     with pytest.raises(ConflictingGuard, match=r"postgres is .* now ") as raised:
         jobguard.guard(client, postgres=secret)
     assert "secret" not in str(raised.value)
-    with pytest.raises(ConfigurationError, match="did you mean 'fence'"):
-        jobguard.guard(client, postgres=database, fense=False)
+    with pytest.raises(ConfigurationError, match="did you mean 'lease'"):
+        jobguard.guard(client, postgres=database, laese=8)
     assert guarded(client)
 
 

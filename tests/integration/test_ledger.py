@@ -33,13 +33,20 @@ class Rows:
         return cursor.fetchall() if cursor.description else []
 
     def source(
-        self, number: int, address: str, namespace: str = HERE, name: str | None = None
+        self,
+        number: int,
+        address: str,
+        namespace: str = HERE,
+        name: str | None = None,
+        *,
+        library: str = "rq",
+        prefix: str = "",
     ) -> None:
         """Make a source known."""
         self.ask(
-            "insert into jobguard.sources (id, namespace, library, address, name)"
-            " values (%s, %s, 'rq', %s, %s)",
-            *(number, namespace, address, name),
+            "insert into jobguard.sources (id, namespace, library, address, name, prefix)"
+            " values (%s, %s, %s, %s, %s, %s)",
+            *(number, namespace, library, address, name, prefix),
         )
 
     def owed(self, job_id: str, queue: str = "mail", *, due: str = "", source: int = 1) -> UUID:
@@ -152,19 +159,24 @@ def test_stuck_is_what_nobody_living_runs_or_what_was_seen_absent(
     assert counts.total == 8
 
 
-def test_stats_keep_namespaces_apart_and_add_up_what_shares_an_address(
+def test_stats_keep_namespaces_apart_and_sources_that_share_an_address(
     rows: Rows, ledger: PostgresLedger
 ) -> None:
     """A source is shown by its name, if it has one; another tenant's jobs are not shown."""
-    rows.source(2, MAIL)
+    rows.source(2, MAIL, library="celery")
     rows.source(3, "other:6379/0", name="orders")
     rows.source(4, "other:6379/0", namespace="tenant")
-    for source in (1, 2, 3, 4):
+    rows.source(5, MAIL, library="celery", prefix="p:")
+    for source in (1, 2, 2, 3, 4, 5, 5, 5):
         rows.owed("j", source=source)
     assert ledger.stats(HERE) == {
-        (MAIL, "mail"): Counts(pending=2),
+        (f"rq at {MAIL}", "mail"): Counts(pending=1),
+        (f"celery at {MAIL} ()", "mail"): Counts(pending=2),
+        (f"celery at {MAIL} (p:)", "mail"): Counts(pending=3),
         ("orders", "mail"): Counts(pending=1),
     }
+    (two,) = ledger.stats(HERE, source=2).values()
+    assert two == Counts(pending=2)
     assert ledger.stats("tenant") == {("other:6379/0", "mail"): Counts(pending=1)}
     assert ledger.stats("nobody") == {}
 

@@ -146,10 +146,22 @@ def test_two_redis_servers_and_one_reconciler(
     eventually(lambda: all_waiting(one, other) == [1, 1], 30)
 
 
+def test_stats_of_a_guard_are_of_its_source_alone(
+    redis_url: str, database: str, stack: ExitStack
+) -> None:
+    """Three libraries on one Redis may each have a queue of one name."""
+    hosts = [Host(library, redis_url) for library in ("celery", "dramatiq", "rq")]
+    guards = [host.guard(stack, database) for host in hosts]
+    for number, host in enumerate(hosts, 1):
+        for _ in range(number):
+            host.send()
+    assert [guard.stats().total for guard in guards] == [1, 2, 3]
+
+
 def test_settings_of_one_source_must_agree(redis_url: str, database: str, stack: ExitStack) -> None:
     """A second application of the same source with other settings is an error that names them."""
     one, other = Host("dramatiq", redis_url), Host("dramatiq", redis_url)
     guard = one.guard(stack, database)
-    with pytest.raises(jobguard.JobguardError, match="fence"):
-        jobguard.guard(other.target, postgres=database, **{**BRISK, "fence": False})
-    assert replace(guard.settings, fence=True) == guard.settings
+    with pytest.raises(jobguard.JobguardError, match="durability"):
+        jobguard.guard(other.target, postgres=database, **{**BRISK, "durability": "relaxed"})
+    assert replace(guard.settings, durability="strict") == guard.settings

@@ -22,6 +22,7 @@ import redis
 import trustme
 from redis.sentinel import Sentinel
 
+from jobguard.clients import client_from_url
 from jobguard.servers import RedisServer
 from tests.integration.celery.rig import a_rig
 from tests.integration.hosts import Host, leading, rows, trusted
@@ -215,6 +216,8 @@ def test_tls(
     url = f"{plain}?ssl_cert_reqs=required&ssl_ca_certs={known}"
     with pytest.raises(redis.ConnectionError, match="certificate"):
         redis.Redis.from_url(plain).ping()
+    for word in ("CERT_NONE", "none"):  # Celery's spelling, and that of redis-py
+        assert client_from_url(f"{plain}?ssl_cert_reqs={word}", timeout=10.0).ping()
     host = Host(
         library,
         plain if library == "celery" else url,

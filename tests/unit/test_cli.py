@@ -285,7 +285,7 @@ def overview(**changed: Any) -> dict[str, Any]:
         ({"leader": {"live": False}}, "nobody leads"),
         ({"brake": {"paused_at": datetime.now(UTC), "held": {}}}, "paused since"),
         ({"brake": {"paused_at": None, "held": {"1/q": {"reason": "why"}}}}, "held: why"),
-        ({"sources": [{"address": "a", "settings": "fence=false"}]}, "fence=false"),
+        ({"sources": [{"address": "a", "settings": "mode=observe"}]}, "mode=observe"),
         ({"queues": [{"queue": "q", "trusted_since": None, "unguarded": ["w"]}]}, "unguarded.*w"),
         ({"queues": [{"queue": "q", "trusted_since": None, "unguarded": []}]}, "not trusted yet"),
     ],
@@ -321,7 +321,7 @@ def test_a_replica_and_an_evicting_redis_are_problems(monkeypatch: pytest.Monkey
     monkeypatch.setattr("jobguard.clients.address_of", lambda client: "h:1/0")
 
     def problems() -> list[str]:
-        found = doctor._look_at_redis("redis://h:1")
+        found = doctor._look_at_redis("redis://h:1", [])
         return [finding.detail for finding in found if finding.verdict is Verdict.PROBLEM]
 
     assert problems() == []
@@ -329,6 +329,68 @@ def test_a_replica_and_an_evicting_redis_are_problems(monkeypatch: pytest.Monkey
     assert problems() == ["maxmemory-policy is allkeys-lru: Redis drops jobs; set noeviction"]
     told |= {"maxmemory": 0, "role": "slave"}
     assert problems() == ["this is a replica: name the primary, or Sentinel"]
+    told |= {"role": "master", "cluster_enabled": 1}
+    (problem,) = problems()
+    assert "cluster mode is on" in problem
+    told |= {"cluster_enabled": 0, "maxmemory_policy": "noeviction"}
+    told |= {"maxmemory": 100, "used_memory": 97}
+    assert ["97 % of maxmemory" in problem for problem in problems()] == [True]
+    told |= {"maxmemory": 0, "maxclients": 20, "connected_clients": 20}
+    assert problems() == ["20 of 20 clients are connected"]
+
+
+def a_source(number: int, address: str, **changed: Any) -> dict[str, Any]:
+    """Make a source that is watched and owes nothing."""
+    fine: dict[str, Any] = {
+        "id": number,
+        "library": "rq",
+        "address": address,
+        "prefix": "",
+        "name": None,
+        "run_id": None,
+        "watched_seconds": 1.0,
+        "owed": 0,
+    }
+    return fine | changed
+
+
+@pytest.mark.parametrize(
+    ("sources", "word"),
+    [
+        ([a_source(1, "a:1/0", watched_seconds=None, owed=5)], "has 5 owed jobs and no reconciler"),
+        ([a_source(1, "a:1/0", watched_seconds=90.0, owed=1)], r"since 90 s\).*--redis"),
+        ([a_source(1, "h:1/0", watched_seconds=None, owed=1)], "URLs that are given here"),
+        (
+            [a_source(1, "127.1:1/0", watched_seconds=None, owed=5, run_id="r")],
+            "h:1/0 and 127.1:1/0 are one Redis by two addresses.*JOBGUARD_SOURCE",
+        ),
+        (
+            [a_source(1, "a:1/0", run_id="x"), a_source(2, "b:1/0", run_id="x")],
+            "a:1/0 and b:1/0 are one Redis.*JOBGUARD_SOURCE",
+        ),
+    ],
+)
+def test_a_source_that_no_reconciler_watches_is_a_problem(
+    sources: list[dict[str, Any]], word: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It names the way to have it watched; one Redis by two addresses is found by its run id."""
+    monkeypatch.setattr(doctor, "_ask_at", lambda address, like: None)
+    reached: Any = [doctor.Reached("redis h:1/0", None, "h:1/0", "", "r")]  # type: ignore[arg-type]
+    found = doctor.judge_sources(Settings(), sources, reached)
+    (problem,) = [finding.detail for finding in found if finding.verdict is Verdict.PROBLEM]
+    assert re.search(word, problem), problem
+
+
+def test_sources_that_are_watched_or_owe_nothing_are_no_problem() -> None:
+    """Two databases of one Redis are two sources, and so are two libraries in one."""
+    sources = [
+        a_source(1, "a:1/0", run_id="x", owed=3),
+        a_source(2, "a:1/1", run_id="x"),
+        a_source(3, "a:1/0", run_id="x", library="celery"),
+        a_source(4, "old:1/0", watched_seconds=None),
+    ]
+    found = list(doctor.judge_sources(Settings(), sources, []))
+    assert [finding.verdict for finding in found] == [*[Verdict.OK] * 3, Verdict.NOTE]
 
 
 def test_a_package_that_a_command_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from jobguard.clients import address_of, client_from_url
+from jobguard.errors import ConfigurationError
 
 
 @pytest.mark.parametrize(
@@ -42,5 +43,5 @@ def test_a_sentinel_url_names_the_sentinels_and_the_account_of_redis() -> None:
 )
 def test_half_a_sentinel_url_is_an_error_that_says_how(url: str) -> None:
     """Before anything is connected to."""
-    with pytest.raises(ValueError, match="sentinel://"):
+    with pytest.raises(ConfigurationError, match="sentinel://"):
         client_from_url(url, timeout=0.1)

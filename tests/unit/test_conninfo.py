@@ -7,6 +7,8 @@ from typing import Any
 import psycopg.conninfo
 import psycopg.pq
 import pytest
+from hypothesis import given as given_some
+from hypothesis import strategies as st
 
 from jobguard.conninfo import KEYWORDS, describe, normalise, postgres_conninfo
 from jobguard.errors import ConfigurationError, StoreUnavailable
@@ -220,3 +222,76 @@ def test_no_keyword_of_the_installed_libpq_is_dropped() -> None:
     """The list of what is kept is at least libpq's."""
     installed = {option.keyword.decode() for option in psycopg.pq.Conninfo.get_defaults()}
     assert installed <= KEYWORDS
+
+
+@pytest.mark.parametrize("password", ["p@ss", "50%", "a:b", "100%zz", "it's", "p#q", "[x]"])
+def test_a_password_that_can_only_be_meant_one_way_is_read(password: str) -> None:
+    """By libpq itself it would be cut at the first @, or printed as a wrong encoding."""
+    read = libpq_reads(normalise(f"postgresql://me@srv:{password}@db:5/shop"))
+    assert read == {
+        "user": "me@srv",
+        "password": password,
+        "host": "db",
+        "port": "5",
+        "dbname": "shop",
+    }
+
+
+@pytest.mark.parametrize("rest", ["/x", "?x", "?x=y", "/?host=x", "?=&"])
+def test_a_password_that_looks_like_a_port_is_refused(rest: str) -> None:
+    """What libpq takes for the host `user` and its port."""
+    with pytest.raises(ConfigurationError, match="%2F") as refused:
+        normalise(f"postgresql://user:4711{rest}@db/shop")
+    assert "4711" not in str(refused.value)
+
+
+def test_an_account_in_the_query_may_hold_an_at_sign() -> None:
+    """Azure's users do."""
+    read = libpq_reads(normalise("postgresql://db/shop?user=me@srv&password=a@b"))
+    assert (read["user"], read["password"]) == ("me@srv", "a@b")
+
+
+def test_an_unknown_keyword_is_refused_before_libpq_prints_it() -> None:
+    """It may be the rest of a password with a space."""
+    with pytest.raises(ConfigurationError, match="did you mean password") as refused:
+        normalise("host=h pasword=hidden")
+    assert "hidden" not in str(refused.value)
+
+
+SECRET = st.text("Zz9/@#?%:;&=+,[] '\\é", min_size=1).map(lambda tail: f"S3cr{tail}t0k")
+FORMS = st.sampled_from(
+    [
+        "postgresql://user:{}@h:5432/d",
+        "postgres://:{}@h,g:1/d?sslmode=require",
+        "postgresql+asyncpg://user:{}@[::1]/d",
+        "postgresql://h/d?user=u&password={}",
+        "postgresql://user:12{}@h/d",
+        "postgresql://user:{}",
+        "postgresql://{}",
+        "{}",
+        "host=h password={} dbname=d",
+        "host=h password='{}' dbname=d",
+        "host=h password={}",
+    ]
+)
+
+
+@given_some(FORMS, SECRET)
+def test_no_part_of_a_password_is_printed(form: str, secret: str) -> None:
+    """Neither by us, nor by libpq, nor as the address; whatever is not encoded."""
+    url = form.replace("{}", secret)
+    try:
+        conninfo = normalise(url)
+        shown = describe(conninfo, {})
+        libpq_reads(conninfo)
+    except (ConfigurationError, psycopg.ProgrammingError) as error:
+        shown = str(error)
+    if form != "postgresql://{}":  # then it is the name of the host
+        assert "S3cr" not in shown
+    assert "t0k" not in shown or form == "postgresql://{}"
+
+
+def test_a_string_within_the_name_of_the_database_is_not_shown() -> None:
+    """A connection string is read there, too."""
+    given = {"dbname": "postgresql://u:hidden@h/d", "host": "x"}
+    assert "hidden" not in describe(normalise(given), {})

@@ -92,12 +92,77 @@ def test_a_level_that_is_off_costs_nothing(caplog: pytest.LogCaptureFixture) -> 
     assert caplog.records == []
 
 
-def test_without_logging_set_up_nothing_is_printed() -> None:
-    """A host that configured no logging sees no line of ours, on neither stream."""
+ERROR = "from jobguard import log; log.EVENTS = {'e': log.Event(40, 'broken'), 'i': log.Event(20, 'x')}; "
+
+
+def test_without_logging_set_up_an_error_is_printed() -> None:
+    """On stderr, in one readable line; nothing below a warning."""
+    done = run(ERROR + "log.say('e', job_id=0); log.say('i')")
+    assert (done.stdout, done.stderr) == ("", "jobguard: ERROR: broken job_id=0\n")
+
+
+@pytest.mark.parametrize(
+    "setup",
+    [
+        "logging.basicConfig(stream=sys.stdout)",
+        "logging.getLogger('jobguard').addHandler(logging.StreamHandler(sys.stdout))",
+        "logging.lastResort = None; print('broken')",
+    ],
+)
+def test_where_a_handler_gets_it_stderr_stays_empty(setup: str) -> None:
+    """The host's logging decides, and that includes silence."""
+    done = run(f"import logging, sys; {ERROR}{setup}; log.say('e')")
+    assert done.stderr == ""
+    assert done.stdout.count("broken") == 1
+
+
+def test_an_error_is_printed_where_a_configuration_disabled_our_logger() -> None:
+    """logging.config disables every logger that it does not name, unless it is told otherwise."""
+    config = "logging.config.dictConfig({'version': 1, 'root': {'level': 'INFO'}})"
+    done = run(f"import logging.config; {ERROR}{config}; log.say('e'); log.say('i')")
+    assert done.stderr == "jobguard: ERROR: broken\n"
+
+
+def test_that_a_process_is_guarded_is_said_when_somebody_can_hear_it() -> None:
+    """guard() often runs before the host configures logging."""
     done = run(
-        "from jobguard import log; log.EVENTS = {'e': log.Event(40, 'x')}; log.say('e', job_id='j')"
+        "import logging; from jobguard.log import say\n"
+        "say('guarded', source='s'); logging.basicConfig(level='INFO', format='%(message)s')\n"
+        "say('worker_started', name='w'); say('worker_left', name='w')"
     )
-    assert (done.stdout, done.stderr) == ("", "")
+    assert done.stderr.splitlines() == [
+        "guarding source='s'",
+        "a guarded worker begins name='w'",
+        "a guarded worker said goodbye name='w'",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("environ", "coloured"), [({}, False), ({"FORCE_COLOR": "1"}, True), ({"NO_COLOR": "1"}, False)]
+)
+def test_a_log_that_goes_to_a_file_has_no_colours(
+    environ: dict[str, str], coloured: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless they are asked for."""
+    for name in ("NO_COLOR", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    done = run("from jobguard import log; log.configure(); log.say('worker_left', name='w')")
+    assert "goodbye" in done.stderr
+    assert ("\x1b[" in done.stderr) is coloured
+
+
+def test_a_log_on_a_terminal_is_coloured_unless_told_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """NO_COLOR wins."""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    for name in ("NO_COLOR", "FORCE_COLOR", "TERM"):
+        monkeypatch.delenv(name, raising=False)
+    assert log._colours()
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert not log._colours()
 
 
 def test_saying_something_loads_no_structlog() -> None:

@@ -5,7 +5,7 @@ from dataclasses import fields
 import pytest
 
 from jobguard.errors import ConfigurationError
-from jobguard.settings import Settings, disabled, settings_from
+from jobguard.settings import Settings, disabled, settings_from, unknown_variables
 
 
 def test_an_argument_wins_over_the_environment_and_that_over_the_default() -> None:
@@ -36,7 +36,7 @@ def test_every_setting_has_its_variable_and_its_meaning() -> None:
 )
 def test_a_switch_is_read_in_the_usual_words(word: str, value: bool) -> None:
     """true, yes, on, 1 and their opposites, in any case."""
-    assert settings_from({}, {"JOBGUARD_FENCE": word}).fence is value
+    assert settings_from({}, {"JOBGUARD_POOLER": word}).pooler is value
 
 
 def test_a_list_is_separated_by_commas() -> None:
@@ -50,14 +50,14 @@ def test_a_list_is_separated_by_commas() -> None:
 
 def test_all_problems_are_told_at_once_each_with_its_source() -> None:
     """One run of the program is enough to mend every setting."""
-    environ = {"JOBGUARD_LEASE": "soon", "JOBGUARD_FENCE": "perhaps"}
+    environ = {"JOBGUARD_LEASE": "soon", "JOBGUARD_POOLER": "perhaps"}
     with pytest.raises(ConfigurationError) as refused:
         settings_from({"wroker_timeout": 5, "mode": "guess"}, environ)
     told = str(refused.value)
     assert "did you mean 'worker_timeout'?" in told
     assert "mode='guess'" in told and "'observe'" in told
     assert "JOBGUARD_LEASE='soon'" in told
-    assert "JOBGUARD_FENCE='perhaps'" in told
+    assert "JOBGUARD_POOLER='perhaps'" in told
 
 
 @pytest.mark.parametrize(
@@ -79,10 +79,24 @@ def test_values_that_make_no_sense_together_are_refused(
 
 
 def test_the_fingerprint_tells_what_processes_must_agree_on() -> None:
-    """Namespace, fence and mode; no duration."""
+    """Namespace and mode; no duration. "fence=true" stays for processes of an earlier version."""
     assert Settings().fingerprint() == "namespace=default fence=true mode=guard"
     assert Settings(lease=1.0).fingerprint() == Settings().fingerprint()
-    assert Settings(fence=False).fingerprint() != Settings().fingerprint()
+    assert Settings(mode="observe").fingerprint() != Settings().fingerprint()
+
+
+@pytest.mark.parametrize("word", ["0", "false", "off", "perhaps"])
+def test_the_fence_cannot_be_switched_off(word: str) -> None:
+    """JOBGUARD_FENCE was a setting once: a set one is an error that names the way to try jobguard."""
+    for arguments, environ in (({}, {"JOBGUARD_FENCE": word}), ({"fence": word}, {})):
+        with pytest.raises(ConfigurationError, match=r"always on.*mode='observe'"):
+            settings_from(arguments, environ)
+
+
+@pytest.mark.parametrize("value", [True, "1", "true"])
+def test_a_fence_that_is_on_is_accepted(value: object) -> None:
+    """It is what happens anyway."""
+    assert settings_from({"fence": value}, {"JOBGUARD_FENCE": "1"}) == Settings()
 
 
 @pytest.mark.parametrize(("word", "off"), [("1", True), ("true", True), ("0", False), ("", False)])
@@ -90,3 +104,39 @@ def test_one_variable_switches_everything_off(word: str, off: bool) -> None:
     """JOBGUARD_DISABLED is looked at by itself."""
     assert disabled({"JOBGUARD_DISABLED": word}) is off
     assert not disabled({})
+
+
+@pytest.mark.parametrize(
+    ("environ", "word"),
+    [
+        ({"JOBGUARD_LEASE": "0"}, "JOBGUARD_LEASE must be more than 0"),
+        ({"JOBGUARD_WORKER_TIMEOUT": "1"}, r"JOBGUARD_WORKER_TIMEOUT \(1.0\).*twice beat_interval"),
+        ({"JOBGUARD_CRASH_BACKOFF": "-1"}, "JOBGUARD_CRASH_BACKOFF must be"),
+        ({"JOBGUARD_CRASH_BACKOFF": "1;2"}, "JOBGUARD_CRASH_BACKOFF='1;2': must be numbers"),
+        ({"JOBGUARD_NAMESPACE": " "}, "JOBGUARD_NAMESPACE must not be empty"),
+    ],
+)
+def test_a_problem_names_the_variable_that_it_came_from(environ: dict[str, str], word: str) -> None:
+    """It is what one has to change."""
+    with pytest.raises(ConfigurationError, match=word):
+        settings_from({}, environ)
+
+
+def test_a_variable_that_means_nothing_is_named_with_the_nearest() -> None:
+    """Its value, which may be a secret, is not."""
+    environ = {
+        "JOBGUARD_POSTGRES": "hidden",
+        "JOBGUARD_LEASE": "9",
+        "JOBGUARD_DISABELD": "1",
+        "JOBGUARD_DEAD_LIST_LIMIT": "5",
+        "JOBGUARD_XYZZY": "1",
+        "JOBGUARD_SERVICE_HOST": "10.0.0.1",
+        "JOBGUARD_PORT_80_TCP": "tcp://10.0.0.1:80",
+        "JOBGUARD_WEB_PORT": "tcp://10.0.0.1:80",
+        "OTHER": "1",
+    }
+    assert unknown_variables(environ) == [
+        "JOBGUARD_DISABELD (did you mean JOBGUARD_DISABLED?)",
+        "JOBGUARD_POSTGRES (did you mean JOBGUARD_POSTGRES_URL?)",
+        "JOBGUARD_XYZZY",
+    ]

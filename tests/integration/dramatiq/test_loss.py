@@ -250,7 +250,7 @@ class TestFlush:
         assert open_joins(database) == 0
 
     @pytest.mark.parametrize("away", [False, True], ids=["there", "postgres-away"])
-    def test_the_same_without_a_fence(
+    def test_the_same_in_observe_mode(
         self,
         stage: Stage,
         guard: JobGuard,
@@ -263,7 +263,7 @@ class TestFlush:
         guard.close()
         if away:
             monkeypatch.setattr(HostTracker, "tombstones", lambda *_: None)
-        with jobguard.guard(stage.broker, postgres=database, fence=False, **BRISK):
+        with jobguard.guard(stage.broker, postgres=database, mode="observe", **BRISK):
             lose_callbacks(stage, records, monkeypatch)
             with stage.worker():
                 self.done(stage, records, "a", "b", "all", "too")

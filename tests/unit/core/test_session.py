@@ -272,13 +272,10 @@ def test_a_description_that_fails_costs_no_run(caplog: pytest.LogCaptureFixture)
     assert "guest_failed" in events(caplog.records)
 
 
-@pytest.mark.parametrize("settings", [{"fence": False}, {"mode": "observe"}])
-def test_without_the_fence_it_runs_anyway(
-    settings: dict[str, Any], caplog: pytest.LogCaptureFixture
-) -> None:
-    """fence=False and mode="observe" run what would be skipped, and say so."""
+def test_observe_runs_what_would_be_skipped(caplog: pytest.LogCaptureFixture) -> None:
+    """mode="observe" has no effect on a job, and says so."""
     first = Worker().begin()
-    second = Worker(first.ledger, **settings).begin()
+    second = Worker(first.ledger, mode="observe").begin()
     job = first.owe()
     first.run(job)
     first.session._heart.beat()

@@ -695,7 +695,7 @@ def test_the_right_installation_is_not() -> None:
 def test_settings_that_disagree_are_said(caplog: pytest.LogCaptureFixture) -> None:
     """A process whose settings differ from those of who came first says both, once, and works on."""
     ledger = MemoryLedger()
-    first, second = Host(ledger), Host(ledger, fence=False)
+    first, second = Host(ledger), Host(ledger, mode="observe")
     first.tracker.record([delivery("a")])
     assert events(caplog.records) == []
 
@@ -703,7 +703,7 @@ def test_settings_that_disagree_are_said(caplog: pytest.LogCaptureFixture) -> No
     second.tracker.record([delivery("c")])
 
     assert events(caplog.records) == ["settings_differ"]
-    assert "fence=false" in caplog.text
+    assert "mode=observe" in caplog.text
     assert set(first.owed) == {"a", "b", "c"}
 
 

@@ -1,0 +1,92 @@
+"""What the Redis user of a reconciler may do, tried by commands that change nothing.
+
+``ACL DRYRUN`` needs Redis 7 and rights of its own; a command that is refused is refused on every version.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
+
+import redis
+
+_PROBE = "jobguard:doctor"
+_COMMANDS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("+ping", ("PING",)),
+    ("+info", ("INFO", "server")),
+    ("+time", ("TIME",)),
+    ("+exists", ("EXISTS", _PROBE)),
+    ("+get", ("GET", _PROBE)),
+    ("+mget", ("MGET", _PROBE)),
+    ("+hget", ("HGET", _PROBE, "x")),
+    ("+hmget", ("HMGET", _PROBE, "x")),
+    ("+hgetall", ("HGETALL", _PROBE)),
+    ("+hscan", ("HSCAN", _PROBE, "0")),
+    ("+lrange", ("LRANGE", _PROBE, "0", "0")),
+    ("+llen", ("LLEN", _PROBE)),
+    ("+smembers", ("SMEMBERS", _PROBE)),
+    ("+zrange", ("ZRANGE", _PROBE, "0", "0")),
+    ("+zscore", ("ZSCORE", _PROBE, "x")),
+    ("+del", ("DEL", _PROBE)),
+    ("+hset", ("HSET", _PROBE, "x", "1")),
+    ("+hdel", ("HDEL", _PROBE, "x")),
+    ("+expire", ("EXPIRE", _PROBE, "1")),
+    ("+set", ("SET", _PROBE, "1", "XX", "PX", "1")),
+    ("+lrem", ("LREM", _PROBE, "0", "x")),
+    ("+srem", ("SREM", _PROBE, "x")),
+    ("+zrem", ("ZREM", _PROBE, "x")),
+    ("+script|load", ("SCRIPT", "LOAD", "return 1")),
+    ("+eval", ("EVAL", "return 1", "0")),
+    ("+evalsha", ("EVALSHA", "e0e1f9fabfc9d4800c877a703b823ac0578ff8db", "0")),  # return 1
+    ("+client|list", ("CLIENT", "LIST", "TYPE", "pubsub")),
+    ("+pubsub|channels", ("PUBSUB", "CHANNELS", _PROBE)),
+    ("+multi", ("MULTI",)),
+)
+
+
+def missing_commands(client: redis.Redis) -> list[str]:
+    """Name the commands that this user may not run, as ACL SETUSER takes them."""
+    missing = []
+    own: Any = client
+    with own.client() as one:  # MULTI needs one connection
+        for right, words in _COMMANDS:
+            if _refused(one, words):
+                missing.append(right)
+        if "+multi" not in missing and _refused(one, ("EXEC",)):
+            missing.append("+exec")
+    return missing
+
+
+def missing_keys(client: redis.Redis, keys: Iterable[str]) -> list[str]:
+    """Name those of these keys that this user may not write.
+
+    To remove a field that is not there changes no hash, and of another type nothing at all.
+    """
+    return [key for key in keys if _refused(client, ("HDEL", key, _PROBE))]
+
+
+def acl_line(user: str, patterns: Sequence[str]) -> str:
+    """Return the command that grants all that a reconciler needs."""
+    keys = " ".join(f"~{pattern}" for pattern in dict.fromkeys(("jobguard:*", *patterns)))
+    return (
+        f"ACL SETUSER {user} {keys} &* +@read +@write +@transaction +@pubsub -@dangerous +ping +hello "
+        "+select +info +time +eval +evalsha +script|load +client|id +client|list +client|setname "
+        "+client|setinfo +pubsub|channels +pubsub|numsub"
+    )
+
+
+def user_of(client: redis.Redis) -> str:
+    """Return the user's name; from the connection's settings where Redis does not say it."""
+    try:
+        name = cast(Any, client).execute_command("ACL WHOAMI")
+    except redis.RedisError:
+        name = client.connection_pool.connection_kwargs.get("username") or "default"
+    return name.decode() if isinstance(name, bytes) else str(name)
+
+
+def _refused(client: redis.Redis, words: Sequence[str]) -> bool:
+    try:
+        cast(Any, client).execute_command(*words)
+    except redis.RedisError as error:
+        return isinstance(error, redis.exceptions.NoPermissionError) or "NOPERM" in str(error)
+    return False
