@@ -88,6 +88,11 @@ EVENTS: Mapping[str, Event] = {
         "everywhere, or set JOBGUARD_SOURCE to one name",
     ),  # source
     "end_late": Event(WARNING, "an end came too late and changed nothing"),  # job_id, number
+    "connection_unnamed": Event(
+        WARNING,
+        "Redis refuses CLIENT SETNAME: a leader cannot tell this worker from an unguarded one, and "
+        "recovers nothing; grant +client|setname",
+    ),  # error
     # Leading.
     "reconciler_started": Event(INFO, "the reconciler begins"),  # namespace, postgres, redis
     "reconciler_stopped": Event(INFO, "the reconciler ends"),  # namespace
@@ -121,6 +126,11 @@ EVENTS: Mapping[str, Event] = {
     "ledger_behind": Event(ERROR, "Redis' pulse is ahead: Postgres went back in time"),  # source
     "queue_held": Event(ERROR, "a queue is held until `jobguard resume`"),  # source, queue, reason
     "queue_trusted": Event(INFO, "a queue is trusted"),  # source, queue
+    "consumers_uncounted": Event(
+        WARNING,
+        "Redis does not list its clients: unguarded workers are seen by their names only; grant "
+        "+client|list and +pubsub",
+    ),  # source, error
     "queue_untrusted": Event(
         WARNING, "unguarded workers consume a queue"
     ),  # source, queue, workers

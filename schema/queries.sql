@@ -220,7 +220,8 @@ select i.id::text, i.name, i.system_identifier, i.database_oid::text, null::text
 from jobguard.installation i
 
 -- name: sources
-select id, namespace, library, address, prefix, name, settings, one_body, pulse_epoch, pulse_n, run_id
+select id, namespace, library, address, prefix, name, settings, one_body, pulse_epoch, pulse_n, run_id,
+       extract(epoch from watched_at)::float8
 from jobguard.sources where namespace = %(namespace)s order by id
 
 -- name: acknowledge

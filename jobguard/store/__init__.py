@@ -68,6 +68,8 @@ class SourceRow:
     pulse_epoch: UUID | None = None
     pulse_n: int | None = None
     run_id: str | None = None
+    watched_at: float | None = None
+    """When a leader last moved the pulse, in seconds since the epoch."""
 
 
 class HostStore(Protocol):

@@ -92,7 +92,12 @@ class MemoryLeaderStore:
     def sources(self) -> Sequence[SourceRow]:
         with self._tables.open():
             rows = self._tables.sources.values()
-            ours = [row for row in rows if row.namespace == self._namespace]
+            watched = self._tables.watched_at
+            ours = [
+                replace(row, watched_at=watched.get(row.id))
+                for row in rows
+                if row.namespace == self._namespace
+            ]
             return sorted(ours, key=lambda row: row.id)
 
     def acknowledge(
