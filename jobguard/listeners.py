@@ -74,7 +74,9 @@ class Listeners:
         self._client: Any = client
         self._mark = mark_of(source)
         self._db = int(client.connection_pool.connection_kwargs.get("db") or 0)
-        self._texts: dict[str, str] = {}
+        self._since: dict[
+            str, str
+        ] = {}  # as first seen: a text that changes would be another client
         self._next = float("-inf")
         self._last: tuple[Listener, ...] = ()
         self.refused = ""
@@ -94,8 +96,8 @@ class Listeners:
             self.refused = ""
         took = time.monotonic() - began
         self._next = began + _SHARE * took if took > 0.05 else began
-        texts = self._texts
-        self._texts = {row["id"]: texts.get(row["id"]) or _describe(row) for row in rows}
+        since = self._since
+        self._since = {row["id"]: since.get(row["id"]) or _since(row) for row in rows}
         self._last = tuple(map(self._read, rows))
         return self._last
 
@@ -107,7 +109,7 @@ class Listeners:
         mark = read_mark(row.get("name", ""))
         same = mark is not None and mark.place == self._mark.place
         return Listener(
-            text=self._texts[row["id"]],
+            text=_describe(row, self._since[row["id"]]),
             command=row.get("cmd", "").lower(),
             blocked="b" in row.get("flags", ""),
             idle=int(row.get("idle", 0)),
@@ -118,7 +120,11 @@ class Listeners:
         )
 
 
-def _describe(row: Mapping[str, str]) -> str:
-    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time.time() - int(row.get("age", 0))))
+def _since(row: Mapping[str, str]) -> str:
+    at = time.time() - int(row.get("age", 0))
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
+
+
+def _describe(row: Mapping[str, str], since: str) -> str:
     name = f", named {row['name']}" if row.get("name") else ""
     return f"{row.get('addr', '?')} ({row.get('cmd', '?')}{name}, since {since})"
