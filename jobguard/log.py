@@ -147,6 +147,11 @@ EVENTS: Mapping[str, Event] = {
     "jobs_untrusted": Event(
         ERROR, "jobs were absent before their queue was trusted: they are not recovered"
     ),  # queue, count
+    "restores_held": Event(
+        ERROR,
+        "jobs were put back twice and taken each time without a claim: something runs or deletes them "
+        "that jobguard does not see; they are held: `jobguard requeue`, or cancel them",
+    ),  # path, count
     "claims_voided": Event(WARNING, "claims of dead workers were taken away"),  # count
     "job_not_restored": Event(WARNING, "a job was not put back"),  # job_id, answer
     "jobs_released": Event(

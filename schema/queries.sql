@@ -457,6 +457,14 @@ with lease as (
 )
 select true from lease
 
+-- name: restores
+-- How often each of these deliveries itself was put back: a count is carried on when it is superseded.
+select j.token, j.recoveries - coalesce(
+         (select max(h.recoveries) from jobguard.history h
+          where h.source = j.source and h.job_id = j.job_id and h.next = j.token), 0)
+from jobguard.jobs j
+where j.source = %(source)s and j.token = any (%(tokens)b::uuid[])
+
 -- name: void
 -- Take dead workers' claims away, if they still stand with that number.
 with lease as (

@@ -404,6 +404,7 @@ class Watch:
             self._lap.after = None
             self._laps_done += 1
             self._lost_at = None  # all of it has been looked at
+            self._looker.bypass.lap_over(term)
             again = self._looker.putting_back.has_joins_to_see_again
             wait = self._settings.grace if again else self._settings.sweep_interval
             self._due["lap"] = self._lap.began + min(wait, self._settings.sweep_interval)

@@ -396,6 +396,9 @@ class LeaderStore(Protocol):
     def restored(self, term: int, source: int, tokens: Sequence[UUID]) -> None:
         """These were put back: count it, and suspect them no longer."""
 
+    def restores(self, source: int, tokens: Sequence[UUID]) -> Mapping[UUID, int]:
+        """How often each of these owed deliveries was put back, without those that it superseded."""
+
     def void(self, term: int, source: int, voids: Sequence[Void]) -> Sequence[UUID]:
         """Take these claims away if they still stand with that number; suspects with cause worker."""
 

@@ -398,6 +398,17 @@ class MemoryLeaderStore:
                 self._tables.jobs[key].not_before = None
                 self._tables.settle(key)
 
+    def restores(self, source: int, tokens: Sequence[UUID]) -> Mapping[UUID, int]:
+        with self._tables.open():
+            found = {}
+            for key in self._tables.owed(source, tokens):
+                stones = self._tables.history.items()
+                before = (
+                    s.recoveries for (of, _), s in stones if of == source and s.next == key[1]
+                )
+                found[key[1]] = self._tables.jobs[key].recoveries - max(before, default=0)
+            return found
+
     def void(self, term: int, source: int, voids: Sequence[Void]) -> Sequence[UUID]:
         with self._leading(term) as now:
             return [void.token for void in voids if self._void((source, void.token), void, now)]

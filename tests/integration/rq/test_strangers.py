@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import redis
@@ -49,11 +50,11 @@ def guarded(
     queue: Queue, tracker: FakeTracker, redis_url: str
 ) -> Iterator[Callable[[str], object]]:
     """Have a guarded worker of this process at work, as far as Redis can see."""
-    made = []
+    made: list[tuple[Any, redis.Redis]] = []
 
     def begin(name: str) -> object:
         client = redis.Redis.from_url(redis_url)
-        one = Worker([queue.name], connection=client, name=name)
+        one: Any = Worker([queue.name], connection=client, name=name)
         one.register_birth()
         one.subscribe()
         made.append((one, client))
@@ -72,7 +73,7 @@ def strangers(broker: RQBroker, queue: str = "default") -> set[str]:
 
 def test_a_stranger_that_survives_a_flush(
     broker: RQBroker,
-    client: redis.Redis,
+    client: Any,
     redis_url: str,
     guarded: Callable[[str], object],
 ) -> None:
@@ -91,7 +92,7 @@ def test_a_stranger_that_survives_a_flush(
 
 def test_two_workers_of_one_name(
     broker: RQBroker,
-    client: redis.Redis,
+    client: Any,
     redis_url: str,
     guarded: Callable[[str], object],
 ) -> None:
@@ -105,7 +106,7 @@ def test_two_workers_of_one_name(
 
 def test_a_registered_worker_of_another_queue_is_no_stranger_here(
     broker: RQBroker,
-    client: redis.Redis,
+    client: Any,
     redis_url: str,
     guarded: Callable[[str], object],
 ) -> None:
@@ -119,7 +120,7 @@ def test_a_registered_worker_of_another_queue_is_no_stranger_here(
 
 def test_who_only_looks_or_listens_is_no_consumer(
     broker: RQBroker,
-    client: redis.Redis,
+    client: Any,
     redis_url: str,
     guarded: Callable[[str], object],
 ) -> None:
@@ -134,7 +135,7 @@ def test_who_only_looks_or_listens_is_no_consumer(
 
 
 def test_clients_that_may_not_be_listed(
-    broker: RQBroker, client: redis.Redis, tracker: FakeTracker, redis_url: str
+    broker: RQBroker, client: Any, tracker: FakeTracker, redis_url: str
 ) -> None:
     """It is said; the registry is asked as before."""
     client.execute_command(

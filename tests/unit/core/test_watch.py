@@ -822,6 +822,41 @@ def test_what_was_lost_before_the_first_look(kind: str) -> None:
     assert set(world.suspects()) == (set(ids(3)) if kind == "taken" else set())
 
 
+def test_what_is_taken_again_and_again_is_held(caplog: pytest.LogCaptureFixture) -> None:
+    """Something runs it that never claims: put back twice, then held, and an incident names the path."""
+    world = calm()
+    world.enqueue("bypass", "well")
+    for _ in range(1500):
+        world.step(0.25)
+        world.broker.bodies.pop("bypass", None)
+
+    assert world.broker.pushed == ["bypass", "bypass"]
+    assert world.watch.done.bypassed > 0
+    (incident,) = world.store.incidents(SOURCE.id)
+    assert "task" in incident.detail and "mail" in incident.detail
+    assert incident.missing == 1
+    assert events(caplog.records).count("restores_held") == 1
+
+    world.new_leader()
+    for _ in range(400):
+        world.step(0.25)
+    assert world.broker.pushed == ["bypass", "bypass"]
+    assert [one.id for one in world.store.incidents(SOURCE.id)] == [incident.id]
+
+    world.host.cancel(SOURCE.id, job_ids=["bypass"], meant=world.host.now())
+    world.run_until(lambda: world.store.incidents(SOURCE.id) == [], within=300)
+
+
+def test_a_waiting_job_may_be_lost_with_redis_however_often() -> None:
+    """Redis lost it each time: that is no sign of a path that we do not see."""
+    world = calm()
+    world.enqueue("job")
+    for n in range(1, 6):
+        world.run(20)
+        world.flushall()
+        world.run_until(lambda n=n: world.broker.pushed == ["job"] * n, within=20)  # type: ignore[misc]
+
+
 def test_a_rollback(caplog: pytest.LogCaptureFixture) -> None:
     """What an unguarded image ran while no leader looked is not run again; what is there is trusted."""
     world = calm()
