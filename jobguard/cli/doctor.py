@@ -21,6 +21,7 @@ from jobguard.cli.common import (
     redis_urls_from,
     settings_of,
 )
+from jobguard.cli.stats import trusted_since, why_not_trusted
 from jobguard.conninfo import describe, postgres_conninfo
 from jobguard.errors import JobguardError
 from jobguard.redact import redact
@@ -83,6 +84,7 @@ def examine(
         yield finding
     for url in redis_urls:
         yield from _look_at_redis(url)
+        yield from _look_at_clients(url)
     if not redis_urls:
         yield _note("redis", "none was named: give --redis URL, or set JOBGUARD_REDIS_URL")
     if schema_fits:
@@ -110,12 +112,13 @@ def judge(settings: Settings, overview: dict[str, Any]) -> Iterator[Finding]:
     for queue in overview["queues"]:
         about = f"queue {queue['queue']}"
         if queue["trusted_since"] is not None:
-            yield _ok(about, f"trusted since {queue['trusted_since']:%Y-%m-%d %H:%M:%S}")
+            yield _ok(about, trusted_since(queue["trusted_since"]))
         elif queue["unguarded"]:
             names = ", ".join(queue["unguarded"])
             yield _problem(about, f"unguarded workers consume it, so nothing is put back: {names}")
         else:
-            yield _problem(about, "not trusted yet, so nothing is put back")
+            why = why_not_trusted(queue)
+            yield _problem(about, f"not trusted yet, so nothing is put back: {why}")
 
 
 def _look_at_postgres(conninfo: Callable[[], str]) -> Iterator[Finding]:
@@ -183,6 +186,26 @@ def _look_at_redis(url: str) -> Iterator[Finding]:
     if policy != "noeviction" and info.get("maxmemory"):
         yield _problem(about, f"maxmemory-policy is {policy}: Redis drops jobs; set noeviction")
     yield _judge_persistence(about, info)
+
+
+def _look_at_clients(url: str) -> Iterator[Finding]:
+    """Try what a leader needs to count the consumers of queues by their connections."""
+    import redis
+
+    from jobguard.clients import address_of, client_from_url
+
+    try:
+        with client_from_url(url, timeout=REDIS_TIMEOUT_SECONDS) as client:
+            client.client_list(_type="pubsub")
+            client.pubsub_channels("jobguard:none")
+    except redis.ResponseError as error:
+        yield _problem(
+            f"redis {address_of(client)}",
+            f"consumers cannot be counted ({error}): unguarded workers are seen by name only; grant "
+            "+client|list and +pubsub to the reconciler, +client|setname to workers",
+        )
+    except (redis.RedisError, ValueError):
+        return  # it was said what is wrong with this Redis
 
 
 def _judge_persistence(about: str, info: dict[str, Any]) -> Finding:

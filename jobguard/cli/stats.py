@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
+from datetime import datetime
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,8 @@ STATES = tuple(field.name for field in dataclasses.fields(Counts))
 def command(postgres: str | None, namespace: str | None, as_json: bool) -> None:
     """Show how many jobs are in which state.
 
-    Stuck jobs are pending or processing too, and counted once in the total.
+    Stuck jobs are absent from Redis, or claimed by a dead worker, and not put back yet. They are pending or
+    processing too, and counted once in the total.
     """
     with open_ledger(postgres, namespace) as (ledger, tenant):
         counts, overview = ledger.stats(tenant), ledger.overview(tenant)
@@ -42,7 +44,7 @@ def command(postgres: str | None, namespace: str | None, as_json: bool) -> None:
         return
     out = console()
     out.print(_table(counts))
-    for line in chain(_lines(overview), _trust(overview)):
+    for line in chain(_lines(overview), _stuck(counts), _trust(overview)):
         out.print(line, markup=False)
 
 
@@ -115,6 +117,15 @@ def _lines(overview: Mapping[str, Any]) -> Iterable[str]:
         )
 
 
+def _stuck(counts: Mapping[tuple[str, str], Counts]) -> Iterable[str]:
+    stuck = total_of(counts.values()).stuck
+    if stuck:
+        yield (
+            f"stuck: {stuck:,} owed jobs are absent from Redis, or were claimed by a dead worker, and "
+            "are not put back yet; `jobguard requeue --all` counts them by cause and asks first"
+        )
+
+
 def _trust(overview: Mapping[str, Any]) -> Iterable[str]:
     for queue in overview["queues"]:
         name = f"queue {queue['queue']} of {queue['address']}"
@@ -122,6 +133,26 @@ def _trust(overview: Mapping[str, Any]) -> Iterable[str]:
             workers = ", ".join(queue["unguarded"])
             yield f"not trusted: {name} has unguarded workers, nothing is recovered: {workers}"
         elif queue["trusted_since"] is None:
-            yield f"not trusted yet: {name}"
+            yield f"not trusted yet: {name}: {why_not_trusted(queue)}"
         else:
-            yield f"trusted since {queue['trusted_since']:%Y-%m-%d %H:%M:%S}: {name}"
+            yield f"{trusted_since(queue['trusted_since'])}: {name}"
+
+
+def trusted_since(at: datetime) -> str:
+    """Say since when what is recorded in a queue is recovered."""
+    if at.timestamp() <= 0:
+        return "trusted from its first record"
+    return f"trusted since {at:%Y-%m-%d %H:%M:%S}"
+
+
+def why_not_trusted(queue: Mapping[str, Any]) -> str:
+    """Say why a queue without unguarded workers is not trusted, and what to do."""
+    if queue.get("unguarded_at") is not None:
+        return (
+            f"unguarded workers were seen until {queue['unguarded_at']:%Y-%m-%d %H:%M:%S}; it is trusted "
+            "when none has been seen for 30 s (600 s after a loss) and a guarded worker takes from it"
+        )
+    return (
+        "no leader could count its consumers, and none has seen a guarded worker of it; run "
+        "`jobguard reconcile`, start a guarded worker, or see `jobguard doctor`"
+    )

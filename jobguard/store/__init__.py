@@ -466,10 +466,14 @@ class Ledger(Protocol):
         """Jobs that were given up, newest first."""
 
     def requeue(self, namespace: str, token: UUID) -> UUID:
-        """Mint a new delivery of a failed or dead one and leave its push to the leader.
+        """Mint a new delivery of a failed, dead or owed one and leave its push to the leader.
 
-        Raises JobguardError if there is no such delivery or its envelope is gone.
+        An owed one is superseded by it: a copy of it that is still in Redis is skipped. Raises
+        JobguardError if there is no such delivery, its envelope is gone, or its worker runs it.
         """
+
+    def absent(self, namespace: str, *, queue: str | None) -> Sequence[Mapping[str, Any]]:
+        """Owed deliveries that a leader saw absent from Redis, whatever keeps them from going back."""
 
     def pause(self, namespace: str, *, queue: str | None) -> None:
         """Put nothing back, in the namespace or in one queue, until resumed."""
