@@ -144,9 +144,10 @@ class JobGuard:
             self._tracker.cancel(job_ids=job_ids)
 
     def requeue(self, token: UUID | str) -> UUID | None:
-        """Mint a new delivery of a failed or dead one; the reconciler pushes it.
+        """Mint a new delivery of a failed, dead or owed one; the reconciler pushes it.
 
-        Raises JobguardError if there is nothing left to push.
+        An owed one may be held, or of a queue that is not trusted: this is the word of a person. Raises
+        JobguardError if there is nothing left to push, or its worker runs it.
         """
         if self._tracker is None:
             return None

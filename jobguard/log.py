@@ -122,6 +122,11 @@ EVENTS: Mapping[str, Event] = {
         "everywhere, or set JOBGUARD_SOURCE to one name",
     ),  # source
     "end_late": Event(WARNING, "an end came too late and changed nothing"),  # job_id, number
+    "connection_unnamed": Event(
+        WARNING,
+        "Redis refuses CLIENT SETNAME: a leader cannot tell this worker from an unguarded one, and "
+        "recovers nothing; grant +client|setname",
+    ),  # error
     # Leading.
     "reconciler_started": Event(INFO, "the reconciler begins"),  # namespace, postgres, redis
     "reconciler_stopped": Event(INFO, "the reconciler ends"),  # namespace
@@ -160,6 +165,11 @@ EVENTS: Mapping[str, Event] = {
     "ledger_behind": Event(ERROR, "Redis' pulse is ahead: Postgres went back in time"),  # source
     "queue_held": Event(ERROR, "a queue is held until `jobguard resume`"),  # source, queue, reason
     "queue_trusted": Event(INFO, "a queue is trusted"),  # source, queue
+    "consumers_uncounted": Event(
+        WARNING,
+        "Redis does not list its clients: unguarded workers are seen by their names only; grant "
+        "+client|list and +pubsub",
+    ),  # source, error
     "queue_untrusted": Event(
         WARNING, "unguarded workers consume a queue"
     ),  # source, queue, workers
@@ -176,6 +186,11 @@ EVENTS: Mapping[str, Event] = {
     "jobs_untrusted": Event(
         ERROR, "jobs were absent before their queue was trusted: they are not recovered"
     ),  # queue, count
+    "restores_held": Event(
+        ERROR,
+        "jobs were put back twice and taken each time without a claim: something runs or deletes them "
+        "that jobguard does not see; they are held: `jobguard requeue`, or cancel them",
+    ),  # path, count
     "claims_voided": Event(WARNING, "claims of dead workers were taken away"),  # count
     "job_not_restored": Event(WARNING, "a job was not put back"),  # job_id, answer
     "jobs_released": Event(

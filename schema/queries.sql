@@ -228,7 +228,8 @@ select i.id::text, i.name, i.system_identifier, i.database_oid::text, null::text
 from jobguard.installation i
 
 -- name: sources
-select id, namespace, library, address, prefix, name, settings, one_body, pulse_epoch, pulse_n, run_id
+select id, namespace, library, address, prefix, name, settings, one_body, pulse_epoch, pulse_n, run_id,
+       extract(epoch from watched_at)::float8
 from jobguard.sources where namespace = %(namespace)s order by id
 
 -- name: acknowledge
@@ -477,6 +478,14 @@ with lease as (
     and (select count(*) from locked) >= 0
 )
 select true from lease
+
+-- name: restores
+-- How often each of these deliveries itself was put back: a count is carried on when it is superseded.
+select j.token, j.recoveries - coalesce(
+         (select max(h.recoveries) from jobguard.history h
+          where h.source = j.source and h.job_id = j.job_id and h.next = j.token), 0)
+from jobguard.jobs j
+where j.source = %(source)s and j.token = any (%(tokens)b::uuid[])
 
 -- name: void
 -- Take dead workers' claims away, if they still stand with that number.

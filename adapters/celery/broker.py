@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from uuid import UUID
 
 from jobguard.adapter import Source
-from jobguard.adapters.celery.consumers import Consumers, Workers
+from jobguard.adapters.celery.consumers import Workers
 from jobguard.adapters.celery.envelope import UnknownEnvelope, decode, fresh
 from jobguard.adapters.celery.joins import Rejoin, group_of, part_of
 from jobguard.adapters.celery.layout import Layout
@@ -21,6 +21,7 @@ from jobguard.adapters.celery.results import Results, ends_of, read
 from jobguard.adapters.celery.scan import Scan, look
 from jobguard.clients import own_client
 from jobguard.job import OpenJoin, Owed, Part, Presence, Restorable, Restored, Sighting
+from jobguard.listeners import Consumers
 from jobguard.scripts import Script, restored_by
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class CeleryBroker:
         self._layout = Layout.parse(source.prefix)
         self._client = client
         self._restore = Script(client, __package__, "restore.lua")
-        self._workers = Workers(client, self._layout, db=_db_of(client))
+        self._workers = Workers(client, source, self._layout, db=_db_of(client))
         self._rejoin = Rejoin(client, self._layout, db=_db_of(client))
         self._clients: dict[int, redis.Redis] = {}
         self._scan: Scan | None = None
@@ -125,10 +126,9 @@ class CeleryBroker:
                     found[token] = part
         return found
 
-    def consumers(self) -> Mapping[str, frozenset[str]]:
-        """Celery's own names of the workers that Redis knows, by queue."""
-        found: Consumers = self._workers.consumers()
-        return found
+    def consumers(self) -> Consumers:
+        """Return Celery's own names of the workers by queue, and the connections that are not guarded."""
+        return self._workers.consumers()
 
     def _look(self, page: Sequence[Owed]) -> Scan:
         """Return a look that these were not told of: the last one, if it is younger than it cost.

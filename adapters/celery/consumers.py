@@ -11,22 +11,27 @@ from __future__ import annotations
 import base64
 import json
 import time
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from jobguard.adapters.celery.layout import Layout
 from jobguard.adapters.celery.results import Results
+from jobguard.listeners import Consumers, Listeners
 
 if TYPE_CHECKING:
     import redis
+
+    from jobguard.adapter import Source
 
 _SILENT = 15
 """Seconds after which a guarded worker that has said nothing does not count among those that hear."""
 _REMEMBER = 120.0
 """Seconds for which its name is known to be a guarded worker's: Redis may have lost what it said."""
 _ASK_AGAIN = 5.0
+_POP = "brpop"
+_QUIET = 3
+"""Seconds after which a consumer that can take more has asked for it again: kombu asks each second."""
 _PIDBOX = ".pidbox"
 _CONTROL = "celery"
 
@@ -41,28 +46,12 @@ class Announced:
     """The exchange by which it is controlled; "": it is not."""
 
 
-class Consumers(Mapping[str, frozenset[str]]):
-    """Names of workers by queue; strangers are in every queue, also in one that nobody named."""
-
-    def __init__(self, by_queue: Mapping[str, frozenset[str]], strangers: frozenset[str]) -> None:
-        self._by_queue = by_queue
-        self._strangers = strangers
-
-    def __getitem__(self, queue: str) -> frozenset[str]:
-        return self._by_queue.get(queue, frozenset()) | self._strangers
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._by_queue)
-
-    def __len__(self) -> int:
-        return len(self._by_queue)
-
-
 class Workers:
     """The workers of one broker, as Redis knows them."""
 
-    def __init__(self, client: redis.Redis, layout: Layout, *, db: int) -> None:
+    def __init__(self, client: redis.Redis, source: Source, layout: Layout, *, db: int) -> None:
         self._client: Any = client
+        self._listeners = Listeners(client, source)
         self._layout = layout
         self._db = db
         self._names: dict[str, float] = {}  # of guarded workers: when they were last heard of
@@ -87,8 +76,27 @@ class Workers:
             if names and self._count(control) > ours:
                 alive |= names
         return Consumers(
-            {queue: frozenset(names) for queue, names in by_queue.items()}, frozenset(alive)
+            {queue: frozenset(names) for queue, names in by_queue.items()},
+            frozenset(alive) | self._unexplained(),
+            self._listeners.refused,
         )
+
+    def _unexplained(self) -> frozenset[str]:
+        """Return the connections that take tasks and are not guarded.
+
+        kombu takes by a connection that does nothing else, so that its last command is a BRPOP, also
+        while the worker is busy. A program that asks workers for a reply does the same for a moment, and
+        may leave the connection open. But a worker that fetches nothing has something unacknowledged.
+        """
+        bare = [
+            client
+            for client in self._listeners.look()
+            if client.here and client.command == _POP and not client.ours
+        ]
+        quiet = [client for client in bare if not client.blocked and client.idle > _QUIET]
+        if quiet and not self._client.exists(self._layout.unacked):
+            bare = [client for client in bare if client not in quiet]
+        return frozenset(client.text for client in bare)
 
     def results(self) -> tuple[Results, ...]:
         """Return where guarded workers keep their results, as last heard; hardly ever several places."""

@@ -12,20 +12,22 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
+from celery.app.task import Task
 from kombu.transport.redis import QoS
 
-from jobguard.adapters.celery import sessions
+from jobguard.adapters.celery import killed, sessions
 from jobguard.adapters.celery.header import TOKEN, WORKER, token_of
 from jobguard.adapters.celery.hooks import Hooks
 from jobguard.adapters.celery.wall import our_own_affair
-from jobguard.job import new_token
+from jobguard.job import Outcome, new_token
 
 Hook = Callable[..., Any]
 
 
 def put_on(hooks: Hooks) -> None:
-    """Mark what this process' workers take."""
+    """Mark what this process' workers take, and hear of what they acknowledge."""
     hooks.put(QoS, "append", append)
+    hooks.put(QoS, "ack", ack)
 
 
 def append(original: Hook) -> Hook:
@@ -43,6 +45,46 @@ def append(original: Hook) -> Hook:
             raise
 
     return hook
+
+
+def ack(original: Hook) -> Hook:
+    """QoS.ack: for a task that a strategy of its own takes past the worker's pool, this is the end.
+
+    Such a strategy (that of celery-batches) acknowledges messages of which no run ever asks us.
+    """
+
+    @wraps(original)
+    def hook(self: Any, delivery_tag: Any) -> Any:
+        headers = None
+        with our_own_affair("see what is acknowledged"):
+            headers = _passed_by(self, delivery_tag)
+        result = original(self, delivery_tag)
+        if headers is not None:
+            with our_own_affair("report what was acknowledged"):
+                _report(self, headers)
+        return result
+
+    return hook
+
+
+def _passed_by(books: Any, tag: Any) -> dict[str, Any] | None:
+    """Return the headers of a task that its own strategy has taken and not given to the pool."""
+    headers = getattr(books._delivered.get(tag), "headers", None)
+    if not isinstance(headers, dict) or token_of(headers) is None:
+        return None
+    working = sessions.consuming(books.channel.connection.client)
+    if working is None:
+        return None
+    task = working.controller.app.tasks.get(headers.get("task"))
+    if task is None or task.Strategy == Task.Strategy or working.handed_over(tag):
+        return None
+    return headers
+
+
+def _report(books: Any, headers: dict[str, Any]) -> None:
+    working, token = sessions.consuming(books.channel.connection.client), token_of(headers)
+    if working is not None and token is not None:
+        killed.report(working, token, Outcome.COMPLETED, job_id=str(headers.get("id") or ""))
 
 
 def _mark(books: Any, message: Any) -> None:

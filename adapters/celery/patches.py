@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import celery
 from celery.signals import worker_init
 
-from jobguard.adapters.celery import backend, intent, lookup, worker
+from jobguard.adapters.celery import backend, intent, lookup, naming, worker
 from jobguard.adapters.celery.capture import hook_app, unhook_app
 from jobguard.adapters.celery.hooks import Hooks
 from jobguard.errors import UnsupportedTarget
@@ -69,7 +69,7 @@ def _put_on() -> None:
     try:
         if celery.VERSION[:2] < _OLDEST:
             raise AttributeError("it is too old")
-        for part in (backend, intent):
+        for part in (backend, intent, naming):
             part.put_on(_hooks)
     except AttributeError as error:
         _hooks.take_off()

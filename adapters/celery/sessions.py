@@ -149,6 +149,10 @@ class Working:
         if (token := token_in(request)) is not None:
             told[TOKEN] = token.hex  # protocol 1 has none where a child would look for it
 
+    def handed_over(self, tag: str) -> bool:
+        """Whether the message of this tag was given to the pool as a request."""
+        return any(request.message.delivery_tag == tag for request in snapshot(self.handed))
+
     def _has_children(self) -> bool:
         return isinstance(getattr(self.controller, "pool", None), prefork.TaskPool)
 

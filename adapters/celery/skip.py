@@ -27,7 +27,8 @@ _BEFORE = "_jobguard_before"
 def remember(task: Any) -> None:
     """Keep what the result backend says of a task before Celery writes that it has started."""
     request, backend = task.request, task.backend
-    if task.track_started and not request.ignore_result and _keeps(backend):
+    # A batch of celery-batches has no id of its own.
+    if request.id and task.track_started and not request.ignore_result and _keeps(backend):
         vars(request)[_BEFORE] = backend.get(backend.get_key_for_task(request.id))
 
 

@@ -5,18 +5,21 @@ Nothing here imports RQ, user code, or unpickles anything: bytes that RQ wrote g
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import chain
 from typing import TYPE_CHECKING, Any, cast
 from uuid import UUID
 
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
 from jobguard.adapter import Source
 from jobguard.adapters.rq.envelope import Mode, UnknownEnvelope, decode
 from jobguard.adapters.rq.layout import FIELD, KEPT, SPENT, Layout
 from jobguard.job import Join, OpenJoin, Owed, Part, Presence, Restorable, Restored, Sighting
+from jobguard.label import nameable
+from jobguard.listeners import Consumers, Listeners
 from jobguard.scripts import RESTORES_A_TRIP, Script, chunks, restored_by
 
 if TYPE_CHECKING:
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
 IDS_A_CALL = 1_000
 """Redis does nothing else while a script runs: a thousand ids take it some 5 ms."""
 LIST_CHUNK = 10_000
+_POPS = frozenset({"blmove", "blpop", "brpoplpush"})
+"""By which RQ's workers wait for a job."""
 _TIMESTAMP = "%Y-%m-%dT%H:%M:%S.%fZ"
 """As RQ writes one."""
 
@@ -43,6 +48,7 @@ class RQBroker:
     def __init__(self, source: Source, client: redis.Redis):
         self._layout = Layout.parse(source.prefix)
         self._client = client
+        self._listeners = Listeners(client, source)
         self._presence = Script(client, __package__, "presence.lua")
         self._restore = Script(client, __package__, "restore.lua")
         self._abandon = Script(client, __package__, "abandon.lua")
@@ -120,8 +126,8 @@ class RQBroker:
         """RQ counts no joins."""
         return {}
 
-    def consumers(self) -> Mapping[str, frozenset[str]]:
-        """RQ's own names of the workers that Redis knows, by queue."""
+    def consumers(self) -> Consumers:
+        """Return RQ's own names of the workers by queue; and the connections that none of them explains."""
         prefix = self._layout.queue_prefix
         queues: set[bytes] = cast(Any, self._client).smembers(self._layout.queues_key)
         keys = [key.decode() for key in queues]
@@ -137,10 +143,48 @@ class RQBroker:
                 pipe.exists(key)
             alive = {key for key, there in zip(known, pipe.execute(), strict=True) if there}
         worker = f"{self._layout.base}:worker:"
-        return {
+        by_queue = {
             name: frozenset(key.decode().removeprefix(worker) for key in keys if key in alive)
             for name, keys in zip(names, members, strict=True)
         }
+        registered = frozenset(chain.from_iterable(by_queue.values()))
+        strangers = self._unexplained(registered)
+        return Consumers(by_queue, strangers, self._listeners.refused)
+
+    def _unexplained(self, registered: frozenset[str]) -> frozenset[str]:
+        """Return the connections of workers that are neither guarded nor registered.
+
+        Each worker is subscribed to a channel of its name, and waits for jobs by one connection. A
+        registered worker explains one of each, and is judged by its name and its queues. Redis may have
+        lost the registration of a living worker, and two workers of one name have one registration.
+        """
+        clients = self._listeners.look()
+        bare = [client for client in clients if client.here and not client.ours]
+        subscribed = [client.text for client in bare if client.subscribes]
+        waiting = [client.text for client in bare if client.blocked and client.command in _POPS]
+        guarded = Counter(c.mark.name for c in clients if c.ours and c.subscribes and c.mark)
+        unnamed = {nameable(name) for name in registered} - guarded.keys()
+        unexplained = set(waiting) if len(waiting) > len(unnamed) else set[str]()
+        if subscribed:
+            heard = self._heard()
+            if any(n > guarded[name] + (name in unnamed) for name, n in heard.items()):
+                unexplained.update(subscribed)
+        return frozenset(unexplained)
+
+    def _heard(self) -> Mapping[str, int]:
+        """Return how many hear the channel of each name of a worker, in any database of this Redis."""
+        prefix = f"{self._layout.base}:pubsub:"
+        client: Any = self._client
+        try:
+            channels = client.pubsub_channels(f"{prefix}*")
+            heard = client.pubsub_numsub(*channels) if channels else []
+        except ResponseError as error:
+            self._listeners.refused = str(error)
+            return {}
+        counts = Counter[str]()
+        for channel, n in heard:
+            counts[nameable(channel.decode(errors="replace").removeprefix(prefix))] += n
+        return counts
 
     def _look(self, page: Sequence[Owed]) -> Iterator[tuple[str, str, str, str, Join | None]]:
         """Return of each: what its hash holds as token, status and time, its place, and its join."""

@@ -47,6 +47,7 @@ from jobguard.adapters.rq.run import Run
 from jobguard.adapters.rq.skip import finish, skip
 from jobguard.errors import is_host_interrupt
 from jobguard.job import Delivery, Outcome, Refused, new_token
+from jobguard.label import label_pool
 
 if TYPE_CHECKING:
     from jobguard.adapter import Session, Tracker
@@ -364,6 +365,7 @@ def _open_session(worker: Any) -> Session | None:
     if tracker is None:
         return None
     worker.__dict__[_TRACKER] = tracker
+    label_pool(worker.connection.connection_pool, tracker.source, name=worker.name)
     session: Session = tracker.open_session(
         name=worker.name, queues=worker.queue_names(), apart=isinstance(worker, SimpleWorker)
     )

@@ -22,6 +22,7 @@ COMMANDS = {
     "run": ("jobguard.cli.run:command", "Run a worker command with jobguard in it."),
     "stats": ("jobguard.cli.stats:command", "Show how many jobs are in which state."),
     "dead": ("jobguard.cli.dead:command", "List and requeue jobs that were given up."),
+    "requeue": ("jobguard.cli.requeue:command", "Put owed jobs back that nothing else puts back."),
     "pause": ("jobguard.cli.brake:pause", "Put nothing back until `resume`."),
     "resume": ("jobguard.cli.brake:resume", "Go on after `pause`, or after jobguard held a queue."),
     "doctor": ("jobguard.cli.doctor:command", "Check everything that jobguard relies on."),

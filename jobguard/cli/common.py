@@ -104,16 +104,6 @@ def console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 240, highlight=False)
 
 
-NOT_TRUSTED = (
-    "so nothing is put back: start a guarded worker for this queue while `jobguard reconcile` runs"
-)
-
-
-def since(moment: datetime) -> str:
-    """Say for people since when; the epoch stands for the first record."""
-    return "from the first record" if moment.year < 1971 else f"since {moment:%Y-%m-%d %H:%M:%S}"
-
-
 def ago(seconds: float | None) -> str:
     """Say an age for people: 5 s, 3 min, 2 h, 4 d."""
     if seconds is None:

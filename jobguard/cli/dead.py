@@ -124,7 +124,10 @@ def _given_up(ledger: Ledger, namespace: str, job_id: str) -> Any:
     """Return the newest delivery of the job that ended, or the reason why there is none."""
     for row in ledger.job(namespace, job_id):
         if row["ended_at"] is None:
-            return JobguardError(f"job {job_id} is {row['state']}: nobody gave it up")
+            return JobguardError(
+                f"job {job_id} is {row['state']}: nobody gave it up; `jobguard requeue` "
+                "puts back what is owed"
+            )
         if row["state"] != Outcome.SUPERSEDED:
             return row
     return JobguardError(f"no job {job_id} is known in the namespace {namespace!r}")

@@ -15,7 +15,6 @@ import click
 from jobguard import schema
 from jobguard.adapter import Source
 from jobguard.cli.common import (
-    NOT_TRUSTED,
     ago,
     console,
     json_option,
@@ -25,9 +24,9 @@ from jobguard.cli.common import (
     redis_option,
     redis_urls_from,
     settings_of,
-    since,
 )
 from jobguard.cli.rights import acl_line, missing_commands, missing_keys, user_of
+from jobguard.cli.stats import trusted_since, why_not_trusted
 from jobguard.conninfo import describe, postgres_conninfo
 from jobguard.errors import JobguardError
 from jobguard.job import Owed, Presence
@@ -129,6 +128,7 @@ def examine(
     reached: list[Reached] = []
     for url in redis_urls:
         yield from _look_at_redis(url, reached)
+        yield from _look_at_clients(url)
     if not redis_urls:
         yield _note("redis", "none was named: give --redis URL, or set JOBGUARD_REDIS_URL")
     if not schema_fits:
@@ -162,12 +162,13 @@ def judge(settings: Settings, overview: dict[str, Any]) -> Iterator[Finding]:
     for queue in overview["queues"]:
         about = f"queue {queue['queue']}"
         if queue["trusted_since"] is not None:
-            yield _ok(about, f"trusted {since(queue['trusted_since'])}")
+            yield _ok(about, trusted_since(queue["trusted_since"]))
         elif queue["unguarded"]:
             names = ", ".join(queue["unguarded"])
             yield _problem(about, f"unguarded workers consume it, so nothing is put back: {names}")
         else:
-            yield _problem(about, f"not trusted yet, {NOT_TRUSTED}")
+            why = why_not_trusted(queue)
+            yield _problem(about, f"not trusted yet, so nothing is put back: {why}")
 
 
 def judge_sources(
@@ -525,6 +526,26 @@ def _judge_redis(about: str, info: dict[str, Any]) -> Iterator[Finding]:
     clients = info.get("maxclients") or 0
     if clients and info.get("connected_clients", 0) > _FULL * clients:
         yield _problem(about, f"{info['connected_clients']} of {clients} clients are connected")
+
+
+def _look_at_clients(url: str) -> Iterator[Finding]:
+    """Try what a leader needs to count the consumers of queues by their connections."""
+    import redis
+
+    from jobguard.clients import address_of, client_from_url
+
+    try:
+        with client_from_url(url, timeout=REDIS_TIMEOUT_SECONDS) as client:
+            client.client_list(_type="pubsub")
+            client.pubsub_channels("jobguard:none")
+    except redis.ResponseError as error:
+        yield _problem(
+            f"redis {address_of(client)}",
+            f"consumers cannot be counted ({error}): unguarded workers are seen by name only; grant "
+            "+client|list and +pubsub to the reconciler, +client|setname to workers",
+        )
+    except (redis.RedisError, ValueError):
+        return  # it was said what is wrong with this Redis
 
 
 def _judge_persistence(about: str, info: dict[str, Any]) -> Finding:

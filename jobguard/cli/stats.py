@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
+from datetime import datetime
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from jobguard.cli.common import (
-    NOT_TRUSTED,
     ago,
     console,
     json_option,
@@ -18,7 +18,6 @@ from jobguard.cli.common import (
     open_ledger,
     postgres_option,
     print_json,
-    since,
 )
 from jobguard.store import Counts
 
@@ -35,7 +34,8 @@ STATES = tuple(field.name for field in dataclasses.fields(Counts))
 def command(postgres: str | None, namespace: str | None, as_json: bool) -> None:
     """Show how many jobs are in which state.
 
-    Stuck jobs are pending or processing too, and counted once in the total.
+    Stuck jobs are absent from Redis, or claimed by a dead worker, and not put back yet. They are pending or
+    processing too, and counted once in the total.
     """
     with open_ledger(postgres, namespace) as (ledger, tenant):
         counts, overview = ledger.stats(tenant), ledger.overview(tenant)
@@ -124,9 +124,9 @@ def _trust(overview: Mapping[str, Any]) -> Iterable[str]:
             workers = ", ".join(queue["unguarded"])
             yield f"not trusted: {name} has unguarded workers, nothing is recovered: {workers}"
         elif queue["trusted_since"] is None:
-            yield f"not trusted yet: {name}, {NOT_TRUSTED}"
+            yield f"not trusted yet: {name}: {why_not_trusted(queue)}"
         else:
-            yield f"trusted {since(queue['trusted_since'])}: {name}"
+            yield f"{trusted_since(queue['trusted_since'])}: {name}"
 
 
 def _legend(total: Counts) -> Iterable[str]:
@@ -140,3 +140,23 @@ def _legend(total: Counts) -> Iterable[str]:
         yield "failed: given up by the library. `jobguard dead list --failed`"
     if total.dead:
         yield "dead: given up because its worker died too often. `jobguard dead list`"
+
+
+def trusted_since(at: datetime) -> str:
+    """Say since when what is recorded in a queue is recovered."""
+    if at.timestamp() <= 0:
+        return "trusted from its first record"
+    return f"trusted since {at:%Y-%m-%d %H:%M:%S}"
+
+
+def why_not_trusted(queue: Mapping[str, Any]) -> str:
+    """Say why a queue without unguarded workers is not trusted, and what to do."""
+    if queue.get("unguarded_at") is not None:
+        return (
+            f"unguarded workers were seen until {queue['unguarded_at']:%Y-%m-%d %H:%M:%S}; it is trusted "
+            "when none has been seen for 30 s (600 s after a loss) and a guarded worker takes from it"
+        )
+    return (
+        "no leader could count its consumers, and none has seen a guarded worker of it; run "
+        "`jobguard reconcile`, start a guarded worker, or see `jobguard doctor`"
+    )

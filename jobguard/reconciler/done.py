@@ -40,6 +40,8 @@ class Done:
     """Of these: seen absent, and to be seen once more."""
     untrusted: int = 0
     """Absent from a queue that was not trusted when they were recorded: nothing can be done."""
+    bypassed: int = 0
+    """Was put back and taken again and again, and never claimed: held; see look.py."""
     failed: int = 0
     """Could not be put back: unreadable, too late, or Redis refused."""
     observed: int = 0
@@ -60,6 +62,7 @@ class Done:
         self.observed += other.observed
         self.failed += other.failed
         self.untrusted += other.untrusted
+        self.bypassed += other.bypassed
         return self
 
     def counts(self) -> dict[str, int]:
@@ -77,4 +80,5 @@ class Done:
             "observed": self.observed,
             "failed": self.failed,
             "untrusted": self.untrusted,
+            "bypassed": self.bypassed,
         }

@@ -18,6 +18,7 @@ from jobguard import failpoint
 from jobguard.adapter import Broker
 from jobguard.job import LET_GO, Cause, Outcome, Owed, Presence, Sighting
 from jobguard.log import say
+from jobguard.reconciler.bypass import Bypass
 from jobguard.reconciler.done import LOSSES, Done, told
 from jobguard.reconciler.putback import PutBack
 from jobguard.reconciler.verdict import ENDS, Case, Decision, Holder, Verdict, decide
@@ -62,6 +63,7 @@ class Looker:
         self._store = store
         self._source = source
         self._settings = settings
+        self.bypass = Bypass(store, source)
         self.putting_back = PutBack(broker, store, source, settings, clock)
 
     def look(self, term: int, page: Sequence[Owed], now: Circumstances) -> Done:
@@ -123,6 +125,7 @@ class Looker:
             for owed, _, decision in decided
             if decision.verdict is Verdict.RESTORE
         ]
+        lost = self.bypass.without(term, lost, left, done)
         lost = self._brake(lost, now, done)
         self.putting_back.lost(term, lost, older, over, left, deadline, done)
         return done

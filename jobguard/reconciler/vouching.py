@@ -1,16 +1,18 @@
 """Vouching for what was recorded before anybody watched a queue.
 
 What Redis still has, nobody has run. What is absent, an unguarded worker may have run: it becomes a
-suspect of the cause ``untrusted``, which nothing ever recovers.
+suspect of the cause ``untrusted``, which only a person puts back. Not so what Redis has lost, as far as is
+known, and what a leader saw absent before the gap in which nobody watched.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from uuid import UUID
 
 from jobguard.adapter import Broker
-from jobguard.job import Cause, Presence
+from jobguard.job import Cause, Owed, Presence
 from jobguard.log import say
 from jobguard.reconciler.done import told
 from jobguard.reconciler.pulse import PulseKeeper
@@ -39,7 +41,10 @@ class Vouching:
         pulse: PulseKeeper,
         *,
         page: int,
+        lost: Callable[[str, float], bool],
     ) -> None:
+        """``lost``: whether a delivery of this queue and age may be trusted to have been lost."""
+        self._lost = lost
         self._broker = broker
         self._store = store
         self._source = source
@@ -76,6 +81,8 @@ class Vouching:
             and owed.age > watched_for
             and owed.claim_number is None
             and owed.token not in walk.unpushed
+            and not self._was_absent(owed, watched_for)
+            and not self._lost(owed.queue, owed.age)
         ]
         seen = self._broker.presence(old) if old else {}
         walk.absent += [
@@ -87,6 +94,14 @@ class Vouching:
             return True
         walk.after = page[-1].token
         return False
+
+    def _was_absent(self, owed: Owed, watched_for: float) -> bool:
+        """Whether a leader saw it absent while the queue was trusted, before the present gap."""
+        return (
+            owed.queue in self._trust.regained
+            and owed.suspected not in (None, Cause.UNTRUSTED)
+            and owed.suspected_for > watched_for
+        )
 
     def _conclude(self, term: int, walk: _Walk) -> None:
         self._store.suspect(term, self._source, walk.absent)

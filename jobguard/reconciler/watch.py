@@ -15,6 +15,7 @@ from jobguard.job import Cause, Owed, token_at
 from jobguard.log import say
 from jobguard.reconciler.brake import AutomaticHold
 from jobguard.reconciler.done import Done
+from jobguard.reconciler.evidence import lost_since
 from jobguard.reconciler.look import Circumstances, Looker
 from jobguard.reconciler.place import Place
 from jobguard.reconciler.pulse import Health, PulseKeeper
@@ -83,11 +84,25 @@ class Watch:
         self._auto = AutomaticHold(count=settings.brake_count, share=settings.brake_share)
         self._counted: set[UUID] = set()  # unexplained absences that the brake knows of
         self._released: dict[str, float] = {}  # queue -> when a person last said resume
-        self._trust = Trust(source.id, watching_since=store.now())
+        self._trust = Trust(
+            source.id,
+            watching_since=store.now(),
+            watched_until=source.watched_at,
+            change_of_leaders=2 * settings.lease,
+        )
         self._trust.load(store.queues(source.id))
         self._vouching = Vouching(
-            broker, store, source.id, self._trust, self._pulse, page=settings.page
+            broker,
+            store,
+            source.id,
+            self._trust,
+            self._pulse,
+            page=settings.page,
+            lost=lambda queue, age: self._trusts(queue, age, self._clock()),
         )
+        self._first_look = source.pulse_epoch is None
+        self._lost_at: float | None = None  # before this, Redis lost what it had: see evidence.py
+        self._uncounted = ""
         self._brake = Brake()
         self._owed: Mapping[str, int] = {}
         self._lap = _Lap()
@@ -201,12 +216,22 @@ class Watch:
         self._due["consumers"] = now + _CONSUMERS
         self._looker.putting_back.hide_ended()
         self._owed = self._store.count(self.source.id)
+        if self._first_look:
+            self._first_look = False
+            age = lost_since(self._client)
+            self._lost_at = None if age is None else now - age
+        consumers = self._broker.consumers()
+        uncounted = str(getattr(consumers, "uncounted", ""))
         changed = self._trust.observe(
             self._store.now(),
-            self._broker.consumers(),
+            consumers,
             self._workers.names(),
             self._owed,
+            counted=not uncounted,
         )
+        if uncounted and not self._uncounted:
+            say("consumers_uncounted", source=self.source.address, error=uncounted)
+        self._uncounted = uncounted
         self._store.trust(term, changed)
         for row_changed in changed:
             if row_changed.unguarded:
@@ -223,16 +248,28 @@ class Watch:
         return Circumstances(
             judgeable=self._workers.have_reported(),
             listed=self._workers.listed(),
-            trusts=lambda queue, age: self._trust.trusts(queue, here - age),
+            trusts=lambda queue, age: self._trust.trusts(
+                queue, here - age, lost=self._is_lost(age, now)
+            ),
             holds=lambda queue: self._brake.holds(self.source.id, queue),
             cause_of=lambda owed: self._cause_of(owed, now),
             gone=self._workers.gone,
             too_many=lambda queue, absent: self._too_many(term, queue, absent),
         )
 
+    def _trusts(self, queue: str, age: float, now: float) -> bool:
+        lost = self._is_lost(age, now)
+        return lost and self._trust.trusts(queue, self._store.now() - age, lost=True)
+
+    def _is_lost(self, age: float, now: float) -> bool:
+        """Whether Redis is known to have lost what it had when a record of this age was made."""
+        return any(at is not None and age > now - at for at in (self._incident_at, self._lost_at))
+
     def _cause_of(self, owed: Owed, now: float) -> Cause:
         if self._incident_at is not None and owed.age > now - self._incident_at:
             return Cause.INCIDENT
+        if self._is_lost(owed.age, now):
+            return Cause.TOPOLOGY
         for cause, until in self._doubt_until.items():
             if now < until:
                 return cause
@@ -366,6 +403,8 @@ class Watch:
             self._lap.running = False
             self._lap.after = None
             self._laps_done += 1
+            self._lost_at = None  # all of it has been looked at
+            self._looker.bypass.lap_over(term)
             again = self._looker.putting_back.has_joins_to_see_again
             wait = self._settings.grace if again else self._settings.sweep_interval
             self._due["lap"] = self._lap.began + min(wait, self._settings.sweep_interval)

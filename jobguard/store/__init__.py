@@ -68,6 +68,8 @@ class SourceRow:
     pulse_epoch: UUID | None = None
     pulse_n: int | None = None
     run_id: str | None = None
+    watched_at: float | None = None
+    """When a leader last moved the pulse, in seconds since the epoch."""
 
 
 class HostStore(Protocol):
@@ -394,6 +396,9 @@ class LeaderStore(Protocol):
     def restored(self, term: int, source: int, tokens: Sequence[UUID]) -> None:
         """These were put back: count it, and suspect them no longer."""
 
+    def restores(self, source: int, tokens: Sequence[UUID]) -> Mapping[UUID, int]:
+        """How often each of these owed deliveries was put back, without those that it superseded."""
+
     def void(self, term: int, source: int, voids: Sequence[Void]) -> Sequence[UUID]:
         """Take these claims away if they still stand with that number; suspects with cause worker."""
 
@@ -469,10 +474,14 @@ class Ledger(Protocol):
         """Jobs that were given up, newest first."""
 
     def requeue(self, namespace: str, token: UUID) -> UUID:
-        """Mint a new delivery of a failed or dead one and leave its push to the leader.
+        """Mint a new delivery of a failed, dead or owed one and leave its push to the leader.
 
-        Raises JobguardError if there is no such delivery or its envelope is gone.
+        An owed one is superseded by it: a copy of it that is still in Redis is skipped. Raises
+        JobguardError if there is no such delivery, its envelope is gone, or its worker runs it.
         """
+
+    def absent(self, namespace: str, *, queue: str | None) -> Sequence[Mapping[str, Any]]:
+        """Owed deliveries that a leader saw absent from Redis, whatever keeps them from going back."""
 
     def pause(self, namespace: str, *, queue: str | None) -> None:
         """Put nothing back, in the namespace or in one queue, until resumed."""

@@ -302,6 +302,11 @@ class PostgresLeaderStore:
         if tokens:
             self._led(self._write("restored", term, source=source, tokens=list(tokens)))
 
+    def restores(self, source: int, tokens: Sequence[UUID]) -> Mapping[UUID, int]:
+        """How often each of these deliveries itself was put back; see LeaderStore."""
+        rows = self._ask("restores", source=source, tokens=list(tokens)) if tokens else []
+        return {token: int(count) for token, count in rows}
+
     def void(self, term: int, source: int, voids: Sequence[Void]) -> Sequence[UUID]:
         """Take dead workers' claims away; see LeaderStore."""
         rows = self._write(

@@ -129,7 +129,53 @@ with given_up as (
   select source, :fresh, job_id, queue, task, least(attempt + 1, 32767), recoveries, envelope
   from given_up
 )
-insert into jobguard.outbox (source, token) select source, :fresh from given_up
+insert into jobguard.outbox (source, token, unsent) select source, :fresh, true from given_up
+""")
+
+_OWED = sa.text("""
+select j.source, j.job_id, coalesce(jobguard.holds(w, r), false) as runs
+from jobguard.sources s
+join jobguard.jobs j on j.source = s.id
+left join jobguard.running r on r.source = j.source and r.token = j.token
+left join jobguard.workers w on w.id = r.worker
+where s.namespace = :namespace and j.token = :token
+for update of j
+""")
+
+# The person's word counts more than what is suspected: the new delivery was never in Redis, so that no
+# unguarded worker can have run it. It has a crash budget of its own.
+_SUPERSEDE = sa.text("""
+with run as (
+  delete from jobguard.running where source = :source and token = :token returning *
+), old as (
+  delete from jobguard.jobs where source = :source and token = :token returning *
+), told as (
+  insert into jobguard.history (source, token, job_id, queue, task, outcome, attempt, recoveries, crashes,
+                                number, worker, recorded_at, claimed_at, next, errors)
+  select o.source, o.token, o.job_id, o.queue, o.task, 'superseded', o.attempt, o.recoveries, o.crashes,
+         r.number, r.worker, o.recorded_at, r.claimed_at, :fresh, array['requeued by a person']
+  from old o left join run r on true
+), unsuspected as (
+  delete from jobguard.suspects where source = :source and token = :token
+), unboxed as (
+  delete from jobguard.outbox where source = :source and token = :token
+), owed as (
+  insert into jobguard.jobs (source, token, job_id, queue, task, priority, attempt, recoveries, due_at,
+                             expires_at, key, trace, envelope)
+  select source, :fresh, job_id, queue, task, priority, attempt, recoveries, due_at, expires_at, key, trace,
+         envelope
+  from old
+)
+insert into jobguard.outbox (source, token, unsent) select source, :fresh, true from old
+""")
+
+_ABSENT = sa.text("""
+select j.token, j.job_id, j.queue, j.task, s.address, x.cause::text as cause, x.seen_at
+from jobguard.sources s
+join jobguard.suspects x on x.source = s.id
+join jobguard.jobs j on j.source = x.source and j.token = x.token
+where s.namespace = :namespace and (cast(:queue as text) is null or j.queue = :queue)
+order by j.token
 """)
 
 # Nobody leads a namespace of term 0: the row is there for the brake, and its lease is over.
@@ -298,12 +344,12 @@ class PostgresLedger:
             )
 
     def requeue(self, namespace: str, token: UUID) -> UUID:
-        """Mint a new delivery of a failed or dead one; see Ledger."""
+        """Mint a new delivery of a failed, dead or owed one; see Ledger."""
         with self._begin() as connection:
             # Locked: of two people who requeue the same delivery, one is told of the other.
             row = connection.execute(_TOMBSTONE, {"namespace": namespace, "token": token}).first()
             if row is None:
-                raise JobguardError(f"no delivery {token} ended in the namespace {namespace!r}")
+                return _supersede(connection, namespace, token)
             if row.outcome not in (Outcome.FAILED, Outcome.DEAD):
                 raise JobguardError(
                     f"job {row.job_id} is {row.outcome}: only failed and dead jobs are requeued"
@@ -322,6 +368,11 @@ class PostgresLedger:
                 {"source": row.source, "token": token, "ended_at": row.ended_at, "fresh": fresh},
             )
             return fresh
+
+    def absent(self, namespace: str, *, queue: str | None) -> Sequence[Row]:
+        """Owed deliveries that a leader saw absent from Redis; see Ledger."""
+        with self._begin(snapshot=True) as connection:
+            return _rows(connection, _ABSENT, namespace=namespace, queue=queue)
 
     def pause(self, namespace: str, *, queue: str | None) -> None:
         """Put nothing back until resumed; see Ledger.
@@ -446,6 +497,18 @@ def _names(sources: Sequence[Row]) -> dict[int, str]:
             if taken[form(source)] == 1:
                 names.setdefault(source["id"], form(source))
     return {source["id"]: names.get(source["id"], str(source["id"])) for source in sources}
+
+
+def _supersede(connection: sa.Connection, namespace: str, token: UUID) -> UUID:
+    """Mint a new delivery of an owed one; the old one is a tombstone, wherever a copy of it may be."""
+    row = connection.execute(_OWED, {"namespace": namespace, "token": token}).first()
+    if row is None:
+        raise JobguardError(f"no delivery {token} is known in the namespace {namespace!r}")
+    if row.runs:
+        raise JobguardError(f"job {row.job_id} runs: its worker is alive")
+    fresh = new_token(after=token)
+    connection.execute(_SUPERSEDE, {"source": row.source, "token": token, "fresh": fresh})
+    return fresh
 
 
 def _installation(connection: sa.Connection) -> Row:

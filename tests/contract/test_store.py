@@ -322,6 +322,9 @@ def test_counts_are_carried_through_supersession(ledger: Contract) -> None:
     second = ledger.recorded()
     row = ledger.owed()[second.token]
     assert (row.crashes, row.recoveries, row.claims) == (1, 1, 0)
+    ledger.leader.restored(term, SOURCE, [second.token])
+    assert ledger.leader.restores(SOURCE, [second.token, new_token()]) == {second.token: 1}
+    assert ledger.owed()[second.token].recoveries == 2
 
 
 # Supersession: by parent

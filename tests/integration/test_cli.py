@@ -10,6 +10,7 @@ from typing import Any
 
 import psycopg
 import pytest
+import redis
 from click.testing import CliRunner, Result
 
 from jobguard import schema
@@ -123,9 +124,10 @@ def test_stats_are_a_table_for_people_and_an_object_for_programs(database: str) 
         "held: queue mail of",
         "incident 1",
         "dead: given up because its worker died too often",
-        "not trusted yet: queue fresh of localhost:6379/0, so nothing is put back: start a guarded",
-        "trusted from the first record: queue ever of",
+        "not trusted yet: queue fresh of localhost:6379/0: no leader could count its consumers",
         "trusted since 2026-01-02 03:04:05: queue mail of",
+        "trusted from its first record: queue ever of",
+        "start a guarded worker",
         "not trusted: queue mixed of localhost:6379/0 has unguarded workers, nothing is recovered: old",
     ):
         assert line in told
@@ -217,6 +219,41 @@ def test_nothing_is_read_or_steered_in_another_installation(
     assert call(*words, "--postgres", database, JOBGUARD_INSTALLATION="prod").exit_code == 0
 
 
+def test_requeue_of_what_is_owed_and_held(database: str) -> None:
+    """Counts first, then a word of the person; what runs, ended or is unknown is refused."""
+    know_source(database)
+    bury(database, "done", outcome="completed")
+    bury(database, "dead")
+    for job_id in ("a", "b", "waits"):
+        ask(
+            database,
+            "insert into jobguard.jobs (source, token, job_id, queue, task, envelope)"
+            " values (1, %s, %s, 'mail', 'send', 'e')",
+            *(new_token(), job_id),
+        )
+    ask(
+        database,
+        "insert into jobguard.suspects (source, token, cause)"
+        " select source, token, 'untrusted' from jobguard.jobs where job_id in ('a', 'b')",
+    )
+    where = ("--postgres", database)
+    unsaid = call("requeue", "--all", *where)
+    assert unsaid.exit_code == 1 and "2 of queue mail: untrusted" in unsaid.stdout
+    assert ask(database, "select count(*) from jobguard.outbox") == [(0,)]
+    assert "jobguard requeue --all" in " ".join(call("stats", *where).stdout.split())
+    assert call("requeue", *where).exit_code == 2
+    assert call("requeue", "a", "--queue", "mail", *where).exit_code == 2
+
+    done = call("requeue", "--all", "--yes", *where)
+
+    assert done.exit_code == 0 and "requeued a in mail\nrequeued b in mail\n" in done.stdout
+    assert ask(database, "select count(*) from jobguard.outbox where unsent") == [(2,)]
+    assert call("requeue", "--all", "--yes", *where).stdout == "none\n"
+    named = call("requeue", "--yes", "--json", "waits", "dead", "done", "unknown", *where)
+    assert named.exit_code == 1 and named.stderr.count("error: ") == 2
+    assert [row["job_id"] for row in json.loads(named.stdout)] == ["waits", "dead"]
+
+
 def test_the_doctor_is_content_with_a_healthy_installation(database: str, redis_url: str) -> None:
     """Everything in its place is exit 0, and every finding is told."""
     know_source(database)
@@ -243,6 +280,21 @@ def test_the_doctor_goes_on_after_each_problem(empty_database: str, redis_url: s
     assert found.count(("redis", "problem")) == 2 and ("redis", "ok") in found
     away = call("doctor", "--postgres", "postgresql://127.0.0.1:1/d", "--redis", redis_url)
     assert away.exit_code == 1 and "problem" in away.stdout
+
+
+def test_the_doctor_says_that_consumers_cannot_be_counted(database: str, redis_url: str) -> None:
+    """An ACL that refuses CLIENT LIST is told with what to grant."""
+    name = "narrow_" + os.urandom(4).hex()
+    with redis.Redis.from_url(redis_url) as client:
+        acl: Any = client.execute_command
+        acl("ACL", "SETUSER", name, "on", ">pw", "~*", "&*", "+@all", "-client")
+        try:
+            url = redis_url.replace("redis://", f"redis://{name}:pw@")
+            done = call("doctor", "--json", "--postgres", database, "--redis", url)
+            found = [f["detail"] for f in json.loads(done.stdout) if f["verdict"] == "problem"]
+            assert any("+client|list" in detail for detail in found), found
+        finally:
+            acl("ACL", "DELUSER", name)
 
 
 def test_the_doctor_names_missing_rights(database: str) -> None:

@@ -267,8 +267,7 @@ def test_what_cannot_be_requeued_is_told_why(rows: Rows, ledger: PostgresLedger)
     owed = rows.ended("owed", "dead")
     rows.owed("owed")
     refusals = {
-        new_token(): "no delivery .* ended in the namespace 'default'",
-        rows.owed("pending"): "no delivery",
+        new_token(): "no delivery .* is known in the namespace 'default'",
         rows.ended("done", "completed"): "job done is completed: only failed and dead",
         rows.ended("gone", "cancelled"): "is cancelled",
         rows.ended("bare", "dead", envelope=None): "its envelope was never recorded",
@@ -282,6 +281,32 @@ def test_what_cannot_be_requeued_is_told_why(rows: Rows, ledger: PostgresLedger)
     with pytest.raises(JobguardError, match="'tenant'"):
         ledger.requeue("tenant", owed)
     assert rows.ask("select * from jobguard.jobs order by token") == before
+
+
+def test_requeue_of_an_owed_delivery_supersedes_it(rows: Rows, ledger: PostgresLedger) -> None:
+    """The same job, with a crash budget of its own; what was suspected of the old delivery is forgotten."""
+    old = rows.owed("j")
+    for table, more in (
+        ("suspects", ", cause) values (1, %s, 'untrusted')"),
+        ("outbox", ") values (1, %s)"),
+    ):
+        rows.ask(f"insert into jobguard.{table} (source, token{more}", old)
+    (before,) = rows.ask("select job_id, queue, task, attempt, envelope from jobguard.jobs")
+    assert [row["job_id"] for row in ledger.absent(HERE, queue=None)] == ["j"]
+    assert ledger.absent(HERE, queue="other") == ledger.absent("tenant", queue=None) == []
+    with pytest.raises(JobguardError, match="'tenant'"):
+        ledger.requeue("tenant", old)
+
+    fresh = ledger.requeue(HERE, old)
+
+    assert rows.ask("select job_id, queue, task, attempt, envelope from jobguard.jobs") == [before]
+    assert rows.ask("select token, crashes from jobguard.jobs") == [(fresh, 0)]
+    assert rows.ask("select token, unsent from jobguard.outbox") == [(fresh, True)]
+    assert rows.ask("select token from jobguard.suspects") == []
+    assert rows.ask("select token, outcome::text, next from jobguard.history") == [
+        (old, "superseded", fresh)
+    ]
+    assert ledger.stats(HERE) == {(MAIL, "mail"): Counts(pending=1)}
 
 
 def test_two_people_who_requeue_the_same_job_make_one_delivery(

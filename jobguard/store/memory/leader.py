@@ -94,7 +94,12 @@ class MemoryLeaderStore:
     def sources(self) -> Sequence[SourceRow]:
         with self._tables.open():
             rows = self._tables.sources.values()
-            ours = [row for row in rows if row.namespace == self._namespace]
+            watched = self._tables.watched_at
+            ours = [
+                replace(row, watched_at=watched.get(row.id))
+                for row in rows
+                if row.namespace == self._namespace
+            ]
             return sorted(ours, key=lambda row: row.id)
 
     def acknowledge(
@@ -394,6 +399,17 @@ class MemoryLeaderStore:
                 self._tables.jobs[key].recoveries += 1
                 self._tables.jobs[key].not_before = None
                 self._tables.settle(key)
+
+    def restores(self, source: int, tokens: Sequence[UUID]) -> Mapping[UUID, int]:
+        with self._tables.open():
+            found = {}
+            for key in self._tables.owed(source, tokens):
+                stones = self._tables.history.items()
+                before = (
+                    s.recoveries for (of, _), s in stones if of == source and s.next == key[1]
+                )
+                found[key[1]] = self._tables.jobs[key].recoveries - max(before, default=0)
+            return found
 
     def void(self, term: int, source: int, voids: Sequence[Void]) -> Sequence[UUID]:
         with self._leading(term) as now:

@@ -110,6 +110,21 @@ def _fail_once(backend: Any) -> None:
     backend.set = fail
 
 
+try:
+    from celery_batches import Batches  # type: ignore[import-untyped]
+except ImportError:
+    Batches = None
+
+
+if Batches is not None:
+
+    @task(base=Batches, flush_every=3, flush_interval=0.5)
+    def batch(requests: list[Any]) -> None:
+        """Run several calls at once, as celery-batches does."""
+        for request in requests:
+            say(request.args[0])
+
+
 @task()
 def refuse(word: object = "refuse") -> None:
     """Have it put back, though its message was acknowledged before it began: Celery drops it."""

@@ -153,6 +153,8 @@ class FakeRedis:
         self.run_id = uuid4().hex
         self.role = "master"
         self.evicted = 0
+        self.flushes = 0
+        self.started_at = float("-inf")
         self.error: Exception | None = None
         """What every command answers, if so."""
         self.info_error: Exception | None = None
@@ -166,12 +168,15 @@ class FakeRedis:
 
     def flushall(self) -> None:
         """Forget everything."""
+        self.flushes += 1
         self.hashes.clear()
         self.strings.clear()
 
     def restart(self) -> None:
         """Come back empty, as another process."""
         self.flushall()
+        self.flushes = 0
+        self.started_at = self.clock.wall()
         self.run_id = uuid4().hex
 
     def pulse(self) -> tuple[str, int] | None:
@@ -211,7 +216,11 @@ class FakeRedis:
         if self.info_error is not None:
             raise self.info_error
         sections: dict[str, dict[str, Any]] = {
-            "server": {"run_id": self.run_id},
+            "server": {
+                "run_id": self.run_id,
+                "uptime_in_seconds": self.clock.wall() - self.started_at,
+            },
+            "commandstats": {"cmdstat_flushall": {"calls": self.flushes}} if self.flushes else {},
             "replication": {"role": self.role, "master_replid": "replication"},
             "stats": {"evicted_keys": self.evicted},
         }
@@ -471,6 +480,11 @@ class World:
     def flushall(self) -> None:
         """Let Redis forget everything, the library's queues as well."""
         self.redis.flushall()
+        self.broker.bodies.clear()
+
+    def restart(self) -> None:
+        """Let Redis come back empty, as another process."""
+        self.redis.restart()
         self.broker.bodies.clear()
 
     def owed(self) -> dict[str, Owed]:

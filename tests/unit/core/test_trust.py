@@ -19,9 +19,11 @@ class Stage:
         self.stored = {row.queue: row for row in rows}
         self.lead_anew()
 
-    def lead_anew(self) -> None:
-        """Let another leader take over with what is stored."""
-        self.trust = Trust(SOURCE, watching_since=self.now)
+    def lead_anew(self, *, after: float = 0.0) -> None:
+        """Let another leader take over with what is stored, so many seconds later."""
+        watched = self.now if self.stored else None
+        self.now += after
+        self.trust = Trust(SOURCE, watching_since=self.now, watched_until=watched)
         self.trust.load(self.stored.values())
 
     def look(
@@ -31,18 +33,22 @@ class Stage:
         *,
         after: float = 2.0,
         vouch: bool = True,
+        counted: bool = True,
     ) -> list[QueueRow]:
         """Let time pass, look who consumes, and vouch where that is asked."""
         self.now += after
-        changed = self.trust.observe(self.now, {"mail": consumers}, {"mail": guarded}, ["mail"])
+        changed = self.trust.observe(
+            self.now, {"mail": consumers}, {"mail": guarded}, ["mail"], counted=counted
+        )
         self.stored.update((row.queue, row) for row in changed)
         for queue in self.trust.to_vouch_for() if vouch else ():
             self.stored[queue] = self.trust.vouched(queue)
         return changed
 
-    def trusts(self, recorded_at: float | None = None) -> bool:
+    def trusts(self, recorded_at: float | None = None, *, lost: bool = False) -> bool:
         """Whether what was recorded then (default: now) is trusted."""
-        return self.trust.trusts("mail", self.now if recorded_at is None else recorded_at)
+        at = self.now if recorded_at is None else recorded_at
+        return self.trust.trusts("mail", at, lost=lost)
 
 
 def test_only_guarded_consumers() -> None:
@@ -68,10 +74,35 @@ def test_vouching_covers_what_was_recorded_before() -> None:
     assert stage.trust.to_vouch_for() == []
 
 
-def test_no_consumer_at_all_is_not_yet_vouched_for() -> None:
-    """A queue that no guarded worker was ever seen on is not trusted: nobody says who consumes it."""
+def test_a_queue_without_any_consumer_is_trusted_from_the_first_record() -> None:
+    """Where the consumers were counted and no unguarded one was ever seen, no worker need be there."""
     stage = Stage()
     nobody: frozenset[str] = frozenset()
+
+    stage.look(nobody, nobody)
+
+    assert stage.trusts(NOW - 3600)
+
+
+def test_where_consumers_are_not_counted_a_guarded_worker_must_be_seen() -> None:
+    """Names alone do not prove that no unguarded worker is there."""
+    stage = Stage()
+    nobody: frozenset[str] = frozenset()
+
+    for _ in range(100):
+        stage.look(nobody, nobody, counted=False)
+
+    assert not stage.trusts()
+    stage.look(counted=False)
+    assert stage.trusts()
+
+
+def test_where_a_stranger_was_seen_a_guarded_worker_must_be_seen() -> None:
+    """A queue that had an unguarded worker, and now has none at all, is not yet trusted."""
+    stage = Stage()
+    nobody: frozenset[str] = frozenset()
+    stage.look(MIXED)
+    stage.look(MIXED)
 
     for _ in range(100):
         stage.look(nobody, nobody)
@@ -79,6 +110,76 @@ def test_no_consumer_at_all_is_not_yet_vouched_for() -> None:
     assert not stage.trusts()
     stage.look()
     assert stage.trusts()
+
+
+# -- gaps ------------------------------------------------------------------------------------------
+
+
+def test_after_a_gap_what_is_older_is_vouched_for_again() -> None:
+    """A rollback may have run the older deliveries while no leader looked."""
+    stage = Stage()
+    stage.look()
+    before = stage.now
+
+    stage.lead_anew(after=60)
+    stage.look(vouch=False)
+
+    assert stage.trust.to_vouch_for() == ["mail"]
+    assert stage.trusts()
+    assert not stage.trusts(before)
+    stage.trust.vouched("mail")
+    assert stage.trusts(before)
+
+
+def test_a_change_of_leaders_within_seconds_is_no_gap() -> None:
+    """The next leader goes on where the last one stopped."""
+    stage = Stage()
+    stage.look()
+
+    stage.lead_anew(after=1)
+    stage.look(vouch=False)
+
+    assert stage.trust.to_vouch_for() == []
+    assert stage.trusts(NOW)
+
+
+def test_what_redis_lost_is_trusted_across_a_gap() -> None:
+    """The computer was restarted with all that was on it; no unguarded worker was ever seen there."""
+    stage = Stage()
+    stage.look()
+
+    stage.lead_anew(after=600)
+    stage.look(vouch=False)
+
+    assert stage.trusts(NOW, lost=True)
+    assert not stage.trusts(NOW)
+
+
+def test_after_a_long_gap_a_loss_proves_nothing_where_strangers_were_seen() -> None:
+    """An unguarded worker that was there before may have been there in the gap; not in a short one."""
+    for gap, trusted in ((600.0, False), (12.0, True)):
+        stage = Stage()
+        stage.look(MIXED)
+        stage.look(MIXED)
+        for _ in range(30):
+            stage.look()
+        assert stage.trusts(NOW)
+
+        stage.lead_anew(after=gap)
+        stage.look(vouch=False)
+
+        assert stage.trusts(NOW, lost=True) is trusted, gap
+
+
+def test_a_leader_that_could_not_look_for_long_leaves_a_gap() -> None:
+    """Workers may have reached the Redis that the leader could not reach."""
+    stage = Stage()
+    stage.look()
+
+    stage.look(after=600, vouch=False)
+
+    assert not stage.trusts(NOW)
+    assert stage.trust.to_vouch_for() == ["mail"]
 
 
 def test_a_stranger_takes_the_trust_away() -> None:
@@ -94,16 +195,21 @@ def test_a_stranger_takes_the_trust_away() -> None:
 
 
 def test_one_look_may_err() -> None:
-    """A worker is in the library's registry a moment before its first beat: it takes two looks."""
+    """A worker is in the library's registry a moment before its first beat: it takes two looks.
+
+    Until the second look nothing is restored.
+    """
     stage = Stage()
     stage.look()
 
     assert stage.look(MIXED) == []
-    assert stage.trusts()
+    assert not stage.trusts()
     stage.look()
+    assert stage.trusts(NOW)
 
     assert stage.look(MIXED) == []
-    assert stage.trusts()
+    stage.look()
+    assert stage.trusts(NOW)
 
 
 def test_two_strangers_seen_once_each() -> None:
@@ -113,6 +219,7 @@ def test_two_strangers_seen_once_each() -> None:
 
     stage.look(GUARDED | {"second"})
     stage.look(GUARDED | {"third"})
+    stage.look()
 
     assert stage.trusts()
 

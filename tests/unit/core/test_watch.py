@@ -792,20 +792,130 @@ def test_the_untrusted_is_held_and_reported(caplog: pytest.LogCaptureFixture) ->
     assert not world.is_trusted("mail")
 
 
-def test_a_loss_before_the_first_worker_is_mended_when_it_comes() -> None:
-    """A leader that has watched all along knows that nobody can have run what was lost before."""
+def test_a_loss_before_the_first_worker_is_mended() -> None:
+    """Where no unguarded worker was ever seen, nobody can have run what was lost."""
     world = World()
     world.run(5)
     world.enqueue(*ids(20))
     world.run(6)
     world.flushall()
-    world.run(20)
-    assert world.broker.pushed == []
-
-    world.worker()
 
     world.run_until(lambda: len(world.broker.pushed) == 20, within=30)
     world.run_until(lambda: world.store.incidents(SOURCE.id) == [], within=30)
+
+
+@pytest.mark.parametrize("kind", ["flushed", "restarted", "taken"])
+def test_what_was_lost_before_the_first_look(kind: str) -> None:
+    """Redis tells of a restart and of a flush; what is absent without either, somebody has run."""
+    world = World()
+    world.enqueue(*ids(3))
+    world.clock.advance(20)
+    if kind == "taken":
+        world.broker.bodies.clear()
+    else:
+        world.flushall() if kind == "flushed" else world.restart()
+    world.new_leader()
+
+    world.run(90)
+
+    assert world.broker.pushed == ([] if kind == "taken" else ids(3))
+    assert set(world.suspects()) == (set(ids(3)) if kind == "taken" else set())
+
+
+def test_what_is_taken_again_and_again_is_held(caplog: pytest.LogCaptureFixture) -> None:
+    """Something runs it that never claims: put back twice, then held, and an incident names the path."""
+    world = calm()
+    world.enqueue("bypass", "well")
+    for _ in range(1500):
+        world.step(0.25)
+        world.broker.bodies.pop("bypass", None)
+
+    assert world.broker.pushed == ["bypass", "bypass"]
+    assert world.watch.done.bypassed > 0
+    (incident,) = world.store.incidents(SOURCE.id)
+    assert "task" in incident.detail and "mail" in incident.detail
+    assert incident.missing == 1
+    assert events(caplog.records).count("restores_held") == 1
+
+    world.new_leader()
+    for _ in range(400):
+        world.step(0.25)
+    assert world.broker.pushed == ["bypass", "bypass"]
+    assert [one.id for one in world.store.incidents(SOURCE.id)] == [incident.id]
+
+    world.host.cancel(SOURCE.id, job_ids=["bypass"], meant=world.host.now())
+    world.run_until(lambda: world.store.incidents(SOURCE.id) == [], within=300)
+
+
+def test_a_waiting_job_may_be_lost_with_redis_however_often() -> None:
+    """Redis lost it each time: that is no sign of a path that we do not see."""
+    world = calm()
+    world.enqueue("job")
+    for n in range(1, 6):
+        world.run(20)
+        world.flushall()
+        world.run_until(lambda n=n: world.broker.pushed == ["job"] * n, within=20)  # type: ignore[misc]
+
+
+def test_a_rollback(caplog: pytest.LogCaptureFixture) -> None:
+    """What an unguarded image ran while no leader looked is not run again; what is there is trusted."""
+    world = calm()
+    world.enqueue("taken", "kept")
+    world.run(6)
+    for worker in world.workers:
+        worker.leave()
+    world.workers.clear()
+    world.clock.advance(30)
+    world.broker.bodies.pop("taken")
+    world.new_leader()
+    world.worker("w2")
+
+    world.run(120)
+    assert world.broker.pushed == []
+    assert world.suspects() == {"taken": Cause.UNTRUSTED}
+    assert "jobs_untrusted" in events(caplog.records)
+    world.flushall()
+
+    world.run_until(lambda: world.broker.pushed == ["kept"], within=30)
+
+
+@pytest.mark.parametrize("away", [8.0, 600.0])
+def test_a_loss_while_no_leader_looked(away: float) -> None:
+    """No unguarded worker was ever seen here: what Redis lost goes back, however long nobody led."""
+    world = calm()
+    world.enqueue(*ids(3))
+    world.run(6)
+    world.clock.advance(away)
+    world.flushall()
+    world.new_leader()
+
+    world.run_until(lambda: world.broker.pushed == ids(3), within=60)
+
+
+def test_a_loss_right_after_a_change_of_leaders() -> None:
+    """The new leader has not vouched for anything yet."""
+    world = calm()
+    world.enqueue(*ids(3))
+    world.run(6)
+    world.clock.advance(12)
+    world.new_leader()
+    world.flushall()
+
+    world.run_until(lambda: world.broker.pushed == ids(3), within=30)
+
+
+def test_what_was_suspected_before_a_change_of_leaders_is_restored() -> None:
+    """A leader saw it absent while the queue was trusted: nobody can have taken it in the gap."""
+    world = calm()
+    (job,) = world.enqueue("job")
+    world.run(70)
+    world.broker.bodies.pop("job")
+    world.run_until(world.suspects, within=70)
+    world.clock.advance(12)
+    world.new_leader()
+
+    world.run_until(lambda: world.broker.pushed == ["job"], within=90)
+    assert world.outcome(job) is None
 
 
 def test_what_was_absent_before_the_trust_is_never_recovered(

@@ -1,0 +1,99 @@
+"""``jobguard requeue``: a person puts owed jobs back that jobguard holds."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import click
+
+from jobguard.cli.common import (
+    json_option,
+    namespace_option,
+    open_ledger,
+    postgres_option,
+    print_json,
+)
+from jobguard.cli.dead import queue_option
+from jobguard.errors import JobguardError, StoreUnavailable
+from jobguard.job import Outcome
+from jobguard.store import Ledger
+
+
+@click.command()
+@postgres_option
+@namespace_option
+@click.argument("job_ids", metavar="[JOB_ID]...", nargs=-1)
+@click.option("--all", "everything", is_flag=True, help="All owed jobs that are absent from Redis.")
+@queue_option
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@json_option
+def command(
+    postgres: str | None,
+    namespace: str | None,
+    job_ids: tuple[str, ...],
+    everything: bool,
+    queue: str | None,
+    yes: bool,
+    as_json: bool,
+) -> None:
+    """Put owed jobs back into their queues, as new deliveries, whatever holds them.
+
+    These are jobs that are absent from Redis and are not recovered: an unguarded worker may have run them
+    (`untrusted`), or they were put back twice and vanished. Look first whether they have run: what has run
+    unseen runs again. A job named by its id may also be pending, failed or dead. The leader pushes them.
+    """
+    if everything == bool(job_ids):
+        raise click.UsageError("name the jobs, or give --all")
+    if queue and not everything:
+        raise click.UsageError("--queue goes with --all")
+    done: list[dict[str, Any]] = []
+    problems = 0
+    with open_ledger(postgres, namespace) as (ledger, tenant):
+        rows: Sequence[Any] = (
+            ledger.absent(tenant, queue=queue)
+            if everything
+            else [_named(ledger, tenant, job_id) for job_id in job_ids]
+        )
+        found = [row for row in rows if not isinstance(row, JobguardError)]
+        for line in _counts(found):
+            click.echo(line, err=as_json)
+        if found and not yes:
+            click.confirm(f"Put {len(found)} back?", abort=True, err=as_json)
+        for row in rows:
+            try:
+                if isinstance(row, JobguardError):
+                    raise row
+                token = ledger.requeue(tenant, row["token"])
+            except StoreUnavailable:
+                raise
+            except JobguardError as error:
+                problems += 1
+                click.echo(f"error: {error}", err=True)
+                continue
+            done.append({"job_id": row["job_id"], "queue": row["queue"], "token": token})
+            if not as_json:
+                click.echo(f"requeued {row['job_id']} in {row['queue']}")
+    if as_json:
+        print_json(done)
+    elif not rows:
+        click.echo("none")
+    if problems:
+        raise click.exceptions.Exit(1)
+
+
+def _named(ledger: Ledger, namespace: str, job_id: str) -> Any:
+    """Return the newest delivery of the job that can be put back, or the reason why there is none."""
+    for row in ledger.job(namespace, job_id):
+        if row["state"] in (Outcome.COMPLETED, Outcome.CANCELLED):
+            return JobguardError(f"job {job_id} is {row['state']}: it is not put back")
+        if row["state"] != Outcome.SUPERSEDED:
+            return {**row, "cause": row["suspected"] or row["state"]}
+    return JobguardError(f"no job {job_id} is known in the namespace {namespace!r}")
+
+
+def _counts(rows: Sequence[Any]) -> Iterable[str]:
+    counts = Counter((row["queue"], row["cause"]) for row in rows)
+    for (queue, cause), count in sorted(counts.items()):
+        yield f"{count} of queue {queue}: {cause}"

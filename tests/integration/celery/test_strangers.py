@@ -1,0 +1,128 @@
+"""Unguarded workers that Celery's own names do not show, and times in which no leader looked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.integration.celery.rig import Rig, a_rig
+
+WORDS = [f"w{n}" for n in range(8)]
+UNSEEN = {"task_ignore_result": True}
+"""Of an unguarded worker: by a stored result a leader would see what it ran."""
+
+
+@pytest.fixture
+def rig(tmp_path: Path, database: str, redis_url: str) -> Iterator[Rig]:
+    """Give real workers with a leader, and an application that is guarded."""
+    with a_rig(tmp_path, database, redis_url) as rig:
+        yield rig
+
+
+def trusted(rig: Rig) -> None:
+    """Have the queue trusted: a guarded worker has run a task of it."""
+    job_id = rig.send("ok", "first")
+    rig.until(lambda: rig.ended(job_id) == ["completed"])
+    rig.until(rig.trusted)
+
+
+def strangers(rig: Rig) -> list[str]:
+    """Return how the ledger names the unguarded consumers of the queue."""
+    rows = rig.ask("select unguarded from jobguard.queues where queue = 'celery'")
+    return [name for (names,) in rows for name in names]
+
+
+def suspected(rig: Rig) -> int:
+    """Return how many owed deliveries the leader has seen absent."""
+    ((count,),) = rig.ask("select count(*) from jobguard.suspects")
+    return int(count)
+
+
+@pytest.mark.parametrize(
+    "hidden",
+    [
+        {"conf": {"worker_enable_remote_control": False}},
+        {"conf": {"control_exchange": "another"}},
+        {"options": ["--hostname", "w1@%h"], "conf": {"worker_enable_remote_control": False}},
+        {"conf": {"worker_enable_remote_control": False, "worker_prefetch_multiplier": 1}},
+    ],
+    ids=["no remote control", "another exchange", "of the same name", "one by one"],
+)
+def test_a_stranger_that_no_name_shows(rig: Rig, hidden: dict[str, Any]) -> None:
+    """It is counted by its connection: its queue is not trusted, and what it ran runs once."""
+    rig.reconciler()
+    guarded = rig.worker(concurrency=1)
+    trusted(rig)
+    assert strangers(rig) == []
+    guarded.stop()
+    rig.worker("solo", *hidden.get("options", ()), guarded=False, conf={**UNSEEN, **hidden["conf"]})
+    rig.until(lambda: strangers(rig))
+    assert any("brpop" in name for name in strangers(rig)), strangers(rig)
+    assert not rig.trusted()
+    for word in WORDS:
+        rig.send("ok", word)
+    rig.until(lambda: rig.said().keys() >= set(WORDS))
+    rig.until(lambda: suspected(rig) == rig.owed() == len(WORDS))
+    rig.worker(concurrency=1)
+    job_id = rig.send("ok", "last")
+    rig.until(lambda: rig.said()["last"])
+    assert set(rig.said().values()) == {1}, job_id
+
+
+def test_a_stranger_that_survives_a_flush(rig: Rig) -> None:
+    """Redis forgets its name, but not its connection."""
+    log = rig.reconciler()
+    rig.worker(concurrency=1)
+    trusted(rig)
+    rig.worker("solo", guarded=False, conf=UNSEEN)
+    rig.until(lambda: strangers(rig))
+    rig.redis.flushdb()
+    rig.until(lambda: "lost data" in log.text)
+    for word in WORDS:
+        rig.send("ok", word)
+    rig.until(lambda: rig.said().keys() >= set(WORDS))
+    rig.until(lambda: suspected(rig) == rig.owed())
+    assert set(rig.said().values()) == {1}
+    assert not rig.trusted()
+
+
+def test_guarded_workers_and_those_who_only_ask_are_accounted_for(rig: Rig) -> None:
+    """A busy worker, one that is idle, a flush, and a program that asks workers for a reply."""
+    rig.reconciler()
+    rig.worker(concurrency=1)
+    rig.worker("threads", concurrency=2, conf={"worker_enable_remote_control": False})
+    trusted(rig)
+    rig.redis.flushdb()
+    assert rig.app.control.ping(timeout=3.0) is not None
+    watched = "select max(opened_at) from jobguard.incidents where closed_at is not null"
+    rig.until(lambda: rig.ask(watched)[0][0] is not None)
+    for word in WORDS:
+        rig.send("ok", word)
+    rig.until(lambda: not rig.owed())
+    assert strangers(rig) == []
+    assert rig.ask("select unguarded_at from jobguard.queues where unguarded_at is not null") == []
+
+
+def test_a_rollback(rig: Rig) -> None:
+    """The guarded side stops, an unguarded image works, the guarded side is back: nothing runs twice."""
+    reconciler = rig.reconciler()
+    guarded = rig.worker(concurrency=1)
+    trusted(rig)
+    guarded.stop()
+    for word in WORDS:
+        rig.send("ok", word)
+    reconciler.stop()
+    bare = rig.worker("solo", guarded=False, conf=UNSEEN)
+    rig.until(lambda: rig.said().keys() >= set(WORDS))
+    bare.stop()
+    rig.reconciler()
+    rig.worker(concurrency=1)
+    untrusted = "select count(*) from jobguard.suspects where cause = 'untrusted'"
+    rig.until(lambda: rig.ask(untrusted) == [(len(WORDS),)])
+    rig.until(rig.trusted)
+    job_id = rig.send("ok", "last")
+    rig.until(lambda: rig.ended(job_id) == ["completed"])
+    assert set(rig.said().values()) == {1}

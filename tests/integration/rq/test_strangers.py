@@ -1,0 +1,158 @@
+"""Unguarded workers that RQ's registry does not show."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import redis
+from rq import Queue, Worker
+
+from jobguard.adapters.rq.broker import RQBroker
+from tests.integration.fakes import FakeTracker
+from tests.support import eventually
+
+BARE = """
+import sys, redis, rq
+client = redis.Redis.from_url(sys.argv[1])
+rq.Worker([rq.Queue(name, connection=client) for name in sys.argv[3:]], connection=client,
+          name=sys.argv[2]).work()
+"""
+
+
+@contextmanager
+def worker(url: str, name: str, *queues: str) -> Iterator[None]:
+    """Have an unguarded worker at work in a process of its own."""
+    process = subprocess.Popen([sys.executable, "-c", BARE, url, name, *queues])
+    try:
+        with redis.Redis.from_url(url) as client:
+            channel = f"rq:pubsub:{name}"
+            before = heard(client, channel)
+            eventually(lambda: heard(client, channel) > before, 20)
+            yield
+    finally:
+        process.kill()
+        process.wait(10)
+
+
+def heard(client: redis.Redis, channel: str) -> int:
+    """Return how many subscribe to a channel."""
+    found = dict(client.pubsub_numsub(channel))
+    return int(found.get(channel.encode(), 0))
+
+
+@pytest.fixture
+def guarded(
+    queue: Queue, tracker: FakeTracker, redis_url: str
+) -> Iterator[Callable[[str], object]]:
+    """Have a guarded worker of this process at work, as far as Redis can see."""
+    made: list[tuple[Any, redis.Redis]] = []
+
+    def begin(name: str) -> object:
+        client = redis.Redis.from_url(redis_url)
+        one: Any = Worker([queue.name], connection=client, name=name)
+        one.register_birth()
+        one.subscribe()
+        made.append((one, client))
+        return one
+
+    yield begin
+    for one, client in made:
+        one.unsubscribe()
+        client.close()
+
+
+def strangers(broker: RQBroker, queue: str = "default") -> set[str]:
+    """Return who consumes the queue."""
+    return set(broker.consumers()[queue])
+
+
+def test_a_stranger_that_survives_a_flush(
+    broker: RQBroker,
+    client: Any,
+    redis_url: str,
+    guarded: Callable[[str], object],
+) -> None:
+    """Redis forgets which workers are registered, but not who is connected."""
+    guarded("ours")
+    client.sadd("rq:queues", "rq:queue:default")
+    assert strangers(broker) == {"ours"}
+    with worker(redis_url, "bare", "default"):
+        assert strangers(broker) == {"ours", "bare"}
+        client.flushdb()
+        eventually(lambda: any("subscribe" in name for name in strangers(broker)))
+        eventually(lambda: any("bl" in name for name in strangers(broker)))
+    client.flushdb()
+    eventually(lambda: strangers(broker) == set())
+
+
+def test_two_workers_of_one_name(
+    broker: RQBroker,
+    client: Any,
+    redis_url: str,
+    guarded: Callable[[str], object],
+) -> None:
+    """The registry has one entry for both."""
+    client.sadd("rq:queues", "rq:queue:default")
+    with worker(redis_url, "same", "default"):
+        client.hset("rq:worker:same", "death", "-")  # RQ refuses a second one that it knows of
+        guarded("same")
+        eventually(lambda: any("subscribe" in name for name in strangers(broker)))
+
+
+def test_a_registered_worker_of_another_queue_is_no_stranger_here(
+    broker: RQBroker,
+    client: Any,
+    redis_url: str,
+    guarded: Callable[[str], object],
+) -> None:
+    """It is judged by its name and its queues, as long as Redis knows both."""
+    guarded("ours")
+    client.sadd("rq:queues", "rq:queue:default", "rq:queue:other")
+    with worker(redis_url, "bare", "other"):
+        eventually(lambda: "bare" in strangers(broker, "other"))
+        assert strangers(broker) == {"ours"}
+
+
+def test_who_only_looks_or_listens_is_no_consumer(
+    broker: RQBroker,
+    client: Any,
+    redis_url: str,
+    guarded: Callable[[str], object],
+) -> None:
+    """A dashboard, a subscriber of the user's own, and the workers of another database."""
+    guarded("ours")
+    client.sadd("rq:queues", "rq:queue:default")
+    other = redis_url.rpartition("/")
+    elsewhere = f"{other[0]}/{(int(other[2]) + 1) % 16}"
+    with client.pubsub() as own, worker(elsewhere, "elsewhere", "default"):
+        own.psubscribe("news*")
+        assert strangers(broker) == {"ours"}
+
+
+def test_clients_that_may_not_be_listed(
+    broker: RQBroker, client: Any, tracker: FakeTracker, redis_url: str
+) -> None:
+    """It is said; the registry is asked as before."""
+    client.execute_command(
+        "ACL", "SETUSER", "narrow", "on", ">pw", "~*", "&*", "+@all", "-client", "-pubsub"
+    )
+    try:
+        kwargs = client.connection_pool.connection_kwargs
+        narrow = redis.Redis(
+            host=kwargs["host"],
+            port=kwargs["port"],
+            db=kwargs["db"],
+            username="narrow",
+            password="pw",
+        )
+        with narrow:
+            found = RQBroker(tracker.source, narrow).consumers()
+        assert "client" in found.uncounted
+        assert broker.consumers().uncounted == ""
+    finally:
+        client.execute_command("ACL", "DELUSER", "narrow")
