@@ -208,6 +208,11 @@ def working_for(app: Any) -> Working | None:
     return working if working is not None and working.pid == os.getpid() else None
 
 
+def is_worker() -> bool:
+    """Whether this very process is a guarded worker."""
+    return any(working.pid == os.getpid() for working in _here.values())
+
+
 def consuming(connection: Any) -> Working | None:
     """Return the worker of this process that consumes by this connection of kombu's."""
     for working in _here.values():
