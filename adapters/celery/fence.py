@@ -24,7 +24,7 @@ from celery.worker.consumer import consumer
 
 from jobguard import failpoint
 from jobguard.adapter import told_again
-from jobguard.adapters.celery import lookup, sessions, wire
+from jobguard.adapters.celery import killed, lookup, sessions, wire
 from jobguard.adapters.celery.header import PART, TOKEN, WORKER, token_of
 from jobguard.adapters.celery.hooks import Hooks
 from jobguard.adapters.celery.parts import OVER, REDIS_FAILED, part_made_of
@@ -37,6 +37,15 @@ from jobguard.job import Delivery, Outcome, Refused, new_token
 
 if TYPE_CHECKING:
     from uuid import UUID
+
+try:
+    from billiard.common import terminate_handler_fired
+except ImportError:  # billiard before 4.3
+
+    def terminate_handler_fired() -> bool:
+        """Whether this child is being terminated; an older billiard does not say."""
+        return False
+
 
 log = logging.getLogger("jobguard")
 Hook = Callable[..., Any]
@@ -59,8 +68,8 @@ _NOT_OF_THE_MESSAGE = frozenset(
 def put_on(hooks: Hooks) -> None:
     """Stand before every task that is run in this process."""
     hooks.put(Task, "before_start", before_start)
-    for module in (trace, consumer):
-        hooks.put(module, "build_tracer", lambda original: build_tracer(original, hooks))
+    hooks.put(trace, "build_tracer", lambda original: build_tracer(original, hooks))
+    hooks.put(consumer, "build_tracer", lambda original: the_tracer_of_now(original, hooks))
 
 
 def before_start(original: Hook) -> Hook:
@@ -87,6 +96,24 @@ def build_tracer(original: Hook, hooks: Hooks) -> Hook:
             if kinds and not getattr(kinds[0].before_start, _OURS, False):
                 hooks.put(kinds[0], "before_start", before_start)
         return original(name, task, *args, **kwargs)
+
+    return hook
+
+
+def the_tracer_of_now(original: Hook, hooks: Hooks) -> Hook:
+    """consumer.build_tracer: look ``trace.build_tracer`` up at each call.
+
+    Our import binds the name in this module early. What another library (Sentry, celery-aio-pool)
+    puts into ``trace`` after that must still be called. A function that somebody has put into this
+    module itself stays.
+    """
+    of_celery = original.__module__ == trace.__name__ and not hasattr(original, "__wrapped__")
+    if not of_celery and original is not getattr(trace.build_tracer, "__wrapped__", None):
+        return build_tracer(original, hooks)
+
+    @wraps(original)
+    def hook(*args: Any, **kwargs: Any) -> Any:
+        return trace.build_tracer(*args, **kwargs)
 
     return hook
 
@@ -254,8 +281,26 @@ def _tell(
         run.end(Outcome.FAILED, "Retry was raised, but nothing was sent again")
     elif isinstance(thrown, Exception):
         run.end(Outcome.FAILED, run.error or repr(thrown.__context__ or thrown))
-    elif isinstance(thrown, SystemExit | KeyboardInterrupt) and run.in_worker:
-        run.end(Outcome.FAILED, repr(thrown))
+    elif thrown is not None:
+        _broken_off(run, thrown, acks_late=acks_late)
+
+
+def _broken_off(run: Run, thrown: BaseException, *, acks_late: bool) -> None:
+    """Report a run that ended by what is no Exception.
+
+    In a child, an exit and all that follows a signal are for the main process to report. A pool
+    without children drops such a run: a message that is acknowledged late stays unacknowledged, and
+    Redis delivers it again.
+    """
+    if not run.in_worker:
+        if not isinstance(thrown, SystemExit | KeyboardInterrupt) and not terminate_handler_fired():
+            run.end(Outcome.FAILED, repr(thrown))
+    elif not killed.is_reported_elsewhere(run.session, run.claim.token, thrown):
+        if acks_late and not killed.is_acknowledged_after(thrown):
+            run.hand_back()
+            killed.let_go(run.session, run.claim.token)
+        else:
+            run.end(Outcome.FAILED, repr(thrown))
 
 
 def _returned(run: Run, thrown: BaseException | None) -> bool:
