@@ -224,6 +224,7 @@ def _is_told(working: Working, request: Any) -> bool:
     token = token_in(request)
     if token is None:
         return False
+    working.session.flush()  # it may have told it a moment ago
     outcome = (working.tracker.tombstones([token]) or {}).get(token)
     if outcome in (None, Outcome.FAILED, Outcome.DEAD):
         return False

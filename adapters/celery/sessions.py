@@ -72,6 +72,7 @@ class Working:
             queues=self.queues,
             lists=self.lists,
             apart=not _forks(controller),
+            serves=_forks(controller),
         )
         if self.tracker.mends_library:
             self.held = Held(
