@@ -17,7 +17,7 @@ import redis
 import jobguard
 from benchmarks.side_by_side import servers
 
-JOBS = 2000
+JOBS = 1000
 ROUNDS = 3
 CHILDREN = 4
 
@@ -53,6 +53,7 @@ def _work(postgres: str, broker: str, queue: str, *, guard: bool) -> tuple[float
         queue,
         "-l",
         "ERROR",
+        "-q",
     )
     with psycopg.connect(postgres, autocommit=True) as connection:
         before = _cpu(connection)

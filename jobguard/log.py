@@ -12,6 +12,7 @@ calls: its import costs a host 150 ms, and the first event is most often a sign 
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import UUID
@@ -165,9 +166,36 @@ _standard.addHandler(logging.NullHandler())
 def say(event: str, /, *, exc_info: Any = None, **fields: Any) -> None:
     """Tell that something happened; level and sentence are the table's."""
     level, sentence = EVENTS.get(event) or Event(WARNING, event)
+    if level >= INFO and not _is_heard(level):
+        _unheard.append((event, fields))
     if _standard.isEnabledFor(level):
         message, extra = _told(event, sentence, fields)
         _standard.log(level, "%s", message, exc_info=exc_info, extra=extra, stacklevel=2)
+
+
+_unheard: deque[tuple[str, Mapping[str, Any]]] = deque(maxlen=20)
+"""What was said while no handler took it: a library may set up its logging late."""
+
+
+def say_again() -> None:
+    """Say once more what nobody could hear. For a worker whose library has set up its logging by now."""
+    while _unheard:
+        event, fields = _unheard.popleft()
+        level, sentence = EVENTS.get(event) or Event(WARNING, event)
+        if _is_heard(level):
+            message, extra = _told(event, sentence, fields)
+            _standard.log(level, "%s", message, extra=extra)
+
+
+def _is_heard(level: int) -> bool:
+    """Whether a handler takes what is said at this level."""
+    at: logging.Logger | None = _standard
+    while at is not None and _standard.isEnabledFor(level):
+        for handler in at.handlers:
+            if handler.level <= level and not isinstance(handler, logging.NullHandler):
+                return True
+        at = at.parent if at.propagate else None
+    return False
 
 
 def get_logger(**bound: Any) -> BoundLogger:

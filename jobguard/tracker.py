@@ -516,7 +516,7 @@ class HostTracker:
             return self._parent.end(self.source.id, ends)
         answers: Sequence[Ended] = self.call(lambda store: store.end(self.source.id, ends))
         for end, answer in zip(ends, answers, strict=True):
-            if answer is Ended.LATE:
+            if answer is Ended.LATE and end.outcome is not Outcome.CANCELLED:
                 say("end_late", job_id=end.job_id, outcome=end.outcome.value, number=end.number)
         return answers
 

@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 import redis
 from celery import Celery, Task, chord, group
 from celery.exceptions import Ignore, Reject
+from kombu.common import Broadcast
+from kombu.entity import Queue
 
 import jobguard
 
@@ -32,6 +34,8 @@ app.conf.update(
     }
     | json.loads(os.environ.get("CONF", "{}"))
 )
+if os.environ.get("BROADCAST"):
+    app.conf.task_queues = (Queue("celery"), Broadcast("everyone"))
 if os.environ.get("UNGUARDED") != "1":
     jobguard.guard(app)
 
