@@ -200,6 +200,7 @@ def _break_off(how: str) -> None:
         "CancelledError": asyncio.CancelledError,
         "GeneratorExit": GeneratorExit,
         "KeyboardInterrupt": KeyboardInterrupt,
+        "MemoryError": MemoryError,
         "SystemExit": SystemExit,
         "Stopped": Stopped,
     }
@@ -219,6 +220,12 @@ def broken_late(how: str) -> None:
     say(how)
     if LEDGER.read_text().count(f" {how}\n") < 2:
         _break_off(how)
+
+
+@task(acks_late=True, reject_on_worker_lost=True)
+def broken_requeued(how: str) -> None:
+    """The same, where Celery queues again what its child took along."""
+    broken_late(how)
 
 
 @task()

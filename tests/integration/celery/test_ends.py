@@ -68,6 +68,51 @@ def test_in_a_child_it_is_a_failure_also_if_acknowledged_late(rig: Rig) -> None:
     assert rig.said() == dict.fromkeys(KINDS, 1)
 
 
+def test_an_exit_that_celery_queues_again_is_the_same_delivery(rig: Rig) -> None:
+    """With reject_on_worker_lost an exit puts the message back; other ends are failures."""
+    rig.worker()
+    rig.until(rig.trusted)
+    sent = {name: rig.send("broken_requeued", name) for name in KINDS}
+    rig.until(lambda: not rig.owed())
+    back = {"KeyboardInterrupt", "SystemExit"}
+    assert {name: rig.ended(job_id) for name, job_id in sent.items()} == {
+        name: ["completed" if name in back else "failed"] for name in KINDS
+    }
+    assert rig.said() == {name: 2 if name in back else 1 for name in KINDS}
+
+
+def test_what_is_rejected_after_its_failure_has_failed(rig: Rig) -> None:
+    """With task_acks_on_failure_or_timeout off Celery drops the message of a failure."""
+    rig.worker(conf={"task_acks_on_failure_or_timeout": False})
+    rig.until(rig.trusted)
+    sent = [rig.send("broken_late", name) for name in KINDS]
+    rig.until(lambda: not rig.owed())
+    rig.until(lambda: not rig.redis.hlen("unacked"))
+    assert [rig.ended(job_id) for job_id in sent] == [["failed"]] * len(KINDS)
+    assert rig.said() == dict.fromkeys(KINDS, 1)
+
+
+def test_a_hard_time_limit_is_acknowledged(rig: Rig) -> None:
+    """By default also of a task that is acknowledged late: it has failed."""
+    rig.worker()
+    rig.until(rig.trusted)
+    job_id = rig.send("too_long_late")
+    rig.until(lambda: rig.ended(job_id))
+    rig.until(lambda: not rig.redis.hlen("unacked"))
+    assert rig.ended(job_id) == ["failed"]
+    assert rig.said() == {"too_long_late": 1}
+
+
+def test_a_child_that_is_too_large_is_replaced_after_its_task(rig: Rig) -> None:
+    """worker_max_memory_per_child ends a child; its task has completed."""
+    rig.worker(conf={"worker_max_memory_per_child": 1})
+    rig.until(rig.trusted)
+    sent = [rig.send("late", f"w{n}", 0.1) for n in range(6)]
+    rig.until(lambda: not rig.owed())
+    assert [rig.ended(job_id) for job_id in sent] == [["completed"]] * 6
+    assert rig.said() == {f"w{n}{end}": 1 for n in range(6) for end in ("", "-begins")}
+
+
 @pytest.mark.parametrize("pool", ["threads", "gevent"])
 def test_what_is_not_acknowledged_runs_again(rig: Rig, pool: str) -> None:
     """These pools drop such a run, and its message stays: the next worker must be free to claim it."""
