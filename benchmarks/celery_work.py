@@ -44,6 +44,7 @@ def _work(postgres: str, broker: str, queue: str, *, guard: bool) -> tuple[float
         "BENCHMARK_GUARD": "1" if guard else "",
     }
     words = (
+        "--quiet",
         "-A",
         "benchmarks.celery_work",
         "worker",
@@ -53,7 +54,6 @@ def _work(postgres: str, broker: str, queue: str, *, guard: bool) -> tuple[float
         queue,
         "-l",
         "ERROR",
-        "-q",
     )
     with psycopg.connect(postgres, autocommit=True) as connection:
         before = _cpu(connection)

@@ -55,6 +55,8 @@ OURS = (TOKEN, WORKER, CONTENT, PART)
 _ASKED = "_jobguard_asked"
 _RUN = "_jobguard_run"
 _OURS = "_jobguard_fence"
+_runs: dict[UUID, Run] = {}
+"""The runs of this process, by token."""
 _NOT_OF_THE_MESSAGE = frozenset(
     {
         *("args", "kwargs", "callbacks", "errbacks", "chain", "chord", "headers"),
@@ -121,9 +123,12 @@ def the_tracer_of_now(original: Hook, hooks: Hooks) -> Hook:
 def _ask(task: Any) -> None:
     """Ask for the claim of the run that is about to begin; raises Ignore if it is refused."""
     request = task.request
-    if request.is_eager or request.called_directly or _ASKED in vars(request):
+    if request.is_eager or request.called_directly:
         return
-    vars(request)[_ASKED] = True
+    asked = (request.id, request.retries, vars(request).get(TOKEN))
+    if vars(request).get(_ASKED) == asked:
+        return
+    vars(request)[_ASKED] = asked
     try:
         refused = _begin(task, request)
     except Exception as error:
@@ -163,7 +168,7 @@ def _begin(task: Any, request: Any) -> Refused | None:
         attempt=(request.retries or 0) + 1,
         left=None if working is None else lambda: sessions.count(working, -1),
     )
-    vars(request)[_RUN] = run
+    vars(request)[_RUN] = _runs[token] = run
     run.enter()
     failpoint.hit("after_claim")
     return None
@@ -215,9 +220,22 @@ def before_celery_says_started(sender: Any = None, **_: Any) -> None:
 
 def why_it_failed(sender: Any = None, einfo: Any = None, **_: Any) -> None:
     """task_failure, in the process that ran the task: keep the error for the report."""
-    run = vars(sender.request).get(_RUN)
+    run = _run_of(sender.request)
     if run is not None and einfo is not None:
         run.error = str(einfo.traceback or einfo.exception)
+
+
+def _run_of(request: Any) -> Run | None:
+    """Return the run of a request.
+
+    A pool that calls ``before_start`` in another thread than the tracer (celery-aio-pool) shows it
+    another request than the tracer has: then the message's token tells.
+    """
+    if _ASKED in vars(request):
+        run: Run | None = vars(request).get(_RUN)
+        return run
+    token = token_of(vars(request))
+    return _runs.get(token) if token is not None else None
 
 
 def after_the_run(
@@ -225,9 +243,11 @@ def after_the_run(
 ) -> None:
     """task_postrun: the run is over, whatever came of it."""
     request = sender.request
-    run = vars(request).pop(_RUN, None)
+    run = _run_of(request)
     if run is None:
         return
+    vars(request).pop(_RUN, None)
+    _runs.pop(run.claim.token, None)
     vars(request)[OVER] = run
     run.leave()
     if state == states.SUCCESS:
