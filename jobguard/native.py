@@ -7,6 +7,7 @@ starves for as long. A beat must come all the same.
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import threading
 from collections.abc import Callable
@@ -38,6 +39,13 @@ def start(work: Callable[[], None], *, name: str) -> Event:
 def lock() -> Any:
     """Return a lock of the operating system. Hold it for a moment only: it stops every greenlet."""
     return _gevents("allocate_lock")() if _gevent() else _threading().Lock()
+
+
+def write(descriptor: int, data: bytes) -> int:
+    """Write as ``os.write``. Eventlet's own lets other greenlets run, also where a lock is held."""
+    system = sys.modules["eventlet.patcher"].original("os") if _eventlet() else os
+    written: int = system.write(descriptor, data)
+    return written
 
 
 class Event:

@@ -103,6 +103,32 @@ def test_a_hard_time_limit_is_acknowledged(rig: Rig) -> None:
     assert rig.said() == {"too_long_late": 1}
 
 
+def test_a_time_limit_of_gevents_is_reported_once(rig: Rig) -> None:
+    """It throws a Timeout into the task; the worker says what that means."""
+    rig.worker("gevent")
+    rig.until(rig.trusted)
+    early, late = rig.send("too_long"), rig.send("late", "late", 30.0, time_limit=1)
+    rig.until(lambda: not rig.owed())
+    assert rig.ended(early) == rig.ended(late) == ["failed"]
+    assert "TimeLimitExceeded" in rig.error(early)
+    assert "TimeLimitExceeded" in rig.error(late)
+
+
+@pytest.mark.parametrize("pool", ["prefork", "gevent"])
+def test_a_revoked_run_is_cancelled(rig: Rig, pool: str) -> None:
+    """A person asked for it: it does not come back, acknowledged early or late."""
+    rig.worker(pool)
+    rig.until(rig.trusted)
+    sent = [rig.send("slow", "slow", 60.0), rig.send("late", "late", 60.0)]
+    rig.until(lambda: rig.said() == {"slow-begins": 1, "late-begins": 1})
+    for job_id in sent:
+        rig.app.control.revoke(job_id, terminate=True)
+    rig.until(lambda: not rig.owed())
+    rig.until(lambda: not rig.redis.hlen("unacked"))
+    assert [rig.ended(job_id) for job_id in sent] == [["cancelled"]] * 2
+    assert rig.said() == {"slow-begins": 1, "late-begins": 1}
+
+
 def test_a_child_that_is_too_large_is_replaced_after_its_task(rig: Rig) -> None:
     """worker_max_memory_per_child ends a child; its task has completed."""
     rig.worker(conf={"worker_max_memory_per_child": 1})
