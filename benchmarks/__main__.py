@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import enqueue, recovery, work
+from benchmarks import celery_work, enqueue, recovery, work
 
-ALL = {"enqueue": enqueue.main, "work": work.main, "recovery": recovery.main}
+ALL = {
+    "enqueue": enqueue.main,
+    "work": work.main,
+    "celery-work": celery_work.main,
+    "recovery": recovery.main,
+}
 
 
 def main() -> None:

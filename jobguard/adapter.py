@@ -189,12 +189,15 @@ class Tracker(Protocol):
         queues: Sequence[str],
         lists: Callable[[], Iterable[UUID]] | None = None,
         apart: bool = False,
+        serves: bool = False,
     ) -> Session:
         """Begin to beat as a worker. One session a worker process; the same again is returned.
 
         ``lists``: deliveries that its children may be running, asked at every beat from its thread.
         ``apart``: jobs run in this very process, so that one of them can keep a thread of ours from
         beating: have another process beat then.
+        ``serves``: jobs run in children that are forked from now on. They reach Postgres through this
+        process, and hold no connection of their own.
         """
 
     def inherit_session(

@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections import deque
 from collections.abc import Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import UUID
@@ -238,9 +239,9 @@ _standard = logging.getLogger("jobguard")
 _last_resort = _LastResort(WARNING)
 _standard.addHandler(_last_resort)
 
-# What a process says once at its start is often said before its host has configured logging.
-_AT_START = ("guarded", "guard_inert")
-_unheard: list[tuple[str, dict[str, Any]]] = []
+_unheard: deque[tuple[str, Mapping[str, Any]]] = deque()
+"""The first events that no handler of the host got: a host may configure logging late."""
+_MOST_UNHEARD = 20
 
 
 def has_handlers() -> bool:
@@ -255,19 +256,15 @@ def has_handlers() -> bool:
 
 def say(event: str, /, *, exc_info: Any = None, **fields: Any) -> None:
     """Tell that something happened; level and sentence are the table's."""
-    if _standard.isEnabledFor(INFO) and has_handlers():
-        while _unheard:
-            early, known = _unheard.pop(0)
-            _write(early, known, None, stacklevel=3)
-    elif event in _AT_START:
-        if len(_unheard) < 16:
-            _unheard.append((event, fields))
-        return
+    if _unheard and _is_heard(INFO):
+        say_again()
     _write(event, fields, exc_info, stacklevel=3)
 
 
 def _write(event: str, fields: Mapping[str, Any], exc_info: Any, *, stacklevel: int) -> None:
     level, sentence = EVENTS.get(event) or Event(WARNING, event)
+    if level >= INFO and not _is_heard(level) and len(_unheard) < _MOST_UNHEARD:
+        _unheard.append((event, fields))
     if _standard.isEnabledFor(level):
         message, extra = _told(event, sentence, fields)
         _standard.log(level, "%s", message, exc_info=exc_info, extra=extra, stacklevel=stacklevel)
@@ -276,6 +273,30 @@ def _write(event: str, fields: Mapping[str, Any], exc_info: Any, *, stacklevel: 
         message, extra = _told(event, sentence, fields)
         record = _standard.makeRecord("jobguard", level, "", 0, message, (), None, extra=extra)
         _last_resort.print(record)
+
+
+def say_again() -> None:
+    """Log the events that no handler got, for a worker whose library has configured logging by now."""
+    early = list(_unheard)
+    _unheard.clear()
+    for event, fields in early:
+        level, sentence = EVENTS.get(event) or Event(WARNING, event)
+        if _is_heard(level):
+            message, extra = _told(event, sentence, fields)
+            _standard.log(level, "%s", message, extra=extra, stacklevel=3)
+
+
+def _is_heard(level: int) -> bool:
+    """Whether a handler of the host gets what is logged at this level."""
+    at: logging.Logger | None = _standard
+    while at is not None and _standard.isEnabledFor(level):
+        for handler in at.handlers:
+            if handler.level <= level and not isinstance(
+                handler, logging.NullHandler | _LastResort
+            ):
+                return True
+        at = at.parent if at.propagate else None
+    return False
 
 
 def get_logger(**bound: Any) -> BoundLogger:

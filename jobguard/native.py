@@ -7,6 +7,7 @@ starves for as long. A beat must come all the same.
 from __future__ import annotations
 
 import contextlib
+import os
 import select
 import sys
 import threading
@@ -48,6 +49,13 @@ def poll() -> Any:
     if _eventlet():
         return sys.modules["eventlet.patcher"].original("select").poll()
     return select.poll()
+
+
+def write(descriptor: int, data: bytes) -> int:
+    """Write as ``os.write``. Eventlet's own lets other greenlets run, also where a lock is held."""
+    system = sys.modules["eventlet.patcher"].original("os") if _eventlet() else os
+    written: int = system.write(descriptor, data)
+    return written
 
 
 class Event:

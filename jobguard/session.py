@@ -304,6 +304,19 @@ class WorkerSession:
         else:
             self._wake.set()
 
+    def take(self, ends: Sequence[End]) -> Sequence[Ended]:
+        """Take over what a child of this worker has to report, and list it until it is committed."""
+        for end in ends:
+            self._listed.add(end.token)
+        with self._lock:
+            self._pending.extend(ends)
+            many = len(self._pending) >= self._settings.ends_batch
+        if self._settings.ends == "durable" or many or self.closed:
+            self.flush()
+        else:
+            self._wake.set()
+        return [Ended.ENDED] * len(ends)
+
     def release(self, claim: Claim) -> None:
         """Nothing is left to report of this delivery; see Session."""
         self._mine()

@@ -9,18 +9,20 @@ exception of ours reach the host, unless the user asked for it.
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, cast
 from uuid import UUID
 
 import redis
 
 from jobguard import batch as batches
+from jobguard import native
 from jobguard.adapter import Source
 from jobguard.circuit import Circuit
 from jobguard.commit import GroupCommit
@@ -39,6 +41,7 @@ from jobguard.errors import (
 from jobguard.guest import well_behaved
 from jobguard.job import ClaimAnswer, Delivery, End, Ended, Outcome, Recorded
 from jobguard.log import say
+from jobguard.parent import Door, ParentSpool, ParentStore
 from jobguard.redact import redact
 from jobguard.replay import BATCH, Replay, write_intent
 from jobguard.session import WorkerSession
@@ -46,6 +49,8 @@ from jobguard.settings import Settings
 from jobguard.spool import Cancelled, Entry, JoinOpened, MemorySpool, Spool
 from jobguard.store import Ask, HostStore, SourceRow
 
+_OF_ITS_OWN = ("outbox", "replay", "newest")
+"""How a record is written that no other may join."""
 _PATIENCE = 5.0
 """Seconds that a process which is about to end waits, in all, for Postgres to take what it alone knows."""
 _ADOPTABLE_PATIENCE = 0.5
@@ -75,6 +80,8 @@ class HostTracker:
         self.client = client
         self._doubt = None if client is None else Doubt(client)
         self._session: WorkerSession | None = None
+        self._door: Door | None = None
+        self._parent: ParentStore | None = None
         self._pid = 0
         self._refuses: str | None = None
         self.circuit: Circuit
@@ -86,7 +93,7 @@ class HostTracker:
         if self._pid != os.getpid():
             before = self.circuit if self._pid else None
             self._pid = os.getpid()
-            self._store = self._make_store()
+            self._store = self._new_store()
             self._registered = False
             self._told = self._told_full = self._told_light = self._told_left = False
             self._patience = _PATIENCE
@@ -100,6 +107,8 @@ class HostTracker:
                 self.circuit.copy_state(before)
                 # What waits in the parent's spool is the parent's to replay.
                 self.spool = self._memory_spool()
+                if self._parent is not None:
+                    self.spool = ParentSpool(self._parent, self.spool)
             self._replay = Replay(
                 self.source,
                 self.spool,
@@ -122,6 +131,16 @@ class HostTracker:
             most_bytes=self.settings.spool_bytes,
             lightened=self._spool_lightened,
         )
+
+    def _new_store(self) -> HostStore:
+        """Return a store of this process; of a worker's child: one that leads through its worker."""
+        door = self._door
+        if door is None or door.pid == os.getpid():
+            self._parent = None
+            return self._make_store()
+        patience = self.settings.record_timeout + self.settings.call_timeout
+        self._parent = ParentStore(door, timeout=patience)
+        return cast(HostStore, self._parent)
 
     def _probe(self) -> bool:
         return self._store.probe()
@@ -472,14 +491,42 @@ class HostTracker:
         queues: Sequence[str],
         lists: Callable[[], Iterable[UUID]] | None = None,
         apart: bool = False,
+        serves: bool = False,
     ) -> WorkerSession:
         """Begin to beat as a worker; see Tracker."""
         if self._session is None or not self._session.is_mine or self._session.closed:
+            if serves and hasattr(socket, "send_fds") and not native.is_patched():
+                self._serve_children()
             self._session = WorkerSession(
-                self, self._make_store(), name=name, queues=queues, lists=lists, apart=apart
+                self, self._new_store(), name=name, queues=queues, lists=lists, apart=apart
             )
             self._session.open()
         return self._session
+
+    def _serve_children(self) -> None:
+        if self._door is None or self._door.pid != os.getpid():
+            self._door = Door(self)
+            self._door.open()
+            if self._parent is not None:  # a child of a worker that becomes a worker itself
+                self._store, self._registered = self._new_store(), False
+
+    def for_child(self, name: str, arguments: Sequence[Any], options: Mapping[str, Any]) -> Any:
+        """Make a call that a child of this worker asks for, together with what others ask."""
+        if name == "end":
+            return [] if self._session is None else self._session.take(arguments[1])
+        if name == "spool":
+            return self.spool.put(*arguments)
+        if name == "probe":
+            return self.circuit.look()
+        if name == "register":
+            return self.call(lambda store: (store.register(*arguments), store.installation))
+        if name == "claim":
+            return self.claim(arguments[1])
+        if name == "claims":
+            return {ask.nonce: self.claim(ask) for ask in arguments[1]}
+        if name == "record" and not any(options.get(how) for how in _OF_ITS_OWN):
+            return self.call(lambda _store: self._commit.submit(arguments[1]))
+        return self.call(lambda store: getattr(store, name)(*arguments, **options))
 
     def inherit_session(
         self, worker: UUID, pid: int, *, name: str, queues: Sequence[str]
@@ -487,7 +534,7 @@ class HostTracker:
         """Speak for the worker that spawned this process; see Tracker."""
         before = self._session
         self._session = WorkerSession(
-            self, self._make_store(), name=name, queues=queues, inherited=(worker, pid)
+            self, self._new_store(), name=name, queues=queues, inherited=(worker, pid)
         )
         if before is not None:
             self._session.share(before)
@@ -495,9 +542,12 @@ class HostTracker:
 
     def end(self, ends: Sequence[End]) -> Sequence[Ended]:
         """Commit ends. Raises as the store does; what waits in the spool goes first."""
+        self._mine()
+        if self._parent is not None:  # which takes them also while Postgres is away
+            return self._parent.end(self.source.id, ends)
         answers: Sequence[Ended] = self.call(lambda store: store.end(self.source.id, ends))
         for end, answer in zip(ends, answers, strict=True):
-            if answer is Ended.LATE:
+            if answer is Ended.LATE and end.outcome is not Outcome.CANCELLED:
                 say("end_late", job_id=end.job_id, outcome=end.outcome.value, number=end.number)
         return answers
 
@@ -572,6 +622,8 @@ class HostTracker:
         self._mine()
         if self._session is not None and self._session.is_mine:
             self._session.close()
+        if self._door is not None and self._door.pid == os.getpid():
+            self._door.close()
         self.settle(last=True)
         self._store.close()
 

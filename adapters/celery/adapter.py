@@ -60,6 +60,10 @@ class CeleryAdapter:
         """Have no app speak to it, and take the hooks off with the last guard."""
         importlib.import_module("jobguard.adapters.celery.patches").uninstall(tracker)
 
+    def prepare_worker(self) -> None:
+        """Guard workers and beats whose app calls no guard(): ``jobguard run -- celery worker``."""
+        importlib.import_module("jobguard.adapters.celery.patches").prepare()
+
     def broker(self, source: Source, client: redis.Redis) -> Broker:
         """Return the reconciler's view of a source."""
         return CeleryBroker(source, client)

@@ -24,7 +24,7 @@ from celery.worker.consumer import consumer
 
 from jobguard import failpoint
 from jobguard.adapter import told_again
-from jobguard.adapters.celery import lookup, sessions, wire
+from jobguard.adapters.celery import killed, lookup, sessions, wire
 from jobguard.adapters.celery.header import PART, TOKEN, WORKER, token_of
 from jobguard.adapters.celery.hooks import Hooks
 from jobguard.adapters.celery.parts import OVER, REDIS_FAILED, part_made_of
@@ -38,6 +38,15 @@ from jobguard.job import Delivery, Outcome, Refused, new_token
 if TYPE_CHECKING:
     from uuid import UUID
 
+try:
+    from billiard.common import terminate_handler_fired
+except ImportError:  # billiard before 4.3
+
+    def terminate_handler_fired() -> bool:
+        """Whether this child is being terminated; an older billiard does not say."""
+        return False
+
+
 log = logging.getLogger("jobguard")
 Hook = Callable[..., Any]
 
@@ -46,6 +55,8 @@ OURS = (TOKEN, WORKER, CONTENT, PART)
 _ASKED = "_jobguard_asked"
 _RUN = "_jobguard_run"
 _OURS = "_jobguard_fence"
+_runs: dict[UUID, Run] = {}
+"""The runs of this process, by token."""
 _NOT_OF_THE_MESSAGE = frozenset(
     {
         *("args", "kwargs", "callbacks", "errbacks", "chain", "chord", "headers"),
@@ -59,8 +70,8 @@ _NOT_OF_THE_MESSAGE = frozenset(
 def put_on(hooks: Hooks) -> None:
     """Stand before every task that is run in this process."""
     hooks.put(Task, "before_start", before_start)
-    for module in (trace, consumer):
-        hooks.put(module, "build_tracer", lambda original: build_tracer(original, hooks))
+    hooks.put(trace, "build_tracer", lambda original: build_tracer(original, hooks))
+    hooks.put(consumer, "build_tracer", lambda original: the_tracer_of_now(original, hooks))
 
 
 def before_start(original: Hook) -> Hook:
@@ -91,12 +102,33 @@ def build_tracer(original: Hook, hooks: Hooks) -> Hook:
     return hook
 
 
+def the_tracer_of_now(original: Hook, hooks: Hooks) -> Hook:
+    """consumer.build_tracer: look ``trace.build_tracer`` up at each call.
+
+    Our import binds the name in this module early. What another library (Sentry, celery-aio-pool)
+    puts into ``trace`` after that must still be called. A function that somebody has put into this
+    module itself stays.
+    """
+    of_celery = original.__module__ == trace.__name__ and not hasattr(original, "__wrapped__")
+    if not of_celery and original is not getattr(trace.build_tracer, "__wrapped__", None):
+        return build_tracer(original, hooks)
+
+    @wraps(original)
+    def hook(*args: Any, **kwargs: Any) -> Any:
+        return trace.build_tracer(*args, **kwargs)
+
+    return hook
+
+
 def _ask(task: Any) -> None:
     """Ask for the claim of the run that is about to begin; raises Ignore if it is refused."""
     request = task.request
-    if request.is_eager or request.called_directly or _ASKED in vars(request):
+    if request.is_eager or request.called_directly:
         return
-    vars(request)[_ASKED] = True
+    asked = (request.id, request.retries, vars(request).get(TOKEN))
+    if vars(request).get(_ASKED) == asked:
+        return
+    vars(request)[_ASKED] = asked
     try:
         refused = _begin(task, request)
     except Exception as error:
@@ -136,7 +168,7 @@ def _begin(task: Any, request: Any) -> Refused | None:
         attempt=(request.retries or 0) + 1,
         left=None if working is None else lambda: sessions.count(working, -1),
     )
-    vars(request)[_RUN] = run
+    vars(request)[_RUN] = _runs[token] = run
     run.enter()
     failpoint.hit("after_claim")
     return None
@@ -188,9 +220,22 @@ def before_celery_says_started(sender: Any = None, **_: Any) -> None:
 
 def why_it_failed(sender: Any = None, einfo: Any = None, **_: Any) -> None:
     """task_failure, in the process that ran the task: keep the error for the report."""
-    run = vars(sender.request).get(_RUN)
+    run = _run_of(sender.request)
     if run is not None and einfo is not None:
         run.error = str(einfo.traceback or einfo.exception)
+
+
+def _run_of(request: Any) -> Run | None:
+    """Return the run of a request.
+
+    A pool that calls ``before_start`` in another thread than the tracer (celery-aio-pool) shows it
+    another request than the tracer has: then the message's token tells.
+    """
+    if _ASKED in vars(request):
+        run: Run | None = vars(request).get(_RUN)
+        return run
+    token = token_of(vars(request))
+    return _runs.get(token) if token is not None else None
 
 
 def after_the_run(
@@ -198,9 +243,11 @@ def after_the_run(
 ) -> None:
     """task_postrun: the run is over, whatever came of it."""
     request = sender.request
-    run = vars(request).pop(_RUN, None)
+    run = _run_of(request)
     if run is None:
         return
+    vars(request).pop(_RUN, None)
+    _runs.pop(run.claim.token, None)
     vars(request)[OVER] = run
     run.leave()
     if state == states.SUCCESS:
@@ -254,8 +301,26 @@ def _tell(
         run.end(Outcome.FAILED, "Retry was raised, but nothing was sent again")
     elif isinstance(thrown, Exception):
         run.end(Outcome.FAILED, run.error or repr(thrown.__context__ or thrown))
-    elif isinstance(thrown, SystemExit | KeyboardInterrupt) and run.in_worker:
-        run.end(Outcome.FAILED, repr(thrown))
+    elif thrown is not None:
+        _broken_off(run, thrown, acks_late=acks_late)
+
+
+def _broken_off(run: Run, thrown: BaseException, *, acks_late: bool) -> None:
+    """Report a run that ended by what is no Exception.
+
+    In a child, an exit and all that follows a signal are for the main process to report. A pool
+    without children drops such a run: a message that is acknowledged late stays unacknowledged, and
+    Redis delivers it again.
+    """
+    if not run.in_worker:
+        if not isinstance(thrown, SystemExit | KeyboardInterrupt) and not terminate_handler_fired():
+            run.end(Outcome.FAILED, repr(thrown))
+    elif not killed.is_reported_elsewhere(run.session, run.claim.token, thrown):
+        if acks_late and not killed.is_acknowledged_after(thrown):
+            run.hand_back()
+            killed.let_go(run.session, run.claim.token)
+        else:
+            run.end(Outcome.FAILED, repr(thrown))
 
 
 def _returned(run: Run, thrown: BaseException | None) -> bool:

@@ -75,6 +75,7 @@ class Held:
         self._is_ours = is_ours
         self._runs = runs
         self._books: dict[QoS, _Taken] = {}
+        self._dropped: set[str] = set()
         self._timeout = math.inf
         self._renewed = time.monotonic()
 
@@ -87,6 +88,10 @@ class Held:
     def doubt(self, books: QoS, tag: str) -> None:
         """Redis broke off while it was told that we take this: it may have heard it."""
         self._books[books].in_doubt.add(tag)
+
+    def drop(self, tag: str) -> None:
+        """Celery neither runs nor acknowledges this any more: after its timeout it is anyone's."""
+        self._dropped.add(tag)
 
     def tend(self) -> None:
         """Say what is held, if that is due, and what no longer is. From any thread; raises nothing."""
@@ -105,7 +110,9 @@ class Held:
         """Say that all of it was taken just now."""
         at = time.time()
         books = filter(self._is_open, snapshot(self._books))
-        tags = [tag for each in books for tag in snapshot(each._delivered)]
+        held = {tag for each in books for tag in snapshot(each._delivered)}
+        self._dropped &= held
+        tags = sorted(held - self._dropped)
         for some in chunks(tags, _CHUNK):
             self._client.zadd(self._layout.unacked_index, dict.fromkeys(some, at), xx=True)
 

@@ -94,6 +94,8 @@ def queue_delete(original: Hook) -> Hook:
 
 
 def _drop(channel: Any, queue: str) -> None:
+    if queue in channel._fanout_queues:
+        return  # its messages are published, and stand nowhere in Redis
     with our_own_affair("write down a purge"):
         connection = channel.connection.client
         place = place_of(connection)

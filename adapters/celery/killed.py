@@ -12,16 +12,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from functools import wraps
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from billiard.einfo import ExceptionWithTraceback
-from billiard.exceptions import TimeLimitExceeded, WorkerLostError
+from billiard.exceptions import Terminated, TimeLimitExceeded, WorkerLostError
 from celery import states
 from celery.worker.request import Request
 from celery.worker.state import task_ready
 
 from jobguard.adapters.celery import sessions
+from jobguard.adapters.celery.held import snapshot
 from jobguard.adapters.celery.hooks import Hooks
 from jobguard.adapters.celery.parts import REDIS_FAILED, part_made_of, part_of
 from jobguard.adapters.celery.results import done_at
@@ -29,14 +30,19 @@ from jobguard.adapters.celery.sessions import Working, token_in
 from jobguard.adapters.celery.wall import our_own_affair
 from jobguard.job import Claim, Outcome, Part
 
+if TYPE_CHECKING:
+    from jobguard.adapter import Session
+
 log = logging.getLogger("jobguard")
 Hook = Callable[..., Any]
 
-_GONE = (WorkerLostError, TimeLimitExceeded, SystemExit)
+_GONE = (WorkerLostError, TimeLimitExceeded, SystemExit, KeyboardInterrupt)
 """What says that there is no child any more."""
 _LOST = "_jobguard_lost"
 """On a request whose child is gone: its message may go back into the queue."""
 _OVER = "_jobguard_over"
+_ORDERED = "_jobguard_ordered"
+"""On a request that Celery was told to terminate or to cancel."""
 _AGAIN = 1.0
 """Seconds until it is asked again what becomes of a task."""
 
@@ -51,6 +57,8 @@ def put_on(hooks: Hooks) -> None:
     hooks.put(Request, "on_timeout", on_timeout)
     hooks.put(Request, "reject", reject)
     hooks.put(Request, "_announce_cancelled", announce_cancelled)
+    hooks.put(Request, "terminate", is_ordered)
+    hooks.put(Request, "cancel", is_ordered)
 
 
 def on_failure(original: Hook) -> Hook:
@@ -119,13 +127,62 @@ def announce_cancelled(original: Hook) -> Hook:
     @wraps(original)
     def hook(self: Any, *args: Any, **kwargs: Any) -> Any:
         with our_own_affair("hand back a task"):
-            if self.acknowledged:
+            if self.acknowledged and not self.task.acks_late:
                 _keep_until_goodbye(self)
             else:
                 _hand_back(self)
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            # Celery sets this last. If the Redis of the results is away, it never does, and takes the
+            # death of the child for a revocation.
+            self._already_cancelled = True
+
+    return hook
+
+
+def is_ordered(original: Hook) -> Hook:
+    """Request.terminate, Request.cancel: the end of this run is ordered, and announced after it."""
+
+    @wraps(original)
+    def hook(self: Any, *args: Any, **kwargs: Any) -> Any:
+        vars(self)[_ORDERED] = True
         return original(self, *args, **kwargs)
 
     return hook
+
+
+def is_reported_elsewhere(session: Session, token: UUID, thrown: BaseException) -> bool:
+    """Whether Celery announces this end of a greenlet by itself: an order, or a time limit of gevent's."""
+    request = _request_of(session, token)
+    if request is None:
+        return False
+    if vars(request).get(_ORDERED):
+        return True
+    limit = request.time_limits[0] or request.task.time_limit
+    return bool(limit) and _is_timeout(thrown)
+
+
+def is_acknowledged_after(thrown: BaseException) -> bool:
+    """Whether a pool of greenlets takes this for a return."""
+    return any(kind.__name__ == "GreenletExit" for kind in type(thrown).__mro__)
+
+
+def let_go(session: Session, token: UUID) -> None:
+    """Celery has dropped a message without acknowledging it: say no more that it is held."""
+    working, request = sessions.own(session), _request_of(session, token)
+    if working is not None and working.held is not None and request is not None:
+        working.held.drop(request.message.delivery_tag)
+
+
+def _request_of(session: Session, token: UUID) -> Any:
+    working = sessions.own(session)
+    handed = () if working is None else snapshot(working.handed)
+    return next((request for request in handed if token_in(request) == token), None)
+
+
+def _is_timeout(thrown: BaseException) -> bool:
+    return any(kind.__name__ == "Timeout" for kind in type(thrown).__mro__)
 
 
 def _hand_back(request: Any) -> None:
@@ -152,7 +209,14 @@ def _is_dealt_with(request: Any, error: BaseException) -> bool:
         return False
     if _is_told(working, request) or _never_began(working, request, error):
         return True
-    return isinstance(error, WorkerLostError) and _is_left_to_the_leader(working, request)
+    return _is_lost(request, error) and _is_left_to_the_leader(working, request)
+
+
+def _is_lost(request: Any, error: BaseException) -> bool:
+    """Whether this says that a child died; also by a termination that nobody has asked for."""
+    if isinstance(error, Terminated):
+        return not vars(request).get(_ORDERED)
+    return isinstance(error, WorkerLostError)
 
 
 def _is_told(working: Working, request: Any) -> bool:
@@ -160,6 +224,7 @@ def _is_told(working: Working, request: Any) -> bool:
     token = token_in(request)
     if token is None:
         return False
+    working.session.flush()  # it may have told it a moment ago
     outcome = (working.tracker.tombstones([token]) or {}).get(token)
     if outcome in (None, Outcome.FAILED, Outcome.DEAD):
         return False

@@ -10,11 +10,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import celery
-from celery.signals import worker_init
+from celery.signals import beat_init, celeryd_after_setup, worker_init
+from celery.worker import WorkController
 
+from jobguard.adapter import tracker_for_worker
 from jobguard.adapters.celery import backend, intent, lookup, naming, worker
 from jobguard.adapters.celery.capture import hook_app, unhook_app
 from jobguard.adapters.celery.hooks import Hooks
+from jobguard.adapters.celery.wall import our_own_affair
 from jobguard.errors import UnsupportedTarget
 
 if TYPE_CHECKING:
@@ -62,6 +65,24 @@ def settle(app: Any) -> None:
     lookup.settle(app)
 
 
+def prepare() -> None:
+    """Guard the app of every worker and beat that begins in this process, by its environment."""
+    for signal, receiver in (
+        (worker_init, _guard_by_environment),
+        (beat_init, _guard_by_environment),
+        (celeryd_after_setup, worker.logging_is_set_up),
+    ):
+        signal.connect(receiver, weak=False, dispatch_uid=f"{_UID}.{receiver.__name__}")
+
+
+def _guard_by_environment(sender: Any = None, **_: Any) -> None:
+    """worker_init, beat_init: nobody may have called guard() for this app."""
+    with our_own_affair("guard a program by its environment"):
+        if lookup.tracker_for(sender.app) is None:
+            tracker_for_worker(sender.app)
+    _worker_begins(sender)
+
+
 def _put_on() -> None:
     global _on
     if _on:
@@ -91,5 +112,5 @@ def _take_off() -> None:
 
 def _worker_begins(sender: Any = None, **_: Any) -> None:
     """worker_init: an app that was not configured until now is guarded from here on."""
-    if lookup.tracker_for(sender.app) is not None:
+    if isinstance(sender, WorkController) and lookup.tracker_for(sender.app) is not None:
         worker.begin(sender)

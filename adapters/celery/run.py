@@ -8,7 +8,7 @@ the id of the job itself: they take its place, and then there is nothing left to
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -104,7 +104,8 @@ class Run:
         _current.set(None)
         inside, self._inside = self._inside, None
         if inside is not None:
-            inside.__exit__(None, None, None)
+            with suppress(ValueError):  # it may have been entered in the context of another thread
+                inside.__exit__(None, None, None)
 
     def finish(self) -> None:
         """It is over, and told."""

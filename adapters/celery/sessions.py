@@ -72,6 +72,7 @@ class Working:
             queues=self.queues,
             lists=self.lists,
             apart=not _forks(controller),
+            serves=_forks(controller),
         )
         if self.tracker.mends_library:
             self.held = Held(
@@ -210,6 +211,11 @@ def working_for(app: Any) -> Working | None:
     tracker = lookup.tracker_for(app)
     working = None if tracker is None else _here.get(tracker.source.id)
     return working if working is not None and working.pid == os.getpid() else None
+
+
+def is_worker() -> bool:
+    """Whether this very process is a guarded worker."""
+    return any(working.pid == os.getpid() for working in _here.values())
 
 
 def consuming(connection: Any) -> Working | None:

@@ -92,7 +92,8 @@ class Wire:
             priority=urgency,
             attempt=int(self.task.get("retries") or 0) + 1,
             due_at=_epoch(self.app, self.task.get("eta")),
-            expires_at=_epoch(self.app, self.task.get("expires")),
+            # What has expired is the worker's to revoke: it tells the result, and the chord.
+            expires_at=None,
             parent=parent,
             fresh=True,
             derived=derived,

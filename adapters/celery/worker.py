@@ -24,6 +24,7 @@ from jobguard.adapters.celery.hooks import Hooks
 from jobguard.adapters.celery.wall import our_own_affair
 from jobguard.errors import host_interrupts
 from jobguard.job import Outcome
+from jobguard.log import say_again
 
 if TYPE_CHECKING:
     from jobguard.adapter import Tracker
@@ -102,6 +103,12 @@ def worker_begins(sender: Any = None, **_: Any) -> None:
     begin(sender)
 
 
+def logging_is_set_up(**_: Any) -> None:
+    """celeryd_after_setup: the first moment at which a line of a worker reaches its log."""
+    with our_own_affair("repeat what was said"):
+        say_again()
+
+
 def worker_has_ended(sender: Any = None, **_: Any) -> None:
     """worker_shutdown: the pool is empty, and what was not begun is back in its queue."""
     with our_own_affair("say goodbye"):
@@ -117,16 +124,18 @@ def child_ends(**_: Any) -> None:
         tracker.settle()
 
 
-def was_revoked(sender: Any = None, request: Any = None, **_: Any) -> None:
+def was_revoked(sender: Any = None, request: Any = None, expired: bool = False, **_: Any) -> None:
     """task_revoked: by a person, by a stamp, or because it expired; perhaps while it ran."""
     with our_own_affair("report that a task was revoked"):
         working, token = sessions.working_for(sender.app), token_of(vars(request))
         if working is not None and token is not None:
-            killed.report(working, token, Outcome.CANCELLED, request=request)
+            error = "it expired before it began" if expired else None
+            killed.report(working, token, Outcome.CANCELLED, request=request, error=error)
 
 
 HEARD = (
     (signals.worker_init, worker_begins),
+    (signals.celeryd_after_setup, logging_is_set_up),
     (signals.worker_shutdown, worker_has_ended),
     (signals.worker_process_shutdown, child_ends),
     (signals.task_prerun, fence.before_celery_says_started),

@@ -300,6 +300,7 @@ class FakeTracker:
         queues: Sequence[str],
         lists: Callable[[], Iterable[UUID]] | None = None,
         apart: bool = False,
+        serves: bool = False,
     ) -> Session:
         """Open."""
         self.note("open", name)

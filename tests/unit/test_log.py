@@ -12,7 +12,7 @@ from uuid import UUID
 import pytest
 
 from jobguard import log
-from jobguard.log import EVENTS, Event, get_logger, say
+from jobguard.log import EVENTS, Event, get_logger, say, say_again
 
 ROOT = Path(__file__).parents[2]
 
@@ -238,3 +238,29 @@ def test_every_event_has_a_level_and_a_sentence() -> None:
         assert name.replace("_", "").isalpha() and name.islower(), name
         assert event.level in (logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR)
         assert event.sentence and not event.sentence.endswith("."), name
+
+
+def test_what_nobody_could_hear_is_said_again(own_logging: None) -> None:
+    """A library may set up its logging late; what a handler took is not repeated, nor what is no news."""
+    heard: list[str] = []
+
+    class Ear(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            heard.append(record.getMessage())
+
+    root = logging.getLogger()
+    root.handlers[:] = []
+    say_again()
+    say("kettle_empty", where="kitchen")
+    say("kettle_boils")
+    say("kettle_idle")
+    root.handlers[:] = [Ear()]
+    root.setLevel(logging.INFO)
+    say("kettle_boils", times=2)
+    say_again()
+    say_again()
+    assert heard == [
+        "the water is hot times=2",
+        "there is no water where='kitchen'",
+        "the water is hot",
+    ]

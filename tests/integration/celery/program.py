@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import json
 import os
@@ -15,6 +16,8 @@ from typing import Any, TypeVar
 import redis
 from celery import Celery, Task, chord, group
 from celery.exceptions import Ignore, Reject
+from kombu.common import Broadcast
+from kombu.entity import Queue
 
 import jobguard
 
@@ -31,6 +34,8 @@ app.conf.update(
     }
     | json.loads(os.environ.get("CONF", "{}"))
 )
+if os.environ.get("BROADCAST"):
+    app.conf.task_queues = (Queue("celery"), Broadcast("everyone"))
 if os.environ.get("UNGUARDED") != "1":
     jobguard.guard(app)
 
@@ -191,6 +196,51 @@ def die_always(word: object = "die_always") -> None:
 def _die_once(word: object) -> None:
     if LEDGER.read_text().count(f" {word}\n") < 2:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Stopped(BaseException):
+    """What a library of the user's throws past every ``except Exception``."""
+
+
+def _break_off(how: str) -> None:
+    if how == "gevent.Timeout":
+        from gevent import Timeout  # type: ignore[import-untyped]
+
+        raise Timeout(1)
+    if how == "GreenletExit":
+        from greenlet import GreenletExit  # type: ignore[import-untyped]
+
+        raise GreenletExit
+    kinds: dict[str, type[BaseException]] = {
+        "CancelledError": asyncio.CancelledError,
+        "GeneratorExit": GeneratorExit,
+        "KeyboardInterrupt": KeyboardInterrupt,
+        "MemoryError": MemoryError,
+        "SystemExit": SystemExit,
+        "Stopped": Stopped,
+    }
+    raise kinds[how]
+
+
+@task()
+def broken(how: str) -> None:
+    """Raise what is no Exception."""
+    say(how)
+    _break_off(how)
+
+
+@task(acks_late=True)
+def broken_late(how: str) -> None:
+    """Raise it in the first run, and be acknowledged after it."""
+    say(how)
+    if LEDGER.read_text().count(f" {how}\n") < 2:
+        _break_off(how)
+
+
+@task(acks_late=True, reject_on_worker_lost=True)
+def broken_requeued(how: str) -> None:
+    """The same, where Celery queues again what its child took along."""
+    broken_late(how)
 
 
 @task()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import celery
 import pytest
 import redis
+from celery.app.task import Context
 from celery.exceptions import Ignore
 
 from jobguard.adapters.celery import fence, sessions
@@ -83,3 +85,41 @@ def test_redis_fails_after_the_function_has_returned(
             fence.after_the_run(sender=task, retval=3, state="SUCCESS")
     ((_, outcome, _),) = tracker.notes("end")
     assert outcome == ("completed" if reached else "failed")
+
+
+def test_a_pool_that_asks_in_another_thread(app: celery.Celery, tracker: FakeTracker) -> None:
+    """celery-aio-pool shows ``before_start`` one request for all tasks, and the tracer another."""
+    task, tokens = app.tasks["add"], [new_token() for _ in range(2)]
+    for token in tokens:
+        context = Context(id=token.hex, args=(), kwargs={}, jobguard=token.hex)
+        context.update(called_directly=False, is_eager=False)
+        task.request.update(vars(context))  # of no task: the stack is empty
+        thread = threading.Thread(target=task.before_start, args=(token.hex, (), {}))
+        thread.start()
+        thread.join()
+        task.request_stack.push(context)
+        try:
+            fence.after_the_run(sender=task, retval=3, state="SUCCESS")
+        finally:
+            task.request_stack.pop()
+    assert tracker.notes("start") == [[token.hex] for token in tokens]
+    assert [outcome for _, outcome, _ in tracker.notes("end")] == ["completed"] * 2
+
+
+def test_a_copy_that_is_refused_says_nothing_of_the_run_that_goes_on(
+    app: celery.Celery, tracker: FakeTracker
+) -> None:
+    """Both have the same token, and their requests are their own."""
+    task, token = app.tasks["add"], new_token()
+    with received(task, id="a", jobguard=token.hex):
+        task.before_start("a", (), {})
+        tracker.live_elsewhere.add(token)
+        copy = Context(id="a", args=(), kwargs={}, jobguard=token.hex, called_directly=False)
+        task.request_stack.push(copy)
+        with pytest.raises(Ignore):
+            task.before_start("a", (), {})
+        fence.after_the_run(sender=task, retval=None, state="IGNORED")
+        task.request_stack.pop()
+        assert not tracker.notes("end")
+        fence.after_the_run(sender=task, retval=3, state="SUCCESS")
+    assert [outcome for _, outcome, _ in tracker.notes("end")] == ["completed"]

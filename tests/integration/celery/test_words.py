@@ -1,0 +1,134 @@
+"""What a worker says of the guard, and what it does not say."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from celery import chord, group
+
+from jobguard.servers import RedisServer
+from tests.integration.celery.rig import PROGRAM, Rig, a_rig
+
+CELERY = str(Path(sys.executable).parent / "celery")
+BEGINS = "a guarded worker begins"
+
+
+@pytest.fixture
+def rig(tmp_path: Path, database: str, redis_url: str) -> Iterator[Rig]:
+    """Give real workers, and an application that is guarded."""
+    with a_rig(tmp_path, database, redis_url) as rig:
+        yield rig
+
+
+@pytest.mark.parametrize("pool", ["prefork", "solo"])
+def test_a_guarded_worker_says_so(rig: Rig, pool: str) -> None:
+    """Once, when Celery has set up its logging."""
+    worker = rig.worker(pool, conf={"worker_hijack_root_logger": True})
+    assert worker.text.count(BEGINS) == 1
+    assert worker.text.index(BEGINS) < worker.text.index(" ready.")
+
+
+def test_a_worker_that_cannot_be_guarded_says_why(rig: Rig) -> None:
+    """At every log level."""
+    worker = rig.worker("solo", JOBGUARD_POSTGRES_URL="", DATABASE_URL="")
+    assert re.search(r"JOBGUARD_POSTGRES_URL", worker.text), worker.text
+    assert BEGINS not in worker.text
+
+
+def test_jobguard_run_guards_an_app_that_calls_no_guard(rig: Rig) -> None:
+    """By its environment; its tasks are claimed and ended."""
+    worker = rig._start(
+        "run",
+        *("-c", "from jobguard.cli import main; main()", "run", "--"),
+        *(
+            CELERY,
+            "-A",
+            PROGRAM,
+            "worker",
+            "-P",
+            "prefork",
+            "-c",
+            "1",
+            "-l",
+            "INFO",
+        ),
+        UNGUARDED="1",
+    )
+    rig._until_up(worker, lambda: " ready." in worker.text)
+    assert BEGINS in worker.text
+    job_id = rig.send("ok")
+    rig.until(lambda: rig.ended(job_id))
+    assert rig.ask("select outcome::text, number from jobguard.history") == [("completed", 1)]
+
+
+def test_jobguard_run_says_why_it_guards_nothing(rig: Rig) -> None:
+    """It runs the worker all the same."""
+    worker = rig._start(
+        "run",
+        *("-c", "from jobguard.cli import main; main()", "run", "--"),
+        *(CELERY, "-A", PROGRAM, "worker", "-P", "solo", "-l", "WARNING"),
+        UNGUARDED="1",
+        JOBGUARD_POSTGRES_URL="",
+        DATABASE_URL="",
+    )
+    rig._until_up(worker, lambda: "JOBGUARD_POSTGRES_URL" in worker.text)
+
+
+def test_a_revoked_task_is_no_late_end(rig: Rig) -> None:
+    """Its tombstone stands since the revoke; the worker reports it again."""
+    worker = rig.worker("solo")
+    job_id = rig.send("ok", "revoked", countdown=2)
+    rig.until(lambda: rig.redis.hlen("unacked"))
+    rig.app.control.revoke(job_id)
+    rig.until(lambda: "Discarding revoked task" in worker.text)
+    assert worker.stop() == 0
+    assert rig.ended(job_id) == ["cancelled"]
+    assert "came too late" not in worker.text
+
+
+def test_a_broadcast_queue_holds_nothing_that_could_be_purged(
+    tmp_path: Path, database: str, own_redis: RedisServer
+) -> None:
+    """It is deleted when its worker ends, with or without a Redis."""
+    with a_rig(tmp_path, database, own_redis.url) as rig:
+        worker = rig.worker("solo", BROADCAST="1")
+        own_redis.kill()
+        rig.until(lambda: "Connection to broker lost" in worker.text)
+        own_redis.start()
+        rig.until(lambda: worker.text.count("Connected to") == 2)
+        worker.stop()
+        assert "write down a purge" not in worker.text
+
+
+def test_a_chord_hears_of_a_member_that_expired_in_a_loss(
+    tmp_path: Path, database: str, own_redis: RedisServer
+) -> None:
+    """REVOKED, and the error callbacks of its body, as without a loss."""
+    with a_rig(tmp_path, database, own_redis.url) as rig:
+        rig.reconciler()
+        first = rig.worker("solo")
+        rig.until(rig.trusted)
+        assert first.stop() == 0
+        late = rig.signature("ok", "expired").set(expires=3)
+        body = rig.signature("collect", "all")
+        body.on_error(rig.signature("ok", "an-error").set(immutable=True))
+        sent = chord(group([rig.signature("ok"), late], app=rig.app), app=rig.app)(body)
+        expired = str(sent.parent.results[1].id)
+        del sent  # it must not look for its Redis later
+        own_redis.restart(keep_data=False)
+        rig.until(lambda: rig.redis.llen("celery") == 2)
+        rig.until(
+            lambda: rig.ask("select now() - interval '4 s' > min(recorded_at) from jobguard.jobs")[
+                0
+            ][0]
+        )
+        rig.worker("solo")
+        rig.until(lambda: rig.said()["an-error"])
+        rig.until(lambda: rig.ended(expired) == ["cancelled"])
+        assert rig.said() == {"ok": 1, "an-error": 1}
+        assert rig.app.AsyncResult(expired).state == "REVOKED"
+        assert "expired" in rig.error(expired)
