@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 from uuid import UUID
@@ -210,8 +210,18 @@ class Session(Protocol):
     def id(self) -> UUID:
         """By which name Postgres knows this worker now; another one once it was declared dead."""
 
-    def start(self, token: UUID, describe: Callable[[], Delivery]) -> Claim | Refused:
-        """Ask for the claim to run a delivery. ``describe`` builds its record if nobody recorded it."""
+    def start(
+        self,
+        token: UUID,
+        describe: Callable[[], Delivery],
+        *,
+        idle: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> Claim | Refused:
+        """Ask for the claim to run a delivery. ``describe`` builds its record if nobody recorded it.
+
+        A job that is charged with a worker's death runs alone in its process, so that a start may have
+        to wait. It waits inside ``idle()``: there the library's own time limit must not pass.
+        """
 
     def end(
         self,

@@ -73,6 +73,9 @@ EVENTS: Mapping[str, Event] = {
     "worker_left": Event(INFO, "a guarded worker said goodbye"),  # worker, name
     "start_skipped": Event(INFO, "a start was skipped"),  # job_id, queue, reason, outcome
     "start_unclaimed": Event(WARNING, "a job starts without a claim"),  # job_id
+    "start_waits": Event(
+        INFO, "a job that is charged with a worker's death waits until it can run alone"
+    ),  # token
     "job_declined": Event(
         WARNING, "this worker cannot begin a job: it goes back later"
     ),  # job_id, tries_left, error

@@ -31,7 +31,8 @@ failed_option = click.option(
 def command() -> None:
     """List and requeue jobs that were given up.
 
-    A job is dead when its crash budget is spent; failed when its library gave it up.
+    A job is dead when it has caused as many worker deaths as its crash budget says (3: with the third
+    death); failed when its library gave it up.
     """
 
 

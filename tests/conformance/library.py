@@ -102,6 +102,10 @@ class Library(ABC):
     def start_worker(self, environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
         """Start a guarded worker as a process of its own; what a job does to it, it does to all of it."""
 
+    def start_crowded_worker(self, environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
+        """The same, with several jobs at once in its process, where the library can do that."""
+        return self.start_worker(environ)
+
     # -- Redis -------------------------------------------------------------------------------------
 
     @abstractmethod

@@ -170,10 +170,17 @@ class OnCelery(Library):
 
     def start_worker(self, environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
         """The usual command, with the pool that is the worker itself."""
+        return self._command(environ, "--pool", "solo")
+
+    def start_crowded_worker(self, environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
+        """With the pool of threads."""
+        return self._command(environ, "--pool", "threads", "--concurrency", "4")
+
+    def _command(self, environ: Mapping[str, str], *pool: str) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
             [
                 *(sys.executable, "-m", "celery", "-A", "tests.conformance.celery_app", "worker"),
-                *("--pool", "solo", "-Q", QUEUE, "--loglevel", "ERROR", "-n", "worker@%h"),
+                *(*pool, "-Q", QUEUE, "--loglevel", "ERROR", "-n", "worker@%h"),
             ],
             env={**environ, "C_FORCE_ROOT": "1"},  # it accepts pickle
             stdin=subprocess.DEVNULL,

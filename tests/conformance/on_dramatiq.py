@@ -28,7 +28,7 @@ from tests.conformance.library import QUEUE, Library
 from tests.support import eventually
 
 MINUTE = 60_000
-_TASKS = {name: getattr(tasks, name) for name in ("say", "fail", "look", "die")}
+_TASKS = {name: getattr(tasks, name) for name in ("say", "fail", "look", "nap", "die")}
 _NO_JOBS = ("dramatiq:__heartbeats__", "dramatiq:__acks__", "jobguard:")
 
 
@@ -163,8 +163,15 @@ class OnDramatiq(Library):
 
     def start_worker(self, environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
         """Without the command, whose workers live on when it is killed."""
+        return self._program(environ, threads=1)
+
+    def start_crowded_worker(self, environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
+        """With threads."""
+        return self._program(environ, threads=4)
+
+    def _program(self, environ: Mapping[str, str], *, threads: int) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
-            [sys.executable, "-m", "tests.conformance.dramatiq_app"],
+            [sys.executable, "-m", "tests.conformance.dramatiq_app", str(threads)],
             env=dict(environ),
             stdin=subprocess.DEVNULL,
         )

@@ -480,6 +480,37 @@ class TestDeath:
             end(second)
         assert records.owed() == []
 
+    @pytest.mark.timeout(300)
+    def test_poison_takes_no_innocent_with_it(
+        self, library: Library, guard: JobGuard, records: Records, database: str
+    ) -> None:
+        """Jobs that kill their process run beside others: those complete, and only the killers are dead."""
+        env = environ(database, library.redis_url)
+        worker = library.start_crowded_worker(env)
+        try:
+            eventually(lambda: guard.reconcile() and records.trusted(), 30)
+            sent = {word: library.send("nap", word) for word in range(5)}
+            poison = [library.send("die", "x")]
+            sent |= {word: library.send("nap", word) for word in range(5, 10)}
+            poison.append(library.send("die", "y"))
+            sent |= {word: library.send("nap", word) for word in range(10, 12)}
+
+            def over() -> bool:
+                nonlocal worker
+                if worker.poll() is not None:
+                    worker = library.start_crowded_worker(env)
+                return bool(guard.reconcile()) and records.owed() == []
+
+            eventually(over, 120)
+        finally:
+            end(worker)
+        assert {records.ended(job_id)[0][0] for job_id in sent.values()} == {"completed"}
+        assert [records.ended(job_id)[0][0] for job_id in poison] == ["dead", "dead"]
+        # At the first death nobody knows which of them caused it.
+        said = Counter(library.said())
+        assert {said["x"], said["y"]} <= {2, 3}
+        assert max(said[str(word)] for word in sent) <= 2
+
 
 class TestGuest:
     """Whatever is ours stays ours."""
