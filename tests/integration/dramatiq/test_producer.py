@@ -275,6 +275,48 @@ class TestIntent:
         assert [owed.job_id for owed in records.owed()] == [delayed.message_id]
 
 
+class TestAbort:
+    """dramatiq-abort: the abort is an intent, and Redis keeps it for a while only."""
+
+    @pytest.fixture
+    def abortable(self, redis_url: str) -> Any:
+        """Give its middleware."""
+        kind = pytest.importorskip("dramatiq_abort").Abortable
+        backend = pytest.importorskip("dramatiq_abort.backends").RedisBackend
+        return kind(backend=backend.from_url(redis_url))
+
+    @pytest.mark.parametrize("added", ["before", "after"])
+    def test_an_aborted_message_stays_aborted(
+        self, stage: Stage, database: str, records: Records, abortable: Any, added: str
+    ) -> None:
+        """Though Redis forgets the abort: its tombstone was written first."""
+        if added == "before":
+            stage.broker.add_middleware(abortable)
+        with jobguard.guard(stage.broker, postgres=database, **BRISK):
+            if added == "after":
+                stage.broker.add_middleware(abortable)
+            message = stage.actor("say").send("a")
+            abortable.abort(message.message_id)
+            assert records.ended(message.message_id) == [("cancelled", 1)]
+            assert records.owed() == []
+            stage.client.delete(f"dramatiq:aborts:cancel:{message.message_id}")
+            stage.work()
+            assert stage.said() == []
+        assert "abort" not in vars(abortable)
+
+    def test_what_is_not_aborted_runs(
+        self, stage: Stage, guard: JobGuard, records: Records, abortable: Any
+    ) -> None:
+        """And what is skipped by the middleware alone has ended as well."""
+        stage.broker.add_middleware(abortable)
+        sent = [stage.actor("say").send(word) for word in "ab"]
+        abortable.abort(sent[0].message_id)
+        stage.work()
+        assert stage.said() == ["b"]
+        eventually(lambda: records.owed() == [])
+        assert records.ended(sent[1].message_id) == [("completed", 1)]
+
+
 class TestRequeue:
     """A person has what failed put back."""
 
