@@ -287,15 +287,20 @@ class Broker(Protocol):
     ) -> Mapping[UUID, Restored]:
         """Put these back, in this order, each atomically, unless Redis' own clock is past ``deadline``."""
 
-    def abandon(self, page: Sequence[Owed]) -> None:
+    def abandon(self, page: Sequence[Owed], *, deadline: float) -> None:
         """Take the runs of these out of the library's books: their workers are dead.
+
+        Nothing is changed once Redis' own clock is past ``deadline``.
 
         They may have to wait before they go back, and the library's own recovery must not have given
         them up by then.
         """
 
-    def bury(self, page: Sequence[Owed]) -> None:
-        """Show these in the library as failed for good: their crash budget is spent."""
+    def bury(self, page: Sequence[Owed], *, deadline: float) -> None:
+        """Show these in the library as failed for good: their crash budget is spent.
+
+        Nothing is changed once Redis' own clock is past ``deadline``.
+        """
 
     def hide(self, page: Sequence[Owed]) -> None:
         """Take back what a restore with ``running`` put back of these: they have ended meanwhile."""

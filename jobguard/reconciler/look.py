@@ -112,8 +112,8 @@ class Looker:
             for owed, seen in ((owed, sightings[owed.token]) for owed in page)
         ]
         self._note(term, decided, now, done)
-        self._close(term, decided, done)
-        self._void(term, decided, done)
+        self._close(term, decided, deadline, done)
+        self._void(term, decided, deadline, done)
         free = [(owed, seen) for owed, seen, _ in decided if not now.holds(owed.queue)]
         self.putting_back.running(
             [o for o, seen in free if o.claim_live and seen.bodiless and self._is_loss(o, now)],
@@ -260,7 +260,11 @@ class Looker:
             say("jobs_suspected", count=len(suspects))
 
     def _close(
-        self, term: int, decided: Sequence[tuple[Owed, Sighting, Decision]], done: Done
+        self,
+        term: int,
+        decided: Sequence[tuple[Owed, Sighting, Decision]],
+        deadline: float,
+        done: Done,
     ) -> None:
         closings = [
             Closing(
@@ -278,7 +282,7 @@ class Looker:
         closed = frozenset(self._store.close_owed(term, self._source, closings))
         buried = [owed for owed, _, decision in decided if decision.verdict is Verdict.BURY]
         if buried and self._settings.mode == "guard":
-            self._broker.bury(buried)
+            self._broker.bury(buried, deadline=deadline)
         for owed, _, decision in decided:
             if decision.verdict is Verdict.BURY:
                 done.buried += 1
@@ -303,7 +307,11 @@ class Looker:
         return [replace(c, part=parts.get(c.token)) for c in closings]
 
     def _void(
-        self, term: int, decided: Sequence[tuple[Owed, Sighting, Decision]], done: Done
+        self,
+        term: int,
+        decided: Sequence[tuple[Owed, Sighting, Decision]],
+        deadline: float,
+        done: Done,
     ) -> None:
         voids = []
         for owed, _, decision in decided:
@@ -315,7 +323,8 @@ class Looker:
             voided = self._store.void(term, self._source, voids)
             failpoint.hit("after_void")
             taken = frozenset(voided)
-            self._broker.abandon([owed for owed, _, _ in decided if owed.token in taken])
+            left = [owed for owed, _, _ in decided if owed.token in taken]
+            self._broker.abandon(left, deadline=deadline)
             done.requeued += len(voided)
             say("claims_voided", count=len(voided))
 

@@ -46,7 +46,7 @@ from jobguard.tracker import HostTracker
 from tests.conformance import tasks
 from tests.conformance.library import OTHER, Library
 from tests.conformance.words import BRISK, ROOT, Leader, Records, another_worker, environ
-from tests.support import eventually
+from tests.support import eventually, keyspace, newly_owed
 
 HOUR = 3600.0
 
@@ -512,6 +512,28 @@ class TestDeath:
         assert max(said[str(word)] for word in sent) <= 2
 
 
+class TestStaleLeader:
+    """A leader that fell asleep between its look and what it does."""
+
+    def test_it_changes_nothing_in_redis(
+        self, library: Library, guard: JobGuard, records: Records, leader: Leader
+    ) -> None:
+        """Neither a run nor a dead job is shown otherwise, once Redis' clock is past the deadline."""
+        library.send()
+        (given,) = records.owed()
+        owed = newly_owed(given.token, job_id=given.job_id, queue=given.queue)
+        if library.adapter.library == "dramatiq":  # a worker that is silent has fetched it
+            library.client.zadd("dramatiq:__heartbeats__", {"silent": 1})
+            library.client.sadd(f"dramatiq:__acks__.silent.{given.queue}", str(given.token))
+        before = keyspace(library.client)
+        leader.broker.abandon([owed], deadline=time.time() - 1)
+        leader.broker.bury([owed], deadline=time.time() - 1)
+        assert keyspace(library.client) == before
+        leader.broker.abandon([owed], deadline=time.time() + 60)
+        leader.broker.bury([owed], deadline=time.time() + 60)
+        assert (keyspace(library.client) != before) == (library.adapter.library != "celery")
+
+
 class TestGuest:
     """Whatever is ours stays ours."""
 
@@ -645,7 +667,7 @@ assert broker.presence(page)[token].presence is Presence.ABSENT
 assert broker.restore([lost], deadline=time.time() + 60) == {token: Restored.RESTORED}
 assert broker.presence(page)[token].presence is Presence.WAITING
 broker.consumers()
-broker.abandon(page)
+broker.abandon(page, deadline=time.time() + 60)
 """
 
 
