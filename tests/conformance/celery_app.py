@@ -37,13 +37,13 @@ def name_of(task: str) -> str:
 
 
 def _retried(plain: Callable[..., None]) -> Callable[..., None]:
-    def run(self: Any, *args: object, retries: int = 0) -> None:
+    def run(self: Any, *args: object, retries: int = 0, wait: float = 0) -> None:
         try:
             plain(*args)
         except Exception as error:
             if not retries:
                 raise
-            raise self.retry(exc=error, countdown=0, max_retries=retries) from error
+            raise self.retry(exc=error, countdown=wait, max_retries=retries) from error
 
     run.__name__ = plain.__name__
     return run

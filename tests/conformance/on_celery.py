@@ -96,6 +96,7 @@ class OnCelery(Library):
         job_id: str | None = None,
         delay: float | None = None,
         retries: int = 0,
+        retry_delay: float = 0.0,
         at_front: bool = False,
     ) -> str:
         """Send it to its queue."""
@@ -103,7 +104,7 @@ class OnCelery(Library):
             pytest.skip("Celery has no front of a queue")
         sent: Any = self.app.tasks[celery_app.name_of(task)].apply_async(
             (str(self.ledger), *words),
-            {"retries": retries} if retries else {},
+            {"retries": retries, "wait": retry_delay} if retries else {},
             task_id=job_id,
             queue=queue,
             countdown=delay,
@@ -185,6 +186,10 @@ class OnCelery(Library):
             env={**environ, "C_FORCE_ROOT": "1"},  # it accepts pickle
             stdin=subprocess.DEVNULL,
         )
+
+    def delayed_copies(self) -> int:
+        """What is taken and not acknowledged."""
+        return int(self.client.hlen("unacked"))
 
     def waiting(self, queue: str = QUEUE) -> list[str]:
         """What a worker has taken and left lying; then the lists, the next to be run first."""

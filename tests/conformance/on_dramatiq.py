@@ -99,13 +99,18 @@ class OnDramatiq(Library):
         job_id: str | None = None,
         delay: float | None = None,
         retries: int = 0,
+        retry_delay: float = 0.0,
         at_front: bool = False,
     ) -> str:
         """Enqueue it."""
         if at_front:
             pytest.skip("Dramatiq knows no front of a queue")
+        backoff = max(1, int(retry_delay * 1000))
         message = self.broker.actors[task].message_with_options(
-            args=(str(self.ledger), *words), max_retries=retries, min_backoff=1, max_backoff=1
+            args=(str(self.ledger), *words),
+            max_retries=retries,
+            min_backoff=backoff,
+            max_backoff=backoff,
         )
         message = message.copy(queue_name=queue, **({"message_id": job_id} if job_id else {}))
         self.broker.declare_queue(queue)
@@ -175,6 +180,11 @@ class OnDramatiq(Library):
             env=dict(environ),
             stdin=subprocess.DEVNULL,
         )
+
+    def delayed_copies(self) -> int:
+        """What is fetched from the delay queue."""
+        keys: Any = self.client.keys(f"dramatiq:__acks__.*.{QUEUE}.DQ")
+        return sum(self.client.scard(key) for key in keys)
 
     def waiting(self, queue: str = QUEUE) -> list[str]:
         """The list, from its head; before it, what a worker has fetched."""

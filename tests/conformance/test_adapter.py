@@ -512,6 +512,37 @@ class TestDeath:
         assert max(said[str(word)] for word in sent) <= 2
 
 
+class TestHeldByAWorker:
+    """What a worker holds in its memory for later, when Redis loses everything."""
+
+    @pytest.mark.parametrize("how", ["delayed", "retried"])
+    def test_it_completes_once(
+        self, library: Library, guard: JobGuard, records: Records, database: str, how: str
+    ) -> None:
+        """It is put back, so that the process may hold it twice; each copy is the same delivery."""
+        env = environ(database, library.redis_url)
+        worker = library.start_scheduling_worker(env)
+        try:
+            eventually(lambda: guard.reconcile() and records.trusted(), 30)
+            if how == "delayed":
+                job_id = library.send(delay=9.0)
+            else:
+                job_id = library.send("fail", retries=1, retry_delay=9.0)
+                eventually(lambda: library.said() == ["ran"], 30)
+            eventually(lambda: library.delayed_copies() == 1, 30)
+            library.client.flushdb()
+            eventually(lambda: guard.reconcile() and library.delayed_copies() == 1, 30)
+            eventually(lambda: records.owed() == [], 60)
+            last = "completed" if how == "delayed" else "failed"
+            assert records.ended(job_id)[-1][0] == last
+            # A second copy of it comes to its end as well, and must not run.
+            eventually(lambda: not library.waiting() and not library.delayed_copies(), 30)
+        finally:
+            end(worker)
+        assert library.said() == ["ran"] * (1 if how == "delayed" else 2)
+        assert {outcome for outcome, _ in records.ended(job_id)} <= {last, "superseded"}
+
+
 class TestStaleLeader:
     """A leader that fell asleep between its look and what it does."""
 
