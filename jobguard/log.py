@@ -145,6 +145,10 @@ EVENTS: Mapping[str, Event] = {
     "jobs_released": Event(
         INFO, "jobs that waited in vain for others, which had ended, go on"
     ),  # count
+    "job_waits_for_unknown": Event(
+        WARNING,
+        "a job that was put back waits for jobs that nobody recorded: send these again, or cancel it",
+    ),  # job_id, waits_for
     "jobs_restored": Event(INFO, "jobs were put back"),  # source, count, cause, seconds
     "joins_mended": Event(INFO, "what a library counts of joins was put back"),  # count
     "joins_finished": Event(
