@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 from uuid import UUID
@@ -213,8 +213,18 @@ class Session(Protocol):
     def id(self) -> UUID:
         """By which name Postgres knows this worker now; another one once it was declared dead."""
 
-    def start(self, token: UUID, describe: Callable[[], Delivery]) -> Claim | Refused:
-        """Ask for the claim to run a delivery. ``describe`` builds its record if nobody recorded it."""
+    def start(
+        self,
+        token: UUID,
+        describe: Callable[[], Delivery],
+        *,
+        idle: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> Claim | Refused:
+        """Ask for the claim to run a delivery. ``describe`` builds its record if nobody recorded it.
+
+        A job that is charged with a worker's death runs alone in its process, so that a start may have
+        to wait. It waits inside ``idle()``: there the library's own time limit must not pass.
+        """
 
     def end(
         self,
@@ -280,15 +290,20 @@ class Broker(Protocol):
     ) -> Mapping[UUID, Restored]:
         """Put these back, in this order, each atomically, unless Redis' own clock is past ``deadline``."""
 
-    def abandon(self, page: Sequence[Owed]) -> None:
+    def abandon(self, page: Sequence[Owed], *, deadline: float) -> None:
         """Take the runs of these out of the library's books: their workers are dead.
+
+        Nothing is changed once Redis' own clock is past ``deadline``.
 
         They may have to wait before they go back, and the library's own recovery must not have given
         them up by then.
         """
 
-    def bury(self, page: Sequence[Owed]) -> None:
-        """Show these in the library as failed for good: their crash budget is spent."""
+    def bury(self, page: Sequence[Owed], *, deadline: float) -> None:
+        """Show these in the library as failed for good: their crash budget is spent.
+
+        Nothing is changed once Redis' own clock is past ``deadline``.
+        """
 
     def hide(self, page: Sequence[Owed]) -> None:
         """Take back what a restore with ``running`` put back of these: they have ended meanwhile."""

@@ -64,7 +64,7 @@ def _no(*_: Any, **__: Any) -> bool:
 
 class _Session(_Wall):
     _answers: ClassVar = {
-        "start": lambda token, describe: Claim(token, 0),
+        "start": lambda token, describe, **_: Claim(token, 0),
         "end": _nothing,
         "release": _nothing,
         "decline": _nothing,
@@ -83,7 +83,7 @@ class _Nobody:
     def __init__(self) -> None:
         self.id = new_token()
 
-    def start(self, token: Any, describe: Any) -> Claim:
+    def start(self, token: Any, describe: Any, **_: Any) -> Claim:
         """Let it run."""
         return Claim(token, 0)
 

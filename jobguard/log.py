@@ -106,6 +106,9 @@ EVENTS: Mapping[str, Event] = {
     "worker_left": Event(INFO, "a guarded worker said goodbye"),  # worker, name
     "start_skipped": Event(INFO, "a start was skipped"),  # job_id, queue, reason, outcome
     "start_unclaimed": Event(WARNING, "a job starts without a claim"),  # job_id
+    "start_waits": Event(
+        INFO, "a job that is charged with a worker's death waits until it can run alone"
+    ),  # token
     "job_declined": Event(
         WARNING, "this worker cannot begin a job: it goes back later"
     ),  # job_id, tries_left, error
@@ -197,6 +200,10 @@ EVENTS: Mapping[str, Event] = {
     "jobs_released": Event(
         INFO, "jobs that waited in vain for others, which had ended, go on"
     ),  # count
+    "job_waits_for_unknown": Event(
+        WARNING,
+        "a job that was put back waits for jobs that nobody recorded: send these again, or cancel it",
+    ),  # job_id, waits_for
     "jobs_restored": Event(INFO, "jobs were put back"),  # source, count, cause, seconds
     "joins_mended": Event(INFO, "what a library counts of joins was put back"),  # count
     "joins_finished": Event(

@@ -6,6 +6,7 @@ taken back. What differs from library to library is what a push is made of, and 
 
 from __future__ import annotations
 
+import re
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -14,11 +15,51 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from uuid import UUID
 
+from redis import exceptions
+
 from jobguard import failpoint
 from jobguard.job import Delivery, Recorded
 
 if TYPE_CHECKING:
     from jobguard.adapter import Tracker
+
+
+_NO_WRITES = re.compile(
+    r"\b(OOM|READONLY|LOADING|MASTERDOWN|CLUSTERDOWN|NOREPLICAS|MISCONF|TRYAGAIN)\b"
+)
+"""The answers of a Redis that takes no writes for a while: full, a replica, alone."""
+_NO_WRITES_KINDS = (
+    exceptions.OutOfMemoryError,
+    exceptions.ReadOnlyError,
+    exceptions.BusyLoadingError,
+    exceptions.ClusterDownError,  # and MASTERDOWN
+    exceptions.TryAgainError,
+)
+"""The same where redis-py takes the first word off the answer."""
+ANSWERS = (
+    exceptions.ResponseError,
+    exceptions.BusyLoadingError,
+    exceptions.AuthenticationError,
+)
+"""Errors that Redis answers with: surely it did not do what it was asked."""
+
+
+def answer_in(error: BaseException | None) -> BaseException | None:
+    """Return the error that Redis answered with, also from inside what a library made of it.
+
+    What came before the last error of Redis says nothing: after NOSCRIPT the script was sent again.
+    """
+    while error is not None and not isinstance(error, exceptions.RedisError):
+        error = error.__cause__ or error.__context__
+    return error if isinstance(error, ANSWERS) else None
+
+
+def takes_no_writes(error: BaseException) -> bool:
+    """Whether Redis answered that it takes no writes now; it may do so later."""
+    answer = answer_in(error)
+    if answer is None:
+        return False
+    return isinstance(answer, _NO_WRITES_KINDS) or _NO_WRITES.search(str(answer)) is not None
 
 
 class TakesBack(Protocol):
@@ -179,33 +220,45 @@ class Push(ABC):
         try:
             sent = self.send()
         except BaseException as error:
-            if self.is_down(error):
+            down = self.is_down(error)
+            if down:
                 self.tracker.broker_failed()
-            in_the_dark = self.failed(error)
-            if in_the_dark and self.is_down(error) and self.accepts(recorded):
+            if self.is_refused(error):
+                if down and self.accepts(recorded):
+                    self._leave()
+                    return None
+                self.give_up(error)
+                raise
+            self.failed(error)
+            if down and self.accepts(recorded):
                 return None
             raise
         failpoint.hit("after_push", when=recorded.written)
         return sent
 
-    def failed(self, error: BaseException) -> bool:
-        """See to what is recorded, and whose push failed; False: surely nothing of it is in Redis."""
+    def failed(self, error: BaseException) -> None:
+        """See to what is recorded, and may have reached Redis."""
         self._leave()
         ids = ", ".join(delivery.job_id for delivery in self.deliveries)
         error.add_note(f"jobguard: it may have reached Redis, and stays recorded: job {ids}")
-        return True
 
     def give_up(self, error: BaseException) -> None:
         """It was never sent, and its sender hears this: take it back, unless a leader may have sent it."""
         if self._recorded.may_be_pushed(self.tracker.push_deadline):
-            Push.failed(self, error)
+            self.failed(error)
             return
         take_back(self.tracker, self.deliveries)
         self.undo()
 
     def is_down(self, error: BaseException) -> bool:
-        """Whether this says that Redis is away."""
-        return isinstance(error, self.broker_down)
+        """Whether this says that Redis is away, or takes no writes for a while."""
+        if isinstance(error, self.broker_down) and answer_in(error) is None:
+            return True
+        return takes_no_writes(error)
+
+    def is_refused(self, error: BaseException) -> bool:
+        """Whether Redis answered, so that surely nothing of it is there: it is one command or script."""
+        return answer_in(error) is not None
 
     def _leave(self) -> None:
         self.tracker.leave_to_outbox([delivery.token for delivery in self.deliveries])

@@ -49,6 +49,12 @@ class Script:
         return answers
 
 
+def is_past(client: Any, deadline: float) -> bool:
+    """Whether Redis' own clock is past this."""
+    seconds, micros = client.time()
+    return float(seconds) + float(micros) / 1e6 > deadline
+
+
 def restored_by(
     script: Script, calls: Sequence[tuple[UUID, list[Any], list[Any]]]
 ) -> dict[UUID, Restored]:

@@ -16,11 +16,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, Protocol
 from uuid import UUID
 
 from jobguard import failpoint, native
+from jobguard.alone import Alone
 from jobguard.errors import BadRow, JobguardError, StoreUnavailable, is_host_interrupt
 from jobguard.heart import Body, Heart
 from jobguard.job import (
@@ -111,6 +113,7 @@ class WorkerSession:
         )
         if apart:
             self._heart.have_stand_in()
+        self._alone = Alone()
         self._lock = native.lock()
         self._lock_pid = os.getpid()
         self._pending: deque[End] = deque()
@@ -134,6 +137,7 @@ class WorkerSession:
         if self._lock_pid != os.getpid():
             self._lock_pid = os.getpid()
             self._listed.after_fork()
+            self._alone.after_fork()
             self._lock = native.lock()
             self._flushing = threading.Lock()
             self._pending = deque()
@@ -148,11 +152,56 @@ class WorkerSession:
 
     # -- starts ------------------------------------------------------------------------------------
 
-    def start(self, token: UUID, describe: Callable[[], Delivery]) -> Claim | Refused:
+    def start(
+        self,
+        token: UUID,
+        describe: Callable[[], Delivery],
+        *,
+        idle: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> Claim | Refused:
         """Ask for the claim to run a delivery; see Session."""
         self._mine()
-        nonce = new_token()
         self._listed.add(token)  # before the claim is asked for
+        answer: Claim | Refused | None = None
+        try:
+            if not self._alone.enters(token):
+                with idle():
+                    self._alone.enter(token)
+            answer = self._started(token, describe)
+            if isinstance(answer, Claim) and answer.crashes:
+                answer = self._start_alone(answer, describe, idle)
+        except BaseException:
+            self._listed.remove((token,))
+            raise
+        finally:
+            if not isinstance(answer, Claim):
+                self._alone.leave(token)
+        return answer
+
+    def _start_alone(
+        self,
+        claim: Claim,
+        describe: Callable[[], Delivery],
+        idle: Callable[[], AbstractContextManager[None]],
+    ) -> Claim | Refused:
+        """Start what is charged with a worker's death when nothing else runs here.
+
+        What ended here is committed first: a claim that is not ended yet looks like company.
+        """
+        if not self._alone.take(claim.token):
+            if not self._gave_back(claim):
+                return claim  # Postgres is away: then no death is charged to it either
+            self._heart.hurry()  # it has no claim now, and must be on the list
+            say("start_waits", token=claim.token)
+            with idle():
+                self._alone.wait(claim.token)
+            self.flush()
+            return self._started(claim.token, describe)
+        self.flush()
+        return claim
+
+    def _started(self, token: UUID, describe: Callable[[], Delivery]) -> Claim | Refused:
+        nonce = new_token()
         try:
             answer = self._claim_patiently(token, nonce, describe)
         except StoreUnavailable as error:
@@ -163,7 +212,6 @@ class WorkerSession:
             return Claim(token, 0)
         except Exception as error:
             if is_host_interrupt(error):
-                self._listed.remove((token,))
                 raise
             say("guest_failed", where="claim", error=str(error))
             return Claim(token, 0)
@@ -296,6 +344,7 @@ class WorkerSession:
             part=part,
         )
         self._listed.settled(claim.token)
+        self._alone.leave(claim.token)
         with self._lock:
             self._pending.append(end)
             many = len(self._pending) >= self._settings.ends_batch
@@ -321,10 +370,17 @@ class WorkerSession:
         """Nothing is left to report of this delivery; see Session."""
         self._mine()
         self._listed.remove((claim.token,))
+        self._alone.leave(claim.token)
 
     def give_back(self, claim: Claim) -> None:
         """Let anyone start it again; see Session."""
         self._mine()
+        # If this fails, whoever starts it is refused until a leader has seen that nobody lists it.
+        self._gave_back(claim)
+        self._listed.remove((claim.token,))
+        self._alone.leave(claim.token)
+
+    def _gave_back(self, claim: Claim) -> bool:
         source = self._tracker.source.id
         try:
             self._tracker.call(
@@ -333,14 +389,15 @@ class WorkerSession:
         except Exception as failure:
             if is_host_interrupt(failure):
                 raise
-            # Whoever starts it is refused until a leader has seen that nobody lists it.
             say("not_written", what="give_back", error=str(failure))
-        self._listed.remove((claim.token,))
+            return False
+        return True
 
     def abandon(self, claim: Claim) -> None:
         """Give a claim up as a dead worker's; see Session."""
         self._mine()
         self._listed.remove((claim.token,))
+        self._alone.leave(claim.token)
         self._heart.hurry()  # a claim that is not listed is nobody's
 
     def decline(self, token: UUID, *, job_id: str, error: str) -> None:

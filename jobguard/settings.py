@@ -88,7 +88,7 @@ class Settings:
     lease: float = _setting(9.0, "a leader's lease, renewed three times as often")
     recovery_rate: float = _setting(2000.0, "jobs a second put back after a loss")
     repair_rate: float = _setting(200.0, "jobs a second put back for all other causes")
-    crash_budget: int = _setting(3, "worker deaths a job may cause before it is dead")
+    crash_budget: int = _setting(3, "worker deaths a job may cause: with the last one it is dead")
     crash_backoff: tuple[float, ...] = _setting(
         (0.0, 30.0, 300.0), "waits before a job goes back after its 1st, 2nd, 3rd worker death"
     )

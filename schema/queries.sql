@@ -517,7 +517,7 @@ with lease as (
 select array(select token from charged) from lease
 
 -- name: close_owed
--- End in the leader's name what nobody runs.
+-- End in the leader's name what nobody runs. What is dead has caused one death more than was charged.
 with lease as (
   select from jobguard.leader where namespace = %(namespace)s and term = %(term)s for share
 ), said as (
@@ -556,7 +556,8 @@ with lease as (
   insert into jobguard.history (source, token, job_id, queue, task, outcome, attempt, recoveries,
                                 crashes, number, worker, recorded_at, claimed_at, errors, envelope)
   select g.source, g.token, g.job_id, g.queue, g.task, g.outcome::jobguard.outcome, g.attempt,
-         g.recoveries, g.crashes, g.number, g.worker, g.recorded_at, g.claimed_at,
+         g.recoveries, g.crashes + (g.outcome = 'dead')::int, g.number, g.worker, g.recorded_at,
+         g.claimed_at,
          case when g.error is not null then array[g.error] end,
          case when g.outcome in ('failed', 'dead') then g.envelope end
   from gone g

@@ -8,9 +8,11 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from typing import TYPE_CHECKING, Any
+from uuid import UUID
 
 from jobguard.adapter import Broker, Guarded, Later, Source, Tracker
 from jobguard.adapters.celery.broker import CeleryBroker
+from jobguard.adapters.celery.envelope import UnknownEnvelope, renewed
 from jobguard.errors import UnsupportedTarget
 
 if TYPE_CHECKING:
@@ -67,6 +69,13 @@ class CeleryAdapter:
     def broker(self, source: Source, client: redis.Redis) -> Broker:
         """Return the reconciler's view of a source."""
         return CeleryBroker(source, client)
+
+    def renew(self, envelope: bytes, token: UUID) -> bytes:
+        """Return the envelope of what a person has requeued; raises ValueError where that is impossible."""
+        try:
+            return renewed(envelope)
+        except (UnknownEnvelope, TypeError, KeyError) as error:
+            raise ValueError(str(error)) from error
 
 
 def _guarded(app: Any, namespace: str, name: str | None) -> Guarded:

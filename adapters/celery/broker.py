@@ -22,7 +22,7 @@ from jobguard.adapters.celery.scan import Scan, look
 from jobguard.clients import own_client
 from jobguard.job import OpenJoin, Owed, Part, Presence, Restorable, Restored, Sighting
 from jobguard.listeners import Consumers
-from jobguard.scripts import Script, restored_by
+from jobguard.scripts import Script, is_past, restored_by
 
 if TYPE_CHECKING:
     import redis
@@ -87,14 +87,16 @@ class CeleryBroker:
                 calls.append((delivery.token, *call))
         return done | restored_by(self._restore, calls)
 
-    def abandon(self, page: Sequence[Owed]) -> None:
+    def abandon(self, page: Sequence[Owed], *, deadline: float) -> None:
         """Nothing: Celery's own recovery takes what a dead worker had, and the fence sees to that."""
 
-    def bury(self, page: Sequence[Owed]) -> None:
+    def bury(self, page: Sequence[Owed], *, deadline: float) -> None:
         """Store a failure, where results are kept as JSON: whoever waits for one is told.
 
         What the last of their workers had taken goes, too: Celery would bring it back in an hour.
         """
+        if is_past(self._client, deadline):
+            return
         scan = look(self._client, self._layout, ())
         tags = [scan.taken[t].tag for o in page if (t := o.token.hex.encode()) in scan.taken]
         if tags:

@@ -78,6 +78,16 @@ def fresh(message: bytes, token: UUID) -> bytes:
     )
 
 
+def renewed(envelope: bytes) -> bytes:
+    """Return the envelope of what a person has requeued: its retries are before it again."""
+    routing, message = decode(envelope)
+    told = json.loads(message)
+    if not told["headers"].get("retries"):
+        return envelope
+    told["headers"]["retries"] = 0
+    return encode(routing, json.dumps(told).encode())
+
+
 def as_part(message: bytes, state: bytes) -> bytes:
     """Return the message of a chord's last part, to be counted and not run, with what it left."""
     told = json.dumps(b64encode(state).decode()).encode()

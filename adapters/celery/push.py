@@ -104,13 +104,6 @@ class TaskPush(Push):
             log.info("task %s has ended or moved on; it is not sent", self.delivery.job_id)
         return left
 
-    def failed(self, error: BaseException) -> bool:
-        """If Redis answered, it did not take it."""
-        if isinstance(error, redis.ResponseError) and not self.is_down(error):
-            self.give_up(error)
-            return False
-        return super().failed(error)
-
     def undo(self) -> None:
         """What takes no other's place was never recorded."""
         self.begun = self.begun and self.delivery.parent is not None

@@ -8,11 +8,13 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from typing import TYPE_CHECKING, Any
+from uuid import UUID
 
 import redis
 
 from jobguard.adapter import Broker, Guarded, Source, Tracker
 from jobguard.adapters.dramatiq.broker import DramatiqBroker
+from jobguard.adapters.dramatiq.envelope import UnknownEnvelope, decode
 from jobguard.adapters.dramatiq.layout import Layout
 from jobguard.clients import address_of, is_test_double, own_client
 from jobguard.errors import UnsupportedTarget
@@ -61,6 +63,13 @@ class DramatiqAdapter:
     def broker(self, source: Source, client: redis.Redis) -> Broker:
         """Return the reconciler's view of a source."""
         return DramatiqBroker(source, client)
+
+    def renew(self, envelope: bytes, token: UUID) -> bytes:
+        """Return the envelope of what a person has requeued; raises ValueError where that is impossible."""
+        try:
+            return decode(envelope).renewed(token).encode()
+        except UnknownEnvelope as error:
+            raise ValueError(str(error)) from error
 
 
 def _guarded(target: RedisBroker, *, namespace: str, name: str | None) -> Guarded:

@@ -97,21 +97,27 @@ class DramatiqBroker:
                 done[delivery.token] = Restored.UNREADABLE
         return done | restored_by(self._restore, calls)
 
-    def abandon(self, page: Sequence[Owed]) -> None:
+    def abandon(self, page: Sequence[Owed], *, deadline: float) -> None:
         """Take these out of the hands of workers that are not heard of: Dramatiq would put them back."""
         acks = self._layout.acks_prefix
         self._abandon.run(
             [
-                ([self._layout.heartbeats], [str(owed.token), acks, owed.queue, _SILENT])
+                (
+                    [self._layout.heartbeats],
+                    [str(owed.token), acks, owed.queue, _SILENT, repr(deadline)],
+                )
                 for owed in page
             ]
         )
 
-    def bury(self, page: Sequence[Owed]) -> None:
+    def bury(self, page: Sequence[Owed], *, deadline: float) -> None:
         """Show these among the dead letters, where people look for them."""
         acks = self._layout.acks_prefix
         self._bury.run(
-            [([*self._lists_of(owed.queue)], [str(owed.token), acks, owed.queue]) for owed in page]
+            [
+                (self._lists_of(owed.queue), [str(owed.token), acks, owed.queue, repr(deadline)])
+                for owed in page
+            ]
         )
 
     def hide(self, page: Sequence[Owed]) -> None:

@@ -3,11 +3,13 @@
 -- KEYS: 1 list  2 its messages  3 delay list  4 its messages  5 dead letters  6 their messages
 --       7 heartbeats
 -- ARGV: 1 id  2 prefix of the sets of what a worker has fetched  3 queue
+--       4 deadline in Redis' time
 -- Returns 1 if there was anything to show.
+local time = redis.call('TIME')
+if tonumber(time[1]) + tonumber(time[2]) / 1e6 > tonumber(ARGV[4]) then return 0 end
 local rid = ARGV[1]
 local message = redis.call('HGET', KEYS[2], rid) or redis.call('HGET', KEYS[4], rid)
 if not message then return 0 end
-local time = redis.call('TIME')
 redis.call('ZADD', KEYS[5], tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000), rid)
 redis.call('HSET', KEYS[6], rid, message)
 redis.call('HDEL', KEYS[2], rid)

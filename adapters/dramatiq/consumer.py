@@ -19,11 +19,12 @@ log = logging.getLogger("jobguard")
 
 
 class Held:
-    """The ids that this process has in hand, by list."""
+    """The ids that this process has in hand, by list, once for each copy in its memory."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._queues: dict[str, str] = {}
+        self._queues: dict[str, list[str]] = {}
+        """Several copies of one message: a leader restored it, and this process fetched it again."""
         self._never: set[str] = set()
 
     def __contains__(self, rid: str) -> bool:
@@ -32,7 +33,7 @@ class Held:
     def take(self, rid: str, queue: str) -> None:
         """This is in hand now."""
         with self._lock:
-            self._queues[rid] = queue
+            self._queues.setdefault(rid, []).append(queue)
 
     def keep_off(self, rid: str) -> None:
         """This can neither be run nor be given back: whatever becomes of it, it is not for us."""
@@ -40,15 +41,18 @@ class Held:
             self._never.add(rid)
 
     def drop(self, rids: Iterable[str]) -> None:
-        """These are not in hand any more."""
+        """One copy of each is not in hand any more."""
         with self._lock:
             for rid in rids:
-                self._queues.pop(rid, None)
+                copies = self._queues.pop(rid, [])[1:]
+                if copies:
+                    self._queues[rid] = copies
 
     def forget(self, queue: str) -> None:
         """What was delayed here is out of memory: Dramatiq throws it away with the consumer."""
         with self._lock:
-            self._queues = {rid: q for rid, q in self._queues.items() if q != queue}
+            left = {rid: [q for q in qs if q != queue] for rid, qs in self._queues.items()}
+            self._queues = {rid: queues for rid, queues in left.items() if queues}
 
 
 class GuardedConsumer(Consumer):

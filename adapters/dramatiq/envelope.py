@@ -7,6 +7,7 @@ message, exactly as it went to Redis. Nothing is ever decoded here: the encoder 
 
 from __future__ import annotations
 
+import json
 import struct
 from dataclasses import dataclass
 from uuid import UUID
@@ -45,6 +46,29 @@ class Envelope:
         if old not in self.data:
             raise UnknownEnvelope("the id of a message cannot be found in its bytes")
         return self.data.replace(old, str(token).encode())
+
+    def renewed(self, token: UUID) -> Envelope:
+        """Return this message as a new delivery, with all its retries.
+
+        The retries that were made stand in the message. They stay where an encoder of the user's wrote
+        it, unless that is JSON. Raises ValueError where no worker would find the id.
+        """
+        try:
+            data = self.data_for(token)
+        except UnknownEnvelope:
+            raise ValueError(
+                "its encoder hides the id of the message, under which a worker acknowledges it; "
+                "send the job again from the application"
+            ) from None
+        try:
+            message = json.loads(data)
+            spent = {"retries", "requeue_timestamp", "traceback"} & message["options"].keys()
+        except (ValueError, TypeError, KeyError, AttributeError):
+            spent = set()
+        if spent:
+            message["options"] = {k: v for k, v in message["options"].items() if k not in spent}
+            data = json.dumps(message, separators=(",", ":")).encode()
+        return Envelope(token, self.queue, data)
 
 
 def decode(envelope: bytes) -> Envelope:

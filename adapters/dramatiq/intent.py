@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from jobguard.adapter import Tracker
 
+_ABORTS = "dramatiq_abort."
 _CHUNK = 1_000
 
 
@@ -26,6 +27,7 @@ class Intent:
         self._broker = broker
         self._layout = Layout(broker.namespace)
         self._flushing = threading.local()
+        self._watched: list[tuple[Any, Any]] = []
 
     def flush(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """RedisBroker.flush: a queue, with what is delayed in it; flush_all comes by here, too."""
@@ -56,6 +58,42 @@ class Intent:
             return original(queue_name)
 
         return hook
+
+    def add_middleware(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """RedisBroker.add_middleware: some middleware aborts messages."""
+        for middleware in self._broker.middleware:
+            self._watch(middleware)
+
+        @wraps(original)
+        def hook(middleware: Any, *args: Any, **kwargs: Any) -> Any:
+            result = original(middleware, *args, **kwargs)
+            self._watch(middleware)
+            return result
+
+        return hook
+
+    def release(self) -> None:
+        """Take the hooks off the middleware."""
+        while self._watched:
+            middleware, hook = self._watched.pop()
+            if vars(middleware).get("abort") is hook:
+                del middleware.abort
+
+    def _watch(self, middleware: Any) -> None:
+        """Hook ``Abortable`` of dramatiq-abort: an abort stands in Redis, for a while, and nowhere else."""
+        if not any(kind.__module__.startswith(_ABORTS) for kind in type(middleware).__mro__):
+            return
+        original = getattr(middleware, "abort", None)
+        if original is None or "abort" in vars(middleware):
+            return
+
+        @wraps(original)
+        def abort(message_id: str, *args: Any, **kwargs: Any) -> Any:
+            self._tracker.cancel(job_ids=[message_id])
+            return original(message_id, *args, **kwargs)
+
+        middleware.abort = abort
+        self._watched.append((middleware, abort))
 
     def _tokens(self, queue: str) -> Iterable[UUID]:
         client: Any = self._broker.client

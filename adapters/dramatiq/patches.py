@@ -56,7 +56,7 @@ class BrokerGuard:
         self.joins = Joins(tracker, broker)
         self.worker = WorkerHalf(tracker, broker, held, self.joins)
         producer = Producer(tracker, broker, held, self.worker)
-        intent = Intent(tracker, broker)
+        self.intent = intent = Intent(tracker, broker)
         self._middleware = GuardMiddleware(producer, self.worker)
         self._hooks: dict[str, Callable[[Any], Any]] = {
             "enqueue": producer.enqueue,
@@ -66,6 +66,7 @@ class BrokerGuard:
             "do_nack": self.worker.do_nack,
             "flush": intent.flush,
             "do_purge": intent.do_purge,
+            "add_middleware": intent.add_middleware,
         }
         self._before: dict[str, Any] = {}
         self._put: dict[str, Any] = {}
@@ -99,6 +100,7 @@ class BrokerGuard:
         delattr(self.broker, _GUARD)
         self.worker.end()
         self.joins.release()
+        self.intent.release()
         middleware = [each for each in self.broker.middleware if each is not self._middleware]
         self.broker.middleware = middleware
         self.broker.broker_id = self._before.pop("broker_id")

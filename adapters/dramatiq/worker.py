@@ -11,7 +11,8 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
@@ -20,7 +21,7 @@ import redis
 from dramatiq.broker import MessageProxy
 from dramatiq.common import current_millis
 from dramatiq.errors import DecodeError
-from dramatiq.middleware import Interrupt, SkipMessage
+from dramatiq.middleware import Interrupt, SkipMessage, TimeLimit
 
 from jobguard import failpoint
 from jobguard.adapter import running_job
@@ -143,7 +144,9 @@ class WorkerHalf:
             return
         try:
             answer = self._joins.ended_before(message, token) or session.start(
-                token, lambda: self._describe(message, token)
+                token,
+                lambda: self._describe(message, token),
+                idle=lambda: self._off_the_clock(message),
             )
         except BaseException:  # interrupted by Dramatiq, for which it has failed then
             session.release(Claim(token, 0))
@@ -160,6 +163,18 @@ class WorkerHalf:
         )
         run.current.__enter__()
         failpoint.hit("after_claim")
+
+    @contextmanager
+    def _off_the_clock(self, message: MessageProxy) -> Iterator[None]:
+        """Stop the time limit of Dramatiq, which began before we were asked; begin it anew after that."""
+        limits: list[Any] = [m for m in self._broker.middleware if isinstance(m, TimeLimit)]
+        for limit in limits:
+            limit.after_skip_message(self._broker, message)
+        try:
+            yield
+        finally:
+            for limit in limits:
+                limit.before_process_message(self._broker, message)
 
     def _skip(self, message: MessageProxy, refused: Refused) -> SkipMessage:
         """Return what keeps it from running, with all that is left to be done instead."""

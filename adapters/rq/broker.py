@@ -20,7 +20,7 @@ from jobguard.adapters.rq.layout import FIELD, KEPT, SPENT, Layout
 from jobguard.job import Join, OpenJoin, Owed, Part, Presence, Restorable, Restored, Sighting
 from jobguard.label import nameable
 from jobguard.listeners import Consumers, Listeners
-from jobguard.scripts import RESTORES_A_TRIP, Script, chunks, restored_by
+from jobguard.scripts import RESTORES_A_TRIP, Script, chunks, is_past, restored_by
 
 if TYPE_CHECKING:
     import redis
@@ -86,22 +86,24 @@ class RQBroker:
                 done[delivery.token] = Restored.UNREADABLE
         return done | restored_by(self._restore, calls)
 
-    def abandon(self, page: Sequence[Owed]) -> None:
+    def abandon(self, page: Sequence[Owed], *, deadline: float) -> None:
         """Take these dead workers' runs out of RQ's books."""
         layout = self._layout
         calls: list[tuple[list[Any], list[Any]]] = [
             (
                 [*layout.run(owed.job_id, owed.queue)],
-                [owed.job_id, owed.token.hex, layout.base],
+                [owed.job_id, owed.token.hex, layout.base, repr(deadline)],
             )
             for owed in page
         ]
         for batch in chunks(calls, RESTORES_A_TRIP):
             self._abandon.run(batch)
 
-    def bury(self, page: Sequence[Owed]) -> None:
+    def bury(self, page: Sequence[Owed], *, deadline: float) -> None:
         """Show these among RQ's failed jobs, where people look for them."""
-        self.abandon(page)
+        if is_past(self._client, deadline):
+            return
+        self.abandon(page, deadline=deadline)
         calls: list[tuple[list[Any], list[Any]]] = [
             (
                 [*self._layout.ending(owed.job_id, owed.queue)],

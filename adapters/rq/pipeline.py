@@ -7,6 +7,7 @@ after all (refused, or too late) has its commands taken out, the caller's others
 from __future__ import annotations
 
 import logging
+import re
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -217,13 +218,21 @@ def leave_to_outbox(staged: Sequence[Staged]) -> None:
         tracker.leave_to_outbox([entry.delivery.token for entry in entries])
 
 
+_QUEUE_FAILED = re.compile(r"Command # \d+ \((RPUSH|LPUSH|ZADD) ")
+
+
 def surely_failed(error: BaseException) -> bool:
     """Whether Redis certainly did nothing: a lost race, or a transaction that it refused whole."""
     if isinstance(error, redis.WatchError):
         # redis-py says WatchError also when the connection broke with the EXEC under way.
         return "Watched variable changed" in str(error)
     aborts = (error, error.__context__)
-    return any(isinstance(abort, redis.exceptions.ExecAbortError) for abort in aborts)
+    if any(isinstance(abort, redis.exceptions.ExecAbortError) for abort in aborts):
+        return True
+    if isinstance(error, redis.exceptions.BusyLoadingError | redis.AuthenticationError):
+        return True
+    # EXEC was done, but the job did not come into its queue: that key holds something else.
+    return isinstance(error, redis.ResponseError) and _QUEUE_FAILED.match(str(error)) is not None
 
 
 def is_immediate(pipe: Pipeline) -> bool:

@@ -76,10 +76,13 @@ class _Push(Push):
         self.staged = [e for e in self.staged if e.delivery.token not in recorded.refused]
         return True
 
-    def failed(self, error: BaseException) -> bool:
+    def failed(self, error: BaseException) -> None:
         """As for every pipeline."""
         not_pushed(self.staged, error)
-        return not surely_failed(error)
+
+    def is_refused(self, error: BaseException) -> bool:
+        """As for every pipeline."""
+        return surely_failed(error)
 
     def undo(self) -> None:
         """The jobs carry the tokens of before."""

@@ -21,6 +21,9 @@ from jobguard.errors import JobguardError, StoreUnavailable
 from jobguard.job import Outcome
 from jobguard.store import Ledger
 
+_MANY = 1000
+"""As many as are counted."""
+
 queue_option = click.option("--queue", metavar="NAME", help="Only this queue.")
 failed_option = click.option(
     "--failed", is_flag=True, help="Also what the library itself gave up (failed)."
@@ -31,7 +34,8 @@ failed_option = click.option(
 def command() -> None:
     """List and requeue jobs that were given up.
 
-    A job is dead when its crash budget is spent; failed when its library gave it up.
+    A job is dead when it has caused as many worker deaths as its crash budget says (3: with the third
+    death); failed when its library gave it up.
     """
 
 
@@ -50,15 +54,27 @@ def list_(
     limit: int,
     as_json: bool,
 ) -> None:
-    """List jobs that were given up and not taken up since, newest first."""
+    """List jobs that were given up and not taken up since, newest first.
+
+    What its library gave up after the last retry (failed, a dead letter) is counted, and listed with
+    --failed.
+    """
     with open_ledger(postgres, namespace) as (ledger, tenant):
         rows = ledger.dead(tenant, outcomes=_outcomes(failed), queue=queue, limit=limit)
+        others = (
+            []
+            if failed or as_json
+            else ledger.dead(tenant, outcomes=[Outcome.FAILED], queue=queue, limit=_MANY)
+        )
     if as_json:
         print_json(rows)
     elif rows:
         _print_table(rows)
     else:
         click.echo("none")
+    if others:
+        count = f"{_MANY} or more" if len(others) == _MANY else len(others)
+        click.echo(f"failed in their library: {count}; list them with --failed")
 
 
 @command.command()

@@ -12,6 +12,7 @@ from enum import StrEnum
 from uuid import UUID
 
 from jobguard.job import Fate, Join, Outcome, Owed, Sighting
+from jobguard.log import say
 
 _FORGET = 3600.0
 """Seconds after which what is looked at no more (it has ended) need not be remembered."""
@@ -58,6 +59,7 @@ class Joins:
         self._patience = patience
         self._clock = clock
         self._seen: dict[UUID, tuple[float, Met]] = {}
+        self._held: dict[UUID, float] = {}  # said to wait for what nobody knows, and last seen so
 
     @property
     def pending(self) -> bool:
@@ -69,7 +71,8 @@ class Joins:
 
         The library needs a moment for the move itself: ``grace``. Of what nobody has ever heard, it is
         believed that it has ended, as RQ does: when everything had the time to be recorded
-        (``patience``), and no worker has anything to report.
+        (``patience``), and no worker has anything to report. Not if the waiting job itself was lost and
+        put back.
         """
         now = self._clock()
         waiting = [(owed, seen.joins) for owed, seen in page if seen.joins is not None]
@@ -85,6 +88,10 @@ class Joins:
         vain = []
         for owed, join in waiting:
             answer = met(join, fates, ended)
+            if answer is Met.UNKNOWN and owed.recoveries:
+                # It was put back after a loss: what nobody recorded may be lost with it, and unrun.
+                self._hold(owed, join, fates)
+                continue
             if answer is Met.NOT_YET or (answer is Met.UNKNOWN and not judgeable):
                 self._seen.pop(owed.token, None)
                 continue
@@ -94,4 +101,12 @@ class Joins:
                 vain.append(owed.token)
                 del self._seen[owed.token]
         self._seen = {token: it for token, it in self._seen.items() if now - it[0] < _FORGET}
+        self._held = {token: at for token, at in self._held.items() if now - at < _FORGET}
         return vain
+
+    def _hold(self, owed: Owed, join: Join, fates: Mapping[str, Fate]) -> None:
+        self._seen.pop(owed.token, None)
+        if owed.token not in self._held:
+            unknown = [id for id in join.job_ids if not (fate := fates.get(id)) or fate == Fate()]
+            say("job_waits_for_unknown", job_id=owed.job_id, waits_for=unknown)
+        self._held[owed.token] = self._clock()

@@ -42,6 +42,8 @@ class Circumstances:
     cause_of: Callable[[Owed], Cause]
     gone: Callable[[str], bool]
     """(a worker's name or id) -> whether it is dead or has left."""
+    alone: Callable[[UUID], bool]
+    """(a worker's id) -> whether it held no more than one claim when it died."""
     too_many: Callable[[str, Sequence[Owed]], bool]
     """(queue, its unexplained absences now) -> whether that pulls the brake; it then holds."""
 
@@ -112,8 +114,8 @@ class Looker:
             for owed, seen in ((owed, sightings[owed.token]) for owed in page)
         ]
         self._note(term, decided, now, done)
-        self._close(term, decided, done)
-        self._void(term, decided, done)
+        self._close(term, decided, deadline, done)
+        self._void(term, decided, deadline, done)
         free = [(owed, seen) for owed, seen, _ in decided if not now.holds(owed.queue)]
         self.putting_back.running(
             [o for o, seen in free if o.claim_live and seen.bodiless and self._is_loss(o, now)],
@@ -209,6 +211,9 @@ class Looker:
                 expired=owed.expired,
                 backing_off=owed.backoff > 0,
                 announced=owed.claim_announced,
+                alone=holder is not Holder.DEAD
+                or owed.claim_worker is None
+                or now.alone(owed.claim_worker),
                 crashes=owed.crashes,
                 crash_budget=self._settings.crash_budget,
             )
@@ -258,13 +263,17 @@ class Looker:
             say("jobs_suspected", count=len(suspects))
 
     def _close(
-        self, term: int, decided: Sequence[tuple[Owed, Sighting, Decision]], done: Done
+        self,
+        term: int,
+        decided: Sequence[tuple[Owed, Sighting, Decision]],
+        deadline: float,
+        done: Done,
     ) -> None:
         closings = [
             Closing(
                 owed.token,
                 decision.outcome,
-                decision.reason if decision.outcome is not Outcome.COMPLETED else None,
+                _why(owed, decision),
             )
             for owed, _, decision in decided
             if decision.verdict in (Verdict.CLOSE, Verdict.BURY) and decision.outcome is not None
@@ -276,11 +285,11 @@ class Looker:
         closed = frozenset(self._store.close_owed(term, self._source, closings))
         buried = [owed for owed, _, decision in decided if decision.verdict is Verdict.BURY]
         if buried and self._settings.mode == "guard":
-            self._broker.bury(buried)
+            self._broker.bury(buried, deadline=deadline)
         for owed, _, decision in decided:
             if decision.verdict is Verdict.BURY:
                 done.buried += 1
-                say("job_buried", job_id=owed.job_id, queue=owed.queue, crashes=owed.crashes)
+                say("job_buried", job_id=owed.job_id, queue=owed.queue, crashes=owed.crashes + 1)
             elif (
                 decision.verdict is Verdict.CLOSE
                 and decision.outcome is not None
@@ -301,26 +310,28 @@ class Looker:
         return [replace(c, part=parts.get(c.token)) for c in closings]
 
     def _void(
-        self, term: int, decided: Sequence[tuple[Owed, Sighting, Decision]], done: Done
+        self,
+        term: int,
+        decided: Sequence[tuple[Owed, Sighting, Decision]],
+        deadline: float,
+        done: Done,
     ) -> None:
         voids = []
         for owed, _, decision in decided:
             if decision.verdict is Verdict.REQUEUE and owed.claim_number is not None:
-                charge = not owed.claim_announced
-                voids.append(
-                    Void(owed.token, owed.claim_number, charge, self._backoff(owed, charge))
-                )
+                charge = decision.charge
+                backoff = 0.0 if owed.claim_announced else self._backoff(owed)
+                voids.append(Void(owed.token, owed.claim_number, charge, backoff))
         if voids:
             voided = self._store.void(term, self._source, voids)
             failpoint.hit("after_void")
             taken = frozenset(voided)
-            self._broker.abandon([owed for owed, _, _ in decided if owed.token in taken])
+            left = [owed for owed, _, _ in decided if owed.token in taken]
+            self._broker.abandon(left, deadline=deadline)
             done.requeued += len(voided)
             say("claims_voided", count=len(voided))
 
-    def _backoff(self, owed: Owed, charge: bool) -> float:
-        if not charge:
-            return 0.0
+    def _backoff(self, owed: Owed) -> float:
         waits = self._settings.crash_backoff
         return waits[min(owed.crashes, len(waits) - 1)]
 
@@ -335,3 +346,11 @@ class Looker:
         kept = [(owed, cause) for owed, cause in lost if owed.queue not in held]
         done.held += len(lost) - len(kept)
         return kept
+
+
+def _why(owed: Owed, decision: Decision) -> str | None:
+    if decision.outcome is Outcome.COMPLETED:
+        return None
+    if decision.verdict is Verdict.BURY:
+        return f"{decision.reason}: {owed.crashes + 1} worker deaths"
+    return decision.reason

@@ -69,6 +69,8 @@ class Case:
     """It comes from a worker's death, and its wait is not over."""
     announced: bool = False
     """The dead holder had said goodbye: no crash."""
+    alone: bool = True
+    """The dead holder held nothing else: this job caused the death."""
     crashes: int = 0
     crash_budget: int = 3
 
@@ -85,6 +87,8 @@ class Decision:
     """With WAIT and HOLD: remember that it was seen absent."""
     clear: bool = False
     """With WAIT: it is where it belongs; whatever was suspected is forgotten."""
+    charge: bool = False
+    """With REQUEUE: charge the crash budget."""
 
 
 ENDS = {
@@ -133,11 +137,21 @@ def _overwritten(case: Case) -> Decision:
 def _left_behind(case: Case) -> Decision:
     if not case.trusted:
         return Decision(Verdict.HOLD, "its queue is not trusted", suspect=True)
-    if case.crashes + (not case.announced) > case.crash_budget:
+    charge = _is_charged(case)
+    if charge and case.alone and case.crashes + 1 >= case.crash_budget:
         return Decision(Verdict.BURY, "its crash budget is spent", Outcome.DEAD)
     if case.held:
         return Decision(Verdict.HOLD, "its queue is held")
-    return Decision(Verdict.REQUEUE, "its worker is dead")
+    return Decision(Verdict.REQUEUE, "its worker is dead", charge=charge)
+
+
+def _is_charged(case: Case) -> bool:
+    """Whether the death counts for this job.
+
+    The first death in company is charged to all that the worker held: nobody knows which of them caused
+    it. Each of them runs alone from then on, and only a death at which it was alone is charged again.
+    """
+    return not case.announced and (case.alone or case.crashes == 0)
 
 
 def _absent(case: Case) -> Decision:

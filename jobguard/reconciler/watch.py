@@ -254,6 +254,7 @@ class Watch:
             holds=lambda queue: self._brake.holds(self.source.id, queue),
             cause_of=lambda owed: self._cause_of(owed, now),
             gone=self._workers.gone,
+            alone=self._workers.died_alone,
             too_many=lambda queue, absent: self._too_many(term, queue, absent),
         )
 

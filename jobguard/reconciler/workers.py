@@ -44,6 +44,7 @@ class Workers:
         self._beats: Mapping[UUID, int] = {}  # in this Redis
         self._first_beats: dict[UUID, int] = {}  # as this leader found them
         self._gone: set[UUID] = set()
+        self._held: dict[UUID, int] = {}  # by the dead: how many claims, when that was first seen
         self._timeout = settings.worker_timeout
         self._strangers: dict[str, float] = {}  # ids that the ledger did not know, and since when
         self.rows: Sequence[WorkerRow] = ()
@@ -76,6 +77,7 @@ class Workers:
             self._forget_at = now + _FORGET
             self._store.forget(term, [row.id for row in self.rows if row.left or row.dead])
             known = {row.id.hex for row in self.rows}
+            self._held = {id: held for id, held in self._held.items() if id.hex in known}
             self._strangers = {id: at for id, at in self._strangers.items() if id not in known}
         self.polled = True
         return missed
@@ -97,6 +99,7 @@ class Workers:
             if not (row.id in dead or row.dead or row.left) or row.id in self._gone:
                 continue
             self._gone.add(row.id)
+            self._held[row.id] = row.claims
             missed = True
             if self.polled:  # else it was gone when we came, nobody knows since when
                 self.deaths.update((queue, now) for queue in row.queues)
@@ -150,6 +153,13 @@ class Workers:
             return _is_id(name) and self._is_unknown_for_long(name)
         dead = frozenset(self.judgement.dead)
         return all(row.left or row.dead or row.id in dead for row in rows)
+
+    def died_alone(self, worker: UUID) -> bool:
+        """Whether this worker held no more than one claim when it was found dead.
+
+        Its claims are taken away page by page: what is left of them later says nothing.
+        """
+        return self._held.get(worker, 2) <= 1
 
     def _is_unknown_for_long(self, name: str) -> bool:
         now = self._clock()

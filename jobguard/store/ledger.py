@@ -16,6 +16,7 @@ import psycopg
 import sqlalchemy as sa
 
 from jobguard.conninfo import describe
+from jobguard.envelopes import renewed
 from jobguard.errors import (
     JobguardError,
     NoRights,
@@ -108,7 +109,7 @@ limit :limit
 
 _TOMBSTONE = sa.text("""
 select h.source, h.ended_at, h.job_id, h.queue, h.outcome::text as outcome, h.next,
-       h.envelope is not null as kept,
+       h.envelope, s.library,
        (select j.token from jobguard.jobs j
         where j.source + 0 = h.source and j.job_id = h.job_id limit 1) as owed
 from jobguard.sources s
@@ -126,7 +127,7 @@ with given_up as (
   returning *
 ), owed as (
   insert into jobguard.jobs (source, token, job_id, queue, task, attempt, recoveries, envelope)
-  select source, :fresh, job_id, queue, task, least(attempt + 1, 32767), recoveries, envelope
+  select source, :fresh, job_id, queue, task, least(attempt + 1, 32767), recoveries, :envelope
   from given_up
 )
 insert into jobguard.outbox (source, token, unsent) select source, :fresh, true from given_up
@@ -358,14 +359,24 @@ class PostgresLedger:
                 raise JobguardError(f"job {row.job_id} was requeued already, as {row.next}")
             if row.owed is not None:
                 raise JobguardError(f"job {row.job_id} is owed again already, as {row.owed}")
-            if not row.kept:
+            if row.envelope is None:
                 raise JobguardError(
                     f"job {row.job_id} cannot be requeued: its envelope was never recorded"
                 )
             fresh = new_token(after=token)
+            try:
+                envelope = renewed(row.library, bytes(row.envelope), fresh)
+            except JobguardError as error:
+                raise JobguardError(f"job {row.job_id} cannot be requeued: {error}") from error
             connection.execute(
                 _OWE_AGAIN,
-                {"source": row.source, "token": token, "ended_at": row.ended_at, "fresh": fresh},
+                {
+                    "source": row.source,
+                    "token": token,
+                    "ended_at": row.ended_at,
+                    "fresh": fresh,
+                    "envelope": envelope,
+                },
             )
             return fresh
 

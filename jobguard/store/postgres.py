@@ -134,7 +134,7 @@ class PostgresStore:
                 "pid": ask.pid,
                 "namespace": ask.namespace,
                 "timeout": ask.worker_timeout,
-                "budget": ask.crash_budget,
+                "budget": ask.crash_budget - 1,  # that many deaths it survives
             },
         )
         return _verdict(ask.token, *rows[0])
@@ -152,7 +152,7 @@ class PostgresStore:
                 "pid": one.pid,
                 "namespace": one.namespace,
                 "timeout": one.worker_timeout,
-                "budget": one.crash_budget,
+                "budget": one.crash_budget - 1,
             },
         )
         return {nonce: _verdict(token, *found) for nonce, token, *found in rows}

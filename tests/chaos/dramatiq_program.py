@@ -105,7 +105,11 @@ def ways() -> Mapping[str, Way]:
         return [_id(broker.enqueue(message, delay=int(order.wait * 1000)))]
 
     def failing(order: Order) -> Sequence[str]:
-        return [_id(broker.enqueue(_message(fail_first, order.queue, order.number, order.seconds)))]
+        """Enqueue with retries: every other one waits in a worker for its next attempt."""
+        message = _message(fail_first, order.queue, order.number, order.seconds)
+        if order.number % 2:
+            message = message.copy(options={"min_backoff": 6000, "max_backoff": 6000})
+        return [_id(broker.enqueue(message))]
 
     def many(order: Order) -> Sequence[str]:
         with guard.batch():

@@ -48,6 +48,9 @@ class Order:
         return self.numbers[0]
 
 
+LATEST = 8.0
+"""Seconds: long enough for a loss and its restore while a worker holds what is delayed."""
+
 Way = Callable[[Order], Sequence[str]]
 """One way into a library: returns its ids of the jobs that are promised, in their order."""
 
@@ -116,7 +119,7 @@ def _call(
     seconds = LONG if chance.random() < 0.03 else chance.uniform(0.01, 0.15)
     mine = [next(numbers) for _ in range(kind.jobs)]
     seconds = slow * min(seconds, kind.longest)
-    order = Order(queue, mine, seconds, chance.uniform(1.0, 3.0))
+    order = Order(queue, mine, seconds, chance.uniform(1.0, LATEST))
     promised = mine[: kind.promised]
     for number in promised:
         note("call", number, *_follows(name, mine, number))

@@ -41,8 +41,8 @@ def ways(connection: redis.Redis) -> Mapping[str, Way]:
         return [job.id]
 
     def failing(order: Order) -> Sequence[str]:
-        """Enqueue with retries: every other one waits a second for its next attempt."""
-        retry = rq.Retry(max=RETRIES, interval=[0, 1][order.number % 2])
+        """Enqueue with retries: every other one waits some time for its next attempt."""
+        retry = rq.Retry(max=RETRIES, interval=[0, 6][order.number % 2])
         call = f"{TASKS}.fail_first", order.number, order.seconds
         return [queue_of(order).enqueue(*call, retry=retry).id]
 

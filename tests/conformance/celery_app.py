@@ -25,7 +25,7 @@ def make(redis_url: str) -> Celery:
         worker_send_task_events=False,
         broker_connection_retry_on_startup=True,
     )
-    for plain in (tasks.say, tasks.fail, tasks.look, tasks.die):
+    for plain in (tasks.say, tasks.fail, tasks.look, tasks.nap, tasks.die):
         app.task(_retried(plain), bind=True, shared=False, name=name_of(plain.__name__))
     app.finalize()
     return app
@@ -37,13 +37,13 @@ def name_of(task: str) -> str:
 
 
 def _retried(plain: Callable[..., None]) -> Callable[..., None]:
-    def run(self: Any, *args: object, retries: int = 0) -> None:
+    def run(self: Any, *args: object, retries: int = 0, wait: float = 0) -> None:
         try:
             plain(*args)
         except Exception as error:
             if not retries:
                 raise
-            raise self.retry(exc=error, countdown=0, max_retries=retries) from error
+            raise self.retry(exc=error, countdown=wait, max_retries=retries) from error
 
     run.__name__ = plain.__name__
     return run

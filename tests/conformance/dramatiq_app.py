@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 
 from dramatiq import Worker, set_broker
@@ -16,6 +17,6 @@ guard = jobguard.guard(broker)
 declare(broker)
 
 if __name__ == "__main__":
-    Worker(broker, worker_timeout=100, worker_threads=1).start()
+    Worker(broker, worker_timeout=100, worker_threads=int(sys.argv[1])).start()
     while True:
         time.sleep(60)

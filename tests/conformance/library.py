@@ -78,9 +78,10 @@ class Library(ABC):
         job_id: str | None = None,
         delay: float | None = None,
         retries: int = 0,
+        retry_delay: float = 0.0,
         at_front: bool = False,
     ) -> str:
-        """Send a job as an application does, retried at once if it fails; return its id."""
+        """Send a job as an application does, retried if it fails; return its id."""
 
     @abstractmethod
     def cancel(self, job_id: str) -> None:
@@ -101,6 +102,18 @@ class Library(ABC):
     @abstractmethod
     def start_worker(self, environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
         """Start a guarded worker as a process of its own; what a job does to it, it does to all of it."""
+
+    def start_crowded_worker(self, environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
+        """The same, with several jobs at once in its process, where the library can do that."""
+        return self.start_worker(environ)
+
+    def start_scheduling_worker(self, environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
+        """The same, by a worker that sees to what is delayed."""
+        return self.start_worker(environ)
+
+    @abstractmethod
+    def delayed_copies(self) -> int:
+        """Return how many delayed jobs a worker holds, as far as Redis shows it, or waits for."""
 
     # -- Redis -------------------------------------------------------------------------------------
 

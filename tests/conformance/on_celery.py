@@ -96,6 +96,7 @@ class OnCelery(Library):
         job_id: str | None = None,
         delay: float | None = None,
         retries: int = 0,
+        retry_delay: float = 0.0,
         at_front: bool = False,
     ) -> str:
         """Send it to its queue."""
@@ -103,7 +104,7 @@ class OnCelery(Library):
             pytest.skip("Celery has no front of a queue")
         sent: Any = self.app.tasks[celery_app.name_of(task)].apply_async(
             (str(self.ledger), *words),
-            {"retries": retries} if retries else {},
+            {"retries": retries, "wait": retry_delay} if retries else {},
             task_id=job_id,
             queue=queue,
             countdown=delay,
@@ -170,14 +171,25 @@ class OnCelery(Library):
 
     def start_worker(self, environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
         """The usual command, with the pool that is the worker itself."""
+        return self._command(environ, "--pool", "solo")
+
+    def start_crowded_worker(self, environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
+        """With the pool of threads."""
+        return self._command(environ, "--pool", "threads", "--concurrency", "4")
+
+    def _command(self, environ: Mapping[str, str], *pool: str) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
             [
                 *(sys.executable, "-m", "celery", "-A", "tests.conformance.celery_app", "worker"),
-                *("--pool", "solo", "-Q", QUEUE, "--loglevel", "ERROR", "-n", "worker@%h"),
+                *(*pool, "-Q", QUEUE, "--loglevel", "ERROR", "-n", "worker@%h"),
             ],
             env={**environ, "C_FORCE_ROOT": "1"},  # it accepts pickle
             stdin=subprocess.DEVNULL,
         )
+
+    def delayed_copies(self) -> int:
+        """What is taken and not acknowledged."""
+        return int(self.client.hlen("unacked"))
 
     def waiting(self, queue: str = QUEUE) -> list[str]:
         """What a worker has taken and left lying; then the lists, the next to be run first."""

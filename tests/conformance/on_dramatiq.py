@@ -28,7 +28,7 @@ from tests.conformance.library import QUEUE, Library
 from tests.support import eventually
 
 MINUTE = 60_000
-_TASKS = {name: getattr(tasks, name) for name in ("say", "fail", "look", "die")}
+_TASKS = {name: getattr(tasks, name) for name in ("say", "fail", "look", "nap", "die")}
 _NO_JOBS = ("dramatiq:__heartbeats__", "dramatiq:__acks__", "jobguard:")
 
 
@@ -99,13 +99,18 @@ class OnDramatiq(Library):
         job_id: str | None = None,
         delay: float | None = None,
         retries: int = 0,
+        retry_delay: float = 0.0,
         at_front: bool = False,
     ) -> str:
         """Enqueue it."""
         if at_front:
             pytest.skip("Dramatiq knows no front of a queue")
+        backoff = max(1, int(retry_delay * 1000))
         message = self.broker.actors[task].message_with_options(
-            args=(str(self.ledger), *words), max_retries=retries, min_backoff=1, max_backoff=1
+            args=(str(self.ledger), *words),
+            max_retries=retries,
+            min_backoff=backoff,
+            max_backoff=backoff,
         )
         message = message.copy(queue_name=queue, **({"message_id": job_id} if job_id else {}))
         self.broker.declare_queue(queue)
@@ -163,11 +168,23 @@ class OnDramatiq(Library):
 
     def start_worker(self, environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
         """Without the command, whose workers live on when it is killed."""
+        return self._program(environ, threads=1)
+
+    def start_crowded_worker(self, environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
+        """With threads."""
+        return self._program(environ, threads=4)
+
+    def _program(self, environ: Mapping[str, str], *, threads: int) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
-            [sys.executable, "-m", "tests.conformance.dramatiq_app"],
+            [sys.executable, "-m", "tests.conformance.dramatiq_app", str(threads)],
             env=dict(environ),
             stdin=subprocess.DEVNULL,
         )
+
+    def delayed_copies(self) -> int:
+        """What is fetched from the delay queue."""
+        keys: Any = self.client.keys(f"dramatiq:__acks__.*.{QUEUE}.DQ")
+        return sum(self.client.scard(key) for key in keys)
 
     def waiting(self, queue: str = QUEUE) -> list[str]:
         """The list, from its head; before it, what a worker has fetched."""

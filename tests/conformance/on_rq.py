@@ -76,13 +76,14 @@ class OnRQ(Library):
         job_id: str | None = None,
         delay: float | None = None,
         retries: int = 0,
+        retry_delay: float = 0.0,
         at_front: bool = False,
     ) -> str:
         """Enqueue it."""
         call: tuple[Any, ...] = (f"tests.conformance.tasks.{task}", str(self.ledger), *words)
         options: dict[str, Any] = {"job_id": job_id, "at_front": at_front}
         if retries:
-            options["retry"] = Retry(max=retries)
+            options["retry"] = Retry(max=retries, interval=int(retry_delay))
         host = self._queue(queue)
         if delay is not None:
             return host.enqueue_in(timedelta(seconds=delay), *call, **options).id
@@ -113,10 +114,27 @@ class OnRQ(Library):
 
     def start_worker(self, environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
         """The command of the manual, with the worker that does not fork."""
+        return self._command(environ)
+
+    def start_scheduling_worker(self, environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
+        """With RQ's own scheduler."""
+        return self._command(environ, "--with-scheduler")
+
+    def delayed_copies(self) -> int:
+        """What is scheduled: RQ leaves it in Redis until it is due."""
+        return int(self.client.zcard(f"rq:scheduled:{QUEUE}"))
+
+    def _command(self, environ: Mapping[str, str], *options: str) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
             [
                 *(sys.executable, "-m", "rq.cli", "worker", "--url", self.redis_url),
-                *("--worker-class", "jobguard.adapters.rq.SimpleWorker", "--quiet", QUEUE),
+                *(
+                    "--worker-class",
+                    "jobguard.adapters.rq.SimpleWorker",
+                    "--quiet",
+                    *options,
+                    QUEUE,
+                ),
             ],
             env=dict(environ),
             stdin=subprocess.DEVNULL,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,6 +29,13 @@ def look(ledger: str, word: object = "ran") -> None:
     say(ledger, word)
     for probe in PROBES:
         probe()
+
+
+def nap(ledger: str, word: object = "ran") -> None:
+    """Take a moment, so that several run beside each other."""
+    say(ledger, f"{word}:begun")
+    time.sleep(0.3)
+    say(ledger, word)
 
 
 def die(ledger: str, word: object = "ran") -> None:

@@ -46,7 +46,7 @@ from jobguard.tracker import HostTracker
 from tests.conformance import tasks
 from tests.conformance.library import OTHER, Library
 from tests.conformance.words import BRISK, ROOT, Leader, Records, another_worker, environ
-from tests.support import eventually
+from tests.support import eventually, keyspace, newly_owed
 
 HOUR = 3600.0
 
@@ -481,6 +481,90 @@ class TestDeath:
             end(second)
         assert records.owed() == []
 
+    @pytest.mark.timeout(300)
+    def test_poison_takes_no_innocent_with_it(
+        self, library: Library, guard: JobGuard, records: Records, database: str
+    ) -> None:
+        """Jobs that kill their process run beside others: those complete, and only the killers are dead."""
+        env = environ(database, library.redis_url)
+        worker = library.start_crowded_worker(env)
+        try:
+            eventually(lambda: guard.reconcile() and records.trusted(), 30)
+            sent = {word: library.send("nap", word) for word in range(5)}
+            poison = [library.send("die", "x")]
+            sent |= {word: library.send("nap", word) for word in range(5, 10)}
+            poison.append(library.send("die", "y"))
+            sent |= {word: library.send("nap", word) for word in range(10, 12)}
+
+            def over() -> bool:
+                nonlocal worker
+                if worker.poll() is not None:
+                    worker = library.start_crowded_worker(env)
+                return bool(guard.reconcile()) and records.owed() == []
+
+            eventually(over, 120)
+        finally:
+            end(worker)
+        assert {records.ended(job_id)[0][0] for job_id in sent.values()} == {"completed"}
+        assert [records.ended(job_id)[0][0] for job_id in poison] == ["dead", "dead"]
+        # At the first death nobody knows which of them caused it.
+        said = Counter(library.said())
+        assert {said["x"], said["y"]} <= {2, 3}
+        assert max(said[str(word)] for word in sent) <= 2
+
+
+class TestHeldByAWorker:
+    """What a worker holds in its memory for later, when Redis loses everything."""
+
+    @pytest.mark.parametrize("how", ["delayed", "retried"])
+    def test_it_completes_once(
+        self, library: Library, guard: JobGuard, records: Records, database: str, how: str
+    ) -> None:
+        """It is put back, so that the process may hold it twice; each copy is the same delivery."""
+        env = environ(database, library.redis_url)
+        worker = library.start_scheduling_worker(env)
+        try:
+            eventually(lambda: guard.reconcile() and records.trusted(), 30)
+            if how == "delayed":
+                job_id = library.send(delay=9.0)
+            else:
+                job_id = library.send("fail", retries=1, retry_delay=9.0)
+                eventually(lambda: library.said() == ["ran"], 30)
+            eventually(lambda: library.delayed_copies() == 1, 30)
+            library.client.flushdb()
+            eventually(lambda: guard.reconcile() and library.delayed_copies() == 1, 30)
+            eventually(lambda: records.owed() == [], 60)
+            last = "completed" if how == "delayed" else "failed"
+            assert records.ended(job_id)[-1][0] == last
+            # A second copy of it comes to its end as well, and must not run.
+            eventually(lambda: not library.waiting() and not library.delayed_copies(), 30)
+        finally:
+            end(worker)
+        assert library.said() == ["ran"] * (1 if how == "delayed" else 2)
+        assert {outcome for outcome, _ in records.ended(job_id)} <= {last, "superseded"}
+
+
+class TestStaleLeader:
+    """A leader that fell asleep between its look and what it does."""
+
+    def test_it_changes_nothing_in_redis(
+        self, library: Library, guard: JobGuard, records: Records, leader: Leader
+    ) -> None:
+        """Neither a run nor a dead job is shown otherwise, once Redis' clock is past the deadline."""
+        library.send()
+        (given,) = records.owed()
+        owed = newly_owed(given.token, job_id=given.job_id, queue=given.queue)
+        if library.adapter.library == "dramatiq":  # a worker that is silent has fetched it
+            library.client.zadd("dramatiq:__heartbeats__", {"silent": 1})
+            library.client.sadd(f"dramatiq:__acks__.silent.{given.queue}", str(given.token))
+        before = keyspace(library.client)
+        leader.broker.abandon([owed], deadline=time.time() - 1)
+        leader.broker.bury([owed], deadline=time.time() - 1)
+        assert keyspace(library.client) == before
+        leader.broker.abandon([owed], deadline=time.time() + 60)
+        leader.broker.bury([owed], deadline=time.time() + 60)
+        assert (keyspace(library.client) != before) == (library.adapter.library != "celery")
+
 
 class TestGuest:
     """Whatever is ours stays ours."""
@@ -615,7 +699,7 @@ assert broker.presence(page)[token].presence is Presence.ABSENT
 assert broker.restore([lost], deadline=time.time() + 60) == {token: Restored.RESTORED}
 assert broker.presence(page)[token].presence is Presence.WAITING
 broker.consumers()
-broker.abandon(page)
+broker.abandon(page, deadline=time.time() + 60)
 """
 
 

@@ -36,7 +36,7 @@ BRISK: dict[str, Any] = {
     "worker_timeout": 2.0,
     "grace": 0.2,
     "lease": 2.0,
-    "crash_budget": 1,
+    "crash_budget": 2,
     "crash_backoff": (0.0,),
     **dict.fromkeys(("connect_timeout", "call_timeout", "record_timeout", "redis_timeout"), 10.0),
 }

@@ -297,7 +297,7 @@ class Model(RuleBasedStateMachine):
         elif isinstance(answer, Refused):
             assert answer.reason is Refusal.SPENT
             assert row.claim_number is not None
-            assert row.crashes >= CRASH_BUDGET
+            assert row.crashes >= CRASH_BUDGET - 1
             assert self.history()[token] is Outcome.DEAD
         else:
             assert isinstance(answer, Claim)

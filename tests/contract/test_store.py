@@ -900,9 +900,9 @@ def test_a_claim_of_a_worker_that_never_beat_is_taken_over(ledger: Contract) -> 
 
 
 def test_a_spent_crash_budget_buries_the_delivery(ledger: Contract) -> None:
-    """One death more than the budget allows, whoever redelivers: the job is dead, and kept."""
+    """The last death that the budget allows, whoever redelivers: the job is dead, and kept."""
     term, it = ledger.elected(), ledger.recorded()
-    for crashes in range(CRASH_BUDGET + 1):
+    for crashes in range(CRASH_BUDGET):
         victim = ledger.working()
         assert victim.start(it.token) == Claim(it.token, crashes + 1, crashes=crashes)
         ledger.leader.declare_dead(term, [victim.id])

@@ -39,7 +39,7 @@ class FakeSession:
         self.held: set[UUID] = set()
         self.closed = False
 
-    def start(self, token: UUID, describe: Callable[[], Delivery]) -> Claim | Refused:
+    def start(self, token: UUID, describe: Callable[[], Delivery], **_: Any) -> Claim | Refused:
         """Grant what is owed, record what is unknown, refuse what has ended."""
         ledger = self.tracker
         ledger.note("start", token.hex)

@@ -159,6 +159,7 @@ def test_dead_jobs_are_listed_and_requeued_by_id(database: str) -> None:
     bury(database, "f", outcome="failed")
     listed = call("dead", "list", "--postgres", database).stdout
     assert "OOM [killed]" in listed and "bare" in listed and " f " not in listed
+    assert "failed in their library: 1; list them with --failed" in listed
     rows = json.loads(call("dead", "list", "--failed", "--json", "--postgres", database).stdout)
     assert [row["job_id"] for row in rows] == ["f", "bare", "b", "a"]
     limited = call("dead", "list", "--json", "--postgres", database, JOBGUARD_DEAD_LIST_LIMIT="1")

@@ -260,7 +260,7 @@ def test_what_nobody_could_hear_is_said_again(own_logging: None) -> None:
     say_again()
     say_again()
     assert heard == [
-        "the water is hot times=2",
         "there is no water where='kitchen'",
         "the water is hot",
+        "the water is hot times=2",
     ]

@@ -232,7 +232,7 @@ class MemoryHostStore:
 
     def _take_over(self, key: Key, ask: Ask, job: Job, run: Run, *, now: float) -> Claim | Refused:
         job.crashes += 0 if self._tables.announced(run) else 1
-        if job.crashes > ask.crash_budget:
+        if job.crashes >= ask.crash_budget:
             self._tables.bury(key, Outcome.DEAD, ended_at=now)
             return Refused(ask.token, Refusal.SPENT)
         return self._grant(key, ask, job, number=run.number + 1, now=now)

@@ -444,6 +444,8 @@ class MemoryLeaderStore:
             return False
         if closing.part is not None:
             tables.count(key, tables.jobs[key].delivery, closing.part, now=now)
+        if closing.outcome is Outcome.DEAD:  # it has caused one death more than was charged
+            tables.jobs[key].crashes += 1
         tables.bury(key, closing.outcome, ended_at=now, error=closing.error)
         return True
 

@@ -388,7 +388,7 @@ class TestBury:
         make_known(app, "w@h", "celery")
         lost_one, done = app.tasks["add"].delay(1), app.tasks["add"].delay(2)
         app.backend.store_result(done.id, 4, "SUCCESS")
-        broker.bury([aged(delivery) for delivery in tracker.recorded])
+        broker.bury([aged(delivery) for delivery in tracker.recorded], deadline=time.time() + 60)
         with pytest.raises(Exception, match="gave it up"):
             lost_one.get(timeout=5)
         assert done.get(timeout=5) == 4
@@ -400,7 +400,7 @@ class TestBury:
         for n in range(2):
             app.tasks["add"].delay(n)
             take(client, worker=uuid.uuid4().hex)
-        broker.bury([aged(tracker.recorded[0])])
+        broker.bury([aged(tracker.recorded[0])], deadline=time.time() + 60)
         assert client.hlen("unacked") == client.zcard("unacked_index") == 1
         assert look(broker, tracker.recorded[1]).presence is Presence.WAITING
 
@@ -410,7 +410,7 @@ class TestBury:
         """Without a worker that says where results are, there is nothing to do."""
         app.tasks["add"].delay(1)
         before = set(client.scan_iter())
-        broker.bury([aged(delivery) for delivery in tracker.recorded])
+        broker.bury([aged(delivery) for delivery in tracker.recorded], deadline=time.time() + 60)
         assert set(client.scan_iter()) == before
 
 

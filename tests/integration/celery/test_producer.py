@@ -563,6 +563,7 @@ class TestRedisAway:
     @pytest.mark.usefixtures("full")
     def test_refused_by_redis(self, app: celery.Celery, tracker: FakeTracker) -> None:
         """A Redis that is full answers: the task was surely not taken."""
+        tracker.accepting = False
         with pytest.raises(Exception, match="OOM"):
             app.tasks["add"].apply_async((1,), retry=False)
         assert tracker.withdrawn == tracker.recorded
@@ -573,6 +574,7 @@ class TestRedisAway:
     ) -> None:
         """Whoever made it so long hears it: nobody else is there, and none of it was taken."""
         monkeypatch.setattr("jobguard.batch._MOST", 2)
+        tracker.accepting = False
         add = app.tasks["add"]
         with tracker.batch():
             add.apply_async((1,), retry=False)

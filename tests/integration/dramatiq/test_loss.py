@@ -141,6 +141,25 @@ class TestFlush:
             stage.client.flushdb()
             self.done(stage, records, "a")
 
+    @pytest.mark.parametrize("retries", [False, True])
+    def test_delayed_twice_in_a_workers_memory(
+        self, stage: Stage, records: Records, retries: bool
+    ) -> None:
+        """The process fetches the restored message while it still holds the first copy."""
+        with stage.worker() as worker:
+            if retries:
+                backoff = {"min_backoff": 9000, "max_backoff": 9000}
+                stage.actor("flaky").send_with_options(args=("a",), max_retries=1, **backoff)
+            else:
+                stage.actor("say").send_with_options(args=("a",), delay=6000)
+            delayed: Any = worker.consumers["default.DQ"]
+            eventually(lambda: delayed.delay_queue.qsize() == 1)
+            stage.client.flushdb()
+            eventually(lambda: delayed.delay_queue.qsize() == 2)
+            self.done(stage, records, *("aa" if retries else "a"))
+            eventually(stage.is_idle)
+        assert len(stage.said()) == 1 + retries
+
     def test_fetched_by_a_worker_that_then_stops(self, stage: Stage, records: Records) -> None:
         """It gives back what Redis does not know any more; Dramatiq drops it without a word."""
         stage.actor("wait").send("a")

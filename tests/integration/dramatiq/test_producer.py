@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import dramatiq
+import psycopg
 import pytest
 import redis
+from dramatiq.encoder import JSONEncoder
 from dramatiq.middleware import Middleware
 
 import jobguard
 from jobguard.adapter import Source
 from jobguard.adapters.dramatiq.broker import DramatiqBroker
 from jobguard.adapters.dramatiq.envelope import decode
-from jobguard.errors import StoreUnavailable
+from jobguard.errors import JobguardError, StoreUnavailable
 from jobguard.guard import JobGuard
 from jobguard.job import Delivery, Restored, new_token
 from jobguard.tracker import HostTracker
@@ -272,6 +275,48 @@ class TestIntent:
         assert [owed.job_id for owed in records.owed()] == [delayed.message_id]
 
 
+class TestAbort:
+    """dramatiq-abort: the abort is an intent, and Redis keeps it for a while only."""
+
+    @pytest.fixture
+    def abortable(self, redis_url: str) -> Any:
+        """Give its middleware."""
+        kind = pytest.importorskip("dramatiq_abort").Abortable
+        backend = pytest.importorskip("dramatiq_abort.backends").RedisBackend
+        return kind(backend=backend.from_url(redis_url))
+
+    @pytest.mark.parametrize("added", ["before", "after"])
+    def test_an_aborted_message_stays_aborted(
+        self, stage: Stage, database: str, records: Records, abortable: Any, added: str
+    ) -> None:
+        """Though Redis forgets the abort: its tombstone was written first."""
+        if added == "before":
+            stage.broker.add_middleware(abortable)
+        with jobguard.guard(stage.broker, postgres=database, **BRISK):
+            if added == "after":
+                stage.broker.add_middleware(abortable)
+            message = stage.actor("say").send("a")
+            abortable.abort(message.message_id)
+            assert records.ended(message.message_id) == [("cancelled", 1)]
+            assert records.owed() == []
+            stage.client.delete(f"dramatiq:aborts:cancel:{message.message_id}")
+            stage.work()
+            assert stage.said() == []
+        assert "abort" not in vars(abortable)
+
+    def test_what_is_not_aborted_runs(
+        self, stage: Stage, guard: JobGuard, records: Records, abortable: Any
+    ) -> None:
+        """And what is skipped by the middleware alone has ended as well."""
+        stage.broker.add_middleware(abortable)
+        sent = [stage.actor("say").send(word) for word in "ab"]
+        abortable.abort(sent[0].message_id)
+        stage.work()
+        assert stage.said() == ["b"]
+        eventually(lambda: records.owed() == [])
+        assert records.ended(sent[1].message_id) == [("completed", 1)]
+
+
 class TestRequeue:
     """A person has what failed put back."""
 
@@ -290,3 +335,41 @@ class TestRequeue:
         stage.work()
         assert stage.said() == ["a", "a"]
         assert records.ended(failed.message_id) == [("failed", 1), ("completed", 2)]
+
+    def test_it_has_all_its_retries_again(
+        self, stage: Stage, guard: JobGuard, records: Records, leader: Leader
+    ) -> None:
+        """A person means the job, not its last try."""
+        options = {"max_retries": 1, "min_backoff": 1, "max_backoff": 1}
+        failed = stage.actor("fail").send_with_options(args=("a",), **options)
+        stage.work()
+        eventually(lambda: records.ended(failed.message_id)[-1:] == [("failed", 2)])
+        with psycopg.connect(records._database) as connection:
+            (last,) = connection.execute(
+                "select token from jobguard.history where outcome = 'failed'"
+            ).fetchone() or (None,)
+        assert last is not None
+        guard.requeue(last)
+        leader.restore(*records.owed())
+        stage.work()
+        assert stage.said() == ["a"] * 4
+
+    def test_what_no_worker_could_acknowledge_is_refused(
+        self, stage: Stage, guard: JobGuard, records: Records
+    ) -> None:
+        """At the command, with the reason: it would be put back for ever."""
+
+        class Packed(JSONEncoder):
+            def encode(self, data: Any) -> bytes:
+                return zlib.compress(super().encode(data))
+
+            def decode(self, data: bytes) -> Any:
+                return super().decode(zlib.decompress(data))
+
+        dramatiq.set_encoder(Packed())
+        failed = stage.actor("fail").send("a")
+        stage.work()
+        eventually(lambda: records.ended(failed.message_id) == [("failed", 1)])
+        with pytest.raises(JobguardError, match="encoder hides the id"):
+            guard.requeue(failed.options["redis_message_id"])
+        assert records.owed() == []

@@ -262,7 +262,9 @@ class TestRestore:
         client.zadd("rq:executions:job", {"e": time.time() - 60})
         client.zadd("rq:wip:default", {"job:e": time.time() - 60})
 
-        broker.abandon([owed(delivery)])
+        broker.abandon([owed(delivery)], deadline=time.time() - 1)
+        assert client.exists("rq:executions:job")  # too late: nothing is changed
+        broker.abandon([owed(delivery)], deadline=time.time() + 60)
         queue.started_job_registry.cleanup()
 
         assert client.hget("rq:job:job", "status") == b"queued"

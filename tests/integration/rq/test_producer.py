@@ -592,6 +592,7 @@ class TestRedisAway:
 
     def test_out_of_memory(self, queue: Queue, tracker: FakeTracker, client: redis.Redis) -> None:
         """A transaction that Redis refuses whole is taken back."""
+        tracker.accepting = False
         client.config_set("maxmemory", 1)
         try:
             with pytest.raises(redis.exceptions.OutOfMemoryError):

@@ -17,6 +17,7 @@ from jobguard.adapters.celery.envelope import (
     decode,
     encode,
     fresh,
+    renewed,
 )
 from jobguard.adapters.celery.header import PART, holder_in, token_in, token_of
 from jobguard.job import new_token
@@ -112,3 +113,15 @@ class TestHeaders:
         assert token_of({"jobguard": "what"}) is None and token_of({"jobguard": 7}) is None
         assert token_of({"jobguard": "x" * 32}) is None
         assert token_of({"jobguard": TOKEN.hex}) == TOKEN
+
+
+def test_what_a_person_requeues_has_all_its_retries() -> None:
+    """The rest of it is as it was."""
+    headers = {**MESSAGE["headers"], "retries": 3}  # type: ignore[dict-item]
+    spent = encode(Routing("mail"), json.dumps({**MESSAGE, "headers": headers}).encode())
+    routing, message = decode(renewed(spent))
+    assert routing == Routing("mail")
+    assert json.loads(message) == {**MESSAGE, "headers": {**headers, "retries": 0}}
+    assert fresh(message, TOKEN) != message
+    plain = encode(Routing("mail"), RAW)
+    assert renewed(plain) == plain

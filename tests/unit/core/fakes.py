@@ -340,11 +340,11 @@ class FakeBroker:
             self.taken_over.append(given.job_id)
         return Restored.RESTORED
 
-    def abandon(self, page: Sequence[Owed]) -> None:
+    def abandon(self, page: Sequence[Owed], *, deadline: float) -> None:
         """Forget what the library believes of dead workers' runs."""
         self.abandoned += [owed.job_id for owed in page]
 
-    def bury(self, page: Sequence[Owed]) -> None:
+    def bury(self, page: Sequence[Owed], *, deadline: float) -> None:
         """Show these as failed for good."""
         self.buried += [owed.job_id for owed in page]
 

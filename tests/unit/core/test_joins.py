@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from uuid import UUID
 
 import pytest
@@ -64,9 +65,11 @@ class Stage:
         self.asked.append(job_ids)
         return {job_id: self.fates.get(job_id, Fate()) for job_id in job_ids}
 
-    def look(self, token: UUID, join: Join | None, *, judgeable: bool = True) -> bool:
+    def look(
+        self, token: UUID, join: Join | None, *, judgeable: bool = True, recoveries: int = 0
+    ) -> bool:
         """See one of them, and tell whether it goes on."""
-        owed = newly_owed(token, job_id="child", queue="q")
+        owed = replace(newly_owed(token, job_id="child", queue="q"), recoveries=recoveries)
         seen = Sighting(Presence.SCHEDULED, "deferred", joins=join)
         return list(self.joins.over([(owed, seen)], judgeable=judgeable)) == [token]
 
@@ -115,6 +118,22 @@ def test_the_unknown_needs_patience_and_drained_reports() -> None:
     assert not stage.look(token, join)
     stage.clock.advance(PATIENCE)
     assert stage.look(token, join)
+
+
+def test_the_unknown_may_be_lost_with_what_was_put_back(caplog: pytest.LogCaptureFixture) -> None:
+    """A job must not run without another that was never recorded, and never ran. One line says so."""
+    stage, token, join = Stage(), new_token(), Join(("stranger", "parent"))
+    stage.fates["parent"] = ENDED[Outcome.COMPLETED]
+
+    for _ in range(4):
+        assert not stage.look(token, join, recoveries=1)
+        stage.clock.advance(PATIENCE)
+    (said,) = [record for record in caplog.records if "nobody recorded" in record.getMessage()]
+    assert "stranger" in said.getMessage() and "parent" not in said.getMessage()
+    stage.fates["stranger"] = ENDED[Outcome.COMPLETED]
+    assert not stage.look(token, join, recoveries=1)
+    stage.clock.advance(GRACE)
+    assert stage.look(token, join, recoveries=1)
 
 
 def test_nothing_is_asked_of_those_that_wait_rightly() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from uuid import UUID
 
 import pytest
+from redis import exceptions
 
 from jobguard.job import Delivery, Parent, Recorded, new_token
 from jobguard.push import Push
@@ -301,3 +302,55 @@ class TestInABatch:
         with pytest.raises(Away):
             held[0](LED)
         assert tracker.journal[-3:] == ["withdraw a", "undo", "release"]
+
+
+class TestRefusals:
+    """Redis answered: surely nothing of it is there."""
+
+    LOADING = exceptions.BusyLoadingError("Redis is loading the dataset in memory")
+    FULL = exceptions.OutOfMemoryError("command not allowed when used memory > 'maxmemory'.")
+    ALONE = exceptions.ResponseError("NOREPLICAS Not enough good replicas to write.")
+    RIGHTS = exceptions.NoPermissionError("this user has no permissions")
+
+    @pytest.mark.parametrize("answer", [LOADING, FULL, ALONE])
+    def test_it_may_take_it_later(self, tracker: Tracker, answer: BaseException) -> None:
+        """Accepted: the leader pushes it."""
+        assert push(tracker, None, answer).make() is None
+        assert tracker.journal[-3:] == ["broker failed", "leave 1", "release"]
+
+    @pytest.mark.parametrize("answer", [LOADING, FULL, ALONE])
+    def test_the_sender_wants_to_hear_it(self, tracker: Tracker, answer: BaseException) -> None:
+        """Withdrawn, so that what raised does not run."""
+        tracker.accepting = False
+        with pytest.raises(type(answer)):
+            push(tracker, None, answer).make()
+        assert tracker.journal[-3:] == ["withdraw a", "undo", "release"]
+
+    def test_a_person_has_to_mend_it(self, tracker: Tracker) -> None:
+        """Withdrawn; Redis is not away."""
+        with pytest.raises(type(self.RIGHTS)):
+            push(tracker, None, self.RIGHTS).make()
+        assert tracker.journal == ["reach", "record", "send", "withdraw a", "undo", "release"]
+
+    def test_what_goes_on_from_a_job_is_never_withdrawn(self, tracker: Tracker) -> None:
+        """Its parent has ended: the leader pushes it, though the worker hears the error."""
+        with pytest.raises(type(self.RIGHTS)):
+            push(tracker, None, self.RIGHTS, parent=PARENT).make()
+        assert tracker.journal[-3:] == ["leave 1", "undo", "release"]
+
+    def test_inside_what_a_library_made_of_it(self, tracker: Tracker) -> None:
+        """It is found by its cause."""
+        wrapped = OSError("the transport says")
+        wrapped.__cause__ = self.FULL
+        tracker.accepting = False
+        with pytest.raises(OSError):
+            push(tracker, None, wrapped).make()
+        assert "withdraw a" in tracker.journal
+
+    def test_a_lost_connection_after_an_answer(self, tracker: Tracker) -> None:
+        """After NOSCRIPT the script was sent again, and nobody knows what became of that."""
+        lost = exceptions.ConnectionError("closed")
+        lost.__context__ = exceptions.NoScriptError("no matching script")
+        with pytest.raises(exceptions.ConnectionError):
+            push(tracker, None, lost).make()
+        assert tracker.journal == ["reach", "record", "send", "leave 1", "release"]

@@ -48,8 +48,11 @@ TABLE: list[tuple[str, dict[str, Any], Verdict, Outcome | None, str]] = [
     ("died, untrusted", {"presence": P.RUNNING, "holder": H.DEAD, "trusted": False}, V.HOLD, None,
      "suspect"),
     ("died, held", {"presence": P.RUNNING, "holder": H.DEAD, "held": True}, V.HOLD, None, ""),
-    ("third death", {"presence": P.RUNNING, "holder": H.DEAD, "crashes": 2}, V.REQUEUE, None, ""),
+    ("second death", {"presence": P.RUNNING, "holder": H.DEAD, "crashes": 1}, V.REQUEUE, None, ""),
+    ("third death", {"presence": P.RUNNING, "holder": H.DEAD, "crashes": 2}, V.BURY, O.DEAD, ""),
     ("spent", {"presence": P.RUNNING, "holder": H.DEAD, "crashes": 3}, V.BURY, O.DEAD, ""),
+    ("in company", {"presence": P.RUNNING, "holder": H.DEAD, "crashes": 3, "alone": False},
+     V.REQUEUE, None, ""),
     ("spent, goodbye", {"presence": P.RUNNING, "holder": H.DEAD, "crashes": 3, "announced": True},
      V.REQUEUE, None, ""),
     ("spent, held", {"presence": P.RUNNING, "holder": H.DEAD, "crashes": 3, "held": True}, V.BURY,
@@ -116,6 +119,7 @@ CASES = st.builds(
     hold_unexplained=st.booleans(),
     expired=st.booleans(),
     announced=st.booleans(),
+    alone=st.booleans(),
     crashes=st.integers(0, 5),
     crash_budget=st.integers(0, 5),
 )
@@ -213,7 +217,19 @@ def test_only_a_dead_workers_unannounced_claim_is_buried(case: Case) -> None:
     """A job is buried only for deaths: its holder, or who ran it, is dead and the budget overdrawn."""
     if decide(case).verdict is Verdict.BURY:
         assert case.holder in (Holder.DEAD, Holder.LET_GO)
-        assert case.crashes + (not case.announced) > case.crash_budget
+        assert case.crashes + 1 >= case.crash_budget
+        assert case.alone and not case.announced
+
+
+@given(OWED)
+def test_a_death_in_company_is_charged_once(case: Case) -> None:
+    """Nobody knows which of them caused it: later deaths count only where the job was alone."""
+    decision = decide(replace(case, alone=False, announced=False))
+
+    if decision.verdict is Verdict.REQUEUE:
+        assert decision.charge == (case.crashes == 0)
+    else:
+        assert not decision.charge
 
 
 @pytest.mark.parametrize("presence", [Presence.FINISHED, Presence.FAILED, Presence.CANCELLED])

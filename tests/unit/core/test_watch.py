@@ -599,23 +599,51 @@ def test_a_paused_leader_finishes_no_join() -> None:
 
 
 def test_the_crash_budget() -> None:
-    """A job that has cost three workers their lives is dead after the fourth, and never goes back."""
+    """A job whose worker dies for the third time is dead, and never goes back."""
     world = World(crash_backoff=(0.0,))
     world.trusted()
     (job,) = world.enqueue("job")
-    for death in range(1, 5):
+    for death in range(1, 4):
         worker = world.worker(f"victim-{death}")
         world.run(4)
         running(world, worker)
         worker.kill()
-        if death < 4:
+        if death < 3:
             world.run_until(lambda n=death: len(world.broker.pushed) == n, within=30)  # type: ignore[misc]
 
     world.run_until(lambda: world.outcome(job) is Outcome.DEAD, within=30)
     world.run(70)
 
-    assert len(world.broker.pushed) == 3
+    assert len(world.broker.pushed) == 2
     assert world.broker.buried == ["job"]
+
+
+def test_poison_beside_innocents() -> None:
+    """A process that runs several jobs dies again and again: only what is alone then is charged twice."""
+    world = World(crash_backoff=(0.0,))
+    world.trusted()
+    world.enqueue("poison", "innocent")
+    for _ in range(6):
+        worker = world.worker()
+        world.run(4)
+        running(world, worker, "innocent")
+        running(world, worker, "poison")
+        worker.kill()
+        pushed = len(world.broker.pushed)
+        world.run_until(lambda n=pushed: len(world.broker.pushed) == n + 2, within=60)  # type: ignore[misc]
+        assert {owed.crashes for owed in world.owed().values()} == {1}
+    for alone in (2, 3):
+        worker = world.worker()
+        world.run(4)
+        running(world, worker, "poison")
+        worker.kill()
+        world.run_until(
+            lambda n=alone: "poison" not in world.owed() or world.owed()["poison"].crashes == n,  # type: ignore[misc]
+            within=60,
+        )
+        world.run(2)
+    assert world.broker.buried == ["poison"]
+    assert world.owed()["innocent"].crashes == 1
 
 
 def test_the_crash_of_a_held_queue_waits() -> None:

@@ -46,6 +46,29 @@ def test_an_id_that_the_encoder_hid_cannot_be_changed() -> None:
         Envelope(new_token(), "mail", b"encrypted").data_for(new_token())
 
 
+def test_what_a_person_requeues_has_all_its_retries() -> None:
+    """And is another delivery of the same message."""
+    rid, fresh = new_token(), new_token()
+    options = {"redis_message_id": str(rid), "max_retries": 3}
+    spent = {**options, "retries": 3, "traceback": "…", "requeue_timestamp": 1}
+    data = json.dumps({"args": [1.5, "ä"], "options": spent}).encode()
+    again = Envelope(rid, "mail", data).renewed(fresh)
+    assert (again.rid, again.queue) == (fresh, "mail")
+    expected = {**options, "redis_message_id": str(fresh)}
+    assert json.loads(again.data) == {"args": [1.5, "ä"], "options": expected}
+    assert again.data_for(fresh) == again.data
+
+
+def test_what_no_json_says_keeps_its_retries() -> None:
+    """Nothing of a user's encoder is guessed but the id."""
+    rid, fresh = new_token(), new_token()
+    data = pickle.dumps({"options": {"redis_message_id": str(rid), "retries": 3}})
+    again = Envelope(rid, "mail", data).renewed(fresh)
+    assert pickle.loads(again.data)["options"] == {"redis_message_id": str(fresh), "retries": 3}
+    with pytest.raises(ValueError, match="encoder hides the id"):
+        Envelope(rid, "mail", b"encrypted").renewed(fresh)
+
+
 def test_what_is_damaged_or_of_another_version_is_named() -> None:
     """Nothing is guessed."""
     good = Envelope(new_token(), "mail", b"data").encode()

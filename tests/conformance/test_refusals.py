@@ -1,0 +1,132 @@
+"""A Redis that answers, and takes nothing: what raises does not run, or it is accepted and does not raise.
+
+``when_redis_down="accept"``: what may pass is accepted, the leader pushes it. What a person has to mend
+(rights, a key of another type) raises. ``"raise"``: all of it raises. What raised is not recorded either.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+import redis
+
+import jobguard
+from jobguard.guard import JobGuard
+from jobguard.servers import RedisServer
+from tests.conformance.conftest import LIBRARIES
+from tests.conformance.library import QUEUE, Library
+from tests.conformance.words import BRISK, Records
+from tests.support import eventually
+
+KEYS = {"celery": QUEUE, "dramatiq": f"dramatiq:{QUEUE}", "rq": f"rq:queue:{QUEUE}"}
+
+
+def configured(name: str, value: str, usual: str) -> Callable[[Any], Callable[[], object]]:
+    """Return what sets an option of Redis, and gives what sets it back."""
+
+    def begin(client: Any) -> Callable[[], object]:
+        client.config_set(name, value)
+        return lambda: client.config_set(name, usual)
+
+    return begin
+
+
+def replica(client: Any) -> Callable[[], object]:
+    """Make it a replica of nobody."""
+    client.replicaof("127.0.0.1", "1")
+    return lambda: client.replicaof("no", "one")
+
+
+def replica_without_data(client: Any) -> Callable[[], object]:
+    """Make it a replica that answers nothing before it has met its master."""
+    client.config_set("replica-serve-stale-data", "no")
+    return replica(client)
+
+
+def rights(client: Any) -> Callable[[], object]:
+    """Take away the rights of everybody to write lists."""
+    client.execute_command("ACL", "SETUSER", "default", "-rpush", "-lpush", "-evalsha")
+    return lambda: client.execute_command("ACL", "SETUSER", "default", "+@all")
+
+
+STATES: dict[str, Callable[[Any], Callable[[], object]]] = {
+    "OOM": configured("maxmemory", "1", "0"),
+    "READONLY": replica,
+    "MASTERDOWN": replica_without_data,
+    "NOREPLICAS": configured("min-replicas-to-write", "1", "0"),
+    "NOPERM": rights,
+    "WRONGTYPE": lambda client: lambda: None,
+}
+PASSING = ("OOM", "READONLY", "MASTERDOWN", "NOREPLICAS")
+
+
+@contextmanager
+def led(database: str) -> Iterator[None]:
+    """Have the lease of a leader that does nothing."""
+    with psycopg.connect(database, autocommit=True) as connection:
+        connection.execute(
+            "insert into jobguard.leader (namespace, term, holder, host, pid, expires_at)"
+            " values ('default', 7, gen_random_uuid(), 'h', 1, now() + interval '1 hour')"
+        )
+        yield
+        connection.execute("update jobguard.leader set expires_at = now()")
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+@pytest.mark.parametrize("mode", ["accept", "raise"])
+@pytest.mark.parametrize("state", STATES)
+def test_what_raises_does_not_run(
+    own_redis: RedisServer, tmp_path: Path, database: str, name: str, mode: str, state: str
+) -> None:
+    """And what does not raise runs once."""
+    kind: type[Library] = pkgutil.resolve_name(LIBRARIES[name])
+    library = kind(own_redis.url, tmp_path / "ledger")
+    records = Records(database)
+    client: Any = redis.Redis.from_url(own_redis.url)
+    settings = {**BRISK, "when_redis_down": mode}
+    with jobguard.guard(library.target(), postgres=database, **settings) as guard:
+        if state == "WRONGTYPE":
+            client.set(KEYS[name], "no list")
+        else:
+            library.send()  # with a connection that works, and all that Redis was asked once
+        before = len(records.owed())
+        with led(database):
+            restore = STATES[state](client)
+            try:
+                library.send()
+                raised = False
+            except Exception:
+                raised = True
+            finally:
+                restore()
+        taken = state == "NOREPLICAS" and not raised  # Redis 6 does not ask that of a script
+        assert taken or raised == (mode == "raise" or state not in PASSING)
+        assert len(records.owed()) == before + (not raised)
+        if state == "WRONGTYPE":
+            client.delete(KEYS[name])
+        assert_all_run(library, records, guard, before + (not raised))
+    library.client.close()
+    client.close()
+
+
+def assert_all_run(library: Library, records: Records, guard: JobGuard, count: int) -> None:
+    """Run all there is: as often as it was accepted."""
+    library.work()
+    with psycopg.connect(records._database, autocommit=True) as connection:
+        connection.execute(
+            "insert into jobguard.queues (source, queue, trusted_since)"
+            " select id, %s, '-infinity' from jobguard.sources on conflict (source, queue)"
+            " do update set trusted_since = '-infinity'",
+            [QUEUE],
+        )
+    if records.owed():
+        eventually(lambda: guard.reconcile() and library.waiting(), 30)
+        library.work()
+    assert library.said() == ["ran"] * count
+    assert records.owed() == []
