@@ -11,7 +11,7 @@ import importlib.util
 import inspect
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,10 +32,9 @@ from rq.version import VERSION
 
 from jobguard.adapters.rq import intent, killed, lives, producer, worker
 from jobguard.errors import UnsupportedTarget, host_interrupts
+from jobguard.patching import Hooks, Make
 
 log = logging.getLogger("jobguard")
-
-Make = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,16 +47,6 @@ class Target:
     leading: tuple[str, ...]
     """The arguments it must begin with."""
     required: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class Patch:
-    """One method that is hooked."""
-
-    owner: Any
-    name: str
-    original: Any
-    hook: Any
 
 
 _ENQUEUE = ("self", "job", "pipeline", "at_front")
@@ -137,17 +126,16 @@ host_interrupts(
 )
 
 _lock = threading.Lock()
-_installed: list[Patch] = []
+_hooks = Hooks()
 _holders: set[object] = set()
 
 
 def install(holder: object) -> None:
     """Put the hooks on, for the first holder; raises UnsupportedTarget if this RQ is not known."""
     with _lock:
-        if not _installed:
-            for patch in list(_plan()):  # complete before the first is put
-                setattr(patch.owner, patch.name, patch.hook)
-                _installed.append(patch)
+        if not _holders:
+            for put in list(_plan()):  # complete before the first is put
+                _hooks.put(*put)
         _holders.add(holder)
 
 
@@ -155,20 +143,16 @@ def uninstall(holder: object) -> None:
     """Take the hooks off, after the last holder."""
     with _lock:
         _holders.discard(holder)
-        while _installed and not _holders:
-            patch = _installed.pop()
-            # What somebody else put over ours stays; ours passes everything through by itself.
-            if patch.owner.__dict__.get(patch.name) is patch.hook:
-                setattr(patch.owner, patch.name, patch.original)
+        if not _holders:
+            _hooks.take_off()
 
 
-def _plan() -> Iterator[Patch]:
+def _plan() -> Iterator[tuple[Any, str, Make]]:
     for target in (*PRODUCER, *WORKER, *_spawning(), *_cron()):
         owner = next((c for c in target.owner.__mro__ if target.name in c.__dict__), None)
-        original = owner.__dict__[target.name] if owner is not None else None
-        if original is not None and _begins_with(original, target.leading):
-            yield Patch(owner, target.name, original, target.make(original))
-        elif target.required or original is not None:
+        if owner is not None and _begins_with(getattr(owner, target.name), target.leading):
+            yield owner, target.name, target.make
+        elif target.required or owner is not None:
             raise UnsupportedTarget(
                 f"RQ {VERSION} has no {target.owner.__name__}.{target.name}"
                 f"({', '.join(target.leading)}, ...) as jobguard knows it: jobs are not guarded. "
@@ -193,8 +177,14 @@ def _cron() -> tuple[Target, ...]:
 
 
 def _begins_with(method: Any, leading: tuple[str, ...]) -> bool:
+    """Whether a method takes these arguments first; what another tool put over it may take any."""
     try:
-        names = tuple(inspect.signature(method).parameters)
+        parameters = tuple(inspect.signature(method).parameters.values())
     except (TypeError, ValueError):
         return False
-    return names[: len(leading)] == leading
+    for at, name in enumerate(leading):
+        if at < len(parameters) and parameters[at].kind is inspect.Parameter.VAR_POSITIONAL:
+            return True
+        if at >= len(parameters) or parameters[at].name != name:
+            return False
+    return True
