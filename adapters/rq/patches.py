@@ -109,12 +109,6 @@ WORKER = (
     Target(workers.Worker, "execute_job", worker.execute_job, _DONE),
     Target(workers.Worker, "fork_work_horse", worker.fork_work_horse, _DONE),
     Target(workers.Worker, "kill_horse", killed.kill_horse, ("self", "sig")),
-    Target(
-        workers.Worker,
-        "handle_work_horse_killed",
-        killed.handle_work_horse_killed,
-        ("self", "job"),
-    ),
 )
 
 # What RQ throws into a process by a signal; it may strike inside of our code.

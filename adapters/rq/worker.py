@@ -135,6 +135,11 @@ def _claimed(worker: Any, job: Job, queue: Queue, call: Callable[[], Any]) -> An
         result = call()
         _conclude(answer, job)
         return result
+    except BaseException as error:
+        # RQ itself failed with it, and its worker quits: later it fails this run as abandoned.
+        if answer.raised and not job.retries_left:
+            answer.end(Outcome.FAILED, repr(error))
+        raise
     finally:
         answer.drain()
         answer.close()
@@ -265,6 +270,7 @@ def handle_execution_ended(original: Hook) -> Hook:
 
     @wraps(original)
     def hook(self: Any, job: Job, *args: Any, **kwargs: Any) -> Any:
+        _note_if_raised(job)
         try:
             return original(self, job, *args, **kwargs)
         except RedisError:
@@ -316,6 +322,7 @@ def handle_job_failure(original: Hook) -> Hook:
         run = run_of(job)
         if run is not None:
             run.drain()  # a killed horse may have told its end before
+            _note_if_raised(job)
         if is_left_to_the_leader(self, job):
             return None
         if run is None:
@@ -333,6 +340,15 @@ def handle_job_failure(original: Hook) -> Hook:
         return result
 
     return hook
+
+
+def _note_if_raised(job: Job) -> None:
+    """RQ is dealing with an error: note it, unless Redis failed RQ outside of the function."""
+    run, error = run_of(job), sys.exc_info()[1]
+    if run is None or error is None or not run.began:
+        return
+    if not (run.returned and isinstance(error, BROKER_DOWN)):
+        run.note_raised()
 
 
 def _queue_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Queue:
@@ -448,5 +464,9 @@ def _conclude(run: Run, job: Job) -> None:
         run.end(Outcome.FAILED)
     elif status == b"stopped":
         run.end(Outcome.CANCELLED)
+    elif status == b"started" and run.horse_died:
+        # It left with exit code 0, which RQ takes for an end that was written.
+        log.warning("job %s ended its process: it goes back within its crash budget", job.id)
+        run.abandon()
     else:
         run.let_go()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import pickle
 import signal
@@ -201,3 +202,38 @@ def say_and_wait(path: str) -> None:
     deadline = time.monotonic() + 30
     while not go_on.exists() and time.monotonic() < deadline:
         time.sleep(0.01)
+
+
+def raise_it(path: str, name: str) -> None:
+    """Raise what is named; some of these are no Exception."""
+    say(path)
+    kinds = {"SystemExit": SystemExit, "KeyboardInterrupt": KeyboardInterrupt}
+    kinds["CancelledError"] = asyncio.CancelledError
+    if name == "unwritable":
+        raise ValueError("\ud800")  # no traceback with it can be encoded
+    raise kinds.get(name, ValueError)(name)
+
+
+def die_at_once(path: str, code: int | None = None) -> None:
+    """End the process: by a signal, or with an exit code."""
+    say(path)
+    if code is None:
+        os.kill(os.getpid(), signal.SIGKILL)
+    else:
+        os._exit(code)
+
+
+def return_unwritable(path: str) -> Any:
+    """Return what no serializer takes."""
+    say(path)
+    return lambda: None
+
+
+def dying(*_: Any) -> None:
+    """Be a callback whose process is killed."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def handler_that_raises(*_: Any) -> None:
+    """Be an exception handler that fails itself."""
+    raise RuntimeError("the handler fails")
