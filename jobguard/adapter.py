@@ -387,12 +387,20 @@ def told_again(tracker: Tracker, token: UUID) -> Refused | None:
 
 
 _trackers: dict[int, Tracker] = {}
+_ever: list[int] = []
+"""The first source that was guarded in this process, if any was."""
 _resolve: list[Callable[[object], Tracker | None]] = []
 
 
 def register(tracker: Tracker) -> None:
     """Make a tracker known to the adapters of this process; what it raises, they will not see."""
     _trackers[tracker.source.id] = well_behaved(tracker)
+    _ever[:] = _ever or [tracker.source.id]
+
+
+def ever_guarded() -> bool:
+    """Whether anything was guarded in this process so far."""
+    return bool(_ever)
 
 
 def behind_wall(tracker: Tracker) -> Tracker:

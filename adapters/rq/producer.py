@@ -245,6 +245,7 @@ def save(original: Hook) -> Hook:
                 self, pipeline=pipeline, include_meta=include_meta, include_result=include_result
             )
 
+        _warn_of_other_schedulers(self, pipeline)
         if self._status != JobStatus.DEFERRED or pipeline is None or deliveries.is_drafted(self):
             return call()
         if deliveries.token_of(self) is not None:  # it was put by before: only its body changes
@@ -256,6 +257,26 @@ def save(original: Hook) -> Hook:
         return _stage(tracker, self.origin, self, put_by, pipeline, call)
 
     return hook
+
+
+_warned: set[int] = set()
+
+
+def _warn_of_other_schedulers(job: Job, pipeline: Pipeline | None) -> None:
+    """Say once that a scheduler keeps jobs where nobody records them: RQ's own saves none like this."""
+    scheduled = job._status == JobStatus.SCHEDULED and pipeline is None
+    if not scheduled or deliveries.is_drafted(job) or deliveries.token_of(job) is not None:
+        return
+    tracker = tracker_for_job(job)
+    if tracker is None or tracker.source.id in _warned:
+        return
+    _warned.add(tracker.source.id)
+    log.error(
+        "job %s is scheduled outside of RQ's own registry, as rq-scheduler does: Redis alone has such "
+        "jobs until they are enqueued. Use Queue.enqueue_at or RQ's cron, or schedule them again "
+        "after a loss of Redis. Said once.",
+        job.id,
+    )
 
 
 def _deferred_score(job: Job) -> str:

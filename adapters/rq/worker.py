@@ -73,7 +73,7 @@ def register_birth(original: Hook) -> Hook:
     @wraps(original)
     def hook(self: Any) -> Any:
         # First the beat: an unknown consumer makes its queues untrusted.
-        _open_session(self)
+        _say_whether_guarded(self, _open_session(self))
         return original(self)
 
     return hook
@@ -385,6 +385,19 @@ def _open_session(worker: Any) -> Session | None:
     )
     worker.__dict__[_SESSION] = session
     return session
+
+
+def _say_whether_guarded(worker: Any, session: Session | None) -> None:
+    """Tell by RQ's own logger, which alone reaches the output of a worker's command."""
+    tracker: Tracker | None = worker.__dict__.get(_TRACKER)
+    queues = [name for name in worker.queue_names() if tracker and tracker.guards(name)]
+    if session is None or tracker is None or not queues:
+        worker.log.warning(
+            "Worker %s: not guarded by jobguard: nothing that it does is recorded", worker.name
+        )
+    else:
+        source, names = tracker.source, ", ".join(queues)
+        worker.log.info("Worker %s: guarded by jobguard: %s of %s", worker.name, names, source)
 
 
 def _inherit(worker: Any, job: Job, queue: Queue) -> Run | None:
