@@ -110,6 +110,13 @@ select jobguard.end(
   %(ended)b::float8[], %(job_id)b::text[], %(queue)b::text[], %(task)b::text[], %(error)s::text[],
   %(join)s::text[], %(part)s::bytea[])
 
+-- name: completed_after_all
+update jobguard.history h set outcome = 'completed'
+from unnest(%(token)b::uuid[], %(number)b::int[], %(worker)b::uuid[]) e(token, number, worker)
+where h.source = %(source)s and h.token = e.token and h.outcome = 'cancelled'
+  and h.number = e.number and h.worker = e.worker
+returning h.token
+
 -- name: open_join
 with opened as (
   insert into jobguard.joins as x (source, id, size, state)

@@ -185,7 +185,35 @@ class PostgresStore:
                 "part": [e.part.state if e.part else None for e in ends],
             },
         )
-        return [Ended(answer) for answer in rows[0][0]]
+        answers = [Ended(answer) for answer in rows[0][0]]
+        late = [
+            end
+            for end, answer in zip(ends, answers, strict=True)
+            if answer is Ended.LATE and end.outcome is Outcome.COMPLETED
+        ]
+        if not late:
+            return answers
+        completed = self._completed_after_all(source, late)
+        return [
+            Ended.ENDED if end in late and end.token in completed else answer
+            for end, answer in zip(ends, answers, strict=True)
+        ]
+
+    def _completed_after_all(self, source: int, ends: Sequence[End]) -> set[UUID]:
+        """Have what was cancelled while it ran, and ran to its end all the same, be completed."""
+        rows = self._db.execute(
+            self._sql["completed_after_all"],
+            {
+                "source": source,
+                "token": [end.token for end in ends],
+                "number": [end.number for end in ends],
+                "worker": [end.worker for end in ends],
+            },
+        )
+        completed = {row[0] for row in rows}
+        # Now that they count as completed, they leave something to their joins.
+        self.end(source, [end for end in ends if end.part and end.token in completed])
+        return completed
 
     def now(self) -> float:
         """The database's clock; see HostStore."""

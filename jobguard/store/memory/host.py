@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 from uuid import UUID
 
@@ -266,11 +267,16 @@ class MemoryHostStore:
             return Ended.ENDED
         stone = tables.history.get(key)
         if stone is not None:
+            told_by = (stone.outcome, stone.number, stone.worker)
+            cancelled = told_by == (Outcome.CANCELLED, end.number, end.worker)
+            to_its_end = cancelled and end.outcome is Outcome.COMPLETED
+            if to_its_end:
+                stone = tables.history[key] = replace(stone, outcome=Outcome.COMPLETED)
             # What completed as the library shows it has still left something to its join.
             if end.part is not None and {stone.outcome, end.outcome} == {Outcome.COMPLETED}:
                 told = Delivery(key[1], stone.job_id, stone.queue, stone.task, b"")
                 tables.count(key, told, end.part, now=now)
-            return Ended.LATE
+            return Ended.ENDED if to_its_end else Ended.LATE
         tables.history[key] = Tombstone(
             outcome=end.outcome,
             ended_at=end.ended_at,
