@@ -108,6 +108,7 @@ WORKER = (
     Target(workers.SimpleWorker, "execute_job", worker.execute_job, _DONE),
     Target(workers.Worker, "execute_job", worker.execute_job, _DONE),
     Target(workers.Worker, "fork_work_horse", worker.fork_work_horse, _DONE),
+    Target(workers.Worker, "maintain_heartbeats", worker.maintain_heartbeats, ("self", "job")),
     Target(workers.Worker, "kill_horse", killed.kill_horse, ("self", "sig")),
 )
 

@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING, Any, cast
 from uuid import UUID
 
 from redis.exceptions import RedisError
+from rq.executions import ExecutionRegistry
 from rq.job import Job, JobStatus
 from rq.queue import Queue
+from rq.utils import now, utcformat
 from rq.worker import SimpleWorker
 
 from jobguard import failpoint
@@ -241,6 +243,48 @@ def perform_job(original: Hook) -> Hook:
                     tracker.settle()
 
     return hook
+
+
+def maintain_heartbeats(original: Hook) -> Hook:
+    """Worker.maintain_heartbeats: a run that Redis has lost is shown again, and can be stopped."""
+
+    @wraps(original)
+    def hook(self: Any, job: Job, *args: Any, **kwargs: Any) -> Any:
+        try:
+            _show_again(self, job, args[0] if args else kwargs.get("execution", self.execution))
+        except Exception as error:
+            if is_host_interrupt(error):
+                raise
+            log.warning("jobguard could not show again that job %s runs: %s", job.id, error)
+        return original(self, job, *args, **kwargs)
+
+    return hook
+
+
+def _show_again(worker: Any, job: Job, execution: Any) -> None:
+    """Write what RQ keeps of a run beside the job's hash, which the leader has put back."""
+    run = run_of(job)
+    client = cast(Any, worker.connection)
+    if run is None or execution is None or client.exists(execution.key):
+        return
+    field, status = client.hmget(job.key, FIELD, "status")
+    if field != run.claim.token.hex.encode() or status != b"started":
+        return
+    ttl = int(worker.get_heartbeat_ttl(job))
+    with client.pipeline() as pipe:
+        execution.save(ttl=ttl, pipeline=pipe)
+        executions = ExecutionRegistry(job_id=job.id, connection=pipe)
+        executions.add(execution=execution, ttl=ttl, pipeline=pipe)
+        job.started_job_registry.add_execution(execution, pipeline=pipe, ttl=ttl, xx=False)
+        index = getattr(execution, "worker_executions_key", None)
+        if index is not None:
+            pipe.sadd(index, execution.composite_key)
+            pipe.expire(index, ttl + 60)
+        told = {"worker_name": worker.name, "started_at": utcformat(job.started_at or now())}
+        pipe.hset(job.key, mapping=told)
+        if hasattr(worker, "set_current_job_id"):  # RQ before 3.0
+            worker.set_current_job_id(job.id, pipeline=pipe)
+        pipe.execute()
 
 
 def perform(original: Hook) -> Hook:

@@ -14,7 +14,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry as Retrying
 from rq import Retry
-from rq.job import get_current_job
+from rq.job import Job, get_current_job
 
 from jobguard.adapters.rq.broker import RQBroker
 from jobguard.job import Restorable
@@ -237,3 +237,30 @@ def dying(*_: Any) -> None:
 def handler_that_raises(*_: Any) -> None:
     """Be an exception handler that fails itself."""
     raise RuntimeError("the handler fails")
+
+
+def run_through_a_loss(path: str) -> None:
+    """Lose Redis, have the leader show that this runs, and wait until RQ shows it as before."""
+    current = get_current_job()
+    assert current is not None
+    client, job_id = current.connection, current.id
+    client.flushdb()
+    delivery, source = RESTORED
+    shown = Restorable(
+        token=delivery.token,
+        job_id=delivery.job_id,
+        queue=delivery.queue,
+        envelope=delivery.envelope,
+        due_at=None,
+        expires_at=None,
+        running=True,
+    )
+    RQBroker(source, client).restore([shown], deadline=time.time() + 60)
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        again = Job.fetch(job_id, connection=client)
+        entries = again.started_job_registry.get_job_ids(cleanup=False)
+        if again.worker_name and again.get_executions() and entries == [job_id]:
+            say(path)
+            return
+        time.sleep(0.05)

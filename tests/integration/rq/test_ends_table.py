@@ -170,3 +170,19 @@ def tracker_says(tracker: FakeTracker, token: str) -> str:
             return outcome
     ((_, outcome, _),) = tracker.notes("end")
     return outcome
+
+
+def test_a_run_that_redis_lost_is_shown_again(
+    queue: Queue, tracker: FakeTracker, ledger: Path
+) -> None:
+    """Its worker puts it back among the started, by its own name: it can be seen, and stopped."""
+    job = queue.enqueue(tasks.run_through_a_loss, str(ledger))
+    tasks.RESTORED[:] = [tracker.recorded[0], tracker.source]
+    try:
+        work(Worker, queue, job_monitoring_interval=1)
+    finally:
+        tasks.RESTORED.clear()
+    assert ran(ledger) == 1
+    assert job.get_status() == "finished"
+    assert queue.connection.zcard("rq:wip:default") == 0
+    assert [end[:2] for end in tracker.notes("end")] == [[job.id, "completed"]]
