@@ -155,6 +155,12 @@ class Tracker(Protocol):
     ) -> None:
         """Write the tombstones of these, before Redis forgets them; ``queue``: of all that waits in it."""
 
+    def amend(self, token: UUID, change: Callable[[bytes], bytes]) -> bool:
+        """Change what an owed delivery is put back as, after Redis has the change; False: it is not kept.
+
+        ``change`` gives the new envelope for the present one. Nothing stands in for Postgres here.
+        """
+
     def heartbeat(
         self,
         job_id: str,

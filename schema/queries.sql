@@ -175,6 +175,15 @@ join jobguard.queues q on q.source = j.source and q.queue = j.queue
 where j.source = %(source)s and j.token = any (%(tokens)b::uuid[])
   and q.trusted_since <= j.recorded_at and s.watched_at > now() - interval '5 minutes'
 
+-- name: envelope_of
+select j.envelope from jobguard.jobs j where j.source = %(source)s and j.token = %(token)s
+
+-- name: amend
+-- Only where nobody has changed it meanwhile.
+update jobguard.jobs j set envelope = %(envelope)s::bytea
+where j.source = %(source)s and j.token = %(token)s and j.envelope = %(before)s::bytea
+returning true
+
 -- name: heartbeat
 -- A running job's progress, in the name of its claim where one is given.
 update jobguard.running r

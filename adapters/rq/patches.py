@@ -72,6 +72,7 @@ PRODUCER = (
         ScheduledJobRegistry, "remove", intent.remove_from_registry, ("self", "job", "pipeline")
     ),
     Target(Job, "save", producer.save, ("self", "pipeline", "include_meta")),
+    Target(Job, "save_meta", producer.save_meta, ("self",)),
     Target(Job, "to_dict", lives.to_dict, ("self", "include_meta", "include_result")),
     Target(Job, "restore", lives.restore, ("self", "raw_data")),
     Target(Job, "retry", lives.retry, ("self", "queue", "pipeline")),

@@ -19,10 +19,11 @@ from rq.version import VERSION
 
 from jobguard.adapters.rq import deliveries
 from jobguard.adapters.rq.deliveries import Draft, begin_new_life, draft, drafting
-from jobguard.adapters.rq.envelope import Mode
+from jobguard.adapters.rq.envelope import Mode, amended
 from jobguard.adapters.rq.lookup import tracker_for_job, tracker_for_program, tracker_for_queue
 from jobguard.adapters.rq.pipeline import Batch, Staged, is_immediate, not_pushed, record
 from jobguard.adapters.rq.push import push
+from jobguard.current import current
 from jobguard.errors import StoreUnavailable, is_host_interrupt
 
 if TYPE_CHECKING:
@@ -246,6 +247,10 @@ def save(original: Hook) -> Hook:
             )
 
         _warn_of_other_schedulers(self, pipeline)
+        if pipeline is None and deliveries.token_of(self) is not None:
+            result = call()
+            amend(self, include_meta=include_meta)
+            return result
         if self._status != JobStatus.DEFERRED or pipeline is None or deliveries.is_drafted(self):
             return call()
         if deliveries.token_of(self) is not None:  # it was put by before: only its body changes
@@ -257,6 +262,37 @@ def save(original: Hook) -> Hook:
         return _stage(tracker, self.origin, self, put_by, pipeline, call)
 
     return hook
+
+
+def save_meta(original: Hook) -> Hook:
+    """Job.save_meta: what a program notes in a job that waits, or runs elsewhere, comes back with it."""
+
+    @wraps(original)
+    def hook(self: Job, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        amend(self, include_meta=True, only_meta=True)
+        return result
+
+    return hook
+
+
+def amend(job: Job, *, include_meta: bool, only_meta: bool = False) -> None:
+    """Have the record of a job say what was saved just now, but for what its own run saves."""
+    token = deliveries.token_of(job)
+    if token is None or job._status in deliveries.ENDED or deliveries.is_drafted(job):
+        return
+    if deliveries.run_of(job) is not None or current().id == job.id:
+        return  # a run may save its progress many times a second
+    tracker = tracker_for_job(job)
+    if tracker is None:
+        return
+    try:
+        saved = deliveries.saved(job, include_meta=include_meta, only_meta=only_meta)
+        tracker.amend(token, lambda envelope: amended(envelope, saved))
+    except Exception as error:
+        if is_host_interrupt(error):
+            raise
+        log.exception("jobguard could not record what was saved of job %s", job.id)
 
 
 _warned: set[int] = set()

@@ -35,6 +35,8 @@ from jobguard.store.connection import Database
 _SOURCE = ("id", "namespace", "library", "address", "prefix", "name", "settings", "one_body")
 _BATCH = 250
 """Deliveries in one statement: a larger one saves nothing and holds its locks longer."""
+_AMENDED_AT_MOST = 3
+"""Tries to change an envelope that others change at the same time."""
 
 
 class PostgresStore:
@@ -303,6 +305,20 @@ class PostgresStore:
         """Which of these have ended, and how; see HostStore."""
         rows = self._db.execute(self._sql["tombstones"], {"source": source, "tokens": list(tokens)})
         return {token: Outcome(outcome) for token, outcome in rows}
+
+    def amend(self, source: int, token: UUID, change: Callable[[bytes], bytes]) -> bool:
+        """Change an envelope; see HostStore."""
+        for _ in range(_AMENDED_AT_MOST):
+            key: dict[str, Any] = {"source": source, "token": token}
+            rows = self._db.execute(self._sql["envelope_of"], key)
+            if not rows:
+                return False
+            before = bytes(rows[0][0])
+            after = change(before)
+            changed = {**key, "before": before, "envelope": after}
+            if after == before or self._db.execute(self._sql["amend"], changed):
+                return True
+        return False
 
     def heartbeat(
         self,

@@ -1178,6 +1178,32 @@ def test_what_was_cancelled_while_it_ran_has_completed_if_it_ran_to_its_end(
     assert refused(worker.claim(it.token)) == (Refusal.ENDED, Outcome.COMPLETED)
 
 
+def test_an_envelope_is_amended(ledger: Contract) -> None:
+    """What is owed comes back as it is now, claimed or not; what has ended is left alone."""
+    it, other = ledger.recorded("a"), ledger.recorded("b")
+    asked: list[bytes] = []
+
+    def change(envelope: bytes) -> bytes:
+        asked.append(envelope)
+        return envelope + b" changed"
+
+    assert ledger.store.amend(SOURCE, it.token, change)
+    worker = ledger.working()
+    claim = worker.start(it.token)
+    assert ledger.store.amend(SOURCE, it.token, change)
+    assert asked == [it.envelope, it.envelope + b" changed"]
+    found = ledger.leader.envelopes(SOURCE, [it.token, other.token])
+    assert {one.token: one.envelope for one in found} == {
+        it.token: it.envelope + b" changed changed",
+        other.token: other.envelope,
+    }
+
+    worker.end(claim)
+    assert not ledger.store.amend(SOURCE, it.token, change)
+    assert not ledger.store.amend(SOURCE, new_token(), change)
+    assert len(asked) == 2
+
+
 def test_every_delivery_of_a_job_id_is_cancelled(ledger: Contract) -> None:
     """The one that runs and the one that waits, and no other job."""
     first = ledger.recorded("a")

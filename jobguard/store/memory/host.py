@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 from uuid import UUID
@@ -413,6 +413,14 @@ class MemoryHostStore:
 
     def tombstones(self, source: int, tokens: Sequence[UUID]) -> Mapping[UUID, Outcome]:
         return self._tables.outcomes(source, tokens)
+
+    def amend(self, source: int, token: UUID, change: Callable[[bytes], bytes]) -> bool:
+        with self._tables.open():
+            job = self._tables.jobs.get((source, token))
+            if job is None:
+                return False
+            job.delivery = replace(job.delivery, envelope=change(job.delivery.envelope))
+            return True
 
     def heartbeat(
         self,

@@ -20,6 +20,7 @@ from tests.integration.fakes import FakeTracker
 from tests.integration.rq import tasks
 from tests.integration.rq.test_killed import kill
 from tests.integration.rq.test_worker import ran, work
+from tests.integration.rq.versions import VERSION_OF_RQ
 
 
 class Reaper(Worker):
@@ -76,7 +77,7 @@ ENDS = {
     "returned with repeats left": End(
         tasks.say,
         (),
-        "scheduled",
+        "scheduled" if VERSION_OF_RQ >= (2, 7) else "finished",
         "completed",
         options={"repeat": Repeat(times=1, interval=100)},
     ),
