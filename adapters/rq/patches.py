@@ -65,6 +65,7 @@ PRODUCER = (
         required=False,
     ),
     Target(RQScheduler, "enqueue_scheduled_jobs", producer.enqueue_scheduled_jobs, ("self",)),
+    Target(RQScheduler, "work", producer.work_as_scheduler, ("self",)),
     Target(Queue, "empty", intent.empty, ("self",)),
     Target(Queue, "delete", intent.delete_queue, ("self", "delete_jobs")),
     Target(Queue, "remove", intent.remove_from_queue, ("self", "job_or_id", "pipeline")),

@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import calendar
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable
 from datetime import datetime as DateTime
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
+from redis.exceptions import ReadOnlyError
 from rq.job import Job, JobStatus
 from rq.queue import Queue
 from rq.version import VERSION
 
+from jobguard.adapter import trackers
 from jobguard.adapters.rq import deliveries
-from jobguard.adapters.rq.deliveries import Draft, begin_new_life, draft, drafting
+from jobguard.adapters.rq.deliveries import BROKER_DOWN, Draft, begin_new_life, draft, drafting
 from jobguard.adapters.rq.envelope import Mode, amended
 from jobguard.adapters.rq.lookup import tracker_for_job, tracker_for_program, tracker_for_queue
 from jobguard.adapters.rq.pipeline import Batch, Staged, is_immediate, not_pushed, record
@@ -34,6 +37,11 @@ if TYPE_CHECKING:
 log = logging.getLogger("jobguard")
 Hook = Callable[..., Any]
 
+_NOT_SERVING = (*BROKER_DOWN, ReadOnlyError)
+_SCHEDULER_WAITS = 5.0
+"""Seconds between two tries of RQ's scheduler in an outage of Redis, at most."""
+_CALM = 30.0
+"""Seconds without an error after which the next is another outage."""
 _DEFERRED_BY_EXPIRY = tuple(int(part) for part in VERSION.split(".")[:2]) < (2, 8)
 
 
@@ -196,6 +204,28 @@ def enqueue_scheduled_jobs(original: Hook) -> Hook:
     def hook(self: Any) -> Any:
         with deliveries.scheduling():
             return original(self)
+
+    return hook
+
+
+def work_as_scheduler(original: Hook) -> Hook:
+    """RQScheduler.work: an outage of Redis ends the process, and its worker looks after 10 minutes."""
+
+    @wraps(original)
+    def hook(self: Any) -> Any:
+        failed_at, wait = -math.inf, 0.0
+        while True:
+            try:
+                return original(self)
+            except _NOT_SERVING as error:
+                if self._stop_requested or not any(known.mends_library for known in trackers()):
+                    raise
+                if time.monotonic() - failed_at > _CALM:
+                    wait = 0.5
+                    log.warning("RQ's scheduler waits for Redis: %s", error)
+                wait = min(2 * wait, _SCHEDULER_WAITS)
+                time.sleep(wait)
+                failed_at = time.monotonic()
 
     return hook
 
