@@ -76,3 +76,12 @@ def test_a_greenlet_that_computes_starves_no_thread_of_ours() -> None:
     pytest.importorskip("gevent")
     done = subprocess.run([sys.executable, "-c", STARVED], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_opentelemetry_sees_nothing_of_a_thread_of_ours() -> None:
+    """What it sends for itself makes no spans; what the host sends does."""
+    utils = pytest.importorskip("opentelemetry.instrumentation.utils")
+    enabled: list[bool] = []
+    native.start(lambda: enabled.append(utils.is_instrumentation_enabled()), name="ours").wait(10)
+    assert enabled == [False]
+    assert utils.is_instrumentation_enabled()
