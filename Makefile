@@ -16,11 +16,12 @@ REDIS_SERVERS ?=
 POSTGRES_BINS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test matrix check bench chaos fmt
+.PHONY: help demo test ecosystem matrix check bench chaos fmt
 
 help:
 	@echo "make demo    see jobs survive what kills Redis and workers     (DEMO_ARGS='--library celery')"
 	@echo "make test    all tests, with a real PostgreSQL and Redis       (TEST_ARGS='-k spool')"
+	@echo "make ecosystem  the tests beside tools and applications of others, more of them than make test has"
 	@echo "make matrix  the adapters' tests on several libraries and servers  (VERSIONS='rq-2.0 celery-5.7')"
 	@echo "make check   ruff, mypy and the import contracts"
 	@echo "make fmt     format the code and mend what ruff can mend"
@@ -32,6 +33,11 @@ demo: $(VENV)/.ready-for-demo
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n 6 --dist worksteal $(TEST_ARGS)
+
+ecosystem: $(VENV)/.ready
+	$(PIP) --editable '.[ecosystem]'
+	$(BIN)/python -m pytest -n 2 tests/acceptance/test_ecosystem.py tests/acceptance/test_tracing.py \
+		$(TEST_ARGS)
 
 # Of each library the oldest first; the servers are tried with the last.
 matrix: $(VENV)/.ready $(VERSIONS:%=$(VENV)-%/.ready)

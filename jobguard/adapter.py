@@ -155,6 +155,12 @@ class Tracker(Protocol):
     ) -> None:
         """Write the tombstones of these, before Redis forgets them; ``queue``: of all that waits in it."""
 
+    def amend(self, token: UUID, change: Callable[[bytes], bytes]) -> bool:
+        """Change what an owed delivery is put back as, after Redis has the change; False: it is not kept.
+
+        ``change`` gives the new envelope for the present one. Nothing stands in for Postgres here.
+        """
+
     def heartbeat(
         self,
         job_id: str,
@@ -405,12 +411,20 @@ def told_again(tracker: Tracker, token: UUID) -> Refused | None:
 
 
 _trackers: dict[int, Tracker] = {}
+_ever: list[int] = []
+"""The first source that was guarded in this process, if any was."""
 _resolve: list[Callable[[object], Tracker | None]] = []
 
 
 def register(tracker: Tracker) -> None:
     """Make a tracker known to the adapters of this process; what it raises, they will not see."""
     _trackers[tracker.source.id] = well_behaved(tracker)
+    _ever[:] = _ever or [tracker.source.id]
+
+
+def ever_guarded() -> bool:
+    """Whether anything was guarded in this process so far."""
+    return bool(_ever)
 
 
 def behind_wall(tracker: Tracker) -> Tracker:

@@ -106,6 +106,7 @@ class _Tracker(_Wall):
         "accepts_without_broker": _no,
         "cancel": _nothing,
         "heartbeat": _no,
+        "amend": _no,
         "tombstones": lambda tokens: {},
         "recovers": lambda tokens, **_: frozenset(),
         "open_session": lambda **_: _Nobody(),

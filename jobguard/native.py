@@ -25,6 +25,7 @@ def start(work: Callable[[], None], *, name: str) -> Event:
     ended = Event()
 
     def run() -> None:
+        _make_no_spans()
         try:
             work()
         finally:
@@ -35,6 +36,13 @@ def start(work: Callable[[], None], *, name: str) -> Event:
     else:
         _threading().Thread(target=run, name=name, daemon=True).start()
     return ended
+
+
+def _make_no_spans() -> None:
+    """Have OpenTelemetry take no notice of what this thread sends: beats are not the host's traffic."""
+    context = sys.modules.get("opentelemetry.context")
+    if context is not None:
+        context.attach(context.set_value("suppress_instrumentation", True))
 
 
 def lock() -> Any:

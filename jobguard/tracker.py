@@ -403,6 +403,18 @@ class HostTracker:
         waiting = self.spool.waiting(job_ids, queue)
         self._intend(Cancelled(tuple(tokens), tuple(job_ids), queue, waiting), "cancel")
 
+    def amend(self, token: UUID, change: Callable[[bytes], bytes]) -> bool:
+        """Change what an owed delivery is put back as; see Tracker."""
+        try:
+            return bool(self.call(lambda store: store.amend(self.source.id, token, change)))
+        except BreakerOpen:
+            return False  # that has been said
+        except Exception as failure:
+            if is_host_interrupt(failure):
+                raise
+            say("not_written", what="amend", error=str(failure))
+            return False
+
     def _intend(self, entry: Cancelled | JoinOpened, what: str) -> Recorded:
         try:
             recorded: Recorded = self.call(lambda store: write_intent(store, self.source, entry))

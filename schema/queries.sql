@@ -117,6 +117,13 @@ select jobguard.end(
   %(ended)b::float8[], %(job_id)b::text[], %(queue)b::text[], %(task)b::text[], %(error)s::text[],
   %(join)s::text[], %(part)s::bytea[])
 
+-- name: completed_after_all
+update jobguard.history h set outcome = 'completed'
+from unnest(%(token)b::uuid[], %(number)b::int[], %(worker)b::uuid[]) e(token, number, worker)
+where h.source = %(source)s and h.token = e.token and h.outcome = 'cancelled'
+  and h.number = e.number and h.worker = e.worker
+returning h.token
+
 -- name: open_join
 with opened as (
   insert into jobguard.joins as x (source, id, name, size, state)
@@ -173,6 +180,15 @@ join jobguard.sources s on s.id = j.source
 join jobguard.queues q on q.source = j.source and coalesce(q.name, q.queue) = j.queue
 where j.source = %(source)s and j.token = any (%(tokens)b::uuid[])
   and q.trusted_since <= j.recorded_at and s.watched_at > now() - interval '5 minutes'
+
+-- name: envelope_of
+select j.envelope from jobguard.jobs j where j.source = %(source)s and j.token = %(token)s
+
+-- name: amend
+-- Only where nobody has changed it meanwhile.
+update jobguard.jobs j set envelope = %(envelope)s::bytea
+where j.source = %(source)s and j.token = %(token)s and j.envelope = %(before)s::bytea
+returning true
 
 -- name: heartbeat
 -- A running job's progress, in the name of its claim where one is given.

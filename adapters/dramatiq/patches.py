@@ -27,6 +27,7 @@ from jobguard.adapters.dramatiq.middleware import GuardMiddleware
 from jobguard.adapters.dramatiq.producer import Producer
 from jobguard.adapters.dramatiq.worker import WorkerHalf
 from jobguard.errors import UnsupportedTarget
+from jobguard.patching import Hooks
 
 if TYPE_CHECKING:
     from dramatiq import Broker
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("jobguard")
 
 _GUARD = "_jobguard"
-_ABSENT: Any = object()
 _KNOWN = {
     "enqueue": ("message",),
     "consume": ("queue_name", "prefetch", "timeout"),
@@ -42,8 +42,8 @@ _KNOWN = {
 }
 _lock = threading.Lock()
 _guards: list[BrokerGuard] = []
-_group_run: list[tuple[Any, Any]] = []
-_worker_start: list[Any] = []
+_library = Hooks()
+_workers_guarded: list[bool] = []
 
 
 class BrokerGuard:
@@ -68,32 +68,16 @@ class BrokerGuard:
             "do_purge": intent.do_purge,
             "add_middleware": intent.add_middleware,
         }
-        self._before: dict[str, Any] = {}
-        self._put: dict[str, Any] = {}
+        self._on = Hooks()
+        self._broker_id = broker.broker_id
 
     def put_up(self) -> None:
         """Hook the broker."""
-        own = self.broker.__dict__
         for name, make in self._hooks.items():
-            self._before[name] = own.get(name, _ABSENT)
-            self._put[name] = make(self._original(name))
-            setattr(self.broker, name, self._put[name])
-        self._before["broker_id"] = self.broker.broker_id
+            self._on.put(self.broker, name, make)
         self.broker.broker_id = str(new_guest())
         self.broker.add_middleware(self._middleware)
         setattr(self.broker, _GUARD, self)
-
-    def _original(self, name: str) -> Any:
-        """Return what a hook calls: the method of the class as it is then, whoever hooks it meanwhile."""
-        kind = type(self.broker)
-        if name in self.broker.__dict__ or not hasattr(kind, name):
-            return getattr(self.broker, name)
-
-        @wraps(getattr(kind, name))
-        def call(*args: Any, **kwargs: Any) -> Any:
-            return getattr(kind, name)(self.broker, *args, **kwargs)
-
-        return call
 
     def take_down(self) -> None:
         """Leave the broker as it was, but for what others have put over ours."""
@@ -103,14 +87,8 @@ class BrokerGuard:
         self.intent.release()
         middleware = [each for each in self.broker.middleware if each is not self._middleware]
         self.broker.middleware = middleware
-        self.broker.broker_id = self._before.pop("broker_id")
-        for name, before in self._before.items():
-            if self.broker.__dict__.get(name) is not self._put[name]:
-                continue
-            if before is _ABSENT:
-                delattr(self.broker, name)
-            else:
-                setattr(self.broker, name, before)
+        self.broker.broker_id = self._broker_id
+        self._on.take_off()
 
 
 def guard_of(broker: Broker) -> BrokerGuard | None:
@@ -129,13 +107,10 @@ def install(tracker: Tracker, broker: Any) -> None:
                 f"Dramatiq {dramatiq.__version__} has no {problem} as jobguard knows it: messages are "
                 "not guarded. Use a Dramatiq from 1.17 to 2.x, or upgrade jobguard."
             )
-        if not _group_run:
-            original = group.run
-            hook = run_group(guard_of)(original)
-            _group_run.append((original, hook))
-            setattr(group, "run", hook)  # noqa: B010 - a method, to the type checker
         made = BrokerGuard(tracker, broker)
         made.put_up()
+        if not _guards:
+            _library.put(group, "run", run_group(guard_of))
         _guards.append(made)
 
 
@@ -145,30 +120,30 @@ def uninstall(tracker: Tracker) -> None:
         for made in [each for each in _guards if each.tracker.source.id == tracker.source.id]:
             _guards.remove(made)
             made.take_down()
-        if _group_run and not _guards:
-            original, hook = _group_run.pop()
-            if group.__dict__.get("run") is hook:
-                setattr(group, "run", original)  # noqa: B010 - a method, to the type checker
+        if not _guards:
+            _library.take_off()
 
 
 def guard_workers() -> None:
     """Have a worker that starts guard its broker by what its environment says."""
     with _lock:
-        if _worker_start:
-            return
-        original = Worker.start
+        if not _workers_guarded:
+            _workers_guarded.append(True)
+            Hooks().put(Worker, "start", _worker_start)
 
-        def start(self: Worker) -> None:
-            broker = self.broker
-            if isinstance(broker, RedisBroker) and guard_of(broker) is None:
-                try:
-                    tracker_for_worker(broker)
-                except Exception:
-                    log.exception("jobguard cannot guard this worker")
-            original(self)
 
-        _worker_start.append(original)
-        setattr(Worker, "start", start)  # noqa: B010 - a method, to the type checker
+def _worker_start(original: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(original)
+    def start(self: Worker, *args: Any, **kwargs: Any) -> Any:
+        broker = self.broker
+        if isinstance(broker, RedisBroker) and guard_of(broker) is None:
+            try:
+                tracker_for_worker(broker)
+            except Exception:
+                log.exception("jobguard cannot guard this worker")
+        return original(self, *args, **kwargs)
+
+    return start
 
 
 def _strange(broker: RedisBroker) -> Iterator[str]:

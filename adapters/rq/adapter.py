@@ -57,8 +57,9 @@ class RQAdapter:
         importlib.import_module("jobguard.adapters.rq.patches").uninstall(tracker.source.id)
 
     def prepare_worker(self) -> None:
-        """Hook RQ for a worker whose process calls no guard(): ``jobguard run -- rq worker``."""
+        """Hook RQ for a command whose process calls no guard(): ``jobguard run -- rq worker``."""
         importlib.import_module("jobguard.adapters.rq.patches").install("jobguard run")
+        importlib.import_module("jobguard.adapters.rq.lookup").guard_all_by_environment()
 
     def broker(self, source: Source, client: redis.Redis) -> Broker:
         """Return the reconciler's view of a source."""

@@ -45,6 +45,13 @@ _aborted: dict[UUID, UUID] = {}
 _ABORTED_KEPT = 1_000
 """RQ tries again at once; what it never does is the leader's to push."""
 _scheduling: ContextVar[bool] = ContextVar("jobguard_scheduling", default=False)
+_OF_ITS_WAY = frozenset(
+    {
+        *("status", "origin", "created_at", "enqueued_at", "started_at", "ended_at"),
+        *("last_heartbeat", "worker_name", "result", "exc_info", "dependency_ids", "dependency_id"),
+        *(FIELD, ATTEMPT_FIELD, TASK_FIELD),
+    }
+)
 _CALL = re.compile(r"[\w.]+(?=\()")
 # RQ may have deleted the hash in the same breath (failure_ttl=0): a field alone would bring it back.
 _MARK = """
@@ -319,6 +326,17 @@ def deliver(job: Job, push: Draft, *, queue: str) -> Delivery:
         parent=push.parent,
         fresh=push.fresh,
     )
+
+
+def saved(job: Job, *, include_meta: bool, only_meta: bool) -> dict[str, bytes]:
+    """Return what a program saved of a job, but for what RQ itself writes of its way."""
+    encoder = cast(Any, job.connection).get_encoder().encode
+    mapping = job.to_dict(include_meta=include_meta, include_result=False)
+    return {
+        name: value if type(value) is bytes else encoder(value)
+        for name, value in mapping.items()
+        if value is not None and name not in _OF_ITS_WAY and (name == "meta" or not only_meta)
+    }
 
 
 def task_of(job: Job) -> str:

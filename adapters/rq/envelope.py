@@ -75,6 +75,15 @@ def _named(name: str) -> bytes:
     return _NAME.pack(len(raw)) + raw
 
 
+def amended(envelope: bytes, fields: Mapping[str, bytes]) -> bytes:
+    """Return an envelope with other values of these fields; as it is if it cannot be read."""
+    try:
+        routing, before = decode(envelope)
+    except UnknownEnvelope:
+        return envelope
+    return encode(routing, {**{name.decode(): value for name, value in before.items()}, **fields})
+
+
 def decode(envelope: bytes) -> tuple[Routing, dict[bytes, bytes]]:
     """Return what an envelope says; raises UnknownEnvelope."""
     if not envelope or envelope[0] != VERSION:

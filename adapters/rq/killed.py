@@ -68,19 +68,6 @@ def forget_orders(worker: Any) -> None:
     worker.__dict__.pop(_BY_ORDER, None)
 
 
-def handle_work_horse_killed(original: Hook) -> Hook:
-    """Worker.handle_work_horse_killed: RQ has just found its horse dead."""
-
-    @wraps(original)
-    def hook(self: Any, job: Job, *args: Any, **kwargs: Any) -> Any:
-        run = run_of(job)
-        if run is not None:
-            run.killed = not was_ordered(self)
-        return original(self, job, *args, **kwargs)
-
-    return hook
-
-
 def clean_intermediate(original: Hook) -> Hook:
     """IntermediateQueue.cleanup: RQ's maintenance fails what it finds stuck there."""
 
@@ -100,6 +87,9 @@ def is_left_to_the_leader(worker: Any, job: Job) -> bool:
     run = run_of(job)
     if run is None and _SWEEPING not in worker.__dict__:
         return False
+    if run is not None:
+        # Whatever class of worker has watched it, and however it says so.
+        run.killed = run.horse_died and not was_ordered(worker)
     if run is not None and (run.told or not (run.killed or _never_began(run))):
         return False
     token = token_of(job) if run is None else run.claim.token

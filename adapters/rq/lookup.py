@@ -21,6 +21,15 @@ BASE: str = getattr(rq.defaults, "RQ_KEY_PREFIX", "rq")  # a constant of RQ befo
 
 log = logging.getLogger("jobguard")
 
+_asked: set[str] | None = None
+"""The addresses for which the environment was asked; None: this process guards what guard() was told."""
+
+
+def guard_all_by_environment() -> None:
+    """Have the environment guard every Redis of this process: it is run by ``jobguard run``."""
+    global _asked
+    _asked = set() if _asked is None else _asked
+
 
 def prefix_for(queue_class: Any, job_class: Any) -> str:
     """Return the source's prefix for these classes of RQ, or objects that carry them."""
@@ -34,7 +43,7 @@ def prefix_for(queue_class: Any, job_class: Any) -> str:
 
 def tracker_for_queue(queue: Queue) -> Tracker | None:
     """Return the tracker that guards this queue; None also if its jobs run at once, in place."""
-    if not queue._is_async or not (known := trackers()):
+    if not queue._is_async or not (known := _known(queue.connection)):
         return None
     try:
         prefix = prefix_for(queue, queue.job_class)
@@ -51,7 +60,7 @@ def tracker_for_job(job: Job) -> Tracker | None:
     A job does not know the class of its queue. Where only a subclass of Queue uses another prefix,
     the job's own prefix decides.
     """
-    if not job.origin or not (known := trackers()):
+    if not job.origin or not (known := _known(job.connection)):
         return None
     try:
         for tracker in _at(known, job.connection):
@@ -66,7 +75,7 @@ def tracker_for_job(job: Job) -> Tracker | None:
 
 def tracker_for_registry(registry: Any) -> Tracker | None:
     """Return the tracker that guards the queue of one of RQ's registries."""
-    if not (known := trackers()):
+    if not (known := _known(registry.connection)):
         return None
     for tracker in _at(known, registry.connection):
         layout = Layout.parse(tracker.source.prefix)
@@ -95,6 +104,23 @@ def tracker_for_program(connection: Any) -> Tracker | None:
     except Exception:
         log.exception("jobguard cannot guard what this program enqueues")
         return None
+
+
+def _known(connection: redis.Redis) -> Any:
+    """Return the trackers of this process, with the one that the environment gives this connection."""
+    known = trackers()
+    if _asked is None:
+        return known
+    try:
+        address = address_of(connection)
+        if address not in _asked:
+            _asked.add(address)
+            if not _at(known, connection):
+                tracker_for_worker(connection)
+                known = trackers()
+    except Exception:
+        log.exception("jobguard cannot guard what this program does")
+    return known
 
 
 def _find(known: Any, connection: redis.Redis, prefix: str) -> Tracker | None:

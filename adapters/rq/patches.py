@@ -11,7 +11,7 @@ import importlib.util
 import inspect
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,10 +32,9 @@ from rq.version import VERSION
 
 from jobguard.adapters.rq import intent, killed, lives, producer, worker
 from jobguard.errors import UnsupportedTarget, host_interrupts
+from jobguard.patching import Hooks, Make
 
 log = logging.getLogger("jobguard")
-
-Make = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,16 +47,6 @@ class Target:
     leading: tuple[str, ...]
     """The arguments it must begin with."""
     required: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class Patch:
-    """One method that is hooked."""
-
-    owner: Any
-    name: str
-    original: Any
-    hook: Any
 
 
 _ENQUEUE = ("self", "job", "pipeline", "at_front")
@@ -76,6 +65,7 @@ PRODUCER = (
         required=False,
     ),
     Target(RQScheduler, "enqueue_scheduled_jobs", producer.enqueue_scheduled_jobs, ("self",)),
+    Target(RQScheduler, "work", producer.work_as_scheduler, ("self",)),
     Target(Queue, "empty", intent.empty, ("self",)),
     Target(Queue, "delete", intent.delete_queue, ("self", "delete_jobs")),
     Target(Queue, "remove", intent.remove_from_queue, ("self", "job_or_id", "pipeline")),
@@ -83,6 +73,7 @@ PRODUCER = (
         ScheduledJobRegistry, "remove", intent.remove_from_registry, ("self", "job", "pipeline")
     ),
     Target(Job, "save", producer.save, ("self", "pipeline", "include_meta")),
+    Target(Job, "save_meta", producer.save_meta, ("self",)),
     Target(Job, "to_dict", lives.to_dict, ("self", "include_meta", "include_result")),
     Target(Job, "restore", lives.restore, ("self", "raw_data")),
     Target(Job, "retry", lives.retry, ("self", "queue", "pipeline")),
@@ -119,13 +110,8 @@ WORKER = (
     Target(workers.SimpleWorker, "execute_job", worker.execute_job, _DONE),
     Target(workers.Worker, "execute_job", worker.execute_job, _DONE),
     Target(workers.Worker, "fork_work_horse", worker.fork_work_horse, _DONE),
+    Target(workers.Worker, "maintain_heartbeats", worker.maintain_heartbeats, ("self", "job")),
     Target(workers.Worker, "kill_horse", killed.kill_horse, ("self", "sig")),
-    Target(
-        workers.Worker,
-        "handle_work_horse_killed",
-        killed.handle_work_horse_killed,
-        ("self", "job"),
-    ),
 )
 
 # What RQ throws into a process by a signal; it may strike inside of our code.
@@ -137,17 +123,16 @@ host_interrupts(
 )
 
 _lock = threading.Lock()
-_installed: list[Patch] = []
+_hooks = Hooks()
 _holders: set[object] = set()
 
 
 def install(holder: object) -> None:
     """Put the hooks on, for the first holder; raises UnsupportedTarget if this RQ is not known."""
     with _lock:
-        if not _installed:
-            for patch in list(_plan()):  # complete before the first is put
-                setattr(patch.owner, patch.name, patch.hook)
-                _installed.append(patch)
+        if not _holders:
+            for put in list(_plan()):  # complete before the first is put
+                _hooks.put(*put)
         _holders.add(holder)
 
 
@@ -155,20 +140,16 @@ def uninstall(holder: object) -> None:
     """Take the hooks off, after the last holder."""
     with _lock:
         _holders.discard(holder)
-        while _installed and not _holders:
-            patch = _installed.pop()
-            # What somebody else put over ours stays; ours passes everything through by itself.
-            if patch.owner.__dict__.get(patch.name) is patch.hook:
-                setattr(patch.owner, patch.name, patch.original)
+        if not _holders:
+            _hooks.take_off()
 
 
-def _plan() -> Iterator[Patch]:
+def _plan() -> Iterator[tuple[Any, str, Make]]:
     for target in (*PRODUCER, *WORKER, *_spawning(), *_cron()):
         owner = next((c for c in target.owner.__mro__ if target.name in c.__dict__), None)
-        original = owner.__dict__[target.name] if owner is not None else None
-        if original is not None and _begins_with(original, target.leading):
-            yield Patch(owner, target.name, original, target.make(original))
-        elif target.required or original is not None:
+        if owner is not None and _begins_with(getattr(owner, target.name), target.leading):
+            yield owner, target.name, target.make
+        elif target.required or owner is not None:
             raise UnsupportedTarget(
                 f"RQ {VERSION} has no {target.owner.__name__}.{target.name}"
                 f"({', '.join(target.leading)}, ...) as jobguard knows it: jobs are not guarded. "
@@ -193,8 +174,14 @@ def _cron() -> tuple[Target, ...]:
 
 
 def _begins_with(method: Any, leading: tuple[str, ...]) -> bool:
+    """Whether a method takes these arguments first; what another tool put over it may take any."""
     try:
-        names = tuple(inspect.signature(method).parameters)
+        parameters = tuple(inspect.signature(method).parameters.values())
     except (TypeError, ValueError):
         return False
-    return names[: len(leading)] == leading
+    for at, name in enumerate(leading):
+        if at < len(parameters) and parameters[at].kind is inspect.Parameter.VAR_POSITIONAL:
+            return True
+        if at >= len(parameters) or parameters[at].name != name:
+            return False
+    return True

@@ -7,22 +7,26 @@ from __future__ import annotations
 
 import calendar
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable
 from datetime import datetime as DateTime
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
+from redis.exceptions import ReadOnlyError
 from rq.job import Job, JobStatus
 from rq.queue import Queue
 from rq.version import VERSION
 
+from jobguard.adapter import trackers
 from jobguard.adapters.rq import deliveries
-from jobguard.adapters.rq.deliveries import Draft, begin_new_life, draft, drafting
-from jobguard.adapters.rq.envelope import Mode
+from jobguard.adapters.rq.deliveries import BROKER_DOWN, Draft, begin_new_life, draft, drafting
+from jobguard.adapters.rq.envelope import Mode, amended
 from jobguard.adapters.rq.lookup import tracker_for_job, tracker_for_program, tracker_for_queue
 from jobguard.adapters.rq.pipeline import Batch, Staged, is_immediate, not_pushed, record
 from jobguard.adapters.rq.push import push
+from jobguard.current import current
 from jobguard.errors import StoreUnavailable, is_host_interrupt
 
 if TYPE_CHECKING:
@@ -33,6 +37,11 @@ if TYPE_CHECKING:
 log = logging.getLogger("jobguard")
 Hook = Callable[..., Any]
 
+_NOT_SERVING = (*BROKER_DOWN, ReadOnlyError)
+_SCHEDULER_WAITS = 5.0
+"""Seconds between two tries of RQ's scheduler in an outage of Redis, at most."""
+_CALM = 30.0
+"""Seconds without an error after which the next is another outage."""
 _DEFERRED_BY_EXPIRY = tuple(int(part) for part in VERSION.split(".")[:2]) < (2, 8)
 
 
@@ -199,6 +208,28 @@ def enqueue_scheduled_jobs(original: Hook) -> Hook:
     return hook
 
 
+def work_as_scheduler(original: Hook) -> Hook:
+    """RQScheduler.work: an outage of Redis ends the process, and its worker looks after 10 minutes."""
+
+    @wraps(original)
+    def hook(self: Any) -> Any:
+        failed_at, wait = -math.inf, 0.0
+        while True:
+            try:
+                return original(self)
+            except _NOT_SERVING as error:
+                if self._stop_requested or not any(known.mends_library for known in trackers()):
+                    raise
+                if time.monotonic() - failed_at > _CALM:
+                    wait = 0.5
+                    log.warning("RQ's scheduler waits for Redis: %s", error)
+                wait = min(2 * wait, _SCHEDULER_WAITS)
+                time.sleep(wait)
+                failed_at = time.monotonic()
+
+    return hook
+
+
 def _enqueue_rate_limited_job(original: Hook) -> Hook:
     """Queue._enqueue_rate_limited_job: a job that waits for a slot of its key."""
 
@@ -245,6 +276,11 @@ def save(original: Hook) -> Hook:
                 self, pipeline=pipeline, include_meta=include_meta, include_result=include_result
             )
 
+        _warn_of_other_schedulers(self, pipeline)
+        if pipeline is None and deliveries.token_of(self) is not None:
+            result = call()
+            amend(self, include_meta=include_meta)
+            return result
         if self._status != JobStatus.DEFERRED or pipeline is None or deliveries.is_drafted(self):
             return call()
         if deliveries.token_of(self) is not None:  # it was put by before: only its body changes
@@ -256,6 +292,57 @@ def save(original: Hook) -> Hook:
         return _stage(tracker, self.origin, self, put_by, pipeline, call)
 
     return hook
+
+
+def save_meta(original: Hook) -> Hook:
+    """Job.save_meta: what a program notes in a job that waits, or runs elsewhere, comes back with it."""
+
+    @wraps(original)
+    def hook(self: Job, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        amend(self, include_meta=True, only_meta=True)
+        return result
+
+    return hook
+
+
+def amend(job: Job, *, include_meta: bool, only_meta: bool = False) -> None:
+    """Have the record of a job say what was saved just now, but for what its own run saves."""
+    token = deliveries.token_of(job)
+    if token is None or job._status in deliveries.ENDED or deliveries.is_drafted(job):
+        return
+    if deliveries.run_of(job) is not None or current().id == job.id:
+        return  # a run may save its progress many times a second
+    tracker = tracker_for_job(job)
+    if tracker is None:
+        return
+    try:
+        saved = deliveries.saved(job, include_meta=include_meta, only_meta=only_meta)
+        tracker.amend(token, lambda envelope: amended(envelope, saved))
+    except Exception as error:
+        if is_host_interrupt(error):
+            raise
+        log.exception("jobguard could not record what was saved of job %s", job.id)
+
+
+_warned: set[int] = set()
+
+
+def _warn_of_other_schedulers(job: Job, pipeline: Pipeline | None) -> None:
+    """Say once that a scheduler keeps jobs where nobody records them: RQ's own saves none like this."""
+    scheduled = job._status == JobStatus.SCHEDULED and pipeline is None
+    if not scheduled or deliveries.is_drafted(job) or deliveries.token_of(job) is not None:
+        return
+    tracker = tracker_for_job(job)
+    if tracker is None or tracker.source.id in _warned:
+        return
+    _warned.add(tracker.source.id)
+    log.error(
+        "job %s is scheduled outside of RQ's own registry, as rq-scheduler does: Redis alone has such "
+        "jobs until they are enqueued. Use Queue.enqueue_at or RQ's cron, or schedule them again "
+        "after a loss of Redis. Said once.",
+        job.id,
+    )
 
 
 def _deferred_score(job: Job) -> str:

@@ -12,7 +12,7 @@ import logging
 import os
 import select
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from jobguard.errors import is_host_interrupt
@@ -40,6 +40,8 @@ class Run:
         """The function returned; whatever fails from here on is not its fault."""
         self.began = False
         """The function was called, in this process."""
+        self.raised = False
+        """The function raised, or what RQ does after its return did: that is no death, whatever follows."""
         self.killed = False
         """Its horse was killed, and nobody had asked for that."""
         self.outcome: Outcome | None = None
@@ -48,6 +50,7 @@ class Run:
         self._successor: UUID | None = None
         self._pid = os.getpid() if session is not None else 0
         self._reader = self._writer = -1
+        self._horse = False
 
     def parent(self, outcome: Outcome) -> Parent:
         """Return what the next delivery of this job takes the place of."""
@@ -64,6 +67,19 @@ class Run:
     def end(self, outcome: Outcome, error: str | None = None) -> None:
         """Report how it ended, unless that is told already."""
         self._tell(outcome, error[-LONGEST_ERROR:] if error else None)
+
+    def note_raised(self) -> None:
+        """Say that it raised, before RQ does anything about it: the horse may not live to say more."""
+        if self.told or self.raised:
+            return
+        self.raised = True
+        if os.getpid() != self._pid:
+            self._write({"raised": True})
+
+    @property
+    def horse_died(self) -> bool:
+        """In the parent: whether its horse is gone, and had told neither an end nor that it raised."""
+        return self._horse and os.getpid() == self._pid and not (self.told or self.raised)
 
     def abandon(self) -> None:
         """It was killed, or never began: whoever leads brings the job back, as a dead worker's."""
@@ -82,7 +98,7 @@ class Run:
             return
         self.told, self.outcome = True, outcome
         try:
-            if os.getpid() == self._pid or not self._write(outcome, error):
+            if os.getpid() == self._pid or not self._write_end(outcome, error):
                 self._report(outcome, error)
         except Exception as error:
             if is_host_interrupt(error):
@@ -137,6 +153,7 @@ class Run:
 
     def close_writer(self) -> None:
         """In the parent, when the horse is made: the horse alone can write now."""
+        self._horse = True
         os.environ.pop(_VARIABLE, None)
         self._writer = _close(self._writer)
 
@@ -145,28 +162,33 @@ class Run:
         if self._reader < 0 or os.getpid() != self._pid:
             return
         try:
-            line = os.read(self._reader, 1 << 16)
+            lines = os.read(self._reader, 1 << 16).splitlines()
         except BlockingIOError:
             return
-        if line and not self.told:
-            told = json.loads(line)
-            outcome = Outcome(told["outcome"]) if told["outcome"] else None
-            if told["successor"]:
-                self._successor = UUID(hex=told["successor"])
-            self._tell(outcome, told["error"])
+        for told in map(json.loads, lines):
+            if told.get("raised"):
+                self.raised = True
+            elif not self.told:
+                outcome = Outcome(told["outcome"]) if told["outcome"] else None
+                if told["successor"]:
+                    self._successor = UUID(hex=told["successor"])
+                self._tell(outcome, told["error"])
 
     def close(self) -> None:
         """In the parent, at the very end."""
         self._reader, self._writer = _close(self._reader), _close(self._writer)
 
-    def _write(self, outcome: Outcome | None, error: str | None) -> bool:
+    def _write_end(self, outcome: Outcome | None, error: str | None) -> bool:
+        successor = self._successor.hex if self._successor else None
+        return self._write({"outcome": outcome, "error": error, "successor": successor})
+
+    def _write(self, line: dict[str, Any]) -> bool:
         """In the horse: whether the parent will hear it."""
         if self._writer < 0:
             return False
-        successor = self._successor.hex if self._successor else None
-        line = {"outcome": outcome, "error": error, "successor": successor}
+        text = json.dumps(line, ensure_ascii=False) + "\n"
         try:
-            os.write(self._writer, json.dumps(line, ensure_ascii=False).encode(errors="replace"))
+            os.write(self._writer, text.encode(errors="replace"))
         except OSError:  # BrokenPipeError: the parent is gone
             return False
         return True

@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING, Any, cast
 from uuid import UUID
 
 from redis.exceptions import RedisError
+from rq.executions import ExecutionRegistry
 from rq.job import Job, JobStatus
 from rq.queue import Queue
+from rq.utils import now, utcformat
 from rq.worker import SimpleWorker
 
 from jobguard import failpoint
@@ -74,7 +76,7 @@ def register_birth(original: Hook) -> Hook:
     @wraps(original)
     def hook(self: Any) -> Any:
         # First the beat: an unknown consumer makes its queues untrusted.
-        _open_session(self)
+        _say_whether_guarded(self, _open_session(self))
         return original(self)
 
     return hook
@@ -136,6 +138,11 @@ def _claimed(worker: Any, job: Job, queue: Queue, call: Callable[[], Any]) -> An
         result = call()
         _conclude(answer, job)
         return result
+    except BaseException as error:
+        # RQ itself failed with it, and its worker quits: later it fails this run as abandoned.
+        if answer.raised and not job.retries_left:
+            answer.end(Outcome.FAILED, repr(error))
+        raise
     finally:
         answer.drain()
         answer.close()
@@ -239,6 +246,48 @@ def perform_job(original: Hook) -> Hook:
     return hook
 
 
+def maintain_heartbeats(original: Hook) -> Hook:
+    """Worker.maintain_heartbeats: a run that Redis has lost is shown again, and can be stopped."""
+
+    @wraps(original)
+    def hook(self: Any, job: Job, *args: Any, **kwargs: Any) -> Any:
+        try:
+            _show_again(self, job, args[0] if args else kwargs.get("execution", self.execution))
+        except Exception as error:
+            if is_host_interrupt(error):
+                raise
+            log.warning("jobguard could not show again that job %s runs: %s", job.id, error)
+        return original(self, job, *args, **kwargs)
+
+    return hook
+
+
+def _show_again(worker: Any, job: Job, execution: Any) -> None:
+    """Write what RQ keeps of a run beside the job's hash, which the leader has put back."""
+    run = run_of(job)
+    client = cast(Any, worker.connection)
+    if run is None or execution is None or client.exists(execution.key):
+        return
+    field, status = client.hmget(job.key, FIELD, "status")
+    if field != run.claim.token.hex.encode() or status != b"started":
+        return
+    ttl = int(worker.get_heartbeat_ttl(job))
+    with client.pipeline() as pipe:
+        execution.save(ttl=ttl, pipeline=pipe)
+        executions = ExecutionRegistry(job_id=job.id, connection=pipe)
+        executions.add(execution=execution, ttl=ttl, pipeline=pipe)
+        job.started_job_registry.add_execution(execution, pipeline=pipe, ttl=ttl, xx=False)
+        index = getattr(execution, "worker_executions_key", None)
+        if index is not None:
+            pipe.sadd(index, execution.composite_key)
+            pipe.expire(index, ttl + 60)
+        told = {"worker_name": worker.name, "started_at": utcformat(job.started_at or now())}
+        pipe.hset(job.key, mapping=told)
+        if hasattr(worker, "set_current_job_id"):  # RQ before 3.0
+            worker.set_current_job_id(job.id, pipeline=pipe)
+        pipe.execute()
+
+
 def perform(original: Hook) -> Hook:
     """Job.perform: remember that the function returned. No I/O here: an alarm may be set."""
 
@@ -266,6 +315,7 @@ def handle_execution_ended(original: Hook) -> Hook:
 
     @wraps(original)
     def hook(self: Any, job: Job, *args: Any, **kwargs: Any) -> Any:
+        _note_if_raised(job)
         try:
             return original(self, job, *args, **kwargs)
         except RedisError:
@@ -317,6 +367,7 @@ def handle_job_failure(original: Hook) -> Hook:
         run = run_of(job)
         if run is not None:
             run.drain()  # a killed horse may have told its end before
+            _note_if_raised(job)
         if is_left_to_the_leader(self, job):
             return None
         if run is None:
@@ -334,6 +385,15 @@ def handle_job_failure(original: Hook) -> Hook:
         return result
 
     return hook
+
+
+def _note_if_raised(job: Job) -> None:
+    """RQ is dealing with an error: note it, unless Redis failed RQ outside of the function."""
+    run, error = run_of(job), sys.exc_info()[1]
+    if run is None or error is None or not run.began:
+        return
+    if not (run.returned and isinstance(error, BROKER_DOWN)):
+        run.note_raised()
 
 
 def _queue_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Queue:
@@ -371,6 +431,19 @@ def _open_session(worker: Any) -> Session | None:
     )
     worker.__dict__[_SESSION] = session
     return session
+
+
+def _say_whether_guarded(worker: Any, session: Session | None) -> None:
+    """Tell by RQ's own logger, which alone reaches the output of a worker's command."""
+    tracker: Tracker | None = worker.__dict__.get(_TRACKER)
+    queues = [name for name in worker.queue_names() if tracker and tracker.guards(name)]
+    if session is None or tracker is None or not queues:
+        worker.log.warning(
+            "Worker %s: not guarded by jobguard: nothing that it does is recorded", worker.name
+        )
+    else:
+        source, names = tracker.source, ", ".join(queues)
+        worker.log.info("Worker %s: guarded by jobguard: %s of %s", worker.name, names, source)
 
 
 def _inherit(worker: Any, job: Job, queue: Queue) -> Run | None:
@@ -450,5 +523,9 @@ def _conclude(run: Run, job: Job) -> None:
         run.end(Outcome.FAILED)
     elif status == b"stopped":
         run.end(Outcome.CANCELLED)
+    elif status == b"started" and run.horse_died:
+        # It left with exit code 0, which RQ takes for an end that was written.
+        log.warning("job %s ended its process: it goes back within its crash budget", job.id)
+        run.abandon()
     else:
         run.let_go()

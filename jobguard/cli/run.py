@@ -18,6 +18,7 @@ from pathlib import Path
 
 import click
 
+from jobguard.adapter import ever_guarded
 from jobguard.errors import JobguardError
 from jobguard.log import say
 from jobguard.settings import disabled
@@ -37,9 +38,19 @@ def command(words: tuple[str, ...]) -> None:
     CMD is a command that a Python package installed, a script, or `python -m MODULE`.
     """
     program = resolve(words)
-    if not disabled():
-        install_hooks()
-    program()
+    if disabled():
+        program()
+        return
+    install_hooks()
+    try:
+        program()
+    finally:
+        if not ever_guarded():
+            click.echo(
+                f"jobguard: nothing was guarded: {words[0]} used no queue that jobguard knows, or its "
+                "environment does not say how to guard it (see the log, and `jobguard doctor`)",
+                err=True,
+            )
 
 
 def resolve(words: Sequence[str]) -> Program:

@@ -6,7 +6,7 @@ leader of a namespace, ``Ledger`` by people: commands, stats, tests.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 from uuid import UUID
@@ -192,6 +192,12 @@ class HostStore(Protocol):
 
     def tombstones(self, source: int, tokens: Sequence[UUID]) -> Mapping[UUID, Outcome]:
         """Which of these have ended, and how."""
+
+    def amend(self, source: int, token: UUID, change: Callable[[bytes], bytes]) -> bool:
+        """Change the envelope of an owed delivery; False if it is not owed.
+
+        ``change`` gives the new one for the one that stands there, and may be asked again.
+        """
 
     def heartbeat(
         self,

@@ -35,6 +35,8 @@ from jobguard.store.connection import Database
 _SOURCE = ("id", "namespace", "library", "address", "prefix", "name", "settings", "one_body")
 _BATCH = 250
 """Deliveries in one statement: a larger one saves nothing and holds its locks longer."""
+_AMENDED_AT_MOST = 3
+"""Tries to change an envelope that others change at the same time."""
 
 
 class PostgresStore:
@@ -186,7 +188,35 @@ class PostgresStore:
             },
             payload=sum(len(e.error or "") + len(e.part.state if e.part else b"") for e in ends),
         )
-        return [Ended(answer) for answer in rows[0][0]]
+        answers = [Ended(answer) for answer in rows[0][0]]
+        late = [
+            end
+            for end, answer in zip(ends, answers, strict=True)
+            if answer is Ended.LATE and end.outcome is Outcome.COMPLETED
+        ]
+        if not late:
+            return answers
+        completed = self._completed_after_all(source, late)
+        return [
+            Ended.ENDED if end in late and end.token in completed else answer
+            for end, answer in zip(ends, answers, strict=True)
+        ]
+
+    def _completed_after_all(self, source: int, ends: Sequence[End]) -> set[UUID]:
+        """Have what was cancelled while it ran, and ran to its end all the same, be completed."""
+        rows = self._db.execute(
+            self._sql["completed_after_all"],
+            {
+                "source": source,
+                "token": [end.token for end in ends],
+                "number": [end.number for end in ends],
+                "worker": [end.worker for end in ends],
+            },
+        )
+        completed = {row[0] for row in rows}
+        # Now that they count as completed, they leave something to their joins.
+        self.end(source, [end for end in ends if end.part and end.token in completed])
+        return completed
 
     def now(self) -> float:
         """The database's clock; see HostStore."""
@@ -283,6 +313,20 @@ class PostgresStore:
         """Which of these have ended, and how; see HostStore."""
         rows = self._db.execute(self._sql["tombstones"], {"source": source, "tokens": list(tokens)})
         return {token: Outcome(outcome) for token, outcome in rows}
+
+    def amend(self, source: int, token: UUID, change: Callable[[bytes], bytes]) -> bool:
+        """Change an envelope; see HostStore."""
+        for _ in range(_AMENDED_AT_MOST):
+            key: dict[str, Any] = {"source": source, "token": token}
+            rows = self._db.execute(self._sql["envelope_of"], key)
+            if not rows:
+                return False
+            before = bytes(rows[0][0])
+            after = change(before)
+            changed = {**key, "before": before, "envelope": after}
+            if after == before or self._db.execute(self._sql["amend"], changed):
+                return True
+        return False
 
     def heartbeat(
         self,

@@ -1152,14 +1152,59 @@ def test_what_is_cancelled_stays_cancelled(ledger: Contract) -> None:
 
 
 def test_a_claimed_delivery_can_be_cancelled(ledger: Contract) -> None:
-    """Its worker's end comes late, and its heartbeat finds no claim."""
+    """Its heartbeat finds no claim, and a failure of its run comes late."""
     it = ledger.recorded()
     worker = ledger.working()
     claim = worker.start(it.token)
     assert ledger.cancel(job_ids=["j"]) == 1
     assert not worker.heartbeat(claim)
-    assert worker.end(claim) is Ended.LATE
+    assert worker.end(claim, Outcome.FAILED) is Ended.LATE
     assert ledger.outcome(it.token) is Outcome.CANCELLED
+
+
+def test_what_was_cancelled_while_it_ran_has_completed_if_it_ran_to_its_end(
+    ledger: Contract,
+) -> None:
+    """By the word of the very run that was cancelled, and of no other; it is never run again."""
+    it = ledger.recorded()
+    worker, other = ledger.working(), ledger.working()
+    claim = worker.start(it.token)
+    ledger.cancel(job_ids=["j"])
+    assert worker.end(Claim(it.token, claim.number + 1)) is Ended.LATE
+    assert other.end(claim) is Ended.LATE
+    assert ledger.outcome(it.token) is Outcome.CANCELLED
+
+    assert worker.end(claim) is Ended.ENDED
+    assert ledger.outcome(it.token) is Outcome.COMPLETED
+    assert worker.end(claim, Outcome.CANCELLED) is Ended.LATE
+    assert ledger.outcome(it.token) is Outcome.COMPLETED
+    assert refused(worker.claim(it.token)) == (Refusal.ENDED, Outcome.COMPLETED)
+
+
+def test_an_envelope_is_amended(ledger: Contract) -> None:
+    """What is owed comes back as it is now, claimed or not; what has ended is left alone."""
+    it, other = ledger.recorded("a"), ledger.recorded("b")
+    asked: list[bytes] = []
+
+    def change(envelope: bytes) -> bytes:
+        asked.append(envelope)
+        return envelope + b" changed"
+
+    assert ledger.store.amend(SOURCE, it.token, change)
+    worker = ledger.working()
+    claim = worker.start(it.token)
+    assert ledger.store.amend(SOURCE, it.token, change)
+    assert asked == [it.envelope, it.envelope + b" changed"]
+    found = ledger.leader.envelopes(SOURCE, [it.token, other.token])
+    assert {one.token: one.envelope for one in found} == {
+        it.token: it.envelope + b" changed changed",
+        other.token: other.envelope,
+    }
+
+    worker.end(claim)
+    assert not ledger.store.amend(SOURCE, it.token, change)
+    assert not ledger.store.amend(SOURCE, new_token(), change)
+    assert len(asked) == 2
 
 
 def test_every_delivery_of_a_job_id_is_cancelled(ledger: Contract) -> None:

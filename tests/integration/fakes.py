@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
@@ -266,6 +267,15 @@ class FakeTracker:
         for delivery in list(self.owed.values()):
             if delivery.token in tokens or delivery.job_id in job_ids or delivery.queue == queue:
                 self.close(delivery.token, Outcome.CANCELLED)
+
+    def amend(self, token: UUID, change: Callable[[bytes], bytes]) -> bool:
+        """Change what is owed."""
+        self.note("amend", token.hex)
+        if token not in self.owed:
+            return False
+        it = self.owed[token]
+        self.owed[token] = replace(it, envelope=change(it.envelope))
+        return True
 
     def heartbeat(self, job_id: str, **said: object) -> bool:
         """Hear a job's progress."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 from uuid import UUID
 
@@ -269,11 +270,16 @@ class MemoryHostStore:
             return Ended.ENDED
         stone = tables.history.get(key)
         if stone is not None:
+            told_by = (stone.outcome, stone.number, stone.worker)
+            cancelled = told_by == (Outcome.CANCELLED, end.number, end.worker)
+            to_its_end = cancelled and end.outcome is Outcome.COMPLETED
+            if to_its_end:
+                stone = tables.history[key] = replace(stone, outcome=Outcome.COMPLETED)
             # What completed as the library shows it has still left something to its join.
             if end.part is not None and {stone.outcome, end.outcome} == {Outcome.COMPLETED}:
                 told = Delivery(key[1], stone.job_id, stone.queue, stone.task, b"")
                 tables.count(key, told, end.part, now=now)
-            return Ended.LATE
+            return Ended.ENDED if to_its_end else Ended.LATE
         tables.history[key] = Tombstone(
             outcome=end.outcome,
             ended_at=end.ended_at,
@@ -409,6 +415,14 @@ class MemoryHostStore:
 
     def tombstones(self, source: int, tokens: Sequence[UUID]) -> Mapping[UUID, Outcome]:
         return self._tables.outcomes(source, tokens)
+
+    def amend(self, source: int, token: UUID, change: Callable[[bytes], bytes]) -> bool:
+        with self._tables.open():
+            job = self._tables.jobs.get((source, token))
+            if job is None:
+                return False
+            job.delivery = replace(job.delivery, envelope=change(job.delivery.envelope))
+            return True
 
     def heartbeat(
         self,

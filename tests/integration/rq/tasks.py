@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import pickle
 import signal
@@ -13,7 +14,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry as Retrying
 from rq import Retry
-from rq.job import get_current_job
+from rq.job import Job, get_current_job
 
 from jobguard.adapters.rq.broker import RQBroker
 from jobguard.job import Restorable
@@ -201,3 +202,75 @@ def say_and_wait(path: str) -> None:
     deadline = time.monotonic() + 30
     while not go_on.exists() and time.monotonic() < deadline:
         time.sleep(0.01)
+
+
+def raise_it(path: str, name: str) -> None:
+    """Raise what is named; some of these are no Exception."""
+    say(path)
+    kinds = {"SystemExit": SystemExit, "KeyboardInterrupt": KeyboardInterrupt}
+    kinds["CancelledError"] = asyncio.CancelledError
+    if name == "unwritable":
+        raise ValueError("\ud800")  # no traceback with it can be encoded
+    raise kinds.get(name, ValueError)(name)
+
+
+def die_at_once(path: str, code: int | None = None) -> None:
+    """End the process: by a signal, or with an exit code."""
+    say(path)
+    if code is None:
+        os.kill(os.getpid(), signal.SIGKILL)
+    else:
+        os._exit(code)
+
+
+def return_unwritable(path: str) -> Any:
+    """Return what no serializer takes."""
+    say(path)
+    return lambda: None
+
+
+def dying(*_: Any) -> None:
+    """Be a callback whose process is killed."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def handler_that_raises(*_: Any) -> None:
+    """Be an exception handler that fails itself."""
+    raise RuntimeError("the handler fails")
+
+
+def run_through_a_loss(path: str) -> None:
+    """Lose Redis, have the leader show that this runs, and wait until RQ shows it as before."""
+    current = get_current_job()
+    assert current is not None
+    client, job_id = current.connection, current.id
+    client.flushdb()
+    delivery, source = RESTORED
+    shown = Restorable(
+        token=delivery.token,
+        job_id=delivery.job_id,
+        queue=delivery.queue,
+        envelope=delivery.envelope,
+        due_at=None,
+        expires_at=None,
+        running=True,
+    )
+    RQBroker(source, client).restore([shown], deadline=time.time() + 60)
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        again = Job.fetch(job_id, connection=client)
+        entries = again.started_job_registry.get_job_ids(cleanup=False)
+        if again.worker_name and again.get_executions() and entries == [job_id]:
+            say(path)
+            return
+        time.sleep(0.05)
+
+
+def save_progress(path: str) -> None:
+    """Note how far it is, in its own meta."""
+    current = get_current_job()
+    assert current is not None
+    current.meta["progress"] = 0.5
+    current.save_meta()  # type: ignore[no-untyped-call]
+    current.save()
+    say(path)

@@ -2,14 +2,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 from rq import Queue, SimpleWorker
+from rq.scheduler import RQScheduler
 
+from jobguard.adapters.rq import producer
 from jobguard.adapters.rq.broker import RQBroker
 from jobguard.job import Restorable, Restored
 from jobguard.servers import RedisServer
@@ -80,3 +84,34 @@ def test_a_doubt_costs_redis_nothing(
 
     assert time.monotonic() - begun < 0.2
     assert len(tracker.outbox) == 2
+
+
+@pytest.mark.parametrize("mends", [True, False])
+def test_a_scheduler_outlives_an_outage(
+    mends: bool, queue: Queue, tracker: FakeTracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """RQ's scheduler goes on when Redis is back, unless faults of the library are to stay."""
+    monkeypatch.setattr(FakeTracker, "mends_library", mends)
+    monkeypatch.setattr(producer, "_SCHEDULER_WAITS", 0.01)
+    job = queue.enqueue_in(timedelta(seconds=-5), tasks.add, 1)
+
+    class Scheduler(RQScheduler):
+        failures = iter([redis.ConnectionError("gone"), redis.exceptions.ReadOnlyError("replica")])
+
+        def _install_signal_handlers(self) -> None:
+            """Leave those of the tests."""
+
+        def heartbeat(self) -> None:
+            for failure in self.failures:
+                raise failure
+            super().heartbeat()  # type: ignore[no-untyped-call]
+            self._stop_requested = True
+
+    scheduler: Any = Scheduler([queue.name], connection=queue.connection, interval=1)
+    scheduler.acquire_locks()
+    if not mends:
+        with pytest.raises(redis.ConnectionError):
+            scheduler.work()
+        return
+    scheduler.work()
+    assert queue.get_job_ids() == [job.id]

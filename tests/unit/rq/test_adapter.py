@@ -71,7 +71,7 @@ def test_hooks_look_like_what_they_hook(bare: None) -> None:
     import inspect
 
     before = {
-        (patch.owner, patch.name): inspect.signature(patch.original) for patch in patches._plan()
+        (owner, name): inspect.signature(getattr(owner, name)) for owner, name, _ in patches._plan()
     }
     patches.install("a")
     try:

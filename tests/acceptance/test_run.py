@@ -1,0 +1,141 @@
+"""`jobguard run --` before RQ's other commands: what a person does by them is recorded, too.
+
+Planted once, each seen to fail: no question to the environment outside of workers, no word at the end
+of a command that guarded nothing.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.acceptance import roads
+from tests.acceptance.roads import BIN, QUEUE, REPOSITORY, Site, words
+from tests.support import PATIENT, eventually
+
+if TYPE_CHECKING:
+    import subprocess
+    from collections.abc import Iterator
+    from pathlib import Path
+
+RUN = "run"
+
+
+@pytest.fixture
+def site(tmp_path: Path, database: str, redis_url: str) -> Iterator[Site]:
+    """Give a ledger and a Redis."""
+    made = Site(tmp_path, database, redis_url, **PATIENT)
+    yield made
+    made.close()
+
+
+def run(site: Site, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
+    """Run a command of RQ's under `jobguard run --`."""
+    done = site.command(RUN, "--", *words, PYTHONPATH=str(REPOSITORY), **more)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def rq(site: Site, command: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run one of `rq`'s own commands."""
+    return run(site, "rq", command, "--url", site.redis_url, *words)
+
+
+def test_rq_enqueue(site: Site) -> None:
+    """What it enqueues is recorded."""
+    rq(site, "enqueue", "--queue", QUEUE, "tests.acceptance.roads.say", str(site.ledger))
+    assert len(site.owed()) == 1
+
+
+def test_rq_empty(site: Site) -> None:
+    """What it takes out does not come back."""
+    with site.producer() as (queue, _):
+        job = queue.enqueue(roads.say, str(site.ledger))
+        rq(site, "empty", QUEUE)
+        assert site.outcomes(job.id) == ["cancelled"]
+    assert site.owed() == []
+
+
+def test_rq_requeue(site: Site) -> None:
+    """What it puts back is another delivery, and runs once."""
+    with site.producer() as (queue, _):
+        job = queue.enqueue(roads.fail_at_first, str(site.ledger), "tried", 1)
+        site.worker("--burst").ends(60)
+        assert site.outcomes(job.id) == ["failed"]
+        rq(site, "requeue", "--queue", QUEUE, job.id)
+        assert site.owed() == [job.id]
+        site.worker("--burst").ends(60)
+        assert words(site.ledger) == {"tried": 2}
+    site.nothing_is_owed()
+
+
+def test_a_command_that_guards_nothing_says_so(site: Site) -> None:
+    """A script that uses no queue, and one whose environment names no ledger."""
+    script = site.folder / "script.py"
+    script.write_text("print('done')\n")
+    assert "nothing was guarded" in run(site, str(script)).stderr
+    assert "nothing was guarded" not in run(site, str(script), JOBGUARD_DISABLED="1").stderr
+    job = ("rq", "enqueue", "--url", site.redis_url, "--queue", QUEUE, "operator.add", ":1", ":2")
+    assert "nothing was guarded" in run(site, *job, JOBGUARD_POSTGRES_URL="").stderr
+    assert "nothing was guarded" not in run(site, *job).stderr
+
+
+SCHEDULES = """
+import sys
+from datetime import timedelta
+import logging
+import jobguard, redis, rq_scheduler
+from tests.acceptance import roads
+
+logging.basicConfig()
+client = redis.Redis.from_url(sys.argv[1])
+guard = jobguard.guard(client)
+scheduler = rq_scheduler.Scheduler({queue!r}, connection=client)
+for _ in range(2):
+    scheduler.enqueue_in(timedelta(seconds=-1), roads.say, sys.argv[2])
+"""
+
+
+@pytest.mark.skipif(
+    not importlib.util.find_spec("rq_scheduler"), reason="no rq-scheduler is installed"
+)
+def test_rq_scheduler(site: Site) -> None:
+    """What it enqueues is recorded; that it keeps jobs nobody records is said, once."""
+    script = site.folder / "schedules.py"
+    script.write_text(SCHEDULES.format(queue=QUEUE))
+    path = f"{REPOSITORY}{os.pathsep}{site.folder}"
+    command = (sys.executable, str(script), site.redis_url, str(site.ledger))
+    app = site.start("app", *command, PYTHONPATH=path)
+    assert app.ends(60) == 0, app.log
+    assert app.log.count("is scheduled outside of RQ's own registry") == 1
+    assert site.owed() == []
+
+    scheduler = (
+        str(BIN / "jobguard"),
+        RUN,
+        "--",
+        "rqscheduler",
+        "--url",
+        site.redis_url,
+        "--burst",
+    )
+    moved = site.start("scheduler", *scheduler, PYTHONPATH=path)
+    assert moved.ends(60) == 0, moved.log
+    eventually(lambda: len(site.owed()) == 2, message=moved.log)
+    site.worker("--burst").ends(60)
+    assert words(site.ledger) == {"ran": 2}
+    site.nothing_is_owed()
+
+
+def test_a_worker_says_whether_it_is_guarded(site: Site) -> None:
+    """Its first lines say so, by RQ's own logger."""
+    worker = site.worker("--burst")
+    assert worker.ends(60) == 0
+    assert f"guarded by jobguard: {QUEUE} of rq at" in "\n".join(worker.log.splitlines()[:3])
+    rq_worker = ("rq", "worker", "--url", site.redis_url, "--burst", QUEUE)
+    done = run(site, *rq_worker, JOBGUARD_POSTGRES_URL="")
+    assert "not guarded by jobguard" in done.stdout + done.stderr
