@@ -17,7 +17,7 @@ from uuid import UUID
 from jobguard import native
 from jobguard.errors import JobguardError
 from jobguard.job import Beat, new_token
-from jobguard.log import say
+from jobguard.log import remind, say
 from jobguard.pulse import beat_key, parse_pulse, read_pulse
 from jobguard.standin import StandIn
 
@@ -125,6 +125,7 @@ class Heart:
                         heard()
                 except Exception as error:
                     say("guest_failed", where="beats", error=str(error), exc_info=True)
+                remind()
 
         self.ended = native.start(run, name="jobguard-beat")
 

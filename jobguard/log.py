@@ -11,11 +11,13 @@ calls: its import costs a host 150 ms, and the first event is most often a sign 
 
 from __future__ import annotations
 
+import atexit
 import logging
 from collections.abc import Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import UUID
 
+from jobguard.flood import ENDS, FLOOD
 from jobguard.redact import redact
 
 if TYPE_CHECKING:
@@ -40,6 +42,11 @@ EVENTS: Mapping[str, Event] = {
     "wrong_installation": Event(ERROR, "this is another installation's database"),  # has, wants
     "redis_away": Event(WARNING, "Redis does not answer"),  # source, error
     "redis_back": Event(INFO, "Redis answers again"),  # source, seconds
+    "redis_refuses": Event(ERROR, "Redis refuses to store jobs"),  # source, error, waiting
+    "redis_accepts": Event(INFO, "Redis stores jobs again"),  # source, seconds, refused
+    "value_unreadable": Event(
+        WARNING, "a value in Redis cannot be read and is skipped"
+    ),  # source, key, error
     # Guarding.
     "guarded": Event(INFO, "guarding"),  # source, queues, postgres
     "guard_inert": Event(INFO, "nothing is guarded here"),  # reason
@@ -96,6 +103,7 @@ EVENTS: Mapping[str, Event] = {
     "leader_lost": Event(WARNING, "the lease was lost"),  # namespace, term, error
     "lease_unrenewed": Event(WARNING, "the lease could not be written"),  # error
     "step_failed": Event(ERROR, "a step failed and will be tried again"),  # part, error
+    "step_stuck": Event(ERROR, "a step takes too long; its connections are cut"),  # source, seconds
     "watching": Event(INFO, "a source is watched"),  # source
     "source_unwatched": Event(
         ERROR, "no Redis URL was given for a source: add it to --redis or JOBGUARD_REDIS_URL"
@@ -163,11 +171,34 @@ _standard.addHandler(logging.NullHandler())
 
 
 def say(event: str, /, *, exc_info: Any = None, **fields: Any) -> None:
-    """Tell that something happened; level and sentence are the table's."""
+    """Tell that something happened; level and sentence are the table's.
+
+    Events that repeat are bounded; see flood.py.
+    """
+    level, _ = EVENTS.get(event) or Event(WARNING, event)
+    if not _standard.isEnabledFor(level) and event not in ENDS:
+        return
+    for line in FLOOD.passes(event, fields, exc_info):
+        _write(*line, stacklevel=3)
+
+
+def remind() -> None:
+    """Write the lines that were held back as repetitions, and whose time has come. For loops."""
+    for line in FLOOD.due():
+        _write(*line, stacklevel=3)
+
+
+@atexit.register
+def _last_reminders() -> None:
+    for line in FLOOD.rest():
+        _write(*line, stacklevel=3)
+
+
+def _write(event: str, fields: Mapping[str, Any], exc_info: Any, *, stacklevel: int) -> None:
     level, sentence = EVENTS.get(event) or Event(WARNING, event)
     if _standard.isEnabledFor(level):
         message, extra = _told(event, sentence, fields)
-        _standard.log(level, "%s", message, exc_info=exc_info, extra=extra, stacklevel=2)
+        _standard.log(level, "%s", message, exc_info=exc_info, extra=extra, stacklevel=stacklevel)
 
 
 def get_logger(**bound: Any) -> BoundLogger:

@@ -19,6 +19,7 @@ import redis
 from hypothesis import settings
 
 import jobguard.schema
+from jobguard.flood import FLOOD
 from jobguard.servers import NamedPostgres, NamedRedis, PostgresServer, RedisServer
 
 if TYPE_CHECKING:
@@ -48,6 +49,12 @@ def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         ours = name.startswith("JOBGUARD_") and not name.startswith("JOBGUARD_TEST_")
         if ours or name in ("DATABASE_URL", "REDIS_URL", "RQ_REDIS_URL"):
             monkeypatch.delenv(name)
+
+
+@pytest.fixture(autouse=True)
+def own_log_lines() -> None:
+    """No line is held back because another test has written it."""
+    FLOOD.reset()
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable
 
 from jobguard.errors import NotLeading, StoreUnavailable
-from jobguard.log import say
+from jobguard.log import remind, say
 from jobguard.store import LeaderStore
 
 _MARGIN = 0.1
@@ -46,6 +46,7 @@ class Leadership:
         self._clock = clock
         self._term: int | None = None
         self._trusted_until = float("-inf")
+        self._away = False
         self._stop = threading.Event()
         self._changed = threading.Event()
         self._thread: threading.Thread | None = None
@@ -71,6 +72,7 @@ class Leadership:
             else:
                 self._term = self._store.elect(lease=self._lease)
                 if self._term is None:
+                    self._answered()
                     return
                 say("leader_elected", term=self._term)
         except NotLeading:
@@ -78,10 +80,17 @@ class Leadership:
             self._term = None
             return
         except StoreUnavailable as error:
+            self._away = True
             say("lease_unrenewed", error=str(error))
             return
+        self._answered()
         self._trusted_until = asked + self._lease * (1 - _MARGIN)
         self._changed.set()
+
+    def _answered(self) -> None:
+        if self._away:
+            self._away = False
+            say("postgres_back")
 
     def start(self) -> None:
         """Seek and keep the lease from now on."""
@@ -105,6 +114,7 @@ class Leadership:
                 self.seek()
             except Exception as error:
                 say("step_failed", part="lease", error=str(error), exc_info=True)
+            remind()
             # A standby asks more often: the time without a leader is what users wait for.
             self._stop.wait(self._lease * (0.3 if self._term is not None else 0.03))
 
