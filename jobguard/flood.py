@@ -61,6 +61,7 @@ LIMITED: Mapping[str, tuple[str, ...]] = {
     "step_stuck": ("source",),
     "queue_untrusted": ("source", "queue"),
     "verifying": ("source", "cause"),
+    "restore_failed": (),
     "job_not_restored": ("answer",),
     "would_restore": (),
     "postgres_back": (),

@@ -146,6 +146,7 @@ EVENTS: Mapping[str, Event] = {
         ERROR, "jobs were absent before their queue was trusted: they are not recovered"
     ),  # queue, count
     "claims_voided": Event(WARNING, "claims of dead workers were taken away"),  # count
+    "restore_failed": Event(WARNING, "Redis answers a restore with an error"),  # error, token
     "job_not_restored": Event(WARNING, "a job was not put back"),  # job_id, answer
     "jobs_released": Event(
         INFO, "jobs that waited in vain for others, which had ended, go on"

@@ -363,12 +363,20 @@ with lease as (
 select true from lease
 
 -- name: envelopes
-select j.token, j.job_id, j.queue, j.envelope, extract(epoch from j.due_at)::float8,
-       extract(epoch from j.expires_at)::float8
-from jobguard.jobs j
-where j.source = %(source)s and j.token = any (%(tokens)b::uuid[])
-  and not exists (select from jobguard.history h where h.source = j.source and h.token = j.token)
-order by j.token
+-- In the given order, as far as the bytes reach; the first in any case.
+select f.token, f.job_id, f.queue, f.envelope, extract(epoch from f.due_at)::float8,
+       extract(epoch from f.expires_at)::float8
+from (
+  select w.nth, j.token, j.job_id, j.queue, j.envelope, j.due_at, j.expires_at,
+         row_number() over (order by w.nth) as place,
+         sum(octet_length(j.envelope)) over (order by w.nth) as bytes
+  from unnest(%(tokens)b::uuid[]) with ordinality as w (token, nth)
+  join jobguard.jobs j on j.source = %(source)s and j.token = w.token
+  where not exists (
+    select from jobguard.history h where h.source = j.source and h.token = j.token)
+) f
+where f.bytes <= %(most)s or f.place = 1
+order by f.nth
 
 -- name: open_joins
 select x.id, x.size, x.state from jobguard.joins x

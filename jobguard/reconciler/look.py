@@ -56,13 +56,14 @@ class Looker:
         source: int,
         settings: Settings,
         clock: Callable[[], float] = time.monotonic,
+        address: str = "",
     ) -> None:
         self._client = client
         self._broker = broker
         self._store = store
         self._source = source
         self._settings = settings
-        self.putting_back = PutBack(broker, store, source, settings, clock)
+        self.putting_back = PutBack(broker, store, source, settings, clock, address)
 
     def look(self, term: int, page: Sequence[Owed], now: Circumstances) -> Done:
         """Look at these and do what follows. Raises NotLeading, StoreUnavailable, RedisError."""
@@ -114,6 +115,7 @@ class Looker:
         self._void(term, decided, done)
         free = [(owed, seen) for owed, seen, _ in decided if not now.holds(owed.queue)]
         self.putting_back.running(
+            term,
             [o for o, seen in free if o.claim_live and seen.bodiless and self._is_loss(o, now)],
             deadline,
         )

@@ -23,6 +23,7 @@ from jobguard.pulse import (
     pulse_key,
     read_pulse,
 )
+from jobguard.refusal import refusal_of
 from jobguard.store import LeaderStore, SourceRow
 
 _ALARM_AGAIN = 30.0
@@ -85,6 +86,8 @@ class PulseKeeper:
         self._down = False
         self._misplaced_since: float | None = None
         self._alarmed = float("-inf")
+        self.refusal: str | None = None
+        """What Redis says if it takes no writes."""
         self.doubts: list[Cause] = []
         """New reasons to verify what is owed; whoever acts on them empties the list."""
 
@@ -152,12 +155,14 @@ class PulseKeeper:
         return Health.STOP
 
     def _move(self, term: int, standing: Standing) -> None:
+        # A counter that is ahead was moved by a leader that died before it told Postgres: tell it now.
+        n = standing.n
         if standing.n == self._n:
-            moved = self._script(TICK, standing.epoch, str(standing.n), str(standing.n + 1))
-            if not moved:
+            moved = self._tick(standing)
+            if moved is False:
                 return  # somebody else moved it: the next look says what that means
-        # Otherwise it was moved by a leader that died before it told Postgres: tell it now.
-        n = standing.n + 1 if standing.n == self._n else standing.n
+            # It stands where we know it, so that nothing is lost, also where no write is taken.
+            n = standing.n if moved is None else standing.n + 1
         self._store.acknowledge(
             term,
             self._source.id,
@@ -166,6 +171,18 @@ class PulseKeeper:
             run_id=self._topology.run_id if self._topology else None,
         )
         self._n = n
+
+    def _tick(self, standing: Standing) -> bool | None:
+        """Move the counter on; None: Redis takes no writes, but it is up and what it was."""
+        try:
+            moved = self._script(TICK, standing.epoch, str(standing.n), str(standing.n + 1))
+        except redis.ResponseError as error:
+            self.refusal = refusal_of(error)
+            if self.refusal is None or isinstance(error, redis.ReadOnlyError):
+                raise
+            return None
+        self.refusal = None
+        return moved
 
     def _begin(self, term: int, standing: Standing | None, epoch: UUID) -> None:
         """Make the pulse anew, where what was judged still stands."""

@@ -79,7 +79,8 @@ class Watch:
         self._place = Place(
             self._workers, store, source.id, source.address, named=named, clock=clock
         )
-        self._looker = Looker(client, broker, store, source.id, settings, clock)
+        self._looker = Looker(client, broker, store, source.id, settings, clock, source.address)
+        self._refusals = self._looker.putting_back.refusals
         self._auto = AutomaticHold(count=settings.brake_count, share=settings.brake_share)
         self._counted: set[UUID] = set()  # unexplained absences that the brake knows of
         self._released: dict[str, float] = {}  # queue -> when a person last said resume
@@ -161,6 +162,7 @@ class Watch:
             self._walk(term, now)
             if not self._brake.paused:
                 self._looker.finish_joins()
+            self._refusals.step(term, waits=self._pending > 0)
         except redis.RedisError as error:
             if now >= self._due.get("failed", 0.0):
                 self._due["failed"] = now + _SAY_AGAIN
@@ -182,6 +184,8 @@ class Watch:
         self._health = self._pulse.tick(
             term, place_is_sure=partial(self._place_is_sure, term), now=now
         )
+        if self._pulse.refusal is not None and self._health is Health.STEADY:
+            self._refusals.refused(term, self._pulse.refusal, self._pending)
         if self._health in (Health.DOWN, Health.UNSURE):
             self._due["tick"] = now + _DOWN  # what it lost is to be seen as soon as it is back
         return self._health

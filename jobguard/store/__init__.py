@@ -367,8 +367,13 @@ class LeaderStore(Protocol):
     def clear(self, term: int, source: int, tokens: Sequence[UUID]) -> None:
         """These are where they belong: neither suspect nor to be pushed."""
 
-    def envelopes(self, source: int, tokens: Sequence[UUID]) -> Sequence[Restorable]:
-        """What is needed to put these back, in the order of their tokens; the ended are left out."""
+    def envelopes(
+        self, source: int, tokens: Sequence[UUID], *, most_bytes: int | None = None
+    ) -> Sequence[Restorable]:
+        """What is needed to put these back, in the given order; the ended are left out.
+
+        ``most_bytes``: only so many of the first that their envelopes are not larger, but one at least.
+        """
 
     def tombstones(self, source: int, tokens: Sequence[UUID]) -> Mapping[UUID, Outcome]:
         """Which of these have ended, and how."""

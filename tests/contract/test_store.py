@@ -1700,16 +1700,32 @@ def test_what_is_watched_is_bounded(ledger: Contract) -> None:
 
 
 def test_an_envelope_comes_back_as_it_was_given(ledger: Contract) -> None:
-    """Byte for byte, with its time, in the order of tokens."""
+    """Byte for byte, with its time, in the given order."""
     due, expires = float(int(time.time()) + 60), float(int(time.time()) + 120)
     envelope = bytes(range(256))
     first = ledger.recorded("a", envelope=envelope, queue="mail", due_at=due, expires_at=expires)
     second = ledger.recorded("b", envelope=b"")
-    one, two = ledger.leader.envelopes(SOURCE, [second.token, first.token, new_token()])
+    two, one = ledger.leader.envelopes(SOURCE, [second.token, first.token, new_token()])
     assert (one.token, two.token) == (first.token, second.token)
     assert (one.job_id, one.queue, one.envelope) == ("a", "mail", envelope)
     assert (one.due_at, one.expires_at) == (due, expires)
     assert (two.envelope, two.due_at, two.expires_at) == (b"", None, None)
+
+
+def test_envelopes_are_bounded_in_bytes(ledger: Contract) -> None:
+    """As many as fit, in the given order; one that does not fit by itself comes alone."""
+    jobs = [ledger.recorded(str(n), envelope=bytes(size)) for n, size in enumerate((100, 50, 900))]
+    tokens = [jobs[1].token, jobs[0].token, jobs[2].token]
+
+    def within(most: int) -> list[int]:
+        found = ledger.leader.envelopes(SOURCE, tokens, most_bytes=most)
+        return [len(one.envelope) for one in found]
+
+    assert within(10_000) == [50, 100, 900]
+    assert within(1049) == [50, 100]
+    assert within(149) == [50]
+    assert within(1) == [50]
+    assert [len(one.envelope) for one in ledger.leader.envelopes(SOURCE, tokens)] == [50, 100, 900]
 
 
 def test_history_wins(ledger: Contract) -> None:

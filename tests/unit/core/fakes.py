@@ -34,6 +34,7 @@ from jobguard.job import (
 )
 from jobguard.pulse import RESET, TICK, beat_key, pulse_key
 from jobguard.reconciler.watch import Watch
+from jobguard.refusal import RedisRefuses
 from jobguard.settings import Settings
 from jobguard.store import Ask, Brake, HostStore, LeaderStore, SourceRow, WorkerRow
 from jobguard.store.memory import MemoryLedger
@@ -244,6 +245,9 @@ class FakeRedis:
         return True
 
 
+OOM = "OOM command not allowed when used memory > 'maxmemory'."
+
+
 @dataclass
 class FakeBroker:
     """A library that keeps one body per job id, in a dict."""
@@ -274,6 +278,10 @@ class FakeBroker:
     """What a finished job is to a join, as the library shows it."""
     rejoined: list[tuple[str, bool]] = field(default_factory=list)
     """The joins that were put back, in order, and whether they were told again."""
+    full: int | None = None
+    """Redis is full but for so many jobs; None: it is not."""
+    tries: list[int] = field(default_factory=list)
+    """How many were tried at each restore."""
     before_restore: Callable[[], None] = lambda: None
 
     def put(self, given: Delivery, presence: Presence = Presence.WAITING) -> None:
@@ -301,6 +309,13 @@ class FakeBroker:
         """Put these back; see Broker."""
         self.before_restore()
         self.redis._up()
+        self.tries.append(len(deliveries))
+        if self.full is not None:
+            done = {g.token: self._restore(g, deadline) for g in deliveries[: self.full]}
+            self.full -= len(done)
+            if len(done) < len(deliveries):
+                raise RedisRefuses(OOM, done)
+            return done
         return {given.token: self._restore(given, deadline) for given in deliveries}
 
     def _restore(self, given: Restorable, deadline: float) -> Restored:
