@@ -36,7 +36,7 @@ LIMITED: Mapping[str, tuple[str, ...]] = {
     "redis_away": ("source",),
     "redis_refuses": ("source",),
     "redis_evicted": ("source",),
-    "value_unreadable": ("key",),
+    "value_unreadable": ("source", "key"),
     "guest_failed": ("where",),
     "settings_differ": ("source",),
     "record_spooled": (),

@@ -253,7 +253,9 @@ class Heart:
             seconds = int(4 * self._settings.worker_timeout)
             pipe.set(beat_key(self.id), counter, ex=seconds)
             read_pulse(pipe, self._body.source)
-            answers: list[Any] = pipe.execute()
+            answers: list[Any] = pipe.execute(raise_on_error=False)
+            if isinstance(answers[0], Exception):
+                raise answers[0]
         except Exception as error:
             say("beat_unheard", store="redis", error=str(error))
             return None

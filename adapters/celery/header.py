@@ -7,11 +7,12 @@ message that they come from. ``jobguard-worker`` stands only in what a guarded w
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from typing import Any
 from uuid import UUID
+
+from jobguard.values import json_in
 
 TOKEN = "jobguard"
 WORKER = "jobguard-worker"
@@ -50,7 +51,7 @@ def _only(pattern: re.Pattern[bytes], name: str, raw: bytes) -> bytes | None:
         return None
     # A user's own header of headers holds another one: only the parsed message tells them apart.
     try:
-        message = json.loads(raw)
+        message = json_in(raw)
     except ValueError:
         return None
     message = message[0] if isinstance(message, list) and message else message

@@ -165,7 +165,10 @@ class DramatiqBroker:
         """
         now = time.monotonic()
         said = dict(self._client.zrange(self._layout.heartbeats, 0, -1, withscores=True))
-        seen, known = {raw.decode(): score for raw, score in said.items()}, self._said
+        seen, known = (
+            {raw.decode(errors="replace"): score for raw, score in said.items()},
+            self._said,
+        )
         if known is None:
             cut = (float(self._client.time()[0]) - _FIRST_LOOK) * 1000
             never = float("-inf")
@@ -198,7 +201,10 @@ class DramatiqBroker:
         """Return who has fetched which of these (token, list)."""
         if not unlisted:
             return {}
-        workers = [raw.decode() for raw in self._client.zrange(self._layout.heartbeats, 0, -1)]
+        workers = [
+            raw.decode(errors="replace")
+            for raw in self._client.zrange(self._layout.heartbeats, 0, -1)
+        ]
         of: dict[str, list[UUID]] = {}
         for token, name in unlisted.items():
             of.setdefault(name, []).append(token)

@@ -124,7 +124,7 @@ class RQBroker:
         """RQ's own names of the workers that Redis knows, by queue."""
         prefix = self._layout.queue_prefix
         queues: set[bytes] = cast(Any, self._client).smembers(self._layout.queues_key)
-        keys = [key.decode() for key in queues]
+        keys = [key.decode(errors="replace") for key in queues]
         names = sorted(key.removeprefix(prefix) for key in keys if key.startswith(prefix))
         with self._client.pipeline(transaction=False) as pipe:
             for name in names:
@@ -138,7 +138,9 @@ class RQBroker:
             alive = {key for key, there in zip(known, pipe.execute(), strict=True) if there}
         worker = f"{self._layout.base}:worker:"
         return {
-            name: frozenset(key.decode().removeprefix(worker) for key in keys if key in alive)
+            name: frozenset(
+                key.decode(errors="replace").removeprefix(worker) for key in keys if key in alive
+            )
             for name, keys in zip(names, members, strict=True)
         }
 

@@ -21,6 +21,7 @@ from jobguard.log import say
 from jobguard.reconciler.done import LOSSES, Done, told
 from jobguard.reconciler.putback import PutBack
 from jobguard.reconciler.verdict import ENDS, Case, Decision, Holder, Verdict, decide
+from jobguard.refusal import refusal_of
 from jobguard.settings import Settings
 from jobguard.store import Closing, LeaderStore, Void
 
@@ -63,6 +64,7 @@ class Looker:
         self._store = store
         self._source = source
         self._settings = settings
+        self._address = address
         self.putting_back = PutBack(broker, store, source, settings, clock, address)
 
     def look(self, term: int, page: Sequence[Owed], now: Circumstances) -> Done:
@@ -71,7 +73,9 @@ class Looker:
         if not page:
             return done
         deadline = self._redis_time() + _DEADLINE
-        sightings = self._broker.presence(page)
+        sightings = self._presence(page)
+        done.failed += len(page) - len(sightings)
+        page = [owed for owed in page if owed.token in sightings]
         # What a worker has taken and not begun is as good as lost with it: nobody else will run it.
         left = {t: s.held_by for t, s in sightings.items() if self._is_left(s.held_by, now)}
         sightings = {
@@ -128,6 +132,26 @@ class Looker:
         lost = self._brake(lost, now, done)
         self.putting_back.lost(term, lost, older, over, left, deadline, done)
         return done
+
+    def _presence(self, page: Sequence[Owed]) -> dict[UUID, Sighting]:
+        """Look for these. One that cannot be read is left out, and keeps no other from its look."""
+        try:
+            return dict(self._broker.presence(page))
+        except (redis.ConnectionError, redis.TimeoutError):
+            raise
+        except Exception as error:
+            if refusal_of(error) is not None:
+                raise
+            if len(page) == 1:
+                say(
+                    "value_unreadable",
+                    source=self._address,
+                    key=page[0].job_id[:200],
+                    error=repr(error)[:500],
+                )
+                return {}
+            half = len(page) // 2
+            return self._presence(page[:half]) | self._presence(page[half:])
 
     def _is_left(self, holder: str, now: Circumstances) -> bool:
         # Who let go of it lives, and may have run it all the same: its report is on the way then.

@@ -235,14 +235,25 @@ class FakeRedis:
         return True
 
     def _reset(
-        self, key: str, epoch: str, n: str, new: str, to: str, source: str, installation: str
+        self,
+        key: str,
+        epoch: str | bytes,
+        n: str | bytes,
+        new: str,
+        to: str,
+        source: str,
+        installation: str,
     ) -> bool:
         found = self.hashes.get(key, {})
-        if (found.get("epoch", b""), found.get("n", b"")) != (epoch.encode(), n.encode()):
+        if (found.get("epoch", b""), found.get("n", b"")) != (_bytes(epoch), _bytes(n)):
             return False
         fields = {"epoch": new, "n": to, "source": source, "installation": installation}
         self.hashes[key] = {name: value.encode() for name, value in fields.items()}
         return True
+
+
+def _bytes(given: str | bytes) -> bytes:
+    return given if isinstance(given, bytes) else given.encode()
 
 
 OOM = "OOM command not allowed when used memory > 'maxmemory'."

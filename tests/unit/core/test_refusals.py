@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import redis
 
-from jobguard.job import Restored
+from jobguard.job import Restorable, Restored
 from jobguard.reconciler.limiter import Slice
 from jobguard.refusal import refusal_of
 from tests.unit.core.fakes import OOM, SOURCE, World, events
 
 
-def lost(count: int, **fields: object) -> World:
+def lost(count: int, **fields: Any) -> World:
     """Begin with so many jobs that a FLUSHALL took."""
     world = World()
     world.trusted()
@@ -131,8 +133,8 @@ def test_a_job_that_cannot_go_back_is_tried_later_each_time() -> None:
     world = lost(10)
     tried: list[str] = []
 
-    def failing(given: object, _deadline: float) -> Restored:
-        tried.append(str(given))
+    def failing(given: Restorable, deadline: float) -> Restored:
+        tried.append(f"{given.job_id} by {deadline}")
         return Restored.ERROR
 
     original, world.broker._restore = world.broker._restore, failing  # type: ignore[method-assign]
@@ -150,15 +152,15 @@ def test_big_jobs_go_back_in_slices_that_fit_the_deadline() -> None:
     rate = 30e6
     restore = world.broker.restore
 
-    def slow(deliveries: object, *, deadline: float) -> object:
-        size = sum(len(given.envelope) for given in deliveries)  # type: ignore[attr-defined]
+    def slow(deliveries: Any, *, deadline: float) -> Any:
+        size = sum(len(given.envelope) for given in deliveries)
         if size / rate > 1.0:
             world.clock.advance(1.0)
             raise redis.TimeoutError("it takes longer than the client waits")
         world.clock.advance(size / rate)
-        return restore(deliveries, deadline=deadline)  # type: ignore[arg-type]
+        return restore(deliveries, deadline=deadline)
 
-    world.broker.restore = slow  # type: ignore[assignment,method-assign]
+    world.broker.restore = slow  # type: ignore[method-assign]
     world.run_until(lambda: len(world.broker.pushed) == 600, within=30)
     assert world.broker.pushed == sorted(world.broker.pushed)
 
@@ -168,11 +170,11 @@ def test_a_slice_that_came_too_late_is_followed_by_a_smaller_one() -> None:
     world = lost(20, envelope=bytes(100_000))
     restore = world.broker.restore
 
-    def slow(deliveries: object, *, deadline: float) -> object:
-        world.clock.advance(sum(len(g.envelope) for g in deliveries) / 2e5)  # type: ignore[attr-defined]
-        return restore(deliveries, deadline=deadline)  # type: ignore[arg-type]
+    def slow(deliveries: Any, *, deadline: float) -> Any:
+        world.clock.advance(sum(len(g.envelope) for g in deliveries) / 2e5)
+        return restore(deliveries, deadline=deadline)
 
-    world.broker.restore = slow  # type: ignore[assignment,method-assign]
+    world.broker.restore = slow  # type: ignore[method-assign]
     world.run_until(lambda: len(world.broker.pushed) == 20, within=60)
 
 
