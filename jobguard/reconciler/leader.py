@@ -27,6 +27,8 @@ from jobguard.errors import NotLeading, StoreUnavailable
 from jobguard.log import remind, say
 from jobguard.store import LeaderStore
 
+_HOLD_OFF = 2.0
+"""Seconds in which others may lead after we gave up."""
 _MARGIN = 0.1
 """Of the lease: how much earlier than its end the leader steps down."""
 
@@ -40,6 +42,7 @@ class Leadership:
         *,
         lease: float,
         clock: Callable[[], float] = time.monotonic,
+        healthy: Callable[[], bool] = lambda: True,
     ) -> None:
         self._store = store
         self._lease = lease
@@ -47,6 +50,8 @@ class Leadership:
         self._term: int | None = None
         self._trusted_until = float("-inf")
         self._away = False
+        self._healthy = healthy
+        self._not_before = float("-inf")
         self._stop = threading.Event()
         self._changed = threading.Event()
         self._thread: threading.Thread | None = None
@@ -64,8 +69,13 @@ class Leadership:
         return self._term is not None and self._clock() < self._trusted_until
 
     def seek(self) -> None:
-        """Renew our term, or try to get one."""
+        """Renew our term, or try to get one; not while this process is stuck, nor after it gave up."""
         asked = self._clock()
+        if not self._healthy():
+            say("lease_unrenewed", error="this process is stuck")
+            return
+        if self._term is None and asked < self._not_before:
+            return
         try:
             if self._term is not None:
                 self._store.renew(self._term, lease=self._lease)
@@ -118,12 +128,20 @@ class Leadership:
             # A standby asks more often: the time without a leader is what users wait for.
             self._stop.wait(self._lease * (0.3 if self._term is not None else 0.03))
 
+    def give_up(self) -> None:
+        """Resign, and let any other process lead first: ours makes no progress in this term."""
+        self._not_before = self._clock() + _HOLD_OFF
+        self._resign()
+
     def stop(self) -> None:
         """Resign, so that another can lead at once."""
         self._stop.set()
         self._changed.set()
         if self._thread is not None:
             self._thread.join(timeout=self._lease)
+        self._resign()
+
+    def _resign(self) -> None:
         term, self._term = self._term, None
         if term is None:
             return
