@@ -213,7 +213,7 @@ class Producer:
             tracker=self._tracker,
             app=self._app,
             delivery=delivery,
-            publish=lambda producer: producer.publish(data, **sent),
+            publish=lambda producer, **options: producer.publish(data, **{**sent, **options}),
             producer=self._producer,
             run=moving,
             alone=sends_a_group() and not (wire.task.get("group") or wire.task.get("taskset")),
