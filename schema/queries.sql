@@ -104,6 +104,37 @@ with locked as (
 update jobguard.jobs j set claims = greatest(j.claims, g.number)
 from gone g where j.source = %(source)s and j.token = g.token
 
+-- name: predecessor
+select j.last_worker from jobguard.jobs j where j.source = %(source)s and j.token = %(token)s
+
+-- name: lock
+-- A lock is free where the claim that took it does not stand any more, or its worker is dead.
+with mine as (
+  select r.token, r.number from jobguard.running r
+  where r.source = %(source)s and r.token = %(token)s and %(number)s in (0, r.number)
+)
+insert into jobguard.locks as l (source, name, token, number)
+select %(source)s, %(name)s, m.token, m.number from mine m
+on conflict (source, name) do update
+set token = excluded.token, number = excluded.number, taken_at = now()
+where (l.token = excluded.token and l.number = excluded.number)
+   or not exists (
+     select from jobguard.running r join jobguard.workers w on w.id = r.worker
+     where r.source = l.source and r.token = l.token and r.number = l.number
+       and jobguard.holds(w, r))
+returning true
+
+-- name: unlock
+delete from jobguard.locks l
+where l.source = %(source)s and l.name = %(name)s and l.token = %(token)s
+
+-- name: forget_locks
+-- What killed runs have left behind.
+delete from jobguard.locks l
+where l.taken_at < now() - interval '1 day' and not exists (
+  select from jobguard.running r
+  where r.source = l.source and r.token = l.token and r.number = l.number)
+
 -- name: end
 select jobguard.end(
   %(source)s, %(token)b::uuid[], %(number)b::int[], %(outcome)s::text[], %(worker)b::uuid[],
@@ -477,10 +508,10 @@ with lease as (
 ), gone as (
   delete from jobguard.running r using said u, locked l
   where r.source = %(source)s and r.token = u.token and l.token = u.token and r.number = u.number
-  returning r.token, r.number, u.charge, u.backoff
+  returning r.token, r.number, r.worker, u.charge, u.backoff
 ), charged as (
   update jobguard.jobs j
-  set claims = g.number, crashes = j.crashes + g.charge::int,
+  set claims = g.number, last_worker = g.worker, crashes = j.crashes + g.charge::int,
       not_before = now() + make_interval(secs => g.backoff)
   from gone g where j.source = %(source)s and j.token = g.token
   returning j.token

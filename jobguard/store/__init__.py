@@ -203,6 +203,18 @@ class HostStore(Protocol):
     ) -> bool:
         """Note a running job's progress; False if no such claim stands."""
 
+    def predecessor(self, source: int, token: UUID) -> UUID | None:
+        """The worker whose claim of this owed delivery was taken away last; None: none that is known."""
+
+    def lock(self, source: int, name: str, *, token: UUID, number: int) -> bool:
+        """Take a lock in the name of a standing claim, unless that of another claim that lives stands.
+
+        The same claim may take it again. ``number`` 0: whichever number the claim has.
+        """
+
+    def unlock(self, source: int, name: str, *, token: UUID) -> None:
+        """Let go of a lock, if it is this delivery's."""
+
     def close(self) -> None:
         """Let go of the connection."""
 

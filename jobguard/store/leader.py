@@ -346,6 +346,7 @@ class PostgresLeaderStore:
     def rotate(self, *, retention: float) -> int:
         """Make the coming partitions of history and drop the old; see LeaderStore."""
         rows = self._db.execute(self._sql["rotate"], {"retention": retention}, timeout=30.0)
+        self._db.execute(self._sql["forget_locks"])
         return int(rows[0][0])
 
     def vacuum(self, least: int = 10_000) -> Sequence[str]:

@@ -413,6 +413,7 @@ class MemoryLeaderStore:
             return False
         job = self._tables.jobs[key]
         job.claims = void.number
+        job.last_worker = run.worker
         job.crashes += 1 if void.charge else 0
         job.not_before = now + void.backoff
         del self._tables.running[key]
