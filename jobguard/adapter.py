@@ -296,6 +296,13 @@ class Broker(Protocol):
     def bury(self, page: Sequence[Owed]) -> None:
         """Show these in the library as failed for good: their crash budget is spent."""
 
+    def report(self, dead: Sequence[Restorable], *, deadline: float) -> None:
+        """Give these, which are dead, to a worker once more, so that it tells the library's failure path.
+
+        Only those of which somebody would hear by that. The worker is refused the claim, as ended, and does
+        not call the function.
+        """
+
     def hide(self, page: Sequence[Owed]) -> None:
         """Take back what a restore with ``running`` put back of these: they have ended meanwhile."""
 

@@ -13,7 +13,7 @@ from base64 import b64encode
 from dataclasses import dataclass
 from uuid import UUID, uuid4
 
-from jobguard.adapters.celery.header import PART, TOKEN, token_in
+from jobguard.adapters.celery.header import DEAD, PART, TOKEN, token_in
 
 VERSION = 1
 _HEAD = struct.Struct(">BI")
@@ -76,6 +76,12 @@ def fresh(message: bytes, token: UUID) -> bytes:
     return message.replace(str(was).encode(), str(uuid4()).encode()).replace(
         before, token.hex.encode()
     )
+
+
+def as_dead(message: bytes) -> bytes:
+    """Return the message of a dead task, to be told as failed and not run."""
+    told = b'"%b": "1", "%b": "' % (DEAD.encode(), TOKEN.encode())
+    return message.replace(b'"%b": "' % TOKEN.encode(), told, 1)
 
 
 def as_part(message: bytes, state: bytes) -> bytes:

@@ -19,6 +19,9 @@ WORKER = "jobguard-worker"
 PART = "jobguard-part"
 """On the last part of a chord that is told to the library again: what it left, in base64."""
 
+DEAD = "jobguard-dead"
+"""On a message that is dead: its worker tells Celery that it has failed, and does not run it."""
+
 # A quote inside of a JSON string is escaped: what stands there is no key.
 _TOKEN = re.compile(rb'(?<!\\)"jobguard": ?"([0-9a-f]{32})"')
 _WORKER = re.compile(rb'(?<!\\)"jobguard-worker": ?"([0-9a-f]{32})"')

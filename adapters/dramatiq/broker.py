@@ -114,6 +114,9 @@ class DramatiqBroker:
             [([*self._lists_of(owed.queue)], [str(owed.token), acks, owed.queue]) for owed in page]
         )
 
+    def report(self, dead: Sequence[Restorable], *, deadline: float) -> None:
+        """Nothing: its dead letter is what Dramatiq shows of it."""
+
     def hide(self, page: Sequence[Owed]) -> None:
         """Nothing is put back of what runs."""
 

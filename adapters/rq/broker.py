@@ -48,6 +48,7 @@ class RQBroker:
         self._abandon = Script(client, __package__, "abandon.lua")
         self._skip = Script(client, __package__, "skip.lua")
         self._hide = Script(client, __package__, "hide.lua")
+        self._report = Script(client, __package__, "report.lua")
         self._listed: set[tuple[str, str]] = set()
         """(queue, id) that the last look saw in a list; their hash may be gone all the same."""
 
@@ -105,6 +106,18 @@ class RQBroker:
         ]
         for batch in chunks(calls, RESTORES_A_TRIP):
             self._skip.run(batch)
+
+    def report(self, dead: Sequence[Restorable], *, deadline: float) -> None:
+        """Push those that have a failure callback once more: a worker calls that, and nothing else."""
+        reports: list[tuple[list[Any], list[Any]]] = [
+            (
+                [self._layout.job(one.job_id), self._layout.queue(one.queue)],
+                [one.job_id, one.token.hex, repr(deadline)],
+            )
+            for one in dead
+        ]
+        for batch in chunks(reports, RESTORES_A_TRIP):
+            self._report.run(batch)
 
     def hide(self, page: Sequence[Owed]) -> None:
         """Delete the hashes of these if they still say started: nobody will write how they ended."""

@@ -21,7 +21,7 @@ from jobguard.log import say
 from jobguard.reconciler.done import LOSSES, Done, told
 from jobguard.reconciler.putback import PutBack
 from jobguard.reconciler.verdict import ENDS, Case, Decision, Holder, Verdict, decide
-from jobguard.refusal import refusal_of
+from jobguard.refusal import RedisRefuses, refusal_of
 from jobguard.settings import Settings
 from jobguard.store import Closing, LeaderStore, Void
 
@@ -295,11 +295,19 @@ class Looker:
         if not closings:
             return
         closings = self._with_parts(closings)
+        buried = [owed for owed, _, decision in decided if decision.verdict is Verdict.BURY]
+        # Of what is closed the envelope is no longer asked for.
+        tokens = [owed.token for owed in buried]
+        dead = self._store.envelopes(self._source, tokens) if buried else ()
         # Not those that have ended since the look: their workers have told it.
         closed = frozenset(self._store.close_owed(term, self._source, closings))
-        buried = [owed for owed, _, decision in decided if decision.verdict is Verdict.BURY]
         if buried and self._settings.mode == "guard":
             self._broker.bury(buried)
+            deadline = self._redis_time() + _DEADLINE
+            try:
+                self._broker.report([one for one in dead if one.token in closed], deadline=deadline)
+            except RedisRefuses as error:  # they are dead all the same, and kept for a person
+                say("job_not_restored", answer="not reported", error=str(error), count=len(dead))
         for owed, _, decision in decided:
             if decision.verdict is Verdict.BURY:
                 done.buried += 1

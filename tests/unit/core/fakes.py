@@ -289,6 +289,8 @@ class FakeBroker:
     """What a finished job is to a join, as the library shows it."""
     rejoined: list[tuple[str, bool]] = field(default_factory=list)
     """The joins that were put back, in order, and whether they were told again."""
+    reported: list[tuple[str, bytes]] = field(default_factory=list)
+    """The dead that a worker is to tell the library of, with their envelopes."""
     full: int | None = None
     """Redis is full but for so many jobs; None: it is not."""
     tries: list[int] = field(default_factory=list)
@@ -364,6 +366,10 @@ class FakeBroker:
     def bury(self, page: Sequence[Owed]) -> None:
         """Show these as failed for good."""
         self.buried += [owed.job_id for owed in page]
+
+    def report(self, dead: Sequence[Restorable], *, deadline: float) -> None:
+        """Give these to a worker; see Broker."""
+        self.reported += [(one.job_id, one.envelope) for one in dead]
 
     def hide(self, page: Sequence[Owed]) -> None:
         """Take back the bodies of what has ended."""

@@ -616,6 +616,7 @@ def test_the_crash_budget() -> None:
 
     assert len(world.broker.pushed) == 3
     assert world.broker.buried == ["job"]
+    assert world.broker.reported == [("job", job.envelope)]  # whole, and once
 
 
 def test_the_crash_of_a_held_queue_waits() -> None:
