@@ -157,8 +157,10 @@ class PutBack:
         done.failed += len(lost) - len(ready)
         lost = ready
         losses = [pair for pair in lost if pair[1] in LOSSES]
-        if losses:
-            self._rejoiner.mend(deadline)
+        if losses and not self._mended(term, deadline, waiting=len(lost)):
+            done.waiting += len(lost)
+            done.throttled += len(lost)
+            return
         repairs = [pair for pair in lost if pair[1] not in LOSSES]
         for bucket, wanted in ((self._repairs, repairs), (self._losses, losses)):
             granted = bucket.take(min(len(wanted), _SLICE))
@@ -170,6 +172,18 @@ class PutBack:
                 bucket.give_back(granted - tried)
                 done.waiting += granted - tried
                 done.throttled += granted - tried
+
+    def _mended(self, term: int, deadline: float, *, waiting: int) -> bool:
+        """Put back what is counted of joins, before their members; False: Redis refuses."""
+        try:
+            self._rejoiner.mend(deadline)
+        except redis.RedisError as error:
+            reason = refusal_of(error)
+            if reason is None:
+                raise
+            self.refusals.refused(term, reason, waiting)
+            return False
+        return True
 
     def _put_back(
         self,

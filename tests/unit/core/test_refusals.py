@@ -10,7 +10,7 @@ import redis
 from jobguard.job import Restorable, Restored
 from jobguard.reconciler.limiter import Slice
 from jobguard.refusal import refusal_of
-from tests.unit.core.fakes import OOM, SOURCE, World, events
+from tests.unit.core.fakes import NAMESPACE, OOM, SOURCE, World, events
 
 
 def lost(count: int, **fields: Any) -> World:
@@ -92,6 +92,26 @@ def test_restores_go_on_when_there_is_room(caplog: pytest.LogCaptureFixture) -> 
     world.run_until(lambda: world.store.incidents(SOURCE.id) == [], within=90)
     assert events(caplog.records).count("redis_refuses") == 1
     assert events(caplog.records).count("redis_accepts") == 1
+
+
+def test_joins_that_find_no_room_are_the_same_state(caplog: pytest.LogCaptureFixture) -> None:
+    """What is counted of joins goes back first: a refusal there is a probe a second as well."""
+    world = lost(5)
+    world.host.open_join(SOURCE.id, "chord", size=2, state=b"", namespace=NAMESPACE)
+    rejoin, tries = world.broker.rejoin, []
+
+    def full(*_: Any, **__: Any) -> None:
+        tries.append(world.clock())
+        raise redis.OutOfMemoryError(OOM.removeprefix("OOM "))
+
+    world.broker.rejoin = full  # type: ignore[method-assign]
+    world.run(30, step=0.1)
+    assert 1 <= len(tries) <= 31
+    assert events(caplog.records).count("redis_refuses") == 1
+    assert "redis_away" not in events(caplog.records)
+
+    world.broker.rejoin = rejoin  # type: ignore[method-assign]
+    world.run_until(lambda: len(world.broker.pushed) == 5, within=10)
 
 
 def test_another_leader_ends_what_the_first_wrote_down() -> None:
