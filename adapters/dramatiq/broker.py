@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import chain
 from typing import TYPE_CHECKING, Any, cast
 from uuid import UUID
@@ -53,6 +54,7 @@ class DramatiqBroker:
         self._client = cast(Any, client)
         self._presence = Script(client, __package__, "presence.lua")
         self._restore = Script(client, __package__, "restore.lua")
+        self._report = Script(client, __package__, "report.lua")
         self._abandon = Script(client, __package__, "abandon.lua")
         self._bury = Script(client, __package__, "bury.lua")
         self._rejoin = Script(client, __package__, "rejoin.lua")
@@ -115,7 +117,17 @@ class DramatiqBroker:
         )
 
     def report(self, dead: Sequence[Restorable], *, deadline: float) -> None:
-        """Nothing: its dead letter is what Dramatiq shows of it."""
+        """Push them once more: only a worker knows whether their actors have a failure callback."""
+        calls: list[tuple[list[Any], list[Any]]] = []
+        for one in dead:
+            with suppress(UnknownEnvelope):
+                envelope = decode(one.envelope)
+                list_ = self._layout.key(canonical(envelope.queue))
+                mark = self._layout.report(one.token)
+                args = [repr(deadline), str(one.token), envelope.data_for(one.token)]
+                calls.append(([list_, f"{list_}.msgs", mark], args))
+        for batch in chunks(calls, RESTORES_A_TRIP):
+            self._report.run(batch)
 
     def hide(self, page: Sequence[Owed]) -> None:
         """Nothing is put back of what runs."""

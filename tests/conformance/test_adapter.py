@@ -497,9 +497,14 @@ class TestDeath:
                 second.wait(30)
                 eventually(lambda: guard.reconcile() and records.owed() == [], 30)
                 assert records.ended(job_id) == [("dead", 1)]
-                assert library.waiting() == []
         finally:
             end(second)
+        third = library.start_worker(env)  # may have to tell that it is dead, and runs it no more
+        try:
+            eventually(lambda: library.waiting() == [], 30)
+            assert library.said() == ["ran", "ran"]
+        finally:
+            end(third)
         assert records.owed() == []
 
 
