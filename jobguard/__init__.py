@@ -9,7 +9,7 @@ accepted is run, whatever dies::
 Importing this opens nothing, reads no environment and prints nothing.
 """
 
-from jobguard.current import CurrentJob, current
+from jobguard.current import CurrentJob, current, lock
 from jobguard.errors import (
     BreakerOpen,
     ConfigurationError,
@@ -36,4 +36,5 @@ __all__ = [
     "__version__",
     "current",
     "guard",
+    "lock",
 ]

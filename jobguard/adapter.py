@@ -172,6 +172,15 @@ class Tracker(Protocol):
     ) -> bool:
         """Note a running job's progress; False if nobody heard it."""
 
+    def predecessor(self, token: UUID) -> UUID | None:
+        """The worker whose claim of this delivery was taken away last; None: none that is known."""
+
+    def lock(self, name: str, claim: Claim) -> bool:
+        """Take a lock in the name of this claim; False: another live claim holds it, or nobody knows."""
+
+    def unlock(self, name: str, claim: Claim) -> None:
+        """Let go of a lock of this claim."""
+
     def recovers(self, tokens: Sequence[UUID], *, began: bool = True) -> frozenset[UUID] | None:
         """Which of these the leader brings back if their run was killed, or lost with its worker.
 
@@ -311,6 +320,13 @@ class Broker(Protocol):
         Nothing is changed once Redis' own clock is past ``deadline``.
         """
 
+    def report(self, dead: Sequence[Restorable], *, deadline: float) -> None:
+        """Give these, which are dead, to a worker once more, so that it tells the library's failure path.
+
+        Only those of which somebody would hear by that. The worker is refused the claim, as ended, and does
+        not call the function.
+        """
+
     def hide(self, page: Sequence[Owed]) -> None:
         """Take back what a restore with ``running`` put back of these: they have ended meanwhile."""
 
@@ -396,7 +412,36 @@ def running_job(
             attrs=attrs or None,
         )
 
-    return running(CurrentJob(job_id, attempt, say))
+    return running(
+        CurrentJob(
+            job_id,
+            attempt,
+            say,
+            recovered=claim.number > 1,
+            crashes=claim.crashes,
+            _claim=_Claimed(tracker, claim),
+        )
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Claimed:
+    """What a running job asks about its claim; see jobguard.current.Claimed."""
+
+    tracker: Tracker
+    claim: Claim
+
+    def predecessor(self) -> UUID | None:
+        """Ask the ledger."""
+        return self.tracker.predecessor(self.claim.token)
+
+    def lock(self, name: str) -> bool:
+        """Ask the ledger."""
+        return self.tracker.lock(name, self.claim)
+
+    def unlock(self, name: str) -> None:
+        """Tell the ledger."""
+        self.tracker.unlock(name, self.claim)
 
 
 def told_again(tracker: Tracker, token: UUID) -> Refused | None:

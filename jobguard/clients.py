@@ -7,6 +7,8 @@ source, so that it is made here for everyone, and holds no password.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any, cast
 
@@ -73,6 +75,48 @@ def take_connection(pool: redis.ConnectionPool, command: str) -> Any:
     """
     get: Any = pool.get_connection
     return get(command) if _wants_command(type(pool)) else get()
+
+
+@contextmanager
+def bounded(connection: Any, seconds: float | None) -> Iterator[None]:
+    """Let a command on this connection of the host's wait so long at most, once; None: as it does.
+
+    Then it fails as one that timed out.
+    """
+    before = getattr(connection, "socket_timeout", None)
+    if seconds is None or (before is not None and before <= seconds):
+        yield
+        return
+    names = ("socket_timeout", "socket_connect_timeout", "retry")
+    kept = {name: getattr(connection, name) for name in names if hasattr(connection, name)}
+    for name in kept:
+        setattr(connection, name, Retry(NoBackoff(), 0) if name == "retry" else seconds)
+    _set_timeout(connection, seconds)
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            setattr(connection, name, value)
+        _set_timeout(connection, before)
+
+
+@contextmanager
+def bounded_pool(pool: Any, command: str, seconds: float | None) -> Iterator[None]:
+    """Do the same with the connection that a pool gives next. Raises RedisError if it cannot connect."""
+    if seconds is None:
+        yield
+        return
+    connection = take_connection(pool, command)
+    pool.release(connection)  # the last that came back is the next that goes out
+    with bounded(connection, seconds):
+        yield
+
+
+def _set_timeout(connection: Any, seconds: float | None) -> None:
+    sock = getattr(connection, "_sock", None)
+    if sock is not None:
+        with suppress(OSError):
+            sock.settimeout(seconds)
 
 
 @cache

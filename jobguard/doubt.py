@@ -1,7 +1,7 @@
 """Whether Redis can be asked at all, found out in bounded time on a client of our own.
 
 The host's clients may hang for a minute on a Redis that is stopped. So before the host's client is
-used, ours has asked a moment ago; and while Redis is in doubt, it is asked rarely, and nobody waits.
+used, ours has asked a moment ago; and while Redis is in doubt, a thread of ours asks it: no caller waits.
 """
 
 from __future__ import annotations
@@ -12,21 +12,31 @@ from collections.abc import Callable
 
 import redis
 
+from jobguard import native
 from jobguard.errors import is_host_interrupt
 from jobguard.log import say
 
 _PROOF = 0.1
 """An answer this many seconds old is proof enough."""
 _ASK_AGAIN = 0.5
-"""While in doubt, one caller asks again this often."""
+"""While in doubt, it is asked again this often."""
+
+
+def _in_a_thread(work: Callable[[], None]) -> None:
+    native.start(work, name="jobguard-doubt")
 
 
 class Doubt:
     """Remembers the last answer of a Redis, and asks for another when it is too old."""
 
     def __init__(
-        self, client: Callable[[], redis.Redis], clock: Callable[[], float] = time.monotonic
+        self,
+        client: Callable[[], redis.Redis],
+        clock: Callable[[], float] = time.monotonic,
+        start: Callable[[Callable[[], None]], object] = _in_a_thread,
     ) -> None:
+        self._start = start
+        self._again = False  # a thread asks
         self._make = client
         self._client: redis.Redis | None = None
         self._clock = clock
@@ -40,19 +50,36 @@ class Doubt:
         now = self._clock()
         if not self._in_doubt and now - self._proved < _PROOF:
             return False
-        if self._in_doubt and now < self._ask_at:
-            return True
-        if not self._asking.acquire(timeout=0 if self._in_doubt else 1):
+        if self._in_doubt:
+            self._ask_aside(now)
+            return self._in_doubt
+        if not self._asking.acquire(timeout=1):
             return self._in_doubt
         try:
             # Who waited here takes the answer of the one who asked.
-            if self._in_doubt and self._clock() < self._ask_at:
+            if self._in_doubt:
                 return True
-            if not self._in_doubt and self._clock() - self._proved < _PROOF:
+            if self._clock() - self._proved < _PROOF:
                 return False
             return self._ask()
         finally:
             self._asking.release()
+
+    def _ask_aside(self, now: float) -> None:
+        """Ask again where no caller waits for the answer; one thread at a time."""
+        if now < self._ask_at or self._again:
+            return
+        self._again = True
+        try:
+            self._start(self._ask_again)
+        except RuntimeError:  # no thread can be started: the interpreter ends
+            self._again = False
+
+    def _ask_again(self) -> None:
+        try:
+            self._ask()
+        finally:
+            self._again = False
 
     def _ask(self) -> bool:
         try:
@@ -82,3 +109,4 @@ class Doubt:
         """Begin anew in a child, with what is known."""
         self._asking = threading.Lock()
         self._client = None
+        self._again = False

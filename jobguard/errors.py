@@ -77,5 +77,9 @@ class WrongInstallation(JobguardError):
     """This database belongs to another installation than JOBGUARD_INSTALLATION says."""
 
 
+class WorkersDied(JobguardError):
+    """Every worker that ran this job died: its crash budget is spent, and it is not run again."""
+
+
 class NotLeading(JobguardError):
     """This process is not, or no longer, the leader: nothing was changed."""

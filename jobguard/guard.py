@@ -22,6 +22,7 @@ from jobguard.adapter import (
     unregister,
 )
 from jobguard.conninfo import describe, postgres_conninfo
+from jobguard.current import current
 from jobguard.errors import (
     ConfigurationError,
     ConflictingGuard,
@@ -137,6 +138,10 @@ class JobGuard:
         if self._tracker is None:
             return False
         return self._tracker.heartbeat(job_id, progress=progress, attrs=attrs)
+
+    def lock(self, name: str, *, wait: float = 0.0) -> AbstractContextManager[bool]:
+        """Hold a lock for the running job; see jobguard.lock."""
+        return current().lock(name, wait=wait)
 
     def cancel(self, *job_ids: str) -> None:
         """Write these jobs off: the fence skips them, and nothing brings them back."""

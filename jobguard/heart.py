@@ -17,7 +17,7 @@ from uuid import UUID
 from jobguard import native
 from jobguard.errors import JobguardError
 from jobguard.job import Beat, new_token
-from jobguard.log import say
+from jobguard.log import remind, say
 from jobguard.pulse import beat_key, parse_pulse, read_pulse
 from jobguard.standin import StandIn
 
@@ -127,6 +127,7 @@ class Heart:
                         heard()
                 except Exception as error:
                     say("guest_failed", where="beats", error=str(error), exc_info=True)
+                remind()
 
         self.ended = native.start(run, name="jobguard-beat")
 
@@ -255,7 +256,9 @@ class Heart:
             seconds = int(4 * self._settings.worker_timeout)
             pipe.set(beat_key(self.id), counter, ex=seconds)
             read_pulse(pipe, self._body.source)
-            answers: list[Any] = pipe.execute()
+            answers: list[Any] = pipe.execute(raise_on_error=False)
+            if isinstance(answers[0], Exception):  # a full Redis still shows its pulse
+                say("beat_unheard", store="redis", error=str(answers[0]))
         except Exception as error:
             say("beat_unheard", store="redis", error=str(error))
             return None

@@ -11,6 +11,7 @@ calls: its import costs a host 150 ms, and the first event is most often a sign 
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import sys
@@ -19,6 +20,7 @@ from collections.abc import Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import UUID
 
+from jobguard.flood import ENDS, FLOOD
 from jobguard.redact import redact
 
 if TYPE_CHECKING:
@@ -43,6 +45,11 @@ EVENTS: Mapping[str, Event] = {
     "wrong_installation": Event(ERROR, "this is another installation's database"),  # has, wants
     "redis_away": Event(WARNING, "Redis does not answer"),  # source, error
     "redis_back": Event(INFO, "Redis answers again"),  # source, seconds
+    "redis_refuses": Event(ERROR, "Redis refuses to store jobs"),  # source, error, waiting
+    "redis_accepts": Event(INFO, "Redis stores jobs again"),  # source, seconds, refused
+    "value_unreadable": Event(
+        WARNING, "a value in Redis cannot be read and is skipped"
+    ),  # source, key, error
     # Guarding.
     "guarded": Event(INFO, "guarding"),  # source, queues, postgres
     "guard_inert": Event(INFO, "nothing is guarded here"),  # reason
@@ -139,6 +146,7 @@ EVENTS: Mapping[str, Event] = {
     "leader_lost": Event(WARNING, "the lease was lost"),  # namespace, term, error
     "lease_unrenewed": Event(WARNING, "the lease could not be written"),  # error
     "step_failed": Event(ERROR, "a step failed and will be tried again"),  # part, error
+    "step_stuck": Event(ERROR, "a step takes too long; its connections are cut"),  # source, seconds
     "watching": Event(INFO, "a source is watched"),  # source
     "source_unwatched": Event(
         ERROR, "no Redis URL was given for a source: add it to --redis or JOBGUARD_REDIS_URL"
@@ -196,6 +204,7 @@ EVENTS: Mapping[str, Event] = {
         "that jobguard does not see; they are held: `jobguard requeue`, or cancel them",
     ),  # path, count
     "claims_voided": Event(WARNING, "claims of dead workers were taken away"),  # count
+    "restore_failed": Event(WARNING, "Redis answers a restore with an error"),  # error, token
     "job_not_restored": Event(WARNING, "a job was not put back"),  # job_id, answer
     "jobs_released": Event(
         INFO, "jobs that waited in vain for others, which had ended, go on"
@@ -262,10 +271,29 @@ def has_handlers() -> bool:
 
 
 def say(event: str, /, *, exc_info: Any = None, **fields: Any) -> None:
-    """Tell that something happened; level and sentence are the table's."""
+    """Tell that something happened; level and sentence are the table's.
+
+    Events that repeat are bounded; see flood.py.
+    """
     if _unheard and _is_heard(INFO):
         say_again()
-    _write(event, fields, exc_info, stacklevel=3)
+    level, _ = EVENTS.get(event) or Event(WARNING, event)
+    if level < INFO and not _standard.isEnabledFor(level) and event not in ENDS:
+        return
+    for line in FLOOD.passes(event, fields, exc_info):
+        _write(*line, stacklevel=3)
+
+
+def remind() -> None:
+    """Write the lines that were held back as repetitions, and whose time has come. For loops."""
+    for line in FLOOD.due():
+        _write(*line, stacklevel=3)
+
+
+@atexit.register
+def _last_reminders() -> None:
+    for line in FLOOD.rest():
+        _write(*line, stacklevel=3)
 
 
 def _write(event: str, fields: Mapping[str, Any], exc_info: Any, *, stacklevel: int) -> None:

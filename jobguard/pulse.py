@@ -21,6 +21,8 @@ from enum import StrEnum
 from typing import Any, Protocol
 from uuid import UUID
 
+from jobguard.values import number_in
+
 _FIELDS = ("epoch", "n", "source", "installation")
 
 
@@ -74,13 +76,16 @@ def read_pulse(client: Any, source: Kept) -> Any:
     return client.hmget(pulse_key(source), _FIELDS)
 
 
-def parse_pulse(answer: Sequence[bytes | None] | None) -> Standing | None:
-    """Read the answer; None: there is no pulse."""
-    if answer is None or any(value is None for value in answer):
+def parse_pulse(answer: Sequence[bytes | None] | Exception | None) -> Standing | None:
+    """Read the answer; None: there is no pulse, or nothing that could be one."""
+    if answer is None or isinstance(answer, Exception) or any(value is None for value in answer):
         return None
-    epoch, n, source, installation = (bytes(value or b"").decode() for value in answer)
     try:
-        return Standing(UUID(epoch), int(n), int(source), UUID(installation))
+        epoch, n, source, installation = (bytes(value or b"").decode() for value in answer)
+        counter, id = number_in(n), number_in(source)
+        if counter is None or id is None:
+            return None
+        return Standing(UUID(epoch), counter, id, UUID(installation))
     except ValueError:
         return None
 
@@ -133,7 +138,10 @@ return 0
 
 # Makes the pulse anew: where there is none, or where the one that was judged still stands.
 RESET = """
-local at = redis.call('HMGET', KEYS[1], 'epoch', 'n')
+local at = {false, false}
+if redis.call('TYPE', KEYS[1]).ok == 'hash' then
+  at = redis.call('HMGET', KEYS[1], 'epoch', 'n')
+end
 if (at[1] or '') == ARGV[1] and (at[2] or '') == ARGV[2] then
   redis.call('DEL', KEYS[1])
   redis.call('HSET', KEYS[1], 'epoch', ARGV[3], 'n', ARGV[4], 'source', ARGV[5],

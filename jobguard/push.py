@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from jobguard.adapter import Tracker
 
 
+_SEND = 1.0
+_SLOWEST = 1e6
+"""Seconds of one send, and bytes a second beside that, where a leader pushes what was not sent."""
+
 _NO_WRITES = re.compile(
     r"\b(OOM|READONLY|LOADING|MASTERDOWN|CLUSTERDOWN|NOREPLICAS|MISCONF|TRYAGAIN)\b"
 )
@@ -103,6 +107,14 @@ class Push(ABC):
     @abstractmethod
     def send(self) -> Any:
         """Push what is left, as the library does."""
+
+    @property
+    def patience(self) -> float | None:
+        """How long a send may wait for Redis; None: as the library does, for nobody else would push it."""
+        if not self._recorded.written or not self.accepts(self._recorded):
+            return None
+        size = sum(len(delivery.envelope) for delivery in self.deliveries)
+        return _SEND + size / _SLOWEST
 
     def settle(self, recorded: Recorded) -> bool:
         """It is recorded: take out what was refused. False: nothing is left to be pushed."""

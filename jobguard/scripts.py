@@ -10,6 +10,8 @@ from uuid import UUID
 from redis.exceptions import NoScriptError, RedisError
 
 from jobguard.job import Restored
+from jobguard.log import say
+from jobguard.refusal import RedisRefuses, refusal_of
 
 if TYPE_CHECKING:
     import redis
@@ -58,13 +60,24 @@ def is_past(client: Any, deadline: float) -> bool:
 def restored_by(
     script: Script, calls: Sequence[tuple[UUID, list[Any], list[Any]]]
 ) -> dict[UUID, Restored]:
-    """Run a restore script for these (token, keys, arguments), in order; what it did of each."""
+    """Run a restore script for these (token, keys, arguments), in order; what it did of each.
+
+    Raises RedisRefuses with what was done, where Redis takes no writes at all.
+    """
     done: dict[UUID, Restored] = {}
     for batch in chunks(calls, RESTORES_A_TRIP):
         answers = script.run([(keys, args) for _, keys, args in batch])
+        refusal: str | None = None
         for (token, _, _), answer in zip(batch, answers, strict=True):
-            failed = isinstance(answer, RedisError)
-            done[token] = Restored.ERROR if failed else Restored(answer.decode())
+            if not isinstance(answer, RedisError):
+                done[token] = Restored(answer.decode())
+            elif (reason := refusal_of(answer)) is not None:
+                refusal = reason
+            else:
+                done[token] = Restored.ERROR
+                say("restore_failed", error=str(answer), token=token)
+        if refusal is not None:
+            raise RedisRefuses(refusal, done)
     return done
 
 

@@ -39,7 +39,7 @@ from jobguard.errors import (
     is_host_interrupt,
 )
 from jobguard.guest import well_behaved
-from jobguard.job import ClaimAnswer, Delivery, End, Ended, Outcome, Recorded
+from jobguard.job import Claim, ClaimAnswer, Delivery, End, Ended, Outcome, Recorded
 from jobguard.log import say
 from jobguard.parent import Door, ParentSpool, ParentStore
 from jobguard.redact import redact
@@ -455,6 +455,30 @@ class HostTracker:
                 ),
             )
         )
+
+    def predecessor(self, token: UUID) -> UUID | None:
+        """The worker whose claim of this delivery was taken away last; see Tracker."""
+        source = self.source.id
+        found: UUID | None = self._quietly(
+            "predecessor", lambda store: store.predecessor(source, token)
+        )
+        return found
+
+    def lock(self, name: str, claim: Claim) -> bool:
+        """Take a lock in the name of this claim; see Tracker."""
+        source = self.source.id
+        return bool(
+            self._quietly(
+                "lock",
+                lambda store: store.lock(source, name, token=claim.token, number=claim.number),
+            )
+        )
+
+    def unlock(self, name: str, claim: Claim) -> None:
+        """Let go of a lock of this claim; see Tracker."""
+        # If this fails, the lock ends with the claim.
+        source = self.source.id
+        self._quietly("unlock", lambda store: store.unlock(source, name, token=claim.token))
 
     def recovers(self, tokens: Sequence[UUID], *, began: bool = True) -> frozenset[UUID] | None:
         """Which of these the leader brings back if their run was killed; see Tracker."""

@@ -125,7 +125,7 @@ def migrate(url: str, *, installation: str | None = None) -> list[str]:
     import psycopg
     from psycopg import IsolationLevel
 
-    from jobguard.store.connection import writable
+    from jobguard.postgres_hosts import writable
 
     conninfo = normalise(url)
     try:

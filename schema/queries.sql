@@ -111,6 +111,37 @@ with locked as (
 update jobguard.jobs j set claims = greatest(j.claims, g.number)
 from gone g where j.source + 0 = %(source)s and j.token = g.token and j.token = %(token)s
 
+-- name: predecessor
+select j.last_worker from jobguard.jobs j where j.source = %(source)s and j.token = %(token)s
+
+-- name: lock
+-- A lock is free where the claim that took it does not stand any more, or its worker is dead.
+with mine as (
+  select r.token, r.number from jobguard.running r
+  where r.source = %(source)s and r.token = %(token)s and %(number)s in (0, r.number)
+)
+insert into jobguard.locks as l (source, name, token, number)
+select %(source)s, %(name)s, m.token, m.number from mine m
+on conflict (source, name) do update
+set token = excluded.token, number = excluded.number, taken_at = now()
+where (l.token = excluded.token and l.number = excluded.number)
+   or not exists (
+     select from jobguard.running r join jobguard.workers w on w.id = r.worker
+     where r.source = l.source and r.token = l.token and r.number = l.number
+       and jobguard.holds(w, r))
+returning true
+
+-- name: unlock
+delete from jobguard.locks l
+where l.source = %(source)s and l.name = %(name)s and l.token = %(token)s
+
+-- name: forget_locks
+-- What killed runs have left behind.
+delete from jobguard.locks l
+where l.taken_at < now() - interval '1 day' and not exists (
+  select from jobguard.running r
+  where r.source = l.source and r.token = l.token and r.number = l.number)
+
 -- name: end
 select jobguard.end(
   %(source)s, %(token)b::uuid[], %(number)b::int[], %(outcome)s::text[], %(worker)b::uuid[],
@@ -396,12 +427,20 @@ with lease as (
 select true from lease
 
 -- name: envelopes
-select j.token, j.job_id, j.queue, j.envelope, extract(epoch from j.due_at)::float8,
-       extract(epoch from j.expires_at)::float8
-from jobguard.jobs j
-where j.source = %(source)s and j.token = any (%(tokens)b::uuid[])
-  and not exists (select from jobguard.history h where h.source = j.source and h.token = j.token)
-order by j.token
+-- In the given order, as far as the bytes reach; the first in any case.
+select f.token, f.job_id, f.queue, f.envelope, extract(epoch from f.due_at)::float8,
+       extract(epoch from f.expires_at)::float8
+from (
+  select w.nth, j.token, j.job_id, j.queue, j.envelope, j.due_at, j.expires_at,
+         row_number() over (order by w.nth) as place,
+         sum(octet_length(j.envelope)) over (order by w.nth) as bytes
+  from unnest(%(tokens)b::uuid[]) with ordinality as w (token, nth)
+  join jobguard.jobs j on j.source = %(source)s and j.token = w.token
+  where not exists (
+    select from jobguard.history h where h.source = j.source and h.token = j.token)
+) f
+where f.bytes <= %(most)s or f.place = 1
+order by f.nth
 
 -- name: open_joins
 select coalesce(x.name, x.id), x.size, x.state from jobguard.joins x
@@ -517,10 +556,10 @@ with lease as (
   delete from jobguard.running r using said u, locked l
   where r.source + 0 = %(source)s and r.token = u.token and l.token = u.token and r.number = u.number
     and r.token = any (%(token)b::uuid[])
-  returning r.token, r.number, u.charge, u.backoff
+  returning r.token, r.number, r.worker, u.charge, u.backoff
 ), charged as (
   update jobguard.jobs j
-  set claims = g.number, crashes = j.crashes + g.charge::int,
+  set claims = g.number, last_worker = g.worker, crashes = j.crashes + g.charge::int,
       not_before = now() + make_interval(secs => g.backoff)
   from gone g where j.source + 0 = %(source)s and j.token = g.token
     and j.token = any (%(token)b::uuid[])

@@ -20,6 +20,7 @@ from hypothesis import settings
 
 import jobguard.schema
 from jobguard import log
+from jobguard.flood import FLOOD
 from jobguard.servers import NamedPostgres, NamedRedis, PostgresServer, RedisServer
 
 if TYPE_CHECKING:
@@ -53,8 +54,9 @@ def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def own_log() -> None:
-    """What an earlier test left to be logged is not logged in this one."""
+    """Nothing that an earlier test logged holds back a line of this one, or comes with it."""
     log._unheard.clear()
+    FLOOD.reset()
 
 
 @pytest.fixture(scope="session")

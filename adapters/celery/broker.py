@@ -8,14 +8,15 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, cast
 from uuid import UUID
 
 from jobguard.adapter import Source
 from jobguard.adapters.celery.consumers import Workers
-from jobguard.adapters.celery.envelope import UnknownEnvelope, decode, fresh
-from jobguard.adapters.celery.joins import Rejoin, group_of, part_of
+from jobguard.adapters.celery.envelope import UnknownEnvelope, as_dead, decode, fresh
+from jobguard.adapters.celery.joins import Rejoin, group_of, is_heard_of, part_of
 from jobguard.adapters.celery.layout import Layout
 from jobguard.adapters.celery.results import Results, ends_of, read
 from jobguard.adapters.celery.scan import Scan, look
@@ -107,6 +108,20 @@ class CeleryBroker:
         for results in self._workers.results():
             if results.json:
                 self._fail(page, results)
+
+    def report(self, dead: Sequence[Restorable], *, deadline: float) -> None:
+        """Push those again whose error callbacks or chord would hear of it: a worker tells them."""
+        seconds, micros = cast(Any, self._client).time()
+        nowhere = Scan(frozenset(), int(seconds) * 1_000_000 + int(micros))
+        calls: list[tuple[UUID, list[Any], list[Any]]] = []
+        for one in dead:
+            with suppress(UnknownEnvelope):
+                call = self._call(one, deadline, nowhere) if is_heard_of(one.envelope) else None
+                if call is not None:
+                    keys, args = call
+                    args[2] = as_dead(args[2])
+                    calls.append((one.token, keys, args))
+        restored_by(self._restore, calls)
 
     def hide(self, page: Sequence[Owed]) -> None:
         """Nothing: what runs leaves no trace in the broker that others would look for."""

@@ -16,7 +16,7 @@ from celery.utils.imports import instantiate
 
 from jobguard.adapters.celery import lookup
 from jobguard.adapters.celery.backend import sends_a_group
-from jobguard.adapters.celery.header import PART, TOKEN, WORKER
+from jobguard.adapters.celery.header import DEAD, PART, TOKEN, WORKER
 from jobguard.adapters.celery.push import BROKER_DOWN, TaskPush
 from jobguard.adapters.celery.routing import target_of
 from jobguard.adapters.celery.run import Run, closes, current_run
@@ -213,7 +213,7 @@ class Producer:
             tracker=self._tracker,
             app=self._app,
             delivery=delivery,
-            publish=lambda producer: producer.publish(data, **sent),
+            publish=lambda producer, **options: producer.publish(data, **{**sent, **options}),
             producer=self._producer,
             run=moving,
             alone=sends_a_group() and not (wire.task.get("group") or wire.task.get("taskset")),
@@ -241,7 +241,9 @@ def _next_of(run: Run, job_id: str) -> UUID:
 
 def _without_ours(headers: dict[str, Any]) -> dict[str, Any]:
     """Return a message's headers without what they inherited from the message of a guarded run."""
-    return {name: value for name, value in headers.items() if name not in (TOKEN, WORKER, PART)}
+    return {
+        name: value for name, value in headers.items() if name not in (TOKEN, WORKER, PART, DEAD)
+    }
 
 
 def _tracker_for(app: Any, producer: Any) -> Tracker | None:

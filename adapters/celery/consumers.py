@@ -18,6 +18,7 @@ from uuid import uuid4
 from jobguard.adapters.celery.layout import Layout
 from jobguard.adapters.celery.results import Results
 from jobguard.listeners import Consumers, Listeners
+from jobguard.values import json_in
 
 if TYPE_CHECKING:
     import redis
@@ -144,7 +145,7 @@ class Workers:
 
 def _announced(raw: bytes | None) -> Announced | None:
     try:
-        told = json.loads(raw or b"")
+        told = json_in(raw or b"")
         return Announced(
             str(told["name"]),
             tuple(map(str, told["queues"])),
@@ -157,8 +158,8 @@ def _announced(raw: bytes | None) -> Announced | None:
 def _results(field: bytes) -> Results | None:
     name, _, told = field.partition(b" ")
     try:
-        return Results.heard(json.loads(told)) if name == b"results" else None
-    except ValueError:
+        return Results.heard(json_in(told)) if name == b"results" else None
+    except (ValueError, KeyError, TypeError, OverflowError):
         return None
 
 

@@ -13,7 +13,7 @@ from base64 import b64encode
 from dataclasses import dataclass
 from uuid import UUID, uuid4
 
-from jobguard.adapters.celery.header import PART, TOKEN, token_in
+from jobguard.adapters.celery.header import DEAD, PART, TOKEN, token_in
 
 VERSION = 1
 _HEAD = struct.Struct(">BI")
@@ -86,6 +86,12 @@ def renewed(envelope: bytes) -> bytes:
         return envelope
     told["headers"]["retries"] = 0
     return encode(routing, json.dumps(told).encode())
+
+
+def as_dead(message: bytes) -> bytes:
+    """Return the message of a dead task, to be told as failed and not run."""
+    told = b'"%b": "1", "%b": "' % (DEAD.encode(), TOKEN.encode())
+    return message.replace(b'"%b": "' % TOKEN.encode(), told, 1)
 
 
 def as_part(message: bytes, state: bytes) -> bytes:

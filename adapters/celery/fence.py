@@ -25,7 +25,7 @@ from celery.worker.consumer import consumer
 from jobguard import failpoint
 from jobguard.adapter import told_again
 from jobguard.adapters.celery import killed, lookup, sessions, wire
-from jobguard.adapters.celery.header import PART, TOKEN, WORKER, token_of
+from jobguard.adapters.celery.header import DEAD, PART, TOKEN, WORKER, token_of
 from jobguard.adapters.celery.hooks import Hooks
 from jobguard.adapters.celery.parts import OVER, REDIS_FAILED, part_made_of
 from jobguard.adapters.celery.run import Run
@@ -50,7 +50,7 @@ except ImportError:  # billiard before 4.3
 log = logging.getLogger("jobguard")
 Hook = Callable[..., Any]
 
-OURS = (TOKEN, WORKER, CONTENT, PART)
+OURS = (TOKEN, WORKER, CONTENT, PART, DEAD)
 """Headers of ours, as a task's request has them."""
 _ASKED = "_jobguard_asked"
 _RUN = "_jobguard_run"
@@ -146,7 +146,8 @@ def _begin(task: Any, request: Any) -> Refused | None:
     if tracker is None or session is None:
         return None
     token = token_of(vars(request)) or new_token()
-    if request.get(PART) is not None:  # it is to be counted, not run, also where the fence is off
+    # It is to be counted or told as failed, not run, also where the fence is off.
+    if request.get(PART) is not None or request.get(DEAD) is not None:
         ended = told_again(tracker, token)
         if ended is not None:
             return ended

@@ -7,16 +7,20 @@ message that they come from. ``jobguard-worker`` stands only in what a guarded w
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from typing import Any
 from uuid import UUID
 
+from jobguard.values import json_in
+
 TOKEN = "jobguard"
 WORKER = "jobguard-worker"
 PART = "jobguard-part"
 """On the last part of a chord that is told to the library again: what it left, in base64."""
+
+DEAD = "jobguard-dead"
+"""On a message that is dead: its worker tells Celery that it has failed, and does not run it."""
 
 # A quote inside of a JSON string is escaped: what stands there is no key.
 _TOKEN = re.compile(rb'(?<!\\)"jobguard": ?"([0-9a-f]{32})"')
@@ -50,7 +54,7 @@ def _only(pattern: re.Pattern[bytes], name: str, raw: bytes) -> bytes | None:
         return None
     # A user's own header of headers holds another one: only the parsed message tells them apart.
     try:
-        message = json.loads(raw)
+        message = json_in(raw)
     except ValueError:
         return None
     message = message[0] if isinstance(message, list) and message else message

@@ -14,6 +14,7 @@ from jobguard.adapters.celery.layout import Layout
 from jobguard.adapters.celery.results import Results
 from jobguard.job import EndedPart, OpenJoin, Part
 from jobguard.scripts import Script
+from jobguard.values import json_in
 
 if TYPE_CHECKING:
     import redis
@@ -86,19 +87,34 @@ def group_of(envelope: bytes) -> tuple[str, Any] | None:
 
     Whether it counts for one stands in its body, which is read if it is JSON, and not unpickled.
     """
+    found = _read(envelope)
+    if found is None:
+        return None
+    headers, embedded = found
+    group = headers.get("group")
+    return (str(group), headers.get("group_index")) if group and embedded.get("chord") else None
+
+
+def is_heard_of(envelope: bytes) -> bool:
+    """Whether an error callback or a chord would hear of a failure of this task, as far as is known."""
+    found = _read(envelope)
+    return found is None or bool(found[1].get("errbacks") or found[1].get("chord"))
+
+
+def _read(envelope: bytes) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """Return the headers of a message, and what its body says of other tasks; None: it is no JSON."""
     try:
         _, raw = decode(envelope)
-        message = json.loads(raw)
+        message = json_in(raw)
         headers = message["headers"]
-        group = headers.get("group")
-        if not group or message["content-type"] != "application/json":
+        if message["content-type"] != "application/json":
             return None
         body = message["body"]
         if message["properties"].get("body_encoding") == "base64":
             body = base64.b64decode(body)
         deflated = headers.get("compression") == _DEFLATED
-        _, _, embedded = json.loads(zlib.decompress(body) if deflated else body)
-        return (str(group), headers.get("group_index")) if embedded.get("chord") else None
+        _, _, embedded = json_in(zlib.decompress(body) if deflated else body)
+        return dict(headers), dict(embedded)
     except (UnknownEnvelope, ValueError, KeyError, TypeError, AttributeError, zlib.error):
         return None
 

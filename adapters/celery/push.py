@@ -14,7 +14,7 @@ from kombu.utils.functional import retry_over_time
 
 from jobguard.adapters.celery.places import check_out, client_of
 from jobguard.adapters.celery.run import Run
-from jobguard.clients import own_client
+from jobguard.clients import bounded_pool, own_client
 from jobguard.push import Push
 
 if TYPE_CHECKING:
@@ -41,8 +41,8 @@ class TaskPush(Push):
 
     app: Any
     delivery: Delivery
-    publish: Callable[[Any], Any]
-    """Has the library send it, by this producer."""
+    publish: Callable[..., Any]
+    """Has the library send it, by this producer, with these options in the place of others."""
     producer: Any
     run: Run | None = None
     """The run whose place it takes, if it is a retry or a replacement."""
@@ -78,8 +78,13 @@ class TaskPush(Push):
             ping(connection)
 
     def send(self) -> Any:
-        """Have the producer publish it."""
-        return self.publish(self.producer)
+        """Have the producer publish it; once, where a leader pushes what was not sent."""
+        patience = self.patience
+        pool = getattr(self.producer.channel, "pool", None) if patience is not None else None
+        if pool is None:
+            return self.publish(self.producer)
+        with bounded_pool(pool, "LPUSH", patience):
+            return self.publish(self.producer, retry=False)
 
     @contextmanager
     def borrowed(self) -> Iterator[None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -12,6 +11,7 @@ import redis
 
 from jobguard.clients import address_of
 from jobguard.job import Presence
+from jobguard.values import json_in
 
 _FINAL = {
     "SUCCESS": Presence.FINISHED,
@@ -110,7 +110,7 @@ def read(client: redis.Redis, results: Results, ids: Sequence[str]) -> dict[str,
         values: Any = cast(Any, client).mget([results.tasks + id for id in some])
         for id, raw in zip(some, values, strict=True):
             try:
-                meta = json.loads(raw or b"null")
+                meta = json_in(raw or b"null")
             except ValueError:
                 continue
             if isinstance(meta, dict):

@@ -16,8 +16,9 @@ from celery.backends.base import BaseKeyValueStoreBackend
 from celery.exceptions import Ignore, WorkerLostError
 
 from jobguard.adapters.celery import parts
+from jobguard.adapters.celery.header import DEAD
 from jobguard.errors import is_host_interrupt
-from jobguard.job import Refusal, Refused
+from jobguard.job import Outcome, Refusal, Refused
 
 log = logging.getLogger("jobguard")
 
@@ -39,7 +40,9 @@ def skip(task: Any, refused: Refused) -> Ignore:
         "task %s[%s] is skipped: %s", task.name, request.id, refused.outcome or refused.reason
     )
     try:
-        if refused.reason is Refusal.ENDED:
+        if refused.outcome is Outcome.DEAD and request.get(DEAD) is not None:
+            _fail(task)
+        elif refused.reason is Refusal.ENDED:
             _put_back(task)
             parts.finish(task, request)
         elif refused.reason is Refusal.SPENT:

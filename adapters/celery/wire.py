@@ -13,7 +13,7 @@ from kombu.utils.encoding import str_to_bytes
 from kombu.utils.json import dumps
 
 from jobguard.adapters.celery.envelope import Routing, encode
-from jobguard.adapters.celery.header import PART, TOKEN, WORKER
+from jobguard.adapters.celery.header import DEAD, PART, TOKEN, WORKER
 from jobguard.adapters.celery.places import on_paper
 from jobguard.job import Delivery
 
@@ -67,7 +67,7 @@ class Wire:
         closes: str | None = None,
     ) -> Delivery:
         """Return the record of this message, sent as this delivery to this queue."""
-        for name in (TOKEN, WORKER, PART):  # a retry inherits them; ours stands last
+        for name in (TOKEN, WORKER, PART, DEAD):  # a retry inherits them; ours stands last
             self.headers.pop(name, None)
         self.headers[TOKEN] = token.hex
         paper: Any = on_paper(self.connection)

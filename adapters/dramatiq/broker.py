@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import chain
 from typing import TYPE_CHECKING, Any, cast
 from uuid import UUID
@@ -53,6 +54,7 @@ class DramatiqBroker:
         self._client = cast(Any, client)
         self._presence = Script(client, __package__, "presence.lua")
         self._restore = Script(client, __package__, "restore.lua")
+        self._report = Script(client, __package__, "report.lua")
         self._abandon = Script(client, __package__, "abandon.lua")
         self._bury = Script(client, __package__, "bury.lua")
         self._rejoin = Script(client, __package__, "rejoin.lua")
@@ -120,6 +122,19 @@ class DramatiqBroker:
             ]
         )
 
+    def report(self, dead: Sequence[Restorable], *, deadline: float) -> None:
+        """Push them once more: only a worker knows whether their actors have a failure callback."""
+        calls: list[tuple[list[Any], list[Any]]] = []
+        for one in dead:
+            with suppress(UnknownEnvelope):
+                envelope = decode(one.envelope)
+                list_ = self._layout.key(canonical(envelope.queue))
+                mark = self._layout.report(one.token)
+                args = [repr(deadline), str(one.token), envelope.data_for(one.token)]
+                calls.append(([list_, f"{list_}.msgs", mark], args))
+        for batch in chunks(calls, RESTORES_A_TRIP):
+            self._report.run(batch)
+
     def hide(self, page: Sequence[Owed]) -> None:
         """Nothing is put back of what runs."""
 
@@ -171,7 +186,10 @@ class DramatiqBroker:
         """
         now = time.monotonic()
         said = dict(self._client.zrange(self._layout.heartbeats, 0, -1, withscores=True))
-        seen, known = {raw.decode(): score for raw, score in said.items()}, self._said
+        seen, known = (
+            {raw.decode(errors="replace"): score for raw, score in said.items()},
+            self._said,
+        )
         if known is None:
             cut = (float(self._client.time()[0]) - _FIRST_LOOK) * 1000
             never = float("-inf")
@@ -204,7 +222,10 @@ class DramatiqBroker:
         """Return who has fetched which of these (token, list)."""
         if not unlisted:
             return {}
-        workers = [raw.decode() for raw in self._client.zrange(self._layout.heartbeats, 0, -1)]
+        workers = [
+            raw.decode(errors="replace")
+            for raw in self._client.zrange(self._layout.heartbeats, 0, -1)
+        ]
         of: dict[str, list[UUID]] = {}
         for token, name in unlisted.items():
             of.setdefault(name, []).append(token)

@@ -60,6 +60,10 @@ class Layout:
         """What the keys of what workers have fetched begin with: the worker and the queue follow."""
         return self.key("__acks__.")
 
+    def report(self, token: UUID) -> str:
+        """Return the key of the mark by which a worker may tell that a message is dead."""
+        return self.key(f"jobguard:report:{token}")
+
     def acks(self, worker: str, queue: str) -> str:
         """Return the key of what a worker has fetched from a queue."""
         return f"{self.acks_prefix}{worker}.{queue}"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import redis
 
 from jobguard.adapters.dramatiq.run import Run
-from jobguard.clients import take_connection
+from jobguard.clients import bounded_pool, take_connection
 from jobguard.push import Push
 
 if TYPE_CHECKING:
@@ -50,7 +50,9 @@ class MessagePush(Push):
 
     def send(self) -> None:
         """Have Redis take it."""
-        self.enqueue()
+        pool = getattr(self.client, "connection_pool", None)
+        with bounded_pool(pool, "EVALSHA", self.patience if pool is not None else None):
+            self.enqueue()
 
     def settle(self, recorded: Recorded) -> bool:
         """From here on it stands in its parent's place."""

@@ -21,7 +21,7 @@ import redis
 from dramatiq.broker import MessageProxy
 from dramatiq.common import current_millis
 from dramatiq.errors import DecodeError
-from dramatiq.middleware import Interrupt, SkipMessage, TimeLimit
+from dramatiq.middleware import Callbacks, Interrupt, SkipMessage, TimeLimit
 
 from jobguard import failpoint
 from jobguard.adapter import running_job
@@ -38,7 +38,7 @@ from jobguard.adapters.dramatiq.layout import (
     token_of,
 )
 from jobguard.adapters.dramatiq.run import Run, current_run, set_run
-from jobguard.errors import host_interrupts, is_host_interrupt
+from jobguard.errors import WorkersDied, host_interrupts, is_host_interrupt
 from jobguard.job import Claim, Delivery, Outcome, Refusal, Refused
 from jobguard.scripts import text_of
 
@@ -178,6 +178,9 @@ class WorkerHalf:
 
     def _skip(self, message: MessageProxy, refused: Refused) -> SkipMessage:
         """Return what keeps it from running, with all that is left to be done instead."""
+        dead = refused.reason is Refusal.SPENT or refused.outcome is Outcome.DEAD
+        if dead and self._is_to_report(refused):
+            self._report(message)
         # Else the Results middleware stores None for what was skipped, over the result of the run.
         message.options["store_results"] = False
         if refused.reason is Refusal.HELD:
@@ -190,6 +193,33 @@ class WorkerHalf:
         why = refused.outcome or refused.reason
         log.warning("message %s is skipped: %s", message.message_id, why.value)
         return SkipMessage(f"jobguard: {why.value}")
+
+    def _is_to_report(self, refused: Refused) -> bool:
+        """Whether this worker tells that it is dead; of several copies, one does."""
+        if refused.reason is Refusal.SPENT:
+            return True
+        try:
+            return bool(self._broker.client.delete(self._layout.report(refused.token)))
+        except redis.RedisError as error:
+            log.warning("jobguard cannot see whether a dead message is reported: %s", error)
+            return False
+
+    def _report(self, message: MessageProxy) -> None:
+        """Have Dramatiq call back whoever waits for a failure of this message."""
+        run = current_run()
+        set_run(None)  # what is sent now comes of no run
+        try:
+            middlewares: list[Any] = self._broker.middleware
+            for middleware in middlewares:
+                if isinstance(middleware, Callbacks):
+                    tell: Any = middleware
+                    tell.after_process_message(self._broker, message, exception=WorkersDied())
+        except Exception as error:
+            if is_host_interrupt(error):
+                raise
+            log.exception("message %s is dead, and its failure callback failed", message.message_id)
+        finally:
+            set_run(run)
 
     def _run(self, session: Session, message: MessageProxy, claim: Claim) -> Run:
         return Run(

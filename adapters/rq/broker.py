@@ -54,6 +54,7 @@ class RQBroker:
         self._abandon = Script(client, __package__, "abandon.lua")
         self._skip = Script(client, __package__, "skip.lua")
         self._hide = Script(client, __package__, "hide.lua")
+        self._report = Script(client, __package__, "report.lua")
         self._listed: set[tuple[str, str]] = set()
         """(queue, id) that the last look saw in a list; their hash may be gone all the same."""
 
@@ -114,6 +115,18 @@ class RQBroker:
         for batch in chunks(calls, RESTORES_A_TRIP):
             self._skip.run(batch)
 
+    def report(self, dead: Sequence[Restorable], *, deadline: float) -> None:
+        """Push those that have a failure callback once more: a worker calls that, and nothing else."""
+        reports: list[tuple[list[Any], list[Any]]] = [
+            (
+                [self._layout.job(one.job_id), self._layout.queue(one.queue)],
+                [one.job_id, one.token.hex, repr(deadline)],
+            )
+            for one in dead
+        ]
+        for batch in chunks(reports, RESTORES_A_TRIP):
+            self._report.run(batch)
+
     def hide(self, page: Sequence[Owed]) -> None:
         """Delete the hashes of these if they still say started: nobody will write how they ended."""
         calls: list[tuple[list[Any], list[Any]]] = [
@@ -132,7 +145,7 @@ class RQBroker:
         """Return RQ's own names of the workers by queue; and the connections that none of them explains."""
         prefix = self._layout.queue_prefix
         queues: set[bytes] = cast(Any, self._client).smembers(self._layout.queues_key)
-        keys = [key.decode() for key in queues]
+        keys = [key.decode(errors="replace") for key in queues]
         names = sorted(key.removeprefix(prefix) for key in keys if key.startswith(prefix))
         with self._client.pipeline(transaction=False) as pipe:
             for name in names:
@@ -146,7 +159,9 @@ class RQBroker:
             alive = {key for key, there in zip(known, pipe.execute(), strict=True) if there}
         worker = f"{self._layout.base}:worker:"
         by_queue = {
-            name: frozenset(key.decode().removeprefix(worker) for key in keys if key in alive)
+            name: frozenset(
+                key.decode(errors="replace").removeprefix(worker) for key in keys if key in alive
+            )
             for name, keys in zip(names, members, strict=True)
         }
         registered = frozenset(chain.from_iterable(by_queue.values()))

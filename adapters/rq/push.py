@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from jobguard.adapters.rq.deliveries import BROKER_DOWN, set_token
 from jobguard.adapters.rq.pipeline import Batch, Staged, not_pushed, settle, surely_failed
-from jobguard.clients import take_connection
+from jobguard.clients import bounded, take_connection
 from jobguard.push import Push
 
 if TYPE_CHECKING:
@@ -63,7 +63,8 @@ class _Push(Push):
 
     def send(self) -> None:
         """Execute the pipeline."""
-        self.pipe.execute()
+        with bounded(self.pipe.connection, self.patience):
+            self.pipe.execute()
 
     def settle(self, recorded: Recorded) -> bool:
         """Take the commands of what was refused off the pipeline; RQ's others stay."""

@@ -26,6 +26,7 @@ from rq.worker import SimpleWorker
 
 from jobguard import failpoint
 from jobguard.adapter import running_job, trackers
+from jobguard.adapters.rq.dead import is_dead, is_to_report, raise_if_dead
 from jobguard.adapters.rq.deliveries import (
     BROKER_DOWN,
     attempt_of,
@@ -125,11 +126,11 @@ def execute_job(original: Hook) -> Hook:
 def _claimed(worker: Any, job: Job, queue: Queue, call: Callable[[], Any]) -> Any:
     """Call what runs the job in this process or in its horse, with a claim from here to its end."""
     session = _session_for(worker, queue)
-    if session is None or run_of(job) is not None:
+    if session is None or run_of(job) is not None or is_dead(job):
         return call()
     answer = _start(worker, session, job, queue)
     if isinstance(answer, Refused):
-        return skip(worker, job, queue, answer)
+        return call() if is_to_report(worker, job, answer) else skip(worker, job, queue, answer)
     if answer is None:
         return call()
     set_run(job, answer)
@@ -293,6 +294,7 @@ def perform(original: Hook) -> Hook:
 
     @wraps(original)
     def hook(self: Job) -> Any:
+        raise_if_dead(self)
         run = run_of(self)
         if run is None:
             return original(self)
@@ -365,6 +367,8 @@ def handle_job_failure(original: Hook) -> Hook:
     @wraps(original)
     def hook(self: Any, job: Job, *args: Any, **kwargs: Any) -> Any:
         run = run_of(job)
+        if is_dead(job):
+            return original(self, job, *args, **kwargs)
         if run is not None:
             run.drain()  # a killed horse may have told its end before
             _note_if_raised(job)

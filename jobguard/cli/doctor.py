@@ -586,7 +586,8 @@ def _judge_leader(overview: dict[str, Any]) -> Iterator[Finding]:
         yield _problem("brake", f"{key} is held: {why.get('reason', '')}; `jobguard resume`")
     yield _ok("workers", f"{workers['alive']} alive")
     for incident in overview["incidents"]:
-        yield _note(
+        refuses = incident["cause"] == "push"  # a full Redis, or one without rights: mend it
+        yield (_problem if refuses else _note)(
             "incident", f"{incident['cause']} at {incident['address']}: {incident['detail']}"
         )
 

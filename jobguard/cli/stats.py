@@ -114,6 +114,7 @@ def _lines(overview: Mapping[str, Any]) -> Iterable[str]:
         yield (
             f"incident {incident['id']}: {incident['cause']} at {incident['address']}: "
             f"{incident['missing']} missing, {incident['restored']} put back"
+            + (f"; {incident['detail']}" if incident["cause"] == "push" else "")
         )
 
 

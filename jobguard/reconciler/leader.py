@@ -24,9 +24,11 @@ import time
 from collections.abc import Callable
 
 from jobguard.errors import NotLeading, StoreUnavailable
-from jobguard.log import say
+from jobguard.log import remind, say
 from jobguard.store import LeaderStore
 
+_HOLD_OFF = 2.0
+"""Seconds in which others may lead after we gave up."""
 _MARGIN = 0.1
 """Of the lease: how much earlier than its end the leader steps down."""
 
@@ -40,12 +42,16 @@ class Leadership:
         *,
         lease: float,
         clock: Callable[[], float] = time.monotonic,
+        healthy: Callable[[], bool] = lambda: True,
     ) -> None:
         self._store = store
         self._lease = lease
         self._clock = clock
         self._term: int | None = None
         self._trusted_until = float("-inf")
+        self._away = False
+        self._healthy = healthy
+        self._not_before = float("-inf")
         self._stop = threading.Event()
         self._changed = threading.Event()
         self._thread: threading.Thread | None = None
@@ -63,14 +69,20 @@ class Leadership:
         return self._term is not None and self._clock() < self._trusted_until
 
     def seek(self) -> None:
-        """Renew our term, or try to get one."""
+        """Renew our term, or try to get one; not while this process is stuck, nor after it gave up."""
         asked = self._clock()
+        if not self._healthy():
+            say("lease_unrenewed", error="this process is stuck")
+            return
+        if self._term is None and asked < self._not_before:
+            return
         try:
             if self._term is not None:
                 self._store.renew(self._term, lease=self._lease)
             else:
                 self._term = self._store.elect(lease=self._lease)
                 if self._term is None:
+                    self._answered()
                     return
                 say("leader_elected", term=self._term)
         except NotLeading:
@@ -78,10 +90,17 @@ class Leadership:
             self._term = None
             return
         except StoreUnavailable as error:
+            self._away = True
             say("lease_unrenewed", error=str(error))
             return
+        self._answered()
         self._trusted_until = asked + self._lease * (1 - _MARGIN)
         self._changed.set()
+
+    def _answered(self) -> None:
+        if self._away:
+            self._away = False
+            say("postgres_back")
 
     def start(self) -> None:
         """Seek and keep the lease from now on."""
@@ -105,8 +124,14 @@ class Leadership:
                 self.seek()
             except Exception as error:
                 say("step_failed", part="lease", error=str(error), exc_info=True)
+            remind()
             # A standby asks more often: the time without a leader is what users wait for.
             self._stop.wait(self._lease * (0.3 if self._term is not None else 0.03))
+
+    def give_up(self) -> None:
+        """Resign, and let any other process lead first: ours makes no progress in this term."""
+        self._not_before = self._clock() + _HOLD_OFF
+        self._resign()
 
     def stop(self) -> None:
         """Resign, so that another can lead at once."""
@@ -114,6 +139,9 @@ class Leadership:
         self._changed.set()
         if self._thread is not None:
             self._thread.join(timeout=self._lease)
+        self._resign()
+
+    def _resign(self) -> None:
         term, self._term = self._term, None
         if term is None:
             return

@@ -7,6 +7,12 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 T = TypeVar("T")
+_BEGIN = 1 << 20
+_LEAST = 1 << 10
+_MOST = 8 << 20
+_FAST = 0.25
+_SLOW = 1.0
+"""Seconds for one slice: the deadline of a push and the timeout of our client are not far beyond."""
 
 
 class TokenBucket:
@@ -27,6 +33,28 @@ class TokenBucket:
         granted = min(wanted, int(self._level))
         self._level -= granted
         return granted
+
+    def give_back(self, unused: int) -> None:
+        """Take back permits that were not used."""
+        self._level = min(self._burst, self._level + unused)
+
+
+class Slice:
+    """How many bytes go back in one go: fewer after a miss, more again after each that was fast."""
+
+    def __init__(self) -> None:
+        self.most_bytes = _BEGIN
+
+    def missed(self) -> None:
+        """It came too late, or took too long."""
+        self.most_bytes = max(_LEAST, self.most_bytes // 4)
+
+    def took(self, size: int, seconds: float) -> None:
+        """So many bytes went back in this time."""
+        if seconds > _SLOW:
+            self.missed()
+        elif seconds < _FAST and size >= self.most_bytes // 4:
+            self.most_bytes = min(_MOST, 2 * self.most_bytes)
 
 
 def round_robin(items: Iterable[T], queue_of: Callable[[T], str]) -> Iterator[T]:

@@ -22,6 +22,7 @@ from jobguard.reconciler.bypass import Bypass
 from jobguard.reconciler.done import LOSSES, Done, told
 from jobguard.reconciler.putback import PutBack
 from jobguard.reconciler.verdict import ENDS, Case, Decision, Holder, Verdict, decide
+from jobguard.refusal import RedisRefuses, refusal_of
 from jobguard.settings import Settings
 from jobguard.store import Closing, LeaderStore, Void
 
@@ -59,6 +60,7 @@ class Looker:
         source: int,
         settings: Settings,
         clock: Callable[[], float] = time.monotonic,
+        address: str = "",
     ) -> None:
         self._client = client
         self._broker = broker
@@ -66,7 +68,8 @@ class Looker:
         self._source = source
         self._settings = settings
         self.bypass = Bypass(store, source)
-        self.putting_back = PutBack(broker, store, source, settings, clock)
+        self._address = address
+        self.putting_back = PutBack(broker, store, source, settings, clock, address)
 
     def look(self, term: int, page: Sequence[Owed], now: Circumstances) -> Done:
         """Look at these and do what follows. Raises NotLeading, StoreUnavailable, RedisError."""
@@ -74,7 +77,9 @@ class Looker:
         if not page:
             return done
         deadline = self._redis_time() + _DEADLINE
-        sightings = self._broker.presence(page)
+        sightings = self._presence(page)
+        done.failed += len(page) - len(sightings)
+        page = [owed for owed in page if owed.token in sightings]
         # What a worker has taken and not begun is as good as lost with it: nobody else will run it.
         left = {t: s.held_by for t, s in sightings.items() if self._is_left(s.held_by, now)}
         sightings = {
@@ -118,6 +123,7 @@ class Looker:
         self._void(term, decided, deadline, done)
         free = [(owed, seen) for owed, seen, _ in decided if not now.holds(owed.queue)]
         self.putting_back.running(
+            term,
             [o for o, seen in free if o.claim_live and seen.bodiless and self._is_loss(o, now)],
             deadline,
         )
@@ -131,6 +137,26 @@ class Looker:
         lost = self._brake(lost, now, done)
         self.putting_back.lost(term, lost, older, over, left, deadline, done)
         return done
+
+    def _presence(self, page: Sequence[Owed]) -> dict[UUID, Sighting]:
+        """Look for these. One that cannot be read is left out, and keeps no other from its look."""
+        try:
+            return dict(self._broker.presence(page))
+        except (redis.ConnectionError, redis.TimeoutError):
+            raise
+        except Exception as error:
+            if refusal_of(error) is not None:
+                raise
+            if len(page) == 1:
+                say(
+                    "value_unreadable",
+                    source=self._address,
+                    key=page[0].job_id[:200],
+                    error=repr(error)[:500],
+                )
+                return {}
+            half = len(page) // 2
+            return self._presence(page[:half]) | self._presence(page[half:])
 
     def _is_left(self, holder: str, now: Circumstances) -> bool:
         # Who let go of it lives, and may have run it all the same: its report is on the way then.
@@ -281,11 +307,19 @@ class Looker:
         if not closings:
             return
         closings = self._with_parts(closings)
+        buried = [owed for owed, _, decision in decided if decision.verdict is Verdict.BURY]
+        # Of what is closed the envelope is no longer asked for.
+        tokens = [owed.token for owed in buried]
+        dead = self._store.envelopes(self._source, tokens) if buried else ()
         # Not those that have ended since the look: their workers have told it.
         closed = frozenset(self._store.close_owed(term, self._source, closings))
-        buried = [owed for owed, _, decision in decided if decision.verdict is Verdict.BURY]
         if buried and self._settings.mode == "guard":
             self._broker.bury(buried, deadline=deadline)
+            deadline = self._redis_time() + _DEADLINE
+            try:
+                self._broker.report([one for one in dead if one.token in closed], deadline=deadline)
+            except RedisRefuses as error:  # they are dead all the same, and kept for a person
+                say("job_not_restored", answer="not reported", error=str(error), count=len(dead))
         for owed, _, decision in decided:
             if decision.verdict is Verdict.BURY:
                 done.buried += 1

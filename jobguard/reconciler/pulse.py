@@ -23,6 +23,7 @@ from jobguard.pulse import (
     pulse_key,
     read_pulse,
 )
+from jobguard.refusal import refusal_of
 from jobguard.store import LeaderStore, SourceRow
 
 _ALARM_AGAIN = 30.0
@@ -79,12 +80,14 @@ class PulseKeeper:
         self._n = source.pulse_n
         self._run_id = source.run_id
         self._topology: Topology | None = None
-        self._raw: tuple[str, ...] = ("", "")  # epoch and n, also where they make no pulse
+        self._raw: tuple[bytes, ...] = (b"", b"")  # epoch and n, also where they make no pulse
         self._ticked = False
         self._noted: UUID | None = None  # the epoch whose loss is written down
         self._down = False
         self._misplaced_since: float | None = None
         self._alarmed = float("-inf")
+        self.refusal: str | None = None
+        """What Redis says if it takes no writes."""
         self.doubts: list[Cause] = []
         """New reasons to verify what is owed; whoever acts on them empties the list."""
 
@@ -99,9 +102,11 @@ class PulseKeeper:
             self._look_at_topology()
             if self._topology is not None and self._topology.role == "slave":
                 raise redis.ReadOnlyError("it is a replica: what is not here may be on its master")
-            answer = read_pulse(self._client, self._source)
+            answer = self._read()
             standing = parse_pulse(answer)
-            self._raw = tuple((value or b"").decode(errors="replace") for value in answer[:2])
+            self._raw = tuple(bytes(value or b"") for value in answer[:2])
+            if standing is None and any(answer):
+                say("value_unreadable", source=self._source.address, key=self._key)
             reading = judge_pulse(
                 standing, epoch=self._epoch, n=self._n, installation=self._installation
             )
@@ -152,12 +157,14 @@ class PulseKeeper:
         return Health.STOP
 
     def _move(self, term: int, standing: Standing) -> None:
+        # A counter that is ahead was moved by a leader that died before it told Postgres: tell it now.
+        n = standing.n
         if standing.n == self._n:
-            moved = self._script(TICK, standing.epoch, str(standing.n), str(standing.n + 1))
-            if not moved:
+            moved = self._tick(standing)
+            if moved is False:
                 return  # somebody else moved it: the next look says what that means
-        # Otherwise it was moved by a leader that died before it told Postgres: tell it now.
-        n = standing.n + 1 if standing.n == self._n else standing.n
+            # It stands where we know it, so that nothing is lost, also where no write is taken.
+            n = standing.n if moved is None else standing.n + 1
         self._store.acknowledge(
             term,
             self._source.id,
@@ -167,9 +174,23 @@ class PulseKeeper:
         )
         self._n = n
 
+    def _tick(self, standing: Standing) -> bool | None:
+        """Move the counter on; None: Redis takes no writes, but it is up and what it was."""
+        try:
+            moved = self._script(TICK, standing.epoch, str(standing.n), str(standing.n + 1))
+        except redis.ResponseError as error:
+            self.refusal = refusal_of(error)
+            if self.refusal is None or isinstance(error, redis.ReadOnlyError):
+                raise
+            return None
+        self.refusal = None
+        return moved
+
     def _begin(self, term: int, standing: Standing | None, epoch: UUID) -> None:
         """Make the pulse anew, where what was judged still stands."""
-        was = self._raw if standing is None else (str(standing.epoch), str(standing.n))
+        was: tuple[Any, ...] = self._raw
+        if standing is not None:
+            was = (standing.epoch, standing.n)
         made = self._script(
             RESET, *was, str(epoch), "1", str(self._source.id), str(self._installation)
         )
@@ -230,8 +251,19 @@ class PulseKeeper:
 
     def stands(self) -> bool:
         """Whether the pulse is in Redis right now as we know it: nothing was lost up to here."""
-        standing = parse_pulse(read_pulse(self._client, self._source))
+        standing = parse_pulse(self._read())
         return standing is not None and standing.epoch == self._epoch
+
+    def _read(self) -> list[bytes | None]:
+        """Read the pulse; what is no hash at all is none."""
+        try:
+            answer: list[bytes | None] = read_pulse(self._client, self._source)
+        except redis.ResponseError as error:
+            if not str(error).startswith("WRONGTYPE"):
+                raise
+            say("value_unreadable", source=self._source.address, key=self._key, error=str(error))
+            return [None] * 4
+        return answer
 
     def _accepted(self) -> bool:
         """Whether a person has said that what stands in Redis is right."""
@@ -283,4 +315,5 @@ class PulseKeeper:
             )
 
     def _script(self, text: str, *arguments: Any) -> bool:
-        return bool(self._client.eval(text, 1, self._key, *(str(a) for a in arguments)))
+        given = (a if isinstance(a, bytes) else str(a) for a in arguments)
+        return bool(self._client.eval(text, 1, self._key, *given))

@@ -10,19 +10,31 @@ from dataclasses import replace
 from functools import partial
 from uuid import UUID
 
+import redis
+
 from jobguard import failpoint
 from jobguard.adapter import Broker
-from jobguard.job import Cause, Outcome, Owed, Restored, Sighting
+from jobguard.errors import StoreUnavailable
+from jobguard.job import Cause, Outcome, Owed, Restorable, Restored, Sighting
 from jobguard.log import say
 from jobguard.reconciler.done import LOSSES, Done, told
 from jobguard.reconciler.joins import Joins
-from jobguard.reconciler.limiter import TokenBucket, round_robin
+from jobguard.reconciler.limiter import Slice, TokenBucket, round_robin
+from jobguard.reconciler.refusals import Refusals
 from jobguard.reconciler.rejoin import Rejoiner
+from jobguard.refusal import RedisRefuses, refusal_of
 from jobguard.settings import Settings
 from jobguard.store import Closing, LeaderStore
 
 _SLICE = 500
 """Jobs put back in one go: then the pulse and the lease have their turn."""
+_TURN = 0.3
+"""Seconds after which no further slice is begun."""
+_RETRY = 1.0
+_RETRY_MOST = 60.0
+"""Seconds between two tries of one that Redis or its envelope does not allow; doubled each time."""
+_FAILING = 10_000
+"""Of so many it is remembered."""
 
 
 class PutBack:
@@ -35,6 +47,7 @@ class PutBack:
         source: int,
         settings: Settings,
         clock: Callable[[], float],
+        address: str = "",
     ) -> None:
         self._broker = broker
         self._store = store
@@ -49,12 +62,16 @@ class PutBack:
             clock=clock,
         )
         self._rejoiner = Rejoiner(broker, store, source, grace=settings.grace, clock=clock)
+        self._clock = clock
+        self.refusals = Refusals(store, source, address, clock)
+        self._slice = Slice()
+        self._failing: dict[UUID, tuple[float, float]] = {}  # when to try again, and the wait then
         self._shown: dict[UUID, Owed] = {}  # what runs, and was put back for others to see
         # A million lost jobs must not delay one killed worker's.
         self._losses = TokenBucket(settings.recovery_rate)
         self._repairs = TokenBucket(settings.repair_rate)
 
-    def running(self, hidden: Sequence[Owed], deadline: float) -> None:
+    def running(self, term: int, hidden: Sequence[Owed], deadline: float) -> None:
         """Put back what a loss took of jobs that run: those that wait for them look for it.
 
         Before anything that waits is put back, for that is seen absent a grace later.
@@ -62,9 +79,7 @@ class PutBack:
         if not hidden or self._observes:
             return
         of = {owed.token: owed for owed in hidden}
-        envelopes = self._store.envelopes(self._source, list(of))
-        shown = [replace(restorable, running=True) for restorable in envelopes]
-        answers = self._broker.restore(shown, deadline=deadline)
+        answers = self._restore(term, list(of), _running, deadline)
         self._shown.update(
             (token, of[token]) for token, answer in answers.items() if answer is Restored.RESTORED
         )
@@ -104,11 +119,7 @@ class PutBack:
         if self._observes:
             done.observed += len(vain)
             return
-        ready = [
-            replace(restorable, released=True)
-            for restorable in self._store.envelopes(self._source, vain)
-        ]
-        answers = self._broker.restore(ready, deadline=deadline)
+        answers = self._restore(term, vain, _released, deadline)
         released = [token for token, answer in answers.items() if answer is Restored.RESTORED]
         self._store.restored(term, self._source, released)
         done.released += len(released)
@@ -137,9 +148,19 @@ class PutBack:
                 self._observed = len(lost)
                 say("would_restore", count=len(lost))
             return
+        if not self.refusals.most():
+            done.waiting += len(lost)
+            done.throttled += len(lost)
+            return
+        now = self._clock()
+        ready = [pair for pair in lost if self._failing.get(pair[0].token, (now, 0))[0] <= now]
+        done.failed += len(lost) - len(ready)
+        lost = ready
         losses = [pair for pair in lost if pair[1] in LOSSES]
-        if losses:
-            self._rejoiner.mend(deadline)
+        if losses and not self._mended(term, deadline, waiting=len(lost)):
+            done.waiting += len(lost)
+            done.throttled += len(lost)
+            return
         repairs = [pair for pair in lost if pair[1] not in LOSSES]
         for bucket, wanted in ((self._repairs, repairs), (self._losses, losses)):
             granted = bucket.take(min(len(wanted), _SLICE))
@@ -147,7 +168,22 @@ class PutBack:
             done.throttled += len(wanted) - granted
             chosen = list(round_robin(wanted, lambda pair: pair[0].queue))[:granted]
             if chosen:
-                self._put_back(term, chosen, older, over, left, deadline, done)
+                tried = self._put_back(term, chosen, older, over, left, deadline, done)
+                bucket.give_back(granted - tried)
+                done.waiting += granted - tried
+                done.throttled += granted - tried
+
+    def _mended(self, term: int, deadline: float, *, waiting: int) -> bool:
+        """Put back what is counted of joins, before their members; False: Redis refuses."""
+        try:
+            self._rejoiner.mend(deadline)
+        except redis.RedisError as error:
+            reason = refusal_of(error)
+            if reason is None:
+                raise
+            self.refusals.refused(term, reason, waiting)
+            return False
+        return True
 
     def _put_back(
         self,
@@ -158,7 +194,8 @@ class PutBack:
         left: Mapping[UUID, str],
         deadline: float,
         done: Done,
-    ) -> None:
+    ) -> int:
+        """Return for how many of these it is known what became of them."""
         overtaken = self._store.overtaken(self._source, [owed.token for owed, _ in chosen])
         self._store.close_owed(
             term,
@@ -169,22 +206,17 @@ class PutBack:
         causes = {
             owed.token: (owed, cause) for owed, cause in chosen if owed.token not in overtaken
         }
-        ready = [
-            replace(
-                restorable,
-                replaces=frozenset([older[restorable.token]] if restorable.token in older else []),
-                takeover=restorable.token in over
-                or (
-                    told(causes[restorable.token][0])
-                    and causes[restorable.token][0].suspected is Cause.WORKER
-                ),
-                held_by=left.get(restorable.token, ""),
+
+        def prepared(given: Restorable) -> Restorable:
+            owed = causes[given.token][0]
+            return replace(
+                given,
+                replaces=frozenset([older[given.token]] if given.token in older else []),
+                takeover=given.token in over or (told(owed) and owed.suspected is Cause.WORKER),
+                held_by=left.get(given.token, ""),
             )
-            for restorable in self._store.envelopes(self._source, list(causes))
-        ]
-        order = {owed.token: nth for nth, (owed, _) in enumerate(chosen)}
-        ready.sort(key=lambda restorable: order[restorable.token])
-        answers = self._broker.restore(ready, deadline=deadline)
+
+        answers = self._restore(term, list(causes), prepared, deadline)
         back = [token for token, answer in answers.items() if answer is Restored.RESTORED]
         there = [token for token, answer in answers.items() if answer is Restored.PRESENT]
         expired = [token for token, answer in answers.items() if answer is Restored.EXPIRED]
@@ -198,9 +230,12 @@ class PutBack:
         )
         for token in back:
             done.restored[causes[token][1]] += 1
+            self._failing.pop(token, None)
         for token, answer in answers.items():
             if answer not in (Restored.RESTORED, Restored.PRESENT, Restored.EXPIRED):
                 done.failed += 1
+                if answer is not Restored.TOO_LATE:  # that is never the job's own fault
+                    self._try_later(token)
                 say("job_not_restored", job_id=causes[token][0].job_id, answer=answer.value)
         if back:
             say(
@@ -208,3 +243,80 @@ class PutBack:
                 count=len(back),
                 causes=sorted({causes[token][1].value for token in back}),
             )
+        return len(overtaken) + len(answers)
+
+    def _try_later(self, token: UUID) -> None:
+        _, wait = self._failing.pop(token, (0.0, _RETRY / 2))
+        wait = min(2 * wait, _RETRY_MOST)
+        if len(self._failing) >= _FAILING:
+            self._failing.pop(next(iter(self._failing)))
+        self._failing[token] = (self._clock() + wait, wait)
+
+    def _restore(
+        self,
+        term: int,
+        tokens: Sequence[UUID],
+        prepared: Callable[[Restorable], Restorable],
+        deadline: float,
+    ) -> dict[UUID, Restored]:
+        """Put these back in slices that are bounded in bytes, from the first on, for a short time."""
+        answers: dict[UUID, Restored] = {}
+        until = self._clock() + _TURN
+        left = list(tokens)
+        while left and (most := self.refusals.most()):
+            began = self._clock()
+            ready = self._fetched(left[:most])
+            if not ready:
+                break
+            # What came before the last of them and is not among them has ended.
+            left = left[left.index(ready[-1].token) + 1 :]
+            refused, done = self._restore_slice(
+                term, [prepared(given) for given in ready], deadline, waiting=len(left) + len(ready)
+            )
+            answers |= done
+            if refused:
+                break
+            if Restored.TOO_LATE in done.values():
+                self._slice.missed()
+                break
+            self._slice.took(sum(len(g.envelope) for g in ready), self._clock() - began)
+            if self._clock() >= until:
+                break
+        return answers
+
+    def _fetched(self, tokens: Sequence[UUID]) -> Sequence[Restorable]:
+        try:
+            return self._store.envelopes(self._source, tokens, most_bytes=self._slice.most_bytes)
+        except StoreUnavailable:
+            self._slice.missed()
+            raise
+
+    def _restore_slice(
+        self, term: int, ready: Sequence[Restorable], deadline: float, *, waiting: int
+    ) -> tuple[bool, Mapping[UUID, Restored]]:
+        """Return whether Redis refused, and what was done."""
+        try:
+            done = self._broker.restore(ready, deadline=deadline)
+        except RedisRefuses as error:
+            self._slice.missed()
+            self.refusals.refused(term, str(error), waiting - len(error.done))
+            return True, error.done
+        except redis.TimeoutError:
+            self._slice.missed()
+            raise
+        except redis.RedisError as error:
+            reason = refusal_of(error)
+            if reason is None:
+                raise
+            self.refusals.refused(term, reason, waiting)
+            return True, {}
+        self.refusals.stored(term, sum(a is Restored.RESTORED for a in done.values()))
+        return False, done
+
+
+def _running(given: Restorable) -> Restorable:
+    return replace(given, running=True)
+
+
+def _released(given: Restorable) -> Restorable:
+    return replace(given, released=True)

@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.metadata import entry_points
 from typing import Any
 from uuid import UUID
@@ -20,23 +21,33 @@ from jobguard.job import new_token
 from jobguard.log import say
 from jobguard.reconciler.done import Done
 from jobguard.reconciler.leader import Leadership
+from jobguard.reconciler.runner import Runner
 from jobguard.reconciler.watch import Watch
 from jobguard.redis_urls import parse
 from jobguard.settings import Settings
-from jobguard.store import Brake, LeaderStore, SourceRow
+from jobguard.store import LeaderStore, SourceRow
 from jobguard.store.leader import PostgresLeaderStore
 
 Clients = Mapping[str, Callable[[], redis.Redis]]
 """How to reach each Redis, by its address."""
 
 _CLIENT_TIMEOUT = 1.0
-_STEP = 0.05
-"""Seconds between two steps when nothing is urgent."""
+_STEP = 0.1
+"""Seconds between two looks at the sources' threads."""
 _SOURCES = 1.0
 """Seconds between two looks for new sources."""
-_AFTER_AN_ERROR = 1.0
+_STUCK = 30.0
+"""Seconds of one step after which its connections to Redis are cut."""
+_GIVE_UP = 60.0
+"""Seconds of one step after which the term is given up, and the thread is left behind with it."""
+_LOOP_STUCK = 120.0
+"""Seconds without a turn of the main loop after which the lease is not renewed."""
+_LEFT_BEHIND = 8
+"""So many stuck threads are left behind; after that this process leads no more while they live."""
 _HOUSEKEEPING = 5.0
 _ROTATE = 3600.0
+_JOIN = 3.0
+"""Seconds that the end waits for the steps at hand."""
 
 
 class Service:
@@ -56,11 +67,16 @@ class Service:
         make = store or (
             lambda holder: PostgresLeaderStore(conninfo, settings.namespace, holder, settings)
         )
+        self._make_store = partial(make, self._holder)
         self._store = make(self._holder)
         # The lease is kept on a connection of its own: a long look must not cost it.
         self._lease_store = make(self._holder)
-        self._leadership = Leadership(self._lease_store, lease=settings.lease)
-        self._watches: dict[int, Watch] = {}
+        self._leadership = Leadership(
+            self._lease_store, lease=settings.lease, healthy=self._is_healthy
+        )
+        self._runners: dict[int, Runner] = {}
+        self._left_behind: list[Runner] = []
+        self._turn_at: float | None = None
         self._unreachable: set[int] = set()
         self._adapters: dict[str, Adapter | None] = {}
         self._stop = threading.Event()
@@ -89,6 +105,8 @@ class Service:
                 except tenacity.RetryError:
                     break
         finally:
+            self._turn_at = None
+            self._stand_down(wait=True)
             self._leadership.stop()
             self._close()
 
@@ -115,17 +133,17 @@ class Service:
             self._leadership.start()
             self._seeking = True
         while not self._stop.is_set():
+            self._turn_at = time.monotonic()
             if not self._leadership.wait(timeout=1.0):
                 self._stand_down()
                 continue
             try:
-                busy = self.step()
+                self.step()
             except NotLeading as error:
                 say("leader_lost", error=str(error))
                 self._stand_down()
                 continue
-            if not busy:
-                self._stop.wait(_STEP)
+            self._stop.wait(_STEP)
 
     def once(self) -> dict[str, Any]:
         """Make one pass: until everything owed was looked at twice where needed, then resign.
@@ -144,14 +162,16 @@ class Service:
             longest = 3 * self._settings.worker_timeout + self._settings.grace
             deadline = time.monotonic() + longest
             while time.monotonic() < deadline and not self._stop.is_set():
-                if not self.step():
-                    self._stop.wait(_STEP)
-                if self._misplaced or all(watch.settled for watch in self._watches.values()):
+                self.step()
+                self._stop.wait(_STEP)
+                if self._misplaced or all(one.settled for one in self._runners.values()):
                     break
             total = Done()
-            for watch in self._watches.values():
-                total += watch.done
             unfinished = [row.address for row in self._store.sources() if not self._settled(row.id)]
+            for runner in self._runners.values():
+                runner.stop()
+                runner.join(_JOIN)
+                total += runner.watch.done if runner.watch is not None else Done()
             return {
                 "leads": True,
                 "misplaced": self._misplaced,
@@ -161,46 +181,57 @@ class Service:
         except NotLeading:
             return {"leads": False, "unfinished": [], **Done().counts()}
         finally:
+            self._turn_at = None
+            self._stand_down(wait=True)
             self._leadership.stop()
             self._close()
 
     def _settled(self, source: int) -> bool:
-        watch = self._watches.get(source)
-        return watch is not None and watch.settled
+        runner = self._runners.get(source)
+        return runner is not None and runner.settled
 
     # -- one step ----------------------------------------------------------------------------------
 
-    def step(self) -> bool:
-        """Let every source have its step; True if the next should follow at once."""
+    def step(self) -> None:
+        """See that every source has its thread, and that none is stuck; and keep house."""
         term = self._leadership.term
         if self._term_watched != term:
             # What another leader did meanwhile is not known here: begin with fresh eyes.
-            self._watches.clear()
+            self._stand_down()
             self._due.clear()
             self._term_watched = term
         now = time.monotonic()
-        brake = self._store.brake(term)
+        self._store.brake(term)  # raises if the term is over
         if now >= self._due.get("sources", 0.0):
             self._due["sources"] = now + _SOURCES
             self._look_for_sources()
         if self._misplaced:
-            return False
-        self._step_each(brake)
+            self._stop_runners()
+            return
+        self._watch_over(now)
         self._housekeeping(now)
-        return any(watch.busy for watch in self._watches.values())
 
-    def _step_each(self, brake: Brake) -> None:
-        """Let no source's trouble keep the others from their step."""
-        for id, watch in self._watches.items():
-            if time.monotonic() < self._due.get(f"watch {id}", 0.0):
-                continue
-            try:
-                watch.step(self._leadership.term, brake)
-            except (NotLeading, StoreUnavailable):
-                raise
-            except Exception as error:
-                self._due[f"watch {id}"] = time.monotonic() + _AFTER_AN_ERROR
-                say("step_failed", part=watch.source.address, error=str(error), exc_info=True)
+    def _watch_over(self, now: float) -> None:
+        """Cut the connections of a step that takes too long; if that does not help, give the term up."""
+        for id, runner in list(self._runners.items()):
+            stuck = runner.stuck_for()
+            if stuck >= _STUCK and now >= self._due.get(f"cut {id}", 0.0):
+                self._due[f"cut {id}"] = now + _STUCK
+                say("step_stuck", source=runner.name, seconds=round(stuck))
+                runner.cut()
+            if stuck >= _GIVE_UP:
+                self._leadership.give_up()
+                raise NotLeading(f"a step of {runner.name} has been stuck for {stuck:.0f} s")
+            if not runner.alive:
+                del self._runners[id]  # the next look for sources begins it anew
+
+    def _is_healthy(self) -> bool:
+        """Whether the lease may be renewed or sought, asked by the thread that keeps it."""
+        turn = self._turn_at
+        self._left_behind = [runner for runner in self._left_behind if runner.alive]
+        if len(self._left_behind) > _LEFT_BEHIND:
+            return False
+        return turn is None or time.monotonic() - turn < _LOOP_STUCK
 
     def _look_for_sources(self) -> None:
         identity = self._store.identity()
@@ -209,7 +240,7 @@ class Service:
             return
         installation = UUID(str(identity["id"]))
         for row in self._store.sources():
-            if row.id not in self._watches:
+            if row.id not in self._runners:
                 self._watch(row, installation)
 
     def _require_installation(self) -> None:
@@ -245,14 +276,26 @@ class Service:
         if adapter is None or client is None:
             return
         source = Source(row.namespace, row.library, row.address, row.prefix, row.name)
-        self._watches[row.id] = Watch(
+        broker = adapter.broker(source, client)
+
+        def watch(store: LeaderStore) -> Watch:
+            return Watch(
+                client,
+                broker,
+                store,
+                row,
+                installation,
+                self._settings,
+                named=self._settings.installation is not None,
+            )
+
+        self._runners[row.id] = Runner(
+            str(source),
+            self._leadership.term,
+            lambda: self._leadership.term,
+            self._make_store(),
             client,
-            adapter.broker(source, client),
-            self._store,
-            row,
-            installation,
-            self._settings,
-            named=self._settings.installation is not None,
+            watch,
         )
         say("watching", source=str(source))
 
@@ -294,9 +337,21 @@ class Service:
             if tables := self._store.vacuum():
                 say("vacuumed", tables=list(tables))
 
-    def _stand_down(self) -> None:
-        self._watches.clear()
+    def _stand_down(self, *, wait: bool = False) -> None:
+        stopped = self._stop_runners()
+        if wait:
+            deadline = time.monotonic() + _JOIN
+            for runner in stopped:
+                runner.join(max(0.0, deadline - time.monotonic()))
         self._term_watched = None
+
+    def _stop_runners(self) -> list[Runner]:
+        stopped = list(self._runners.values())
+        self._runners.clear()
+        for runner in stopped:
+            runner.stop()
+        self._left_behind += stopped
+        return stopped
 
     def _close(self) -> None:
         self._store.close()

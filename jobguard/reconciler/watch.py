@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from uuid import UUID
 
 import redis
 
 from jobguard.adapter import Broker
+from jobguard.errors import JobguardError
 from jobguard.job import Cause, Owed, token_at
 from jobguard.log import say
 from jobguard.reconciler.brake import AutomaticHold
@@ -22,8 +23,10 @@ from jobguard.reconciler.pulse import Health, PulseKeeper
 from jobguard.reconciler.trust import Trust
 from jobguard.reconciler.vouching import Vouching
 from jobguard.reconciler.workers import Workers
+from jobguard.refusal import refusal_of
 from jobguard.settings import Settings
 from jobguard.store import Brake, LeaderStore, SourceRow
+from jobguard.values import name_in
 
 _DOWN = 0.05
 """Seconds between two looks whether Redis is back."""
@@ -39,6 +42,8 @@ _WATCHED = 1000
 """Suspects looked at in one step."""
 _VERIFY_AGAIN = (10.0, 60.0)
 """Seconds after a change of topology at which everything owed is looked at once more."""
+_RETRY = 1.0
+"""Seconds until a part of a step that failed is tried again."""
 _SAY_AGAIN = 30.0
 """Seconds between two lines in the log about the same trouble."""
 
@@ -80,7 +85,8 @@ class Watch:
         self._place = Place(
             self._workers, store, source.id, source.address, named=named, clock=clock
         )
-        self._looker = Looker(client, broker, store, source.id, settings, clock)
+        self._looker = Looker(client, broker, store, source.id, settings, clock, source.address)
+        self._refusals = self._looker.putting_back.refusals
         self._auto = AutomaticHold(count=settings.brake_count, share=settings.brake_share)
         self._counted: set[UUID] = set()  # unexplained absences that the brake knows of
         self._released: dict[str, float] = {}  # queue -> when a person last said resume
@@ -168,18 +174,41 @@ class Watch:
             if health in (Health.DOWN, Health.UNSURE, Health.STOP):
                 return
             self._doubts(now)
-            self._consumers(term, now)
-            self._vouching.step(term, in_incident=self._incident_at is not None)
-            self._look_at_urgent(term, now)
-            self._look_at_watched(term, now)
-            self._look_at_young(term, now)
-            self._walk(term, now)
+            self._part("consumers", partial(self._consumers, term, now))
+            self._part(
+                "vouching",
+                partial(self._vouching.step, term, in_incident=self._incident_at is not None),
+            )
+            self._part("urgent", partial(self._look_at_urgent, term, now))
+            self._part("watched", partial(self._look_at_watched, term, now))
+            self._part("young", partial(self._look_at_young, term, now))
+            self._part("walk", partial(self._walk, term, now))
             if not self._brake.paused:
-                self._looker.finish_joins()
+                self._part("joins", self._looker.finish_joins)
+            self._refusals.step(term, waits=self._pending > 0)
         except redis.RedisError as error:
             if now >= self._due.get("failed", 0.0):
                 self._due["failed"] = now + _SAY_AGAIN
                 say("redis_away", source=self.source.address, error=str(error))
+
+    def _part(self, name: str, work: Callable[[], None]) -> None:
+        """Do one part of a step. A value that it cannot read keeps no other part from its turn."""
+        if self._clock() < self._due.get(f"retry {name}", 0.0):
+            return
+        try:
+            work()
+        except (JobguardError, redis.ConnectionError, redis.TimeoutError):
+            raise
+        except Exception as error:
+            if refusal_of(error) is not None:
+                raise
+            self._due[f"retry {name}"] = self._clock() + _RETRY
+            say(
+                "step_failed",
+                part=f"{self.source.address} {name}",
+                error=str(error)[:500],
+                exc_info=not isinstance(error, redis.RedisError),
+            )
 
     def _see_brake(self, brake: Brake) -> None:
         released = {queue for queue in self._owed if self._brake.holds(self.source.id, queue)} - {
@@ -197,6 +226,8 @@ class Watch:
         self._health = self._pulse.tick(
             term, place_is_sure=partial(self._place_is_sure, term), now=now
         )
+        if self._pulse.refusal is not None and self._health is Health.STEADY:
+            self._refusals.refused(term, self._pulse.refusal, self._pending)
         if self._health in (Health.DOWN, Health.UNSURE):
             self._due["tick"] = now + _DOWN  # what it lost is to be seen as soon as it is back
         return self._health
@@ -232,6 +263,7 @@ class Watch:
         if uncounted and not self._uncounted:
             say("consumers_uncounted", source=self.source.address, error=uncounted)
         self._uncounted = uncounted
+        changed = [replace(row, unguarded=[*map(name_in, row.unguarded)]) for row in changed]
         self._store.trust(term, changed)
         for row_changed in changed:
             if row_changed.unguarded:

@@ -13,6 +13,7 @@ from jobguard.pulse import beat_key
 from jobguard.reconciler.liveness import Judgement, Liveness
 from jobguard.settings import Settings
 from jobguard.store import LeaderStore, WorkerRow
+from jobguard.values import number_in
 
 _POLL = 0.5
 """Seconds between two polls of the workers' beats."""
@@ -89,8 +90,14 @@ class Workers:
             answers = self._client.mget([beat_key(id) for id in present])
         except redis.RedisError:
             return None
-        pairs = zip(present, answers, strict=True)
-        return {id: int(answer) for id, answer in pairs if answer is not None}
+        beats: dict[UUID, int] = {}
+        for id, answer in zip(present, answers, strict=True):
+            beat = number_in(answer)
+            if beat is not None:
+                beats[id] = beat
+            elif answer is not None:
+                say("value_unreadable", source=self._source, key=beat_key(id))
+        return beats
 
     def _mourn(self, now: float) -> bool:
         dead = frozenset(self.judgement.dead)

@@ -211,6 +211,18 @@ class HostStore(Protocol):
     ) -> bool:
         """Note a running job's progress; False if no such claim stands."""
 
+    def predecessor(self, source: int, token: UUID) -> UUID | None:
+        """The worker whose claim of this owed delivery was taken away last; None: none that is known."""
+
+    def lock(self, source: int, name: str, *, token: UUID, number: int) -> bool:
+        """Take a lock in the name of a standing claim, unless that of another claim that lives stands.
+
+        The same claim may take it again. ``number`` 0: whichever number the claim has.
+        """
+
+    def unlock(self, source: int, name: str, *, token: UUID) -> None:
+        """Let go of a lock, if it is this delivery's."""
+
     def close(self) -> None:
         """Let go of the connection."""
 
@@ -375,8 +387,13 @@ class LeaderStore(Protocol):
     def clear(self, term: int, source: int, tokens: Sequence[UUID]) -> None:
         """These are where they belong: neither suspect nor to be pushed."""
 
-    def envelopes(self, source: int, tokens: Sequence[UUID]) -> Sequence[Restorable]:
-        """What is needed to put these back, in the order of their tokens; the ended are left out."""
+    def envelopes(
+        self, source: int, tokens: Sequence[UUID], *, most_bytes: int | None = None
+    ) -> Sequence[Restorable]:
+        """What is needed to put these back, in the given order; the ended are left out.
+
+        ``most_bytes``: only so many of the first that their envelopes are not larger, but one at least.
+        """
 
     def tombstones(self, source: int, tokens: Sequence[UUID]) -> Mapping[UUID, Outcome]:
         """Which of these have ended, and how."""

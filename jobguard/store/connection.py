@@ -17,7 +17,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import psycopg
@@ -34,8 +33,9 @@ from jobguard.errors import (
     TooManyConnections,
 )
 from jobguard.log import say
+from jobguard.postgres_hosts import PRIMARY, PostgresHost, hosts_of, is_address
 from jobguard.store import texts
-from jobguard.store.names import is_address, names
+from jobguard.store.names import names
 from jobguard.store.wire import (
     READ,
     WRITE,
@@ -47,7 +47,7 @@ from jobguard.store.wire import (
     ready,
 )
 
-__all__ = ["PLANS_SECONDS", "Connecting", "Database", "Row", "writable"]
+__all__ = ["PLANS_SECONDS", "Connecting", "Database", "Row"]
 
 Parameters = Mapping[str, Any] | None
 
@@ -127,25 +127,6 @@ class Connecting:
         self._pgconn.finish()
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """One server, as the URL names it, or one of its addresses."""
-
-    host: str
-    port: str
-    address: str
-
-    @property
-    def server(self) -> tuple[str, str]:
-        """What stays the same when the addresses of a name change."""
-        return self.host or self.address, self.port
-
-    @property
-    def name(self) -> str | None:
-        """The name to resolve, if it must be."""
-        return None if self.address or is_address(self.host) else self.host
-
-
 class Approach:
     """A search for a server that lets us in and can be written, carried on step by step.
 
@@ -156,20 +137,20 @@ class Approach:
     def __init__(
         self,
         given: Mapping[str, Any],
-        first: Place | None,
+        first: PostgresHost | None,
         session: Callable[[pq.abc.PGconn], Session],
     ) -> None:
         self._given = dict(given)
         self._make = session
         self._last_good = first
-        self._left = deque(_places(self._given))
+        self._left = deque(hosts_of(self._given))
         self.servers = list(self._left)
         known = [place.server for place in self._left]
         if first is not None and first.server in known:
             self._left.rotate(-known.index(first.server))
         if len(known) > 1:
-            self._given.setdefault("target_session_attrs", _PRIMARY)
-        self.place: Place | None = None
+            self._given.setdefault("target_session_attrs", PRIMARY)
+        self.place: PostgresHost | None = None
         self._until = 0.0
         self._connecting: Connecting | None = None
         self._session: Session | None = None
@@ -236,14 +217,14 @@ class Approach:
             return self._session
         return None
 
-    def _resolved(self, place: Place, found: Iterator[str] | Any) -> None:
-        places = [Place(place.host, place.port, address) for address in found]
+    def _resolved(self, place: PostgresHost, found: Iterator[str] | Any) -> None:
+        places = [PostgresHost(place.host, place.port, address) for address in found]
         if self._last_good in places:
             places.sort(key=lambda each: each != self._last_good)
         self._left.extendleft(reversed(places))
         self.place = None
 
-    def _conninfo(self, place: Place) -> str:
+    def _conninfo(self, place: PostgresHost) -> str:
         one = {"host": place.host, "port": place.port, "hostaddr": place.address}
         return make_conninfo("", **{**self._given, **{k: v or None for k, v in one.items()}})
 
@@ -264,44 +245,10 @@ class Approach:
             self._session.pgconn.finish()
         self._connecting = self._session = self._steps = None
 
-    def abandon(self) -> Place | None:
+    def abandon(self) -> PostgresHost | None:
         """Give it up; returns where to begin the next time."""
         self._stop()
         return self._left[0] if self._left else None
-
-
-_PRIMARY = "primary" if pq.version() >= 140000 else "read-write"
-
-
-def _places(given: Mapping[str, Any]) -> list[Place]:
-    if not given.get("service") and not (given.get("host") or given.get("hostaddr")):
-        # What the environment says; libpq would read it, and resolve it, behind our back.
-        defaults = {
-            option.keyword.decode(): (option.val or b"").decode()
-            for option in pq.Conninfo.get_defaults()
-        }
-        given = {k: defaults[k] for k in ("host", "hostaddr", "port") if defaults.get(k)} | dict(
-            given
-        )
-    hosts = str(given.get("host") or "").split(",")
-    addresses = str(given.get("hostaddr") or "").split(",")
-    ports = str(given.get("port") or "").split(",")
-    count = max(len(hosts), len(addresses))
-    if len(ports) == 1:
-        ports *= count
-    hosts = hosts if len(hosts) == count else [""] * count
-    addresses = addresses if len(addresses) == count else [""] * count
-    if len(ports) != count:
-        raise psycopg.OperationalError(f"{len(ports)} ports are named for {count} hosts")
-    return [Place(*each) for each in zip(hosts, ports, addresses, strict=True)]
-
-
-def writable(conninfo: str) -> str:
-    """Return the same; of several hosts, only one that can be written is taken."""
-    given = conninfo_to_dict(conninfo)
-    if len(_places(given)) > 1:
-        given.setdefault("target_session_attrs", _PRIMARY)
-    return make_conninfo("", **given)
 
 
 class Database:
@@ -325,8 +272,8 @@ class Database:
         self._rate = _FAST
         self._lock = threading.RLock()
         self._reduced = False
-        self._first: Place | None = None
-        self._servers: list[Place] = []
+        self._first: PostgresHost | None = None
+        self._servers: list[PostgresHost] = []
         self._connection: Session | None = None
         self._connecting: Approach | None = None
 

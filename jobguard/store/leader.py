@@ -30,6 +30,7 @@ from jobguard.store import (
 from jobguard.store.connection import Database, Row
 
 _FIRST = token_at(0)
+_NO_BOUND = 1 << 62
 _CALL_TIMEOUT = 5.0
 """A leader may wait longer than a host; but not longer than half its lease."""
 _STEPS = 100
@@ -235,11 +236,14 @@ class PostgresLeaderStore:
         if tokens:
             self._led(self._write("clear", term, source=source, tokens=list(tokens)))
 
-    def envelopes(self, source: int, tokens: Sequence[UUID]) -> Sequence[Restorable]:
+    def envelopes(
+        self, source: int, tokens: Sequence[UUID], *, most_bytes: int | None = None
+    ) -> Sequence[Restorable]:
         """What is needed to put these back; see LeaderStore."""
+        most = _NO_BOUND if most_bytes is None else most_bytes
         rows = self._db.execute(
             self._sql["envelopes"],
-            {"source": source, "tokens": list(tokens)},
+            {"source": source, "tokens": list(tokens), "most": most},
             timeout=_CALL_TIMEOUT,
         )
         return [Restorable(*row) for row in rows]
@@ -378,6 +382,7 @@ class PostgresLeaderStore:
                 say("rotation_waits", done=len(done))
                 break
             done.append(step)
+        self._db.execute(self._sql["forget_locks"])
         return done.count("dropped")
 
     def vacuum(self, least: int = 10_000) -> Sequence[str]:

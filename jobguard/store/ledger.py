@@ -25,10 +25,10 @@ from jobguard.errors import (
     WrongInstallation,
 )
 from jobguard.job import Outcome, new_token
+from jobguard.postgres_hosts import writable
 from jobguard.pulse import ACCEPTED
 from jobguard.schema import settle
 from jobguard.store import Counts, texts
-from jobguard.store.connection import writable
 
 Row: TypeAlias = dict[str, Any]
 

@@ -8,7 +8,6 @@ was found is kept: a name that cannot be resolved again is used with the address
 from __future__ import annotations
 
 import _socket  # socket.getaddrinfo is another function where gevent or eventlet has replaced it
-import ipaddress
 import os
 import time
 from collections.abc import Sequence
@@ -21,17 +20,6 @@ _PATIENCE = 0.2
 """Seconds to wait for a new answer where there is an old one."""
 _MOST = 64
 """Names that are remembered."""
-
-
-def is_address(host: str) -> bool:
-    """Whether this needs no resolving: an address, or the folder of a socket."""
-    if not host or host.startswith(("/", "@")):
-        return True
-    try:
-        ipaddress.ip_address(host.partition("%")[0])
-    except ValueError:
-        return False
-    return True
 
 
 class Names:

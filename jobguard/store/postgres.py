@@ -159,6 +159,26 @@ class PostgresStore:
         )
         return {nonce: _verdict(token, *found) for nonce, token, *found in rows}
 
+    def predecessor(self, source: int, token: UUID) -> UUID | None:
+        """Return the worker whose claim was taken away last; see HostStore."""
+        rows = self._db.execute(self._sql["predecessor"], {"source": source, "token": token})
+        return rows[0][0] if rows else None
+
+    def lock(self, source: int, name: str, *, token: UUID, number: int) -> bool:
+        """Take a lock in the name of a claim; see HostStore."""
+        return bool(
+            self._db.execute(
+                self._sql["lock"],
+                {"source": source, "name": texts.key(name), "token": token, "number": number},
+            )
+        )
+
+    def unlock(self, source: int, name: str, *, token: UUID) -> None:
+        """Let go of a lock; see HostStore."""
+        self._db.execute(
+            self._sql["unlock"], {"source": source, "name": texts.key(name), "token": token}
+        )
+
     def give_back(self, source: int, token: UUID, worker: UUID, *, number: int) -> None:
         """Take this worker's claim away; see HostStore."""
         self._db.execute(

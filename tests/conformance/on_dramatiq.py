@@ -28,7 +28,7 @@ from tests.conformance.library import QUEUE, Library
 from tests.support import eventually
 
 MINUTE = 60_000
-_TASKS = {name: getattr(tasks, name) for name in ("say", "fail", "look", "nap", "die")}
+_TASKS = {name: getattr(tasks, name) for name in ("say", "fail", "look", "nap", "die", "hold")}
 _NO_JOBS = ("dramatiq:__heartbeats__", "dramatiq:__acks__", "jobguard:")
 
 

@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import jobguard
+
 PROBES: list[Callable[[], object]] = []
 """What ``look`` calls, where the worker is this process."""
 
@@ -43,3 +45,12 @@ def die(ledger: str, word: object = "ran") -> None:
     say(ledger, word)
     if not Path(f"{ledger}.cured").exists():
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hold(ledger: str, word: object = "ran") -> None:
+    """Hold a lock while it dies, and tell what a run knows of the one before it."""
+    job = jobguard.current()
+    with jobguard.lock("import", wait=5) as mine:
+        known = job.predecessor is not None
+        say(ledger, f"{mine},{job.recovered},{job.crashes},{known}")
+        die(ledger, word)

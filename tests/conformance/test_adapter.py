@@ -451,6 +451,28 @@ class TestLives:
 class TestDeath:
     """A worker that is killed takes no job along."""
 
+    def test_its_lock_dies_with_it_and_the_next_run_knows(
+        self, library: Library, guard: JobGuard, records: Records, database: str
+    ) -> None:
+        """The second run holds the lock of the first, and knows that it is a recovery."""
+        env = environ(database, library.redis_url)
+        first = library.start_worker(env)
+        try:
+            eventually(lambda: guard.reconcile() and records.trusted(), 30)
+            job_id = library.send("hold")
+            first.wait(30)
+            eventually(lambda: guard.reconcile() and library.waiting() == [job_id], 30)
+        finally:
+            end(first)
+        Path(f"{library.ledger}.cured").touch()
+        second = library.start_worker(env)
+        try:
+            eventually(lambda: records.ended(job_id) == [("completed", 1)], 30)
+        finally:
+            end(second)
+        known = ["True,False,0,False", "ran", "True,True,1,True", "ran"]
+        assert library.said() == known
+
     @pytest.mark.parametrize("cured", [True, False], ids=["cured", "incurable"])
     def test_its_job_comes_back_within_the_crash_budget(
         self, library: Library, guard: JobGuard, records: Records, database: str, cured: bool
@@ -476,9 +498,14 @@ class TestDeath:
                 second.wait(30)
                 eventually(lambda: guard.reconcile() and records.owed() == [], 30)
                 assert records.ended(job_id) == [("dead", 1)]
-                assert library.waiting() == []
         finally:
             end(second)
+        third = library.start_worker(env)  # may have to tell that it is dead, and runs it no more
+        try:
+            eventually(lambda: library.waiting() == [], 30)
+            assert library.said() == ["ran", "ran"]
+        finally:
+            end(third)
         assert records.owed() == []
 
     @pytest.mark.timeout(300)

@@ -1750,16 +1750,32 @@ def test_what_is_watched_is_bounded(ledger: Contract) -> None:
 
 
 def test_an_envelope_comes_back_as_it_was_given(ledger: Contract) -> None:
-    """Byte for byte, with its time, in the order of tokens."""
+    """Byte for byte, with its time, in the given order."""
     due, expires = float(int(time.time()) + 60), float(int(time.time()) + 120)
     envelope = bytes(range(256))
     first = ledger.recorded("a", envelope=envelope, queue="mail", due_at=due, expires_at=expires)
     second = ledger.recorded("b", envelope=b"")
-    one, two = ledger.leader.envelopes(SOURCE, [second.token, first.token, new_token()])
+    two, one = ledger.leader.envelopes(SOURCE, [second.token, first.token, new_token()])
     assert (one.token, two.token) == (first.token, second.token)
     assert (one.job_id, one.queue, one.envelope) == ("a", "mail", envelope)
     assert (one.due_at, one.expires_at) == (due, expires)
     assert (two.envelope, two.due_at, two.expires_at) == (b"", None, None)
+
+
+def test_envelopes_are_bounded_in_bytes(ledger: Contract) -> None:
+    """As many as fit, in the given order; one that does not fit by itself comes alone."""
+    jobs = [ledger.recorded(str(n), envelope=bytes(size)) for n, size in enumerate((100, 50, 900))]
+    tokens = [jobs[1].token, jobs[0].token, jobs[2].token]
+
+    def within(most: int) -> list[int]:
+        found = ledger.leader.envelopes(SOURCE, tokens, most_bytes=most)
+        return [len(one.envelope) for one in found]
+
+    assert within(10_000) == [50, 100, 900]
+    assert within(1049) == [50, 100]
+    assert within(149) == [50]
+    assert within(1) == [50]
+    assert [len(one.envelope) for one in ledger.leader.envelopes(SOURCE, tokens)] == [50, 100, 900]
 
 
 def test_history_wins(ledger: Contract) -> None:
@@ -1803,6 +1819,68 @@ def test_a_dead_workers_claim_is_taken_away(ledger: Contract) -> None:
     ledger.advance(40)
     assert ledger.owed()[it.token].backoff <= 0
     assert list(ledger.watched()) == [it.token]
+
+
+def test_the_worker_of_a_voided_claim_is_known_to_the_next_run(ledger: Contract) -> None:
+    """Nothing is known of one that was never voided, nor of what nobody recorded."""
+    term, it = ledger.elected(), ledger.recorded()
+    worker = ledger.working()
+    claim = worker.start(it.token)
+    assert ledger.store.predecessor(SOURCE, it.token) is None
+    ledger.leader.void(term, SOURCE, [Void(it.token, claim.number, charge=True, backoff=0)])
+    assert ledger.store.predecessor(SOURCE, it.token) == worker.id
+    assert ledger.store.predecessor(SOURCE, new_token()) is None
+
+
+def locked(ledger: Contract, claim: Claim, name: str = "import") -> bool:
+    """Take a lock in the name of a claim."""
+    return ledger.store.lock(SOURCE, name, token=claim.token, number=claim.number)
+
+
+def test_a_lock_excludes_every_other_live_claim(ledger: Contract) -> None:
+    """One claim has it, as often as it asks, until it lets go; another name is another lock."""
+    one = ledger.working().start(ledger.recorded("a").token)
+    two = ledger.working().start(ledger.recorded("b").token)
+    assert locked(ledger, one) and locked(ledger, one)
+    assert not locked(ledger, two)
+    assert locked(ledger, two, "another")
+    ledger.store.unlock(SOURCE, "import", token=two.token)
+    assert not locked(ledger, two)
+    ledger.store.unlock(SOURCE, "import", token=one.token)
+    assert locked(ledger, two)
+    assert not locked(ledger, one)
+
+
+@pytest.mark.parametrize("how", ["ended", "voided", "dead", "left", "given back"])
+def test_a_lock_dies_with_its_claim(ledger: Contract, how: str) -> None:
+    """Whatever becomes of the claim: it never outlives the run."""
+    term, it = ledger.elected(), ledger.recorded("a")
+    worker, other = ledger.working(), ledger.working()
+    claim = worker.start(it.token)
+    assert locked(ledger, claim)
+    next_ = other.start(ledger.recorded("b").token)
+    assert not locked(ledger, next_)
+    if how == "ended":
+        worker.end(claim)
+    elif how == "voided":
+        ledger.leader.void(term, SOURCE, [Void(it.token, claim.number, charge=True, backoff=0)])
+    elif how == "dead":
+        ledger.leader.declare_dead(term, [worker.id])
+    elif how == "left":
+        worker.leave()
+    else:
+        ledger.store.give_back(SOURCE, it.token, worker.id, number=claim.number)
+    assert locked(ledger, next_)
+    assert not locked(ledger, claim)
+
+
+def test_no_lock_without_a_claim(ledger: Contract) -> None:
+    """An unclaimed run has none, nor a stale claim; number 0 means the claim that stands by now."""
+    it = ledger.recorded("a")
+    assert not locked(ledger, Claim(it.token, 0))
+    claim = ledger.working().start(it.token)
+    assert not locked(ledger, Claim(it.token, claim.number + 1))
+    assert locked(ledger, Claim(it.token, 0))
 
 
 def test_a_delivery_in_its_backoff_is_not_watched(ledger: Contract) -> None:

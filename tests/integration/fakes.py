@@ -139,6 +139,17 @@ class FakeTracker:
         self.refusing: set[str] = set()
         self.before_record: Callable[[], None] = lambda: None
 
+    def predecessor(self, token: UUID) -> UUID | None:
+        """Know of none."""
+        return None
+
+    def lock(self, name: str, claim: Claim) -> bool:
+        """Grant every lock."""
+        return True
+
+    def unlock(self, name: str, claim: Claim) -> None:
+        """Forget it."""
+
     # What tests look at.
 
     @property

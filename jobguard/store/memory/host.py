@@ -238,6 +238,31 @@ class MemoryHostStore:
             return Refused(ask.token, Refusal.SPENT)
         return self._grant(key, ask, job, number=run.number + 1, now=now)
 
+    def predecessor(self, source: int, token: UUID) -> UUID | None:
+        with self._tables.open():
+            job = self._tables.jobs.get((source, token))
+            return None if job is None else job.last_worker
+
+    def lock(self, source: int, name: str, *, token: UUID, number: int) -> bool:
+        tables = self._tables
+        with tables.open():
+            run = tables.running.get((source, token))
+            if run is None or number not in (0, run.number):
+                return False
+            key, theirs = tables.locks.get((source, name), ((source, token), run.number))
+            other = tables.running.get(key)
+            stands = other is not None and other.number == theirs and tables.lives(key, other)
+            if stands and (key, theirs) != ((source, token), run.number):
+                return False
+            tables.locks[source, name] = ((source, token), run.number)
+            return True
+
+    def unlock(self, source: int, name: str, *, token: UUID) -> None:
+        with self._tables.open():
+            held = self._tables.locks.get((source, name))
+            if held is not None and held[0] == (source, token):
+                del self._tables.locks[source, name]
+
     def give_back(self, source: int, token: UUID, worker: UUID, *, number: int) -> None:
         with self._tables.open():
             run = self._tables.running.get((source, token))

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
+from itertools import accumulate
 from uuid import UUID
 
 from jobguard.errors import ConfigurationError, NotLeading
@@ -282,11 +283,20 @@ class MemoryLeaderStore:
             for token in tokens:
                 self._tables.settle((source, token))
 
-    def envelopes(self, source: int, tokens: Sequence[UUID]) -> Sequence[Restorable]:
+    def envelopes(
+        self, source: int, tokens: Sequence[UUID], *, most_bytes: int | None = None
+    ) -> Sequence[Restorable]:
         tables = self._tables
         with tables.open():
             keys = [key for key in tables.owed(source, tokens) if key not in tables.history]
-            found = [tables.jobs[key].delivery for key in sorted(keys)]
+            found = [tables.jobs[key].delivery for key in keys]
+            if most_bytes is not None:
+                ends = accumulate(len(delivery.envelope) for delivery in found)
+                found = [
+                    delivery
+                    for nth, (delivery, end) in enumerate(zip(found, ends, strict=True))
+                    if end <= most_bytes or nth == 0
+                ]
             return [
                 Restorable(
                     token=delivery.token,
@@ -421,6 +431,7 @@ class MemoryLeaderStore:
             return False
         job = self._tables.jobs[key]
         job.claims = void.number
+        job.last_worker = run.worker
         job.crashes += 1 if void.charge else 0
         job.not_before = now + void.backoff
         del self._tables.running[key]

@@ -29,6 +29,7 @@ class Job:
     claims: int = 0
     not_before: float | None = None
     declined: int = 0
+    last_worker: UUID | None = None
 
     def inherit(self, older: Job) -> None:
         self.recoveries = max(self.recoveries, older.recoveries)
@@ -135,6 +136,9 @@ class Tables:
         self.history: dict[Key, Tombstone] = {}
         self.workers: dict[UUID, Worker] = {}
         self.suspects: dict[Key, Suspect] = {}
+        self.locks: dict[
+            tuple[int, str], tuple[Key, int]
+        ] = {}  # by name: whose claim, which number
         self.outbox: dict[Key, tuple[float, bool]] = {}
         """When it was left there, and whether surely nothing was sent."""
         self.leases: dict[str, Lease] = {}

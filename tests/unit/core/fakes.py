@@ -34,6 +34,7 @@ from jobguard.job import (
 )
 from jobguard.pulse import RESET, TICK, beat_key, pulse_key
 from jobguard.reconciler.watch import Watch
+from jobguard.refusal import RedisRefuses
 from jobguard.settings import Settings
 from jobguard.store import Ask, Brake, HostStore, LeaderStore, SourceRow, WorkerRow
 from jobguard.store.memory import MemoryLedger
@@ -243,14 +244,28 @@ class FakeRedis:
         return True
 
     def _reset(
-        self, key: str, epoch: str, n: str, new: str, to: str, source: str, installation: str
+        self,
+        key: str,
+        epoch: str | bytes,
+        n: str | bytes,
+        new: str,
+        to: str,
+        source: str,
+        installation: str,
     ) -> bool:
         found = self.hashes.get(key, {})
-        if (found.get("epoch", b""), found.get("n", b"")) != (epoch.encode(), n.encode()):
+        if (found.get("epoch", b""), found.get("n", b"")) != (_bytes(epoch), _bytes(n)):
             return False
         fields = {"epoch": new, "n": to, "source": source, "installation": installation}
         self.hashes[key] = {name: value.encode() for name, value in fields.items()}
         return True
+
+
+def _bytes(given: str | bytes) -> bytes:
+    return given if isinstance(given, bytes) else given.encode()
+
+
+OOM = "OOM command not allowed when used memory > 'maxmemory'."
 
 
 @dataclass
@@ -283,6 +298,12 @@ class FakeBroker:
     """What a finished job is to a join, as the library shows it."""
     rejoined: list[tuple[str, bool]] = field(default_factory=list)
     """The joins that were put back, in order, and whether they were told again."""
+    reported: list[tuple[str, bytes]] = field(default_factory=list)
+    """The dead that a worker is to tell the library of, with their envelopes."""
+    full: int | None = None
+    """Redis is full but for so many jobs; None: it is not."""
+    tries: list[int] = field(default_factory=list)
+    """How many were tried at each restore."""
     before_restore: Callable[[], None] = lambda: None
 
     def put(self, given: Delivery, presence: Presence = Presence.WAITING) -> None:
@@ -310,6 +331,13 @@ class FakeBroker:
         """Put these back; see Broker."""
         self.before_restore()
         self.redis._up()
+        self.tries.append(len(deliveries))
+        if self.full is not None:
+            done = {g.token: self._restore(g, deadline) for g in deliveries[: self.full]}
+            self.full -= len(done)
+            if len(done) < len(deliveries):
+                raise RedisRefuses(OOM, done)
+            return done
         return {given.token: self._restore(given, deadline) for given in deliveries}
 
     def _restore(self, given: Restorable, deadline: float) -> Restored:
@@ -347,6 +375,10 @@ class FakeBroker:
     def bury(self, page: Sequence[Owed], *, deadline: float) -> None:
         """Show these as failed for good."""
         self.buried += [owed.job_id for owed in page]
+
+    def report(self, dead: Sequence[Restorable], *, deadline: float) -> None:
+        """Give these to a worker; see Broker."""
+        self.reported += [(one.job_id, one.envelope) for one in dead]
 
     def hide(self, page: Sequence[Owed]) -> None:
         """Take back the bodies of what has ended."""

@@ -36,7 +36,7 @@ class Stage:
         self.clock = Clock()
         self.redis = Pinged()
         self.made = 0
-        self.doubt = Doubt(self._client, self.clock)
+        self.doubt = Doubt(self._client, self.clock, lambda work: work())
 
     def _client(self) -> redis.Redis:
         self.made += 1
@@ -107,6 +107,24 @@ def test_in_doubt_one_asks_again_now_and_then() -> None:
     stage.clock.advance(0.5)
     assert not stage.doubt()
     assert stage.redis.pings == 3
+
+
+def test_no_caller_waits_a_second_time() -> None:
+    """In doubt, Redis is asked again by a thread: a caller has its answer before that has one."""
+    stage = Stage()
+    doubt = Doubt(stage._client, stage.clock)
+    doubt.failed()
+    stage.clock.advance(0.5)
+    go_on = threading.Event()
+    stage.redis.meanwhile = lambda: go_on.wait(10)
+    try:
+        for _ in range(20):
+            stage.clock.advance(0.5)
+            assert doubt()
+        assert stage.redis.pings <= 1
+    finally:
+        go_on.set()
+    eventually(lambda: not doubt())
 
 
 def test_the_hosts_failure_is_doubt_at_once() -> None:

@@ -12,7 +12,16 @@ from jobguard.reconciler.leader import Leadership
 from jobguard.store import Closing, LeaderStore, QueueRow, Void
 from jobguard.store.memory import MemoryLedger
 from tests.support import eventually
-from tests.unit.core.fakes import SOURCE, Clock, delivery, leader_store, outage, source_row, token
+from tests.unit.core.fakes import (
+    SOURCE,
+    Clock,
+    delivery,
+    events,
+    leader_store,
+    outage,
+    source_row,
+    token,
+)
 
 LEASE = 10.0
 
@@ -118,6 +127,20 @@ def test_a_failed_renewal_leaves_it_in_office_until_its_trust_ends() -> None:
             leader.seek()
     with pytest.raises(NotLeading):
         _ = leader.term
+
+
+def test_an_outage_is_two_lines(caplog: pytest.LogCaptureFixture) -> None:
+    """A standby that asks three times a second writes that Postgres is away, and that it is back."""
+    caplog.set_level("INFO", logger="jobguard")
+    stage = Stage()
+    (standby, _) = stage.candidate()
+    with outage(stage.ledger):
+        for _ in range(200):
+            standby.seek()
+    standby.seek()
+    standby.seek()
+
+    assert events(caplog.records) == ["lease_unrenewed", "leader_elected", "postgres_back"]
 
 
 def test_a_failed_election_leaves_a_standby() -> None:

@@ -249,6 +249,17 @@ def test_an_unknown_delivery_is_recorded_and_claimed() -> None:
     assert worker.claimed_by(job) == worker.session.id
 
 
+def test_an_outage_is_no_line_for_every_start(caplog: pytest.LogCaptureFixture) -> None:
+    """A worker that starts 100 jobs while Postgres is away writes no line for each of their claims."""
+    worker = Worker(record_timeout=0.01).begin()
+    jobs = [worker.owe() for _ in range(100)]
+    with outage(worker.ledger):
+        for job in jobs:
+            worker.run(job)
+
+    assert events(caplog.records).count("start_unclaimed") <= 2  # one for each kind of error
+
+
 def test_describe_is_asked_only_for_the_unknown() -> None:
     """A known delivery need not be described."""
     worker = Worker().begin()

@@ -357,6 +357,17 @@ def test_an_outage_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
     assert events(caplog.records).count("postgres_away") == 2
 
 
+def test_a_full_spool_is_no_line_for_every_job(caplog: pytest.LogCaptureFixture) -> None:
+    """A producer that goes on with a full spool writes one line, and its count when that is over."""
+    host = Host(spool_size=2)
+    with outage(host.ledger):
+        for n in range(1000):
+            host.tracker.record([delivery(str(n))])
+        host.tracker.record([delivery("a"), delivery("b")])
+
+    assert events(caplog.records).count("spool_full") == 1
+
+
 def test_not_migrated_is_told(caplog: pytest.LogCaptureFixture) -> None:
     """A schema that is not there is a state of its own, with the command in the log."""
     host = Host()

@@ -616,6 +616,7 @@ def test_the_crash_budget() -> None:
 
     assert len(world.broker.pushed) == 2
     assert world.broker.buried == ["job"]
+    assert world.broker.reported == [("job", job.envelope)]  # whole, and once
 
 
 def test_poison_beside_innocents() -> None:

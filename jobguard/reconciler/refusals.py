@@ -1,0 +1,101 @@
+"""A source whose Redis takes no writes is one state, with one line, one incident and a probe a second.
+
+While it lasts, one job is tried a second. After each that is stored, twice as many are tried. The state is
+over when nothing was refused for a while, or nothing is left to put back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from jobguard.job import Cause
+from jobguard.log import say
+from jobguard.store import LeaderStore
+
+_PROBE = 1.0
+"""Seconds from a refusal to the next try."""
+_QUIET = 5.0
+"""Seconds without a refusal after which the state is over, if something was stored."""
+_FORGET = 60.0
+"""Seconds without a refusal after which it is over, though nothing was tried."""
+_ALL = 1 << 30
+_DETAIL = "Redis refuses to store jobs: "
+
+
+class Refusals:
+    """The state of one source."""
+
+    def __init__(
+        self, store: LeaderStore, source: int, address: str, clock: Callable[[], float]
+    ) -> None:
+        self._store = store
+        self._source = source
+        self._address = address
+        self._clock = clock
+        self._since: float | None = None
+        self._last = float("-inf")
+        self._most = _ALL
+        self._count = 0
+        self._incident: int | None = None
+        self._resume()
+
+    def _resume(self) -> None:
+        """Go on from what an earlier leader wrote down."""
+        for incident in self._store.incidents(self._source):
+            if incident.cause is Cause.PUSH and incident.detail.startswith(_DETAIL):
+                self._incident = incident.id
+                self._since = self._clock() - incident.age
+                self._last = self._clock() - _FORGET / 2
+                self._most = 1
+
+    @property
+    def open(self) -> bool:
+        """Whether Redis refuses, as far as is known."""
+        return self._since is not None
+
+    def most(self) -> int:
+        """How many jobs may be tried now."""
+        if self._since is None:
+            return _ALL
+        return 0 if self._clock() - self._last < _PROBE else self._most
+
+    def refused(self, term: int, reason: str, waiting: int) -> None:
+        """Redis has just refused; ``waiting``: so many wait for it."""
+        now = self._clock()
+        self._last, self._most = now, 1
+        self._count += 1
+        say("redis_refuses", source=self._address, error=reason, waiting=waiting)
+        if self._since is None:
+            self._since, self._count = now, 1
+        if self._incident is None:
+            self._incident = self._store.open_incident(
+                term, self._source, Cause.PUSH, f"{_DETAIL}{reason}", None
+            )
+            self._store.progress(term, self._incident, missing=waiting, restored=0, close=False)
+
+    def stored(self, term: int, count: int) -> None:
+        """Redis has just stored so many."""
+        if self._since is None or not count:
+            return
+        self._most = min(_ALL, max(2 * self._most, 2 * count))
+        if self._incident is not None:
+            self._store.progress(term, self._incident, missing=0, restored=count, close=False)
+        if self._clock() - self._last >= _QUIET:
+            self._over(term)
+
+    def step(self, term: int, *, waits: bool) -> None:
+        """See whether it is over though nothing was tried; ``waits``: something is left to try."""
+        if self._since is not None and not waits and self._clock() - self._last >= _FORGET:
+            self._over(term)
+
+    def _over(self, term: int) -> None:
+        assert self._since is not None
+        say(
+            "redis_accepts",
+            source=self._address,
+            seconds=round(self._clock() - self._since, 1),
+            refused=self._count,
+        )
+        if self._incident is not None:
+            self._store.progress(term, self._incident, missing=0, restored=0, close=True)
+        self._since, self._incident, self._most, self._count = None, None, _ALL, 0

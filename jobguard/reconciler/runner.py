@@ -1,0 +1,108 @@
+"""One source in a thread of its own, with its own connections, for one term.
+
+A Redis that hangs keeps no other source, nor the lease, from its turn. What this thread writes is fenced by
+its term: a thread that is stuck is left behind with it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+
+import redis
+
+from jobguard.errors import NotLeading, StoreUnavailable
+from jobguard.log import say
+from jobguard.reconciler.watch import Watch
+from jobguard.store import LeaderStore
+
+_STEP = 0.05
+"""Seconds between two steps when nothing is urgent."""
+_AFTER_AN_ERROR = 1.0
+_LONGEST_PAUSE = 5.0
+"""Seconds between two tries while Postgres is away, at most."""
+
+
+class Runner:
+    """Steps through one source until it is stopped, or until its term is over."""
+
+    def __init__(
+        self,
+        name: str,
+        term: int,
+        leads: Callable[[], int],
+        store: LeaderStore,
+        client: redis.Redis,
+        make: Callable[[LeaderStore], Watch],
+    ) -> None:
+        self.name = name
+        self.watch: Watch | None = None
+        self._term = term
+        self._leads = leads
+        self._store = store
+        self._client = client
+        self._make = make
+        self._stop = threading.Event()
+        self._since: float | None = None
+        self._thread = threading.Thread(target=self._run, name=f"jobguard {name}", daemon=True)
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether its thread has not ended."""
+        return self._thread.is_alive()
+
+    @property
+    def settled(self) -> bool:
+        """Whether everything owed has been looked at; see Watch."""
+        return self.watch is not None and self.watch.settled
+
+    def stuck_for(self) -> float:
+        """Seconds since its present step began; 0: none is under way."""
+        since = self._since
+        return 0.0 if since is None else time.monotonic() - since
+
+    def cut(self) -> None:
+        """Close the connections to Redis under a step that hangs, so that it fails."""
+        self._client.connection_pool.disconnect(inuse_connections=True)
+
+    def stop(self) -> None:
+        """Begin no further step."""
+        self._stop.set()
+
+    def join(self, timeout: float) -> None:
+        """Wait until the step at hand is done."""
+        self._thread.join(timeout)
+
+    def _run(self) -> None:
+        pause = _STEP
+        while not self._stop.is_set():
+            self._since = time.monotonic()
+            try:
+                busy = self._step()
+                pause = 0.0 if busy else _STEP
+            except NotLeading:
+                break
+            except StoreUnavailable as error:
+                say("postgres_away", error=str(error))
+                pause = min(_LONGEST_PAUSE, 2 * max(pause, 0.1))
+            except Exception as error:
+                say("step_failed", part=self.name, error=str(error)[:500], exc_info=True)
+                pause = _AFTER_AN_ERROR
+            finally:
+                self._since = None
+            self._stop.wait(pause)
+        with suppress(Exception):
+            self._store.close()
+            self._client.connection_pool.disconnect()
+
+    def _step(self) -> bool:
+        if self._leads() != self._term:
+            raise NotLeading
+        brake = self._store.brake(self._term)
+        if self.watch is None:
+            self.watch = self._make(self._store)
+        self.watch.step(self._term, brake)
+        return self.watch.busy

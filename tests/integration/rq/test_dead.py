@@ -1,0 +1,98 @@
+"""A job whose crash budget is spent: RQ's own failure path runs once, and the function never."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rq import Callback, Queue, Retry, SimpleWorker, Worker
+from rq.job import Job
+
+from jobguard.adapters.rq.broker import RQBroker
+from jobguard.job import Outcome, Refusal, Refused
+from tests.integration.fakes import FakeSession, FakeTracker, lost
+from tests.integration.rq import tasks
+from tests.integration.rq.test_worker import work
+from tests.support import newly_owed
+
+
+def said(ledger: Path) -> list[str]:
+    """Return what was said, if anything was."""
+    return ledger.read_text().split() if ledger.exists() else []
+
+
+def enqueued(queue: Queue, ledger: Path, **options: Any) -> Job:
+    """Enqueue a job that would say that it ran."""
+    meta = {"ledger": str(ledger)}
+    return queue.enqueue(tasks.say, str(ledger), meta=meta, retry=Retry(max=3), **options)
+
+
+def bury(tracker: FakeTracker, queue: Queue) -> None:
+    """Do what the leader does with a job that it gives up."""
+    (delivery,) = tracker.recorded
+    tracker.close(delivery.token, Outcome.DEAD)
+    queue.connection.delete(queue.key)  # a worker had taken it
+    owed = newly_owed(delivery.token, job_id=delivery.job_id, queue=delivery.queue)
+    broker = RQBroker(tracker.source, queue.connection)
+    broker.bury([owed], deadline=time.time() + 60)
+    broker.report([lost(delivery)], deadline=time.time() + 60)
+
+
+@pytest.mark.parametrize("kind", [Worker, SimpleWorker])
+def test_its_failure_callback_runs_once(
+    kind: Any, queue: Queue, tracker: FakeTracker, ledger: Path
+) -> None:
+    """RQ keeps the error, shows the job as failed, and calls on_failure in a worker."""
+    job = enqueued(queue, ledger, on_failure=Callback(tasks.note_failure))
+    bury(tracker, queue)
+    assert queue.job_ids == [job.id]
+
+    work(kind, queue)
+    assert said(ledger) == ["failed"]
+    found = Job.fetch(job.id, connection=queue.connection)
+    assert found.get_status() == "failed"
+    result = found.latest_result()
+    assert result is not None and "WorkersDied" in str(result.exc_string)
+    assert queue.failed_job_registry.get_job_ids() == [job.id]
+    assert len(tracker.recorded) == 1  # RQ's retries are spent
+
+    queue.connection.rpush(queue.key, job.id)  # whatever brings its id once more
+    work(kind, queue)
+    assert said(ledger) == ["failed"]
+    assert not queue.job_ids
+
+
+def test_without_a_callback_nothing_is_pushed(
+    queue: Queue, tracker: FakeTracker, ledger: Path
+) -> None:
+    """It stands among the failed jobs, as before."""
+    job = enqueued(queue, ledger)
+    bury(tracker, queue)
+
+    assert not queue.job_ids
+    assert queue.failed_job_registry.get_job_ids() == [job.id]
+    assert said(ledger) == []
+
+
+@pytest.mark.parametrize("kind", [Worker, SimpleWorker])
+def test_spent_by_the_very_start(
+    kind: Any,
+    queue: Queue,
+    tracker: FakeTracker,
+    ledger: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A worker whose claim is refused for the budget has the job in its hands, and reports it."""
+    job = enqueued(queue, ledger, on_failure=Callback(tasks.note_failure))
+
+    def spent(self: FakeSession, token: Any, describe: Any) -> Refused:
+        return Refused(token, Refusal.SPENT)
+
+    monkeypatch.setattr(FakeSession, "start", spent)
+    work(kind, queue)
+
+    assert said(ledger) == ["failed"]
+    assert queue.failed_job_registry.get_job_ids() == [job.id]
+    assert not queue.job_ids
