@@ -531,7 +531,7 @@ class WorkerSession:
             self._heart.ended.wait(self._settings.record_timeout)
         self.flush()
         self._tracker.settle(last=True)
-        if running or len(self._tracker.spool):
+        if running or self._tracker.spool.pending:
             # What still runs is nobody's only when nobody has been heard for long enough; and after
             # a goodbye, what we ran and could not report would be run again at once.
             self._heart.close()

@@ -73,7 +73,9 @@ class Settings:
         1.0, "between the first two looks whether Postgres is back; doubles up to 8 times this"
     )
     spool_size: int = _setting(100_000, "what is kept in memory while Postgres is away, in entries")
-    spool_bytes: int = _setting(64 << 20, "and in bytes")
+    spool_bytes: int = _setting(
+        64 << 20, "the same in bytes; above it workers record the jobs that they start"
+    )
     ends_interval: float = _setting(0.05, "an end waits this long for company, at most")
     ends_batch: int = _setting(500, "this many ends wait no longer")
     beat_interval: float = _setting(3.0, "between two beats of a worker")

@@ -1,8 +1,8 @@
 """The statements of a job's road stay on indexes when much is owed: nothing here reads all of `jobs`.
 
 auto_explain tells the plans, those inside the functions as well, and after enough calls for a
-generic plan to be chosen. Planted once, each seen to fail: the index jobs_job_id dropped (record),
-history_token dropped (claim), jobs_pkey dropped (end), `j.token::text > …` in `page` (leader), and
+generic plan to be chosen. Planted once, each seen to fail: the index jobs_by_job dropped (record),
+history_by_token dropped (claim), jobs_pkey dropped (end), `j.token::text > …` in `page` (leader), and
 plans kept for as long as the session (a queue that was empty at first).
 """
 
