@@ -118,7 +118,7 @@ class HostTracker:
             self._told = False
             say("postgres_back", to_replay=len(self.spool))
         else:
-            say("postgres_away")
+            say("postgres_away", error=self.circuit.why)
 
     def _ready(self) -> HostStore:
         """The store, made known to this source on the first call. Raises as the store does."""

@@ -354,7 +354,7 @@ def test_a_resolver_that_does_not_answer_holds_up_nobody(database: str, resolver
     url = database.replace("127.0.0.1", "db.example")
     dbs = [database_of(url, connect_timeout=0.05) for _ in range(5)]
     for db in dbs:
-        with pytest.raises(NotWritten):
+        with pytest.raises(NotWritten, match=r"name db\.example"):
             db.execute("select 1")
         assert not db.probe()
     assert resolver.asked == ["db.example"]
