@@ -28,7 +28,7 @@ class Pooler:
         self.url = url
         self.logins = 0
         self._hidden = hidden
-        self._key = b""
+        self._keys: dict[socket.socket, bytes] = {}
         self._free = threading.Semaphore(size)
         self._idle: list[socket.socket] = []
         self._lock = threading.Lock()
@@ -93,10 +93,11 @@ class Pooler:
                 if code == 80877102:
                     return
                 break
-            with self._session() as server:
-                pass  # its parameters are known now
             self.logins += 1
-            key = self._key if self._hidden else struct.pack("!II", next(_NUMBERS), 7)
+            with self._session() as server:
+                key = self._keys[server]  # its parameters are known now, too
+            if not self._hidden:
+                key = struct.pack("!II", next(_NUMBERS), 7)
             client.sendall(
                 _message(b"R", struct.pack("!I", 0))
                 + self._parameters
@@ -159,7 +160,7 @@ class Pooler:
             if answer[:1] == b"S":
                 parameters += answer
             if answer[:1] == b"K":
-                self._key = answer[5:]
+                self._keys[server] = answer[5:]
         self._parameters = parameters
         return server
 

@@ -204,12 +204,21 @@ def test_one_does_not_run_the_statement_of_another(pooled: Pooler) -> None:
 
 def test_a_pooler_that_hides_itself(database: str) -> None:
     """A name stands for the text of its statement: nobody runs that of another."""
-    with Pooler(database, hidden=True) as pooler:
+    with (
+        Pooler(database, size=2, hidden=True) as pooler,
+        psycopg.connect(pooler.client_url, prepare_threshold=None) as one,
+        psycopg.connect(pooler.client_url, prepare_threshold=None) as other,
+    ):
         first, second = database_of(pooler.client_url), database_of(pooler.client_url)
-        for n in range(3):
-            assert first.execute("select 'first', %(a)s::int", {"a": n}) == [("first", n)]
-            assert second.execute("select 'second', %(a)s::int", {"a": n}) == [("second", n)]
-            assert second.execute("select 'first', %(a)s::int", {"a": n}) == [("first", n)]
+        one.execute("select 1")  # keeps a session from the others until it commits
+        assert first.execute("select 'first', %(a)s::int", {"a": 1}) == [("first", 1)]
+        other.execute("select 1")
+        one.commit()
+        assert second.execute("select 'second', %(a)s::int", {"a": 1}) == [("second", 1)]
+
+        # Where the second prepared its first statement, the first runs its own.
+        assert first.execute("select 'first', %(a)s::int", {"a": 2}) == [("first", 2)]
+        other.commit()
 
 
 def test_an_error_behind_a_pooler_leaves_no_transaction(pooled: Pooler) -> None:
