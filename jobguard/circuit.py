@@ -48,6 +48,8 @@ class Circuit:
         self._probe = probe
         self._chance = chance
         self._failures = 0
+        self.why = ""
+        """What the last failure said."""
         self._retry_interval = retry_interval
         self._on_change = on_change
         self._clock = clock
@@ -90,7 +92,8 @@ class Circuit:
             self._failures = 0
         except pybreaker.CircuitBreakerError as error:
             raise BreakerOpen from error
-        except StoreUnavailable:
+        except StoreUnavailable as error:
+            self.why = str(error)
             self._opened()
             raise
 
@@ -103,7 +106,8 @@ class Circuit:
         try:
             if not self._probe():
                 return False  # under way: the next who comes along carries it on
-        except StoreUnavailable:
+        except StoreUnavailable as error:
+            self.why = str(error)
             self._next_look = self._clock() + self._pause()
             return False
         finally:

@@ -150,7 +150,7 @@ class HostTracker:
             self._told = False
             say("postgres_back", to_replay=self.spool.pending)
         else:
-            say("postgres_away")
+            say("postgres_away", error=self.circuit.why)
 
     def _ready(self) -> HostStore:
         """The store, made known to this source on the first call. Raises as the store does."""

@@ -22,10 +22,13 @@ _NUMBERS = itertools.count(1_000_000)
 
 
 class Pooler:
-    """Lends ``size`` sessions of the database at ``url``."""
+    """Lends ``size`` sessions of the database at ``url``; ``hidden``: with the numbers of the server."""
 
-    def __init__(self, url: str, *, size: int = 1) -> None:
+    def __init__(self, url: str, *, size: int = 1, hidden: bool = False) -> None:
         self.url = url
+        self.logins = 0
+        self._hidden = hidden
+        self._keys: dict[socket.socket, bytes] = {}
         self._free = threading.Semaphore(size)
         self._idle: list[socket.socket] = []
         self._lock = threading.Lock()
@@ -90,9 +93,11 @@ class Pooler:
                 if code == 80877102:
                     return
                 break
+            self.logins += 1
             with self._session() as server:
-                pass  # its parameters are known now
-            key = struct.pack("!II", next(_NUMBERS), 7)
+                key = self._keys[server]  # its parameters are known now, too
+            if not self._hidden:
+                key = struct.pack("!II", next(_NUMBERS), 7)
             client.sendall(
                 _message(b"R", struct.pack("!I", 0))
                 + self._parameters
@@ -154,6 +159,8 @@ class Pooler:
                 raise EOFError(answer)
             if answer[:1] == b"S":
                 parameters += answer
+            if answer[:1] == b"K":
+                self._keys[server] = answer[5:]
         self._parameters = parameters
         return server
 

@@ -184,9 +184,16 @@ class Approach:
                 continue
             now = time.monotonic()
             if now >= self._until and (self._left or wait == 0):
-                self._leave(psycopg.OperationalError("the server did not answer in time"))
+                self._leave(psycopg.OperationalError(self.late))
             elif now >= ends:
                 return None
+
+    @property
+    def late(self) -> str:
+        """What has not been done in time."""
+        if self.place is not None and self.place.name is not None:
+            return f"the name {self.place.name} was not resolved in time"
+        return "Postgres did not accept a connection in time"
 
     def _step(self, wait: float) -> Session | None:
         place = self.place
@@ -387,8 +394,9 @@ class Database:
             return self._connection
         self._drop()
         if not self.probe(wait=self._connect_timeout):
+            late = self._connecting.late if self._connecting is not None else ""
             self._abandon_connecting()
-            raise NotWritten("Postgres did not accept a connection in time")
+            raise NotWritten(late or "Postgres did not accept a connection in time")
         assert self._connection is not None
         return self._connection
 

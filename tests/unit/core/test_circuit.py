@@ -79,6 +79,21 @@ def test_stays_closed_for_what_is_not_postgres_absence(error: Exception) -> None
     assert stage.changes == []
 
 
+def test_the_last_failure_says_why() -> None:
+    """Of a call, and later of a look."""
+    stage = Stage()
+    with pytest.raises(StoreUnavailable):
+        stage.call(StoreUnavailable("no connection left"))
+    assert stage.circuit.why == "no connection left"
+
+    def refused() -> bool:
+        raise StoreUnavailable("refused")
+
+    stage.standing = refused
+    stage.circuit.look()
+    assert stage.circuit.why == "refused"
+
+
 def test_no_call_while_open() -> None:
     """While it is open, calls fail at once and are not made; Postgres is looked for once an interval."""
     stage = Stage()
