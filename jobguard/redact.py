@@ -41,6 +41,13 @@ _RULES: tuple[tuple[re.Pattern[str], str], ...] = (
     ),
     # Up to the last @ of the word: the password may hold an @ or a / that is not encoded.
     (re.compile(r"(://[^\s/:@\"']{0,128}:)[^\s\"'<>]{0,512}@"), rf"\1{MASK}@"),
+    # What urllib and kombu say of a URL that they cut inside a password.
+    (
+        re.compile(
+            r"(cast to integer value as |Database is int between 0 and limit - 1, not )[^\r\n]{1,4096}+"
+        ),
+        rf"\1{MASK} (in a password write / as %2F, @ as %40, # as %23 and ? as %3F)",
+    ),
     (
         re.compile(
             rf"(?i)\b((?:proxy-)?authorization|(?:set-)?cookie)({_IS})[\"']?[^\r\n\"']{{1,4096}}+"

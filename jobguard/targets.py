@@ -7,6 +7,7 @@ from importlib.metadata import EntryPoint, entry_points
 
 from jobguard.adapter import Adapter, Guarded, Later
 from jobguard.errors import UnsupportedTarget
+from jobguard.redact import redact
 from jobguard.settings import Settings
 
 
@@ -24,7 +25,11 @@ def recognised(target: object, settings: Settings) -> tuple[Adapter, Guarded | L
             tried.append(f"{entry.name} ({error})")
             continue
         tried.append(entry.name)
-        guarded = adapter.sources(target, namespace=settings.namespace, name=settings.source)
+        try:
+            guarded = adapter.sources(target, namespace=settings.namespace, name=settings.source)
+        except (UnsupportedTarget, ValueError) as error:
+            # A library that cannot read its URL quotes it, and a password may be in the quotation.
+            raise UnsupportedTarget(redact(str(error))) from None
         if guarded is not None:
             return adapter, guarded
     kind = f"{type(target).__module__}.{type(target).__qualname__}"

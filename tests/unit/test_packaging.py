@@ -84,3 +84,9 @@ def test_every_adapter_entry_point_has_its_package() -> None:
     for target in PROJECT["project"]["entry-points"]["jobguard.adapters"].values():
         module = target.partition(":")[0]
         assert module in SETUPTOOLS["packages"], target
+
+
+def test_an_old_redis_client_may_stay() -> None:
+    """The dashboard of Dramatiq asks for redis before 5; all that we use is in 4.5."""
+    (bound,) = [one for one in PROJECT["project"]["dependencies"] if one.startswith("redis")]
+    assert bound == "redis>=4.5"

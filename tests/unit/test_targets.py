@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import celery
 import pytest
 import redis
 
@@ -23,3 +24,25 @@ def test_a_cluster_is_refused(shape: str) -> None:
     }[shape]
     with pytest.raises(UnsupportedTarget, match="without cluster mode"):
         jobguard.guard(target, postgres="postgresql://h/d")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://:S3cr/t0k@h:6379/0",
+        "redis://:12/t0k@h/0",
+        "redis://:S3cr?t0k@h/0",
+        "sentinel://:S3cr/t0k@h:1/0",
+        "redis+socket://:S3cr/t0k@/x",
+    ],
+)
+def test_a_url_that_the_library_cannot_read_is_not_repeated(
+    url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The library's own error quotes a part of the password."""
+    app = celery.Celery("app", broker=url, set_as_current=False)
+    guard = jobguard.guard(app, postgres="postgresql://h/d")
+    shown = f"{guard.inert} {guard!r} {caplog.text}"
+    assert "S3cr" not in shown and "t0k" not in shown
+    assert "%2F" in (guard.inert or "")
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
