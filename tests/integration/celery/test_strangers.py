@@ -65,7 +65,7 @@ def test_a_stranger_that_no_name_shows(rig: Rig, hidden: dict[str, Any]) -> None
     assert any("brpop" in name for name in strangers(rig)), strangers(rig)
     assert not rig.trusted()
     for word in WORDS:
-        rig.send("ok", word)
+        rig.send("ok", word, ignore_result=True)
     rig.until(lambda: rig.said().keys() >= set(WORDS))
     rig.until(lambda: suspected(rig) == rig.owed() == len(WORDS))
     rig.worker(concurrency=1)
@@ -84,7 +84,7 @@ def test_a_stranger_that_survives_a_flush(rig: Rig) -> None:
     rig.redis.flushdb()
     rig.until(lambda: "lost data" in log.text)
     for word in WORDS:
-        rig.send("ok", word)
+        rig.send("ok", word, ignore_result=True)
     rig.until(lambda: rig.said().keys() >= set(WORDS))
     rig.until(lambda: suspected(rig) == rig.owed())
     assert set(rig.said().values()) == {1}
@@ -102,7 +102,7 @@ def test_guarded_workers_and_those_who_only_ask_are_accounted_for(rig: Rig) -> N
     watched = "select max(opened_at) from jobguard.incidents where closed_at is not null"
     rig.until(lambda: rig.ask(watched)[0][0] is not None)
     for word in WORDS:
-        rig.send("ok", word)
+        rig.send("ok", word, ignore_result=True)
     rig.until(lambda: not rig.owed())
     assert strangers(rig) == []
     assert rig.ask("select unguarded_at from jobguard.queues where unguarded_at is not null") == []
@@ -115,7 +115,7 @@ def test_a_rollback(rig: Rig) -> None:
     trusted(rig)
     guarded.stop()
     for word in WORDS:
-        rig.send("ok", word)
+        rig.send("ok", word, ignore_result=True)
     reconciler.stop()
     bare = rig.worker("solo", guarded=False, conf=UNSEEN)
     rig.until(lambda: rig.said().keys() >= set(WORDS))
