@@ -29,7 +29,7 @@ from jobguard.adapters.celery.header import DEAD, PART, TOKEN, WORKER, token_of
 from jobguard.adapters.celery.hooks import Hooks
 from jobguard.adapters.celery.parts import OVER, REDIS_FAILED, part_made_of
 from jobguard.adapters.celery.run import Run
-from jobguard.adapters.celery.sessions import CONTENT
+from jobguard.adapters.celery.sessions import CONTENT, QUEUE
 from jobguard.adapters.celery.skip import remember, skip
 from jobguard.adapters.celery.wall import our_own_affair
 from jobguard.errors import is_host_interrupt
@@ -50,7 +50,7 @@ except ImportError:  # billiard before 4.3
 log = logging.getLogger("jobguard")
 Hook = Callable[..., Any]
 
-OURS = (TOKEN, WORKER, CONTENT, PART, DEAD)
+OURS = (TOKEN, WORKER, CONTENT, QUEUE, PART, DEAD)
 """Headers of ours, as a task's request has them."""
 _ASKED = "_jobguard_asked"
 _RUN = "_jobguard_run"
@@ -176,8 +176,8 @@ def _begin(task: Any, request: Any) -> Refused | None:
 
 
 def queue_of(request: Any) -> str:
-    """Return the queue that a task came from, as far as its message says so."""
-    return (request.delivery_info or {}).get("routing_key") or ""
+    """Return the queue that a task came from, as its worker was told, or else as its message says."""
+    return request.get(QUEUE) or (request.delivery_info or {}).get("routing_key") or ""
 
 
 def _describe(task: Any, request: Any, token: UUID) -> Delivery:

@@ -13,7 +13,7 @@ from functools import wraps
 from typing import Any
 
 from celery.app.task import Task
-from kombu.transport.redis import QoS
+from kombu.transport.redis import QoS, Transport
 
 from jobguard.adapters.celery import killed, sessions
 from jobguard.adapters.celery.header import TOKEN, WORKER, token_of
@@ -23,11 +23,25 @@ from jobguard.job import Outcome, new_token
 
 Hook = Callable[..., Any]
 
+_FROM = "_jobguard_from"
+
 
 def put_on(hooks: Hooks) -> None:
     """Mark what this process' workers take, and hear of what they acknowledge."""
     hooks.put(QoS, "append", append)
     hooks.put(QoS, "ack", ack)
+    hooks.put(Transport, "_deliver", deliver)
+
+
+def deliver(original: Hook) -> Hook:
+    """Transport._deliver: a message came from this queue, which kombu does not say in the message."""
+
+    @wraps(original)
+    def hook(self: Any, message: Any, queue: Any) -> Any:
+        vars(self)[_FROM] = queue
+        return original(self, message, queue)
+
+    return hook
 
 
 def append(original: Hook) -> Hook:
@@ -92,6 +106,7 @@ def _mark(books: Any, message: Any) -> None:
     headers = message.headers
     if working is None or not isinstance(headers, dict):
         return
+    vars(message)[sessions.QUEUE] = vars(books.channel.connection).get(_FROM)
     if working.held is not None:
         working.held.add(books)
     if token_of(headers) is None:

@@ -35,9 +35,12 @@ def target_of(
     name = str(getattr(exchange, "name", exchange) or "")
     if not name:
         return Target(str(routing_key or "")) if routing_key else None
+    # What nobody in this process has declared, kombu does not know either: it drops the message, or
+    # routes it as if the exchange were a direct one. To declare it here would change that.
+    declared = channel is None or name in channel.state.exchanges
     known = [
         queue
-        for queue in (*(declare or ()), *app.amqp.queues.values())
+        for queue in (*(declare or ()), *(app.amqp.queues.values() if declared else ()))
         if getattr(getattr(queue, "exchange", None), "name", None) == name
     ]
     kinds = [exchange_type, getattr(exchange, "type", None), *(q.exchange.type for q in known)]

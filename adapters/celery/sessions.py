@@ -35,6 +35,8 @@ log = logging.getLogger("jobguard")
 
 CONTENT = "jobguard-content"
 """Of which kind the body was, in what the main process tells its children of a task."""
+QUEUE = "jobguard-queue"
+"""The same: from which queue it came. Its routing key is another name where a named exchange is used."""
 _ANNOUNCE = 4.0
 """Seconds between two announcements."""
 _HANDED = 10.0
@@ -147,6 +149,8 @@ class Working:
         self.handed[request] = time.monotonic()
         told = request.request_dict
         told[WORKER], told[CONTENT] = self.session.id.hex, request.content_type
+        if queue := getattr(request.message, "__dict__", {}).get(QUEUE):
+            told[QUEUE] = queue
         if (token := token_in(request)) is not None:
             told[TOKEN] = token.hex  # protocol 1 has none where a child would look for it
 

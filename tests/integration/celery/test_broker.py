@@ -334,6 +334,20 @@ class TestRestore:
         app.tasks["add"].apply_async((1,), queue="tq", routing_key="a.b")
         assert client.llen("tq") == 1
 
+    def test_an_exchange_that_nobody_declared(
+        self, make_app: Make, guard: Guard, client: redis.Redis
+    ) -> None:
+        """Bare kombu drops the message; to be guarded does not change where it goes."""
+        lengths = []
+        for guarded in (False, True):
+            exchange = Exchange(f"undeclared-{guarded}", "topic")
+            app = make_app(task_queues=[Queue("uq", exchange, routing_key="a.#")])
+            tracker = guard(app) if guarded else None
+            app.tasks["add"].apply_async((1,), exchange=exchange.name, routing_key="a.b")
+            lengths.append(client.llen("uq"))
+            assert tracker is None or not tracker.recorded
+        assert lengths == [0, 0]
+
 
 class TestConsumers:
     """Who takes tasks from a queue, guarded or not."""

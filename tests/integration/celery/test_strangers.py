@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import celery
 import pytest
+from kombu.entity import Exchange, Queue
 
-from tests.integration.celery.rig import Rig, a_rig
+from tests.integration.celery.rig import PROGRAM, Rig, a_rig
 
 WORDS = [f"w{n}" for n in range(8)]
 UNSEEN = {"task_ignore_result": True}
@@ -63,7 +65,7 @@ def test_a_stranger_that_no_name_shows(rig: Rig, hidden: dict[str, Any]) -> None
     assert any("brpop" in name for name in strangers(rig)), strangers(rig)
     assert not rig.trusted()
     for word in WORDS:
-        rig.send("ok", word)
+        rig.send("ok", word, ignore_result=True)
     rig.until(lambda: rig.said().keys() >= set(WORDS))
     rig.until(lambda: suspected(rig) == rig.owed() == len(WORDS))
     rig.worker(concurrency=1)
@@ -82,7 +84,7 @@ def test_a_stranger_that_survives_a_flush(rig: Rig) -> None:
     rig.redis.flushdb()
     rig.until(lambda: "lost data" in log.text)
     for word in WORDS:
-        rig.send("ok", word)
+        rig.send("ok", word, ignore_result=True)
     rig.until(lambda: rig.said().keys() >= set(WORDS))
     rig.until(lambda: suspected(rig) == rig.owed())
     assert set(rig.said().values()) == {1}
@@ -100,7 +102,7 @@ def test_guarded_workers_and_those_who_only_ask_are_accounted_for(rig: Rig) -> N
     watched = "select max(opened_at) from jobguard.incidents where closed_at is not null"
     rig.until(lambda: rig.ask(watched)[0][0] is not None)
     for word in WORDS:
-        rig.send("ok", word)
+        rig.send("ok", word, ignore_result=True)
     rig.until(lambda: not rig.owed())
     assert strangers(rig) == []
     assert rig.ask("select unguarded_at from jobguard.queues where unguarded_at is not null") == []
@@ -113,7 +115,7 @@ def test_a_rollback(rig: Rig) -> None:
     trusted(rig)
     guarded.stop()
     for word in WORDS:
-        rig.send("ok", word)
+        rig.send("ok", word, ignore_result=True)
     reconciler.stop()
     bare = rig.worker("solo", guarded=False, conf=UNSEEN)
     rig.until(lambda: rig.said().keys() >= set(WORDS))
@@ -126,3 +128,34 @@ def test_a_rollback(rig: Rig) -> None:
     job_id = rig.send("ok", "last")
     rig.until(lambda: rig.ended(job_id) == ["completed"])
     assert set(rig.said().values()) == {1}
+    ((token,),) = rig.ask("select token from jobguard.suspects order by token limit 1")
+    with rig.guard() as guard:
+        guard.requeue(token)
+    rig.until(lambda: rig.said()[WORDS[0]] == 2)
+    rig.until(lambda: rig.owed() == len(WORDS) - 1)
+
+
+@pytest.mark.parametrize("pool", ["prefork", "threads"])
+def test_what_came_by_a_named_exchange_is_of_the_queue_it_came_from(rig: Rig, pool: str) -> None:
+    """An unguarded program sent it, and its worker is killed: the routing key is no queue."""
+    exchange = Exchange("shop", "topic")
+    queues = [Queue(name, exchange, routing_key="order.#") for name in ("one", "two")]
+    rig.reconciler()
+    first = rig.worker(pool, "-Q", "one,two", concurrency=2)
+    rig.until(lambda: rig.listed() == [{"one", "two"}])
+    bare = celery.Celery("bare", broker=rig.redis_url, set_as_current=False)
+    bare.conf.task_queues = queues
+    bare.send_task(
+        f"{PROGRAM}.slow",
+        ("word", 30.0),
+        exchange=exchange,
+        routing_key="order.new",
+        declare=queues,
+    )
+    rig.until(lambda: rig.said()["word-begins"] == 2)
+    rows = rig.ask("select queue from jobguard.jobs order by queue")
+    assert rows == [("one",), ("two",)]
+    rig.until(lambda: rig.trusted("one") and rig.trusted("two"))
+    first.kill()
+    rig.worker(pool, "-Q", "one,two", concurrency=2)
+    rig.until(lambda: rig.said()["word-begins"] == 4)
