@@ -25,13 +25,12 @@ from celery.worker.consumer import consumer
 from jobguard import failpoint
 from jobguard.adapter import told_again
 from jobguard.adapters.celery import killed, lookup, sessions, wire
-from jobguard.adapters.celery.header import PART, QUEUE, TOKEN, WORKER, token_of
+from jobguard.adapters.celery.header import PART, TOKEN, WORKER, token_of
 from jobguard.adapters.celery.hooks import Hooks
 from jobguard.adapters.celery.parts import OVER, REDIS_FAILED, part_made_of
 from jobguard.adapters.celery.run import Run
 from jobguard.adapters.celery.sessions import CONTENT
 from jobguard.adapters.celery.skip import remember, skip
-from jobguard.adapters.celery.taken import queue_of
 from jobguard.adapters.celery.wall import our_own_affair
 from jobguard.errors import is_host_interrupt
 from jobguard.job import Delivery, Outcome, Refused, new_token
@@ -51,7 +50,7 @@ except ImportError:  # billiard before 4.3
 log = logging.getLogger("jobguard")
 Hook = Callable[..., Any]
 
-OURS = (TOKEN, WORKER, CONTENT, PART, QUEUE)
+OURS = (TOKEN, WORKER, CONTENT, PART)
 """Headers of ours, as a task's request has them."""
 _ASKED = "_jobguard_asked"
 _RUN = "_jobguard_run"
@@ -173,6 +172,11 @@ def _begin(task: Any, request: Any) -> Refused | None:
     run.enter()
     failpoint.hit("after_claim")
     return None
+
+
+def queue_of(request: Any) -> str:
+    """Return the queue that a task came from, as far as its message says so."""
+    return (request.delivery_info or {}).get("routing_key") or ""
 
 
 def _describe(task: Any, request: Any, token: UUID) -> Delivery:

@@ -15,8 +15,6 @@ from uuid import UUID
 
 TOKEN = "jobguard"
 WORKER = "jobguard-worker"
-QUEUE = "jobguard-queue"
-"""Only on what a guarded worker has taken of a named exchange: from which queue."""
 PART = "jobguard-part"
 """On the last part of a chord that is told to the library again: what it left, in base64."""
 

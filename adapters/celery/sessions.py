@@ -25,7 +25,7 @@ from celery.worker import state
 
 from jobguard.adapters.celery import lookup
 from jobguard.adapters.celery.announce import announcement, leave
-from jobguard.adapters.celery.header import QUEUE, TOKEN, WORKER, token_of
+from jobguard.adapters.celery.header import TOKEN, WORKER, token_of
 from jobguard.adapters.celery.held import Held, snapshot
 
 if TYPE_CHECKING:
@@ -149,8 +149,6 @@ class Working:
         told[WORKER], told[CONTENT] = self.session.id.hex, request.content_type
         if (token := token_in(request)) is not None:
             told[TOKEN] = token.hex  # protocol 1 has none where a child would look for it
-        if queue := (request.message.headers or {}).get(QUEUE):
-            told[QUEUE] = queue
 
     def _has_children(self) -> bool:
         return isinstance(getattr(self.controller, "pool", None), prefork.TaskPool)

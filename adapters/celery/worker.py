@@ -18,17 +18,7 @@ from celery.worker import WorkController
 from celery.worker.consumer.consumer import Consumer
 
 from jobguard.adapter import trackers
-from jobguard.adapters.celery import (
-    fence,
-    killed,
-    lookup,
-    mend,
-    owner,
-    parts,
-    sessions,
-    taken,
-    unread,
-)
+from jobguard.adapters.celery import fence, killed, lookup, mend, owner, parts, sessions, unread
 from jobguard.adapters.celery.header import token_of
 from jobguard.adapters.celery.hooks import Hooks
 from jobguard.adapters.celery.wall import our_own_affair
@@ -51,7 +41,7 @@ def install(tracker: Tracker | None, app: Any) -> None:
     """Hear what the workers of this app do; None: it is not known yet to whom that is told."""
     with _lock:
         if not _apps:
-            for part in (fence, killed, owner, parts, taken, unread):
+            for part in (fence, killed, owner, parts, unread):
                 part.put_on(_hooks)
             _hooks.put(WorkController, "_process_task", process_task)
             _hooks.put(Consumer, "add_task_queue", consumes_others)

@@ -17,7 +17,7 @@ import redis
 from celery import Celery, Task, chord, group
 from celery.exceptions import Ignore, Reject
 from kombu.common import Broadcast
-from kombu.entity import Exchange, Queue
+from kombu.entity import Queue
 
 import jobguard
 
@@ -36,12 +36,6 @@ app.conf.update(
 )
 if os.environ.get("BROADCAST"):
     app.conf.task_queues = (Queue("celery"), Broadcast("everyone"))
-if os.environ.get("TOPIC"):
-    news = Exchange("news", type="topic")
-    app.conf.task_queues = [
-        Queue("celery"),
-        *(Queue(name, news, routing_key="news.#") for name in ("one", "two")),
-    ]
 if os.environ.get("UNGUARDED") != "1":
     jobguard.guard(app)
 
