@@ -239,7 +239,7 @@ class Push(ABC):
                 if down and self.accepts(recorded):
                     self._leave()
                     return None
-                self.give_up(error)
+                self.refused(error)
                 raise
             self.failed(error)
             if down and self.accepts(recorded):
@@ -253,6 +253,10 @@ class Push(ABC):
         self._leave()
         ids = ", ".join(delivery.job_id for delivery in self.deliveries)
         error.add_note(f"jobguard: it may have reached Redis, and stays recorded: job {ids}")
+
+    def refused(self, error: BaseException) -> None:
+        """Redis answered, and surely nothing of it is there; its sender hears this."""
+        self.give_up(error)
 
     def give_up(self, error: BaseException) -> None:
         """It was never sent, and its sender hears this: take it back, unless a leader may have sent it."""

@@ -2,10 +2,11 @@
 -- retry it, while it waits to be put back.
 --
 -- KEYS: 1 job hash  2 wip zset  3 executions zset  4 intermediate list
--- ARGV: 1 id  2 token in hex  3 key base  4 deadline in Redis' time
+-- ARGV: 1 id  2 token in hex  3 key base  4 deadline in Redis' time, of a leader; a worker
+--       has none
 -- Returns 1 if it was this delivery's run.
 local time = redis.call('TIME')
-if tonumber(time[1]) + tonumber(time[2]) / 1e6 > tonumber(ARGV[4]) then return 0 end
+if ARGV[4] and tonumber(time[1]) + tonumber(time[2]) / 1e6 > tonumber(ARGV[4]) then return 0 end
 local hash = redis.call('HMGET', KEYS[1], 'jg', 'status')
 if hash[1] ~= ARGV[2] then return 0 end
 for _, execution in ipairs(redis.call('ZRANGE', KEYS[3], 0, -1)) do

@@ -81,6 +81,10 @@ class _Push(Push):
         """As for every pipeline."""
         not_pushed(self.staged, error)
 
+    def refused(self, error: BaseException) -> None:
+        """As for every pipeline."""
+        not_pushed(self.staged, error)
+
     def is_refused(self, error: BaseException) -> bool:
         """As for every pipeline."""
         return surely_failed(error)

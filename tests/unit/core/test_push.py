@@ -29,7 +29,7 @@ class Tracker:
         self.answer: Recorded | Exception = LED
         self.accepting = True
         self.in_doubt = False
-        self.push_deadline = 60.0
+        self.push_deadline = 3600.0  # LED is as old as this module
         self.held: list[Callable[[Recorded], None]] | None = None
 
     def hold(
