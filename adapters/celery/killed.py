@@ -133,6 +133,10 @@ def announce_cancelled(original: Hook) -> Hook:
                 _hand_back(self)
         try:
             return original(self, *args, **kwargs)
+        except REDIS_FAILED as error:
+            # The task is handed back already. An error here would end the whole worker.
+            log.warning("the result backend did not take the state of a cancelled task: %r", error)
+            return None
         finally:
             # Celery sets this last. If the Redis of the results is away, it never does, and takes the
             # death of the child for a revocation.

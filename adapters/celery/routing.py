@@ -35,13 +35,14 @@ def target_of(
     name = str(getattr(exchange, "name", exchange) or "")
     if not name:
         return Target(str(routing_key or "")) if routing_key else None
-    # What nobody in this process has declared, kombu does not know either: it drops the message, or
-    # routes it as if the exchange were a direct one. To declare it here would change that.
+    # An exchange that this process did not declare is a direct one for kombu. So its own queues count where
+    # they are bound to a direct exchange, and Redis learns of them again; others stay as kombu has them.
     declared = channel is None or name in channel.state.exchanges
     known = [
         queue
-        for queue in (*(declare or ()), *(app.amqp.queues.values() if declared else ()))
+        for queue in (*(declare or ()), *app.amqp.queues.values())
         if getattr(getattr(queue, "exchange", None), "name", None) == name
+        and (declared or queue in (declare or ()) or queue.exchange.type == "direct")
     ]
     kinds = [exchange_type, getattr(exchange, "type", None), *(q.exchange.type for q in known)]
     if next((kind for kind in kinds if kind), "direct") == "fanout":

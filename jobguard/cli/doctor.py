@@ -128,7 +128,6 @@ def examine(
     reached: list[Reached] = []
     for url in redis_urls:
         yield from _look_at_redis(url, reached)
-        yield from _look_at_clients(url)
     if not redis_urls:
         yield _note("redis", "none was named: give --redis URL, or set JOBGUARD_REDIS_URL")
     if not schema_fits:
@@ -526,26 +525,6 @@ def _judge_redis(about: str, info: dict[str, Any]) -> Iterator[Finding]:
     clients = info.get("maxclients") or 0
     if clients and info.get("connected_clients", 0) > _FULL * clients:
         yield _problem(about, f"{info['connected_clients']} of {clients} clients are connected")
-
-
-def _look_at_clients(url: str) -> Iterator[Finding]:
-    """Try what a leader needs to count the consumers of queues by their connections."""
-    import redis
-
-    from jobguard.clients import address_of, client_from_url
-
-    try:
-        with client_from_url(url, timeout=REDIS_TIMEOUT_SECONDS) as client:
-            client.client_list(_type="pubsub")
-            client.pubsub_channels("jobguard:none")
-    except redis.ResponseError as error:
-        yield _problem(
-            f"redis {address_of(client)}",
-            f"consumers cannot be counted ({error}): unguarded workers are seen by name only; grant "
-            "+client|list and +pubsub to the reconciler, +client|setname to workers",
-        )
-    except (redis.RedisError, ValueError):
-        return  # it was said what is wrong with this Redis
 
 
 def _judge_persistence(about: str, info: dict[str, Any]) -> Finding:

@@ -135,7 +135,8 @@ def _legend(total: Counts) -> Iterable[str]:
     if total.stuck:
         yield (
             "stuck: the worker of the job is gone, or Redis does not have the job. The leader looks "
-            "again and puts it back; if the number stays, run `jobguard doctor`"
+            "again and puts it back; if the number stays, run `jobguard doctor`. `jobguard requeue --all` "
+            "counts them by cause, asks, and puts them back"
         )
     if total.failed:
         yield "failed: given up by the library. `jobguard dead list --failed`"

@@ -236,7 +236,7 @@ def test_what_an_unguarded_worker_may_have_run_is_reported_not_recovered(site: S
         job = queue.enqueue_in(timedelta(hours=1), roads.say, str(site.ledger))
         told = reconciler.tells("queue_untrusted")
         assert told["queue"] == QUEUE
-        assert len(told["workers"]) == 1
+        assert any("bare" in worker for worker in told["workers"])
         with site.client() as client:
             client.delete(job.key)
             eventually(lambda: guard.stats().stuck == 1, 20, message=reconciler.log)
