@@ -34,10 +34,15 @@ demo: $(VENV)/.ready-for-demo
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n 6 --dist worksteal $(TEST_ARGS)
 
-ecosystem: $(VENV)/.ready
-	$(PIP) --editable '.[ecosystem]'
-	$(BIN)/python -m pytest -n 2 tests/acceptance/test_ecosystem.py tests/acceptance/test_tracing.py \
-		$(TEST_ARGS)
+ecosystem: $(VENV)-ecosystem/.ready
+	$(VENV)-ecosystem/bin/python -m pytest -n 2 tests/acceptance/test_ecosystem.py \
+		tests/acceptance/test_tracing.py tests/integration/celery/test_batches.py $(TEST_ARGS)
+
+$(VENV)-ecosystem/.ready: pyproject.toml $(VENV)/.created
+	$(BIN)/python -m venv --clear $(VENV)-ecosystem
+	$(VENV)-ecosystem/bin/python -m pip install --quiet --disable-pip-version-check \
+		--editable '.[celery,dramatiq,rq,embedded,test,ecosystem]'
+	@touch $@
 
 # Of each library the oldest first; the servers are tried with the last.
 matrix: $(VENV)/.ready $(VERSIONS:%=$(VENV)-%/.ready)

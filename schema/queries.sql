@@ -61,10 +61,11 @@ select jobguard.record(
 -- Forget deliveries that were never pushed.
 with locked as materialized (
   select j.token from jobguard.jobs j
-  where j.source = %(source)s and j.token = any (%(tokens)b::uuid[]) order by j.token for update
+  where j.source + 0 = %(source)s and j.token = any (%(tokens)b::uuid[]) order by j.token for update
 ), gone as (
   delete from jobguard.jobs j using locked l
-  where j.source = %(source)s and j.token = l.token and j.claims = 0
+  where j.source + 0 = %(source)s and j.token = l.token and j.claims = 0
+    and j.token = any (%(tokens)b::uuid[])
     and not exists (select from jobguard.running r where r.source = j.source and r.token = j.token)
   returning j.token
 ), unboxed as (
@@ -78,7 +79,7 @@ delete from jobguard.suspects s using gone g where s.source + 0 = %(source)s and
 -- Leave the push of owed deliveries to the leader.
 insert into jobguard.outbox (source, token, unsent)
 select j.source, j.token, false from jobguard.jobs j
-where j.source = %(source)s and j.token = any (%(tokens)b::uuid[])
+where j.source + 0 = %(source)s and j.token = any (%(tokens)b::uuid[])
 on conflict do nothing
 
 -- name: claim
@@ -101,7 +102,7 @@ cross join lateral jobguard.claim(%(source)s, a.token, a.nonce, a.worker, %(pid)
 -- A claim that its own worker gives back, so that anyone may start the delivery again.
 with locked as (
   select j.token from jobguard.jobs j
-  where j.source = %(source)s and j.token = %(token)s for update
+  where j.source + 0 = %(source)s and j.token = %(token)s for update
 ), gone as (
   delete from jobguard.running r using locked l
   where r.source + 0 = %(source)s and r.token = l.token and r.worker = %(worker)s
@@ -112,7 +113,7 @@ update jobguard.jobs j set claims = greatest(j.claims, g.number)
 from gone g where j.source + 0 = %(source)s and j.token = g.token and j.token = %(token)s
 
 -- name: predecessor
-select j.last_worker from jobguard.jobs j where j.source = %(source)s and j.token = %(token)s
+select j.last_worker from jobguard.jobs j where j.source + 0 = %(source)s and j.token = %(token)s
 
 -- name: lock
 -- A lock is free where the claim that took it does not stand any more, or its worker is dead.
@@ -209,16 +210,16 @@ update jobguard.workers set left_at = now() where id = %(worker)s and left_at is
 select j.token from jobguard.jobs j
 join jobguard.sources s on s.id = j.source
 join jobguard.queues q on q.source = j.source and coalesce(q.name, q.queue) = j.queue
-where j.source = %(source)s and j.token = any (%(tokens)b::uuid[])
+where j.source + 0 = %(source)s and j.token = any (%(tokens)b::uuid[])
   and q.trusted_since <= j.recorded_at and s.watched_at > now() - interval '5 minutes'
 
 -- name: envelope_of
-select j.envelope from jobguard.jobs j where j.source = %(source)s and j.token = %(token)s
+select j.envelope from jobguard.jobs j where j.source + 0 = %(source)s and j.token = %(token)s
 
 -- name: amend
 -- Only where nobody has changed it meanwhile.
 update jobguard.jobs j set envelope = %(envelope)s::bytea
-where j.source = %(source)s and j.token = %(token)s and j.envelope = %(before)s::bytea
+where j.source + 0 = %(source)s and j.token = %(token)s and j.envelope = %(before)s::bytea
 returning true
 
 -- name: heartbeat
@@ -391,7 +392,7 @@ with lease as (
 ), owed as (
   -- What has ended since the look is no suspect: its row would stay for ever.
   select j.token from jobguard.jobs j
-  where j.source = %(source)s and j.token = any (%(token)b::uuid[])
+  where j.source + 0 = %(source)s and j.token = any (%(token)b::uuid[])
   order by j.token for key share
 ), suspected as (
 insert into jobguard.suspects as s (source, token, cause, mark)
@@ -413,7 +414,7 @@ with lease as (
 ), locked as materialized (
   select count(*) as rows from (
     select from jobguard.jobs j
-    where j.source = %(source)s and j.token = any (%(tokens)b::uuid[]) order by j.token for key share
+    where j.source + 0 = %(source)s and j.token = any (%(tokens)b::uuid[]) order by j.token for key share
   ) j
 ), unboxed as (
   delete from jobguard.outbox b using lease
@@ -435,7 +436,7 @@ from (
          row_number() over (order by w.nth) as place,
          sum(octet_length(j.envelope)) over (order by w.nth) as bytes
   from unnest(%(tokens)b::uuid[]) with ordinality as w (token, nth)
-  join jobguard.jobs j on j.source = %(source)s and j.token = w.token
+  join jobguard.jobs j on j.source + 0 = %(source)s and j.token = w.token
   where not exists (
     select from jobguard.history h where h.source = j.source and h.token = j.token)
 ) f
@@ -471,7 +472,7 @@ order by h.token, h.ended_at
 -- name: known
 -- Which of these tokens the ledger has heard of.
 select j.token from jobguard.jobs j
-where j.source = %(source)s and j.token = any (%(tokens)b::uuid[])
+where j.source + 0 = %(source)s and j.token = any (%(tokens)b::uuid[])
 union
 select h.token from jobguard.history h
 where h.source = %(source)s and h.token = any (%(tokens)b::uuid[])
@@ -480,7 +481,7 @@ where h.source = %(source)s and h.token = any (%(tokens)b::uuid[])
 -- Which of these have had a later life of their id begin since: where one body is kept per id, that
 -- one stood in their place. Later by the database's clock; tokens are made by many.
 select j.token from jobguard.jobs j
-where j.source = %(source)s and j.token = any (%(tokens)b::uuid[])
+where j.source + 0 = %(source)s and j.token = any (%(tokens)b::uuid[])
   and (select s.one_body from jobguard.sources s where s.id = %(source)s) is not false
   and (exists (
          select from jobguard.jobs y
@@ -495,7 +496,7 @@ where j.source = %(source)s and j.token = any (%(tokens)b::uuid[])
 -- Of which of these a result that is kept by job id may be another's: one of the same id is owed as well,
 -- or has ended since.
 select j.token from jobguard.jobs j
-where j.source = %(source)s and j.token = any (%(tokens)b::uuid[])
+where j.source + 0 = %(source)s and j.token = any (%(tokens)b::uuid[])
   and (exists (
          select from jobguard.jobs y
          where y.source + 0 = j.source and y.job_id = j.job_id and y.token <> j.token)
@@ -518,11 +519,11 @@ with lease as (
   select from jobguard.leader where namespace = %(namespace)s and term = %(term)s for share
 ), locked as materialized (
   select j.token from jobguard.jobs j
-  where j.source = %(source)s and j.token = any (%(tokens)b::uuid[])
+  where j.source + 0 = %(source)s and j.token = any (%(tokens)b::uuid[])
   order by j.token for no key update
 ), counted as (
   update jobguard.jobs j set recoveries = j.recoveries + 1, not_before = null from lease, locked l
-  where j.source = %(source)s and j.token = l.token
+  where j.source + 0 = %(source)s and j.token = l.token and j.token = any (%(tokens)b::uuid[])
 ), unboxed as (
   delete from jobguard.outbox b using lease
   where b.source = %(source)s and b.token = any (%(tokens)b::uuid[])
@@ -540,7 +541,7 @@ select j.token, j.recoveries - coalesce(
          (select max(h.recoveries) from jobguard.history h
           where h.source = j.source and h.job_id = j.job_id and h.next = j.token), 0)
 from jobguard.jobs j
-where j.source = %(source)s and j.token = any (%(tokens)b::uuid[])
+where j.source + 0 = %(source)s and j.token = any (%(tokens)b::uuid[])
 
 -- name: void
 -- Take dead workers' claims away, if they still stand with that number.

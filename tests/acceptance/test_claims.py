@@ -167,7 +167,7 @@ def test_what_a_worker_popped_and_never_began_comes_back(
 def test_a_job_that_kills_its_workers_is_buried_and_can_be_brought_back(
     tmp_path: Path, database: str, own_redis: RedisServer
 ) -> None:
-    """It goes back twice; with the third death it is dead, is listed, and runs again when a person says so."""
+    """It goes back twice; the third death is the last. It is listed, and runs again when a person asks."""
     rig = Rig(
         tmp_path,
         *(database, own_redis),

@@ -116,7 +116,7 @@ def _fail_once(backend: Any) -> None:
 
 
 try:
-    from celery_batches import Batches  # type: ignore[import-untyped]
+    from celery_batches import Batches
 except ImportError:
     Batches = None
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import celery
 import pytest
 
 from jobguard.servers import RedisServer
@@ -74,7 +75,7 @@ def test_an_exit_that_celery_queues_again_is_the_same_delivery(rig: Rig) -> None
     rig.until(rig.trusted)
     sent = {name: rig.send("broken_requeued", name) for name in KINDS}
     rig.until(lambda: not rig.owed())
-    back = {"KeyboardInterrupt", "SystemExit"}
+    back = {"KeyboardInterrupt", "SystemExit"} if celery.VERSION[:2] >= (5, 7) else set[str]()
     assert {name: rig.ended(job_id) for name, job_id in sent.items()} == {
         name: ["completed" if name in back else "failed"] for name in KINDS
     }
