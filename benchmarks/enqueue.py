@@ -8,7 +8,7 @@ import psycopg
 import rq
 
 from benchmarks.side_by_side import Variant, guarded, measure, queue, servers
-from jobguard.servers import PostgresServer
+from jobguard.demo.servers import PostgresServer
 
 PAYLOAD = "x" * 400
 
@@ -88,8 +88,8 @@ def main() -> None:
 
 
 def _while_postgres_is_away() -> None:
+    from jobguard.demo.servers import RedisServer
     from jobguard.schema import migrate
-    from jobguard.servers import RedisServer
 
     print("\nenqueue while Postgres is stopped (SIGSTOP), after the first call's one wait")
     with PostgresServer() as postgres, RedisServer() as broker:

@@ -12,8 +12,8 @@ import redis
 import rq
 
 import jobguard
+from jobguard.demo.servers import PostgresServer, RedisServer
 from jobguard.schema import migrate
-from jobguard.servers import PostgresServer, RedisServer
 
 Variant = Callable[[int], None]
 

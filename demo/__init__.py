@@ -97,7 +97,7 @@ def command(
         from rich.console import Console
 
         from jobguard.demo.harness import DemoError, Plan
-        from jobguard.servers import ServerError
+        from jobguard.demo.servers import ServerError
 
         known = libraries.named(library)
     except ModuleNotFoundError as error:
@@ -107,7 +107,7 @@ def command(
 
     plan = Plan(
         jobs=jobs,
-        crew=known.crew(workers, _cores()),
+        worker_pool=known.worker_pool(workers, _cores()),
         cores=_cores(),
         kills=kills,
         seed=random.randrange(10_000) if seed is None else seed,
@@ -134,7 +134,7 @@ def _runs(plan: Plan, *, compare: bool, console: Console) -> list[tuple[str, Fig
     from jobguard.demo.screen import Screen
 
     console.print(
-        f"{plan.jobs:,} {plan.library.title} jobs, {_crew(plan)} on {plan.cores} cores,"
+        f"{plan.jobs:,} {plan.library.title} jobs, {_worker_pool(plan)} on {plan.cores} cores,"
         f" {plan.kills} kills of Redis and one of a worker, seed {plan.seed}",
         highlight=False,
     )
@@ -150,10 +150,14 @@ def _runs(plan: Plan, *, compare: bool, console: Console) -> list[tuple[str, Fig
     return columns
 
 
-def _crew(plan: Plan) -> str:
-    crew = plan.crew
-    at_once = f" that run {crew.at_once} at once" if crew.at_once > crew.workers else ""
-    return f"{crew.workers} workers{at_once}"
+def _worker_pool(plan: Plan) -> str:
+    worker_pool = plan.worker_pool
+    at_once = (
+        f" that run {worker_pool.at_once} at once"
+        if worker_pool.at_once > worker_pool.workers
+        else ""
+    )
+    return f"{worker_pool.workers} workers{at_once}"
 
 
 def _report(columns: list[tuple[str, Figures]], *, as_json: bool, console: Console) -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 # One way to leave no orphan and to be sure of a death, not two.
-from jobguard.servers.process import die_with_parent, suspend, wait_until_gone
+from jobguard.demo.servers.process import die_with_parent, suspend, wait_until_gone
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

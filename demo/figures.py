@@ -88,7 +88,7 @@ def count(
         excused=excused,
         restarted=len(restarts),
         restart_seconds=max(restarts, default=None),
-        recovered=sum(_outlived(ledger, number, redis_kills) for number in ledger.enqueued),
+        recovered=sum(_ran_after_death(ledger, number, redis_kills) for number in ledger.enqueued),
         refused=len(ledger.refused),
         redis_kills=len(redis_kills),
         detect_seconds=_worst((kill.at, kill.detected_at) for kill in redis_kills),
@@ -122,7 +122,7 @@ def _restart(ledger: Ledger, kill: WorkerKill) -> list[float]:
     ]
 
 
-def _outlived(ledger: Ledger, number: int, redis_kills: Sequence[RedisKill]) -> bool:
+def _ran_after_death(ledger: Ledger, number: int, redis_kills: Sequence[RedisKill]) -> bool:
     """Whether the job was promised before a kill of Redis, first started after it, and done.
 
     Without jobguard a few do, too: a worker had them in its hands and was about to start.

@@ -21,14 +21,14 @@ import psycopg
 import redis
 
 from jobguard.demo import apps, children, figures, ledger
-from jobguard.demo.storm import Storm, forecast
-from jobguard.servers import NamedPostgres, PostgresServer, RedisServer
+from jobguard.demo.fault_plan import FaultPlan, forecast
+from jobguard.demo.servers import NamedPostgres, PostgresServer, RedisServer
 from jobguard.settings import Settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from jobguard.demo.libraries import Crew, Library
+    from jobguard.demo.libraries import Library, WorkerPool
 
 # The command `jobguard` in this very Python; a script of that name may be another installation's.
 JOBGUARD = ("-c", "from jobguard.cli import main; main()")
@@ -37,14 +37,14 @@ START_SECONDS = 60.0  # for a worker or the reconciler to come up; more for many
 STALL_SECONDS = max(40.0, 2 * Settings().worker_timeout + 10.0)
 UNGUARDED_STALL_SECONDS = 5.0  # nobody brings anything back: an empty queue stays empty
 # When all is done we stay a little: a job that was put back although it had ended would run now.
-SETTLE_SECONDS = 3.0
+QUIET_SECONDS = 3.0
 
 # More workers than the machine can bear would starve the producer beside them.
 CROWD_JOBS_A_SECOND_AND_CORE = 100.0
 WORK_SECONDS = 0.002
 
 
-def work_seconds(library: Library, crew: Crew, cores: int) -> float:
+def work_seconds(library: Library, worker_pool: WorkerPool, cores: int) -> float:
     """Choose how long a job takes.
 
     All workers together, however many, are to be slower than the one producer: or else the queue is
@@ -52,9 +52,9 @@ def work_seconds(library: Library, crew: Crew, cores: int) -> float:
     processor, so many workers are slowed by longer jobs.
     """
     rate = library.jobs_a_second
-    if crew.workers * crew.processes > 2 * cores:
+    if worker_pool.workers * worker_pool.processes > 2 * cores:
         rate = min(rate, CROWD_JOBS_A_SECOND_AND_CORE * cores)
-    return max(WORK_SECONDS, crew.at_once / rate - library.overhead_seconds)
+    return max(WORK_SECONDS, worker_pool.at_once / rate - library.overhead_seconds)
 
 
 class DemoError(RuntimeError):
@@ -67,7 +67,7 @@ class Plan:
 
     jobs: int
     library: Library
-    crew: Crew
+    worker_pool: WorkerPool
     cores: int
     kills: int
     seed: int
@@ -93,26 +93,26 @@ class Progress:
     seconds: float
 
 
-class Watch(Protocol):
+class ProgressDisplay(Protocol):
     """Who looks on."""
 
-    def say(self, text: str) -> None:
+    def announce(self, text: str) -> None:
         """Take note of an event; the text has marks of rich."""
 
     def show(self, progress: Progress) -> None:
         """Take note of how far it is."""
 
 
-def run(plan: Plan, watch: Watch) -> figures.Figures:
+def run(plan: Plan, display: ProgressDisplay) -> figures.Figures:
     """Run once, and count.
 
-    Raises DemoError and jobguard.servers.ServerError.
+    Raises DemoError and jobguard.demo.servers.ServerError.
     """
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(_folder(plan))
         server = stack.enter_context(RedisServer(persistence="none"))
         postgres = stack.enter_context(_database()) if plan.guarded else None
-        return _Run(plan, watch, folder, server, postgres, stack).to_the_end()
+        return _Run(plan, display, folder, server, postgres, stack).to_the_end()
 
 
 @contextlib.contextmanager
@@ -149,13 +149,13 @@ class _Run:
     def __init__(
         self,
         plan: Plan,
-        watch: Watch,
+        display: ProgressDisplay,
         folder: Path,
         server: RedisServer,
         postgres: str | None,
         stack: contextlib.ExitStack,
     ) -> None:
-        self._plan, self._watch, self._folder = plan, watch, folder
+        self._plan, self._display, self._folder = plan, display, folder
         self._server, self._postgres = server, postgres
         self._reader = ledger.Reader(folder / "ledger")
         stack.callback(self._reader.close)
@@ -165,7 +165,7 @@ class _Run:
         # In the order in which they are started; ended in the other.
         self._reconciler = self._start_reconciler(stack) if postgres is not None else None
         self._workers = self._start_workers(stack)
-        self._storm = Storm(
+        self._storm = FaultPlan(
             jobs=plan.jobs,
             library=plan.library,
             server=server,
@@ -173,7 +173,7 @@ class _Run:
             forecast=forecast(plan.kills, plan.seed),
             postgres=postgres,
             recovers=plan.guarded and not plan.sabotage,
-            say=watch.say,
+            announce=display.announce,
         )
         stack.callback(self._storm.close)
         self._started_at = time.monotonic()
@@ -188,7 +188,7 @@ class _Run:
                 self._moved_at = time.monotonic()
             self._tend()
             self._storm.tick()
-            self._watch.show(self._progress())
+            self._display.show(self._progress())
             time.sleep(TICK_SECONDS)
         self._reader.read()
         return figures.count(
@@ -212,7 +212,7 @@ class _Run:
             )
         if self._done_at is None:
             self._done_at = now
-        return now - self._done_at > SETTLE_SECONDS
+        return now - self._done_at > QUIET_SECONDS
 
     def _is_stalled(self, seconds: float) -> bool:
         if seconds > STALL_SECONDS:
@@ -229,7 +229,7 @@ class _Run:
         for worker in self._workers:
             worker.tend()
         if self._reconciler is not None and self._reconciler.tend():
-            self._watch.say("[red]the reconciler ended[/] and was started again")
+            self._display.announce("[red]the reconciler ended[/] and was started again")
         ended = self._producer.process.poll()
         if ended:
             raise DemoError(f"the producer failed:\n{self._producer.last_words}")
@@ -245,7 +245,7 @@ class _Run:
             redis_is_up=self._storm.redis_is_up,
             redis_kills=len(self._storm.redis_kills),
             worker_kills=len(self._storm.worker_kills),
-            workers=self._plan.crew.workers,
+            workers=self._plan.worker_pool.workers,
             restarts=sum(worker.starts - 1 for worker in self._workers),
             seconds=time.monotonic() - self._started_at,
         )
@@ -270,22 +270,23 @@ class _Run:
     def _start_workers(self, stack: contextlib.ExitStack) -> list[children.Child]:
         workers: list[children.Child] = []
         stack.callback(children.end, workers)
-        for number, command in enumerate(self._plan.library.commands(self._plan.crew)):
+        for number, command in enumerate(self._plan.library.commands(self._plan.worker_pool)):
             child = self._child(f"worker-{number}", command, self._plan.library.orphan_signal)
             workers.append(child)
         with redis.Redis.from_url(self._server.url) as client:
             self._await(
-                lambda: self._plan.library.workers_known(client) >= self._plan.crew.workers,
+                lambda: self._plan.library.workers_known(client) >= self._plan.worker_pool.workers,
                 workers,
                 "a worker",
-                START_SECONDS + 2 * self._plan.crew.workers * self._plan.crew.processes,
+                START_SECONDS
+                + 2 * self._plan.worker_pool.workers * self._plan.worker_pool.processes,
             )
         return workers
 
     def _start_producer(self, stack: contextlib.ExitStack) -> children.Child:
-        takes = work_seconds(self._plan.library, self._plan.crew, self._plan.cores)
+        takes = work_seconds(self._plan.library, self._plan.worker_pool, self._plan.cores)
         what = (self._plan.library.name, str(self._plan.jobs))
-        how = (f"{takes:.4f}", str(self._plan.crew.at_once))
+        how = (f"{takes:.4f}", str(self._plan.worker_pool.at_once))
         child = self._child("producer", ("-m", "jobguard.demo.producer", *what, *how))
         stack.callback(children.end, [child])
         return child

@@ -28,7 +28,7 @@ LONGER_SECONDS = 0.5
 LONG_JOBS = 40
 
 REFUSED_PAUSE_SECONDS = 0.05
-SETTLED = 100  # calls: the first of all connects
+QUIET = 100  # calls: the first of all connects
 AHEAD = 1.25  # so much faster than the workers, or a killed Redis would have nothing to lose
 
 
@@ -56,7 +56,7 @@ class Pace:
 
     def takes(self, returned: int, elapsed: float) -> float:
         """Choose how long the next job takes: so many calls of enqueue have taken so long in all."""
-        if returned < SETTLED:
+        if returned < QUIET:
             return self.seconds
         return max(self.seconds, AHEAD * self.at_once * elapsed / returned - self.overhead)
 

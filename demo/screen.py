@@ -41,7 +41,7 @@ class Screen:
         """Take away what moves; the events stay."""
         self._live.stop()
 
-    def say(self, text: str) -> None:
+    def announce(self, text: str) -> None:
         """Print an event with its time."""
         self._console.print(f"[dim]{self._seconds:6.1f} s[/]  {text}", highlight=False)
 

@@ -22,10 +22,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 from uuid import UUID
 
 from jobguard.current import CurrentJob, running
-from jobguard.guest import well_behaved
-from jobguard.job import (
+from jobguard.host_safety import safe_tracker
+from jobguard.model import (
     Claim,
     Delivery,
+    Observation,
     OpenJoin,
     Outcome,
     Owed,
@@ -35,7 +36,6 @@ from jobguard.job import (
     Refused,
     Restorable,
     Restored,
-    Sighting,
 )
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class Tracker(Protocol):
     def withdraw(self, deliveries: Sequence[Delivery]) -> None:
         """Take back first deliveries that were surely not pushed and never will be."""
 
-    def hold(
+    def defer(
         self, deliveries: Sequence[Delivery], push: Callable[[Recorded], None]
     ) -> Callable[[], None] | None:
         """Within a batch: record these with all the others at its end, and push then; None: no batch.
@@ -134,7 +134,7 @@ class Tracker(Protocol):
     def push_deadline(self) -> float:
         """Seconds after its record in which a producer may push; later the leader may have done it."""
 
-    def settle(self) -> None:
+    def drain_spool(self) -> None:
         """Write what waits, in bounded time: this process is about to end without ceremony."""
 
     def broker_in_doubt(self) -> bool:
@@ -260,10 +260,10 @@ class Session(Protocol):
         After that it is dead. For what the library has taken and dropped unrun, such as an unknown task.
         """
 
-    def release(self, claim: Claim) -> None:
+    def mark_superseded(self, claim: Claim) -> None:
         """A new delivery has taken this one's place by ``Delivery.parent``: nothing is left to report."""
 
-    def give_back(self, claim: Claim) -> None:
+    def release(self, claim: Claim) -> None:
         """The library puts this very delivery back, for anyone to start: nobody holds it, no crash.
 
         Committed at once, for it comes before the push.
@@ -278,7 +278,7 @@ class Session(Protocol):
         A queue is recovered only if a guarded worker has said that it takes from it.
         """
 
-    def outlive(self, claim: Claim, gone: Callable[[], bool]) -> None:
+    def take_over_beats(self, claim: Claim, gone: Callable[[], bool]) -> None:
         """In a child that runs this claim for its worker: should the worker die, beat in its stead.
 
         ``gone`` waits until it has died, or has turned away; False: that cannot be known.
@@ -297,7 +297,7 @@ class Session(Protocol):
 class Broker(Protocol):
     """A source as the reconciler sees it. Methods may raise redis.RedisError; the caller backs off."""
 
-    def presence(self, page: Sequence[Owed]) -> Mapping[UUID, Sighting]:
+    def presence(self, page: Sequence[Owed]) -> Mapping[UUID, Observation]:
         """Where Redis has each of these deliveries. A Sighting of ABSENT says in its mark what was seen."""
 
     def restore(
@@ -352,7 +352,7 @@ class Adapter(Protocol):
 
     def sources(
         self, target: object, *, namespace: str, name: str | None
-    ) -> Guarded | Later | None:
+    ) -> Guarded | DeferredTarget | None:
         """What guarding this target means; None: not a target of this library.
 
         Raises UnsupportedTarget with the reason and the next step.
@@ -385,7 +385,7 @@ class Guarded:
 
 
 @dataclass(frozen=True, slots=True)
-class Later:
+class DeferredTarget:
     """A target of this library of which nothing can be known before its application is configured.
 
     To look would configure it: too early, for the user's next line may change what it says.
@@ -394,7 +394,7 @@ class Later:
     when: Callable[[Callable[[], None]], None]
     """Calls this back once, before the first push, the first job, or whatever else needs us first.
     By then ``sources`` knows its answer. The callback raises nothing."""
-    settle: Callable[[], None]
+    resolve: Callable[[], None]
     """Somebody asks the guard itself: configure the application now, so that ``sources`` knows."""
 
 
@@ -403,7 +403,7 @@ def running_job(
 ) -> AbstractContextManager[None]:
     """Let ``jobguard.current()`` answer with this job inside; nothing is sent before it says something."""
 
-    def say(done: float | None, attrs: dict[str, Any]) -> bool:
+    def report(done: float | None, attrs: dict[str, Any]) -> bool:
         return tracker.heartbeat(
             job_id,
             token=claim.token,
@@ -416,7 +416,7 @@ def running_job(
         CurrentJob(
             job_id,
             attempt,
-            say,
+            report,
             recovered=claim.number > 1,
             crashes=claim.crashes,
             _claim=_Claimed(tracker, claim),
@@ -444,7 +444,7 @@ class _Claimed:
         self.tracker.unlock(name, self.claim)
 
 
-def told_again(tracker: Tracker, token: UUID) -> Refused | None:
+def refuse_ended_member(tracker: Tracker, token: UUID) -> Refused | None:
     """Refuse a member of a join that a leader tells the library again: it is to be counted, not run.
 
     None: it has not ended. Where Postgres cannot be asked, the leader's word is enough.
@@ -463,7 +463,7 @@ _resolve: list[Callable[[object], Tracker | None]] = []
 
 def register(tracker: Tracker) -> None:
     """Make a tracker known to the adapters of this process; what it raises, they will not see."""
-    _trackers[tracker.source.id] = well_behaved(tracker)
+    _trackers[tracker.source.id] = safe_tracker(tracker)
     _ever[:] = _ever or [tracker.source.id]
 
 
@@ -472,7 +472,7 @@ def ever_guarded() -> bool:
     return bool(_ever)
 
 
-def behind_wall(tracker: Tracker) -> Tracker:
+def registered_tracker(tracker: Tracker) -> Tracker:
     """Return a registered tracker as adapters are given it."""
     return _trackers[tracker.source.id]
 

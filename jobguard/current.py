@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 from uuid import UUID
 
-Say = Callable[[float | None, dict[str, Any]], bool]
+ReportProgress = Callable[[float | None, dict[str, Any]], bool]
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 1.0
 """Seconds between two tries to take a lock."""
@@ -35,7 +35,7 @@ class CurrentJob:
 
     id: str | None = None
     attempt: int = 0
-    _say: Say | None = field(default=None, repr=False)
+    _report: ReportProgress | None = field(default=None, repr=False)
     recovered: bool = False
     """An earlier run of this very delivery was begun and did not reach its end."""
     crashes: int = 0
@@ -49,7 +49,7 @@ class CurrentJob:
 
     def progress(self, done: float | None = None, **attrs: Any) -> bool:
         """Note how far the job is (0 to 1) and anything else worth knowing; False if nobody heard it."""
-        return self._say is not None and self._say(done, attrs)
+        return self._report is not None and self._report(done, attrs)
 
     @property
     def predecessor(self) -> UUID | None:

@@ -13,12 +13,12 @@ from uuid import UUID
 
 from jobguard.adapter import (
     Adapter,
+    DeferredTarget,
     Guarded,
-    Later,
     Tracker,
-    behind_wall,
     on_unguarded_worker,
     register,
+    registered_tracker,
     unregister,
 )
 from jobguard.conninfo import describe, postgres_conninfo
@@ -30,14 +30,14 @@ from jobguard.errors import (
     NoPostgres,
     UnsupportedTarget,
 )
-from jobguard.log import say
+from jobguard.log import log_event
 from jobguard.settings import Settings, disabled, settings_from, unknown_variables
-from jobguard.store import Counts
-from jobguard.targets import recognised
+from jobguard.store.protocols import Counts
+from jobguard.targets import find_adapter
 
 if TYPE_CHECKING:
-    from jobguard.store import Ledger
-    from jobguard.tracker import HostTracker
+    from jobguard.host.tracker import HostTracker
+    from jobguard.store.protocols import Ledger
 
 Postgres = str | Mapping[str, Any] | Callable[[], Any] | None
 
@@ -80,15 +80,15 @@ class JobGuard:
     @property
     def inert(self) -> str | None:
         """Why nothing is guarded, if so."""
-        self._settle()
+        self._resolve_target()
         return self._inert
 
     @property
     def _tracker(self) -> HostTracker | None:
-        self._settle()
+        self._resolve_target()
         return self._known
 
-    def _settle(self) -> None:
+    def _resolve_target(self) -> None:
         """Find out what is guarded, where that had to wait for the application's configuration."""
         if self._later is not None:
             self._later()
@@ -245,13 +245,13 @@ def guard(
     for variable in unknown_variables():
         if variable not in _warned:
             _warned.add(variable)
-            say("variable_unknown", variable=variable)
+            log_event("variable_unknown", variable=variable)
     if disabled():
-        say("guard_inert", reason="JOBGUARD_DISABLED is set")
+        log_event("guard_inert", reason="JOBGUARD_DISABLED is set")
         return JobGuard(chosen, inert="JOBGUARD_DISABLED is set")
-    adapter, guarded = recognised(target, chosen)
-    if isinstance(guarded, Later):
-        return _guard_later(target, chosen, postgres, adapter, guarded)
+    adapter, guarded = find_adapter(target, chosen)
+    if isinstance(guarded, DeferredTarget):
+        return _guard_deferred(target, chosen, postgres, adapter, guarded)
     return _guard_now(target, chosen, postgres, adapter, guarded)
 
 
@@ -260,7 +260,7 @@ def _guard_now(
 ) -> JobGuard:
     if guarded.inert is not None or guarded.client is None:
         reason = guarded.inert or "a test double"
-        say("guard_inert", reason=reason)
+        log_event("guard_inert", reason=reason)
         return JobGuard(chosen, inert=reason)
     try:
         conninfo = postgres_conninfo(postgres)
@@ -274,13 +274,13 @@ def _guard_now(
     tracker = _tracker(guarded, chosen, conninfo)
     register(cast(Tracker, tracker))
     try:
-        adapter.install(behind_wall(cast(Tracker, tracker)), target)
+        adapter.install(registered_tracker(cast(Tracker, tracker)), target)
     except BaseException:
         unregister(cast(Tracker, tracker))
         raise
     made = JobGuard(chosen, tracker=tracker, adapter=adapter, conninfo=conninfo)
     _guards[guarded.source.id] = made
-    say(
+    log_event(
         "guarded",
         source=str(guarded.source),
         queues=sorted(guarded.queues) if guarded.queues is not None else "all",
@@ -298,12 +298,12 @@ def _without_postgres(chosen: Settings, reason: str) -> JobGuard:
     """Return an inert guard: to import an application's module in a test or a build must not fail."""
     if reason not in _warned:
         _warned.add(reason)
-        say("postgres_unnamed", reason=reason)
+        log_event("postgres_unnamed", reason=reason)
     return JobGuard(chosen, inert=reason)
 
 
-def _guard_later(
-    target: object, chosen: Settings, postgres: Postgres, adapter: Adapter, later: Later
+def _guard_deferred(
+    target: object, chosen: Settings, postgres: Postgres, adapter: Adapter, later: DeferredTarget
 ) -> JobGuard:
     """Guard a target as soon as its application is configured; until then nothing is asked of it.
 
@@ -319,32 +319,32 @@ def _guard_later(
                 return
             made._later = None  # what asks for the guard meanwhile must not come here again
             try:
-                _, guarded = recognised(target, chosen)
-                if isinstance(guarded, Later):
+                _, guarded = find_adapter(target, chosen)
+                if isinstance(guarded, DeferredTarget):
                     raise UnsupportedTarget("its application is not configured to the end")
                 real = _guard_now(target, chosen, postgres, adapter, guarded)
             except (JobguardError, ValueError) as error:
-                say("guard_refused", error=str(error))
+                log_event("guard_refused", error=str(error))
                 made._inert = str(error)
                 return
             made._known, made._inert = real._known, real._inert
             made._adapter, made._conninfo = real._adapter, real._conninfo
 
-    def settle() -> None:
-        later.settle()
+    def resolve() -> None:
+        later.resolve()
         complete()
 
-    made = JobGuard(chosen, later=settle)
+    made = JobGuard(chosen, later=resolve)
     later.when(complete)
     return made
 
 
 def _tracker(guarded: Guarded, settings: Settings, conninfo: Callable[[], str]) -> HostTracker:
     # Imported here for their weight: a process that guards nothing never pays for them.
-    from jobguard.tracker import HostTracker
+    from jobguard.host.tracker import HostTracker
 
     def store() -> Any:
-        from jobguard.store.postgres import PostgresStore
+        from jobguard.store.host import PostgresStore
 
         return PostgresStore(conninfo, settings)
 
@@ -379,7 +379,7 @@ def _same(
             f"{guarded.source} is already guarded with other settings: {'; '.join(differences)}"
         )
     existing._tracker.guard_also(guarded.queues)
-    existing._adapter.install(behind_wall(cast(Tracker, existing._tracker)), target)
+    existing._adapter.install(registered_tracker(cast(Tracker, existing._tracker)), target)
     return existing
 
 
@@ -388,7 +388,7 @@ def _resolve_worker(target: object) -> Tracker | None:
     try:
         made = guard(target)
     except (ConfigurationError, UnsupportedTarget, ConflictingGuard) as error:
-        say("guard_refused", error=str(error))
+        log_event("guard_refused", error=str(error))
         return None
     return cast(Tracker, made._tracker) if made._tracker is not None else None
 

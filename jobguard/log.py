@@ -20,7 +20,7 @@ from collections.abc import Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import UUID
 
-from jobguard.flood import ENDS, FLOOD
+from jobguard.log_bounds import ENDS, FLOOD
 from jobguard.redact import redact
 
 if TYPE_CHECKING:
@@ -270,7 +270,7 @@ def has_handlers() -> bool:
     return False
 
 
-def say(event: str, /, *, exc_info: Any = None, **fields: Any) -> None:
+def log_event(event: str, /, *, exc_info: Any = None, **fields: Any) -> None:
     """Tell that something happened; level and sentence are the table's.
 
     Events that repeat are bounded; see flood.py.
@@ -301,11 +301,11 @@ def _write(event: str, fields: Mapping[str, Any], exc_info: Any, *, stacklevel: 
     if level >= INFO and not _is_heard(level) and len(_unheard) < _MOST_UNHEARD:
         _unheard.append((event, fields))
     if _standard.isEnabledFor(level):
-        message, extra = _told(event, sentence, fields)
+        message, extra = _rendered(event, sentence, fields)
         _standard.log(level, "%s", message, exc_info=exc_info, extra=extra, stacklevel=stacklevel)
     elif _standard.disabled and level >= ERROR:
         # The host's logging.config disabled every logger that it does not name.
-        message, extra = _told(event, sentence, fields)
+        message, extra = _rendered(event, sentence, fields)
         record = _standard.makeRecord("jobguard", level, "", 0, message, (), None, extra=extra)
         _last_resort.print(record)
 
@@ -317,7 +317,7 @@ def say_again() -> None:
     for event, fields in early:
         level, sentence = EVENTS.get(event) or Event(WARNING, event)
         if _is_heard(level):
-            message, extra = _told(event, sentence, fields)
+            message, extra = _rendered(event, sentence, fields)
             _standard.log(level, "%s", message, extra=extra, stacklevel=3)
 
 
@@ -384,7 +384,7 @@ def _colours() -> bool:
     return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
 
-def _told(
+def _rendered(
     event: str, sentence: str, fields: Mapping[str, Any]
 ) -> tuple[str, dict[str, dict[str, Any]]]:
     plain = {key: _plain(value) for key, value in fields.items()}
@@ -406,24 +406,24 @@ def _as_standard_call(
     event = str(fields.pop("event", ""))
     kept = {name: fields.pop(name) for name in ("exc_info", "stack_info") if name in fields}
     known = EVENTS.get(event)
-    message, extra = _told(event, known.sentence if known else event, fields)
+    message, extra = _rendered(event, known.sentence if known else event, fields)
     return ("%s", message), {"extra": extra, **kept}
 
 
 def _fields_for_machines(
     _logger: Any, _method: str, line: MutableMapping[str, Any]
 ) -> MutableMapping[str, Any]:
-    told = getattr(line["_record"], "jobguard", None)
-    if told:
-        line.update(told)
+    fields_given = getattr(line["_record"], "jobguard", None)
+    if fields_given:
+        line.update(fields_given)
     return line
 
 
 def _fields_for_people(
     _logger: Any, _method: str, line: MutableMapping[str, Any]
 ) -> MutableMapping[str, Any]:
-    told = getattr(line["_record"], "jobguard", None)
-    if told:
-        line.update(told)
+    fields_given = getattr(line["_record"], "jobguard", None)
+    if fields_given:
+        line.update(fields_given)
         line["event"] = line.pop("sentence")
     return line

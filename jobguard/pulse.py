@@ -21,7 +21,7 @@ from enum import StrEnum
 from typing import Any, Protocol
 from uuid import UUID
 
-from jobguard.values import number_in
+from jobguard.redis_values import number_in
 
 _FIELDS = ("epoch", "n", "source", "installation")
 
@@ -98,7 +98,7 @@ class Reading(StrEnum):
     STEADY = "steady"
     LOST = "lost"
     """Missing, lower, or of another epoch: Redis lost data."""
-    UNTOLD = "untold"
+    UNACKNOWLEDGED = "untold"
     """Ours, just begun, but Postgres was not told: the leader that began it died before it could."""
     AHEAD = "ahead"
     """Further than one tick ahead: Postgres went back in time. Touch nothing, ask a person."""
@@ -120,7 +120,7 @@ def judge_pulse(
         return Reading.FOREIGN
     if epoch is None or n is None:
         # A pulse is not moved before Postgres holds its first value.
-        return Reading.UNTOLD if standing.n == 1 or n == ACCEPTED else Reading.AHEAD
+        return Reading.UNACKNOWLEDGED if standing.n == 1 or n == ACCEPTED else Reading.AHEAD
     if standing.epoch != epoch or standing.n < n:
         return Reading.LOST
     return Reading.STEADY if standing.n <= n + 1 else Reading.AHEAD

@@ -9,9 +9,9 @@ from uuid import UUID
 
 from redis.exceptions import NoScriptError, RedisError
 
-from jobguard.job import Restored
-from jobguard.log import say
-from jobguard.refusal import RedisRefuses, refusal_of
+from jobguard.log import log_event
+from jobguard.model import Restored
+from jobguard.redis_refusal import RedisRefuses, refusal_of
 
 if TYPE_CHECKING:
     import redis
@@ -64,21 +64,21 @@ def restored_by(
 
     Raises RedisRefuses with what was done, where Redis takes no writes at all.
     """
-    done: dict[UUID, Restored] = {}
+    result: dict[UUID, Restored] = {}
     for batch in chunks(calls, RESTORES_A_TRIP):
         answers = script.run([(keys, args) for _, keys, args in batch])
         refusal: str | None = None
         for (token, _, _), answer in zip(batch, answers, strict=True):
             if not isinstance(answer, RedisError):
-                done[token] = Restored(answer.decode())
+                result[token] = Restored(answer.decode())
             elif (reason := refusal_of(answer)) is not None:
                 refusal = reason
             else:
-                done[token] = Restored.ERROR
-                say("restore_failed", error=str(answer), token=token)
+                result[token] = Restored.ERROR
+                log_event("restore_failed", error=str(answer), token=token)
         if refusal is not None:
-            raise RedisRefuses(refusal, done)
-    return done
+            raise RedisRefuses(refusal, result)
+    return result
 
 
 def chunks(values: Sequence[T], size: int) -> Iterator[Sequence[T]]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from importlib.metadata import EntryPoint, entry_points
 
-from jobguard.adapter import Adapter, Guarded, Later
+from jobguard.adapter import Adapter, DeferredTarget, Guarded
 from jobguard.errors import UnsupportedTarget
 from jobguard.redact import redact
 from jobguard.settings import Settings
 
 
-def recognised(target: object, settings: Settings) -> tuple[Adapter, Guarded | Later]:
+def find_adapter(target: object, settings: Settings) -> tuple[Adapter, Guarded | DeferredTarget]:
     """Return the adapter that knows this target, and what guarding it means.
 
     Raises UnsupportedTarget.

@@ -16,9 +16,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from jobguard.schema.migrator import check, latest, migrate, settle, sql
+from jobguard.schema.migrator import accept_move, check, latest, migrate, sql
 
-__all__ = ["check", "latest", "migrate", "parse", "settle", "sql", "statements"]
+__all__ = ["accept_move", "check", "latest", "migrate", "parse", "sql", "statements"]
 
 
 @functools.cache

@@ -43,7 +43,7 @@ create table if not exists jobguard.migrations (
 )"""
 
 # Some hosts of databases keep pg_control_system() to themselves; the oid alone must do there.
-SETTLE: Final = """\
+ACCEPT_MOVE: Final = """\
 do $$
 declare
   present text;
@@ -110,7 +110,7 @@ def sql() -> str:
             f"values ({migration.number}, '{migration.name}', '{migration.checksum}');"
         )
         parts += [f"-- {migration.name}", claim, migration.text.strip()]
-    parts.append(_settle_once() + ";")
+    parts.append(_accept_move_once() + ";")
     return "\n\n".join(parts) + "\n"
 
 
@@ -147,7 +147,7 @@ def migrate(url: str, *, installation: str | None = None) -> list[str]:
             ]
             with _transaction(connection):
                 connection.execute(LOCK)
-                connection.execute(_settle_once())
+                connection.execute(_accept_move_once())
                 _name(connection, installation)
             return applied
     except psycopg.errors.InsufficientPrivilege as error:
@@ -187,13 +187,13 @@ def check(connection: psycopg.Connection[Any]) -> JobguardError | None:
     return _mismatch(_applied(connection), complete=True)
 
 
-def settle(connection: psycopg.Connection[Any]) -> None:
+def accept_move(connection: psycopg.Connection[Any]) -> None:
     """Write down that this database is where it now is: the first time, or after a move."""
-    connection.execute(SETTLE.format(only=""))
+    connection.execute(ACCEPT_MOVE.format(only=""))
 
 
-def _settle_once() -> str:
-    return SETTLE.format(only="\n  where database_oid is null")
+def _accept_move_once() -> str:
+    return ACCEPT_MOVE.format(only="\n  where database_oid is null")
 
 
 def _require_server(connection: psycopg.Connection[Any]) -> None:

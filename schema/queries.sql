@@ -98,7 +98,7 @@ from (
 cross join lateral jobguard.claim(%(source)s, a.token, a.nonce, a.worker, %(pid)s::int,
                                   %(namespace)s, %(timeout)s::float8, %(budget)s::int) c
 
--- name: give_back
+-- name: release
 -- A claim that its own worker gives back, so that anyone may start the delivery again.
 with locked as (
   select j.token from jobguard.jobs j
@@ -492,7 +492,7 @@ where j.source + 0 = %(source)s and j.token = any (%(tokens)b::uuid[])
          where h.source + 0 = j.source and h.job_id = j.job_id and h.recorded_at > j.recorded_at
            and h.claimed_at is not null))
 
--- name: namesakes
+-- name: sharing_job_id
 -- Of which of these a result that is kept by job id may be another's: one of the same id is owed as well,
 -- or has ended since.
 select j.token from jobguard.jobs j
@@ -505,7 +505,7 @@ where j.source + 0 = %(source)s and j.token = any (%(tokens)b::uuid[])
          where h.source + 0 = j.source and h.job_id = j.job_id and h.token <> j.token
            and h.outcome <> 'superseded' and h.ended_at > j.recorded_at))
 
--- name: fates
+-- name: last_outcomes
 -- Whether a job id is owed, and how it ended last: a delivery that another took the place of did not end it.
 select i.job_id,
        exists (select from jobguard.jobs j where j.source + 0 = %(source)s and j.job_id = i.job_id),
@@ -646,7 +646,7 @@ set held = jsonb_set(held, array[%(key)s], jsonb_build_object('since', now(), 'r
 where namespace = %(namespace)s and term = %(term)s
 returning true
 
--- name: settle
+-- name: accept_move
 update jobguard.installation i
 set system_identifier = %(system_identifier)s, database_oid = %(database_oid)s::oid
 

@@ -20,8 +20,8 @@ from hypothesis import settings
 
 import jobguard.schema
 from jobguard import log
-from jobguard.flood import FLOOD
-from jobguard.servers import NamedPostgres, NamedRedis, PostgresServer, RedisServer
+from jobguard.demo.servers import NamedPostgres, NamedRedis, PostgresServer, RedisServer
+from jobguard.log_bounds import FLOOD
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -88,7 +88,7 @@ def database(postgres_server: NamedPostgres, template_database: str) -> Iterator
     name = f"jobguard_test_{uuid.uuid4().hex}"
     url = postgres_server.create_database(name, template_database)
     with psycopg.connect(url) as connection:
-        jobguard.schema.settle(connection)  # a clone is a copy, and a copy puts nothing back
+        jobguard.schema.accept_move(connection)  # a clone is a copy, and a copy puts nothing back
     yield url
     postgres_server.drop_database(name)
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
-from jobguard.servers.server import wheel_folder
+from jobguard.demo.servers.server import wheel_folder
 
 ROOT = Path(__file__).parents[1]
 ADAPTER = ("tests/unit/{0}", "tests/integration/{0}", "tests/conformance")

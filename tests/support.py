@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from jobguard.job import Owed
+from jobguard.model import Owed
 
 if TYPE_CHECKING:
     from collections.abc import Callable

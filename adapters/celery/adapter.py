@@ -10,7 +10,7 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from jobguard.adapter import Broker, Guarded, Later, Source, Tracker
+from jobguard.adapter import Broker, DeferredTarget, Guarded, Source, Tracker
 from jobguard.adapters.celery.broker import CeleryBroker
 from jobguard.adapters.celery.envelope import UnknownEnvelope, renewed
 from jobguard.errors import UnsupportedTarget
@@ -36,7 +36,7 @@ class CeleryAdapter:
 
     def sources(
         self, target: object, *, namespace: str, name: str | None
-    ) -> Guarded | Later | None:
+    ) -> Guarded | DeferredTarget | None:
         """Return what guarding this app means, or that its configuration is not to be read yet."""
         if importlib.util.find_spec("celery") is None:
             return None
@@ -46,9 +46,9 @@ class CeleryAdapter:
         app: Any = target
         if not app.configured:
             patches = importlib.import_module("jobguard.adapters.celery.patches")
-            return Later(
+            return DeferredTarget(
                 when=lambda callback: patches.wait(app, callback),
-                settle=lambda: patches.settle(app),
+                resolve=lambda: patches.resolve_config(app),
             )
         if app.conf.task_always_eager:
             return _inert(namespace, name, "task_always_eager runs tasks at once, in the caller")
@@ -79,11 +79,11 @@ class CeleryAdapter:
 
 
 def _guarded(app: Any, namespace: str, name: str | None) -> Guarded:
-    places = importlib.import_module("jobguard.adapters.celery.places")
+    connection_module = importlib.import_module("jobguard.adapters.celery.connection")
     try:
         connection = app.connection_for_write()
         transport = connection.get_transport_cls()
-        places.check(connection)
+        connection_module.check(connection)
     except (KeyError, ImportError) as error:
         raise UnsupportedTarget(
             f"this Celery's broker is not a Redis that kombu knows ({error}): use a redis://, "
@@ -92,17 +92,19 @@ def _guarded(app: Any, namespace: str, name: str | None) -> Guarded:
     if transport.__module__ == _IN_MEMORY:
         return _inert(namespace, name, "memory:// keeps nothing that could be lost")
     try:
-        place = places.place_of(connection)
+        broker_address = connection_module.broker_address_of(connection)
     except ValueError as error:  # a Sentinel without the name of its master, a db that is no number
         raise UnsupportedTarget(f"this Celery's broker cannot be guarded: {error}") from error
-    if place is None:
+    if broker_address is None:
         instead = _INSTEAD.get(transport.__module__, "jobguard guards Celery on Redis only.")
         raise UnsupportedTarget(
             f"this Celery's broker is {connection.transport_cls}://: {instead} Set broker_url to a "
             "redis:// URL, or take the guard away."
         )
-    source = Source(namespace, LIBRARY, place.address, str(place.layout), name, one_body=False)
-    return Guarded(source, None, lambda: places.client_of(connection))
+    source = Source(
+        namespace, LIBRARY, broker_address.address, str(broker_address.layout), name, one_body=False
+    )
+    return Guarded(source, None, lambda: connection_module.client_of(connection))
 
 
 def _inert(namespace: str, name: str | None, why: str) -> Guarded:

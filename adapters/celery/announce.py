@@ -18,8 +18,8 @@ from weakref import WeakKeyDictionary
 from celery.backends.redis import RedisBackend
 
 from jobguard.adapters.celery import lookup
+from jobguard.adapters.celery.connection import client_of
 from jobguard.adapters.celery.layout import Layout
-from jobguard.adapters.celery.places import client_of
 from jobguard.adapters.celery.push import TIMEOUT
 from jobguard.adapters.celery.results import results_of
 from jobguard.clients import own_client
@@ -107,4 +107,4 @@ def _results(app: Any, tracker: Tracker) -> str:
     if not isinstance(backend, RedisBackend):
         return ""
     results = results_of(backend, tracker.source.address)
-    return json.dumps(results.told(), sort_keys=True) if results is not None else ""
+    return json.dumps(results.as_fields(), sort_keys=True) if results is not None else ""

@@ -19,11 +19,11 @@ from celery import canvas
 from celery.backends.redis import RedisBackend, ResultConsumer
 
 from jobguard.adapters.celery import lookup
+from jobguard.adapters.celery.connection import check_out
+from jobguard.adapters.celery.contain_errors import contain_errors
 from jobguard.adapters.celery.hooks import Hooks
-from jobguard.adapters.celery.places import check_out
 from jobguard.adapters.celery.push import BROKER_DOWN
 from jobguard.adapters.celery.results import results_of
-from jobguard.adapters.celery.wall import our_own_affair
 
 if TYPE_CHECKING:
     from jobguard.adapter import Tracker
@@ -97,17 +97,17 @@ def set_chord_size(original: Hook) -> Hook:
 
 def _open_join(backend: Any, group_id: str, size: int) -> bool:
     """Have the ledger know of it; whether a leader puts the size back, should Redis not take it."""
-    with our_own_affair("open a chord"):
+    with contain_errors("open a chord"):
         tracker = lookup.tracker_for(backend.app)
         results = results_of(backend, tracker.source.address) if tracker is not None else None
         if tracker is not None and results is not None:
-            told = json.dumps(results.told()).encode()
-            return tracker.accepts_without_broker(tracker.open_join(group_id, int(size), told))
+            fields = json.dumps(results.as_fields()).encode()
+            return tracker.accepts_without_broker(tracker.open_join(group_id, int(size), fields))
     return False
 
 
 def _tracker_of_group(group: Any) -> Tracker | None:
-    with our_own_affair("batch a group"):
+    with contain_errors("batch a group"):
         app = group.app
         tracker = lookup.tracker_for(app)
         return None if tracker is None or app.conf.task_always_eager else tracker
@@ -159,14 +159,14 @@ def on_wait_for_pending(original: Hook) -> Hook:
 
 def _catch_up(consumer: Any, subscribe: Hook) -> None:
     missed: set[str] = vars(consumer).get(_MISSED) or set()
-    with our_own_affair("subscribe to results"):
+    with contain_errors("subscribe to results"):
         while missed:
             subscribe(consumer, missed.pop())
 
 
 def _is_away(backend: Any) -> bool:
     """Whether the Redis of these results is the guarded one, and is away."""
-    with our_own_affair("ask for Redis"):
+    with contain_errors("ask for Redis"):
         tracker = lookup.tracker_for(backend.app)
         if tracker is None or results_of(backend, tracker.source.address) is None:
             return False

@@ -19,10 +19,10 @@ from jobguard.adapters.celery.envelope import UnknownEnvelope, as_dead, decode, 
 from jobguard.adapters.celery.joins import Rejoin, group_of, is_heard_of, part_of
 from jobguard.adapters.celery.layout import Layout
 from jobguard.adapters.celery.results import Results, ends_of, read
-from jobguard.adapters.celery.scan import Scan, look
+from jobguard.adapters.celery.scan import Scan, read_broker
+from jobguard.client_list import Consumers
 from jobguard.clients import own_client
-from jobguard.job import OpenJoin, Owed, Part, Presence, Restorable, Restored, Sighting
-from jobguard.listeners import Consumers
+from jobguard.model import Observation, OpenJoin, Owed, Part, Presence, Restorable, Restored
 from jobguard.scripts import Script, is_past, restored_by
 
 if TYPE_CHECKING:
@@ -52,13 +52,13 @@ class CeleryBroker:
         self._clients: dict[int, redis.Redis] = {}
         self._scan: Scan | None = None
 
-    def presence(self, page: Sequence[Owed]) -> Mapping[UUID, Sighting]:
+    def presence(self, page: Sequence[Owed]) -> Mapping[UUID, Observation]:
         """Where Redis has each of these deliveries."""
         if not page:
             return {}
-        scan = self._look(page)
-        scan.told.update(owed.token.hex.encode() for owed in page)
-        seen = {owed.token: _sighting(scan, owed) for owed in page}
+        scan = self._scan_for(page)
+        scan.asked_for.update(owed.token.hex.encode() for owed in page)
+        seen = {owed.token: _observe(scan, owed) for owed in page}
         absent = [owed for owed in page if seen[owed.token].presence is Presence.ABSENT]
         seen.update(self._ends(absent))
         return seen
@@ -75,8 +75,8 @@ class CeleryBroker:
         calls: list[tuple[UUID, list[Any], list[Any]]] = []
         scan = self._proof(deliveries)
         # Taken ones go back to where the next is taken from: the first of them last.
-        held = [delivery for delivery in deliveries if delivery.held_by]
-        for delivery in (*(d for d in deliveries if not d.held_by), *reversed(held)):
+        taken_before = [delivery for delivery in deliveries if delivery.taken_by]
+        for delivery in (*(d for d in deliveries if not d.taken_by), *reversed(taken_before)):
             try:
                 call = self._call(delivery, deadline, scan)
             except UnknownEnvelope:
@@ -98,7 +98,7 @@ class CeleryBroker:
         """
         if is_past(self._client, deadline):
             return
-        scan = look(self._client, self._layout, ())
+        scan = read_broker(self._client, self._layout, ())
         tags = [scan.taken[t].tag for o in page if (t := o.token.hex.encode()) in scan.taken]
         if tags:
             with self._client.pipeline() as pipe:
@@ -147,7 +147,7 @@ class CeleryBroker:
         """Return Celery's own names of the workers by queue, and the connections that are not guarded."""
         return self._workers.consumers()
 
-    def _look(self, page: Sequence[Owed]) -> Scan:
+    def _scan_for(self, page: Sequence[Owed]) -> Scan:
         """Return a look that these were not told of: the last one, if it is younger than it cost.
 
         Younger than the youngest of them as well: what was pushed since then, it cannot have seen.
@@ -160,11 +160,11 @@ class CeleryBroker:
                 age < scan.cost + min(_KEPT, scan.cost)
                 and age < min(owed.age for owed in page)
                 and scan.queues.issuperset(queues)
-                and scan.told.isdisjoint(owed.token.hex.encode() for owed in page)
+                and scan.asked_for.isdisjoint(owed.token.hex.encode() for owed in page)
             ):
                 return scan
             queues |= scan.queues  # those of other pages will be asked for next
-        scan = self._scan = look(self._client, self._layout, queues)
+        scan = self._scan = read_broker(self._client, self._layout, queues)
         return scan
 
     def _proof(self, deliveries: Sequence[Restorable]) -> Scan:
@@ -176,7 +176,7 @@ class CeleryBroker:
             and scan.queues.issuperset(queues)
         ):
             return scan
-        scan = self._scan = look(self._client, self._layout, queues)
+        scan = self._scan = read_broker(self._client, self._layout, queues)
         return scan
 
     def _call(
@@ -187,7 +187,7 @@ class CeleryBroker:
         taken = scan.taken.get(token)
         if delivery.running or token in scan.waiting:
             return None
-        if taken is not None and (not delivery.held_by or taken.holder != delivery.held_by):
+        if taken is not None and (not delivery.taken_by or taken.holder != delivery.taken_by):
             return None
         routing, message = decode(delivery.envelope)
         layout, expires = self._layout, delivery.expires_at
@@ -208,7 +208,7 @@ class CeleryBroker:
             routing.binding,
         ]
 
-    def _ends(self, absent: Sequence[Owed]) -> dict[UUID, Sighting]:
+    def _ends(self, absent: Sequence[Owed]) -> dict[UUID, Observation]:
         """Return how these ended, of those whose stored result says so, and was not an earlier life's."""
         now = time.time()
         since = {owed.job_id: now - owed.age for owed in absent}
@@ -216,7 +216,7 @@ class CeleryBroker:
         for results in self._workers.results() if absent else ():
             ends.update(ends_of(self._in(results), results, since))
         return {
-            owed.token: Sighting(ends[owed.job_id], "result", by_id=True)
+            owed.token: Observation(ends[owed.job_id], "result", by_id=True)
             for owed in absent
             if owed.job_id in ends and _is_its_own(ends[owed.job_id], owed)
         }
@@ -244,14 +244,14 @@ class CeleryBroker:
         return self._clients[results.db]
 
 
-def _sighting(scan: Scan, owed: Owed) -> Sighting:
+def _observe(scan: Scan, owed: Owed) -> Observation:
     token = owed.token.hex.encode()
     if token in scan.waiting:
-        return Sighting(Presence.WAITING, "list")
+        return Observation(Presence.WAITING, "list")
     taken = scan.taken.get(token)
     if taken is not None:
-        return Sighting(Presence.WAITING, f"unacked:{taken.tag}", held_by=taken.holder)
-    return Sighting(Presence.ABSENT, "missing")
+        return Observation(Presence.WAITING, f"unacked:{taken.tag}", taken_by=taken.holder)
+    return Observation(Presence.ABSENT, "missing")
 
 
 def _failure(job_id: str) -> str:

@@ -17,8 +17,8 @@ from uuid import uuid4
 
 from jobguard.adapters.celery.layout import Layout
 from jobguard.adapters.celery.results import Results
-from jobguard.listeners import Consumers, Listeners
-from jobguard.values import json_in
+from jobguard.client_list import Consumers, Listeners
+from jobguard.redis_values import json_in
 
 if TYPE_CHECKING:
     import redis
@@ -120,8 +120,10 @@ class Workers:
             known.append(worker)
             if int(seconds) - at <= _SILENT:
                 heard.append(worker)
-        places = (_results(field) for field in about)
-        self._results = tuple(place for place in places if place is not None) or self._results
+        found_results = (_results(field) for field in about)
+        self._results = (
+            tuple(found for found in found_results if found is not None) or self._results
+        )
         now = time.monotonic()
         self._names.update((worker.name, now) for worker in known)
         self._names = {name: at for name, at in self._names.items() if now - at < _REMEMBER}
@@ -145,20 +147,20 @@ class Workers:
 
 def _announced(raw: bytes | None) -> Announced | None:
     try:
-        told = json_in(raw or b"")
+        fields = json_in(raw or b"")
         return Announced(
-            str(told["name"]),
-            tuple(map(str, told["queues"])),
-            str(told.get("control") or ""),
+            str(fields["name"]),
+            tuple(map(str, fields["queues"])),
+            str(fields.get("control") or ""),
         )
     except (ValueError, KeyError, TypeError):
         return None
 
 
 def _results(field: bytes) -> Results | None:
-    name, _, told = field.partition(b" ")
+    name, _, fields = field.partition(b" ")
     try:
-        return Results.heard(json_in(told)) if name == b"results" else None
+        return Results.from_fields(json_in(fields)) if name == b"results" else None
     except (ValueError, KeyError, TypeError, OverflowError):
         return None
 

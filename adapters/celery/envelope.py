@@ -37,12 +37,12 @@ class Routing:
 
 def encode(routing: Routing, message: bytes) -> bytes:
     """Return the envelope of a push."""
-    told: dict[str, object] = {"queue": routing.queue}
+    fields: dict[str, object] = {"queue": routing.queue}
     if routing.step:
-        told["step"] = routing.step
+        fields["step"] = routing.step
     if routing.exchange:
-        told["binding"] = [routing.exchange, routing.binding]
-    header = json.dumps(told, separators=(",", ":")).encode()
+        fields["binding"] = [routing.exchange, routing.binding]
+    header = json.dumps(fields, separators=(",", ":")).encode()
     return b"".join((_HEAD.pack(VERSION, len(header)), header, message))
 
 
@@ -53,9 +53,9 @@ def decode(envelope: bytes) -> tuple[Routing, bytes]:
     try:
         _, size = _HEAD.unpack_from(envelope)
         at = _HEAD.size + size
-        told = json.loads(envelope[_HEAD.size : at])
-        exchange, binding = told.get("binding", ("", ""))
-        routing = Routing(str(told["queue"]), int(told.get("step", 0)), exchange, binding)
+        fields = json.loads(envelope[_HEAD.size : at])
+        exchange, binding = fields.get("binding", ("", ""))
+        routing = Routing(str(fields["queue"]), int(fields.get("step", 0)), exchange, binding)
     except (struct.error, ValueError, TypeError, KeyError) as error:
         raise UnknownEnvelope("a damaged Celery envelope") from error
     if at >= len(envelope):
@@ -81,22 +81,24 @@ def fresh(message: bytes, token: UUID) -> bytes:
 def renewed(envelope: bytes) -> bytes:
     """Return the envelope of what a person has requeued: its retries are before it again."""
     routing, message = decode(envelope)
-    told = json.loads(message)
-    if not told["headers"].get("retries"):
+    fields = json.loads(message)
+    if not fields["headers"].get("retries"):
         return envelope
-    told["headers"]["retries"] = 0
-    return encode(routing, json.dumps(told).encode())
+    fields["headers"]["retries"] = 0
+    return encode(routing, json.dumps(fields).encode())
 
 
 def as_dead(message: bytes) -> bytes:
     """Return the message of a dead task, to be told as failed and not run."""
-    told = b'"%b": "1", "%b": "' % (DEAD.encode(), TOKEN.encode())
-    return message.replace(b'"%b": "' % TOKEN.encode(), told, 1)
+    fields = b'"%b": "1", "%b": "' % (DEAD.encode(), TOKEN.encode())
+    return message.replace(b'"%b": "' % TOKEN.encode(), fields, 1)
 
 
 def as_part(message: bytes, state: bytes) -> bytes:
     """Return the message of a chord's last part, to be counted and not run, with what it left."""
-    told = json.dumps(b64encode(state).decode()).encode()
+    fields = json.dumps(b64encode(state).decode()).encode()
     return message.replace(
-        b'"%b": "' % TOKEN.encode(), b'"%b": %b, "%b": "' % (PART.encode(), told, TOKEN.encode()), 1
+        b'"%b": "' % TOKEN.encode(),
+        b'"%b": %b, "%b": "' % (PART.encode(), fields, TOKEN.encode()),
+        1,
     )

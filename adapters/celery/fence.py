@@ -23,17 +23,17 @@ from celery.app.task import Task
 from celery.worker.consumer import consumer
 
 from jobguard import failpoint
-from jobguard.adapter import told_again
-from jobguard.adapters.celery import killed, lookup, sessions, wire
+from jobguard.adapter import refuse_ended_member
+from jobguard.adapters.celery import killed_runs, lookup, message, sessions
+from jobguard.adapters.celery.chords import OVER, REDIS_FAILED, part_made_of
+from jobguard.adapters.celery.contain_errors import contain_errors
 from jobguard.adapters.celery.header import DEAD, PART, TOKEN, WORKER, token_of
 from jobguard.adapters.celery.hooks import Hooks
-from jobguard.adapters.celery.parts import OVER, REDIS_FAILED, part_made_of
 from jobguard.adapters.celery.run import Run
 from jobguard.adapters.celery.sessions import CONTENT, QUEUE
 from jobguard.adapters.celery.skip import remember, skip
-from jobguard.adapters.celery.wall import our_own_affair
 from jobguard.errors import is_host_interrupt
-from jobguard.job import Delivery, Outcome, Refused, new_token
+from jobguard.model import Delivery, Outcome, Refused, new_token
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -93,7 +93,7 @@ def build_tracer(original: Hook, hooks: Hooks) -> Hook:
 
     @wraps(original)
     def hook(name: str, task: Any, *args: Any, **kwargs: Any) -> Any:
-        with our_own_affair("stand before a task of its own class"):
+        with contain_errors("stand before a task of its own class"):
             kinds: list[Any] = [k for k in type(task).__mro__ if "before_start" in vars(k)]
             if kinds and not getattr(kinds[0].before_start, _OURS, False):
                 hooks.put(kinds[0], "before_start", before_start)
@@ -148,7 +148,7 @@ def _begin(task: Any, request: Any) -> Refused | None:
     token = token_of(vars(request)) or new_token()
     # It is to be counted or told as failed, not run, also where the fence is off.
     if request.get(PART) is not None or request.get(DEAD) is not None:
-        ended = told_again(tracker, token)
+        ended = refuse_ended_member(tracker, token)
         if ended is not None:
             return ended
     answer = session.start(token, lambda: _describe(task, request, token))
@@ -197,7 +197,7 @@ def _describe(task: Any, request: Any, token: UUID) -> Delivery:
     if headers.get("compression"):
         body, _ = kombu.compression.compress(body, headers["compression"])
     properties = dict(request.properties or {})
-    return wire.describe(
+    return message.describe(
         task.app,
         headers,
         body,
@@ -215,7 +215,7 @@ def before_celery_says_started(sender: Any = None, **_: Any) -> None:
     request = sender.request
     if request.is_eager or lookup.tracker_for(sender.app) is None:
         return
-    with our_own_affair("read how a task had ended"):
+    with contain_errors("read how a task had ended"):
         remember(sender)
 
 
@@ -316,10 +316,10 @@ def _broken_off(run: Run, thrown: BaseException, *, acks_late: bool) -> None:
     if not run.in_worker:
         if not isinstance(thrown, SystemExit | KeyboardInterrupt) and not terminate_handler_fired():
             run.end(Outcome.FAILED, repr(thrown))
-    elif not killed.is_reported_elsewhere(run.session, run.claim.token, thrown):
-        if acks_late and not killed.is_acknowledged_after(thrown):
+    elif not killed_runs.is_reported_elsewhere(run.session, run.claim.token, thrown):
+        if acks_late and not killed_runs.is_acknowledged_after(thrown):
             run.hand_back()
-            killed.let_go(run.session, run.claim.token)
+            killed_runs.let_go(run.session, run.claim.token)
         else:
             run.end(Outcome.FAILED, repr(thrown))
 

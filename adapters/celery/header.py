@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 from uuid import UUID
 
-from jobguard.values import json_in
+from jobguard.redis_values import json_in
 
 TOKEN = "jobguard"
 WORKER = "jobguard-worker"

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from jobguard.adapters.celery.envelope import UnknownEnvelope, as_part, decode, fresh
 from jobguard.adapters.celery.layout import Layout
 from jobguard.adapters.celery.results import Results
-from jobguard.job import EndedPart, OpenJoin, Part
+from jobguard.model import EndedPart, OpenJoin, Part
+from jobguard.redis_values import json_in
 from jobguard.scripts import Script
-from jobguard.values import json_in
 
 if TYPE_CHECKING:
     import redis
@@ -55,7 +55,7 @@ class Rejoin:
     def _call(
         self, join: OpenJoin, *, finish: bool, deadline: float
     ) -> tuple[list[Any], list[Any]] | None:
-        results = Results.heard(json.loads(join.state)) if join.state else None
+        results = Results.from_fields(json.loads(join.state)) if join.state else None
         if results is None or not join.size:
             return None  # nobody opened it who could say where it is
         parts = list(join.parts)

@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 from celery.local import Proxy
 
 from jobguard.adapter import trackers
-from jobguard.adapters.celery.places import Place, place_of
+from jobguard.adapters.celery.connection import BrokerAddress, broker_address_of
 
 if TYPE_CHECKING:
     from jobguard.adapter import Tracker
@@ -62,7 +62,7 @@ def wait(app: Any, callback: Callable[[], None]) -> None:
         _waiting.setdefault(app, []).append(callback)
 
 
-def settle(app: Any) -> None:
+def resolve_config(app: Any) -> None:
     """Call back who waits for this app to be configured: that time has come.
 
     They stay on the list until they are done: another thread waits here for them as well.
@@ -78,7 +78,7 @@ def settle(app: Any) -> None:
 
 def tracker_for(app: Any) -> Tracker | None:
     """Return the tracker that this app speaks to; None: it is not guarded."""
-    settle(app)
+    resolve_config(app)
     guards = _guards.get(real(app)) if _guards else None
     return guards[0] if guards else _tracker_of_copy(real(app))
 
@@ -98,27 +98,31 @@ def tracker_for_push(app: Any, connection: Any) -> Tracker | None:
 
     An app that came to this process as a copy, spawned or unpickled, is known by its broker.
     """
-    settle(app)
+    resolve_config(app)
     guards = _guards.get(real(app))
-    place = place_of(connection)
-    if place is None:
+    broker_address = broker_address_of(connection)
+    if broker_address is None:
         return None
     known = guards if guards is not None else list(trackers())
-    return next((tracker for tracker in known if _is_at(tracker, place)), None)
+    return next((tracker for tracker in known if _is_at(tracker, broker_address)), None)
 
 
 def trackers_at(connection: Any) -> list[Tracker]:
     """Return all trackers of the broker that this connection leads to, whoever's app it is."""
     for app in list(_waiting):
-        settle(app)
-    place = place_of(connection)
-    return [tracker for tracker in trackers() if place is not None and _is_at(tracker, place)]
+        resolve_config(app)
+    broker_address = broker_address_of(connection)
+    return [
+        tracker
+        for tracker in trackers()
+        if broker_address is not None and _is_at(tracker, broker_address)
+    ]
 
 
-def _is_at(tracker: Tracker, place: Place) -> bool:
+def _is_at(tracker: Tracker, broker_address: BrokerAddress) -> bool:
     source = tracker.source
     return (
         source.library == LIBRARY
-        and source.address == place.address
-        and source.prefix == str(place.layout)
+        and source.address == broker_address.address
+        and source.prefix == str(broker_address.layout)
     )

@@ -14,10 +14,10 @@ from celery.signals import beat_init, celeryd_after_setup, worker_init
 from celery.worker import WorkController
 
 from jobguard.adapter import tracker_for_worker
-from jobguard.adapters.celery import backend, intent, lookup, naming, worker
-from jobguard.adapters.celery.capture import hook_app, unhook_app
+from jobguard.adapters.celery import backend, cancellation, client_names, lookup, worker
+from jobguard.adapters.celery.contain_errors import contain_errors
 from jobguard.adapters.celery.hooks import Hooks
-from jobguard.adapters.celery.wall import our_own_affair
+from jobguard.adapters.celery.producer import hook_app, unhook_app
 from jobguard.errors import UnsupportedTarget
 
 if TYPE_CHECKING:
@@ -60,9 +60,9 @@ def wait(app: Any, callback: Callable[[], None]) -> None:
         )  # a spawned child prepares its tasks before anything is configured
 
 
-def settle(app: Any) -> None:
+def resolve_config(app: Any) -> None:
     """Have this app configured now, and call back who waits for it."""
-    lookup.settle(app)
+    lookup.resolve_config(app)
 
 
 def prepare() -> None:
@@ -77,7 +77,7 @@ def prepare() -> None:
 
 def _guard_by_environment(sender: Any = None, **_: Any) -> None:
     """worker_init, beat_init: nobody may have called guard() for this app."""
-    with our_own_affair("guard a program by its environment"):
+    with contain_errors("guard a program by its environment"):
         if lookup.tracker_for(sender.app) is None:
             tracker_for_worker(sender.app)
     _worker_begins(sender)
@@ -90,7 +90,7 @@ def _put_on() -> None:
     try:
         if celery.VERSION[:2] < _OLDEST:
             raise AttributeError("it is too old")
-        for part in (backend, intent, naming):
+        for part in (backend, cancellation, client_names):
             part.put_on(_hooks)
     except AttributeError as error:
         _hooks.take_off()

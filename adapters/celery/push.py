@@ -12,13 +12,13 @@ import redis
 from kombu.exceptions import OperationalError
 from kombu.utils.functional import retry_over_time
 
-from jobguard.adapters.celery.places import check_out, client_of
+from jobguard.adapters.celery.connection import check_out, client_of
 from jobguard.adapters.celery.run import Run
 from jobguard.clients import bounded_pool, own_client
-from jobguard.push import Push
+from jobguard.host.push import Push
 
 if TYPE_CHECKING:
-    from jobguard.job import Delivery, Recorded
+    from jobguard.model import Delivery, Recorded
 
 log = logging.getLogger("jobguard")
 
@@ -99,10 +99,10 @@ class TaskPush(Push):
         finally:
             self.producer = own
 
-    def settle(self, recorded: Recorded) -> bool:
+    def apply_refusals(self, recorded: Recorded) -> bool:
         """Tell the run whose place is taken: its record was superseded in that very transaction."""
         self.begun = True
-        left = super().settle(recorded)
+        left = super().apply_refusals(recorded)
         if self.run is not None:
             self.run.superseded_by(self.delivery.token if left else None)
         if not left:

@@ -10,8 +10,8 @@ from typing import Any, cast
 import redis
 
 from jobguard.clients import address_of
-from jobguard.job import Presence
-from jobguard.values import json_in
+from jobguard.model import Presence
+from jobguard.redis_values import json_in
 
 _FINAL = {
     "SUCCESS": Presence.FINISHED,
@@ -38,23 +38,23 @@ class Results:
     """Seconds for which a chord's keys are kept; 0: for ever."""
     json: bool = True
 
-    def told(self) -> dict[str, object]:
+    def as_fields(self) -> dict[str, object]:
         """Return it as JSON can say it."""
         return asdict(self)
 
     @classmethod
-    def heard(cls, told: object) -> Results | None:
+    def from_fields(cls, fields: object) -> Results | None:
         """Return what ``told`` said; None: nothing that we understand."""
-        if not isinstance(told, Mapping):
+        if not isinstance(fields, Mapping):
             return None
         try:
             return cls(
-                db=int(told["db"]),
-                tasks=str(told["tasks"]),
-                groups=str(told["groups"]),
-                ordered=bool(told["ordered"]),
-                expires=int(told["expires"]),
-                json=bool(told["json"]),
+                db=int(fields["db"]),
+                tasks=str(fields["tasks"]),
+                groups=str(fields["groups"]),
+                ordered=bool(fields["ordered"]),
+                expires=int(fields["expires"]),
+                json=bool(fields["json"]),
             )
         except (KeyError, TypeError, ValueError):
             return None
@@ -62,10 +62,10 @@ class Results:
 
 def results_of(backend: Any, broker: str) -> Results | None:
     """Return where a Redis backend keeps its results; None: on another server than the broker's."""
-    told = backend.__dict__.get("_jobguard_results")
-    if told is None or told[0] != broker:
-        told = backend.__dict__["_jobguard_results"] = (broker, _find(backend, broker))
-    found: Results | None = told[1]
+    fields = backend.__dict__.get("_jobguard_results")
+    if fields is None or fields[0] != broker:
+        fields = backend.__dict__["_jobguard_results"] = (broker, _find(backend, broker))
+    found: Results | None = fields[1]
     return found
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from kombu.transport.virtual.exchange import STANDARD_EXCHANGE_TYPES, DirectExchange, TopicExchange
 
-from jobguard.adapters.celery.wire import Target
+from jobguard.adapters.celery.message import Target
 from jobguard.errors import is_host_interrupt
 
 log = logging.getLogger("jobguard")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from uuid import UUID
 
 from jobguard.adapter import running_job
-from jobguard.job import Claim, Outcome, Parent, Part
+from jobguard.model import Claim, Outcome, Parent, Part
 
 if TYPE_CHECKING:
     from jobguard.adapter import Session, Tracker
@@ -56,7 +56,7 @@ class Run:
         self.in_worker = left is not None
         """It runs in the worker's own process, which wants to know when it has left it."""
         self._left = left
-        self.told = False
+        self.reported = False
         self.outcome: Outcome | None = None
         """How it ended, once that is told; None: something else has taken its place."""
         self.storing = False
@@ -87,9 +87,9 @@ class Run:
         """Report nothing: what takes the place of this run is recorded, or was refused for a newer one."""
         if token is not None:
             self._successor = token
-        if not self.told:
-            self.told = True
-            self.session.release(self.claim)
+        if not self.reported:
+            self.reported = True
+            self.session.mark_superseded(self.claim)
 
     # From its start to its end.
 
@@ -115,9 +115,9 @@ class Run:
 
     def end(self, outcome: Outcome, error: str | None = None) -> None:
         """Report how it ended, unless that is told already."""
-        if self.told:
+        if self.reported:
             return
-        self.told, self.outcome = True, outcome
+        self.reported, self.outcome = True, outcome
         self.session.end(
             self.claim,
             outcome,
@@ -130,9 +130,9 @@ class Run:
 
     def hand_back(self) -> None:
         """The library puts this very delivery back into its queue."""
-        if not self.told:
-            self.told = True
-            self.session.give_back(self.claim)
+        if not self.reported:
+            self.reported = True
+            self.session.release(self.claim)
 
 
 def current_run() -> Run | None:

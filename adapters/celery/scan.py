@@ -43,7 +43,7 @@ class Scan:
     taken: dict[bytes, Taken] = field(default_factory=dict)
     begun: float = 0.0
     cost: float = 0.0
-    told: set[bytes] = field(default_factory=set)
+    asked_for: set[bytes] = field(default_factory=set)
     """Tokens of which this look was told already: it is never the second look at any of them."""
 
     def saw(self, token: bytes) -> bool:
@@ -51,7 +51,7 @@ class Scan:
         return token in self.waiting or token in self.taken
 
 
-def look(client: redis.Redis, layout: Layout, queues: Iterable[str]) -> Scan:
+def read_broker(client: redis.Redis, layout: Layout, queues: Iterable[str]) -> Scan:
     """Look at these queues, and at all that workers have taken. Raises RedisError."""
     begun = time.monotonic()
     seconds, micros = cast(Any, client).time()

@@ -26,7 +26,7 @@ from celery.worker import state
 from jobguard.adapters.celery import lookup
 from jobguard.adapters.celery.announce import announcement, leave
 from jobguard.adapters.celery.header import TOKEN, WORKER, token_of
-from jobguard.adapters.celery.held import Held, snapshot
+from jobguard.adapters.celery.unacked import Unacked, snapshot
 
 if TYPE_CHECKING:
     from jobguard.adapter import Session, Tracker
@@ -60,7 +60,7 @@ class Working:
     tell: Callable[[UUID], None] | None = None
     """Makes us known, once we are."""
     announced: float = -math.inf
-    held: Held | None = None
+    unacked: Unacked | None = None
     """What it has taken, if the others are to leave it to us."""
     live: int = 0
     """Tasks that run in this very process."""
@@ -73,11 +73,11 @@ class Working:
             name=controller.hostname,
             queues=self.queues,
             lists=self.lists,
-            apart=not _forks(controller),
-            serves=_forks(controller),
+            apart=not _slots_of(controller),
+            serves=_slots_of(controller),
         )
         if self.tracker.mends_library:
-            self.held = Held(
+            self.unacked = Unacked(
                 controller.app,
                 self.tracker.source,
                 session=lambda: self.session.id,
@@ -103,10 +103,10 @@ class Working:
     def _introduce(self) -> None:
         """Have it say from now on what it consumes now: in Redis, and then in its beats."""
         controller, queues = self.controller, self.queues
-        told = announcement(controller.app, name=controller.hostname, queues=queues)
+        headers = announcement(controller.app, name=controller.hostname, queues=queues)
 
         def tell(session: UUID) -> None:
-            if told is None or told(session):
+            if headers is None or headers(session):
                 self.session.consumes(queues)
 
         self.tell = tell
@@ -125,8 +125,8 @@ class Working:
         """
         if self.pid == os.getpid():  # a child that beats holds nothing
             self.announce()
-            if self.held is not None:
-                self.held.tend()
+            if self.unacked is not None:
+                self.unacked.tend()
         running = {token for request in self._with_children() if (token := token_in(request))}
         return running | self.last
 
@@ -147,12 +147,12 @@ class Working:
     def hand(self, request: Any) -> None:
         """Tell whoever will run this request what it must know to claim it."""
         self.handed[request] = time.monotonic()
-        told = request.request_dict
-        told[WORKER], told[CONTENT] = self.session.id.hex, request.content_type
+        headers = request.request_dict
+        headers[WORKER], headers[CONTENT] = self.session.id.hex, request.content_type
         if queue := getattr(request.message, "__dict__", {}).get(QUEUE):
-            told[QUEUE] = queue
+            headers[QUEUE] = queue
         if (token := token_in(request)) is not None:
-            told[TOKEN] = token.hex  # protocol 1 has none where a child would look for it
+            headers[TOKEN] = token.hex  # protocol 1 has none where a child would look for it
 
     def handed_over(self, tag: str) -> bool:
         """Whether the message of this tag was given to the pool as a request."""
@@ -235,10 +235,10 @@ def session_for(tracker: Tracker, request: Any) -> Session | None:
     working = _here.get(tracker.source.id)
     if working is not None and working.pid == os.getpid():
         return working.session
-    told = request.get(WORKER)
-    if not isinstance(told, str):
+    headers = request.get(WORKER)
+    if not isinstance(headers, str):
         return None if working is None else working.session
-    worker = UUID(hex=told)
+    worker = UUID(hex=headers)
     if working is not None and working.session.id == worker:
         return working.session
     return _of_parent(tracker, worker, request)
@@ -275,7 +275,7 @@ def token_in(request: Any) -> UUID | None:
     return token_of(request.request_dict) or token_of(getattr(request.message, "headers", None))
 
 
-def _forks(controller: Any) -> bool:
+def _slots_of(controller: Any) -> bool:
     """Whether tasks will run in children: else a C call of one of them can stop every beat."""
     pool = get_implementation(controller.pool_cls)
     return isinstance(pool, type) and issubclass(pool, prefork.TaskPool)

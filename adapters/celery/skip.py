@@ -15,10 +15,10 @@ from celery import states
 from celery.backends.base import BaseKeyValueStoreBackend
 from celery.exceptions import Ignore, WorkerLostError
 
-from jobguard.adapters.celery import parts
+from jobguard.adapters.celery import chords
 from jobguard.adapters.celery.header import DEAD
 from jobguard.errors import is_host_interrupt
-from jobguard.job import Outcome, Refusal, Refused
+from jobguard.model import Outcome, Refusal, Refused
 
 log = logging.getLogger("jobguard")
 
@@ -44,7 +44,7 @@ def skip(task: Any, refused: Refused) -> Ignore:
             _fail(task)
         elif refused.reason is Refusal.ENDED:
             _put_back(task)
-            parts.finish(task, request)
+            chords.finish(task, request)
         elif refused.reason is Refusal.SPENT:
             _fail(task)
     except Exception as error:

@@ -18,13 +18,22 @@ from celery.worker import WorkController
 from celery.worker.consumer.consumer import Consumer
 
 from jobguard.adapter import trackers
-from jobguard.adapters.celery import fence, killed, lookup, mend, owner, parts, sessions, unread
+from jobguard.adapters.celery import (
+    chords,
+    fence,
+    killed_runs,
+    kombu_fixes,
+    lookup,
+    sessions,
+    unacked_marks,
+    unknown_tasks,
+)
+from jobguard.adapters.celery.contain_errors import contain_errors
 from jobguard.adapters.celery.header import token_of
 from jobguard.adapters.celery.hooks import Hooks
-from jobguard.adapters.celery.wall import our_own_affair
 from jobguard.errors import host_interrupts
-from jobguard.job import Outcome
 from jobguard.log import say_again
+from jobguard.model import Outcome
 
 if TYPE_CHECKING:
     from jobguard.adapter import Tracker
@@ -41,7 +50,7 @@ def install(tracker: Tracker | None, app: Any) -> None:
     """Hear what the workers of this app do; None: it is not known yet to whom that is told."""
     with _lock:
         if not _apps:
-            for part in (fence, killed, owner, parts, unread):
+            for part in (fence, killed_runs, unacked_marks, chords, unknown_tasks):
                 part.put_on(_hooks)
             _hooks.put(WorkController, "_process_task", process_task)
             _hooks.put(Consumer, "add_task_queue", consumes_others)
@@ -50,7 +59,7 @@ def install(tracker: Tracker | None, app: Any) -> None:
                 signal.connect(receiver, weak=False, dispatch_uid=_uid(receiver))
         _apps.add(app)
         if tracker is not None and tracker.mends_library:
-            mend.put_on(_hooks)
+            kombu_fixes.put_on(_hooks)
 
 
 def uninstall(tracker: Tracker, app: Any) -> None:
@@ -66,7 +75,7 @@ def uninstall(tracker: Tracker, app: Any) -> None:
 
 def begin(controller: Any) -> None:
     """Open the session of a worker that is about to start its pool; once."""
-    with our_own_affair("open a session for a worker"):
+    with contain_errors("open a session for a worker"):
         sessions.begin(controller)
 
 
@@ -75,7 +84,7 @@ def process_task(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(original)
     def hook(self: Any, req: Any) -> Any:
-        with our_own_affair("tell a child of its task"):
+        with contain_errors("tell a child of its task"):
             if (working := sessions.working_for(self.app)) is not None:
                 working.hand(req)
         return original(self, req)
@@ -91,7 +100,7 @@ def consumes_others(original: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return original(self, *args, **kwargs)
         finally:  # a broken connection, too: when it is back, so is what was added or left
-            with our_own_affair("tell which queues are consumed"):
+            with contain_errors("tell which queues are consumed"):
                 if (working := sessions.working_for(self.app)) is not None:
                     working.follow()
 
@@ -105,13 +114,13 @@ def worker_begins(sender: Any = None, **_: Any) -> None:
 
 def logging_is_set_up(**_: Any) -> None:
     """celeryd_after_setup: the first moment at which a line of a worker reaches its log."""
-    with our_own_affair("repeat what was said"):
+    with contain_errors("repeat what was said"):
         say_again()
 
 
 def worker_has_ended(sender: Any = None, **_: Any) -> None:
     """worker_shutdown: the pool is empty, and what was not begun is back in its queue."""
-    with our_own_affair("say goodbye"):
+    with contain_errors("say goodbye"):
         if (tracker := lookup.tracker_for(sender.app)) is not None:
             sessions.end(tracker)
 
@@ -121,16 +130,16 @@ def child_ends(**_: Any) -> None:
     for session in sessions.children():
         session.flush()
     for tracker in trackers():
-        tracker.settle()
+        tracker.drain_spool()
 
 
 def was_revoked(sender: Any = None, request: Any = None, expired: bool = False, **_: Any) -> None:
     """task_revoked: by a person, by a stamp, or because it expired; perhaps while it ran."""
-    with our_own_affair("report that a task was revoked"):
+    with contain_errors("report that a task was revoked"):
         working, token = sessions.working_for(sender.app), token_of(vars(request))
         if working is not None and token is not None:
             error = "it expired before it began" if expired else None
-            killed.report(working, token, Outcome.CANCELLED, request=request, error=error)
+            killed_runs.report(working, token, Outcome.CANCELLED, request=request, error=error)
 
 
 HEARD = (
@@ -142,7 +151,7 @@ HEARD = (
     (signals.task_failure, fence.why_it_failed),
     (signals.task_postrun, fence.after_the_run),
     (signals.task_revoked, was_revoked),
-    (signals.task_rejected, unread.was_rejected),
+    (signals.task_rejected, unknown_tasks.was_rejected),
 )
 
 

@@ -22,12 +22,21 @@ from jobguard.adapters.dramatiq.layout import (
     canonical,
     counted_key,
     finish_key,
-    is_guest,
+    is_short_lived,
     is_stranger,
     name_of,
     worker_of,
 )
-from jobguard.job import EndedPart, OpenJoin, Owed, Part, Presence, Restorable, Restored, Sighting
+from jobguard.model import (
+    EndedPart,
+    Observation,
+    OpenJoin,
+    Owed,
+    Part,
+    Presence,
+    Restorable,
+    Restored,
+)
 from jobguard.scripts import RESTORES_A_TRIP, Script, chunks, restored_by
 
 if TYPE_CHECKING:
@@ -41,7 +50,7 @@ _SILENT = 10_000
 """Milliseconds after which a worker that polls once a second has fetched its last message."""
 _TALKING = 15.0
 """Seconds for which whoever has said a word is believed to consume."""
-_FIRST_LOOK = 60.0
+_FIRST_INSPECTION = 60.0
 """The same at the first look, by clocks that may differ."""
 
 
@@ -61,7 +70,7 @@ class DramatiqBroker:
         self._said: dict[str, tuple[float, float]] | None = None
         """By worker: its last word, and when (by our clock) that was news."""
 
-    def presence(self, page: Sequence[Owed]) -> Mapping[UUID, Sighting]:
+    def presence(self, page: Sequence[Owed]) -> Mapping[UUID, Observation]:
         """Where Redis has each of these deliveries.
 
         First the message, then the lists, then what was fetched: a delivery that moves on meanwhile is
@@ -75,7 +84,7 @@ class DramatiqBroker:
             {t: name for t, name in there.items() if str(t).encode() not in listed[name]}
         )
         return {
-            owed.token: _sighting(
+            owed.token: _observe(
                 places[owed.token],
                 listed=str(owed.token).encode() in listed.get(names[owed.token], ()),
                 holder=holders.get(owed.token),
@@ -163,18 +172,18 @@ class DramatiqBroker:
 
     def _finish(self, joins: Sequence[OpenJoin], deadline: float) -> None:
         """Push the last member again: its worker finds that it has ended, and reads our word there."""
-        told: list[tuple[OpenJoin, EndedPart]] = []
+        parts_counted: list[tuple[OpenJoin, EndedPart]] = []
         for join in joins:
             part = next((part for part in reversed(join.parts) if part.envelope), None)
             if part is not None:
-                told.append((join, part))
+                parts_counted.append((join, part))
         with self._client.pipeline(transaction=False) as pipe:
-            for join, _ in told:
+            for join, _ in parts_counted:
                 pipe.set(finish_key(join.id), 1, ex=86_400)
             pipe.execute()
         again = [
             Restorable(part.token, part.job_id, part.queue, part.envelope, None, None)
-            for _, part in told
+            for _, part in parts_counted
         ]
         self.restore(again, deadline=deadline)
 
@@ -191,7 +200,7 @@ class DramatiqBroker:
             self._said,
         )
         if known is None:
-            cut = (float(self._client.time()[0]) - _FIRST_LOOK) * 1000
+            cut = (float(self._client.time()[0]) - _FIRST_INSPECTION) * 1000
             never = float("-inf")
             self._said = {w: (score, now if score > cut else never) for w, score in seen.items()}
         else:
@@ -229,7 +238,7 @@ class DramatiqBroker:
         of: dict[str, list[UUID]] = {}
         for token, name in unlisted.items():
             of.setdefault(name, []).append(token)
-        asked = [(worker, name) for name in of for worker in workers if not is_guest(worker)]
+        asked = [(worker, name) for name in of for worker in workers if not is_short_lived(worker)]
         with self._client.pipeline(transaction=False) as pipe:
             for worker, name in asked:
                 pipe.smismember(self._layout.acks(worker, name), [str(t) for t in of[name]])
@@ -252,7 +261,7 @@ class DramatiqBroker:
             "" if expires is None else int(expires * 1000),
             layout.acks_prefix,
             envelope.queue,
-            worker_of(delivery.held_by),
+            worker_of(delivery.taken_by),
         ]
 
     def _lists_of(self, queue: str) -> list[str]:
@@ -282,18 +291,18 @@ def _list_of(queue: str, place: str) -> str:
     return {"1": queue, "2": f"{queue}.DQ"}.get(place, "")
 
 
-def _sighting(place: str, *, listed: bool, holder: str | None) -> Sighting:
+def _observe(place: str, *, listed: bool, holder: str | None) -> Observation:
     if place == "0":
-        return Sighting(Presence.ABSENT, "missing")
+        return Observation(Presence.ABSENT, "missing")
     if place == "3":
-        return Sighting(Presence.FAILED, "dead letter")
+        return Observation(Presence.FAILED, "dead letter")
     delayed = place == "2"
     if listed:
-        return Sighting(Presence.SCHEDULED if delayed else Presence.WAITING, "list")
+        return Observation(Presence.SCHEDULED if delayed else Presence.WAITING, "list")
     if holder is not None:  # fetched: it runs, or it is about to
         state = Presence.SCHEDULED if delayed else Presence.RUNNING
-        return Sighting(state, "fetched", held_by=holder)
-    return Sighting(Presence.ABSENT, "stranded")
+        return Observation(state, "fetched", taken_by=holder)
+    return Observation(Presence.ABSENT, "stranded")
 
 
 def _raise_error(answers: list[Any]) -> list[Any]:

@@ -18,7 +18,7 @@ from dramatiq.errors import ConnectionClosed, DecodeError
 log = logging.getLogger("jobguard")
 
 
-class Held:
+class InFlightMessages:
     """The ids that this process has in hand, by list, once for each copy in its memory."""
 
     def __init__(self) -> None:
@@ -62,15 +62,15 @@ class GuardedConsumer(Consumer):
         self,
         inner: Any,
         queue: str,
-        held: Held,
+        in_flight: InFlightMessages,
         undecodable: Callable[[str, DecodeError], None],
     ) -> None:
         self.inner = inner
         self._queue = queue
-        self._held = held
+        self._in_flight = in_flight
         self._undecodable = undecodable
         if queue.endswith(".DQ"):
-            held.forget(queue)
+            in_flight.forget(queue)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
@@ -83,16 +83,16 @@ class GuardedConsumer(Consumer):
             self._undecodable(self._queue, error)
             return None
         if message is not None:
-            self._held.take(message.options["redis_message_id"], self._queue)
+            self._in_flight.take(message.options["redis_message_id"], self._queue)
         return message
 
     def ack(self, message: MessageProxy) -> None:
         """Acknowledge it; Dramatiq tries again if Redis is away."""
-        self._settle(self.inner.ack, message)
+        self._then_forget(self.inner.ack, message)
 
     def nack(self, message: MessageProxy) -> None:
         """Move it to the dead letters."""
-        self._settle(self.inner.nack, message)
+        self._then_forget(self.inner.nack, message)
 
     def requeue(self, messages: Iterable[MessageProxy]) -> None:
         """Give these back. What Redis does not hear of now is found missing, and put back then."""
@@ -102,18 +102,18 @@ class GuardedConsumer(Consumer):
         except redis.RedisError as error:  # it would end the consumer's thread for good
             log.warning("messages of queue %s were not given back: %s", self._queue, error)
         finally:
-            self._held.drop(message.options["redis_message_id"] for message in several)
+            self._in_flight.drop(message.options["redis_message_id"] for message in several)
 
     def close(self) -> None:
         """Close it."""
         self.inner.close()
 
-    def _settle(self, how: Callable[[MessageProxy], None], message: MessageProxy) -> None:
+    def _then_forget(self, how: Callable[[MessageProxy], None], message: MessageProxy) -> None:
         try:
             how(message)
         except ConnectionClosed:
             raise
         except BaseException:
-            self._held.drop([message.options["redis_message_id"]])
+            self._in_flight.drop([message.options["redis_message_id"]])
             raise
-        self._held.drop([message.options["redis_message_id"]])
+        self._in_flight.drop([message.options["redis_message_id"]])

@@ -21,7 +21,7 @@ from dramatiq.broker import MessageProxy
 from dramatiq.middleware import GroupCallbacks
 from dramatiq.rate_limits.backends import RedisBackend
 
-from jobguard.adapter import told_again
+from jobguard.adapter import refuse_ended_member
 from jobguard.adapters.dramatiq.layout import counted_key, finish_key
 from jobguard.adapters.dramatiq.producer import going_on_from
 from jobguard.adapters.dramatiq.run import current_run
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from dramatiq.brokers.redis import RedisBroker
 
     from jobguard.adapter import Tracker
-    from jobguard.job import Refused
+    from jobguard.model import Refused
 
 log = logging.getLogger("jobguard")
 
@@ -90,7 +90,7 @@ class Joins:
                 return None
         except redis.RedisError:  # whatever was told was told by Redis
             return None
-        return told_again(self._tracker, token)
+        return refuse_ended_member(self._tracker, token)
 
     def finish(self, message: MessageProxy) -> None:
         """A member has ended before: if a leader says that all have, send what waits for them."""

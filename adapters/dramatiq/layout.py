@@ -23,11 +23,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from uuid import UUID
 
-from jobguard.job import new_token
+from jobguard.model import new_token
 
 DEFAULT = "dramatiq"
 _NO_NAME = "="
-_WORKER, _GUEST = 7, 8
+_WORKER, _SHORT_LIVED = 7, 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,22 +98,22 @@ def new_worker() -> UUID:
     return new_token()
 
 
-def new_guest() -> UUID:
+def new_short_lived() -> UUID:
     """Return the id of a guarded process that consumes nothing, so that nobody takes it for a worker."""
     token = new_token().int
-    return UUID(int=token & ~(0xF << 76) | _GUEST << 76)
+    return UUID(int=token & ~(0xF << 76) | _SHORT_LIVED << 76)
 
 
-def is_guest(worker: str) -> bool:
+def is_short_lived(worker: str) -> bool:
     """Whether this is the id of a guarded process that consumes nothing."""
     token = token_of(worker)
-    return token is not None and token.version == _GUEST
+    return token is not None and token.version == _SHORT_LIVED
 
 
 def is_stranger(worker: str) -> bool:
     """Whether whoever has this id is not guarded, as far as its id tells."""
     token = token_of(worker)
-    return token is None or token.version not in (_WORKER, _GUEST)
+    return token is None or token.version not in (_WORKER, _SHORT_LIVED)
 
 
 def name_of(worker: str) -> str:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from dramatiq import Broker, Message, Worker
 
     from jobguard.adapters.dramatiq.producer import Producer
-    from jobguard.adapters.dramatiq.worker import WorkerHalf
+    from jobguard.adapters.dramatiq.worker import WorkerHooks
 
 log = logging.getLogger("jobguard")
 
@@ -22,7 +22,7 @@ log = logging.getLogger("jobguard")
 class GuardMiddleware(Middleware):
     """Stands last, so that a claim is asked for when nothing else keeps a message from running."""
 
-    def __init__(self, producer: Producer, worker: WorkerHalf) -> None:
+    def __init__(self, producer: Producer, worker: WorkerHooks) -> None:
         self._producer = producer
         self._worker = worker
 

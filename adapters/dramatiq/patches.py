@@ -19,13 +19,13 @@ from dramatiq import Worker, group
 from dramatiq.brokers.redis import RedisBroker
 
 from jobguard.adapter import Tracker, tracker_for_worker
-from jobguard.adapters.dramatiq.consumer import Held
-from jobguard.adapters.dramatiq.intent import Intent
+from jobguard.adapters.dramatiq.cancellation import Cancellation
+from jobguard.adapters.dramatiq.consumer import InFlightMessages
 from jobguard.adapters.dramatiq.joins import Joins, run_group
-from jobguard.adapters.dramatiq.layout import new_guest
+from jobguard.adapters.dramatiq.layout import new_short_lived
 from jobguard.adapters.dramatiq.middleware import GuardMiddleware
 from jobguard.adapters.dramatiq.producer import Producer
-from jobguard.adapters.dramatiq.worker import WorkerHalf
+from jobguard.adapters.dramatiq.worker import WorkerHooks
 from jobguard.errors import UnsupportedTarget
 from jobguard.patching import Hooks
 
@@ -52,11 +52,11 @@ class BrokerGuard:
     def __init__(self, tracker: Tracker, broker: RedisBroker) -> None:
         self.tracker = tracker
         self.broker = broker
-        held = Held()
+        in_flight = InFlightMessages()
         self.joins = Joins(tracker, broker)
-        self.worker = WorkerHalf(tracker, broker, held, self.joins)
-        producer = Producer(tracker, broker, held, self.worker)
-        self.intent = intent = Intent(tracker, broker)
+        self.worker = WorkerHooks(tracker, broker, in_flight, self.joins)
+        producer = Producer(tracker, broker, in_flight, self.worker)
+        self.cancellation = cancellation = Cancellation(tracker, broker)
         self._middleware = GuardMiddleware(producer, self.worker)
         self._hooks: dict[str, Callable[[Any], Any]] = {
             "enqueue": producer.enqueue,
@@ -64,9 +64,9 @@ class BrokerGuard:
             "consume": self.worker.consume,
             "do_ack": self.worker.do_ack,
             "do_nack": self.worker.do_nack,
-            "flush": intent.flush,
-            "do_purge": intent.do_purge,
-            "add_middleware": intent.add_middleware,
+            "flush": cancellation.flush,
+            "do_purge": cancellation.do_purge,
+            "add_middleware": cancellation.add_middleware,
         }
         self._on = Hooks()
         self._broker_id = broker.broker_id
@@ -75,7 +75,7 @@ class BrokerGuard:
         """Hook the broker."""
         for name, make in self._hooks.items():
             self._on.put(self.broker, name, make)
-        self.broker.broker_id = str(new_guest())
+        self.broker.broker_id = str(new_short_lived())
         self.broker.add_middleware(self._middleware)
         setattr(self.broker, _GUARD, self)
 
@@ -84,7 +84,7 @@ class BrokerGuard:
         delattr(self.broker, _GUARD)
         self.worker.end()
         self.joins.release()
-        self.intent.release()
+        self.cancellation.release()
         middleware = [each for each in self.broker.middleware if each is not self._middleware]
         self.broker.middleware = middleware
         self.broker.broker_id = self._broker_id

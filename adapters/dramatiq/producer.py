@@ -18,19 +18,19 @@ from uuid import UUID
 
 from dramatiq import Message
 
-from jobguard.adapters.dramatiq.deliveries import deliver
 from jobguard.adapters.dramatiq.layout import Layout, canonical, token_of
+from jobguard.adapters.dramatiq.message import deliver
 from jobguard.adapters.dramatiq.push import MessagePush
 from jobguard.adapters.dramatiq.run import Run, current_run, derive
 from jobguard.errors import is_host_interrupt
-from jobguard.job import Delivery, Parent, derived_token, new_token, token_at
+from jobguard.model import Delivery, Parent, derived_token, new_token, token_at
 from jobguard.scripts import text_of
 
 if TYPE_CHECKING:
     from dramatiq.brokers.redis import RedisBroker
 
     from jobguard.adapter import Tracker
-    from jobguard.adapters.dramatiq.consumer import Held
+    from jobguard.adapters.dramatiq.consumer import InFlightMessages
 
 log = logging.getLogger("jobguard")
 Enqueue = Callable[..., Any]
@@ -79,10 +79,12 @@ def going_on_from(join: str) -> Iterator[None]:
 class Producer:
     """The producing half of one guarded broker."""
 
-    def __init__(self, tracker: Tracker, broker: RedisBroker, held: Held, worker: Any) -> None:
+    def __init__(
+        self, tracker: Tracker, broker: RedisBroker, in_flight: InFlightMessages, worker: Any
+    ) -> None:
         self._tracker = tracker
         self._broker = broker
-        self._held = held
+        self._in_flight = in_flight
         self._worker = worker
         self._layout = Layout(broker.namespace)
         self._push = broker.client.register_script(text_of(__package__, "push.lua"))
@@ -146,7 +148,7 @@ class Producer:
             if not run.superseded:
                 draft.parent, draft.supersedes = run.parent(), True
             draft.token, draft.derived = run.derive(id), True
-        elif run is None and origin is not None and str(origin) in self._held:
+        elif run is None and origin is not None and str(origin) in self._in_flight:
             # Dramatiq's move from the delay queue; or its retry of what failed before it was claimed.
             session = self._worker.session
             draft.parent = Parent(origin, worker=session.id if session is not None else None)

@@ -15,10 +15,10 @@ import redis
 
 from jobguard.adapters.dramatiq.run import Run
 from jobguard.clients import bounded_pool, take_connection
-from jobguard.push import Push
+from jobguard.host.push import Push
 
 if TYPE_CHECKING:
-    from jobguard.job import Delivery, Recorded
+    from jobguard.model import Delivery, Recorded
 
 log = logging.getLogger("jobguard")
 
@@ -54,11 +54,11 @@ class MessagePush(Push):
         with bounded_pool(pool, "EVALSHA", self.patience if pool is not None else None):
             self.enqueue()
 
-    def settle(self, recorded: Recorded) -> bool:
+    def apply_refusals(self, recorded: Recorded) -> bool:
         """From here on it stands in its parent's place."""
         if self.run is not None and self.supersedes and not recorded.lost:
             self.run.superseded, self.run.spooled = True, recorded.spooled
-        left = super().settle(recorded)
+        left = super().apply_refusals(recorded)
         if not left:
             log.info("message %s has ended or moved on; it is not pushed", self.delivery.job_id)
         return left

@@ -13,7 +13,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING
 from uuid import UUID
 
-from jobguard.job import Claim, Outcome, Parent, Part, derived_token, token_at
+from jobguard.model import Claim, Outcome, Parent, Part, derived_token, token_at
 
 if TYPE_CHECKING:
     from jobguard.adapter import Session, Tracker
@@ -53,7 +53,7 @@ class Run:
         self.superseded = False
         self.spooled = False
         """What supersedes it waits for Postgres: until then it is still ours to hold."""
-        self.told = False
+        self.reported = False
         self.current: AbstractContextManager[None] | None = None
         """What lets jobguard.current() know of it."""
         self._sent_at = sent_at
@@ -82,15 +82,15 @@ class Run:
 
     def end(self, *, failed: bool) -> None:
         """Report how it ended, unless that is told already; ``failed``: it goes to the dead letters."""
-        if self.told:
+        if self.reported:
             return
-        self.told = True
+        self.reported = True
         self.leave()
         if self.superseded and not self.spooled:
-            self.session.release(self.claim)
+            self.session.mark_superseded(self.claim)
         elif self.broken and not (failed or self.superseded):
             log.error("what goes on from message %s could not be sent: it runs again", self.job_id)
-            self.session.give_back(self.claim)
+            self.session.release(self.claim)
             self.tracker.leave_to_outbox([self.token])
         else:
             outcome = self._outcome(failed)

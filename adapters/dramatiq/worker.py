@@ -25,21 +25,21 @@ from dramatiq.middleware import Callbacks, Interrupt, SkipMessage, TimeLimit
 
 from jobguard import failpoint
 from jobguard.adapter import running_job
-from jobguard.adapters.dramatiq.consumer import GuardedConsumer, Held
-from jobguard.adapters.dramatiq.deliveries import deliver, expires_at
-from jobguard.adapters.dramatiq.heal import Healer
+from jobguard.adapters.dramatiq.consumer import GuardedConsumer, InFlightMessages
 from jobguard.adapters.dramatiq.joins import Joins
 from jobguard.adapters.dramatiq.layout import (
     Layout,
     canonical,
-    is_guest,
-    new_guest,
+    is_short_lived,
+    new_short_lived,
     new_worker,
     token_of,
 )
+from jobguard.adapters.dramatiq.lost_messages import LostMessages
+from jobguard.adapters.dramatiq.message import deliver, expires_at
 from jobguard.adapters.dramatiq.run import Run, current_run, set_run
 from jobguard.errors import WorkersDied, host_interrupts, is_host_interrupt
-from jobguard.job import Claim, Delivery, Outcome, Refusal, Refused
+from jobguard.model import Claim, Delivery, Outcome, Refusal, Refused
 from jobguard.scripts import text_of
 
 if TYPE_CHECKING:
@@ -54,18 +54,20 @@ host_interrupts(Interrupt)
 _FAILED = (Outcome.FAILED, Outcome.DEAD)
 
 
-class WorkerHalf:
+class WorkerHooks:
     """What a worker process of this broker does for the ledger."""
 
-    def __init__(self, tracker: Tracker, broker: RedisBroker, held: Held, joins: Joins) -> None:
+    def __init__(
+        self, tracker: Tracker, broker: RedisBroker, in_flight: InFlightMessages, joins: Joins
+    ) -> None:
         self.session: Session | None = None
         self._tracker = tracker
         self._broker = broker
-        self._held = held
+        self._in_flight = in_flight
         self._joins = joins
         self._layout = Layout(broker.namespace)
         self._ack = broker.client.register_script(text_of(__package__, "ack.lua"))
-        self._healer: Healer | None = None
+        self._lost_messages: LostMessages | None = None
         self._queues: frozenset[str] = frozenset()
         self._declaring = threading.Lock()  # each consumer has a thread of its own
         self._running: dict[str, Run] = {}
@@ -90,13 +92,13 @@ class WorkerHalf:
         self.session = self._tracker.open_session(
             name=me.hex, queues=sorted(self._queues), apart=True
         )
-        self._healer = Healer(self._broker, worker, self._held, self._tidy)
-        self._healer.start()
+        self._lost_messages = LostMessages(self._broker, worker, self._in_flight, self._tidy)
+        self._lost_messages.start()
 
     def stop(self) -> None:
         """The worker stops: what dies now, dies by order."""
-        if self._healer is not None:
-            self._healer.stop()
+        if self._lost_messages is not None:
+            self._lost_messages.stop()
 
     def end(self) -> None:
         """Say goodbye, so that what is still claimed goes back at once."""
@@ -106,21 +108,21 @@ class WorkerHalf:
             session.flush()
             self._tidy()
             session.close(running=bool(self._running))
-            self._broker.broker_id = str(new_guest())
+            self._broker.broker_id = str(new_short_lived())
 
     def consume(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """RedisBroker.consume: a consumer of a list, made anew after every break of the connection."""
 
         @wraps(original)
         def hook(queue_name: str, *args: Any, **kwargs: Any) -> Any:
-            if self.session is None and is_guest(self._broker.broker_id):
+            if self.session is None and is_short_lived(self._broker.broker_id):
                 # No worker of Dramatiq's, or an unguarded one: that is how it must look to a leader.
                 self._broker.broker_id = str(uuid.uuid4())
             inner = original(queue_name, *args, **kwargs)
             if self.session is None or not self._tracker.guards(canonical(queue_name)):
                 return inner
             self._take_from(self.session, canonical(queue_name))
-            return GuardedConsumer(inner, queue_name, self._held, self._undecodable)
+            return GuardedConsumer(inner, queue_name, self._in_flight, self._undecodable)
 
         return hook
 
@@ -149,12 +151,12 @@ class WorkerHalf:
                 idle=lambda: self._off_the_clock(message),
             )
         except BaseException:  # interrupted by Dramatiq, for which it has failed then
-            session.release(Claim(token, 0))
+            session.mark_superseded(Claim(token, 0))
             raise
         run = self._run(session, message, Claim(token, 0))
         set_run(run)
         if isinstance(answer, Refused):
-            run.told = True
+            run.reported = True
             raise self._skip(message, answer)
         run.claim = answer
         self._running[str(token)] = run
@@ -183,7 +185,7 @@ class WorkerHalf:
             self._report(message)
         # Else the Results middleware stores None for what was skipped, over the result of the run.
         message.options["store_results"] = False
-        if refused.reason is Refusal.HELD:
+        if refused.reason is Refusal.CLAIMED:
             self._elsewhere.add(str(refused.token))
             self._left[refused.token] = message.queue_name
         elif refused.reason is Refusal.SPENT or refused.outcome in _FAILED:
@@ -317,7 +319,7 @@ class WorkerHalf:
             client: Any = self._broker.client
             acks = self._layout.acks(self._broker.broker_id, queue)
             rids = [raw.decode() for raw in client.smembers(acks)]
-            unknown = [rid for rid in rids if rid not in self._held]
+            unknown = [rid for rid in rids if rid not in self._in_flight]
             bodies = client.hmget(f"{self._layout.key(queue)}.msgs", unknown) if unknown else []
             rid = dict(zip(bodies, unknown, strict=True)).get(error.data)
             if rid is None:
@@ -326,7 +328,7 @@ class WorkerHalf:
             if token is not None and self._goes_back(token, job_id=rid, error=str(error)):
                 self.remove(queue, rid)
             else:
-                self._held.keep_off(rid)
+                self._in_flight.keep_off(rid)
         except Exception as failure:
             if is_host_interrupt(failure):
                 raise

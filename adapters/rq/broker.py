@@ -17,9 +17,9 @@ from redis.exceptions import RedisError, ResponseError
 from jobguard.adapter import Source
 from jobguard.adapters.rq.envelope import Mode, UnknownEnvelope, decode
 from jobguard.adapters.rq.layout import FIELD, KEPT, SPENT, Layout
-from jobguard.job import Join, OpenJoin, Owed, Part, Presence, Restorable, Restored, Sighting
-from jobguard.label import nameable
-from jobguard.listeners import Consumers, Listeners
+from jobguard.client_list import Consumers, Listeners
+from jobguard.client_names import nameable
+from jobguard.model import Join, Observation, OpenJoin, Owed, Part, Presence, Restorable, Restored
 from jobguard.scripts import RESTORES_A_TRIP, Script, chunks, is_past, restored_by
 
 if TYPE_CHECKING:
@@ -58,15 +58,15 @@ class RQBroker:
         self._listed: set[tuple[str, str]] = set()
         """(queue, id) that the last look saw in a list; their hash may be gone all the same."""
 
-    def presence(self, page: Sequence[Owed]) -> Mapping[UUID, Sighting]:
+    def presence(self, page: Sequence[Owed]) -> Mapping[UUID, Observation]:
         """Where Redis has each of these deliveries."""
-        seen = dict(zip((owed.token for owed in page), self._look(page), strict=True))
+        seen = dict(zip((owed.token for owed in page), self._inspect(page), strict=True))
         lists = self._read_lists({owed.queue for owed in page if seen[owed.token][1] == "queued"})
         self._listed = {
             (owed.queue, owed.job_id) for owed in page if owed.job_id in lists.get(owed.queue, ())
         }
         return {
-            owed.token: _sighting(owed, *seen[owed.token], lists.get(owed.queue, {}))
+            owed.token: _observe(owed, *seen[owed.token], lists.get(owed.queue, {}))
             for owed in page
         }
 
@@ -203,7 +203,7 @@ class RQBroker:
             counts[nameable(channel.decode(errors="replace").removeprefix(prefix))] += n
         return counts
 
-    def _look(self, page: Sequence[Owed]) -> Iterator[tuple[str, str, str, str, Join | None]]:
+    def _inspect(self, page: Sequence[Owed]) -> Iterator[tuple[str, str, str, str, Join | None]]:
         """Return of each: what its hash holds as token, status and time, its place, and its join."""
         for owed in chunks(page, IDS_A_CALL):
             pairs = chain.from_iterable((one.job_id, one.queue) for one in owed)
@@ -212,8 +212,8 @@ class RQBroker:
             if isinstance(answers, RedisError):
                 raise answers
             for answer in answers:
-                told = (part.decode(errors="replace") for part in answer[:4])
-                jg, status, enqueued_at, place = told
+                texts = (part.decode(errors="replace") for part in answer[:4])
+                jg, status, enqueued_at, place = texts
                 yield jg, status, enqueued_at, place, _join(*answer[4:])
 
     def _read_lists(self, queues: set[str]) -> dict[str, dict[str, str]]:
@@ -310,7 +310,7 @@ def _join(
     )
 
 
-def _sighting(
+def _observe(
     owed: Owed,
     jg: str,
     status: str,
@@ -318,26 +318,26 @@ def _sighting(
     place: str,
     join: Join | None,
     lists: Mapping[str, str],
-) -> Sighting:
+) -> Observation:
     if place == "missing":
-        return Sighting(Presence.ABSENT, "missing", bodiless=True)
+        return Observation(Presence.ABSENT, "missing", bodiless=True)
     ended = _ENDED.get(status)
     if jg.rstrip(SPENT) != owed.token.hex or (jg.endswith(SPENT) and ended is None):
         # An end that RQ wrote is one; another status since then is a new life by unguarded hands.
         other = jg.rstrip(SPENT) if ended is not None else jg
-        return Sighting(Presence.OVERWRITTEN, f"token:{jg}:{status}", _other(other))
+        return Observation(Presence.OVERWRITTEN, f"token:{jg}:{status}", _other(other))
     if place == "placed" and not jg.endswith(SPENT):
-        return Sighting(Presence.SCHEDULED, status, joins=join)
+        return Observation(Presence.SCHEDULED, status, joins=join)
     if ended is not None:
-        return Sighting(ended, status)
+        return Observation(ended, status)
     if place == "running":
-        return Sighting(Presence.RUNNING, status)
+        return Observation(Presence.RUNNING, status)
     stands = lists.get(owed.job_id) if status == "queued" else None
     if stands == "list":
-        return Sighting(Presence.WAITING, "list")
+        return Observation(Presence.WAITING, "list")
     if stands == "intermediate":  # its worker begins it, or is dead: the next look tells
-        return Sighting(Presence.ABSENT, f"intermediate:{enqueued_at}")
-    return Sighting(Presence.ABSENT, f"stranded:{status}:{enqueued_at}")
+        return Observation(Presence.ABSENT, f"intermediate:{enqueued_at}")
+    return Observation(Presence.ABSENT, f"stranded:{status}:{enqueued_at}")
 
 
 def _other(jg: str) -> UUID | None:

@@ -30,7 +30,7 @@ from rq.scheduler import RQScheduler
 from rq.timeouts import BaseTimeoutException
 from rq.version import VERSION
 
-from jobguard.adapters.rq import intent, killed, lives, producer, worker
+from jobguard.adapters.rq import cancellation, job_hooks, killed_runs, producer, worker
 from jobguard.errors import UnsupportedTarget, host_interrupts
 from jobguard.patching import Hooks, Make
 
@@ -66,32 +66,37 @@ PRODUCER = (
     ),
     Target(RQScheduler, "enqueue_scheduled_jobs", producer.enqueue_scheduled_jobs, ("self",)),
     Target(RQScheduler, "work", producer.work_as_scheduler, ("self",)),
-    Target(Queue, "empty", intent.empty, ("self",)),
-    Target(Queue, "delete", intent.delete_queue, ("self", "delete_jobs")),
-    Target(Queue, "remove", intent.remove_from_queue, ("self", "job_or_id", "pipeline")),
+    Target(Queue, "empty", cancellation.empty, ("self",)),
+    Target(Queue, "delete", cancellation.delete_queue, ("self", "delete_jobs")),
+    Target(Queue, "remove", cancellation.remove_from_queue, ("self", "job_or_id", "pipeline")),
     Target(
-        ScheduledJobRegistry, "remove", intent.remove_from_registry, ("self", "job", "pipeline")
+        ScheduledJobRegistry,
+        "remove",
+        cancellation.remove_from_registry,
+        ("self", "job", "pipeline"),
     ),
     Target(Job, "save", producer.save, ("self", "pipeline", "include_meta")),
     Target(Job, "save_meta", producer.save_meta, ("self",)),
-    Target(Job, "to_dict", lives.to_dict, ("self", "include_meta", "include_result")),
-    Target(Job, "restore", lives.restore, ("self", "raw_data")),
-    Target(Job, "retry", lives.retry, ("self", "queue", "pipeline")),
-    Target(Job, "_handle_retry_result", lives._handle_retry_result, ("self",), required=False),
-    Target(Job, "cancel", intent.cancel, ("self", "pipeline")),
-    Target(Job, "delete", intent.delete, ("self", "pipeline")),
-    Target(Job, "cleanup", intent.cleanup, ("self", "ttl", "pipeline")),
-    Target(Job, "get_status", lives.get_status, ("self", "refresh")),
+    Target(Job, "to_dict", job_hooks.to_dict, ("self", "include_meta", "include_result")),
+    Target(Job, "restore", job_hooks.restore, ("self", "raw_data")),
+    Target(Job, "retry", job_hooks.retry, ("self", "queue", "pipeline")),
+    Target(Job, "_handle_retry_result", job_hooks._handle_retry_result, ("self",), required=False),
+    Target(Job, "cancel", cancellation.cancel, ("self", "pipeline")),
+    Target(Job, "delete", cancellation.delete, ("self", "pipeline")),
+    Target(Job, "cleanup", cancellation.cleanup, ("self", "ttl", "pipeline")),
+    Target(Job, "get_status", job_hooks.get_status, ("self", "refresh")),
     Target(
         ScheduledJobRegistry,
         "schedule",
         producer.schedule,
         ("self", "job", "scheduled_datetime", "pipeline"),
     ),
-    Target(FailedJobRegistry, "add", lives.add_to_failed, ("self", "job", "ttl")),
-    Target(BaseRegistry, "requeue", lives.requeue, ("self", "job_or_id", "at_front")),
-    Target(StartedJobRegistry, "cleanup", killed.clean_started, ("self", "timestamp")),
-    Target(IntermediateQueue, "cleanup", killed.clean_intermediate, ("self", "worker", "queue")),
+    Target(FailedJobRegistry, "add", job_hooks.add_to_failed, ("self", "job", "ttl")),
+    Target(BaseRegistry, "requeue", job_hooks.requeue, ("self", "job_or_id", "at_front")),
+    Target(StartedJobRegistry, "cleanup", killed_runs.clean_started, ("self", "timestamp")),
+    Target(
+        IntermediateQueue, "cleanup", killed_runs.clean_intermediate, ("self", "worker", "queue")
+    ),
 )
 
 WORKER = (
@@ -111,7 +116,7 @@ WORKER = (
     Target(workers.Worker, "execute_job", worker.execute_job, _DONE),
     Target(workers.Worker, "fork_work_horse", worker.fork_work_horse, _DONE),
     Target(workers.Worker, "maintain_heartbeats", worker.maintain_heartbeats, ("self", "job")),
-    Target(workers.Worker, "kill_horse", killed.kill_horse, ("self", "sig")),
+    Target(workers.Worker, "kill_horse", killed_runs.kill_horse, ("self", "sig")),
 )
 
 # What RQ throws into a process by a signal; it may strike inside of our code.

@@ -19,9 +19,9 @@ import redis
 from rq.job import Job
 
 from jobguard import failpoint
-from jobguard.adapters.rq.deliveries import BROKER_DOWN, Draft, aborted, deliver, set_token
+from jobguard.adapters.rq.message import BROKER_DOWN, Draft, aborted, deliver, set_token
 from jobguard.errors import is_host_interrupt
-from jobguard.job import Delivery, Recorded
+from jobguard.model import Delivery, Recorded
 
 if TYPE_CHECKING:
     from redis.client import Pipeline
@@ -54,7 +54,7 @@ class Batch:
     def __init__(self, pipe: Pipeline):
         self._pipe = weakref.ref(pipe)  # its __del__ gives its connection back: no cycle
         self._executing = False
-        self._intents: list[Callable[[], None]] = []
+        self._cancellations: list[Callable[[], None]] = []
         self.staged: list[Staged] = []
 
     @classmethod
@@ -91,7 +91,7 @@ class Batch:
 
     def intend(self, cancel: Callable[[], None]) -> None:
         """Call this before the pipeline executes."""
-        self._intents.append(cancel)
+        self._cancellations.append(cancel)
 
     def execute(self, raise_on_error: bool = True) -> list[Any]:
         """Record, then execute."""
@@ -99,12 +99,12 @@ class Batch:
         assert pipe is not None
         execute = type(pipe).execute
         staged, self.staged = self.staged, []
-        intents, self._intents = self._intents, []
-        if not staged and not intents:
+        cancellations, self._cancellations = self._cancellations, []
+        if not staged and not cancellations:
             return execute(pipe, raise_on_error)
         self._executing = True
         try:
-            for intent in intents:
+            for intent in cancellations:
                 intent()
             going = self._record(pipe, staged)
             if going is None:
@@ -126,7 +126,7 @@ class Batch:
             for entry in self.staged:
                 set_token(entry.job, entry.push.previous)
             self.staged.clear()
-            self._intents.clear()
+            self._cancellations.clear()
         if pipe is not None:
             type(pipe).reset(pipe)
 
@@ -149,7 +149,7 @@ class Batch:
                 set_token(entry.job, entry.push.previous)
                 if entry.push.run is not None:
                     # The worker's transaction would overwrite the hash of the newer life.
-                    entry.push.run.let_go()
+                    entry.push.run.drop_claim()
                     return None
         going = [entry for entry in staged if entry.delivery.token not in refused]
         late = time.monotonic() - begun
@@ -168,12 +168,12 @@ def record(staged: Sequence[Staged]) -> set[UUID]:
     refused: set[UUID] = set()
     for tracker, entries in by_tracker(staged):
         recorded = tracker.record([entry.delivery for entry in entries])
-        settle(entries, recorded)
+        apply_refusals(entries, recorded)
         refused |= recorded.refused
     return refused
 
 
-def settle(entries: Sequence[Staged], recorded: Recorded) -> None:
+def apply_refusals(entries: Sequence[Staged], recorded: Recorded) -> None:
     """Tell the runs whose place is taken: their record was superseded in that very transaction."""
     for entry in entries:
         entry.written = recorded.written

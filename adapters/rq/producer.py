@@ -20,10 +20,10 @@ from rq.queue import Queue
 from rq.version import VERSION
 
 from jobguard.adapter import trackers
-from jobguard.adapters.rq import deliveries
-from jobguard.adapters.rq.deliveries import BROKER_DOWN, Draft, begin_new_life, draft, drafting
+from jobguard.adapters.rq import message
 from jobguard.adapters.rq.envelope import Mode, amended
 from jobguard.adapters.rq.lookup import tracker_for_job, tracker_for_program, tracker_for_queue
+from jobguard.adapters.rq.message import BROKER_DOWN, Draft, begin_new_life, draft, drafting
 from jobguard.adapters.rq.pipeline import Batch, Staged, is_immediate, not_pushed, record
 from jobguard.adapters.rq.push import push
 from jobguard.current import current
@@ -145,7 +145,7 @@ def schedule_job(original: Hook) -> Hook:
         tracker = tracker_for_queue(self)
         if tracker is None:
             return original(self, job, datetime, pipeline=pipeline, **kwargs)
-        if not deliveries.is_moving(job):
+        if not message.is_moving(job):
             begin_new_life(job)
         aware = datetime if datetime.tzinfo else datetime.astimezone()
         score = calendar.timegm(aware.utctimetuple())
@@ -186,7 +186,7 @@ def schedule(original: Hook) -> Hook:
     def hook(
         self: Any, job: Job, scheduled_datetime: DateTime, pipeline: Pipeline | None = None
     ) -> Any:
-        if pipeline is None or not deliveries.is_drafted(job):
+        if pipeline is None or not message.is_drafted(job):
             return original(self, job, scheduled_datetime, pipeline=pipeline)
         connection, self.connection = self.connection, pipeline
         try:
@@ -202,7 +202,7 @@ def enqueue_scheduled_jobs(original: Hook) -> Hook:
 
     @wraps(original)
     def hook(self: Any) -> Any:
-        with deliveries.scheduling():
+        with message.scheduling():
             return original(self)
 
     return hook
@@ -277,13 +277,13 @@ def save(original: Hook) -> Hook:
             )
 
         _warn_of_other_schedulers(self, pipeline)
-        if pipeline is None and deliveries.token_of(self) is not None:
+        if pipeline is None and message.token_of(self) is not None:
             result = call()
             amend(self, include_meta=include_meta)
             return result
-        if self._status != JobStatus.DEFERRED or pipeline is None or deliveries.is_drafted(self):
+        if self._status != JobStatus.DEFERRED or pipeline is None or message.is_drafted(self):
             return call()
-        if deliveries.token_of(self) is not None:  # it was put by before: only its body changes
+        if message.token_of(self) is not None:  # it was put by before: only its body changes
             return call()
         tracker = tracker_for_job(self)
         if tracker is None or is_immediate(pipeline):
@@ -308,16 +308,16 @@ def save_meta(original: Hook) -> Hook:
 
 def amend(job: Job, *, include_meta: bool, only_meta: bool = False) -> None:
     """Have the record of a job say what was saved just now, but for what its own run saves."""
-    token = deliveries.token_of(job)
-    if token is None or job._status in deliveries.ENDED or deliveries.is_drafted(job):
+    token = message.token_of(job)
+    if token is None or job._status in message.ENDED or message.is_drafted(job):
         return
-    if deliveries.run_of(job) is not None or current().id == job.id:
+    if message.run_of(job) is not None or current().id == job.id:
         return  # a run may save its progress many times a second
     tracker = tracker_for_job(job)
     if tracker is None:
         return
     try:
-        saved = deliveries.saved(job, include_meta=include_meta, only_meta=only_meta)
+        saved = message.saved(job, include_meta=include_meta, only_meta=only_meta)
         tracker.amend(token, lambda envelope: amended(envelope, saved))
     except Exception as error:
         if is_host_interrupt(error):
@@ -331,7 +331,7 @@ _warned: set[int] = set()
 def _warn_of_other_schedulers(job: Job, pipeline: Pipeline | None) -> None:
     """Say once that a scheduler keeps jobs where nobody records them: RQ's own saves none like this."""
     scheduled = job._status == JobStatus.SCHEDULED and pipeline is None
-    if not scheduled or deliveries.is_drafted(job) or deliveries.token_of(job) is not None:
+    if not scheduled or message.is_drafted(job) or message.token_of(job) is not None:
         return
     tracker = tracker_for_job(job)
     if tracker is None or tracker.source.id in _warned:
@@ -407,7 +407,7 @@ def _push_by_script(
     def record_now() -> None:
         push_.on_written = None
         try:
-            delivery = deliveries.deliver(job, push_, queue=queue.name)
+            delivery = message.deliver(job, push_, queue=queue.name)
             entry = Staged(tracker, job, push_, delivery, 0, 0)
             record([entry])
             staged.append(entry)
@@ -428,7 +428,7 @@ def _push_by_script(
         elif staged:
             not_pushed(staged, error)
         raise
-    deliveries.set_token(job, push_.token)
+    message.set_token(job, push_.token)
     return result
 
 

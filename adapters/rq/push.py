@@ -12,17 +12,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from jobguard.adapters.rq.deliveries import BROKER_DOWN, set_token
-from jobguard.adapters.rq.pipeline import Batch, Staged, not_pushed, settle, surely_failed
+from jobguard.adapters.rq.message import BROKER_DOWN, set_token
+from jobguard.adapters.rq.pipeline import Batch, Staged, apply_refusals, not_pushed, surely_failed
 from jobguard.clients import bounded, take_connection
-from jobguard.push import Push
+from jobguard.host.push import Push
 
 if TYPE_CHECKING:
     from redis.client import Pipeline
     from rq.queue import Queue
 
     from jobguard.adapter import Tracker
-    from jobguard.job import Delivery, Recorded
+    from jobguard.model import Delivery, Recorded
 
 log = logging.getLogger("jobguard")
 T = TypeVar("T")
@@ -66,9 +66,9 @@ class _Push(Push):
         with bounded(self.pipe.connection, self.patience):
             self.pipe.execute()
 
-    def settle(self, recorded: Recorded) -> bool:
+    def apply_refusals(self, recorded: Recorded) -> bool:
         """Take the commands of what was refused off the pipeline; RQ's others stay."""
-        settle(self.staged, recorded)
+        apply_refusals(self.staged, recorded)
         for entry in reversed(self.staged):
             if entry.delivery.token in recorded.refused:
                 log.warning("job %s has ended or moved on; it is not pushed", entry.job.id)

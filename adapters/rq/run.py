@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from jobguard.errors import is_host_interrupt
-from jobguard.job import Claim, Outcome, Parent
+from jobguard.model import Claim, Outcome, Parent
 
 if TYPE_CHECKING:
     from jobguard.adapter import Session
@@ -45,7 +45,7 @@ class Run:
         self.killed = False
         """Its horse was killed, and nobody had asked for that."""
         self.outcome: Outcome | None = None
-        self.told = False
+        self.reported = False
         self._session = session
         self._successor: UUID | None = None
         self._pid = os.getpid() if session is not None else 0
@@ -70,7 +70,7 @@ class Run:
 
     def note_raised(self) -> None:
         """Say that it raised, before RQ does anything about it: the horse may not live to say more."""
-        if self.told or self.raised:
+        if self.reported or self.raised:
             return
         self.raised = True
         if os.getpid() != self._pid:
@@ -79,24 +79,24 @@ class Run:
     @property
     def horse_died(self) -> bool:
         """In the parent: whether its horse is gone, and had told neither an end nor that it raised."""
-        return self._horse and os.getpid() == self._pid and not (self.told or self.raised)
+        return self._horse and os.getpid() == self._pid and not (self.reported or self.raised)
 
     def abandon(self) -> None:
         """It was killed, or never began: whoever leads brings the job back, as a dead worker's."""
         if os.getpid() != self._pid or self._session is None:
-            self.let_go()  # the parent holds the claim
+            self.drop_claim()  # the parent holds the claim
             return
-        self.told = True
+        self.reported = True
         self._session.abandon(self.claim)
 
-    def let_go(self) -> None:
+    def drop_claim(self) -> None:
         """Stop to hold the claim: nobody knows how it ended, and Redis and the leader decide."""
         self._tell(None, None)
 
     def _tell(self, outcome: Outcome | None, error: str | None) -> None:
-        if self.told:
+        if self.reported:
             return
-        self.told, self.outcome = True, outcome
+        self.reported, self.outcome = True, outcome
         try:
             if os.getpid() == self._pid or not self._write_end(outcome, error):
                 self._report(outcome, error)
@@ -110,7 +110,7 @@ class Run:
             log.error("the worker of job %s is gone, and its end with it", self.job_id)
             return
         if outcome is None:
-            self._session.release(self.claim)
+            self._session.mark_superseded(self.claim)
         else:
             self._session.end(
                 self.claim,
@@ -133,15 +133,15 @@ class Run:
             os.set_inheritable(self._writer, True)
             claim = self.claim
             worker = self._session.id.hex if self._session is not None else ""
-            told = [worker, os.getpid(), claim.token.hex, claim.number, claim.crashes]
-            os.environ[_VARIABLE] = json.dumps([*told, self._writer, self.job_id])
+            fields = [worker, os.getpid(), claim.token.hex, claim.number, claim.crashes]
+            os.environ[_VARIABLE] = json.dumps([*fields, self._writer, self.job_id])
 
-    def outlive(self) -> None:
+    def take_over_beats(self) -> None:
         """In the horse: beat in the parent's stead, should it die or turn away."""
         # Our copy of the reader would keep the pipe alive without the parent.
         self._reader = _close(self._reader)
         if self._session is not None and self._writer >= 0:
-            self._session.outlive(self.claim, self._parent_is_gone)
+            self._session.take_over_beats(self.claim, self._parent_is_gone)
 
     def _parent_is_gone(self) -> bool:
         """Wait until nobody holds the other end of the pipe; False: it cannot be known."""
@@ -165,14 +165,14 @@ class Run:
             lines = os.read(self._reader, 1 << 16).splitlines()
         except BlockingIOError:
             return
-        for told in map(json.loads, lines):
-            if told.get("raised"):
+        for fields in map(json.loads, lines):
+            if fields.get("raised"):
                 self.raised = True
-            elif not self.told:
-                outcome = Outcome(told["outcome"]) if told["outcome"] else None
-                if told["successor"]:
-                    self._successor = UUID(hex=told["successor"])
-                self._tell(outcome, told["error"])
+            elif not self.reported:
+                outcome = Outcome(fields["outcome"]) if fields["outcome"] else None
+                if fields["successor"]:
+                    self._successor = UUID(hex=fields["successor"])
+                self._tell(outcome, fields["error"])
 
     def close(self) -> None:
         """In the parent, at the very end."""
@@ -206,10 +206,10 @@ class Run:
 
         ``session_of`` makes the session of that parent, by its id and its pid.
         """
-        told = os.environ.pop(_VARIABLE, None)  # not for the children of the job
-        if not told:
+        fields = os.environ.pop(_VARIABLE, None)  # not for the children of the job
+        if not fields:
             return None
-        worker, parent, token, number, crashes, writer, theirs = json.loads(told)
+        worker, parent, token, number, crashes, writer, theirs = json.loads(fields)
         if theirs != job_id:
             return None
         claim = Claim(UUID(hex=token), number, crashes)

@@ -17,7 +17,7 @@ from rq.queue import Queue
 from jobguard.adapters.rq.layout import KEPT, Layout
 from jobguard.adapters.rq.lookup import prefix_for
 from jobguard.errors import is_host_interrupt
-from jobguard.job import Outcome, Refusal, Refused
+from jobguard.model import Outcome, Refusal, Refused
 
 log = logging.getLogger("jobguard")
 
@@ -73,7 +73,7 @@ def put_right(worker: Any, job: Job, queue: Queue, refused: Refused) -> None:
 
 
 def _status(refused: Refused) -> JobStatus | None:
-    if refused.reason is Refusal.HELD:
+    if refused.reason is Refusal.CLAIMED:
         return None
     if refused.outcome is None:
         return JobStatus.FAILED if refused.reason is Refusal.SPENT else JobStatus.FINISHED

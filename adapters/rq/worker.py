@@ -26,8 +26,12 @@ from rq.worker import SimpleWorker
 
 from jobguard import failpoint
 from jobguard.adapter import running_job, trackers
-from jobguard.adapters.rq.dead import is_dead, is_to_report, raise_if_dead
-from jobguard.adapters.rq.deliveries import (
+from jobguard.adapters.rq.dead_jobs import is_dead, is_to_report, raise_if_dead
+from jobguard.adapters.rq.envelope import Mode
+from jobguard.adapters.rq.killed_runs import forget_orders, is_left_to_the_leader, was_ordered
+from jobguard.adapters.rq.layout import FIELD, SPENT
+from jobguard.adapters.rq.lookup import tracker_for, tracker_for_job
+from jobguard.adapters.rq.message import (
     BROKER_DOWN,
     attempt_of,
     deliver,
@@ -42,15 +46,11 @@ from jobguard.adapters.rq.deliveries import (
     task_of,
     token_of,
 )
-from jobguard.adapters.rq.envelope import Mode
-from jobguard.adapters.rq.killed import forget_orders, is_left_to_the_leader, was_ordered
-from jobguard.adapters.rq.layout import FIELD, SPENT
-from jobguard.adapters.rq.lookup import tracker_for, tracker_for_job
 from jobguard.adapters.rq.run import Run
 from jobguard.adapters.rq.skip import finish, skip
+from jobguard.client_names import label_pool
 from jobguard.errors import is_host_interrupt
-from jobguard.job import Delivery, Outcome, Refused, new_token
-from jobguard.label import label_pool
+from jobguard.model import Delivery, Outcome, Refused, new_token
 
 if TYPE_CHECKING:
     from jobguard.adapter import Session, Tracker
@@ -214,7 +214,7 @@ def main_work_horse(original: Hook) -> Hook:
             run = run_of(job) or _inherit(self, job, queue)
             if run is not None:
                 set_run(job, run)
-                run.outlive()
+                run.take_over_beats()
         except Exception as error:
             if is_host_interrupt(error):
                 raise
@@ -242,7 +242,7 @@ def perform_job(original: Hook) -> Hook:
         finally:
             if self.is_horse:
                 for tracker in trackers():
-                    tracker.settle()
+                    tracker.drain_spool()
 
     return hook
 
@@ -282,8 +282,8 @@ def _show_again(worker: Any, job: Job, execution: Any) -> None:
         if index is not None:
             pipe.sadd(index, execution.composite_key)
             pipe.expire(index, ttl + 60)
-        told = {"worker_name": worker.name, "started_at": utcformat(job.started_at or now())}
-        pipe.hset(job.key, mapping=told)
+        fields = {"worker_name": worker.name, "started_at": utcformat(job.started_at or now())}
+        pipe.hset(job.key, mapping=fields)
         if hasattr(worker, "set_current_job_id"):  # RQ before 3.0
             worker.set_current_job_id(job.id, pipeline=pipe)
         pipe.execute()
@@ -510,7 +510,7 @@ def _describe(job: Job, queue: Queue, token: UUID) -> Delivery:
 def _conclude(run: Run, job: Job) -> None:
     """RQ is done with the job: if nobody told how it ended, see what Redis says."""
     run.drain()
-    if run.told:
+    if run.reported:
         return
     status = None
     try:
@@ -532,4 +532,4 @@ def _conclude(run: Run, job: Job) -> None:
         log.warning("job %s ended its process: it goes back within its crash budget", job.id)
         run.abandon()
     else:
-        run.let_go()
+        run.drop_claim()

@@ -22,7 +22,7 @@ NAMES = ("celery", "dramatiq", "rq")
 
 
 @dataclass(frozen=True, slots=True)
-class Crew:
+class WorkerPool:
     """How many jobs are run at once, and by whom."""
 
     workers: int  # a worker is what beats, and what is killed
@@ -48,11 +48,11 @@ class Library(ABC):
     """What has a worker command end with all its children, should the demo be killed."""
 
     @abstractmethod
-    def crew(self, workers: int | None, cores: int) -> Crew:
+    def worker_pool(self, workers: int | None, cores: int) -> WorkerPool:
         """Give so many workers; None: as many as are usual on so many cores."""
 
     @abstractmethod
-    def commands(self, crew: Crew) -> Sequence[Sequence[str]]:
+    def commands(self, worker_pool: WorkerPool) -> Sequence[Sequence[str]]:
         """Give what one types to start them, without the name of this Python."""
 
     @abstractmethod

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-from jobguard.demo.libraries import Crew, Library
+from jobguard.demo.libraries import Library, WorkerPool
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,16 +28,18 @@ class _Celery(Library):
     jobs_a_second = 400.0
     overhead_seconds = 0.003
 
-    def crew(self, workers: int | None, cores: int) -> Crew:
-        return Crew(workers or 2, processes=cores)  # a child for each core is Celery's own default
+    def worker_pool(self, workers: int | None, cores: int) -> WorkerPool:
+        return WorkerPool(
+            workers or 2, processes=cores
+        )  # a child for each core is Celery's own default
 
-    def commands(self, crew: Crew) -> Sequence[Sequence[str]]:
+    def commands(self, worker_pool: WorkerPool) -> Sequence[Sequence[str]]:
         return [
             (
                 *("-m", "celery", "-A", APP, "worker", "--loglevel", "WARNING"),
-                *("--concurrency", str(crew.processes), "--hostname", f"demo-{number}@%h"),
+                *("--concurrency", str(worker_pool.processes), "--hostname", f"demo-{number}@%h"),
             )
-            for number in range(crew.workers)
+            for number in range(worker_pool.workers)
         ]
 
     def workers_known(self, client: Any) -> int:

@@ -13,7 +13,7 @@ import re
 import signal
 from typing import TYPE_CHECKING, Any
 
-from jobguard.demo.libraries import Crew, Library
+from jobguard.demo.libraries import Library, WorkerPool
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,11 +31,11 @@ class _Dramatiq(Library):
     overhead_seconds = 0.005
     orphan_signal = signal.SIGTERM  # its workers would outlive a command that is killed
 
-    def crew(self, workers: int | None, cores: int) -> Crew:
-        return Crew(workers or 2, threads=30)
+    def worker_pool(self, workers: int | None, cores: int) -> WorkerPool:
+        return WorkerPool(workers or 2, threads=30)
 
-    def commands(self, crew: Crew) -> Sequence[Sequence[str]]:
-        processes, threads = str(crew.workers), str(crew.threads)
+    def commands(self, worker_pool: WorkerPool) -> Sequence[Sequence[str]]:
+        processes, threads = str(worker_pool.workers), str(worker_pool.threads)
         return [("-m", "dramatiq", APP, "--processes", processes, "--threads", threads)]
 
     def workers_known(self, client: Any) -> int:

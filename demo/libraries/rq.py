@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import rq
 from rq.worker_registration import REDIS_WORKER_KEYS
 
-from jobguard.demo.libraries import Crew, Library
+from jobguard.demo.libraries import Library, WorkerPool
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,11 +23,11 @@ class _RQ(Library):
     jobs_a_second = 400.0
     overhead_seconds = 0.008
 
-    def crew(self, workers: int | None, cores: int) -> Crew:
-        return Crew(workers or 2 * cores)
+    def worker_pool(self, workers: int | None, cores: int) -> WorkerPool:
+        return WorkerPool(workers or 2 * cores)
 
-    def commands(self, crew: Crew) -> Sequence[Sequence[str]]:
-        return [("-m", "jobguard.demo.apps.rq_worker", QUEUE)] * crew.workers
+    def commands(self, worker_pool: WorkerPool) -> Sequence[Sequence[str]]:
+        return [("-m", "jobguard.demo.apps.rq_worker", QUEUE)] * worker_pool.workers
 
     def workers_known(self, client: Any) -> int:
         return int(client.scard(REDIS_WORKER_KEYS))

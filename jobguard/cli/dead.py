@@ -18,8 +18,8 @@ from jobguard.cli.common import (
     print_json,
 )
 from jobguard.errors import JobguardError, StoreUnavailable
-from jobguard.job import Outcome
-from jobguard.store import Ledger
+from jobguard.model import Outcome
+from jobguard.store.protocols import Ledger
 
 _MANY = 1000
 """As many as are counted."""

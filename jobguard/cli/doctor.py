@@ -29,7 +29,7 @@ from jobguard.cli.rights import acl_line, missing_commands, missing_keys, user_o
 from jobguard.cli.stats import trusted_since, why_not_trusted
 from jobguard.conninfo import describe, postgres_conninfo
 from jobguard.errors import JobguardError
-from jobguard.job import Owed, Presence
+from jobguard.model import Owed, Presence
 from jobguard.redact import redact
 from jobguard.redis_urls import parse
 from jobguard.settings import Settings, disabled, unknown_variables
@@ -50,7 +50,7 @@ _FULL = 0.95
 """Share of a limit from which on it is told."""
 
 
-class Verdict(StrEnum):
+class CheckResult(StrEnum):
     """What a check found."""
 
     OK = "ok"
@@ -64,7 +64,7 @@ class Finding:
     """One thing that was looked at."""
 
     about: str
-    verdict: Verdict
+    verdict: CheckResult
     detail: str
 
 
@@ -109,7 +109,7 @@ def command(
         print_json([asdict(finding) for finding in findings])
     else:
         _print(findings)
-    if any(finding.verdict is Verdict.PROBLEM for finding in findings):
+    if any(finding.verdict is CheckResult.PROBLEM for finding in findings):
         raise click.exceptions.Exit(1)
 
 
@@ -122,12 +122,14 @@ def examine(
     for variable in unknown_variables():
         yield _note("settings", f"there is no variable {variable}")
     schema_fits = False
-    for finding in _look_at_postgres(conninfo, pooler=settings.pooler):
-        schema_fits = (finding.about == "schema" and finding.verdict is Verdict.OK) or schema_fits
+    for finding in _check_postgres(conninfo, pooler=settings.pooler):
+        schema_fits = (
+            finding.about == "schema" and finding.verdict is CheckResult.OK
+        ) or schema_fits
         yield finding
     reached: list[Reached] = []
     for url in redis_urls:
-        yield from _look_at_redis(url, reached)
+        yield from _check_redis(url, reached)
     if not redis_urls:
         yield _note("redis", "none was named: give --redis URL, or set JOBGUARD_REDIS_URL")
     if not schema_fits:
@@ -361,10 +363,10 @@ def _waits_in_redis(source: dict[str, Any], row: dict[str, Any], client: redis.R
         for token, job_id, task in zip(row["tokens"], row["job_ids"], row["tasks"], strict=True)
     ]
     seen = adapter.broker(known, client).presence(page)
-    return any(sighting.presence is Presence.WAITING for sighting in seen.values())
+    return any(observation.presence is Presence.WAITING for observation in seen.values())
 
 
-def _look_at_postgres(conninfo: Callable[[], str], *, pooler: bool) -> Iterator[Finding]:
+def _check_postgres(conninfo: Callable[[], str], *, pooler: bool) -> Iterator[Finding]:
     import psycopg
 
     try:
@@ -472,7 +474,7 @@ def _missing_rights(connection: psycopg.Connection[Any]) -> str | None:
     return row[0] if row else None
 
 
-def _look_at_redis(given: str, reached: list[Reached]) -> Iterator[Finding]:
+def _check_redis(given: str, reached: list[Reached]) -> Iterator[Finding]:
     import redis
 
     from jobguard.clients import address_of, client_from_url
@@ -572,18 +574,18 @@ def _judge_leader(overview: dict[str, Any]) -> Iterator[Finding]:
 
 
 def _ok(about: str, detail: str) -> Finding:
-    return Finding(about, Verdict.OK, detail)
+    return Finding(about, CheckResult.OK, detail)
 
 
 def _note(about: str, detail: str) -> Finding:
-    return Finding(about, Verdict.NOTE, detail)
+    return Finding(about, CheckResult.NOTE, detail)
 
 
 def _problem(about: str, detail: str) -> Finding:
-    return Finding(about, Verdict.PROBLEM, " ".join(redact(detail).split()))
+    return Finding(about, CheckResult.PROBLEM, " ".join(redact(detail).split()))
 
 
-_COLOURS = {Verdict.OK: "green", Verdict.NOTE: "yellow", Verdict.PROBLEM: "bold red"}
+_COLOURS = {CheckResult.OK: "green", CheckResult.NOTE: "yellow", CheckResult.PROBLEM: "bold red"}
 
 
 def _print(findings: Sequence[Finding]) -> None:

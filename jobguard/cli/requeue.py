@@ -17,8 +17,8 @@ from jobguard.cli.common import (
 )
 from jobguard.cli.dead import queue_option
 from jobguard.errors import JobguardError, StoreUnavailable
-from jobguard.job import Outcome
-from jobguard.store import Ledger
+from jobguard.model import Outcome
+from jobguard.store.protocols import Ledger
 
 
 @click.command()

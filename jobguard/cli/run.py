@@ -20,7 +20,7 @@ import click
 
 from jobguard.adapter import ever_guarded
 from jobguard.errors import JobguardError
-from jobguard.log import say
+from jobguard.log import log_event
 from jobguard.settings import disabled
 
 Program = Callable[[], object]
@@ -84,13 +84,13 @@ def _install(entry_point: EntryPoint) -> None:
             prepare()
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "jobguard":
-            say("adapter_failed", library=entry_point.name, error=error)
+            log_event("adapter_failed", library=entry_point.name, error=error)
         # Else: that library is not installed here, so its workers do not run here.
     except Exception as error:  # a guest: the worker runs, unguarded, and says so
-        say("adapter_failed", library=entry_point.name, error=error, exc_info=True)
+        log_event("adapter_failed", library=entry_point.name, error=error, exc_info=True)
         click.echo(f"jobguard: {entry_point.name} is not guarded: {error}", err=True)
     else:
-        say("adapter_loaded", library=entry_point.name)
+        log_event("adapter_loaded", library=entry_point.name)
 
 
 def _of_python(name: str, words: Sequence[str]) -> Program:

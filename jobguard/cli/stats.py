@@ -19,7 +19,7 @@ from jobguard.cli.common import (
     postgres_option,
     print_json,
 )
-from jobguard.store import Counts
+from jobguard.store.protocols import Counts
 
 if TYPE_CHECKING:
     from rich.table import Table

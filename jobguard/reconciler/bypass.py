@@ -13,10 +13,10 @@ from __future__ import annotations
 from collections.abc import Container, Sequence
 from uuid import UUID
 
-from jobguard.job import Cause, Owed
-from jobguard.log import say
-from jobguard.reconciler.done import Done, told
-from jobguard.store import LeaderStore
+from jobguard.log import log_event
+from jobguard.model import Cause, Owed
+from jobguard.reconciler.result import PassResult, reported_absent
+from jobguard.store.protocols import LeaderStore
 
 _RESTORES = 2
 """How often a delivery is put back that nobody claims."""
@@ -40,7 +40,7 @@ class Bypass:
         term: int,
         lost: list[tuple[Owed, Cause]],
         left: Container[UUID],
-        done: Done,
+        done: PassResult,
     ) -> list[tuple[Owed, Cause]]:
         """Return what may be put back. ``left``: what a worker had taken that is gone."""
         doubtful = [owed for owed, cause in lost if _is_doubtful(owed, cause, left)]
@@ -65,7 +65,7 @@ class Bypass:
                 opened[path] = self._store.open_incident(
                     term, self._source, Cause.UNEXPLAINED, path, None
                 )
-                say("restores_held", path=path, count=len(tokens))
+                log_event("restores_held", path=path, count=len(tokens))
             fresh = set(tokens) - self._known
             if fresh:
                 self._known = fresh if len(self._known) > _REMEMBER else self._known | fresh
@@ -103,5 +103,5 @@ def _is_doubtful(owed: Owed, cause: Cause, left: Container[UUID]) -> bool:
         and owed.claim_number is None
         and cause is not Cause.INCIDENT
         and owed.token not in left
-        and not told(owed)
+        and not reported_absent(owed)
     )

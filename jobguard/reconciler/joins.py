@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from uuid import UUID
 
-from jobguard.job import Fate, Join, Outcome, Owed, Sighting
-from jobguard.log import say
+from jobguard.log import log_event
+from jobguard.model import Join, LastOutcome, Observation, Outcome, Owed
 
 _FORGET = 3600.0
 """Seconds after which what is looked at no more (it has ended) need not be remembered."""
@@ -28,17 +28,17 @@ class Met(StrEnum):
     """Nothing is known of some of it: recorded by nobody, or long ago."""
 
 
-def met(join: Join, fates: Mapping[str, Fate], ended: Mapping[UUID, Outcome]) -> Met:
+def met(join: Join, last_outcomes: Mapping[str, LastOutcome], ended: Mapping[UUID, Outcome]) -> Met:
     """Tell whether all that a job waits for has ended as it should."""
     if any(ended.get(token) is not Outcome.COMPLETED for token in join.doubtful):
         return Met.NOT_YET
     good = {Outcome.COMPLETED}
     if join.failure_will_do:
         good |= {Outcome.FAILED, Outcome.DEAD}
-    known = [fates.get(job_id, Fate()) for job_id in join.job_ids]
-    if any(fate.owed or (fate.outcome and fate.outcome not in good) for fate in known):
+    known = [last_outcomes.get(job_id, LastOutcome()) for job_id in join.job_ids]
+    if any(last.owed or (last.outcome and last.outcome not in good) for last in known):
         return Met.NOT_YET
-    return Met.UNKNOWN if any(fate.outcome is None for fate in known) else Met.YES
+    return Met.UNKNOWN if any(last.outcome is None for last in known) else Met.YES
 
 
 class Joins:
@@ -46,14 +46,14 @@ class Joins:
 
     def __init__(
         self,
-        fates: Callable[[Sequence[str]], Mapping[str, Fate]],
+        last_outcomes: Callable[[Sequence[str]], Mapping[str, LastOutcome]],
         ended: Callable[[Sequence[UUID]], Mapping[UUID, Outcome]],
         *,
         grace: float,
         patience: float,
         clock: Callable[[], float],
     ) -> None:
-        self._fates = fates
+        self._last_outcomes = last_outcomes
         self._ended = ended
         self._grace = grace
         self._patience = patience
@@ -66,7 +66,9 @@ class Joins:
         """Whether something is to be seen once more that then goes on."""
         return any(answer is Met.YES for _, answer in self._seen.values())
 
-    def over(self, page: Sequence[tuple[Owed, Sighting]], *, judgeable: bool) -> Sequence[UUID]:
+    def over(
+        self, page: Sequence[tuple[Owed, Observation]], *, reports_complete: bool
+    ) -> Sequence[UUID]:
         """Return which of these wait in vain.
 
         The library needs a moment for the move itself: ``grace``. Of what nobody has ever heard, it is
@@ -82,17 +84,17 @@ class Joins:
         if not waiting:
             return []
         ids = sorted({job_id for _, join in waiting for job_id in join.job_ids})
-        fates = self._fates(ids) if ids else {}
+        last_outcomes = self._last_outcomes(ids) if ids else {}
         doubtful = [token for _, join in waiting for token in join.doubtful]
         ended = self._ended(doubtful) if doubtful else {}
         vain = []
         for owed, join in waiting:
-            answer = met(join, fates, ended)
+            answer = met(join, last_outcomes, ended)
             if answer is Met.UNKNOWN and owed.recoveries:
                 # It was put back after a loss: what nobody recorded may be lost with it, and unrun.
-                self._hold(owed, join, fates)
+                self._hold(owed, join, last_outcomes)
                 continue
-            if answer is Met.NOT_YET or (answer is Met.UNKNOWN and not judgeable):
+            if answer is Met.NOT_YET or (answer is Met.UNKNOWN and not reports_complete):
                 self._seen.pop(owed.token, None)
                 continue
             since = self._seen.get(owed.token, (now, answer))[0]
@@ -104,9 +106,13 @@ class Joins:
         self._held = {token: at for token, at in self._held.items() if now - at < _FORGET}
         return vain
 
-    def _hold(self, owed: Owed, join: Join, fates: Mapping[str, Fate]) -> None:
+    def _hold(self, owed: Owed, join: Join, last_outcomes: Mapping[str, LastOutcome]) -> None:
         self._seen.pop(owed.token, None)
         if owed.token not in self._held:
-            unknown = [id for id in join.job_ids if not (fate := fates.get(id)) or fate == Fate()]
-            say("job_waits_for_unknown", job_id=owed.job_id, waits_for=unknown)
+            unknown = [
+                id
+                for id in join.job_ids
+                if not (last := last_outcomes.get(id)) or last == LastOutcome()
+            ]
+            log_event("job_waits_for_unknown", job_id=owed.job_id, waits_for=unknown)
         self._held[owed.token] = self._clock()

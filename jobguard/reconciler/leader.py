@@ -24,8 +24,8 @@ import time
 from collections.abc import Callable
 
 from jobguard.errors import NotLeading, StoreUnavailable
-from jobguard.log import remind, say
-from jobguard.store import LeaderStore
+from jobguard.log import log_event, remind
+from jobguard.store.protocols import LeaderStore
 
 _HOLD_OFF = 2.0
 """Seconds in which others may lead after we gave up."""
@@ -72,7 +72,7 @@ class Leadership:
         """Renew our term, or try to get one; not while this process is stuck, nor after it gave up."""
         asked = self._clock()
         if not self._healthy():
-            say("lease_unrenewed", error="this process is stuck")
+            log_event("lease_unrenewed", error="this process is stuck")
             return
         if self._term is None and asked < self._not_before:
             return
@@ -84,14 +84,14 @@ class Leadership:
                 if self._term is None:
                     self._answered()
                     return
-                say("leader_elected", term=self._term)
+                log_event("leader_elected", term=self._term)
         except NotLeading:
-            say("leader_lost", term=self._term)
+            log_event("leader_lost", term=self._term)
             self._term = None
             return
         except StoreUnavailable as error:
             self._away = True
-            say("lease_unrenewed", error=str(error))
+            log_event("lease_unrenewed", error=str(error))
             return
         self._answered()
         self._trusted_until = asked + self._lease * (1 - _MARGIN)
@@ -100,7 +100,7 @@ class Leadership:
     def _answered(self) -> None:
         if self._away:
             self._away = False
-            say("postgres_back")
+            log_event("postgres_back")
 
     def start(self) -> None:
         """Seek and keep the lease from now on."""
@@ -123,7 +123,7 @@ class Leadership:
             try:
                 self.seek()
             except Exception as error:
-                say("step_failed", part="lease", error=str(error), exc_info=True)
+                log_event("step_failed", part="lease", error=str(error), exc_info=True)
             remind()
             # A standby asks more often: the time without a leader is what users wait for.
             self._stop.wait(self._lease * (0.3 if self._term is not None else 0.03))
@@ -147,6 +147,6 @@ class Leadership:
             return
         try:
             self._store.resign(term)
-            say("leader_resigned", term=term)
+            log_event("leader_resigned", term=term)
         except StoreUnavailable as error:
-            say("lease_unrenewed", error=str(error))
+            log_event("lease_unrenewed", error=str(error))

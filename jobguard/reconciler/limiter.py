@@ -34,7 +34,7 @@ class TokenBucket:
         self._level -= granted
         return granted
 
-    def give_back(self, unused: int) -> None:
+    def release(self, unused: int) -> None:
         """Take back permits that were not used."""
         self._level = min(self._burst, self._level + unused)
 

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from uuid import UUID
 
-from jobguard.store import WorkerRow
+from jobguard.store.protocols import WorkerRow
 
 
 @dataclass(slots=True)

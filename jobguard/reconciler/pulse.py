@@ -10,8 +10,8 @@ from uuid import UUID, uuid4
 import redis
 
 from jobguard import failpoint
-from jobguard.job import Cause
-from jobguard.log import say
+from jobguard.log import log_event
+from jobguard.model import Cause
 from jobguard.pulse import (
     ACCEPTED,
     RESET,
@@ -23,14 +23,14 @@ from jobguard.pulse import (
     pulse_key,
     read_pulse,
 )
-from jobguard.refusal import refusal_of
-from jobguard.store import LeaderStore, SourceRow
+from jobguard.redis_refusal import refusal_of
+from jobguard.store.protocols import LeaderStore, SourceRow
 
 _ALARM_AGAIN = 30.0
 """Seconds between two lines in the log about a state that only a person can end."""
 
 
-class PlaceIsSure(Protocol):
+class IdentityConfirmed(Protocol):
     """Asked where the pulse is not what it was, and this process has never seen it here."""
 
     def __call__(self, missed_since: float, /, *, own: bool) -> bool | None:
@@ -96,31 +96,31 @@ class PulseKeeper:
         """The pulse's present epoch."""
         return self._epoch
 
-    def tick(self, term: int, *, place_is_sure: PlaceIsSure, now: float) -> Health:
+    def tick(self, term: int, *, identity_confirmed: IdentityConfirmed, now: float) -> Health:
         """Look at the pulse and move it on. ``now`` is monotonic."""
         try:
-            self._look_at_topology()
+            self._check_topology()
             if self._topology is not None and self._topology.role == "slave":
                 raise redis.ReadOnlyError("it is a replica: what is not here may be on its master")
             answer = self._read()
             standing = parse_pulse(answer)
             self._raw = tuple(bytes(value or b"") for value in answer[:2])
             if standing is None and any(answer):
-                say("value_unreadable", source=self._source.address, key=self._key)
+                log_event("value_unreadable", source=self._source.address, key=self._key)
             reading = judge_pulse(
                 standing, epoch=self._epoch, n=self._n, installation=self._installation
             )
-            health = self._act(term, reading, standing, place_is_sure, now)
+            health = self._act(term, reading, standing, identity_confirmed, now)
         except redis.RedisError as error:
             # Loading, read-only, master down, refused: it is down, never "missing".
             if not self._down:
-                say("redis_away", source=self._source.address, error=str(error))
+                log_event("redis_away", source=self._source.address, error=str(error))
             self._down = True
             return Health.DOWN
         if self._down:
             self._down = False
             self.doubts.append(Cause.TOPOLOGY)
-            say("redis_back", source=self._source.address)
+            log_event("redis_back", source=self._source.address)
         return health
 
     def _act(
@@ -128,7 +128,7 @@ class PulseKeeper:
         term: int,
         reading: Reading,
         standing: Standing | None,
-        place_is_sure: PlaceIsSure,
+        identity_confirmed: IdentityConfirmed,
         now: float,
     ) -> Health:
         if reading is Reading.STEADY and standing is not None:
@@ -136,18 +136,18 @@ class PulseKeeper:
             self._move(term, standing)
             self._ticked = True
             return Health.STEADY
-        if reading is Reading.UNTOLD and standing is not None:
+        if reading is Reading.UNACKNOWLEDGED and standing is not None:
             self._adopt(term, standing)
             return Health.STEADY
         if reading is Reading.FIRST and self._n == ACCEPTED:
             # A person said that all is well; but what was owed here is in no Redis any more.
             self._ticked = True
-            return self._lost(term, standing, place_is_sure, now)
+            return self._lost(term, standing, identity_confirmed, now)
         if reading is Reading.FIRST:
             self._begin(term, standing, uuid4())
             return Health.STEADY
         if reading is Reading.LOST:
-            return self._lost(term, standing, place_is_sure, now)
+            return self._lost(term, standing, identity_confirmed, now)
         if reading is Reading.AHEAD and standing is not None and self._accepted():
             self._adopt(term, standing)
             return Health.STEADY
@@ -209,7 +209,7 @@ class PulseKeeper:
         self,
         term: int,
         standing: Standing | None,
-        place_is_sure: PlaceIsSure,
+        identity_confirmed: IdentityConfirmed,
         now: float,
     ) -> Health:
         self._misplaced_since = self._misplaced_since or now
@@ -222,7 +222,7 @@ class PulseKeeper:
             and self._topology.run_id == self._run_id
         )
         if not here:
-            sure = place_is_sure(self._misplaced_since, own=standing is not None)
+            sure = identity_confirmed(self._misplaced_since, own=standing is not None)
             if sure is None:
                 return Health.UNSURE
             if not sure:
@@ -238,16 +238,16 @@ class PulseKeeper:
             )
             self._noted = self._epoch
             failpoint.hit("after_incident_row")
-        say("redis_lost_data", source=self._source.address, pulse=seen)
+        log_event("redis_lost_data", source=self._source.address, pulse=seen)
         self._begin(term, standing, uuid4())
         self._misplaced_since = None
         return Health.LOST
 
     def _alarm(self, reading: Reading) -> None:
         if reading is Reading.FOREIGN:
-            say("foreign_pulse", source=self._source.address)
+            log_event("foreign_pulse", source=self._source.address)
         else:
-            say("ledger_behind", source=self._source.address)
+            log_event("ledger_behind", source=self._source.address)
 
     def stands(self) -> bool:
         """Whether the pulse is in Redis right now as we know it: nothing was lost up to here."""
@@ -261,7 +261,9 @@ class PulseKeeper:
         except redis.ResponseError as error:
             if not str(error).startswith("WRONGTYPE"):
                 raise
-            say("value_unreadable", source=self._source.address, key=self._key, error=str(error))
+            log_event(
+                "value_unreadable", source=self._source.address, key=self._key, error=str(error)
+            )
             return [None] * 4
         return answer
 
@@ -281,7 +283,7 @@ class PulseKeeper:
         )
         self._epoch, self._n = standing.epoch, standing.n
 
-    def _look_at_topology(self) -> None:
+    def _check_topology(self) -> None:
         seen = Topology()
         try:
             info: dict[str, Any] = {}
@@ -308,7 +310,7 @@ class PulseKeeper:
             self.doubts.append(Cause.TOPOLOGY)
         if seen.evicted > before.evicted:
             self.doubts.append(Cause.EVICTION)
-            say(
+            log_event(
                 "redis_evicted",
                 source=self._source.address,
                 keys=seen.evicted - before.evicted,

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from jobguard.job import Cause
-from jobguard.log import say
-from jobguard.store import LeaderStore
+from jobguard.log import log_event
+from jobguard.model import Cause
+from jobguard.store.protocols import LeaderStore
 
 _PROBE = 1.0
 """Seconds from a refusal to the next try."""
@@ -64,7 +64,7 @@ class Refusals:
         now = self._clock()
         self._last, self._most = now, 1
         self._count += 1
-        say("redis_refuses", source=self._address, error=reason, waiting=waiting)
+        log_event("redis_refuses", source=self._address, error=reason, waiting=waiting)
         if self._since is None:
             self._since, self._count = now, 1
         if self._incident is None:
@@ -90,7 +90,7 @@ class Refusals:
 
     def _over(self, term: int) -> None:
         assert self._since is not None
-        say(
+        log_event(
             "redis_accepts",
             source=self._address,
             seconds=round(self._clock() - self._since, 1),

@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from jobguard.adapter import Broker
-from jobguard.log import say
-from jobguard.store import LeaderStore
+from jobguard.log import log_event
+from jobguard.store.protocols import LeaderStore
 
 _PAGE = 500
 _MEND_AGAIN = 1.0
 """Seconds between two rounds while what was lost is being put back: it may be lost once more."""
-_LOOK = 2.0
+_CHECK_EVERY = 2.0
 """Seconds between two looks for joins of which nothing has come."""
 _TELL_AGAIN = 30.0
 """Seconds in which something should have come of a join that was told again; doubled each time."""
@@ -41,8 +41,10 @@ class Rejoiner:
         self._grace = grace
         self._clock = clock
         self._mended_at = float("-inf")
-        self._looked_at = float("-inf")
-        self._told: dict[str, tuple[float, float]] = {}  # by join: when, and how long to wait now
+        self._inspected_at = float("-inf")
+        self._last_told: dict[
+            str, tuple[float, float]
+        ] = {}  # by join: when, and how long to wait now
 
     def mend(self, deadline: float) -> None:
         """Put back what is missing of every open join. Raises RedisError."""
@@ -59,24 +61,24 @@ class Rejoiner:
                 break
         self._mended_at = self._clock()
         if count:
-            say("joins_mended", count=count)
+            log_event("joins_mended", count=count)
 
     def finish(self, deadline: Callable[[], float]) -> None:
         """Tell the library again of joins whose members have all ended, of which nothing has come."""
         now = self._clock()
-        if now - self._looked_at < min(_LOOK, self._grace):
+        if now - self._inspected_at < min(_CHECK_EVERY, self._grace):
             return
-        self._looked_at = now
+        self._inspected_at = now
         complete = self._store.complete_joins(self._source, quiet=self._grace, limit=_PAGE)
         due = [join for join in complete if self._is_due(join.id, now)]
         if due:
             self._broker.rejoin(due, finish=True, deadline=deadline())
-            say("joins_finished", count=len(due))
-        self._told = {id: it for id, it in self._told.items() if now - it[0] < _FORGET}
+            log_event("joins_finished", count=len(due))
+        self._last_told = {id: it for id, it in self._last_told.items() if now - it[0] < _FORGET}
 
     def _is_due(self, join: str, now: float) -> bool:
-        at, wait = self._told.get(join, (now, 0.0))
+        at, wait = self._last_told.get(join, (now, 0.0))
         if now - at < wait:
             return False
-        self._told[join] = (now, 2 * wait or _TELL_AGAIN)
+        self._last_told[join] = (now, 2 * wait or _TELL_AGAIN)
         return True

@@ -14,9 +14,9 @@ from contextlib import suppress
 import redis
 
 from jobguard.errors import NotLeading, StoreUnavailable
-from jobguard.log import say
-from jobguard.reconciler.watch import Watch
-from jobguard.store import LeaderStore
+from jobguard.log import log_event
+from jobguard.reconciler.source_monitor import SourceMonitor
+from jobguard.store.protocols import LeaderStore
 
 _STEP = 0.05
 """Seconds between two steps when nothing is urgent."""
@@ -35,10 +35,10 @@ class Runner:
         leads: Callable[[], int],
         store: LeaderStore,
         client: redis.Redis,
-        make: Callable[[LeaderStore], Watch],
+        make: Callable[[LeaderStore], SourceMonitor],
     ) -> None:
         self.name = name
-        self.watch: Watch | None = None
+        self.monitor: SourceMonitor | None = None
         self._term = term
         self._leads = leads
         self._store = store
@@ -55,9 +55,9 @@ class Runner:
         return self._thread.is_alive()
 
     @property
-    def settled(self) -> bool:
+    def finished(self) -> bool:
         """Whether everything owed has been looked at; see Watch."""
-        return self.watch is not None and self.watch.settled
+        return self.monitor is not None and self.monitor.finished
 
     def stuck_for(self) -> float:
         """Seconds since its present step began; 0: none is under way."""
@@ -86,10 +86,10 @@ class Runner:
             except NotLeading:
                 break
             except StoreUnavailable as error:
-                say("postgres_away", error=str(error))
+                log_event("postgres_away", error=str(error))
                 pause = min(_LONGEST_PAUSE, 2 * max(pause, 0.1))
             except Exception as error:
-                say("step_failed", part=self.name, error=str(error)[:500], exc_info=True)
+                log_event("step_failed", part=self.name, error=str(error)[:500], exc_info=True)
                 pause = _AFTER_AN_ERROR
             finally:
                 self._since = None
@@ -102,7 +102,7 @@ class Runner:
         if self._leads() != self._term:
             raise NotLeading
         brake = self._store.brake(self._term)
-        if self.watch is None:
-            self.watch = self._make(self._store)
-        self.watch.step(self._term, brake)
-        return self.watch.busy
+        if self.monitor is None:
+            self.monitor = self._make(self._store)
+        self.monitor.step(self._term, brake)
+        return self.monitor.busy

@@ -17,16 +17,16 @@ import tenacity
 from jobguard.adapter import Adapter, Source
 from jobguard.clients import address_of, client_from_url
 from jobguard.errors import JobguardError, NotLeading, StoreUnavailable, WrongInstallation
-from jobguard.job import new_token
-from jobguard.log import say
-from jobguard.reconciler.done import Done
+from jobguard.log import log_event
+from jobguard.model import new_token
 from jobguard.reconciler.leader import Leadership
+from jobguard.reconciler.result import PassResult
 from jobguard.reconciler.runner import Runner
-from jobguard.reconciler.watch import Watch
+from jobguard.reconciler.source_monitor import SourceMonitor
 from jobguard.redis_urls import parse
 from jobguard.settings import Settings
-from jobguard.store import LeaderStore, SourceRow
 from jobguard.store.leader import PostgresLeaderStore
+from jobguard.store.protocols import LeaderStore, SourceRow
 
 Clients = Mapping[str, Callable[[], redis.Redis]]
 """How to reach each Redis, by its address."""
@@ -82,14 +82,16 @@ class Service:
         self._stop = threading.Event()
         self._seeking = False
         self._due: dict[str, float] = {}
-        self._misplaced: str | None = None
+        self._wrong_place: str | None = None
         self._term_watched: int | None = None
 
     # -- for ever, or once -------------------------------------------------------------------------
 
     def run(self) -> None:
         """Lead or stand by until stopped."""
-        say("reconciler_started", namespace=self._settings.namespace, redis=list(self._clients))
+        log_event(
+            "reconciler_started", namespace=self._settings.namespace, redis=list(self._clients)
+        )
         backoff = tenacity.Retrying(
             wait=tenacity.wait_random_exponential(multiplier=0.2, max=5.0),
             retry=tenacity.retry_if_exception_type(Exception),
@@ -121,10 +123,10 @@ class Service:
     def _tell(state: tenacity.RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
         if isinstance(error, StoreUnavailable):
-            say("postgres_away", error=str(error))
+            log_event("postgres_away", error=str(error))
         else:
             known = isinstance(error, JobguardError)
-            say("step_failed", error=str(error), exc_info=None if known else error)
+            log_event("step_failed", error=str(error), exc_info=None if known else error)
 
     def _lead_a_little(self) -> None:
         """Lead, a step at a time, until something goes wrong or we are told to stop."""
@@ -140,7 +142,7 @@ class Service:
             try:
                 self.step()
             except NotLeading as error:
-                say("leader_lost", error=str(error))
+                log_event("leader_lost", error=str(error))
                 self._stand_down()
                 continue
             self._stop.wait(_STEP)
@@ -157,29 +159,29 @@ class Service:
         self._leadership.seek()
         try:
             if not self._leadership.leads:
-                return {"leads": False, "unfinished": [], **Done().counts()}
+                return {"leads": False, "unfinished": [], **PassResult().counts()}
             self._leadership.start()
             longest = 3 * self._settings.worker_timeout + self._settings.grace
             deadline = time.monotonic() + longest
             while time.monotonic() < deadline and not self._stop.is_set():
                 self.step()
                 self._stop.wait(_STEP)
-                if self._misplaced or all(one.settled for one in self._runners.values()):
+                if self._wrong_place or all(one.finished for one in self._runners.values()):
                     break
-            total = Done()
+            total = PassResult()
             unfinished = [row.address for row in self._store.sources() if not self._settled(row.id)]
             for runner in self._runners.values():
                 runner.stop()
                 runner.join(_JOIN)
-                total += runner.watch.done if runner.watch is not None else Done()
+                total += runner.monitor.result if runner.monitor is not None else PassResult()
             return {
                 "leads": True,
-                "misplaced": self._misplaced,
+                "misplaced": self._wrong_place,
                 "unfinished": unfinished,
                 **total.counts(),
             }
         except NotLeading:
-            return {"leads": False, "unfinished": [], **Done().counts()}
+            return {"leads": False, "unfinished": [], **PassResult().counts()}
         finally:
             self._turn_at = None
             self._stand_down(wait=True)
@@ -188,7 +190,7 @@ class Service:
 
     def _settled(self, source: int) -> bool:
         runner = self._runners.get(source)
-        return runner is not None and runner.settled
+        return runner is not None and runner.finished
 
     # -- one step ----------------------------------------------------------------------------------
 
@@ -204,8 +206,8 @@ class Service:
         self._store.brake(term)  # raises if the term is over
         if now >= self._due.get("sources", 0.0):
             self._due["sources"] = now + _SOURCES
-            self._look_for_sources()
-        if self._misplaced:
+            self._find_sources()
+        if self._wrong_place:
             self._stop_runners()
             return
         self._watch_over(now)
@@ -217,7 +219,7 @@ class Service:
             stuck = runner.stuck_for()
             if stuck >= _STUCK and now >= self._due.get(f"cut {id}", 0.0):
                 self._due[f"cut {id}"] = now + _STUCK
-                say("step_stuck", source=runner.name, seconds=round(stuck))
+                log_event("step_stuck", source=runner.name, seconds=round(stuck))
                 runner.cut()
             if stuck >= _GIVE_UP:
                 self._leadership.give_up()
@@ -233,22 +235,22 @@ class Service:
             return False
         return turn is None or time.monotonic() - turn < _LOOP_STUCK
 
-    def _look_for_sources(self) -> None:
+    def _find_sources(self) -> None:
         identity = self._store.identity()
-        self._misplaced = self._out_of_place(identity)
-        if self._misplaced:
+        self._wrong_place = self._why_wrong_place(identity)
+        if self._wrong_place:
             return
         installation = UUID(str(identity["id"]))
         for row in self._store.sources():
             if row.id not in self._runners:
-                self._watch(row, installation)
+                self._add_monitor(row, installation)
 
     def _require_installation(self) -> None:
         """Raise WrongInstallation before the lease: it is the other installation's to hold."""
         if self._settings.installation is not None:
-            self._out_of_place(self._store.identity())
+            self._why_wrong_place(self._store.identity())
 
-    def _out_of_place(self, identity: Mapping[str, str | None]) -> str | None:
+    def _why_wrong_place(self, identity: Mapping[str, str | None]) -> str | None:
         """Why nothing may be put back with this database, if so."""
         wanted = self._settings.installation
         if wanted is not None and identity["name"] != wanted:
@@ -265,12 +267,12 @@ class Service:
                     f"this database is a copy: it stood in {what} {was}, now in {now}. Nothing is "
                     "put back. If it was moved here for good: `jobguard resume --moved`"
                 )
-                if self._misplaced != reason:
-                    say("ledger_moved", what=what, was=was, is_now=now)
+                if self._wrong_place != reason:
+                    log_event("ledger_moved", what=what, was=was, is_now=now)
                 return reason
         return None
 
-    def _watch(self, row: SourceRow, installation: UUID) -> None:
+    def _add_monitor(self, row: SourceRow, installation: UUID) -> None:
         adapter = self._adapter(row.library)
         client = self._client(row)
         if adapter is None or client is None:
@@ -278,8 +280,8 @@ class Service:
         source = Source(row.namespace, row.library, row.address, row.prefix, row.name)
         broker = adapter.broker(source, client)
 
-        def watch(store: LeaderStore) -> Watch:
-            return Watch(
+        def monitor(store: LeaderStore) -> SourceMonitor:
+            return SourceMonitor(
                 client,
                 broker,
                 store,
@@ -295,16 +297,16 @@ class Service:
             lambda: self._leadership.term,
             self._make_store(),
             client,
-            watch,
+            monitor,
         )
-        say("watching", source=str(source))
+        log_event("watching", source=str(source))
 
     def _adapter(self, library: str) -> Adapter | None:
         if library not in self._adapters:
             found = [e for e in entry_points(group="jobguard.adapters") if e.name == library]
             self._adapters[library] = found[0].load()() if found else None
             if not found:
-                say("adapter_missing", library=library, install=f"jobguard[{library}]")
+                log_event("adapter_missing", library=library, install=f"jobguard[{library}]")
         return self._adapters[library]
 
     def _client(self, row: SourceRow) -> redis.Redis | None:
@@ -314,7 +316,7 @@ class Service:
         if self._clients:
             if row.id not in self._unreachable:
                 self._unreachable.add(row.id)
-                say("source_unwatched", source=row.address, given=list(self._clients))
+                log_event("source_unwatched", source=row.address, given=list(self._clients))
             return None
         # No URL at all: the address as it stands, which has no password.
         place = row.address
@@ -328,14 +330,14 @@ class Service:
                 dropped = self._store.rotate(retention=self._settings.retention)
             except JobguardError as error:  # a backup reads history: next time
                 self._due["rotate"] = now + _ROTATE / 60
-                say("step_failed", part="rotate", error=str(error))
+                log_event("step_failed", part="rotate", error=str(error))
                 dropped = 0
             if dropped:
-                say("rotated", dropped=dropped)
+                log_event("rotated", dropped=dropped)
         if now >= self._due.get("vacuum", 0.0):
             self._due["vacuum"] = now + _HOUSEKEEPING
             if tables := self._store.vacuum():
-                say("vacuumed", tables=list(tables))
+                log_event("vacuumed", tables=list(tables))
 
     def _stand_down(self, *, wait: bool = False) -> None:
         stopped = self._stop_runners()
@@ -356,7 +358,7 @@ class Service:
     def _close(self) -> None:
         self._store.close()
         self._lease_store.close()
-        say("reconciler_stopped", namespace=self._settings.namespace)
+        log_event("reconciler_stopped", namespace=self._settings.namespace)
 
 
 def clients_from_urls(urls: Sequence[str]) -> Clients:
@@ -368,7 +370,7 @@ def clients_from_urls(urls: Sequence[str]) -> Clients:
             name, url = "", given
         address = address_of(client_from_url(url, timeout=_CLIENT_TIMEOUT))
         for option in parse(url).unknown:
-            say("redis_option_unknown", redis=address, option=option)
+            log_event("redis_option_unknown", redis=address, option=option)
         made[name or address] = _maker(url)
     return made
 

@@ -25,11 +25,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-from jobguard.store import QueueRow
+from jobguard.store.protocols import QueueRow
 
-_SETTLE = 30.0
+_QUIET = 30.0
 """Seconds without an unguarded consumer before a queue is clean again."""
-_SETTLE_AFTER_LOSS = 600.0
+_QUIET_AFTER_LOSS = 600.0
 """After Redis lost its registry of workers, an unguarded one could be there unseen: RQ registers a
 worker at its birth alone, and its entry would have lived this long."""
 _GAP = 5.0
@@ -77,11 +77,11 @@ class Trust:
             return True
         return lost and (row.unguarded_at is None or not self._long_gap)
 
-    def to_vouch_for(self) -> list[str]:
+    def backlogs_to_check(self) -> list[str]:
         """Queues that are trusted, but whose older deliveries nobody has looked at yet."""
         return [queue for queue, row in self.rows.items() if row.trusted_since]
 
-    def vouched(self, queue: str) -> QueueRow:
+    def backlog_checked(self, queue: str) -> QueueRow:
         """Its older deliveries have been looked at: from here on all of it is trusted."""
         row = replace(self.rows[queue], trusted_since=0.0)
         self.rows[queue] = row
@@ -118,7 +118,7 @@ class Trust:
             self._seen_once[queue] = strangers
             (self._doubted.add if strangers else self._doubted.discard)(queue)
             known = before is not None and before.unguarded == tuple(sorted(certain))
-            if certain and known and now - (row.unguarded_at or 0.0) < _SETTLE / 3:
+            if certain and known and now - (row.unguarded_at or 0.0) < _QUIET / 3:
                 pass  # written down a moment ago
             elif certain:
                 row = QueueRow(
@@ -152,7 +152,7 @@ class Trust:
             return row
         if row.unguarded_at is None:
             return replace(row, clean_since=self.watching_since)
-        settle = _SETTLE if self._lost_at < row.unguarded_at else _SETTLE_AFTER_LOSS
-        if now - max(row.unguarded_at, self._lost_at) < settle:
+        quiet = _QUIET if self._lost_at < row.unguarded_at else _QUIET_AFTER_LOSS
+        if now - max(row.unguarded_at, self._lost_at) < quiet:
             return row
         return replace(row, clean_since=now, unguarded=())

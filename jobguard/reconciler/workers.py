@@ -7,13 +7,13 @@ from uuid import UUID
 
 import redis
 
-from jobguard.job import LET_GO
-from jobguard.log import say
+from jobguard.log import log_event
+from jobguard.model import DROPPED_BY_LIVE_WORKER
 from jobguard.pulse import beat_key
 from jobguard.reconciler.liveness import Judgement, Liveness
+from jobguard.redis_values import number_in
 from jobguard.settings import Settings
-from jobguard.store import LeaderStore, WorkerRow
-from jobguard.values import number_in
+from jobguard.store.protocols import LeaderStore, WorkerRow
 
 _POLL = 0.5
 """Seconds between two polls of the workers' beats."""
@@ -73,7 +73,7 @@ class Workers:
             self._first_beats.setdefault(id, self._beats.get(id, -1))
         if self.judgement.dead:
             self._store.declare_dead(term, self.judgement.dead)
-        missed = self._mourn(now)
+        missed = self._record_deaths(now)
         if now >= self._forget_at:
             self._forget_at = now + _FORGET
             self._store.forget(term, [row.id for row in self.rows if row.left or row.dead])
@@ -96,10 +96,10 @@ class Workers:
             if beat is not None:
                 beats[id] = beat
             elif answer is not None:
-                say("value_unreadable", source=self._source, key=beat_key(id))
+                log_event("value_unreadable", source=self._source, key=beat_key(id))
         return beats
 
-    def _mourn(self, now: float) -> bool:
+    def _record_deaths(self, now: float) -> bool:
         dead = frozenset(self.judgement.dead)
         missed = False
         for row in self.rows:
@@ -111,7 +111,7 @@ class Workers:
             if self.polled:  # else it was gone when we came, nobody knows since when
                 self.deaths.update((queue, now) for queue in row.queues)
             if row.id in dead:
-                say(
+                log_event(
                     "worker_dead",
                     worker=row.id,
                     name=row.name,
@@ -153,7 +153,7 @@ class Workers:
         """
         if not self.polled:
             return False
-        if name == LET_GO:
+        if name == DROPPED_BY_LIVE_WORKER:
             return True
         rows = [row for row in self.rows if name in (row.name, row.id.hex)]
         if not rows:

@@ -32,7 +32,7 @@ from jobguard.errors import (
     StoreUnavailable,
     TooManyConnections,
 )
-from jobguard.log import say
+from jobguard.log import log_event
 from jobguard.postgres_hosts import PRIMARY, PostgresHost, hosts_of, is_address
 from jobguard.store import texts
 from jobguard.store.names import names
@@ -212,7 +212,7 @@ class Approach:
                 return None
             self._connecting = None
             self._session = self._make(pgconn)
-            self._steps = self._session.settle()
+            self._steps = self._session.accept_move()
             self._wanted = 0
         assert self._session is not None
         try:
@@ -372,7 +372,7 @@ class Database:
                 self._drop()
                 raise _Lost(str(error)) from error
             if state in _PREPARED_LOST and self._prepare:
-                say("pooler_found")
+                log_event("pooler_found")
                 self._prepare = False
                 self._drop()
                 raise _Lost(str(error), undone=True) from error
@@ -428,7 +428,7 @@ class Database:
             self._first, self._servers = self._connecting.place, self._connecting.servers
             self._connecting = None
             if session.pooled and self._prepare:
-                say("pooler_found")
+                log_event("pooler_found")
                 self._prepare = False
             texts.register(session)
             self._connection = session
@@ -441,7 +441,7 @@ class Database:
 
     def _reduce(self, error: Exception) -> None:
         self._reduced = True
-        say("settings_reduced", error=str(error))
+        log_event("settings_reduced", error=str(error))
 
     def _where(self) -> dict[str, Any]:
         given = conninfo_to_dict(self._conninfo())

@@ -13,21 +13,22 @@ from typing import Any
 from uuid import UUID
 
 from jobguard.errors import BadRow, NotLeading, NotWritten
-from jobguard.job import Cause, EndedPart, Fate, OpenJoin, Outcome, Owed, Restorable, token_at
-from jobguard.log import say
+from jobguard.log import log_event
+from jobguard.model import (
+    Cause,
+    EndedPart,
+    LastOutcome,
+    OpenJoin,
+    Outcome,
+    Owed,
+    Restorable,
+    token_at,
+)
 from jobguard.schema import statements
 from jobguard.settings import Settings
-from jobguard.store import (
-    Brake,
-    Closing,
-    Incident,
-    QueueRow,
-    SourceRow,
-    Void,
-    WorkerRow,
-    texts,
-)
+from jobguard.store import texts
 from jobguard.store.connection import Database, Row
+from jobguard.store.protocols import Brake, Closing, Incident, QueueRow, SourceRow, Void, WorkerRow
 
 _FIRST = token_at(0)
 _NO_BOUND = 1 << 62
@@ -108,15 +109,15 @@ class PostgresLeaderStore:
             row = self._ask("identity_without_control")[0]
             if not self._told_identity:
                 self._told_identity = True
-                say("identity_partial", error=str(error))
+                log_event("identity_partial", error=str(error))
         names = ("id", "name", "system_identifier", "database_oid", "system_now", "database_now")
         return dict(zip(names, row, strict=True))
 
-    def settle(self) -> None:
+    def accept_move(self) -> None:
         """Accept that this database is where it now is; see LeaderStore."""
         here = self.identity()
         self._ask(
-            "settle",
+            "accept_move",
             system_identifier=here["system_now"],
             database_oid=here["database_now"],
         )
@@ -265,16 +266,16 @@ class PostgresLeaderStore:
         rows = self._ask("overtaken", source=source, tokens=list(tokens))
         return frozenset(token for (token,) in rows)
 
-    def namesakes(self, source: int, tokens: Sequence[UUID]) -> frozenset[UUID]:
+    def sharing_job_id(self, source: int, tokens: Sequence[UUID]) -> frozenset[UUID]:
         """Which of these share their job id with another; see LeaderStore."""
-        rows = self._ask("namesakes", source=source, tokens=list(tokens))
+        rows = self._ask("sharing_job_id", source=source, tokens=list(tokens))
         return frozenset(token for (token,) in rows)
 
-    def fates(self, source: int, job_ids: Sequence[str]) -> Mapping[str, Fate]:
+    def last_outcomes(self, source: int, job_ids: Sequence[str]) -> Mapping[str, LastOutcome]:
         """What is known of each of these job ids; see LeaderStore."""
-        rows = self._ask("fates", source=source, job_ids=list(job_ids))
+        rows = self._ask("last_outcomes", source=source, job_ids=list(job_ids))
         return {
-            job_id: Fate(owed, Outcome(outcome) if outcome else None)
+            job_id: LastOutcome(owed, Outcome(outcome) if outcome else None)
             for job_id, owed, outcome in rows
         }
 
@@ -379,7 +380,7 @@ class PostgresLeaderStore:
             if step is None:
                 break
             if step == "busy":
-                say("rotation_waits", done=len(done))
+                log_event("rotation_waits", done=len(done))
                 break
             done.append(step)
         self._db.execute(self._sql["forget_locks"])

@@ -24,11 +24,12 @@ from jobguard.errors import (
     StoreUnavailable,
     WrongInstallation,
 )
-from jobguard.job import Outcome, new_token
+from jobguard.model import Outcome, new_token
 from jobguard.postgres_hosts import writable
 from jobguard.pulse import ACCEPTED
-from jobguard.schema import settle
-from jobguard.store import Counts, texts
+from jobguard.schema import accept_move
+from jobguard.store import texts
+from jobguard.store.protocols import Counts
 
 Row: TypeAlias = dict[str, Any]
 
@@ -205,7 +206,7 @@ _RESUME = sa.text("""
 update jobguard.leader set paused_at = null, held = '{}' where namespace = :namespace
 """)
 
-_LET_GO = sa.text("""
+_RELEASE = sa.text("""
 update jobguard.leader l
 set held = l.held - array(select s.id || '/' || :queue from jobguard.sources s
                           where s.namespace = :namespace)
@@ -407,12 +408,12 @@ class PostgresLedger:
             if moved:
                 driver = connection.connection.driver_connection
                 assert isinstance(driver, psycopg.Connection)
-                settle(driver)
+                accept_move(driver)
                 connection.execute(_ACCEPT, {"namespace": namespace, "accepted": ACCEPTED})
             if queue is None:
                 connection.execute(_RESUME, {"namespace": namespace})
             else:
-                connection.execute(_LET_GO, {"namespace": namespace, "queue": queue})
+                connection.execute(_RELEASE, {"namespace": namespace, "queue": queue})
 
     def overview(self, namespace: str) -> Row:
         """Leader, brake, sources, workers, open incidents, queues; see Ledger."""

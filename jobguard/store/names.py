@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Sequence
 
-from jobguard import native
+from jobguard import os_threads
 
 FRESH = 30.0
 """Seconds for which an answer is used without asking again."""
@@ -30,7 +30,7 @@ class Names:
 
     def _begin(self) -> None:
         self._pid = os.getpid()
-        self._lock = native.lock()
+        self._lock = os_threads.lock()
         self._known: dict[str, tuple[float, tuple[str, ...]]] = {}
         self._failed: dict[str, tuple[float, OSError]] = {}
         self._wanted: dict[str, float] = {}  # since when
@@ -81,7 +81,7 @@ class Names:
         if not self._running:
             self._running = True
             try:
-                native.start(self._resolve, name="jobguard-names")
+                os_threads.start(self._resolve, name="jobguard-names")
             except RuntimeError as error:  # the interpreter is about to end
                 self._running = False
                 self._wanted.clear()

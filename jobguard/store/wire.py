@@ -26,7 +26,7 @@ from psycopg import abc, pq
 from psycopg.adapt import AdaptersMap, PyFormat, Transformer
 from psycopg.errors import Diagnostic, error_from_result
 
-from jobguard import native
+from jobguard import os_threads
 
 Row = tuple[Any, ...]
 Send = Callable[[], None] | None
@@ -134,7 +134,7 @@ class Session:
 
     # -- the settings ------------------------------------------------------------------------------
 
-    def settle(self) -> Steps:
+    def accept_move(self) -> Steps:
         """Set everything, and find out whether the server is reached directly and can be written.
 
         Behind a pooler the number of the backend is not the one that the login told. There the
@@ -372,7 +372,7 @@ class _Cancels:
 
     def _begin(self) -> None:
         self._pid = os.getpid()
-        self._lock = native.lock()
+        self._lock = os_threads.lock()
         self._left: deque[Any] = deque()
         self._running = False
 
@@ -389,7 +389,7 @@ class _Cancels:
                 return True
             self._running = True
         try:
-            native.start(self._work, name="jobguard-cancel")
+            os_threads.start(self._work, name="jobguard-cancel")
         except RuntimeError:  # the interpreter is about to end
             with self._lock:
                 self._running = False
@@ -438,7 +438,7 @@ def _cancel(pgconn: pq.abc.PGconn) -> None:
         request.start()
         state = pq.PollingStatus.WRITING
         while state not in (pq.PollingStatus.OK, pq.PollingStatus.FAILED):
-            poller = native.poll()
+            poller = os_threads.poll()
             poller.register(
                 request.socket,
                 select.POLLIN if state == pq.PollingStatus.READING else select.POLLOUT,

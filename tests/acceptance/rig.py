@@ -25,14 +25,14 @@ import redis
 import rq
 from rq.worker_registration import REDIS_WORKER_KEYS
 
-from jobguard.servers.process import die_with_parent
+from jobguard.demo.servers.process import die_with_parent
 from tests.support import PATIENT, eventually
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from jobguard.demo.servers import RedisServer
     from jobguard.guard import JobGuard
-    from jobguard.servers import RedisServer
 
 ROOT = Path(__file__).parents[2]
 LEDGER = "RIG_LEDGER"
@@ -177,9 +177,9 @@ class Process:
         found = []
         for line in self.text.splitlines():
             with contextlib.suppress(ValueError):
-                told = json.loads(line)
-                if told.get("event") == event:
-                    found.append(told)
+                reported = json.loads(line)
+                if reported.get("event") == event:
+                    found.append(reported)
         return found
 
     def family(self) -> list[psutil.Process]:
@@ -413,13 +413,13 @@ class Rig:
     def nothing_is_owed(self, timeout: float = SOON) -> None:
         """Wait until every end is in Postgres."""
 
-        def settled() -> bool:
+        def finished() -> bool:
             for table in ("jobs", "running", "outbox"):
                 rows = self.ask(f"select count(*) from jobguard.{table}")
                 assert rows == [(0,)], f"{rows[0][0]} rows in {table}"
             return True
 
-        eventually(settled, timeout)
+        eventually(finished, timeout)
 
     def waiting(self, name: str = "mail") -> list[str]:
         """Give the ids in the queue's list."""

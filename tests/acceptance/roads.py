@@ -125,7 +125,7 @@ class Child:
     def events(self, name: str) -> list[dict[str, Any]]:
         """What it told of one kind, where its log is made of JSON."""
         lines = [line for line in self.log.splitlines() if line.startswith("{")]
-        return [told for line in lines if (told := json.loads(line))["event"] == name]
+        return [reported for line in lines if (reported := json.loads(line))["event"] == name]
 
     def tells(self, event: str, timeout: float = 30.0) -> dict[str, Any]:
         """Wait until it has told of an event; the last of its kind."""

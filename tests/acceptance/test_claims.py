@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rq import Retry
 
-from jobguard.servers import RedisServer
+from jobguard.demo.servers import RedisServer
 from tests.acceptance.rig import QUICK, START, TASKS, Rig
 from tests.integration.rq.versions import VERSION_OF_RQ
 from tests.support import eventually
@@ -99,7 +99,9 @@ def test_what_a_worker_reports_of_a_job_that_went_to_another_changes_nothing(rig
         # The others are busy: the next job runs on the sleeper, and is reported after the first.
         rig.queue(label).enqueue(f"{TASKS}.work", f"{label}-next", job_id=f"{label}-next")
     eventually(lambda: all(rig.history(f"{label}-next") for label in cases), 30)
-    assert rig.runs() == {label: 1 for case in cases for label in (case, f"{case}-next")}
+    assert rig.runs() == {
+        label: 1 for situation in cases for label in (situation, f"{situation}-next")
+    }
     held = "select j.job_id, r.number from jobguard.jobs j join jobguard.running r using (token)"
     assert dict(rig.ask(held)) == dict.fromkeys(cases, 2)
 

@@ -8,7 +8,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from jobguard.servers import RedisServer
+from jobguard.demo.servers import RedisServer
 from tests.acceptance.rig import Process, Rig
 from tests.support import eventually
 

@@ -41,7 +41,7 @@ from tests.integration.rq.versions import VERSION_OF_RQ
 from tests.support import PATIENT, eventually
 
 if TYPE_CHECKING:
-    from jobguard.servers import NamedPostgres, NamedRedis
+    from jobguard.demo.servers import NamedPostgres, NamedRedis
 
 TASKS = "tests.integration.rq.tasks"
 
@@ -572,7 +572,7 @@ def site(
     url = postgres_server.create_database(name, template_database)
     jobguard.schema.migrate(url, installation="lineage")
     with psycopg.connect(url) as connection:
-        jobguard.schema.settle(connection)
+        jobguard.schema.accept_move(connection)
     made = Site(
         tmp_path_factory.mktemp("lineage"),
         url,

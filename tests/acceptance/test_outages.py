@@ -23,10 +23,10 @@ import pytest
 import redis
 from rq import Queue
 
-import jobguard.doubt
+import jobguard.host.redis_health
 import jobguard.schema
+from jobguard.demo.servers import PostgresServer, RedisServer
 from jobguard.errors import StoreUnavailable
-from jobguard.servers import PostgresServer, RedisServer
 from jobguard.store.connection import Connecting, Database
 from tests.acceptance import roads
 from tests.acceptance.roads import Site, words
@@ -68,7 +68,7 @@ def site(tmp_path: Path, own_postgres: PostgresServer, own_redis: RedisServer) -
     name = f"jobguard_{uuid.uuid4().hex}"
     url = own_postgres.create_database(name, "template_of_tests")
     with psycopg.connect(url) as connection:
-        jobguard.schema.settle(connection)
+        jobguard.schema.accept_move(connection)
     made = Site(tmp_path, url, own_redis.url)
     yield made
     made.close()
@@ -357,7 +357,9 @@ def test_enqueue_is_accepted_while_redis_is_away(
     reconciler = site.reconciler()
     site.worker()
     site.trusted()
-    monkeypatch.setattr(jobguard.doubt, "_PROOF", 0.0)  # it answered longer ago than that
+    monkeypatch.setattr(
+        jobguard.host.redis_health, "_PROOF", 0.0
+    )  # it answered longer ago than that
     patient = redis.Redis.from_url(own_redis.url, socket_timeout=30)  # as hosts' clients are
     with site.producer(client=patient) as (queue, _):
         known = queue.enqueue(roads.say, str(site.ledger), "before")
@@ -392,7 +394,7 @@ def test_without_a_leader_the_librarys_own_error_is_raised(
 
     But what may have reached Redis stays recorded, and the error says which job that is.
     """
-    monkeypatch.setattr(jobguard.doubt, "_PROOF", 0.0 if warned else 60.0)
+    monkeypatch.setattr(jobguard.host.redis_health, "_PROOF", 0.0 if warned else 60.0)
     with site.producer() as (queue, _):
         known = queue.enqueue(roads.say, str(site.ledger))
         away(own_redis, how)

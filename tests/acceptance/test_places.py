@@ -18,9 +18,9 @@ import pytest
 
 import jobguard.schema
 from jobguard.adapter import Source
+from jobguard.demo.servers import PostgresServer, RedisServer
+from jobguard.demo.servers.postgres import postgres_bin
 from jobguard.pulse import parse_pulse, read_pulse
-from jobguard.servers import PostgresServer, RedisServer
-from jobguard.servers.postgres import postgres_bin
 from tests.acceptance import roads
 from tests.acceptance.roads import QUEUE, Site, words
 from tests.support import PATIENT, eventually
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from jobguard.servers import NamedPostgres
+    from jobguard.demo.servers import NamedPostgres
 
 
 RQ = Source("default", "rq", "any", "rq")
@@ -156,7 +156,7 @@ def test_a_second_ledger_on_one_redis_and_namespace_touches_nothing(
         name = f"jobguard_test_{uuid.uuid4().hex}"
         url = postgres_server.create_database(name, template_database)
         with psycopg.connect(url) as connection:
-            jobguard.schema.settle(connection)
+            jobguard.schema.accept_move(connection)
             connection.execute("update jobguard.installation set id = gen_random_uuid()")
         (site.folder / "second").mkdir()
         second = Site(site.folder / "second", url, site.redis_url)
@@ -208,8 +208,8 @@ def test_an_empty_redis_that_nobody_vouches_for(
         own_redis.restart(keep_data=False)
         fresh = site.reconciler()
         if not named:
-            told = fresh.tells("place_unsure")
-            assert "jobguard resume" in " ".join(map(str, told.values()))
+            reported = fresh.tells("place_unsure")
+            assert "jobguard resume" in " ".join(map(str, reported.values()))
             assert keys(site, "rq:job:*") == []
             assert keys(site, "jobguard:pulse:*") == []
             assert site.ask("select count(*) from jobguard.incidents") == [0]
@@ -218,7 +218,7 @@ def test_an_empty_redis_that_nobody_vouches_for(
             assert site.command("resume").returncode == 0
         eventually(lambda: set(queue.job_ids) == {job.id for job in jobs}, 20, message=fresh.log)
         assert queue.job_ids == [job.id for job in jobs]
-        told = fresh.tells("redis_lost_data")
+        reported = fresh.tells("redis_lost_data")
         assert not named or not fresh.events("place_unsure")
     site.worker()
     assert site.said(3) == {"w0": 1, "w1": 1, "w2": 1}
@@ -234,9 +234,9 @@ def test_what_an_unguarded_worker_may_have_run_is_reported_not_recovered(site: S
     bare = site.bare_worker()
     with site.producer() as (queue, guard):
         job = queue.enqueue_in(timedelta(hours=1), roads.say, str(site.ledger))
-        told = reconciler.tells("queue_untrusted")
-        assert told["queue"] == QUEUE
-        assert any("bare" in worker for worker in told["workers"])
+        reported = reconciler.tells("queue_untrusted")
+        assert reported["queue"] == QUEUE
+        assert any("bare" in worker for worker in reported["workers"])
         with site.client() as client:
             client.delete(job.key)
             eventually(lambda: guard.stats().stuck == 1, 20, message=reconciler.log)
@@ -268,8 +268,8 @@ def test_what_was_recorded_before_anybody_watched_is_vouched_for_by_presence(sit
             client.config_resetstat()  # other tests have flushed this server: that would be a loss
         reconciler = site.reconciler()
         site.worker()  # busy with the first
-        told = reconciler.tells("jobs_untrusted")
-        assert (told["queue"], told["count"]) == (QUEUE, 1)
+        reported = reconciler.tells("jobs_untrusted")
+        assert (reported["queue"], reported["count"]) == (QUEUE, 1)
         site.trusted()
         with site.client() as client:
             client.flushdb()

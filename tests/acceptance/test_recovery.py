@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from jobguard.servers import RedisServer
+from jobguard.demo.servers import RedisServer
 from tests.acceptance.rig import TASKS, Rig
 from tests.support import eventually
 

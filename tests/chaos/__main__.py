@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from jobguard.servers import ServerError
+from jobguard.demo.servers import ServerError
 from tests.chaos import report
 from tests.chaos.faults import FAULTS, faults_for
 from tests.chaos.libraries import LIBRARIES, Library, failpoints
@@ -114,8 +114,8 @@ def _chosen(
     known = [*FAULTS, *(place for one in LIBRARIES.values() for place in failpoints(one))]
     unknown = sorted(set(names) - set(known))
     if unknown:
-        told = ", ".join(dict.fromkeys(known))
-        raise click.BadParameter(f"there is no {', '.join(unknown)}; there are: {told}")
+        reported = ", ".join(dict.fromkeys(known))
+        raise click.BadParameter(f"there is no {', '.join(unknown)}; there are: {reported}")
     return tuple(n for n in names if n in there), [n for n in names if n in places]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any, Protocol
 
-from jobguard.job import LET_GO
+from jobguard.model import DROPPED_BY_LIVE_WORKER
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -80,7 +80,9 @@ class CeleryLayout:
         """
         unacked: Any = client.hvals("unacked")
         taken = [json.loads(one)[0] for one in unacked]
-        messages = [one for one in taken if one["headers"].get("jobguard-worker") != LET_GO]
+        messages = [
+            one for one in taken if one["headers"].get("jobguard-worker") != DROPPED_BY_LIVE_WORKER
+        ]
         for members in self.lists(client, queues).values():
             messages += map(json.loads, members)
         return {str(message["headers"]["id"]) for message in messages}
@@ -133,7 +135,7 @@ class DramatiqLayout:
 
     def about(self, client: redis.Redis, queues: Iterable[str], job_id: str) -> dict[str, Any]:
         """Tell where there is a body of this id, whether it is listed, and who has taken it."""
-        told: dict[str, Any] = {}
+        reported: dict[str, Any] = {}
         acks: Any = [key.decode() for key in client.scan_iter("dramatiq:__acks__.*")]
         for queue in queues:
             for name in (queue, f"{queue}.DQ", f"{queue}.XQ"):
@@ -142,12 +144,12 @@ class DramatiqLayout:
                     if json.loads(body)["message_id"] != job_id:
                         continue
                     listed = name[-3:] != ".XQ" and client.lpos(f"dramatiq:{name}", token.decode())
-                    told[f"{name} {token.decode()}"] = {
+                    reported[f"{name} {token.decode()}"] = {
                         "listed": listed is not None and listed is not False,
                         "taken by": [key for key in acks if client.sismember(key, token.decode())],
                         "body": _shown(body),
                     }
-        return told
+        return reported
 
 
 def _lists(client: redis.Redis, keys: Iterable[str]) -> Mapping[str, Sequence[bytes]]:

@@ -81,8 +81,8 @@ def show(console: Console, results: Sequence[Result], found: Sequence[str]) -> N
     console.print(table)
     hits = total_hits(results)
     if hits:
-        told = ", ".join(f"{name} {count}" for name, count in hits.items())
-        console.print(f"deaths at failpoints: {told}", highlight=False)
+        reported = ", ".join(f"{name} {count}" for name, count in hits.items())
+        console.print(f"deaths at failpoints: {reported}", highlight=False)
     for problem in found:
         console.print(f"[bold red]{problem}[/]", highlight=False)
     if not found:

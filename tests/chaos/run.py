@@ -71,14 +71,14 @@ class Result:
 
     def as_json(self) -> dict[str, Any]:
         """Give all of it as plain values."""
-        told = asdict(self)
-        return {**told.pop("count"), **told}
+        reported = asdict(self)
+        return {**reported.pop("count"), **reported}
 
 
 def run(plan: Plan, say: Callable[[str], None]) -> Result:
     """Make one run.
 
-    Raises ChaosError and jobguard.servers.ServerError.
+    Raises ChaosError and jobguard.demo.servers.ServerError.
     """
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(_folder(plan))

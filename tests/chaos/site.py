@@ -16,7 +16,7 @@ import jobguard.schema
 from jobguard.clients import client_from_url
 from jobguard.demo import children, ledger
 from jobguard.demo.harness import JOBGUARD
-from jobguard.servers import PostgresServer, RedisServer
+from jobguard.demo.servers import PostgresServer, RedisServer
 from tests.chaos.kills import KillLog
 from tests.chaos.libraries import QUEUES, RECONCILER_FAILPOINTS, REDIS_VARIABLE, failpoints
 from tests.chaos.plan import SETTINGS
@@ -218,13 +218,13 @@ class Site:
         return [self._about(number, ids.get(number)) for number in numbers]
 
     def _about(self, number: int, job_id: str | None) -> dict[str, Any]:
-        told: dict[str, Any] = {"number": number, "job_id": job_id}
+        reported: dict[str, Any] = {"number": number, "job_id": job_id}
         if job_id is None:
-            return told
+            return reported
         for table, query in _ABOUT.items():
-            told[table] = [row for (row,) in self.ask(query, job_id)]
-        told["redis"] = self.library.layout.about(self.client, QUEUES, job_id)
-        return told
+            reported[table] = [row for (row,) in self.ask(query, job_id)]
+        reported["redis"] = self.library.layout.about(self.client, QUEUES, job_id)
+        return reported
 
     def dump(self) -> None:
         """Leave in the folder what both stores hold in the end, for whoever looks for a cause."""
@@ -234,8 +234,8 @@ class Site:
                 file.writelines(json.dumps({table: row}) + "\n" for (row,) in self.ask(query))
         with (self.folder / "redis.jsonl").open("w") as file:
             for key in self.client.scan_iter(count=1000):
-                told = {"key": key.decode(errors="replace"), "value": str(self._value(key))}
-                file.write(json.dumps(told) + "\n")
+                reported = {"key": key.decode(errors="replace"), "value": str(self._value(key))}
+                file.write(json.dumps(reported) + "\n")
 
     def _value(self, key: bytes) -> Any:
         client: Any = self.client
@@ -269,10 +269,10 @@ class Site:
         queues: Sequence[str],
         places: Mapping[str, float],
     ) -> children.Child:
-        told = {ledger.VARIABLE: str(self.ledger_path), REDIS_VARIABLE: self.redis.url}
+        reported = {ledger.VARIABLE: str(self.ledger_path), REDIS_VARIABLE: self.redis.url}
         return children.Child(
             ["-m", self.library.module, *arguments, *queues],
-            environ=self._environ(places) | told,
+            environ=self._environ(places) | reported,
             log=self.folder / f"{name}.log",
         )
 

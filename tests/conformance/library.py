@@ -11,7 +11,7 @@ from uuid import UUID
 import pytest
 import redis
 
-from jobguard.job import Presence
+from jobguard.model import Presence
 from tests.support import keyspace
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from dramatiq.brokers.stub import StubBroker
 from dramatiq.encoder import Encoder
 
 from jobguard.adapters.dramatiq import DramatiqAdapter
-from jobguard.job import Presence
+from jobguard.model import Presence
 from tests.conformance import tasks
 from tests.conformance.library import QUEUE, Library
 from tests.support import eventually

@@ -40,9 +40,9 @@ import jobguard
 from jobguard.adapter import Session, Source, Tracker
 from jobguard.errors import StoreUnavailable
 from jobguard.guard import JobGuard
-from jobguard.job import Ended, Presence, Restored, new_token
-from jobguard.session import WorkerSession
-from jobguard.tracker import HostTracker
+from jobguard.host.session import WorkerSession
+from jobguard.host.tracker import HostTracker
+from jobguard.model import Ended, Presence, Restored, new_token
 from tests.conformance import tasks
 from tests.conformance.library import OTHER, Library
 from tests.conformance.words import BRISK, ROOT, Leader, Records, another_worker, environ
@@ -130,7 +130,7 @@ class TestPresence:
     ) -> None:
         """In its queue."""
         library.send()
-        assert leader.look(*records.owed()).presence is Presence.WAITING
+        assert leader.observe(*records.owed()).presence is Presence.WAITING
 
     def test_scheduled(
         self, library: Library, guard: JobGuard, records: Records, leader: Leader
@@ -138,7 +138,7 @@ class TestPresence:
         """In the delay queue."""
         library.send(delay=HOUR)
         where = Presence.SCHEDULED if library.delayed_jobs_are_moved else Presence.WAITING
-        assert leader.look(*records.owed()).presence is where
+        assert leader.observe(*records.owed()).presence is where
 
     def test_running(
         self, library: Library, guard: JobGuard, records: Records, leader: Leader
@@ -149,7 +149,7 @@ class TestPresence:
         library.send("look")
         (owed,) = records.owed()
         seen: list[Presence] = []
-        tasks.PROBES.append(lambda: seen.append(leader.look(owed).presence))
+        tasks.PROBES.append(lambda: seen.append(leader.observe(owed).presence))
         library.work()
         assert seen == [Presence.RUNNING]
 
@@ -166,7 +166,7 @@ class TestPresence:
         library.send(task)
         (owed,) = records.owed()
         library.work()
-        assert leader.look(owed).presence is library.remembers[task]
+        assert leader.observe(owed).presence is library.remembers[task]
 
     def test_absent(
         self, library: Library, guard: JobGuard, records: Records, leader: Leader
@@ -174,10 +174,10 @@ class TestPresence:
         """Lost alone among others; each look at the same loss has the same mark."""
         kept, lost = library.send(), library.send()
         library.forget(lost)
-        first, second = (leader.look(owed) for owed in records.owed())
+        first, second = (leader.observe(owed) for owed in records.owed())
         assert library.waiting() == [kept]
         assert (first.presence, second.presence) == (Presence.WAITING, Presence.ABSENT)
-        assert leader.look(records.owed()[1]) == second
+        assert leader.observe(records.owed()[1]) == second
 
     def test_overwritten(
         self, library: Library, guard: JobGuard, records: Records, leader: Leader
@@ -189,7 +189,7 @@ class TestPresence:
         (first,) = records.owed()
         library.send(job_id="same")
         (second,) = records.owed()
-        seen = leader.look(first)
+        seen = leader.observe(first)
         assert (seen.presence, seen.other) == (Presence.OVERWRITTEN, second.token)
 
 
@@ -391,7 +391,7 @@ class TestLives:
         assert library.said() == ["ran"]
         assert library.waiting() == []
         if library.tells_again_how_it_ended:
-            assert leader.look(owed).presence is library.remembers[task]
+            assert leader.observe(owed).presence is library.remembers[task]
         assert (records.owed(), records.ended(job_id)) == ([], ended)
 
     def test_what_another_worker_runs_is_skipped_and_its_run_is_not_touched(
@@ -444,7 +444,7 @@ class TestLives:
         library.work()
         assert library.said() == []
         in_reach = (Presence.WAITING, Presence.SCHEDULED, Presence.RUNNING)
-        assert leader.look(owed).presence not in in_reach
+        assert leader.observe(owed).presence not in in_reach
         assert records.ended(job_id) == [("cancelled", 1)]
 
 
@@ -678,7 +678,7 @@ class TestGuest:
         job_id = library.send("say", Path("an object to unpickle"))
         (owed,) = records.owed()
         library.client.flushdb()
-        told = {
+        reported = {
             "url": library.redis_url,
             "adapter": [type(library.adapter).__module__, type(library.adapter).__qualname__],
             "source": {k: v for k, v in asdict(source).items() if k != "id"},
@@ -686,7 +686,7 @@ class TestGuest:
         }
         done = subprocess.run(
             [sys.executable, "-c", RECONCILER],
-            input=json.dumps(told),
+            input=json.dumps(reported),
             capture_output=True,
             text=True,
             cwd=ROOT,
@@ -702,7 +702,7 @@ from uuid import UUID
 
 import redis
 from jobguard.adapter import Source
-from jobguard.job import Owed, Presence, Restorable, Restored
+from jobguard.model import Owed, Presence, Restorable, Restored
 
 def watch(event, told):
     if event == "pickle.find_class" or event == "import" and told[0].startswith("tests"):

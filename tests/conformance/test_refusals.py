@@ -17,8 +17,8 @@ import pytest
 import redis
 
 import jobguard
+from jobguard.demo.servers import RedisServer
 from jobguard.guard import JobGuard
-from jobguard.servers import RedisServer
 from tests.conformance.conftest import LIBRARIES
 from tests.conformance.library import QUEUE, Library
 from tests.conformance.words import BRISK, Records

@@ -15,20 +15,20 @@ import psycopg
 from psycopg.rows import class_row
 
 from jobguard.adapter import Broker, Source
-from jobguard.job import (
+from jobguard.model import (
     Beat,
     Claim,
     End,
     Ended,
+    Observation,
     Outcome,
     Restorable,
     Restored,
-    Sighting,
     new_token,
 )
 from jobguard.settings import Settings
-from jobguard.store import Ask
-from jobguard.store.postgres import PostgresStore
+from jobguard.store.host import PostgresStore
+from jobguard.store.protocols import ClaimRequest
 from tests.support import newly_owed
 
 BRISK: dict[str, Any] = {
@@ -98,7 +98,7 @@ class Leader:
     def __init__(self, broker: Broker) -> None:
         self.broker = broker
 
-    def look(self, delivery: Restorable) -> Sighting:
+    def observe(self, delivery: Restorable) -> Observation:
         """Look where Redis has it, some time after it was recorded."""
         owed = newly_owed(delivery.token, job_id=delivery.job_id, queue=delivery.queue)
         return self.broker.presence([replace(owed, age=60.0, claims=1)])[delivery.token]
@@ -118,7 +118,7 @@ class AnotherWorker:
         self._id = new_token()
         beat = Beat(worker=self._id, counter=1, claims=[held.token])
         store.beat(source.id, beat, namespace=source.namespace)
-        ask = Ask(held.token, new_token(), self._id, 1, source.namespace, 60.0, 3)
+        ask = ClaimRequest(held.token, new_token(), self._id, 1, source.namespace, 60.0, 3)
         assert isinstance(store.claim(source.id, ask), Claim)
 
     def complete(self) -> Ended:

@@ -18,7 +18,7 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from jobguard.job import (
+from jobguard.model import (
     Beat,
     Claim,
     ClaimAnswer,
@@ -32,8 +32,8 @@ from jobguard.job import (
     new_token,
 )
 from jobguard.settings import Settings
-from jobguard.store import Ask, BeatReply, HostStore, LeaderStore
-from jobguard.store.memory import MemoryLedger
+from jobguard.store.protocols import BeatReply, ClaimRequest, HostStore, LeaderStore
+from tests.fakes.store import MemoryLedger
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -128,7 +128,7 @@ class InPostgres:
         self._settings = Settings(connect_timeout=10, call_timeout=20, record_timeout=20)
         self._opened: list[HostStore | LeaderStore] = []
         # Imported late: who runs the half in memory needs no driver.
-        self._host_store = importlib.import_module("jobguard.store.postgres").PostgresStore
+        self._host_store = importlib.import_module("jobguard.store.host").PostgresStore
         self._leader_store = importlib.import_module("jobguard.store.leader").PostgresLeaderStore
 
     def _conninfo(self) -> str:
@@ -193,9 +193,11 @@ class Worker:
     holds: set[UUID] = field(default_factory=set)
     beats: int = 0
 
-    def ask(self, token: UUID, *, nonce: UUID | None = None, budget: int = CRASH_BUDGET) -> Ask:
+    def request(
+        self, token: UUID, *, nonce: UUID | None = None, budget: int = CRASH_BUDGET
+    ) -> ClaimRequest:
         """Say what is asked when a claim is wanted."""
-        return Ask(
+        return ClaimRequest(
             token=token,
             nonce=nonce or uuid4(),
             worker=self.id,
@@ -210,7 +212,7 @@ class Worker:
     ) -> ClaimAnswer:
         """Ask for a claim and, if it is granted, list it from the next beat on."""
         answer = self.ledger.store.claim(
-            self.ledger.source, self.ask(token, nonce=nonce, budget=budget)
+            self.ledger.source, self.request(token, nonce=nonce, budget=budget)
         )
         if isinstance(answer, Claim):
             self.holds.add(token)

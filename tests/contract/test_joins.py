@@ -8,7 +8,7 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from jobguard.job import (
+from jobguard.model import (
     Cause,
     Claim,
     Delivery,
@@ -23,7 +23,7 @@ from jobguard.job import (
     derived_token,
     new_token,
 )
-from jobguard.store import Closing, SourceRow, Void
+from jobguard.store.protocols import Closing, SourceRow, Void
 from tests.contract.conftest import (
     CRASH_BUDGET,
     NAMESPACE,
@@ -271,15 +271,15 @@ def test_whose_end_a_kept_result_is(bodies: Contract) -> None:
     bodies.advance(1)
     second, other = bodies.recorded("j"), bodies.recorded("other")
 
-    def namesakes() -> frozenset[UUID]:
-        return bodies.leader.namesakes(SOURCE, [first.token, second.token, other.token])
+    def sharing_job_id() -> frozenset[UUID]:
+        return bodies.leader.sharing_job_id(SOURCE, [first.token, second.token, other.token])
 
-    assert namesakes() == frozenset(), "the first had ended before"
+    assert sharing_job_id() == frozenset(), "the first had ended before"
     third = bodies.recorded("j")
-    assert namesakes() == {second.token}
+    assert sharing_job_id() == {second.token}
     bodies.advance(1)
     worker.end(worker.start(third.token), ended_at=bodies.leader.now())
-    assert namesakes() == {second.token}
+    assert sharing_job_id() == {second.token}
 
 
 def test_a_retry_is_no_namesake(bodies: Contract) -> None:
@@ -288,7 +288,7 @@ def test_a_retry_is_no_namesake(bodies: Contract) -> None:
     claim = worker.start(first.token)
     retry = delivery("j", parent=Parent(first.token, claim=claim.number, worker=worker.id))
     bodies.record(retry)
-    assert bodies.leader.namesakes(SOURCE, [retry.token]) == frozenset()
+    assert bodies.leader.sharing_job_id(SOURCE, [retry.token]) == frozenset()
 
 
 def test_a_late_record_stands_beside_a_younger_life(bodies: Contract) -> None:
@@ -367,8 +367,8 @@ def test_a_claim_that_is_given_back_is_anyones(ledger: Contract) -> None:
     ledger.elected()
     worker, other = ledger.working(), ledger.working()
     claim = worker.start(it.token)
-    assert other.claim(it.token) == Refused(it.token, Refusal.HELD)
-    ledger.store.give_back(SOURCE, it.token, worker.id, number=claim.number)
+    assert other.claim(it.token) == Refused(it.token, Refusal.CLAIMED)
+    ledger.store.release(SOURCE, it.token, worker.id, number=claim.number)
 
     again = other.claim(it.token, budget=CRASH_BUDGET)
     assert again == Claim(it.token, claim.number + 1)
@@ -382,8 +382,8 @@ def test_only_its_holder_gives_a_claim_back(ledger: Contract, number: int) -> No
     it = ledger.recorded("j")
     worker, other = ledger.working(), ledger.working()
     worker.start(it.token)
-    ledger.store.give_back(SOURCE, it.token, other.id, number=0)
-    ledger.store.give_back(SOURCE, it.token, worker.id, number=number)
+    ledger.store.release(SOURCE, it.token, other.id, number=0)
+    ledger.store.release(SOURCE, it.token, worker.id, number=number)
     stands = ledger.owed()[it.token].claim_number
     assert stands == (1 if number else None)
 
@@ -462,11 +462,13 @@ def test_several_claims_are_asked_for_in_one_call(ledger: Contract) -> None:
     owed, gone = ledger.recorded("a"), ledger.recorded("b")
     worker = ledger.working()
     worker.end(worker.start(gone.token))
-    asks = [worker.ask(token) for token in (owed.token, gone.token, owed.token, new_token())]
-    answers = ledger.store.claims(SOURCE, asks)
-    assert [answers[ask.nonce] for ask in asks[1::2]] == [
-        Refused(gone.token, Refusal.ENDED, Outcome.COMPLETED),
-        Unknown(asks[3].token),
+    requests = [
+        worker.request(token) for token in (owed.token, gone.token, owed.token, new_token())
     ]
-    copies = [answers[ask.nonce] for ask in asks[0:3:2]]
+    answers = ledger.store.claims(SOURCE, requests)
+    assert [answers[request.nonce] for request in requests[1::2]] == [
+        Refused(gone.token, Refusal.ENDED, Outcome.COMPLETED),
+        Unknown(requests[3].token),
+    ]
+    copies = [answers[request.nonce] for request in requests[0:3:2]]
     assert sorted(type(answer) is Claim for answer in copies) == [False, True]

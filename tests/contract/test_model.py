@@ -24,11 +24,10 @@ from hypothesis.stateful import (
 )
 
 from jobguard.errors import NotLeading
-from jobguard.job import (
+from jobguard.model import (
     Cause,
     Claim,
     Delivery,
-    Disowned,
     End,
     Ended,
     Outcome,
@@ -37,8 +36,9 @@ from jobguard.job import (
     Refusal,
     Refused,
     Unknown,
+    WorkerDeclaredDead,
 )
-from jobguard.store import Ask, Closing, Void
+from jobguard.store.protocols import ClaimRequest, Closing, Void
 from tests.contract.conftest import (
     CRASH_BUDGET,
     LONG,
@@ -68,7 +68,7 @@ class Grant:
     token: UUID
     number: int
     worker: Worker
-    ask: Ask
+    request: ClaimRequest
 
     @property
     def claim(self) -> Claim:
@@ -77,7 +77,7 @@ class Grant:
 
 
 @dataclass
-class Told:
+class Reported:
     """What the ledger has said so far, and can never take back."""
 
     deliveries: dict[UUID, Delivery] = field(default_factory=dict)
@@ -93,7 +93,7 @@ class Model(RuleBasedStateMachine):
     def __init__(self, ledger: Contract) -> None:
         super().__init__()
         self.ledger = ledger
-        self.told = Told()
+        self.reported = Reported()
 
     @initialize()
     def begin(self) -> None:
@@ -115,7 +115,7 @@ class Model(RuleBasedStateMachine):
     def teardown(self) -> None:
         """Let the leader have its last look."""
         if hasattr(self, "term"):
-            self.look()
+            self.observe()
             self.leader.close()
 
     # What the ledger says now
@@ -126,7 +126,7 @@ class Model(RuleBasedStateMachine):
 
     def history(self) -> dict[UUID, Outcome]:
         """All that has ended."""
-        return dict(self.leader.tombstones(self.ledger.source, list(self.told.deliveries)))
+        return dict(self.leader.tombstones(self.ledger.source, list(self.reported.deliveries)))
 
     def seen(self) -> tuple[Seen, dict[UUID, Outcome]]:
         """All that a look shows, without what time alone changes."""
@@ -150,14 +150,14 @@ class Model(RuleBasedStateMachine):
     def some_token(self, which: int) -> UUID:
         """One of the deliveries that are owed, or of those there ever were."""
         owed = sorted(self.owed())
-        tokens = owed if owed and which % 2 == 0 else list(self.told.deliveries)
+        tokens = owed if owed and which % 2 == 0 else list(self.reported.deliveries)
         return tokens[-1 - which // 2 % len(tokens)]
 
     def some_grant(self, which: int) -> Grant:
         """One of the claims on what is owed, or of those that were ever granted."""
         owed = self.owed()
-        ours = [grant for grant in self.told.grants if grant.token in owed]
-        grants = ours if ours and which % 2 == 0 else self.told.grants
+        ours = [grant for grant in self.reported.grants if grant.token in owed]
+        grants = ours if ours and which % 2 == 0 else self.reported.grants
         return grants[-1 - which // 2 % len(grants)]
 
     def stands(self, grant: Grant) -> bool:
@@ -170,7 +170,7 @@ class Model(RuleBasedStateMachine):
     def record(self, it: Delivery, **how: Any) -> bool:
         """Record a delivery; False if it is refused, and then nothing has changed."""
         before = self.seen()
-        self.told.deliveries[it.token] = it
+        self.reported.deliveries[it.token] = it
         if self.ledger.record(it, **how).refused:
             assert self.seen() == before, "a refused delivery changed something"
             return False
@@ -192,7 +192,7 @@ class Model(RuleBasedStateMachine):
         assert self.record(it)
         assert it.token in self.owed()
 
-    @precondition(lambda self: self.told.grants)
+    @precondition(lambda self: self.reported.grants)
     @rule(which=ANY, outcome=st.sampled_from([Outcome.SUPERSEDED, Outcome.COMPLETED]))
     def retry(self, which: int, outcome: Outcome) -> None:
         """A worker retries or repeats its job, in the name of a claim that may be lost."""
@@ -202,20 +202,20 @@ class Model(RuleBasedStateMachine):
         """Retry, and see that it is refused unless the claim stands."""
         stood = self.stands(grant)
         parent = Parent(grant.token, grant.number, outcome)
-        child = delivery(self.told.deliveries[grant.token].job_id, parent=parent)
+        child = delivery(self.reported.deliveries[grant.token].job_id, parent=parent)
         assert self.record(child) == stood
         assert (child.token in self.owed()) == stood
         if stood:
             grant.worker.holds.discard(grant.token)
             assert self.history()[grant.token] is outcome
 
-    @precondition(lambda self: self.told.deliveries)
+    @precondition(lambda self: self.reported.deliveries)
     @rule(which=ANY)
     def move(self, which: int) -> None:
         """A delay queue moves a delivery, in the name of no claim."""
         token = self.some_token(which)
         row, ended = self.owed().get(token), token in self.history()
-        child = delivery(self.told.deliveries[token].job_id, parent=Parent(token))
+        child = delivery(self.reported.deliveries[token].job_id, parent=Parent(token))
         taken = self.record(child)
         assert taken == (not row.claim_live if row is not None else not ended)
 
@@ -223,42 +223,42 @@ class Model(RuleBasedStateMachine):
     def retry_of_the_unknown(self, job: str) -> None:
         """A worker retries what nobody has recorded yet: the record waits in a spool."""
         parent = delivery(job)
-        self.told.deliveries[parent.token] = parent
+        self.reported.deliveries[parent.token] = parent
         assert self.record(delivery(job, parent=Parent(parent.token, claim=1)))
         assert self.history()[parent.token] is Outcome.SUPERSEDED
 
-    @precondition(lambda self: self.told.deliveries)
+    @precondition(lambda self: self.reported.deliveries)
     @rule(which=ANY)
     def replay(self, which: int) -> None:
         """A spool is replayed, however late."""
         token = self.some_token(which)
         ended = token in self.history() and token not in self.owed()
         before = self.seen()
-        self.record(self.told.deliveries[token], replay=True)
+        self.record(self.reported.deliveries[token], replay=True)
         if ended:
             assert self.seen() == before, "a replay of what has ended changed something"
 
-    @precondition(lambda self: self.told.deliveries)
+    @precondition(lambda self: self.reported.deliveries)
     @rule(which=ANY)
     def record_again(self, which: int) -> None:
         """A record whose answer was lost is sent once more."""
         token = self.some_token(which)
-        if token in self.owed() and token not in self.told.revived:
+        if token in self.owed() and token not in self.reported.revived:
             before = self.seen()
-            assert self.record(self.told.deliveries[token])
+            assert self.record(self.reported.deliveries[token])
             assert self.seen() == before
 
-    @precondition(lambda self: self.told.ended)
+    @precondition(lambda self: self.reported.ended)
     @rule(which=ANY)
     def revive(self, which: int) -> None:
         """A record races the end of its own delivery, and stands beside the tombstone."""
-        token = list(self.told.ended)[which % len(self.told.ended)]
+        token = list(self.reported.ended)[which % len(self.reported.ended)]
         if token not in self.owed():
-            job_id = self.told.deliveries[token].job_id
+            job_id = self.reported.deliveries[token].job_id
             self.ledger.record(delivery(job_id, token=token, fresh=True))
-            self.told.revived.add(token)
+            self.reported.revived.add(token)
 
-    @precondition(lambda self: self.told.deliveries)
+    @precondition(lambda self: self.reported.deliveries)
     @rule(which=ANY)
     def withdraw(self, which: int) -> None:
         """A producer takes back what it surely did not push."""
@@ -267,11 +267,11 @@ class Model(RuleBasedStateMachine):
         self.store.withdraw(self.ledger.source, [token])
         started = row is not None and (row.claim_number is not None or row.claims > 0)
         assert (token in self.owed()) == started
-        self.told.revived.discard(token)
+        self.reported.revived.discard(token)
 
     # Workers
 
-    @precondition(lambda self: self.told.deliveries)
+    @precondition(lambda self: self.reported.deliveries)
     @rule(which=ANY, who=WORKERS)
     def claim(self, which: int, who: int) -> None:
         """A worker starts a delivery that it found in Redis, whatever became of it."""
@@ -279,21 +279,21 @@ class Model(RuleBasedStateMachine):
 
     def claim_by(self, worker: Worker, token: UUID) -> None:
         """Claim, and see that it is granted if and only if nothing is in its way."""
-        if token in self.told.revived:
+        if token in self.reported.revived:
             return
         row, outcome = self.owed().get(token), self.history().get(token)
-        ask = worker.ask(token)
-        answer = self.store.claim(self.ledger.source, ask)
+        request = worker.request(token)
+        answer = self.store.claim(self.ledger.source, request)
         if outcome is not None:
             assert answer == Refused(token, Refusal.ENDED, outcome)
         elif row is None:
             assert answer == Unknown(token)
         elif row.claim_live:
-            assert answer == Refused(token, Refusal.HELD)
+            assert answer == Refused(token, Refusal.CLAIMED)
         elif any(
             seen.dead for seen in self.leader.workers(self.ledger.source) if seen.id == worker.id
         ):
-            assert answer == Disowned(token)
+            assert answer == WorkerDeclaredDead(token)
         elif isinstance(answer, Refused):
             assert answer.reason is Refusal.SPENT
             assert row.claim_number is not None
@@ -301,30 +301,30 @@ class Model(RuleBasedStateMachine):
             assert self.history()[token] is Outcome.DEAD
         else:
             assert isinstance(answer, Claim)
-            self.granted(Grant(token, answer.number, worker, ask))
+            self.granted(Grant(token, answer.number, worker, request))
 
     def granted(self, grant: Grant) -> None:
         """Note a claim: its number is new, and it is the one that stands."""
-        numbers = [other.number for other in self.told.grants if other.token == grant.token]
+        numbers = [other.number for other in self.reported.grants if other.token == grant.token]
         assert grant.number > max(numbers, default=0)
         row = self.owed()[grant.token]
         assert (row.claim_number, row.claim_worker) == (grant.number, grant.worker.id)
         grant.worker.holds.add(grant.token)
-        self.told.grants.append(grant)
+        self.reported.grants.append(grant)
 
-    @precondition(lambda self: self.told.grants)
+    @precondition(lambda self: self.reported.grants)
     @rule(which=ANY)
     def claim_again(self, which: int) -> None:
         """The answer to a claim was lost, and it is asked for once more."""
         grant = self.some_grant(which)
         if self.stands(grant):
             before = self.seen()
-            answer = self.store.claim(self.ledger.source, grant.ask)
+            answer = self.store.claim(self.ledger.source, grant.request)
             assert isinstance(answer, Claim)
             assert answer.number == grant.number
             assert self.seen() == before
 
-    @precondition(lambda self: self.told.grants)
+    @precondition(lambda self: self.reported.grants)
     @rule(which=ANY, outcome=st.sampled_from([Outcome.COMPLETED, Outcome.FAILED]))
     def end(self, which: int, outcome: Outcome) -> None:
         """A worker reports an end, in the name of a claim that may be lost."""
@@ -335,7 +335,7 @@ class Model(RuleBasedStateMachine):
         row = self.owed().get(grant.token)
         unclaimed = row is not None and row.claim_number is None
         believed = self.stands(grant) or (unclaimed and outcome is Outcome.COMPLETED)
-        if grant.token in self.told.revived or (row is None and not self.known(grant.token)):
+        if grant.token in self.reported.revived or (row is None and not self.known(grant.token)):
             return
         before = self.seen()
         answer = grant.worker.end(grant.claim, outcome)
@@ -350,12 +350,12 @@ class Model(RuleBasedStateMachine):
         """Whether a delivery is owed or remembered."""
         return token in self.owed() or token in self.history()
 
-    @precondition(lambda self: self.told.deliveries)
+    @precondition(lambda self: self.reported.deliveries)
     @rule(which=ANY, who=WORKERS)
     def end_what_was_never_claimed(self, which: int, who: int) -> None:
         """A worker that started while Postgres was away reports the end."""
         token, worker = self.some_token(which), self.workers[who]
-        if token in self.told.revived:
+        if token in self.reported.revived:
             return
         row, ended = self.owed().get(token), token in self.history()
         (answer,) = self.store.end(
@@ -367,12 +367,12 @@ class Model(RuleBasedStateMachine):
             mine = row.claim_number is None or row.claim_worker == worker.id
             assert answer is (Ended.ENDED if mine else Ended.LATE)
 
-    @precondition(lambda self: self.told.grants)
+    @precondition(lambda self: self.reported.grants)
     @rule(which=ANY)
     def heartbeat(self, which: int) -> None:
         """A job reports its progress, in the name of a claim that may be lost."""
         grant = self.some_grant(which)
-        job_id = self.told.deliveries[grant.token].job_id
+        job_id = self.reported.deliveries[grant.token].job_id
         assert grant.worker.heartbeat(grant.claim, job_id=job_id) == self.stands(grant)
 
     @rule(who=WORKERS, lists=st.booleans())
@@ -384,7 +384,7 @@ class Model(RuleBasedStateMachine):
         if worker.beat().dead:
             self.workers[who] = self.ledger.working(host=worker.host)
 
-    @precondition(lambda self: self.told.grants)
+    @precondition(lambda self: self.reported.grants)
     @rule(
         which=ANY,
         who=WORKERS,
@@ -410,7 +410,7 @@ class Model(RuleBasedStateMachine):
         elif says == "void":
             self.void_the(grant, charge=False)
         elif says == "heartbeat":
-            job_id = self.told.deliveries[grant.token].job_id
+            job_id = self.reported.deliveries[grant.token].job_id
             assert grant.worker.heartbeat(grant.claim, job_id=job_id) == self.stands(grant)
 
     @rule(who=WORKERS)
@@ -421,7 +421,7 @@ class Model(RuleBasedStateMachine):
 
     # People
 
-    @precondition(lambda self: self.told.deliveries)
+    @precondition(lambda self: self.reported.deliveries)
     @rule(which=ANY)
     def cancel(self, which: int) -> None:
         """Somebody cancels a delivery, known or not."""
@@ -440,7 +440,7 @@ class Model(RuleBasedStateMachine):
         them = {token for token, row in self.owed().items() if row.job_id == job}
         assert self.ledger.cancel(job_ids=[job]) == len(them)
         assert not them & set(self.owed())
-        self.told.revived -= them
+        self.reported.revived -= them
 
     def purge(self) -> None:
         """Empty the queue, and see that only what is claimed is left."""
@@ -455,7 +455,7 @@ class Model(RuleBasedStateMachine):
         """The leader declares a worker dead, which may learn of it late."""
         self.leader.declare_dead(self.term, [self.workers[who].id])
 
-    @precondition(lambda self: self.told.grants)
+    @precondition(lambda self: self.reported.grants)
     @rule(which=ANY, charge=st.booleans())
     def void(self, which: int, charge: bool) -> None:
         """The leader takes a dead worker's claim away, if it is still that claim."""
@@ -479,14 +479,14 @@ class Model(RuleBasedStateMachine):
         assert (after.claim_number, after.claims) == (None, grant.number)
         assert after.crashes == row.crashes + charge
 
-    @precondition(lambda self: self.told.deliveries)
+    @precondition(lambda self: self.reported.deliveries)
     @rule(which=ANY, mark=st.sampled_from(["", "gone"]))
     def suspect(self, which: int, mark: str) -> None:
         """The leader saw a delivery absent."""
         seen = [(self.some_token(which), Cause.TOPOLOGY, mark)]
         self.leader.suspect(self.term, self.ledger.source, seen)
 
-    @precondition(lambda self: self.told.deliveries)
+    @precondition(lambda self: self.reported.deliveries)
     @rule(which=ANY)
     def restore(self, which: int) -> None:
         """The leader puts a delivery back, if there is still something to put back."""
@@ -497,7 +497,7 @@ class Model(RuleBasedStateMachine):
         )
         self.leader.restored(self.term, self.ledger.source, [it.token for it in found])
 
-    @precondition(lambda self: self.told.deliveries)
+    @precondition(lambda self: self.reported.deliveries)
     @rule(which=ANY)
     def give_up(self, which: int) -> None:
         """The leader closes a delivery, unless somebody runs it."""
@@ -509,7 +509,7 @@ class Model(RuleBasedStateMachine):
         assert list(closed) == ([token] if row is not None and not row.claim_live else [])
 
     @rule()
-    def look(self) -> None:
+    def observe(self) -> None:
         """The leader drops what history has ended: history wins."""
         ended = [
             Closing(token, outcome)
@@ -518,9 +518,9 @@ class Model(RuleBasedStateMachine):
         ]
         self.leader.close_owed(self.term, self.ledger.source, ended)
         assert not set(self.owed()) & set(self.history())
-        self.told.revived.clear()
+        self.reported.revived.clear()
 
-    @precondition(lambda self: self.told.deliveries)
+    @precondition(lambda self: self.reported.deliveries)
     @rule(which=ANY)
     def stale_leader(self, which: int) -> None:
         """A leader of an older term wakes up and changes nothing."""
@@ -545,27 +545,27 @@ class Model(RuleBasedStateMachine):
     def an_end_is_an_end(self) -> None:
         """What has ended keeps its outcome, so the cancelled stays cancelled."""
         history = self.history()
-        assert {token: history.get(token) for token in self.told.ended} == self.told.ended
-        self.told.ended = history
+        assert {token: history.get(token) for token in self.reported.ended} == self.reported.ended
+        self.reported.ended = history
 
     @invariant()
     def owed_or_ended(self) -> None:
         """Nothing is both but what was recorded without a look, until the leader looks."""
-        self.told.revived &= set(self.owed())
-        assert set(self.owed()) & set(self.told.ended) <= self.told.revived
+        self.reported.revived &= set(self.owed())
+        assert set(self.owed()) & set(self.reported.ended) <= self.reported.revived
 
     @invariant()
     def one_of_a_chain(self) -> None:
         """A parent and its child are never both owed."""
-        owed = set(self.owed()) - self.told.revived
+        owed = set(self.owed()) - self.reported.revived
         for token in owed:
-            parent = self.told.deliveries[token].parent
+            parent = self.reported.deliveries[token].parent
             assert parent is None or parent.token not in owed
 
     @invariant()
     def one_live_claim(self) -> None:
         """A delivery is claimed once at most, by the last worker that it was granted to."""
-        last = {grant.token: grant for grant in self.told.grants}
+        last = {grant.token: grant for grant in self.reported.grants}
         for token, row in self.owed().items():
             if row.claim_number is not None:
                 assert row.claim_number == last[token].number

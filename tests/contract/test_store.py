@@ -9,25 +9,24 @@ from uuid import UUID, uuid4
 import pytest
 
 from jobguard.errors import BadRow, NotLeading, StoreUnavailable
-from jobguard.job import (
+from jobguard.model import (
     Beat,
     Cause,
     Claim,
     Delivery,
-    Disowned,
     End,
     Ended,
-    Fate,
+    LastOutcome,
     Outcome,
     Parent,
     Refusal,
     Refused,
     Unknown,
+    WorkerDeclaredDead,
     new_token,
     token_at,
 )
-from jobguard.store import Closing, LeaderStore, QueueRow, SourceRow, Void
-from jobguard.store.memory import MemoryLedger
+from jobguard.store.protocols import Closing, LeaderStore, QueueRow, SourceRow, Void
 from tests.contract.conftest import (
     CRASH_BUDGET,
     LONG,
@@ -40,6 +39,7 @@ from tests.contract.conftest import (
     delivery,
     retry_of,
 )
+from tests.fakes.store import MemoryLedger
 from tests.support import eventually
 
 if TYPE_CHECKING:
@@ -218,19 +218,19 @@ def test_the_fate_of_a_job_id(ledger: Contract) -> None:
     first = worker.start(ledger.recorded("retried").token)
     retry = retry_of(first, "retried")
     assert not ledger.record(retry).refused
-    assert ledger.leader.fates(SOURCE, ["retried"]) == {"retried": Fate(owed=True)}
+    assert ledger.leader.last_outcomes(SOURCE, ["retried"]) == {"retried": LastOutcome(owed=True)}
     worker.end(worker.start(retry.token), job_id="retried")
     for outcome in (Outcome.FAILED, Outcome.COMPLETED):
         worker.end(worker.start(ledger.recorded("again").token), outcome, job_id="again")
         ledger.advance(1)
     ledger.recorded("again")
 
-    assert ledger.leader.fates(SOURCE, ["retried", "again", "never"]) == {
-        "retried": Fate(outcome=Outcome.COMPLETED),
-        "again": Fate(owed=True, outcome=Outcome.COMPLETED),
-        "never": Fate(),
+    assert ledger.leader.last_outcomes(SOURCE, ["retried", "again", "never"]) == {
+        "retried": LastOutcome(outcome=Outcome.COMPLETED),
+        "again": LastOutcome(owed=True, outcome=Outcome.COMPLETED),
+        "never": LastOutcome(),
     }
-    assert ledger.leader.fates(SOURCE + 1, ["again"]) == {"again": Fate()}
+    assert ledger.leader.last_outcomes(SOURCE + 1, ["again"]) == {"again": LastOutcome()}
 
 
 def test_a_leader_of_another_namespace_does_not_count(ledger: Contract) -> None:
@@ -739,11 +739,11 @@ def test_no_claim_is_granted_to_the_dead(ledger: Contract) -> None:
     worker, other = ledger.working(), ledger.working()
     other.end(other.start(done.token))
     ledger.leader.declare_dead(ledger.elected(), [worker.id])
-    asks = [worker.ask(it.token), worker.ask(done.token), other.ask(more.token)]
-    answers = ledger.store.claims(SOURCE, asks)
-    assert answers[asks[0].nonce] == worker.claim(it.token) == Disowned(it.token)
-    assert refused(answers[asks[1].nonce]) == (Refusal.ENDED, Outcome.COMPLETED)
-    assert answers[asks[2].nonce] == Claim(more.token, 1)
+    requests = [worker.request(it.token), worker.request(done.token), other.request(more.token)]
+    answers = ledger.store.claims(SOURCE, requests)
+    assert answers[requests[0].nonce] == worker.claim(it.token) == WorkerDeclaredDead(it.token)
+    assert refused(answers[requests[1].nonce]) == (Refusal.ENDED, Outcome.COMPLETED)
+    assert answers[requests[2].nonce] == Claim(more.token, 1)
     assert other.start(it.token).number == 1
 
 
@@ -752,7 +752,7 @@ def test_what_another_holds_is_refused_to_the_dead_as_well(ledger: Contract) -> 
     it, dead, living = ledger.recorded(), ledger.working(), ledger.working()
     ledger.leader.declare_dead(ledger.elected(), [dead.id])
     living.start(it.token)
-    assert refused(dead.claim(it.token)) == (Refusal.HELD, None)
+    assert refused(dead.claim(it.token)) == (Refusal.CLAIMED, None)
 
 
 def test_who_asks_again_in_a_new_name_has_its_claim_in_that_name(ledger: Contract) -> None:
@@ -760,7 +760,7 @@ def test_who_asks_again_in_a_new_name_has_its_claim_in_that_name(ledger: Contrac
     it, worker, nonce = ledger.recorded(), ledger.working(), uuid4()
     worker.claim(it.token, nonce=nonce)
     ledger.leader.declare_dead(ledger.elected(), [worker.id])
-    assert worker.claim(it.token, nonce=nonce) == Disowned(it.token)
+    assert worker.claim(it.token, nonce=nonce) == WorkerDeclaredDead(it.token)
     reborn = ledger.working()
     assert reborn.claim(it.token, nonce=nonce) == Claim(it.token, 1)
     row = ledger.owed()[it.token]
@@ -781,7 +781,7 @@ def test_a_live_claim_is_not_shared(ledger: Contract) -> None:
     it = ledger.recorded()
     first, second = ledger.working(), ledger.working()
     claim = first.start(it.token)
-    assert refused(second.claim(it.token)) == (Refusal.HELD, None)
+    assert refused(second.claim(it.token)) == (Refusal.CLAIMED, None)
     assert ledger.watched() == {}
     assert ledger.owed()[it.token].claim_worker == first.id
     assert first.end(claim) is Ended.ENDED
@@ -793,7 +793,7 @@ def test_a_worker_does_not_get_its_own_running_delivery_again(ledger: Contract) 
     worker = ledger.working()
     worker.start(it.token)
     worker.beat()
-    assert refused(worker.claim(it.token)) == (Refusal.HELD, None)
+    assert refused(worker.claim(it.token)) == (Refusal.CLAIMED, None)
 
 
 def test_the_same_nonce_is_the_same_claim(ledger: Contract) -> None:
@@ -814,7 +814,7 @@ def test_the_same_nonce_after_a_takeover_is_another_start(ledger: Contract) -> N
     slow.claim(it.token, nonce=nonce)
     slow.leave()
     quick.start(it.token)
-    assert refused(slow.claim(it.token, nonce=nonce)) == (Refusal.HELD, None)
+    assert refused(slow.claim(it.token, nonce=nonce)) == (Refusal.CLAIMED, None)
 
 
 def test_a_claim_that_a_beating_worker_does_not_list_is_taken_over(ledger: Contract) -> None:
@@ -836,7 +836,7 @@ def test_a_claim_younger_than_the_last_two_beats_is_live(ledger: Contract) -> No
     ledger.advance(1)
     worker.beat(claims=set())
     assert ledger.owed()[it.token].claim_live
-    assert refused(other.claim(it.token)) == (Refusal.HELD, None)
+    assert refused(other.claim(it.token)) == (Refusal.CLAIMED, None)
     ledger.advance(1)
     worker.beat(claims=set())
     assert not ledger.owed()[it.token].claim_live
@@ -851,7 +851,7 @@ def test_a_claim_that_is_listed_is_live_however_old(ledger: Contract) -> None:
     for _ in range(3):
         ledger.advance(3600)
         worker.beat()
-    assert refused(other.claim(it.token)) == (Refusal.HELD, None)
+    assert refused(other.claim(it.token)) == (Refusal.CLAIMED, None)
     assert worker.end(claim) is Ended.ENDED
 
 
@@ -861,7 +861,7 @@ def test_a_silent_holder_is_dead_while_nobody_leads(ledger: Contract) -> None:
     silent, other = ledger.working(), ledger.working()
     silent.start(it.token)
     ledger.advance(WORKER_TIMEOUT - 5)
-    assert refused(other.claim(it.token)) == (Refusal.HELD, None)
+    assert refused(other.claim(it.token)) == (Refusal.CLAIMED, None)
     ledger.advance(10)
     assert other.start(it.token) == Claim(it.token, 2, crashes=1)
 
@@ -872,7 +872,7 @@ def test_a_silent_holder_is_alive_until_the_leader_says_otherwise(ledger: Contra
     silent, other = ledger.working(), ledger.working()
     silent.start(it.token)
     ledger.advance(WORKER_TIMEOUT + 1)
-    assert refused(other.claim(it.token)) == (Refusal.HELD, None)
+    assert refused(other.claim(it.token)) == (Refusal.CLAIMED, None)
     assert ledger.watched()[it.token].suspected is Cause.WORKER
     ledger.leader.declare_dead(term, [silent.id])
     assert other.start(it.token) == Claim(it.token, 2, crashes=1)
@@ -930,13 +930,13 @@ def test_two_claims_at_once(ledger: Contract, together: Together) -> None:
         asked = []
         for _ in range(8):
             worker, host = ledger.working(), ledger.backend.host()
-            asked.append(together.call(host.claim, SOURCE, worker.ask(it.token)))
+            asked.append(together.call(host.claim, SOURCE, worker.request(it.token)))
         together.wait()
         answers = [answer for (answer,) in asked]
         granted = [answer for answer in answers if isinstance(answer, Claim)]
         assert granted == [Claim(it.token, 1)]
         held = [refused(answer) for answer in answers if not isinstance(answer, Claim)]
-        assert held == [(Refusal.HELD, None)] * 7
+        assert held == [(Refusal.CLAIMED, None)] * 7
 
 
 def test_a_claim_that_races_an_uncommitted_end(
@@ -952,7 +952,7 @@ def test_a_claim_that_races_an_uncommitted_end(
     with ledger.backend.commits_held_back() as waiting:
         ends = together.call(ledger.backend.host().end, SOURCE, [end])
         eventually(lambda: waiting() >= 1)
-        answers = together.call(ledger.backend.host().claim, SOURCE, other.ask(it.token))
+        answers = together.call(ledger.backend.host().claim, SOURCE, other.request(it.token))
         eventually(lambda: waiting() >= 2 or answers)
         assert not answers, "the claim did not wait for the end"
     together.wait()
@@ -1648,7 +1648,7 @@ def test_an_installation_has_an_identity(ledger: Contract) -> None:
     """It stays the same, also after it was accepted where it is."""
     before = ledger.leader.identity()["id"]
     assert before
-    ledger.leader.settle()
+    ledger.leader.accept_move()
     assert ledger.leader.identity()["id"] == before
 
 
@@ -1869,7 +1869,7 @@ def test_a_lock_dies_with_its_claim(ledger: Contract, how: str) -> None:
     elif how == "left":
         worker.leave()
     else:
-        ledger.store.give_back(SOURCE, it.token, worker.id, number=claim.number)
+        ledger.store.release(SOURCE, it.token, worker.id, number=claim.number)
     assert locked(ledger, next_)
     assert not locked(ledger, claim)
 

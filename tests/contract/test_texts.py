@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from jobguard.job import Claim, Ended, Fate, Outcome, Parent, Part
-from jobguard.store import QueueRow, SourceRow
+from jobguard.model import Claim, Ended, LastOutcome, Outcome, Parent, Part
+from jobguard.store.protocols import QueueRow, SourceRow
 from jobguard.store.texts import escaped, key, name, restored
 from tests.contract.conftest import SOURCE, delivery
 
@@ -60,9 +60,11 @@ def test_a_jobs_road(ledger: Contract, text: str) -> None:
     assert ledger.store.heartbeat(SOURCE, job_id=text, progress=0.5)
     (restorable,) = ledger.leader.envelopes(SOURCE, [it.token])
     assert (restorable.job_id, restorable.queue) == (text, text)
-    assert ledger.leader.fates(SOURCE, [text]) == {text: Fate(owed=True)}
+    assert ledger.leader.last_outcomes(SOURCE, [text]) == {text: LastOutcome(owed=True)}
     assert worker.end(claim, job_id=text, queue=text, task=text, error=text) is Ended.ENDED
-    assert ledger.leader.fates(SOURCE, [text]) == {text: Fate(False, Outcome.COMPLETED)}
+    assert ledger.leader.last_outcomes(SOURCE, [text]) == {
+        text: LastOutcome(False, Outcome.COMPLETED)
+    }
 
 
 def test_lives_of_one_id(ledger: Contract, text: str) -> None:

@@ -21,11 +21,11 @@ from pathlib import Path
 from tests.host_suites.suite import (
     Run,
     Suite,
+    action,
     bare_and_guarded,
     distribution,
     interpreter,
     servers,
-    verdict,
 )
 
 DOCUMENTED: dict[str, str] = {}
@@ -114,7 +114,7 @@ def main() -> int:
 def _run(suite: Suite, kind: str, keep: Path | None) -> int:
     with servers(keep and keep / kind.replace("/", "-")) as at:
         if kind == "t/integration":
-            return verdict(suite, bare_and_guarded(at, DOCUMENTED, DOCUMENTED_WHILE_LED))
+            return action(suite, bare_and_guarded(at, DOCUMENTED, DOCUMENTED_WHILE_LED))
         bare = Run("bare", at.folder / "bare", at.redis())
         hooked = Run(
             "hooked",
@@ -123,7 +123,7 @@ def _run(suite: Suite, kind: str, keep: Path | None) -> int:
             documented=DOCUMENTED,
             environment=_RECORDER,
         )
-        return verdict(suite, [bare, hooked])
+        return action(suite, [bare, hooked])
 
 
 def _options() -> argparse.Namespace:

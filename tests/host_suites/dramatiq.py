@@ -25,12 +25,12 @@ from tests.host_suites.suite import (
     Run,
     Servers,
     Suite,
+    action,
     bare_and_guarded,
     distribution,
     interpreter,
     ledger,
     servers,
-    verdict,
 )
 
 _DECLINED = (
@@ -79,13 +79,13 @@ def main() -> int:
         one_at_a_time=("tests/test_pidfile.py", "tests/test_watch.py"),
     )
     with servers(options.keep and options.keep / "as-they-are") as at:
-        code = verdict(suite, bare_and_guarded(at, DOCUMENTED, DOCUMENTED_WHILE_LED))
+        code = action(suite, bare_and_guarded(at, DOCUMENTED, DOCUMENTED_WHILE_LED))
     if options.tests != _ALL:
         return code
     print("\n==== those that use a StubBroker, on Redis")
     suite = replace(suite, options=(*_OPTIONS, "--ignore=tests/test_stub_broker.py"))
     with servers(options.keep and options.keep / "on-redis") as at:
-        return max(code, verdict(suite, _on_redis(at)))
+        return max(code, action(suite, _on_redis(at)))
 
 
 def _on_redis(at: Servers) -> list[Run]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from tests.host_suites.suite import Suite, bare_and_guarded, distribution, servers, verdict
+from tests.host_suites.suite import Suite, action, bare_and_guarded, distribution, servers
 
 _CANCELLED = (
     "It calls Queue.empty(), which is a cancel to us, then has RQ put the job back by an inner method "
@@ -51,7 +51,7 @@ def main() -> int:
         options=("-p", "no:timeout"),  # RQ's tests use the alarm themselves
     )
     with servers() as at:
-        return verdict(suite, bare_and_guarded(at, DOCUMENTED, DOCUMENTED_WHILE_LED))
+        return action(suite, bare_and_guarded(at, DOCUMENTED, DOCUMENTED_WHILE_LED))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from pathlib import Path
 import psycopg
 
 import jobguard.schema
-from jobguard.servers import PostgresServer, RedisServer
+from jobguard.demo.servers import PostgresServer, RedisServer
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
@@ -106,18 +106,20 @@ class Run:
         if self.postgres:
             ours["HOST_SUITE_GUARDED"] = "1"
             ours["JOBGUARD_POSTGRES_URL"] = self.postgres
-        told = {**suite.environment, **self.environment}
+        reported = {**suite.environment, **self.environment}
         port = str(self.redis_port)
-        return plain | ours | {name: text.replace("{port}", port) for name, text in told.items()}
+        return (
+            plain | ours | {name: text.replace("{port}", port) for name, text in reported.items()}
+        )
 
     def results(self) -> dict[str, tuple[str, str]]:
         """How each test ended, and why; of a test with parts, its worst."""
         found: dict[str, tuple[str, str]] = {}
         path = self.folder / "results.jsonl"
         for line in path.read_text().splitlines() if path.exists() else []:
-            told = json.loads(line)
-            if found.get(told["test"], ("",))[0] != "failed":
-                found[told["test"]] = (told["outcome"], told["why"])
+            reported = json.loads(line)
+            if found.get(reported["test"], ("",))[0] != "failed":
+                found[reported["test"]] = (reported["outcome"], reported["why"])
         return found
 
     def errors(self) -> Counter[str]:
@@ -183,7 +185,7 @@ def bare_and_guarded(
     ]
 
 
-def verdict(suite: Suite, runs: Sequence[Run]) -> int:
+def action(suite: Suite, runs: Sequence[Run]) -> int:
     """Play these, compare them with the first, tell, and return the exit code."""
     bare, *guarded = runs
     aside = [name for name in suite.one_at_a_time if _are_wanted(name, suite.tests)]
@@ -229,9 +231,10 @@ def interpreter(host: str, version: str, needs: Sequence[str]) -> Path:
     if not stamp.exists() or stamp.read_text() != wanted:
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(home)], check=True)
         jobguard = f"{REPOSITORY}[embedded]"
-        told = [f"{host}[redis]=={version}", "pytest>=8.2", "pytest-timeout>=2.3", *needs]
+        reported = [f"{host}[redis]=={version}", "pytest>=8.2", "pytest-timeout>=2.3", *needs]
         subprocess.run(
-            [str(python), *_PIP, "install", "--quiet", "--editable", jobguard, *told], check=True
+            [str(python), *_PIP, "install", "--quiet", "--editable", jobguard, *reported],
+            check=True,
         )
         stamp.write_text(wanted)
     return python

@@ -21,7 +21,7 @@ from rq import Queue, SimpleWorker
 from rq.job import Job
 
 import jobguard
-from jobguard.job import Delivery, End, Outcome, new_token
+from jobguard.model import Delivery, End, Outcome, new_token
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -12,7 +12,7 @@ import rq
 from dramatiq.brokers.redis import RedisBroker
 from dramatiq.message import Message
 
-from jobguard.job import LET_GO
+from jobguard.model import DROPPED_BY_LIVE_WORKER
 from tests.chaos.libraries import LIBRARIES, QUEUES
 
 
@@ -67,7 +67,7 @@ def test_what_a_celery_worker_has_taken_is_held(redis_url: str) -> None:
         unacked: Any = client.hgetall("unacked")
         ((tag, entry),) = unacked.items()
         taken = json.loads(entry)
-        taken[0]["headers"]["jobguard-worker"] = LET_GO
+        taken[0]["headers"]["jobguard-worker"] = DROPPED_BY_LIVE_WORKER
         client.hset("unacked", tag, json.dumps(taken))
         assert layout.held(client, QUEUES) == set()
         client.hset("unacked", tag, entry)

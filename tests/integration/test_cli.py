@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 
 from jobguard import schema
 from jobguard.cli import main
-from jobguard.job import new_token
+from jobguard.model import new_token
 from jobguard.settings import Settings
 
 ROOT = Path(__file__).parents[2]
@@ -117,7 +117,7 @@ def test_stats_are_a_table_for_people_and_an_object_for_programs(database: str) 
         " (1, 'fresh', null, '{}'), (1, 'mail', '2026-01-02 03:04:05', '{}'),"
         " (1, 'mixed', null, '{old-worker}'), (1, 'ever', 'epoch', '{}')",
     )
-    told = call("stats", "--postgres", database).stdout
+    reported = call("stats", "--postgres", database).stdout
     for line in (
         "leader: here pid 42, term 7",
         "paused since",
@@ -130,7 +130,7 @@ def test_stats_are_a_table_for_people_and_an_object_for_programs(database: str) 
         "start a guarded worker",
         "not trusted: queue mixed of localhost:6379/0 has unguarded workers, nothing is recovered: old",
     ):
-        assert line in told
+        assert line in reported
     report = json.loads(call("stats", "--json", "--postgres", database).stdout)
     assert report["total"]["dead"] == 2 and report["total"]["total"] == 3
     assert report["counts"][0]["queue"] == "mail"
@@ -198,8 +198,8 @@ def test_the_brake_is_pulled_and_let_go(database: str) -> None:
     held = json.loads(call(*forced).stdout)
     assert held["paused_at"] and set(held["held"]) == {"1/q"}
     assert call("pause", "--queue", "q", "--postgres", database).exit_code == 0  # known by now
-    told = call("resume", "--queue", "q", "--postgres", database).stdout
-    assert told.startswith("resumed: queue q of default\nbut all of the namespace")
+    reported = call("resume", "--queue", "q", "--postgres", database).stdout
+    assert reported.startswith("resumed: queue q of default\nbut all of the namespace")
     brake = json.loads(call("resume", "--moved", "--json", "--postgres", database).stdout)
     assert brake == {"namespace": "default", "paused_at": None, "held": {}}
 

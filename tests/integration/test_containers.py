@@ -10,7 +10,7 @@ import pytest
 import redis
 
 import jobguard.schema
-from jobguard.servers import NamedPostgres, NamedRedis
+from jobguard.demo.servers import NamedPostgres, NamedRedis
 
 docker = pytest.importorskip("docker", reason="testcontainers is not installed")
 

@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from jobguard.cli import main
-from jobguard.servers import RedisServer
+from jobguard.demo.servers import RedisServer
 from tests.integration.hosts import Host, leading, rows
 from tests.support import eventually
 

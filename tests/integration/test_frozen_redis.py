@@ -8,7 +8,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from jobguard.servers import RedisServer
+from jobguard.demo.servers import RedisServer
 from tests.integration.hosts import Host, leading, rows, trusted
 from tests.support import eventually
 

@@ -298,9 +298,9 @@ def test_enqueue_works_although_postgres_cannot_be_reached(
     jobguard.guard(queue, postgres=UNREACHABLE)
     jobs = [queue.enqueue(add, n) for n in range(5)]
     assert queue.job_ids == [job.id for job in jobs]
-    told = [record for record in caplog.records if record.levelno >= logging.WARNING]
-    assert sum("wait in the spool" in record.getMessage() for record in told) == 1
-    assert len(told) <= 2, caplog.text
+    reported = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert sum("wait in the spool" in record.getMessage() for record in reported) == 1
+    assert len(reported) <= 2, caplog.text
     work(queue)
     assert [Job.fetch(job.id, connection=client).return_value() for job in jobs] == list(range(5))
 
@@ -395,7 +395,7 @@ def test_stats_count_by_state_and_queue(client: redis.Redis, queue: Queue, datab
     bulk = Queue("bulk", connection=client)
     bulk.enqueue_in(jobguard_later(), add, 4)
 
-    def settled() -> bool:
+    def finished() -> bool:
         stats = guard.stats()
         return (
             (stats.completed, stats.failed, stats.pending) == (1, 1, 1)
@@ -405,7 +405,7 @@ def test_stats_count_by_state_and_queue(client: redis.Redis, queue: Queue, datab
             and stats.queues["mail"].total == 4
         )
 
-    eventually(settled, message=str(guard.stats()))
+    eventually(finished, message=str(guard.stats()))
 
 
 def jobguard_later() -> Any:

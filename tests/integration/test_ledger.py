@@ -11,9 +11,9 @@ import psycopg
 import pytest
 
 from jobguard.errors import JobguardError, NoRights, NotMigrated, StoreUnavailable
-from jobguard.job import Outcome, new_token
-from jobguard.store import Counts
+from jobguard.model import Outcome, new_token
 from jobguard.store.ledger import PostgresLedger
+from jobguard.store.protocols import Counts
 from tests.support import eventually
 
 HERE = "default"
@@ -190,16 +190,16 @@ def test_a_jobs_deliveries_are_told_newest_first(rows: Rows, ledger: PostgresLed
     rows.suspect(second, "worker")
     third = rows.owed("j", due="1 hour")
     rows.owed("other")
-    told = ledger.job(HERE, "j")
-    assert [(row["token"], row["state"]) for row in told] == [
+    reported = ledger.job(HERE, "j")
+    assert [(row["token"], row["state"]) for row in reported] == [
         (third, "scheduled"),
         (second, "processing"),
         (first, "superseded"),
     ]
-    assert told[1]["worker"] == worker and told[1]["worker_name"] == "w"
-    assert told[1]["suspected"] == "worker"
-    assert told[2]["errors"] == ["first", "last"] and told[2]["ended_at"] is not None
-    assert all("envelope" not in row for row in told)
+    assert reported[1]["worker"] == worker and reported[1]["worker_name"] == "w"
+    assert reported[1]["suspected"] == "worker"
+    assert reported[2]["errors"] == ["first", "last"] and reported[2]["ended_at"] is not None
+    assert all("envelope" not in row for row in reported)
     assert ledger.job("tenant", "j") == []
 
 
@@ -314,7 +314,7 @@ def test_two_people_who_requeue_the_same_job_make_one_delivery(
 ) -> None:
     """One of them is told that the other was first."""
     token = rows.ended("j", "dead")
-    barrier, told = threading.Barrier(4), list[str]()
+    barrier, reported = threading.Barrier(4), list[str]()
 
     def requeue() -> None:
         with closing(PostgresLedger(lambda: database)) as own:
@@ -323,14 +323,14 @@ def test_two_people_who_requeue_the_same_job_make_one_delivery(
             try:
                 own.requeue(HERE, token)
             except JobguardError as error:
-                told.append(str(error))
+                reported.append(str(error))
 
     threads = [threading.Thread(target=requeue) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(told) == 3 and all("already" in text for text in told)
+    assert len(reported) == 3 and all("already" in text for text in reported)
     assert rows.ask("select count(*) from jobguard.jobs") == [(1,)]
 
 

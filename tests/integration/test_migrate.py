@@ -18,6 +18,7 @@ import pytest
 import sqlalchemy as sa
 
 from jobguard import schema
+from jobguard.demo.servers import NamedPostgres
 from jobguard.errors import (
     ConfigurationError,
     NoRights,
@@ -27,7 +28,6 @@ from jobguard.errors import (
     WrongInstallation,
 )
 from jobguard.schema import migrator
-from jobguard.servers import NamedPostgres
 
 ROOT = Path(__file__).parents[2]
 EVERY = [migration.name for migration in migrator.migrations()]
@@ -139,7 +139,7 @@ def test_a_copy_stays_a_copy_until_it_is_settled(database: str) -> None:
     schema.migrate(database)
     assert ask(database, differs) == [(True,)]
     with psycopg.connect(database) as connection:
-        schema.settle(connection)
+        schema.accept_move(connection)
     assert ask(database, differs) == [(False,)]
 
 
@@ -286,11 +286,11 @@ def test_the_script_run_twice_changes_nothing(database: str) -> None:
 def test_a_newer_database_is_left_alone(database: str) -> None:
     """Code that is older than the schema says so and changes nothing."""
     ask(database, "insert into jobguard.migrations values (97, 'future', 'x')")
-    told = rf"has migration 97, this jobguard knows 1\.\.{schema.latest()}: upgrade jobguard"
-    with pytest.raises(SchemaMismatch, match=told):
+    reported = rf"has migration 97, this jobguard knows 1\.\.{schema.latest()}: upgrade jobguard"
+    with pytest.raises(SchemaMismatch, match=reported):
         schema.migrate(database)
     found = problem_of(database)
-    assert isinstance(found, SchemaMismatch) and re.search(told, str(found))
+    assert isinstance(found, SchemaMismatch) and re.search(reported, str(found))
 
 
 def test_a_gap_in_the_numbers_is_half_migrated(database: str) -> None:

@@ -14,7 +14,7 @@ import pytest
 import redis
 
 import jobguard
-from jobguard.servers import RedisServer
+from jobguard.demo.servers import RedisServer
 from tests.conformance.words import BRISK
 from tests.integration.hosts import Host, leading, rows, trusted
 from tests.support import eventually

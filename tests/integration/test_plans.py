@@ -17,17 +17,17 @@ import psycopg
 import pytest
 
 import jobguard.store.connection
-from jobguard.job import Claim, Delivery, End, Outcome, Parent, new_token
+from jobguard.model import Claim, Delivery, End, Outcome, Parent, new_token
 from jobguard.settings import Settings
-from jobguard.store import Ask, Closing, Void
+from jobguard.store.host import PostgresStore
 from jobguard.store.leader import PostgresLeaderStore
-from jobguard.store.postgres import PostgresStore
+from jobguard.store.protocols import ClaimRequest, Closing, Void
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from uuid import UUID
 
-    from jobguard.servers import NamedPostgres
+    from jobguard.demo.servers import NamedPostgres
 
 ROWS = 50_000
 SOURCE = 7
@@ -74,7 +74,7 @@ class Plans:
     """What auto_explain tells of a store's connection."""
 
     def __init__(self, store: Any) -> None:
-        self.told: list[str] = []
+        self.reported: list[str] = []
         db = store._db
         rows = db.execute("select distinct tableoid::regclass::text from jobguard.history")
         self._filled = [name.removeprefix("jobguard.") for (name,) in rows]
@@ -86,19 +86,21 @@ class Plans:
             "set client_min_messages = log",
         ):
             db.execute(words)
-        db._connection.add_notice_handler(lambda said: self.told.append(said.message_primary or ""))
+        db._connection.add_notice_handler(
+            lambda said: self.reported.append(said.message_primary or "")
+        )
 
     def whole_reads(self) -> list[str]:
         """The plans that read all of jobs, or of a partition of history in which there is anything.
 
         By the table or by an index from its beginning: what is thrown away was read, too.
         """
-        assert self.told, "auto_explain said nothing"
+        assert self.reported, "auto_explain said nothing"
         whole = re.compile(
             rf"Seq Scan on (jobs|{'|'.join(self._filled)})\b|Removed by Filter: \d{{4}}"
             rf"|Scan using \w+ on .*actual time=\S+ rows=\d{{4,}}"
         )
-        return [plan for plan in self.told if whole.search(plan)]
+        return [plan for plan in self.reported if whole.search(plan)]
 
 
 @pytest.fixture(scope="module")
@@ -170,13 +172,13 @@ def _retry(store: PostgresStore, owed: list[UUID], n: int) -> None:
 def _claim(store: PostgresStore, owed: list[UUID], n: int) -> None:
     """Of what is owed, and of what nobody knows."""
     for token in (owed[n], new_token()):
-        store.claim(SOURCE, Ask(token, new_token(), WORKER, 1, "default", 15.0, 3))
+        store.claim(SOURCE, ClaimRequest(token, new_token(), WORKER, 1, "default", 15.0, 3))
 
 
 def _end(store: PostgresStore, owed: list[UUID], n: int) -> None:
     """Of what is owed and claimed, and of what nobody knows."""
     token = owed[100 + n]
-    claim = store.claim(SOURCE, Ask(token, new_token(), WORKER, 1, "default", 15.0, 3))
+    claim = store.claim(SOURCE, ClaimRequest(token, new_token(), WORKER, 1, "default", 15.0, 3))
     assert isinstance(claim, Claim)
     ends = [End(token, claim.number, Outcome.COMPLETED, WORKER)]
     store.end(SOURCE, [*ends, End(new_token(), 1, Outcome.COMPLETED, WORKER)])
@@ -290,9 +292,9 @@ def test_what_the_leader_asks_after_a_queue_was_drained(drained: str) -> None:
         some = [one.token for one in leader.page(SOURCE, after=None, limit=100)[:20]]
         leader.envelopes(SOURCE, some)
         leader.known(SOURCE, some)
-        leader.namesakes(SOURCE, some)
+        leader.sharing_job_id(SOURCE, some)
         leader.overtaken(SOURCE, some)
-        leader.fates(SOURCE, [f"job-{n}" for n in range(20)])
+        leader.last_outcomes(SOURCE, [f"job-{n}" for n in range(20)])
         leader.restored(term, SOURCE, some)
         leader.clear(term, SOURCE, some)
         leader.void(term, SOURCE, [Void(token, 1, True, 0.0) for token in some])

@@ -14,10 +14,10 @@ import psycopg
 import pytest
 
 from jobguard.errors import StoreUnavailable
-from jobguard.job import Delivery, End, Outcome, new_token
+from jobguard.model import Delivery, End, Outcome, new_token
 from jobguard.settings import Settings
+from jobguard.store.host import PostgresStore
 from jobguard.store.leader import PostgresLeaderStore
-from jobguard.store.postgres import PostgresStore
 from tests.support import eventually
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ import trustme
 from redis.sentinel import Sentinel
 
 from jobguard.clients import client_from_url
-from jobguard.servers import RedisServer
+from jobguard.demo.servers import RedisServer
 from tests.integration.celery.rig import a_rig
 from tests.integration.hosts import Host, leading, rows, trusted
 from tests.support import eventually

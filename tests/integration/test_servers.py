@@ -18,13 +18,13 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from jobguard.servers import NamedPostgres, PostgresServer, RedisServer, ServerError
-from jobguard.servers.postgres import postgres_bin
-from jobguard.servers.redis import redis_binary
+from jobguard.demo.servers import NamedPostgres, PostgresServer, RedisServer, ServerError
+from jobguard.demo.servers.postgres import postgres_bin
+from jobguard.demo.servers.redis import redis_binary
 from tests.support import eventually
 
 if TYPE_CHECKING:
-    from jobguard.servers import Persistence
+    from jobguard.demo.servers import Persistence
 
 
 def ask_redis(server: RedisServer) -> redis.Redis:
@@ -221,7 +221,7 @@ def test_redis_urls_are_fresh(redis_url: str) -> None:
 def test_servers_die_with_a_parent_that_is_killed() -> None:
     """SIGKILL of the program leaves no server running."""
     program = (
-        "import json, signal, jobguard.servers as s\n"
+        "import json, signal, jobguard.demo.servers as s\n"
         "p, r = s.PostgresServer(fsync=False), s.RedisServer()\n"
         "p.start(); r.start()\n"
         "folders = [str(p.data_dir.parent), str(r._home)]\n"

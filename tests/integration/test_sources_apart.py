@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import redis
 
+from jobguard.demo.servers import RedisServer
 from jobguard.reconciler import service
-from jobguard.reconciler.watch import Watch
-from jobguard.servers import RedisServer
+from jobguard.reconciler.source_monitor import SourceMonitor
+from tests.fakes.world import events
 from tests.integration.hosts import Host, leading, rows, trusted
 from tests.support import eventually
-from tests.unit.core.fakes import events
 
 
 def test_redises_that_hang_disarm_no_other(redis_url: str, database: str, stack: ExitStack) -> None:
@@ -52,15 +52,15 @@ def test_a_step_that_is_stuck_gives_the_term_up(
     guard = host.guard(stack, database)
     release, stuck = threading.Event(), threading.Event()
     stack.callback(release.set)
-    step = Watch.step
+    step = SourceMonitor.step
 
-    def hanging(self: Watch, term: int, brake: Any) -> None:
+    def hanging(self: SourceMonitor, term: int, brake: Any) -> None:
         if term == 1 and host.waiting():
             stuck.set()
             release.wait(60)
         step(self, term, brake)
 
-    monkeypatch.setattr(Watch, "step", hanging)
+    monkeypatch.setattr(SourceMonitor, "step", hanging)
     stack.enter_context(leading(guard, database, redis_url))
     eventually(lambda: trusted(database) == 1, 30)
     host.send()

@@ -21,7 +21,7 @@ import redis
 from psycopg.conninfo import conninfo_to_dict
 
 import jobguard
-from jobguard.job import Claim, Delivery, End, Outcome, new_token
+from jobguard.model import Claim, Delivery, End, Outcome, new_token
 from tests.support import eventually
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ import jobguard
 from jobguard import cli
 from jobguard.cli import doctor, run
 from jobguard.cli.common import ago, redis_urls_from
-from jobguard.cli.doctor import Verdict
+from jobguard.cli.doctor import CheckResult
 from jobguard.errors import ConfigurationError
 from jobguard.settings import Settings
 
@@ -34,21 +34,21 @@ def python(code: str, *arguments: str) -> str:
 
 def test_import_jobguard_is_light_and_silent() -> None:
     """A host that only imports us pays for none of the heavy packages, and sees no output."""
-    told = python(f"import jobguard, sys; print([m for m in {HEAVY} if m in sys.modules])")
-    assert told == "[]\n"
+    reported = python(f"import jobguard, sys; print([m for m in {HEAVY} if m in sys.modules])")
+    assert reported == "[]\n"
 
 
 @pytest.mark.parametrize("word", ["--version", "--help"])
 def test_the_version_and_the_list_are_told_without_loading_any_command(word: str) -> None:
     """They load click and nothing else of weight."""
-    told = python(
+    reported = python(
         "import sys; from jobguard.cli import main\n"
         f"try: main([{word!r}])\n"
         "except SystemExit: pass\n"
         f"print([m for m in {HEAVY} if m in sys.modules])"
     )
-    assert told.splitlines()[-1] == "['click']"
-    assert word == "--help" or told.startswith(f"jobguard {jobguard.__version__}\n")
+    assert reported.splitlines()[-1] == "['click']"
+    assert word == "--help" or reported.startswith(f"jobguard {jobguard.__version__}\n")
 
 
 def test_every_command_is_listed_and_explains_itself() -> None:
@@ -127,12 +127,12 @@ def test_redis_comes_from_the_options_then_the_file_then_our_variable_then_every
 
 
 @pytest.mark.parametrize(
-    ("seconds", "told"),
+    ("seconds", "reported"),
     [(None, ""), (-1, "0 s"), (59.6, "60 s"), (300, "5 min"), (7200, "2 h"), (200000, "2 d")],
 )
-def test_an_age_is_told_in_one_unit(seconds: float | None, told: str) -> None:
+def test_an_age_is_told_in_one_unit(seconds: float | None, reported: str) -> None:
     """Whole numbers of the largest unit that fits twice."""
-    assert ago(seconds) == told
+    assert ago(seconds) == reported
 
 
 @pytest.fixture
@@ -258,8 +258,10 @@ def test_hooks_of_every_library_that_is_here_are_put_in_place(
     monkeypatch.setattr(run, "entry_points", lambda group: entries)
     run.install_hooks()
     assert len(prepared) == 1
-    told = [(vars(r)["jobguard"]["event"], vars(r)["jobguard"]["library"]) for r in caplog.records]
-    assert told == [("adapter_failed", "fails")]
+    reported = [
+        (vars(r)["jobguard"]["event"], vars(r)["jobguard"]["library"]) for r in caplog.records
+    ]
+    assert reported == [("adapter_failed", "fails")]
 
 
 def overview(**changed: Any) -> dict[str, Any]:
@@ -296,7 +298,7 @@ def test_the_doctor_finds_each_problem_of_the_ledger(changed: dict[str, Any], wo
 
     def problems(of: dict[str, Any]) -> list[str]:
         found = doctor.judge(settings, of)
-        return [finding.detail for finding in found if finding.verdict is Verdict.PROBLEM]
+        return [finding.detail for finding in found if finding.verdict is CheckResult.PROBLEM]
 
     assert problems(overview()) == []
     (problem,) = problems(overview(**changed))
@@ -305,7 +307,7 @@ def test_the_doctor_finds_each_problem_of_the_ledger(changed: dict[str, Any], wo
 
 def test_a_replica_and_an_evicting_redis_are_problems(monkeypatch: pytest.MonkeyPatch) -> None:
     """Eviction only counts where there is a limit to reach."""
-    told: dict[str, Any] = {"role": "master", "maxmemory_policy": "allkeys-lru", "maxmemory": 0}
+    reported: dict[str, Any] = {"role": "master", "maxmemory_policy": "allkeys-lru", "maxmemory": 0}
 
     class Client:
         def __enter__(self) -> Client:
@@ -315,27 +317,27 @@ def test_a_replica_and_an_evicting_redis_are_problems(monkeypatch: pytest.Monkey
             pass
 
         def info(self) -> dict[str, Any]:
-            return told
+            return reported
 
     monkeypatch.setattr("jobguard.clients.client_from_url", lambda url, timeout: Client())
     monkeypatch.setattr("jobguard.clients.address_of", lambda client: "h:1/0")
 
     def problems() -> list[str]:
-        found = doctor._look_at_redis("redis://h:1", [])
-        return [finding.detail for finding in found if finding.verdict is Verdict.PROBLEM]
+        found = doctor._check_redis("redis://h:1", [])
+        return [finding.detail for finding in found if finding.verdict is CheckResult.PROBLEM]
 
     assert problems() == []
-    told["maxmemory"] = 1 << 30
+    reported["maxmemory"] = 1 << 30
     assert problems() == ["maxmemory-policy is allkeys-lru: Redis drops jobs; set noeviction"]
-    told |= {"maxmemory": 0, "role": "slave"}
+    reported |= {"maxmemory": 0, "role": "slave"}
     assert problems() == ["this is a replica: name the primary, or Sentinel"]
-    told |= {"role": "master", "cluster_enabled": 1}
+    reported |= {"role": "master", "cluster_enabled": 1}
     (problem,) = problems()
     assert "cluster mode is on" in problem
-    told |= {"cluster_enabled": 0, "maxmemory_policy": "noeviction"}
-    told |= {"maxmemory": 100, "used_memory": 97}
+    reported |= {"cluster_enabled": 0, "maxmemory_policy": "noeviction"}
+    reported |= {"maxmemory": 100, "used_memory": 97}
     assert ["97 % of maxmemory" in problem for problem in problems()] == [True]
-    told |= {"maxmemory": 0, "maxclients": 20, "connected_clients": 20}
+    reported |= {"maxmemory": 0, "maxclients": 20, "connected_clients": 20}
     assert problems() == ["20 of 20 clients are connected"]
 
 
@@ -377,7 +379,7 @@ def test_a_source_that_no_reconciler_watches_is_a_problem(
     monkeypatch.setattr(doctor, "_ask_at", lambda address, like: None)
     reached: Any = [doctor.Reached("redis h:1/0", None, "h:1/0", "", "r")]  # type: ignore[arg-type]
     found = doctor.judge_sources(Settings(), sources, reached)
-    (problem,) = [finding.detail for finding in found if finding.verdict is Verdict.PROBLEM]
+    (problem,) = [finding.detail for finding in found if finding.verdict is CheckResult.PROBLEM]
     assert re.search(word, problem), problem
 
 
@@ -390,7 +392,7 @@ def test_sources_that_are_watched_or_owe_nothing_are_no_problem() -> None:
         a_source(4, "old:1/0", watched_seconds=None),
     ]
     found = list(doctor.judge_sources(Settings(), sources, []))
-    assert [finding.verdict for finding in found] == [*[Verdict.OK] * 3, Verdict.NOTE]
+    assert [finding.verdict for finding in found] == [*[CheckResult.OK] * 3, CheckResult.NOTE]
 
 
 def test_a_package_that_a_command_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

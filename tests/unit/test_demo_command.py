@@ -10,9 +10,9 @@ from click.testing import CliRunner
 
 from jobguard.demo import command
 from jobguard.demo.children import clean_environment
+from jobguard.demo.fault_plan import forecast
 from jobguard.demo.libraries import NAMES
-from jobguard.demo.producer import LONG_JOBS, SETTLED, Pace, is_long
-from jobguard.demo.storm import forecast
+from jobguard.demo.producer import LONG_JOBS, QUIET, Pace, is_long
 
 LIBRARIES_OWN = ("RQ_REDIS_URL", "CELERY_BROKER_URL", "dramatiq_restart_delay")
 
@@ -92,10 +92,10 @@ def test_some_jobs_are_long_enough_to_be_killed_in(jobs: int) -> None:
 def test_a_slow_producer_has_slower_workers() -> None:
     """Four at once, of 8 ms each besides, may do four fifths of what is enqueued in a second."""
     pace = Pace(seconds=0.002, at_once=4, overhead=0.008)
-    assert pace.takes(SETTLED, 0.001 * SETTLED) == 0.002  # quick enough
-    takes = pace.takes(SETTLED, 0.01 * SETTLED)  # 100 enqueued a second
+    assert pace.takes(QUIET, 0.001 * QUIET) == 0.002  # quick enough
+    takes = pace.takes(QUIET, 0.01 * QUIET)  # 100 enqueued a second
     assert 4 / (takes + pace.overhead) == pytest.approx(80)
-    assert pace.takes(SETTLED - 1, 60.0) == 0.002  # it had to connect first
+    assert pace.takes(QUIET - 1, 60.0) == 0.002  # it had to connect first
 
 
 def test_children_see_no_setting_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from jobguard.demo.harness import WORK_SECONDS, work_seconds
 from jobguard.demo.ledger import Mark
-from jobguard.demo.libraries import NAMES, Crew, named
+from jobguard.demo.libraries import NAMES, WorkerPool, named
 
 MAIN, CHILD, OTHER = 10, 11, 12
 
@@ -20,38 +20,40 @@ def test_a_library_knows_its_name(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "crew", "at_once"),
+    ("name", "worker_pool", "at_once"),
     [
-        ("rq", Crew(8), 8),
-        ("celery", Crew(2, processes=4), 8),
-        ("dramatiq", Crew(2, threads=30), 60),
+        ("rq", WorkerPool(8), 8),
+        ("celery", WorkerPool(2, processes=4), 8),
+        ("dramatiq", WorkerPool(2, threads=30), 60),
     ],
 )
-def test_the_usual_crew_on_four_cores(name: str, crew: Crew, at_once: int) -> None:
+def test_the_usual_crew_on_four_cores(name: str, worker_pool: WorkerPool, at_once: int) -> None:
     """It is what each library is usually run with."""
-    assert named(name).crew(None, 4) == crew
-    assert crew.at_once == at_once
+    assert named(name).worker_pool(None, 4) == worker_pool
+    assert worker_pool.at_once == at_once
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_number_of_workers_can_be_named(name: str) -> None:
     """A worker is what one can kill, whatever it is made of."""
-    assert named(name).crew(5, 4).workers == 5
+    assert named(name).worker_pool(5, 4).workers == 5
 
 
 def test_the_commands_are_those_a_user_types() -> None:
     """One for each worker, but Dramatiq starts all of its own."""
-    told = {
-        name: [shlex.join(command) for command in named(name).commands(named(name).crew(3, 2))]
+    reported = {
+        name: [
+            shlex.join(command) for command in named(name).commands(named(name).worker_pool(3, 2))
+        ]
         for name in NAMES
     }
-    assert told["rq"] == ["-m jobguard.demo.apps.rq_worker demo"] * 3
-    assert told["celery"] == [
+    assert reported["rq"] == ["-m jobguard.demo.apps.rq_worker demo"] * 3
+    assert reported["celery"] == [
         "-m celery -A jobguard.demo.apps.celery worker --loglevel WARNING"
         f" --concurrency 2 --hostname demo-{number}@%h"
         for number in range(3)
     ]
-    assert told["dramatiq"] == [
+    assert reported["dramatiq"] == [
         "-m dramatiq jobguard.demo.apps.dramatiq --processes 3 --threads 30"
     ]
 
@@ -70,10 +72,10 @@ def test_a_worker_is_what_beats(name: str, worker: int) -> None:
 def test_no_crew_outruns_the_producer(name: str, workers: int | None, cores: int) -> None:
     """All of them together are bounded, and more so where they crowd the machine."""
     library = named(name)
-    crew = library.crew(workers, cores)
-    takes = work_seconds(library, crew, cores)
+    worker_pool = library.worker_pool(workers, cores)
+    takes = work_seconds(library, worker_pool, cores)
     assert takes >= WORK_SECONDS
-    rate = crew.at_once / (takes + library.overhead_seconds)
+    rate = worker_pool.at_once / (takes + library.overhead_seconds)
     assert rate <= library.jobs_a_second + 0.01
-    if crew.workers * crew.processes > 2 * cores:
+    if worker_pool.workers * worker_pool.processes > 2 * cores:
         assert rate <= 100.01 * cores

@@ -12,7 +12,7 @@ from uuid import UUID
 import pytest
 
 from jobguard import log
-from jobguard.log import EVENTS, Event, get_logger, say, say_again
+from jobguard.log import EVENTS, Event, get_logger, log_event, say_again
 
 ROOT = Path(__file__).parents[2]
 
@@ -52,7 +52,7 @@ def test_an_event_reaches_the_hosts_logging_with_its_level_sentence_and_fields(
     """Text for people, and a mapping for handlers that want more."""
     token = UUID(int=7)
     with caplog.at_level("INFO", logger="jobguard"):
-        say("kettle_boils", job_id="j%s1", queue="mail", token=token)
+        log_event("kettle_boils", job_id="j%s1", queue="mail", token=token)
     (record,) = caplog.records
     assert record.name == "jobguard"
     assert record.levelno == logging.INFO
@@ -61,14 +61,14 @@ def test_an_event_reaches_the_hosts_logging_with_its_level_sentence_and_fields(
         record.funcName
         == "test_an_event_reaches_the_hosts_logging_with_its_level_sentence_and_fields"
     )
-    told = vars(record)["jobguard"]
-    assert told["event"] == "kettle_boils"
-    assert told["job_id"] == "j%s1"
+    reported = vars(record)["jobguard"]
+    assert reported["event"] == "kettle_boils"
+    assert reported["job_id"] == "j%s1"
 
 
 def test_secrets_in_fields_are_masked(caplog: pytest.LogCaptureFixture) -> None:
     """An error that quotes a URL does not publish its password."""
-    say("kettle_empty", error=OSError("no route to postgresql://u:hidden@h/d"))
+    log_event("kettle_empty", error=OSError("no route to postgresql://u:hidden@h/d"))
     assert "hidden" not in caplog.text
     assert "OSError" in caplog.text
 
@@ -88,7 +88,7 @@ def test_a_bound_logger_tells_events_the_same_way(caplog: pytest.LogCaptureFixtu
 
 def test_a_level_that_is_off_costs_nothing(caplog: pytest.LogCaptureFixture) -> None:
     """An idle tick says nothing above debug."""
-    say("kettle_idle", tables=["jobs"])
+    log_event("kettle_idle", tables=["jobs"])
     assert caplog.records == []
 
 
@@ -126,7 +126,7 @@ def test_an_error_is_printed_where_a_configuration_disabled_our_logger() -> None
 def test_that_a_process_is_guarded_is_said_when_somebody_can_hear_it() -> None:
     """guard() often runs before the host configures logging."""
     done = run(
-        "import logging; from jobguard.log import say\n"
+        "import logging; from jobguard.log import log_event\n"
         "say('guarded', source='s'); logging.basicConfig(level='INFO', format='%(message)s')\n"
         "say('worker_started', name='w'); say('worker_left', name='w')"
     )
@@ -168,8 +168,8 @@ def test_a_log_on_a_terminal_is_coloured_unless_told_otherwise(
 def test_saying_something_loads_no_structlog() -> None:
     """The first line of an outage does not cost a host 150 ms."""
     done = run(
-        "import logging, sys; logging.basicConfig(); from jobguard.log import say\n"
-        "say('anything', error='x'); print('structlog' in sys.modules)"
+        "import logging, sys; logging.basicConfig(); from jobguard.log import log_event\n"
+        "log_event('anything', error='x'); print('structlog' in sys.modules)"
     )
     assert done.stdout == "False\n"
     assert "anything error='x'" in done.stderr
@@ -180,8 +180,8 @@ def test_our_command_line_logs_json_lines_to_stderr(
 ) -> None:
     """One object a line, with the event's name, level, time and fields; of others, warnings."""
     log.configure("info", json=True)
-    say("kettle_boils", namespace="default", term=3)
-    say("kettle_idle", tables=[])
+    log_event("kettle_boils", namespace="default", term=3)
+    log_event("kettle_idle", tables=[])
     logging.getLogger("other").info("chatter")
     logging.getLogger("other").warning("trouble")
     captured = capsys.readouterr()
@@ -199,15 +199,15 @@ def test_our_command_line_logs_for_people(
 ) -> None:
     """The sentence comes first, then the fields."""
     log.configure("debug")
-    say("kettle_idle", tables=["jobs"])
-    told = capsys.readouterr().err
-    assert "nothing to do" in told
-    assert "tables" in told and "_record" not in told
+    log_event("kettle_idle", tables=["jobs"])
+    reported = capsys.readouterr().err
+    assert "nothing to do" in reported
+    assert "tables" in reported and "_record" not in reported
 
 
 def test_an_event_that_is_not_in_the_table_is_still_told(caplog: pytest.LogCaptureFixture) -> None:
     """A mistake of ours is no exception in somebody else's process."""
-    say("no_such_event", x=1)
+    log_event("no_such_event", x=1)
     assert caplog.records[0].getMessage() == "no_such_event x=1"
 
 
@@ -251,12 +251,12 @@ def test_what_nobody_could_hear_is_said_again(own_logging: None) -> None:
     root = logging.getLogger()
     root.handlers[:] = []
     say_again()
-    say("kettle_empty", where="kitchen")
-    say("kettle_boils")
-    say("kettle_idle")
+    log_event("kettle_empty", where="kitchen")
+    log_event("kettle_boils")
+    log_event("kettle_idle")
     root.handlers[:] = [Ear()]
     root.setLevel(logging.INFO)
-    say("kettle_boils", times=2)
+    log_event("kettle_boils", times=2)
     say_again()
     say_again()
     assert heard == [

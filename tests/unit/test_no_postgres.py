@@ -31,11 +31,11 @@ def bare(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give an adapter, and no variable."""
     found = Adapter()
 
-    def recognised(target: Any, chosen: Any) -> Any:
+    def find_adapter(target: Any, chosen: Any) -> Any:
         return found, found.sources(target, namespace=chosen.namespace, name=chosen.source)
 
     module = sys.modules["jobguard.guard"]
-    monkeypatch.setattr(module, "recognised", recognised)
+    monkeypatch.setattr(module, "find_adapter", find_adapter)
     monkeypatch.setattr(module, "_warned", set())
     for name in ("JOBGUARD_POSTGRES_URL", "JOBGUARD_POSTGRES_URL_FILE", "DATABASE_URL"):
         monkeypatch.delenv(name, raising=False)
@@ -91,5 +91,5 @@ def test_a_misspelt_variable_is_one_warning(
     monkeypatch.setenv("JOBGUARD_POSTGRES_URI", "postgresql://h/d")
     for _ in range(2):
         jobguard.guard(object())
-    told = [record.getMessage() for record in caplog.records]
-    assert sum("did you mean JOBGUARD_POSTGRES_URL" in one for one in told) == 1
+    reported = [record.getMessage() for record in caplog.records]
+    assert sum("did you mean JOBGUARD_POSTGRES_URL" in one for one in reported) == 1

@@ -42,9 +42,9 @@ from jobguard.redact import LIMIT, redact
 )
 def test_a_secret_is_masked_and_its_surroundings_are_kept(text: str) -> None:
     """Passwords, tokens, keys, credentials in URLs and in headers do not survive."""
-    told = redact(text)
-    assert "S3CRET" not in told
-    assert "***" in told
+    reported = redact(text)
+    assert "S3CRET" not in reported
+    assert "***" in reported
 
 
 @pytest.mark.parametrize(
@@ -81,11 +81,11 @@ def test_a_text_without_secrets_is_left_as_it_is(text: str) -> None:
 def test_a_long_text_keeps_its_head_and_its_tail() -> None:
     """At most 5,000 characters are kept, and the note says how many are not."""
     text = "HEAD" + "x" * 20_000 + "TAIL"
-    told = redact(text)
-    assert len(told) == LIMIT
-    assert told.startswith("HEADx")
-    assert told.endswith("xTAIL")
-    note = told.split("…")[1]
+    reported = redact(text)
+    assert len(reported) == LIMIT
+    assert reported.startswith("HEADx")
+    assert reported.endswith("xTAIL")
+    note = reported.split("…")[1]
     kept = LIMIT - len(f"\n…{note}…\n")
     assert note == f" {len(text) - kept:,} characters cut "
 
@@ -103,9 +103,9 @@ def test_a_secret_is_masked_before_the_text_is_cut() -> None:
 
 def test_what_postgres_cannot_store_is_replaced() -> None:
     """NUL bytes and halves of surrogate pairs do not make a row that is refused."""
-    told = redact("a\x00b\ud800c")
-    assert told == "a\N{REPLACEMENT CHARACTER}b?c"
-    told.encode()
+    reported = redact("a\x00b\ud800c")
+    assert reported == "a\N{REPLACEMENT CHARACTER}b?c"
+    reported.encode()
 
 
 @pytest.mark.parametrize(

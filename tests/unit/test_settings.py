@@ -53,11 +53,11 @@ def test_all_problems_are_told_at_once_each_with_its_source() -> None:
     environ = {"JOBGUARD_LEASE": "soon", "JOBGUARD_POOLER": "perhaps"}
     with pytest.raises(ConfigurationError) as refused:
         settings_from({"wroker_timeout": 5, "mode": "guess"}, environ)
-    told = str(refused.value)
-    assert "did you mean 'worker_timeout'?" in told
-    assert "mode='guess'" in told and "'observe'" in told
-    assert "JOBGUARD_LEASE='soon'" in told
-    assert "JOBGUARD_POOLER='perhaps'" in told
+    reported = str(refused.value)
+    assert "did you mean 'worker_timeout'?" in reported
+    assert "mode='guess'" in reported and "'observe'" in reported
+    assert "JOBGUARD_LEASE='soon'" in reported
+    assert "JOBGUARD_POOLER='perhaps'" in reported
 
 
 @pytest.mark.parametrize(

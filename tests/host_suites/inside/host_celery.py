@@ -18,7 +18,7 @@ def guard_here() -> None:
     after_import("celery.app.base", _guard_each)
     if _RECORDER:
         after_import("jobguard.adapters.celery", _take_any_broker)
-        after_import("jobguard.adapters.celery.places", _see_redis)
+        after_import("jobguard.adapters.celery.connection", _see_redis)
         after_import("jobguard.adapters.celery.push", _reach)
 
 
@@ -49,7 +49,7 @@ def _take_any_broker(module: Any) -> None:
 
     from jobguard.adapter import Guarded, Source
 
-    places: Any = importlib.import_module("jobguard.adapters.celery.places")
+    places: Any = importlib.import_module("jobguard.adapters.celery.connection")
     composition: Any = sys.modules["jobguard.guard"]
     composition._tracker = lambda guarded, settings, conninfo: Recorder(guarded.source)
     adapter: Any = module.CeleryAdapter
@@ -59,8 +59,10 @@ def _take_any_broker(module: Any) -> None:
         found = sources(self, target, namespace=namespace, name=name)
         if getattr(found, "inert", None) is None or target.conf.task_always_eager:
             return found
-        place = places.place_of(target.connection_for_write())
-        source = Source(namespace, "celery", place.address, str(place.layout), one_body=False)
+        broker_address = places.broker_address_of(target.connection_for_write())
+        source = Source(
+            namespace, "celery", broker_address.address, str(broker_address.layout), one_body=False
+        )
         return Guarded(source, None, redis.Redis)
 
     adapter.sources = any_source

@@ -15,7 +15,7 @@ from typing import Any
 from uuid import UUID
 
 from jobguard.adapter import Source
-from jobguard.job import Claim, Delivery, Outcome, Recorded, Refused, new_token
+from jobguard.model import Claim, Delivery, Outcome, Recorded, Refused, new_token
 
 calls: Counter[str] = Counter()
 """How often each was told something, by method."""
@@ -35,7 +35,7 @@ class Recorder:
         calls["record"] += len(deliveries)
         return Recorded()
 
-    def hold(self, deliveries: Sequence[Delivery], push: Callable[[Recorded], None]) -> None:
+    def defer(self, deliveries: Sequence[Delivery], push: Callable[[Recorded], None]) -> None:
         """Hold nothing: nobody records a batch at its end."""
 
     def batch(self, **_: object) -> AbstractContextManager[None]:

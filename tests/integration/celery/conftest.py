@@ -71,7 +71,7 @@ def guard(tmp_path: Path) -> Iterator[Callable[[celery.Celery], FakeTracker]]:
         assert isinstance(guarded, adapter.Guarded) and guarded.client is not None, guarded
         tracker = FakeTracker(guarded.source, tmp_path / f"calls{len(trackers)}")
         adapter.register(tracker)
-        celery_adapter.install(adapter.behind_wall(tracker), app)
+        celery_adapter.install(adapter.registered_tracker(tracker), app)
         trackers.append(tracker)
         return tracker
 

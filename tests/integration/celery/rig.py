@@ -168,8 +168,8 @@ class Rig:
     def announced(self) -> list[set[str]]:
         """Return the queues of each worker, as it makes itself known in Redis."""
         about = self.redis.hgetall(Layout().about)
-        told = [json.loads(raw) for field, raw in about.items() if b" " not in field]
-        return [set(one["queues"]) for one in told]
+        reported = [json.loads(raw) for field, raw in about.items() if b" " not in field]
+        return [set(one["queues"]) for one in reported]
 
     def _start(self, name: str, *arguments: str, **more: str) -> Process:
         settings = {

@@ -10,14 +10,14 @@ from typing import Any
 import redis
 
 from jobguard.adapters.celery.broker import CeleryBroker
-from jobguard.job import Delivery, Owed, Recorded, Restored, Sighting
-from tests.integration import fakes
-from tests.integration.fakes import lost, owed
+from jobguard.model import Delivery, Observation, Owed, Recorded, Restored
+from tests.fakes import adapters
+from tests.fakes.adapters import lost, owed
 
 Message = dict[str, Any]
 
 
-class FakeTracker(fakes.FakeTracker):
+class FakeTracker(adapters.FakeTracker):
     """A tracker that remembers what a join was opened with."""
 
     joins: dict[str, bytes]
@@ -52,7 +52,7 @@ def bare(messages: dict[str, list[Message]]) -> dict[str, list[Message]]:
     return messages
 
 
-def look(broker: CeleryBroker, delivery: Delivery, **known: Any) -> Sighting:
+def observe(broker: CeleryBroker, delivery: Delivery, **known: Any) -> Observation:
     """Look for one."""
     return broker.presence([aged(delivery, **known)])[delivery.token]
 

@@ -18,9 +18,9 @@ from kombu.entity import Exchange, Queue
 from jobguard.adapters.celery import announce, scan
 from jobguard.adapters.celery.broker import CeleryBroker
 from jobguard.adapters.celery.header import token_in
-from jobguard.job import EndedPart, OpenJoin, Presence, Restored, new_token
-from tests.integration.celery.support import FakeTracker, aged, lists, look, put_back, take
-from tests.integration.fakes import lost
+from jobguard.model import EndedPart, OpenJoin, Presence, Restored, new_token
+from tests.fakes.adapters import lost
+from tests.integration.celery.support import FakeTracker, aged, lists, observe, put_back, take
 from tests.support import eventually
 
 Make = Callable[..., celery.Celery]
@@ -58,9 +58,9 @@ class TestPresence:
         app.tasks["add"].delay(2)
         take(client)
         take(client, worker=mine)
-        first, second = (look(broker, delivery) for delivery in tracker.recorded)
-        assert (first.presence, first.held_by) == (Presence.WAITING, "")
-        assert (second.presence, second.held_by) == (Presence.WAITING, mine)
+        first, second = (observe(broker, delivery) for delivery in tracker.recorded)
+        assert (first.presence, first.taken_by) == (Presence.WAITING, "")
+        assert (second.presence, second.taken_by) == (Presence.WAITING, mine)
 
     def test_gone(
         self, app: celery.Celery, tracker: FakeTracker, broker: CeleryBroker, client: redis.Redis
@@ -68,9 +68,9 @@ class TestPresence:
         """Nowhere: a look is never the second look at the same delivery."""
         app.tasks["add"].delay(1)
         (delivery,) = tracker.recorded
-        assert look(broker, delivery).presence is Presence.WAITING
+        assert observe(broker, delivery).presence is Presence.WAITING
         client.delete("celery")
-        assert look(broker, delivery).presence is Presence.ABSENT
+        assert observe(broker, delivery).presence is Presence.ABSENT
 
     def test_one_look_serves_several_pages(
         self,
@@ -86,11 +86,11 @@ class TestPresence:
 
         def costly(*args: Any) -> scan.Scan:
             looks.append(args)
-            found = scan.look(*args)
+            found = scan.read_broker(*args)
             found.cost = 60.0
             return found
 
-        monkeypatch.setattr("jobguard.adapters.celery.broker.look", costly)
+        monkeypatch.setattr("jobguard.adapters.celery.broker.read_broker", costly)
         first, second, third = tracker.recorded
         broker.presence([aged(first, 60)])
         broker.presence([aged(second, 60)])
@@ -106,7 +106,7 @@ class TestPresence:
         """A user's header that looks like ours does not hide it."""
         other = new_token().hex
         app.tasks["add"].apply_async((1,), headers={"mine": {"jobguard": other}})
-        assert look(broker, tracker.recorded[0]).presence is Presence.WAITING
+        assert observe(broker, tracker.recorded[0]).presence is Presence.WAITING
 
 
 class TestResults:
@@ -122,8 +122,12 @@ class TestResults:
         def look_at(age: float = 60.0, claims: int = 1, **meta: Any) -> Presence:
             result = app.tasks["add"].delay(1)
             client.delete("celery")
-            told = {"status": "SUCCESS", "result": 3, "date_done": datetime.now(UTC).isoformat()}
-            client.set(f"celery-task-meta-{result.id}", json.dumps({**told, **meta}))
+            reported = {
+                "status": "SUCCESS",
+                "result": 3,
+                "date_done": datetime.now(UTC).isoformat(),
+            }
+            client.set(f"celery-task-meta-{result.id}", json.dumps({**reported, **meta}))
             return broker.presence([aged(tracker.recorded[-1], age, claims=claims)])[
                 tracker.recorded[-1].token
             ].presence
@@ -172,7 +176,7 @@ class TestResults:
         result = app.tasks["add"].delay(1)
         client.delete("celery")
         client.set(f"celery-task-meta-{result.id}", b"\x80\x04.")
-        assert look(broker, tracker.recorded[0], age=60).presence is Presence.ABSENT
+        assert observe(broker, tracker.recorded[0], age=60).presence is Presence.ABSENT
 
     def test_in_another_db_with_a_prefix(
         self, make_app: Make, guard: Guard, client: redis.Redis, redis_url: str
@@ -191,7 +195,7 @@ class TestResults:
         client.delete("celery")
         app.backend.store_result(result.id, 3, "SUCCESS")
         try:
-            assert look(broker, tracker.recorded[0], age=60).presence is Presence.FINISHED
+            assert observe(broker, tracker.recorded[0], age=60).presence is Presence.FINISHED
         finally:
             app.backend.client.flushdb()
 
@@ -251,12 +255,16 @@ class TestRestore:
         (delivery,) = tracker.recorded
         other = CeleryBroker(tracker.source, client)
         client.flushdb()
-        assert look(broker, delivery).presence is look(other, delivery).presence is Presence.ABSENT
+        assert (
+            observe(broker, delivery).presence
+            is observe(other, delivery).presence
+            is Presence.ABSENT
+        )
         assert put_back(broker, delivery) == [Restored.RESTORED]
         assert put_back(other, delivery) == [Restored.PRESENT]
         assert client.llen("celery") == 1
         client.delete("celery")  # lost once more
-        assert look(other, delivery).presence is Presence.ABSENT
+        assert observe(other, delivery).presence is Presence.ABSENT
         assert put_back(other, delivery) == [Restored.RESTORED]
 
     def test_from_a_dead_worker(
@@ -270,8 +278,8 @@ class TestRestore:
         take(client, worker=dead)
         take(client, worker=dead)
         held = tracker.recorded[:2]
-        assert {look(broker, delivery).held_by for delivery in held} == {dead}
-        assert put_back(broker, *held, held_by=dead) == [Restored.RESTORED] * 2
+        assert {observe(broker, delivery).taken_by for delivery in held} == {dead}
+        assert put_back(broker, *held, taken_by=dead) == [Restored.RESTORED] * 2
         assert lists(client) == before
         assert not client.exists("unacked") and not client.exists("unacked_index")
 
@@ -283,11 +291,11 @@ class TestRestore:
         app.tasks["add"].delay(1)
         (delivery,) = tracker.recorded
         tag = take(client, worker=dead)
-        assert look(broker, delivery).held_by == dead
+        assert observe(broker, delivery).taken_by == dead
         message = json.loads(client.hget("unacked", tag) or b"")
         message[0]["headers"]["jobguard-worker"] = alive
         client.hset("unacked", tag, json.dumps(message))
-        assert put_back(broker, delivery, held_by=dead) == [Restored.PRESENT]
+        assert put_back(broker, delivery, taken_by=dead) == [Restored.PRESENT]
         assert not client.exists("celery") and client.hlen("unacked") == 1
 
     def test_requeued(
@@ -416,7 +424,7 @@ class TestBury:
             take(client, worker=uuid.uuid4().hex)
         broker.bury([aged(tracker.recorded[0])], deadline=time.time() + 60)
         assert client.hlen("unacked") == client.zcard("unacked_index") == 1
-        assert look(broker, tracker.recorded[1]).presence is Presence.WAITING
+        assert observe(broker, tracker.recorded[1]).presence is Presence.WAITING
 
     def test_nothing_is_known(
         self, app: celery.Celery, tracker: FakeTracker, broker: CeleryBroker, client: redis.Redis

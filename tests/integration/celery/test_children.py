@@ -11,7 +11,7 @@ import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 
-from jobguard.servers import PostgresServer
+from jobguard.demo.servers import PostgresServer
 from tests.integration.celery.rig import a_rig
 
 SESSIONS = "select count(*) from pg_stat_activity where usename = %s"

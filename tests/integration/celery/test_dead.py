@@ -12,10 +12,10 @@ from celery.exceptions import Ignore
 
 from jobguard.adapters.celery import sessions
 from jobguard.adapters.celery.broker import CeleryBroker
-from jobguard.job import Outcome
+from jobguard.model import Outcome
+from tests.fakes.adapters import lost
 from tests.integration.celery.support import FakeTracker, lists
 from tests.integration.celery.test_fence import received
-from tests.integration.fakes import lost
 
 
 @pytest.fixture(autouse=True)

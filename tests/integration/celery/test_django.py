@@ -26,7 +26,7 @@ from celery.contrib.django.task import DjangoTask
 from django.db import transaction
 from jobguard import adapter
 from jobguard.adapters.celery import CeleryAdapter
-from tests.integration.fakes import FakeTracker
+from tests.fakes.adapters import FakeTracker
 
 app = celery.Celery("project", broker={redis_url!r}, task_cls=DjangoTask)
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import celery
 import pytest
 
-from jobguard.servers import RedisServer
+from jobguard.demo.servers import RedisServer
 from tests.integration.celery.rig import Rig, a_rig
 
 KINDS = ["CancelledError", "GeneratorExit", "KeyboardInterrupt", "SystemExit", "Stopped"]

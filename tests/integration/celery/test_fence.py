@@ -16,7 +16,7 @@ from celery.app.task import Context
 from celery.exceptions import Ignore
 
 from jobguard.adapters.celery import fence, sessions
-from jobguard.job import Outcome, new_token
+from jobguard.model import Outcome, new_token
 from tests.integration.celery.support import FakeTracker
 
 
@@ -49,8 +49,11 @@ def test_a_part_that_is_told_again_is_counted_and_not_run(
     tracker.ended[member.token] = Outcome.COMPLETED
     line = json.dumps([group, member.job_id, 0]).encode()
     left = line + b"\n" + app.backend.encode([1, member.job_id, "SUCCESS", 0]).encode()
-    told = {"jobguard": member.token.hex, "jobguard-part": base64.b64encode(left).decode()}
-    with received(task, id=member.job_id, group=group, chord=body, **told), pytest.raises(Ignore):
+    reported = {"jobguard": member.token.hex, "jobguard-part": base64.b64encode(left).decode()}
+    with (
+        received(task, id=member.job_id, group=group, chord=body, **reported),
+        pytest.raises(Ignore),
+    ):
         task.before_start(member.job_id, (), {})
     assert not tracker.notes("start")
     assert client.zcard(f"celery-taskset-meta-{group}.j") == 1

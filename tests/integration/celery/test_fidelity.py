@@ -14,8 +14,8 @@ from celery import chain, chord, group
 from kombu.entity import Exchange, Queue
 
 from jobguard.adapters.celery.broker import CeleryBroker
-from jobguard.job import Presence, Restored
-from tests.integration.celery.support import FakeTracker, bare, lists, look, put_back
+from jobguard.model import Presence, Restored
+from tests.integration.celery.support import FakeTracker, bare, lists, observe, put_back
 
 Make = Callable[..., celery.Celery]
 Guard = Callable[[celery.Celery], FakeTracker]
@@ -133,15 +133,15 @@ def test_restored_is_identical(
     assert sum(map(len, before.values())) == len(tracker.recorded) > 0
     broker = CeleryBroker(tracker.source, client)
     for delivery in tracker.recorded:
-        assert look(broker, delivery).presence is Presence.WAITING
+        assert observe(broker, delivery).presence is Presence.WAITING
 
     client.flushdb()
     for delivery in tracker.recorded:
-        assert look(broker, delivery).presence is Presence.ABSENT
+        assert observe(broker, delivery).presence is Presence.ABSENT
     assert set(put_back(broker, *tracker.recorded)) == {Restored.RESTORED}
     assert lists(client) == before
     for delivery in tracker.recorded:
-        assert look(broker, delivery).presence is Presence.WAITING
+        assert observe(broker, delivery).presence is Presence.WAITING
 
 
 _UNLIKE = (

@@ -29,14 +29,14 @@ from kombu.connection import Connection
 from kombu.entity import Exchange, Queue
 from kombu.exceptions import OperationalError
 
-from jobguard.adapter import behind_wall
+from jobguard.adapter import registered_tracker
 from jobguard.adapters.celery import CeleryAdapter, backend
 from jobguard.adapters.celery import run as runs
-from jobguard.adapters.celery.capture import hook_app
+from jobguard.adapters.celery.producer import hook_app
 from jobguard.adapters.celery.run import Run, joining
+from jobguard.demo.servers import RedisServer
 from jobguard.errors import StoreUnavailable
-from jobguard.job import Claim, Outcome, Recorded, derived_token
-from jobguard.servers import RedisServer
+from jobguard.model import Claim, Outcome, Recorded, derived_token
 from tests.integration.celery.support import FakeTracker, lists
 
 Make = Callable[..., celery.Celery]
@@ -102,7 +102,7 @@ class TestRecord:
         def broken(*_: Any, **__: Any) -> None:
             raise RuntimeError("ours")
 
-        monkeypatch.setattr("jobguard.adapters.celery.capture.target_of", broken)
+        monkeypatch.setattr("jobguard.adapters.celery.producer.target_of", broken)
         app.tasks["add"].delay(1, 2)
         assert tokens(client) == [None] and not tracker.recorded
 
@@ -216,7 +216,7 @@ class TestWays:
         tracker = guard(app)
         app.tasks["add"].delay(2)
         sender = vars(app.amqp)["send_task_message"]
-        CeleryAdapter().install(behind_wall(tracker), app)
+        CeleryAdapter().install(registered_tracker(tracker), app)
         assert vars(app.amqp)["send_task_message"] is sender
         CeleryAdapter().uninstall(tracker)
         app.tasks["add"].delay(3)
@@ -357,7 +357,7 @@ class TestInsideARun:
         token = tracker.recorded[0].token
         session: Any = tracker.open_session(name="w@h", queues=["celery"])
         run = Run(
-            behind_wall(tracker),
+            registered_tracker(tracker),
             session,
             Claim(token, 1),
             job_id="me",
@@ -389,7 +389,7 @@ class TestInsideARun:
         assert (retry.parent.token, retry.parent.claim) == (run.claim.token, 1)
         assert retry.attempt == 2 and retry.token != run.claim.token
         assert tracker.ended[run.claim.token] is Outcome.SUPERSEDED
-        assert run.told and tracker.notes("release")
+        assert run.reported and tracker.notes("release")
         message = lists(client)["celery"][0]
         assert message["headers"]["jobguard"] == retry.token.hex
         assert "jobguard-worker" not in message["headers"]
@@ -402,7 +402,7 @@ class TestInsideARun:
         tracker.close(run.claim.token, Outcome.CANCELLED)
         client.flushdb()
         app.tasks["add"].apply_async((1,), task_id="me", retries=1)
-        assert not client.exists("celery") and run.told
+        assert not client.exists("celery") and run.reported
 
     def test_group(
         self, app: celery.Celery, tracker: FakeTracker, run: Run, client: redis.Redis
@@ -411,10 +411,10 @@ class TestInsideARun:
         with tracker.batch():
             group(app.tasks["add"].s(n).set(task_id=f"g{n}") for n in range(3))()
             app.tasks["add"].apply_async((1,), task_id="me", retries=1)
-            assert not run.told
+            assert not run.reported
         assert [len(batch) for batch in tracker.batches] == [1, 4]
         assert all(delivery.derived for delivery in tracker.recorded[1:])
-        assert run.told
+        assert run.reported
 
     def test_body(self, app: celery.Celery, tracker: FakeTracker, run: Run) -> None:
         """What a chord goes on with closes it."""
@@ -573,7 +573,7 @@ class TestRedisAway:
         self, app: celery.Celery, tracker: FakeTracker, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Whoever made it so long hears it: nobody else is there, and none of it was taken."""
-        monkeypatch.setattr("jobguard.batch._MOST", 2)
+        monkeypatch.setattr("jobguard.host.batch._MOST", 2)
         tracker.accepting = False
         add = app.tasks["add"]
         with tracker.batch():
@@ -598,7 +598,7 @@ import celery, os
 from pathlib import Path
 from jobguard import adapter
 from jobguard.adapters.celery import CeleryAdapter, backend
-from tests.integration.fakes import FakeTracker
+from tests.fakes.adapters import FakeTracker
 app = celery.Celery("x", broker={redis_url!r})
 app.conf.broker_url
 guarded = CeleryAdapter().sources(app, namespace="test", name=None)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jobguard.servers import RedisServer
+from jobguard.demo.servers import RedisServer
 from tests.integration.celery.rig import a_rig
 
 

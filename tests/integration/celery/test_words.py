@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from celery import chord, group
 
-from jobguard.servers import RedisServer
+from jobguard.demo.servers import RedisServer
 from tests.integration.celery.rig import PROGRAM, Rig, a_rig
 
 CELERY = str(Path(sys.executable).parent / "celery")

@@ -13,7 +13,7 @@ import pytest
 import redis
 from celery import chain, chord, group
 
-from jobguard.servers import PostgresServer, RedisServer
+from jobguard.demo.servers import PostgresServer, RedisServer
 from tests.integration.celery.rig import WORKER_TIMEOUT, Rig, a_rig
 
 IN_ONE_PROCESS = ["solo", "threads", "gevent"]
@@ -70,18 +70,18 @@ class TestChild:
         One at a time: if a retry has succeeded just before the one that sent it is stored as retried,
         Celery may store that over the success.
         """
-        place = {"ok": "after_end_committed", "again": "after_move_record"}[task]
-        (tmp_path / place).touch()
+        broker_address = {"ok": "after_end_committed", "again": "after_move_record"}[task]
+        (tmp_path / broker_address).touch()
         worker = rig.worker(
             concurrency=1,
             JOBGUARD_TESTING="1",
-            JOBGUARD_FAILPOINT=place,
+            JOBGUARD_FAILPOINT=broker_address,
             JOBGUARD_FAILPOINT_LOGS=str(tmp_path),
         )
         rig.until(rig.trusted)
         job_id = rig.send(task, link_error=rig.signature("ok", "an-error").set(immutable=True))
-        rig.until(lambda: (tmp_path / place).read_text())
-        (tmp_path / place).unlink()
+        rig.until(lambda: (tmp_path / broker_address).read_text())
+        (tmp_path / broker_address).unlink()
         rig.until(lambda: "is lost, but the task is" in worker.text)
         assert rig.ended(job_id)[: len(ends)] == ends
         rig.until(lambda: not rig.owed())

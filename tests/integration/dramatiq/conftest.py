@@ -13,7 +13,7 @@ from dramatiq.encoder import JSONEncoder
 
 import jobguard
 from jobguard.adapter import Source
-from jobguard.adapters.dramatiq import DramatiqAdapter, heal
+from jobguard.adapters.dramatiq import DramatiqAdapter, lost_messages
 from jobguard.adapters.dramatiq.broker import DramatiqBroker
 from jobguard.guard import JobGuard
 from tests.conformance.words import BRISK, Leader, Records, environ
@@ -30,7 +30,7 @@ def encoder() -> None:
 @pytest.fixture(autouse=True)
 def healed_soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two looks in no time."""
-    monkeypatch.setattr(heal, "INTERVAL", 0.1)
+    monkeypatch.setattr(lost_messages, "INTERVAL", 0.1)
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from dramatiq.results import Results
 from dramatiq.results.backends import RedisBackend as ResultsInRedis
 
 import jobguard
-from jobguard import standin
+from jobguard.host import beat_process
 from tests.support import eventually
 
 LEDGER = "STAGE_LEDGER"
@@ -206,7 +206,7 @@ def the_stage() -> Stage:
     """Return the application that the environment describes, guarded."""
     broker = a_broker(os.environ["JOBGUARD_REDIS_URL"])
     if os.environ.get("STAGE_NO_STAND_IN"):
-        without: Any = standin.StandIn
+        without: Any = beat_process.BeatProcess
         without._begin = lambda _: None
     if os.environ.get("STAGE_GUARD", "1") == "1":
         jobguard.guard(broker)

@@ -12,9 +12,9 @@ import redis
 from jobguard.adapter import Source
 from jobguard.adapters.dramatiq.broker import DramatiqBroker
 from jobguard.guard import JobGuard
-from jobguard.job import Outcome
-from jobguard.store import Closing
+from jobguard.model import Outcome
 from jobguard.store.leader import PostgresLeaderStore
+from jobguard.store.protocols import Closing
 from tests.integration.dramatiq.stage import KEYS, Stage
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from jobguard.adapter import Source
 from jobguard.guard import JobGuard
-from jobguard.job import Restored, new_token
+from jobguard.model import Restored, new_token
 from jobguard.settings import Settings
 from jobguard.store.leader import PostgresLeaderStore
 from tests.conformance.words import Leader, Records

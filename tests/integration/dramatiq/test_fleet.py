@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 import jobguard
+from jobguard.demo.servers import PostgresServer
 from jobguard.guard import JobGuard
-from jobguard.servers import PostgresServer
 from tests.conformance.words import BRISK, Leader, Records
 from tests.integration.dramatiq.stage import KEYS, Stage, program
 from tests.support import eventually

@@ -13,8 +13,8 @@ import jobguard
 from jobguard.adapters.dramatiq.joins import Barriers
 from jobguard.adapters.dramatiq.run import Run
 from jobguard.guard import JobGuard
-from jobguard.job import Presence, Restored
-from jobguard.tracker import HostTracker
+from jobguard.host.tracker import HostTracker
+from jobguard.model import Presence, Restored
 from tests.conformance.words import BRISK, Leader, Records
 from tests.integration.dramatiq.stage import KEYS, Stage, open_joins
 from tests.support import eventually
@@ -32,7 +32,7 @@ class TestParts:
 
     def restore(self, records: Records, leader: Leader) -> list[Restored]:
         """Put back what is absent; twice is once."""
-        lost = [d for d in records.owed() if leader.look(d).presence is Presence.ABSENT]
+        lost = [d for d in records.owed() if leader.observe(d).presence is Presence.ABSENT]
         done = leader.restore(*lost)
         assert set(leader.restore(*lost)) <= {Restored.PRESENT}
         return done
@@ -71,7 +71,7 @@ class TestParts:
             stage.client.sadd(f"dramatiq:__acks__.{worker}.default", *rids)
             for rid in rids:
                 stage.client.lrem(KEYS, 0, rid)
-        owed = [replace(d, held_by=dead) for d in records.owed()]
+        owed = [replace(d, taken_by=dead) for d in records.owed()]
         answers = leader.restore(*owed)
         assert answers == [Restored.RESTORED] * 10 + [Restored.PRESENT] * 20
         assert not stage.client.exists(f"dramatiq:__acks__.{of_the_dead}.default")
@@ -87,7 +87,7 @@ class TestParts:
         stage.client.lrem(KEYS, 0, sent[0])
         stage.client.hset(f"{KEYS}.XQ.msgs", sent[0], body)
         (owed, *_) = records.owed()
-        assert leader.look(owed).presence is Presence.FAILED
+        assert leader.observe(owed).presence is Presence.FAILED
         assert leader.restore(owed) == [Restored.PRESENT]
 
     def test_a_dead_letter_is_that_of_its_own_message(
@@ -319,9 +319,9 @@ class TestRerun:
                 if self.task == "say" and not ended.is_set():
                     ended.set()
                     self.leave()
-                    self.session.give_back(self.claim)  # as if its worker had died here
+                    self.session.release(self.claim)  # as if its worker had died here
                     stage.client.rpush(KEYS, str(self.token))
-                    self.told = True
+                    self.reported = True
                     return
                 original(self, failed=failed)
 

@@ -53,7 +53,7 @@ def test_the_command_with_processes_and_threads(
         assert len(set(stage.said())) == 42
         eventually(lambda: records.owed() == [])
         family = psutil.Process(master.pid).children(recursive=True)
-        assert sum("standin.py" in " ".join(child.cmdline()) for child in family) == 2
+        assert sum("beat_process.py" in " ".join(child.cmdline()) for child in family) == 2
         master.send_signal(signal.SIGTERM)
         master.wait(30)
         eventually(lambda: workers(database) == [])
@@ -144,9 +144,9 @@ class TestHeldInterpreter:
             stage.actor("hold").send("a", 9)
             eventually(lambda: stage.said() == ["a:begun"], 20)
             time.sleep(4)  # it is the stand-in that beats by now
-            (stand_in,) = psutil.Process(first.pid).children()
+            (beat_process,) = psutil.Process(first.pid).children()
             os.kill(first.pid, signal.SIGKILL)
-            stand_in.wait(5)
+            beat_process.wait(5)
             stack.enter_context(program("-m", STAGE, "1", environ=surroundings))
             eventually(lambda: stage.said() == ["a:begun", "a:begun", "a"], 40)
 

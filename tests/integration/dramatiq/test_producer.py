@@ -22,8 +22,8 @@ from jobguard.adapters.dramatiq.broker import DramatiqBroker
 from jobguard.adapters.dramatiq.envelope import decode
 from jobguard.errors import JobguardError, StoreUnavailable
 from jobguard.guard import JobGuard
-from jobguard.job import Delivery, Restored, new_token
-from jobguard.tracker import HostTracker
+from jobguard.host.tracker import HostTracker
+from jobguard.model import Delivery, Restored, new_token
 from tests.conformance.words import BRISK, Leader, Records
 from tests.integration.dramatiq.stage import KEYS, Stage, a_broker
 from tests.support import eventually

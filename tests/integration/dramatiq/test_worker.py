@@ -18,9 +18,9 @@ from jobguard import current
 from jobguard.adapter import Source
 from jobguard.errors import StoreUnavailable
 from jobguard.guard import JobGuard
-from jobguard.job import Presence
-from jobguard.session import WorkerSession
-from jobguard.tracker import HostTracker
+from jobguard.host.session import WorkerSession
+from jobguard.host.tracker import HostTracker
+from jobguard.model import Presence
 from tests.conformance.words import Leader, Records, another_worker
 from tests.integration.dramatiq.stage import KEYS, Stage, open_joins
 from tests.support import eventually
@@ -132,11 +132,11 @@ class TestEnds:
         """And not any more when it is over."""
         seen: list[Any] = []
 
-        def look() -> None:
+        def observe() -> None:
             seen.append((current().id, current().attempt, current().progress(0.5)))
 
         declare: Any = dramatiq.actor
-        sent = declare(look, broker=stage.broker).send()
+        sent = declare(observe, broker=stage.broker).send()
         stage.work()
         assert seen == [(sent.message_id, 1, True)]
         assert not current()
@@ -288,9 +288,9 @@ class TestSkip:
             eventually(lambda: not stage.client.exists(KEYS))
             eventually(lambda: not stage.client.keys("dramatiq:__acks__*"))
             assert stage.client.hexists(f"{KEYS}.msgs", rid_of(sent))
-            assert leader.look(owed).mark == "stranded"
+            assert leader.observe(owed).mark == "stranded"
         leader.restore(owed)
-        assert leader.look(owed).presence is Presence.WAITING
+        assert leader.observe(owed).presence is Presence.WAITING
 
 
 class TestUnfit:
@@ -552,7 +552,7 @@ class TestName:
         with stage.worker():
             eventually(lambda: stage.said() == ["a:begun"])
             assert UUID(stage.broker.broker_id).version == 7
-            assert leader.look(owed).held_by == UUID(stage.broker.broker_id).hex
+            assert leader.observe(owed).taken_by == UUID(stage.broker.broker_id).hex
             stage.gate("a").touch()
         assert UUID(stage.broker.broker_id).version == 8
 

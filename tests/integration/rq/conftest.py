@@ -12,7 +12,7 @@ from rq import Queue
 from jobguard import adapter
 from jobguard.adapters.rq import RQAdapter
 from jobguard.adapters.rq.broker import RQBroker
-from tests.integration.fakes import FakeTracker
+from tests.fakes.adapters import FakeTracker
 
 
 @pytest.fixture

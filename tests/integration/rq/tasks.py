@@ -17,7 +17,7 @@ from rq import Retry
 from rq.job import Job, get_current_job
 
 from jobguard.adapters.rq.broker import RQBroker
-from jobguard.job import Restorable
+from jobguard.model import Restorable
 
 
 def say(path: str, word: str = "ran") -> str:

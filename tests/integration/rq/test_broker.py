@@ -13,8 +13,8 @@ from rq.job import Dependency, Job
 from jobguard.adapters.rq import broker as broker_module
 from jobguard.adapters.rq.broker import RQBroker
 from jobguard.adapters.rq.envelope import decode
-from jobguard.job import Delivery, Join, Presence, Restored, Sighting, new_token
-from tests.integration.fakes import FakeTracker, look, lost, owed, restore
+from jobguard.model import Delivery, Join, Observation, Presence, Restored, new_token
+from tests.fakes.adapters import FakeTracker, lost, observe, owed, restore
 from tests.integration.rq import tasks
 from tests.integration.rq.versions import VERSION_OF_RQ
 from tests.support import keyspace
@@ -47,7 +47,7 @@ class TestPresence:
         parent = queue.enqueue_in(timedelta(hours=1), tasks.add, 1)
         queue.enqueue(tasks.add, 1, depends_on=parent)
         for delivery in tracker.recorded:
-            assert look(broker, delivery).presence is Presence.SCHEDULED
+            assert observe(broker, delivery).presence is Presence.SCHEDULED
 
     def test_missing(
         self, queue: Queue, tracker: FakeTracker, broker: RQBroker, client: redis.Redis
@@ -55,10 +55,10 @@ class TestPresence:
         """Gone, or only a ghost without data."""
         job = queue.enqueue(tasks.add, 1)
         client.delete(job.key)
-        missing = Sighting(Presence.ABSENT, "missing", bodiless=True)
-        assert look(broker, tracker.recorded[0]) == missing
+        missing = Observation(Presence.ABSENT, "missing", bodiless=True)
+        assert observe(broker, tracker.recorded[0]) == missing
         client.hset(job.key, "last_heartbeat", "now")
-        assert look(broker, tracker.recorded[0]) == Sighting(
+        assert observe(broker, tracker.recorded[0]) == Observation(
             Presence.ABSENT, "missing", bodiless=True
         )
 
@@ -68,18 +68,18 @@ class TestPresence:
         """Its hash is whole, but no worker would find it; each life has a mark of its own."""
         job = queue.enqueue(tasks.add, 1)
         client.lpop(queue.key)
-        queued = look(broker, tracker.recorded[0])
+        queued = observe(broker, tracker.recorded[0])
         client.hset(job.key, "status", "started")
-        started = look(broker, tracker.recorded[0])
+        started = observe(broker, tracker.recorded[0])
         client.hset(job.key, "status", "scheduled")
-        scheduled = look(broker, tracker.recorded[0])
+        scheduled = observe(broker, tracker.recorded[0])
         client.rpush(queue.intermediate_queue_key, job.id)
         client.hset(job.key, "status", "queued")
-        taken = look(broker, tracker.recorded[0])
+        taken = observe(broker, tracker.recorded[0])
 
-        sightings = (queued, started, scheduled, taken)
-        assert {one.presence for one in sightings} == {Presence.ABSENT}
-        assert len({one.mark for one in sightings}) == 4
+        observations = (queued, started, scheduled, taken)
+        assert {one.presence for one in observations} == {Presence.ABSENT}
+        assert len({one.mark for one in observations}) == 4
         assert queued.mark.startswith("stranded:queued:2")
         assert taken.mark.startswith("intermediate")
 
@@ -91,9 +91,9 @@ class TestPresence:
         client.lpop(queue.key)
         client.hset(job.key, "status", "started")
         client.zadd(f"rq:executions:{job.id}", {"e": time.time() + 60})
-        assert look(broker, tracker.recorded[0]).presence is Presence.RUNNING
+        assert observe(broker, tracker.recorded[0]).presence is Presence.RUNNING
         client.zadd(f"rq:executions:{job.id}", {"e": time.time() - 1})
-        assert look(broker, tracker.recorded[0]).presence is Presence.ABSENT
+        assert observe(broker, tracker.recorded[0]).presence is Presence.ABSENT
 
     def test_ended(
         self, queue: Queue, tracker: FakeTracker, broker: RQBroker, client: redis.Redis
@@ -105,9 +105,9 @@ class TestPresence:
         queue.enqueue(tasks.add, 1).cancel()
 
         finished, failed, cancelled = tracker.recorded
-        assert look(broker, finished).presence is Presence.FINISHED
-        assert look(broker, failed).presence is Presence.FAILED
-        assert look(broker, cancelled).presence is Presence.CANCELLED
+        assert observe(broker, finished).presence is Presence.FINISHED
+        assert observe(broker, failed).presence is Presence.FAILED
+        assert observe(broker, cancelled).presence is Presence.CANCELLED
 
     def test_overwritten(
         self, queue: Queue, tracker: FakeTracker, broker: RQBroker, client: redis.Redis
@@ -116,12 +116,12 @@ class TestPresence:
         queue.enqueue(tasks.add, 1, job_id="same")
         queue.enqueue(tasks.add, 2, job_id="same")
         first, second = tracker.recorded
-        sighting = look(broker, first)
-        assert (sighting.presence, sighting.other) == (Presence.OVERWRITTEN, second.token)
+        observation = observe(broker, first)
+        assert (observation.presence, observation.other) == (Presence.OVERWRITTEN, second.token)
 
         client.hdel("rq:job:same", "jg")
-        sighting = look(broker, second)
-        assert (sighting.presence, sighting.other) == (Presence.OVERWRITTEN, None)
+        observation = observe(broker, second)
+        assert (observation.presence, observation.other) == (Presence.OVERWRITTEN, None)
 
     def test_put_back_by_unguarded_hands(
         self, queue: Queue, tracker: FakeTracker, broker: RQBroker, client: redis.Redis
@@ -132,7 +132,7 @@ class TestPresence:
         client.hset(job.key, "status", "queued")
         client.rpush(queue.key, job.id)
 
-        assert look(broker, tracker.recorded[0]).presence is Presence.OVERWRITTEN
+        assert observe(broker, tracker.recorded[0]).presence is Presence.OVERWRITTEN
         assert restore(broker, lost(tracker.recorded[0])) == [Restored.CHANGED]
 
 
@@ -148,9 +148,9 @@ class TestJoins:
 
     def test_waits_rightly(self, child: Delivery, broker: RQBroker, client: redis.Redis) -> None:
         """A parent that Redis has and that has not ended holds the child, whatever else is lost."""
-        assert look(broker, child) == Sighting(Presence.SCHEDULED, "deferred")
+        assert observe(broker, child) == Observation(Presence.SCHEDULED, "deferred")
         client.delete("rq:job:p1")
-        assert look(broker, child).joins is None
+        assert observe(broker, child).joins is None
 
     def test_forgotten_parents(
         self, child: Delivery, broker: RQBroker, client: redis.Redis
@@ -158,11 +158,11 @@ class TestJoins:
         """Those that Redis has not are for the ledger to know; those that finished are done."""
         client.delete("rq:job:p1")
         client.hset("rq:job:p2", "status", "finished")
-        assert look(broker, child).joins == Join(("p1",))
+        assert observe(broker, child).joins == Join(("p1",))
         client.hset("rq:job:p1", "last_heartbeat", "a ghost")
-        assert look(broker, child).joins == Join(("p1",))
+        assert observe(broker, child).joins == Join(("p1",))
         client.delete("rq:job:p2")
-        assert look(broker, child).joins == Join(("p1", "p2"))
+        assert observe(broker, child).joins == Join(("p1", "p2"))
 
     @pytest.mark.parametrize("status", ["finished", "failed", "canceled", "stopped"])
     @pytest.mark.parametrize("any_end", [False, True])
@@ -183,7 +183,7 @@ class TestJoins:
         doubtful = (tracker.recorded[0].token,) if status == "failed" and not any_end else ()
         could = status == "finished" or status == "failed"
         expected = Join((), failure_will_do=any_end, doubtful=doubtful) if could else None
-        assert look(broker, tracker.recorded[1]).joins == expected
+        assert observe(broker, tracker.recorded[1]).joins == expected
 
     @pytest.mark.parametrize("field", ["", "!"])
     def test_a_parent_whose_end_redis_missed(
@@ -193,9 +193,9 @@ class TestJoins:
         token = tracker.recorded[0].token
         client.hset("rq:job:p1", mapping={"status": "started", "jg": token.hex + field})
         client.hset("rq:job:p2", "status", "finished")
-        assert look(broker, child).joins == Join((), doubtful=(token,))
+        assert observe(broker, child).joins == Join((), doubtful=(token,))
         client.hdel("rq:job:p1", "jg")
-        assert look(broker, child).joins is None
+        assert observe(broker, child).joins is None
 
 
 class TestRestore:
@@ -323,7 +323,7 @@ class TestRestore:
         client.flushdb()
         client.script_flush()
 
-        assert look(broker, delivery).presence is Presence.ABSENT
+        assert observe(broker, delivery).presence is Presence.ABSENT
         client.script_flush()
         assert restore(broker, lost(delivery)) == [Restored.RESTORED]
 
@@ -347,12 +347,12 @@ class TestRestore:
         client.flushdb()
         running = lost(tracker.recorded[0], running=True)
 
-        assert look(broker, tracker.recorded[0]).bodiless
+        assert observe(broker, tracker.recorded[0]).bodiless
         assert restore(broker, running) == [Restored.RESTORED]
         assert job.get_status() == "started"
         assert (queue.job_ids, client.ttl(job.key)) == ([], -1)
         assert restore(broker, running) == [Restored.PRESENT]
-        assert not look(broker, tracker.recorded[0]).bodiless
+        assert not observe(broker, tracker.recorded[0]).bodiless
 
     @pytest.mark.parametrize("status", ["started", "finished"])
     def test_a_running_job_that_ended_unseen(
@@ -456,7 +456,7 @@ def test_a_prefix_of_its_own(
     client.flushdb()
     broker = RQBroker(guarded.source, client)
 
-    assert look(broker, own.recorded[0]).presence is Presence.ABSENT
+    assert observe(broker, own.recorded[0]).presence is Presence.ABSENT
     assert restore(broker, lost(own.recorded[0])) == [Restored.RESTORED]
     assert keyspace(client) == before
-    assert look(broker, own.recorded[0]).presence is Presence.WAITING
+    assert observe(broker, own.recorded[0]).presence is Presence.WAITING

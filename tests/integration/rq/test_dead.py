@@ -11,8 +11,8 @@ from rq import Callback, Queue, Retry, SimpleWorker, Worker
 from rq.job import Job
 
 from jobguard.adapters.rq.broker import RQBroker
-from jobguard.job import Outcome, Refusal, Refused
-from tests.integration.fakes import FakeSession, FakeTracker, lost
+from jobguard.model import Outcome, Refusal, Refused
+from tests.fakes.adapters import FakeSession, FakeTracker, lost
 from tests.integration.rq import tasks
 from tests.integration.rq.test_worker import work
 from tests.support import newly_owed

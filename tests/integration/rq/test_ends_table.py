@@ -16,9 +16,9 @@ from rq import Callback, Queue, Repeat, Retry, SimpleWorker, Worker
 from rq.job import JobStatus
 
 from jobguard import adapter
-from tests.integration.fakes import FakeTracker
+from tests.fakes.adapters import FakeTracker
 from tests.integration.rq import tasks
-from tests.integration.rq.test_killed import kill
+from tests.integration.rq.test_killed_runs import kill
 from tests.integration.rq.test_worker import ran, work
 from tests.integration.rq.versions import VERSION_OF_RQ
 

@@ -34,8 +34,8 @@ from rq.job import Dependency
 from rq.serializers import JSONSerializer
 
 from jobguard.adapters.rq.broker import RQBroker
-from jobguard.job import Presence, Restored
-from tests.integration.fakes import FakeTracker, look, lost, restore
+from jobguard.model import Presence, Restored
+from tests.fakes.adapters import FakeTracker, lost, observe, restore
 from tests.integration.rq import tasks
 from tests.integration.rq.scheduler import move_scheduled
 from tests.integration.rq.versions import VERSION_OF_RQ
@@ -46,7 +46,7 @@ SAY = "tests.integration.rq.tasks.say"
 
 
 @dataclass
-class Place:
+class RedisIdentityCheck:
     """Where a kind is enqueued."""
 
     queue: Queue
@@ -85,7 +85,7 @@ class Place:
 class Kind:
     """One kind of job."""
 
-    enqueue: Callable[[Place], Any]
+    enqueue: Callable[[RedisIdentityCheck], Any]
     says: str
     """What its jobs say, in this order, once they are restored."""
     since: tuple[int, int]
@@ -97,10 +97,10 @@ KINDS: dict[str, Kind] = {}
 
 def kind(
     says: str = "ran", *, since: tuple[int, int] = (2, 0), takeover: bool = False
-) -> Callable[[Callable[[Place], Any]], None]:
+) -> Callable[[Callable[[RedisIdentityCheck], Any]], None]:
     """Add a kind. ``since``: the RQ that brought it; ``takeover``: its worker is known to be dead."""
 
-    def add(enqueue: Callable[[Place], Any]) -> None:
+    def add(enqueue: Callable[[RedisIdentityCheck], Any]) -> None:
         KINDS[enqueue.__name__] = Kind(enqueue, says, since, takeover)
 
     return add
@@ -110,13 +110,13 @@ def kind(
 
 
 @kind()
-def plain(place: Place) -> None:
+def plain(place: RedisIdentityCheck) -> None:
     """As most are."""
     place.enqueue()
 
 
 @kind("third second first")
-def at_front(place: Place) -> None:
+def at_front(place: RedisIdentityCheck) -> None:
     """Each before those that wait."""
     place.enqueue("first")
     place.enqueue("second", at_front=True)
@@ -124,7 +124,7 @@ def at_front(place: Place) -> None:
 
 
 @kind("ran called")
-def every_option_set(place: Place) -> None:
+def every_option_set(place: RedisIdentityCheck) -> None:
     """All that enqueue takes."""
     place.enqueue(
         job_timeout=77,
@@ -143,7 +143,7 @@ def every_option_set(place: Place) -> None:
 
 
 @kind()
-def json_serializer(place: Place) -> None:
+def json_serializer(place: RedisIdentityCheck) -> None:
     """Not pickled."""
     place.queue = Queue(
         place.queue.name, connection=place.queue.connection, serializer=JSONSerializer
@@ -152,7 +152,7 @@ def json_serializer(place: Place) -> None:
 
 
 @kind()
-def custom_serializer(place: Place) -> None:
+def custom_serializer(place: RedisIdentityCheck) -> None:
     """In bytes that only its own worker reads."""
     place.queue = Queue(
         place.queue.name, connection=place.queue.connection, serializer=tasks.Backwards
@@ -161,25 +161,25 @@ def custom_serializer(place: Place) -> None:
 
 
 @kind()
-def string_function(place: Place) -> None:
+def string_function(place: RedisIdentityCheck) -> None:
     """A function that the producer could not import."""
     place.queue.enqueue(SAY, place.ledger)
 
 
 @kind("\xff\x00é")
-def any_bytes(place: Place) -> None:
+def any_bytes(place: RedisIdentityCheck) -> None:
     """Arguments that are no text."""
     place.enqueue("\xff\x00é")
 
 
 @kind()
-def meta(place: Place) -> None:
+def meta(place: RedisIdentityCheck) -> None:
     """What the application notes on a job."""
     place.enqueue(meta={"bytes": b"\x00\xff", "more": {"é": [1, None]}})
 
 
 @kind("second")
-def same_id_twice(place: Place) -> None:
+def same_id_twice(place: RedisIdentityCheck) -> None:
     """RQ keeps one body per id: the second."""
     place.enqueue("first", job_id="same")
     place.queue.connection.lrem(place.queue.key, 1, "same")
@@ -187,7 +187,7 @@ def same_id_twice(place: Place) -> None:
 
 
 @kind(since=(2, 8))
-def unique(place: Place) -> None:
+def unique(place: RedisIdentityCheck) -> None:
     """An id that may stand once."""
     place.enqueue(job_id="unique", unique=True)
 
@@ -196,49 +196,49 @@ def unique(place: Place) -> None:
 
 
 @kind("ran called")
-def success_callback(place: Place) -> None:
+def success_callback(place: RedisIdentityCheck) -> None:
     """Called when it has returned."""
     place.enqueue(on_success=Callback(tasks.call_back))
 
 
 @kind("ran called")
-def failure_callback(place: Place) -> None:
+def failure_callback(place: RedisIdentityCheck) -> None:
     """Called when it has raised."""
     place.queue.enqueue(tasks.fail, place.ledger, on_failure=Callback(tasks.call_back))
 
 
 @kind()
-def stopped_callback(place: Place) -> None:
+def stopped_callback(place: RedisIdentityCheck) -> None:
     """Called if somebody stops it."""
     place.enqueue(on_stopped=Callback(tasks.call_back))
 
 
 @kind("ran posted", since=(2, 10))
-def webhooks(place: Place) -> None:
+def webhooks(place: RedisIdentityCheck) -> None:
     """Somebody is told over HTTP."""
-    told: dict[str, Any] = {"method": "POST", "headers": {"X-Of": "ours"}, "timeout": 5}
+    reported: dict[str, Any] = {"method": "POST", "headers": {"X-Of": "ours"}, "timeout": 5}
     place.enqueue(
         webhooks=[
-            rq.Webhook(place.endpoint, "finished", **told),
+            rq.Webhook(place.endpoint, "finished", **reported),
             rq.Webhook(place.endpoint, "failed"),
         ]
     )
 
 
 @kind()
-def ttl(place: Place) -> None:
+def ttl(place: RedisIdentityCheck) -> None:
     """Dropped, if it waits for longer."""
     place.enqueue(ttl=300)
 
 
 @kind()
-def result_ttl_zero(place: Place) -> None:
+def result_ttl_zero(place: RedisIdentityCheck) -> None:
     """Leaves nothing."""
     place.enqueue(result_ttl=0)
 
 
 @kind()
-def failure_ttl(place: Place) -> None:
+def failure_ttl(place: RedisIdentityCheck) -> None:
     """Remembered for half a minute, if it fails."""
     place.queue.enqueue(tasks.fail, place.ledger, failure_ttl=30)
 
@@ -247,13 +247,13 @@ def failure_ttl(place: Place) -> None:
 
 
 @kind("late")
-def enqueue_at(place: Place) -> None:
+def enqueue_at(place: RedisIdentityCheck) -> None:
     """At a time, that has passed while nobody looked."""
     place.queue.enqueue_at(datetime.now(UTC) - LATER, tasks.say, place.ledger, "late")
 
 
 @kind()
-def enqueue_in(place: Place) -> None:
+def enqueue_in(place: RedisIdentityCheck) -> None:
     """In an hour."""
     place.queue.enqueue_in(LATER, tasks.say, place.ledger, ttl=7200)
 
@@ -262,13 +262,13 @@ def enqueue_in(place: Place) -> None:
 
 
 @kind("parent child")
-def deferred_child(place: Place) -> None:
+def deferred_child(place: RedisIdentityCheck) -> None:
     """After its parent."""
     place.enqueue("child", depends_on=place.enqueue("parent"), ttl=300)
 
 
 @kind("ran child grandchild")
-def grandchild_with_allow_failure(place: Place) -> None:
+def grandchild_with_allow_failure(place: RedisIdentityCheck) -> None:
     """After parents that may fail."""
     parent = place.queue.enqueue(tasks.fail, place.ledger)
     child = place.enqueue("child", depends_on=Dependency([parent], allow_failure=True))
@@ -278,14 +278,14 @@ def grandchild_with_allow_failure(place: Place) -> None:
 
 
 @kind("one two three last")
-def several_dependencies(place: Place) -> None:
+def several_dependencies(place: RedisIdentityCheck) -> None:
     """After all of three."""
     parents = [place.enqueue(word) for word in ("one", "two", "three")]
     place.enqueue("last", depends_on=parents)
 
 
 @kind("front parent free child")
-def enqueue_many_with_dependencies(place: Place) -> None:
+def enqueue_many_with_dependencies(place: RedisIdentityCheck) -> None:
     """In one call, some after others."""
     parent = place.enqueue("parent")
     place.queue.enqueue_many(
@@ -298,7 +298,7 @@ def enqueue_many_with_dependencies(place: Place) -> None:
 
 
 @kind("0 1 2")
-def group(place: Place) -> None:
+def group(place: RedisIdentityCheck) -> None:
     """A group of three."""
     made = Group.create(connection=place.queue.connection, name="group")
     made.enqueue_many(place.queue, [place.data(str(n)) for n in range(3)])
@@ -308,33 +308,33 @@ def group(place: Place) -> None:
 
 
 @kind("ran ran ran")
-def retry_at_once(place: Place) -> None:
+def retry_at_once(place: RedisIdentityCheck) -> None:
     """Tried three times."""
     place.queue.enqueue(tasks.fail, place.ledger, retry=Retry(max=2))
 
 
 @kind("ran ran ran")
-def retry_with_intervals(place: Place) -> None:
+def retry_with_intervals(place: RedisIdentityCheck) -> None:
     """Tried three times, with pauses."""
     place.queue.enqueue(tasks.fail, place.ledger, retry=Retry(max=2, interval=[60, 120]))
 
 
 @kind("ran ran")
-def retry_at_once_after_a_failure(place: Place) -> None:
+def retry_at_once_after_a_failure(place: RedisIdentityCheck) -> None:
     """Failed once, waits again."""
     place.queue.enqueue(tasks.fail, place.ledger, retry=Retry(max=2))
     place.work(max_jobs=1)
 
 
 @kind("ran ran")
-def retry_with_intervals_after_a_failure(place: Place) -> None:
+def retry_with_intervals_after_a_failure(place: RedisIdentityCheck) -> None:
     """Failed once, in its pause."""
     place.queue.enqueue(tasks.fail, place.ledger, retry=Retry(max=2, interval=[60, 120]))
     place.work()
 
 
 @kind("ran ran", since=(2, 3))
-def repeat_after_its_first_run(place: Place) -> None:
+def repeat_after_its_first_run(place: RedisIdentityCheck) -> None:
     """Ran once, waits for the second of three."""
     place.enqueue(repeat=rq.Repeat(times=2, interval=[60, 120]))
     place.work()
@@ -351,14 +351,14 @@ def rate_limit() -> Any:
 
 
 @kind("0 1 2", since=(3, 0))
-def rate_limited(place: Place) -> None:
+def rate_limited(place: RedisIdentityCheck) -> None:
     """The first holds the slot, the others wait for it."""
     for n in range(3):
         place.enqueue(str(n), job_id=str(n), rate_limit=rate_limit())  # one second: by id
 
 
 @kind("ran", since=(3, 0), takeover=True)
-def rate_limited_holder_that_ran(place: Place) -> None:
+def rate_limited_holder_that_ran(place: RedisIdentityCheck) -> None:
     """Its worker was killed, and held the slot."""
     place.queue.enqueue(tasks.die_once, place.ledger, rate_limit=rate_limit(), result_ttl=60)
     place.work_until_killed()
@@ -368,7 +368,7 @@ def rate_limited_holder_that_ran(place: Place) -> None:
 
 
 @kind("ran", takeover=True)
-def started(place: Place) -> None:
+def started(place: RedisIdentityCheck) -> None:
     """Its worker was killed in the middle of it."""
     place.queue.enqueue(tasks.die_once, place.ledger, ttl=300)
     place.work_until_killed()
@@ -447,18 +447,18 @@ TAKEN_AGAIN = ("rq:rl:*:allowed",)
 
 def dump(client: redis.Redis) -> dict[str, Any]:
     """Return all that is in a Redis but ours: by key, and of hashes by field, with times to live."""
-    told: dict[str, Any] = {}
+    reported: dict[str, Any] = {}
     asked: Any = client
     for key, value in keyspace(client).items():
         if matches(key, *HOUSEKEEPING):
             continue
-        told[f"{key}@ttl"] = deadline(client, key)
-        told[f"{key}@type"] = kind = asked.type(key)
+        reported[f"{key}@ttl"] = deadline(client, key)
+        reported[f"{key}@type"] = kind = asked.type(key)
         if isinstance(value, dict) and kind == b"hash":
-            told |= {f"{key}/{name.decode()}": field for name, field in value.items()}
+            reported |= {f"{key}/{name.decode()}": field for name, field in value.items()}
         else:
-            told[key] = value
-    return told
+            reported[key] = value
+    return reported
 
 
 def deadline(client: redis.Redis, key: str) -> int:
@@ -537,18 +537,18 @@ def test_kind(
     chosen = KINDS[name]
     if chosen.since > VERSION_OF_RQ:
         pytest.skip(f"RQ {chosen.since[0]}.{chosen.since[1]} brought it")
-    place = Place(queue, str(ledger), endpoint)
+    place = RedisIdentityCheck(queue, str(ledger), endpoint)
     chosen.enqueue(place)
     owed = list(tracker.owed.values())
     if not chosen.takeover:
-        assert {look(broker, one).presence for one in owed} <= IN_PLACE
+        assert {observe(broker, one).presence for one in owed} <= IN_PLACE
     before = dump(client)
     client.flushdb()
     ledger.write_text("")
     deliveries = [lost(one, takeover=chosen.takeover) for one in owed]
     assert set(restore(broker, *deliveries)) == {Restored.RESTORED}
     after = dump(client)
-    assert {look(broker, one).presence for one in owed} <= IN_PLACE
+    assert {observe(broker, one).presence for one in owed} <= IN_PLACE
     assert set(restore(broker, *deliveries)) == {Restored.PRESENT}
     assert not differences(after, dump(client)), "the second time it does nothing"
 

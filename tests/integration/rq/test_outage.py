@@ -15,9 +15,9 @@ from rq.scheduler import RQScheduler
 
 from jobguard.adapters.rq import producer
 from jobguard.adapters.rq.broker import RQBroker
-from jobguard.job import Restorable, Restored
-from jobguard.servers import RedisServer
-from tests.integration.fakes import FakeTracker
+from jobguard.demo.servers import RedisServer
+from jobguard.model import Restorable, Restored
+from tests.fakes.adapters import FakeTracker
 from tests.integration.rq import tasks
 
 

@@ -21,8 +21,8 @@ from jobguard.adapters.rq import pipeline as staging
 from jobguard.adapters.rq.envelope import Mode, decode
 from jobguard.adapters.rq.layout import SPENT
 from jobguard.errors import StoreUnavailable
-from jobguard.job import Outcome
-from tests.integration.fakes import FakeTracker
+from jobguard.model import Outcome
+from tests.fakes.adapters import FakeTracker
 from tests.integration.rq import tasks
 from tests.integration.rq.versions import VERSION_OF_RQ
 from tests.support import keyspace

@@ -12,7 +12,7 @@ import pytest
 from rq import Queue, SimpleWorker
 from rq.job import Job
 
-from tests.integration.fakes import FakeTracker, lost, restore
+from tests.fakes.adapters import FakeTracker, lost, restore
 from tests.integration.rq import tasks
 from tests.integration.rq.test_worker import work
 from tests.support import keyspace

@@ -13,7 +13,7 @@ import redis
 from rq import Queue, Worker
 
 from jobguard.adapters.rq.broker import RQBroker
-from tests.integration.fakes import FakeTracker
+from tests.fakes.adapters import FakeTracker
 from tests.support import eventually
 
 BARE = """

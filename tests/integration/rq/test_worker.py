@@ -20,8 +20,8 @@ from rq.job import Job
 
 from jobguard import adapter
 from jobguard.adapters.rq.layout import KEPT, SPENT
-from jobguard.job import Outcome
-from tests.integration.fakes import FakeTracker
+from jobguard.model import Outcome
+from tests.fakes.adapters import FakeTracker
 from tests.integration.rq import tasks
 from tests.integration.rq.scheduler import move_scheduled
 from tests.integration.rq.versions import VERSION_OF_RQ

@@ -9,9 +9,9 @@ import celery
 import pytest
 
 import jobguard
-from jobguard.adapter import Guarded, Later
+from jobguard.adapter import DeferredTarget, Guarded
 from jobguard.adapters.celery import CeleryAdapter
-from jobguard.adapters.celery.places import client_of
+from jobguard.adapters.celery.connection import client_of
 from jobguard.errors import UnsupportedTarget
 
 
@@ -144,7 +144,7 @@ class TestLazy:
         """The answer comes with the first push, once."""
         app = celery.Celery("app", broker="memory://", set_as_current=False)
         later = CeleryAdapter().sources(app, namespace="n", name=None)
-        assert isinstance(later, Later)
+        assert isinstance(later, DeferredTarget)
         called: list[bool] = []
         later.when(lambda: called.append(app.configured))
         assert not called and not app.configured

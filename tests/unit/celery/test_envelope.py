@@ -20,7 +20,7 @@ from jobguard.adapters.celery.envelope import (
     renewed,
 )
 from jobguard.adapters.celery.header import PART, holder_in, token_in, token_of
-from jobguard.job import new_token
+from jobguard.model import new_token
 
 TOKEN = new_token()
 MESSAGE = {

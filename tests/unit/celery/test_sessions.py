@@ -13,7 +13,7 @@ import pytest
 
 from jobguard.adapter import Source, Tracker
 from jobguard.adapters.celery import sessions, worker
-from tests.integration.fakes import FakeSession, FakeTracker
+from tests.fakes.adapters import FakeSession, FakeTracker
 
 
 class Redis:
@@ -41,7 +41,7 @@ def redis(monkeypatch: pytest.MonkeyPatch) -> Redis:
     """Give a Redis that hears what workers say."""
     redis = Redis()
     monkeypatch.setattr(sessions, "announcement", redis.announcement)
-    monkeypatch.setattr(sessions, "Held", lambda *_, **__: None)
+    monkeypatch.setattr(sessions, "Unacked", lambda *_, **__: None)
     return redis
 
 

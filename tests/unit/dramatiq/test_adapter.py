@@ -18,7 +18,7 @@ from redis.sentinel import Sentinel
 from jobguard.adapter import Source
 from jobguard.adapters.dramatiq import DramatiqAdapter, patches
 from jobguard.errors import UnsupportedTarget
-from tests.integration.fakes import FakeTracker
+from tests.fakes.adapters import FakeTracker
 
 Make: Any = RedisBroker
 

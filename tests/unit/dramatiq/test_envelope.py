@@ -10,16 +10,16 @@ from jobguard.adapters.dramatiq.envelope import VERSION, Envelope, UnknownEnvelo
 from jobguard.adapters.dramatiq.layout import (
     Layout,
     canonical,
-    is_guest,
+    is_short_lived,
     is_stranger,
     name_of,
-    new_guest,
+    new_short_lived,
     new_worker,
     token_of,
     worker_of,
 )
 from jobguard.adapters.dramatiq.run import derive
-from jobguard.job import new_token, token_at
+from jobguard.model import new_token, token_at
 
 
 @pytest.mark.parametrize("data", [b"", b"{}", bytes(range(256)) * 300])
@@ -93,14 +93,14 @@ def test_a_list_belongs_to_a_queue() -> None:
 
 def test_ids_tell_whose_they_are() -> None:
     """A guarded worker, a guarded producer, and anybody else."""
-    worker, guest, stranger = str(new_worker()), str(new_guest()), str(uuid4())
+    worker, guest, stranger = str(new_worker()), str(new_short_lived()), str(uuid4())
     assert [is_stranger(each) for each in (worker, guest, stranger, "x")] == [
         False,
         False,
         True,
         True,
     ]
-    assert [is_guest(each) for each in (worker, guest, stranger, "x")] == [
+    assert [is_short_lived(each) for each in (worker, guest, stranger, "x")] == [
         False,
         True,
         False,

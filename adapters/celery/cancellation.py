@@ -1,0 +1,155 @@
+"""The hooks on every way a person takes tasks out: our tombstone first, then Redis."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import wraps
+from typing import Any
+from uuid import UUID
+
+import redis
+from celery.app.control import Control
+from kombu.transport.redis import Channel
+
+from jobguard.adapters.celery import lookup
+from jobguard.adapters.celery.connection import broker_address_of, client_of
+from jobguard.adapters.celery.contain_errors import contain_errors
+from jobguard.adapters.celery.header import token_in
+from jobguard.adapters.celery.hooks import Hooks
+from jobguard.adapters.celery.scan import messages_in, taken
+
+Hook = Callable[..., Any]
+
+_A_CALL = 5_000
+_NOT_TASKS = (".celery.pidbox", "celeryev.")
+"""What the queues of replies and events end or begin with."""
+
+
+def put_on(hooks: Hooks) -> None:
+    """Put the hooks on: whatever purges or deletes a queue comes by its channel."""
+    hooks.put(Control, "revoke", revoke)
+    hooks.put(Control, "revoke_by_stamped_headers", revoke_by_stamped_headers)
+    hooks.put(Channel, "queue_purge", queue_purge)
+    hooks.put(Channel, "queue_delete", queue_delete)
+
+
+def revoke(original: Hook) -> Hook:
+    """Control.revoke: what AsyncResult.revoke and terminate come to as well.
+
+    A revoke that is meant for some workers only is those workers' own affair.
+    """
+
+    @wraps(original)
+    def hook(self: Any, task_id: Any, destination: Any = None, *args: Any, **kwargs: Any) -> Any:
+        with contain_errors("write down a revoke"):
+            tracker = lookup.tracker_for(self.app)
+            if tracker is not None and destination is None and task_id:
+                ids = list(task_id) if isinstance(task_id, list | tuple | set) else [task_id]
+                tracker.cancel(job_ids=[str(id) for id in ids])
+        return original(self, task_id, destination, *args, **kwargs)
+
+    return hook
+
+
+def revoke_by_stamped_headers(original: Hook) -> Hook:
+    """Control.revoke_by_stamped_headers: the ledger knows no stamps, the messages in Redis do."""
+
+    @wraps(original)
+    def hook(self: Any, headers: Any, destination: Any = None, *args: Any, **kwargs: Any) -> Any:
+        with contain_errors("write down a revoke"):
+            tracker = lookup.tracker_for(self.app)
+            if tracker is not None and destination is None and isinstance(headers, Mapping):
+                for tokens in _chunks(_stamped(self.app, headers)):
+                    tracker.cancel(tokens=tokens)
+        return original(self, headers, destination, *args, **kwargs)
+
+    return hook
+
+
+def queue_purge(original: Hook) -> Hook:
+    """Channel.queue_purge: ``celery purge``, ``control.purge`` and its other name, discard_all.
+
+    As Celery has it, what workers have taken already is not touched.
+    """
+
+    @wraps(original)
+    def hook(self: Any, queue: str, *args: Any, **kwargs: Any) -> Any:
+        _drop(self, queue)
+        return original(self, queue, *args, **kwargs)
+
+    return hook
+
+
+def queue_delete(original: Hook) -> Hook:
+    """Channel.queue_delete: its messages go with it. Queues of replies come and go, and hold no tasks."""
+
+    @wraps(original)
+    def hook(self: Any, queue: str, *args: Any, **kwargs: Any) -> Any:
+        if not (queue.endswith(_NOT_TASKS[0]) or queue.startswith(_NOT_TASKS[1])):
+            _drop(self, queue)
+        return original(self, queue, *args, **kwargs)
+
+    return hook
+
+
+def _drop(channel: Any, queue: str) -> None:
+    if queue in channel._fanout_queues:
+        return  # its messages are published, and stand nowhere in Redis
+    with contain_errors("write down a purge"):
+        connection = channel.connection.client
+        broker_address = broker_address_of(connection)
+        for tracker in lookup.trackers_at(connection):
+            if broker_address is None or not tracker.guards(queue):
+                continue
+            client = redis.Redis(
+                connection_pool=channel.pool
+            )  # kombu's own would not prefix all keys
+            raws = messages_in(client, broker_address.layout.lists_of([queue]))
+            for tokens in _chunks(_tokens(raws)):
+                tracker.cancel(tokens=tokens)
+
+
+def _tokens(raws: Iterable[bytes]) -> Iterator[UUID]:
+    for raw in raws:
+        token = token_in(raw)
+        if token is not None:
+            yield UUID(hex=token.decode())
+
+
+def _stamped(app: Any, headers: Mapping[str, Any]) -> Iterator[UUID]:
+    """Return the deliveries that carry one of these stamps, as a worker would compare them."""
+    connection = app.connection_for_write()
+    broker_address = broker_address_of(connection)
+    if broker_address is None:
+        return
+    client, layout = client_of(connection), broker_address.layout
+    waiting = messages_in(client, layout.lists_of(list(app.amqp.queues)))
+    for raw in (*waiting, *taken(client, layout.unacked)):
+        if b'"stamps"' not in raw:
+            continue
+        message = json.loads(raw)
+        message = message[0] if isinstance(message, list) else message
+        stamps = message["headers"].get("stamps") or {}
+        if any(_overlap(stamps.get(name), wanted) for name, wanted in headers.items()):
+            yield from _tokens([raw])
+
+
+def _overlap(stamp: Any, wanted: Any) -> bool:
+    return bool(_values(stamp) & _values(wanted))
+
+
+def _values(value: Any) -> set[str]:
+    several = value if isinstance(value, list | tuple | set | frozenset) else [value]
+    return {str(one) for one in several if one is not None}
+
+
+def _chunks(tokens: Iterable[UUID]) -> Iterator[list[UUID]]:
+    chunk: list[UUID] = []
+    for token in tokens:
+        chunk.append(token)
+        if len(chunk) == _A_CALL:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk

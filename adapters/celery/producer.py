@@ -1,0 +1,264 @@
+"""The one way that every task takes out: ``AMQP.send_task_message`` calls ``producer.publish``.
+
+The producer that it is given is ours, and hands on to the real one, after every receiver of
+``before_task_publish`` has had its say: what is recorded is what is sent, byte for byte.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+from celery.utils.imports import instantiate
+
+from jobguard.adapters.celery import lookup
+from jobguard.adapters.celery.backend import sends_a_group
+from jobguard.adapters.celery.header import DEAD, PART, TOKEN, WORKER
+from jobguard.adapters.celery.message import Target, Wire
+from jobguard.adapters.celery.push import BROKER_DOWN, TaskPush
+from jobguard.adapters.celery.routing import target_of
+from jobguard.adapters.celery.run import Run, closes, current_run
+from jobguard.errors import is_host_interrupt
+from jobguard.model import derived_token, new_token
+
+if TYPE_CHECKING:
+    from jobguard.adapter import Tracker
+
+log = logging.getLogger("jobguard")
+
+_SENDER = "send_task_message"
+_ARGUMENTS = frozenset(
+    (
+        *("routing_key", "delivery_mode", "mandatory", "immediate", "priority", "content_type"),
+        *("content_encoding", "serializer", "headers", "compression", "exchange", "retry"),
+        *("retry_policy", "declare", "expiration", "timeout", "confirm_timeout"),
+    )
+)
+"""What kombu's ``Producer.publish`` takes for itself: all else is a property of the message."""
+
+
+class GuardedAMQP:
+    """Makes an app's AMQP as before, when the app first needs one, and puts our sender into it.
+
+    It stands in the app's ``amqp_cls``, so that its configuration is not read before its time; and it
+    can be pickled with the app, as to a spawned worker.
+    """
+
+    is_hooked = True
+
+    def __init__(self, before: Any) -> None:
+        self.before = before
+
+    def __call__(self, app: Any) -> Any:
+        """Make it."""
+        amqp = instantiate(self.before, app=app)
+        hook_amqp(amqp)
+        return amqp
+
+
+def hook_app(app: Any) -> None:
+    """Have all that this app publishes come by; the same again changes nothing."""
+    if not isinstance(app.amqp_cls, GuardedAMQP):
+        app.amqp_cls = GuardedAMQP(app.amqp_cls)
+    if "amqp" in vars(app):
+        hook_amqp(app.amqp)
+
+
+def unhook_app(app: Any) -> None:
+    """Leave the app as it was."""
+    if isinstance(app.amqp_cls, GuardedAMQP):
+        app.amqp_cls = app.amqp_cls.before
+    state = vars(vars(app)["amqp"]) if "amqp" in vars(app) else {}
+    sender = state.get(_SENDER)
+    if isinstance(sender, Sender):
+        del state[_SENDER]
+        if sender.original is not None:
+            state[_SENDER] = sender.original
+
+
+def hook_amqp(amqp: Any) -> None:
+    """Put our sender where the library would cache its own."""
+    before = vars(amqp).get(_SENDER)
+    if not isinstance(before, Sender):
+        vars(amqp)[_SENDER] = Sender(amqp, before)
+
+
+class Sender:
+    """``AMQP.send_task_message`` of one app."""
+
+    def __init__(self, amqp: Any, original: Callable[..., Any] | None) -> None:
+        self._amqp = amqp
+        self.original = original
+
+    def __call__(self, producer: Any, name: str, message: Any, *args: Any, **options: Any) -> Any:
+        """Send a task's message by a producer that records it first."""
+        app = self._amqp.app
+        tracker = _tracker_for(app, producer)
+        if self.original is None:
+            self.original = _made_by_the_library(self._amqp)
+        if tracker is not None:
+            body = message[2]
+            producer = Producer(producer, tracker, app, body, options.get("exchange_type"))
+        elif options.get("headers"):
+            options["headers"] = _without_ours(options["headers"])
+        return self.original(producer, name, message, *args, **options)
+
+
+class Producer:
+    """A producer for one task's message: the rest that goes by it, events, is none of ours."""
+
+    def __init__(
+        self, producer: Any, tracker: Tracker, app: Any, body: Any, exchange_type: str | None
+    ) -> None:
+        self._producer = producer
+        self._tracker = tracker
+        self._app = app
+        self._body = body
+        self._exchange_type = exchange_type
+        self._push: TaskPush | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._producer, name)
+
+    def publish(self, body: Any, **options: Any) -> Any:
+        """Record the message, and have the real producer publish it."""
+        if body is not self._body:
+            return self._producer.publish(body, **options)
+        if self._push is None:
+            options["headers"] = _without_ours(options.get("headers") or {})
+            wire = self._serialised(body, options)
+            self._push = self._prepared(wire, options)
+        if self._push is None:
+            return self._producer.publish(body, **options)
+        if self._push.begun:  # the library tries the very same message again
+            return self._push.send()
+        return self._push.make()
+
+    def _serialised(self, body: Any, options: dict[str, Any]) -> Wire:
+        """Do what the real producer would do to the body; what it raises is what that would raise."""
+        real, headers = self._producer, options["headers"]
+        data, content_type, content_encoding = real._prepare(
+            body,
+            options.get("serializer"),
+            options.get("content_type"),
+            options.get("content_encoding"),
+            real.compression if options.get("compression") is None else options["compression"],
+            headers,
+        )
+        _, delivery_mode = real._delivery_details(
+            options.get("exchange") or real.exchange, options.get("delivery_mode")
+        )
+        properties = {k: v for k, v in options.items() if k not in _ARGUMENTS}
+        properties["delivery_mode"] = delivery_mode
+        if options.get("expiration") is not None:
+            properties["expiration"] = str(int(options["expiration"] * 1000))
+        return Wire(
+            app=self._app,
+            connection=real.connection,
+            task=headers if headers.get("task") else body,
+            data=data,
+            content_type=content_type,
+            content_encoding=content_encoding,
+            headers=headers,
+            properties=properties,
+            priority=options.get("priority", 0),
+        )
+
+    def _prepared(self, wire: Wire, options: dict[str, Any]) -> TaskPush | None:
+        """Return what is to be done; None: this message is none of ours."""
+        try:
+            target = target_of(
+                self._app,
+                options.get("exchange") or self._producer.exchange,
+                options.get("routing_key"),
+                exchange_type=self._exchange_type,
+                declare=options.get("declare"),
+                channel=self._channel(options),
+            )
+            if target is None or not self._tracker.guards(target.queue):
+                return None
+            return self._recorded_first(wire, target, options)
+        except Exception as error:
+            if is_host_interrupt(error):
+                raise
+            log.exception("jobguard could not take task %s", wire.task.get("id"))
+            wire.headers.pop(TOKEN, None)
+            return None
+
+    def _recorded_first(self, wire: Wire, target: Target, options: dict[str, Any]) -> TaskPush:
+        run = current_run()
+        if run is not None and run.tracker.source.id != self._tracker.source.id:
+            run = None  # a task of another broker
+        moving = run if run is not None and run.job_id == wire.job_id else None
+        delivery = wire.delivery(
+            new_token() if run is None else _next_of(run, wire.job_id),
+            target,
+            parent=moving.parent() if moving is not None else None,
+            derived=run is not None,
+            closes=closes(wire.job_id),
+        )
+        encoded = {
+            **options,
+            "content_type": wire.content_type,
+            "content_encoding": wire.content_encoding,
+            "compression": "",  # it is compressed already
+        }
+        # Of text that is not to be base64 kombu would make bytes, and keep those: it gets the original.
+        as_it_came = isinstance(wire.data, str) and not wire.in_base64
+        data, sent = (self._body, options) if as_it_came else (wire.data, encoded)
+        return TaskPush(
+            tracker=self._tracker,
+            app=self._app,
+            delivery=delivery,
+            publish=lambda producer, **options: producer.publish(data, **{**sent, **options}),
+            producer=self._producer,
+            run=moving,
+            alone=sends_a_group() and not (wire.task.get("group") or wire.task.get("taskset")),
+            retry=bool(options.get("retry")),
+            policy=options.get("retry_policy"),
+        )
+
+    def _channel(self, options: dict[str, Any]) -> Any:
+        """Return the channel to ask where a message goes, with its queues declared; None: do not ask."""
+        exchange = options.get("exchange")
+        if not getattr(exchange, "name", exchange) or self._tracker.broker_in_doubt():
+            return None
+        try:
+            for entity in options.get("declare") or ():
+                self._producer.maybe_declare(entity)
+            return self._producer.channel
+        except BROKER_DOWN:
+            self._tracker.broker_failed()
+            return None
+
+
+def _next_of(run: Run, job_id: str) -> UUID:
+    return derived_token(run.claim.token, job_id, run.next_nth(job_id))
+
+
+def _without_ours(headers: dict[str, Any]) -> dict[str, Any]:
+    """Return a message's headers without what they inherited from the message of a guarded run."""
+    return {
+        name: value for name, value in headers.items() if name not in (TOKEN, WORKER, PART, DEAD)
+    }
+
+
+def _tracker_for(app: Any, producer: Any) -> Tracker | None:
+    try:
+        return lookup.tracker_for_push(app, producer.connection)
+    except Exception as error:
+        if is_host_interrupt(error):
+            raise
+        log.exception("jobguard could not find out where a task goes; it goes unrecorded")
+        return None
+
+
+def _made_by_the_library(amqp: Any) -> Callable[..., Any]:
+    """Return what would be in our sender's place."""
+    made = inspect.getattr_static(type(amqp), _SENDER)
+    make = getattr(made, "func", None) or getattr(made, "fget", None)
+    sender: Callable[..., Any] = make(amqp) if make is not None else made.__get__(amqp)
+    return sender

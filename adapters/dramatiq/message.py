@@ -1,0 +1,63 @@
+"""From a message to its delivery: what is recorded of a push."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+from dramatiq.middleware import AgeLimit
+
+from jobguard.adapters.dramatiq.envelope import Envelope
+from jobguard.adapters.dramatiq.layout import canonical
+from jobguard.model import Delivery, Parent
+
+if TYPE_CHECKING:
+    from dramatiq import Message
+    from dramatiq.brokers.redis import RedisBroker
+
+
+def deliver(
+    broker: RedisBroker,
+    message: Message[Any],
+    *,
+    rid: UUID,
+    queue: str,
+    data: bytes,
+    parent: Parent | None = None,
+    derived: bool = False,
+    closes: str | None = None,
+) -> Delivery:
+    """Return the record of these bytes in that list."""
+    actor = broker.actors.get(message.actor_name)
+    eta = message.options.get("eta") if queue != canonical(queue) else None
+    return Delivery(
+        token=rid,
+        job_id=message.message_id,
+        queue=canonical(queue),
+        task=message.actor_name,
+        envelope=Envelope(rid, queue, data).encode(),
+        priority=int(getattr(actor, "priority", 0) or 0),
+        attempt=_attempt(message),
+        due_at=eta / 1000 if isinstance(eta, int | float) else None,
+        expires_at=expires_at(broker, message),
+        parent=parent,
+        fresh=True,
+        derived=derived,
+        closes=closes,
+    )
+
+
+def expires_at(broker: RedisBroker, message: Message[Any]) -> float | None:
+    """Return when Dramatiq would drop it unrun, in seconds since the epoch; None: never."""
+    limit = next((each for each in broker.middleware if isinstance(each, AgeLimit)), None)
+    if limit is None:
+        return None
+    actor = broker.actors.get(message.actor_name)
+    usual = actor.options.get("max_age", limit.max_age) if actor else limit.max_age
+    age = message.options.get("max_age") or usual
+    return (message.message_timestamp + age) / 1000 if age else None
+
+
+def _attempt(message: Message[Any]) -> int:
+    retries = message.options.get("retries")
+    return 1 + retries if isinstance(retries, int) else 1

@@ -1,0 +1,203 @@
+"""The hooks on every way a person takes a job out: our tombstone first, then Redis."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial, wraps
+from typing import TYPE_CHECKING, Any
+
+from rq.job import Job
+from rq.queue import Queue
+from rq.registry import ScheduledJobRegistry
+
+from jobguard.adapters.rq import message
+from jobguard.adapters.rq.layout import FIELD, SPENT
+from jobguard.adapters.rq.lookup import tracker_for_job, tracker_for_queue
+from jobguard.adapters.rq.pipeline import Batch, is_immediate
+from jobguard.errors import is_host_interrupt
+
+if TYPE_CHECKING:
+    from redis.client import Pipeline
+
+    from jobguard.adapter import Tracker
+
+log = logging.getLogger("jobguard")
+Hook = Callable[..., Any]
+
+_CLEANING = "_jobguard_cleaning"
+_LEAVING = "_jobguard_leaving"
+_CANCELLED_AT_ONCE = 500
+
+
+def cancel(original: Hook) -> Hook:
+    """Job.cancel: our tombstone first, so that nothing brings the job back."""
+
+    @wraps(original)
+    def hook(self: Job, pipeline: Pipeline | None = None, *args: Any, **kwargs: Any) -> Any:
+        tracker = tracker_for_job(self)
+        if tracker is None:
+            return original(self, pipeline, *args, **kwargs)
+        _intend_to_cancel(tracker, self, pipeline)
+        with _leaving(self):
+            result = original(self, pipeline, *args, **kwargs)
+        token = message.token_of(self)
+        if token is not None:
+            # RQ lets a cancelled job be put back: that must not be taken for this delivery.
+            client = pipeline if pipeline is not None else self.connection
+            message.mark(client, self, token.hex + SPENT)
+        return result
+
+    return hook
+
+
+def delete(original: Hook) -> Hook:
+    """Job.delete: a person's delete is a cancel; RQ's own, of a job that ended, is not."""
+
+    @wraps(original)
+    def hook(self: Job, pipeline: Pipeline | None = None, *args: Any, **kwargs: Any) -> Any:
+        is_its_end = _CLEANING in self.__dict__ or self._status in message.ENDED
+        if not is_its_end and message.run_of(self) is None:
+            tracker = tracker_for_job(self)
+            if tracker is not None:
+                _intend_to_cancel(tracker, self, pipeline)
+        with _leaving(self):
+            return original(self, pipeline, *args, **kwargs)
+
+    return hook
+
+
+def cleanup(original: Hook) -> Hook:
+    """Job.cleanup: deletes a job whose result nobody wants to keep."""
+
+    @wraps(original)
+    def hook(self: Job, *args: Any, **kwargs: Any) -> Any:
+        message.ttl_runs(self)
+        self.__dict__[_CLEANING] = True
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            self.__dict__.pop(_CLEANING, None)
+
+    return hook
+
+
+def empty(original: Hook) -> Hook:
+    """Queue.empty: everything that waits is cancelled."""
+
+    @wraps(original)
+    def hook(self: Queue) -> Any:
+        tracker = tracker_for_queue(self)
+        if tracker is not None:
+            _intend_to_empty(tracker, self)
+        return original(self)
+
+    return hook
+
+
+def delete_queue(original: Hook) -> Hook:
+    """Queue.delete: also where it leaves the jobs' hashes, nothing would ever run them."""
+
+    @wraps(original)
+    def hook(self: Queue, delete_jobs: bool = True) -> Any:
+        tracker = tracker_for_queue(self)
+        if tracker is not None and not delete_jobs:  # else it calls Queue.empty
+            _intend_to_empty(tracker, self)
+        return original(self, delete_jobs=delete_jobs)
+
+    return hook
+
+
+def remove_from_queue(original: Hook) -> Hook:
+    """Queue.remove: what a person takes out of the list is not to run; RQ only does so to tidy up."""
+
+    @wraps(original)
+    def hook(self: Queue, job_or_id: Job | str, pipeline: Pipeline | None = None) -> Any:
+        removed = original(self, job_or_id, pipeline)
+        if pipeline is None and removed and not _is_leaving(job_or_id):
+            tracker = tracker_for_queue(self)
+            if tracker is not None:
+                job_id = job_or_id.id if isinstance(job_or_id, Job) else job_or_id
+                still_there = partial(self.connection.lpos, self.key, job_id)
+                _taken_out(tracker, self, job_id, "queued", still_there)
+        return removed
+
+    return hook
+
+
+def remove_from_registry(original: Hook) -> Hook:
+    """ScheduledJobRegistry.remove: the same for the delay queue."""
+
+    @wraps(original)
+    def hook(
+        self: Any, job: Job | str, pipeline: Pipeline | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        removed = original(self, job, pipeline, *args, **kwargs)
+        if not isinstance(self, ScheduledJobRegistry) or _is_leaving(job):
+            return removed
+        if pipeline is None and removed:
+            queue = Queue(self.name, connection=self.connection, job_class=self.job_class)
+            tracker = tracker_for_queue(queue)
+            if tracker is not None:
+                job_id = job.id if isinstance(job, Job) else job
+                still_there = partial(self.connection.zscore, self.key, job_id)
+                _taken_out(tracker, queue, job_id, "scheduled", still_there)
+        return removed
+
+    return hook
+
+
+@contextmanager
+def _leaving(job: Job) -> Iterator[None]:
+    """Inside, RQ takes the job out of its places, and our word is said already."""
+    job.__dict__[_LEAVING] = True
+    try:
+        yield
+    finally:
+        job.__dict__.pop(_LEAVING, None)
+
+
+def _is_leaving(job: Job | str) -> bool:
+    return isinstance(job, Job) and _LEAVING in job.__dict__
+
+
+def _taken_out(
+    tracker: Tracker, queue: Queue, job_id: str, status: str, still_there: Callable[[], Any]
+) -> None:
+    """Cancel what stood in this one place, and now stands nowhere.
+
+    Afterwards, not before: only then is it seen that the job was not moved, to another queue or to
+    the front of this one. If we die in between, it comes back. A job without a hash is lost, not taken out.
+    """
+    job: Any = queue.job_class(job_id, connection=queue.connection)
+    try:
+        raw: Any = queue.connection.hmget(job.key, FIELD, "status", "origin")
+        token = message.token_in(raw[0], raw[1])
+        if token is None or raw[1:] != [status.encode(), queue.name.encode()]:
+            return
+        if still_there() is not None:
+            return
+        tracker.cancel(tokens=[token])
+        # Who puts it back by hand means another delivery.
+        message.mark(queue.connection, job, token.hex + SPENT)
+    except Exception as error:
+        if is_host_interrupt(error):
+            raise
+        log.exception("jobguard could not cancel job %s, and will put it back", job_id)
+
+
+def _intend_to_empty(tracker: Tracker, queue: Queue) -> None:
+    """Cancel what stands in the list: RQ leaves alone what is scheduled or waits for its parents."""
+    ids = queue.get_job_ids()
+    for start in range(0, len(ids), _CANCELLED_AT_ONCE):
+        tracker.cancel(job_ids=ids[start : start + _CANCELLED_AT_ONCE])
+
+
+def _intend_to_cancel(tracker: Tracker, job: Job, pipeline: Pipeline | None) -> None:
+    token = message.token_of(job)
+    tokens, ids = ([token] if token is not None else []), [job.id]
+    if pipeline is None or is_immediate(pipeline):
+        tracker.cancel(tokens=tokens, job_ids=ids)
+    else:  # only if the caller does not drop it
+        Batch.of(pipeline).intend(lambda: tracker.cancel(tokens=tokens, job_ids=ids))

@@ -1,0 +1,130 @@
+"""Who takes jobs from a Redis, counted by the connections that it has.
+
+Names of workers can be shared, switched off, or lost with Redis. A connection cannot: whoever takes jobs
+has one, and ``CLIENT LIST`` shows its last command. A guarded process names its connections (label.py);
+a client that takes jobs by a connection without such a name is one that we cannot account for.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from redis.exceptions import ResponseError
+
+from jobguard.client_names import Mark, mark_of, read_mark
+
+if TYPE_CHECKING:
+    import redis
+
+    from jobguard.adapter import Source
+
+_SHARE = 20
+"""A look may take one part in so many of the time: Redis does nothing else while it lists its clients."""
+
+
+class Consumers(Mapping[str, frozenset[str]]):
+    """Names of consumers by queue; strangers are in every queue, also in one that nobody named."""
+
+    def __init__(
+        self,
+        by_queue: Mapping[str, frozenset[str]],
+        strangers: frozenset[str],
+        uncounted: str = "",
+    ) -> None:
+        self._by_queue = by_queue
+        self._strangers = strangers
+        self.uncounted = uncounted
+        """Why the connections could not be counted; "": they were."""
+
+    def __getitem__(self, queue: str) -> frozenset[str]:
+        return self._by_queue.get(queue, frozenset()) | self._strangers
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._by_queue)
+
+    def __len__(self) -> int:
+        return len(self._by_queue)
+
+
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """One client of Redis."""
+
+    text: str
+    """For people: its address, its name, its last command, and since when it is connected."""
+    command: str
+    blocked: bool
+    idle: int
+    here: bool
+    """In the database of the source."""
+    subscribes: bool
+    """It is subscribed to one channel."""
+    mark: Mark | None
+    ours: bool
+    """A guarded process of this source, or of one whose queues have other keys."""
+
+
+class Listeners:
+    """The clients of one source's Redis."""
+
+    def __init__(self, client: redis.Redis, source: Source) -> None:
+        self._client: Any = client
+        self._mark = mark_of(source)
+        self._db = int(client.connection_pool.connection_kwargs.get("db") or 0)
+        self._since: dict[
+            str, str
+        ] = {}  # as first seen: a text that changes would be another client
+        self._next = float("-inf")
+        self._last: tuple[Listener, ...] = ()
+        self.refused = ""
+        """Why Redis does not list its clients; "": it does."""
+
+    def look(self) -> tuple[Listener, ...]:
+        """Return the clients that are neither replicas nor ourselves; none where Redis refuses."""
+        began = time.monotonic()
+        if began < self._next:
+            return self._last
+        try:
+            rows = [row for kind in ("normal", "pubsub") for row in self._list(kind)]
+        except ResponseError as error:
+            self.refused = str(error)
+            rows = []
+        else:
+            self.refused = ""
+        took = time.monotonic() - began
+        self._next = began + _SHARE * took if took > 0.05 else began
+        since = self._since
+        self._since = {row["id"]: since.get(row["id"]) or _since(row) for row in rows}
+        self._last = tuple(map(self._read, rows))
+        return self._last
+
+    def _list(self, kind: str) -> Iterable[Mapping[str, str]]:
+        rows: list[Mapping[str, str]] = self._client.client_list(_type=kind)
+        return rows
+
+    def _read(self, row: Mapping[str, str]) -> Listener:
+        mark = read_mark(row.get("name", ""))
+        same = mark is not None and mark.place == self._mark.place
+        return Listener(
+            text=_describe(row, self._since[row["id"]]),
+            command=row.get("cmd", "").lower(),
+            blocked="b" in row.get("flags", ""),
+            idle=int(row.get("idle", 0)),
+            here=int(row.get("db", 0)) == self._db,
+            subscribes=row.get("sub", "0") == "1" and row.get("psub", "0") == "0",
+            mark=mark,
+            ours=mark is not None and (not same or mark.source == self._mark.source),
+        )
+
+
+def _since(row: Mapping[str, str]) -> str:
+    at = time.time() - int(row.get("age", 0))
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
+
+
+def _describe(row: Mapping[str, str], since: str) -> str:
+    name = f", named {row['name']}" if row.get("name") else ""
+    return f"{row.get('addr', '?')} ({row.get('cmd', '?')}{name}, since {since})"

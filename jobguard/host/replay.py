@@ -1,0 +1,295 @@
+"""What waits in a spool, told to a store: oldest first, by one thread at a time."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from jobguard.errors import (
+    BreakerOpen,
+    NoRights,
+    NotMigrated,
+    StoreUnavailable,
+    WrongInstallation,
+    is_host_interrupt,
+)
+from jobguard.host.session import bare_end
+from jobguard.host.spool import Cancelled, Entry, JoinOpened, Spool, size_of
+from jobguard.log import log_event
+from jobguard.model import Delivery, End, Recorded
+
+if TYPE_CHECKING:
+    from jobguard.adapter import Source
+    from jobguard.host.circuit import Circuit
+    from jobguard.store.protocols import HostStore
+
+BATCH = 250
+"""Entries of the spool that one call carries along: a host that comes by waits for no more."""
+_BYTES = 1 << 20
+"""And so many bytes of them."""
+_STRIKES = 2
+"""How often an entry may fail, while Postgres answers otherwise, before it is set aside."""
+_TRIES = 8
+"""How often one that was set aside is tried again before it is given up."""
+_AGAIN = 10.0
+"""Seconds until it is tried the first time; twice as many each time after, 10 minutes at most."""
+_LONGEST = 30.0
+"""Seconds between two tries of the thread that drains, at most."""
+_LEAST = 0.2
+"""Seconds for a look whether Postgres is back, where waiting any longer is no use."""
+
+
+class Replay:
+    """The way back from one process's spool. ``ended`` is called with the ends that a store has taken."""
+
+    def __init__(
+        self,
+        source: Source,
+        spool: Spool,
+        circuit: Circuit,
+        ready: Callable[[], HostStore],
+        *,
+        retry_interval: float,
+        ended: Callable[[Sequence[End]], None],
+    ) -> None:
+        self._source = source
+        self._spool = spool
+        self._circuit = circuit
+        self._ready = ready
+        self._retry_interval = retry_interval
+        self._ended = ended
+        self._replaying = threading.Lock()
+        self._draining = threading.Lock()
+        self._failing = False
+        self._most = BATCH
+        self._strikes = 0
+        self._tried: dict[int, tuple[int, float]] = {}  # by entry: how often, and when again
+
+    def some(self, limit: int) -> int:
+        """Give Postgres so many entries at most; returns how many it took."""
+        if not self._replaying.acquire(blocking=False):
+            return 0
+        done = 0
+        aside = len(self._spool.aside())
+        try:
+            began = self._spool.size
+            while done < limit and began - self._spool.size < _BYTES:
+                entries = self._spool.peek(min(limit - done, self._most), _BYTES)
+                if not entries:
+                    break
+                if self._write(entries):
+                    self._spool.drop(entries)
+                    done += len(entries)
+            if not len(self._spool):
+                done += self._once_more()
+            self._failing = False
+        except (StoreUnavailable, WrongInstallation):
+            pass
+        except Exception as error:
+            if is_host_interrupt(error):
+                raise
+            if not self._failing:
+                log_event("guest_failed", where="replay", error=str(error), exc_info=True)
+            self._failing = True
+        finally:
+            self._replaying.release()
+        if done:
+            log_event("spool_replayed", count=done, left=self._spool.pending)
+        if aside and not self._spool.aside():
+            log_event("aside_written")
+        return done
+
+    def _write(self, entries: Sequence[Entry]) -> bool:
+        """Write these; False: the first of them was set aside. Raises StoreUnavailable.
+
+        Fewer at a time after a failure, and at last one. One that fails while Postgres answers
+        otherwise must not stand in the way of all the others for ever, whatever the reason is.
+        """
+        if not self._strikes:
+            try:
+                with self._circuit.calling():
+                    self._each(self._ready(), entries)
+            except (BreakerOpen, NotMigrated, NoRights):
+                raise
+            except StoreUnavailable:
+                self._most = max(1, len(entries) // 4)
+                self._strikes = 1 if len(entries) == 1 else 0
+                raise
+        else:
+            with self._circuit.calling():
+                self._ready().now()
+            entry = entries[0]
+            try:
+                self._each(self._ready(), [entry])  # outside the circuit: it is the entry's failure
+            except StoreUnavailable as error:
+                self._strikes += 1
+                if self._strikes <= _STRIKES:
+                    raise
+                self._strikes = 0
+                self._spool.set_aside(entry)
+                log_event(
+                    "entry_set_aside",
+                    job_id=getattr(entry, "job_id", ""),
+                    kind=type(entry).__name__,
+                    bytes=size_of(entry),
+                    aside=len(self._spool.aside()),
+                    error=str(error),
+                )
+                return False
+            self._strikes = 0
+        self._most = min(BATCH, self._most * 2)
+        return True
+
+    def _once_more(self) -> int:
+        """Try the next one that was set aside, if its time has come; returns how many were written."""
+        now = time.monotonic()
+        known = {id(entry): entry for entry in self._spool.aside()}
+        self._tried = {which: self._tried.get(which, (0, now + _AGAIN)) for which in known}
+        due = [which for which, (_, at) in self._tried.items() if at <= now]
+        if not due:
+            return 0
+        entry = known[due[0]]
+        tries = self._tried[due[0]][0] + 1
+        with self._circuit.calling():
+            self._ready().now()
+        try:
+            self._each(self._ready(), [entry])
+        except StoreUnavailable as error:
+            self._tried[due[0]] = (tries, now + min(600.0, _AGAIN * 2**tries))
+            if tries >= _TRIES:
+                self._spool.drop_aside(entry, lost=True)
+                log_event("entry_given_up", job_id=getattr(entry, "job_id", ""), error=str(error))
+            return 0
+        self._spool.drop_aside(entry, lost=False)
+        return 1
+
+    def drain_for(self, patience: float) -> None:
+        """Write all that waits, in so many seconds.
+
+        Not longer than a look takes where Postgres has been away for longer than that already.
+        """
+        if not self._circuit.closed and self._circuit.open_for() > patience:
+            patience = min(patience, _LEAST)
+        until = time.monotonic() + patience
+        self._circuit.beat_now()
+        while len(self._spool):
+            replayed = self.some(BATCH)
+            if time.monotonic() >= until:
+                break
+            if not replayed:
+                self._circuit.check()
+                time.sleep(0.01)
+
+    def drain(self) -> None:
+        """See that all is written, in a thread that ends by itself, though the host makes no call."""
+        if not self._draining.acquire(blocking=False):
+            return
+        try:
+            threading.Thread(target=self._drain, name="jobguard-drain", daemon=True).start()
+        except (
+            RuntimeError
+        ):  # the interpreter ends, or no thread can be had: the host's calls do it
+            self._draining.release()
+
+    def _drain(self) -> None:
+        try:
+            pause = self._retry_interval / 4
+            while self._spool.pending:
+                time.sleep(pause)
+                if not self._circuit.check():
+                    continue
+                if self.some(BATCH):
+                    pause = self._retry_interval / 4
+                    while self.some(BATCH):
+                        pass
+                elif len(self._spool):  # it takes connections, and refuses what we say
+                    pause = min(2 * pause, _LONGEST)
+                else:  # what was set aside has times of its own
+                    pause = self._retry_interval
+        except Exception as error:
+            log_event("guest_failed", where="drain", error=str(error), exc_info=True)
+        finally:
+            self._draining.release()
+        if self._spool.pending:
+            self.drain()  # something came after the last look
+
+    def _each(self, store: HostStore, entries: Sequence[Entry]) -> None:
+        """Replay these; one that is refused for what is in it does not keep the others waiting."""
+        try:
+            self._all(store, entries)
+        except StoreUnavailable:
+            raise
+        except Exception as error:
+            if is_host_interrupt(error):
+                raise
+            if len(entries) > 1:
+                for entry in entries:
+                    self._each(store, [entry])
+                return
+            (entry,) = entries
+            bare = bare_end(entry) if isinstance(entry, End) else entry
+            self._spool.counts.quarantined += 1
+            log_event("row_refused", job_id=getattr(entry, "job_id", ""), error=str(error))
+            if bare != entry:
+                self._each(store, [bare])
+
+    def _all(self, store: HostStore, entries: Sequence[Entry]) -> None:
+        source = self._source
+        deliveries = [entry for entry in entries if isinstance(entry, Delivery)]
+        ends = [entry for entry in entries if isinstance(entry, End)]
+        for entry in entries:
+            if isinstance(entry, Cancelled | JoinOpened):
+                write_cancellation(store, source, self._with_those_aside(entry), replay=True)
+        if deliveries:
+            store.record(source.id, deliveries, namespace=source.namespace, replay=True)
+        if ends:
+            store.end(source.id, ends)
+            self._ended(ends)
+
+    def _with_those_aside(self, entry: Cancelled | JoinOpened) -> Cancelled | JoinOpened:
+        """Name the records that a cancel meant and that are set aside: they come after it."""
+        if not isinstance(entry, Cancelled) or not entry.waiting:
+            return entry
+        aside = {one.token for one in self._spool.aside() if isinstance(one, Delivery)}
+        meant = aside.intersection(entry.waiting)
+        return replace(entry, tokens=(*entry.tokens, *meant)) if meant else entry
+
+
+def write_cancellation(
+    store: HostStore, source: Source, entry: Cancelled | JoinOpened, *, replay: bool = False
+) -> Recorded:
+    """Write what a host meant, now or (``replay``) some time ago."""
+    if isinstance(entry, Cancelled):
+        _cancel(store, source.id, entry, replay=replay)
+        return Recorded()
+    if entry.closed:
+        store.close_join(source.id, entry.join)
+        return Recorded()
+    leader_live = store.open_join(
+        source.id,
+        entry.join,
+        size=entry.size,
+        state=entry.state,
+        namespace=source.namespace,
+    )
+    return Recorded(leader_live=leader_live)
+
+
+def _cancel(store: HostStore, source: int, entry: Cancelled, *, replay: bool) -> None:
+    meant = None
+    if entry.job_ids or entry.queue is not None:
+        # What is recorded from now on is a new life, which nobody cancelled; and a network may keep
+        # what we say as long as a spool. Told at once it means all that is there now.
+        meant = store.now() - (entry.age if replay else 0.0)
+    store.cancel(
+        source,
+        tokens=entry.tokens,
+        job_ids=entry.job_ids,
+        queue=entry.queue,
+        meant=meant,
+        until=entry.until if replay else None,
+        waiting=entry.waiting if replay else (),
+    )

@@ -1,0 +1,286 @@
+"""Bounds on the lines of one event: one line at a change, a count, and a reminder a minute.
+
+An event that is listed in ``LIMITED`` is logged once for each key. The key is the event, the listed fields
+and the shape of its error. For a minute after that line, the same key is only counted. The next line of the
+key carries the count in the field ``suppressed``. An event that is listed in ``ENDS`` says that others are
+over: it takes over their counts, and the next of them is a change again.
+
+The table lies in memory that forked children share, so that a hundred children write one line and not a
+hundred. It has a fixed size. Counts of two processes at the same instant may be off by a few.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import re
+import struct
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from jobguard import os_threads
+
+REMIND = 60.0
+"""Seconds between two lines of one key."""
+CHANGE = 10.0
+"""Seconds between two lines of one key if its state ended in between and it flaps."""
+_FREE = 3
+"""A state that began so many times within three times CHANGE flaps."""
+
+LIMITED: Mapping[str, tuple[str, ...]] = {
+    "postgres_away": (),
+    "not_migrated": (),
+    "no_rights": (),
+    "wrong_installation": (),
+    "redis_away": ("source",),
+    "redis_refuses": ("source",),
+    "redis_evicted": ("source",),
+    "value_unreadable": ("source", "key"),
+    "guest_failed": ("where",),
+    "settings_differ": ("source",),
+    "record_spooled": (),
+    "record_lost": (),
+    "record_skipped": (),
+    "row_refused": (),
+    "spool_full": (),
+    "spool_replayed": (),
+    "not_written": ("what",),
+    "start_skipped": ("reason", "outcome"),
+    "start_unclaimed": (),
+    "start_unfenced": ("reason",),
+    "claim_lost": ("reason",),
+    "job_declined": (),
+    "nobody_leads": (),
+    "beat_unheard": ("store",),
+    "source_differs": ("source",),
+    "end_late": ("outcome",),
+    "lease_unrenewed": (),
+    "leader_lost": (),
+    "step_failed": ("part",),
+    "step_stuck": ("source",),
+    "queue_untrusted": ("source", "queue"),
+    "verifying": ("source", "cause"),
+    "restore_failed": (),
+    "job_not_restored": ("answer",),
+    "would_restore": (),
+    "postgres_back": (),
+    "redis_back": ("source",),
+    "redis_accepts": ("source",),
+}
+"""Events that can come again and again, and the fields that tell two states of one event apart."""
+
+ENDS: Mapping[str, tuple[str, ...]] = {
+    "postgres_back": (
+        "postgres_away",
+        "not_migrated",
+        "no_rights",
+        "record_spooled",
+        "record_skipped",
+        "start_unclaimed",
+        "lease_unrenewed",
+    ),
+    "spool_replayed": ("spool_full",),
+    "redis_back": ("redis_away",),
+    "redis_accepts": ("redis_refuses",),
+}
+"""Events that say that a state is over."""
+
+_ENDED_BY: Mapping[str, str] = {name: end for end, names in ENDS.items() for name in names}
+_SLOTS = 256
+_SLOT = struct.Struct("=QQddQdQ")
+_PROBES = 8
+_SHAPES = 4
+"""Errors of different shapes in one scope that have a key of their own; the others share one."""
+_PATIENCE = 0.1
+_VARIES = re.compile(r"0x[0-9a-f]+|[0-9a-f]{8}[0-9a-f-]*|\d+|'[^']*'|\"[^\"]*\"", re.IGNORECASE)
+
+
+class Slot(NamedTuple):
+    """What is known of one key."""
+
+    key: int = 0
+    scope: int = 0
+    said: float = 0.0
+    """When its last line was written."""
+    until: float = -1.0
+    """Lines before this are only counted."""
+    suppressed: int = 0
+    """How many were."""
+    since: float = float("-inf")
+    lines: int = 0
+    """How many were written since then."""
+
+    def written(self, now: float, silence: float) -> Slot:
+        """Return it after a line."""
+        fresh = now - self.since >= _FREE * CHANGE
+        since, lines = (now, 1) if fresh else (self.since, self.lines + 1)
+        return self._replace(said=now, until=now + silence, suppressed=0, since=since, lines=lines)
+
+    def ended(self) -> Slot:
+        """Return it after its state ended: the next line is a change."""
+        free = self.said if self.lines < _FREE else self.said + CHANGE
+        return self._replace(until=min(self.until, free), suppressed=0)
+
+
+Line = tuple[str, dict[str, Any], Any]
+"""An event, its fields and its exc_info."""
+
+
+class Flood:
+    """Decides which lines are written."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._table = mmap.mmap(-1, _SLOTS * _SLOT.size)
+        self._lock = os_threads.lock()
+        self._held: dict[
+            int, tuple[int, Line]
+        ] = {}  # the last suppressed line by key, and its scope
+
+    def after_fork(self) -> None:
+        """Begin anew in a child: the lines that wait are the parent's."""
+        self._lock = os_threads.lock()
+        self._held = {}
+
+    def reset(self) -> None:
+        """Forget everything, for tests."""
+        self._table[:] = bytes(len(self._table))
+        self._held = {}
+
+    def passes(self, event: str, fields: dict[str, Any], exc_info: Any = None) -> list[Line]:
+        """Return the lines to write now: this one if it is no repetition, and reminders that are due."""
+        line = (event, fields, exc_info)
+        # A signal handler may interrupt this very code, so that nothing here may wait for ever.
+        if not self._lock.acquire(True, _PATIENCE):
+            return [line]
+        try:
+            return self._passes(line)
+        finally:
+            self._lock.release()
+
+    def _passes(self, line: Line) -> list[Line]:
+        event, fields, exc_info = line
+        now = self._clock()
+        lines = self._due(now)
+        fields = fields | self._end(event, fields)
+        if event not in LIMITED:
+            lines.append((event, fields, exc_info))
+            return lines
+        scope = _scope(event, fields)
+        # The opposite state has begun, so that its held line would be false by now.
+        if event in _ENDED_BY:
+            self._drop(_scope(_ENDED_BY[event], fields))
+        key = self._key(scope, fields, now)
+        at, slot = self._slot(key)
+        if now < slot.until:
+            self._write(at, slot._replace(suppressed=slot.suppressed + 1))
+            self._held[key] = (scope, (event, _light(fields), None))
+            return lines
+        self._held.pop(key, None)
+        now_written = slot._replace(key=key, scope=scope).written(now, REMIND)
+        self._write(at, now_written.ended() if event in ENDS else now_written)
+        lines.append(_counted((event, fields, exc_info), slot.suppressed))
+        return lines
+
+    def due(self) -> list[Line]:
+        """Return the lines that were held back, and whose silence is over."""
+        return self._held_back(self._clock()) if self._held else []
+
+    def rest(self) -> list[Line]:
+        """Return every line that was held back: this process ends."""
+        return self._held_back(float("inf"))
+
+    def _held_back(self, now: float) -> list[Line]:
+        if not self._lock.acquire(True, _PATIENCE):
+            return []
+        try:
+            return self._due(now)
+        finally:
+            self._lock.release()
+
+    def _due(self, now: float) -> list[Line]:
+        lines: list[Line] = []
+        for key, (_, line) in list(self._held.items()):
+            at, slot = self._slot(key)
+            if now < slot.until:
+                continue
+            del self._held[key]
+            if slot.suppressed:
+                self._write(at, slot.written(self._clock(), REMIND))
+                lines.append(_counted(line, slot.suppressed - 1))
+        return lines
+
+    def _end(self, event: str, fields: dict[str, Any]) -> dict[str, Any]:
+        """End the states that this event ends, and return how many lines of each were not written."""
+        over: dict[str, int] = {}
+        for name in ENDS.get(event, ()):
+            scope = _scope(name, fields)
+            for at, slot in self._rows():
+                if slot.key and slot.scope == scope:
+                    over[name] = over.get(name, 0) + slot.suppressed
+                    self._write(at, slot.ended())
+            self._drop(scope)
+        counts = {name: count for name, count in over.items() if count}
+        return {"suppressed": counts} if counts else {}
+
+    def _drop(self, scope: int) -> None:
+        for key in [key for key, (there, _) in self._held.items() if there == scope]:
+            del self._held[key]
+
+    def _key(self, scope: int, fields: Mapping[str, Any], now: float) -> int:
+        error = fields.get("error")
+        if error is None:
+            return scope
+        shape = _VARIES.sub("#", str(error))[:100]
+        key = hash((scope, shape)) & 0xFFFF_FFFF_FFFF_FFFF or 1
+        same = {slot.key for _, slot in self._rows() if slot.scope == scope and now < slot.until}
+        return key if key in same or len(same) < _SHAPES else scope
+
+    def _slot(self, key: int) -> tuple[int, Slot]:
+        """Return the place of this key: its own, a free one, or that of the key silent for longest."""
+        best, best_until = key % _SLOTS, float("inf")
+        for nth in range(_PROBES):
+            at = (key + nth) % _SLOTS
+            slot = Slot._make(_SLOT.unpack_from(self._table, at * _SLOT.size))
+            if slot.key == key:
+                return at, slot
+            until = slot.until if slot.key else float("-inf")
+            if until < best_until:
+                best, best_until = at, until
+        return best, Slot()
+
+    def _rows(self) -> list[tuple[int, Slot]]:
+        rows = _SLOT.iter_unpack(self._table[:])
+        return [(at, Slot._make(row)) for at, row in enumerate(rows)]
+
+    def _write(self, at: int, slot: Slot) -> None:
+        _SLOT.pack_into(self._table, at * _SLOT.size, *slot)
+
+
+def _scope(event: str, fields: Mapping[str, Any]) -> int:
+    names = LIMITED.get(event, ())
+    return (
+        hash((event, *(str(fields.get(name, "")) for name in names))) & 0xFFFF_FFFF_FFFF_FFFF or 1
+    )
+
+
+def _light(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return these without exceptions, which keep whole stacks alive."""
+    return {
+        name: f"{type(value).__name__}: {value}" if isinstance(value, BaseException) else value
+        for name, value in fields.items()
+    }
+
+
+def _counted(line: Line, suppressed: int) -> Line:
+    event, fields, exc_info = line
+    if not suppressed:
+        return line
+    others = fields.get("suppressed")
+    count = {**others, event: suppressed} if isinstance(others, dict) else suppressed
+    return event, {**fields, "suppressed": count}, exc_info
+
+
+FLOOD = Flood()
+os.register_at_fork(after_in_child=FLOOD.after_fork)

@@ -1,0 +1,458 @@
+"""The store of the host's processes: records, claims, ends and beats, one round trip each.
+
+The SQL is in ``schema/queries.sql`` and, where a rule needs several looks, in the functions of
+``schema/migrations``; here its parameters are laid out and its answers read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+from uuid import UUID
+
+from jobguard.errors import BadRow
+from jobguard.model import (
+    Beat,
+    Claim,
+    ClaimAnswer,
+    Delivery,
+    End,
+    Ended,
+    Outcome,
+    Recorded,
+    Refusal,
+    Refused,
+    Unknown,
+    WorkerDeclaredDead,
+)
+from jobguard.schema import statements
+from jobguard.settings import Settings
+from jobguard.store import texts
+from jobguard.store.connection import Database
+from jobguard.store.protocols import BeatReply, ClaimRequest, SourceRow
+
+_SOURCE = ("id", "namespace", "library", "address", "prefix", "name", "settings", "one_body")
+_BATCH = 250
+"""Deliveries in one statement: a larger one saves nothing and holds its locks longer."""
+_AMENDED_AT_MOST = 3
+"""Tries to change an envelope that others change at the same time."""
+
+
+class PostgresStore:
+    """HostStore over one connection of this process."""
+
+    def __init__(self, conninfo: Callable[[], str], settings: Settings) -> None:
+        self._conninfo = conninfo
+        self._db = Database(
+            conninfo,
+            connect_timeout=settings.connect_timeout,
+            call_timeout=settings.call_timeout,
+            pooler=settings.pooler,
+        )
+        self._sql = statements()
+        self.installation: str | None = None
+
+    def conninfo(self) -> str | None:
+        """How another process reaches it; see HostStore."""
+        return self._conninfo()
+
+    def probe(self) -> bool:
+        """Without waiting: whether Postgres accepts us. Raises StoreUnavailable if it surely does not."""
+        return self._db.probe()
+
+    def register(self, source: SourceRow) -> SourceRow:
+        """Make the source known; see HostStore."""
+        values = {name: getattr(source, name) for name in _SOURCE}
+        rows = self._db.execute(self._sql["register"], values)
+        settings, epoch, n, run_id, self.installation = rows[0]
+        return replace(
+            source,
+            settings=settings or source.settings,
+            pulse_epoch=epoch,
+            pulse_n=n,
+            run_id=run_id,
+        )
+
+    def record(
+        self,
+        source: int,
+        deliveries: Sequence[Delivery],
+        *,
+        namespace: str,
+        outbox: bool = False,
+        replay: bool = False,
+        newest: bool = False,
+        relaxed: bool = False,
+    ) -> Recorded:
+        """Commit deliveries as owed; see HostStore."""
+        common = {
+            "source": source,
+            "namespace": namespace,
+            "commit": "off" if relaxed and not outbox else None,
+        }
+        plain = not outbox and not replay and all(map(_is_plain, deliveries))
+        if plain and len(deliveries) == 1:
+            rows = self._db.execute(
+                self._sql["record_one"],
+                common | _row(deliveries[0]),
+                payload=len(deliveries[0].envelope),
+            )
+            return Recorded(leader_live=rows[0][0])
+        refused: set[UUID] = set()
+        led = False
+        for batch in _batches(deliveries):
+            columns = common | _columns(batch)
+            payload = sum(len(d.envelope) for d in batch)
+            if plain:
+                led = self._db.execute(self._sql["record_fresh"], columns, payload=payload)[0][0]
+                continue
+            rows = self._db.execute(
+                self._sql["record"],
+                columns | _lineage(batch) | {"outbox": outbox, "replay": replay, "newest": newest},
+                payload=payload,
+            )
+            refused.update(rows[0][0])
+            led = rows[0][1]
+        return Recorded(refused=frozenset(refused), leader_live=led)
+
+    def withdraw(self, source: int, tokens: Sequence[UUID]) -> None:
+        """Forget deliveries that were never pushed; see HostStore."""
+        self._db.execute(self._sql["withdraw"], {"source": source, "tokens": list(tokens)})
+
+    def outbox(self, source: int, tokens: Sequence[UUID]) -> None:
+        """Leave the push to the leader; see HostStore."""
+        self._db.execute(self._sql["outbox"], {"source": source, "tokens": list(tokens)})
+
+    def claim(self, source: int, request: ClaimRequest) -> ClaimAnswer:
+        """Grant a start its claim, or say why not; see HostStore."""
+        rows = self._db.execute(
+            self._sql["claim"],
+            {
+                "source": source,
+                "token": request.token,
+                "nonce": request.nonce,
+                "worker": request.worker,
+                "pid": request.pid,
+                "namespace": request.namespace,
+                "timeout": request.worker_timeout,
+                "budget": request.crash_budget - 1,  # that many deaths it survives
+            },
+        )
+        return _claim_answer(request.token, *rows[0])
+
+    def claims(self, source: int, requests: Sequence[ClaimRequest]) -> Mapping[UUID, ClaimAnswer]:
+        """Grant several starts their claims, or say why not; see HostStore."""
+        one = requests[0]
+        rows = self._db.execute(
+            self._sql["claims"],
+            {
+                "source": source,
+                "token": [request.token for request in requests],
+                "nonce": [request.nonce for request in requests],
+                "worker": [request.worker for request in requests],
+                "pid": one.pid,
+                "namespace": one.namespace,
+                "timeout": one.worker_timeout,
+                "budget": one.crash_budget - 1,
+            },
+        )
+        return {nonce: _claim_answer(token, *found) for nonce, token, *found in rows}
+
+    def predecessor(self, source: int, token: UUID) -> UUID | None:
+        """Return the worker whose claim was taken away last; see HostStore."""
+        rows = self._db.execute(self._sql["predecessor"], {"source": source, "token": token})
+        return rows[0][0] if rows else None
+
+    def lock(self, source: int, name: str, *, token: UUID, number: int) -> bool:
+        """Take a lock in the name of a claim; see HostStore."""
+        return bool(
+            self._db.execute(
+                self._sql["lock"],
+                {"source": source, "name": texts.key(name), "token": token, "number": number},
+            )
+        )
+
+    def unlock(self, source: int, name: str, *, token: UUID) -> None:
+        """Let go of a lock; see HostStore."""
+        self._db.execute(
+            self._sql["unlock"], {"source": source, "name": texts.key(name), "token": token}
+        )
+
+    def release(self, source: int, token: UUID, worker: UUID, *, number: int) -> None:
+        """Take this worker's claim away; see HostStore."""
+        self._db.execute(
+            self._sql["release"],
+            {"source": source, "token": token, "worker": worker, "number": number},
+        )
+
+    def end(self, source: int, ends: Sequence[End]) -> Sequence[Ended]:
+        """Move deliveries to history; see HostStore."""
+        if not ends:
+            return []
+        rows = self._db.execute(
+            self._sql["end"],
+            {
+                "source": source,
+                "token": [e.token for e in ends],
+                "number": [e.number for e in ends],
+                "outcome": [e.outcome.value for e in ends],
+                "worker": [e.worker for e in ends],
+                "ended": [e.ended_at for e in ends],
+                "job_id": [e.job_id for e in ends],
+                "queue": [e.queue for e in ends],
+                "task": [e.task for e in ends],
+                "error": [e.error for e in ends],
+                "join": [texts.key(e.part.join) if e.part else None for e in ends],
+                "part": [e.part.state if e.part else None for e in ends],
+            },
+            payload=sum(len(e.error or "") + len(e.part.state if e.part else b"") for e in ends),
+        )
+        answers = [Ended(answer) for answer in rows[0][0]]
+        late = [
+            end
+            for end, answer in zip(ends, answers, strict=True)
+            if answer is Ended.LATE and end.outcome is Outcome.COMPLETED
+        ]
+        if not late:
+            return answers
+        completed = self._completed_after_all(source, late)
+        return [
+            Ended.ENDED if end in late and end.token in completed else answer
+            for end, answer in zip(ends, answers, strict=True)
+        ]
+
+    def _completed_after_all(self, source: int, ends: Sequence[End]) -> set[UUID]:
+        """Have what was cancelled while it ran, and ran to its end all the same, be completed."""
+        rows = self._db.execute(
+            self._sql["completed_after_all"],
+            {
+                "source": source,
+                "token": [end.token for end in ends],
+                "number": [end.number for end in ends],
+                "worker": [end.worker for end in ends],
+            },
+        )
+        completed = {row[0] for row in rows}
+        # Now that they count as completed, they leave something to their joins.
+        self.end(source, [end for end in ends if end.part and end.token in completed])
+        return completed
+
+    def now(self) -> float:
+        """The database's clock; see HostStore."""
+        return float(self._db.execute(self._sql["now"])[0][0])
+
+    def cancel(
+        self,
+        source: int,
+        *,
+        tokens: Sequence[UUID] = (),
+        job_ids: Sequence[str] = (),
+        queue: str | None = None,
+        meant: float | None = None,
+        until: UUID | None = None,
+        waiting: Sequence[UUID] = (),
+    ) -> int:
+        """Write tombstones; see HostStore."""
+        rows = self._db.execute(
+            self._sql["cancel"],
+            {
+                "source": source,
+                "tokens": list(tokens),
+                "job_ids": list(job_ids),
+                "queue": queue,
+                "meant": meant,
+                "until": until,
+                "waiting": list(waiting),
+            },
+        )
+        return int(rows[0][0])
+
+    def open_join(self, source: int, join: str, *, size: int, state: bytes, namespace: str) -> bool:
+        """Remember a join; see HostStore."""
+        rows = self._db.execute(
+            self._sql["open_join"],
+            {
+                "source": source,
+                "join": texts.key(join),
+                "name": texts.name(join),
+                "size": size,
+                "state": state,
+                "namespace": namespace,
+            },
+            payload=len(state),
+        )
+        return bool(rows[0][0])
+
+    def close_join(self, source: int, join: str) -> None:
+        """Nothing will come of a join; see HostStore."""
+        self._db.execute(self._sql["close_join"], {"source": source, "join": texts.key(join)})
+
+    def decline(self, source: int, token: UUID, *, most: int, wait: float, error: str) -> int:
+        """It goes back after a while, or is dead in the end; see HostStore."""
+        rows = self._db.execute(
+            self._sql["decline"],
+            {"source": source, "token": token, "most": most, "wait": wait, "error": error},
+        )
+        return int(rows[0][0])
+
+    def beat(self, source: int, beat: Beat, *, namespace: str) -> BeatReply:
+        """Take a worker's beat; see HostStore."""
+        epoch, n = beat.pulse or (None, None)
+        rows = self._db.execute(
+            self._sql["beat"],
+            {
+                "source": source,
+                "namespace": namespace,
+                "worker": beat.worker,
+                "name": beat.name,
+                "host": beat.host,
+                "pid": beat.pid,
+                "queues": list(beat.queues),
+                "claims": list(beat.claims),
+                "beat": beat.counter,
+                "unflushed": beat.unflushed_since,
+                "epoch": epoch,
+                "n": n,
+            },
+        )
+        return BeatReply(dead=rows[0][0], leader_live=rows[0][1])
+
+    def leave(self, worker: UUID) -> None:
+        """Take a worker's goodbye; see HostStore."""
+        self._db.execute(self._sql["leave"], {"worker": worker})
+
+    def recoverable(self, source: int, tokens: Sequence[UUID]) -> frozenset[UUID]:
+        """Which of these a leader will bring back; see HostStore."""
+        rows = self._db.execute(
+            self._sql["recoverable"], {"source": source, "tokens": list(tokens)}
+        )
+        return frozenset(token for (token,) in rows)
+
+    def tombstones(self, source: int, tokens: Sequence[UUID]) -> Mapping[UUID, Outcome]:
+        """Which of these have ended, and how; see HostStore."""
+        rows = self._db.execute(self._sql["tombstones"], {"source": source, "tokens": list(tokens)})
+        return {token: Outcome(outcome) for token, outcome in rows}
+
+    def amend(self, source: int, token: UUID, change: Callable[[bytes], bytes]) -> bool:
+        """Change an envelope; see HostStore."""
+        for _ in range(_AMENDED_AT_MOST):
+            key: dict[str, Any] = {"source": source, "token": token}
+            rows = self._db.execute(self._sql["envelope_of"], key)
+            if not rows:
+                return False
+            before = bytes(rows[0][0])
+            after = change(before)
+            changed = {**key, "before": before, "envelope": after}
+            if after == before or self._db.execute(self._sql["amend"], changed):
+                return True
+        return False
+
+    def heartbeat(
+        self,
+        source: int,
+        *,
+        job_id: str,
+        token: UUID | None = None,
+        number: int | None = None,
+        progress: float | None = None,
+        attrs: Mapping[str, Any] | None = None,
+    ) -> bool:
+        """Note a running job's progress; see HostStore."""
+        tokens = [token] if token is not None else self._owed_of(source, job_id)
+        rows = self._db.execute(
+            self._sql["heartbeat"],
+            {
+                "source": source,
+                "tokens": tokens,
+                "number": number,
+                "progress": progress,
+                "attrs": None if attrs is None else json.dumps(attrs, default=str),
+            },
+        )
+        return bool(rows)
+
+    def _owed_of(self, source: int, job_id: str) -> list[UUID]:
+        rows = self._db.execute(self._sql["owed_of"], {"source": source, "job_id": job_id})
+        return [token for (token,) in rows]
+
+    def close(self) -> None:
+        """Let go of the connection."""
+        self._db.close()
+
+
+def _claim_answer(
+    token: UUID, kind: str, number: int, crashes: int, outcome: str | None
+) -> ClaimAnswer:
+    if kind == "granted":
+        return Claim(token, number, crashes)
+    if kind == "unknown":
+        return Unknown(token)
+    if kind == "disowned":
+        return WorkerDeclaredDead(token)
+    return Refused(token, Refusal(kind), Outcome(outcome) if outcome else None)
+
+
+def _is_plain(delivery: Delivery) -> bool:
+    """Whether nothing can stand in its way, so that nothing need be looked at."""
+    return (
+        delivery.fresh
+        and delivery.parent is None
+        and not delivery.derived
+        and delivery.closes is None
+    )
+
+
+def _batches(deliveries: Sequence[Delivery]) -> Iterator[Sequence[Delivery]]:
+    """Cut into statements of a good size, none of which has a job id twice.
+
+    The order of records decides which delivery of an id is owed; one statement has no order.
+    """
+    batch: list[Delivery] = []
+    ids: set[str] = set()
+    for delivery in deliveries:
+        if len(batch) == _BATCH or delivery.job_id in ids:
+            yield batch
+            batch, ids = [], set()
+        batch.append(delivery)
+        ids.add(delivery.job_id)
+    if batch:
+        yield batch
+
+
+def _row(delivery: Delivery) -> dict[str, Any]:
+    if not -32768 <= delivery.priority <= 32767:
+        raise BadRow(f"priority {delivery.priority} is out of range")
+    return {
+        "token": delivery.token,
+        "job_id": delivery.job_id,
+        "queue": delivery.queue,
+        "task": delivery.task,
+        "priority": delivery.priority,
+        "attempt": min(delivery.attempt, 32767),
+        "due": delivery.due_at,
+        "expires": delivery.expires_at,
+        "key": delivery.key,
+        "trace": delivery.trace,
+        "envelope": delivery.envelope,
+    }
+
+
+def _columns(batch: Sequence[Delivery]) -> dict[str, Any]:
+    rows = [_row(d) for d in batch]
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def _lineage(batch: Sequence[Delivery]) -> dict[str, Any]:
+    return {
+        "parent": [d.parent.token if d.parent else None for d in batch],
+        "speaker": [d.parent.worker if d.parent else None for d in batch],
+        # 0: it was started while Postgres was away, and speaks for no claim.
+        "claim": [d.parent.claim or None if d.parent else None for d in batch],
+        "outcome": [d.parent.outcome.value if d.parent else None for d in batch],
+        "fresh": [d.fresh for d in batch],
+        "derived": [d.derived for d in batch],
+        "error": [d.parent.error if d.parent else None for d in batch],
+        "closes": [d.closes and texts.key(d.closes) for d in batch],
+    }

@@ -1,0 +1,360 @@
+"""A ledger in memory that behaves as the real one does, for tests of the adapter alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid4
+
+from jobguard.adapter import Broker, Session, Source
+from jobguard.host import batch as batches
+from jobguard.model import (
+    Claim,
+    Delivery,
+    Observation,
+    Outcome,
+    Owed,
+    Part,
+    Recorded,
+    Refusal,
+    Refused,
+    Restorable,
+    Restored,
+)
+from tests.support import newly_owed
+
+
+class FakeSession:
+    """A session that grants claims by the ledger of its tracker."""
+
+    def __init__(self, tracker: FakeTracker, name: str, queues: Sequence[str]):
+        self.id = uuid4()
+        self.tracker, self.name, self.queues = tracker, name, list(queues)
+        self.deferred: set[UUID] = set()
+        self.closed = False
+
+    def start(self, token: UUID, describe: Callable[[], Delivery], **_: Any) -> Claim | Refused:
+        """Grant what is owed, record what is unknown, refuse what has ended."""
+        ledger = self.tracker
+        ledger.note("start", token.hex)
+        if token in ledger.live_elsewhere:
+            return Refused(token, Refusal.CLAIMED)
+        if token in ledger.ended:
+            return Refused(token, Refusal.ENDED, ledger.ended[token])
+        if token not in ledger.owed:
+            ledger.owed[token] = describe()
+            ledger.note("adopt", token.hex)
+        self.deferred.add(token)
+        return Claim(token, ledger.number(token))
+
+    def end(
+        self,
+        claim: Claim,
+        outcome: Outcome,
+        *,
+        job_id: str,
+        queue: str,
+        task: str,
+        error: str | None = None,
+        part: Part | None = None,
+    ) -> None:
+        """End it."""
+        self.tracker.note("end", job_id, outcome.value, error or "")
+        self.tracker.close(claim.token, outcome)
+        self.deferred.discard(claim.token)
+
+    def mark_superseded(self, claim: Claim) -> None:
+        """Hold it no more."""
+        self.tracker.note("release", claim.token.hex)
+        self.deferred.discard(claim.token)
+
+    def decline(self, token: UUID, *, job_id: str, error: str) -> None:
+        """Send it back."""
+        self.tracker.note("decline", job_id, error)
+
+    def release(self, claim: Claim) -> None:
+        """Hold it no more."""
+        self.tracker.note("give_back", claim.token.hex)
+        self.deferred.discard(claim.token)
+
+    def abandon(self, claim: Claim) -> None:
+        """Give it up as a dead worker's."""
+        self.tracker.note("abandon", claim.token.hex)
+        self.deferred.discard(claim.token)
+
+    def consumes(self, queues: Sequence[str]) -> None:
+        """Take from these."""
+        self.queues = list(queues)
+
+    def take_over_beats(self, claim: Claim, gone: Callable[[], bool]) -> None:
+        """Say when the worker is gone."""
+
+        def wait() -> None:
+            if gone():
+                self.tracker.note("orphaned", claim.token.hex)
+
+        threading.Thread(target=wait, daemon=True).start()
+
+    def flush(self) -> None:
+        """Say that it was asked for."""
+        self.tracker.note("flush")
+
+    def close(self, *, running: bool = False) -> None:
+        """Say goodbye."""
+        self.tracker.note("close")
+        self.closed = True
+
+
+class FakeTracker:
+    """A tracker whose ledger is two dicts, and whose calls are also written to a file.
+
+    The file is how the calls of a forked horse are seen.
+    """
+
+    def __init__(self, source: Source, log: Path, queues: frozenset[str] | None = None):
+        self.source = source
+        self._log = log
+        self._queues = queues
+        self.owed: dict[UUID, Delivery] = {}
+        self.ended: dict[UUID, Outcome] = {}
+        self.live_elsewhere: set[UUID] = set()
+        self.push_deadline = 5.0
+        self.numbers: dict[UUID, int] = {}
+        self.batches: list[list[Delivery]] = []
+        self.outbox: list[UUID] = []
+        self.withdrawn: list[Delivery] = []
+        self.cancelled: list[tuple[tuple[UUID, ...], tuple[str, ...], str | None]] = []
+        self.sessions: list[FakeSession] = []
+        self.in_doubt = False
+        self.away = False
+        self.accepting = True
+        self.led = False
+        self.refusing: set[str] = set()
+        self.before_record: Callable[[], None] = lambda: None
+
+    def predecessor(self, token: UUID) -> UUID | None:
+        """Know of none."""
+        return None
+
+    def lock(self, name: str, claim: Claim) -> bool:
+        """Grant every lock."""
+        return True
+
+    def unlock(self, name: str, claim: Claim) -> None:
+        """Forget it."""
+
+    # What tests look at.
+
+    @property
+    def recorded(self) -> list[Delivery]:
+        """Every delivery that was recorded by this process."""
+        return [delivery for batch in self.batches for delivery in batch]
+
+    def note(self, *words: str) -> None:
+        """Append a call to the file, whichever process makes it."""
+        with self._log.open("a") as log:
+            log.write(json.dumps([os.getpid(), *words]) + "\n")
+
+    def notes(self, verb: str) -> list[list[str]]:
+        """Return the calls of one kind, of all processes, without their pids."""
+        lines = self._log.read_text().splitlines() if self._log.exists() else []
+        calls = [json.loads(line)[1:] for line in lines]
+        return [call[1:] for call in calls if call[0] == verb]
+
+    def pids(self, verb: str) -> list[int]:
+        """Return the processes that made the calls of one kind."""
+        calls = [json.loads(line) for line in self._log.read_text().splitlines()]
+        return [call[0] for call in calls if call[1] == verb]
+
+    def number(self, token: UUID) -> int:
+        """Return the number of the next claim of a delivery."""
+        self.numbers[token] = self.numbers.get(token, 0) + 1
+        return self.numbers[token]
+
+    def close(self, token: UUID, outcome: Outcome) -> None:
+        """Write a tombstone, unless there is one."""
+        self.owed.pop(token, None)
+        self.ended.setdefault(token, outcome)
+
+    # The Tracker protocol.
+
+    def guards(self, queue: str) -> bool:
+        """Whether this queue is guarded."""
+        return self._queues is None or queue in self._queues
+
+    def record(self, deliveries: Sequence[Delivery], *, outbox: bool = False) -> Recorded:
+        """Record, supersede, refuse."""
+        self.before_record()
+        self.batches.append(list(deliveries))
+        refused = set()
+        for delivery in deliveries:
+            parent = delivery.parent
+            self.note(
+                "record",
+                delivery.job_id,
+                delivery.token.hex,
+                parent.token.hex if parent else "",
+                str(parent.claim) if parent else "",
+                parent.outcome.value if parent else "",
+                str(delivery.attempt),
+            )
+            if delivery.job_id in self.refusing or (parent and parent.token in self.ended):
+                refused.add(delivery.token)
+                continue
+            if parent:
+                self.close(parent.token, parent.outcome)
+            if not delivery.fresh:
+                for older in [o for o in self.owed.values() if o.job_id == delivery.job_id]:
+                    if not any(older.token in session.deferred for session in self.sessions):
+                        self.close(older.token, Outcome.SUPERSEDED)
+            self.owed[delivery.token] = delivery
+            if outbox:
+                self.outbox.append(delivery.token)
+        return Recorded(refused=frozenset(refused), leader_live=True)
+
+    def withdraw(self, deliveries: Sequence[Delivery]) -> None:
+        """Take back."""
+        self.withdrawn += deliveries
+        for delivery in deliveries:
+            self.owed.pop(delivery.token, None)
+
+    def leave_to_outbox(self, tokens: Sequence[UUID]) -> None:
+        """Remember what the leader should push."""
+        self.note("outbox", *(token.hex for token in tokens))
+        self.outbox += tokens
+
+    def defer(
+        self, deliveries: Sequence[Delivery], push: Callable[[Recorded], None]
+    ) -> Callable[[], None] | None:
+        """Keep these, inside a batch."""
+        return batches.defer(self.source.id, deliveries, push)
+
+    def batch(self, **how: Any) -> AbstractContextManager[None]:
+        """Hold back what is sent inside."""
+        return batches.batch(self.source.id, self, **how)
+
+    def open_join(self, join: str, size: int, state: bytes = b"") -> Recorded:
+        """Remember it."""
+        self.note("open_join", join, str(size))
+        return Recorded()
+
+    def close_join(self, join: str) -> None:
+        """Forget it."""
+        self.note("close_join", join)
+
+    @property
+    def mends_library(self) -> bool:
+        """Whether crashes of the library may be mended."""
+        return True
+
+    def broker_in_doubt(self) -> bool:
+        """Whether the test says so."""
+        return self.in_doubt
+
+    def broker_failed(self) -> None:
+        """Redis failed the host."""
+        self.note("broker_failed")
+
+    def accepts_without_broker(self, recorded: Recorded) -> bool:
+        """Whether the test says so."""
+        return self.accepting
+
+    def cancel(
+        self,
+        *,
+        tokens: Sequence[UUID] = (),
+        job_ids: Sequence[str] = (),
+        queue: str | None = None,
+    ) -> None:
+        """Write tombstones."""
+        self.cancelled.append((tuple(tokens), tuple(job_ids), queue))
+        for delivery in list(self.owed.values()):
+            if delivery.token in tokens or delivery.job_id in job_ids or delivery.queue == queue:
+                self.close(delivery.token, Outcome.CANCELLED)
+
+    def amend(self, token: UUID, change: Callable[[bytes], bytes]) -> bool:
+        """Change what is owed."""
+        self.note("amend", token.hex)
+        if token not in self.owed:
+            return False
+        it = self.owed[token]
+        self.owed[token] = replace(it, envelope=change(it.envelope))
+        return True
+
+    def heartbeat(self, job_id: str, **said: object) -> bool:
+        """Hear a job's progress."""
+        return True
+
+    def recovers(self, tokens: Sequence[UUID], *, began: bool = True) -> frozenset[UUID]:
+        """What is owed, if the test has somebody who leads."""
+        return frozenset(tokens) & self.owed.keys() if self.led else frozenset()
+
+    def tombstones(self, tokens: Sequence[UUID]) -> Mapping[UUID, Outcome] | None:
+        """Return how these have ended, unless the test has the ledger away."""
+        if self.away:
+            return None
+        return {token: self.ended[token] for token in tokens if token in self.ended}
+
+    def drain_spool(self) -> None:
+        """Have nothing that waits."""
+
+    def inherit_session(
+        self, worker: UUID, pid: int, *, name: str, queues: Sequence[str]
+    ) -> Session:
+        """Speak for the parent."""
+        self.note("inherit", worker.hex)
+        session = FakeSession(self, name, queues)
+        session.id = worker
+        return session
+
+    def open_session(
+        self,
+        *,
+        name: str,
+        queues: Sequence[str],
+        lists: Callable[[], Iterable[UUID]] | None = None,
+        apart: bool = False,
+        serves: bool = False,
+    ) -> Session:
+        """Open."""
+        self.note("open", name)
+        self.sessions.append(FakeSession(self, name, queues))
+        return self.sessions[-1]
+
+
+def owed(delivery: Delivery) -> Owed:
+    """Return a delivery as a look needs it."""
+    return newly_owed(
+        delivery.token, job_id=delivery.job_id, queue=delivery.queue, task=delivery.task
+    )
+
+
+def lost(delivery: Delivery, **changes: Any) -> Restorable:
+    """Return a delivery as it is put back."""
+    given: dict[str, Any] = {
+        "token": delivery.token,
+        "job_id": delivery.job_id,
+        "queue": delivery.queue,
+        "envelope": delivery.envelope,
+        "due_at": delivery.due_at,
+        "expires_at": delivery.expires_at,
+    }
+    return Restorable(**(given | changes))
+
+
+def restore(broker: Broker, *deliveries: Restorable) -> list[Restored]:
+    """Put back, with time enough."""
+    done = broker.restore(deliveries, deadline=time.time() + 60)
+    return [done[delivery.token] for delivery in deliveries]
+
+
+def observe(broker: Broker, delivery: Delivery) -> Observation:
+    """Look for one."""
+    return broker.presence([owed(delivery)])[delivery.token]

@@ -1,0 +1,488 @@
+"""The ledger in memory as producers and workers use it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+from uuid import UUID
+
+from jobguard.errors import BadRow
+from jobguard.model import (
+    Beat,
+    Cause,
+    Claim,
+    ClaimAnswer,
+    Delivery,
+    End,
+    Ended,
+    Outcome,
+    Parent,
+    Recorded,
+    Refusal,
+    Refused,
+    Unknown,
+    WorkerDeclaredDead,
+)
+from jobguard.store.protocols import BeatReply, ClaimRequest, SourceRow
+from tests.fakes.store.tables import Job, Key, Run, Suspect, Tables, Tombstone, Worker
+
+_WATCHED = 300.0
+"""Seconds after a leader's last tick in a source's Redis in which it surely watches it."""
+_SMALLINT = range(-(2**15), 2**15)
+
+
+class MemoryHostStore:
+    """What processes of the application ask, statement by statement."""
+
+    def __init__(self, tables: Tables) -> None:
+        self._tables = tables
+        self.installation: str | None = None
+
+    def conninfo(self) -> str | None:
+        return None
+
+    def probe(self) -> bool:
+        with self._tables.open():
+            return True
+
+    def register(self, source: SourceRow) -> SourceRow:
+        with self._tables.open():
+            return self._tables.sources.setdefault(source.id, source)
+
+    def record(
+        self,
+        source: int,
+        deliveries: Sequence[Delivery],
+        *,
+        namespace: str,
+        outbox: bool = False,
+        replay: bool = False,
+        newest: bool = False,
+        relaxed: bool = False,
+    ) -> Recorded:
+        tables = self._tables
+        with tables.open() as now:
+            for delivery in deliveries:
+                tables.check(delivery.job_id, delivery.queue, delivery.task)
+                if delivery.priority not in _SMALLINT:
+                    raise BadRow(f"priority {delivery.priority} is out of range")
+            refused = set()
+            for delivery in deliveries:
+                key = (source, delivery.token)
+                if key in tables.jobs:
+                    if replay:  # a worker met it first, and could not know what it follows
+                        self._follow(source, Job(delivery, recorded_at=now), now=now, replay=True)
+                    continue
+                if self._never(source, delivery, now=now):
+                    if not replay:
+                        refused.add(delivery.token)
+                    continue
+                job = Job(delivery, recorded_at=now)
+                if replay:
+                    tables.fill_in(key, delivery.envelope)
+                if replay and key in tables.history:
+                    # It is over before it was recorded; what it took the place of is not, for that.
+                    if self._follow(source, job, now=now, replay=replay):
+                        self._supersede_older(source, job, now=now)
+                    continue
+                if replay and not newest and self._outdated(source, delivery, now=now):
+                    continue
+                if self._follow(source, job, now=now, replay=replay):
+                    self._owe(source, job, now=now, outbox=outbox)
+                else:
+                    refused.add(delivery.token)
+            return Recorded(frozenset(refused), leader_live=tables.led(namespace, now))
+
+    def _never(self, source: int, delivery: Delivery, *, now: float) -> bool:
+        """Whether it is not to be owed, whoever holds what; closes the join that it goes on from."""
+        tables = self._tables
+        late = False
+        if delivery.closes is not None:
+            join = tables.join(source, delivery.closes, now)
+            if join.closed_at is None:
+                join.closed_at, join.closed_by = now, delivery.token
+            join.parts.clear()
+            late = join.closed_by != delivery.token
+        return late or (delivery.derived and (source, delivery.token) in tables.history)
+
+    def _outdated(self, source: int, delivery: Delivery, *, now: float) -> bool:
+        """Bury a late record whose job id has had a younger life since."""
+        tables, token = self._tables, delivery.token
+        if not tables.one_body(source):
+            return False
+        parent = delivery.parent.token if delivery.parent is not None else None
+        lives = [t for _, t in tables.of_job(source, [delivery.job_id])] + [
+            t
+            for (s, t), tombstone in tables.history.items()
+            if s == source and tombstone.job_id == delivery.job_id
+        ]
+        younger = [t for t in lives if t > token and t != parent]
+        if younger:
+            tables.history[source, token] = Tombstone(
+                outcome=Outcome.SUPERSEDED,
+                ended_at=now,
+                job_id=delivery.job_id,
+                queue=delivery.queue,
+                task=delivery.task,
+                next=max(younger),
+            )
+        return bool(younger)
+
+    def _follow(self, source: int, job: Job, *, now: float, replay: bool) -> bool:
+        """Take the parent's place; False: it has ended, has moved on, or is somebody else's."""
+        tables, token, parent = self._tables, job.delivery.token, job.delivery.parent
+        if parent is None:
+            return True
+        key = (source, parent.token)
+        older = tables.jobs.get(key)
+        if older is not None:
+            if not self._speaks_for(key, parent, replay=replay):
+                return False
+            tables.bury(key, parent.outcome, ended_at=now, next=token, error=parent.error)
+            job.carry_counts(older)
+            return True
+        tombstone = tables.history.get(key)
+        if tombstone is not None:
+            return tombstone.next == token
+        # Nobody knows the parent: its record is late. It must not come to life behind its child.
+        tables.history[key] = Tombstone(
+            outcome=parent.outcome,
+            ended_at=now,
+            job_id=job.delivery.job_id,
+            queue=job.delivery.queue,
+            task=job.delivery.task,
+            next=token,
+            error=parent.error,
+        )
+        return True
+
+    def _speaks_for(self, key: Key, parent: Parent, *, replay: bool) -> bool:
+        run = self._tables.running.get(key)
+        if parent.claim:
+            if run is not None:
+                return run.number == parent.claim
+            # Of old news: a claim that was taken away, and given to nobody since, still speaks.
+            return replay and self._tables.jobs[key].claims == parent.claim
+        # Started while the store was away, and perhaps claimed since, by the very one who speaks.
+        own = run is not None and run.worker == parent.worker
+        return run is None or own or not self._tables.lives(key, run)
+
+    def _owe(self, source: int, job: Job, *, now: float, outbox: bool) -> None:
+        tables, delivery = self._tables, job.delivery
+        self._supersede_older(source, job, now=now, younger=True)
+        tables.jobs[source, delivery.token] = job
+        if outbox:
+            tables.outbox[source, delivery.token] = (now, True)
+
+    def _supersede_older(self, source: int, job: Job, *, now: float, younger: bool = False) -> None:
+        """Where one body is kept per id, an unclaimed delivery of it is nowhere any more."""
+        tables, delivery = self._tables, job.delivery
+        if (delivery.fresh and delivery.parent is None) or not tables.one_body(source):
+            return
+        for key in tables.of_job(source, [delivery.job_id]):
+            if key not in tables.running and (younger or key[1] < delivery.token):
+                job.carry_counts(tables.jobs[key])
+                tables.bury(key, Outcome.SUPERSEDED, ended_at=now, next=delivery.token)
+
+    def withdraw(self, source: int, tokens: Sequence[UUID]) -> None:
+        with self._tables.open():
+            for key in self._tables.owed(source, tokens):
+                if key not in self._tables.running and not self._tables.jobs[key].claims:
+                    self._tables.drop(key)
+
+    def outbox(self, source: int, tokens: Sequence[UUID]) -> None:
+        with self._tables.open() as now:
+            for key in self._tables.owed(source, tokens):
+                self._tables.outbox.setdefault(key, (now, False))
+
+    def claim(self, source: int, request: ClaimRequest) -> ClaimAnswer:
+        tables, key = self._tables, (source, request.token)
+        with tables.open() as now:
+            job = tables.jobs.get(key)
+            if job is None:
+                tombstone = tables.history.get(key)
+                if tombstone is None:
+                    return Unknown(request.token)
+                return Refused(request.token, Refusal.ENDED, tombstone.outcome)
+            asker, run = tables.workers.get(request.worker), tables.running.get(key)
+            dead = asker is not None and asker.dead_at is not None
+            if run is None:
+                if dead:
+                    return WorkerDeclaredDead(request.token)
+                return self._grant(key, request, job, number=job.claims + 1, now=now)
+            if run.nonce == request.nonce and not dead:
+                if run.worker != request.worker:
+                    run.worker, run.claimed_at = request.worker, now
+                return Claim(request.token, run.number, job.crashes)
+            silent = tables.silent(run, now=now, timeout=request.worker_timeout)
+            if tables.lives(key, run) and (tables.led(request.namespace, now) or not silent):
+                if silent:  # the push that is skipped now may have been the only copy
+                    tables.suspects.setdefault(key, Suspect(Cause.WORKER, "", now))
+                return Refused(request.token, Refusal.CLAIMED)
+            if dead:
+                return WorkerDeclaredDead(request.token)
+            return self._take_over(key, request, job, run, now=now)
+
+    def claims(self, source: int, requests: Sequence[ClaimRequest]) -> Mapping[UUID, ClaimAnswer]:
+        return {request.nonce: self.claim(source, request) for request in requests}
+
+    def _grant(
+        self, key: Key, request: ClaimRequest, job: Job, *, number: int, now: float
+    ) -> Claim:
+        self._tables.running[key] = Run(
+            number, request.nonce, request.worker, request.pid, claimed_at=now
+        )
+        return Claim(request.token, number, job.crashes)
+
+    def _take_over(
+        self, key: Key, request: ClaimRequest, job: Job, run: Run, *, now: float
+    ) -> Claim | Refused:
+        job.crashes += 0 if self._tables.announced(run) else 1
+        if job.crashes >= request.crash_budget:
+            self._tables.bury(key, Outcome.DEAD, ended_at=now)
+            return Refused(request.token, Refusal.SPENT)
+        return self._grant(key, request, job, number=run.number + 1, now=now)
+
+    def predecessor(self, source: int, token: UUID) -> UUID | None:
+        with self._tables.open():
+            job = self._tables.jobs.get((source, token))
+            return None if job is None else job.last_worker
+
+    def lock(self, source: int, name: str, *, token: UUID, number: int) -> bool:
+        tables = self._tables
+        with tables.open():
+            run = tables.running.get((source, token))
+            if run is None or number not in (0, run.number):
+                return False
+            key, theirs = tables.locks.get((source, name), ((source, token), run.number))
+            other = tables.running.get(key)
+            stands = other is not None and other.number == theirs and tables.lives(key, other)
+            if stands and (key, theirs) != ((source, token), run.number):
+                return False
+            tables.locks[source, name] = ((source, token), run.number)
+            return True
+
+    def unlock(self, source: int, name: str, *, token: UUID) -> None:
+        with self._tables.open():
+            held = self._tables.locks.get((source, name))
+            if held is not None and held[0] == (source, token):
+                del self._tables.locks[source, name]
+
+    def release(self, source: int, token: UUID, worker: UUID, *, number: int) -> None:
+        with self._tables.open():
+            run = self._tables.running.get((source, token))
+            if run is not None and run.worker == worker and number in (0, run.number):
+                job = self._tables.jobs[source, token]
+                job.claims = max(job.claims, run.number)
+                del self._tables.running[source, token]
+
+    def end(self, source: int, ends: Sequence[End]) -> Sequence[Ended]:
+        with self._tables.open() as now:
+            for end in ends:
+                self._tables.check(end.job_id, end.queue, end.task, end.error)
+            return [self._end((source, end.token), end, now=now) for end in ends]
+
+    def _end(self, key: Key, end: End, *, now: float) -> Ended:
+        tables = self._tables
+        if key in tables.jobs:
+            if not _counts(end, tables.running.get(key)):
+                return Ended.LATE
+            if end.part is not None:
+                tables.count(key, tables.jobs[key].delivery, end.part, now=now)
+            tables.bury(
+                key,
+                end.outcome,
+                ended_at=end.ended_at,
+                number=end.number,
+                worker=end.worker,
+                error=end.error,
+            )
+            return Ended.ENDED
+        stone = tables.history.get(key)
+        if stone is not None:
+            reported_by = (stone.outcome, stone.number, stone.worker)
+            cancelled = reported_by == (Outcome.CANCELLED, end.number, end.worker)
+            to_its_end = cancelled and end.outcome is Outcome.COMPLETED
+            if to_its_end:
+                stone = tables.history[key] = replace(stone, outcome=Outcome.COMPLETED)
+            # What completed as the library shows it has still left something to its join.
+            if end.part is not None and {stone.outcome, end.outcome} == {Outcome.COMPLETED}:
+                delivery_like = Delivery(key[1], stone.job_id, stone.queue, stone.task, b"")
+                tables.count(key, delivery_like, end.part, now=now)
+            return Ended.ENDED if to_its_end else Ended.LATE
+        tables.history[key] = Tombstone(
+            outcome=end.outcome,
+            ended_at=end.ended_at,
+            job_id=end.job_id,
+            queue=end.queue,
+            task=end.task,
+            number=end.number,
+            worker=end.worker,
+            error=end.error,
+        )
+        if end.part is not None:
+            delivery_like = Delivery(end.token, end.job_id, end.queue, end.task, b"")
+            tables.count(key, delivery_like, end.part, now=now)
+        if not tables.one_body(key[0]):
+            return Ended.UNKNOWN
+        # It ran, so it stood where an older delivery of its id had stood.
+        for older in tables.of_job(key[0], [end.job_id]):
+            if older not in tables.running and older[1] < end.token:
+                tables.bury(older, Outcome.SUPERSEDED, ended_at=now, next=end.token)
+        return Ended.UNKNOWN
+
+    def open_join(self, source: int, join: str, *, size: int, state: bytes, namespace: str) -> bool:
+        with self._tables.open() as now:
+            row = self._tables.join(source, join, now)
+            if not row.size or row.closed_at is not None:
+                row.size, row.state, row.opened_at = size, state, now
+                row.closed_at = row.closed_by = None
+            return self._tables.led(namespace, now)
+
+    def close_join(self, source: int, join: str) -> None:
+        with self._tables.open() as now:
+            row = self._tables.join(source, join, now)
+            row.closed_at = now if row.closed_at is None else row.closed_at
+            row.parts.clear()
+
+    def decline(self, source: int, token: UUID, *, most: int, wait: float, error: str) -> int:
+        tables, key = self._tables, (source, token)
+        with tables.open() as now:
+            if key not in tables.jobs or key in tables.running:
+                return 0
+            job = tables.jobs[key]
+            if job.declined == most:
+                tables.bury(key, Outcome.DEAD, ended_at=now, error=error)
+                return 0
+            job.not_before = now + wait * 2**job.declined
+            job.declined += 1
+            tables.suspects[key] = Suspect(Cause.WORKER, "", now)
+            return most - job.declined
+
+    def now(self) -> float:
+        with self._tables.open() as now:
+            return now
+
+    def cancel(
+        self,
+        source: int,
+        *,
+        tokens: Sequence[UUID] = (),
+        job_ids: Sequence[str] = (),
+        queue: str | None = None,
+        meant: float | None = None,
+        until: UUID | None = None,
+        waiting: Sequence[UUID] = (),
+    ) -> int:
+        tables = self._tables
+        with tables.open() as now:
+            unclaimed = [
+                key
+                for key, job in tables.jobs.items()
+                if key[0] == source and job.delivery.queue == queue and key not in tables.running
+            ]
+            named = [
+                key
+                for key in (*tables.of_job(source, job_ids), *unclaimed)
+                if key[1] in waiting
+                or (
+                    meant is not None
+                    and tables.jobs[key].recorded_at <= meant
+                    and (until is None or key[1] <= until)
+                )
+            ]
+            keys = {*tables.owed(source, tokens), *named}
+            for key in keys:
+                tables.bury(key, Outcome.CANCELLED, ended_at=now)
+            for token in tokens:
+                tombstone = Tombstone(outcome=Outcome.CANCELLED, ended_at=now)
+                tables.history.setdefault((source, token), tombstone)
+            return len(keys)
+
+    def beat(self, source: int, beat: Beat, *, namespace: str) -> BeatReply:
+        tables = self._tables
+        with tables.open() as now:
+            led = tables.led(namespace, now)
+            worker = tables.workers.get(beat.worker)
+            if worker is None:
+                tables.workers[beat.worker] = Worker(
+                    source=source,
+                    beat=beat,
+                    claims=frozenset(beat.claims),
+                    started_at=now,
+                    beat_at=now,
+                    previous_beat_at=now,
+                )
+                return BeatReply(leader_live=led)
+            if worker.dead_at is not None:
+                return BeatReply(dead=True, leader_live=led)
+            if beat.counter >= worker.beat.counter:
+                worker.beat, worker.claims = beat, frozenset(beat.claims)
+                worker.previous_beat_at, worker.beat_at = worker.beat_at, now
+            return BeatReply(leader_live=led)
+
+    def leave(self, worker: UUID) -> None:
+        with self._tables.open() as now:
+            row = self._tables.workers.get(worker)
+            if row is not None and row.left_at is None:
+                row.left_at = now
+
+    def recoverable(self, source: int, tokens: Sequence[UUID]) -> frozenset[UUID]:
+        with self._tables.open() as now:
+            tables = self._tables
+            watched = tables.watched_at.get(source, float("-inf"))
+            if now - watched > _WATCHED:
+                return frozenset()
+            owed = {t: tables.jobs[source, t] for t in tokens if (source, t) in tables.jobs}
+            queues = {t: tables.queues.get((source, job.delivery.queue)) for t, job in owed.items()}
+            return frozenset(
+                token
+                for token, job in owed.items()
+                if (queue := queues[token]) is not None
+                and queue.trusted_since is not None
+                and queue.trusted_since <= job.recorded_at
+            )
+
+    def tombstones(self, source: int, tokens: Sequence[UUID]) -> Mapping[UUID, Outcome]:
+        return self._tables.outcomes(source, tokens)
+
+    def amend(self, source: int, token: UUID, change: Callable[[bytes], bytes]) -> bool:
+        with self._tables.open():
+            job = self._tables.jobs.get((source, token))
+            if job is None:
+                return False
+            job.delivery = replace(job.delivery, envelope=change(job.delivery.envelope))
+            return True
+
+    def heartbeat(
+        self,
+        source: int,
+        *,
+        job_id: str,
+        token: UUID | None = None,
+        number: int | None = None,
+        progress: float | None = None,
+        attrs: Mapping[str, Any] | None = None,
+    ) -> bool:
+        tables = self._tables
+        with tables.open() as now:
+            asked = tables.of_job(source, [job_id]) if token is None else [(source, token)]
+            claimed = [tables.running[key] for key in asked if key in tables.running]
+            runs = [run for run in claimed if number in (None, run.number)]
+            for run in runs:
+                run.heartbeat_at = now
+                run.progress = run.progress if progress is None else progress
+                run.attrs = {**run.attrs, **(attrs or {})}
+            return bool(runs)
+
+    def close(self) -> None:
+        pass
+
+
+def _counts(end: End, run: Run | None) -> bool:
+    """Whether a reported end of an owed delivery is to be believed."""
+    if run is None:
+        # Number 0 started while Postgres was away. A zombie's completion, too, contradicts nobody.
+        return end.number == 0 or end.outcome is Outcome.COMPLETED
+    return end.number == run.number or (end.number == 0 and end.worker == run.worker)

@@ -1,0 +1,276 @@
+"""The tables of the schema as dicts, with one lock where Postgres has transactions."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+from uuid import UUID, uuid4
+
+from jobguard.errors import BadRow, StoreUnavailable
+from jobguard.model import Beat, Cause, Delivery, EndedPart, Outcome, Part
+from jobguard.store.protocols import QueueRow, SourceRow
+
+Key = tuple[int, UUID]
+"""(source, token), as in every table."""
+
+_KEPT = (Outcome.FAILED, Outcome.DEAD)
+"""What a person may requeue: the envelope stays in history."""
+
+
+@dataclass(slots=True)
+class Job:
+    delivery: Delivery
+    recorded_at: float
+    recoveries: int = 0
+    crashes: int = 0
+    claims: int = 0
+    not_before: float | None = None
+    declined: int = 0
+    last_worker: UUID | None = None
+
+    def carry_counts(self, older: Job) -> None:
+        self.recoveries = max(self.recoveries, older.recoveries)
+        self.crashes = max(self.crashes, older.crashes)
+
+
+@dataclass(slots=True)
+class Run:
+    number: int
+    nonce: UUID
+    worker: UUID
+    pid: int
+    claimed_at: float
+    heartbeat_at: float | None = None
+    progress: float | None = None
+    attrs: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Tombstone:
+    outcome: Outcome
+    ended_at: float
+    job_id: str = ""
+    queue: str = ""
+    task: str = ""
+    attempt: int = 1
+    recoveries: int = 0
+    crashes: int = 0
+    number: int | None = None
+    worker: UUID | None = None
+    next: UUID | None = None
+    error: str | None = None
+    envelope: bytes | None = None
+    recorded_at: float | None = None
+    claimed: bool = False
+
+
+@dataclass(slots=True)
+class Worker:
+    source: int
+    beat: Beat
+    claims: frozenset[UUID]
+    started_at: float
+    beat_at: float
+    previous_beat_at: float
+    left_at: float | None = None
+    dead_at: float | None = None
+
+    @property
+    def gone(self) -> bool:
+        return self.left_at is not None or self.dead_at is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Suspect:
+    cause: Cause
+    mark: str
+    seen_at: float
+
+
+@dataclass(slots=True)
+class Join:
+    size: int = 0
+    state: bytes = b""
+    opened_at: float = 0.0
+    closed_at: float | None = None
+    closed_by: UUID | None = None
+    parts: dict[str, tuple[float, EndedPart]] = field(default_factory=dict)
+    """By job id: when it ended, and what it left."""
+
+
+@dataclass(slots=True)
+class Lease:
+    term: int
+    holder: UUID
+    expires_at: float
+    held: dict[str, Mapping[str, str]] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Loss:
+    source: int
+    cause: Cause
+    detail: str
+    opened_at: float
+    epoch: UUID | None
+    missing: int = 0
+    restored: int = 0
+    closed: bool = False
+
+
+class Tables:
+    """The tables, and what more than one statement asks of them. Use only inside ``open()``."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.clock = clock
+        self.down = False
+        self.refuses: Callable[[str], bool] = lambda _text: False
+        """What plays a database that refuses a row for what is in it."""
+        self.lock = threading.RLock()
+        self.installation = str(uuid4())
+        self.jobs: dict[Key, Job] = {}
+        self.running: dict[Key, Run] = {}
+        self.history: dict[Key, Tombstone] = {}
+        self.workers: dict[UUID, Worker] = {}
+        self.suspects: dict[Key, Suspect] = {}
+        self.locks: dict[
+            tuple[int, str], tuple[Key, int]
+        ] = {}  # by name: whose claim, which number
+        self.outbox: dict[Key, tuple[float, bool]] = {}
+        """When it was left there, and whether surely nothing was sent."""
+        self.leases: dict[str, Lease] = {}
+        self.sources: dict[int, SourceRow] = {}
+        self.watched_at: dict[int, float] = {}
+        self.incidents: dict[int, Loss] = {}
+        self.queues: dict[tuple[int, str], QueueRow] = {}
+        self.joins: dict[tuple[int, str], Join] = {}
+        self.retentions: dict[str, float] = {}
+        """By namespace: how long it wants to remember."""
+
+    @contextmanager
+    def open(self) -> Iterator[float]:
+        """One transaction; gives its time. What raises in it raises before it changes anything."""
+        with self.lock:
+            if self.down:
+                raise StoreUnavailable
+            yield self.clock()
+
+    def check(self, *texts: str | None) -> None:
+        """Refuse what the database is to refuse."""
+        for text in texts:
+            if text is not None and self.refuses(text):
+                raise BadRow(f"refused: {text[:100]!r}")
+
+    def outcomes(self, source: int, tokens: Sequence[UUID]) -> Mapping[UUID, Outcome]:
+        """Which of these have ended, and how."""
+        with self.open():
+            found = {token: self.history.get((source, token)) for token in tokens}
+            return {token: stone.outcome for token, stone in found.items() if stone is not None}
+
+    def led(self, namespace: str, now: float) -> bool:
+        """Whether a leader's lease is live."""
+        lease = self.leases.get(namespace)
+        return lease is not None and lease.expires_at > now
+
+    def lives(self, key: Key, run: Run) -> bool:
+        """Whether a claim is live, as long as a leader judges who is silent."""
+        worker = self.workers.get(run.worker)
+        if worker is None or worker.gone:
+            return False
+        return key[1] in worker.claims or run.claimed_at >= worker.previous_beat_at
+
+    def silent(self, run: Run, *, now: float, timeout: float) -> bool:
+        """Whether the worker of this claim has not beaten for so long."""
+        worker = self.workers.get(run.worker)
+        return worker is None or now - worker.beat_at > timeout
+
+    def announced(self, run: Run) -> bool:
+        """Whether the worker that holds this claim had said goodbye."""
+        worker = self.workers.get(run.worker)
+        return worker is not None and worker.left_at is not None
+
+    def bury(
+        self,
+        key: Key,
+        outcome: Outcome,
+        *,
+        ended_at: float,
+        number: int | None = None,
+        worker: UUID | None = None,
+        next: UUID | None = None,
+        error: str | None = None,
+    ) -> None:
+        """Move an owed delivery to history; a tombstone that stands there already stays."""
+        job, run = self.jobs[key], self.running.get(key)
+        if run is not None and number is None:
+            number, worker = run.number, run.worker
+        self.drop(key)
+        tombstone = Tombstone(
+            outcome=outcome,
+            ended_at=ended_at,
+            job_id=job.delivery.job_id,
+            queue=job.delivery.queue,
+            task=job.delivery.task,
+            attempt=job.delivery.attempt,
+            recoveries=job.recoveries,
+            crashes=job.crashes,
+            number=number,
+            worker=worker,
+            next=next,
+            error=error,
+            envelope=job.delivery.envelope if outcome in _KEPT else None,
+            recorded_at=job.recorded_at,
+            claimed=run is not None,
+        )
+        self.history.setdefault(key, tombstone)
+
+    def drop(self, key: Key) -> None:
+        """Forget an owed delivery, and all that hangs on it."""
+        del self.jobs[key]
+        self.running.pop(key, None)
+        self.clear_marks(key)
+
+    def clear_marks(self, key: Key) -> None:
+        """Neither suspect nor to be pushed."""
+        self.suspects.pop(key, None)
+        self.outbox.pop(key, None)
+
+    def one_body(self, source: int) -> bool:
+        """Whether the library keeps one body of a job id."""
+        row = self.sources.get(source)
+        return row is None or row.one_body
+
+    def join(self, source: int, join: str, now: float) -> Join:
+        """Return a join, known or new."""
+        return self.joins.setdefault((source, join), Join(opened_at=now))
+
+    def count(self, key: Key, ended: Delivery, part: Part, *, now: float) -> None:
+        """Note the end of a member of a join that is still open."""
+        join = self.join(key[0], part.join, now)
+        if join.closed_at is None:
+            left = EndedPart(key[1], ended.job_id, ended.queue, part.state, ended.envelope)
+            join.parts.setdefault(ended.job_id, (now, left))
+
+    def fill_in(self, key: Key, envelope: bytes) -> None:
+        """The record of a member that had ended has come: it can be told again with its envelope."""
+        for join in self.joins.values():
+            for job_id, (at, part) in join.parts.items():
+                if part.token == key[1] and not part.envelope:
+                    join.parts[job_id] = (at, replace(part, envelope=envelope))
+
+    def owed(self, source: int, tokens: Iterable[UUID]) -> list[Key]:
+        """Those of the tokens that are owed, each once."""
+        keys = dict.fromkeys((source, token) for token in tokens)
+        return [key for key in keys if key in self.jobs]
+
+    def of_job(self, source: int, job_ids: Iterable[str]) -> list[Key]:
+        """Return the owed deliveries of these job ids."""
+        wanted = frozenset(job_ids)
+        return [
+            key
+            for key, job in self.jobs.items()
+            if key[0] == source and job.delivery.job_id in wanted
+        ]

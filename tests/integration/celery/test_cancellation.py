@@ -1,0 +1,122 @@
+"""What a person takes out stays out: the tombstone comes before Redis is told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import celery
+import pytest
+import redis
+from celery.bin.base import CLIContext
+from celery.bin.purge import purge as program
+from celery.canvas import StampingVisitor
+from click.testing import CliRunner
+
+from jobguard.model import Outcome
+from tests.integration.celery.support import FakeTracker, take
+
+Make = Callable[..., celery.Celery]
+Guard = Callable[[celery.Celery], FakeTracker]
+
+
+class TestRevoke:
+    """Revoked, by whatever name."""
+
+    def test_by_id(self, app: celery.Celery, tracker: FakeTracker) -> None:
+        """One, several, through a result, and terminated."""
+        results = [app.tasks["add"].delay(n) for n in range(5)]
+        app.control.revoke(results[0].id)
+        app.control.revoke([results[1].id, results[2].id])
+        results[3].revoke()
+        app.control.terminate(results[4].id)
+        assert not tracker.owed
+        assert set(tracker.ended.values()) == {Outcome.CANCELLED}
+
+    def test_before_the_workers_hear(
+        self, app: celery.Celery, tracker: FakeTracker, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Our tombstone comes first."""
+        result = app.tasks["add"].delay(1)
+        seen = []
+        monkeypatch.setattr(
+            app.control, "broadcast", lambda *_, **__: seen.append(len(tracker.ended))
+        )
+        app.control.revoke(result.id)
+        assert seen == [1]
+
+    def test_for_some_workers_only(self, app: celery.Celery, tracker: FakeTracker) -> None:
+        """What some workers shall not run, others may."""
+        result = app.tasks["add"].delay(1)
+        app.control.revoke(result.id, destination=["w1@h"])
+        assert not tracker.ended
+
+    def test_by_stamps(self, app: celery.Celery, tracker: FakeTracker, client: redis.Redis) -> None:
+        """Those that carry the stamp, waiting or taken."""
+
+        class Visitor(StampingVisitor):  # type: ignore[misc]
+            def __init__(self, value: str) -> None:
+                self._value = value
+
+            def on_signature(self, sig: Any, **_: Any) -> dict[str, Any]:
+                return {"customer": self._value, "stamped_headers": ["customer"]}
+
+        for value in ("a", "b", "a"):
+            sig = app.tasks["add"].s(1, 2)
+            sig.stamp(Visitor(value))
+            sig.apply_async()
+        app.tasks["add"].delay(1)
+        take(client)
+        app.control.revoke_by_stamped_headers({"customer": ["a", "c"]})
+        first, _, third, _ = tracker.recorded
+        assert set(tracker.ended) == {first.token, third.token}
+
+
+class TestPurge:
+    """Purged, by whatever command."""
+
+    @pytest.fixture
+    def three(self, app: celery.Celery, tracker: FakeTracker, client: redis.Redis) -> list[Any]:
+        """Return three deliveries; the first is with a worker, and not in its queue."""
+        for priority in (0, 0, 9):
+            app.tasks["add"].apply_async((1,), priority=priority)
+        take(client)
+        return tracker.recorded
+
+    @pytest.mark.parametrize("name", ["purge", "discard_all"])
+    def test_control(
+        self, name: str, app: celery.Celery, tracker: FakeTracker, three: list[Any]
+    ) -> None:
+        """From a program: all that waits, and nothing that a worker has taken."""
+        assert getattr(app.control, name)() == 2
+        assert set(tracker.ended) == {three[1].token, three[2].token}
+
+    def test_command(self, app: celery.Celery, tracker: FakeTracker, three: list[Any]) -> None:
+        """From the command line."""
+        done = CliRunner().invoke(program, ["-f"], obj=CLIContext(app, True, False))
+        assert "Purged 2 messages" in done.output
+        assert set(tracker.ended) == {three[1].token, three[2].token}
+
+    def test_deleted_queue(
+        self, app: celery.Celery, tracker: FakeTracker, three: list[Any]
+    ) -> None:
+        """With its queue."""
+        with app.connection_for_write() as connection:
+            connection.default_channel.queue_declare("celery")
+            connection.default_channel.queue_delete("celery")
+        assert set(tracker.ended) == {three[1].token, three[2].token}
+
+    def test_prefix(self, make_app: Make, guard: Guard) -> None:
+        """Under a key prefix."""
+        app = make_app(broker_transport_options={"global_keyprefix": "me:"})
+        tracker = guard(app)
+        app.tasks["add"].delay(1)
+        assert app.control.purge() == 1
+        assert len(tracker.ended) == 1
+
+    def test_replies_are_no_tasks(
+        self, app: celery.Celery, tracker: FakeTracker, three: list[Any]
+    ) -> None:
+        """A queue of replies comes and goes."""
+        app.control.ping(timeout=0.1)
+        assert not tracker.cancelled

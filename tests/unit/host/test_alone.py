@@ -1,0 +1,192 @@
+"""A job that is charged with a worker's death runs alone in its process."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+from uuid import UUID
+
+import pytest
+
+from jobguard.host.alone import Alone
+from jobguard.model import Claim, Delivery, Refused, new_token
+from jobguard.store.protocols import Void
+from tests.fakes.store import MemoryLedger
+from tests.fakes.world import SOURCE, outage
+from tests.support import eventually
+from tests.unit.host.test_session import Worker, lead
+
+
+class Process:
+    """The starts of one process."""
+
+    def __init__(self, **options: Any) -> None:
+        self.alone = Alone(**options)
+        self.pool = ThreadPoolExecutor(8)
+
+    def soon(self, call: Callable[[UUID], object], token: UUID) -> threading.Event:
+        """Do this in a thread; return what is set when it is done."""
+        result = threading.Event()
+
+        def do() -> None:
+            call(token)
+            result.set()
+
+        self.pool.submit(do)
+        return result
+
+
+@pytest.fixture
+def tokens() -> list[UUID]:
+    """Give some deliveries."""
+    return [new_token() for _ in range(4)]
+
+
+def test_nothing_starts_beside_it(tokens: list[UUID]) -> None:
+    """Until it has ended."""
+    process, (suspect, other, *_) = Process(), tokens
+    process.alone.enter(suspect)
+    assert process.alone.take(suspect)
+
+    begun = process.soon(process.alone.enter, other)
+    assert not begun.wait(0.1)
+    process.alone.leave(suspect)
+    assert begun.wait(10)
+
+
+def test_it_waits_for_what_runs(tokens: list[UUID]) -> None:
+    """Nothing else starts while it waits, so that its turn comes."""
+    process, (suspect, running, fresh, _) = Process(), tokens
+    process.alone.enter(running)
+    process.alone.enter(suspect)
+    assert not process.alone.take(suspect)
+
+    begun = process.soon(process.alone.wait, suspect)
+    eventually(lambda: process.alone._only == suspect)
+    late = process.soon(process.alone.enter, fresh)
+    assert not begun.wait(0.1)
+    process.alone.leave(running)
+    assert begun.wait(10)
+    assert not late.wait(0.1)
+    process.alone.leave(suspect)
+    assert late.wait(10)
+
+
+def test_one_suspect_after_the_other(tokens: list[UUID]) -> None:
+    """Those of one death never run beside each other."""
+    process = Process()
+    inside: list[int] = []
+
+    def run(token: UUID) -> None:
+        process.alone.enter(token)
+        if not process.alone.take(token):
+            process.alone.wait(token)
+        inside.append(len(process.alone._inside))
+        process.alone.leave(token)
+
+    for result in [process.soon(run, token) for token in tokens]:
+        assert result.wait(10)
+    assert inside == [1, 1, 1, 1]
+
+
+def test_a_long_job_does_not_keep_it_for_ever(tokens: list[UUID]) -> None:
+    """After a while it runs in company, and others start again."""
+    process, (suspect, running, fresh, _) = Process(drain=0.1), tokens
+    process.alone.enter(running)
+    process.alone.enter(suspect)
+
+    assert process.soon(process.alone.wait, suspect).wait(10)
+    assert process.soon(process.alone.enter, fresh).wait(10)
+
+
+def test_a_run_whose_end_nobody_told_does_not_stop_the_process(tokens: list[UUID]) -> None:
+    """Others wait for it only so long; so does the next that is to run alone."""
+    process, (suspect, other, next_one, _) = Process(patience=0.1, drain=0.1), tokens
+    process.alone.enter(suspect)
+    assert process.alone.take(suspect)
+
+    assert process.soon(process.alone.enter, other).wait(10)
+    assert process.soon(process.alone.wait, next_one).wait(10)
+
+
+# -- as a session uses it ----------------------------------------------------------------------------
+
+
+def crashed(worker: Worker, job_id: str) -> Delivery:
+    """Owe a job that is charged with one death."""
+    job = worker.owe(job_id)
+    store, term = lead(worker.ledger)
+    claim = worker.run(job)
+    store.void(term, SOURCE.id, [Void(job.token, claim.number, charge=True, backoff=0)])
+    worker.session.release(claim)
+    store.resign(term)
+    return job
+
+
+def test_a_charged_job_starts_without_company() -> None:
+    """It holds no claim while it waits, and its time limit does not pass."""
+    worker = Worker().begin()
+    suspect = crashed(worker, "suspect")
+    fresh = worker.owe("fresh")
+    running = worker.run(fresh)
+    log: list[str] = []
+
+    @contextmanager
+    def idle() -> Iterator[None]:
+        log.append("idle")
+        yield
+        log.append("runs")
+
+    with ThreadPoolExecutor(1) as pool:
+        starts = pool.submit(
+            lambda: worker.session.start(suspect.token, lambda: suspect, idle=idle)
+        )
+        eventually(lambda: log == ["idle"] and worker.claimed_by(suspect) is None)
+        assert suspect.token in worker.listed
+        worker.end(running)
+        claim = starts.result(10)
+    assert isinstance(claim, Claim) and claim.crashes == 1 and claim.number > 0
+    assert log == ["idle", "runs"]
+    # What ended beside it is committed: at the next death it is seen to have been alone.
+    assert worker.outcome(fresh) is not None
+    assert worker.claimed_by(suspect) == worker.session.id
+
+
+def test_a_fresh_job_waits_without_a_claim() -> None:
+    """Else the job that runs alone would look as if it had company."""
+    worker = Worker().begin()
+    suspect, fresh = crashed(worker, "suspect"), worker.owe("fresh")
+    claim = worker.run(suspect)
+
+    with ThreadPoolExecutor(1) as pool:
+        starts = pool.submit(worker.start, fresh)
+        eventually(lambda: fresh.token in worker.listed)
+        assert worker.claimed_by(fresh) is None
+        worker.end(claim)
+        assert isinstance(starts.result(10), Claim)
+
+
+def test_a_refused_start_leaves_no_trace() -> None:
+    """What has ended does not count as running."""
+    worker = Worker().begin()
+    job = worker.owe()
+    worker.tracker.cancel(tokens=[job.token])
+    assert isinstance(worker.start(job), Refused)
+
+    suspect = crashed(worker, "suspect")
+    assert isinstance(worker.start(suspect), Claim)
+    assert worker.session._alone._inside == [suspect.token]
+
+
+def test_without_postgres_nothing_waits_for_a_claim() -> None:
+    """A start in an outage is counted, and let go of at its end."""
+    worker = Worker(MemoryLedger()).begin()
+    job = worker.owe()
+    with outage(worker.ledger):
+        claim = worker.run(job)
+    assert worker.session._alone._inside == [job.token]
+    worker.end(claim)
+    assert worker.session._alone._inside == []

@@ -1,0 +1,1075 @@
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from typing import Any, cast
+from uuid import UUID
+
+import pytest
+
+from jobguard.errors import BadRow, StoreUnavailable
+from jobguard.host.session import WorkerSession
+from jobguard.host.tracker import HostTracker
+from jobguard.model import Beat, Claim, Delivery, Ended, Outcome, Refusal, Refused, new_token
+from jobguard.settings import Settings
+from jobguard.store.protocols import BeatReply, HostStore, LeaderStore
+from tests.fakes.store import MemoryLedger
+from tests.fakes.world import (
+    FOR_EVER,
+    NAMESPACE,
+    SOURCE,
+    Clock,
+    delivery,
+    events,
+    leader_store,
+    outage,
+    request,
+)
+from tests.support import eventually
+
+
+class Worker:
+    """A worker process whose threads do nothing by themselves: the tests beat and flush."""
+
+    def __init__(self, ledger: MemoryLedger | None = None, **settings: Any) -> None:
+        self.clock = Clock()
+        self.ledger = ledger or MemoryLedger(clock=self.clock.wall)
+        self.ledger.refuse(lambda text: "\x00" in text)
+        quiet = {"namespace": NAMESPACE, "beat_interval": 1e6, "worker_timeout": 3e6}
+        brief = {"ends_interval": 1e6, "record_timeout": 0.05}
+        self.settings = Settings(**{**quiet, **brief, **settings})
+        self.tracker = HostTracker(SOURCE, self.settings, self.ledger.host)
+        self.tracker.circuit._clock = self.clock
+        self.session = WorkerSession(self.tracker, self.ledger.host(), name="w1", queues=["mail"])
+        self.tracker._session = self.session
+
+    def begin(self) -> Worker:
+        """Introduce itself."""
+        assert self.session._beats.beat()
+        return self
+
+    def back(self) -> None:
+        """Let the time pass after which Postgres is looked for again."""
+        self.clock.advance(self.settings.retry_interval)
+
+    def start(self, of: Delivery) -> Claim | Refused:
+        """Take a job."""
+        return self.session.start(of.token, lambda: of)
+
+    def run(self, of: Delivery) -> Claim:
+        """Take a job that must be granted, or run unclaimed."""
+        claim = self.start(of)
+        assert isinstance(claim, Claim)
+        return claim
+
+    def end(self, claim: Claim, outcome: Outcome = Outcome.COMPLETED, **fields: Any) -> None:
+        """Report an end."""
+        given = {"job_id": "job", "queue": "mail", "task": "send"}
+        self.session.end(claim, outcome, **{**given, **fields})
+
+    def owe(self, job_id: str = "job") -> Delivery:
+        """Record a job, as a producer does."""
+        job = delivery(job_id)
+        self.ledger.host().record(SOURCE.id, [job], namespace=NAMESPACE)
+        return job
+
+    @property
+    def listed(self) -> set[UUID]:
+        """What the next beat lists."""
+        return set(self.session._beats._snapshot().claims)
+
+    @property
+    def unflushed(self) -> float | None:
+        """Since when, the next beat says, reports wait."""
+        return self.session._beats._snapshot().unflushed_since
+
+    @property
+    def leader(self) -> LeaderStore:
+        """The ledger, for somebody who wants to know."""
+        return leader_store(self.ledger)
+
+    def outcome(self, of: Delivery) -> Outcome | None:
+        """How a delivery ended, if it has."""
+        return self.leader.tombstones(SOURCE.id, [of.token]).get(of.token)
+
+    def claimed_by(self, of: Delivery) -> UUID | None:
+        """Who holds a delivery."""
+        page = self.leader.page(SOURCE.id, after=None, limit=999)
+        return next((owed.claim_worker for owed in page if owed.token == of.token), None)
+
+
+class Beats:
+    """A store of beats that notes what was listed, whether or not Postgres is there."""
+
+    def __init__(self, inner: HostStore) -> None:
+        self._inner = inner
+        self.lists: list[set[UUID]] = []
+        self.queues: list[tuple[str, ...]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def beat(self, source: int, beat: Beat, *, namespace: str) -> BeatReply:
+        """Take a beat."""
+        self.lists.append(set(beat.claims))
+        self.queues.append(tuple(beat.queues))
+        return self._inner.beat(source, beat, namespace=namespace)
+
+
+def lead(ledger: MemoryLedger) -> tuple[LeaderStore, int]:
+    """Let somebody lead for ever."""
+    store = leader_store(ledger)
+    term = store.elect(lease=FOR_EVER)
+    assert term is not None
+    return store, term
+
+
+def declared_dead(worker: Worker) -> tuple[LeaderStore, int]:
+    """Let a leader declare this worker dead."""
+    store, term = lead(worker.ledger)
+    store.declare_dead(term, [worker.session.id])
+    return store, term
+
+
+@pytest.fixture(autouse=True)
+def heard(caplog: pytest.LogCaptureFixture) -> None:
+    """Hear everything."""
+    caplog.set_level(logging.DEBUG, "jobguard")
+
+
+# -- starts ------------------------------------------------------------------------------------------
+
+
+def test_a_start_is_claimed() -> None:
+    """A recorded job's start is granted a claim in this worker's name."""
+    worker = Worker().begin()
+    job = worker.owe()
+
+    assert worker.start(job) == Claim(job.token, 1)
+    assert worker.claimed_by(job) == worker.session.id
+
+
+def test_a_worker_introduces_itself_before_its_first_claim() -> None:
+    """A claim belongs to a worker that Postgres knows: a start waits for its beat."""
+    worker = Worker(record_timeout=10.0)
+    worker.session.open()
+    beats = Beats(worker.ledger.host())
+    worker.session._beats._store = cast(HostStore, beats)
+    worker.session._beats.register_again(worker.session.id)
+    job = worker.owe()
+
+    assert worker.run(job).number == 1
+    assert {job.token} in beats.lists
+    worker.session.close()
+
+
+def test_what_has_ended_is_refused() -> None:
+    """The start of an ended delivery is to be skipped, with the outcome; it is not listed."""
+    worker = Worker().begin()
+    job = worker.owe()
+    worker.tracker.cancel(tokens=[job.token])
+
+    assert worker.start(job) == Refused(job.token, Refusal.ENDED, Outcome.CANCELLED)
+    assert worker.listed == set()
+
+
+def test_what_another_live_worker_runs_is_refused() -> None:
+    """The start of a delivery that another live worker holds is to be skipped."""
+    first = Worker().begin()
+    second = Worker(first.ledger).begin()
+    job = first.owe()
+    first.run(job)
+    first.session._beats.beat()
+
+    assert second.start(job) == Refused(job.token, Refusal.CLAIMED)
+    assert second.listed == set()
+    assert first.claimed_by(job) == first.session.id
+
+
+def test_skipping_without_a_leader_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    """B4: who skips a start while nobody leads says so."""
+    worker = Worker().begin()
+    job = worker.owe()
+    worker.tracker.cancel(tokens=[job.token])
+
+    worker.start(job)
+    assert "nobody_leads" in events(caplog.records)
+
+    caplog.clear()
+    lead(worker.ledger)
+    worker.session._beats.beat()
+    worker.start(job)
+    assert "nobody_leads" not in events(caplog.records)
+
+
+def test_a_refused_second_start_keeps_the_listing_of_the_first() -> None:
+    """A job that runs in one thread stays listed when another thread's start of it is refused."""
+    worker = Worker().begin()
+    job = worker.owe()
+    worker.run(job)
+    worker.session._beats.beat()
+
+    assert isinstance(worker.start(job), Refused)
+
+    assert worker.listed == {job.token}
+
+
+def test_a_copy_that_starts_while_the_first_one_ends_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its place on the list is its own: the end of the other must not take it away under its feet."""
+    worker = Worker().begin()
+    job = worker.owe()
+    claim = worker.run(job)
+    request = worker.session._claim
+
+    def ends_meanwhile(*given: Any) -> Any:
+        worker.end(claim)
+        worker.session.flush()
+        assert worker.listed == {job.token}
+        return request(*given)
+
+    monkeypatch.setattr(worker.session, "_claim", ends_meanwhile)
+    assert worker.start(job) == Refused(job.token, Refusal.ENDED, Outcome.COMPLETED)
+    assert worker.listed == set()
+
+
+def test_an_unknown_delivery_is_recorded_and_claimed() -> None:
+    """B3: what nobody recorded is recorded by the worker that starts it."""
+    worker = Worker().begin()
+    job = delivery()
+
+    assert worker.start(job) == Claim(job.token, 1)
+    assert worker.claimed_by(job) == worker.session.id
+
+
+def test_an_outage_is_no_line_for_every_start(caplog: pytest.LogCaptureFixture) -> None:
+    """A worker that starts 100 jobs while Postgres is away writes no line for each of their claims."""
+    worker = Worker(record_timeout=0.01).begin()
+    jobs = [worker.owe() for _ in range(100)]
+    with outage(worker.ledger):
+        for job in jobs:
+            worker.run(job)
+
+    assert events(caplog.records).count("start_unclaimed") <= 2  # one for each kind of error
+
+
+def test_describe_is_asked_only_for_the_unknown() -> None:
+    """A known delivery need not be described."""
+    worker = Worker().begin()
+    job = worker.owe()
+
+    def never() -> Delivery:
+        raise AssertionError("it is known")
+
+    assert isinstance(worker.session.start(job.token, never), Claim)
+
+
+def test_a_description_that_fails_costs_no_run(caplog: pytest.LogCaptureFixture) -> None:
+    """R7: a job that cannot be described runs, unclaimed."""
+    worker = Worker().begin()
+
+    def broken() -> Delivery:
+        raise ValueError("unreadable")
+
+    token = new_token()
+    assert worker.session.start(token, broken) == Claim(token, 0)
+    assert "guest_failed" in events(caplog.records)
+
+
+def test_observe_runs_what_would_be_skipped(caplog: pytest.LogCaptureFixture) -> None:
+    """mode="observe" has no effect on a job, and says so."""
+    first = Worker().begin()
+    second = Worker(first.ledger, mode="observe").begin()
+    job = first.owe()
+    first.run(job)
+    first.session._beats.beat()
+
+    assert second.start(job) == Claim(job.token, 0)
+    assert "start_unfenced" in events(caplog.records)
+    second.end(Claim(job.token, 0), Outcome.FAILED)
+    second.session.flush()
+    assert worker_holds(first, job)
+
+
+def worker_holds(worker: Worker, job: Delivery) -> bool:
+    """Whether this worker's claim still stands."""
+    return worker.claimed_by(job) == worker.session.id and worker.outcome(job) is None
+
+
+# -- Postgres away -----------------------------------------------------------------------------------
+
+
+def test_fail_open_and_late_claim() -> None:
+    """A start while Postgres is away runs at once, and is claimed when Postgres is back."""
+    worker = Worker().begin()
+    job = worker.owe()
+    with outage(worker.ledger):
+        assert worker.start(job) == Claim(job.token, 0)
+        assert worker.listed == {job.token}
+    worker.back()
+    assert worker.claimed_by(job) is None
+
+    assert worker.session._beats.beat()
+    worker.session._late_claims()
+
+    assert worker.claimed_by(job) == worker.session.id
+    worker.end(Claim(job.token, 0))
+    worker.session.flush()
+    assert worker.outcome(job) is Outcome.COMPLETED
+
+
+def test_a_postgres_that_was_slow_once_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the same start, which would else run without a claim, and beside any copy of its job."""
+    worker = Worker(record_timeout=10.0).begin()
+    job = worker.owe()
+    request, slow = worker.tracker.circuit.calling, [StoreUnavailable()]
+
+    @contextmanager
+    def calling() -> Iterator[None]:
+        with request():
+            if slow:
+                raise slow.pop()
+            yield
+
+    monkeypatch.setattr(worker.tracker.circuit, "calling", calling)
+    assert worker.start(job) == Claim(job.token, 1)
+
+
+def test_a_late_claim_of_what_another_runs(caplog: pytest.LogCaptureFixture) -> None:
+    """A late claim that another worker has got is told, and asked for no more."""
+    first = Worker().begin()
+    second = Worker(first.ledger).begin()
+    job = first.owe()
+    with outage(first.ledger):
+        first.run(job)
+    second.run(job)
+    second.session._beats.beat()
+    first.back()
+
+    first.session._beats.beat()
+    first.session._late_claims()
+
+    assert "claim_lost" in events(caplog.records)
+    assert first.session._listed.unclaimed() == []
+    assert worker_holds(second, job)
+
+
+def test_a_late_claim_of_what_still_waits_in_a_spool() -> None:
+    """A run whose record is still in its producer's spool stays listed, and is claimed once it is there."""
+    worker = Worker().begin()
+    job = delivery()
+    with outage(worker.ledger):
+        worker.run(job)
+    worker.back()
+    worker.session._beats.beat()
+    worker.session._late_claims()
+    assert worker.listed == {job.token}
+    assert job.token in dict(worker.session._listed.unclaimed())
+
+    worker.ledger.host().record(SOURCE.id, [job], namespace=NAMESPACE, replay=True)
+    worker.session._late_claims()
+    assert worker.claimed_by(job) == worker.session.id
+
+
+def test_an_end_ends_the_wish_for_a_claim() -> None:
+    """What has ended before Postgres was back is reported, and not claimed any more."""
+    worker = Worker().begin()
+    job = worker.owe()
+    with outage(worker.ledger):
+        claim = worker.run(job)
+        worker.end(claim)
+        worker.session.flush()
+    worker.back()
+
+    worker.session._beats.beat()
+    worker.session._late_claims()
+    worker.tracker.connect()
+
+    assert worker.outcome(job) is Outcome.COMPLETED
+    assert worker.claimed_by(job) is None
+    assert worker.listed == set()
+
+
+def test_the_wrong_installation_runs_unguarded() -> None:
+    """A worker at another installation's database runs its jobs, and writes nothing there."""
+    worker = Worker(installation="production")
+    job = delivery()
+
+    assert not worker.session._beats.beat()
+    assert worker.start(job) == Claim(job.token, 0)
+    worker.end(Claim(job.token, 0))
+    worker.session.flush()
+
+    assert worker.leader.workers(SOURCE.id) == []
+    assert worker.outcome(job) is None
+
+
+def test_a_heard_beat_closes_the_circuit() -> None:
+    """Beats go past the breaker, and the first that is heard closes it."""
+    worker = Worker().begin()
+    with outage(worker.ledger):
+        worker.run(worker_job := delivery())
+        assert not worker.tracker.circuit.closed
+        assert not worker.session._beats.beat()
+
+    assert worker.session._beats.beat()
+
+    assert worker.tracker.circuit.closed
+    assert worker_job.token in worker.listed
+
+
+# -- lists and ends ----------------------------------------------------------------------------------
+
+
+def test_listed_before_the_claim_is_asked_for() -> None:
+    """A beat in the very moment of the claim lists the delivery already."""
+    worker = Worker().begin()
+    job = worker.owe()
+    seen: list[set[UUID]] = []
+    call = worker.tracker.call
+
+    def observe(work: Any) -> Any:
+        seen.append(worker.listed)
+        return call(work)
+
+    worker.tracker.call = observe  # type: ignore[method-assign]
+    worker.run(job)
+
+    assert seen == [{job.token}]
+
+
+def test_listed_until_its_end_is_committed() -> None:
+    """An end that waits for company leaves its delivery on the list; a committed one takes it off."""
+    worker = Worker().begin()
+    job = worker.owe()
+    claim = worker.run(job)
+    worker.end(claim)
+    assert worker.listed == {job.token}
+    assert worker.outcome(job) is None
+
+    worker.session.flush()
+
+    assert worker.listed == set()
+    assert worker.outcome(job) is Outcome.COMPLETED
+
+
+def test_listed_while_its_end_is_in_the_spool() -> None:
+    """An end in the spool leaves its delivery on the list until it is replayed."""
+    worker = Worker().begin()
+    job = worker.owe()
+    claim = worker.run(job)
+    with outage(worker.ledger):
+        worker.end(claim)
+        worker.session.flush()
+        assert worker.listed == {job.token}
+        assert len(worker.tracker.spool) == 1
+    worker.back()
+
+    worker.tracker.connect()
+
+    assert worker.outcome(job) is Outcome.COMPLETED
+    assert worker.listed == set()
+
+
+def test_a_released_delivery_is_off_the_list() -> None:
+    """A delivery whose place a retry has taken is listed no more."""
+    worker = Worker().begin()
+    job = worker.owe()
+
+    worker.session.mark_superseded(worker.run(job))
+
+    assert worker.listed == set()
+
+
+def test_ends_of_one_batch_in_order() -> None:
+    """Ends are written in batches, in the order of their reports."""
+    worker = Worker(ends_batch=3).begin()
+    batches: list[list[UUID]] = []
+    end = worker.tracker.end
+
+    def monitor(ends: Any) -> Any:
+        batches.append([e.token for e in ends])
+        return end(ends)
+
+    worker.tracker.end = monitor  # type: ignore[method-assign]
+    jobs = [worker.owe(str(n)) for n in range(7)]
+    for job in jobs:
+        worker.end(worker.run(job))
+    worker.session.flush()
+
+    assert [len(batch) for batch in batches] == [3, 3, 1]
+    assert [token for batch in batches for token in batch] == [job.token for job in jobs]
+
+
+def test_durable_ends_are_committed_at_once() -> None:
+    """ends="durable" commits an end before end() returns."""
+    worker = Worker(ends="durable").begin()
+    job = worker.owe()
+
+    worker.end(worker.run(job))
+
+    assert worker.outcome(job) is Outcome.COMPLETED
+
+
+def test_unflushed_since_the_oldest_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A beat says since when reports wait: in the spool at once, in the batch only when they are old."""
+    worker = Worker().begin()
+    assert worker.unflushed is None
+    claim = worker.run(worker.owe())
+    worker.end(claim)
+    ended_at = worker.session._pending[0].ended_at
+    assert worker.unflushed is None
+
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 5)
+    assert worker.unflushed == ended_at
+
+    with outage(worker.ledger):
+        worker.session.flush()
+    assert worker.unflushed == worker.tracker.spool.oldest() is not None
+    worker.back()
+    worker.tracker.connect()
+    assert worker.unflushed is None
+
+
+def test_a_bad_end_is_quarantined_and_the_rest_written() -> None:
+    """Of a batch with a bad end the others are written whole, and the bad one, counted, bare."""
+    worker = Worker().begin()
+    good, bad, fine = (worker.owe(name) for name in ("good", "bad", "fine"))
+    for job in (good, bad, fine):
+        worker.end(worker.run(job), task="t\x00" if job is bad else "send")
+
+    worker.session.flush()
+
+    assert worker.outcome(good) is worker.outcome(fine) is Outcome.COMPLETED
+    assert worker.outcome(bad) is Outcome.COMPLETED
+    assert worker.ledger._tables.history[SOURCE.id, bad.token].task == "send"  # of its record
+    assert worker.tracker.spool.counts.quarantined == 1
+
+
+def test_a_job_whose_end_was_refused_is_not_run_again() -> None:
+    """A completed job whose end Postgres refuses for its text is ended without the text."""
+    worker = Worker().begin()
+    job = worker.owe()
+    worker.end(worker.run(job), task="t\x00", error="what went wrong")
+    worker.session.flush()
+
+    assert worker.outcome(job) is Outcome.COMPLETED
+    assert worker.listed == set()
+
+
+def test_listed_while_its_end_of_a_bad_batch_is_in_the_spool() -> None:
+    """An end that was spooled while its batch was taken apart leaves its delivery on the list."""
+    worker = Worker().begin()
+    good, bad = worker.owe("good"), worker.owe("bad")
+    for job in (good, bad):
+        worker.end(worker.run(job))
+
+    def end(ends: Any) -> list[Ended]:
+        raise BadRow("one of them") if len(ends) > 1 else StoreUnavailable()
+
+    worker.tracker.end = end  # type: ignore[method-assign]
+    worker.session.flush()
+
+    assert len(worker.tracker.spool) == 2
+    assert worker.listed == {good.token, bad.token}
+
+
+def test_ends_that_find_no_place_are_counted(caplog: pytest.LogCaptureFixture) -> None:
+    """Ends that neither Postgres nor the spool took are counted and said."""
+    worker = Worker(spool_size=1).begin()
+    claims = [worker.run(worker.owe(str(n))) for n in range(2)]
+    with outage(worker.ledger):
+        for claim in claims:
+            worker.end(claim)
+        worker.session.flush()
+
+    assert worker.tracker.spool.counts.lost == 2
+    assert "spool_full" in events(caplog.records)
+
+
+def test_errors_are_redacted() -> None:
+    """What is kept of an error names no secret."""
+    worker = Worker().begin()
+    job = worker.owe()
+    worker.end(worker.run(job), Outcome.FAILED, error="password='hunter2'")
+    worker.session.flush()
+
+    error = worker.ledger._tables.history[SOURCE.id, job.token].error
+    assert error is not None
+    assert "hunter2" not in error
+
+
+# -- death and rebirth -------------------------------------------------------------------------------
+
+
+def test_declared_dead_it_goes_on_as_another(caplog: pytest.LogCaptureFixture) -> None:
+    """A worker that learns of its own death begins anew under another id, with all it still runs."""
+    worker = Worker().begin()
+    job = worker.owe()
+    worker.run(job)
+    before = worker.session.id
+    declared_dead(worker)
+
+    assert worker.session._beats.beat()
+
+    assert worker.session.id != before
+    rows = {row.id: row for row in worker.leader.workers(SOURCE.id)}
+    assert rows[before].dead
+    assert not rows[worker.session.id].dead
+    assert rows[worker.session.id].lists == (job.token,)
+    assert "worker_renewed" in events(caplog.records)
+
+
+def test_declared_dead_unawares_it_claims_as_another() -> None:
+    """What it claimed by the dead one's name, waking faster than its beat, would be taken away at once.
+
+    All its threads claim at that moment: they are one worker still.
+    """
+    worker = Worker(MemoryLedger(), record_timeout=10.0)
+    worker.session.open()
+    before, jobs = worker.session.id, [worker.owe(f"job{n}") for n in range(8)]
+    declared_dead(worker)
+    with ThreadPoolExecutor(len(jobs)) as threads:
+        claims = list(threads.map(worker.run, jobs))
+
+    assert [claim.number for claim in claims] == [1] * len(jobs)
+    assert worker.session.id != before
+    assert {worker.claimed_by(job) for job in jobs} == {worker.session.id}
+    rows = {row.id: row for row in worker.leader.workers(SOURCE.id)}
+    assert {id: row.dead for id, row in rows.items()} == {before: True, worker.session.id: False}
+    worker.session.close()
+
+
+def test_it_is_declared_dead_once() -> None:
+    """A beat in the dead one's name that is answered late does not end its new life."""
+    worker = Worker().begin()
+    late = worker.session._beats._snapshot()
+    declared_dead(worker)
+    worker.session._beats.beat()
+    now = worker.session.id
+
+    assert worker.session._beats._beat_postgres(late)
+    assert worker.session.id == now
+
+
+def test_a_beat_in_the_old_name_does_not_introduce_the_new() -> None:
+    """Sent before it began anew and answered after: a claim must still wait for a beat of its own name."""
+    worker = Worker().begin()
+    late, job = worker.session._beats._snapshot(), worker.owe()
+    worker.session._beats.register_again(worker.session.id)
+
+    assert worker.session._beats._beat_postgres(late)
+    assert worker.run(job).number == 0
+
+
+def test_a_start_just_after_a_long_outage_waits_for_its_workers_beat() -> None:
+    """Postgres was away when the worker began: it is introduced as soon as Postgres is back."""
+    worker = Worker(record_timeout=10.0)
+    job = worker.owe()
+    worker.session._beats.named_at -= 60
+    with outage(worker.ledger):
+        worker.session._settings = replace(worker.settings, record_timeout=0.05)
+        worker.session._beats.start(lambda: None)
+        assert not worker.session._beats.beat()
+    worker.session._settings = worker.settings
+    worker.clock.advance(60)
+
+    assert worker.run(job).number == 1
+    assert worker.claimed_by(job) == worker.session.id
+    worker.session.close()
+
+
+def test_a_connection_of_many_steps_is_carried_on_by_the_beat() -> None:
+    """An idle worker has nobody else to look how far it has come."""
+    worker = Worker(record_timeout=10.0)
+    with outage(worker.ledger), pytest.raises(StoreUnavailable):
+        worker.tracker.connect()
+    worker.back()
+    steps = iter([False] * 5)
+    worker.tracker._store.probe = lambda: next(steps, True)  # type: ignore[method-assign]
+
+    assert worker.session._beats.beat()
+    assert worker.session._beats.known
+
+
+def test_a_child_waits_until_its_worker_is_introduced() -> None:
+    """It beats in nobody's stead: what its siblings run would be missing from the list."""
+    worker = Worker()
+    beats = Beats(worker.ledger.host())
+    worker.session._beats._store = cast(HostStore, beats)
+    (asked, requests), (heard, hears) = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        beat_sender, code = worker.session._beats, 1
+        with suppress(BaseException):
+            before = beat_sender.introduced()
+            os.write(requests, b"x")
+            os.read(heard, 1)
+            code = (
+                0
+                if (before, beat_sender.introduced()) == (None, beat_sender.id) and not beats.lists
+                else 1
+            )
+        os._exit(code)
+    os.close(requests)
+    os.read(asked, 1)
+    worker.begin()
+    os.write(hears, b"x")
+
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_the_child_of_a_worker_that_was_declared_dead_leaves_what_another_runs() -> None:
+    """It cannot have a claim, but it can be told who has."""
+    parent = Worker().begin()
+    other = Worker(parent.ledger).begin()
+    child = Worker(parent.ledger)
+    inherited = (parent.session.id, os.getpid() + 1)
+    child.session = WorkerSession(
+        child.tracker, child.ledger.host(), name="w1", queues=["mail"], inherited=inherited
+    )
+    job = parent.owe()
+    declared_dead(parent)
+    other.run(job)
+
+    assert child.start(job) == Refused(job.token, Refusal.CLAIMED)
+
+
+def test_the_child_of_a_worker_that_is_another_now_runs_unclaimed() -> None:
+    """It knows its worker by the dead one's name only; its worker lists what it runs."""
+    parent = Worker().begin()
+    child = Worker(parent.ledger, record_timeout=FOR_EVER)
+    inherited = (parent.session.id, os.getpid() + 1)
+    child.session = WorkerSession(
+        child.tracker, child.ledger.host(), name="w1", queues=["mail"], inherited=inherited
+    )
+    declared_dead(parent)
+    job = child.owe()
+
+    assert child.run(job) == Claim(job.token, 0)
+    assert child.claimed_by(job) is None
+
+
+def test_a_reborn_workers_old_failure_changes_nothing() -> None:
+    """B2: what a zombie reports of a job that another worker has got is late."""
+    zombie = Worker().begin()
+    other = Worker(zombie.ledger).begin()
+    job = zombie.owe()
+    old = zombie.run(job)
+    declared_dead(zombie)
+    new = other.run(job)
+    assert new.number == old.number + 1
+    zombie.session._beats.beat()
+
+    zombie.end(old, Outcome.FAILED)
+    zombie.session.flush()
+
+    assert worker_holds(other, job)
+    other.end(new)
+    other.session.flush()
+    assert zombie.outcome(job) is Outcome.COMPLETED
+
+
+def test_an_unclaimed_run_of_a_reborn_worker() -> None:
+    """A claim asked for after the rebirth is in the new name."""
+    worker = Worker().begin()
+    declared_dead(worker)
+    worker.session._beats.beat()
+    job = worker.owe()
+
+    worker.run(job)
+
+    assert worker.claimed_by(job) == worker.session.id
+
+
+def test_the_ledger_in_memory_tells_what_workers_list() -> None:
+    """A leader over the ledger in memory sees what a worker's last beat listed."""
+    worker = Worker().begin()
+    job = worker.owe()
+    worker.run(job)
+    worker.session._beats.beat()
+
+    (row,) = worker.ledger.leader(NAMESPACE, new_token()).workers(SOURCE.id)
+
+    assert tuple(row.lists) == (job.token,)
+
+
+def test_a_beat_names_the_queues_that_are_consumed_now() -> None:
+    """A leader trusts only a queue of which a worker has said that it takes from it."""
+    worker = Worker().begin()
+    (before,) = worker.leader.workers(SOURCE.id)
+
+    worker.session.consumes(["mail", "bulk"])
+    worker.session._beats.beat()
+    (after,) = worker.leader.workers(SOURCE.id)
+    worker.session.consumes(["bulk"])
+    worker.session._beats.beat()
+    (last,) = worker.leader.workers(SOURCE.id)
+
+    assert [tuple(row.queues) for row in (before, after, last)] == [
+        ("mail",),
+        ("mail", "bulk"),
+        ("bulk",),
+    ]
+
+
+# -- forks -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_work_horse_shares_no_lock() -> None:
+    """A child forked while the parent's threads hold the locks reports its end at once, by itself."""
+    worker = Worker().begin()
+    job, waiting = worker.owe("job"), worker.owe("waiting")
+    claim = worker.run(job)
+    worker.end(worker.run(waiting))
+    session = worker.session
+
+    with session._lock, session._flushing:
+        pid = os.fork()
+        if pid == 0:
+            good = False
+            try:
+                worker.end(claim)
+                good = (
+                    worker.outcome(job) is Outcome.COMPLETED
+                    and worker.outcome(waiting) is None  # the parent's to tell
+                    and not session.is_mine
+                )
+                session.close()  # it is not the child's to close
+                good = good and not worker.leader.workers(SOURCE.id)[0].left
+            finally:
+                os._exit(0 if good else 1)
+        watchdog = threading.Timer(20, os.kill, (pid, 9))
+        watchdog.start()
+        _, status = os.waitpid(pid, 0)
+        watchdog.cancel()
+
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert len(session._pending) == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_its_worker_lists_what_a_child_runs() -> None:
+    """Though the library's own books say nothing of it; and no longer than it runs it."""
+    worker = Worker().begin()
+    job = worker.owe("job")
+    session = worker.session
+    begun, go_on = os.pipe(), os.pipe()
+
+    pid = os.fork()
+    if pid == 0:
+        good = False
+        try:
+            claim = worker.run(job)
+            os.write(begun[1], b".")
+            os.read(go_on[0], 1)
+            worker.end(claim)
+            os.write(begun[1], b".")
+            os.read(go_on[0], 1)
+            good = True
+        finally:
+            os._exit(0 if good else 1)
+    watchdog = threading.Timer(20, os.kill, (pid, 9))
+    watchdog.start()
+    os.read(begun[0], 1)
+    listed = [session._beats._snapshot().claims]
+    os.write(go_on[1], b".")
+    os.read(begun[0], 1)
+    listed.append(session._beats._snapshot().claims)
+    os.write(go_on[1], b".")
+    _, status = os.waitpid(pid, 0)
+    watchdog.cancel()
+
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert listed == [(job.token,), ()]
+
+
+# -- for real: threads -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lively() -> Iterator[Worker]:
+    """Give a worker whose own threads beat and flush, quickly."""
+    worker = Worker(
+        MemoryLedger(),
+        beat_interval=0.02,
+        worker_timeout=5.0,
+        ends_interval=0.005,
+        retry_interval=0.01,
+    )
+    worker.tracker.circuit._clock = time.monotonic
+    worker.session.open()
+    yield worker
+    worker.session.close()
+
+
+def test_it_beats_by_itself(lively: Worker) -> None:
+    """An open session beats without being told."""
+
+    def beat() -> int:
+        return lively.leader.workers(SOURCE.id)[0].beat
+
+    first = beat()
+    eventually(lambda: beat() > first + 2)
+
+
+def test_a_worker_introduces_itself_with_patience() -> None:
+    """A Postgres that is slow to accept the first beat has still heard of it when the session is open."""
+    worker = Worker(record_timeout=10.0)
+    tries = iter([StoreUnavailable(), StoreUnavailable()])
+
+    class Slow(Beats):
+        def beat(self, source: int, beat: Beat, *, namespace: str) -> BeatReply:
+            if error := next(tries, None):
+                raise error
+            return super().beat(source, beat, namespace=namespace)
+
+    worker.session._beats._store = cast(HostStore, Slow(worker.ledger.host()))
+    worker.session.open()
+
+    assert [row.id for row in worker.leader.workers(SOURCE.id)] == [worker.session.id]
+    worker.session.close()
+
+
+def test_it_flushes_by_itself(lively: Worker) -> None:
+    """An open session commits ends without being told."""
+    job = lively.owe()
+    lively.end(lively.run(job))
+
+    eventually(lambda: lively.outcome(job) is Outcome.COMPLETED)
+
+
+def test_it_claims_late_by_itself(lively: Worker) -> None:
+    """After an outage an open session claims what it runs, without being told."""
+    job = lively.owe()
+    with outage(lively.ledger):
+        assert lively.run(job).number == 0
+
+    eventually(lambda: lively.claimed_by(job) == lively.session.id)
+
+
+def test_close_flushes_and_leaves() -> None:
+    """close() commits what waits, says goodbye, and ends its threads; twice is once."""
+    worker = Worker()
+    worker.session.open()
+    job = worker.owe()
+    worker.end(worker.run(job))
+
+    worker.session.close()
+    worker.session.close()
+
+    assert worker.outcome(job) is Outcome.COMPLETED
+    assert [row.left for row in worker.leader.workers(SOURCE.id)] == [True]
+    assert worker.session.closed
+    beats, flusher = worker.session._beats.ended, worker.session._flusher
+    assert beats is not None and flusher is not None
+    eventually(lambda: beats.is_set() and not flusher.is_alive())
+
+
+@pytest.mark.parametrize("what", ["start", "end"])
+def test_what_postgres_missed_is_listed_at_once(what: str) -> None:
+    """A start or an end that Postgres did not take is on a beat's list long before the next is due."""
+    worker = Worker()
+    worker.session.open()
+    job = worker.owe()
+    claim = worker.run(job) if what == "end" else Claim(job.token, 0)
+    beats = Beats(worker.ledger.host())
+    worker.session._beats._store = cast(HostStore, beats)
+    with outage(worker.ledger):
+        if what == "start":
+            worker.run(job)
+        else:
+            worker.end(claim)
+            worker.session.flush()
+
+    eventually(lambda: {job.token} in beats.lists)
+    worker.session.close()
+
+
+def test_another_queue_is_told_at_once() -> None:
+    """Long before a beat is due: if the worker died until then, nobody would vouch for the queue."""
+    worker = Worker()
+    worker.session.open()
+    beats = Beats(worker.ledger.host())
+    worker.session._beats._store = cast(HostStore, beats)
+
+    worker.session.consumes(["mail", "bulk"])
+
+    eventually(lambda: beats.queues == [("mail", "bulk")])
+    worker.session.close()
+
+
+def test_close_waits_for_postgres() -> None:
+    """A worker that ends during an outage reports what it ran when Postgres is back, then leaves."""
+    worker = Worker(retry_interval=0.01).begin()
+    worker.tracker.circuit._clock = time.monotonic
+    job = worker.owe()
+    claim = worker.run(job)
+    with outage(worker.ledger):
+        worker.end(claim)
+        worker.session.flush()
+        closing = threading.Thread(target=worker.session.close)
+        closing.start()
+        eventually(lambda: worker.session.closed)
+    closing.join(10)
+
+    assert worker.outcome(job) is Outcome.COMPLETED
+    assert [row.left for row in worker.leader.workers(SOURCE.id)] == [True]
+
+
+def test_no_goodbye_with_unwritten_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that cannot report what it ran falls silent: after a goodbye it would run at once."""
+    worker = Worker().begin()
+    worker.tracker._patience = 0.0
+    monkeypatch.setattr(worker.tracker._store, "probe", lambda: False)
+    job = worker.owe()
+    claim = worker.run(job)
+    with outage(worker.ledger):
+        worker.end(claim)
+        worker.session.flush()
+    worker.session.close()  # its beats reach Postgres again, but its ends do not
+
+    assert len(worker.tracker.spool) == 1
+    assert [row.left for row in worker.leader.workers(SOURCE.id)] == [False]
+    monkeypatch.undo()
+    worker.back()
+    worker.tracker.close()
+    assert worker.outcome(job) is Outcome.COMPLETED
+
+
+def test_the_same_session_again_until_it_is_closed() -> None:
+    """A worker process has one session; a closed one is followed by another."""
+    worker = Worker()
+    first = worker.tracker.open_session(name="w", queues=["mail"])
+    assert worker.tracker.open_session(name="w", queues=["mail"]) is first
+
+    first.close()
+    second = worker.tracker.open_session(name="w", queues=["mail"])
+
+    assert second is not first
+    assert second.id != first.id
+    second.close()
+
+
+def test_a_goodbye_gives_its_claims_back() -> None:
+    """What a departed worker held is nobody's: another may claim it at once, and it is no crash."""
+    first = Worker().begin()
+    second = Worker(first.ledger).begin()
+    job = first.owe()
+    first.run(job)
+
+    first.session.close()
+
+    assert second.start(job) == Claim(job.token, 2, crashes=0)
+    assert first.ledger.host().claim(SOURCE.id, request(job, first.session.id)) == Refused(
+        job.token, Refusal.CLAIMED
+    )

@@ -1,0 +1,650 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+import redis
+
+from jobguard.errors import NotLeading, StoreUnavailable
+from jobguard.model import Cause
+from jobguard.pulse import (
+    ACCEPTED,
+    RESET,
+    Reading,
+    Standing,
+    judge_pulse,
+    parse_pulse,
+    pulse_key,
+)
+from jobguard.reconciler.pulse import Health, IdentityConfirmed, PulseKeeper
+from tests.fakes.store import MemoryLedger
+from tests.fakes.world import (
+    FOR_EVER,
+    SOURCE,
+    Clock,
+    FakeRedis,
+    leader_store,
+    outage,
+    source_row,
+)
+
+OURS, THEIRS = uuid4(), uuid4()
+E1, E2 = uuid4(), uuid4()
+
+
+@pytest.mark.parametrize(
+    ("standing", "epoch", "n", "reading"),
+    [
+        (None, None, None, Reading.FIRST),
+        (None, E1, 7, Reading.LOST),
+        ((E1, 7), E1, 7, Reading.STEADY),
+        ((E1, 8), E1, 7, Reading.STEADY),
+        ((E1, 9), E1, 7, Reading.AHEAD),
+        ((E1, 6), E1, 7, Reading.LOST),
+        ((E1, 0), E1, 7, Reading.LOST),
+        ((E2, 7), E1, 7, Reading.LOST),
+        ((E2, 99), E1, 7, Reading.LOST),
+        ((E1, 7), None, None, Reading.AHEAD),
+        ((E1, 1), None, None, Reading.UNACKNOWLEDGED),
+        ((E1, 7), None, ACCEPTED, Reading.UNACKNOWLEDGED),
+    ],
+)
+def test_judge_pulse(
+    standing: tuple[UUID, int] | None, epoch: UUID | None, n: int | None, reading: Reading
+) -> None:
+    """What Redis has is steady, lost, ahead or new against what Postgres acknowledged."""
+    seen = None if standing is None else Standing(*standing, source=1, installation=OURS)
+
+    assert judge_pulse(seen, epoch=epoch, n=n, installation=OURS) is reading
+
+
+@pytest.mark.parametrize(("epoch", "n"), [(None, None), (E1, 7), (E2, 3)])
+def test_judge_a_foreign_pulse(epoch: UUID | None, n: int | None) -> None:
+    """Another installation's pulse is foreign, whatever it counts."""
+    seen = Standing(E1, 7, source=1, installation=THEIRS)
+
+    assert judge_pulse(seen, epoch=epoch, n=n, installation=OURS) is Reading.FOREIGN
+
+
+def test_parse_pulse() -> None:
+    """An answer is a pulse only if all of its fields are there and can be read."""
+    whole = [str(E1).encode(), b"7", b"-3", str(OURS).encode()]
+
+    assert parse_pulse(whole) == Standing(E1, 7, -3, OURS)
+    assert parse_pulse(None) is None
+    assert parse_pulse([None] * 4) is None
+    assert parse_pulse([*whole[:3], None]) is None
+    assert parse_pulse([whole[0], b"seven", *whole[2:]]) is None
+
+
+class Killed(BaseException):
+    """The leader's process ends here."""
+
+
+def unasked(_since: float, /, *, own: bool) -> bool | None:
+    """Fail: nobody should be in doubt about the place."""
+    raise AssertionError("the place is beyond doubt")
+
+
+def sure(answer: bool | None, asked: list[tuple[float, bool]] | None = None) -> IdentityConfirmed:
+    """Answer so whoever asks for the place, and keep what was asked."""
+
+    def place(since: float, /, *, own: bool) -> bool | None:
+        if asked is not None:
+            asked.append((since, own))
+        return answer
+
+    return place
+
+
+class Stage:
+    """A source's Redis, the ledger, and whoever keeps the pulse."""
+
+    def __init__(self) -> None:
+        self.clock = Clock()
+        self.ledger = MemoryLedger(clock=self.clock.wall)
+        self.ledger.host().register(source_row())
+        self.redis = FakeRedis(self.clock)
+        self.store = leader_store(self.ledger)
+        term = self.store.elect(lease=FOR_EVER)
+        assert term is not None
+        self.term = term
+        self.installation = OURS
+        self.keeper = self.another()
+
+    def another(self) -> PulseKeeper:
+        """Let another process keep the pulse, which knows only what Postgres has."""
+        (row,) = self.store.sources()
+        self.keeper = PulseKeeper(self.redis.client, self.store, row, self.installation)
+        return self.keeper
+
+    def tick(self, place: IdentityConfirmed = unasked) -> Health:
+        """Let half a second pass, and look."""
+        self.clock.advance(0.5)
+        return self.keeper.tick(self.term, identity_confirmed=place, now=self.clock())
+
+    @property
+    def acknowledged(self) -> tuple[str, int] | None:
+        """The pulse that Postgres holds."""
+        (row,) = self.store.sources()
+        if row.pulse_epoch is None or row.pulse_n is None:
+            return None
+        return str(row.pulse_epoch), row.pulse_n
+
+    @property
+    def incidents(self) -> list[Cause]:
+        """The causes of the incidents that are open."""
+        return [incident.cause for incident in self.store.incidents(SOURCE.id)]
+
+    @property
+    def doubts(self) -> list[Cause]:
+        """The doubts so far."""
+        return self.keeper.doubts
+
+
+def started() -> Stage:
+    """Begin with a pulse that has ticked."""
+    stage = Stage()
+    for _ in range(3):
+        assert stage.tick() is Health.STEADY
+    return stage
+
+
+def test_a_first_start_makes_the_pulse() -> None:
+    """Where neither store has a pulse there is nothing to have been lost."""
+    stage = Stage()
+
+    assert stage.tick() is Health.STEADY
+
+    assert stage.redis.pulse() == stage.acknowledged
+    assert stage.acknowledged is not None
+    assert stage.acknowledged[1] == 1
+    assert stage.incidents == []
+
+
+def test_the_pulse_names_its_source_and_installation() -> None:
+    """What stands in Redis tells whose it is."""
+    stage = started()
+
+    fields = stage.redis.hashes[pulse_key(SOURCE)]
+
+    assert fields["source"] == str(SOURCE.id).encode()
+    assert fields["installation"] == str(OURS).encode()
+
+
+def test_it_ticks() -> None:
+    """Each look moves the counter by one, in Redis and then in Postgres."""
+    stage = started()
+    before = stage.redis.pulse()
+    assert before is not None
+
+    stage.tick()
+
+    assert stage.redis.pulse() == (before[0], before[1] + 1) == stage.acknowledged
+
+
+def test_the_next_tick_waits_for_the_acknowledgement() -> None:
+    """While Postgres has not taken the last tick the counter stands still."""
+    stage = started()
+    before = stage.redis.pulse()
+    assert before is not None
+    with outage(stage.ledger):
+        for _ in range(3):
+            with pytest.raises(StoreUnavailable):
+                stage.tick()
+    assert stage.redis.pulse() == (before[0], before[1] + 1)
+    assert stage.acknowledged == before
+
+    assert stage.tick() is Health.STEADY
+    assert stage.acknowledged == (before[0], before[1] + 1) == stage.redis.pulse()
+
+    stage.tick()
+    assert stage.acknowledged == (before[0], before[1] + 2) == stage.redis.pulse()
+
+
+def test_a_lost_answer_to_a_tick_is_no_loss() -> None:
+    """A tick that Redis did, but could not say so, is acknowledged at the next look."""
+    stage = started()
+
+    def silent(_text: str) -> None:
+        stage.redis.after_eval = lambda _: None
+        raise redis.TimeoutError
+
+    stage.redis.after_eval = silent
+    assert stage.tick() is Health.DOWN
+
+    assert stage.tick() is Health.STEADY
+    assert stage.tick() is Health.STEADY
+    assert stage.redis.pulse() == stage.acknowledged
+    assert stage.incidents == []
+
+
+def test_a_leader_killed_between_tick_and_acknowledgement() -> None:
+    """The next leader finds Redis one ahead, and that is no incident."""
+    stage = started()
+
+    def kill(_text: str) -> None:
+        stage.redis.after_eval = lambda _: None
+        raise Killed
+
+    stage.redis.after_eval = kill
+    with pytest.raises(Killed):
+        stage.tick()
+
+    stage.another()
+    assert stage.tick() is Health.STEADY
+    assert stage.tick() is Health.STEADY
+    assert stage.incidents == []
+
+
+def test_a_missing_pulse_is_a_loss() -> None:
+    """FLUSHALL is seen at the next look: an incident, and a pulse of a new epoch."""
+    stage = started()
+    before = stage.redis.pulse()
+    assert before is not None
+    stage.redis.flushall()
+
+    assert stage.tick() is Health.LOST
+
+    assert stage.incidents == [Cause.INCIDENT]
+    after = stage.redis.pulse()
+    assert after is not None
+    assert after[0] != before[0]
+    assert after == stage.acknowledged
+    assert stage.tick() is Health.STEADY
+    assert stage.incidents == [Cause.INCIDENT]
+
+
+def test_a_lower_counter_is_a_loss() -> None:
+    """An old snapshot carries an old counter."""
+    stage = started()
+    stage.redis.set_pulse(n=1)
+
+    assert stage.tick() is Health.LOST
+    assert stage.incidents == [Cause.INCIDENT]
+    assert stage.tick() is Health.STEADY
+
+
+def test_another_epoch_is_a_loss() -> None:
+    """A snapshot from before an earlier incident is an old one, however high it had counted."""
+    stage = started()
+    stage.redis.set_pulse(epoch=uuid4(), n=999)
+
+    assert stage.tick() is Health.LOST
+    assert stage.tick() is Health.STEADY
+
+
+def test_the_incident_is_written_before_the_pulse_is_made() -> None:
+    """E3: a leader killed while it makes the pulse anew has written the incident down already."""
+    stage = started()
+    before = stage.acknowledged
+    stage.redis.flushall()
+
+    def kill(text: str) -> None:
+        assert text is RESET
+        assert stage.incidents == [Cause.INCIDENT]
+        raise Killed
+
+    stage.redis.before_eval = kill
+    with pytest.raises(Killed):
+        stage.tick()
+    stage.redis.before_eval = lambda _: None
+
+    assert stage.redis.pulse() is None
+    assert stage.acknowledged == before
+    stage.another()
+    assert stage.tick() is Health.LOST
+    assert set(stage.incidents) == {Cause.INCIDENT}
+    assert stage.tick() is Health.STEADY
+
+
+def test_a_leader_killed_after_the_pulse_was_made() -> None:
+    """The new epoch is in Redis and not in Postgres: the next leader sees a loss, and an incident."""
+    stage = started()
+    stage.redis.flushall()
+
+    def kill(_text: str) -> None:
+        stage.redis.after_eval = lambda _: None
+        raise Killed
+
+    stage.redis.after_eval = kill
+    with pytest.raises(Killed):
+        stage.tick()
+
+    stage.another()
+    assert stage.tick() is Health.LOST
+    assert set(stage.incidents) == {Cause.INCIDENT}
+    assert stage.tick() is Health.STEADY
+    assert stage.redis.pulse() == stage.acknowledged
+
+
+def test_no_incident_row_no_new_pulse() -> None:
+    """While Postgres cannot take the incident the loss stays to be seen in Redis."""
+    stage = started()
+    stage.redis.flushall()
+    with outage(stage.ledger), pytest.raises(StoreUnavailable):
+        stage.tick()
+
+    assert stage.redis.pulse() is None
+    assert stage.tick() is Health.LOST
+    assert stage.incidents == [Cause.INCIDENT]
+
+
+def test_one_loss_is_one_incident_though_the_acknowledgement_failed() -> None:
+    """A second look at the same loss by the same leader writes no second row."""
+    stage = started()
+    stage.redis.flushall()
+
+    def outage_after(_text: str) -> None:
+        stage.ledger.down = True
+
+    stage.redis.after_eval = outage_after
+    with pytest.raises(StoreUnavailable):
+        stage.tick()
+    stage.redis.after_eval = lambda _: None
+    stage.ledger.down = False
+
+    assert stage.tick() is Health.LOST
+    assert stage.incidents == [Cause.INCIDENT]
+    assert stage.tick() is Health.STEADY
+
+
+def test_two_losses_are_two_incidents() -> None:
+    """Redis flushed again is another loss."""
+    stage = started()
+    for _ in range(2):
+        stage.redis.flushall()
+        assert stage.tick() is Health.LOST
+        assert stage.tick() is Health.STEADY
+
+    assert stage.incidents == [Cause.INCIDENT, Cause.INCIDENT]
+
+
+def test_a_counter_too_far_ahead_stops() -> None:
+    """E5: Redis more than one ahead means that Postgres forgot: touch nothing, ask a person."""
+    stage = started()
+    ahead = stage.redis.pulse()
+    assert ahead is not None
+    stage.redis.set_pulse(n=ahead[1] + 2)
+
+    for _ in range(3):
+        assert stage.tick() is Health.STOP
+
+    assert stage.redis.pulse() == (ahead[0], ahead[1] + 2)
+    assert stage.acknowledged == ahead
+    assert stage.incidents == []
+
+
+def test_a_ledger_that_knows_of_no_pulse_stops() -> None:
+    """A pulse that Postgres never acknowledged was made by a ledger that has been forgotten."""
+    stage = Stage()
+    stage.redis.set_pulse(epoch=E1, n=7, source=SOURCE.id, installation=OURS)
+
+    assert stage.tick() is Health.STOP
+    assert stage.redis.pulse() == (str(E1), 7)
+
+
+def test_a_first_acknowledgement_that_failed() -> None:
+    """A short outage of Postgres at the very first tick does not stop everything for ever."""
+    stage = Stage()
+
+    def outage_after(_text: str) -> None:
+        stage.ledger.down = True
+
+    stage.redis.after_eval = outage_after
+    with pytest.raises(StoreUnavailable):
+        stage.tick()
+    stage.redis.after_eval = lambda _: None
+    stage.ledger.down = False
+
+    assert stage.tick() is Health.STEADY
+
+
+@pytest.mark.parametrize("anew", [False, True], ids=["same leader", "next leader"])
+def test_a_person_may_accept_what_stands(anew: bool) -> None:
+    """After `resume --moved` the pulse goes on from where it stands in Redis."""
+    stage = started()
+    stage.redis.set_pulse(n=99)
+    assert stage.tick() is Health.STOP
+
+    sources = stage.ledger._tables.sources
+    sources[SOURCE.id] = replace(sources[SOURCE.id], pulse_epoch=None, pulse_n=ACCEPTED)
+    if anew:
+        stage.another()
+
+    assert stage.tick() is Health.STEADY
+    assert stage.acknowledged == stage.redis.pulse()
+
+
+def test_a_foreign_pulse_stops() -> None:
+    """E4: two ledgers that share one Redis do not move each other's counter."""
+    stage = started()
+    stage.redis.set_pulse(installation=THEIRS)
+    there = stage.redis.pulse()
+
+    for _ in range(3):
+        assert stage.tick() is Health.STOP
+
+    assert stage.redis.pulse() == there
+    assert stage.incidents == []
+
+
+def test_a_replica_is_down() -> None:
+    """What is not on a replica may be on its master: that is never a loss."""
+    stage = started()
+    stage.redis.role = "slave"
+    stage.redis.flushall()
+
+    assert stage.tick() is Health.DOWN
+    assert stage.redis.pulse() is None
+    assert stage.incidents == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        redis.ConnectionError("refused"),
+        redis.TimeoutError("slow"),
+        redis.BusyLoadingError("LOADING"),
+        redis.ReadOnlyError("READONLY"),
+        redis.exceptions.MasterDownError("MASTERDOWN"),
+        redis.AuthenticationError("NOAUTH"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_redis_that_cannot_answer_is_down(error: redis.RedisError) -> None:
+    """Loading, read-only, refused: Redis is down, never "missing"; its return is a doubt."""
+    stage = started()
+    stage.redis.error = error
+
+    assert stage.tick() is Health.DOWN
+    assert stage.incidents == []
+
+    stage.redis.error = None
+    assert stage.tick() is Health.STEADY
+    assert stage.doubts == [Cause.TOPOLOGY]
+
+
+def test_a_restart_that_kept_its_data() -> None:
+    """Another run id under the same pulse is a doubt, and no loss."""
+    stage = started()
+    stage.redis.run_id = "another"
+
+    assert stage.tick() is Health.STEADY
+    assert stage.doubts == [Cause.TOPOLOGY]
+    assert stage.incidents == []
+
+
+def test_a_restart_between_two_leaders() -> None:
+    """A new leader compares the run id with the one that Postgres holds."""
+    stage = started()
+    stage.redis.run_id = "another"
+    stage.another()
+
+    assert stage.tick() is Health.STEADY
+    assert stage.doubts == [Cause.TOPOLOGY]
+
+
+def test_evictions() -> None:
+    """Keys that Redis evicted are a doubt; what it evicted before we looked is not."""
+    stage = Stage()
+    stage.redis.evicted = 5
+    stage.tick()
+    stage.tick()
+    assert stage.doubts == []
+
+    stage.redis.evicted = 6
+    stage.tick()
+
+    assert stage.doubts == [Cause.EVICTION]
+
+
+def test_a_redis_that_forbids_info() -> None:
+    """Without INFO the pulse does its work alone."""
+    stage = Stage()
+    stage.redis.info_error = redis.exceptions.NoPermissionError("NOPERM")
+    assert stage.tick() is Health.STEADY
+    stage.redis.flushall()
+
+    assert stage.tick() is Health.LOST
+    assert stage.tick() is Health.STEADY
+
+
+def lost_at_a_new_leader() -> Stage:
+    """Let Redis come back empty as another process, before a leader that has never seen it."""
+    stage = started()
+    stage.redis.restart()
+    stage.another()
+    return stage
+
+
+def test_the_same_server_process_is_the_right_place() -> None:
+    """A new leader that finds the run id Postgres holds need not ask where it is."""
+    stage = started()
+    stage.redis.flushall()
+    stage.another()
+
+    assert stage.tick() is Health.LOST
+
+
+def test_a_place_that_is_sure() -> None:
+    """Somebody vouches for the place: what is missing was lost."""
+    stage = lost_at_a_new_leader()
+
+    assert stage.tick(sure(True)) is Health.LOST
+    assert stage.incidents == [Cause.INCIDENT]
+    assert stage.tick() is Health.STEADY
+
+
+def test_a_place_that_is_wrong() -> None:
+    """Somebody sees the pulse elsewhere: touch nothing here."""
+    stage = lost_at_a_new_leader()
+
+    for _ in range(3):
+        assert stage.tick(sure(False)) is Health.STOP
+
+    assert stage.redis.pulse() is None
+    assert stage.incidents == []
+
+
+def test_a_place_that_is_not_known_yet() -> None:
+    """While nobody can say, nothing is done; who is asked is told since when the pulse is missed."""
+    stage = lost_at_a_new_leader()
+    asked: list[tuple[float, bool]] = []
+    unknown = sure(None, asked)
+
+    assert stage.tick(unknown) is Health.UNSURE
+    first = stage.clock()
+    assert stage.tick(unknown) is Health.UNSURE
+    assert asked == [(first, False), (first, False)]
+    assert stage.redis.pulse() is None
+    assert stage.incidents == []
+
+    assert stage.tick(sure(True)) is Health.LOST
+
+
+def test_a_pulse_that_comes_back_is_not_missed_any_more() -> None:
+    """The time a pulse is missed counts from the last look at it."""
+    stage = lost_at_a_new_leader()
+    stage.tick(sure(None))
+    acknowledged = stage.acknowledged
+    assert acknowledged is not None
+    stage.redis.set_pulse(
+        epoch=acknowledged[0], n=acknowledged[1], source=SOURCE.id, installation=OURS
+    )
+    assert stage.tick() is Health.STEADY
+
+    stage.redis.restart()
+    stage.another()
+    asked: list[tuple[float, bool]] = []
+    stage.tick(sure(None, asked))
+
+    assert asked == [(stage.clock(), False)]
+
+
+def test_a_broken_pulse_is_made_anew() -> None:
+    """A pulse of which a field is missing or unreadable is a loss once, and then steady again."""
+    stage = started()
+    del stage.redis.hashes[pulse_key(SOURCE)]["source"]
+
+    assert stage.tick() is Health.LOST
+    assert stage.tick() is Health.STEADY
+
+
+def test_somebody_else_moved_it() -> None:
+    """A counter that moved between look and tick is left alone; the next look says what it means."""
+    stage = started()
+
+    def intrude(_text: str) -> None:
+        stage.redis.before_eval = lambda _: None
+        at = stage.redis.pulse()
+        assert at is not None
+        stage.redis.set_pulse(n=at[1] + 1)
+
+    stage.redis.before_eval = intrude
+    before = stage.acknowledged
+    assert stage.tick() is Health.STEADY
+    assert stage.acknowledged == before
+
+    assert stage.tick() is Health.STEADY
+    assert stage.acknowledged == stage.redis.pulse()
+
+
+def test_a_stale_leader_moves_nothing_in_postgres() -> None:
+    """A keeper of an older term cannot acknowledge, so that the counter moves once at most."""
+    stage = started()
+    stage.store.resign(stage.term)
+    other = leader_store(stage.ledger)
+    assert other.elect(lease=FOR_EVER) is not None
+    before = stage.redis.pulse()
+    assert before is not None
+
+    for _ in range(3):
+        with pytest.raises(NotLeading):
+            stage.tick()
+
+    at = stage.redis.pulse()
+    assert at is not None
+    assert at[1] - before[1] <= 1
+
+
+@pytest.mark.parametrize(
+    "other", [{"namespace": "another"}, {"library": "celery"}, {"prefix": "p"}]
+)
+def test_two_sources_two_pulses(other: dict[str, Any]) -> None:
+    """A source of another namespace, library or prefix keeps its pulse beside ours."""
+    row = replace(source_row(), **other)
+    stage = started()
+    keeper = PulseKeeper(stage.redis.client, stage.store, row, OURS)
+
+    assert keeper.tick(stage.term, identity_confirmed=unasked, now=1.0) is Health.STEADY
+    assert stage.tick() is Health.STEADY
+    assert set(stage.redis.hashes) == {pulse_key(SOURCE), pulse_key(row)}
+    assert len(stage.redis.hashes) == 2
+
+
+def test_one_redis_by_two_addresses_has_one_pulse() -> None:
+    """So that whoever takes it for another source sees whose it is."""
+    assert pulse_key(source_row()) == pulse_key(replace(source_row(), address="other:1/0"))

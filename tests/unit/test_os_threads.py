@@ -1,0 +1,112 @@
+"""Threads of the operating system, whatever has been patched."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from jobguard import os_threads
+from tests.support import eventually
+
+
+def test_a_thread_runs_and_says_when_it_has_ended() -> None:
+    """Also if its work raises."""
+    seen: list[str] = []
+    ended = os_threads.start(lambda: seen.append("ran"), name="one")
+    assert ended.wait(10)
+    assert seen == ["ran"]
+
+
+def test_an_event_lets_through_until_it_is_cleared() -> None:
+    """However often it was set, and whoever came before."""
+    event = os_threads.Event()
+    assert not event.wait(0)
+    event.set()
+    event.set()
+    assert event.wait(0) and event.wait(0) and event.is_set()
+    event.clear()
+    assert not event.wait(0) and not event.is_set()
+
+
+def test_an_event_wakes_who_waits() -> None:
+    """At once."""
+    event, woken = os_threads.Event(), threading.Event()
+
+    def wait() -> None:
+        if event.wait(60):
+            woken.set()
+
+    threading.Thread(target=wait, daemon=True).start()
+    time.sleep(0.01)
+    event.set()
+    eventually(woken.is_set)
+
+
+STARVED = """
+from gevent import monkey
+monkey.patch_all()
+import gevent, time
+from jobguard import os_threads
+
+assert os_threads.is_patched()
+beats = []
+stop = os_threads.Event()
+
+def beat():
+    while not stop.wait(0.02):
+        beats.append(1)
+
+ended = os_threads.start(beat, name="beat")
+until = time.perf_counter() + 1.0
+while time.perf_counter() < until:
+    pass  # a task that computes, and never lets another greenlet run
+count = len(beats)
+stop.set()
+assert ended.wait(10)
+assert count >= 5, count
+"""
+
+
+def test_a_greenlet_that_computes_starves_no_thread_of_ours() -> None:
+    """Under gevent's patching a thread of Python's own would not beat once."""
+    pytest.importorskip("gevent")
+    result = subprocess.run([sys.executable, "-c", STARVED], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_opentelemetry_sees_nothing_of_a_thread_of_ours() -> None:
+    """What it sends for itself makes no spans; what the host sends does."""
+    utils = pytest.importorskip("opentelemetry.instrumentation.utils")
+    enabled: list[bool] = []
+    os_threads.start(lambda: enabled.append(utils.is_instrumentation_enabled()), name="ours").wait(
+        10
+    )
+    assert enabled == [False]
+    assert utils.is_instrumentation_enabled()
+
+
+def test_a_write_lets_no_other_greenlet_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who writes may hold a lock of the operating system, for which another greenlet would wait."""
+
+    def green(*_: Any) -> int:
+        raise AssertionError("eventlet would switch to another greenlet")
+
+    raw = SimpleNamespace(write=os.write)
+    reader, writer = os.pipe()
+    patcher = SimpleNamespace(is_monkey_patched=lambda _: True, original=lambda _: raw)
+
+    monkeypatch.setattr(os, "write", green)
+    monkeypatch.setitem(sys.modules, "eventlet.patcher", patcher)
+    try:
+        assert os_threads.write(writer, b"beat") == 4
+        assert os.read(reader, 4) == b"beat"
+    finally:
+        os.close(reader)
+        os.close(writer)
