@@ -1,6 +1,6 @@
 FROM python:3.12-slim
 
-# Which extras the image carries: "rq,binary" for workers and the reconciler, "rq,embedded" for the demo.
+# The extras of the image: "rq,binary" for workers and the reconciler, "rq,embedded" for the demo.
 ARG EXTRAS=rq,binary
 
 RUN useradd --create-home jobguard

@@ -1,5 +1,5 @@
-# Everything here works on a fresh machine with make and Python 3.11 or later: each target first
-# brings .venv up to date. Another Python: make PYTHON=python3.13 …
+# All targets work on a fresh machine with make and Python 3.11 or later: each target first brings
+# .venv up to date. Another Python: make PYTHON=python3.13 …
 
 PYTHON ?= python3
 VENV := .venv
@@ -16,7 +16,7 @@ REDIS_SERVERS ?=
 POSTGRES_BINS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test ecosystem matrix check bench chaos fmt
+.PHONY: help demo test ecosystem matrix check bench chaos fmt docs
 
 help:
 	@echo "make demo    see jobs survive what kills Redis and workers     (DEMO_ARGS='--library celery')"
@@ -25,6 +25,7 @@ help:
 	@echo "make matrix  the adapters' tests on several libraries and servers  (VERSIONS='rq-2.0 celery-5.7')"
 	@echo "make check   ruff, mypy and the import contracts"
 	@echo "make fmt     format the code and mend what ruff can mend"
+	@echo "make docs    build the manual into build/docs"
 	@echo "make bench   measure                                           (BENCH_ARGS=…)"
 	@echo "make chaos   3 runs a library under random faults; CHAOS=full: 20 (CHAOS_ARGS='--library rq')"
 
@@ -44,7 +45,7 @@ $(VENV)-ecosystem/.ready: pyproject.toml $(VENV)/.created
 		--editable '.[celery,dramatiq,rq,embedded,test,ecosystem]'
 	@touch $@
 
-# Of each library the oldest first; the servers are tried with the last.
+# For each library the oldest version comes first; the servers are tested with the last one.
 matrix: $(VENV)/.ready $(VERSIONS:%=$(VENV)-%/.ready)
 	REDIS_SERVERS='$(REDIS_SERVERS)' POSTGRES_BINS='$(POSTGRES_BINS)' \
 		$(BIN)/python -m tests.matrix $(VERSIONS)
@@ -59,13 +60,16 @@ fmt: $(VENV)/.ready
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
+docs: $(VENV)/.ready-for-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 bench: $(VENV)/.ready
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 chaos: $(VENV)/.ready
 	$(BIN)/python -m tests.chaos --runs $(if $(filter full,$(CHAOS)),20,3) $(CHAOS_ARGS)
 
-# The stamps are written last, so that whatever was interrupted is done again.
+# The stamps are written last, so that an interrupted step is done again.
 
 $(VENV)/.created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -80,11 +84,16 @@ $(VENV)/.ready-for-demo: pyproject.toml $(VENV)/.created
 	$(PIP) --editable '.[celery,dramatiq,rq,embedded]'
 	@touch $@
 
+$(VENV)/.ready-for-docs: pyproject.toml $(VENV)/.created
+	$(PIP) --editable '.[docs]'
+	@touch $@
+
 $(VENV)/.ready: pyproject.toml $(VENV)/.created
 	$(PIP) --editable '.[celery,dramatiq,rq,embedded,test,dev]'
 	@touch $(VENV)/.ready-for-demo $@
 
-# Of the libraries the one alone, as most users have it. Celery 5.4 takes a kombu that refuses its redis.
+# Only one library is installed, as most users have it. Celery 5.4 accepts a kombu that refuses its
+# redis.
 PINS_celery-5.4 := 'kombu<5.5'
 $(VENV)-%/.ready: pyproject.toml $(VENV)/.created
 	$(BIN)/python -m venv --clear $(VENV)-$*

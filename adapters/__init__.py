@@ -1,1 +1,1 @@
-"""The adapters: what jobguard knows of each queue library, and nowhere else."""
+"""The adapters: the only code of jobguard that knows a queue library."""

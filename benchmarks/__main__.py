@@ -15,7 +15,7 @@ ALL = {
 
 
 def main() -> None:
-    """Run what is asked for."""
+    """Run the requested measurements."""
     for name in sys.argv[1:] or ALL:
         if name not in ALL:
             raise SystemExit(f"there is no benchmark {name!r}: {', '.join(ALL)}")

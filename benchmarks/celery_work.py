@@ -1,4 +1,4 @@
-"""What the guard costs a prefork worker of Celery: jobs a second, CPU of Postgres, and its sessions."""
+"""The cost of the guard for a prefork worker of Celery: jobs a second, CPU and sessions of PostgreSQL."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ if os.environ.get("BENCHMARK_GUARD"):
 
 
 def _work(postgres: str, broker: str, queue: str, *, guard: bool) -> tuple[float, float, int]:
-    """Return jobs a second, seconds of CPU of Postgres, and how many sessions it had."""
+    """Return jobs a second, and the seconds of CPU and the number of sessions of PostgreSQL."""
     client: Any = redis.Redis.from_url(broker)
     environ = {
         **os.environ,

@@ -1,4 +1,4 @@
-"""What the guard costs a producer: alone, in bulk, with threads, and while Postgres is away."""
+"""The cost of the guard for a producer: alone, in bulk, with threads, and while PostgreSQL is away."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _insert(url: str) -> Variant:
 
 
 def main() -> None:
-    """Print what an enqueue costs, guarded and not."""
+    """Print the cost of an enqueue, guarded and not."""
     with servers() as (postgres, broker):
         plain, safe = queue("plain", broker), guarded("safe", broker, postgres)
         print("enqueue, one thread")

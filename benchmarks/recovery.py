@@ -1,4 +1,4 @@
-"""How fast a loss is seen and mended: FLUSHALL of 10,000 waiting jobs, again and again."""
+"""The time to detect and repair a loss: FLUSHALL of 10,000 waiting jobs, again and again."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _rounds(postgres: str, broker: str) -> None:
         seen, first, whole = [], [], []
         for _ in range(ROUNDS):
             _wait_for_the_end_of_incidents(connection)
-            time.sleep(0.37)  # so that the rounds meet the pulse at different points
+            time.sleep(0.37)  # the rounds shall begin at different points of the pulse interval
             began = time.time()
             client.flushall()
             first_back = None
@@ -72,7 +72,7 @@ def _rounds(postgres: str, broker: str) -> None:
 
 
 def _trust(connection: psycopg.Connection, postgres: str, broker: str) -> None:
-    """Let a guarded worker be seen once; then stop it, for the jobs are to stay where they are."""
+    """Run a guarded worker until the queue is trusted; then stop it, so that the jobs stay in Redis."""
     command = "rq.cli worker lost --worker-class jobguard.adapters.rq.SimpleWorker --url"
     worker = subprocess.Popen(
         [sys.executable, "-m", *command.split(), broker],

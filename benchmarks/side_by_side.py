@@ -1,4 +1,4 @@
-"""Variants measured in turn, round by round, so that a machine that drifts drifts for all of them."""
+"""Variants measured in turn, round by round, so that a change of the machine affects all of them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Variant = Callable[[int], None]
 
 @contextmanager
 def servers() -> Iterator[tuple[str, str]]:
-    """Give the URLs of a migrated Postgres and of a Redis without persistence."""
+    """Give the URLs of a migrated PostgreSQL and of a Redis without persistence."""
     with PostgresServer() as postgres, RedisServer() as broker:
         url = postgres.create_database("benchmark")
         migrate(url)
@@ -28,7 +28,7 @@ def servers() -> Iterator[tuple[str, str]]:
 
 
 def queue(name: str, url: str) -> rq.Queue:
-    """Return a queue on a connection of its own."""
+    """Return a queue with its own connection."""
     return rq.Queue(name, connection=redis.Redis.from_url(url))
 
 

@@ -1,4 +1,4 @@
-"""What the guard costs a worker: jobs a second of one SimpleWorker, guarded and not."""
+"""The cost of the guard for a worker: jobs a second of one SimpleWorker, guarded and not."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def nothing(*_: object) -> None:
 
 def _burst(kind: str, name: str, broker: str, postgres: str) -> float:
     environment = os.environ | {"JOBGUARD_POSTGRES_URL": postgres}
-    said = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-m", "benchmarks.work", kind, name, broker],
         env=environment,
         check=True,
         capture_output=True,
         text=True,
     )
-    return float(said.stdout.split()[-1])
+    return float(done.stdout.split()[-1])
 
 
 def _worker(kind: str, name: str, broker: str) -> None:

@@ -1,6 +1,7 @@
-"""`jobguard demo`: jobs outlive a Redis without persistence that is killed with -9.
+"""`jobguard demo`: jobs survive a Redis without persistence that is killed with -9.
 
-Workers import this package too, for the tasks: what takes long to import waits for the command.
+Workers import this package too, for the tasks. So modules with a long import time are imported only
+by the command.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ __all__ = ["command"]
 
 
 def _cores() -> int:
-    # Where it can be known, the cores that we may use, not those of the machine.
+    # Where the system knows it, count the cores that we may use, not those of the machine.
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -116,9 +117,10 @@ def command(
         sabotage=sabotage,
         keep=keep,
     )
-    # In JSON, what one looks at goes to stderr: stdout is for the object.
+    # With --json, the display goes to stderr: stdout is for the object.
     console = Console(stderr=as_json)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # end our children all the same
+    # Raise KeyboardInterrupt on SIGTERM, so that our children are ended in this case too.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         columns = _runs(plan, compare=compare, console=console)
     except (DemoError, ServerError) as error:

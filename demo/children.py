@@ -1,7 +1,7 @@
-"""Child processes that are started again when they end, as systemd would.
+"""Child processes that are restarted when they end, as systemd would do it.
 
-RQ workers end by design when Redis fails them in the middle of a job; without a supervisor a crash
-of Redis would stop the work for good, with jobguard or without.
+RQ workers end by design when Redis fails in the middle of a job. Without a supervisor, a crash of
+Redis would stop the work for good, with jobguard or without.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-# One way to leave no orphan and to be sure of a death, not two.
+# These functions exist only once, also for the servers.
 from jobguard.demo.servers.process import die_with_parent, suspend, wait_until_gone
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-RESTART_SECONDS = 0.1  # systemd's own RestartSec
+RESTART_SECONDS = 0.1  # the default RestartSec of systemd
 STOP_SECONDS = 5.0
 _PREFIXES = ("JOBGUARD_", "RQ_", "CELERY_", "DRAMATIQ_")
 
 
 class Child:
-    """This Python with these arguments; what it says goes to a log."""
+    """A process of this Python with these arguments; its output goes to a log."""
 
     def __init__(
         self,
@@ -49,21 +49,21 @@ class Child:
 
     @property
     def pid(self) -> int:
-        """The process that runs now, or ran last."""
+        """The id of the process that runs now, or ran last."""
         return self.process.pid
 
     @property
     def ended(self) -> bool:
-        """Whether it does not run at the moment."""
+        """True if the process does not run at the moment."""
         return self.process.poll() is not None
 
     @property
     def last_words(self) -> str:
-        """The end of its log."""
+        """The end of the log."""
         return self._log.read_text(errors="replace")[-2000:].strip()
 
     def tend(self) -> bool:
-        """Start it again if it ended a moment ago; tell whether that was done."""
+        """Restart the process some time after its end; return True if it was restarted."""
         if not self.ended:
             return False
         if self._ended_at is None:
@@ -76,7 +76,7 @@ class Child:
         return True
 
     def kill(self) -> None:
-        """SIGKILL it and wait until it is gone."""
+        """Kill the process with SIGKILL, and wait until it is gone."""
         self.process.kill()
         self.process.wait()
 
@@ -88,13 +88,13 @@ class Child:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=self._environ,
-                start_new_session=True,  # a Ctrl-C is for the demo, which ends them in order
+                start_new_session=True,  # a Ctrl-C is for the demo, which ends the children in order
                 preexec_fn=die_with_parent(self._orphan_signal),
             )
 
 
 def end(children: Iterable[Child]) -> None:
-    """Ask all of them to stop, and kill who does not."""
+    """Terminate all of them, and kill those that do not end in time."""
     running = [child.process for child in children if not child.ended]
     for process in running:
         process.terminate()
@@ -108,10 +108,10 @@ def end(children: Iterable[Child]) -> None:
 
 
 def kill_tree(pid: int) -> None:
-    """SIGKILL a process with all its children, and return when they are gone."""
+    """Kill a process and all its children with SIGKILL, and return when they are gone."""
     try:
         root = psutil.Process(pid)
-        suspend(root)  # it cannot fork between the look and the deed
+        suspend(root)  # it must not fork between the listing and the kill
         tree = [root, *root.children(recursive=True)]
     except psutil.NoSuchProcess:
         return
@@ -123,7 +123,7 @@ def kill_tree(pid: int) -> None:
 
 
 def clean_environment() -> dict[str, str]:
-    """Give our environment without settings: what is shown are the defaults."""
+    """Return our environment without settings, so that the demo shows the defaults."""
     return {
         name: value
         for name, value in os.environ.items()

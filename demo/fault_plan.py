@@ -1,8 +1,8 @@
-"""The bad weather: when Redis and a worker are killed, and what is seen afterwards.
+"""The faults of a run: when Redis and a worker are killed, and what is seen afterwards.
 
-Redis is killed with -9 and comes back empty half a second later; one worker is killed with -9 in
-the middle of a job. Everything here is observed from outside: in Redis itself, in the ledger of
-the tasks, and for the moment of detection alone in jobguard's own table of incidents.
+Redis is killed with -9 and comes back empty half a second later. One worker is killed with -9 in
+the middle of a job. All observations are made from outside: in Redis itself and in the ledger of
+the tasks. Only the moment of detection comes from jobguard's own table of incidents.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ if TYPE_CHECKING:
 
 DOWN_SECONDS = 0.5
 INSPECT_SECONDS = 0.1
-LOST_FOR_GOOD_SECONDS = 30.0  # the next kill waits so long for the recovery from the last one
-FRESH_SECONDS = 0.25  # a long job started so recently surely runs on while its worker is killed
+LOST_FOR_GOOD_SECONDS = 30.0  # the next kill waits so long for the last recovery
+FRESH_SECONDS = 0.25  # a long job that started so recently still runs while its worker is killed
 
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """When to kill, in shares of the jobs that are done."""
+    """The times of the kills, as shares of the jobs that are done."""
 
     redis: tuple[float, ...]
     worker: float
 
 
 def forecast(kills: int, seed: int) -> Forecast:
-    """Spread the kills: for two of Redis about 25 % and 55 %, and a worker's between the two."""
+    """Spread the kills: two of Redis at about 25 % and 55 %, and one of a worker between them."""
     chance = random.Random(seed)
     apart = 0.6 / kills
     jitter = min(0.03, apart / 8)
@@ -58,30 +58,30 @@ def forecast(kills: int, seed: int) -> Forecast:
 
 @dataclass(slots=True)
 class Loss:
-    """What one kill of Redis took, and how much of it is still absent."""
+    """The jobs that one kill of Redis took, and those that are still absent."""
 
     kill: RedisKill
     absent: set[int]
     taken: int | None = None
-    inspect_at: float = 0.0  # no sooner than then, of the monotonic clock
+    inspect_at: float = 0.0  # earliest time of the next inspection, by the monotonic clock
 
     @property
     def back(self) -> int:
-        """How many jobs were absent and are not any more."""
+        """Number of jobs that were absent and are present again."""
         return 0 if self.taken is None else self.taken - len(self.absent)
 
 
 @dataclass
 class FaultPlan:
-    """Kills at the right moments, one step at each tick."""
+    """Make the kills at the planned moments, one step at each tick."""
 
     jobs: int
     library: Library
     server: RedisServer
     reader: Reader
     forecast: Forecast
-    postgres: str | None  # where the incidents are; None without jobguard
-    recovers: bool  # somebody puts back what is lost: the next kill waits for it
+    postgres: str | None  # the database of the incidents; None without jobguard
+    recovers: bool  # True if a reconciler restores lost jobs: then the next kill waits for that
     announce: Callable[[str], None]
     losses: list[Loss] = field(default_factory=list)
     redis_kills: list[RedisKill] = field(default_factory=list)
@@ -89,20 +89,20 @@ class FaultPlan:
     worker_was_caught: bool = False
 
     def __post_init__(self) -> None:
-        """Make the clients with which it looks."""
-        # Little patience: it must never hang on the server that it killed.
+        """Make the clients for the inspections."""
+        # The timeout is short, because a client must not hang on the server that was killed.
         self._redis = client_from_url(self.server.url, timeout=2.0)
         self._postgres = Incidents(self.postgres) if self.postgres else None
 
     def close(self) -> None:
-        """Let go of the connections."""
+        """Close the connections."""
         self._redis.close()
         if self._postgres:
             self._postgres.close()
 
     @property
     def is_over(self) -> bool:
-        """Whether all kills were done and nothing is left to be watched."""
+        """True if all kills were made and nothing is left to watch."""
         return (
             len(self.redis_kills) == len(self.forecast.redis)
             and self.worker_was_caught
@@ -111,28 +111,28 @@ class FaultPlan:
 
     @property
     def redis_is_up(self) -> bool:
-        """Whether Redis runs at the moment."""
+        """True if Redis runs at the moment."""
         return not self.redis_kills or self.redis_kills[-1].up_at is not None
 
     @property
     def absent(self) -> int:
-        """How many jobs are owed and were nowhere at the last look."""
+        """Number of owed jobs that the last inspection found nowhere."""
         return len(self.losses[-1].absent) if self.losses else 0
 
     @property
     def back(self) -> int:
-        """How many jobs were absent once and came back."""
+        """Number of jobs that were absent once and came back."""
         return sum(loss.back for loss in self.losses)
 
     def waiting(self) -> int:
-        """Count the jobs that stand in the queue; 0 while Redis is down."""
+        """Count the jobs in the queue; 0 while Redis is down."""
         try:
             return self.library.waiting(self._redis)
         except redis.RedisError:
             return 0
 
     def tick(self) -> None:
-        """Do what is due."""
+        """Do the steps that are due."""
         if not self.redis_is_up:
             if time.time() - self.redis_kills[-1].at >= DOWN_SECONDS:
                 self._bring_redis_back()
@@ -149,12 +149,12 @@ class FaultPlan:
         if done == len(self.forecast.redis) or not self._is_quiet():
             return False
         ledger = self.reader.ledger
-        # Where nobody puts back what is lost, there may never be so many done as the forecast
-        # wants: then the kill comes while there is still something to lose.
+        # If no reconciler restores lost jobs, the forecast may ask for more done jobs than there
+        # can ever be. Then the kill comes while there is still something to lose.
         reachable = 0.9 * (self.jobs - self.absent)
         if ledger.executed >= min(self.forecast.redis[done] * self.jobs, reachable):
             return True
-        # The first one must meet a producer at work, also where workers are few and slow.
+        # The first kill must happen while the producer works, also if workers are few and slow.
         return done == 0 and len(ledger.enqueued) >= 0.8 * self.jobs
 
     def _is_quiet(self) -> bool:
@@ -175,9 +175,9 @@ class FaultPlan:
         )
 
     def _bring_redis_back(self) -> None:
-        self.server.start()  # persistence is none: it comes back empty
+        self.server.start()  # without persistence it comes back empty
         kill = self.redis_kills[-1]
-        kill.up_at = time.time()  # start() has just had its answer from it
+        kill.up_at = time.time()  # start() has just got an answer from it
         self.reader.read()
         self.losses.append(Loss(kill, self.reader.ledger.owed()))
 
@@ -194,27 +194,28 @@ class FaultPlan:
                 self.announce(f"the loss was detected {seconds:.2f} s after the kill")
         if kill.recovered_at is None:
             self._count_absent(loss)
-        # Looking at many long messages takes time from the workers: a fifth of ours at most.
+        # Reading many long messages takes time from the workers: use a fifth of our time at most.
         took = time.monotonic() - began_at
         loss.inspect_at = began_at + max(INSPECT_SECONDS, 5 * took)
 
     def _count_absent(self, loss: Loss) -> None:
-        """Look where the jobs are that were owed when Redis came back.
+        """Find where the jobs are that were owed when Redis came back.
 
-        We look into Redis and do not ask jobguard, whose own word for "recovered" would prove
-        nothing. A job is where it should be when Redis has it in one of RQ's lists, when a worker
-        that lives has it in its hands, or when it ended meanwhile. The moment is that after the
-        look, so that the figure is too large by one look and never too small.
+        This reads Redis and does not ask jobguard, because jobguard's own report of a recovery
+        would prove nothing. A job counts as present if Redis has it in one of the library's lists,
+        if a live worker has fetched it, or if it has ended in the meantime. The recorded moment is
+        after the inspection, so the figure is too large by one inspection and never too small.
         """
         try:
             present = self.library.present(self._redis)
         except redis.RedisError:
             return
-        self.reader.read()  # after Redis: a job that moved on in between is seen in the ledger
+        self.reader.read()  # after Redis, so that a job that moved in between is seen in the ledger
         ledger, kill = self.reader.ledger, loss.kill
         loss.absent -= {ledger.number_of.get(job_id, 0) for job_id in present}
         loss.absent -= ledger.ends.keys()
-        # A killed worker's jobs have another promise, worker_timeout, and a figure of their own.
+        # For the jobs of a killed worker another promise holds (worker_timeout), with its own
+        # figure.
         killed = {worker_kill.pid for worker_kill in self.worker_kills}
         for number in loss.absent & ledger.running.keys():
             worker = self.library.worker_of(ledger.running[number])
@@ -242,7 +243,7 @@ class FaultPlan:
                 kill_tree(worker)
                 self.worker_kills.append(WorkerKill(time.time(), worker, number))
                 self.reader.read()
-                # If it was too quick for us after all, the next one will not be.
+                # If this job ended before the kill after all, the next tick tries another one.
                 self.worker_was_caught = number not in self.reader.ledger.ends
                 self.announce(
                     f"[bold red]kill -9 worker[/] {worker} in the middle of job {number:,}"
@@ -251,17 +252,17 @@ class FaultPlan:
 
 
 class Incidents:
-    """Reads when jobguard wrote down that it noticed a loss."""
+    """Read when jobguard recorded that it noticed a loss."""
 
     def __init__(self, url: str) -> None:
         self._connection = psycopg.connect(url, autocommit=True)
         asked_at = time.time()
         row = self._connection.execute("select extract(epoch from clock_timestamp())").fetchone()
-        # Nothing to speak of on one machine; the database may be on another.
+        # The difference is tiny on one machine, but the database may be on another one.
         self._ahead = float(row[0]) - (asked_at + time.time()) / 2 if row else 0.0
 
     def first_since(self, at: float) -> float | None:
-        """Give the time of the first incident since then, by our clock."""
+        """Return the time of the first incident since then, by our clock."""
         row = self._connection.execute(
             "select extract(epoch from min(opened_at)) from jobguard.incidents"
             " where opened_at >= to_timestamp(%s)",
@@ -270,5 +271,5 @@ class Incidents:
         return float(row[0]) - self._ahead if row and row[0] is not None else None
 
     def close(self) -> None:
-        """Let go of the connection."""
+        """Close the connection."""
         self._connection.close()

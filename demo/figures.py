@@ -1,4 +1,4 @@
-"""What the run comes to: computed from the ledger and the list of kills, and from nothing else."""
+"""The figures of a run, computed only from the ledger and the list of kills."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ if TYPE_CHECKING:
 
     from jobguard.demo.ledger import Ledger, Mark
 
-# A worker that is killed after its task returned and before its report was committed has done the
-# job, and nobody can know: that one second run is what "at least once" means.
+# A worker that is killed after its task returned and before its report was committed has done
+# the job, and no other process can know that. "At least once" allows this one second run.
 REPORT_SECONDS = 0.1
 
 
 @dataclass(slots=True)
 class RedisKill:
-    """Redis was killed. All times are of the wall clock; None: it has not happened (yet)."""
+    """One kill of Redis. All times are of the wall clock; None means that it has not happened (yet)."""
 
-    at: float  # just before the signal: what happens meanwhile counts against us
+    at: float  # just before the signal: events in the meantime count against us
     up_at: float | None = None  # accepts connections again, empty
-    detected_at: float | None = None  # the incident row says so
+    detected_at: float | None = None  # the time in the incident row
     recovered_at: float | None = None  # every owed job was seen present
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerKill:
-    """A worker was killed in the middle of a job."""
+    """One kill of a worker in the middle of a job."""
 
     at: float  # when it was gone: it cannot have written anything later
     pid: int
@@ -37,7 +37,7 @@ class WorkerKill:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """One run, counted."""
+    """The counts of one run."""
 
     library: str
     enqueued: int
@@ -46,11 +46,11 @@ class Figures:
     duplicated: int
     excused: int  # second runs that "at least once" allows; see REPORT_SECONDS
     restarted: int
-    # From a worker's kill until its job was started again: longer than jobguard took to see the
-    # death and to put the job back by the job's wait for its turn in the queue.
+    # From a worker's kill until its job started again. This is the time that jobguard took to see
+    # the death and to restore the job, plus the wait of the job in the queue.
     restart_seconds: float | None
     recovered: int
-    refused: int  # calls of enqueue that raised: nothing was promised, nothing is lost
+    refused: int  # calls of enqueue that raised: nothing was promised, so nothing is lost
     redis_kills: int
     detect_seconds: float | None
     recover_seconds: float | None
@@ -59,11 +59,11 @@ class Figures:
 
     @property
     def promise_is_kept(self) -> bool:
-        """Whether nothing was lost, and nothing completed twice without excuse."""
+        """True if no job was lost, and none completed twice without excuse."""
         return not (self.lost or self.duplicated)
 
     def public(self) -> dict[str, Any]:
-        """Give what `--json` prints."""
+        """Return the values that `--json` prints."""
         more = ("excused", "restart_seconds", "refused", "redis_kills", "concurrency")
         return {name: value for name, value in asdict(self).items() if name not in more}
 
@@ -99,7 +99,7 @@ def count(
 
 
 def _excused(ends: Sequence[Mark], worker_kills: Sequence[WorkerKill]) -> bool:
-    """Whether there was one second run, and the first was done by a worker on its last gasp."""
+    """Return True if there was one second run, and the first one ended just before its worker died."""
     first = ends[0]
     return len(ends) == 2 and any(
         first.is_of(kill.pid) and 0 <= kill.at - first.at <= REPORT_SECONDS for kill in worker_kills
@@ -107,9 +107,9 @@ def _excused(ends: Sequence[Mark], worker_kills: Sequence[WorkerKill]) -> bool:
 
 
 def _restart(ledger: Ledger, kill: WorkerKill) -> list[float]:
-    """Give, for each job that this kill interrupted, how long it took to be started again.
+    """Return, for each job that this kill interrupted, the time until it was started again.
 
-    Usually one; a library that prefetches may have had more in its hands.
+    Usually this is one job; if the library prefetches, there may be more.
     """
     return [
         round(min(again) - kill.at, 3)
@@ -123,9 +123,10 @@ def _restart(ledger: Ledger, kill: WorkerKill) -> list[float]:
 
 
 def _ran_after_death(ledger: Ledger, number: int, redis_kills: Sequence[RedisKill]) -> bool:
-    """Whether the job was promised before a kill of Redis, first started after it, and done.
+    """Return True if the job was promised before a kill of Redis, first started after it, and done.
 
-    Without jobguard a few do, too: a worker had them in its hands and was about to start.
+    Without jobguard there are a few such jobs too: a worker had fetched them and was about to
+    start.
     """
     if number not in ledger.ends or number not in ledger.starts:
         return False
@@ -137,7 +138,7 @@ def _ran_after_death(ledger: Ledger, number: int, redis_kills: Sequence[RedisKil
 
 
 def _worst(spans: Iterable[tuple[float | None, float | None]]) -> float | None:
-    """Give the longest span; None if one of them never came to its end, or there was none."""
+    """Return the longest span; None if one of them has no end, or if there was none."""
     lengths = []
     for start, stop in spans:
         if start is None or stop is None:
@@ -149,7 +150,7 @@ def _worst(spans: Iterable[tuple[float | None, float | None]]) -> float | None:
 def _span(ledger: Ledger) -> float:
     """Measure from the first call of enqueue to the last end of a job.
 
-    What the demo waits after that, to see whether anything more comes, is nobody's work.
+    The time that the demo waits after that, to see whether more jobs run, is not counted.
     """
     calls = [*ledger.enqueued.values(), *ledger.refused.values()]
     ends = [mark for marks in ledger.ends.values() for mark in marks]
@@ -159,7 +160,7 @@ def _span(ledger: Ledger) -> float:
 
 
 def _concurrency(ledger: Ledger) -> int:
-    """Count the jobs that were run at once, at most; runs that never ended are left out."""
+    """Count the jobs that ran at once, at most; runs that never ended are left out."""
     steps = []
     for number, starts in ledger.starts.items():
         ends = list(ledger.ends.get(number, ()))

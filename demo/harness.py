@@ -1,7 +1,8 @@
-"""One run of the demo: it starts everything, lets the storm pass over it, and counts.
+"""One run of the demo: start all processes, inject the faults, and count.
 
-The producer enqueues, the workers work, the storm kills Redis and a worker, and all the while
-producer and tasks write the ledger, a file that jobguard never sees. That file alone is counted.
+The producer enqueues, the workers work, and the fault plan kills Redis and a worker. All the time
+the producer and the tasks write the ledger, a file that jobguard never sees. Only that file is
+counted.
 """
 
 from __future__ import annotations
@@ -30,26 +31,27 @@ if TYPE_CHECKING:
 
     from jobguard.demo.libraries import Library, WorkerPool
 
-# The command `jobguard` in this very Python; a script of that name may be another installation's.
+# The command `jobguard` of this Python; a script of that name may belong to another installation.
 JOBGUARD = ("-c", "from jobguard.cli import main; main()")
 TICK_SECONDS = 0.025
-START_SECONDS = 60.0  # for a worker or the reconciler to come up; more for many workers
+START_SECONDS = 60.0  # for the start of a worker or the reconciler; more for many workers
 STALL_SECONDS = max(40.0, 2 * Settings().worker_timeout + 10.0)
-UNGUARDED_STALL_SECONDS = 5.0  # nobody brings anything back: an empty queue stays empty
-# When all is done we stay a little: a job that was put back although it had ended would run now.
+UNGUARDED_STALL_SECONDS = 5.0  # no process restores anything: an empty queue stays empty
+# The demo waits a little after the last job: a job that was restored although it had ended would
+# run now.
 QUIET_SECONDS = 3.0
 
-# More workers than the machine can bear would starve the producer beside them.
+# With more workers than the machine can run, the producer beside them would be too slow.
 CROWD_JOBS_A_SECOND_AND_CORE = 100.0
 WORK_SECONDS = 0.002
 
 
 def work_seconds(library: Library, worker_pool: WorkerPool, cores: int) -> float:
-    """Choose how long a job takes.
+    """Return how long a job takes.
 
-    All workers together, however many, are to be slower than the one producer: or else the queue is
-    empty when Redis is killed, nothing is lost, and nothing is shown. A sleeping job costs no
-    processor, so many workers are slowed by longer jobs.
+    All workers together, however many, must be slower than the one producer. Otherwise the queue is
+    empty when Redis is killed, nothing is lost, and the demo shows nothing. A sleeping job uses no
+    processor time, so many workers are slowed by longer jobs.
     """
     rate = library.jobs_a_second
     if worker_pool.workers * worker_pool.processes > 2 * cores:
@@ -58,12 +60,12 @@ def work_seconds(library: Library, worker_pool: WorkerPool, cores: int) -> float
 
 
 class DemoError(RuntimeError):
-    """The demo could not be run to its end; the message says why."""
+    """The demo could not be completed; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is asked for."""
+    """The parameters of a run."""
 
     jobs: int
     library: Library
@@ -78,7 +80,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far the run is."""
+    """The progress of a run."""
 
     jobs: int
     enqueued: int
@@ -94,19 +96,19 @@ class Progress:
 
 
 class ProgressDisplay(Protocol):
-    """Who looks on."""
+    """The display of a run."""
 
     def announce(self, text: str) -> None:
-        """Take note of an event; the text has marks of rich."""
+        """Show an event; the text has markup of rich."""
 
     def show(self, progress: Progress) -> None:
-        """Take note of how far it is."""
+        """Show the progress."""
 
 
 def run(plan: Plan, display: ProgressDisplay) -> figures.Figures:
     """Run once, and count.
 
-    Raises DemoError and jobguard.demo.servers.ServerError.
+    Raise DemoError or jobguard.demo.servers.ServerError.
     """
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(_folder(plan))
@@ -130,8 +132,8 @@ def _folder(plan: Plan) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _database() -> Iterator[str]:
-    """Give the URL of a fresh, migrated database."""
-    import jobguard.schema  # here, so that the run without jobguard goes without it
+    """Yield the URL of a new, migrated database."""
+    import jobguard.schema  # imported here, so that the run without jobguard does not need it
 
     named = os.environ.get("JOBGUARD_TEST_POSTGRES_URL")
     with contextlib.ExitStack() as stack:
@@ -162,10 +164,10 @@ class _Run:
         self._environ = children.clean_environment() | {apps.REDIS: server.url}
         if postgres is not None:
             self._environ[apps.POSTGRES] = postgres
-        # In the order in which they are started; ended in the other.
+        # The processes are started in this order, and ended in the reverse order.
         self._reconciler = self._start_reconciler(stack) if postgres is not None else None
         self._workers = self._start_workers(stack)
-        self._storm = FaultPlan(
+        self._faults = FaultPlan(
             jobs=plan.jobs,
             library=plan.library,
             server=server,
@@ -175,27 +177,27 @@ class _Run:
             recovers=plan.guarded and not plan.sabotage,
             announce=display.announce,
         )
-        stack.callback(self._storm.close)
+        stack.callback(self._faults.close)
         self._started_at = time.monotonic()
         self._moved_at = self._started_at
         self._done_at: float | None = None
         self._producer = self._start_producer(stack)
 
     def to_the_end(self) -> figures.Figures:
-        """Watch until all is done or nothing moves any more, and count."""
+        """Watch until all jobs are done or nothing changes any more, and count."""
         while not self._is_over():
             if self._reader.read():
                 self._moved_at = time.monotonic()
             self._tend()
-            self._storm.tick()
+            self._faults.tick()
             self._display.show(self._progress())
             time.sleep(TICK_SECONDS)
         self._reader.read()
         return figures.count(
             self._reader.ledger,
             library=self._plan.library.name,
-            redis_kills=self._storm.redis_kills,
-            worker_kills=self._storm.worker_kills,
+            redis_kills=self._faults.redis_kills,
+            worker_kills=self._faults.worker_kills,
         )
 
     def _is_over(self) -> bool:
@@ -204,11 +206,11 @@ class _Run:
         all_done = len(counted.enqueued) == self._plan.jobs == counted.executed
         if not all_done:
             return self._is_stalled(now - self._moved_at)
-        if not self._storm.is_over:
+        if not self._faults.is_over:
             if now - self._moved_at < STALL_SECONDS:  # the last kill may still be watched
                 return False
             raise DemoError(
-                "the jobs were done before all kills could be: take more --jobs or fewer --kills"
+                "all jobs were done before the last kill: use more --jobs or fewer --kills"
             )
         if self._done_at is None:
             self._done_at = now
@@ -221,8 +223,8 @@ class _Run:
             not self._plan.guarded
             and seconds > UNGUARDED_STALL_SECONDS
             and self._producer.ended
-            and self._storm.redis_is_up
-            and self._storm.waiting() == 0
+            and self._faults.redis_is_up
+            and self._faults.waiting() == 0
         )
 
     def _tend(self) -> None:
@@ -240,11 +242,11 @@ class _Run:
             jobs=self._plan.jobs,
             enqueued=len(counted.enqueued),
             executed=counted.executed,
-            absent=self._storm.absent,
-            back=self._storm.back,
-            redis_is_up=self._storm.redis_is_up,
-            redis_kills=len(self._storm.redis_kills),
-            worker_kills=len(self._storm.worker_kills),
+            absent=self._faults.absent,
+            back=self._faults.back,
+            redis_is_up=self._faults.redis_is_up,
+            redis_kills=len(self._faults.redis_kills),
+            worker_kills=len(self._faults.worker_kills),
             workers=self._plan.worker_pool.workers,
             restarts=sum(worker.starts - 1 for worker in self._workers),
             seconds=time.monotonic() - self._started_at,
@@ -254,7 +256,7 @@ class _Run:
         more = {"JOBGUARD_MODE": "observe"} if self._plan.sabotage else {}
         child = children.Child(
             [*JOBGUARD, "reconcile", "--redis", self._server.url],
-            environ=self._environ | more,  # it is not told where the ledger is
+            environ=self._environ | more,  # it does not know where the ledger is
             log=self._folder / "reconciler.log",
         )
         stack.callback(children.end, [child])

@@ -1,20 +1,22 @@
-"""The demo's own record of what happened, written by the tasks and the producer themselves.
+"""The demo's own record of events, written by the tasks and the producer themselves.
 
-Nobody else writes it: jobguard is never told where it lies. One line an event, appended by one
-small write each, so that the lines of many processes do not mix, and what was written stays when
-its writer is killed a microsecond later:
+No other process writes it: jobguard does not know its path. Each event is one line, appended by one
+small write, so that the lines of many processes do not mix, and a written line stays when its
+writer is killed a microsecond later:
 
-    call <number> <pid> <nanoseconds> [numbers]        enqueue is about to be called (chaos only);
-                                                       those behind which the library is to run it
-    enqueued <number> <pid> <nanoseconds> <job id>     the call of enqueue returned
-    refused <number> <pid> <nanoseconds>               the call of enqueue raised
-    start <number> <pid> <nanoseconds> [parent pid]    first statement of the task
-    fail <number> <pid> <nanoseconds>                  the task raises: this attempt is no end
-    end <number> <pid> <nanoseconds> [parent pid]      last statement of the task
+    call <number> <pid> <nanoseconds> [numbers]       enqueue is about to be called (chaos only);
+                                                      the library must run it after these numbers
+    enqueued <number> <pid> <nanoseconds> <job id>    the call of enqueue returned
+    refused <number> <pid> <nanoseconds>              the call of enqueue raised
+    start <number> <pid> <nanoseconds> [parent pid]   first statement of the task
+    fail <number> <pid> <nanoseconds>                 the task raises: this attempt is no end
+    end <number> <pid> <nanoseconds> [parent pid]     last statement of the task
 
-The clock is the wall's: the one clock that tasks, kills and the incident rows of Postgres share.
-A number stands for one call of enqueue: after a refusal the producer goes on with the next number,
-so that a job which ran although its enqueue raised is never mistaken for a second run of another.
+The times are of the wall clock: tasks, kills and the incident rows of PostgreSQL share only that
+clock.
+
+A number stands for one call of enqueue. After a refusal the producer goes on with the next number,
+so that a job that ran although its enqueue raised is never mistaken for a second run of another job.
 """
 
 from __future__ import annotations
@@ -42,36 +44,36 @@ def _file(path: str, _pid: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """One line: who wrote it and when, in seconds of the wall clock."""
+    """One line: its writer and its time, in seconds of the wall clock."""
 
     pid: int
     at: float
-    parent: int = 0  # the process that started the writer: of a work-horse, its worker
+    parent: int = 0  # the process that started the writer: for a work-horse, its worker
 
     def is_of(self, worker: int) -> bool:
-        """Whether this process wrote it, or a child of it."""
+        """Return True if this process or a child of it wrote the line."""
         return worker in (self.pid, self.parent)
 
 
 @dataclass(slots=True)
 class Ledger:
-    """What was read so far."""
+    """The events that were read so far."""
 
     called: dict[int, Mark] = field(default_factory=dict)
     follows: dict[int, tuple[int, ...]] = field(
         default_factory=dict
-    )  # of a chain, or a chord's body
+    )  # of a chain, or the body of a chord
     enqueued: dict[int, Mark] = field(default_factory=dict)
     refused: dict[int, Mark] = field(default_factory=dict)
     starts: dict[int, list[Mark]] = field(default_factory=dict)
     ends: dict[int, list[Mark]] = field(default_factory=dict)
-    running: dict[int, Mark] = field(default_factory=dict)  # started last by, and not ended
+    running: dict[int, Mark] = field(default_factory=dict)  # last start; not ended
     number_of: dict[str, int] = field(default_factory=dict)  # by the library's id of the job
     executed: int = 0
     lines: int = 0
 
     def add(self, line: str) -> None:
-        """Take in one line."""
+        """Add one line."""
         what, number_text, pid, nanoseconds, *more = line.split()
         parent = int(more[0]) if more and what in ("start", "end") else 0
         number, mark = int(number_text), Mark(int(pid), int(nanoseconds) / 1e9, parent)
@@ -82,7 +84,7 @@ class Ledger:
         elif what == "enqueued":
             self.enqueued[number] = mark
             self.number_of[more[0]] = number
-            # A job may well have ended before its producer came to write this line.
+            # A job may have ended before its producer wrote this line.
             self.executed += number in self.ends
         elif what == "refused":
             self.refused[number] = mark
@@ -102,12 +104,12 @@ class Ledger:
         self.lines += 1
 
     def owed(self) -> set[int]:
-        """Give the jobs whose enqueue returned and which never ended."""
+        """Return the jobs whose enqueue returned and which never ended."""
         return self.enqueued.keys() - self.ends.keys()
 
 
 class Reader:
-    """Follows a ledger while it is written."""
+    """Reads a ledger while it is written."""
 
     def __init__(self, path: Path) -> None:
         path.touch(0o600)
@@ -116,7 +118,7 @@ class Reader:
         self.ledger = Ledger()
 
     def read(self) -> bool:
-        """Take in what is new; tell whether there was anything."""
+        """Read the new lines; return True if there were any."""
         data = self._rest + self._file.read()
         *lines, self._rest = data.split(b"\n")
         for line in lines:
@@ -124,5 +126,5 @@ class Reader:
         return bool(lines)
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         self._file.close()

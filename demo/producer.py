@@ -1,9 +1,10 @@
 """The producer: `python -m jobguard.demo.producer LIBRARY JOBS SECONDS AT_ONCE`.
 
-It enqueues at full speed jobs that each take so many seconds, and now and then a longer one. On a
-busy machine it makes all of them longer: workers that run so many at once may not be faster than it.
-It goes on until so many calls of enqueue have returned. A call that raised is no promise: it is
-written down as refused, and the producer tries again a moment later, as any program would.
+It enqueues jobs at full speed. Each takes so many seconds, and some take longer. On a busy machine
+it makes all jobs longer, because workers that run so many jobs at once must not be faster than it.
+
+It continues until so many calls of enqueue have returned. A call that raised is no promise: it is
+recorded as refused, and the producer tries again a moment later, as any program would.
 """
 
 from __future__ import annotations
@@ -22,18 +23,18 @@ from jobguard.demo.libraries import named
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-# Now and then a job that is long enough to be caught in the middle of, when a worker is to be
-# killed. A sleeping job costs no processor, so the other workers are the faster for it.
+# Some jobs are long, so that a worker can be killed in the middle of one. A sleeping job uses no
+# processor time, so it makes the other workers faster.
 LONGER_SECONDS = 0.5
 LONG_JOBS = 40
 
 REFUSED_PAUSE_SECONDS = 0.05
-QUIET = 100  # calls: the first of all connects
-AHEAD = 1.25  # so much faster than the workers, or a killed Redis would have nothing to lose
+QUIET = 100  # calls: the first one of all connects
+AHEAD = 1.25  # so much faster than the workers; otherwise a killed Redis would have nothing to lose
 
 
 def main(library: str, jobs: str, seconds: str, at_once: str) -> None:
-    """Enqueue."""
+    """Enqueue the jobs."""
     logging.basicConfig(format="%(asctime)s %(message)s")
     app = importlib.import_module(f"jobguard.demo.apps.{library}")
     overhead = named(library).overhead_seconds
@@ -41,21 +42,21 @@ def main(library: str, jobs: str, seconds: str, at_once: str) -> None:
 
 
 def is_long(number: int, jobs: int) -> bool:
-    """Whether this one of so many jobs takes its time."""
+    """Return True if this one of so many jobs is a long one."""
     every = max(10, jobs // LONG_JOBS)
     return number % every == every // 2
 
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How long jobs take, for the queue to grow while they are enqueued."""
+    """Choose the length of the jobs so that the queue grows while they are enqueued."""
 
     seconds: float  # at least
     at_once: int
     overhead: float  # of the library, for each job
 
     def takes(self, returned: int, elapsed: float) -> float:
-        """Choose how long the next job takes: so many calls of enqueue have taken so long in all."""
+        """Return how long the next job takes, given the number and total time of the calls so far."""
         if returned < QUIET:
             return self.seconds
         return max(self.seconds, AHEAD * self.at_once * elapsed / returned - self.overhead)
@@ -70,7 +71,7 @@ def produce(enqueue: Callable[[int, float], str], jobs: int, pace: Pace) -> None
         takes += LONGER_SECONDS * is_long(number, jobs)
         try:
             job_id = enqueue(number, takes)
-        except Exception:  # whatever the library raises: the caller was told
+        except Exception:  # for any error of the library: the caller knows that the call failed
             note("refused", number)
             time.sleep(REFUSED_PAUSE_SECONDS)
             continue

@@ -1,4 +1,4 @@
-"""What one sees: the run while it goes on, and the table at its end."""
+"""The display: the run while it goes on, and the table at its end."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ REDRAW_SECONDS = 0.25  # drawing takes time from the workers
 
 
 class Screen:
-    """A Watch that draws on a terminal, and prints the events alone anywhere else."""
+    """A ProgressDisplay that draws on a terminal; on other outputs it prints only the events."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -32,13 +32,13 @@ class Screen:
         self._seconds = 0.0
 
     def __enter__(self) -> Self:
-        """Begin to draw."""
+        """Start to draw."""
         if self._console.is_terminal:
             self._live.start()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        """Take away what moves; the events stay."""
+        """Remove the drawing; the events stay."""
         self._live.stop()
 
     def announce(self, text: str) -> None:
@@ -46,7 +46,7 @@ class Screen:
         self._console.print(f"[dim]{self._seconds:6.1f} s[/]  {text}", highlight=False)
 
     def show(self, progress: Progress) -> None:
-        """Draw how far it is."""
+        """Draw the progress."""
         self._seconds = progress.seconds
         if not self._live.is_started or time.monotonic() - self._drawn_at < REDRAW_SECONDS:
             return
@@ -75,7 +75,7 @@ def _bar(done: int, total: int) -> ProgressBar:
 
 
 def show_results(console: Console, columns: Sequence[tuple[str, Figures]]) -> None:
-    """Print the table, one column for each run, and the verdict on the last."""
+    """Print the table, one column for each run, and the result of the last one."""
     table = Table(title="from the ledger that the tasks wrote", title_justify="left")
     table.add_column()
     for name, _ in columns:
@@ -111,7 +111,7 @@ def _a_second(run: Figures) -> str:
     return f"{run.executed / run.seconds:,.0f}" if run.seconds else ""
 
 
-# An empty cell in every column leaves the row out.
+# A row is left out if its cell is empty in every column.
 _ROWS: tuple[tuple[str, Callable[[Figures], str]], ...] = (
     ("redis killed -9, restarted empty", lambda run: f"{run.redis_kills} times"),
     ("enqueued", lambda run: _number(run.enqueued)),

@@ -1,4 +1,4 @@
-"""The work: it says that it started, takes its time, and says that it ended."""
+"""The task: it records its start, waits, and records its end."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from jobguard.demo.ledger import note
 
 
 def work(number: int, seconds: float) -> None:
-    """Be busy for some seconds."""
+    """Wait for some seconds."""
     note("start", number, str(os.getppid()))
     time.sleep(seconds)
     note("end", number, str(os.getppid()))

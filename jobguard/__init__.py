@@ -1,12 +1,12 @@
 """jobguard: a durability sidecar for Redis job queues.
 
-RQ, Celery and Dramatiq keep their speed and their API; Postgres keeps the truth. What ``enqueue``
-accepted is run, whatever dies::
+RQ, Celery and Dramatiq keep their speed and their API. PostgreSQL keeps the record of every job. A job
+that ``enqueue`` accepted is run, even if processes or servers die::
 
     import jobguard
     guard = jobguard.guard(queue, postgres="postgresql://...")   # the one call
 
-Importing this opens nothing, reads no environment and prints nothing.
+Importing this package opens no connection, reads no environment variable and prints nothing.
 """
 
 from jobguard.current import CurrentJob, current, lock

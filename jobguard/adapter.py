@@ -1,15 +1,15 @@
-"""The seam between jobguard and a queue library: all that an adapter knows of the core.
+"""The interface between jobguard and a queue library: everything that an adapter knows of the core.
 
 An adapter has two halves.
 
-In the host's processes it is a guest. It turns what the library pushes into a ``Delivery`` and hands
-it to the ``Tracker`` *before* the push; it asks the tracker for a claim when the library starts a job,
-skips the job if the claim is refused, and reports the end. Whatever happens on our side, the library
-behaves as if we were absent.
+The first half runs in the host's processes. It makes a ``Delivery`` of each message that the library
+pushes and gives it to the ``Tracker`` *before* the push. When the library starts a job, it asks the tracker
+for a claim, skips the job if the claim is refused, and reports the end. If jobguard fails, the library
+behaves as if jobguard were absent.
 
-In the reconciler it is a ``Broker``: it looks into Redis, where a page of deliveries is
-(``presence``), and puts back what is lost (``restore``), atomically. It imports no user code, and
-unpickles nothing.
+The second half runs in the reconciler and is a ``Broker``. It finds out where Redis has a page of
+deliveries (``presence``) and puts lost deliveries back atomically (``restore``). It imports no user code
+and unpickles nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 from uuid import UUID
 
 from jobguard.current import CurrentJob, running
-from jobguard.host_safety import safe_tracker
 from jobguard.model import (
     Claim,
     Delivery,
@@ -46,9 +45,9 @@ if TYPE_CHECKING:
 class Source:
     """One guarded broker: the library, the Redis address and db, the key prefix, in a namespace.
 
-    Its ``id`` is the same in every process that names the same broker, so that nobody has to look
-    it up. ``name`` (the setting ``source``) replaces the address where processes reach one Redis by
-    different addresses.
+    The ``id`` is the same in every process that names the same broker, so that no process has to look it
+    up. ``name`` (the setting ``source``) replaces the address where processes reach one Redis by different
+    addresses.
     """
 
     namespace: str
@@ -56,10 +55,10 @@ class Source:
     address: str
     """``host:port/db`` or ``unix:path/db``; never a password."""
     prefix: str = ""
-    """Where its keys lie, in the adapter's own words."""
+    """The prefix of the source's keys. The adapter defines its form."""
     name: str | None = None
     one_body: bool = True
-    """Redis keeps one body of a job id, so that a new delivery takes the place of any other of that id."""
+    """True if Redis keeps one body for each job id: a new delivery replaces any other of the same id."""
     id: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -74,30 +73,31 @@ class Source:
 
 
 class Tracker(Protocol):
-    """What an adapter tells the core, and asks of it. No method raises, but where its docstring says so."""
+    """The core as an adapter sees it. A method raises only the errors that its docstring names."""
 
     source: Source
 
     def guards(self, queue: str) -> bool:
-        """Whether this queue of the source is guarded."""
+        """Return True if this queue of the source is guarded."""
 
     def record(self, deliveries: Sequence[Delivery], *, outbox: bool = False) -> Recorded:
-        """Commit these deliveries before they are pushed; ``outbox``: and leave the push to the leader.
+        """Commit these deliveries before they are pushed; ``outbox``: the leader will push them.
 
         Raises StoreUnavailable if Postgres did not take them and ``when_postgres_down="raise"``.
         """
 
     def withdraw(self, deliveries: Sequence[Delivery]) -> None:
-        """Take back first deliveries that were surely not pushed and never will be."""
+        """Delete the records of first deliveries that were certainly not pushed and will not be pushed."""
 
     def defer(
         self, deliveries: Sequence[Delivery], push: Callable[[Recorded], None]
     ) -> Callable[[], None] | None:
-        """Within a batch: record these with all the others at its end, and push then; None: no batch.
+        """Add these to the current batch, to be recorded and pushed at its end; None: there is no batch.
 
-        ``push`` is called in order with what became of these. It must do then what a push of its own
-        does, and not push what was refused; its errors reach whoever ends the batch. Call what is
-        returned: it does nothing, or ends the batch, which has become long.
+        ``push`` is called at the end of the batch, in order, with the result of the record. It must then
+        do the same as a push outside of a batch, and must not push refused deliveries. Its errors reach
+        the code that ends the batch. The caller must call the returned function: it ends the batch if
+        the batch has become long, and otherwise does nothing.
         """
 
     def batch(
@@ -108,43 +108,43 @@ class Tracker(Protocol):
         unheard: bool = False,
         apart: bool = False,
     ) -> AbstractContextManager[None]:
-        """Record all that is sent inside in one statement, and push it at the end. Of this thread.
+        """Record all messages that this thread sends inside in one statement, and push them at the end.
 
-        ``patience``: what comes so many seconds after the last goes out at once, with all that waits; for
-        what the library sends as it comes, from a generator that may be slow. ``first_at_once``: it has
-        waited for the first of them already. ``unheard``: the library swallows an error of a push, so
-        that the leader pushes what comes after it. ``apart``: it is no part of the batch that it is in.
+        ``patience``: a message that comes this many seconds after the last one goes out at once, with all
+        waiting messages; for a library that sends messages from a generator that may be slow.
+        ``first_at_once``: the batch has already waited for the first message. ``unheard``: the library
+        ignores an error of a push, so that the leader pushes the messages that come after the error.
+        ``apart``: this batch is not part of the batch around it.
         """
 
     def open_join(self, join: str, size: int, state: bytes = b"") -> Recorded:
-        """Remember that a continuation waits for so many jobs, before the first of them is pushed.
+        """Record a join of ``size`` jobs, before the first of these jobs is pushed.
 
-        Returns whether it is in the ledger, and whether a leader is there to go by it.
-
-        Their ends name the join by ``Part``, the continuation by ``Delivery.closes``.
+        The result says whether the join is in the ledger, and whether a leader is live that can use it.
+        The ends of the jobs name the join in ``Part``; the continuation names it in ``Delivery.closes``.
         """
 
     def close_join(self, join: str) -> None:
-        """Nothing will come of this join: the library gave it up, or what it counts has moved on."""
+        """Close a join that needs no continuation: the library gave it up, or has already continued it."""
 
     def leave_to_outbox(self, tokens: Sequence[UUID]) -> None:
-        """The push of these recorded deliveries failed or is in doubt: the leader shall see to it."""
+        """Leave these recorded deliveries to the leader: their push failed, or its result is unknown."""
 
     @property
     def push_deadline(self) -> float:
-        """Seconds after its record in which a producer may push; later the leader may have done it."""
+        """Seconds after the record in which the producer may push. Later, the leader may have pushed."""
 
     def drain_spool(self) -> None:
-        """Write what waits, in bounded time: this process is about to end without ceremony."""
+        """Write the waiting reports in bounded time: this process is about to end without exit handlers."""
 
     def broker_in_doubt(self) -> bool:
-        """Whether Redis did not answer a moment ago. Asked on a client of ours, in bounded time."""
+        """Return True if Redis did not answer a moment ago. Asks on jobguard's client, in bounded time."""
 
     def broker_failed(self) -> None:
-        """Redis just failed the host: it is in doubt until it answers us."""
+        """Report that Redis failed for the host: Redis is in doubt until it answers jobguard."""
 
     def accepts_without_broker(self, recorded: Recorded) -> bool:
-        """Whether a recorded job may be accepted although Redis is away (``when_redis_down``)."""
+        """Return True if a recorded job may be accepted although Redis is away (``when_redis_down``)."""
 
     def cancel(
         self,
@@ -153,12 +153,13 @@ class Tracker(Protocol):
         job_ids: Sequence[str] = (),
         queue: str | None = None,
     ) -> None:
-        """Write the tombstones of these, before Redis forgets them; ``queue``: of all that waits in it."""
+        """Write tombstones for these before Redis deletes them; ``queue``: for all jobs that wait in it."""
 
     def amend(self, token: UUID, change: Callable[[bytes], bytes]) -> bool:
-        """Change what an owed delivery is put back as, after Redis has the change; False: it is not kept.
+        """Change the envelope of an owed delivery, after Redis has the change; False: it was not changed.
 
-        ``change`` gives the new envelope for the present one. Nothing stands in for Postgres here.
+        ``change`` returns the new envelope for the present one. If Postgres is away, the change is not
+        spooled.
         """
 
     def heartbeat(
@@ -170,32 +171,33 @@ class Tracker(Protocol):
         progress: float | None = None,
         attrs: Mapping[str, Any] | None = None,
     ) -> bool:
-        """Note a running job's progress; False if nobody heard it."""
+        """Record the progress of a running job; return False if it was not recorded."""
 
     def predecessor(self, token: UUID) -> UUID | None:
-        """The worker whose claim of this delivery was taken away last; None: none that is known."""
+        """Return the worker whose claim of this delivery was voided last; None: no such worker is known."""
 
     def lock(self, name: str, claim: Claim) -> bool:
-        """Take a lock in the name of this claim; False: another live claim holds it, or nobody knows."""
+        """Take a lock for this claim; False: another live claim holds it, or Postgres cannot be asked."""
 
     def unlock(self, name: str, claim: Claim) -> None:
-        """Let go of a lock of this claim."""
+        """Release a lock of this claim."""
 
     def recovers(self, tokens: Sequence[UUID], *, began: bool = True) -> frozenset[UUID] | None:
-        """Which of these the leader brings back if their run was killed, or lost with its worker.
+        """Return those that the leader restores if their run was killed or was lost with its worker.
 
-        None: Postgres, which alone knows, is away; who can wait asks again.
+        None: Postgres is away, and only Postgres knows. A caller that can wait asks again.
 
-        Of the others, and of all if nobody has led for minutes or ``recover_killed`` is off, the library's
-        own verdict stands. ``began=False``: no run of them ever began, which is never their failure.
+        For the others, the library's own decision is final. It is final for all if no reconciler has led
+        for minutes or if ``recover_killed`` is off. ``began=False``: no run of these began, so that they
+        did not fail.
         """
 
     def tombstones(self, tokens: Sequence[UUID]) -> Mapping[UUID, Outcome] | None:
-        """How these have ended, of those that the ledger knows to have ended; None while it is away."""
+        """Return the outcomes of those that have ended according to the ledger; None: Postgres is away."""
 
     @property
     def mends_library(self) -> bool:
-        """Whether faults of the library that end a worker or run a job twice may be mended."""
+        """Return True if faults of the library that end a worker or run a job twice may be repaired."""
 
     def open_session(
         self,
@@ -206,19 +208,20 @@ class Tracker(Protocol):
         apart: bool = False,
         serves: bool = False,
     ) -> Session:
-        """Begin to beat as a worker. One session a worker process; the same again is returned.
+        """Start to beat as a worker. A worker process has one session; a second call returns the same one.
 
-        ``lists``: deliveries that its children may be running, asked at every beat from its thread.
-        ``apart``: jobs run in this very process, so that one of them can keep a thread of ours from
-        beating: have another process beat then.
-        ``serves``: jobs run in children that are forked from now on. They reach Postgres through this
-        process, and hold no connection of their own.
+        ``lists``: returns the deliveries that the worker's children may be running. The beat thread calls
+        it at every beat.
+        ``apart``: jobs run in this same process, so that a job can prevent a thread of jobguard from
+        beating. In that case, a beat process beats.
+        ``serves``: jobs run in children that are forked from now on. The children reach Postgres through
+        this process and have no connection of their own.
         """
 
     def inherit_session(
         self, worker: UUID, pid: int, *, name: str, queues: Sequence[str]
     ) -> Session:
-        """Return the session of the worker that spawned this process: a forked child has it anyway."""
+        """Return the session of the worker that spawned this process. A forked child has it already."""
 
 
 class Session(Protocol):
@@ -226,7 +229,7 @@ class Session(Protocol):
 
     @property
     def id(self) -> UUID:
-        """By which name Postgres knows this worker now; another one once it was declared dead."""
+        """The id of this worker in Postgres. It changes after the worker was declared dead."""
 
     def start(
         self,
@@ -235,10 +238,10 @@ class Session(Protocol):
         *,
         idle: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> Claim | Refused:
-        """Ask for the claim to run a delivery. ``describe`` builds its record if nobody recorded it.
+        """Ask for the claim to run a delivery. ``describe`` builds the record of an unrecorded delivery.
 
         A job that is charged with a worker's death runs alone in its process, so that a start may have
-        to wait. It waits inside ``idle()``: there the library's own time limit must not pass.
+        to wait. It waits inside ``idle()``: there the library's own time limit must not run.
         """
 
     def end(
@@ -252,156 +255,158 @@ class Session(Protocol):
         error: str | None = None,
         part: Part | None = None,
     ) -> None:
-        """Report the end of a claimed delivery; batched, in order. ``part``: of a join."""
+        """Report the end of a claimed delivery; batched, in order. ``part``: its part in a join."""
 
     def decline(self, token: UUID, *, job_id: str, error: str) -> None:
-        """This worker cannot begin it, another may: it goes back, later each time, 5 times at most.
+        """Give back a delivery that this worker cannot begin and another worker may begin.
 
-        After that it is dead. For what the library has taken and dropped unrun, such as an unknown task.
+        It goes back at most 5 times, with a longer delay each time. After that it is dead. For messages
+        that the library has taken and dropped without a run, such as an unknown task.
         """
 
     def mark_superseded(self, claim: Claim) -> None:
-        """A new delivery has taken this one's place by ``Delivery.parent``: nothing is left to report."""
+        """Drop this claim without a report: a new delivery replaced its delivery by ``Delivery.parent``."""
 
     def release(self, claim: Claim) -> None:
-        """The library puts this very delivery back, for anyone to start: nobody holds it, no crash.
+        """Release the claim: the library pushes this same delivery again, for any worker to start.
 
-        Committed at once, for it comes before the push.
+        This counts as no crash. It is committed at once, because it comes before the push.
         """
 
     def abandon(self, claim: Claim) -> None:
-        """The run was killed: give the claim up as a dead worker's, for the leader to take away."""
+        """Give up the claim of a killed run, as a dead worker's claim. The leader voids it."""
 
     def consumes(self, queues: Sequence[str]) -> None:
-        """The worker takes from these queues now: its beats say so from the next one on.
+        """Set the queues that the worker takes jobs from. Its beats report them from the next beat on.
 
-        A queue is recovered only if a guarded worker has said that it takes from it.
+        A queue is recovered only if a guarded worker has reported that it takes jobs from the queue.
         """
 
     def take_over_beats(self, claim: Claim, gone: Callable[[], bool]) -> None:
-        """In a child that runs this claim for its worker: should the worker die, beat in its stead.
+        """In a child that runs this claim for its worker, beat for the worker if the worker dies.
 
-        ``gone`` waits until it has died, or has turned away; False: that cannot be known.
+        ``gone`` waits until the worker has died or has left the child; it returns False if that cannot be
+        known.
         """
 
     def flush(self) -> None:
-        """Commit every end reported so far, or put it into the spool."""
+        """Commit every end that was reported so far, or put it into the spool."""
 
     def close(self, *, running: bool = False) -> None:
-        """Flush and say goodbye: what is still claimed goes back at once.
+        """Flush, and report that the worker leaves: deliveries that are still claimed go back at once.
 
-        ``running``: a job still runs, in a child that outlives us; fall silent without a goodbye.
+        ``running``: a job still runs in a child that outlives this process. Stop the beats and report
+        nothing.
         """
 
 
 class Broker(Protocol):
-    """A source as the reconciler sees it. Methods may raise redis.RedisError; the caller backs off."""
+    """A source as the reconciler sees it. Methods may raise redis.RedisError; the caller tries later."""
 
     def presence(self, page: Sequence[Owed]) -> Mapping[UUID, Observation]:
-        """Where Redis has each of these deliveries. A Sighting of ABSENT says in its mark what was seen."""
+        """Return where Redis has each delivery. The mark of an ABSENT one describes the state of Redis."""
 
     def restore(
         self, deliveries: Sequence[Restorable], *, deadline: float
     ) -> Mapping[UUID, Restored]:
-        """Put these back, in this order, each atomically, unless Redis' own clock is past ``deadline``."""
+        """Restore these in order, each one atomically, unless the clock of Redis is past ``deadline``."""
 
     def abandon(self, page: Sequence[Owed], *, deadline: float) -> None:
-        """Take the runs of these out of the library's books: their workers are dead.
+        """Delete the library's records of the runs of these: their workers are dead.
 
-        Nothing is changed once Redis' own clock is past ``deadline``.
-
-        They may have to wait before they go back, and the library's own recovery must not have given
-        them up by then.
+        They may have to wait before they go back. The library's own recovery must not give them up
+        meanwhile. Nothing is changed once the clock of Redis is past ``deadline``.
         """
 
     def bury(self, page: Sequence[Owed], *, deadline: float) -> None:
-        """Show these in the library as failed for good: their crash budget is spent.
+        """Mark these as finally failed in the library: their crash budget is spent.
 
-        Nothing is changed once Redis' own clock is past ``deadline``.
+        Nothing is changed once the clock of Redis is past ``deadline``.
         """
 
     def report(self, dead: Sequence[Restorable], *, deadline: float) -> None:
-        """Give these, which are dead, to a worker once more, so that it tells the library's failure path.
+        """Push these dead deliveries once more, so that a worker reports the failure through the library.
 
-        Only those of which somebody would hear by that. The worker is refused the claim, as ended, and does
-        not call the function.
+        Only those are pushed for which the library would run a handler. The worker's claim is refused as
+        ended, and the worker does not call the function.
         """
 
     def hide(self, page: Sequence[Owed]) -> None:
-        """Take back what a restore with ``running`` put back of these: they have ended meanwhile."""
+        """Undo a restore with ``running`` of these deliveries: they have ended meanwhile."""
 
     def rejoin(self, joins: Sequence[OpenJoin], *, finish: bool, deadline: float) -> None:
-        """Put back what the library counts of these joins, where it is missing.
+        """Restore the library's own counters of these joins where they are missing.
 
-        Comes before any of their members is put back. ``finish``: all their members have ended and
-        nothing has come of it; have the last one told to the library again, by pushing its envelope:
-        its worker is refused the claim, as ended, and counts it instead of running it.
+        Called before any member of the joins is restored. ``finish``: all members have ended and no
+        continuation was sent. The last member is pushed again: the worker's claim is refused as ended, and
+        the worker counts the member instead of running it.
         """
 
     def parts(self, ended: Sequence[Restorable]) -> Mapping[UUID, Part]:
-        """What these are to joins, of those that the library shows as completed and nobody reported."""
+        """Return the parts in joins of those that the library shows as completed and no worker reported."""
 
     def consumers(self) -> Mapping[str, frozenset[str]]:
-        """The library's own names of the workers that Redis knows, by queue."""
+        """Return the library's own names of the workers that Redis knows, by queue."""
 
 
 class Adapter(Protocol):
-    """A queue library, as the composition root sees it. Found by the entry point ``jobguard.adapters``."""
+    """A queue library as guard() sees it. Found by the entry point ``jobguard.adapters``."""
 
     library: str
 
     def sources(
         self, target: object, *, namespace: str, name: str | None
     ) -> Guarded | DeferredTarget | None:
-        """What guarding this target means; None: not a target of this library.
+        """Return the source and queues of this target; None: it is not a target of this library.
 
         Raises UnsupportedTarget with the reason and the next step.
         """
 
     def install(self, tracker: Tracker, target: object) -> None:
-        """Hook the library, so that this target speaks to this tracker; all or nothing.
+        """Hook the library, so that this target uses this tracker. All hooks are installed or none.
 
-        Called for every target of a source; the same again changes nothing.
+        Called for every target of a source. A second call for the same target changes nothing.
         """
 
     def uninstall(self, tracker: Tracker) -> None:
-        """The mirror image of install, for all the targets of this tracker."""
+        """Undo install for all targets of this tracker."""
 
     def broker(self, source: Source, client: redis.Redis) -> Broker:
-        """The reconciler's view of a source. ``client`` is the core's own, and returns bytes."""
+        """Return the broker of a source for the reconciler; ``client`` is jobguard's own, returns bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Guarded:
-    """What one call of guard() covers."""
+    """The source and the queues that one call of guard() covers."""
 
     source: Source
     queues: frozenset[str] | None
     """None: every queue of the source."""
     client: Callable[[], redis.Redis] | None
-    """Makes a client of our own for the target's Redis, with short timeouts; None: a test double."""
+    """Makes jobguard's own client for the target's Redis, with short timeouts; None: a test double."""
     inert: str | None = None
-    """Why nothing is to be guarded here, if so: a test double, an eager mode."""
+    """The reason not to guard anything here (a test double, an eager mode); None: guard it."""
 
 
 @dataclass(frozen=True, slots=True)
 class DeferredTarget:
-    """A target of this library of which nothing can be known before its application is configured.
+    """A target of this library that cannot be read before its application is configured.
 
-    To look would configure it: too early, for the user's next line may change what it says.
+    Reading it would configure the application. That would be too early, because the user's next line may
+    change the configuration.
     """
 
     when: Callable[[Callable[[], None]], None]
-    """Calls this back once, before the first push, the first job, or whatever else needs us first.
-    By then ``sources`` knows its answer. The callback raises nothing."""
+    """Takes a callback and calls it once, before the first push, the first job or another first use.
+    By then ``sources`` can answer. The callback raises nothing."""
     resolve: Callable[[], None]
-    """Somebody asks the guard itself: configure the application now, so that ``sources`` knows."""
+    """Configures the application now, because the user calls the guard. Then ``sources`` can answer."""
 
 
 def running_job(
     tracker: Tracker, claim: Claim, job_id: str, *, attempt: int
 ) -> AbstractContextManager[None]:
-    """Let ``jobguard.current()`` answer with this job inside; nothing is sent before it says something."""
+    """Make ``jobguard.current()`` return this job inside. Nothing is sent before the job reports."""
 
     def report(done: float | None, attrs: dict[str, Any]) -> bool:
         return tracker.heartbeat(
@@ -426,73 +431,31 @@ def running_job(
 
 @dataclass(frozen=True, slots=True)
 class _Claimed:
-    """What a running job asks about its claim; see jobguard.current.Claimed."""
+    """The claim of a running job; see jobguard.current.Claimed."""
 
     tracker: Tracker
     claim: Claim
 
     def predecessor(self) -> UUID | None:
-        """Ask the ledger."""
+        """Return the worker whose claim was voided last, from the ledger."""
         return self.tracker.predecessor(self.claim.token)
 
     def lock(self, name: str) -> bool:
-        """Ask the ledger."""
+        """Take a lock in the ledger."""
         return self.tracker.lock(name, self.claim)
 
     def unlock(self, name: str) -> None:
-        """Tell the ledger."""
+        """Release a lock in the ledger."""
         self.tracker.unlock(name, self.claim)
 
 
 def refuse_ended_member(tracker: Tracker, token: UUID) -> Refused | None:
-    """Refuse a member of a join that a leader tells the library again: it is to be counted, not run.
+    """Refuse a member of a join that the leader pushed again, so that the library counts it unrun.
 
-    None: it has not ended. Where Postgres cannot be asked, the leader's word is enough.
+    None: it has not ended. If Postgres cannot be asked, the mark of the leader is enough: the member counts
+    as completed.
     """
     ended = tracker.tombstones([token])
     if ended is None:
         return Refused(token, Refusal.ENDED, Outcome.COMPLETED)
     return Refused(token, Refusal.ENDED, ended[token]) if token in ended else None
-
-
-_trackers: dict[int, Tracker] = {}
-_ever: list[int] = []
-"""The first source that was guarded in this process, if any was."""
-_resolve: list[Callable[[object], Tracker | None]] = []
-
-
-def register(tracker: Tracker) -> None:
-    """Make a tracker known to the adapters of this process; what it raises, they will not see."""
-    _trackers[tracker.source.id] = safe_tracker(tracker)
-    _ever[:] = _ever or [tracker.source.id]
-
-
-def ever_guarded() -> bool:
-    """Whether anything was guarded in this process so far."""
-    return bool(_ever)
-
-
-def registered_tracker(tracker: Tracker) -> Tracker:
-    """Return a registered tracker as adapters are given it."""
-    return _trackers[tracker.source.id]
-
-
-def unregister(tracker: Tracker) -> None:
-    """Forget a tracker."""
-    _trackers.pop(tracker.source.id, None)
-
-
-def trackers() -> Iterable[Tracker]:
-    """The trackers of this process."""
-    return tuple(_trackers.values())
-
-
-def on_unguarded_worker(resolve: Callable[[object], Tracker | None]) -> None:
-    """Set how a worker whose process never called guard() gets its tracker: from the environment."""
-    _resolve[:] = [resolve]
-
-
-def tracker_for_worker(target: object) -> Tracker | None:
-    """The tracker of a worker's connection, made from the environment if there is none yet."""
-    made = _resolve[0](target) if _resolve else None
-    return _trackers.get(made.source.id) if made is not None else None

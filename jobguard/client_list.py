@@ -1,8 +1,8 @@
-"""Who takes jobs from a Redis, counted by the connections that it has.
+"""The consumers of a Redis, counted by their connections.
 
-Names of workers can be shared, switched off, or lost with Redis. A connection cannot: whoever takes jobs
-has one, and ``CLIENT LIST`` shows its last command. A guarded process names its connections (label.py);
-a client that takes jobs by a connection without such a name is one that we cannot account for.
+Names of workers can be shared, switched off, or lost with Redis. A connection cannot: every consumer has
+one, and ``CLIENT LIST`` shows its last command. A guarded process names its connections
+(client_names.py). A client that takes jobs on a connection without such a name is an unguarded worker.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from jobguard.adapter import Source
 
 _SHARE = 20
-"""A look may take one part in so many of the time: Redis does nothing else while it lists its clients."""
+"""Listing may take one part in this many of the time: Redis does nothing else while it lists clients."""
 
 
 class Consumers(Mapping[str, frozenset[str]]):
-    """Names of consumers by queue; strangers are in every queue, also in one that nobody named."""
+    """Names of consumers by queue. Strangers count for every queue, also for a queue not in the mapping."""
 
     def __init__(
         self,
@@ -37,7 +37,7 @@ class Consumers(Mapping[str, frozenset[str]]):
         self._by_queue = by_queue
         self._strangers = strangers
         self.uncounted = uncounted
-        """Why the connections could not be counted; "": they were."""
+        """Why the connections could not be counted; "": they were counted."""
 
     def __getitem__(self, queue: str) -> frozenset[str]:
         return self._by_queue.get(queue, frozenset()) | self._strangers
@@ -54,17 +54,17 @@ class Listener:
     """One client of Redis."""
 
     text: str
-    """For people: its address, its name, its last command, and since when it is connected."""
+    """For people: the address, the name, the last command, and the time of the connect."""
     command: str
     blocked: bool
     idle: int
     here: bool
-    """In the database of the source."""
+    """True if the client uses the database of the source."""
     subscribes: bool
-    """It is subscribed to one channel."""
+    """True if the client is subscribed to one channel."""
     mark: Mark | None
     ours: bool
-    """A guarded process of this source, or of one whose queues have other keys."""
+    """True for a guarded process of this source, or of a source whose queues have other keys."""
 
 
 class Listeners:
@@ -76,14 +76,14 @@ class Listeners:
         self._db = int(client.connection_pool.connection_kwargs.get("db") or 0)
         self._since: dict[
             str, str
-        ] = {}  # as first seen: a text that changes would be another client
+        ] = {}  # as first seen: a changed text would look like another client
         self._next = float("-inf")
         self._last: tuple[Listener, ...] = ()
         self.refused = ""
-        """Why Redis does not list its clients; "": it does."""
+        """Why Redis does not list its clients; "": Redis lists them."""
 
-    def look(self) -> tuple[Listener, ...]:
-        """Return the clients that are neither replicas nor ourselves; none where Redis refuses."""
+    def inspect(self) -> tuple[Listener, ...]:
+        """Return the clients of the types normal and pubsub; return none if Redis refuses to list them."""
         began = time.monotonic()
         if began < self._next:
             return self._last

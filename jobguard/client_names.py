@@ -1,8 +1,8 @@
-"""The name that a guarded process gives to the connections by which it takes jobs.
+"""The name that a guarded process gives to the connections on which it takes jobs.
 
-A leader counts the clients of Redis that take from queues (see listeners.py). A name set by ``CLIENT
-SETNAME`` belongs to the connection: it survives a FLUSHALL, and it ends with the connection. So it says
-reliably which of these clients are guarded. A name that the host gave stays in front of ours.
+A leader counts the clients of Redis that take jobs from queues (see client_list.py). A name that is set by
+``CLIENT SETNAME`` belongs to the connection: it survives a FLUSHALL and ends with the connection. So the
+name shows reliably which clients are guarded. A name that the host gave stays in front of ours.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ _UNNAMEABLE = re.compile(r"[^!-~]")
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """What the name of a guarded connection says."""
+    """The parts of the name of a guarded connection."""
 
     name: str
     """The name that the host, or the worker, gave."""
     source: str
     place: str
-    """Which keys its queues have: the same in every namespace and ledger."""
+    """A checksum of the library and the key prefix: the same in every namespace and ledger."""
 
 
 def mark_of(source: Source, name: str = "") -> Mark:
@@ -42,18 +42,18 @@ def mark_of(source: Source, name: str = "") -> Mark:
 
 
 def read_mark(client_name: str) -> Mark | None:
-    """Read the name of a client; None: it is not the name of a guarded one."""
+    """Read the name of a client; None: it is not the name of a guarded client."""
     found = _READ.fullmatch(client_name)
     return None if found is None else Mark(found["name"] or "", found["source"], found["place"])
 
 
 def nameable(name: str) -> str:
-    """Return a name as CLIENT SETNAME takes it."""
+    """Return the name with each character replaced that CLIENT SETNAME does not accept."""
     return _UNNAMEABLE.sub("_", name)
 
 
 def label_pool(pool: Any, source: Source, *, name: str = "") -> None:
-    """Name the connections of a pool from now on; idle ones connect again for it."""
+    """Name the connections of a pool from now on. Idle connections are closed, to connect again named."""
     mark = mark_of(source, name)
     label = pool.__dict__.get(_LABEL)
     if label is not None:
@@ -80,18 +80,18 @@ def _idle(pool: Any) -> list[Any]:
 
 
 class Label:
-    """Names each connection that it is put on, whenever that connects."""
+    """The name for connections, set at each connect."""
 
     def __init__(self, mark: Mark) -> None:
         self.mark = mark
         self._refused = False
 
     def put_on(self, connection: Any) -> None:
-        """Name this connection at its next connect. Its reference to us is a weak one."""
+        """Name this connection at its next connect. The connection keeps only a weak reference to this."""
         connection.register_connect_callback(self.name)
 
     def name(self, connection: Any) -> None:
-        """Set the name, as a part of the connect. A refusal is said once, and is no error."""
+        """Set the name, as a part of the connect. A refusal is logged once and is no error."""
         given = self.mark.name or nameable(getattr(connection, "client_name", None) or "")
         name = f"jobguard:{self.mark.source}:{self.mark.place}"
         name = f"{given}:{name}" if given else name

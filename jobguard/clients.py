@@ -1,7 +1,7 @@
-"""Redis clients of our own, and the one way to name a Redis.
+"""Redis clients of our own, and the address of a Redis.
 
-The host's clients may wait for a minute by default; ours never do. The address is the identity of a
-source, so that it is made here for everyone, and holds no password.
+The host's clients may wait for a minute by default; ours have short timeouts. The address is the identity
+of a source. Therefore it is made only here, and it contains no password.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _LOOPBACK = {"localhost", "127.0.0.1", "::1", ""}
 
 
 def is_test_double(client: object) -> bool:
-    """Whether this is fakeredis or the like: nothing of it survives the process, so nothing is guarded."""
+    """Return True for a client of fakeredis: its data ends with the process, so nothing is guarded."""
     return any(kind.__module__.split(".")[0] == "fakeredis" for kind in type(client).__mro__)
 
 
@@ -41,12 +41,12 @@ def address_of(client: redis.Redis) -> str:
     return f"{host}:{int(kwargs.get('port') or 6379)}/{db}"
 
 
-# What says where and who; the rest (timeouts, retries, pools' own hooks) is ours to choose.
+# The options for the address and the account. We choose the others (timeouts, retries, hooks of pools).
 _WHERE = ("host", "port", "path", "db", "username", "password", "credential_provider", "protocol")
 
 
 def own_client(client: redis.Redis, *, timeout: float) -> redis.Redis:
-    """Return a client for the same Redis that returns bytes and waits ``timeout`` seconds at most."""
+    """Return a client for the same Redis that returns bytes and waits at most ``timeout`` seconds."""
     pool = client.connection_pool
     kwargs: dict[str, Any] = {
         name: value
@@ -69,9 +69,9 @@ def own_client(client: redis.Redis, *, timeout: float) -> redis.Redis:
 
 
 def take_connection(pool: redis.ConnectionPool, command: str) -> Any:
-    """Take a connection of a host's pool, as its client would for this command: connects if need be.
+    """Take a connection from a host's pool as its client would for this command; connect if necessary.
 
-    A socket that the other side has closed is noticed by this. Raises RedisError.
+    The pool notices a socket that the other side has closed. Raises RedisError.
     """
     get: Any = pool.get_connection
     return get(command) if _wants_command(type(pool)) else get()
@@ -79,9 +79,9 @@ def take_connection(pool: redis.ConnectionPool, command: str) -> Any:
 
 @contextmanager
 def bounded(connection: Any, seconds: float | None) -> Iterator[None]:
-    """Let a command on this connection of the host's wait so long at most, once; None: as it does.
+    """Limit the wait of commands on a host's connection to ``seconds`` inside; None: change nothing.
 
-    Then it fails as one that timed out.
+    There is no retry. After this time a command fails with a timeout error.
     """
     before = getattr(connection, "socket_timeout", None)
     if seconds is None or (before is not None and before <= seconds):
@@ -102,12 +102,12 @@ def bounded(connection: Any, seconds: float | None) -> Iterator[None]:
 
 @contextmanager
 def bounded_pool(pool: Any, command: str, seconds: float | None) -> Iterator[None]:
-    """Do the same with the connection that a pool gives next. Raises RedisError if it cannot connect."""
+    """Limit the wait on the connection that a pool gives next. Raises RedisError if it cannot connect."""
     if seconds is None:
         yield
         return
     connection = take_connection(pool, command)
-    pool.release(connection)  # the last that came back is the next that goes out
+    pool.release(connection)  # the pool gives out the last released connection first
     with bounded(connection, seconds):
         yield
 
@@ -128,7 +128,7 @@ def _wants_command(pool: type[Any]) -> bool:
 def client_from_url(url: str, *, timeout: float) -> redis.Redis:
     """Return a client of our own for a URL of any kind that ``redis_urls`` reads.
 
-    ``sentinel://[user:password@]host[:port][,host[:port]…]/service[/db]``: the master of that service,
-    by these sentinels; user and password are those of Redis. Raises ConfigurationError.
+    ``sentinel://[user:password@]host[:port][,host[:port]…]/service[/db]`` means the master of that
+    service, found by these sentinels; user and password are those of Redis. Raises ConfigurationError.
     """
     return own_client(parse(url).client(timeout=timeout), timeout=timeout)

@@ -1,8 +1,8 @@
-"""Where Postgres is: every usual spelling of it, turned into what libpq reads.
+"""The address of Postgres: convert every usual spelling of it into a string that libpq reads.
 
 The result is a function and not a string, because passwords rotate: a secret's file is read, and a
-callable is called, anew at each connect. Nothing here imports psycopg: a host that never writes
-never pays for it.
+callable is called, again at each connect. This module does not import psycopg, so that a host that never
+writes to Postgres does not load it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Given: TypeAlias = str | Mapping[str, Any] | Callable[[], str | Mapping[str, Any
 FILE_VARIABLE = "JOBGUARD_POSTGRES_URL_FILE"
 VARIABLES = ("JOBGUARD_POSTGRES_URL", "DATABASE_URL")
 
-# libpq refuses what it does not know; other drivers' options are dropped instead of refused.
+# libpq refuses unknown options. Options of other drivers are therefore dropped.
 # https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-PARAMKEYWORDS
 KEYWORDS = frozenset(
     """
@@ -33,10 +33,10 @@ KEYWORDS = frozenset(
     scram_client_key scram_server_key service ssl_max_protocol_version ssl_min_protocol_version
     sslcert sslcertmode sslcompression sslcrl sslcrldir sslkey sslkeylogfile sslmode
     sslnegotiation sslpassword sslrootcert sslsni target_session_attrs tcp_user_timeout user
-    """.split()  # noqa: SIM905 - a list of 48 lines says no more
+    """.split()  # noqa: SIM905 - a list would need 48 lines
 )
 
-# How other programs name the same things. Dropping a wish for TLS would be a silent downgrade.
+# Names of the same options in other programs. To drop an option for TLS would be a silent downgrade.
 _ALIASES = {"database": "dbname", "name": "dbname", "username": "user", "ssl": "sslmode"}
 _SSLMODES = {"true": "require", "1": "require", "no-verify": "require", "false": "prefer"}
 
@@ -52,13 +52,13 @@ _PLACE = re.compile(r"(?:\[[0-9A-Fa-f:.%]*\]|[\w.%~-]*)(?::\d*)?")
 def postgres_conninfo(
     given: Given | None = None, environ: Mapping[str, str] | None = None
 ) -> Callable[[], str]:
-    """Return the function that says, at each connect, where Postgres is.
+    """Return a function that returns the address of Postgres; it is called at each connect.
 
-    The argument wins, then JOBGUARD_POSTGRES_URL_FILE, JOBGUARD_POSTGRES_URL, DATABASE_URL.
+    The argument has priority, then JOBGUARD_POSTGRES_URL_FILE, JOBGUARD_POSTGRES_URL, DATABASE_URL.
 
-    Raises NoPostgres where none is named, ConfigurationError for what is wrong already; the function
-    raises StoreUnavailable where a file or a callable fails, because both may be right again at the
-    next connect.
+    Raises NoPostgres if no Postgres is named, and ConfigurationError for a wrong value. The returned
+    function raises StoreUnavailable if a file or a callable fails, because both may work again at the next
+    connect.
     """
     environ = os.environ if environ is None else environ
     if callable(given):
@@ -72,7 +72,7 @@ def postgres_conninfo(
             try:
                 return _always(normalise(url, where=variable))
             except ConfigurationError as error:
-                if variable != VARIABLES[0]:  # it is the application's, and may be SQLite in a test
+                if variable != VARIABLES[0]:  # DATABASE_URL is the application's; SQLite in a test
                     raise NoPostgres(str(error)) from None
                 raise
     raise NoPostgres(
@@ -82,9 +82,9 @@ def postgres_conninfo(
 
 
 def normalise(given: str | Mapping[str, Any], *, where: str = "postgres") -> str:
-    """Return what libpq reads for a URL, a conninfo string or a mapping in any usual spelling.
+    """Return a string for libpq from a URL, a conninfo string or a mapping in any usual spelling.
 
-    Raises ConfigurationError, which names ``where`` and never holds a password.
+    Raises ConfigurationError, which names ``where`` and never contains a password.
     """
     if isinstance(given, Mapping):
         return _from_mapping(given, where)
@@ -117,7 +117,7 @@ def describe(conninfo: str, environ: Mapping[str, str] | None = None) -> str:
         f"{host or 'localhost'}:{port or '5432'}" for host, port in zip(hosts, ports, strict=True)
     )
     if "://" in database or "=" in database:
-        database = "(a database named by a connection string)"  # which may hold a password
+        database = "(a database named by a connection string)"  # the string may contain a password
     return f"{','.join(places)}/{database}"
 
 
@@ -132,9 +132,9 @@ def _later(ask: Callable[[], str | Mapping[str, Any]], where: str) -> Callable[[
         except JobguardError as error:
             raise StoreUnavailable(str(error)) from error
         except Exception as error:
-            # The kind alone: whatever somebody's function says may hold the secret.
+            # Only the type: the message of the user's function may contain the secret.
             detail = str(error) if isinstance(error, OSError) else type(error).__name__
-            raise StoreUnavailable(f"{where} does not say where Postgres is: {detail}") from error
+            raise StoreUnavailable(f"{where} gave no address of Postgres: {detail}") from error
 
     return conninfo
 
@@ -152,8 +152,8 @@ def _not_postgres(what: str, where: str) -> ConfigurationError:
 
 
 def _from_url(url: re.Match[str], where: str) -> str:
-    # libpq's own grammar is kept as it is written (several hosts, sockets, a '#' in the password);
-    # urlsplit would take it apart wrongly. Only the scheme and the query are ours to mend.
+    # The URL stays in libpq's own grammar (several hosts, sockets, a '#' in the password), which urlsplit
+    # would split wrongly. Only the scheme and the query are changed.
     scheme = url["scheme"].lower()
     if scheme.partition("+")[0] not in _SCHEMES:
         raise _not_postgres(f"a {scheme}:// URL", where)
@@ -166,8 +166,8 @@ def _from_url(url: re.Match[str], where: str) -> str:
 def _checked_place(place: str, query: str, where: str) -> str:
     """Return the place with its account percent-encoded.
 
-    libpq cuts a URL at the first @ and prints what it cannot read: a part of a password that is not
-    encoded. So nothing is passed on of which that can be true.
+    libpq cuts a URL at the first @ and prints the part that it cannot read. That can be a part of a
+    password that is not encoded. Therefore libpq gets no URL that it could cut inside a password.
     """
     authority, slash, database = place.partition("/")
     account, at, hosts = authority.rpartition("@")
@@ -184,12 +184,12 @@ def _checked_place(place: str, query: str, where: str) -> str:
     user, colon, password = account.partition(":")
     encoded = [quote(unquote_to_bytes(part), safe="") for part in (user, password)]
     if "%00" in account:
-        raise ConfigurationError(f"{where} holds a zero byte (%00)")
+        raise ConfigurationError(f"{where} contains a zero byte (%00)")
     return f"{encoded[0]}{colon}{encoded[1]}{at}{hosts}{slash}{database}"
 
 
 def _checked_pairs(given: str, where: str) -> str:
-    # libpq prints a keyword that it does not know, and that may be a part of an unquoted password.
+    # libpq prints a keyword that it does not know. The keyword may be a part of an unquoted password.
     unknown = [key for key, _ in _PAIR.findall(given) if key not in KEYWORDS]
     if not unknown:
         return given
@@ -197,7 +197,7 @@ def _checked_pairs(given: str, where: str) -> str:
     raise ConfigurationError(
         f"{where} has a keyword that libpq does not know"
         + (f" (did you mean {close[0]}?)" if close else "")
-        + "; a value with spaces stands in single quotes"
+        + "; put a value with spaces in single quotes"
     )
 
 
@@ -214,7 +214,7 @@ def _query(text: str) -> Iterable[tuple[str, str]]:
     if len(hosts) < 2:
         yield from (("host", host) for host in hosts)
         return
-    # SQLAlchemy's way to name several: ?host=a:5432&host=b:5432
+    # SQLAlchemy names several hosts like this: ?host=a:5432&host=b:5432
     places = [host.rpartition(":") if ":" in host else (host, "", "") for host in hosts]
     yield "host", ",".join(name for name, _, _ in places)
     if any(port for _, _, port in places):
@@ -260,11 +260,11 @@ def _parsed(conninfo: str) -> dict[str, str]:
             key: re.sub(r"\\(.)", r"\1", value.removeprefix("'").removesuffix("'"))
             for key, value in _PAIR.findall(conninfo)
         }
-    who_where, _, database = url["place"].partition("/")
-    who, _, where = who_where.rpartition("@")
-    places = [_host_and_port(place) for place in where.split(",")]
+    account_and_hosts, _, database = url["place"].partition("/")
+    account, _, hosts = account_and_hosts.rpartition("@")
+    places = [_host_and_port(place) for place in hosts.split(",")]
     known = {
-        "user": unquote(who.partition(":")[0]),
+        "user": unquote(account.partition(":")[0]),
         "dbname": unquote(database),
         "host": ",".join(host for host, _ in places),
         "port": ",".join(port for _, port in places),

@@ -1,4 +1,4 @@
-"""What a running job can ask and say about itself: ``jobguard.current()``."""
+"""The interface of jobguard for a running job: ``jobguard.current()`` and ``jobguard.lock()``."""
 
 from __future__ import annotations
 
@@ -13,47 +13,47 @@ from uuid import UUID
 ReportProgress = Callable[[float | None, dict[str, Any]], bool]
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 1.0
-"""Seconds between two tries to take a lock."""
+"""Seconds between two attempts to take a lock."""
 
 
 class Claimed(Protocol):
-    """The claim of a running job, as far as the job may ask about it. No method raises."""
+    """The claim of a running job, as far as the job can use it. No method raises."""
 
     def predecessor(self) -> UUID | None:
-        """Return the worker whose claim was taken away last."""
+        """Return the worker whose claim was voided last."""
 
     def lock(self, name: str) -> bool:
-        """Take a lock for this claim; True if it is held now."""
+        """Take a lock for this claim; return True if this claim has the lock now."""
 
     def unlock(self, name: str) -> None:
-        """Let go of it."""
+        """Release the lock."""
 
 
 @dataclass(frozen=True, slots=True)
 class CurrentJob:
-    """The job that is running here; outside a job, one that says nothing."""
+    """The job that runs in this context; outside of a job, an empty one."""
 
     id: str | None = None
     attempt: int = 0
     _report: ReportProgress | None = field(default=None, repr=False)
     recovered: bool = False
-    """An earlier run of this very delivery was begun and did not reach its end."""
+    """True if an earlier run of the same delivery began and did not end."""
     crashes: int = 0
-    """How many workers have died while they ran this job."""
+    """The number of workers that died while they ran this job."""
     _claim: Claimed | None = field(default=None, repr=False)
     _locks: dict[str, int] = field(default_factory=dict, repr=False, compare=False)
 
     def __bool__(self) -> bool:
-        """Whether there is a job at all."""
+        """Return True inside a job."""
         return self.id is not None
 
     def progress(self, done: float | None = None, **attrs: Any) -> bool:
-        """Note how far the job is (0 to 1) and anything else worth knowing; False if nobody heard it."""
+        """Record the progress of the job (0 to 1) and attributes; return False if it was not recorded."""
         return self._report is not None and self._report(done, attrs)
 
     @property
     def predecessor(self) -> UUID | None:
-        """The id of the worker that died or left while it ran this job before; None: none is known.
+        """The id of the last worker that died or left while it ran this job; None: none is known.
 
         Asks Postgres.
         """
@@ -61,15 +61,15 @@ class CurrentJob:
 
     @contextmanager
     def lock(self, name: str, *, wait: float = 0.0) -> Iterator[bool]:
-        """Hold a lock that belongs to this run; see jobguard.lock."""
+        """Take a lock for this run inside the block; see jobguard.lock."""
         if self._claim is None:
             yield True
             return
-        held = self._locks.get(name, 0)
-        if not held and not self._take(self._claim, name, wait):
+        depth = self._locks.get(name, 0)
+        if not depth and not self._take(self._claim, name, wait):
             yield False
             return
-        self._locks[name] = held + 1
+        self._locks[name] = depth + 1
         try:
             yield True
         finally:
@@ -95,26 +95,26 @@ _current: ContextVar[CurrentJob] = ContextVar("jobguard_current_job", default=_N
 
 
 def current() -> CurrentJob:
-    """The guarded job that runs in this context. A no-op outside of one."""
+    """Return the guarded job that runs in this context. Outside of a job its methods do nothing."""
     return _current.get()
 
 
 @contextmanager
 def lock(name: str, *, wait: float = 0.0) -> Iterator[bool]:
-    """Hold a lock of this name for the running job, and give whether it is held.
+    """Take a lock of this name for the running job; the block gets True if the job has the lock.
 
-    The lock belongs to the claim of the run: it is free again when the block ends, when the job ends, and
-    when the worker dies. Waits ``wait`` seconds for it at most. Names are those of the source (one Redis of
-    one library). False also where Postgres cannot be asked. Outside of a guarded job nothing is locked, and
-    the answer is True.
+    The lock belongs to the claim of the run: it is free again when the block ends, when the job ends, or
+    when the worker dies. ``wait``: wait at most this many seconds for the lock. Names are separate for each
+    source (one Redis of one library). The block gets False also if Postgres cannot be asked. Outside of a
+    guarded job nothing is locked, and the block gets True.
     """
-    with current().lock(name, wait=wait) as held:
-        yield held
+    with current().lock(name, wait=wait) as locked:
+        yield locked
 
 
 @contextmanager
 def running(job: CurrentJob) -> Iterator[None]:
-    """Let ``current()`` answer with this job inside."""
+    """Make ``current()`` return this job inside."""
     before = _current.set(job)
     try:
         yield

@@ -1,4 +1,4 @@
-"""What a person's requeue makes of an envelope; only the adapter of its library can read it."""
+"""The envelope of a job that a person requeues. Only the adapter of its library can read an envelope."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jobguard.errors import JobguardError
 def renewed(library: str, envelope: bytes, token: UUID) -> bytes:
     """Return the envelope of a new delivery of the same job, with all its retries.
 
-    Raises JobguardError where no worker could read what would be pushed.
+    Raises JobguardError if no worker could read the pushed message.
     """
     for entry in entry_points(group="jobguard.adapters"):
         if entry.name == library:

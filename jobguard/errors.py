@@ -1,4 +1,4 @@
-"""The errors of jobguard. All derive from JobguardError; the docstring is also the message."""
+"""The errors of jobguard. All derive from JobguardError. The docstring is also the default message."""
 
 from __future__ import annotations
 
@@ -6,35 +6,35 @@ _interrupts: set[type[BaseException]] = set()
 
 
 def host_interrupts(*kinds: type[BaseException]) -> None:
-    """Name what the host throws into its own code by a signal: a time limit, a shutdown.
+    """Register exceptions that the host raises in its own code by a signal: a time limit, a shutdown.
 
-    It may strike inside of ours, and must reach the host all the same.
+    The signal may arrive while code of jobguard runs. The exception must then reach the host.
     """
     _interrupts.update(kinds)
 
 
 def is_host_interrupt(error: BaseException) -> bool:
-    """Whether this was thrown by the host, and is none of ours to deal with."""
+    """Return True if the host raised this exception by a signal, so that jobguard must not catch it."""
     return isinstance(error, tuple(_interrupts))
 
 
 class JobguardError(Exception):
-    """Something went wrong in jobguard."""
+    """An error occurred in jobguard."""
 
     def __init__(self, message: str | None = None) -> None:
         super().__init__(message or (self.__doc__ or "").strip())
 
 
 class UnsupportedTarget(JobguardError):
-    """This cannot be guarded."""
+    """This target cannot be guarded."""
 
 
 class ConfigurationError(JobguardError):
-    """A setting is missing or makes no sense."""
+    """A setting is missing or invalid."""
 
 
 class NoPostgres(ConfigurationError):
-    """Neither an argument nor a variable names a Postgres."""
+    """No argument and no variable names a Postgres."""
 
 
 class ConflictingGuard(JobguardError):
@@ -46,15 +46,15 @@ class StoreUnavailable(JobguardError):
 
 
 class NotWritten(StoreUnavailable):
-    """Postgres could not be asked, or refused: nothing was written."""
+    """Postgres could not be reached or refused the request: nothing was written."""
 
 
 class BreakerOpen(NotWritten):
-    """Postgres failed a moment ago; calls to it are held back until it answers again."""
+    """Postgres failed a moment ago. Calls to it are stopped until it answers again."""
 
 
 class NotMigrated(NotWritten):
-    """The schema is not there. Run `jobguard migrate`."""
+    """The schema does not exist. Run `jobguard migrate`."""
 
 
 class NoRights(NotWritten):
@@ -62,24 +62,24 @@ class NoRights(NotWritten):
 
 
 class TooManyConnections(NotWritten):
-    """Postgres has no connection left for this role, or none at all."""
+    """Postgres has no free connection for this role or for any role."""
 
 
 class SchemaMismatch(JobguardError):
-    """The database's schema is of another version. Run `jobguard migrate` with this version."""
+    """The schema of the database has another version. Run `jobguard migrate` with this version."""
 
 
 class BadRow(JobguardError):
-    """Postgres refuses this row for what is in it, whenever it is sent."""
+    """Postgres refuses this row because of its content. It would refuse the row again."""
 
 
 class WrongInstallation(JobguardError):
-    """This database belongs to another installation than JOBGUARD_INSTALLATION says."""
+    """This database belongs to another installation than JOBGUARD_INSTALLATION names."""
 
 
 class WorkersDied(JobguardError):
-    """Every worker that ran this job died: its crash budget is spent, and it is not run again."""
+    """Every worker that ran this job died. The crash budget is spent, and the job is not run again."""
 
 
 class NotLeading(JobguardError):
-    """This process is not, or no longer, the leader: nothing was changed."""
+    """This process is not the leader, or no longer the leader: nothing was changed."""

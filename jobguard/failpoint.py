@@ -1,16 +1,16 @@
-"""Named places where a test has this very process die, to hit what chance does not.
+"""Named places where a test makes its own process die, at moments that random kills do not hit.
 
-`make chaos` kills processes from outside at random moments; between two statements that follow each
-other at once no such kill ever falls. Nothing here is active unless the environment says so twice, when
-this module is first imported:
+`make chaos` kills processes from outside at random moments. Such a kill never falls between two statements
+that follow each other at once. Failpoints are active only if the environment sets these variables when this
+module is first imported:
 
     JOBGUARD_TESTING=1                                  this is a test
     JOBGUARD_FAILPOINT=after_record:0.02,after_push     the places, with the share of passes that die
-    JOBGUARD_FAILPOINT_LOGS=/some/folder                a file for each place, which whoever tests made
+    JOBGUARD_FAILPOINT_LOGS=/some/folder                a file for each place, made by the test
 
-A process says in the file of the place that it dies (place, pid, nanoseconds of the wall clock) and
-then sends itself SIGKILL. Where the file is not there, nobody dies: a death that nobody could account
-for must not happen, and whoever tests arms and disarms a place by its file.
+A process writes a line into the file of the place (place, pid, nanoseconds of the wall clock) and then
+sends SIGKILL to itself. If the file does not exist, the process does not die: every death must be on
+record, and a test arms or disarms a place by making or removing its file.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["hit"]
 
 
 def armed(environ: Mapping[str, str]) -> dict[str, float]:
-    """Read which places are active, and how likely a pass through each is to be the last."""
+    """Return the active places, each with the share of passes that kill the process."""
     if environ.get("JOBGUARD_TESTING") != "1" or "JOBGUARD_FAILPOINT_LOGS" not in environ:
         return {}
     places = {}
@@ -41,13 +41,13 @@ _armed = armed(os.environ)
 
 
 def hit(name: str, *, when: bool = True) -> None:
-    """Die here, if a test wants it so and things are as the name says."""
+    """Kill this process if a test has armed this place. ``when``: only if the condition holds."""
     if _armed and when and name in _armed:
         _maybe_die(name, _armed[name])
 
 
 def _maybe_die(name: str, share: float) -> None:
-    # Not the seeded generator: every work-horse inherits its state, and would draw the same number.
+    # Not the seeded generator: every work-horse inherits its state and would draw the same number.
     if random.SystemRandom().random() >= share:
         return
     try:

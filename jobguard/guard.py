@@ -1,26 +1,18 @@
-"""The one call, and what it gives back. Parts are made and joined here, and nowhere else."""
+"""``guard()`` and the ``JobGuard`` that it returns. Only this module makes and connects the parts."""
 
 from __future__ import annotations
 
 import atexit
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, replace
+from importlib.metadata import EntryPoint, entry_points
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, cast
 from uuid import UUID
 
-from jobguard.adapter import (
-    Adapter,
-    DeferredTarget,
-    Guarded,
-    Tracker,
-    on_unguarded_worker,
-    register,
-    registered_tracker,
-    unregister,
-)
+from jobguard.adapter import Adapter, DeferredTarget, Guarded, Tracker
 from jobguard.conninfo import describe, postgres_conninfo
 from jobguard.current import current
 from jobguard.errors import (
@@ -31,9 +23,10 @@ from jobguard.errors import (
     UnsupportedTarget,
 )
 from jobguard.log import log_event
+from jobguard.redact import redact
+from jobguard.registry import on_unguarded_worker, register, registered_tracker, unregister
 from jobguard.settings import Settings, disabled, settings_from, unknown_variables
 from jobguard.store.protocols import Counts
-from jobguard.targets import find_adapter
 
 if TYPE_CHECKING:
     from jobguard.host.tracker import HostTracker
@@ -44,15 +37,15 @@ Postgres = str | Mapping[str, Any] | Callable[[], Any] | None
 
 @dataclass(frozen=True, slots=True)
 class Stats(Counts):
-    """How many jobs are in which state, in all and by queue."""
+    """The number of jobs in each state, in total and by queue."""
 
     queues: Mapping[str, Counts] = field(default_factory=dict)
     spool: Mapping[str, int] = field(default_factory=dict)
-    """What this process keeps in memory for Postgres, in entries and bytes, and what became of the rest."""
+    """The spool of this process: its entries and bytes, and counts of the entries that left it."""
 
 
 class JobGuard:
-    """A guarded source: what one asks of it and tells it. An inert one answers zeros."""
+    """A guarded source. An inert guard does nothing and returns zeros and empty results."""
 
     def __init__(
         self,
@@ -79,7 +72,7 @@ class JobGuard:
 
     @property
     def inert(self) -> str | None:
-        """Why nothing is guarded, if so."""
+        """The reason why nothing is guarded; None: the source is guarded."""
         self._resolve_target()
         return self._inert
 
@@ -89,15 +82,15 @@ class JobGuard:
         return self._known
 
     def _resolve_target(self) -> None:
-        """Find out what is guarded, where that had to wait for the application's configuration."""
+        """Find the source if that had to wait for the application's configuration."""
         if self._later is not None:
             self._later()
 
     def batch(self) -> AbstractContextManager[None]:
         """Record all jobs sent inside the block in one statement, and push them at its end.
 
-        For loops that send many jobs from one thread. What was sent before an error is sent all the
-        same. Nothing of it is in Redis before the block ends.
+        For loops that send many jobs from one thread. If the block raises an error, the jobs before the
+        error are pushed as well. No job of the block is in Redis before the block ends.
         """
         return nullcontext() if self._tracker is None else self._tracker.batch()
 
@@ -122,10 +115,10 @@ class JobGuard:
         )
 
     def job(self, job_id: str) -> Sequence[Mapping[str, Any]]:
-        """Return every delivery of a job that is owed or remembered, newest first.
+        """Return every delivery of a job that is owed or in the history, newest first.
 
-        A list, because a job has a delivery for each time it was pushed: a retry supersedes the
-        delivery before. The first is the state of the job. Empty: the id is unknown.
+        The result is a list, because a job has one delivery for each push: a retry supersedes the delivery
+        before it. The first item shows the state of the job. Empty: the id is unknown.
         """
         if self._tracker is None:
             return []
@@ -134,25 +127,25 @@ class JobGuard:
     def heartbeat(
         self, job_id: str, *, progress: float | None = None, attrs: Mapping[str, Any] | None = None
     ) -> bool:
-        """Note a running job's progress (0 to 1) and attributes. Unknown ids are ignored."""
+        """Record the progress (0 to 1) and attributes of a running job. Unknown ids are ignored."""
         if self._tracker is None:
             return False
         return self._tracker.heartbeat(job_id, progress=progress, attrs=attrs)
 
     def lock(self, name: str, *, wait: float = 0.0) -> AbstractContextManager[bool]:
-        """Hold a lock for the running job; see jobguard.lock."""
+        """Take a lock for the running job; see jobguard.lock."""
         return current().lock(name, wait=wait)
 
     def cancel(self, *job_ids: str) -> None:
-        """Write these jobs off: the fence skips them, and nothing brings them back."""
+        """Cancel these jobs: the fence skips them, and they are not restored."""
         if self._tracker is not None:
             self._tracker.cancel(job_ids=job_ids)
 
     def requeue(self, token: UUID | str) -> UUID | None:
-        """Mint a new delivery of a failed, dead or owed one; the reconciler pushes it.
+        """Make a new delivery of a failed, dead or owed one, for the reconciler to push; return its token.
 
-        An owed one may be held, or of a queue that is not trusted: this is the word of a person. Raises
-        JobguardError if there is nothing left to push, or its worker runs it.
+        This is a decision of a person. Therefore it works also for a queue that is on hold or not trusted.
+        Raises JobguardError if there is nothing left to push, or if a worker runs the delivery.
         """
         if self._tracker is None:
             return None
@@ -160,19 +153,20 @@ class JobGuard:
         return self._ledger().requeue(self.settings.namespace, given)
 
     def pause(self, queue: str | None = None) -> None:
-        """Put nothing back, anywhere in the namespace or in one queue, until resumed."""
+        """Stop all recoveries, in the whole namespace or in one queue, until ``resume()``."""
         if self._tracker is not None:
             self._ledger().pause(self.settings.namespace, queue=queue)
 
     def resume(self, queue: str | None = None) -> None:
-        """Go on putting back."""
+        """Allow recoveries again."""
         if self._tracker is not None:
             self._ledger().resume(self.settings.namespace, queue=queue, moved=False)
 
     def reconcile(self) -> Mapping[str, Any]:
-        """Make one reconciling pass now, if no leader does it already; returns what was done.
+        """Make one reconciling pass now, if no leader does it already; return the results.
 
-        Two looks a grace apart decide, so this takes some seconds. Raises StoreUnavailable.
+        Two inspections with a grace between them decide, so that this takes some seconds. Raises
+        StoreUnavailable.
         """
         if self._tracker is None or self._conninfo is None or self._tracker.client is None:
             return {}
@@ -182,12 +176,12 @@ class JobGuard:
         return run_once(self.settings, self._conninfo, {address: self._tracker.client})
 
     def connect(self) -> None:
-        """Reach Postgres now. Raises StoreUnavailable or one of its kinds if it cannot be used."""
+        """Connect to Postgres now. Raises StoreUnavailable or a subclass if Postgres cannot be used."""
         if self._tracker is not None:
             self._tracker.connect()
 
     def close(self) -> None:
-        """Write what still waits to be written, and take the hooks out of the library again."""
+        """Write all waiting reports, and remove the hooks from the library."""
         later, self._later = self._later, None
         tracker, self._known = self._known, None
         if later is not None and tracker is None:
@@ -229,14 +223,15 @@ def guard(
     """Guard a queue: from now on every job is recorded in Postgres before it goes to Redis.
 
     ``target`` is an ``rq.Queue``, a list of them, or a ``redis.Redis`` (every RQ queue on it); a
-    ``celery.Celery``; a Dramatiq ``RedisBroker``. It is used as before. ``postgres`` is a URL, a
+    ``celery.Celery``; a Dramatiq ``RedisBroker``. The target is used as before. ``postgres`` is a URL, a
     mapping or a callable that returns one; without it, ``JOBGUARD_POSTGRES_URL`` or ``DATABASE_URL``.
     Other arguments are the fields of ``jobguard.settings.Settings``; each also has the variable
     ``JOBGUARD_<NAME>``.
 
-    Nothing is connected to, and no application's configuration is read before its first job: what
-    cannot be guarded is said then, in the log. The same call again changes nothing. Where no Postgres
-    is named, the log has one warning and the guard is inert.
+    The call opens no connection. It does not read an application's configuration before the first job; if
+    the application turns out to be one that cannot be guarded, the log says so at that time. A second call
+    for the same target changes nothing. If no Postgres is named, the log has one warning and the guard is
+    inert.
 
     Raises UnsupportedTarget, ConfigurationError, or ConflictingGuard if the source is already
     guarded with other settings; with ``connect="require"`` also StoreUnavailable or NoPostgres.
@@ -253,6 +248,56 @@ def guard(
     if isinstance(guarded, DeferredTarget):
         return _guard_deferred(target, chosen, postgres, adapter, guarded)
     return _guard_now(target, chosen, postgres, adapter, guarded)
+
+
+def find_adapter(target: object, settings: Settings) -> tuple[Adapter, Guarded | DeferredTarget]:
+    """Return the adapter that knows this target, and the source and queues of the target.
+
+    Raises UnsupportedTarget.
+    """
+    _refuse_cluster(target)
+    tried = []
+    for entry in _adapters_for(target):
+        try:
+            adapter: Adapter = entry.load()()
+        except ImportError as error:
+            tried.append(f"{entry.name} ({error})")
+            continue
+        tried.append(entry.name)
+        try:
+            guarded = adapter.sources(target, namespace=settings.namespace, name=settings.source)
+        except (UnsupportedTarget, ValueError) as error:
+            # A library that cannot read its URL quotes the URL, which may contain a password.
+            raise UnsupportedTarget(redact(str(error))) from None
+        if guarded is not None:
+            return adapter, guarded
+    kind = f"{type(target).__module__}.{type(target).__qualname__}"
+    raise UnsupportedTarget(
+        f"cannot guard a {kind}: give an rq.Queue, a list of them, or a redis.Redis; a "
+        "celery.Celery; or a dramatiq RedisBroker "
+        f"(adapters tried: {', '.join(tried) or 'none installed'})"
+    )
+
+
+def _refuse_cluster(target: object) -> None:
+    """Raise UnsupportedTarget for a client of Redis Cluster, and for a target that uses one."""
+    several = target if isinstance(target, list | tuple) else (target,)
+    for one in several:
+        for client in (one, getattr(one, "connection", None), getattr(one, "client", None)):
+            if any(kind.__name__ == "RedisCluster" for kind in type(client).__mro__):
+                raise UnsupportedTarget(
+                    "Redis Cluster cannot be guarded: scripts need all keys of a job on one node. Use a "
+                    "Redis without cluster mode, with Sentinel if a failover is needed"
+                )
+
+
+def _adapters_for(target: object) -> Iterator[EntryPoint]:
+    """Yield the adapter of the target's library, so that no other library is imported; else every one."""
+    found = {entry.name: entry for entry in entry_points(group="jobguard.adapters")}
+    roots = [kind.__module__.split(".")[0] for kind in type(target).__mro__]
+    named = [name for name in found if name in roots]
+    for name in named or found:
+        yield found[name]
 
 
 def _guard_now(
@@ -295,7 +340,7 @@ def _guard_now(
 
 
 def _without_postgres(chosen: Settings, reason: str) -> JobGuard:
-    """Return an inert guard: to import an application's module in a test or a build must not fail."""
+    """Return an inert guard, so that an import of the application in a test or a build does not fail."""
     if reason not in _warned:
         _warned.add(reason)
         log_event("postgres_unnamed", reason=reason)
@@ -305,23 +350,24 @@ def _without_postgres(chosen: Settings, reason: str) -> JobGuard:
 def _guard_deferred(
     target: object, chosen: Settings, postgres: Postgres, adapter: Adapter, later: DeferredTarget
 ) -> JobGuard:
-    """Guard a target as soon as its application is configured; until then nothing is asked of it.
+    """Guard a target as soon as its application is configured; do not read the target before.
 
-    What turns out to be impossible then is said in the log, for it is no time to raise.
+    If the target cannot be guarded then, the reason is logged and not raised: the host is about to send or
+    run a job.
     """
     if postgres is not None:
-        postgres_conninfo(postgres)  # raises at once what is wrong with it
+        postgres_conninfo(postgres)  # raises an error for a wrong value at once
     once = threading.RLock()
 
     def complete() -> None:
         with once:
             if made._later is None:
                 return
-            made._later = None  # what asks for the guard meanwhile must not come here again
+            made._later = None  # a use of the guard meanwhile must not come here again
             try:
                 _, guarded = find_adapter(target, chosen)
                 if isinstance(guarded, DeferredTarget):
-                    raise UnsupportedTarget("its application is not configured to the end")
+                    raise UnsupportedTarget("its application is not completely configured")
                 real = _guard_now(target, chosen, postgres, adapter, guarded)
             except (JobguardError, ValueError) as error:
                 log_event("guard_refused", error=str(error))
@@ -340,7 +386,7 @@ def _guard_deferred(
 
 
 def _tracker(guarded: Guarded, settings: Settings, conninfo: Callable[[], str]) -> HostTracker:
-    # Imported here for their weight: a process that guards nothing never pays for them.
+    # Imported here because they are heavy: a process that guards nothing does not load them.
     from jobguard.host.tracker import HostTracker
 
     def store() -> Any:
@@ -384,7 +430,7 @@ def _same(
 
 
 def _resolve_worker(target: object) -> Tracker | None:
-    """A worker whose process never called guard() is guarded by what its environment says."""
+    """Guard a worker whose process never called guard(), with the settings of the environment."""
     try:
         made = guard(target)
     except (ConfigurationError, UnsupportedTarget, ConflictingGuard) as error:

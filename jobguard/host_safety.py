@@ -1,13 +1,15 @@
-"""Manners: whatever a tracker or a session of ours raises, the host never sees it.
+"""Proxies that catch our exceptions, so that the host application never sees them.
 
-Both promise not to raise. This holds for what nobody thought of: an adapter is only ever given them
-behind this wall, which answers what leaves the library to itself.
+Trackers and sessions must not raise. The proxies are for unforeseen errors: an adapter gets a tracker or a
+session only behind a proxy. If a method raises, the proxy returns the value that makes the library work as
+if jobguard were absent.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 from uuid import UUID
 
@@ -20,36 +22,77 @@ if TYPE_CHECKING:
 
 
 def safe_tracker(tracker: Tracker) -> Tracker:
-    """Return this tracker behind the wall."""
+    """Return this tracker behind a proxy."""
     return cast("Tracker", _Tracker(tracker))
 
 
+class contain_errors:
+    """Log an error of jobguard that is raised inside, and continue after the block.
+
+    An exception that the host raises in this thread (a time limit, a shutdown) passes, and so do the
+    classes in ``let_pass``: errors that the user asked to get. ``event`` names the event of the log line.
+    ``failed`` is True after the block if an error was contained.
+    """
+
+    __slots__ = ("_event", "_fields", "_let_pass", "failed")
+
+    def __init__(
+        self,
+        where: str,
+        *,
+        event: str = "guest_failed",
+        let_pass: type[Exception] | tuple[type[Exception], ...] = (),
+        **fields: Any,
+    ) -> None:
+        self._event = event
+        self._fields = {"where": where, **fields}
+        self._let_pass = let_pass
+        self.failed = False
+
+    def __enter__(self) -> contain_errors:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool:
+        if not isinstance(error, Exception) or isinstance(error, self._let_pass):
+            return False
+        if is_host_interrupt(error):
+            return False
+        self.failed = True
+        log_event(self._event, error=str(error), exc_info=error, **self._fields)
+        return True
+
+
 class SafeProxy:
-    """What stands before an object of ours."""
+    """A proxy for one of our objects."""
 
     _answers: ClassVar[dict[str, Callable[..., Any]]]
-    """What each of its methods answers where it raises: without us."""
+    """For each method: makes the result if the method raises, as if jobguard were absent."""
 
-    def __init__(self, behind: Any) -> None:
-        self._behind = behind
+    def __init__(self, proxied: Any) -> None:
+        self._proxied = proxied
 
     def __getattr__(self, name: str) -> Any:
-        instead = self._answers.get(name)
-        if instead is None:
-            return getattr(self._behind, name)
+        fallback = self._answers.get(name)
+        if fallback is None:
+            return getattr(self._proxied, name)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             try:
-                return getattr(self._behind, name)(*args, **kwargs)
+                return getattr(self._proxied, name)(*args, **kwargs)
             except StoreUnavailable:
-                if name == "record":  # the user asked to hear it
+                if name == "record":  # the user asked to get this error
                     raise
-                return instead(*args, **kwargs)
+                return fallback(*args, **kwargs)
             except Exception as error:
                 if is_host_interrupt(error):
                     raise
                 log_event("guest_failed", where=name, error=str(error), exc_info=True)
-                return instead(*args, **kwargs)
+                return fallback(*args, **kwargs)
 
         return call
 
@@ -78,13 +121,13 @@ class _Session(SafeProxy):
 
 
 class _UnguardedSession:
-    """A session of which we could not even open the first page: its worker works unguarded."""
+    """The session of a worker whose real session could not be opened: the worker works unguarded."""
 
     def __init__(self) -> None:
         self.id = new_token()
 
     def start(self, token: Any, describe: Any, **_: Any) -> Claim:
-        """Let it run."""
+        """Let the job run."""
         return Claim(token, 0)
 
     end = mark_superseded = decline = release = abandon = consumes = take_over_beats = flush = (
@@ -119,11 +162,11 @@ class _Tracker(SafeProxy):
     }
 
     def open_session(self, **what: Any) -> Session:
-        """Open a session, and put it behind a wall of its own."""
+        """Open a session, and return it behind a proxy."""
         return _safe_session(self.__getattr__("open_session")(**what))
 
     def inherit_session(self, worker: UUID, pid: int, **what: Any) -> Session:
-        """The same for a session that is the parent's."""
+        """Return the session of the parent process behind a proxy."""
         return _safe_session(self.__getattr__("inherit_session")(worker, pid, **what))
 
 

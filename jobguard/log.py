@@ -1,12 +1,12 @@
-"""What jobguard says: every event's name, level and sentence, in one table.
+"""The log events of jobguard: the name, the level and the sentence of each, in one table.
 
-Code announces what happened by name and with fields; the wording is here. Everything goes through
-the standard logger ``jobguard`` and nowhere else, so that the host's logging decides what becomes
-of it; without logging set up, warnings and errors go to stderr. A record carries its event and
-fields as the attribute ``jobguard`` (a mapping), for handlers that want more than text.
+The code logs an event by its name and with fields; its sentence is in this table. Every line goes through
+the standard logger ``jobguard``, so that the host's logging configuration decides where it goes. Without
+a logging configuration, warnings and errors go to stderr. A log record has its event and fields in the
+attribute ``jobguard`` (a mapping), for handlers that want more than text.
 
-structlog is loaded when somebody binds a logger, and by ``configure``, which our command line alone
-calls: its import costs a host 150 ms, and the first event is most often a sign of trouble.
+Only ``configure`` loads structlog, and only our command line calls ``configure``. The import takes 150 ms,
+and a host should not lose that time when the first event, most often a sign of trouble, is logged.
 """
 
 from __future__ import annotations
@@ -17,32 +17,33 @@ import os
 import sys
 from collections import deque
 from collections.abc import Mapping, MutableMapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 from uuid import UUID
 
-from jobguard.log_bounds import ENDS, FLOOD
+from jobguard.log_bounds import ENDS, LINE_BOUNDS
 from jobguard.redact import redact
-
-if TYPE_CHECKING:
-    from structlog.stdlib import BoundLogger
 
 DEBUG, INFO, WARNING, ERROR = logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR
 
 
 class Event(NamedTuple):
-    """How an event is told."""
+    """The level and the sentence of an event."""
 
     level: int
     sentence: str
 
 
 EVENTS: Mapping[str, Event] = {
-    # The stores, as a host process meets them.                                fields
-    "postgres_away": Event(WARNING, "Postgres does not answer; going on without"),  # error
+    # The stores, as a host process sees them.                                 fields
+    "postgres_away": Event(
+        WARNING, "Postgres does not answer; jobguard goes on without it"
+    ),  # error
     "postgres_back": Event(INFO, "Postgres answers again"),  # seconds
-    "not_migrated": Event(ERROR, "the schema is not there: run `jobguard migrate`"),  # place
+    "not_migrated": Event(ERROR, "the schema does not exist: run `jobguard migrate`"),  # place
     "no_rights": Event(ERROR, "the role may not use the schema: see schema/grants.sql"),  # error
-    "wrong_installation": Event(ERROR, "this is another installation's database"),  # has, wants
+    "wrong_installation": Event(
+        ERROR, "this database belongs to another installation"
+    ),  # has, wants
     "redis_away": Event(WARNING, "Redis does not answer"),  # source, error
     "redis_back": Event(INFO, "Redis answers again"),  # source, seconds
     "redis_refuses": Event(ERROR, "Redis refuses to store jobs"),  # source, error, waiting
@@ -51,189 +52,284 @@ EVENTS: Mapping[str, Event] = {
         WARNING, "a value in Redis cannot be read and is skipped"
     ),  # source, key, error
     # Guarding.
-    "guarded": Event(INFO, "guarding"),  # source, queues, postgres
+    "guarded": Event(INFO, "a source is guarded"),  # source, queues, postgres
     "guard_inert": Event(INFO, "nothing is guarded here"),  # reason
-    "guard_refused": Event(ERROR, "this cannot be guarded"),  # error
-    "adapter_loaded": Event(DEBUG, "an adapter is in place"),  # library
-    "adapter_failed": Event(ERROR, "an adapter could not be put in place"),  # library, error
+    "guard_refused": Event(ERROR, "a target cannot be guarded"),  # error
+    "adapter_loaded": Event(DEBUG, "an adapter is installed"),  # library
+    "adapter_failed": Event(ERROR, "an adapter could not be installed"),  # library, error
     "settings_differ": Event(
-        ERROR, "processes of one source are set differently"
+        ERROR, "processes of one source have different settings"
     ),  # source, here, there
     "guest_failed": Event(
-        ERROR, "jobguard failed, and the host went on without it"
+        ERROR, "jobguard failed, and the host continued without it"
     ),  # where, error
     "postgres_unnamed": Event(
         WARNING, "nothing is guarded in this process: no usable Postgres is named"
     ),  # reason
     "variable_unknown": Event(
-        WARNING, "a variable JOBGUARD_… is unknown and has no effect"
+        WARNING, "an environment variable JOBGUARD_… is unknown and has no effect"
     ),  # variable
     "redis_option_unknown": Event(
         WARNING, "an option of a Redis URL is unknown and has no effect"
     ),  # redis, option
     # Recording.
     "record_spooled": Event(WARNING, "records wait in the spool"),  # count
-    "record_lost": Event(ERROR, "a record could be kept nowhere"),  # job_id, queue, error
-    "record_skipped": Event(WARNING, "jobs go unrecorded while Postgres is away"),  # count
-    "row_refused": Event(ERROR, "Postgres refuses a row for what is in it"),  # job_id, error
-    "spool_replayed": Event(INFO, "the spool was replayed"),  # count, seconds
+    "record_lost": Event(
+        ERROR, "a record was lost: neither Postgres nor the spool took it"
+    ),  # job_id, queue, error
+    "record_skipped": Event(WARNING, "jobs are not recorded while Postgres is away"),  # count
+    "row_refused": Event(ERROR, "Postgres refuses a row because of its content"),  # job_id, error
+    "spool_replayed": Event(
+        INFO, "the entries of the spool were written to Postgres"
+    ),  # count, seconds
     "spool_left": Event(
         ERROR, "entries of the spool were not written to Postgres when the process ended"
     ),  # count, job_ids, aside
-    "not_written": Event(DEBUG, "something was not written: Postgres is away"),  # what, error
+    "not_written": Event(DEBUG, "a report was not written: Postgres is away"),  # what, error
     "pooler_found": Event(
         INFO,
-        "Postgres is behind a pooler: statements are not prepared, and each transaction sets what it "
-        "needs",
+        "Postgres is behind a pooler: jobguard prepares no statements and sets its session settings in "
+        "each transaction",
     ),
     "settings_reduced": Event(
-        INFO, "this Postgres does not have all settings of our sessions"
+        INFO, "this Postgres does not know all settings of jobguard's sessions"
     ),  # error
     "spool_full": Event(
-        ERROR, "the spool is full: jobs go unrecorded until it has room"
+        ERROR, "the spool is full: jobs are not recorded until it has room"
     ),  # entries, bytes, count, lost
     "spool_lightened": Event(
         WARNING,
-        "the spool is at its bound in bytes: records of jobs that are in Redis give up their "
-        "envelopes, and are recorded by the workers that start them",
+        "the spool has reached its limit in bytes: it drops the envelopes of jobs that are in Redis; "
+        "the workers that start these jobs record them",
     ),  # count, bytes
     "spool_has_room": Event(INFO, "the spool is empty again"),  # lost
     "entry_set_aside": Event(
         WARNING,
         "an entry of the spool fails while Postgres answers: it is set aside and tried again later",
     ),  # job_id, kind, bytes, aside, error
-    "entry_given_up": Event(ERROR, "an entry that was set aside is given up"),  # job_id, error
-    "aside_written": Event(INFO, "what was set aside is written"),
+    "entry_given_up": Event(ERROR, "an entry that was set aside is dropped"),  # job_id, error
+    "aside_written": Event(INFO, "the entries that were set aside are written"),
     # Working.
-    "worker_started": Event(INFO, "a guarded worker begins"),  # worker, name, queues
-    "worker_renewed": Event(WARNING, "this worker was declared dead and goes on anew"),  # worker
+    "worker_started": Event(INFO, "a guarded worker starts"),  # worker, name, queues
+    "worker_renewed": Event(
+        WARNING, "this worker was declared dead and continues under a new id"
+    ),  # worker
     "worker_inherited": Event(
-        WARNING, "this worker's process is gone, and its child that runs a job beats for it"
+        WARNING,
+        "the process of this worker has ended, and its child that runs a job sends its beats",
     ),  # worker, name
-    "worker_left": Event(INFO, "a guarded worker said goodbye"),  # worker, name
+    "worker_left": Event(INFO, "a guarded worker left"),  # worker, name
     "start_skipped": Event(INFO, "a start was skipped"),  # job_id, queue, reason, outcome
     "start_unclaimed": Event(WARNING, "a job starts without a claim"),  # job_id
     "start_waits": Event(
-        INFO, "a job that is charged with a worker's death waits until it can run alone"
+        INFO, "a job that may have caused a worker's death waits until it can run alone"
     ),  # token
     "job_declined": Event(
-        WARNING, "this worker cannot begin a job: it goes back later"
+        WARNING, "this worker cannot begin a job: the job goes back later"
     ),  # job_id, tries_left, error
-    "claim_lost": Event(WARNING, "a run's claim went to another worker"),  # job_id
+    "claim_lost": Event(WARNING, "another worker has taken the claim of a run"),  # job_id
     "start_unfenced": Event(
-        WARNING, "a start was not granted, and runs all the same (mode=observe)"
+        WARNING, "the claim of a start was refused, but the job runs (mode=observe)"
     ),  # reason
     "nobody_leads": Event(
         WARNING, "a start was skipped while no reconciler leads: run `jobguard reconcile`"
     ),
-    "beat_unheard": Event(DEBUG, "a store did not hear a beat"),  # store, error
+    "beat_unheard": Event(DEBUG, "a store did not take a beat"),  # store, error
     "source_differs": Event(
         ERROR,
         "the reconciler knows this Redis as another source than this process does: use one address "
         "everywhere, or set JOBGUARD_SOURCE to one name",
     ),  # source
-    "end_late": Event(WARNING, "an end came too late and changed nothing"),  # job_id, number
+    "end_late": Event(
+        WARNING, "a report of an end came too late and changed nothing"
+    ),  # job_id, number
     "connection_unnamed": Event(
         WARNING,
         "Redis refuses CLIENT SETNAME: a leader cannot tell this worker from an unguarded one, and "
         "recovers nothing; grant +client|setname",
     ),  # error
+    "push_skipped": Event(INFO, "a job has ended or moved on: it is not pushed"),  # job_id
+    "job_skipped": Event(WARNING, "a worker skips a job that it must not run"),  # job_id, reason
+    "run_killed": Event(
+        WARNING, "a job was killed and has not failed: it is restored within its crash budget"
+    ),  # job_id
+    "run_not_begun": Event(
+        WARNING, "Redis failed before the function of a job was called: the job is restored"
+    ),  # job_id
+    "run_exited": Event(
+        WARNING, "a job ended its own process: it is restored within its crash budget"
+    ),  # job_id
+    "end_lost": Event(
+        ERROR, "the worker of a job is gone: the end of the job cannot be reported"
+    ),  # job_id
+    "redis_call_failed": Event(
+        WARNING, "the state of a run could not be read or written in Redis"
+    ),  # where, job_id, worker, error
+    "scheduler_waits": Event(WARNING, "the scheduler of the library waits for Redis"),  # error
+    "schedule_unrecorded": Event(
+        ERROR,
+        "a job is scheduled outside of RQ's own registry, as rq-scheduler does: until they are "
+        "enqueued, such jobs are only in Redis. Use Queue.enqueue_at or RQ's cron, or schedule them "
+        "again after a loss of Redis. This is logged once",
+    ),  # job_id
+    "announcement_failed": Event(
+        DEBUG, "a worker could not announce itself in Redis"
+    ),  # where, error
+    "unacked_not_renewed": Event(
+        DEBUG, "a worker could not renew its messages in unacked"
+    ),  # error
+    "task_skipped": Event(WARNING, "a task is skipped"),  # job_id, task, reason
+    "task_unknown": Event(
+        ERROR, "a task is not registered here: it goes back, for other workers"
+    ),  # job_id, task
+    "child_lost": Event(WARNING, "a child is lost, but its task has ended"),  # job_id, outcome
+    "outcome_undecided": Event(
+        WARNING, "the outcome of a task is decided when Postgres is back"
+    ),  # job_id
+    "result_unstored": Event(WARNING, "the result of a task could not be stored"),  # job_id, error
+    "failure_ignored": Event(
+        WARNING, "a task has not failed, only the library's report of its end"
+    ),  # job_id, error
+    "chord_size_waits": Event(
+        WARNING, "Redis is away: it gets the size of a chord when it is back"
+    ),  # chord, error
+    "chord_waits": Event(
+        WARNING, "Redis failed before a chord could go on: the chord goes on when Redis is back"
+    ),  # chord
+    "part_unkept": Event(DEBUG, "the result of a chord's part cannot be kept"),  # where, error
+    "join_unreadable": Event(
+        WARNING, "the library's counters of a join cannot be put back"
+    ),  # join, error
+    "message_undecodable": Event(ERROR, "a message cannot be decoded"),  # queue, error
+    "messages_lost": Event(
+        WARNING, "a worker has lost messages from its memory: they are requeued"
+    ),  # queue, count
+    "messages_unchecked": Event(
+        DEBUG, "lost messages are not checked: Redis does not answer"
+    ),  # error
+    "requeue_failed": Event(
+        WARNING, "messages could not be requeued: they are requeued later"
+    ),  # queue, error
+    "consumer_restarted": Event(
+        ERROR, "the thread of a consumer had ended, and is restarted"
+    ),  # queue
+    "removal_failed": Event(
+        DEBUG, "messages of ended runs are not removed: Redis does not answer"
+    ),  # error
+    "group_continued": Event(
+        WARNING, "all members of a group have completed: its callbacks are sent"
+    ),  # group
+    "continuation_lost": Event(
+        ERROR, "a continuation of a job could not be sent: the job runs again"
+    ),  # job_id
+    "report_unknown": Event(
+        WARNING, "Redis does not answer whether the death of a job is reported"
+    ),  # job_id, error
+    "callback_failed": Event(ERROR, "the failure callback of a dead job failed"),  # job_id, error
     # Leading.
-    "reconciler_started": Event(INFO, "the reconciler begins"),  # namespace, postgres, redis
-    "reconciler_stopped": Event(INFO, "the reconciler ends"),  # namespace
-    "leader_elected": Event(INFO, "this process leads"),  # namespace, term
-    "leader_resigned": Event(INFO, "this process leads no longer"),  # namespace, term
+    "reconciler_started": Event(INFO, "the reconciler starts"),  # namespace, postgres, redis
+    "reconciler_stopped": Event(INFO, "the reconciler stops"),  # namespace
+    "leader_elected": Event(INFO, "this process is the leader"),  # namespace, term
+    "leader_resigned": Event(INFO, "this process is no longer the leader"),  # namespace, term
     "leader_lost": Event(WARNING, "the lease was lost"),  # namespace, term, error
-    "lease_unrenewed": Event(WARNING, "the lease could not be written"),  # error
+    "lease_unrenewed": Event(WARNING, "the lease could not be renewed"),  # error
     "step_failed": Event(ERROR, "a step failed and will be tried again"),  # part, error
-    "step_stuck": Event(ERROR, "a step takes too long; its connections are cut"),  # source, seconds
+    "step_stuck": Event(
+        ERROR, "a step takes too long; its connections are closed"
+    ),  # source, seconds
     "watching": Event(INFO, "a source is watched"),  # source
     "source_unwatched": Event(
         ERROR, "no Redis URL was given for a source: add it to --redis or JOBGUARD_REDIS_URL"
     ),  # source, given
     "adapter_missing": Event(
-        ERROR, "there is no adapter for a source's library"
+        ERROR, "there is no adapter for the library of a source"
     ),  # library, install
     "wrong_redis": Event(
         ERROR,
-        "workers see a living pulse where this reconciler sees none: it is at the wrong Redis",
+        "the workers see a current pulse and this reconciler sees none: the reconciler is at the wrong "
+        "Redis",
     ),  # source
     "foreign_pulse": Event(
         ERROR,
-        "another ledger keeps its pulse in this Redis: nothing is put back; give one of the two "
+        "another ledger keeps its pulse in this Redis: no job is restored; give one of the two ledgers "
         "another JOBGUARD_NAMESPACE",
     ),  # source
     "place_unsure": Event(
-        ERROR, "nothing is put back until a person says `jobguard resume`"
+        ERROR, "no job is restored until a person runs `jobguard resume`"
     ),  # source, reason
     "ledger_moved": Event(
-        ERROR, "this database is not where it was: `jobguard resume --moved`"
+        ERROR, "this database was copied or moved: run `jobguard resume --moved`"
     ),  # was, is_now
     "identity_partial": Event(
         INFO,
-        "this Postgres does not tell its system identifier: a copy of the database is known by the "
-        "database's number alone",
+        "this Postgres does not show its system identifier: jobguard recognises a copy of the database "
+        "only by the number of the database",
     ),  # error
-    "ledger_behind": Event(ERROR, "Redis' pulse is ahead: Postgres went back in time"),  # source
-    "queue_held": Event(ERROR, "a queue is held until `jobguard resume`"),  # source, queue, reason
+    "ledger_behind": Event(
+        ERROR, "the pulse in Redis is ahead: Postgres was set back to an earlier state"
+    ),  # source
+    "queue_held": Event(
+        ERROR, "the recoveries of a queue are on hold until `jobguard resume`"
+    ),  # source, queue, reason
     "queue_trusted": Event(INFO, "a queue is trusted"),  # source, queue
     "consumers_uncounted": Event(
         WARNING,
-        "Redis does not list its clients: unguarded workers are seen by their names only; grant "
+        "Redis does not list its clients: unguarded workers are found only by their names; grant "
         "+client|list and +pubsub",
     ),  # source, error
     "queue_untrusted": Event(
-        WARNING, "unguarded workers consume a queue"
+        WARNING, "unguarded workers take jobs from a queue"
     ),  # source, queue, workers
-    # What was lost, and what was done.
+    # Losses and recoveries.
     "redis_lost_data": Event(ERROR, "Redis lost data"),  # source, detail
     "redis_evicted": Event(ERROR, "Redis evicted keys: set maxmemory-policy to noeviction"),  # keys
-    "verifying": Event(INFO, "everything owed is verified"),  # source, cause
-    "incident_resumed": Event(WARNING, "an earlier leader's incident goes on"),  # incident, detail
+    "verifying": Event(INFO, "the reconciler verifies all owed jobs"),  # source, cause
+    "incident_resumed": Event(
+        WARNING, "this leader continues the incident of an earlier leader"
+    ),  # incident, detail
     "incident_closed": Event(
         INFO, "an incident is over"
     ),  # source, incident, missing, restored, seconds
     "worker_dead": Event(WARNING, "a worker is dead"),  # worker, name, host, pid, claims
-    "jobs_suspected": Event(DEBUG, "jobs are absent; they will be looked at again"),  # count
+    "jobs_suspected": Event(DEBUG, "jobs are absent; they will be inspected again"),  # count
     "jobs_untrusted": Event(
         ERROR, "jobs were absent before their queue was trusted: they are not recovered"
     ),  # queue, count
     "restores_held": Event(
         ERROR,
-        "jobs were put back twice and taken each time without a claim: something runs or deletes them "
-        "that jobguard does not see; they are held: `jobguard requeue`, or cancel them",
+        "jobs were restored twice, and each time they were taken without a claim: a process that "
+        "jobguard does not see runs or deletes them; they are not restored again: run "
+        "`jobguard requeue`, or cancel them",
     ),  # path, count
-    "claims_voided": Event(WARNING, "claims of dead workers were taken away"),  # count
+    "claims_voided": Event(WARNING, "the claims of dead workers were voided"),  # count
     "restore_failed": Event(WARNING, "Redis answers a restore with an error"),  # error, token
-    "job_not_restored": Event(WARNING, "a job was not put back"),  # job_id, answer
-    "jobs_released": Event(
-        INFO, "jobs that waited in vain for others, which had ended, go on"
-    ),  # count
+    "job_not_restored": Event(WARNING, "a job was not restored"),  # job_id, answer
+    "jobs_released": Event(INFO, "jobs whose dependencies have all ended were released"),  # count
     "job_waits_for_unknown": Event(
         WARNING,
-        "a job that was put back waits for jobs that nobody recorded: send these again, or cancel it",
+        "a restored job waits for jobs that are not recorded: send those jobs again, or cancel this one",
     ),  # job_id, waits_for
-    "jobs_restored": Event(INFO, "jobs were put back"),  # source, count, cause, seconds
-    "joins_mended": Event(INFO, "what a library counts of joins was put back"),  # count
+    "jobs_restored": Event(INFO, "jobs were restored"),  # source, count, cause, seconds
+    "joins_mended": Event(INFO, "the library's counters of joins were restored"),  # count
     "joins_finished": Event(
-        INFO, "joins whose members had all ended were told to the library again"
+        INFO, "the last members of joins whose members had all ended were pushed again"
     ),  # count
     "job_buried": Event(
         ERROR, "a job is dead: its crash budget is spent"
     ),  # job_id, queue, crashes
-    "job_closed": Event(INFO, "a job was closed from what Redis shows"),  # job_id, outcome
-    "would_restore": Event(INFO, "a job would have been put back (mode=observe)"),  # job_id, cause
+    "job_closed": Event(INFO, "a job was closed because Redis shows its end"),  # job_id, outcome
+    "would_restore": Event(INFO, "a job would have been restored (mode=observe)"),  # job_id, cause
     # Housekeeping.
     "vacuumed": Event(DEBUG, "tables were vacuumed"),  # tables
     "rotated": Event(INFO, "old history was dropped"),  # dropped
     "rotation_waits": Event(
-        INFO, "a long reader of history (a backup) is in the way of retention; it is tried again"
+        INFO, "a long read of the history (a backup) blocks its rotation; jobguard tries again"
     ),  # done
 }
 
 
 class _LastResort(logging.Handler):
-    """Print warnings and errors to stderr where the host configured no handler that gets them."""
+    """Print warnings and errors to stderr if the host configured no handler that gets them."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print the record if no other handler gets it."""
@@ -241,7 +337,7 @@ class _LastResort(logging.Handler):
             self.print(record)
 
     def print(self, record: logging.LogRecord) -> None:
-        """Print one line, unless the host switched the standard library's own last resort off."""
+        """Print one line, unless the host switched off the last resort of the standard library."""
         if logging.lastResort is None or sys.stderr is None:
             return
         try:
@@ -255,13 +351,13 @@ _standard = logging.getLogger("jobguard")
 _last_resort = _LastResort(WARNING)
 _standard.addHandler(_last_resort)
 
-_unheard: deque[tuple[str, Mapping[str, Any]]] = deque()
-"""The first events that no handler of the host got: a host may configure logging late."""
-_MOST_UNHEARD = 20
+_undelivered: deque[tuple[str, Mapping[str, Any]]] = deque()
+"""The first events that no handler of the host got, because a host may configure logging late."""
+_MOST_UNDELIVERED = 20
 
 
 def has_handlers() -> bool:
-    """Whether a handler of the host gets what we log."""
+    """Return True if a handler of the host gets our log records."""
     logger: logging.Logger | None = _standard
     while logger is not None:
         if any(handler is not _last_resort for handler in logger.handlers):
@@ -271,35 +367,35 @@ def has_handlers() -> bool:
 
 
 def log_event(event: str, /, *, exc_info: Any = None, **fields: Any) -> None:
-    """Tell that something happened; level and sentence are the table's.
+    """Log an event; its level and its sentence are in the table.
 
-    Events that repeat are bounded; see flood.py.
+    The lines of an event that repeats are bounded; see log_bounds.py.
     """
-    if _unheard and _is_heard(INFO):
-        say_again()
+    if _undelivered and _is_handled(INFO):
+        log_again()
     level, _ = EVENTS.get(event) or Event(WARNING, event)
     if level < INFO and not _standard.isEnabledFor(level) and event not in ENDS:
         return
-    for line in FLOOD.passes(event, fields, exc_info):
+    for line in LINE_BOUNDS.passes(event, fields, exc_info):
         _write(*line, stacklevel=3)
 
 
 def remind() -> None:
-    """Write the lines that were held back as repetitions, and whose time has come. For loops."""
-    for line in FLOOD.due():
+    """Write the suppressed repetitions that are due now. Loops call this."""
+    for line in LINE_BOUNDS.due():
         _write(*line, stacklevel=3)
 
 
 @atexit.register
 def _last_reminders() -> None:
-    for line in FLOOD.rest():
+    for line in LINE_BOUNDS.rest():
         _write(*line, stacklevel=3)
 
 
 def _write(event: str, fields: Mapping[str, Any], exc_info: Any, *, stacklevel: int) -> None:
     level, sentence = EVENTS.get(event) or Event(WARNING, event)
-    if level >= INFO and not _is_heard(level) and len(_unheard) < _MOST_UNHEARD:
-        _unheard.append((event, fields))
+    if level >= INFO and not _is_handled(level) and len(_undelivered) < _MOST_UNDELIVERED:
+        _undelivered.append((event, fields))
     if _standard.isEnabledFor(level):
         message, extra = _rendered(event, sentence, fields)
         _standard.log(level, "%s", message, exc_info=exc_info, extra=extra, stacklevel=stacklevel)
@@ -310,19 +406,19 @@ def _write(event: str, fields: Mapping[str, Any], exc_info: Any, *, stacklevel: 
         _last_resort.print(record)
 
 
-def say_again() -> None:
-    """Log the events that no handler got, for a worker whose library has configured logging by now."""
-    early = list(_unheard)
-    _unheard.clear()
+def log_again() -> None:
+    """Log the events that no handler got. Called in a worker after its library has configured logging."""
+    early = list(_undelivered)
+    _undelivered.clear()
     for event, fields in early:
         level, sentence = EVENTS.get(event) or Event(WARNING, event)
-        if _is_heard(level):
+        if _is_handled(level):
             message, extra = _rendered(event, sentence, fields)
             _standard.log(level, "%s", message, extra=extra, stacklevel=3)
 
 
-def _is_heard(level: int) -> bool:
-    """Whether a handler of the host gets what is logged at this level."""
+def _is_handled(level: int) -> bool:
+    """Return True if a handler of the host gets records of this level."""
     at: logging.Logger | None = _standard
     while at is not None and _standard.isEnabledFor(level):
         for handler in at.handlers:
@@ -334,19 +430,8 @@ def _is_heard(level: int) -> bool:
     return False
 
 
-def get_logger(**bound: Any) -> BoundLogger:
-    """Return a structlog logger whose events carry these fields, told as say() tells them."""
-    from structlog import wrap_logger
-    from structlog.stdlib import BoundLogger as Bound
-
-    logger: BoundLogger = wrap_logger(
-        _standard, processors=[_as_standard_call], wrapper_class=Bound, context_class=dict
-    )
-    return logger.bind(**bound)
-
-
 def configure(level: str = "info", json: bool = False) -> None:
-    """Log to stderr, for people or as one JSON object a line. For our own command line alone."""
+    """Log to stderr, for people or as one JSON object a line. Only our command line calls this."""
     import structlog
     from structlog.stdlib import ProcessorFormatter
     from structlog.typing import Processor
@@ -371,12 +456,12 @@ def configure(level: str = "info", json: bool = False) -> None:
     handler.setFormatter(formatter)
     root = logging.getLogger()
     root.handlers[:] = [handler]
-    root.setLevel(logging.WARNING)  # other libraries' chatter stays away
+    root.setLevel(logging.WARNING)  # of other libraries, only warnings and errors
     _standard.setLevel(level.upper())
 
 
 def _colours() -> bool:
-    """Whether lines on stderr are coloured: https://no-color.org, https://force-color.org."""
+    """Return True for coloured lines on stderr: https://no-color.org, https://force-color.org."""
     if os.environ.get("NO_COLOR"):
         return False
     if os.environ.get("FORCE_COLOR"):
@@ -398,16 +483,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, UUID):
         return str(value)
     return redact(value) if isinstance(value, str) else value
-
-
-def _as_standard_call(
-    _logger: Any, _method: str, fields: MutableMapping[str, Any]
-) -> tuple[tuple[str, ...], dict[str, Any]]:
-    event = str(fields.pop("event", ""))
-    kept = {name: fields.pop(name) for name in ("exc_info", "stack_info") if name in fields}
-    known = EVENTS.get(event)
-    message, extra = _rendered(event, known.sentence if known else event, fields)
-    return ("%s", message), {"extra": extra, **kept}
 
 
 def _fields_for_machines(

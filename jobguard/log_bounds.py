@@ -1,12 +1,13 @@
-"""Bounds on the lines of one event: one line at a change, a count, and a reminder a minute.
+"""Bounds on the lines of one event: one line at a change, a count, and a reminder every minute.
 
 An event that is listed in ``LIMITED`` is logged once for each key. The key is the event, the listed fields
-and the shape of its error. For a minute after that line, the same key is only counted. The next line of the
-key carries the count in the field ``suppressed``. An event that is listed in ``ENDS`` says that others are
-over: it takes over their counts, and the next of them is a change again.
+and the shape of its error. For a minute after that line, further events with the same key are only counted.
+The next line of the key has the count in the field ``suppressed``. An event that is listed in ``ENDS``
+means that the states of other events are over: it shows their counts, and the next of these events is a
+change again.
 
-The table lies in memory that forked children share, so that a hundred children write one line and not a
-hundred. It has a fixed size. Counts of two processes at the same instant may be off by a few.
+The table is in memory that forked children share, so that a hundred children write one line and not a
+hundred. The table has a fixed size. If two processes write at the same time, counts may be wrong by a few.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from jobguard import os_threads
 REMIND = 60.0
 """Seconds between two lines of one key."""
 CHANGE = 10.0
-"""Seconds between two lines of one key if its state ended in between and it flaps."""
+"""Seconds between two lines of one key if its state ended in between and the state flaps."""
 _FREE = 3
-"""A state that began so many times within three times CHANGE flaps."""
+"""A state flaps if it began this many times within three times CHANGE."""
 
 LIMITED: Mapping[str, tuple[str, ...]] = {
     "postgres_away": (),
@@ -68,7 +69,7 @@ LIMITED: Mapping[str, tuple[str, ...]] = {
     "redis_back": ("source",),
     "redis_accepts": ("source",),
 }
-"""Events that can come again and again, and the fields that tell two states of one event apart."""
+"""Events that can be repeated many times, and the fields that distinguish two states of one event."""
 
 ENDS: Mapping[str, tuple[str, ...]] = {
     "postgres_back": (
@@ -84,42 +85,44 @@ ENDS: Mapping[str, tuple[str, ...]] = {
     "redis_back": ("redis_away",),
     "redis_accepts": ("redis_refuses",),
 }
-"""Events that say that a state is over."""
+"""Events that mean that the states of other events are over."""
 
 _ENDED_BY: Mapping[str, str] = {name: end for end, names in ENDS.items() for name in names}
 _SLOTS = 256
 _SLOT = struct.Struct("=QQddQdQ")
 _PROBES = 8
 _SHAPES = 4
-"""Errors of different shapes in one scope that have a key of their own; the others share one."""
-_PATIENCE = 0.1
+"""Number of error shapes in one scope that get a key of their own; the other shapes share one key."""
+_LOCK_TIMEOUT = 0.1
 _VARIES = re.compile(r"0x[0-9a-f]+|[0-9a-f]{8}[0-9a-f-]*|\d+|'[^']*'|\"[^\"]*\"", re.IGNORECASE)
 
 
 class Slot(NamedTuple):
-    """What is known of one key."""
+    """The state of one key."""
 
     key: int = 0
     scope: int = 0
-    said: float = 0.0
-    """When its last line was written."""
+    written_at: float = 0.0
+    """Time of the last written line."""
     until: float = -1.0
-    """Lines before this are only counted."""
+    """Events before this time are only counted."""
     suppressed: int = 0
-    """How many were."""
+    """Number of events that were only counted."""
     since: float = float("-inf")
     lines: int = 0
-    """How many were written since then."""
+    """Number of lines written since ``since``."""
 
     def written(self, now: float, silence: float) -> Slot:
-        """Return it after a line."""
+        """Return the state after a line was written."""
         fresh = now - self.since >= _FREE * CHANGE
         since, lines = (now, 1) if fresh else (self.since, self.lines + 1)
-        return self._replace(said=now, until=now + silence, suppressed=0, since=since, lines=lines)
+        return self._replace(
+            written_at=now, until=now + silence, suppressed=0, since=since, lines=lines
+        )
 
     def ended(self) -> Slot:
-        """Return it after its state ended: the next line is a change."""
-        free = self.said if self.lines < _FREE else self.said + CHANGE
+        """Return the state after an event of ``ENDS``: the next line is a change."""
+        free = self.written_at if self.lines < _FREE else self.written_at + CHANGE
         return self._replace(until=min(self.until, free), suppressed=0)
 
 
@@ -127,32 +130,32 @@ Line = tuple[str, dict[str, Any], Any]
 """An event, its fields and its exc_info."""
 
 
-class Flood:
-    """Decides which lines are written."""
+class LineBounds:
+    """The table that decides which lines are written."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._table = mmap.mmap(-1, _SLOTS * _SLOT.size)
         self._lock = os_threads.lock()
-        self._held: dict[
+        self._waiting: dict[
             int, tuple[int, Line]
         ] = {}  # the last suppressed line by key, and its scope
 
     def after_fork(self) -> None:
-        """Begin anew in a child: the lines that wait are the parent's."""
+        """Forget the suppressed lines in a child: the parent writes them."""
         self._lock = os_threads.lock()
-        self._held = {}
+        self._waiting = {}
 
     def reset(self) -> None:
         """Forget everything, for tests."""
         self._table[:] = bytes(len(self._table))
-        self._held = {}
+        self._waiting = {}
 
     def passes(self, event: str, fields: dict[str, Any], exc_info: Any = None) -> list[Line]:
         """Return the lines to write now: this one if it is no repetition, and reminders that are due."""
         line = (event, fields, exc_info)
-        # A signal handler may interrupt this very code, so that nothing here may wait for ever.
-        if not self._lock.acquire(True, _PATIENCE):
+        # A signal handler may interrupt this code. Therefore the wait for the lock is bounded.
+        if not self._lock.acquire(True, _LOCK_TIMEOUT):
             return [line]
         try:
             return self._passes(line)
@@ -168,31 +171,31 @@ class Flood:
             lines.append((event, fields, exc_info))
             return lines
         scope = _scope(event, fields)
-        # The opposite state has begun, so that its held line would be false by now.
+        # The opposite state has begun, so that its suppressed line would be false now.
         if event in _ENDED_BY:
             self._drop(_scope(_ENDED_BY[event], fields))
         key = self._key(scope, fields, now)
         at, slot = self._slot(key)
         if now < slot.until:
             self._write(at, slot._replace(suppressed=slot.suppressed + 1))
-            self._held[key] = (scope, (event, _light(fields), None))
+            self._waiting[key] = (scope, (event, _without_exceptions(fields), None))
             return lines
-        self._held.pop(key, None)
+        self._waiting.pop(key, None)
         now_written = slot._replace(key=key, scope=scope).written(now, REMIND)
         self._write(at, now_written.ended() if event in ENDS else now_written)
         lines.append(_counted((event, fields, exc_info), slot.suppressed))
         return lines
 
     def due(self) -> list[Line]:
-        """Return the lines that were held back, and whose silence is over."""
-        return self._held_back(self._clock()) if self._held else []
+        """Return the suppressed lines that are due now."""
+        return self._reminders(self._clock()) if self._waiting else []
 
     def rest(self) -> list[Line]:
-        """Return every line that was held back: this process ends."""
-        return self._held_back(float("inf"))
+        """Return every suppressed line: this process ends."""
+        return self._reminders(float("inf"))
 
-    def _held_back(self, now: float) -> list[Line]:
-        if not self._lock.acquire(True, _PATIENCE):
+    def _reminders(self, now: float) -> list[Line]:
+        if not self._lock.acquire(True, _LOCK_TIMEOUT):
             return []
         try:
             return self._due(now)
@@ -201,18 +204,18 @@ class Flood:
 
     def _due(self, now: float) -> list[Line]:
         lines: list[Line] = []
-        for key, (_, line) in list(self._held.items()):
+        for key, (_, line) in list(self._waiting.items()):
             at, slot = self._slot(key)
             if now < slot.until:
                 continue
-            del self._held[key]
+            del self._waiting[key]
             if slot.suppressed:
                 self._write(at, slot.written(self._clock(), REMIND))
                 lines.append(_counted(line, slot.suppressed - 1))
         return lines
 
     def _end(self, event: str, fields: dict[str, Any]) -> dict[str, Any]:
-        """End the states that this event ends, and return how many lines of each were not written."""
+        """End the states that this event ends, and return the number of suppressed lines of each."""
         over: dict[str, int] = {}
         for name in ENDS.get(event, ()):
             scope = _scope(name, fields)
@@ -225,8 +228,8 @@ class Flood:
         return {"suppressed": counts} if counts else {}
 
     def _drop(self, scope: int) -> None:
-        for key in [key for key, (there, _) in self._held.items() if there == scope]:
-            del self._held[key]
+        for key in [key for key, (there, _) in self._waiting.items() if there == scope]:
+            del self._waiting[key]
 
     def _key(self, scope: int, fields: Mapping[str, Any], now: float) -> int:
         error = fields.get("error")
@@ -238,7 +241,7 @@ class Flood:
         return key if key in same or len(same) < _SHAPES else scope
 
     def _slot(self, key: int) -> tuple[int, Slot]:
-        """Return the place of this key: its own, a free one, or that of the key silent for longest."""
+        """Return the slot of this key, a free slot, or the slot with the earliest ``until``."""
         best, best_until = key % _SLOTS, float("inf")
         for nth in range(_PROBES):
             at = (key + nth) % _SLOTS
@@ -265,8 +268,8 @@ def _scope(event: str, fields: Mapping[str, Any]) -> int:
     )
 
 
-def _light(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return these without exceptions, which keep whole stacks alive."""
+def _without_exceptions(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return these fields with exceptions as text, because an exception keeps its whole stack alive."""
     return {
         name: f"{type(value).__name__}: {value}" if isinstance(value, BaseException) else value
         for name, value in fields.items()
@@ -282,5 +285,5 @@ def _counted(line: Line, suppressed: int) -> Line:
     return event, {**fields, "suppressed": count}, exc_info
 
 
-FLOOD = Flood()
-os.register_at_fork(after_in_child=FLOOD.after_fork)
+LINE_BOUNDS = LineBounds()
+os.register_at_fork(after_in_child=LINE_BOUNDS.after_fork)

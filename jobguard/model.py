@@ -1,11 +1,11 @@
-"""The words of jobguard as values: deliveries, claims, ends, sightings and what is known of them.
+"""The data types of jobguard: deliveries, claims, ends, observations and rows of the ledger.
 
-Nothing here does input or output, and nothing here knows a queue library or a database.
+This module does no input or output and knows no queue library and no database.
 
-A *job* is the host library's unit of work, known by its ``job_id``. A *delivery* is one push of a
-job; its *token* is ours, random, and new at every push, so that two lives of one job id can never
-be taken for each other. A *claim* is one start of a delivery by one worker; claims of a delivery
-are numbered, so that a worker which slept through its own funeral cannot speak for its successor.
+A *job* is the host library's unit of work, known by its ``job_id``. A *delivery* is one push of a job. Its
+*token* is made by jobguard, random, and new at every push, so that two deliveries of one job id are never
+confused. A *claim* is one start of a delivery by one worker. The claims of a delivery are numbered, so
+that a worker already declared dead cannot report for the worker that replaced it.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from uuid import UUID
 
 
 class Outcome(StrEnum):
-    """How a delivery ended. Every ended delivery is remembered, with one of these."""
+    """How a delivery ended. The history has one outcome for every ended delivery."""
 
     COMPLETED = "completed"
     """The function returned."""
     FAILED = "failed"
     """The host library gave the job up."""
     DEAD = "dead"
-    """jobguard gave the job up: its crash budget is spent. Kept for a person."""
+    """jobguard gave the job up: its crash budget is spent. It is kept for a person."""
     CANCELLED = "cancelled"
-    """Somebody cancelled, deleted or purged the job, or its time to live ran out."""
+    """The job was cancelled, deleted or purged, or its time to live ended."""
     SUPERSEDED = "superseded"
-    """Another delivery of the same job took its place: a retry, a repeat, a new life of the id."""
+    """Another delivery of the same job replaced it: a retry, a repeat, or a new job with the same id."""
 
 
 class Presence(StrEnum):
@@ -40,15 +40,15 @@ class Presence(StrEnum):
 
     WAITING = "waiting"
     SCHEDULED = "scheduled"
-    """In a delay queue, or deferred until its parents have ended."""
+    """In a delay queue, or deferred until its dependencies have ended."""
     RUNNING = "running"
     FINISHED = "finished"
     FAILED = "failed"
     CANCELLED = "cancelled"
     ABSENT = "absent"
-    """Nowhere a worker would find it."""
+    """In no place where a worker would find it."""
     OVERWRITTEN = "overwritten"
-    """Another delivery of the same job id stands in its place."""
+    """Another delivery of the same job id is in its place."""
 
 
 class Cause(StrEnum):
@@ -57,14 +57,14 @@ class Cause(StrEnum):
     INCIDENT = "incident"
     """The pulse showed that Redis lost data."""
     TOPOLOGY = "topology"
-    """Redis restarted, failed over, or was reached again after a break."""
+    """Redis restarted, failed over, or was reached again after an interruption."""
     EVICTION = "eviction"
     WORKER = "worker"
     """The worker that had claimed it is dead or has left."""
     PUSH = "push"
     """Its push was never confirmed."""
     UNTRUSTED = "untrusted"
-    """Absent before its queue was trusted: an unguarded worker may have run it. Never recovered."""
+    """It was absent before its queue was trusted: an unguarded worker may have run it. Never recovered."""
     UNEXPLAINED = "unexplained"
 
 
@@ -73,7 +73,7 @@ _last_tick = 0
 
 
 def _after_fork_in_child() -> None:
-    """Another thread of the parent may have held the lock."""
+    """Replace the lock, because another thread of the parent may have taken it."""
     global _ticking
     _ticking = threading.Lock()
 
@@ -84,11 +84,11 @@ os.register_at_fork(after_in_child=_after_fork_in_child)
 def new_token(after: UUID | None = None) -> UUID:
     """Return a new random token (UUID version 7) that sorts after every earlier one of this process.
 
-    Restores go in the order of tokens, which is thereby the order of recording. ``after``: and after
-    this one, which another machine may have made, whose clock is ahead: a life of a job sorts behind
-    the one that it comes from.
-    Layout: 48 bits of milliseconds, then 12 bits of the millisecond's fraction (RFC 9562 §6.2,
-    method 3), then 62 random bits.
+    Restores are made in the order of the tokens, which is therefore the order of recording. ``after``: the
+    new token also sorts after this one. Another machine, whose clock is ahead, may have made it: a new
+    delivery of a job must sort after the delivery that it comes from.
+    Layout: 48 bits of milliseconds, then 12 bits of the millisecond's fraction (RFC 9562 §6.2, method 3),
+    then 62 random bits.
     """
     global _last_tick
     with _ticking:
@@ -100,10 +100,10 @@ def new_token(after: UUID | None = None) -> UUID:
 
 
 def derived_token(parent: UUID, job_id: str, nth: int = 0) -> UUID:
-    """Return the token of what a run of ``parent`` sends under this id: the same at every run of it.
+    """Return the token of a job that a run of ``parent`` sends under this id: the same for every run.
 
-    A run that was killed after it sent something sends it again when it is started again; by its token
-    the ledger knows it. ``nth``: how often this run has sent this id before. Sorts behind the parent.
+    If a run is killed after it sent a job, the next run sends the job again; the ledger recognises the job
+    by its token. ``nth``: how often this run has sent this id before. The token sorts after the parent.
     """
     ticks = ((parent.int >> 80) << 12 | (parent.int >> 64 & 0xFFF)) + 1
     digest = hashlib.sha256(f"{parent.hex}\x00{nth}\x00{job_id}".encode()).digest()
@@ -112,98 +112,98 @@ def derived_token(parent: UUID, job_id: str, nth: int = 0) -> UUID:
 
 
 def token_at(epoch_seconds: float) -> UUID:
-    """Return the smallest token that could have been made at that time: a bound for a range of tokens."""
+    """Return the smallest token that can be made at that time: a bound for a range of tokens."""
     return UUID(int=max(0, int(epoch_seconds * 1000)) << 80)
 
 
 @dataclass(frozen=True, slots=True)
 class Parent:
-    """The delivery that a new one takes the place of, by the same transaction that records the new one.
+    """The delivery that a new one replaces, in the same transaction that records the new one.
 
-    ``claim`` is the number of the claim that speaks (a worker retrying its own job); None where nobody
-    holds the parent (a delay queue's move). ``outcome`` is what becomes of the parent: superseded, or
-    completed where the job repeats itself.
+    ``claim`` is the number of the claim that reports the replacement (a worker retries its own job); None
+    if the parent is not claimed (a move from a delay queue). ``outcome`` is the outcome of the parent:
+    superseded, or completed if the job repeats itself.
     """
 
     token: UUID
     claim: int | None = None
     outcome: Outcome = Outcome.SUPERSEDED
     worker: UUID | None = None
-    """Who speaks, where it is a worker."""
+    """The worker that reports the replacement; None: it is no worker."""
     error: str | None = None
-    """Why its run failed, where that is known; redacted."""
+    """The error of the parent's run, if known; redacted."""
 
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """One push of a job, with all that is needed to put it into an empty Redis again."""
+    """One push of a job, with all data that is needed to put it into an empty Redis again."""
 
     token: UUID
     job_id: str
     queue: str
     task: str
     envelope: bytes
-    """The exact bytes and routing; versioned by the adapter, opaque to everyone else."""
+    """The exact bytes and routing. The adapter gives it a version, and only the adapter reads it."""
     priority: int = 0
     attempt: int = 1
     due_at: float | None = None
     """Seconds since the epoch; None: at once."""
     expires_at: float | None = None
-    """Seconds since the epoch after which the library would drop it unrun; None: never."""
+    """Seconds since the epoch after which the library would drop it without a run; None: never."""
     key: str | None = None
     trace: str | None = None
     parent: Parent | None = None
     fresh: bool = False
-    """The job id was made for this delivery, so that no older delivery of it can exist. Saves a look."""
+    """The job id is new, so that no older delivery of it can exist. This saves a query."""
     derived: bool = False
     """Its token is derived from the run that sends it: if it has ended already, it is refused."""
     closes: str | None = None
-    """The join that this goes on from. Of several, only the first is taken; the others are refused."""
+    """The join that this delivery continues. Of several, the first is recorded; the others are refused."""
 
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """What became of a batch of deliveries."""
+    """The result of recording a batch of deliveries."""
 
     refused: frozenset[UUID] = frozenset()
-    """Deliveries that must not be pushed: their parent has ended or moved on, or their claim is stale."""
+    """Deliveries that must not be pushed: their parent ended or was replaced, or their claim is stale."""
     leader_live: bool = False
-    """A leader's lease is live, so that what is not pushed now will be pushed."""
+    """A leader's lease is live: a delivery that is not pushed now will be pushed by the leader."""
     spooled: bool = False
-    """Postgres did not take it; the spool has it."""
+    """Postgres did not take the batch; the spool has it."""
     lost: bool = False
-    """Neither Postgres nor the spool took it. Counted and logged already."""
+    """Neither Postgres nor the spool took the batch. This is already counted and logged."""
     at: float = field(default_factory=time.monotonic, compare=False)
-    """When the answer came, by this process' monotonic clock."""
+    """When the answer came, by the monotonic clock of this process."""
 
     @property
     def written(self) -> bool:
-        """Postgres has it; only then can a leader have pushed it."""
+        """True if Postgres has the batch. Only then can a leader have pushed it."""
         return not (self.spooled or self.lost)
 
     def may_be_pushed(self, deadline: float) -> bool:
-        """Whether a leader may have pushed it by now, ``deadline`` seconds after it saw it."""
+        """Return True if more than ``deadline`` seconds have passed, so that a leader may have pushed."""
         return self.written and self.leader_live and time.monotonic() - self.at > deadline
 
 
 class Refusal(StrEnum):
-    """Why a start was not granted its claim."""
+    """Why the claim of a start was refused."""
 
     ENDED = "ended"
-    """A tombstone stands for this delivery. Skip it, and put right what Redis says of it."""
+    """The delivery has a tombstone. Skip it, and correct its state in Redis."""
     CLAIMED = "held"
-    """Another live worker runs it. Skip it, and touch nothing of the live run."""
+    """Another live worker runs it. Skip it, and change nothing of the live run."""
     SPENT = "spent"
     """Its crash budget is spent with this start. It is buried; skip it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """The right of one worker to run one delivery, until it reports the end or is seen dead."""
+    """The right of one worker to run one delivery, until the worker reports the end or is declared dead."""
 
     token: UUID
     number: int
-    """1 for the first start of the delivery; 0 for a start while Postgres was away, not yet claimed."""
+    """1 for the first start of the delivery; 0 for a start without a claim while Postgres was away."""
     crashes: int = 0
 
 
@@ -218,34 +218,34 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Unknown:
-    """Neither owed nor ended: recorded by nobody. The worker records it and claims again."""
+    """The answer for a delivery that is not recorded. The worker records it and claims it again."""
 
     token: UUID
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerDeclaredDead:
-    """A claim in the name of a worker that was declared dead: it would be taken away at once."""
+    """The answer for a worker that was declared dead: its claim would be voided at once."""
 
     token: UUID
 
 
 ClaimAnswer = Claim | Refused | Unknown | WorkerDeclaredDead
-"""What a store answers who asks for a claim."""
+"""The answer of a store to a request for a claim."""
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What the end of a job is to a join that the library counts in Redis (a chord, a group's barrier)."""
+    """The part of an ended job in a join that the library counts in Redis (a chord, a group's barrier)."""
 
     join: str
     state: bytes = b""
-    """What the library keeps of it for what comes after: opaque to everyone but the adapter."""
+    """The data that the library keeps of the job for the continuation. Only the adapter reads it."""
 
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """A worker's report that a delivery has ended, in the name of a claim."""
+    """A worker's report that a delivery has ended, for one claim."""
 
     token: UUID
     number: int
@@ -256,30 +256,30 @@ class End:
     task: str = ""
     ended_at: float = field(default_factory=time.time)
     error: str | None = None
-    """Redacted and cut to 5,000 characters before it comes here."""
+    """The error, already redacted and cut to 5,000 characters."""
     part: Part | None = None
 
 
 class Ended(StrEnum):
-    """What a reported end did."""
+    """The effect of a reported end."""
 
     ENDED = "ended"
     LATE = "late"
-    """Its claim number was stale, or a tombstone stood there already: nothing changed."""
+    """Its claim number was stale, or the delivery had a tombstone already: nothing changed."""
     UNKNOWN = "unknown"
-    """Nobody had recorded the delivery: only its tombstone is written."""
+    """The delivery was not recorded: only its tombstone is written."""
 
 
 @dataclass(frozen=True, slots=True)
 class Beat:
-    """A worker says: I am alive, these are the claims I hold, and this is what I have not yet reported."""
+    """The message of a worker that it is alive, with its claims and the age of its unwritten reports."""
 
     worker: UUID
     counter: int
     claims: Sequence[UUID]
-    """Listed before the claim is asked for, and until its end is committed."""
+    """Deliveries in flight: from before the claim is asked for until the end is committed."""
     name: str = ""
-    """The library's own name of the worker, as it stands in Redis."""
+    """The library's own name of the worker, as in Redis."""
     host: str = ""
     pid: int = 0
     queues: Sequence[str] = ()
@@ -291,80 +291,81 @@ class Beat:
 
 @dataclass(frozen=True, slots=True)
 class Join:
-    """Jobs that one waits for and that the library has forgotten: the ledger knows how they ended."""
+    """Dependencies of a job that the library has deleted: the ledger knows how they ended."""
 
     job_ids: Sequence[str] = ()
-    """Empty: all have ended where the library can see it, and it has not moved on all the same."""
+    """Empty: the library shows that all dependencies have ended, but it has not released the job."""
     failure_will_do: bool = False
-    """A job that failed counts as one that completed."""
+    """A failed dependency counts as a completed one."""
     doubtful: Sequence[UUID] = ()
-    """Deliveries that the library shows as running or failed: the ledger may know that they completed."""
+    """Deliveries that the library shows as running or failed: in the ledger they may be completed."""
 
 
 @dataclass(frozen=True, slots=True)
 class EndedPart:
-    """A member of a join that has ended, with all that is needed to have the library count it again."""
+    """An ended member of a join, with all data that the library needs to count it again."""
 
     token: UUID
     job_id: str
     queue: str
     state: bytes
     envelope: bytes
-    """Empty: nobody had recorded it."""
+    """Empty: the member was not recorded."""
 
 
 @dataclass(frozen=True, slots=True)
 class OpenJoin:
-    """A join whose continuation nobody has recorded yet."""
+    """A join whose continuation is not recorded yet."""
 
     id: str
     size: int
-    """How many members it waits for; 0: nobody said so."""
+    """The number of members it waits for; 0: not known."""
     state: bytes = b""
-    """What the adapter gave when it was opened."""
+    """The data that the adapter gave when it opened the join."""
     parts: Sequence[EndedPart] = ()
     """The members that have ended, in the order of their ends."""
 
 
 @dataclass(frozen=True, slots=True)
 class LastOutcome:
-    """What the ledger knows of a job id."""
+    """The state of a job id in the ledger."""
 
     owed: bool = False
     outcome: Outcome | None = None
-    """How it ended last, retries and repeats aside; None: no end is remembered."""
+    """Its last outcome, without retries and repeats; None: the history has no end of it."""
 
 
 DROPPED_BY_LIVE_WORKER = UUID(int=0).hex
-"""In the place of a worker that has taken a delivery: it lives, and has lost it. It puts it back no more,
-and if it runs it all the same, it claims it."""
+"""Used instead of the worker's name in ``taken_by``: the worker lives, but it dropped the delivery. The
+worker does not put the delivery back. If the worker runs the delivery after all, it asks for a claim."""
 
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """What a look at Redis showed of one delivery."""
+    """The result of an inspection of one delivery in Redis."""
 
     presence: Presence
     mark: str = ""
-    """What exactly was seen. A suspect is only acted on if this has not changed since."""
+    """A fingerprint of the observed state. A suspect is only restored if this has not changed since."""
     other: UUID | None = None
-    """With OVERWRITTEN: the token that stands there, if it is one of ours."""
+    """With OVERWRITTEN: the token of the other delivery, if jobguard made it."""
     bodiless: bool = False
-    """With ABSENT: the library has nothing of it at all."""
+    """With ABSENT: the library has no data of the delivery."""
     by_id: bool = False
-    """With an end: the library keeps it by job id, and so it may be that of another job of this id."""
+    """With an end: the library keeps ends by job id, so that this may be the end of another delivery."""
     joins: Join | None = None
-    """With SCHEDULED: it waits for other jobs, and the library itself knows of none that is to come."""
+    """With SCHEDULED: it waits for other jobs, and the library knows of no such job that will still end."""
     taken_by: str = ""
-    """A worker has taken it, and would put it back or run it: the name of its session, or its id in hex.
-    If that worker is dead or has left, or if it is LET_GO, the delivery is as good as absent."""
+    """The worker that has taken it and would put it back or run it: the name of its session, or its id in
+    hex. If that worker is dead or has left, or with DROPPED_BY_LIVE_WORKER, the delivery counts as
+    absent."""
 
 
 @dataclass(frozen=True, slots=True)
 class Owed:
-    """A row of the ledger as a look needs it: what is owed, by whom it is claimed, what was suspected.
+    """An owed delivery as an inspection needs it: a row of the ledger, with its claim and its suspicion.
 
-    Ages are measured by the database's clock.
+    Ages are measured by the clock of the database.
     """
 
     token: UUID
@@ -374,7 +375,7 @@ class Owed:
     age: float
     """Seconds since it was recorded."""
     due_in: float
-    """Seconds until it is due; 0 or less: due."""
+    """Seconds until it is due; 0 or less: it is due."""
     expired: bool
     crashes: int
     recoveries: int
@@ -385,14 +386,14 @@ class Owed:
     claim_number: int | None = None
     claim_worker: UUID | None = None
     claim_live: bool = False
-    """Its worker beats and lists it, or is too young to have listed it."""
+    """The worker's beats list the delivery, or the claim is too young to be in a beat."""
     claim_announced: bool = False
-    """The worker that holds it said goodbye: no crash."""
+    """The worker that claimed it has reported that it leaves: no crash."""
     suspected: Cause | None = None
     suspected_for: float = 0.0
     suspected_mark: str = ""
     unsent: bool = False
-    """Its producer surely sent nothing to Redis: nobody can have run it."""
+    """Its producer certainly sent nothing to Redis: no worker can have run it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -406,29 +407,29 @@ class Restorable:
     due_at: float | None
     expires_at: float | None
     replaces: frozenset[UUID] = frozenset()
-    """Older tokens of the same job that may stand in its place and are known to be superseded."""
+    """Older tokens of the same job that may be in its place and are known to be superseded."""
     takeover: bool = False
-    """The worker that ran it is dead: what Redis still says of that run does not count."""
+    """The worker that ran it is dead: ignore the data of that run in Redis."""
     running: bool = False
-    """A live worker runs it: put back what others must see of it, and push nothing."""
+    """A live worker runs it: restore the data that other jobs must see, and push nothing."""
     released: bool = False
-    """The jobs that it waits for have ended: it waits no longer."""
+    """Its dependencies have ended: it does not wait any longer."""
     taken_by: str = ""
-    """The dead worker that Redis still says has taken it: take it from there."""
+    """The dead worker that has taken it according to Redis: take it back from there."""
 
 
 class Restored(StrEnum):
-    """What the atomic restore of one delivery did."""
+    """The result of the atomic restore of one delivery."""
 
     RESTORED = "restored"
     PRESENT = "present"
-    """It was there after all: nothing was done."""
+    """The delivery was present: nothing was done."""
     CHANGED = "changed"
-    """Another life of the job stands there: nothing was done."""
+    """Another delivery of the job is in its place: nothing was done."""
     EXPIRED = "expired"
     """Its time to live is over: the library would have dropped it."""
     UNREADABLE = "unreadable"
-    """The envelope is of a version this jobguard does not know: nothing was done."""
+    """The envelope has a version that this jobguard does not know: nothing was done."""
     TOO_LATE = "too_late"
     """The deadline in Redis' time had passed: nothing was done."""
     ERROR = "error"

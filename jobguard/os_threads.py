@@ -1,7 +1,7 @@
-"""Threads, locks and events of the operating system, also where gevent or eventlet has replaced Python's.
+"""Threads, locks and events of the operating system, also after monkey patching by gevent or eventlet.
 
-Under their monkey patching ``threading.Thread`` is a greenlet, which a task that computes for a minute
-starves for as long. A beat must come all the same.
+After the patching, ``threading.Thread`` is a greenlet. A task that computes for a minute stops all other
+greenlets for that minute. Beats must be sent in that time, too.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import Any
 
 
 def is_patched() -> bool:
-    """Whether a thread of ``threading`` would be a greenlet."""
+    """Return True if a thread of ``threading`` would be a greenlet."""
     return _gevent() or _eventlet()
 
 
 def start(work: Callable[[], None], *, name: str) -> Event:
-    """Run this in a daemon thread of the operating system; returns what is set when it has ended."""
+    """Run ``work`` in a daemon thread of the operating system; return an event that is set at its end."""
     ended = Event()
 
     def run() -> None:
@@ -39,19 +39,19 @@ def start(work: Callable[[], None], *, name: str) -> Event:
 
 
 def _make_no_spans() -> None:
-    """Have OpenTelemetry take no notice of what this thread sends: beats are not the host's traffic."""
+    """Make OpenTelemetry ignore the traffic of this thread: beats are not the host's traffic."""
     context = sys.modules.get("opentelemetry.context")
     if context is not None:
         context.attach(context.set_value("suppress_instrumentation", True))
 
 
 def lock() -> Any:
-    """Return a lock of the operating system. Hold it for a moment only: it stops every greenlet."""
+    """Return a lock of the operating system. Keep it only briefly: a wait for it stops every greenlet."""
     return _gevents("allocate_lock")() if _gevent() else _threading().Lock()
 
 
 def poll() -> Any:
-    """Return a ``select.poll`` of the operating system, for a thread of start()."""
+    """Return a ``select.poll`` of the operating system, for a thread that start() made."""
     if _gevent():
         return sys.modules["gevent.monkey"].get_original("select", "poll")()
     if _eventlet():
@@ -60,40 +60,40 @@ def poll() -> Any:
 
 
 def write(descriptor: int, data: bytes) -> int:
-    """Write as ``os.write``. Eventlet's own lets other greenlets run, also where a lock is held."""
+    """Write like ``os.write``. Eventlet's version lets other greenlets run, even while a lock is taken."""
     system = sys.modules["eventlet.patcher"].original("os") if _eventlet() else os
     written: int = system.write(descriptor, data)
     return written
 
 
 class Event:
-    """Like threading.Event, for one thread that waits."""
+    """An event like threading.Event, for one waiting thread."""
 
     def __init__(self) -> None:
         self._set = False
-        self._closed = lock()  # held while there is nothing to come through for
+        self._closed = lock()  # taken while the event is not set
         self._closed.acquire()
 
     def set(self) -> None:
-        """Let who waits go on."""
+        """Wake the waiting thread."""
         self._set = True
-        with contextlib.suppress(RuntimeError):  # it was open already
+        with contextlib.suppress(RuntimeError):  # the lock was free already
             self._closed.release()
 
     def clear(self) -> None:
-        """Have who comes wait again."""
+        """Make wait() block again."""
         self._set = False
         self._closed.acquire(False)
 
     def is_set(self) -> bool:
-        """Whether one that waits would go on."""
+        """Return True if wait() would return at once."""
         return self._set
 
     def wait(self, timeout: float) -> bool:
-        """Wait until it is set, so many seconds at most; return whether it is."""
+        """Wait at most ``timeout`` seconds until the event is set; return True if it is set."""
         if self._set or self._closed.acquire(True, max(0.0, timeout)):
             if self._set:
-                self.set()  # stays open for the next
+                self.set()  # free the lock for the next wait
             return self._set
         return False
 

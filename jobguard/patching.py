@@ -1,9 +1,9 @@
-"""Put hooks over a library's own functions, and take them off again.
+"""Put hooks over a library's own functions, and remove the hooks again.
 
-Other tools (tracers, error reporters) put their own wrappers over the same functions, before us or
-after us. A hook calls what was there before exactly as Python would have called it, so that a wrapper
-that asks what it is bound to gets its answer. What another tool put over a hook is never replaced: the
-hook stays below it and passes every call through.
+Other tools (tracers, error reporters) put their own wrappers over the same functions, before or after
+jobguard. A hook calls the function that was there before exactly as Python would have called it, so that a
+wrapper that checks its bound object works. A wrapper that another tool put over a hook is never replaced:
+the hook stays below it and passes every call through.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from types import FunctionType
 from typing import Any
 
 Make = Callable[[Any], Any]
-"""Makes a hook of the function that it calls: with the object first, if it is a method."""
+"""Makes a hook from the original function. For a method, the first argument of both is the object."""
 
 _ABSENT: Any = object()
 _MARK = "_jobguard_patch"
@@ -27,32 +27,32 @@ class _Patch:
     owner: Any
     name: str
     before: Any
-    """What the owner itself had of this name, if anything: a class may have inherited it."""
+    """The owner's own attribute of this name; _ABSENT if a class only inherits it."""
     original: Callable[..., Any]
     call: Callable[..., Any] = field(init=False)
-    """The hook; the original once the patch is off."""
-    stands: Any = field(init=False)
+    """The hook; after the patch is removed, the original."""
+    wrapper: Any = field(init=False)
     """The function that calls ``call``."""
-    placed: Any = field(init=False)
-    """The same as the owner holds it."""
+    attribute: Any = field(init=False)
+    """The attribute that was set on the owner: ``wrapper``, as a static or class method if needed."""
 
     def put(self, make: Make) -> None:
         self.call = hook = make(self.original)
 
         @wraps(hook)
-        def stands(*args: Any, **kwargs: Any) -> Any:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
             return self.call(*args, **kwargs)
 
-        vars(stands)[_MARK] = self
-        self.stands = stands
+        vars(wrapper)[_MARK] = self
+        self.wrapper = wrapper
         of_class = inspect.isclass(self.owner)
         kind = _kind(inspect.getattr_static(self.owner, self.name)) if of_class else None
-        self.placed = stands if kind is None else kind(stands)
-        setattr(self.owner, self.name, self.placed)
+        self.attribute = wrapper if kind is None else kind(wrapper)
+        setattr(self.owner, self.name, self.attribute)
 
     def take_off(self) -> None:
         self.call = self.original
-        if vars(self.owner).get(self.name) is not self.placed:
+        if vars(self.owner).get(self.name) is not self.attribute:
             return
         if self.before is _ABSENT:
             delattr(self.owner, self.name)
@@ -62,13 +62,15 @@ class _Patch:
 
 @dataclass(slots=True)
 class Hooks:
-    """What was put on together, and comes off together."""
+    """A set of hooks that are removed together."""
 
     _on: list[_Patch] = field(default_factory=list)
 
     def put(self, owner: Any, name: str, make: Make) -> None:
         """Put a hook over an attribute of a class, a module or an object."""
-        getattr(owner, name)  # AttributeError: this library is not as its adapter knows it
+        getattr(
+            owner, name
+        )  # AttributeError: the adapter does not know this version of the library
         before = vars(owner).get(name, _ABSENT)
         patch = _passing_through(owner, name, before)
         if patch is not None:
@@ -79,19 +81,19 @@ class Hooks:
         self._on.append(patch)
 
     def take_off(self) -> None:
-        """Leave everything as it was, but for what others have put over ours."""
+        """Remove all hooks. A hook under a wrapper of another tool stays and passes calls through."""
         while self._on:
             self._on.pop().take_off()
 
 
 def _passing_through(owner: Any, name: str, found: Any) -> _Patch | None:
-    """Return a patch of ours that is off and is still called, below the wrappers of others."""
+    """Return our removed patch of this function that is still called below wrappers of other tools."""
     seen: set[int] = set()
     while found is not None and found is not _ABSENT and id(found) not in seen:
         seen.add(id(found))
         function = getattr(found, "__func__", found)
         patch = getattr(function, "__dict__", {}).get(_MARK)
-        if isinstance(patch, _Patch) and patch.stands is function:
+        if isinstance(patch, _Patch) and patch.wrapper is function:
             ours = patch.owner is owner and patch.name == name
             if ours and patch.call is patch.original:
                 return patch
@@ -100,7 +102,7 @@ def _passing_through(owner: Any, name: str, found: Any) -> _Patch | None:
 
 
 def _original(owner: Any, name: str, before: Any) -> Callable[..., Any]:
-    """Return a function that calls what the owner has, bound as Python would bind it."""
+    """Return a function that calls the owner's attribute, bound as Python would bind it."""
     if not inspect.isclass(owner):
         return before if before is not _ABSENT else _of_its_class(owner, name)
     if before is _ABSENT:
@@ -118,7 +120,10 @@ def _original(owner: Any, name: str, before: Any) -> Callable[..., Any]:
 
 
 def _of_its_class(owner: Any, name: str) -> Callable[..., Any]:
-    """Return the method of an object's class as it is at each call, whoever hooks it meanwhile."""
+    """Return a function that looks up the method of the object's class at each call.
+
+    So a hook that another tool puts on the class later takes effect.
+    """
     kind = type(owner)
     if not hasattr(kind, name):  # made by __getattr__
         return getattr(owner, name)  # type: ignore[no-any-return]
@@ -131,7 +136,7 @@ def _of_its_class(owner: Any, name: str) -> Callable[..., Any]:
 
 
 def _inherited(owner: type, name: str) -> Callable[..., Any]:
-    """Return the method of the classes above as it is at each call."""
+    """Return a function that looks up the method of the base classes at each call."""
     if _kind(inspect.getattr_static(owner, name)) is staticmethod:
         return _like(
             getattr(owner, name),
@@ -148,7 +153,7 @@ def _like(model: Any, call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _kind(attribute: Any) -> type[staticmethod[..., Any]] | type[classmethod[Any, ..., Any]] | None:
-    """Whether it is a static or a class method, also below a transparent wrapper of another tool."""
+    """Return staticmethod or classmethod if the attribute is one, also below a transparent wrapper."""
     if isinstance(attribute, staticmethod):
         return staticmethod
     return classmethod if isinstance(attribute, classmethod) else None

@@ -13,7 +13,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 
 def is_address(host: str) -> bool:
-    """Whether this needs no resolving: an address, or the folder of a socket."""
+    """Return True if the host needs no name resolution: an address, or the folder of a socket."""
     if not host or host.startswith(("/", "@")):
         return True
     try:
@@ -25,7 +25,7 @@ def is_address(host: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class PostgresHost:
-    """One server, as the URL names it, or one of its addresses."""
+    """One server as the connection string names it, or one of its addresses."""
 
     host: str
     port: str
@@ -33,12 +33,12 @@ class PostgresHost:
 
     @property
     def server(self) -> tuple[str, str]:
-        """What stays the same when the addresses of a name change."""
+        """The identity of the server, which does not change when the addresses of its name change."""
         return self.host or self.address, self.port
 
     @property
     def name(self) -> str | None:
-        """The name to resolve, if it must be."""
+        """The name to resolve; None: no resolution is needed."""
         return None if self.address or is_address(self.host) else self.host
 
 
@@ -48,7 +48,7 @@ PRIMARY = "primary" if pq.version() >= 140000 else "read-write"
 def hosts_of(given: Mapping[str, Any]) -> list[PostgresHost]:
     """Return the hosts of a connection string, in their order."""
     if not given.get("service") and not (given.get("host") or given.get("hostaddr")):
-        # What the environment says; libpq would read it, and resolve it, behind our back.
+        # Read the environment here. Otherwise libpq would read it and resolve the names itself.
         defaults = {
             option.keyword.decode(): (option.val or b"").decode()
             for option in pq.Conninfo.get_defaults()
@@ -70,7 +70,7 @@ def hosts_of(given: Mapping[str, Any]) -> list[PostgresHost]:
 
 
 def writable(conninfo: str) -> str:
-    """Return the same; of several hosts, only one that can be written is taken."""
+    """Return the connection string such that of several hosts only a writable one is used."""
     given = conninfo_to_dict(conninfo)
     if len(hosts_of(given)) > 1:
         given.setdefault("target_session_attrs", PRIMARY)

@@ -1,16 +1,16 @@
-"""The pulse: a counter that shows whether Redis lost data, and the beats beside it.
+"""The pulse, a counter that shows whether Redis lost data, and the keys of the workers' beats.
 
-Layout in Redis, all of it in the source's own db:
+Layout in Redis, in the source's own db:
 
 - ``jobguard:pulse:<namespace>:<library>[:<prefix>]`` (hash): ``epoch`` (uuid; a new one after every
-  incident), ``n`` (the counter), ``source`` (the id of the source this Redis is taken for),
-  ``installation`` (the uuid of the ledger). Written by the leader alone.
+  incident), ``n`` (the counter), ``source`` (the id of the source that the leader takes this Redis for),
+  ``installation`` (the uuid of the ledger). Only the leader writes it.
 - ``jobguard:beat:<worker id>`` (string): a worker's beat counter, with a time to live.
 
-The leader moves ``n`` to ``n + 1`` by compare-and-set, and only after Postgres holds the last value.
-So Redis can be one ahead of Postgres (the leader died between the two), never two, and never behind:
-a pulse that is missing or lower means that Redis lost data, one that is further ahead that Postgres
-did.
+The leader moves ``n`` to ``n + 1`` by compare-and-set, and only after Postgres has the last value. So Redis
+can be one ahead of Postgres (the leader died between the two writes), never two, and never behind. A pulse
+that is missing or lower means that Redis lost data. A pulse that is further ahead means that Postgres lost
+data.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _FIELDS = ("epoch", "n", "source", "installation")
 
 
 ACCEPTED = -1
-"""In Postgres, in place of the counter: a person said that what stands in Redis is right."""
+"""Value in Postgres instead of the counter: a person has accepted the pulse that is in Redis."""
 
 
 class Kept(Protocol):
-    """What has a pulse of its own in its Redis: a source, by whichever address it is reached."""
+    """The identity of a pulse: that of a source, without the address of its Redis."""
 
     @property
     def namespace(self) -> str:
@@ -43,27 +43,27 @@ class Kept(Protocol):
 
     @property
     def prefix(self) -> str:
-        """Where its keys lie."""
+        """The prefix of its keys."""
 
 
 def pulse_key(source: Kept) -> str:
-    """The key of a source's pulse.
+    """Return the key of a source's pulse.
 
-    Without its address: a process that reaches the same Redis by another one, and takes it for another
-    source, is to read this very pulse, and to see whose it is.
+    The key does not contain the address. A process that reaches the same Redis by another address, and
+    takes it for another source, must read the same pulse and see which source it belongs to.
     """
     key = f"jobguard:pulse:{source.namespace}:{source.library}"
     return f"{key}:{source.prefix}" if source.prefix else key
 
 
 def beat_key(worker: UUID) -> str:
-    """The key of a worker's beat."""
+    """Return the key of a worker's beat."""
     return f"jobguard:beat:{worker.hex}"
 
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """The pulse as Redis has it."""
+    """The pulse in Redis."""
 
     epoch: UUID
     n: int
@@ -72,12 +72,12 @@ class Standing:
 
 
 def read_pulse(client: Any, source: Kept) -> Any:
-    """Ask a client or a pipeline for the pulse; the answer goes to parse_pulse."""
+    """Read the pulse with a client or a pipeline. Pass the answer to parse_pulse."""
     return client.hmget(pulse_key(source), _FIELDS)
 
 
 def parse_pulse(answer: Sequence[bytes | None] | Exception | None) -> Standing | None:
-    """Read the answer; None: there is no pulse, or nothing that could be one."""
+    """Parse the answer of read_pulse; None: there is no pulse, or the value is not a valid pulse."""
     if answer is None or isinstance(answer, Exception) or any(value is None for value in answer):
         return None
     try:
@@ -91,19 +91,19 @@ def parse_pulse(answer: Sequence[bytes | None] | Exception | None) -> Standing |
 
 
 class Reading(StrEnum):
-    """What a look at the pulse means, against what Postgres knows of it."""
+    """The result of comparing the pulse in Redis with the one in Postgres."""
 
     FIRST = "first"
-    """Neither has one: a first start."""
+    """Neither Redis nor Postgres has a pulse: this is a first start."""
     STEADY = "steady"
     LOST = "lost"
-    """Missing, lower, or of another epoch: Redis lost data."""
+    """The pulse is missing, lower, or of another epoch: Redis lost data."""
     UNACKNOWLEDGED = "untold"
-    """Ours, just begun, but Postgres was not told: the leader that began it died before it could."""
+    """The pulse is ours and new, and Postgres does not have it: the leader that made it died before."""
     AHEAD = "ahead"
-    """Further than one tick ahead: Postgres went back in time. Touch nothing, ask a person."""
+    """The pulse is more than one tick ahead: Postgres was set back. Change nothing, ask a person."""
     FOREIGN = "foreign"
-    """Another ledger keeps its pulse here. Touch nothing, ask a person."""
+    """Another ledger keeps its pulse here. Change nothing, ask a person."""
 
 
 def judge_pulse(
@@ -113,20 +113,20 @@ def judge_pulse(
     n: int | None,
     installation: UUID,
 ) -> Reading:
-    """Compare the pulse in Redis with the one that Postgres acknowledged."""
+    """Compare the pulse in Redis with the one that Postgres has."""
     if standing is None:
         return Reading.FIRST if epoch is None else Reading.LOST
     if standing.installation != installation:
         return Reading.FOREIGN
     if epoch is None or n is None:
-        # A pulse is not moved before Postgres holds its first value.
+        # A pulse is not moved before Postgres has its first value.
         return Reading.UNACKNOWLEDGED if standing.n == 1 or n == ACCEPTED else Reading.AHEAD
     if standing.epoch != epoch or standing.n < n:
         return Reading.LOST
     return Reading.STEADY if standing.n <= n + 1 else Reading.AHEAD
 
 
-# Moves the counter, if it still stands where the leader saw it. Another value is left alone.
+# Moves the counter if it still has the value that the leader saw. Another value is not changed.
 TICK = """
 local at = redis.call('HMGET', KEYS[1], 'epoch', 'n')
 if at[1] == ARGV[1] and at[2] == ARGV[2] then
@@ -136,7 +136,7 @@ end
 return 0
 """
 
-# Makes the pulse anew: where there is none, or where the one that was judged still stands.
+# Makes a new pulse if there is none, or if the pulse that was judged has not changed.
 RESET = """
 local at = {false, false}
 if redis.call('TYPE', KEYS[1]).ok == 'hash' then

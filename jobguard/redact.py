@@ -1,7 +1,7 @@
-"""What looks like a secret is taken out of a text before it is kept or shown.
+"""Mask secrets in a text before it is stored or shown.
 
-Errors carry arguments, URLs and headers, and Postgres carries them on to backups and replicas. Not
-a guarantee: a secret that looks like any other word stays.
+Error texts contain arguments, URLs and headers, and Postgres copies them to backups and replicas. This is
+no guarantee: a secret that looks like an ordinary word is not masked.
 """
 
 from __future__ import annotations
@@ -9,16 +9,16 @@ from __future__ import annotations
 import re
 
 LIMIT = 5_000
-"""Characters kept of one text."""
+"""The number of characters that are kept of one text."""
 HEAD = 1_800
-"""Of these from its beginning; the end says more of a traceback."""
+"""The number of these that are kept from the beginning; the end of a traceback is more useful."""
 MASK = "***"
 
-# Longer texts are cut to this before anything is looked for, so that time is bounded.
+# Longer texts are cut to this before the search, so that the time is bounded.
 _WINDOW = 100_000
 
-# Every repetition below is bounded, most are possessive (…}+), and none can be entered from two
-# sides: time grows with the length of the text, whatever the text is.
+# Every repetition below is bounded, most are possessive (…}+), and no text can match a repetition in two
+# ways. So the time grows only with the length of the text, for any text.
 _SECRET = (
     r"(?:passw(?:or)?d|passphrase|passwd|pwd|secret|token(?!s)|api[_-]?key|access[_-]?key|"
     r"private[_-]?key|credentials?|signature|client[_-]?secret)"
@@ -41,7 +41,7 @@ _RULES: tuple[tuple[re.Pattern[str], str], ...] = (
     ),
     # Up to the last @ of the word: the password may hold an @ or a / that is not encoded.
     (re.compile(r"(://[^\s/:@\"']{0,128}:)[^\s\"'<>]{0,512}@"), rf"\1{MASK}@"),
-    # What urllib and kombu say of a URL that they cut inside a password.
+    # Errors of urllib and kombu about a URL that they cut inside a password.
     (
         re.compile(
             r"(cast to integer value as |Database is int between 0 and limit - 1, not )[^\r\n]{1,4096}+"
@@ -60,7 +60,7 @@ _RULES: tuple[tuple[re.Pattern[str], str], ...] = (
         re.compile(rf"(?i)((?<![\w-])--[\w-]{{0,20}}?{_SECRET}[\w-]{{0,20}}+\s)\S{{1,4096}}+"),
         rf"\1{MASK}",
     ),
-    # Tokens that say themselves what they are: AWS, GitHub, GitLab, Slack, Stripe, …, JWT.
+    # Tokens that are known by their form: AWS, GitHub, GitLab, Slack, Stripe, …, JWT.
     (re.compile(r"(?<![A-Z0-9])(?:AKIA|ASIA)[A-Z0-9]{16}(?![A-Z0-9])"), MASK),
     (
         re.compile(
@@ -74,10 +74,10 @@ _RULES: tuple[tuple[re.Pattern[str], str], ...] = (
 
 
 def redact(text: str) -> str:
-    """Return at most 5,000 characters, fit for Postgres, without what looks like a secret."""
+    """Return at most 5,000 characters that Postgres accepts, with probable secrets masked."""
     length = len(text)
     if length > 2 * _WINDOW:
-        # Two windows, apart: a secret must not be made, nor hidden, by what a cut brings together.
+        # Mask the two windows separately: joining the two sides of a cut could make or hide a secret.
         head, tail = _masked(text[:_WINDOW]), _masked(text[-_WINDOW:])
         return _cut(head, tail, length - 2 * _WINDOW)
     text = _masked(text)
@@ -85,10 +85,10 @@ def redact(text: str) -> str:
 
 
 def _masked(text: str) -> str:
-    # Postgres takes neither NUL nor half a surrogate pair.
+    # Postgres accepts neither NUL nor half of a surrogate pair.
     text = text.replace("\x00", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "replace").decode()
-    for pattern, instead in _RULES:
-        text = pattern.sub(instead, text)
+    for pattern, replacement in _RULES:
+        text = pattern.sub(replacement, text)
     return text
 
 

@@ -1,8 +1,8 @@
-"""Read the URL of a Redis, in every spelling that RQ, Celery and Dramatiq take.
+"""Read the URL of a Redis, in every spelling that RQ, Celery and Dramatiq accept.
 
-A password that is not percent-encoded makes a URL that other parsers cut at the wrong place: a part
-of it then stands as a host, a port, a path or an option in error texts. So the parts are checked
-here before anything uses or prints them, and no error of this module repeats the URL.
+If a password is not percent-encoded, other parsers cut the URL at the wrong place: a part of the password
+then appears as a host, a port, a path or an option in error texts. Therefore this module checks the parts
+before they are used or printed, and none of its errors repeats the URL.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _SENTINEL_PORT = 26379
 _UNIX = ("unix", "socket", "redis+socket")
 _SCHEMES = ("redis", "rediss", "sentinel", *_UNIX)
 
-# Schemes of other brokers. Only these are named in an error: any other word may be part of a secret.
+# Schemes of other brokers. An error names only these: any other word may be part of a secret.
 _OTHERS = ("amqp", "amqps", "http", "https", "kafka", "memory", "pyamqp", "sqs", "tcp", "valkey")
 
 _TAKEN = {"db", "virtual_host", "username", "password", "password_file", "protocol"}
 _OF_SENTINELS = {"master_name", "sentinel_username", "sentinel_password"}
-# They say how a host's client behaves. Ours has timeouts and a pool of its own.
+# Options of the host's client. Our client has its own timeouts and its own pool.
 _OF_THE_HOST = frozenset(
     """
     client_name decode_responses encoding encoding_errors health_check_interval heartbeat
@@ -62,7 +62,7 @@ _SENTINEL_FORM = (
 
 @dataclass(frozen=True, slots=True)
 class RedisUrl:
-    """Where a Redis is, as a URL says it."""
+    """The address of a Redis, read from a URL."""
 
     kwargs: Mapping[str, Any] = field(repr=False)
     """For a connection of redis-py: host and port or path, db, account, TLS."""
@@ -70,12 +70,12 @@ class RedisUrl:
     sentinels: tuple[tuple[str, int], ...] = ()
     sentinel_kwargs: Mapping[str, Any] = field(default_factory=dict, repr=False)
     service: str | None = None
-    """The master's name, where sentinels know the address."""
+    """The name of the master, if sentinels know its address."""
     unknown: tuple[str, ...] = ()
-    """Options of the URL that mean nothing to us."""
+    """Options of the URL that jobguard does not know."""
 
     def client(self, *, timeout: float) -> redis.Redis:
-        """Return a client; nothing is connected yet."""
+        """Return a client that is not connected yet."""
         if self.service is not None:
             sentinel: Any = cast(Any, Sentinel)(
                 self.sentinels,
@@ -94,14 +94,14 @@ class RedisUrl:
 
 
 class FilePassword(redis.CredentialProvider):
-    """Read the password from a file at each connect, for passwords that change."""
+    """Credentials with the password from a file, read at each connect, for passwords that change."""
 
     def __init__(self, path: str, username: str | None) -> None:
         self._path = path
         self._username = username
 
     def get_credentials(self) -> tuple[str] | tuple[str, str]:
-        """Return the account for one connection."""
+        """Return the credentials for one connection."""
         try:
             with open(self._path, encoding="utf-8") as file:
                 password = file.read().strip()
@@ -127,7 +127,7 @@ def split_urls(text: str) -> list[str]:
 def parse(url: str) -> RedisUrl:
     """Read one URL.
 
-    Raises ConfigurationError, which never holds a part of the URL.
+    Raises ConfigurationError, which never contains a part of the URL.
     """
     scheme, separator, rest = url.strip().partition("://")
     scheme = scheme.lower()
@@ -150,15 +150,15 @@ def parse(url: str) -> RedisUrl:
 
 
 def _parts(rest: str) -> tuple[str | None, str, str, list[tuple[str, str]]]:
-    """Return account, place, path and options of what stands behind ``://``."""
+    """Return account, place, path and options of the text after ``://``."""
     parts = _URL.fullmatch(rest)
-    assert parts is not None  # the pattern takes every text
+    assert parts is not None  # the pattern matches every text
     account, at, place = parts["authority"].rpartition("@")
     query = parts["query"] or ""
     if "@" in parts["path"] + query or parts["fragment"]:
-        raise _encode("there is an @ or a # behind its host")
+        raise _encode("there is an @ or a # after its host")
     if any("=" not in option for option in query.split("&") if option):
-        raise _encode("an option behind the ? has no =")
+        raise _encode("an option after the ? has no =")
     options = parse_qsl(query, keep_blank_values=True)
     return account if at else None, place, parts["path"], options
 
@@ -180,7 +180,7 @@ def _of_a_socket(
 ) -> RedisUrl:
     if place or not path.strip("/"):
         raise ConfigurationError(
-            "a socket's URL has three slashes and the path: unix:///run/redis.sock?db=0"
+            "the URL of a socket has three slashes and the path: unix:///run/redis.sock?db=0"
         )
     kwargs = {name: value for name, value in kwargs.items() if not name.startswith("ssl_")}
     return RedisUrl({"db": 0, **kwargs, "path": unquote(path)}, unknown=unknown)
@@ -213,27 +213,27 @@ def _by_sentinels(rest: str) -> RedisUrl:
         raise ConfigurationError(_SENTINEL_FORM)
     kwargs = _with_account(account, kwargs)
     kwargs.setdefault("db", int(path or 0))
-    theirs = {
+    sentinel_kwargs = {
         name.removeprefix("sentinel_"): kwargs.pop(name)
         for name in ("sentinel_username", "sentinel_password")
         if name in kwargs
     }
-    return RedisUrl(kwargs, tls, tuple(sentinels), theirs, service, unknown)
+    return RedisUrl(kwargs, tls, tuple(sentinels), sentinel_kwargs, service, unknown)
 
 
 def _from_options(
     options: list[tuple[str, str]], *, sentinel: bool = False
 ) -> tuple[dict[str, Any], tuple[str, ...], bool]:
-    """Return what the options say, the names of those that we do not know, and whether TLS is asked for."""
+    """Return the known options as keyword arguments, the names of unknown options, and True for TLS."""
     known = _TAKEN | _tls_options() | (_OF_SENTINELS if sentinel else set())
     kwargs: dict[str, Any] = {}
     unknown = []
     for name, value in options:
         if name == "credential_provider":
             raise ConfigurationError(
-                "credential_provider names code of yours, and the reconciler loads none. Write the "
-                "token to a file and give ?password_file=/path/to/it instead: the file is read at "
-                "each connect"
+                "credential_provider names code of the application, and the reconciler does not load "
+                "such code. Write the token to a file and give ?password_file=/path/to/it instead: the "
+                "file is read at each connect"
             )
         if name in known:
             kwargs[name] = _value(name, value)
@@ -265,14 +265,14 @@ def _database(path: str) -> int:
     if not digits:
         return 0
     if not digits.isdecimal():
-        raise _encode("what stands behind its host is not the number of a database")
+        raise _encode("the text after its host is not the number of a database")
     return int(digits)
 
 
 def _host_and_port(given: str) -> tuple[str, int | None]:
     place = _PLACE.fullmatch(given)
     if place is None or int(place["port"] or 0) > 65535:
-        raise _encode("what stands before its path is not host:port")
+        raise _encode("the text before its path is not host:port")
     port = place["port"]
     return place["host"].strip("[]") or "localhost", int(port) if port else None
 

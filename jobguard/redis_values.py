@@ -1,4 +1,4 @@
-"""Values as they stand in Redis, where anything may have written anything."""
+"""Parse values of Redis, where any program may have written any value."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _MOST = (1 << 63) - 1
 
 
 def number_in(raw: object) -> int | None:
-    """Return the number that Postgres could hold; None: it is none."""
+    """Return the value as an integer that Postgres can store; None: it is no such integer."""
     try:
         number = int(raw)  # type: ignore[call-overload]
     except (TypeError, ValueError):
@@ -19,7 +19,7 @@ def number_in(raw: object) -> int | None:
 
 
 def json_in(raw: bytes | str) -> Any:
-    """Parse JSON. Raises ValueError for whatever is none, or nested too deep."""
+    """Parse JSON. Raises ValueError if the text is no JSON or is nested too deep."""
     try:
         return json.loads(raw)
     except RecursionError:
@@ -27,6 +27,6 @@ def json_in(raw: bytes | str) -> Any:
 
 
 def name_in(raw: bytes | str) -> str:
-    """Return a name that logs and Postgres can take: cut, without what cannot be encoded."""
+    """Return the name cut, and with characters replaced that logs and Postgres cannot store."""
     text = raw.decode(errors="replace") if isinstance(raw, bytes) else raw
     return text[:_LONGEST].replace("\x00", "\ufffd").encode(errors="replace").decode()

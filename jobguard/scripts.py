@@ -1,4 +1,4 @@
-"""Lua scripts for a client of ours: loaded once, many calls in one trip."""
+"""Run Lua scripts on a client of our own: loaded once, many calls in one round trip."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ RESTORES_A_TRIP = 200
 
 
 def text_of(package: str, name: str) -> str:
-    """Return a script that lies in a package."""
+    """Return the text of a script in a package."""
     return files(package).joinpath(name).read_text(encoding="utf-8")
 
 
 class Script:
-    """A script that is loaded once, and again only if Redis forgot it."""
+    """A script that is loaded once, and again only if Redis has lost it."""
 
     def __init__(self, client: redis.Redis, package: str, name: str):
         self._client = client
@@ -34,7 +34,7 @@ class Script:
         self._sha = ""
 
     def run(self, calls: Sequence[tuple[Sequence[Any], Sequence[Any]]]) -> list[Any]:
-        """Run these calls (keys, arguments) in order, in one trip; errors are among the answers."""
+        """Run these calls (keys, arguments) in order, in one round trip; the answers contain errors."""
         answers: list[Any] = [NoScriptError()] * len(calls)
         for load in (not self._sha, True):
             left = [at for at, answer in enumerate(answers) if isinstance(answer, NoScriptError)]
@@ -52,7 +52,7 @@ class Script:
 
 
 def is_past(client: Any, deadline: float) -> bool:
-    """Whether Redis' own clock is past this."""
+    """Return True if the clock of Redis is past the deadline."""
     seconds, micros = client.time()
     return float(seconds) + float(micros) / 1e6 > deadline
 
@@ -60,9 +60,9 @@ def is_past(client: Any, deadline: float) -> bool:
 def restored_by(
     script: Script, calls: Sequence[tuple[UUID, list[Any], list[Any]]]
 ) -> dict[UUID, Restored]:
-    """Run a restore script for these (token, keys, arguments), in order; what it did of each.
+    """Run a restore script for these (token, keys, arguments), in order; return the result of each.
 
-    Raises RedisRefuses with what was done, where Redis takes no writes at all.
+    If Redis takes no writes at all, raises RedisRefuses with the results so far.
     """
     result: dict[UUID, Restored] = {}
     for batch in chunks(calls, RESTORES_A_TRIP):
@@ -82,6 +82,6 @@ def restored_by(
 
 
 def chunks(values: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    """Cut these into pieces of at most so many."""
+    """Cut these into pieces of at most ``size`` values."""
     for start in range(0, len(values), size):
         yield values[start : start + size]

@@ -1,8 +1,8 @@
-"""Every setting, its default and its meaning, built once from arguments and environment.
+"""Every setting with its default and its meaning, built once from arguments and environment.
 
-An argument wins over the environment, the environment over the default; only
-``JOBGUARD_DISABLED=1`` wins over everything. Every setting has the variable ``JOBGUARD_<NAME>``,
-secrets also ``JOBGUARD_<NAME>_FILE``, which is read anew at every connect.
+An argument has priority over the environment, and the environment over the default. Only
+``JOBGUARD_DISABLED=1`` has priority over everything. Every setting has the variable ``JOBGUARD_<NAME>``;
+secrets also have ``JOBGUARD_<NAME>_FILE``, a file that is read again at every connect.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _OTHER_VARIABLES = frozenset(
     """
     DISABLED FAILPOINT FAILPOINT_LOGS FENCE LOG_JSON LOG_LEVEL POSTGRES_URL POSTGRES_URL_FILE
     REDIS_URL REDIS_URL_FILE TESTING
-    """.split()  # noqa: SIM905 - a list of 12 lines says no more
+    """.split()  # noqa: SIM905 - a list would need 12 lines
 )
-# Options of single commands and of tests, and what Kubernetes sets for a service of that name.
+# Options of single commands and of tests, and variables that Kubernetes sets for a service of that name.
 _NOT_SETTINGS = re.compile(
     rf"{PREFIX}(?:BENCH|DEAD|DEMO|DOCTOR|MIGRATE|PAUSE|RECONCILE|RESUME|RQ|RUN|STATS|TEST)_"
     rf"|{PREFIX}(?:.+_)?(?:SERVICE_(?:HOST|PORT)|PORT)(?:_|$)"
@@ -37,17 +37,17 @@ def _setting(default: Any, meaning: str, *, host: bool = False) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How this process guards. Durations are seconds."""
+    """The settings of this process. Durations are seconds."""
 
-    namespace: str = _setting("default", "the tenant; one reconciler leads in each")
+    namespace: str = _setting("default", "the tenant; one reconciler leads in each namespace")
     source: str | None = _setting(
-        None, "a name for the broker, where processes reach one Redis by different addresses"
+        None, "a name for the broker, if processes reach one Redis by different addresses"
     )
     installation: str | None = _setting(
-        None, "the name the database must carry (`jobguard migrate --installation NAME`)"
+        None, "the name that the database must have (`jobguard migrate --installation NAME`)"
     )
     mode: Literal["guard", "observe"] = _setting(
-        "guard", "observe: record, detect and report, and put nothing back"
+        "guard", "observe: record, detect and report losses, but restore no job"
     )
     connect: Literal["lazy", "require"] = _setting(
         "lazy", "require: guard() raises if Postgres cannot be reached or is not migrated"
@@ -59,38 +59,55 @@ class Settings:
         "batched", "durable: commit each end before the library's own acknowledgement"
     )
     when_postgres_down: Literal["spool", "raise", "skip"] = _setting(
-        "spool", "what enqueue does while Postgres is away; what a job sends is spooled, not raised"
+        "spool",
+        "the behaviour of enqueue while Postgres is away; for messages of a job, raise means spool",
     )
     when_redis_down: Literal["accept", "raise"] = _setting(
-        "accept", "accept: the recorded job is pushed when Redis is back, while a reconciler leads"
+        "accept",
+        "accept: enqueue succeeds while a reconciler leads; the job is pushed when Redis is back",
     )
     pooler: bool = _setting(False, "Postgres is behind pgbouncer: prepare no statements")
-    connect_timeout: float = _setting(0.5, "to connect to Postgres")
-    call_timeout: float = _setting(0.25, "one call to Postgres from a host process")
-    record_timeout: float = _setting(1.0, "all calls of one record, together")
-    redis_timeout: float = _setting(0.25, "one question to Redis on a client of ours")
+    connect_timeout: float = _setting(0.5, "limit of a connect to Postgres")
+    call_timeout: float = _setting(0.25, "limit of one call to Postgres from a host process")
+    record_timeout: float = _setting(1.0, "limit of all calls of one record together")
+    redis_timeout: float = _setting(0.25, "limit of one command to Redis on jobguard's own client")
     retry_interval: float = _setting(
-        1.0, "between the first two looks whether Postgres is back; doubles up to 8 times this"
+        1.0,
+        "time between the first two checks whether Postgres is back; doubles up to 8 times this",
     )
-    spool_size: int = _setting(100_000, "what is kept in memory while Postgres is away, in entries")
+    spool_size: int = _setting(
+        100_000, "limit of the reports kept in memory while Postgres is away, in entries"
+    )
     spool_bytes: int = _setting(
-        64 << 20, "the same in bytes; above it workers record the jobs that they start"
+        64 << 20, "the same limit in bytes; above it, workers record the jobs that they start"
     )
-    ends_interval: float = _setting(0.05, "an end waits this long for company, at most")
-    ends_batch: int = _setting(500, "this many ends wait no longer")
-    beat_interval: float = _setting(3.0, "between two beats of a worker")
-    worker_timeout: float = _setting(15.0, "a worker silent this long in both stores is dead")
-    push_deadline: float = _setting(5.0, "after its record a push this late is left to the leader")
-    pulse_interval: float = _setting(0.5, "between two ticks of the pulse")
-    sweep_interval: float = _setting(60.0, "every owed job is looked at this often")
+    ends_interval: float = _setting(
+        0.05, "longest time that an end waits for others, to be committed together"
+    )
+    ends_batch: int = _setting(500, "number of waiting ends that are committed at once")
+    beat_interval: float = _setting(3.0, "time between two beats of a worker")
+    worker_timeout: float = _setting(
+        15.0, "a worker is dead after this time without a beat, in Redis and in Postgres"
+    )
+    push_deadline: float = _setting(
+        5.0, "a push that comes later than this after its record is left to the leader"
+    )
+    pulse_interval: float = _setting(0.5, "time between two ticks of the pulse")
+    sweep_interval: float = _setting(60.0, "every owed job is inspected once in this time")
     grace: float = _setting(
-        10.0, "between the two looks at an absent job, without a confirmed loss"
+        10.0, "time between the two inspections of an absent job, without a confirmed loss"
     )
-    loss_grace: float = _setting(1.0, "between the two looks after a confirmed loss")
-    lease: float = _setting(9.0, "a leader's lease, renewed three times as often")
-    recovery_rate: float = _setting(2000.0, "jobs a second put back after a loss")
-    repair_rate: float = _setting(200.0, "jobs a second put back for all other causes")
-    crash_budget: int = _setting(3, "worker deaths a job may cause: with the last one it is dead")
+    loss_grace: float = _setting(
+        1.0, "time between the two inspections of an absent job, after a confirmed loss"
+    )
+    lease: float = _setting(
+        9.0, "length of a leader's lease; the leader renews it three times in this time"
+    )
+    recovery_rate: float = _setting(2000.0, "jobs restored each second after a loss")
+    repair_rate: float = _setting(200.0, "jobs restored each second for all other causes")
+    crash_budget: int = _setting(
+        3, "number of worker deaths after which a job is dead and not restored again"
+    )
     crash_backoff: tuple[float, ...] = _setting(
         (0.0, 30.0, 300.0), "waits before a job goes back after its 1st, 2nd, 3rd worker death"
     )
@@ -98,26 +115,26 @@ class Settings:
         True, "a run that was killed, not failed, goes back within the crash budget"
     )
     mend_library: bool = _setting(
-        True, "mend what in the queue library itself takes a worker down, or runs a job twice"
+        True, "repair faults of the queue library that end a worker or run a job twice"
     )
     unexplained: Literal["restore", "hold"] = _setting(
-        "restore", "what to do with a job that is absent without a known cause"
+        "restore", "the decision about a job that is absent without a known cause"
     )
     brake_count: int = _setting(
-        100, "unexplained absences a minute that hold a queue by themselves"
+        100, "a queue goes on hold above this number of unexplained absences a minute"
     )
-    brake_share: float = _setting(0.01, "or this share of the queue's owed jobs")
-    retention: float = _setting(7 * 86400.0, "how long ended deliveries are remembered")
-    page: int = _setting(2000, "owed deliveries looked at in one page")
+    brake_share: float = _setting(0.01, "or above this share of the queue's owed jobs")
+    retention: float = _setting(7 * 86400.0, "time that ended deliveries stay in the history")
+    page: int = _setting(2000, "number of owed deliveries that are inspected in one page")
 
     def fingerprint(self) -> str:
-        """What all processes of one source must agree on, as text that can be compared and read."""
+        """Return the settings that must be equal in all processes of one source, as readable text."""
         # "fence=true" stays: processes of version 0.1.0 store and compare it.
         return f"namespace={self.namespace} fence=true mode={self.mode}"
 
 
 def disabled(environ: Mapping[str, str] | None = None) -> bool:
-    """Whether JOBGUARD_DISABLED switches everything off."""
+    """Return True if JOBGUARD_DISABLED switches everything off."""
     environ = os.environ if environ is None else environ
     return environ.get("JOBGUARD_DISABLED", "").strip().lower() in ("1", "true", "yes", "on")
 
@@ -125,9 +142,9 @@ def disabled(environ: Mapping[str, str] | None = None) -> bool:
 def settings_from(
     arguments: Mapping[str, Any] | None = None, environ: Mapping[str, str] | None = None
 ) -> Settings:
-    """Build the settings; every problem is named at once.
+    """Build the settings.
 
-    Raises ConfigurationError.
+    Raises ConfigurationError, which names all problems.
     """
     arguments = {} if arguments is None else arguments
     environ = os.environ if environ is None else environ
@@ -160,7 +177,7 @@ def settings_from(
 
 
 def unknown_variables(environ: Mapping[str, str] | None = None) -> list[str]:
-    """Name the variables JOBGUARD_… that mean nothing, each with the nearest one that does."""
+    """Return the unknown variables JOBGUARD_…, each with the most similar known variable."""
     environ = os.environ if environ is None else environ
     known = {f.name.upper() for f in fields(Settings)} | _OTHER_VARIABLES
     unknown = []
@@ -176,9 +193,9 @@ def unknown_variables(environ: Mapping[str, str] | None = None) -> list[str]:
 def _without_fence(
     arguments: Mapping[str, Any], environ: Mapping[str, str]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Return the arguments without ``fence``, a setting of earlier versions, and what is wrong with it.
+    """Return the arguments without ``fence``, a setting of earlier versions, and the problems with it.
 
-    True changes nothing and is accepted. Anything else is a problem.
+    The value True changes nothing and is accepted. Any other value is a problem.
     """
     kept = dict(arguments)
     given = {
@@ -232,7 +249,7 @@ def _coerce(given: Any, kind: Any) -> Any:
 
 
 def _nonsense(settings: Settings, places: Mapping[str, str]) -> list[str]:
-    """Say what makes no sense; ``places``: the name by which each value was given."""
+    """Return the problems of values that are invalid; ``places``: the name by which each was given."""
     problems = [
         f"{places.get(f.name, f.name)} must be more than 0, not {getattr(settings, f.name)!r}"
         for f in fields(Settings)
@@ -244,7 +261,7 @@ def _nonsense(settings: Settings, places: Mapping[str, str]) -> list[str]:
         problems.append(
             f"{places.get('worker_timeout', 'worker_timeout')} ({settings.worker_timeout}) must be at "
             f"least twice {places.get('beat_interval', 'beat_interval')} ({settings.beat_interval}), "
-            "or one late beat looks like a death"
+            "otherwise one late beat looks like a death"
         )
     if not settings.namespace.strip():
         problems.append(f"{places.get('namespace', 'namespace')} must not be empty")

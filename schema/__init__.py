@@ -1,7 +1,7 @@
-"""The ledger's schema: its migrations, the way to apply them, and the named statements over it.
+"""The ledger's schema: its migrations, the migrator, and the named statements.
 
-``queries.sql`` holds the statements of the job's path. Each begins with its name, then says what it
-is for, then is SQL up to the next name::
+``queries.sql`` holds the statements in the path of a job. Each one begins with its name and a comment
+that gives its purpose, followed by the SQL up to the next name::
 
     -- name: record_one
     -- Commit one delivery as owed. The same token again changes nothing.

@@ -1,9 +1,9 @@
-"""Bring a database to the schema of this jobguard, whoever else is doing the same right now.
+"""Bring a database to the schema of this jobguard, safely beside other processes that do the same.
 
-Each migration runs in a transaction of its own, which first takes one lock and claims its number in
-``jobguard.migrations``. Whoever comes second waits, finds the number taken, and goes on to the
-next: two machines that migrate at once are no event. What was applied is never applied again; what
-does not fit together is refused with the next step, and nothing is changed.
+Each migration runs in a transaction of its own, which first takes one lock and inserts its number into
+``jobguard.migrations``. A second process waits, finds the number, and continues with the next
+migration, so two machines can migrate at the same time. An applied migration is never applied again. A
+mismatch raises an error that names the next step, and nothing is changed.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ create table if not exists jobguard.migrations (
   applied_at timestamptz not null default now()
 )"""
 
-# Some hosts of databases keep pg_control_system() to themselves; the oid alone must do there.
+# Some database hosting services do not permit pg_control_system(); there the oid alone must be
+# enough.
 ACCEPT_MOVE: Final = """\
 do $$
 declare
@@ -70,7 +71,7 @@ class Migration:
 
     @property
     def checksum(self) -> str:
-        """What tells whether the file that was applied is this one."""
+        """Return the hash that shows whether the applied file is this one."""
         return hashlib.sha256(self.text.encode()).hexdigest()
 
 
@@ -96,7 +97,7 @@ def latest() -> int:
 def sql() -> str:
     """Return all migrations as one script, for a DBA or for another tool's migration.
 
-    It holds no ``begin`` and no ``commit``: run it in one transaction, on an empty database.
+    It contains neither ``begin`` nor ``commit``: run it in one transaction, on an empty database.
     """
     parts = [
         f"-- The schema of jobguard, migrations 1..{latest()}. Run it in one transaction.",
@@ -117,10 +118,10 @@ def sql() -> str:
 def migrate(url: str, *, installation: str | None = None) -> list[str]:
     """Bring the database up to date; return the names of the migrations applied now.
 
-    ``installation`` names the database, so that processes set to another name refuse it. A name
-    once given is not changed.
+    ``installation`` names the database, so that processes set to another name refuse it. An existing
+    name is not changed.
 
-    Raises SchemaMismatch, WrongInstallation, NoRights, StoreUnavailable or ConfigurationError.
+    Raise SchemaMismatch, WrongInstallation, NoRights, StoreUnavailable or ConfigurationError.
     """
     import psycopg
     from psycopg import IsolationLevel
@@ -136,9 +137,9 @@ def migrate(url: str, *, installation: str | None = None) -> list[str]:
             prepare_threshold=None,
         ) as connection:
             _require_server(connection)
-            # What others committed while we waited for the lock must be seen after it.
+            # Rows that other processes committed during the lock wait must be visible afterwards.
             connection.isolation_level = IsolationLevel.READ_COMMITTED
-            connection.read_only = False  # whatever the role's default is
+            connection.read_only = False  # overrides the default of the role
             with _transaction(connection):
                 _begin_books(connection)
                 _require_name(connection, installation)
@@ -160,9 +161,9 @@ def migrate(url: str, *, installation: str | None = None) -> list[str]:
 
 
 def check(connection: psycopg.Connection[Any]) -> JobguardError | None:
-    """Return what is wrong with the database's schema, ready to be raised; None: it fits.
+    """Return the error in the database's schema, ready to be raised; None if the schema fits.
 
-    Reads only, and leaves a transaction as it found it.
+    This function only reads, and leaves a transaction as it was.
     """
     if connection.info.server_version < OLDEST_SERVER:
         return _too_old(connection)
@@ -188,7 +189,7 @@ def check(connection: psycopg.Connection[Any]) -> JobguardError | None:
 
 
 def accept_move(connection: psycopg.Connection[Any]) -> None:
-    """Write down that this database is where it now is: the first time, or after a move."""
+    """Store the current place of this database: the first time, or after a move."""
     connection.execute(ACCEPT_MOVE.format(only=""))
 
 
@@ -210,7 +211,7 @@ def _too_old(connection: psycopg.Connection[Any]) -> ConfigurationError:
 
 def _begin_books(connection: psycopg.Connection[Any]) -> None:
     connection.execute(LOCK)
-    # Not "if not exists": that asks for the right to create even where a DBA made the schema.
+    # Not "if not exists": that needs the right to create, even if a DBA made the schema.
     if not _exists(connection, "select from pg_namespace where nspname = 'jobguard'"):
         connection.execute("create schema jobguard")
     if not _exists(connection, _TABLE, ["migrations"]):
@@ -276,14 +277,14 @@ def _mismatch(
 def _no_books(connection: psycopg.Connection[Any]) -> SchemaMismatch:
     return SchemaMismatch(
         f"the schema jobguard in {_place(connection)} has tables but no list of migrations: it "
-        "is half migrated, or not ours; restore it from a backup, or drop it and run "
+        "is half migrated, or belongs to another program; restore it from a backup, or drop it and run "
         "`jobguard migrate`"
     )
 
 
 @contextmanager
 def _transaction(connection: psycopg.Connection[Any]) -> Iterator[None]:
-    """A transaction that relies on no default of the role or the database."""
+    """Open a transaction that relies on no default of the role or the database."""
     with connection.transaction():
         connection.execute("set local statement_timeout = 0")
         connection.execute(
@@ -310,14 +311,14 @@ def _apply(connection: psycopg.Connection[Any], migration: Migration) -> bool:
 
 
 def _require_name(connection: psycopg.Connection[Any], installation: str | None) -> None:
-    # Before anything is migrated: the wrong database should not even get a new table.
+    # This check comes before the migrations: the wrong database must not get a new table.
     if installation is None or not _exists(connection, _TABLE, ["installation"]):
         return
     row = connection.execute("select name from jobguard.installation").fetchone()
     if row and row[0] is not None and row[0] != installation:
         raise WrongInstallation(
             f"{_place(connection)} is the installation {row[0]!r}, not {installation!r}: check the "
-            "URL; a name once given is not changed"
+            "URL; an existing name is not changed"
         )
 
 

@@ -1,8 +1,8 @@
--- The statements of jobguard, by name. Each may be sent twice: a lost answer is asked for again.
--- What finds rows by job id, or by the tokens of a join, says "source + 0": see migration 0003.
+-- The statements of jobguard, by name. Each may be sent twice, because it is sent again after a lost answer.
+-- Statements that find rows by job id, or by the tokens of a join, use "source + 0": see migration 0003.
 
 -- name: register
--- Make a source known; who came first stays.
+-- Register a source. The row of the first process stays.
 with added as (
   insert into jobguard.sources (id, namespace, library, address, prefix, name, settings, one_body)
   values (%(id)s, %(namespace)s, %(library)s, %(address)s, %(prefix)s, %(name)s, %(settings)s,
@@ -13,7 +13,7 @@ select s.settings, s.pulse_epoch, s.pulse_n, s.run_id, i.name
 from jobguard.installation i left join jobguard.sources s on s.id = %(id)s
 
 -- name: record_one
--- A delivery whose job id was made for it: nothing can stand in its way.
+-- Record one delivery whose job id was created for it: no rule can refuse it.
 with calm as materialized (
   select set_config('synchronous_commit',
                     coalesce(%(commit)s, current_setting('synchronous_commit')), true)
@@ -29,7 +29,7 @@ with calm as materialized (
 select jobguard.led(%(namespace)s)
 
 -- name: record_fresh
--- The same for many.
+-- Record many such deliveries.
 with calm as materialized (
   select set_config('synchronous_commit',
                     coalesce(%(commit)s, current_setting('synchronous_commit')), true)
@@ -47,7 +47,7 @@ with calm as materialized (
 select jobguard.led(%(namespace)s)
 
 -- name: record
--- Deliveries that may take the place of others.
+-- Record deliveries that may supersede others.
 select jobguard.record(
   %(source)s, %(token)b::uuid[], %(job_id)b::text[], %(queue)b::text[], %(task)b::text[],
   %(priority)b::int[], %(attempt)b::int[], %(due)s::float8[], %(expires)s::float8[],
@@ -58,7 +58,7 @@ select jobguard.record(
   jobguard.led(%(namespace)s)
 
 -- name: withdraw
--- Forget deliveries that were never pushed.
+-- Delete deliveries that were never pushed.
 with locked as materialized (
   select j.token from jobguard.jobs j
   where j.source + 0 = %(source)s and j.token = any (%(tokens)b::uuid[]) order by j.token for update
@@ -88,7 +88,7 @@ from jobguard.claim(%(source)s, %(token)s, %(nonce)s, %(worker)s, %(pid)s::int, 
                     %(timeout)s::float8, %(budget)s::int)
 
 -- name: claims
--- The same for several starts of one process; rows of jobs are locked in the order of their tokens.
+-- Answer several claim requests of one process. Rows of jobs are locked in the order of their tokens.
 select a.nonce, a.token, c.verdict, c.number, c.crashes, c.outcome::text
 from (
   select u.token, u.nonce, u.worker
@@ -99,7 +99,7 @@ cross join lateral jobguard.claim(%(source)s, a.token, a.nonce, a.worker, %(pid)
                                   %(namespace)s, %(timeout)s::float8, %(budget)s::int) c
 
 -- name: release
--- A claim that its own worker gives back, so that anyone may start the delivery again.
+-- Remove a claim on behalf of its own worker, so that any worker may start the delivery again.
 with locked as (
   select j.token from jobguard.jobs j
   where j.source + 0 = %(source)s and j.token = %(token)s for update
@@ -116,7 +116,7 @@ from gone g where j.source + 0 = %(source)s and j.token = g.token and j.token = 
 select j.last_worker from jobguard.jobs j where j.source + 0 = %(source)s and j.token = %(token)s
 
 -- name: lock
--- A lock is free where the claim that took it does not stand any more, or its worker is dead.
+-- Take a lock. A lock is free if the claim that took it no longer exists, or if its worker is dead.
 with mine as (
   select r.token, r.number from jobguard.running r
   where r.source = %(source)s and r.token = %(token)s and %(number)s in (0, r.number)
@@ -137,7 +137,7 @@ delete from jobguard.locks l
 where l.source = %(source)s and l.name = %(name)s and l.token = %(token)s
 
 -- name: forget_locks
--- What killed runs have left behind.
+-- Delete old locks of runs that were killed.
 delete from jobguard.locks l
 where l.taken_at < now() - interval '1 day' and not exists (
   select from jobguard.running r
@@ -160,7 +160,7 @@ returning h.token
 with opened as (
   insert into jobguard.joins as x (source, id, name, size, state)
   values (%(source)s, %(join)s, %(name)s, %(size)s, %(state)s)
-  -- The same join once more (an application sends one chord twice) begins anew.
+  -- If the same join comes again (an application sends one chord twice), it is opened again.
   on conflict (source, id) do update
   set size = excluded.size, state = excluded.state, name = excluded.name, opened_at = now(), closed_at = null, closed_by = null
   where x.size = 0 or x.closed_at is not null
@@ -168,7 +168,7 @@ with opened as (
 select jobguard.led(%(namespace)s)
 
 -- name: close_join
--- Nothing comes of it: its members need not be remembered.
+-- Close a join that will have no continuation, and delete its parts.
 with closed as (
   insert into jobguard.joins as x (source, id, closed_at) values (%(source)s, %(join)s, now())
   on conflict (source, id) do update set closed_at = now() where x.closed_at is null
@@ -184,8 +184,9 @@ select jobguard.cancel(
   to_timestamp(%(meant)s::float8), %(until)s::uuid, %(waiting)b::uuid[])
 
 -- name: beat
--- A worker's beat. Nothing is taken from a worker that was declared dead, nor a beat that comes after a
--- later one: its list is old. Beats of the worker, its stand-in and its heir have one order.
+-- Store a worker's beat. A beat of a worker that was declared dead is ignored, and so is a beat that arrives
+-- after a later one, because its list is old. The beats of the worker, of its beat process and of the process
+-- that took over its beats have one common order.
 with taken as (
   insert into jobguard.workers as w (id, source, name, host, pid, queues, claims, beat,
                                      unflushed_since, pulse_epoch, pulse_n)
@@ -205,8 +206,8 @@ from (select set_config('synchronous_commit', 'off', true)) calm
 update jobguard.workers set left_at = now() where id = %(worker)s and left_at is null
 
 -- name: recoverable
--- What a leader will bring back: of a source that is watched, or was until its leader died a moment
--- ago and the next one takes over, and of a trusted queue.
+-- Return those deliveries that a leader will restore: of a trusted queue, in a source that is watched. A source
+-- that was watched within the last five minutes counts too: its leader may have died, and the next one takes over.
 select j.token from jobguard.jobs j
 join jobguard.sources s on s.id = j.source
 join jobguard.queues q on q.source = j.source and coalesce(q.name, q.queue) = j.queue
@@ -217,13 +218,13 @@ where j.source + 0 = %(source)s and j.token = any (%(tokens)b::uuid[])
 select j.envelope from jobguard.jobs j where j.source + 0 = %(source)s and j.token = %(token)s
 
 -- name: amend
--- Only where nobody has changed it meanwhile.
+-- Change an envelope, unless another process has changed it meanwhile.
 update jobguard.jobs j set envelope = %(envelope)s::bytea
 where j.source + 0 = %(source)s and j.token = %(token)s and j.envelope = %(before)s::bytea
 returning true
 
 -- name: heartbeat
--- A running job's progress, in the name of its claim where one is given.
+-- Store a running job's progress, only for the given claim number if there is one.
 update jobguard.running r
 set heartbeat_at = now(), progress = coalesce(%(progress)s::real, r.progress),
     attrs = case when %(attrs)s::jsonb is null then r.attrs
@@ -233,11 +234,11 @@ where r.source = %(source)s and r.token = any (%(tokens)b::uuid[])
 returning true
 
 -- name: owed_of
--- What is owed of a job id.
+-- Return the owed deliveries of a job id.
 select j.token from jobguard.jobs j where j.source + 0 = %(source)s and j.job_id = %(job_id)s
 
 -- name: elect
--- Take the lease if nobody holds it.
+-- Take the lease if it is free.
 insert into jobguard.leader as l (namespace, term, holder, host, pid, expires_at)
 values (%(namespace)s, 1, %(holder)s, %(host)s, %(pid)s, now() + make_interval(secs => %(lease)s))
 on conflict (namespace) do update
@@ -247,7 +248,7 @@ where l.expires_at <= now()
 returning term
 
 -- name: renew
--- Prolong this very term, and read the brake.
+-- Extend the lease of this term, and return the brake.
 update jobguard.leader set expires_at = now() + make_interval(secs => %(lease)s)
 where namespace = %(namespace)s and term = %(term)s and holder = %(holder)s and expires_at > now()
 returning paused_at is not null, held
@@ -270,7 +271,7 @@ select i.id::text, i.name, i.system_identifier, i.database_oid::text,
 from jobguard.installation i
 
 -- name: identity_without_control
--- The same where the role may not ask for the system identifier.
+-- The same for a role that may not read the system identifier.
 select i.id::text, i.name, i.system_identifier, i.database_oid::text, null::text,
        (select oid::text from pg_database where datname = current_database())
 from jobguard.installation i
@@ -332,14 +333,15 @@ with lease as (
 ), forgotten as (
   delete from jobguard.workers w using lease
   where w.id = any (%(workers)b::uuid[])
-    -- The library's registry names it for some minutes more; by then it must not be a stranger.
+    -- The library's registry lists the worker for some more minutes. Until then its row must exist, or the
+    -- worker would count as unguarded.
     and coalesce(w.dead_at, w.left_at) < now() - interval '15 minutes'
     and not exists (select from jobguard.running r where r.worker = w.id)
 )
 select true from lease
 
 -- name: page
--- Owed deliveries in the order of their tokens.
+-- Return owed deliveries in the order of their tokens.
 select j.token, j.job_id, j.queue, j.task, extract(epoch from now() - j.recorded_at)::float8,
        coalesce(extract(epoch from j.due_at - now()), 0)::float8,
        coalesce(j.expires_at <= now(), false), j.crashes, j.recoveries, j.claims,
@@ -355,7 +357,7 @@ where j.source = %(source)s and j.token > %(after)s
 order by j.token limit %(limit)s
 
 -- name: watched
--- What is looked at every time: suspects, the outbox, and what the dead have claimed.
+-- Return the deliveries of every inspection: suspects, the outbox, and the claims of dead workers.
 select j.token, j.job_id, j.queue, j.task, extract(epoch from now() - j.recorded_at)::float8,
        coalesce(extract(epoch from j.due_at - now()), 0)::float8,
        coalesce(j.expires_at <= now(), false), j.crashes, j.recoveries, j.claims,
@@ -386,11 +388,11 @@ order by j.token limit %(limit)s
 select queue, count(*) from jobguard.jobs where source = %(source)s group by queue
 
 -- name: suspect
--- The time of the first look is kept as long as what is seen does not change.
+-- Store suspects. The time of the first inspection is kept as long as the observation does not change.
 with lease as (
   select from jobguard.leader where namespace = %(namespace)s and term = %(term)s for share
 ), owed as (
-  -- What has ended since the look is no suspect: its row would stay for ever.
+  -- A delivery that has ended since the inspection is no suspect: its row would stay forever.
   select j.token from jobguard.jobs j
   where j.source + 0 = %(source)s and j.token = any (%(token)b::uuid[])
   order by j.token for key share
@@ -408,7 +410,8 @@ set cause = case when s.cause in ('worker', 'untrusted') then s.cause else exclu
 select true from lease
 
 -- name: clear
--- Rows of jobs are locked first, as by all who lock rows of suspects and of the outbox.
+-- Delete suspicions and outbox rows. Rows of jobs are locked first, as in every statement that locks rows of
+-- suspects and of the outbox.
 with lease as (
   select from jobguard.leader where namespace = %(namespace)s and term = %(term)s for share
 ), locked as materialized (
@@ -428,7 +431,7 @@ with lease as (
 select true from lease
 
 -- name: envelopes
--- In the given order, as far as the bytes reach; the first in any case.
+-- Return envelopes in the given order, up to the limit in bytes, but at least the first one.
 select f.token, f.job_id, f.queue, f.envelope, extract(epoch from f.due_at)::float8,
        extract(epoch from f.expires_at)::float8
 from (
@@ -437,6 +440,7 @@ from (
          sum(octet_length(j.envelope)) over (order by w.nth) as bytes
   from unnest(%(tokens)b::uuid[]) with ordinality as w (token, nth)
   join jobguard.jobs j on j.source + 0 = %(source)s and j.token = w.token
+    and j.token = any (%(tokens)b::uuid[])
   where not exists (
     select from jobguard.history h where h.source = j.source and h.token = j.token)
 ) f
@@ -449,7 +453,7 @@ where x.source = %(source)s and x.closed_at is null and x.id > %(after)s
 order by x.id limit %(limit)s
 
 -- name: complete_joins
--- All members have ended, and for a while nothing has come of it.
+-- Return joins whose members have all ended and that were not closed for a while after that.
 select coalesce(x.name, x.id), x.size, x.state from jobguard.joins x
 cross join lateral (
   select count(*) as ended, max(p.ended_at) as last from jobguard.join_parts p
@@ -470,7 +474,7 @@ where h.source = %(source)s and h.token = any (%(tokens)b::uuid[])
 order by h.token, h.ended_at
 
 -- name: known
--- Which of these tokens the ledger has heard of.
+-- Return those tokens that the ledger knows.
 select j.token from jobguard.jobs j
 where j.source + 0 = %(source)s and j.token = any (%(tokens)b::uuid[])
 union
@@ -478,8 +482,8 @@ select h.token from jobguard.history h
 where h.source = %(source)s and h.token = any (%(tokens)b::uuid[])
 
 -- name: overtaken
--- Which of these have had a later life of their id begin since: where one body is kept per id, that
--- one stood in their place. Later by the database's clock; tokens are made by many.
+-- Return those after which a later delivery of the same job id began: if Redis keeps one body per job id, the
+-- later delivery replaced it there. "Later" is by the database's clock, because many machines make tokens.
 select j.token from jobguard.jobs j
 where j.source + 0 = %(source)s and j.token = any (%(tokens)b::uuid[])
   and (select s.one_body from jobguard.sources s where s.id = %(source)s) is not false
@@ -493,8 +497,8 @@ where j.source + 0 = %(source)s and j.token = any (%(tokens)b::uuid[])
            and h.claimed_at is not null))
 
 -- name: sharing_job_id
--- Of which of these a result that is kept by job id may be another's: one of the same id is owed as well,
--- or has ended since.
+-- Return those for which a result that is kept by job id may belong to another delivery: another delivery of
+-- the same job id is owed too, or has ended since.
 select j.token from jobguard.jobs j
 where j.source + 0 = %(source)s and j.token = any (%(tokens)b::uuid[])
   and (exists (
@@ -506,7 +510,7 @@ where j.source + 0 = %(source)s and j.token = any (%(tokens)b::uuid[])
            and h.outcome <> 'superseded' and h.ended_at > j.recorded_at))
 
 -- name: last_outcomes
--- Whether a job id is owed, and how it ended last: a delivery that another took the place of did not end it.
+-- Return for each job id whether it is owed, and its last outcome. A superseded delivery is no outcome.
 select i.job_id,
        exists (select from jobguard.jobs j where j.source + 0 = %(source)s and j.job_id = i.job_id),
        (select h.outcome::text from jobguard.history h
@@ -536,7 +540,8 @@ with lease as (
 select true from lease
 
 -- name: restores
--- How often each of these deliveries itself was put back: a count is carried on when it is superseded.
+-- Return how often each delivery itself was restored. A new delivery continues the count of the one that it
+-- supersedes, so the count of that one is subtracted.
 select j.token, j.recoveries - coalesce(
          (select max(h.recoveries) from jobguard.history h
           where h.source = j.source and h.job_id = j.job_id and h.next = j.token), 0)
@@ -544,7 +549,7 @@ from jobguard.jobs j
 where j.source + 0 = %(source)s and j.token = any (%(tokens)b::uuid[])
 
 -- name: void
--- Take dead workers' claims away, if they still stand with that number.
+-- Remove claims of dead workers, if they still have that number.
 with lease as (
   select from jobguard.leader where namespace = %(namespace)s and term = %(term)s for share
 ), said as (
@@ -573,7 +578,8 @@ with lease as (
 select array(select token from charged) from lease
 
 -- name: close_owed
--- End in the leader's name what nobody runs. What is dead has caused one death more than was charged.
+-- End deliveries that no worker runs, on behalf of the leader. A dead delivery has caused one more death than
+-- was charged.
 with lease as (
   select from jobguard.leader where namespace = %(namespace)s and term = %(term)s for share
 ), said as (
@@ -651,7 +657,7 @@ update jobguard.installation i
 set system_identifier = %(system_identifier)s, database_oid = %(database_oid)s::oid
 
 -- name: retain
--- How long this namespace wants to remember; see jobguard.longest_retention.
+-- Store the retention that this namespace wants; see jobguard.longest_retention.
 update jobguard.leader set retention = make_interval(secs => %(retention)s)
 where namespace = %(namespace)s and holder = %(holder)s
   and retention is distinct from make_interval(secs => %(retention)s)
@@ -660,7 +666,7 @@ where namespace = %(namespace)s and holder = %(holder)s
 select jobguard.rotate_step(make_interval(secs => %(retention)s))
 
 -- name: dead_rows
--- Which of the small tables are worth a vacuum.
+-- Return those small tables that are worth a vacuum.
 select relname, n_dead_tup from pg_stat_user_tables
 where schemaname = 'jobguard' and relname in ('jobs', 'running', 'suspects', 'outbox', 'workers')
   and n_dead_tup > %(least)s

@@ -1,7 +1,7 @@
 """Servers and databases for tests.
 
-The servers are started once for a run, or named by JOBGUARD_TEST_POSTGRES_URL and
-JOBGUARD_TEST_REDIS_URL. Every test has a database of its own, cloned from a migrated one.
+The servers are started once for a run, or named by JOBGUARD_TEST_POSTGRES_URL and JOBGUARD_TEST_REDIS_URL.
+Every test has its own database, cloned from a migrated one.
 """
 
 from __future__ import annotations
@@ -21,31 +21,34 @@ from hypothesis import settings
 import jobguard.schema
 from jobguard import log
 from jobguard.demo.servers import NamedPostgres, NamedRedis, PostgresServer, RedisServer
-from jobguard.log_bounds import FLOOD
+from jobguard.log_bounds import LINE_BOUNDS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-# The same examples in every run, and no limit that a busy machine breaks.
+# The same examples in every run, and no time limit, which a busy machine would exceed.
 settings.register_profile("suite", derandomize=True, deadline=None)
 settings.load_profile("suite")
 
 ROOMS = ("integration", "conformance", "acceptance")
+LONGEST = 600  # seconds of one test with real servers, on a slow and busy machine
 HERE = Path(__file__).parent
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark each test with the room it stands in, and begin with those that take longest."""
+    """Mark each test with its folder, and run the slowest tests first."""
     for item in items:
         room = item.path.relative_to(HERE).parts[0] if item.path.is_relative_to(HERE) else ""
         if room in ROOMS:
             item.add_marker(room)
+            if item.get_closest_marker("timeout") is None:
+                item.add_marker(pytest.mark.timeout(LONGEST))
     items.sort(key=lambda item: item.get_closest_marker("acceptance") is None)
 
 
 @pytest.fixture(autouse=True)
 def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No setting of the person who runs the tests reaches them."""
+    """Remove the settings of the person who runs the tests from the environment."""
     for name in os.environ:
         ours = name.startswith("JOBGUARD_") and not name.startswith("JOBGUARD_TEST_")
         if ours or name in ("DATABASE_URL", "REDIS_URL", "RQ_REDIS_URL"):
@@ -54,14 +57,14 @@ def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def own_log() -> None:
-    """Nothing that an earlier test logged holds back a line of this one, or comes with it."""
-    log._unheard.clear()
-    FLOOD.reset()
+    """Reset the log, so that events of an earlier test neither suppress nor add lines in this test."""
+    log._undelivered.clear()
+    LINE_BOUNDS.reset()
 
 
 @pytest.fixture(scope="session")
 def postgres_server() -> Iterator[NamedPostgres]:
-    """One PostgreSQL for the whole run; to kill one, take own_postgres."""
+    """Start one PostgreSQL for the whole run. A test that kills a server uses own_postgres."""
     named = os.environ.get("JOBGUARD_TEST_POSTGRES_URL")
     if named:
         yield NamedPostgres(named)
@@ -72,7 +75,7 @@ def postgres_server() -> Iterator[NamedPostgres]:
 
 @pytest.fixture(scope="session")
 def template_database(postgres_server: NamedPostgres) -> Iterator[str]:
-    """Migrate one database, for all others to be cloned from; gives its name."""
+    """Migrate one database, from which all others are cloned, and return its name."""
     name = f"jobguard_template_{uuid.uuid4().hex}"
     url = postgres_server.create_database(name)
     try:
@@ -84,18 +87,18 @@ def template_database(postgres_server: NamedPostgres) -> Iterator[str]:
 
 @pytest.fixture
 def database(postgres_server: NamedPostgres, template_database: str) -> Iterator[str]:
-    """Give the URL of a fresh, migrated database."""
+    """Return the URL of a new, migrated database."""
     name = f"jobguard_test_{uuid.uuid4().hex}"
     url = postgres_server.create_database(name, template_database)
     with psycopg.connect(url) as connection:
-        jobguard.schema.accept_move(connection)  # a clone is a copy, and a copy puts nothing back
+        jobguard.schema.accept_move(connection)  # a clone is a copy, and a copy restores no jobs
     yield url
     postgres_server.drop_database(name)
 
 
 @pytest.fixture
 def empty_database(postgres_server: NamedPostgres) -> Iterator[str]:
-    """Give the URL of a fresh database in which nothing was migrated."""
+    """Return the URL of a new database that is not migrated."""
     name = f"jobguard_test_{uuid.uuid4().hex}"
     url = postgres_server.create_database(name)
     yield url
@@ -104,7 +107,7 @@ def empty_database(postgres_server: NamedPostgres) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def redis_server() -> Iterator[NamedRedis]:
-    """One Redis for the whole run; to kill one, take own_redis."""
+    """Start one Redis for the whole run. A test that kills a server uses own_redis."""
     named = os.environ.get("JOBGUARD_TEST_REDIS_URL")
     if named:
         yield NamedRedis(named)
@@ -115,7 +118,7 @@ def redis_server() -> Iterator[NamedRedis]:
 
 @pytest.fixture(scope="session")
 def redis_databases(redis_server: NamedRedis) -> Iterator[int]:
-    """Give the numbers of the logical databases that this run may flush, round and round."""
+    """Return the numbers of the logical databases that this run may flush, in an endless cycle."""
     worker = os.environ.get("PYTEST_XDIST_WORKER", "")
     if not isinstance(redis_server, RedisServer):
         mine = [1 + int(worker.removeprefix("gw")) % 15] if worker else range(1, 16)
@@ -132,7 +135,7 @@ def redis_databases(redis_server: NamedRedis) -> Iterator[int]:
 
 @pytest.fixture
 def redis_url(redis_server: NamedRedis, redis_databases: Iterator[int]) -> Iterator[str]:
-    """Give the URL of an empty logical database, another one than the test before had."""
+    """Return the URL of an empty logical database, not the one of the test before."""
     url = redis_server.database_url(next(redis_databases))
     with redis.Redis.from_url(url) as client:
         client.flushdb()
@@ -142,21 +145,21 @@ def redis_url(redis_server: NamedRedis, redis_databases: Iterator[int]) -> Itera
 
 @pytest.fixture
 def stack() -> Iterator[ExitStack]:
-    """Give what closes all that was opened, in the reverse order."""
+    """Return a stack that closes everything that was opened, in the reverse order."""
     with ExitStack() as made:
         yield made
 
 
 @pytest.fixture
 def own_postgres() -> Iterator[PostgresServer]:
-    """Start a PostgreSQL that the test may kill, pause and restart; nothing is migrated in it."""
+    """Start a PostgreSQL that the test may kill, pause and restart; its databases are not migrated."""
     with PostgresServer() as server:
         yield server
 
 
 @pytest.fixture
 def own_database(own_postgres: PostgresServer) -> str:
-    """Give the URL of a migrated database in own_postgres."""
+    """Return the URL of a migrated database in own_postgres."""
     url = own_postgres.create_database("jobguard")
     jobguard.schema.migrate(url)
     return url

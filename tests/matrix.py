@@ -1,8 +1,8 @@
 """The adapters' tests on every version of their libraries, and on every Redis, Valkey and PostgreSQL here.
 
-``make matrix`` runs it. Nothing is installed but virtual environments: servers are the wheels', those on
-PATH and under /usr/lib/postgresql, and those that REDIS_SERVERS (programs) and POSTGRES_BINS (folders)
-name. What is not found is said, and left out.
+``make matrix`` runs it. It installs only virtual environments. The servers are those of the wheels,
+those on PATH and under /usr/lib/postgresql, and those that REDIS_SERVERS (programs) and
+POSTGRES_BINS (folders) name. A missing server is reported and skipped.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from jobguard.demo.servers.server import wheel_folder
 ROOT = Path(__file__).parents[1]
 ADAPTER = ("tests/unit/{0}", "tests/integration/{0}", "tests/conformance")
 WORKERS = {"rq": ("tests/acceptance/test_roads.py", "tests/acceptance/test_claims.py")}
-"""Beside the adapter's; Celery's and Dramatiq's integration tests run real workers already."""
+"""Tests in addition to the adapter's. The integration tests of Celery and Dramatiq run real workers."""
 RECOVERY = {"rq": ("tests/acceptance/test_recovery.py",)}
 LEDGER = ("tests/contract", "tests/integration/test_migrate.py", "tests/integration/test_plans.py")
 POSTGRESES = Path("/usr/lib/postgresql")
@@ -43,18 +43,18 @@ class Version:
 
     @property
     def python(self) -> Path:
-        """The interpreter that has it."""
+        """The interpreter that has this version."""
         return ROOT / f".venv-{self.library}-{self.number}" / "bin" / "python"
 
     @property
     def tests(self) -> tuple[str, ...]:
-        """What its adapter must pass."""
+        """The tests that its adapter must pass."""
         return tuple(folder.format(self.library) for folder in ADAPTER)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One combination, and what is run on it."""
+    """One combination, and its tests."""
 
     version: Version
     redis: Path
@@ -63,12 +63,12 @@ class Row:
 
     @property
     def names(self) -> tuple[str, str, str]:
-        """What exactly it is run on."""
+        """The exact versions of this combination."""
         library = self.version.library
         asked = f"from importlib.metadata import version; print(version({library!r}))"
-        postgres = _said(self.postgres / "postgres", "--version").split()[2]
+        postgres = _output(self.postgres / "postgres", "--version").split()[2]
         return (
-            f"{library} {_said(self.version.python, '-c', asked)}",
+            f"{library} {_output(self.version.python, '-c', asked)}",
             _redis_name(self.redis),
             f"PostgreSQL {postgres}",
         )
@@ -76,7 +76,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a row."""
+    """The results of a row."""
 
     passed: int
     failed: int
@@ -126,22 +126,22 @@ def _existing(paths: Iterable[Path]) -> Iterator[Path]:
         if path.exists():
             yield path
         else:
-            print(f"skipped: {path} is not there")
+            print(f"skipped: {path} does not exist")
 
 
 def _redis_name(binary: Path) -> str:
-    said = _said(binary, "--version").split()
-    kind = "Valkey" if said[0] == "Valkey" else "Redis"
-    return f"{kind} {next(word[2:] for word in said if word.startswith('v='))}"
+    words = _output(binary, "--version").split()
+    kind = "Valkey" if words[0] == "Valkey" else "Redis"
+    return f"{kind} {next(word[2:] for word in words if word.startswith('v='))}"
 
 
-def _said(program: Path, *arguments: str) -> str:
+def _output(program: Path, *arguments: str) -> str:
     done = subprocess.run([str(program), *arguments], capture_output=True, text=True, check=True)
     return done.stdout.strip()
 
 
 def run(row: Row, folder: Path) -> Result:
-    """Run a row's tests to their end."""
+    """Run the tests of a row to their end."""
     servers = {
         "JOBGUARD_TEST_REDIS_BIN": str(row.redis),
         "JOBGUARD_TEST_POSTGRES_BIN": str(row.postgres),
@@ -170,7 +170,7 @@ def run(row: Row, folder: Path) -> Result:
 
 
 def main(names: list[str]) -> int:
-    """Run all rows and show what became of them; 1 if one failed."""
+    """Run all rows and print their results; return 1 if one failed."""
     results = []
     with tempfile.TemporaryDirectory() as folder:
         for row in list(rows([Version.named(name) for name in names], os.environ)):

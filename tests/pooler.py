@@ -1,7 +1,7 @@
-"""A pooler in transaction mode, as small as it can be: its clients share sessions of one server.
+"""A minimal pooler in transaction mode: its clients share sessions of one server.
 
-It answers a login itself, with a number of a backend that is not the server's, and lends a session
-from the first message to the end of the transaction. It resets nothing between two clients.
+The pooler answers a login itself, with a backend number that is not the server's. It lends a session from
+the first message to the end of the transaction. It does not reset a session between two clients.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _NUMBERS = itertools.count(1_000_000)
 
 
 class Pooler:
-    """Lends ``size`` sessions of the database at ``url``; ``hidden``: with the numbers of the server."""
+    """A pooler with ``size`` sessions of the database at ``url``; ``hidden``: with the server's numbers."""
 
     def __init__(self, url: str, *, size: int = 1, hidden: bool = False) -> None:
         self.url = url
@@ -47,7 +47,7 @@ class Pooler:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Close everything."""
+        """Close all connections."""
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
@@ -59,7 +59,7 @@ class Pooler:
 
     @property
     def client_url(self) -> str:
-        """The address for clients."""
+        """The URL for clients."""
         there = urlsplit(self.url)
         return (
             f"postgresql://{there.username}@127.0.0.1:{self._listener.getsockname()[1]}{there.path}"
@@ -95,7 +95,7 @@ class Pooler:
                 break
             self.logins += 1
             with self._session() as server:
-                key = self._keys[server]  # its parameters are known now, too
+                key = self._keys[server]  # now the parameters of the server are known, too
             if not self._hidden:
                 key = struct.pack("!II", next(_NUMBERS), 7)
             client.sendall(

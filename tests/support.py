@@ -1,4 +1,4 @@
-"""What tests of every room share."""
+"""Helpers for the tests of every folder."""
 
 from __future__ import annotations
 
@@ -15,16 +15,19 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+SLOWEST = 90.0
+"""Seconds after which an expected event counts as missing, even on a slow and busy machine."""
+
 PATIENT = {
     "JOBGUARD_CONNECT_TIMEOUT": "10",
     "JOBGUARD_CALL_TIMEOUT": "10",
     "JOBGUARD_RECORD_TIMEOUT": "20",
 }
-"""For processes of a test that rehearses no outage of Postgres: a busy machine shall not look like one."""
+"""For processes of tests without an outage of Postgres: a busy machine must not look like an outage."""
 
 
 def newly_owed(token: UUID, *, job_id: str, queue: str, task: str = "") -> Owed:
-    """Give a delivery as a look finds it that nobody has claimed, suspected or recovered yet."""
+    """Return an owed delivery that is not yet claimed, suspected or recovered."""
     return Owed(
         token=token,
         job_id=job_id,
@@ -41,12 +44,13 @@ def newly_owed(token: UUID, *, job_id: str, queue: str, task: str = "") -> Owed:
 
 
 def eventually(
-    predicate: Callable[[], T], timeout: float = 10.0, *, message: str | None = None
+    predicate: Callable[[], T], timeout: float = SLOWEST, *, message: str | None = None
 ) -> T:
-    """Wait until the predicate holds, and give what it answered.
+    """Wait until the predicate returns a true value, and return that value.
 
-    An AssertionError of the predicate counts as "not yet", and is the cause of ours.
+    An AssertionError of the predicate counts as "not yet", and is the cause of the final AssertionError.
     """
+    timeout = max(timeout, SLOWEST)  # a smaller one is an estimate for an idle machine
     deadline = time.monotonic() + timeout
     while True:
         answer: T | None = None
@@ -65,8 +69,8 @@ def eventually(
 
 
 def keyspace(redis_client: redis.Redis) -> dict[str, object]:
-    """Return everything in a Redis, to be compared."""
-    client: Any = redis_client  # whose answers redis-py types as sync or async at once
+    """Return all data of a Redis, for comparison."""
+    client: Any = redis_client  # redis-py types its answers as sync and async at once
     readers: dict[str, Callable[[bytes], object]] = {
         "hash": lambda key: dict(client.hgetall(key)),
         "list": lambda key: client.lrange(key, 0, -1),

@@ -1,6 +1,6 @@
 """The adapter for Celery 5.4 and later, on Redis.
 
-Nothing but ``guard(app)`` is needed: a worker imports the app, and with it the guard.
+``guard(app)`` is all that is needed: a worker imports the app, and with it the guard.
 """
 
 from __future__ import annotations

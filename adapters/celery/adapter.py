@@ -1,6 +1,6 @@
-"""Celery as the composition root sees it: what may be guarded, and how a guard is put up.
+"""The Celery adapter's entry point: which targets it accepts, and how it installs a guard.
 
-Importable without Celery: a reconciler needs the broker alone.
+This module imports without Celery, because a reconciler needs only the broker.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ _INSTEAD = {
 
 
 class CeleryAdapter:
-    """Guards a Celery app."""
+    """Guard a Celery app."""
 
     library = LIBRARY
 
     def sources(
         self, target: object, *, namespace: str, name: str | None
     ) -> Guarded | DeferredTarget | None:
-        """Return what guarding this app means, or that its configuration is not to be read yet."""
+        """Return what the guard of this app covers; a deferred target while the app is not configured."""
         if importlib.util.find_spec("celery") is None:
             return None
         celery = importlib.import_module("celery")
@@ -55,11 +55,11 @@ class CeleryAdapter:
         return _guarded(app, namespace, name)
 
     def install(self, tracker: Tracker, target: object) -> None:
-        """Have this app speak to this tracker; raises UnsupportedTarget if this Celery is not known."""
+        """Connect this app to this tracker. Raise UnsupportedTarget if this Celery is not supported."""
         importlib.import_module("jobguard.adapters.celery.patches").install(tracker, target)
 
     def uninstall(self, tracker: Tracker) -> None:
-        """Have no app speak to it, and take the hooks off with the last guard."""
+        """Disconnect all apps from this tracker. Remove the hooks with the last guard."""
         importlib.import_module("jobguard.adapters.celery.patches").uninstall(tracker)
 
     def prepare_worker(self) -> None:
@@ -71,7 +71,7 @@ class CeleryAdapter:
         return CeleryBroker(source, client)
 
     def renew(self, envelope: bytes, token: UUID) -> bytes:
-        """Return the envelope of what a person has requeued; raises ValueError where that is impossible."""
+        """Return the envelope of a delivery that a person requeued. Raise ValueError if there is none."""
         try:
             return renewed(envelope)
         except (UnknownEnvelope, TypeError, KeyError) as error:
@@ -93,7 +93,7 @@ def _guarded(app: Any, namespace: str, name: str | None) -> Guarded:
         return _inert(namespace, name, "memory:// keeps nothing that could be lost")
     try:
         broker_address = connection_module.broker_address_of(connection)
-    except ValueError as error:  # a Sentinel without the name of its master, a db that is no number
+    except ValueError as error:  # a Sentinel without a master name, a db that is no number
         raise UnsupportedTarget(f"this Celery's broker cannot be guarded: {error}") from error
     if broker_address is None:
         instead = _INSTEAD.get(transport.__module__, "jobguard guards Celery on Redis only.")

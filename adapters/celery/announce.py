@@ -1,103 +1,97 @@
-"""How a guarded worker makes itself known in the broker's Redis: that it is there, and whom it serves.
+"""Announce a guarded worker in the broker's Redis: that it is alive, and which queues it serves.
 
-By this the leader tells it from an unguarded one, and learns where results are. What it says is
-forgotten in seconds, if it does not say it again.
+The leader reads these announcements to distinguish guarded workers from unguarded ones, and to find out
+where results are. An announcement expires after seconds if the worker does not repeat it. The
+connections that take messages get a name as well, so that a leader can count the others.
 """
 
 from __future__ import annotations
 
 import json
-import logging
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 from weakref import WeakKeyDictionary
 
 from celery.backends.redis import RedisBackend
+from kombu.transport.redis import Channel
 
 from jobguard.adapters.celery import lookup
-from jobguard.adapters.celery.connection import client_of
+from jobguard.adapters.celery.connection import broker_address_of, client_of
 from jobguard.adapters.celery.layout import Layout
+from jobguard.adapters.celery.lookup import LIBRARY
 from jobguard.adapters.celery.push import TIMEOUT
 from jobguard.adapters.celery.results import results_of
+from jobguard.client_names import label_pool
 from jobguard.clients import own_client
-from jobguard.errors import is_host_interrupt
+from jobguard.fork import OwnerProcess
+from jobguard.host_safety import contain_errors
+from jobguard.patching import Hooks
+from jobguard.registry import trackers
 from jobguard.scripts import Script
 
 if TYPE_CHECKING:
     from jobguard.adapter import Tracker
 
-log = logging.getLogger("jobguard")
 
-_scripts: WeakKeyDictionary[Any, tuple[int, Script]] = WeakKeyDictionary()
+_scripts: WeakKeyDictionary[Any, tuple[OwnerProcess, Script]] = WeakKeyDictionary()
 
 
 def announcement(app: Any, *, name: str, queues: Sequence[str]) -> Callable[[UUID], bool] | None:
-    """Return what says that this worker is there, to be called every few seconds, from any thread.
+    """Return a function that announces this worker; it may be called every few seconds, from any thread.
 
-    It answers whether Redis heard it. All that is asked of Celery and kombu is asked here, in the main
-    thread: they lock whatever they look up, and a child that is forked in such a moment would wait for
-    that lock for ever.
+    The function returns True if Redis took the announcement. All calls into Celery and kombu are
+    made here, in the main thread: both take locks for their lookups, and a child that is forked
+    while such a lock is taken would wait for it for ever.
     """
     tracker = lookup.tracker_for(app)
     if tracker is None:
         return None
     about = json.dumps({"name": name, "queues": list(queues), "control": _control(app)})
     results = _results(app, tracker)
-    tell = _teller(app, tracker)
+    send = _sender(app, tracker)
 
-    def again(session: UUID) -> bool:
-        with _quietly("make itself known"):
-            tell(session, about, results)
+    def announce_now(session: UUID) -> bool:
+        with contain_errors("announce this worker", event="announcement_failed"):
+            send(session, about, results)
             return True
         return False
 
-    return again
+    return announce_now
 
 
 def announce(app: Any, *, session: UUID, name: str, queues: Sequence[str]) -> None:
-    """Say once that this worker is there. Raises nothing."""
-    with _quietly("make itself known"):
-        if (tell := announcement(app, name=name, queues=queues)) is not None:
-            tell(session)
+    """Announce this worker once. Raise nothing."""
+    with contain_errors("announce this worker", event="announcement_failed"):
+        if (send := announcement(app, name=name, queues=queues)) is not None:
+            send(session)
 
 
 def leave(app: Any, *, session: UUID) -> None:
-    """Say that this worker is gone. Raises nothing."""
-    with _quietly("say goodbye"):
+    """Remove the announcement of this worker. Raise nothing."""
+    with contain_errors("remove an announcement", event="announcement_failed"):
         if (tracker := lookup.tracker_for(app)) is not None:
-            _teller(app, tracker)(session, "", "")
+            _sender(app, tracker)(session, "", "")
 
 
-@contextmanager
-def _quietly(what: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        if is_host_interrupt(error):
-            raise
-        log.debug("a worker could not %s: %s", what, error)
-
-
-def _teller(app: Any, tracker: Tracker) -> Callable[[UUID, str, str], None]:
-    mine = _scripts.get(app)
-    if mine is None or mine[0] != os.getpid():
+def _sender(app: Any, tracker: Tracker) -> Callable[[UUID, str, str], None]:
+    known = _scripts.get(app)
+    if known is None or not known[0].is_current:
         client = own_client(client_of(app.connection_for_write()), timeout=TIMEOUT)
-        mine = _scripts[app] = (os.getpid(), Script(client, __package__, "announce.lua"))
-    script, layout = mine[1], Layout.parse(tracker.source.prefix)
+        known = _scripts[app] = (OwnerProcess(), Script(client, __package__, "announce.lua"))
+    script, layout = known[1], Layout.parse(tracker.source.prefix)
 
-    def tell(session: UUID, about: str, results: str) -> None:
+    def send(session: UUID, about: str, results: str) -> None:
         (answer,) = script.run([([layout.workers, layout.about], [session.hex, about, results])])
         if isinstance(answer, Exception):
             raise answer
 
-    return tell
+    return send
 
 
 def _control(app: Any) -> str:
-    """Return the exchange by which this app's workers are controlled; "": they are not."""
+    """Return the exchange that controls this app's workers; "" if remote control is off."""
     conf = app.conf
     return str(conf.control_exchange or "celery") if conf.worker_enable_remote_control else ""
 
@@ -108,3 +102,37 @@ def _results(app: Any, tracker: Tracker) -> str:
         return ""
     results = results_of(backend, tracker.source.address)
     return json.dumps(results.as_fields(), sort_keys=True) if results is not None else ""
+
+
+def put_on(hooks: Hooks) -> None:
+    """Name kombu's consuming connections, in workers and in programs that wait for a reply alike."""
+    hooks.put(Channel, "_create_client", create_client)
+
+
+def create_client(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Channel._create_client: ``asynchronous`` marks the client that takes messages."""
+
+    @wraps(original)
+    def hook(self: Any, *args: Any, **kwargs: Any) -> Any:
+        client = original(self, *args, **kwargs)
+        if kwargs.get("asynchronous", args[0] if args else False):
+            with contain_errors("name the connection that takes messages"):
+                _name(self)
+        return client
+
+    return hook
+
+
+def _name(channel: Any) -> None:
+    broker_address = broker_address_of(channel.connection.client)
+    if broker_address is None:
+        return
+    for tracker in trackers():
+        source = tracker.source
+        there = (source.address, source.prefix) == (
+            broker_address.address,
+            str(broker_address.layout),
+        )
+        if source.library == LIBRARY and there:
+            label_pool(channel.async_pool, source)
+            return

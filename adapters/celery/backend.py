@@ -1,15 +1,15 @@
-"""The result backend and the canvas, as far as they have to do with sending.
+"""Hooks on the result backend and on the canvas, where they take part in sending.
 
-A group is recorded in one statement. A chord's size is a counter in the Redis of the results: the
-ledger learns of it before its members are sent. And to look forward to a result, which Celery does
-before it sends a task, must not keep it from being accepted while Redis is away.
+A group is recorded in one statement. The size of a chord is a counter in the Redis of the results:
+the ledger gets that size before the chord's members are sent. Celery subscribes to a result before
+it sends the task; a failure of that subscription must not keep the task from being accepted while
+Redis is away.
 """
 
 from __future__ import annotations
 
 import inspect
 import json
-import logging
 from collections.abc import Callable
 from contextvars import ContextVar
 from functools import wraps
@@ -20,24 +20,26 @@ from celery.backends.redis import RedisBackend, ResultConsumer
 
 from jobguard.adapters.celery import lookup
 from jobguard.adapters.celery.connection import check_out
-from jobguard.adapters.celery.contain_errors import contain_errors
-from jobguard.adapters.celery.hooks import Hooks
 from jobguard.adapters.celery.push import BROKER_DOWN
 from jobguard.adapters.celery.results import results_of
+from jobguard.errors import StoreUnavailable
+from jobguard.host_safety import contain_errors
+from jobguard.log import log_event
+from jobguard.patching import Hooks
 
 if TYPE_CHECKING:
     from jobguard.adapter import Tracker
 
-log = logging.getLogger("jobguard")
 Hook = Callable[..., Any]
 
 _PATIENCE = 0.8
-"""Seconds that a member waits for the others: a group may come from a generator that takes its time.
+"""Seconds that a member waits for the others: a group may come from a slow generator.
 
-A thousand signatures that are ready are made into messages in less."""
+A thousand signatures that exist already become messages in less time.
+"""
 _sending: ContextVar[bool] = ContextVar("jobguard_celery_sends_a_group", default=False)
 _MISSED = "_jobguard_missed"
-"""Results that nobody is subscribed to yet, because Redis was away."""
+"""The results that are not subscribed to yet, because Redis was away."""
 
 
 def put_on(hooks: Hooks) -> None:
@@ -50,19 +52,19 @@ def put_on(hooks: Hooks) -> None:
 
 
 def apply_group(original: Hook) -> Hook:
-    """group.apply_async: all of it is one batch; so are the header of a chord, and chunks."""
+    """group.apply_async: send the whole group as one batch; also the header of a chord, and chunks."""
 
     @wraps(original)
     def hook(self: Any, *args: Any, **kwargs: Any) -> Any:
         tracker = _tracker_of_group(self)
         if tracker is None:
             return original(self, *args, **kwargs)
-        # Of a generator the group has taken the first elements when it was made.
+        # If the tasks come from a generator, the group took the first elements when it was created.
         slow = not getattr(self.tasks, "_regen__done", True)
         inside = _sending.get()
         before = _sending.set(slow)
         try:
-            # What a generator sends, and perhaps waits for, is no part of what it is to yield.
+            # Messages that a generator sends, and perhaps waits for, are not members of the group.
             with tracker.batch(patience=_PATIENCE, first_at_once=slow, apart=inside):
                 return original(self, *args, **kwargs)
         finally:
@@ -72,12 +74,12 @@ def apply_group(original: Hook) -> Hook:
 
 
 def sends_a_group() -> bool:
-    """Whether this is inside of a group's apply_async, and perhaps in the generator it comes from."""
+    """Return True inside of a group's apply_async, and so perhaps in the generator of its tasks."""
     return _sending.get()
 
 
 def set_chord_size(original: Hook) -> Hook:
-    """RedisBackend.set_chord_size: how many parts the body of a chord waits for."""
+    """RedisBackend.set_chord_size: the number of parts that the body of a chord waits for."""
 
     @wraps(original)
     def hook(self: Any, group_id: str, chord_size: int, *args: Any, **kwargs: Any) -> Any:
@@ -87,17 +89,15 @@ def set_chord_size(original: Hook) -> Hook:
         except BROKER_DOWN as error:
             if not known:
                 raise
-            log.warning(
-                "the size of chord %s is put into Redis when it is back: %r", group_id, error
-            )
+            log_event("chord_size_waits", chord=group_id, error=error)
             return None
 
     return hook
 
 
 def _open_join(backend: Any, group_id: str, size: int) -> bool:
-    """Have the ledger know of it; whether a leader puts the size back, should Redis not take it."""
-    with contain_errors("open a chord"):
+    """Record the chord in the ledger; return True if a leader restores its size in case Redis loses it."""
+    with contain_errors("open the join of a chord", let_pass=StoreUnavailable):
         tracker = lookup.tracker_for(backend.app)
         results = results_of(backend, tracker.source.address) if tracker is not None else None
         if tracker is not None and results is not None:
@@ -107,7 +107,7 @@ def _open_join(backend: Any, group_id: str, size: int) -> bool:
 
 
 def _tracker_of_group(group: Any) -> Tracker | None:
-    with contain_errors("batch a group"):
+    with contain_errors("batch a group", let_pass=StoreUnavailable):
         app = group.app
         tracker = lookup.tracker_for(app)
         return None if tracker is None or app.conf.task_always_eager else tracker
@@ -115,7 +115,7 @@ def _tracker_of_group(group: Any) -> Tracker | None:
 
 
 def consume_from(original: Hook) -> Hook:
-    """ResultConsumer.consume_from: subscribes to a result, trying for half a minute if Redis is away."""
+    """ResultConsumer.consume_from: subscribe to a result. Celery retries for 30 s if Redis is away."""
 
     @wraps(original)
     def hook(self: Any, task_id: str) -> Any:
@@ -129,9 +129,10 @@ def consume_from(original: Hook) -> Hook:
 
 
 def cancel_for(original: Hook) -> Hook:
-    """ResultConsumer.cancel_for: a result that nobody holds any more, which may never have been heard of.
+    """ResultConsumer.cancel_for: unsubscribe from a result that was perhaps never subscribed to.
 
-    It comes from ``AsyncResult.__del__``, and Celery before 5.5 goes to Redis for it in any case.
+    The call comes from ``AsyncResult.__del__``, and Celery before 5.5 goes to Redis for it in any
+    case.
     """
 
     @wraps(original)
@@ -146,7 +147,7 @@ def cancel_for(original: Hook) -> Hook:
 
 
 def on_wait_for_pending(original: Hook) -> Hook:
-    """ResultConsumer.on_wait_for_pending: somebody waits for results, and wants to hear of them."""
+    """ResultConsumer.on_wait_for_pending: the caller waits for results, so subscribe to the missed ones."""
 
     @wraps(original)
     def hook(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -165,8 +166,8 @@ def _catch_up(consumer: Any, subscribe: Hook) -> None:
 
 
 def _is_away(backend: Any) -> bool:
-    """Whether the Redis of these results is the guarded one, and is away."""
-    with contain_errors("ask for Redis"):
+    """Return True if these results are in the guarded Redis, and that Redis is away."""
+    with contain_errors("check the Redis of the results", let_pass=StoreUnavailable):
         tracker = lookup.tracker_for(backend.app)
         if tracker is None or results_of(backend, tracker.source.address) is None:
             return False

@@ -1,6 +1,6 @@
-"""A Celery on Redis as the reconciler sees it: where its deliveries are, and how they are put back.
+"""The reconciler's view of Celery on Redis: where the deliveries are, and how to restore them.
 
-Nothing here imports Celery or kombu, or unpickles anything: messages go back as they were.
+Nothing here imports Celery or kombu, or unpickles anything: messages go back unchanged.
 """
 
 from __future__ import annotations
@@ -15,10 +15,16 @@ from uuid import UUID
 
 from jobguard.adapter import Source
 from jobguard.adapters.celery.consumers import Workers
-from jobguard.adapters.celery.envelope import UnknownEnvelope, as_dead, decode, fresh
-from jobguard.adapters.celery.joins import Rejoin, group_of, is_heard_of, part_of
+from jobguard.adapters.celery.envelope import (
+    UnknownEnvelope,
+    as_dead,
+    decode,
+    fresh,
+    group_of,
+    has_listeners,
+)
 from jobguard.adapters.celery.layout import Layout
-from jobguard.adapters.celery.results import Results, ends_of, read
+from jobguard.adapters.celery.results import Rejoin, Results, ends_of, part_of, read
 from jobguard.adapters.celery.scan import Scan, read_broker
 from jobguard.client_list import Consumers
 from jobguard.clients import own_client
@@ -30,9 +36,9 @@ if TYPE_CHECKING:
 
 
 _KEPT = 1.0
-"""Seconds at most for which a look serves other pages as well; as many as it took, if it took less."""
+"""Seconds after its end for which a scan serves other pages too; a shorter scan: for its own length."""
 _USABLE = 5.0
-"""Seconds for which a look is proof enough to put back what it did not see."""
+"""Seconds for which a scan is proof enough to restore the deliveries that it did not see."""
 _KEEP_FAILURE = 86_400
 """Seconds: as long as Celery keeps a result by default."""
 _TIMEOUT = 1.0
@@ -41,7 +47,7 @@ _LONG_AGO = 3_600.0
 
 
 class CeleryBroker:
-    """One Celery in one Redis."""
+    """One Celery broker in one Redis."""
 
     def __init__(self, source: Source, client: redis.Redis):
         self._layout = Layout.parse(source.prefix)
@@ -53,7 +59,7 @@ class CeleryBroker:
         self._scan: Scan | None = None
 
     def presence(self, page: Sequence[Owed]) -> Mapping[UUID, Observation]:
-        """Where Redis has each of these deliveries."""
+        """Return where Redis has each of these deliveries."""
         if not page:
             return {}
         scan = self._scan_for(page)
@@ -66,15 +72,16 @@ class CeleryBroker:
     def restore(
         self, deliveries: Sequence[Restorable], *, deadline: float
     ) -> Mapping[UUID, Restored]:
-        """Put these back, in this order, unless Redis' clock is past the deadline.
+        """Put these deliveries back, in this order, unless Redis' clock is past the deadline.
 
-        Redis cannot be asked whether a message is in a list: the look that did not see it is the proof,
-        and a note of what was put back since then.
+        Redis cannot be asked whether a message is in a list. The proof is the scan that did not see
+        the message, together with a note of all that was put back since then.
         """
         done: dict[UUID, Restored] = {}
         calls: list[tuple[UUID, list[Any], list[Any]]] = []
         scan = self._proof(deliveries)
-        # Taken ones go back to where the next is taken from: the first of them last.
+        # Messages that a dead worker had taken go back to the end that workers take from: the first
+        # one last.
         taken_before = [delivery for delivery in deliveries if delivery.taken_by]
         for delivery in (*(d for d in deliveries if not d.taken_by), *reversed(taken_before)):
             try:
@@ -89,12 +96,13 @@ class CeleryBroker:
         return done | restored_by(self._restore, calls)
 
     def abandon(self, page: Sequence[Owed], *, deadline: float) -> None:
-        """Nothing: Celery's own recovery takes what a dead worker had, and the fence sees to that."""
+        """Do nothing: Celery itself recovers the messages of a dead worker, and the fence checks them."""
 
     def bury(self, page: Sequence[Owed], *, deadline: float) -> None:
-        """Store a failure, where results are kept as JSON: whoever waits for one is told.
+        """Store a failure, where results are kept as JSON, so that callers that wait for the result get it.
 
-        What the last of their workers had taken goes, too: Celery would bring it back in an hour.
+        Also delete the messages that the last of their workers had taken: Celery would bring those
+        back in an hour.
         """
         if is_past(self._client, deadline):
             return
@@ -110,13 +118,13 @@ class CeleryBroker:
                 self._fail(page, results)
 
     def report(self, dead: Sequence[Restorable], *, deadline: float) -> None:
-        """Push those again whose error callbacks or chord would hear of it: a worker tells them."""
+        """Push those again that have error callbacks or a chord, so that a worker runs these."""
         seconds, micros = cast(Any, self._client).time()
         nowhere = Scan(frozenset(), int(seconds) * 1_000_000 + int(micros))
         calls: list[tuple[UUID, list[Any], list[Any]]] = []
         for one in dead:
             with suppress(UnknownEnvelope):
-                call = self._call(one, deadline, nowhere) if is_heard_of(one.envelope) else None
+                call = self._call(one, deadline, nowhere) if has_listeners(one.envelope) else None
                 if call is not None:
                     keys, args = call
                     args[2] = as_dead(args[2])
@@ -124,14 +132,14 @@ class CeleryBroker:
         restored_by(self._restore, calls)
 
     def hide(self, page: Sequence[Owed]) -> None:
-        """Nothing: what runs leaves no trace in the broker that others would look for."""
+        """Do nothing: a running task leaves no trace in the broker that other programs would look for."""
 
     def rejoin(self, joins: Sequence[OpenJoin], *, finish: bool, deadline: float) -> None:
-        """Put back what Celery counts of these chords, where it is missing."""
+        """Put back the counters of these chords, where they are missing."""
         self._rejoin(joins, finish=finish, deadline=deadline)
 
     def parts(self, ended: Sequence[Restorable]) -> Mapping[UUID, Part]:
-        """What these left to their chords, as their stored results say, as far as both are JSON."""
+        """Return the parts of these tasks for their chords, from stored results, if both are JSON."""
         counting = {one.token: group for one in ended if (group := group_of(one.envelope))}
         ids = {one.token: one.job_id for one in ended if one.token in counting}
         found: dict[UUID, Part] = {}
@@ -144,13 +152,15 @@ class CeleryBroker:
         return found
 
     def consumers(self) -> Consumers:
-        """Return Celery's own names of the workers by queue, and the connections that are not guarded."""
+        """Return Celery's names of the workers by queue, and the connections that are not guarded."""
         return self._workers.consumers()
 
     def _scan_for(self, page: Sequence[Owed]) -> Scan:
-        """Return a look that these were not told of: the last one, if it is younger than it cost.
+        """Return a scan that has not answered for these deliveries yet: the last one, if it is still young.
 
-        Younger than the youngest of them as well: what was pushed since then, it cannot have seen.
+        Young means: since its end no more time has passed than the scan took, and no more than
+        ``_KEPT``. The scan must also be younger than the youngest of these deliveries: it cannot have
+        seen a message that was pushed after it.
         """
         queues = {owed.queue for owed in page}
         scan = self._scan
@@ -163,7 +173,7 @@ class CeleryBroker:
                 and scan.asked_for.isdisjoint(owed.token.hex.encode() for owed in page)
             ):
                 return scan
-            queues |= scan.queues  # those of other pages will be asked for next
+            queues |= scan.queues  # the next call will ask for the queues of the other pages
         scan = self._scan = read_broker(self._client, self._layout, queues)
         return scan
 
@@ -182,7 +192,7 @@ class CeleryBroker:
     def _call(
         self, delivery: Restorable, deadline: float, scan: Scan
     ) -> tuple[list[Any], list[Any]] | None:
-        """Return the keys and arguments of its restore; None: it is there, or nothing is to be done."""
+        """Return the keys and arguments of the restore; None if the message is there or needs nothing."""
         token = delivery.token.hex.encode()
         taken = scan.taken.get(token)
         if delivery.running or token in scan.waiting:
@@ -209,7 +219,7 @@ class CeleryBroker:
         ]
 
     def _ends(self, absent: Sequence[Owed]) -> dict[UUID, Observation]:
-        """Return how these ended, of those whose stored result says so, and was not an earlier life's."""
+        """Return the ends that stored results show, without results of an earlier life of the same id."""
         now = time.time()
         since = {owed.job_id: now - owed.age for owed in absent}
         ends: dict[str, Presence] = {}
@@ -255,7 +265,7 @@ def _observe(scan: Scan, owed: Owed) -> Observation:
 
 
 def _failure(job_id: str) -> str:
-    """Return the result of a task whose workers were killed once too often, as Celery writes one."""
+    """Return the result of a task that too many workers died with, in Celery's format."""
     return json.dumps(
         {
             "status": "FAILURE",
@@ -273,10 +283,10 @@ def _failure(job_id: str) -> str:
 
 
 def _is_its_own(end: Presence, owed: Owed) -> bool:
-    """Whether a stored end is surely that of this delivery.
+    """Return True if a stored end certainly belongs to this delivery.
 
-    Celery stores a failure also where it failed to write down a retry: that is of the attempt before,
-    and younger than the record of this one, which nobody has begun.
+    Celery also stores a failure when it could not write down a retry. That failure belongs to the
+    attempt before, and is younger than the record of this attempt, which has not begun.
     """
     begun = owed.claim_number is not None or owed.claims > 0
     return end is not Presence.FAILED or begun or owed.age > _LONG_AGO

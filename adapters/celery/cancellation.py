@@ -1,4 +1,4 @@
-"""The hooks on every way a person takes tasks out: our tombstone first, then Redis."""
+"""Hooks on every way that a person cancels tasks: first the tombstone in the ledger, then Redis."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from kombu.transport.redis import Channel
 
 from jobguard.adapters.celery import lookup
 from jobguard.adapters.celery.connection import broker_address_of, client_of
-from jobguard.adapters.celery.contain_errors import contain_errors
-from jobguard.adapters.celery.header import token_in
-from jobguard.adapters.celery.hooks import Hooks
+from jobguard.adapters.celery.envelope import token_in
 from jobguard.adapters.celery.scan import messages_in, taken
+from jobguard.errors import StoreUnavailable
+from jobguard.host_safety import contain_errors
+from jobguard.patching import Hooks
 
 Hook = Callable[..., Any]
 
 _A_CALL = 5_000
 _NOT_TASKS = (".celery.pidbox", "celeryev.")
-"""What the queues of replies and events end or begin with."""
+"""The suffix of reply queues and the prefix of event queues."""
 
 
 def put_on(hooks: Hooks) -> None:
-    """Put the hooks on: whatever purges or deletes a queue comes by its channel."""
+    """Put the hooks on. Every purge or deletion of a queue goes through its channel."""
     hooks.put(Control, "revoke", revoke)
     hooks.put(Control, "revoke_by_stamped_headers", revoke_by_stamped_headers)
     hooks.put(Channel, "queue_purge", queue_purge)
@@ -35,14 +36,14 @@ def put_on(hooks: Hooks) -> None:
 
 
 def revoke(original: Hook) -> Hook:
-    """Control.revoke: what AsyncResult.revoke and terminate come to as well.
+    """Control.revoke: AsyncResult.revoke and terminate call it as well.
 
-    A revoke that is meant for some workers only is those workers' own affair.
+    A revoke with a destination concerns only those workers, and is not recorded.
     """
 
     @wraps(original)
     def hook(self: Any, task_id: Any, destination: Any = None, *args: Any, **kwargs: Any) -> Any:
-        with contain_errors("write down a revoke"):
+        with contain_errors("record a revoke", let_pass=StoreUnavailable):
             tracker = lookup.tracker_for(self.app)
             if tracker is not None and destination is None and task_id:
                 ids = list(task_id) if isinstance(task_id, list | tuple | set) else [task_id]
@@ -53,11 +54,11 @@ def revoke(original: Hook) -> Hook:
 
 
 def revoke_by_stamped_headers(original: Hook) -> Hook:
-    """Control.revoke_by_stamped_headers: the ledger knows no stamps, the messages in Redis do."""
+    """Control.revoke_by_stamped_headers: the ledger has no stamps, so read the messages in Redis."""
 
     @wraps(original)
     def hook(self: Any, headers: Any, destination: Any = None, *args: Any, **kwargs: Any) -> Any:
-        with contain_errors("write down a revoke"):
+        with contain_errors("record a revoke", let_pass=StoreUnavailable):
             tracker = lookup.tracker_for(self.app)
             if tracker is not None and destination is None and isinstance(headers, Mapping):
                 for tokens in _chunks(_stamped(self.app, headers)):
@@ -70,7 +71,7 @@ def revoke_by_stamped_headers(original: Hook) -> Hook:
 def queue_purge(original: Hook) -> Hook:
     """Channel.queue_purge: ``celery purge``, ``control.purge`` and its other name, discard_all.
 
-    As Celery has it, what workers have taken already is not touched.
+    As in Celery, messages that workers have already taken are not touched.
     """
 
     @wraps(original)
@@ -82,7 +83,7 @@ def queue_purge(original: Hook) -> Hook:
 
 
 def queue_delete(original: Hook) -> Hook:
-    """Channel.queue_delete: its messages go with it. Queues of replies come and go, and hold no tasks."""
+    """Channel.queue_delete: the messages go with the queue. Reply queues come and go, without any tasks."""
 
     @wraps(original)
     def hook(self: Any, queue: str, *args: Any, **kwargs: Any) -> Any:
@@ -95,8 +96,8 @@ def queue_delete(original: Hook) -> Hook:
 
 def _drop(channel: Any, queue: str) -> None:
     if queue in channel._fanout_queues:
-        return  # its messages are published, and stand nowhere in Redis
-    with contain_errors("write down a purge"):
+        return  # its messages are published, and are not stored in Redis
+    with contain_errors("record a purge", let_pass=StoreUnavailable):
         connection = channel.connection.client
         broker_address = broker_address_of(connection)
         for tracker in lookup.trackers_at(connection):
@@ -104,7 +105,7 @@ def _drop(channel: Any, queue: str) -> None:
                 continue
             client = redis.Redis(
                 connection_pool=channel.pool
-            )  # kombu's own would not prefix all keys
+            )  # kombu's own client would not prefix all keys
             raws = messages_in(client, broker_address.layout.lists_of([queue]))
             for tokens in _chunks(_tokens(raws)):
                 tracker.cancel(tokens=tokens)
@@ -118,7 +119,7 @@ def _tokens(raws: Iterable[bytes]) -> Iterator[UUID]:
 
 
 def _stamped(app: Any, headers: Mapping[str, Any]) -> Iterator[UUID]:
-    """Return the deliveries that carry one of these stamps, as a worker would compare them."""
+    """Yield the deliveries that have one of these stamps, compared as a worker would compare them."""
     connection = app.connection_for_write()
     broker_address = broker_address_of(connection)
     if broker_address is None:

@@ -1,4 +1,4 @@
-"""Which Redis a kombu connection leads to, found out without going there."""
+"""Find out which Redis a kombu connection leads to, without connecting to it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _OPTIONS = ("master_name", *(f.name for f in fields(Layout)))
 
 @dataclass(frozen=True, slots=True)
 class BrokerAddress:
-    """A broker: its address, and where its keys lie."""
+    """A broker: its address, and the layout of its keys."""
 
     address: str
     layout: Layout
@@ -29,9 +29,9 @@ _known: dict[tuple[Any, ...], BrokerAddress | None] = {}
 
 
 def broker_address_of(connection: Any) -> BrokerAddress | None:
-    """Return where this connection leads; None: not to a Redis. Asks nobody, and is quick."""
+    """Return where this connection leads; None if not to a Redis. Fast, and without any request."""
     if not isinstance(connection, Connection):
-        return None  # a user's double
+        return None  # a user's test double
     options = connection.transport_options or {}
     several = _several(connection)
     where = (
@@ -47,27 +47,27 @@ def broker_address_of(connection: Any) -> BrokerAddress | None:
 
 
 def is_redis(connection: Any) -> bool:
-    """Whether kombu's transport for this connection is the Redis one. Raises KeyError if there is none."""
+    """Return True if kombu's transport for this connection is Redis. Raise KeyError if there is none."""
     return issubclass(connection.get_transport_cls(), transport.Transport)
 
 
 def check(connection: Any) -> None:
-    """Raise KeyError for a scheme that kombu does not know, and would take for a Redis on this machine."""
+    """Raise KeyError for a scheme unknown to kombu, which kombu would take for a Redis on this machine."""
     scheme, found, _ = str(connection.hostname or "").partition("://")
     if found and scheme != "socket":
         raise KeyError(f"No such transport: {connection.transport_cls}+{scheme}")
 
 
 def client_of(connection: Any) -> redis.Redis:
-    """Return a client as this connection would make one; nothing is connected to yet."""
-    paper: Any = on_paper(_first(connection))
-    return redis.Redis(connection_pool=paper._get_pool())
+    """Return a client as this connection would make one; it is not connected yet."""
+    offline: Any = offline_channel(_first(connection))
+    return redis.Redis(connection_pool=offline._get_pool())
 
 
-def on_paper(connection: Any) -> transport.Channel:
-    """Return a channel that knows all a channel of this connection would, and has no connection.
+def offline_channel(connection: Any) -> transport.Channel:
+    """Return a channel with all settings of this connection's channels, but without a connection.
 
-    It makes a message just as the real one does: what it writes is what stands in Redis.
+    It prepares a message exactly as a real channel does, so its output equals the bytes in Redis.
     """
     kind: type[Any] = connection.get_transport_cls()
     channel: Any = object.__new__(kind.Channel)
@@ -76,26 +76,26 @@ def on_paper(connection: Any) -> transport.Channel:
         if name in options:
             setattr(channel, name, options[name])
     channel.connection = SimpleNamespace(client=connection, default_port=kind.default_port)
-    paper: transport.Channel = channel
-    return paper
+    offline: transport.Channel = channel
+    return offline
 
 
 def check_out(pool: redis.ConnectionPool) -> None:
-    """Get a connection of a pool and give it back: connects if need be, and asks nothing.
+    """Take a connection from a pool and give it back: this connects if needed, and sends no command.
 
-    A socket that the other side has closed is noticed by this. Raises RedisError.
+    This finds a socket that the other side has closed. Raise RedisError.
     """
     pool.release(take_connection(pool, "PING"))
 
 
 def _several(connection: Any) -> str:
-    """Return the first of several brokers to fail over to; "": there is only one, or one of Sentinels."""
+    """Return the first of several brokers for failover; "" for a single broker, or one with Sentinels."""
     urls = connection.alt
     return "" if not urls or len(urls) < 2 or urls[0].startswith("sentinel") else str(urls[0])
 
 
 def _first(connection: Any) -> Any:
-    """Of a list of brokers, the first is the one that is guarded."""
+    """Return the guarded one of a list of brokers: the first."""
     url = _several(connection)
     if not url:
         return connection
@@ -105,17 +105,17 @@ def _first(connection: Any) -> Any:
 def _find(connection: Any) -> BrokerAddress | None:
     if not is_redis(connection):
         return None
-    paper: Any = on_paper(connection)
+    offline: Any = offline_channel(connection)
     address = address_of(client_of(connection))
     return BrokerAddress(
         address,
         Layout(
-            global_keyprefix=str(paper.global_keyprefix),
-            sep=str(paper.sep),
-            priority_steps=tuple(int(step) for step in paper.priority_steps),
-            unacked_key=str(paper.unacked_key),
-            unacked_index_key=str(paper.unacked_index_key),
-            fanout_prefix=_fanout_prefix(paper.fanout_prefix),
+            global_keyprefix=str(offline.global_keyprefix),
+            sep=str(offline.sep),
+            priority_steps=tuple(int(step) for step in offline.priority_steps),
+            unacked_key=str(offline.unacked_key),
+            unacked_index_key=str(offline.unacked_index_key),
+            fanout_prefix=_fanout_prefix(offline.fanout_prefix),
         ),
     )
 

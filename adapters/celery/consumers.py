@@ -1,9 +1,10 @@
-"""Who takes tasks from a broker: the guarded workers, which say so, and the others.
+"""Find out who takes tasks from a broker: the guarded workers, which announce themselves, and others.
 
-Of a worker kombu writes down the name alone, in the table of the exchange by which it is controlled;
-not its queues, and not that it is gone. So a stranger counts for every queue; and if there is one, the
-exchange is asked how many hear it: as many as there are guarded workers means that it was a dead one's
-name. What is sent to ask is a control command for a worker that does not exist.
+kombu stores only the name of a worker, in the table of the exchange that controls the worker. It
+stores neither the worker's queues nor its end. So an unknown worker counts for every queue. If
+there is one, the leader asks the exchange how many workers listen to it. If that number equals the
+number of guarded workers, the unknown name belongs to a dead worker. The request is a control
+command for a worker that does not exist.
 """
 
 from __future__ import annotations
@@ -26,54 +27,55 @@ if TYPE_CHECKING:
     from jobguard.adapter import Source
 
 _SILENT = 15
-"""Seconds after which a guarded worker that has said nothing does not count among those that hear."""
+"""Seconds without an announcement after which a guarded worker does not count as a listener."""
 _REMEMBER = 120.0
-"""Seconds for which its name is known to be a guarded worker's: Redis may have lost what it said."""
+"""Seconds for which the name of a guarded worker is remembered: Redis may have lost its announcement."""
 _ASK_AGAIN = 5.0
 _POP = "brpop"
 _QUIET = 3
-"""Seconds after which a consumer that can take more has asked for it again: kombu asks each second."""
+"""Seconds after which an idle consumer counts as quiet: kombu sends its BRPOP each second."""
 _PIDBOX = ".pidbox"
 _CONTROL = "celery"
 
 
 @dataclass(frozen=True, slots=True)
 class Announced:
-    """What a guarded worker says of itself."""
+    """The announcement of a guarded worker."""
 
     name: str
     queues: tuple[str, ...]
     control: str = ""
-    """The exchange by which it is controlled; "": it is not."""
+    """The exchange that controls the worker; "" if it has none."""
 
 
 class Workers:
-    """The workers of one broker, as Redis knows them."""
+    """The workers of one broker, as Redis shows them."""
 
     def __init__(self, client: redis.Redis, source: Source, layout: Layout, *, db: int) -> None:
         self._client: Any = client
         self._listeners = Listeners(client, source)
         self._layout = layout
         self._db = db
-        self._names: dict[str, float] = {}  # of guarded workers: when they were last heard of
+        # By the name of a guarded worker: the time of its last announcement.
+        self._names: dict[str, float] = {}
         self._results: tuple[Results, ...] = ()
         self._asked_at = float("-inf")
-        self._hear = 0
+        self._listening = 0
 
     def consumers(self) -> Consumers:
-        """Return who takes from which queue."""
-        announced, heard = self._read()
+        """Return the consumers of each queue."""
+        announced, recent = self._read()
         by_queue: dict[str, set[str]] = {}
         for worker in announced:
             for queue in worker.queues:
                 by_queue.setdefault(queue, set()).add(worker.name)
         controls = {worker.control for worker in announced if worker.control} | {_CONTROL}
-        strangers = {
+        unknown = {
             control: self._bound(control).difference(self._names) for control in sorted(controls)
         }
         alive: set[str] = set()
-        for control, names in strangers.items():
-            ours = sum(worker.control == control for worker in heard)
+        for control, names in unknown.items():
+            ours = sum(worker.control == control for worker in recent)
             if names and self._count(control) > ours:
                 alive |= names
         return Consumers(
@@ -85,41 +87,42 @@ class Workers:
     def _unexplained(self) -> frozenset[str]:
         """Return the connections that take tasks and are not guarded.
 
-        kombu takes by a connection that does nothing else, so that its last command is a BRPOP, also
-        while the worker is busy. A program that asks workers for a reply does the same for a moment, and
-        may leave the connection open. But a worker that fetches nothing has something unacknowledged.
+        kombu takes messages through a connection that does nothing else. So the last command of
+        such a connection is a BRPOP, also while the worker is busy. A program that waits for
+        replies of workers does the same for a moment, and may leave the connection open. But a
+        worker that fetches nothing has an unacknowledged message.
         """
-        bare = [
+        unguarded = [
             client
-            for client in self._listeners.look()
+            for client in self._listeners.inspect()
             if client.here and client.command == _POP and not client.ours
         ]
-        quiet = [client for client in bare if not client.blocked and client.idle > _QUIET]
+        quiet = [client for client in unguarded if not client.blocked and client.idle > _QUIET]
         if quiet and not self._client.exists(self._layout.unacked):
-            bare = [client for client in bare if client not in quiet]
-        return frozenset(client.text for client in bare)
+            unguarded = [client for client in unguarded if client not in quiet]
+        return frozenset(client.text for client in unguarded)
 
     def results(self) -> tuple[Results, ...]:
-        """Return where guarded workers keep their results, as last heard; hardly ever several places."""
+        """Return where guarded workers keep their results, as last announced; rarely several places."""
         if not self._results:
             self._read()
         return self._results
 
     def _read(self) -> tuple[list[Announced], list[Announced]]:
-        """Return the guarded workers that are known, and those of them that spoke a moment ago."""
+        """Return all announced workers, and those of them that announced themselves a moment ago."""
         with self._client.pipeline(transaction=False) as pipe:
             pipe.time()
             pipe.zrange(self._layout.workers, 0, -1, withscores=True)
             pipe.hgetall(self._layout.about)
-            (seconds, _), said, about = pipe.execute()
-        known, heard = [], []
-        for session, at in said:
+            (seconds, _), announcements, about = pipe.execute()
+        known, recent = [], []
+        for session, at in announcements:
             worker = _announced(about.get(session))
             if worker is None:
                 continue
             known.append(worker)
             if int(seconds) - at <= _SILENT:
-                heard.append(worker)
+                recent.append(worker)
         found_results = (_results(field) for field in about)
         self._results = (
             tuple(found for found in found_results if found is not None) or self._results
@@ -127,22 +130,22 @@ class Workers:
         now = time.monotonic()
         self._names.update((worker.name, now) for worker in known)
         self._names = {name: at for name, at in self._names.items() if now - at < _REMEMBER}
-        return known, heard
+        return known, recent
 
     def _bound(self, control: str) -> set[str]:
-        """Return the names of all workers that ever listened to this exchange, but those that left."""
+        """Return the names of all workers that ever listened to this exchange and did not leave it."""
         rows = self._client.smembers(self._layout.binding(control + _PIDBOX))
         queues = (row.decode(errors="replace").split(self._layout.sep)[-1] for row in rows)
         return {queue.removesuffix(f".{control}{_PIDBOX}") for queue in queues}
 
     def _count(self, control: str) -> int:
-        """Return how many workers hear this exchange."""
+        """Return how many workers listen to this exchange."""
         if time.monotonic() - self._asked_at >= _ASK_AGAIN:
-            self._hear = self._client.publish(
-                self._layout.fanout(control + _PIDBOX, self._db), _nobody(control)
+            self._listening = self._client.publish(
+                self._layout.fanout(control + _PIDBOX, self._db), _ping_without_target(control)
             )
             self._asked_at = time.monotonic()
-        return self._hear
+        return self._listening
 
 
 def _announced(raw: bytes | None) -> Announced | None:
@@ -165,8 +168,8 @@ def _results(field: bytes) -> Results | None:
         return None
 
 
-def _nobody(control: str) -> str:
-    """Return a control command for nobody, as kombu would send it."""
+def _ping_without_target(control: str) -> str:
+    """Return a control command that no worker obeys, in kombu's format."""
     command = {"method": "ping", "arguments": {}, "destination": ["nobody@jobguard"]}
     return json.dumps(
         {

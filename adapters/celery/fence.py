@@ -1,15 +1,19 @@
-"""The fence: no task is run without a claim, and every run tells its end.
+"""The fence: no task runs without a claim, and every run reports its end.
 
-``before_start`` is where Celery itself asks a task before it runs, with the request at hand, after
-``task_prerun`` and outside of any swallowing of exceptions. The hook stands on Celery's own ``Task``,
-which every task has, whenever and however it was registered; a class with a ``before_start`` of its
-own is hooked as well when Celery prepares to run its task, and still has its say. Eager runs are
-left alone.
+Celery calls ``before_start`` on a task before it runs: the request is at hand, ``task_prerun`` has
+been sent, and no exception is swallowed. The hook replaces this method on Celery's own ``Task``,
+which every task inherits, at any time and in any way that it was registered. A class with a
+``before_start`` of its own is hooked as well, when Celery prepares to run its task, and its own
+method still runs. Eager runs are not touched.
+
+A task that may not run is skipped: it is ignored, and its message acknowledged, as Celery does with
+every ``Ignore``. If the task has ended before, the result that our start has overwritten is put back:
+with ``task_track_started`` Celery writes STARTED before it asks the fence. A result that Redis has lost
+is not invented, because it is unknown. If another worker runs the task, its run is not touched.
 """
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -20,20 +24,21 @@ import kombu.serialization
 from celery import states
 from celery.app import trace
 from celery.app.task import Task
+from celery.backends.base import BaseKeyValueStoreBackend
+from celery.exceptions import Ignore, WorkerLostError
 from celery.worker.consumer import consumer
 
 from jobguard import failpoint
 from jobguard.adapter import refuse_ended_member
-from jobguard.adapters.celery import killed_runs, lookup, message, sessions
+from jobguard.adapters.celery import chords, killed_runs, lookup, message, sessions
 from jobguard.adapters.celery.chords import OVER, REDIS_FAILED, part_made_of
-from jobguard.adapters.celery.contain_errors import contain_errors
-from jobguard.adapters.celery.header import DEAD, PART, TOKEN, WORKER, token_of
-from jobguard.adapters.celery.hooks import Hooks
+from jobguard.adapters.celery.envelope import DEAD, PART, TOKEN, WORKER, token_of
 from jobguard.adapters.celery.run import Run
 from jobguard.adapters.celery.sessions import CONTENT, QUEUE
-from jobguard.adapters.celery.skip import remember, skip
-from jobguard.errors import is_host_interrupt
-from jobguard.model import Delivery, Outcome, Refused, new_token
+from jobguard.host_safety import contain_errors
+from jobguard.log import log_event
+from jobguard.model import Delivery, Outcome, Refusal, Refused, new_token
+from jobguard.patching import Hooks
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -43,18 +48,18 @@ try:
 except ImportError:  # billiard before 4.3
 
     def terminate_handler_fired() -> bool:
-        """Whether this child is being terminated; an older billiard does not say."""
+        """Return False: an older billiard does not show that this child is being terminated."""
         return False
 
 
-log = logging.getLogger("jobguard")
 Hook = Callable[..., Any]
 
 OURS = (TOKEN, WORKER, CONTENT, QUEUE, PART, DEAD)
-"""Headers of ours, as a task's request has them."""
-_ASKED = "_jobguard_asked"
+"""Our headers, as the request of a task has them."""
+_CLAIMED = "_jobguard_asked"
 _RUN = "_jobguard_run"
 _OURS = "_jobguard_fence"
+_BEFORE = "_jobguard_before"
 _runs: dict[UUID, Run] = {}
 """The runs of this process, by token."""
 _NOT_OF_THE_MESSAGE = frozenset(
@@ -68,10 +73,10 @@ _NOT_OF_THE_MESSAGE = frozenset(
 
 
 def put_on(hooks: Hooks) -> None:
-    """Stand before every task that is run in this process."""
+    """Put the fence before every task that runs in this process."""
     hooks.put(Task, "before_start", before_start)
     hooks.put(trace, "build_tracer", lambda original: build_tracer(original, hooks))
-    hooks.put(consumer, "build_tracer", lambda original: the_tracer_of_now(original, hooks))
+    hooks.put(consumer, "build_tracer", lambda original: current_tracer(original, hooks))
 
 
 def before_start(original: Hook) -> Hook:
@@ -79,21 +84,22 @@ def before_start(original: Hook) -> Hook:
 
     @wraps(original)
     def hook(self: Any, *args: Any, **kwargs: Any) -> Any:
-        _ask(self)
+        _claim(self)
         return original(self, *args, **kwargs)
 
-    # Celery passes by a Task.before_start that is its own; and this tells ours from a user's.
+    # Celery skips a before_start of its own module, so the hook gets the name of this module. The
+    # flag marks our hook, which a user's own method does not have.
     hook.__module__ = __name__
     vars(hook)[_OURS] = True
     return hook
 
 
 def build_tracer(original: Hook, hooks: Hooks) -> Hook:
-    """trace.build_tracer: a class with a before_start of its own may not call Celery's."""
+    """trace.build_tracer: hook a class that has a before_start of its own, which may not call Celery's."""
 
     @wraps(original)
     def hook(name: str, task: Any, *args: Any, **kwargs: Any) -> Any:
-        with contain_errors("stand before a task of its own class"):
+        with contain_errors("hook a before_start of its own class"):
             kinds: list[Any] = [k for k in type(task).__mro__ if "before_start" in vars(k)]
             if kinds and not getattr(kinds[0].before_start, _OURS, False):
                 hooks.put(kinds[0], "before_start", before_start)
@@ -102,12 +108,12 @@ def build_tracer(original: Hook, hooks: Hooks) -> Hook:
     return hook
 
 
-def the_tracer_of_now(original: Hook, hooks: Hooks) -> Hook:
+def current_tracer(original: Hook, hooks: Hooks) -> Hook:
     """consumer.build_tracer: look ``trace.build_tracer`` up at each call.
 
-    Our import binds the name in this module early. What another library (Sentry, celery-aio-pool)
-    puts into ``trace`` after that must still be called. A function that somebody has put into this
-    module itself stays.
+    Our import binds the name in this module early. A tracer that another library (Sentry,
+    celery-aio-pool) puts into ``trace`` after that must still be called. A function that somebody
+    has put into this module itself stays.
     """
     of_celery = original.__module__ == trace.__name__ and not hasattr(original, "__wrapped__")
     if not of_celery and original is not getattr(trace.build_tracer, "__wrapped__", None):
@@ -120,22 +126,18 @@ def the_tracer_of_now(original: Hook, hooks: Hooks) -> Hook:
     return hook
 
 
-def _ask(task: Any) -> None:
-    """Ask for the claim of the run that is about to begin; raises Ignore if it is refused."""
+def _claim(task: Any) -> None:
+    """Ask for the claim of the run that is about to begin. Raise Ignore if it is refused."""
     request = task.request
     if request.is_eager or request.called_directly:
         return
-    asked = (request.id, request.retries, vars(request).get(TOKEN))
-    if vars(request).get(_ASKED) == asked:
+    claimed = (request.id, request.retries, vars(request).get(TOKEN))
+    if vars(request).get(_CLAIMED) == claimed:
         return
-    vars(request)[_ASKED] = asked
-    try:
+    vars(request)[_CLAIMED] = claimed
+    refused = None
+    with contain_errors("claim a task, which runs unclaimed", job_id=request.id):
         refused = _begin(task, request)
-    except Exception as error:
-        if is_host_interrupt(error):
-            raise
-        log.exception("jobguard could not claim task %s; it runs unclaimed", request.id)
-        return
     if refused is not None:
         raise skip(task, refused)
 
@@ -146,7 +148,7 @@ def _begin(task: Any, request: Any) -> Refused | None:
     if tracker is None or session is None:
         return None
     token = token_of(vars(request)) or new_token()
-    # It is to be counted or told as failed, not run, also where the fence is off.
+    # The message is to be counted or reported as failed, not run, also where the fence is off.
     if request.get(PART) is not None or request.get(DEAD) is not None:
         ended = refuse_ended_member(tracker, token)
         if ended is not None:
@@ -154,7 +156,7 @@ def _begin(task: Any, request: Any) -> Refused | None:
     answer = session.start(token, lambda: _describe(task, request, token))
     if isinstance(answer, Refused):
         return answer
-    for name in OURS:  # else whatever inherits this task's headers takes them along
+    for name in OURS:  # otherwise a message that inherits this task's headers takes them along
         (request.headers or {}).pop(name, None)
     working = sessions.own(session)
     if working is not None:
@@ -176,12 +178,12 @@ def _begin(task: Any, request: Any) -> Refused | None:
 
 
 def queue_of(request: Any) -> str:
-    """Return the queue that a task came from, as its worker was told, or else as its message says."""
+    """Return the queue of a task, from its worker's header, or else from its message."""
     return request.get(QUEUE) or (request.delivery_info or {}).get("routing_key") or ""
 
 
 def _describe(task: Any, request: Any, token: UUID) -> Delivery:
-    """Return the record of a delivery that nobody recorded, encoded anew as it was."""
+    """Return the record of a delivery that was not recorded, encoded again as it was."""
     given = vars(request)
     headers = {
         key: value
@@ -210,16 +212,16 @@ def _describe(task: Any, request: Any, token: UUID) -> Delivery:
     )
 
 
-def before_celery_says_started(sender: Any = None, **_: Any) -> None:
-    """task_prerun: Celery may be about to overwrite how the task ended before."""
+def keep_stored_result(sender: Any = None, **_: Any) -> None:
+    """task_prerun: keep the stored result, because Celery may be about to overwrite it with STARTED."""
     request = sender.request
     if request.is_eager or lookup.tracker_for(sender.app) is None:
         return
-    with contain_errors("read how a task had ended"):
+    with contain_errors("read the stored result of a task"):
         remember(sender)
 
 
-def why_it_failed(sender: Any = None, einfo: Any = None, **_: Any) -> None:
+def keep_error(sender: Any = None, einfo: Any = None, **_: Any) -> None:
     """task_failure, in the process that ran the task: keep the error for the report."""
     run = _run_of(sender.request)
     if run is not None and einfo is not None:
@@ -230,19 +232,17 @@ def _run_of(request: Any) -> Run | None:
     """Return the run of a request.
 
     A pool that calls ``before_start`` in another thread than the tracer (celery-aio-pool) shows it
-    another request than the tracer has: then the message's token tells.
+    another request than the tracer has. In that case the token of the message identifies the run.
     """
-    if _ASKED in vars(request):
+    if _CLAIMED in vars(request):
         run: Run | None = vars(request).get(_RUN)
         return run
     token = token_of(vars(request))
     return _runs.get(token) if token is not None else None
 
 
-def after_the_run(
-    sender: Any = None, retval: Any = None, state: str | None = None, **_: Any
-) -> None:
-    """task_postrun: the run is over, whatever came of it."""
+def run_ended(sender: Any = None, retval: Any = None, state: str | None = None, **_: Any) -> None:
+    """task_postrun: the run is over, in any way; report its end."""
     request = sender.request
     run = _run_of(request)
     if run is None:
@@ -255,20 +255,18 @@ def after_the_run(
         failpoint.hit("after_return")
     thrown = sys.exc_info()[1]
     try:
-        if (
-            run.part is None and request.chord
-        ):  # Redis may have failed before Celery came to count it
-            _note(sender, request, retval, state, thrown, run)
-        _tell(run, state, retval, thrown, acks_late=sender.acks_late)
-    except Exception as error:
-        if is_host_interrupt(error):
-            raise
-        log.exception("jobguard could not report the end of task %s", run.job_id)
+        with contain_errors("report the end of a task", job_id=run.job_id):
+            # Redis may have failed before Celery could count it.
+            if run.part is None and request.chord:
+                _keep_part(sender, request, retval, state, thrown, run)
+            _report_end(run, state, retval, thrown, acks_late=sender.acks_late)
     finally:
         run.finish()
 
 
-def _note(task: Any, request: Any, retval: Any, state: str | None, thrown: Any, run: Run) -> None:
+def _keep_part(
+    task: Any, request: Any, retval: Any, state: str | None, thrown: Any, run: Run
+) -> None:
     if state == states.SUCCESS and _returned(run, thrown):
         run.part = part_made_of(task.backend, request, states.SUCCESS, retval)
     elif state in (states.SUCCESS, states.FAILURE, None) and isinstance(
@@ -277,16 +275,18 @@ def _note(task: Any, request: Any, retval: Any, state: str | None, thrown: Any, 
         run.part = part_made_of(task.backend, request, states.FAILURE, thrown or retval)
 
 
-def _tell(
+def _report_end(
     run: Run, state: str | None, retval: Any, thrown: BaseException | None, *, acks_late: bool
 ) -> None:
-    """Report how a run ended, by the state that Celery gives it; by none where its own word failed it.
+    """Report how a run ended, by the state that Celery gives it; the state is empty if storing it failed.
 
-    What was acknowledged before it began cannot go back into its queue: that Reject is its end.
+    A message that was acknowledged before its run cannot go back into its queue, so its Reject is
+    its end.
     """
     if state == states.SUCCESS:
-        # What is thrown now, after the function returned, is Redis that failed Celery's own word of
-        # it; or what comes after the function could not be sent, and then the task has failed.
+        # An exception at this point comes after the function returned. Either Redis failed while
+        # Celery stored the result, or the tasks that follow could not be sent; in the second case
+        # the task has failed.
         returned = _returned(run, thrown)
         run.end(*((Outcome.COMPLETED,) if returned else (Outcome.FAILED, repr(thrown))))
     elif state == states.IGNORED:
@@ -295,7 +295,7 @@ def _tell(
         run.end(Outcome.FAILED, run.error or repr(retval))
     elif state == states.REJECTED:
         if getattr(retval, "requeue", False) and acks_late:
-            run.hand_back()
+            run.release()
         else:
             run.end(Outcome.FAILED, f"rejected: {getattr(retval, 'reason', retval)!r}")
     elif state == states.RETRY:
@@ -303,26 +303,76 @@ def _tell(
     elif isinstance(thrown, Exception):
         run.end(Outcome.FAILED, run.error or repr(thrown.__context__ or thrown))
     elif thrown is not None:
-        _broken_off(run, thrown, acks_late=acks_late)
+        _report_interrupted(run, thrown, acks_late=acks_late)
 
 
-def _broken_off(run: Run, thrown: BaseException, *, acks_late: bool) -> None:
-    """Report a run that ended by what is no Exception.
+def _report_interrupted(run: Run, thrown: BaseException, *, acks_late: bool) -> None:
+    """Report a run that ended with a BaseException that is no Exception.
 
-    In a child, an exit and all that follows a signal are for the main process to report. A pool
-    without children drops such a run: a message that is acknowledged late stays unacknowledged, and
-    Redis delivers it again.
+    In a child, the main process reports an exit and all that follows a signal. A pool without
+    children drops such a run: a message that is acknowledged late stays unacknowledged, and Redis
+    delivers it again.
     """
     if not run.in_worker:
         if not isinstance(thrown, SystemExit | KeyboardInterrupt) and not terminate_handler_fired():
             run.end(Outcome.FAILED, repr(thrown))
     elif not killed_runs.is_reported_elsewhere(run.session, run.claim.token, thrown):
         if acks_late and not killed_runs.is_acknowledged_after(thrown):
-            run.hand_back()
-            killed_runs.let_go(run.session, run.claim.token)
+            run.release()
+            killed_runs.stop_renewing(run.session, run.claim.token)
         else:
             run.end(Outcome.FAILED, repr(thrown))
 
 
 def _returned(run: Run, thrown: BaseException | None) -> bool:
     return thrown is None or (run.storing and isinstance(thrown, REDIS_FAILED))
+
+
+def remember(task: Any) -> None:
+    """Keep the stored result of a task before Celery writes STARTED."""
+    request, backend = task.request, task.backend
+    # A batch of celery-batches has no id of its own.
+    if request.id and task.track_started and not request.ignore_result and _keeps(backend):
+        vars(request)[_BEFORE] = backend.get(backend.get_key_for_task(request.id))
+
+
+def skip(task: Any, refused: Refused) -> Ignore:
+    """Return the exception to raise, after everything is put right; errors are logged."""
+    request = task.request
+    why = refused.outcome or refused.reason
+    log_event("task_skipped", job_id=request.id, task=task.name, reason=why.value)
+    with contain_errors("restore the result of a skipped task", job_id=request.id):
+        if refused.outcome is Outcome.DEAD and request.get(DEAD) is not None:
+            _fail(task)
+        elif refused.reason is Refusal.ENDED:
+            _put_back(task)
+            chords.finish(task, request)
+        elif refused.reason is Refusal.SPENT:
+            _fail(task)
+    return Ignore(f"jobguard: {why}")
+
+
+def _keeps(backend: Any) -> bool:
+    return isinstance(backend, BaseKeyValueStoreBackend)
+
+
+def _put_back(task: Any) -> None:
+    request, backend = task.request, task.backend
+    if _BEFORE not in vars(request):
+        return
+    key, before = backend.get_key_for_task(request.id), vars(request)[_BEFORE]
+    if before is None:
+        backend.delete(key)
+    elif backend.decode_result(before)["status"] in states.READY_STATES:
+        backend.set(key, before)
+
+
+def _fail(task: Any) -> None:
+    """Fail a task whose crash budget is spent, and so inform its callers, error callbacks and chord."""
+    request = task.request
+    task.backend.mark_as_failure(
+        request.id,
+        WorkerLostError("jobguard: too many workers died while they ran this task"),
+        request=request,
+        store_result=not request.ignore_result,
+    )

@@ -1,13 +1,14 @@
-"""A crash of kombu's that takes a worker along when Redis dies, mended.
+"""Fixes for crashes of kombu that end a worker when its Redis dies.
 
-In kombu 5.6 and 5.7 a worker that holds an unacknowledged message (an ETA is enough) ends with exit
-code 1 when its Redis is killed: its channel is closed twice, the second time when its connection has
-forgotten where it led, and the ``AttributeError`` is none of the errors after which Celery connects
-again. Said as what it is, a connection that is closed, it is one of them.
+In kombu 5.6 and 5.7 a worker with an unacknowledged message (a task with an ETA is enough) ends
+with exit code 1 when its Redis is killed: its channel is closed twice, the second time after its
+connection has lost its parameters. The ``AttributeError`` of that second time is none of the errors
+after which Celery connects again. The fix raises the error of a closed connection, which is one of
+them.
 
 A worker also ends when its Redis becomes a replica (READONLY, UNBLOCKED), waits for its master
 (MASTERDOWN), or refuses all writes for a while (MISCONF, NOREPLICAS): kombu reports an error of the
-channel. In a worker, such an answer is an error of the connection.
+channel. In a worker, the fix turns such an answer into an error of the connection.
 """
 
 from __future__ import annotations
@@ -21,25 +22,33 @@ import redis
 from kombu.transport.redis import Channel
 
 from jobguard.adapters.celery import sessions
-from jobguard.adapters.celery.contain_errors import contain_errors
-from jobguard.adapters.celery.hooks import Hooks
+from jobguard.host_safety import contain_errors
+from jobguard.patching import Hooks
 
-_ILL = ((5, 6), (5, 7))
-_AWAY = ("UNBLOCKED", "READONLY", "MASTERDOWN", "LOADING", "MISCONF", "NOREPLICAS", "CLUSTERDOWN")
-"""How the answers of a server begin that cannot serve for a while."""
+_BROKEN_VERSIONS = ((5, 6), (5, 7))
+_UNAVAILABLE = (
+    "UNBLOCKED",
+    "READONLY",
+    "MASTERDOWN",
+    "LOADING",
+    "MISCONF",
+    "NOREPLICAS",
+    "CLUSTERDOWN",
+)
+"""The first words of the answers of a server that cannot serve for a while."""
 
 
 def put_on(hooks: Hooks) -> None:
-    """Mend this kombu."""
+    """Install the fixes that this kombu needs."""
     if hasattr(Channel._connparams, "__wrapped__"):
         return
-    if tuple(kombu.VERSION[:2]) in _ILL:
+    if tuple(kombu.VERSION[:2]) in _BROKEN_VERSIONS:
         hooks.put(Channel, "_connparams", connparams)
     hooks.put(Channel, "_connparams", reconnecting)
 
 
 def connparams(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Channel._connparams: where to connect to."""
+    """Channel._connparams: the parameters of the connection."""
 
     @wraps(original)
     def hook(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -51,12 +60,12 @@ def connparams(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def reconnecting(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Channel._connparams: with a kind of connection that breaks when its server cannot serve."""
+    """Channel._connparams: use a kind of connection that breaks when its server cannot serve."""
 
     @wraps(original)
     def hook(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = original(self, *args, **kwargs)
-        with contain_errors("mend a connection"):
+        with contain_errors("fix a connection of kombu"):
             kind = given.get("connection_class")
             if isinstance(kind, type) and sessions.is_worker():
                 given["connection_class"] = _breaking(kind)
@@ -66,12 +75,12 @@ def reconnecting(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _breaking(kind: type[Any]) -> type[Any]:
-    class Breaking(kind):  # type: ignore[misc]  # whatever class kombu has chosen
+    class Breaking(kind):  # type: ignore[misc]  # the class that kombu has chosen
         def read_response(self, *args: Any, **kwargs: Any) -> Any:
             try:
                 return super().read_response(*args, **kwargs)
             except redis.exceptions.ResponseError as error:
-                if not _says_away(error):
+                if not _is_unavailable(error):
                     raise
                 self.disconnect()
                 raise redis.exceptions.ConnectionError(f"Redis cannot serve: {error}") from error
@@ -79,7 +88,7 @@ def _breaking(kind: type[Any]) -> type[Any]:
     return Breaking
 
 
-def _says_away(error: redis.exceptions.ResponseError) -> bool:
-    # redis-py takes the first word off an answer that it knows.
+def _is_unavailable(error: redis.exceptions.ResponseError) -> bool:
+    # redis-py removes the first word of an answer that it knows.
     known = (redis.exceptions.ReadOnlyError, redis.exceptions.MasterDownError)
-    return isinstance(error, known) or str(error).startswith(_AWAY)
+    return isinstance(error, known) or str(error).startswith(_UNAVAILABLE)

@@ -1,21 +1,21 @@
-"""Where Celery on kombu's Redis transport keeps its things, key by key.
+"""The keys of Celery on kombu's Redis transport.
 
 ==============================  =========================================================
 ``<queue>``                     list of messages: pushed at the head, taken from the tail
 ``<queue><sep><step>``          the same of a lower priority; 0 is the highest, and has no suffix
-``unacked``                     hash of what workers have taken: tag to ``[message, exchange, key]``
-``unacked_index``               zset of those tags by the time they were taken
+``unacked``                     hash of taken messages: tag to ``[message, exchange, key]``
+``unacked_index``               zset of those tags by the time of the taking
 ``_kombu.binding.<exchange>``   set of ``routing key, pattern, queue``, joined by the separator
 ``celery-task-meta-<id>``       the result of a task, if the results are in a Redis
 ``celery-taskset-meta-<gid>``   of a chord: ``.s`` its size, ``.j`` the results so far, and more
 ==============================  =========================================================
 
-All but the results begin with ``global_keyprefix``. Ours beside them:
+All keys but the results begin with ``global_keyprefix``. Our own keys:
 
 ==============================  =========================================================
 ``jobguard:celery:restored``    zset of tokens put back lately, by the time in microseconds
-``jobguard:celery:workers``     zset of guarded workers' sessions by the time they last said so
-``jobguard:celery:about``       hash of the same: session to what is known of it, and where results are
+``jobguard:celery:workers``     zset of guarded workers' sessions by the time of their last announcement
+``jobguard:celery:about``       hash of the same: session to its description, and the places of results
 ==============================  =========================================================
 """
 
@@ -31,7 +31,7 @@ BINDING_SEP = "\x06\x16"
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The names of the keys of one broker; the names of the fields are kombu's transport options."""
+    """The names of the keys of one broker. The fields are named as kombu's transport options."""
 
     global_keyprefix: str = ""
     sep: str = BINDING_SEP
@@ -41,7 +41,7 @@ class Layout:
     fanout_prefix: str = "/{db}."
 
     def __str__(self) -> str:
-        """Return it as the prefix of a source: nothing, where all is as kombu has it by default."""
+        """Return the layout as the prefix of a source: empty if all options are kombu's defaults."""
         unusual = {
             f.name: _text(value)
             for f in fields(self)
@@ -51,7 +51,7 @@ class Layout:
 
     @classmethod
     def parse(cls, prefix: str) -> Layout:
-        """Return the layout that a source's prefix names."""
+        """Return the layout that a source's prefix describes."""
         known = {f.name for f in fields(cls)}
         given: dict[str, Any] = {k: v for k, v in parse_qsl(prefix, keep_blank_values=True)}
         if "priority_steps" in given:
@@ -69,12 +69,12 @@ class Layout:
 
     @property
     def unacked(self) -> str:
-        """The key of the hash of what workers have taken."""
+        """The key of the hash of the messages that workers have taken."""
         return self.global_keyprefix + self.unacked_key
 
     @property
     def unacked_index(self) -> str:
-        """The key of the zset of what workers have taken."""
+        """The key of the zset of the messages that workers have taken."""
         return self.global_keyprefix + self.unacked_index_key
 
     def binding(self, exchange: str) -> str:
@@ -82,12 +82,12 @@ class Layout:
         return f"{self.global_keyprefix}_kombu.binding.{exchange}"
 
     def fanout(self, exchange: str, db: int) -> str:
-        """Return the channel of an exchange that everybody hears."""
+        """Return the channel of a fanout exchange."""
         return f"{self.global_keyprefix}{self.fanout_prefix.format(db=db)}{exchange}"
 
     @property
     def restored(self) -> str:
-        """The key of the zset of what was put back lately."""
+        """The key of the zset of the tokens that were put back lately."""
         return f"{self.global_keyprefix}jobguard:celery:restored"
 
     @property
@@ -97,7 +97,7 @@ class Layout:
 
     @property
     def about(self) -> str:
-        """The key of the hash of what is known of them."""
+        """The key of the hash that describes the guarded workers."""
         return f"{self.global_keyprefix}jobguard:celery:about"
 
 

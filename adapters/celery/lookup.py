@@ -1,4 +1,4 @@
-"""Which tracker an app speaks to."""
+"""The table of apps and their trackers."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from weakref import WeakKeyDictionary
 
 from celery.local import Proxy
 
-from jobguard.adapter import trackers
 from jobguard.adapters.celery.connection import BrokerAddress, broker_address_of
+from jobguard.registry import trackers
 
 if TYPE_CHECKING:
     from jobguard.adapter import Tracker
@@ -23,7 +23,7 @@ _waiting: WeakKeyDictionary[Any, list[Callable[[], None]]] = WeakKeyDictionary()
 
 
 def add(tracker: Tracker, app: Any) -> bool:
-    """Have this app speak to this tracker; False: it does already."""
+    """Connect this app to this tracker. Return False if it was connected already."""
     with _lock:
         guards = _guards.setdefault(app, [])
         if any(known.source.id == tracker.source.id for known in guards):
@@ -33,7 +33,7 @@ def add(tracker: Tracker, app: Any) -> bool:
 
 
 def remove(tracker: Tracker) -> list[Any]:
-    """Have no app speak to this tracker; return those that speak to none now."""
+    """Disconnect all apps from this tracker. Return those that have no tracker now."""
     bare = []
     with _lock:
         for app, guards in list(_guards.items()):
@@ -47,25 +47,25 @@ def remove(tracker: Tracker) -> list[Any]:
 
 
 def real(app: Any) -> Any:
-    """Return the app that a proxy, such as ``current_app``, stands for."""
+    """Return the app behind a proxy such as ``current_app``."""
     return app._get_current_object() if issubclass(type(app), Proxy) else app
 
 
 def is_guarded() -> bool:
-    """Whether any app is, or will be once it is configured."""
+    """Return True if any app is guarded, or will be guarded once it is configured."""
     return bool(_guards or _waiting)
 
 
 def wait(app: Any, callback: Callable[[], None]) -> None:
-    """Call this back before the first thing that this app does."""
+    """Call this back before the first action of this app."""
     with _lock:
         _waiting.setdefault(app, []).append(callback)
 
 
 def resolve_config(app: Any) -> None:
-    """Call back who waits for this app to be configured: that time has come.
+    """Call the callbacks that wait for this app's configuration, which is complete now.
 
-    They stay on the list until they are done: another thread waits here for them as well.
+    The callbacks stay on the list until they are done: another thread waits here for them as well.
     """
     if not _waiting or (app := real(app)) not in _waiting:
         return
@@ -77,7 +77,7 @@ def resolve_config(app: Any) -> None:
 
 
 def tracker_for(app: Any) -> Tracker | None:
-    """Return the tracker that this app speaks to; None: it is not guarded."""
+    """Return the tracker of this app; None if it is not guarded."""
     resolve_config(app)
     guards = _guards.get(real(app)) if _guards else None
     return guards[0] if guards else _tracker_of_copy(real(app))
@@ -108,7 +108,7 @@ def tracker_for_push(app: Any, connection: Any) -> Tracker | None:
 
 
 def trackers_at(connection: Any) -> list[Tracker]:
-    """Return all trackers of the broker that this connection leads to, whoever's app it is."""
+    """Return all trackers of the broker that this connection leads to, for every app."""
     for app in list(_waiting):
         resolve_config(app)
     broker_address = broker_address_of(connection)

@@ -1,6 +1,6 @@
-"""Where the hooks hang: on each guarded app, and, with the first of them, on Celery's own classes.
+"""Install the hooks on each guarded app, and with the first of them on Celery's own classes.
 
-All of them or none, and removed as they were put.
+Either all hooks are installed or none, and they are removed in the same way.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ import celery
 from celery.signals import beat_init, celeryd_after_setup, worker_init
 from celery.worker import WorkController
 
-from jobguard.adapter import tracker_for_worker
-from jobguard.adapters.celery import backend, cancellation, client_names, lookup, worker
-from jobguard.adapters.celery.contain_errors import contain_errors
-from jobguard.adapters.celery.hooks import Hooks
+from jobguard.adapters.celery import announce, backend, cancellation, lookup, worker
 from jobguard.adapters.celery.producer import hook_app, unhook_app
-from jobguard.errors import UnsupportedTarget
+from jobguard.errors import StoreUnavailable, UnsupportedTarget
+from jobguard.host_safety import contain_errors
+from jobguard.patching import Hooks
+from jobguard.registry import tracker_for_worker
 
 if TYPE_CHECKING:
     from jobguard.adapter import Tracker
 
 _OLDEST = (5, 4)
-_UID = "jobguard.celery.settle"
+_UID = "jobguard.celery.worker_init"
 
 _lock = threading.RLock()
 _hooks = Hooks()
@@ -32,27 +32,27 @@ _on = False
 
 
 def install(tracker: Tracker, app: Any) -> None:
-    """Have this app speak to this tracker; raises UnsupportedTarget if this Celery is not known."""
+    """Connect this app to this tracker. Raise UnsupportedTarget if this Celery is not supported."""
     with _lock:
-        _put_on()
+        _install_hooks()
         if lookup.add(tracker, app):
             hook_app(app)
             worker.install(tracker, app)
 
 
 def uninstall(tracker: Tracker) -> None:
-    """Have no app speak to this tracker, and take the hooks off with the last."""
+    """Disconnect all apps from this tracker, and remove the hooks with the last one."""
     with _lock:
         for app in lookup.remove(tracker):
             worker.uninstall(tracker, app)
             unhook_app(app)
-        _take_off()
+        _remove_hooks()
 
 
 def wait(app: Any, callback: Callable[[], None]) -> None:
-    """Call this back before the first thing that this app does; it need not be configured for this."""
+    """Call this back before the first action of this app, which may be unconfigured until then."""
     with _lock:
-        _put_on()
+        _install_hooks()
         lookup.wait(app, callback)
         hook_app(app)
         worker.install(
@@ -61,7 +61,7 @@ def wait(app: Any, callback: Callable[[], None]) -> None:
 
 
 def resolve_config(app: Any) -> None:
-    """Have this app configured now, and call back who waits for it."""
+    """Configure this app now, and call the callbacks that wait for that."""
     lookup.resolve_config(app)
 
 
@@ -76,21 +76,21 @@ def prepare() -> None:
 
 
 def _guard_by_environment(sender: Any = None, **_: Any) -> None:
-    """worker_init, beat_init: nobody may have called guard() for this app."""
-    with contain_errors("guard a program by its environment"):
+    """worker_init, beat_init: guard an app for which no guard() was called."""
+    with contain_errors("guard a program by its environment", let_pass=StoreUnavailable):
         if lookup.tracker_for(sender.app) is None:
             tracker_for_worker(sender.app)
     _worker_begins(sender)
 
 
-def _put_on() -> None:
+def _install_hooks() -> None:
     global _on
     if _on:
         return
     try:
         if celery.VERSION[:2] < _OLDEST:
             raise AttributeError("it is too old")
-        for part in (backend, cancellation, client_names):
+        for part in (backend, cancellation, announce):
             part.put_on(_hooks)
     except AttributeError as error:
         _hooks.take_off()
@@ -102,7 +102,7 @@ def _put_on() -> None:
     _on = True
 
 
-def _take_off() -> None:
+def _remove_hooks() -> None:
     global _on
     if _on and not lookup.is_guarded():
         worker_init.disconnect(_worker_begins, dispatch_uid=_UID)

@@ -1,13 +1,13 @@
-"""The one way that every task takes out: ``AMQP.send_task_message`` calls ``producer.publish``.
+"""The hook on every push of a task: ``AMQP.send_task_message`` calls ``producer.publish``.
 
-The producer that it is given is ours, and hands on to the real one, after every receiver of
-``before_task_publish`` has had its say: what is recorded is what is sent, byte for byte.
+Our producer replaces the one that this function gets, and calls the real one. It acts after all
+receivers of ``before_task_publish``, so the recorded message equals the sent message, byte for
+byte.
 """
 
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
@@ -16,18 +16,16 @@ from celery.utils.imports import instantiate
 
 from jobguard.adapters.celery import lookup
 from jobguard.adapters.celery.backend import sends_a_group
-from jobguard.adapters.celery.header import DEAD, PART, TOKEN, WORKER
-from jobguard.adapters.celery.message import Target, Wire
+from jobguard.adapters.celery.envelope import DEAD, PART, TOKEN, WORKER
+from jobguard.adapters.celery.message import Target, Wire, target_of
 from jobguard.adapters.celery.push import BROKER_DOWN, TaskPush
-from jobguard.adapters.celery.routing import target_of
 from jobguard.adapters.celery.run import Run, closes, current_run
-from jobguard.errors import is_host_interrupt
+from jobguard.host_safety import contain_errors
 from jobguard.model import derived_token, new_token
 
 if TYPE_CHECKING:
     from jobguard.adapter import Tracker
 
-log = logging.getLogger("jobguard")
 
 _SENDER = "send_task_message"
 _ARGUMENTS = frozenset(
@@ -37,14 +35,14 @@ _ARGUMENTS = frozenset(
         *("retry_policy", "declare", "expiration", "timeout", "confirm_timeout"),
     )
 )
-"""What kombu's ``Producer.publish`` takes for itself: all else is a property of the message."""
+"""Arguments that kombu's ``Producer.publish`` takes itself: all others are message properties."""
 
 
 class GuardedAMQP:
-    """Makes an app's AMQP as before, when the app first needs one, and puts our sender into it.
+    """Make an app's AMQP as before, when the app first needs one, and put our sender into it.
 
-    It stands in the app's ``amqp_cls``, so that its configuration is not read before its time; and it
-    can be pickled with the app, as to a spawned worker.
+    It is the app's ``amqp_cls``, so that the app's configuration is not read too early. It can be
+    pickled with the app, for example to a spawned worker.
     """
 
     is_hooked = True
@@ -53,14 +51,14 @@ class GuardedAMQP:
         self.before = before
 
     def __call__(self, app: Any) -> Any:
-        """Make it."""
+        """Make the AMQP."""
         amqp = instantiate(self.before, app=app)
         hook_amqp(amqp)
         return amqp
 
 
 def hook_app(app: Any) -> None:
-    """Have all that this app publishes come by; the same again changes nothing."""
+    """Route everything that this app publishes through us; a second call changes nothing."""
     if not isinstance(app.amqp_cls, GuardedAMQP):
         app.amqp_cls = GuardedAMQP(app.amqp_cls)
     if "amqp" in vars(app):
@@ -68,7 +66,7 @@ def hook_app(app: Any) -> None:
 
 
 def unhook_app(app: Any) -> None:
-    """Leave the app as it was."""
+    """Restore the app as it was."""
     if isinstance(app.amqp_cls, GuardedAMQP):
         app.amqp_cls = app.amqp_cls.before
     state = vars(vars(app)["amqp"]) if "amqp" in vars(app) else {}
@@ -98,7 +96,7 @@ class Sender:
         app = self._amqp.app
         tracker = _tracker_for(app, producer)
         if self.original is None:
-            self.original = _made_by_the_library(self._amqp)
+            self.original = _library_sender(self._amqp)
         if tracker is not None:
             body = message[2]
             producer = Producer(producer, tracker, app, body, options.get("exchange_type"))
@@ -108,7 +106,7 @@ class Sender:
 
 
 class Producer:
-    """A producer for one task's message: the rest that goes by it, events, is none of ours."""
+    """A producer for one task's message; other messages, such as events, pass unchanged."""
 
     def __init__(
         self, producer: Any, tracker: Tracker, app: Any, body: Any, exchange_type: str | None
@@ -133,12 +131,12 @@ class Producer:
             self._push = self._prepared(wire, options)
         if self._push is None:
             return self._producer.publish(body, **options)
-        if self._push.begun:  # the library tries the very same message again
+        if self._push.begun:  # the library tries the same message again
             return self._push.send()
         return self._push.make()
 
     def _serialised(self, body: Any, options: dict[str, Any]) -> Wire:
-        """Do what the real producer would do to the body; what it raises is what that would raise."""
+        """Serialise the body as the real producer would, with the same exceptions."""
         real, headers = self._producer, options["headers"]
         data, content_type, content_encoding = real._prepare(
             body,
@@ -168,8 +166,8 @@ class Producer:
         )
 
     def _prepared(self, wire: Wire, options: dict[str, Any]) -> TaskPush | None:
-        """Return what is to be done; None: this message is none of ours."""
-        try:
+        """Return the prepared push; None if this message is not guarded."""
+        with contain_errors("record a task", job_id=wire.task.get("id")):
             target = target_of(
                 self._app,
                 options.get("exchange") or self._producer.exchange,
@@ -181,12 +179,8 @@ class Producer:
             if target is None or not self._tracker.guards(target.queue):
                 return None
             return self._recorded_first(wire, target, options)
-        except Exception as error:
-            if is_host_interrupt(error):
-                raise
-            log.exception("jobguard could not take task %s", wire.task.get("id"))
-            wire.headers.pop(TOKEN, None)
-            return None
+        wire.headers.pop(TOKEN, None)
+        return None
 
     def _recorded_first(self, wire: Wire, target: Target, options: dict[str, Any]) -> TaskPush:
         run = current_run()
@@ -194,7 +188,7 @@ class Producer:
             run = None  # a task of another broker
         moving = run if run is not None and run.job_id == wire.job_id else None
         delivery = wire.delivery(
-            new_token() if run is None else _next_of(run, wire.job_id),
+            new_token() if run is None else _token_of_next(run, wire.job_id),
             target,
             parent=moving.parent() if moving is not None else None,
             derived=run is not None,
@@ -206,9 +200,10 @@ class Producer:
             "content_encoding": wire.content_encoding,
             "compression": "",  # it is compressed already
         }
-        # Of text that is not to be base64 kombu would make bytes, and keep those: it gets the original.
-        as_it_came = isinstance(wire.data, str) and not wire.in_base64
-        data, sent = (self._body, options) if as_it_came else (wire.data, encoded)
+        # If the text is not to be base64, kombu would make bytes of it and keep those: pass the
+        # original.
+        unencoded = isinstance(wire.data, str) and not wire.in_base64
+        data, sent = (self._body, options) if unencoded else (wire.data, encoded)
         return TaskPush(
             tracker=self._tracker,
             app=self._app,
@@ -222,7 +217,7 @@ class Producer:
         )
 
     def _channel(self, options: dict[str, Any]) -> Any:
-        """Return the channel to ask where a message goes, with its queues declared; None: do not ask."""
+        """Return the channel that knows the bindings, with its queues declared; None if Redis is away."""
         exchange = options.get("exchange")
         if not getattr(exchange, "name", exchange) or self._tracker.broker_in_doubt():
             return None
@@ -235,29 +230,25 @@ class Producer:
             return None
 
 
-def _next_of(run: Run, job_id: str) -> UUID:
+def _token_of_next(run: Run, job_id: str) -> UUID:
     return derived_token(run.claim.token, job_id, run.next_nth(job_id))
 
 
 def _without_ours(headers: dict[str, Any]) -> dict[str, Any]:
-    """Return a message's headers without what they inherited from the message of a guarded run."""
+    """Return a message's headers without those inherited from the message of a guarded run."""
     return {
         name: value for name, value in headers.items() if name not in (TOKEN, WORKER, PART, DEAD)
     }
 
 
 def _tracker_for(app: Any, producer: Any) -> Tracker | None:
-    try:
+    with contain_errors("find the broker of a task, which is sent unrecorded"):
         return lookup.tracker_for_push(app, producer.connection)
-    except Exception as error:
-        if is_host_interrupt(error):
-            raise
-        log.exception("jobguard could not find out where a task goes; it goes unrecorded")
-        return None
+    return None
 
 
-def _made_by_the_library(amqp: Any) -> Callable[..., Any]:
-    """Return what would be in our sender's place."""
+def _library_sender(amqp: Any) -> Callable[..., Any]:
+    """Return the sender that the library would use."""
     made = inspect.getattr_static(type(amqp), _SENDER)
     make = getattr(made, "func", None) or getattr(made, "fget", None)
     sender: Callable[..., Any] = make(amqp) if make is not None else made.__get__(amqp)

@@ -1,8 +1,7 @@
-"""The push of one message of Celery's, by the producer that Celery has for it."""
+"""The push of one Celery message, by the producer that Celery has for it."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,11 +15,11 @@ from jobguard.adapters.celery.connection import check_out, client_of
 from jobguard.adapters.celery.run import Run
 from jobguard.clients import bounded_pool, own_client
 from jobguard.host.push import Push
+from jobguard.log import log_event
 
 if TYPE_CHECKING:
     from jobguard.model import Delivery, Recorded
 
-log = logging.getLogger("jobguard")
 
 BROKER_DOWN = (
     redis.ConnectionError,
@@ -29,7 +28,7 @@ BROKER_DOWN = (
     OperationalError,
     OSError,
 )
-"""What says that Redis is away."""
+"""Errors that show that Redis is away."""
 TIMEOUT = 1.0
 """Seconds that a client of ours waits for Redis at most."""
 _PATIENCE = ("max_retries", "interval_start", "interval_step", "interval_max")
@@ -42,17 +41,17 @@ class TaskPush(Push):
     app: Any
     delivery: Delivery
     publish: Callable[..., Any]
-    """Has the library send it, by this producer, with these options in the place of others."""
+    """Call the library's publish with this producer, and with these options in the place of others."""
     producer: Any
     run: Run | None = None
-    """The run whose place it takes, if it is a retry or a replacement."""
+    """The run that this push supersedes, if it is a retry or a replacement."""
     retry: bool = False
     alone: bool = False
-    """A generator sends it while its group is sent, and may wait for what becomes of it."""
+    """A generator sends it while its group is sent, and may wait for its result."""
     policy: dict[str, Any] | None = None
-    """How patient the library is with a Redis that is away."""
+    """The library's retry policy while Redis is away."""
     begun: bool = False
-    """It is recorded: the library may try to send it again, and need not be asked anything else."""
+    """True once it is recorded: the library may send it again without further checks."""
     broker_down = BROKER_DOWN
 
     @property
@@ -61,11 +60,11 @@ class TaskPush(Push):
         return [self.delivery]
 
     def may_wait(self) -> bool:
-        """Not what no group waits for."""
+        """Return False if a group does not wait for this push."""
         return not self.alone
 
     def reach(self) -> None:
-        """Make sure that the connection of the producer, if it has one, still is one."""
+        """Check the connection of the producer, if it has one."""
         reach(self.producer)
 
     def wait(self, down: BaseException | None) -> None:
@@ -78,7 +77,7 @@ class TaskPush(Push):
             ping(connection)
 
     def send(self) -> Any:
-        """Have the producer publish it; once, where a leader pushes what was not sent."""
+        """Have the producer publish it; try only once if a leader pushes an unsent message."""
         patience = self.patience
         pool = getattr(self.producer.channel, "pool", None) if patience is not None else None
         if pool is None:
@@ -88,7 +87,7 @@ class TaskPush(Push):
 
     @contextmanager
     def borrowed(self) -> Iterator[None]:
-        """Another producer: the one of then may be in other hands by now."""
+        """Use another producer: a different thread may use the first one by now."""
         own = self.producer
         try:
             with (
@@ -100,27 +99,27 @@ class TaskPush(Push):
             self.producer = own
 
     def apply_refusals(self, recorded: Recorded) -> bool:
-        """Tell the run whose place is taken: its record was superseded in that very transaction."""
+        """Mark the superseded run: its record was superseded in the same transaction."""
         self.begun = True
         left = super().apply_refusals(recorded)
         if self.run is not None:
             self.run.superseded_by(self.delivery.token if left else None)
         if not left:
-            log.info("task %s has ended or moved on; it is not sent", self.delivery.job_id)
+            log_event("push_skipped", job_id=self.delivery.job_id)
         return left
 
     def undo(self) -> None:
-        """What takes no other's place was never recorded."""
+        """Forget the record of a push that supersedes no run: it was never recorded."""
         self.begun = self.begun and self.delivery.parent is not None
 
 
 def reach(producer: Any) -> None:
-    """Make sure that the connection of this producer, if it has one, still is one. Raises RedisError."""
+    """Check the connection of this producer, if it has one. Raise RedisError."""
     if producer.connection.connected:
         check_out(producer.channel.pool)
 
 
 def ping(connection: Any) -> None:
-    """Ask Redis whether it is there, on a client of our own, in bounded time. Raises RedisError."""
+    """Ping Redis on a client of our own, in bounded time. Raise RedisError."""
     with own_client(client_of(connection), timeout=TIMEOUT) as client:
         client.ping()

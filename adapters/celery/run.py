@@ -1,8 +1,9 @@
-"""One guarded run of a task, and the one report of how it ended.
+"""One guarded run of a task, and the single report of its end.
 
-What is published from inside a run is the run's own: its token follows from the run's and from the
-job's id, so that a run that is started again sends the same again. A retry and a replacement carry
-the id of the job itself: they take its place, and then there is nothing left to report.
+A task that is published inside of a run belongs to that run: its token is derived from the run's
+token and from the job's id, so that a repeated run sends the same deliveries. A retry and a
+replacement have the id of the job itself: they supersede the run, and the run then has nothing to
+report.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ _joining: ContextVar[_Joining | None] = ContextVar("jobguard_celery_joining", de
 
 
 class Run:
-    """A claim that this process holds, until its end is told: once, by whoever is first."""
+    """A claim of this process, until its end is reported; only the first report counts."""
 
     def __init__(
         self,
@@ -54,22 +55,22 @@ class Run:
         self.tracker, self.session, self.claim = tracker, session, claim
         self.job_id, self.queue, self.task = job_id, queue, task
         self.in_worker = left is not None
-        """It runs in the worker's own process, which wants to know when it has left it."""
+        """It runs in the worker's own process, which must learn when the run leaves."""
         self._left = left
         self.reported = False
         self.outcome: Outcome | None = None
-        """How it ended, once that is told; None: something else has taken its place."""
+        """The end of the run, once it is reported; None if another delivery superseded the run."""
         self.storing = False
-        """All that comes after the function is sent: Celery is about to store what it returned."""
+        """True once all follow-up tasks are sent: Celery is about to store the return value."""
         self.part: Part | None = None
-        """What its end is to a chord."""
+        """The part that its end adds to a chord."""
         self.error: str | None = None
         self._attempt = attempt
         self._successor: UUID | None = None
         self._sent: dict[str, int] = {}
         self._inside: AbstractContextManager[None] | None = None
 
-    # What is published from inside.
+    # Tasks published inside of the run.
 
     def next_nth(self, job_id: str) -> int:
         """Return how often this run has sent this id before, and count this time."""
@@ -78,29 +79,29 @@ class Run:
         return nth
 
     def parent(self) -> Parent:
-        """Return what a delivery of this run's own job takes the place of."""
+        """Return the parent that a new delivery of this run's own job supersedes."""
         if self._successor is not None:
             return Parent(self._successor)
         return Parent(self.claim.token, claim=self.claim.number or None, worker=self.session.id)
 
     def superseded_by(self, token: UUID | None) -> None:
-        """Report nothing: what takes the place of this run is recorded, or was refused for a newer one."""
+        """Report nothing: the superseding delivery is recorded, or was refused in favour of a newer one."""
         if token is not None:
             self._successor = token
         if not self.reported:
             self.reported = True
             self.session.mark_superseded(self.claim)
 
-    # From its start to its end.
+    # From the start of the run to its end.
 
     def enter(self) -> None:
-        """From here on this thread, or greenlet, is in this run."""
+        """Enter the run: this thread, or greenlet, is in the run from here on."""
         _current.set(self)
         self._inside = running_job(self.tracker, self.claim, self.job_id, attempt=self._attempt)
         self._inside.__enter__()
 
     def leave(self) -> None:
-        """It is over here."""
+        """Leave the run in this thread."""
         _current.set(None)
         inside, self._inside = self._inside, None
         if inside is not None:
@@ -108,13 +109,13 @@ class Run:
                 inside.__exit__(None, None, None)
 
     def finish(self) -> None:
-        """It is over, and told."""
+        """Finish the run after its end was reported."""
         left, self._left = self._left, None
         if left is not None:
             left()
 
     def end(self, outcome: Outcome, error: str | None = None) -> None:
-        """Report how it ended, unless that is told already."""
+        """Report how the run ended, unless that is reported already."""
         if self.reported:
             return
         self.reported, self.outcome = True, outcome
@@ -128,21 +129,21 @@ class Run:
             part=self.part,
         )
 
-    def hand_back(self) -> None:
-        """The library puts this very delivery back into its queue."""
+    def release(self) -> None:
+        """Release the claim: the library puts this same delivery back into its queue."""
         if not self.reported:
             self.reported = True
             self.session.release(self.claim)
 
 
 def current_run() -> Run | None:
-    """Return the run that this thread, or greenlet, is in."""
+    """Return the run of this thread or greenlet."""
     return _current.get()
 
 
 @contextmanager
 def joining(group: str, body: str | None) -> Iterator[None]:
-    """Let what is sent inside under the body's id go on from this chord; None: what is sent first."""
+    """Treat the push of this body inside of the block as the end of this chord; None: the first push."""
     before = _joining.set(_Joining(group, body))
     try:
         yield
@@ -150,8 +151,8 @@ def joining(group: str, body: str | None) -> Iterator[None]:
         _joining.reset(before)
 
 
-def no_longer_joining() -> str | None:
-    """Return the chord that was about to go on, which it will not."""
+def stop_joining() -> str | None:
+    """Return the chord that was about to send its body; that body will not be sent."""
     at = _joining.get()
     if at is None or at.over:
         return None
@@ -160,7 +161,7 @@ def no_longer_joining() -> str | None:
 
 
 def closes(job_id: str) -> str | None:
-    """Return the chord of which this job is the body, if the library is just about to send that."""
+    """Return the chord that this job is the body of, if the library is about to send that body."""
     at = _joining.get()
     if at is None or at.over or at.body not in (None, job_id):
         return None

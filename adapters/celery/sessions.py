@@ -1,15 +1,14 @@
-"""Who works here: the session of this process' worker, and who speaks for it in its children.
+"""The guarded workers of this process, and the sessions that its children use.
 
-A worker opens its session before its pool starts, in its main process, which beats for all its
-children. What they may be running it knows from Celery's own books (``active_requests``). A child
-claims and reports by itself, in the name of the main process' session: a forked one has inherited
-it, a spawned one is told its id with every task; and so it hears of it when its worker was taken
-for dead, and has begun anew.
+A worker opens its session before its pool starts, in its main process. That process beats for all
+its children. Celery's own table (``active_requests``) shows which tasks the children may be
+running. A child claims and reports by itself, in the session of the main process: a forked child
+has inherited the session, a spawned one gets its id with every task. So a child also gets the new
+id after its worker was declared dead and registered again.
 """
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import threading
@@ -25,22 +24,22 @@ from celery.worker import state
 
 from jobguard.adapters.celery import lookup
 from jobguard.adapters.celery.announce import announcement, leave
-from jobguard.adapters.celery.header import TOKEN, WORKER, token_of
-from jobguard.adapters.celery.unacked import Unacked, snapshot
+from jobguard.adapters.celery.envelope import TOKEN, WORKER, token_of
+from jobguard.fork import OwnerProcess
 
 if TYPE_CHECKING:
     from jobguard.adapter import Session, Tracker
+    from jobguard.adapters.celery.unacked import Unacked
 
-log = logging.getLogger("jobguard")
 
 CONTENT = "jobguard-content"
-"""Of which kind the body was, in what the main process tells its children of a task."""
+"""The content type of the body, as the main process passes it to its children."""
 QUEUE = "jobguard-queue"
-"""The same: from which queue it came. Its routing key is another name where a named exchange is used."""
+"""The queue of the task. With a named exchange, the routing key has another name."""
 _ANNOUNCE = 4.0
 """Seconds between two announcements."""
 _HANDED = 10.0
-"""Seconds within which a child surely says that it has taken what was handed to it."""
+"""Seconds within which a child certainly confirms a task that was given to it."""
 
 
 @dataclass(slots=True)
@@ -52,21 +51,21 @@ class Working:
     tracker: Tracker
     session: Session = field(init=False)
     queues: list[str] = field(default_factory=list)
-    pid: int = field(default_factory=os.getpid)
+    owner: OwnerProcess = field(default_factory=OwnerProcess)
     handed: WeakKeyDictionary[Any, float] = field(default_factory=WeakKeyDictionary)
-    """Requests by when they were given to the pool."""
+    """Requests with the time at which they were given to the pool."""
     last: set[UUID] = field(default_factory=set)
-    """Deliveries that a cold shutdown has killed: ours until the goodbye."""
-    tell: Callable[[UUID], None] | None = None
-    """Makes us known, once we are."""
+    """Deliveries that a cold shutdown has killed: they stay claimed until the worker leaves."""
+    announcer: Callable[[UUID], None] | None = None
+    """Announces this worker, once it has a session."""
     announced: float = -math.inf
     unacked: Unacked | None = None
-    """What it has taken, if the others are to leave it to us."""
+    """The messages that it has taken, if jobguard fixes the library."""
     live: int = 0
-    """Tasks that run in this very process."""
+    """The number of tasks that run in this process itself."""
 
     def open(self) -> None:
-        """Begin to beat."""
+        """Open the session and begin to beat."""
         controller = self.controller
         self.queues = self._consumed()
         self.session = self.tracker.open_session(
@@ -76,23 +75,16 @@ class Working:
             apart=not _slots_of(controller),
             serves=_slots_of(controller),
         )
-        if self.tracker.mends_library:
-            self.unacked = Unacked(
-                controller.app,
-                self.tracker.source,
-                session=lambda: self.session.id,
-                is_ours=self.consumes_by,
-                runs=self.backlog,
-            )
         self._introduce()
         self.announce()
 
     def follow(self) -> None:
-        """Have all who are told hear which queues it consumes now. In the main thread; see announcement."""
+        """Publish the queues that the worker consumes now. Only in the main thread; see announcement."""
         before, self.queues = self.queues, self._consumed()
         if self.queues != before:
-            # What it leaves stays in its beats until Redis does not name it there any more: it would
-            # be taken for an unguarded worker of that queue.
+            # A queue that the worker leaves stays in its beats until Redis does not name the worker
+            # there any more: otherwise the worker would count as an unguarded consumer of that
+            # queue.
             self.session.consumes(list(dict.fromkeys([*before, *self.queues])))
             self._introduce()
             self.announced = -math.inf
@@ -101,61 +93,64 @@ class Working:
         return [queue.name for queue in self.controller.app.amqp.queues.consume_from.values()]
 
     def _introduce(self) -> None:
-        """Have it say from now on what it consumes now: in Redis, and then in its beats."""
+        """Set the announcement to the queues of now: first in Redis, and then in the beats."""
         controller, queues = self.controller, self.queues
-        headers = announcement(controller.app, name=controller.hostname, queues=queues)
+        announce_now = announcement(controller.app, name=controller.hostname, queues=queues)
 
-        def tell(session: UUID) -> None:
-            if headers is None or headers(session):
+        def announcer(session: UUID) -> None:
+            if announce_now is None or announce_now(session):
                 self.session.consumes(queues)
 
-        self.tell = tell
+        self.announcer = announcer
 
     def announce(self) -> None:
-        """Say in the broker's Redis that we are there, if that was some time ago."""
+        """Announce this worker in the broker's Redis, if the last announcement is old enough."""
         now = time.monotonic()
-        if self.tell is not None and now - self.announced >= _ANNOUNCE:
+        if self.announcer is not None and now - self.announced >= _ANNOUNCE:
             self.announced = now
-            self.tell(self.session.id)
+            self.announcer(self.session.id)
 
     def lists(self) -> Iterable[UUID]:
-        """What children of this process may be running; asked at every beat, from its thread.
+        """Return the deliveries that children may be running; called at every beat, from the beat's thread.
 
-        Nothing that kombu keeps may be asked for here: it would be locked in a child forked just then.
+        This method must not use anything that kombu caches: a child forked at that moment would get
+        a lock that stays locked.
         """
-        if self.pid == os.getpid():  # a child that beats holds nothing
+        if self.owner.is_current:  # a child that beats has claimed nothing itself
             self.announce()
             if self.unacked is not None:
-                self.unacked.tend()
-        running = {token for request in self._with_children() if (token := token_in(request))}
+                self.unacked.refresh()
+        running = {
+            token for request in self._with_children() if (token := token_of_request(request))
+        }
         return running | self.last
 
     def backlog(self) -> set[str]:
-        """The tags of what this process will run by itself, though its connection is gone.
+        """Return the tags of messages that this process will run itself, although its connection is gone.
 
-        Celery clears the backlog of a prefork pool then, and of no other.
+        In that case Celery clears the backlog of a prefork pool, and of no other pool.
         """
         if self._has_children():
             return set()
         return {request.message.delivery_tag for request in snapshot(self.handed)}
 
     def consumes_by(self, connection: Any) -> bool:
-        """Whether this connection of kombu's is that of our consumer."""
+        """Return True if this connection of kombu belongs to our consumer."""
         consumer = getattr(self.controller, "consumer", None)
         return consumer is not None and consumer.connection is connection
 
     def hand(self, request: Any) -> None:
-        """Tell whoever will run this request what it must know to claim it."""
+        """Add to a request the headers that its child needs to claim it."""
         self.handed[request] = time.monotonic()
         headers = request.request_dict
         headers[WORKER], headers[CONTENT] = self.session.id.hex, request.content_type
         if queue := getattr(request.message, "__dict__", {}).get(QUEUE):
             headers[QUEUE] = queue
-        if (token := token_in(request)) is not None:
-            headers[TOKEN] = token.hex  # protocol 1 has none where a child would look for it
+        if (token := token_of_request(request)) is not None:
+            headers[TOKEN] = token.hex  # protocol 1 has no token where a child would read it
 
     def handed_over(self, tag: str) -> bool:
-        """Whether the message of this tag was given to the pool as a request."""
+        """Return True if the message of this tag was given to the pool as a request."""
         return any(request.message.delivery_tag == tag for request in snapshot(self.handed))
 
     def _has_children(self) -> bool:
@@ -163,7 +158,7 @@ class Working:
 
     def _with_children(self) -> Iterator[Any]:
         if not self._has_children():
-            return  # it runs what it claims itself, and lists that by itself
+            return  # it runs its claims itself, and they are already in flight in this process
         for request in snapshot(state.active_requests):
             if _is_there(request.worker_pid):
                 yield request
@@ -174,38 +169,40 @@ class Working:
 
 
 _here: dict[int, Working] = {}
-"""By source: the workers of this process; in a forked child, of its parent."""
+"""By source: the workers of this process; in a forked child, those of its parent."""
 _inherited: dict[int, Session] = {}
 _lock = threading.Lock()
 
 
-def begin(controller: Any) -> None:
-    """Open the session of a worker that is about to start, once."""
+def begin(controller: Any) -> Working | None:
+    """Open the session of a worker that is about to start; return None if it is open already."""
     tracker = lookup.tracker_for(controller.app)
     if tracker is None:
-        return
+        return None
     with _lock:
         working = _here.get(tracker.source.id)
-        if working is None or working.pid != os.getpid() or working.controller is not controller:
-            working = Working(controller, tracker)
-            working.open()
-            _here[tracker.source.id] = working
+        if working is not None and working.owner.is_current and working.controller is controller:
+            return None
+        working = Working(controller, tracker)
+        working.open()
+        _here[tracker.source.id] = working
+        return working
 
 
 def end(tracker: Tracker) -> None:
-    """Say goodbye: all has ended, or is back in its queue, or is nobody's from now on.
+    """Close the session: all tasks have ended, or are back in their queue, or are released now.
 
-    Threads that still run a task go on, and the process with them: then it is its exit that does this.
+    If threads still run a task, the process goes on with them, and the session closes at its exit.
     """
     working = _here.get(tracker.source.id)
-    if working is not None and working.pid == os.getpid() and not working.live:
+    if working is not None and working.owner.is_current and not working.live:
         del _here[tracker.source.id]
         leave(working.controller.app, session=working.session.id)
         working.session.close()
 
 
 def forget(tracker: Tracker) -> None:
-    """This source is no longer guarded: its tracker has closed, or closes, its session."""
+    """Forget a source that is no longer guarded: its tracker has closed, or closes, its session."""
     _here.pop(tracker.source.id, None)
     _inherited.pop(tracker.source.id, None)
 
@@ -214,31 +211,31 @@ def working_for(app: Any) -> Working | None:
     """Return this process' own guarded worker of an app."""
     tracker = lookup.tracker_for(app)
     working = None if tracker is None else _here.get(tracker.source.id)
-    return working if working is not None and working.pid == os.getpid() else None
+    return working if working is not None and working.owner.is_current else None
 
 
 def is_worker() -> bool:
-    """Whether this very process is a guarded worker."""
-    return any(working.pid == os.getpid() for working in _here.values())
+    """Return True if this process itself is a guarded worker."""
+    return any(working.owner.is_current for working in _here.values())
 
 
 def consuming(connection: Any) -> Working | None:
-    """Return the worker of this process that consumes by this connection of kombu's."""
+    """Return the worker of this process that consumes by this connection of kombu."""
     for working in _here.values():
         if working.consumes_by(connection):
-            return working if working.pid == os.getpid() else None
+            return working if working.owner.is_current else None
     return None
 
 
 def session_for(tracker: Tracker, request: Any) -> Session | None:
-    """Return the session that claims this task: this process', or that of its parent."""
+    """Return the session that claims this task: that of this process, or that of its parent."""
     working = _here.get(tracker.source.id)
-    if working is not None and working.pid == os.getpid():
+    if working is not None and working.owner.is_current:
         return working.session
-    headers = request.get(WORKER)
-    if not isinstance(headers, str):
+    worker_hex = request.get(WORKER)
+    if not isinstance(worker_hex, str):
         return None if working is None else working.session
-    worker = UUID(hex=headers)
+    worker = UUID(hex=worker_hex)
     if working is not None and working.session.id == worker:
         return working.session
     return _of_parent(tracker, worker, request)
@@ -253,30 +250,30 @@ def _of_parent(tracker: Tracker, worker: UUID, request: Any) -> Session:
 
 
 def own(session: Session) -> Working | None:
-    """Return the worker of this very process that beats for a session; None: it is the parent's."""
-    mine = (one for one in _here.values() if one.pid == os.getpid())
+    """Return the worker of this process that beats for a session; None if the parent beats for it."""
+    mine = (one for one in _here.values() if one.owner.is_current)
     return next((one for one in mine if one.session is session), None)
 
 
 def count(working: Working, change: int) -> None:
-    """One more, or less, of its tasks runs in this process."""
+    """Add this change to the number of tasks that run in this process."""
     with _lock:
         working.live += change
 
 
 def children() -> Iterator[Session]:
-    """Return the sessions in whose name this process, a child, has spoken."""
+    """Yield the sessions that this process, as a child, has used."""
     yield from _inherited.values()
-    yield from (one.session for one in _here.values() if one.pid != os.getpid())
+    yield from (one.session for one in _here.values() if not one.owner.is_current)
 
 
-def token_in(request: Any) -> UUID | None:
+def token_of_request(request: Any) -> UUID | None:
     """Return the token of a request of the main process."""
     return token_of(request.request_dict) or token_of(getattr(request.message, "headers", None))
 
 
 def _slots_of(controller: Any) -> bool:
-    """Whether tasks will run in children: else a C call of one of them can stop every beat."""
+    """Return True if tasks run in children; without children, a C call of one task can stop every beat."""
     pool = get_implementation(controller.pool_cls)
     return isinstance(pool, type) and issubclass(pool, prefork.TaskPool)
 
@@ -291,3 +288,12 @@ def _is_there(pid: int | None) -> bool:
     except OSError:
         return True
     return True
+
+
+def snapshot(of: Iterable[Any]) -> list[Any]:
+    """Copy a collection that another thread may be changing."""
+    while True:
+        try:
+            return list(of)
+        except RuntimeError:
+            continue

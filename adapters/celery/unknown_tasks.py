@@ -1,7 +1,7 @@
-"""Messages that a worker takes and cannot begin: of a task it does not know, or that nobody can read.
+"""Messages that a worker takes and cannot begin: the task is unknown, or the message is unreadable.
 
-An unknown task is what a rolling deploy makes: another worker may know it, or this one tomorrow. It
-goes back, later each time. What cannot be read has failed.
+A rolling deploy makes unknown tasks: another worker may know the task, or this one may know it
+tomorrow. The message goes back, later each time. An unreadable message has failed.
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ from celery import signals
 from celery.worker.consumer.consumer import Consumer
 
 from jobguard.adapters.celery import killed_runs, sessions
-from jobguard.adapters.celery.contain_errors import contain_errors
-from jobguard.adapters.celery.header import token_of
-from jobguard.adapters.celery.hooks import Hooks
+from jobguard.adapters.celery.envelope import token_of
+from jobguard.errors import StoreUnavailable
+from jobguard.host_safety import contain_errors
+from jobguard.log import log_event
 from jobguard.model import Outcome
+from jobguard.patching import Hooks
 
-log = logging.getLogger("jobguard")
 Hook = Callable[..., Any]
 
 
 def put_on(hooks: Hooks) -> None:
-    """Hear of what the consumer drops."""
+    """Hook the messages that the consumer drops."""
     hooks.put(Consumer, "on_unknown_task", on_unknown_task)
     hooks.put(Consumer, "on_decode_error", on_decode_error)
 
@@ -35,51 +36,51 @@ def on_unknown_task(original: Hook) -> Hook:
 
     @wraps(original)
     def hook(self: Any, body: Any, message: Any, exc: Any) -> Any:
-        with contain_errors("see to an unknown task"):
-            if _goes_back(self, message, exc):
+        with contain_errors("decline an unknown task", let_pass=StoreUnavailable):
+            if _is_declined(self, message, exc):
                 return None
         result = original(self, body, message, exc)
-        with contain_errors("report an unknown task"):
-            _has_failed(self, message, f"unregistered task {_named(message)[1]}")
+        with contain_errors("report an unknown task", let_pass=StoreUnavailable):
+            _report_failed(self, message, f"unregistered task {_named(message)[1]}")
         return result
 
     return hook
 
 
-def _goes_back(consumer: Any, message: Any, exc: Any) -> bool:
-    """Whether the leader lets others try it; then it is out of Celery's hands."""
+def _is_declined(consumer: Any, message: Any, exc: Any) -> bool:
+    """Return True if the leader lets others try the task; Celery then does nothing more about it."""
     working, token = sessions.working_for(consumer.app), token_of(message.headers)
     if working is None or token is None:
         return False
     if token not in (working.tracker.recovers([token], began=False) or ()):
         return False
     job_id, name = _named(message)
-    log.error("task %s[%s] is not registered here: it goes back, for others", name, job_id)
+    log_event("task_unknown", job_id=job_id, task=name)
     working.session.decline(token, job_id=job_id, error=f"unregistered task {name}")
-    message.reject_log_error(log, consumer.connection_errors)
+    message.reject_log_error(logging.getLogger("jobguard"), consumer.connection_errors)
     signals.task_unknown.send(sender=consumer, message=message, exc=exc, name=name, id=job_id)
     return True
 
 
 def on_decode_error(original: Hook) -> Hook:
-    """Consumer.on_decode_error: the body is not what its type says; Celery says so only in the log."""
+    """Consumer.on_decode_error: the body does not match its content type; Celery only logs that."""
 
     @wraps(original)
     def hook(self: Any, message: Any, exc: Any) -> Any:
-        with contain_errors("report a message that cannot be read"):
-            _has_failed(self, message, repr(exc))
+        with contain_errors("report an unreadable message", let_pass=StoreUnavailable):
+            _report_failed(self, message, repr(exc))
         return original(self, message, exc)
 
     return hook
 
 
 def was_rejected(sender: Any = None, message: Any = None, exc: Any = None, **_: Any) -> None:
-    """task_rejected: no task, or none that may be read."""
-    with contain_errors("report a message that was rejected"):
-        _has_failed(sender, message, repr(exc))
+    """task_rejected: the message is no task, or its content type is not accepted."""
+    with contain_errors("report a rejected message", let_pass=StoreUnavailable):
+        _report_failed(sender, message, repr(exc))
 
 
-def _has_failed(consumer: Any, message: Any, error: str) -> None:
+def _report_failed(consumer: Any, message: Any, error: str) -> None:
     working, token = sessions.working_for(consumer.app), token_of(message.headers)
     if working is not None and token is not None:
         job_id = str((message.headers or {}).get("id") or "")

@@ -1,7 +1,7 @@
-"""A guarded worker: which of Celery's signals and methods are heard, from its start to its goodbye.
+"""The hooks and signals of a guarded worker, from its start to its end.
 
-The hooks are on Celery's classes and on its signals, which know no app: each asks whose task it is.
-They are put on with the first guarded app of a process and come off with the last.
+The hooks are on Celery's classes and on its signals, which know no app: each hook finds the app of
+its task. They are put on with the first guarded app of a process, and removed with the last.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from celery.exceptions import SoftTimeLimitExceeded
 from celery.worker import WorkController
 from celery.worker.consumer.consumer import Consumer
 
-from jobguard.adapter import trackers
 from jobguard.adapters.celery import (
     chords,
     fence,
@@ -25,20 +24,21 @@ from jobguard.adapters.celery import (
     kombu_fixes,
     lookup,
     sessions,
-    unacked_marks,
+    unacked,
     unknown_tasks,
 )
-from jobguard.adapters.celery.contain_errors import contain_errors
-from jobguard.adapters.celery.header import token_of
-from jobguard.adapters.celery.hooks import Hooks
-from jobguard.errors import host_interrupts
-from jobguard.log import say_again
+from jobguard.adapters.celery.envelope import token_of
+from jobguard.errors import StoreUnavailable, host_interrupts
+from jobguard.host_safety import contain_errors
+from jobguard.log import log_again
 from jobguard.model import Outcome
+from jobguard.patching import Hooks
+from jobguard.registry import trackers
 
 if TYPE_CHECKING:
     from jobguard.adapter import Tracker
 
-# What a time limit throws into a task by a signal; it may strike inside of our code.
+# A time limit throws this into a task by a signal, and may do so inside of our code.
 host_interrupts(SoftTimeLimitExceeded)
 
 _lock = threading.RLock()
@@ -47,15 +47,15 @@ _hooks = Hooks()
 
 
 def install(tracker: Tracker | None, app: Any) -> None:
-    """Hear what the workers of this app do; None: it is not known yet to whom that is told."""
+    """Hook the workers of this app; None: its tracker is not known yet."""
     with _lock:
         if not _apps:
-            for part in (fence, killed_runs, unacked_marks, chords, unknown_tasks):
+            for part in (fence, killed_runs, unacked, chords, unknown_tasks):
                 part.put_on(_hooks)
             _hooks.put(WorkController, "_process_task", process_task)
-            _hooks.put(Consumer, "add_task_queue", consumes_others)
-            _hooks.put(Consumer, "cancel_task_queue", consumes_others)
-            for signal, receiver in HEARD:
+            _hooks.put(Consumer, "add_task_queue", queues_changed)
+            _hooks.put(Consumer, "cancel_task_queue", queues_changed)
+            for signal, receiver in RECEIVERS:
                 signal.connect(receiver, weak=False, dispatch_uid=_uid(receiver))
         _apps.add(app)
         if tracker is not None and tracker.mends_library:
@@ -63,20 +63,21 @@ def install(tracker: Tracker | None, app: Any) -> None:
 
 
 def uninstall(tracker: Tracker, app: Any) -> None:
-    """Hear it no more."""
+    """Remove the hooks of this app."""
     with _lock:
         sessions.forget(tracker)
         _apps.discard(app)
         if not _apps:
-            for signal, receiver in HEARD:
+            for signal, receiver in RECEIVERS:
                 signal.disconnect(receiver, dispatch_uid=_uid(receiver))
             _hooks.take_off()
 
 
 def begin(controller: Any) -> None:
     """Open the session of a worker that is about to start its pool; once."""
-    with contain_errors("open a session for a worker"):
-        sessions.begin(controller)
+    with contain_errors("open the session of a worker", let_pass=StoreUnavailable):
+        if (working := sessions.begin(controller)) is not None:
+            unacked.attach(working)
 
 
 def process_task(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -84,7 +85,7 @@ def process_task(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(original)
     def hook(self: Any, req: Any) -> Any:
-        with contain_errors("tell a child of its task"):
+        with contain_errors("prepare a request for a child", let_pass=StoreUnavailable):
             if (working := sessions.working_for(self.app)) is not None:
                 working.hand(req)
         return original(self, req)
@@ -92,15 +93,15 @@ def process_task(original: Callable[..., Any]) -> Callable[..., Any]:
     return hook
 
 
-def consumes_others(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Consumer.add_task_queue and cancel_task_queue: somebody has it consume another queue, or one less."""
+def queues_changed(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Consumer.add_task_queue and cancel_task_queue: the worker consumes another queue, or one less."""
 
     @wraps(original)
     def hook(self: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             return original(self, *args, **kwargs)
-        finally:  # a broken connection, too: when it is back, so is what was added or left
-            with contain_errors("tell which queues are consumed"):
+        finally:  # also after a connection error: the change takes effect when the connection is back
+            with contain_errors("publish the consumed queues", let_pass=StoreUnavailable):
                 if (working := sessions.working_for(self.app)) is not None:
                     working.follow()
 
@@ -113,20 +114,20 @@ def worker_begins(sender: Any = None, **_: Any) -> None:
 
 
 def logging_is_set_up(**_: Any) -> None:
-    """celeryd_after_setup: the first moment at which a line of a worker reaches its log."""
-    with contain_errors("repeat what was said"):
-        say_again()
+    """celeryd_after_setup: from this moment on, lines of a worker reach its log."""
+    with contain_errors("repeat early log lines"):
+        log_again()
 
 
 def worker_has_ended(sender: Any = None, **_: Any) -> None:
-    """worker_shutdown: the pool is empty, and what was not begun is back in its queue."""
-    with contain_errors("say goodbye"):
+    """worker_shutdown: the pool is empty, and the tasks that did not begin are back in their queue."""
+    with contain_errors("close the session of a worker", let_pass=StoreUnavailable):
         if (tracker := lookup.tracker_for(sender.app)) is not None:
             sessions.end(tracker)
 
 
 def child_ends(**_: Any) -> None:
-    """worker_process_shutdown: a child leaves by os._exit, where nothing that waits would be written."""
+    """worker_process_shutdown: flush, because a child leaves by os._exit, which drops waiting reports."""
     for session in sessions.children():
         session.flush()
     for tracker in trackers():
@@ -134,22 +135,22 @@ def child_ends(**_: Any) -> None:
 
 
 def was_revoked(sender: Any = None, request: Any = None, expired: bool = False, **_: Any) -> None:
-    """task_revoked: by a person, by a stamp, or because it expired; perhaps while it ran."""
-    with contain_errors("report that a task was revoked"):
+    """task_revoked: by a person, by a stamp, or because it expired, perhaps during its run."""
+    with contain_errors("report a revoked task", let_pass=StoreUnavailable):
         working, token = sessions.working_for(sender.app), token_of(vars(request))
         if working is not None and token is not None:
             error = "it expired before it began" if expired else None
             killed_runs.report(working, token, Outcome.CANCELLED, request=request, error=error)
 
 
-HEARD = (
+RECEIVERS = (
     (signals.worker_init, worker_begins),
     (signals.celeryd_after_setup, logging_is_set_up),
     (signals.worker_shutdown, worker_has_ended),
     (signals.worker_process_shutdown, child_ends),
-    (signals.task_prerun, fence.before_celery_says_started),
-    (signals.task_failure, fence.why_it_failed),
-    (signals.task_postrun, fence.after_the_run),
+    (signals.task_prerun, fence.keep_stored_result),
+    (signals.task_failure, fence.keep_error),
+    (signals.task_postrun, fence.run_ended),
     (signals.task_revoked, was_revoked),
     (signals.task_rejected, unknown_tasks.was_rejected),
 )

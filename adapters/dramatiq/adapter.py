@@ -1,6 +1,6 @@
-"""Dramatiq as the composition root sees it: what may be guarded, and how a guard is put up.
+"""Adapter for Dramatiq: check a target, and install the hooks on it.
 
-Importable without Dramatiq: a reconciler needs the broker alone.
+This module can be imported without Dramatiq, because a reconciler needs only the broker.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ if TYPE_CHECKING:
 
 LIBRARY = "dramatiq"
 CLIENT_TIMEOUT = 1.0
-"""Seconds that a client of ours waits for Redis at most."""
+"""Longest time in seconds that our own client waits for Redis."""
 
 
 class DramatiqAdapter:
-    """Guards Dramatiq's RedisBroker, with every queue of it."""
+    """Guard a RedisBroker of Dramatiq with all its queues."""
 
     library = LIBRARY
 
     def sources(self, target: object, *, namespace: str, name: str | None) -> Guarded | None:
-        """Return what guarding a RedisBroker means; other brokers are refused, or are test doubles."""
+        """Return how a RedisBroker is guarded; refuse other brokers, and mark test doubles as inert."""
         if importlib.util.find_spec("dramatiq") is None:
             return None
         if not isinstance(target, importlib.import_module("dramatiq.broker").Broker):
@@ -49,11 +49,11 @@ class DramatiqAdapter:
         return _guarded(target, namespace=namespace, name=name)
 
     def install(self, tracker: Tracker, target: object) -> None:
-        """Put the hooks on this broker; raises UnsupportedTarget if this Dramatiq is not known."""
+        """Install the hooks on this broker; raise UnsupportedTarget if this Dramatiq is unknown."""
         importlib.import_module("jobguard.adapters.dramatiq.patches").install(tracker, target)
 
     def uninstall(self, tracker: Tracker) -> None:
-        """Take the hooks off every broker of this tracker."""
+        """Remove the hooks from every broker of this tracker."""
         importlib.import_module("jobguard.adapters.dramatiq.patches").uninstall(tracker)
 
     def prepare_worker(self) -> None:
@@ -65,7 +65,7 @@ class DramatiqAdapter:
         return DramatiqBroker(source, client)
 
     def renew(self, envelope: bytes, token: UUID) -> bytes:
-        """Return the envelope of what a person has requeued; raises ValueError where that is impossible."""
+        """Return the envelope of a job that a person requeued; raise ValueError if that is impossible."""
         try:
             return decode(envelope).renewed(token).encode()
         except UnknownEnvelope as error:

@@ -1,6 +1,6 @@
-"""A RedisBroker as the reconciler sees it: where its messages are, and how they are put back.
+"""The reconciler's view of a RedisBroker: where its messages are, and how they are restored.
 
-Nothing here imports Dramatiq or user code, and nothing decodes a message.
+This module imports neither Dramatiq nor user code, and decodes no message.
 """
 
 from __future__ import annotations
@@ -44,18 +44,18 @@ if TYPE_CHECKING:
 
 
 IDS_A_CALL = 1_000
-"""Redis does nothing else while a script runs: a thousand ids take it some 2 ms."""
+"""Number of ids in one script call. Redis is blocked during a script: 1,000 ids take about 2 ms."""
 LIST_CHUNK = 10_000
 _SILENT = 10_000
-"""Milliseconds after which a worker that polls once a second has fetched its last message."""
-_TALKING = 15.0
-"""Seconds for which whoever has said a word is believed to consume."""
+"""Milliseconds of silence after which a worker, which polls every second, has made its last fetch."""
+_CONSUMER_SECONDS = 15.0
+"""Seconds after its last heartbeat in Redis for which a process counts as a consumer."""
 _FIRST_INSPECTION = 60.0
-"""The same at the first look, by clocks that may differ."""
+"""The same limit at the first inspection, where the clocks of two machines are compared."""
 
 
 class DramatiqBroker:
-    """One RedisBroker's keys in one Redis."""
+    """The keys of one RedisBroker in one Redis."""
 
     def __init__(self, source: Source, client: redis.Redis):
         self._layout = Layout.parse(source.prefix)
@@ -67,26 +67,27 @@ class DramatiqBroker:
         self._abandon = Script(client, __package__, "abandon.lua")
         self._bury = Script(client, __package__, "bury.lua")
         self._rejoin = Script(client, __package__, "rejoin.lua")
-        self._said: dict[str, tuple[float, float]] | None = None
-        """By worker: its last word, and when (by our clock) that was news."""
+        self._heartbeats: dict[str, tuple[float, float]] | None = None
+        """By worker: its last heartbeat, and the time (by our clock) when that heartbeat was first seen."""
 
     def presence(self, page: Sequence[Owed]) -> Mapping[UUID, Observation]:
-        """Where Redis has each of these deliveries.
+        """Return where Redis has each of these deliveries.
 
-        First the message, then the lists, then what was fetched: a delivery that moves on meanwhile is
-        seen twice rather than not at all. One that is put back meanwhile may be missed, once.
+        The order is: the message, then the lists, then the sets of fetched ids. A delivery that
+        moves in the meantime is therefore seen twice and not missed. A delivery that is restored in
+        the meantime may be missed once.
         """
         places = dict(zip((owed.token for owed in page), self._places(page), strict=True))
         names = {owed.token: _list_of(owed.queue, places[owed.token]) for owed in page}
         there = {token: name for token, name in names.items() if name}
-        listed = {name: self._read_list(name) for name in set(there.values())}
+        lists = {name: self._read_list(name) for name in set(there.values())}
         holders = self._holders(
-            {t: name for t, name in there.items() if str(t).encode() not in listed[name]}
+            {t: name for t, name in there.items() if str(t).encode() not in lists[name]}
         )
         return {
             owed.token: _observe(
                 places[owed.token],
-                listed=str(owed.token).encode() in listed.get(names[owed.token], ()),
+                in_list=str(owed.token).encode() in lists.get(names[owed.token], ()),
                 holder=holders.get(owed.token),
             )
             for owed in page
@@ -95,11 +96,11 @@ class DramatiqBroker:
     def restore(
         self, deliveries: Sequence[Restorable], *, deadline: float
     ) -> Mapping[UUID, Restored]:
-        """Put these back, in this order, each atomically, unless Redis' clock is past the deadline."""
+        """Restore these in this order, each atomically, unless the clock of Redis is past the deadline."""
         done: dict[UUID, Restored] = {}
         calls: list[tuple[UUID, list[Any], list[Any]]] = []
         for delivery in deliveries:
-            if delivery.running:  # nobody looks for what runs
+            if delivery.running:  # a running delivery is not searched for
                 done[delivery.token] = Restored.PRESENT
                 continue
             try:
@@ -109,7 +110,7 @@ class DramatiqBroker:
         return done | restored_by(self._restore, calls)
 
     def abandon(self, page: Sequence[Owed], *, deadline: float) -> None:
-        """Take these out of the hands of workers that are not heard of: Dramatiq would put them back."""
+        """Remove these from the fetched ids of silent workers; else Dramatiq would requeue them."""
         acks = self._layout.acks_prefix
         self._abandon.run(
             [
@@ -122,7 +123,7 @@ class DramatiqBroker:
         )
 
     def bury(self, page: Sequence[Owed], *, deadline: float) -> None:
-        """Show these among the dead letters, where people look for them."""
+        """Show these among the dead letters, where people search for them."""
         acks = self._layout.acks_prefix
         self._bury.run(
             [
@@ -132,7 +133,7 @@ class DramatiqBroker:
         )
 
     def report(self, dead: Sequence[Restorable], *, deadline: float) -> None:
-        """Push them once more: only a worker knows whether their actors have a failure callback."""
+        """Push these once more: only a worker knows whether their actors have a failure callback."""
         calls: list[tuple[list[Any], list[Any]]] = []
         for one in dead:
             with suppress(UnknownEnvelope):
@@ -145,22 +146,22 @@ class DramatiqBroker:
             self._report.run(batch)
 
     def hide(self, page: Sequence[Owed]) -> None:
-        """Nothing is put back of what runs."""
+        """Do nothing: nothing of a running delivery is restored."""
 
     def parts(self, ended: Sequence[Restorable]) -> Mapping[UUID, Part]:
-        """Nothing: of what has completed Redis keeps nothing, so that no look shows it."""
+        """Return nothing: Redis keeps nothing of a completed message, so an inspection cannot see it."""
         return {}
 
     def rejoin(self, joins: Sequence[OpenJoin], *, finish: bool, deadline: float) -> None:
-        """Put back the barriers of these groups; ``finish``: tell a worker that one is complete."""
+        """Restore the barriers of these groups; with ``finish``, notify a worker of each complete group."""
         if finish:
             self._finish(joins, deadline)
             return
         calls = []
         for join in joins:
             state = json.loads(join.state or b"{}")
-            # A barrier in another Redis was not lost with this one; what no barrier was made for,
-            # or was made by another version, is left to its end.
+            # A barrier in another Redis was not lost with this one. A group without a barrier, or
+            # with one of another version, is left alone.
             if state.get("at") != self._address or not join.size:
                 continue
             counted = [part.job_id for part in join.parts]
@@ -171,7 +172,7 @@ class DramatiqBroker:
             _raise_error(self._rejoin.run(batch))
 
     def _finish(self, joins: Sequence[OpenJoin], deadline: float) -> None:
-        """Push the last member again: its worker finds that it has ended, and reads our word there."""
+        """Push the last member again; its worker finds that it has ended, and reads the finish key."""
         parts_counted: list[tuple[OpenJoin, EndedPart]] = []
         for join in joins:
             part = next((part for part in reversed(join.parts) if part.envelope), None)
@@ -188,28 +189,33 @@ class DramatiqBroker:
         self.restore(again, deadline=deadline)
 
     def consumers(self) -> Mapping[str, frozenset[str]]:
-        """Who may consume unguarded, whatever the queue.
+        """Return the workers that may consume without a guard, for any queue.
 
-        Redis does not know which queues an idle worker polls, nor a worker from a producer that says a
-        word now and then: whoever talks and is not known as guarded may have consumed anything.
+        Redis does not know which queues an idle worker polls. It also cannot distinguish a worker
+        from a producer that sends a heartbeat now and then. So every process that sends heartbeats
+        and is not known as guarded may have consumed any queue.
         """
         now = time.monotonic()
-        said = dict(self._client.zrange(self._layout.heartbeats, 0, -1, withscores=True))
+        beats = dict(self._client.zrange(self._layout.heartbeats, 0, -1, withscores=True))
         seen, known = (
-            {raw.decode(errors="replace"): score for raw, score in said.items()},
-            self._said,
+            {raw.decode(errors="replace"): score for raw, score in beats.items()},
+            self._heartbeats,
         )
         if known is None:
             cut = (float(self._client.time()[0]) - _FIRST_INSPECTION) * 1000
             never = float("-inf")
-            self._said = {w: (score, now if score > cut else never) for w, score in seen.items()}
+            self._heartbeats = {
+                w: (score, now if score > cut else never) for w, score in seen.items()
+            }
         else:
-            self._said = {
+            self._heartbeats = {
                 worker: known[worker] if known.get(worker, (None,))[0] == score else (score, now)
                 for worker, score in seen.items()
             }
-        talking = [worker for worker, (_, at) in self._said.items() if now - at < _TALKING]
-        return _Anywhere(frozenset(filter(is_stranger, talking)))
+        active = [
+            worker for worker, (_, at) in self._heartbeats.items() if now - at < _CONSUMER_SECONDS
+        ]
+        return _AnyQueue(frozenset(filter(is_stranger, active)))
 
     def _places(self, page: Sequence[Owed]) -> Iterator[str]:
         for owed in chunks(page, IDS_A_CALL):
@@ -218,7 +224,7 @@ class DramatiqBroker:
             yield from answer.decode()
 
     def _read_list(self, name: str) -> set[bytes]:
-        """Return the ids in a list. From the tail: workers take from the head, and skip none for us."""
+        """Return the ids in a list, read from the tail: workers take from the head, so no id is missed."""
         key, end, found = self._layout.key(name), -1, set[bytes]()
         while True:
             chunk: list[bytes] = self._client.lrange(key, end - LIST_CHUNK + 1, end)
@@ -228,7 +234,7 @@ class DramatiqBroker:
             end -= LIST_CHUNK
 
     def _holders(self, unlisted: Mapping[UUID, str]) -> dict[UUID, str]:
-        """Return who has fetched which of these (token, list)."""
+        """Return the worker that has fetched each of these (token, list) pairs."""
         if not unlisted:
             return {}
         workers = [
@@ -270,8 +276,8 @@ class DramatiqBroker:
         return [*keys, self._layout.heartbeats]
 
 
-class _Anywhere(Mapping[str, frozenset[str]]):
-    """The same workers for whatever queue is asked for; it names none itself."""
+class _AnyQueue(Mapping[str, frozenset[str]]):
+    """The same workers for any queue that is asked for; iteration yields nothing."""
 
     def __init__(self, names: frozenset[str]):
         self._names = names
@@ -287,19 +293,19 @@ class _Anywhere(Mapping[str, frozenset[str]]):
 
 
 def _list_of(queue: str, place: str) -> str:
-    """Return the list in which a message at that place must be; '': none."""
+    """Return the list that must contain a message at this place; '' if there is none."""
     return {"1": queue, "2": f"{queue}.DQ"}.get(place, "")
 
 
-def _observe(place: str, *, listed: bool, holder: str | None) -> Observation:
+def _observe(place: str, *, in_list: bool, holder: str | None) -> Observation:
     if place == "0":
         return Observation(Presence.ABSENT, "missing")
     if place == "3":
         return Observation(Presence.FAILED, "dead letter")
     delayed = place == "2"
-    if listed:
+    if in_list:
         return Observation(Presence.SCHEDULED if delayed else Presence.WAITING, "list")
-    if holder is not None:  # fetched: it runs, or it is about to
+    if holder is not None:  # fetched: it runs, or it is about to run
         state = Presence.SCHEDULED if delayed else Presence.RUNNING
         return Observation(state, "fetched", taken_by=holder)
     return Observation(Presence.ABSENT, "stranded")

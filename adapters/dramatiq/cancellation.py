@@ -1,4 +1,4 @@
-"""What a person has Dramatiq throw away: the tombstones come first, then Redis."""
+"""Messages that a person deletes: jobguard writes the tombstones first, then Dramatiq deletes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _CHUNK = 1_000
 
 
 class Cancellation:
-    """The ways in which one guarded broker's queues are emptied."""
+    """The ways in which the queues of one guarded broker are emptied."""
 
     def __init__(self, tracker: Tracker, broker: RedisBroker) -> None:
         self._tracker = tracker
@@ -30,7 +30,7 @@ class Cancellation:
         self._watched: list[tuple[Any, Any]] = []
 
     def flush(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """RedisBroker.flush: a queue, with what is delayed in it; flush_all comes by here, too."""
+        """Wrap RedisBroker.flush, which empties a queue and its delay queue; flush_all calls it too."""
 
         @wraps(original)
         def hook(queue_name: str) -> Any:
@@ -46,7 +46,7 @@ class Cancellation:
         return hook
 
     def do_purge(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """RedisBroker.do_purge: one list, delayed or not."""
+        """Wrap RedisBroker.do_purge, which empties one list, delayed or not."""
 
         @wraps(original)
         def hook(queue_name: str) -> Any:
@@ -60,7 +60,7 @@ class Cancellation:
         return hook
 
     def add_middleware(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """RedisBroker.add_middleware: some middleware aborts messages."""
+        """Wrap RedisBroker.add_middleware, because some middleware aborts messages."""
         for middleware in self._broker.middleware:
             self._add_monitor(middleware)
 
@@ -73,14 +73,14 @@ class Cancellation:
         return hook
 
     def release(self) -> None:
-        """Take the hooks off the middleware."""
+        """Remove the hooks from the middleware."""
         while self._watched:
             middleware, hook = self._watched.pop()
             if vars(middleware).get("abort") is hook:
                 del middleware.abort
 
     def _add_monitor(self, middleware: Any) -> None:
-        """Hook ``Abortable`` of dramatiq-abort: an abort stands in Redis, for a while, and nowhere else."""
+        """Hook ``Abortable`` of dramatiq-abort: only Redis knows of an abort, and only for some time."""
         if not any(kind.__module__.startswith(_ABORTS) for kind in type(middleware).__mro__):
             return
         original = getattr(middleware, "abort", None)

@@ -1,12 +1,11 @@
-"""What a worker process has in hand: fetched, and neither acknowledged nor given back.
+"""Messages in memory: a worker process has fetched them, and neither acknowledged nor requeued them.
 
-Redis knows only what was fetched. Where the two differ for longer than a moment, the worker has lost a
-message out of its memory, and nobody else would ever run it: see heal.py.
+Redis knows only the fetched ids. If the two sets differ for longer than a moment, the worker has
+lost a message from its memory, and no other worker would ever run it: see lost_messages.py.
 """
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -15,33 +14,33 @@ import redis
 from dramatiq.broker import Consumer, MessageProxy
 from dramatiq.errors import ConnectionClosed, DecodeError
 
-log = logging.getLogger("jobguard")
+from jobguard.log import log_event
 
 
 class InFlightMessages:
-    """The ids that this process has in hand, by list, once for each copy in its memory."""
+    """The ids in the memory of this process, with their lists; one entry for each copy."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._queues: dict[str, list[str]] = {}
-        """Several copies of one message: a leader restored it, and this process fetched it again."""
-        self._never: set[str] = set()
+        """A message has several copies if a leader restored it and this process fetched it again."""
+        self._ignored: set[str] = set()
 
     def __contains__(self, rid: str) -> bool:
-        return rid in self._queues or rid in self._never
+        return rid in self._queues or rid in self._ignored
 
     def take(self, rid: str, queue: str) -> None:
-        """This is in hand now."""
+        """Note that this id is in memory now."""
         with self._lock:
             self._queues.setdefault(rid, []).append(queue)
 
-    def keep_off(self, rid: str) -> None:
-        """This can neither be run nor be given back: whatever becomes of it, it is not for us."""
+    def ignore(self, rid: str) -> None:
+        """Ignore this id from now on: its message can neither run nor be requeued here."""
         with self._lock:
-            self._never.add(rid)
+            self._ignored.add(rid)
 
     def drop(self, rids: Iterable[str]) -> None:
-        """One copy of each is not in hand any more."""
+        """Remove one copy of each of these ids."""
         with self._lock:
             for rid in rids:
                 copies = self._queues.pop(rid, [])[1:]
@@ -49,14 +48,14 @@ class InFlightMessages:
                     self._queues[rid] = copies
 
     def forget(self, queue: str) -> None:
-        """What was delayed here is out of memory: Dramatiq throws it away with the consumer."""
+        """Remove the delayed messages of a queue: Dramatiq discards them with their consumer."""
         with self._lock:
             left = {rid: [q for q in qs if q != queue] for rid, qs in self._queues.items()}
             self._queues = {rid: queues for rid, queues in left.items() if queues}
 
 
 class GuardedConsumer(Consumer):
-    """A consumer that notes what comes and goes, and that neither poison nor an outage ends."""
+    """A consumer that tracks its messages, and continues after a bad message or an outage."""
 
     def __init__(
         self,
@@ -79,7 +78,8 @@ class GuardedConsumer(Consumer):
         try:
             message: MessageProxy | None = next(self.inner)
         except DecodeError as error:
-            # Else Dramatiq starts the consumer anew, and forgets what else it had fetched.
+            # Without this, Dramatiq restarts the consumer and forgets the other messages that it
+            # fetched.
             self._undecodable(self._queue, error)
             return None
         if message is not None:
@@ -87,25 +87,25 @@ class GuardedConsumer(Consumer):
         return message
 
     def ack(self, message: MessageProxy) -> None:
-        """Acknowledge it; Dramatiq tries again if Redis is away."""
+        """Acknowledge a message; Dramatiq tries again if Redis is away."""
         self._then_forget(self.inner.ack, message)
 
     def nack(self, message: MessageProxy) -> None:
-        """Move it to the dead letters."""
+        """Move a message to the dead letters."""
         self._then_forget(self.inner.nack, message)
 
     def requeue(self, messages: Iterable[MessageProxy]) -> None:
-        """Give these back. What Redis does not hear of now is found missing, and put back then."""
+        """Requeue these. If Redis does not accept them now, they are found and requeued later."""
         several = list(messages)
         try:
             self.inner.requeue(several)
-        except redis.RedisError as error:  # it would end the consumer's thread for good
-            log.warning("messages of queue %s were not given back: %s", self._queue, error)
+        except redis.RedisError as error:  # it would end the thread of the consumer for good
+            log_event("requeue_failed", queue=self._queue, error=str(error))
         finally:
             self._in_flight.drop(message.options["redis_message_id"] for message in several)
 
     def close(self) -> None:
-        """Close it."""
+        """Close the consumer."""
         self.inner.close()
 
     def _then_forget(self, how: Callable[[MessageProxy], None], message: MessageProxy) -> None:

@@ -1,8 +1,9 @@
-"""The envelope: a message's bytes as Dramatiq encoded them, and the list they went to.
+"""The envelope: the bytes of a message as Dramatiq encoded it, and its list.
 
-Layout of version 1, big-endian: one byte of version; 16 bytes, the id under which it was pushed; 2
-bytes of length and the name of the list (``mail``, or ``mail.DQ`` where it is delayed); then the
-message, exactly as it went to Redis. Nothing is ever decoded here: the encoder is the user's.
+Layout of version 1, big-endian: one byte of version; 16 bytes, the id under which the message was
+pushed; 2 bytes of length and the name of the list (``mail``, or ``mail.DQ`` for a delayed message);
+then the message, exactly as it went to Redis. Nothing is decoded here, because the encoder belongs
+to the user.
 """
 
 from __future__ import annotations
@@ -17,28 +18,28 @@ _HEAD = struct.Struct(">B16sH")
 
 
 class UnknownEnvelope(Exception):
-    """This envelope is of a version that this jobguard cannot read. Upgrade the reconciler."""
+    """This jobguard cannot read an envelope of this version. Upgrade the reconciler."""
 
 
 @dataclass(frozen=True, slots=True)
 class Envelope:
-    """What one push wrote."""
+    """The content of one push."""
 
     rid: UUID
     queue: str
-    """The list, with .DQ where it is delayed."""
+    """The list; its name ends in .DQ for a delayed message."""
     data: bytes
 
     def encode(self) -> bytes:
-        """Return it as bytes."""
+        """Return the envelope as bytes."""
         name = self.queue.encode()
         return _HEAD.pack(VERSION, self.rid.bytes, len(name)) + name + self.data
 
     def data_for(self, token: UUID) -> bytes:
-        """Return the message under another id: that of a delivery which a person had put back.
+        """Return the message under another id: the id of a delivery that a person requeued.
 
-        The id stands in the message, and a worker acknowledges what it reads there. Raises
-        UnknownEnvelope where the encoder hid it.
+        The id is a part of the message, and a worker acknowledges the id that it reads there. Raise
+        UnknownEnvelope if the encoder hides the id.
         """
         if token == self.rid:
             return self.data
@@ -50,8 +51,8 @@ class Envelope:
     def renewed(self, token: UUID) -> Envelope:
         """Return this message as a new delivery, with all its retries.
 
-        The retries that were made stand in the message. They stay where an encoder of the user's wrote
-        it, unless that is JSON. Raises ValueError where no worker would find the id.
+        The number of retries is a part of the message. It stays if the user's encoder wrote the
+        message, unless the format is JSON. Raise ValueError if no worker would find the id.
         """
         try:
             data = self.data_for(token)
@@ -72,7 +73,7 @@ class Envelope:
 
 
 def decode(envelope: bytes) -> Envelope:
-    """Return what an envelope says; raises UnknownEnvelope."""
+    """Return the content of an envelope; raise UnknownEnvelope."""
     if not envelope or envelope[0] != VERSION:
         raise UnknownEnvelope(f"a Dramatiq envelope of version {envelope[:1].hex() or 'none'}")
     try:

@@ -1,14 +1,13 @@
-"""Groups whose completion something waits for, and the barrier in Redis that counts their members.
+"""Groups with a completion callback, and the barrier in Redis that counts their members.
 
-The ledger counts them, too: each end names its group, and what waited for the group is recorded as its
-continuation, under an id that follows from the group. So a barrier that is lost is put back, and what
-waited is sent once, whoever notices that the group is complete.
+The ledger counts the members too. Each end names its group, and a message that waited for the group
+is recorded as its continuation, under an id derived from the group. So a lost barrier is restored,
+and the waiting messages are sent once, by any process that finds the group complete.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from functools import wraps
@@ -23,10 +22,11 @@ from dramatiq.rate_limits.backends import RedisBackend
 
 from jobguard.adapter import refuse_ended_member
 from jobguard.adapters.dramatiq.layout import counted_key, finish_key
-from jobguard.adapters.dramatiq.producer import going_on_from
+from jobguard.adapters.dramatiq.producer import continuing
 from jobguard.adapters.dramatiq.run import current_run
 from jobguard.clients import address_of
-from jobguard.errors import is_host_interrupt
+from jobguard.host_safety import contain_errors
+from jobguard.log import log_event
 from jobguard.scripts import text_of
 
 if TYPE_CHECKING:
@@ -35,11 +35,9 @@ if TYPE_CHECKING:
     from jobguard.adapter import Tracker
     from jobguard.model import Refused
 
-log = logging.getLogger("jobguard")
-
 
 _uncounted: ContextVar[bool] = ContextVar("jobguard_dramatiq_uncounted", default=False)
-"""Whether the group that begins here is left to Dramatiq's own counting."""
+"""True if the group that starts here is counted only by Dramatiq."""
 
 
 class Joins:
@@ -51,7 +49,7 @@ class Joins:
         self._adopted: list[tuple[Any, Any, str, Any]] = []
 
     def adopt(self) -> None:
-        """Stand between the middleware that counts members and its barriers."""
+        """Replace the barriers of the middleware that counts members."""
         for middleware in self._broker.middleware:
             if not isinstance(middleware, GroupCallbacks):
                 continue
@@ -67,7 +65,7 @@ class Joins:
         setattr(owner, name, ours)
 
     def release(self) -> None:
-        """Step aside again."""
+        """Restore the original barriers."""
         while self._adopted:
             owner, before, name, ours = self._adopted.pop()
             if owner.__dict__.get(name) is not ours:
@@ -78,54 +76,51 @@ class Joins:
                 setattr(owner, name, before)
 
     def of(self, message: MessageProxy) -> str | None:
-        """Return the group that a message is a member of, if something waits for it."""
+        """Return the group of a message, if something waits for that group."""
         join = message.options.get("group_completion_uuid")
         return join if join and message.options.get("group_completion_callbacks") else None
 
     def ended_before(self, message: MessageProxy, token: UUID) -> Refused | None:
-        """A member that a leader tells again, which is to be counted and not run; None: it is none."""
+        """Return the refusal of a member that was pushed again only to be counted; None for others."""
         join = self.of(message)
         try:
             if join is None or not self._broker.client.exists(finish_key(join)):
                 return None
-        except redis.RedisError:  # whatever was told was told by Redis
+        except redis.RedisError:  # the finish key is in this Redis, and is lost with it
             return None
         return refuse_ended_member(self._tracker, token)
 
     def finish(self, message: MessageProxy) -> None:
-        """A member has ended before: if a leader says that all have, send what waits for them."""
+        """Send the callbacks of a group if a leader marked it complete; this member ended before."""
         join = self.of(message)
         if join is None:
             return
-        try:
+        # If this fails, a leader tries again.
+        with contain_errors("finish_group", group=join):
             client: Any = self._broker.client
             if client.getdel(finish_key(join)) is None:
                 return
-            log.warning("all members of group %s have completed: it goes on", join)
-            with going_on_from(join), self._tracker.batch(unheard=True):
+            log_event("group_continued", group=join)
+            with continuing(join), self._tracker.batch(unheard=True):
                 for callback in message.options["group_completion_callbacks"]:
                     self._broker.enqueue(Message(**callback))
-        except Exception as error:
-            if is_host_interrupt(error):
-                raise
-            log.exception("jobguard could not have group %s go on", join)  # a leader asks again
 
     def _after_process_message(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """GroupCallbacks.after_process_message: what it sends goes on from the group, all or nothing."""
+        """Wrap GroupCallbacks.after_process_message: its messages continue the group, all or none."""
 
         @wraps(original)
         def hook(broker: Any, message: MessageProxy, *args: Any, **kwargs: Any) -> Any:
             join = self.of(message)
             if join is None:
                 return original(broker, message, *args, **kwargs)
-            with going_on_from(join), self._tracker.batch(unheard=True):
+            with continuing(join), self._tracker.batch(unheard=True):
                 return original(broker, message, *args, **kwargs)
 
         return hook
 
 
 class Barriers:
-    """A rate limiter's backend, of which barriers are made that lose no count."""
+    """Backend of a rate limiter, with barriers that count each member once."""
 
     def __init__(self, tracker: Tracker, backend: Any) -> None:
         self._tracker = tracker
@@ -139,7 +134,7 @@ class Barriers:
         return getattr(self._backend, name)
 
     def add(self, key: str, value: int, ttl: int) -> bool:
-        """Create a barrier; Group.run does, before it sends the first member."""
+        """Create a barrier; Group.run calls this before it sends the first member."""
         if _uncounted.get():
             return bool(self._backend.add(key, value, ttl))
         redis_ = self._open is not None
@@ -155,7 +150,7 @@ class Barriers:
             raise
 
     def decr(self, key: str, amount: int, minimum: int, ttl: int) -> bool:
-        """Count the member that runs here; False: it was the last."""
+        """Count the member that runs here; return False if it was the last one."""
         run = current_run()
         if self._count is not None and run is not None and run.join == key:
             answer = self._count(keys=[key, counted_key(key)], args=[run.job_id, ttl])
@@ -164,15 +159,15 @@ class Barriers:
         return bool(self._backend.decr(key, amount, minimum, ttl))
 
 
-def _has_twins(members: Sequence[Any]) -> bool:
-    """Whether a message is in a group twice: members are counted by id, and such a one only once."""
+def _has_duplicates(members: Sequence[Any]) -> bool:
+    """Return True if a group has a message twice: members are counted by id, so it would count once."""
     last = [each.messages[-1] if isinstance(each, pipeline) else each for each in members]
     ids = [getattr(message, "message_id", None) for message in last]
     return len(set(ids)) < len(ids)
 
 
 def run_group(tracker_of: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """group.run: all its messages are one record."""
+    """Wrap group.run: all its messages are one record."""
 
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(original)
@@ -181,7 +176,7 @@ def run_group(tracker_of: Callable[[Any], Any]) -> Callable[[Any], Any]:
             if guard is None:
                 return original(self, *args, **kwargs)
             guard.joins.adopt()
-            before = _uncounted.set(_has_twins(self.children))
+            before = _uncounted.set(_has_duplicates(self.children))
             try:
                 with guard.tracker.batch():
                     return original(self, *args, **kwargs)

@@ -1,21 +1,22 @@
-"""Where Dramatiq keeps its things in Redis, key by key, and who is who among its workers.
+"""The keys of Dramatiq in Redis, and the ids of its workers.
 
 ====================================  =================================================
 ``<ns>:<queue>``                      list of the ids that wait
 ``<ns>:<queue>.msgs``                 hash of id to message, until it is acknowledged
-``<ns>:<queue>.DQ``, ``.DQ.msgs``     the same of what is delayed
-``<ns>:<queue>.XQ``, ``.XQ.msgs``     zset by time and hash of what has failed for good
+``<ns>:<queue>.DQ``, ``.DQ.msgs``     the same for delayed messages
+``<ns>:<queue>.XQ``, ``.XQ.msgs``     zset by time and hash of the messages that failed for good
 ``<ns>:__acks__.<worker>.<queue>``    set of the ids that a worker has fetched
-``<ns>:__heartbeats__``               zset of workers *and producers* by when they last said a word
-``<group>``                           a group's barrier: how many members are still to complete
+``<ns>:__heartbeats__``               zset of workers *and producers*, by their last heartbeat
+``<group>``                           the barrier of a group: how many members must still complete
 ====================================  =================================================
 
-The id of a message here is its ``redis_message_id``, new at every push: our token. Ours beside a
-group's barrier: ``<group>@jobguard``, the set of the members that were counted (see count.lua), and
-``<group>@jobguard:finish``, a leader's word that all of them have completed.
+The id of a message here is its ``redis_message_id``, new at every push: it is our token. We add two
+keys beside the barrier of a group: ``<group>@jobguard``, the set of the members that were counted
+(see count.lua), and ``<group>@jobguard:finish``, with which a leader marks the group as complete.
 
-A worker's id is a UUID that its broker makes up. By its version one sees whose it is: 7 is a guarded
-worker, 8 a guarded process that consumes nothing; any other is a stranger's.
+A worker's id is a UUID that its broker creates. Its version shows the kind of process: 7 is a
+guarded worker, 8 is a guarded process that consumes nothing, and any other version is an unguarded
+process.
 """
 
 from __future__ import annotations
@@ -38,34 +39,34 @@ class Layout:
 
     @property
     def prefix(self) -> str:
-        """The prefix of its source."""
+        """The key prefix of the source."""
         return "" if self.namespace == DEFAULT else self.namespace or _NO_NAME
 
     @classmethod
     def parse(cls, prefix: str) -> Layout:
-        """Return the layout that a source's prefix names."""
+        """Return the layout for the prefix of a source."""
         return cls("" if prefix == _NO_NAME else prefix or DEFAULT)
 
     def key(self, name: str) -> str:
-        """Return the key of a queue's list, or of anything else by its name."""
+        """Return the key of a queue's list, or of another thing by its name."""
         return f"{self.namespace}:{name}"
 
     @property
     def heartbeats(self) -> str:
-        """The key of the workers' last words."""
+        """The key of the heartbeats."""
         return self.key("__heartbeats__")
 
     @property
     def acks_prefix(self) -> str:
-        """What the keys of what workers have fetched begin with: the worker and the queue follow."""
+        """The start of the keys of fetched ids; the worker and the queue follow."""
         return self.key("__acks__.")
 
     def report(self, token: UUID) -> str:
-        """Return the key of the mark by which a worker may tell that a message is dead."""
+        """Return the key that permits one worker to report a message as dead."""
         return self.key(f"jobguard:report:{token}")
 
     def acks(self, worker: str, queue: str) -> str:
-        """Return the key of what a worker has fetched from a queue."""
+        """Return the key of the ids that a worker has fetched from a queue."""
         return f"{self.acks_prefix}{worker}.{queue}"
 
 
@@ -75,17 +76,17 @@ def counted_key(join: str) -> str:
 
 
 def finish_key(join: str) -> str:
-    """Return the key of a leader's word that all members of a group have completed."""
+    """Return the key with which a leader marks a group as complete."""
     return f"{join}@jobguard:finish"
 
 
 def canonical(queue: str) -> str:
-    """Return a queue's own name for the name of one of its lists."""
+    """Return the name of the queue to which this list belongs."""
     return queue[:-3] if queue.endswith((".DQ", ".XQ")) else queue
 
 
 def token_of(rid: object) -> UUID | None:
-    """Return the token that a message carries; None: an id that could not be one."""
+    """Return the token of a message; None if its id cannot be a token."""
     try:
         token = UUID(rid) if isinstance(rid, str) else None
     except ValueError:
@@ -94,32 +95,33 @@ def token_of(rid: object) -> UUID | None:
 
 
 def new_worker() -> UUID:
-    """Return the id of a guarded worker that begins."""
+    """Return a new id for a guarded worker."""
     return new_token()
 
 
 def new_short_lived() -> UUID:
-    """Return the id of a guarded process that consumes nothing, so that nobody takes it for a worker."""
+    """Return a new id for a guarded process that consumes nothing, so that it is not taken for a worker."""
     token = new_token().int
     return UUID(int=token & ~(0xF << 76) | _SHORT_LIVED << 76)
 
 
 def is_short_lived(worker: str) -> bool:
-    """Whether this is the id of a guarded process that consumes nothing."""
+    """Return True if this is the id of a guarded process that consumes nothing."""
     token = token_of(worker)
     return token is not None and token.version == _SHORT_LIVED
 
 
 def is_stranger(worker: str) -> bool:
-    """Whether whoever has this id is not guarded, as far as its id tells."""
+    """Return True if this id is not the id of a guarded process."""
     token = token_of(worker)
     return token is None or token.version not in (_WORKER, _SHORT_LIVED)
 
 
 def name_of(worker: str) -> str:
-    """Return the name of the session of whoever has this id.
+    """Return the session name of the process with this id.
 
-    A guarded worker's is the hex of its id: by that a leader knows one of ours that it has forgotten.
+    The name of a guarded worker is the hex form of its id. By that name a leader recognises one of
+    our workers that is no longer in the ledger.
     """
     token = token_of(worker)
     return token.hex if token is not None and token.version == _WORKER else worker

@@ -1,17 +1,16 @@
-"""What a living worker has lost out of its memory, put back.
+"""Find messages that a live worker has lost from its memory, and requeue them.
 
-Dramatiq forgets messages that it has fetched: those delayed, when the connection breaks; a whole fetch
-whose answer was lost; those whose acknowledgement failed in an unforeseen way. They stay in the set of
-what this worker has fetched, where nobody looks for them as long as it lives. So the worker compares
-that set with what it has in hand, twice, and gives back what is in its name alone. Whatever of it has
-ended all the same, the fence skips.
+Dramatiq forgets messages that it has fetched: delayed messages when the connection breaks, a whole
+fetch if its answer is lost, and messages whose acknowledgement failed in an unforeseen way. Their
+ids stay in the set of the ids that this worker has fetched, which no other process reads while the
+worker lives. So the worker compares that set with its memory twice, and requeues the ids that are
+only in the set. If such a message has ended after all, the fence skips it.
 
-It also starts anew the thread of a consumer that an error has ended.
+This module also restarts the thread of a consumer that an error has ended.
 """
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -22,33 +21,34 @@ from dramatiq.errors import DecodeError
 
 from jobguard.adapters.dramatiq.layout import Layout
 from jobguard.clients import own_client
+from jobguard.host_safety import contain_errors
+from jobguard.log import log_event
 
 if TYPE_CHECKING:
     from dramatiq.brokers.redis import RedisBroker
 
     from jobguard.adapters.dramatiq.consumer import InFlightMessages
 
-log = logging.getLogger("jobguard")
 
 INTERVAL = 2.0
-"""Seconds between two looks: a message is on its way from Redis into memory for a moment."""
+"""Seconds between two checks: a message needs a moment on its way from Redis into memory."""
 _TIMEOUT = 1.0
 
 
 class LostMessages:
-    """The thread that looks after one worker."""
+    """The thread that checks one worker."""
 
     def __init__(
         self,
         broker: RedisBroker,
         worker: Any,
         in_flight: InFlightMessages,
-        tidy: Callable[[], None],
+        remove_ended: Callable[[], None],
     ) -> None:
         self._broker = broker
         self._worker = worker
         self._in_flight = in_flight
-        self._tidy = tidy
+        self._remove_ended = remove_ended
         self._layout = Layout(broker.namespace)
         self._client: Any = None
         self._suspects: set[tuple[str, str]] = set()
@@ -56,17 +56,17 @@ class LostMessages:
         self._thread = threading.Thread(target=self._loop, name="jobguard-heal", daemon=True)
 
     def start(self) -> None:
-        """Begin to look."""
+        """Start the checks."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Look no more: what the worker gives up now, it gives back by itself."""
+        """Stop the checks: from now on the worker itself requeues its messages."""
         self._stop.set()
 
     def check(self) -> None:
-        """Look once. Raises RedisError."""
-        self._revive()
-        self._tidy()
+        """Check once. Raise RedisError if Redis does not answer."""
+        self._restart_consumers()
+        self._remove_ended()
         suspects = {
             (queue, rid) for queue in list(self._worker.consumers) for rid in self._lost(queue)
         }
@@ -74,20 +74,19 @@ class LostMessages:
         for queue in {queue for queue, _ in certain}:
             rids = [rid for name, rid in certain if name == queue and rid not in self._in_flight]
             if rids and not self._stop.is_set():
-                log.warning("%d messages of queue %s were forgotten, and go back", len(rids), queue)
+                log_event("messages_lost", queue=queue, count=len(rids))
                 self._broker.do_requeue(queue, *rids)
 
     def _loop(self) -> None:
         while not self._stop.wait(INTERVAL):
-            try:
-                self.check()
-            except redis.RedisError as error:
-                log.debug("jobguard cannot look for forgotten messages: %s", error)
-            except Exception:
-                log.exception("jobguard could not look for forgotten messages")
+            with contain_errors("lost_messages"):
+                try:
+                    self.check()
+                except redis.RedisError as error:
+                    log_event("messages_unchecked", error=str(error))
 
     def _lost(self, queue: str) -> set[str]:
-        """Return the ids that Redis believes this worker has, and that it has not."""
+        """Return the ids that this worker has in Redis and not in its memory."""
         if self._client is None:
             self._client = own_client(self._broker.client, timeout=_TIMEOUT)
         fetched = self._client.smembers(self._layout.acks(self._broker.broker_id, queue))
@@ -95,7 +94,7 @@ class LostMessages:
         return lost - self._cached(queue) if lost else lost
 
     def _cached(self, queue: str) -> set[str]:
-        """Return the ids of what the consumer has fetched and not yet looked at."""
+        """Return the ids that the consumer has fetched and not yet processed."""
         thread = self._worker.consumers.get(queue)
         found = set()
         for data in list(getattr(getattr(thread, "consumer", None), "message_cache", ())):
@@ -105,10 +104,10 @@ class LostMessages:
                 continue
         return found
 
-    def _revive(self) -> None:
+    def _restart_consumers(self) -> None:
         for queue, thread in list(self._worker.consumers.items()):
             if thread.is_alive() or self._stop.is_set() or not thread.running:
                 continue
-            log.error("the consumer of queue %s had ended; it is started anew", queue)
+            log_event("consumer_restarted", queue=queue)
             del self._worker.consumers[queue]
             self._worker._add_consumer(queue, delay=queue.endswith(".DQ"))

@@ -1,4 +1,4 @@
-"""From a message to its delivery: what is recorded of a push."""
+"""Make the delivery of a message: the record of one push."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def deliver(
 
 
 def expires_at(broker: RedisBroker, message: Message[Any]) -> float | None:
-    """Return when Dramatiq would drop it unrun, in seconds since the epoch; None: never."""
+    """Return when Dramatiq would drop the message unrun, in seconds since the epoch; None for never."""
     limit = next((each for each in broker.middleware if isinstance(each, AgeLimit)), None)
     if limit is None:
         return None

@@ -1,14 +1,13 @@
-"""Where the hooks are put, and taken off again.
+"""Install the hooks, and remove them.
 
-All of them on one broker object, but for ``group.run`` and, for ``jobguard run``, ``Worker.start``. A
-method that is missing, or whose arguments are named otherwise, means a Dramatiq that this adapter does
-not know: then nothing is patched.
+All hooks are on one broker object, except ``group.run`` and, for ``jobguard run``,
+``Worker.start``. If a method is missing, or its arguments have other names, this adapter does not
+know the version of Dramatiq: then nothing is patched.
 """
 
 from __future__ import annotations
 
 import inspect
-import logging
 import threading
 from collections.abc import Callable, Iterator
 from functools import wraps
@@ -18,7 +17,7 @@ import dramatiq
 from dramatiq import Worker, group
 from dramatiq.brokers.redis import RedisBroker
 
-from jobguard.adapter import Tracker, tracker_for_worker
+from jobguard.adapter import Tracker
 from jobguard.adapters.dramatiq.cancellation import Cancellation
 from jobguard.adapters.dramatiq.consumer import InFlightMessages
 from jobguard.adapters.dramatiq.joins import Joins, run_group
@@ -27,12 +26,13 @@ from jobguard.adapters.dramatiq.middleware import GuardMiddleware
 from jobguard.adapters.dramatiq.producer import Producer
 from jobguard.adapters.dramatiq.worker import WorkerHooks
 from jobguard.errors import UnsupportedTarget
+from jobguard.host_safety import contain_errors
 from jobguard.patching import Hooks
+from jobguard.registry import tracker_for_worker
 
 if TYPE_CHECKING:
     from dramatiq import Broker
 
-log = logging.getLogger("jobguard")
 
 _GUARD = "_jobguard"
 _KNOWN = {
@@ -47,7 +47,7 @@ _workers_guarded: list[bool] = []
 
 
 class BrokerGuard:
-    """One guarded broker object, with all that is hooked of it."""
+    """One guarded broker object with its hooks."""
 
     def __init__(self, tracker: Tracker, broker: RedisBroker) -> None:
         self.tracker = tracker
@@ -71,16 +71,16 @@ class BrokerGuard:
         self._on = Hooks()
         self._broker_id = broker.broker_id
 
-    def put_up(self) -> None:
-        """Hook the broker."""
+    def install_hooks(self) -> None:
+        """Install the hooks on the broker."""
         for name, make in self._hooks.items():
             self._on.put(self.broker, name, make)
         self.broker.broker_id = str(new_short_lived())
         self.broker.add_middleware(self._middleware)
         setattr(self.broker, _GUARD, self)
 
-    def take_down(self) -> None:
-        """Leave the broker as it was, but for what others have put over ours."""
+    def remove_hooks(self) -> None:
+        """Restore the broker, but keep the hooks that others have put over ours."""
         delattr(self.broker, _GUARD)
         self.worker.end()
         self.joins.release()
@@ -98,34 +98,34 @@ def guard_of(broker: Broker) -> BrokerGuard | None:
 
 
 def install(tracker: Tracker, broker: Any) -> None:
-    """Put the hooks on a broker; raises UnsupportedTarget if this Dramatiq is not known."""
+    """Install the hooks on a broker; raise UnsupportedTarget if this Dramatiq is unknown."""
     with _lock:
         if guard_of(broker) is not None:
             return
-        for problem in _strange(broker):
+        for problem in _unknown_parts(broker):
             raise UnsupportedTarget(
                 f"Dramatiq {dramatiq.__version__} has no {problem} as jobguard knows it: messages are "
                 "not guarded. Use a Dramatiq from 1.17 to 2.x, or upgrade jobguard."
             )
         made = BrokerGuard(tracker, broker)
-        made.put_up()
+        made.install_hooks()
         if not _guards:
             _library.put(group, "run", run_group(guard_of))
         _guards.append(made)
 
 
 def uninstall(tracker: Tracker) -> None:
-    """Take the hooks off every broker of this source; the last takes those on Dramatiq itself along."""
+    """Remove the hooks from every broker of this source; after the last broker also those on Dramatiq."""
     with _lock:
         for made in [each for each in _guards if each.tracker.source.id == tracker.source.id]:
             _guards.remove(made)
-            made.take_down()
+            made.remove_hooks()
         if not _guards:
             _library.take_off()
 
 
 def guard_workers() -> None:
-    """Have a worker that starts guard its broker by what its environment says."""
+    """Guard the broker of each worker that starts, by the settings in its environment."""
     with _lock:
         if not _workers_guarded:
             _workers_guarded.append(True)
@@ -137,17 +137,15 @@ def _worker_start(original: Callable[..., Any]) -> Callable[..., Any]:
     def start(self: Worker, *args: Any, **kwargs: Any) -> Any:
         broker = self.broker
         if isinstance(broker, RedisBroker) and guard_of(broker) is None:
-            try:
+            with contain_errors("worker_start", event="guard_refused"):
                 tracker_for_worker(broker)
-            except Exception:
-                log.exception("jobguard cannot guard this worker")
         return original(self, *args, **kwargs)
 
     return start
 
 
-def _strange(broker: RedisBroker) -> Iterator[str]:
-    """Name what of this Dramatiq is not as we know it."""
+def _unknown_parts(broker: RedisBroker) -> Iterator[str]:
+    """Yield the parts of this Dramatiq that are not as we know them."""
     for name, leading in _KNOWN.items():
         method = getattr(broker, name, None)
         try:

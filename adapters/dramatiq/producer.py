@@ -1,13 +1,12 @@
-"""What a guarded broker does with every message that goes into Redis.
+"""The steps of a guarded broker for every message that goes to Redis.
 
-``enqueue`` is where one sees what is sent, and of what it comes; ``before_enqueue`` of our middleware
-is where its id may be chosen; ``do_enqueue`` is where the bytes go, whatever other middleware did to the
-message in between.
+``enqueue`` shows which message is sent, and from which delivery it comes. ``before_enqueue`` of our
+middleware is the place to choose its id. ``do_enqueue`` pushes the bytes, after all changes that
+other middleware made to the message.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -22,7 +21,7 @@ from jobguard.adapters.dramatiq.layout import Layout, canonical, token_of
 from jobguard.adapters.dramatiq.message import deliver
 from jobguard.adapters.dramatiq.push import MessagePush
 from jobguard.adapters.dramatiq.run import Run, current_run, derive
-from jobguard.errors import is_host_interrupt
+from jobguard.host_safety import contain_errors
 from jobguard.model import Delivery, Parent, derived_token, new_token, token_at
 from jobguard.scripts import text_of
 
@@ -32,23 +31,22 @@ if TYPE_CHECKING:
     from jobguard.adapter import Tracker
     from jobguard.adapters.dramatiq.consumer import InFlightMessages
 
-log = logging.getLogger("jobguard")
 Enqueue = Callable[..., Any]
 
 
 @dataclass(slots=True)
 class _Draft:
-    """One call of enqueue, from its beginning to the push."""
+    """One call of enqueue, from its start to the push."""
 
     origin: UUID | None
-    """The delivery that the message comes from: its retry, its move from the delay queue."""
+    """The delivery from which the message comes: its retry, or its move from the delay queue."""
     run: Run | None
     message: Message[Any] | None = None
-    """As it will be encoded."""
+    """The message as it will be encoded."""
     token: UUID | None = None
     parent: Parent | None = None
     supersedes: bool = False
-    """It takes the place of the run that sends it."""
+    """True if the message supersedes the run that sends it."""
     derived: bool = False
     closes: str | None = None
 
@@ -60,15 +58,15 @@ _draft: ContextVar[_Draft | None] = ContextVar("jobguard_dramatiq_draft", defaul
 class _Join:
     id: str
     sent: int = 0
-    """How much has gone on from it. All of it is recorded at once, and the first closes it."""
+    """Number of messages that continue the group. All are recorded at once, and the first one closes it."""
 
 
 _closing: ContextVar[_Join | None] = ContextVar("jobguard_dramatiq_closing", default=None)
 
 
 @contextmanager
-def going_on_from(join: str) -> Iterator[None]:
-    """Inside, what is sent is what waited for that group."""
+def continuing(join: str) -> Iterator[None]:
+    """Mark all messages that are sent inside as continuations of that group."""
     before = _closing.set(_Join(join))
     try:
         yield
@@ -77,7 +75,7 @@ def going_on_from(join: str) -> Iterator[None]:
 
 
 class Producer:
-    """The producing half of one guarded broker."""
+    """The producer half of one guarded broker."""
 
     def __init__(
         self, tracker: Tracker, broker: RedisBroker, in_flight: InFlightMessages, worker: Any
@@ -90,7 +88,7 @@ class Producer:
         self._push = broker.client.register_script(text_of(__package__, "push.lua"))
 
     def enqueue(self, original: Enqueue) -> Enqueue:
-        """RedisBroker.enqueue: what every message comes through."""
+        """Wrap RedisBroker.enqueue, which every message passes."""
 
         @wraps(original)
         def hook(message: Message[Any], *, delay: int | None = None) -> Any:
@@ -101,7 +99,7 @@ class Producer:
                 return original(message, delay=delay)
             except BaseException:
                 if run is not None and run.after:
-                    run.broken = True  # Dramatiq swallows this, and acknowledges the job
+                    run.broken = True  # Dramatiq suppresses this error, and acknowledges the job
                 raise
             finally:
                 _draft.reset(before)
@@ -109,38 +107,34 @@ class Producer:
         return hook
 
     def before_enqueue(self, message: Message[Any]) -> None:
-        """Give the message that is about to be pushed a token of ours for its id."""
+        """Give the message that is about to be pushed one of our tokens as its id."""
         draft = _draft.get()
         if draft is None or not self._tracker.guards(canonical(message.queue_name)):
             return
-        self._descend(draft, message)
+        self._derive_token(draft, message)
         draft.message = message
         message.options["redis_message_id"] = str(draft.token)
 
     def do_enqueue(self, original: Enqueue) -> Enqueue:
-        """RedisBroker.do_enqueue: the bytes, on their way to Redis."""
+        """Wrap RedisBroker.do_enqueue, which sends the bytes to Redis."""
 
         @wraps(original)
         def hook(queue_name: str, rid: str, data: bytes) -> Any:
-            try:
+            push = None  # without it, the message is not recorded
+            with contain_errors("do_enqueue", token=rid):
                 push = self._prepare(queue_name, rid, data)
-            except Exception as error:
-                if is_host_interrupt(error):
-                    raise
-                log.exception("jobguard could not take message %s; it goes unrecorded", rid)
-                push = None
             if push is None:
                 return original(queue_name, rid, data)
             return push.make()
 
         return hook
 
-    def _descend(self, draft: _Draft, message: Message[Any]) -> None:
-        """Find out what the message comes from, and make its token of that."""
+    def _derive_token(self, draft: _Draft, message: Message[Any]) -> None:
+        """Find the origin of the message, and derive its token from that."""
         run, origin, join = draft.run, draft.origin, _closing.get()
         id, sent_at = message.message_id, message.message_timestamp / 1000
         if join is not None:
-            # Whoever completes the group last, and how often: it is one and the same delivery.
+            # It is the same delivery, whichever member completes the group, and however often.
             draft.token = derived_token(token_at(sent_at), f"{join.id}\x00{id}", join.sent)
             draft.derived, draft.closes = True, None if join.sent else join.id
             join.sent += 1
@@ -149,7 +143,8 @@ class Producer:
                 draft.parent, draft.supersedes = run.parent(), True
             draft.token, draft.derived = run.derive(id), True
         elif run is None and origin is not None and str(origin) in self._in_flight:
-            # Dramatiq's move from the delay queue; or its retry of what failed before it was claimed.
+            # Dramatiq moves it from the delay queue, or retries a message that failed before its
+            # claim.
             session = self._worker.session
             draft.parent = Parent(origin, worker=session.id if session is not None else None)
             draft.token, draft.derived = derive(origin, id, 0, sent_at=sent_at), True
@@ -164,7 +159,7 @@ class Producer:
             return None
         draft = _draft.get()
         if draft is None or draft.message is None or draft.token != token:
-            draft = _Draft(None, None, Message.decode(data))  # somebody pushes by hand
+            draft = _Draft(None, None, Message.decode(data))  # the application pushes by hand
         return MessagePush(
             self._tracker,
             self._delivery(draft, token, queue_name, data),

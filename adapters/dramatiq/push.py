@@ -1,12 +1,11 @@
-"""The push of one message of Dramatiq's.
+"""The push of one Dramatiq message.
 
-What a worker sends (a retry, a move from the delay queue, what goes on from a job) is accepted whatever
-the settings say: Dramatiq would swallow the error, and lose it.
+A message that a worker sends (a retry, a move from the delay queue, a continuation of a job) is
+accepted whatever the settings are: Dramatiq would suppress the error and lose the message.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,25 +15,24 @@ import redis
 from jobguard.adapters.dramatiq.run import Run
 from jobguard.clients import bounded_pool, take_connection
 from jobguard.host.push import Push
+from jobguard.log import log_event
 
 if TYPE_CHECKING:
     from jobguard.model import Delivery, Recorded
 
-log = logging.getLogger("jobguard")
-
 
 @dataclass
 class MessagePush(Push):
-    """One message on its way, with what is needed to send it."""
+    """One message that is being sent."""
 
     delivery: Delivery
     client: Any
-    """The broker's."""
+    """The client of the broker."""
     enqueue: Callable[[], None]
     run: Run | None = None
-    """The run that sends it."""
+    """The run that sends the message."""
     supersedes: bool = False
-    """It takes the place of that run."""
+    """True if the message supersedes that run."""
     broker_down = (redis.ConnectionError, redis.TimeoutError, redis.exceptions.ReadOnlyError)
 
     @property
@@ -49,22 +47,22 @@ class MessagePush(Push):
             pool.release(take_connection(pool, "EVALSHA"))
 
     def send(self) -> None:
-        """Have Redis take it."""
+        """Send the message to Redis."""
         pool = getattr(self.client, "connection_pool", None)
         with bounded_pool(pool, "EVALSHA", self.patience if pool is not None else None):
             self.enqueue()
 
     def apply_refusals(self, recorded: Recorded) -> bool:
-        """From here on it stands in its parent's place."""
+        """Note that the recorded message supersedes its parent."""
         if self.run is not None and self.supersedes and not recorded.lost:
             self.run.superseded, self.run.spooled = True, recorded.spooled
         left = super().apply_refusals(recorded)
         if not left:
-            log.info("message %s has ended or moved on; it is not pushed", self.delivery.job_id)
+            log_event("push_skipped", job_id=self.delivery.job_id)
         return left
 
     def accepts(self, recorded: Recorded) -> bool:
-        """What a worker sends, if anything has it; else as the settings say."""
+        """Accept a worker's message if it was recorded or spooled; for others, follow the settings."""
         if self.delivery.parent is not None or self.delivery.derived:
             return not recorded.lost
         return super().accepts(recorded)

@@ -1,31 +1,30 @@
-"""One guarded run of a message, and the one report of how it ended.
+"""One guarded run of a message, and the one report of its end.
 
-It is known by a context variable, which Dramatiq carries along to the event loop of its asyncio
-actors: what a run sends is known as its own there, too.
+A context variable names the current run. Dramatiq copies it to the event loop of its asyncio
+actors, so that messages sent there are known as messages of this run too.
 """
 
 from __future__ import annotations
 
-import logging
 import traceback
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
 from uuid import UUID
 
+from jobguard.log import log_event
 from jobguard.model import Claim, Outcome, Parent, Part, derived_token, token_at
 
 if TYPE_CHECKING:
     from jobguard.adapter import Session, Tracker
 
-log = logging.getLogger("jobguard")
 
 LONGEST_ERROR = 5_000
-"""Characters; what the ledger keeps of an error."""
+"""Characters of an error text that the ledger keeps."""
 
 
 class Run:
-    """A claim that a worker thread holds, until its end is told, once."""
+    """The claim of a worker thread, until its end is reported once."""
 
     def __init__(
         self,
@@ -43,19 +42,19 @@ class Run:
         self.claim = claim
         self.job_id, self.queue, self.task = job_id, queue, task
         self.join = join
-        """The group that it is a member of, and that something waits for."""
+        """The group of the message, if something waits for that group."""
         self.after = False
-        """The actor has returned or failed; what is sent now is Dramatiq's own doing."""
+        """True after the actor has returned or failed; from then on Dramatiq itself sends messages."""
         self.error: BaseException | None = None
         self.skipped = False
         self.broken = False
-        """Something that goes on from it could not be sent, and Dramatiq does not mind."""
+        """True if a continuation of the run could not be sent and Dramatiq suppressed the error."""
         self.superseded = False
         self.spooled = False
-        """What supersedes it waits for Postgres: until then it is still ours to hold."""
+        """True if the superseding record waits for PostgreSQL; until it is written the claim stays ours."""
         self.reported = False
         self.current: AbstractContextManager[None] | None = None
-        """What lets jobguard.current() know of it."""
+        """The context in which jobguard.current() knows the run."""
         self._sent_at = sent_at
         self._sent: dict[str, int] = {}
 
@@ -65,23 +64,23 @@ class Run:
         return self.claim.token
 
     def derive(self, job_id: str) -> UUID:
-        """Return the token of what this run sends under that id: the same when it is run again."""
+        """Return the token of a message that this run sends under that id; a second run gets the same."""
         nth = self._sent.get(job_id, 0)
         self._sent[job_id] = nth + 1
         return derive(self.token, job_id, nth, sent_at=self._sent_at)
 
     def parent(self) -> Parent:
-        """Return what its retry takes the place of."""
+        """Return the parent for a retry of this run."""
         return Parent(self.token, claim=self.claim.number or None, worker=self.session.id)
 
     def leave(self) -> None:
-        """It is not what runs in this thread any more."""
+        """Mark that this thread no longer runs it."""
         current, self.current = self.current, None
         if current is not None:
             current.__exit__(None, None, None)
 
     def end(self, *, failed: bool) -> None:
-        """Report how it ended, unless that is told already; ``failed``: it goes to the dead letters."""
+        """Report the end, unless it is reported already; ``failed`` means it goes to the dead letters."""
         if self.reported:
             return
         self.reported = True
@@ -89,7 +88,7 @@ class Run:
         if self.superseded and not self.spooled:
             self.session.mark_superseded(self.claim)
         elif self.broken and not (failed or self.superseded):
-            log.error("what goes on from message %s could not be sent: it runs again", self.job_id)
+            log_event("continuation_lost", job_id=self.job_id)
             self.session.release(self.claim)
             self.tracker.leave_to_outbox([self.token])
         else:
@@ -103,7 +102,7 @@ class Run:
                 error=None if self.superseded else _text(self.error),
                 part=Part(self.join) if self.join and outcome is Outcome.COMPLETED else None,
             )
-        self.error = None  # its frames hold much in memory
+        self.error = None  # the frames of the error use much memory
 
     def _outcome(self, failed: bool) -> Outcome:
         if self.superseded:
@@ -117,20 +116,20 @@ _run: ContextVar[Run | None] = ContextVar("jobguard_dramatiq_run", default=None)
 
 
 def current_run() -> Run | None:
-    """Return the run that this code is part of."""
+    """Return the run to which this code belongs."""
     return _run.get()
 
 
 def set_run(run: Run | None) -> None:
-    """Begin a run in this thread, or be done with it."""
+    """Set the run of this thread, or None after its end."""
     _run.set(run)
 
 
 def derive(parent: UUID, job_id: str, nth: int, *, sent_at: float) -> UUID:
-    """Return the token of what comes of a delivery.
+    """Return the token of a message that comes from a delivery.
 
-    An unguarded producer's ids are random, and would sort anywhere: then it sorts by when its message
-    was made, in seconds since the epoch.
+    The ids of an unguarded producer are random and have no order. Then the token sorts by the time
+    at which the message was made, in seconds since the epoch.
     """
     if parent.version == 7:
         return derived_token(parent, job_id, nth)

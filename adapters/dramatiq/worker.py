@@ -1,13 +1,12 @@
-"""The working half of one guarded broker: a session, a claim for each start, an end for each claim.
+"""The worker half of one guarded broker: a session, a claim for each start, an end for each claim.
 
-Which thread does what: ``before_worker_boot`` and ``after_worker_shutdown`` run in the main thread;
-``before_process_message`` and what follows to the acknowledgement in a worker thread; moves from the
-delay queue, and messages for which there is no actor, in the thread of a consumer.
+The threads: ``before_worker_boot`` and ``after_worker_shutdown`` run in the main thread.
+``before_process_message`` and all steps up to the acknowledgement run in a worker thread. Moves
+from the delay queue, and messages without an actor, run in the thread of a consumer.
 """
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 import uuid
@@ -38,7 +37,9 @@ from jobguard.adapters.dramatiq.layout import (
 from jobguard.adapters.dramatiq.lost_messages import LostMessages
 from jobguard.adapters.dramatiq.message import deliver, expires_at
 from jobguard.adapters.dramatiq.run import Run, current_run, set_run
-from jobguard.errors import WorkersDied, host_interrupts, is_host_interrupt
+from jobguard.errors import WorkersDied, host_interrupts
+from jobguard.host_safety import contain_errors
+from jobguard.log import log_event
 from jobguard.model import Claim, Delivery, Outcome, Refusal, Refused
 from jobguard.scripts import text_of
 
@@ -47,15 +48,14 @@ if TYPE_CHECKING:
 
     from jobguard.adapter import Session, Tracker
 
-log = logging.getLogger("jobguard")
 
-# A time limit, a shutdown: raised into a worker's thread, wherever that is.
+# Dramatiq raises these (a time limit, a shutdown) into the thread of a worker at any point.
 host_interrupts(Interrupt)
 _FAILED = (Outcome.FAILED, Outcome.DEAD)
 
 
 class WorkerHooks:
-    """What a worker process of this broker does for the ledger."""
+    """The work of one worker process for the ledger."""
 
     def __init__(
         self, tracker: Tracker, broker: RedisBroker, in_flight: InFlightMessages, joins: Joins
@@ -72,16 +72,16 @@ class WorkerHooks:
         self._declaring = threading.Lock()  # each consumer has a thread of its own
         self._running: dict[str, Run] = {}
         self._elsewhere: set[str] = set()
-        """Ids of what another worker runs, until they are acknowledged here."""
+        """Ids that another worker runs, until they are acknowledged here."""
         self._left: dict[UUID, str] = {}
-        """What was skipped for that, by list: its message is left for whoever ends it."""
+        """Deliveries skipped for that reason, by list; their messages stay until the run has ended."""
         self._declined: set[str] = set()
-        """Ids of what the ledger keeps for a later try."""
+        """Ids that the ledger keeps for a later try."""
 
     # -- the process -------------------------------------------------------------------------------
 
     def begin(self, worker: Any) -> None:
-        """Begin to beat before the first message can be fetched, under a name that Redis shows."""
+        """Start to beat before the first fetch, under a name that is visible in Redis."""
         self._joins.adopt()
         names = worker.consumer_whitelist or self._broker.get_declared_queues()
         self._queues = frozenset(name for name in names if self._tracker.guards(name))
@@ -92,42 +92,44 @@ class WorkerHooks:
         self.session = self._tracker.open_session(
             name=me.hex, queues=sorted(self._queues), apart=True
         )
-        self._lost_messages = LostMessages(self._broker, worker, self._in_flight, self._tidy)
+        self._lost_messages = LostMessages(
+            self._broker, worker, self._in_flight, self._remove_ended
+        )
         self._lost_messages.start()
 
     def stop(self) -> None:
-        """The worker stops: what dies now, dies by order."""
+        """Stop the checks for lost messages: consumers that end from here on are part of the shutdown."""
         if self._lost_messages is not None:
             self._lost_messages.stop()
 
     def end(self) -> None:
-        """Say goodbye, so that what is still claimed goes back at once."""
+        """Close the session, so that messages that are still claimed are requeued at once."""
         session, self.session = self.session, None
         self.stop()
         if session is not None:
             session.flush()
-            self._tidy()
+            self._remove_ended()
             session.close(running=bool(self._running))
             self._broker.broker_id = str(new_short_lived())
 
     def consume(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """RedisBroker.consume: a consumer of a list, made anew after every break of the connection."""
+        """Wrap RedisBroker.consume, which makes a new consumer of a list after every lost connection."""
 
         @wraps(original)
         def hook(queue_name: str, *args: Any, **kwargs: Any) -> Any:
             if self.session is None and is_short_lived(self._broker.broker_id):
-                # No worker of Dramatiq's, or an unguarded one: that is how it must look to a leader.
+                # Not a worker of Dramatiq, or an unguarded one: a leader must see it as unguarded.
                 self._broker.broker_id = str(uuid.uuid4())
             inner = original(queue_name, *args, **kwargs)
             if self.session is None or not self._tracker.guards(canonical(queue_name)):
                 return inner
-            self._take_from(self.session, canonical(queue_name))
+            self._announce_queue(self.session, canonical(queue_name))
             return GuardedConsumer(inner, queue_name, self._in_flight, self._undecodable)
 
         return hook
 
-    def _take_from(self, session: Session, queue: str) -> None:
-        """Say so if it was declared since: only what a guarded worker says it takes from is trusted."""
+    def _announce_queue(self, session: Session, queue: str) -> None:
+        """Announce a queue that was declared later, because only announced queues are trusted."""
         with self._declaring:
             if queue not in self._queues:
                 self._queues |= {queue}
@@ -136,7 +138,7 @@ class WorkerHooks:
     # -- a start -----------------------------------------------------------------------------------
 
     def claim(self, message: MessageProxy) -> None:
-        """Ask whether this may run; raises SkipMessage if it may not."""
+        """Request a claim for this message; raise SkipMessage if it may not run."""
         set_run(None)
         token = token_of(message.options.get("redis_message_id"))
         session = self.session
@@ -148,9 +150,9 @@ class WorkerHooks:
             answer = self._joins.ended_before(message, token) or session.start(
                 token,
                 lambda: self._describe(message, token),
-                idle=lambda: self._off_the_clock(message),
+                idle=lambda: self._time_limit_stopped(message),
             )
-        except BaseException:  # interrupted by Dramatiq, for which it has failed then
+        except BaseException:  # Dramatiq interrupted it, and treats it as failed
             session.mark_superseded(Claim(token, 0))
             raise
         run = self._run(session, message, Claim(token, 0))
@@ -167,8 +169,8 @@ class WorkerHooks:
         failpoint.hit("after_claim")
 
     @contextmanager
-    def _off_the_clock(self, message: MessageProxy) -> Iterator[None]:
-        """Stop the time limit of Dramatiq, which began before we were asked; begin it anew after that."""
+    def _time_limit_stopped(self, message: MessageProxy) -> Iterator[None]:
+        """Stop Dramatiq's time limit, which started before our request; restart it afterwards."""
         limits: list[Any] = [m for m in self._broker.middleware if isinstance(m, TimeLimit)]
         for limit in limits:
             limit.after_skip_message(self._broker, message)
@@ -179,11 +181,12 @@ class WorkerHooks:
                 limit.before_process_message(self._broker, message)
 
     def _skip(self, message: MessageProxy, refused: Refused) -> SkipMessage:
-        """Return what keeps it from running, with all that is left to be done instead."""
+        """Do the steps for a refused message, and return the exception that skips it."""
         dead = refused.reason is Refusal.SPENT or refused.outcome is Outcome.DEAD
-        if dead and self._is_to_report(refused):
+        if dead and self._is_to_report(message, refused):
             self._report(message)
-        # Else the Results middleware stores None for what was skipped, over the result of the run.
+        # Without this, the Results middleware stores None for a skipped message, over its real
+        # result.
         message.options["store_results"] = False
         if refused.reason is Refusal.CLAIMED:
             self._elsewhere.add(str(refused.token))
@@ -193,33 +196,39 @@ class WorkerHooks:
         elif refused.outcome is Outcome.COMPLETED:
             self._joins.finish(message)
         why = refused.outcome or refused.reason
-        log.warning("message %s is skipped: %s", message.message_id, why.value)
+        log_event(
+            "start_skipped",
+            job_id=message.message_id,
+            queue=canonical(message.queue_name),
+            reason=refused.reason.value,
+            outcome=refused.outcome.value if refused.outcome else None,
+        )
         return SkipMessage(f"jobguard: {why.value}")
 
-    def _is_to_report(self, refused: Refused) -> bool:
-        """Whether this worker tells that it is dead; of several copies, one does."""
+    def _is_to_report(self, message: MessageProxy, refused: Refused) -> bool:
+        """Return True if this worker must report the death; of several copies only one reports it."""
         if refused.reason is Refusal.SPENT:
             return True
         try:
             return bool(self._broker.client.delete(self._layout.report(refused.token)))
         except redis.RedisError as error:
-            log.warning("jobguard cannot see whether a dead message is reported: %s", error)
+            log_event("report_unknown", job_id=message.message_id, error=str(error))
             return False
 
     def _report(self, message: MessageProxy) -> None:
-        """Have Dramatiq call back whoever waits for a failure of this message."""
+        """Have Dramatiq call the failure callbacks of this message."""
         run = current_run()
-        set_run(None)  # what is sent now comes of no run
+        set_run(None)  # messages that are sent now come from no run
         try:
             middlewares: list[Any] = self._broker.middleware
-            for middleware in middlewares:
-                if isinstance(middleware, Callbacks):
-                    tell: Any = middleware
-                    tell.after_process_message(self._broker, message, exception=WorkersDied())
-        except Exception as error:
-            if is_host_interrupt(error):
-                raise
-            log.exception("message %s is dead, and its failure callback failed", message.message_id)
+            job_id = message.message_id
+            with contain_errors("failure_callback", event="callback_failed", job_id=job_id):
+                for each in middlewares:
+                    if isinstance(each, Callbacks):
+                        callbacks: Any = each
+                        callbacks.after_process_message(
+                            self._broker, message, exception=WorkersDied()
+                        )
         finally:
             set_run(run)
 
@@ -236,7 +245,7 @@ class WorkerHooks:
         )
 
     def _describe(self, message: MessageProxy, token: UUID) -> Delivery:
-        """Return the record of what nobody recorded, as it stands in Redis."""
+        """Return the record of an unrecorded message, as it is in Redis."""
         queue = message.queue_name
         raw: Any = self._broker.client.hget(f"{self._layout.key(queue)}.msgs", str(token))
         data = raw if isinstance(raw, bytes) else message._message.encode()
@@ -245,7 +254,7 @@ class WorkerHooks:
     # -- an end ------------------------------------------------------------------------------------
 
     def returned(self, message: MessageProxy, error: BaseException | None) -> None:
-        """The actor has returned or failed. No I/O here: the time limit may still strike."""
+        """Note the return or failure of the actor. No I/O here: a time limit may still interrupt."""
         run = self._run_of(message)
         if run is not None:
             run.after, run.error = True, error
@@ -253,7 +262,7 @@ class WorkerHooks:
             failpoint.hit("after_return", when=error is None)
 
     def skipped(self, message: MessageProxy) -> None:
-        """It was skipped: by us, by the actor, or by other middleware before we were asked."""
+        """Note the skip of a message: by us, by the actor, or by other middleware before our check."""
         run = self._run_of(message)
         if run is None:
             token = token_of(message.options.get("redis_message_id"))
@@ -265,17 +274,17 @@ class WorkerHooks:
         run.leave()
 
     def acknowledged(self, message: MessageProxy) -> None:
-        """Dramatiq is done with it, and about to say so to Redis."""
+        """Report the end: Dramatiq has finished, and is about to acknowledge the message in Redis."""
         run = self._run_of(message)
         if run is not None:
             run.end(failed=False)
             self._done(run)
 
     def rejected(self, message: MessageProxy) -> None:
-        """Dramatiq gives it up, and is about to move it to the dead letters."""
+        """Report the end: Dramatiq gives up, and is about to move the message to the dead letters."""
         run = self._run_of(message)
         if run is not None:
-            # What grew too old was never tried.
+            # A message that is too old was never tried.
             until = expires_at(self._broker, message._message)
             too_old = until is not None and until <= time.time()
             run.end(failed=not (too_old and run.skipped and run.claim.number == 0))
@@ -293,19 +302,19 @@ class WorkerHooks:
         return run if run is not None and str(run.token) == rid else None
 
     def _decline(self, message: MessageProxy) -> None:
-        """There is no such actor here, perhaps not yet: it goes back, if somebody will see to that."""
+        """Decline a message whose actor is not (yet) known here, if a leader will restore it later."""
         error = f"this worker has no actor {message.actor_name!r}"
         token, session = token_of(message.options.get("redis_message_id")), self.session
         if token is None or session is None:
             return
-        if self._goes_back(token, job_id=message.message_id, error=error):
+        if self._decline_for_later(token, job_id=message.message_id, error=error):
             self._declined.add(str(token))
             return
         run = self._run(session, message, Claim(token, 0))
         run.error = LookupError(error)
         run.end(failed=True)
 
-    def _goes_back(self, token: UUID, *, job_id: str, error: str) -> bool:
+    def _decline_for_later(self, token: UUID, *, job_id: str, error: str) -> bool:
         session = self.session
         if session is None or token not in (self._tracker.recovers([token], began=False) or ()):
             return False
@@ -313,9 +322,9 @@ class WorkerHooks:
         return True
 
     def _undecodable(self, queue: str, error: DecodeError) -> None:
-        """These bytes are no message to this worker. Nobody but Redis knows which id they have."""
-        log.error("a message of queue %s cannot be decoded: %s", queue, error)
-        try:
+        """Handle bytes that this worker cannot decode. Only Redis knows their id."""
+        log_event("message_undecodable", queue=queue, error=str(error))
+        with contain_errors("undecodable", queue=queue):
             client: Any = self._broker.client
             acks = self._layout.acks(self._broker.broker_id, queue)
             rids = [raw.decode() for raw in client.smembers(acks)]
@@ -325,19 +334,15 @@ class WorkerHooks:
             if rid is None:
                 return
             token = token_of(rid)
-            if token is not None and self._goes_back(token, job_id=rid, error=str(error)):
+            if token is not None and self._decline_for_later(token, job_id=rid, error=str(error)):
                 self.remove(queue, rid)
             else:
-                self._in_flight.keep_off(rid)
-        except Exception as failure:
-            if is_host_interrupt(failure):
-                raise
-            log.exception("jobguard could not put a message of queue %s aside", queue)
+                self._in_flight.ignore(rid)
 
     # -- Redis -------------------------------------------------------------------------------------
 
     def do_ack(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """RedisBroker.do_ack: leave what another worker runs alone, and nothing behind of our own."""
+        """Wrap RedisBroker.do_ack: keep a message that another worker runs, and remove all else of ours."""
 
         @wraps(original)
         def hook(queue_name: str, rid: str) -> Any:
@@ -350,7 +355,7 @@ class WorkerHooks:
         return hook
 
     def do_nack(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """RedisBroker.do_nack: what goes back later is no dead letter."""
+        """Wrap RedisBroker.do_nack: a declined message is restored later and is no dead letter."""
 
         @wraps(original)
         def hook(queue_name: str, rid: str) -> Any:
@@ -362,17 +367,17 @@ class WorkerHooks:
 
         return hook
 
-    def _tidy(self) -> None:
-        """Remove what was left for a run that has ended since: it may have ended before we left it."""
+    def _remove_ended(self) -> None:
+        """Remove skipped messages whose run has ended; it may have ended before we skipped them."""
         try:
             for token in self._tracker.tombstones(list(self._left)) or ():
                 self.remove(self._left[token], str(token))
                 del self._left[token]
         except redis.RedisError as error:
-            log.debug("jobguard cannot remove what has ended: %s", error)
+            log_event("removal_failed", error=str(error))
 
     def remove(self, queue: str, rid: str, *, elsewhere: bool = False) -> None:
-        """Take a message that this worker has fetched out of Redis."""
+        """Remove a message that this worker has fetched from Redis."""
         layout, me = self._layout, self._broker.broker_id
         list_ = layout.key(queue)
         self._ack(

@@ -21,11 +21,11 @@ _WORKERS = frozenset(("SimpleWorker", "SpawnWorker", "Worker"))
 
 
 def __getattr__(name: str) -> Any:
-    """Import RQ's workers, and hook them, when one is asked for; a reconciler never does."""
+    """Import and hook RQ's workers on first use; a reconciler never uses them."""
     if name not in _WORKERS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.workers"), name)
 
 
-if "rq.cli" in sys.modules:  # `rq worker -c jobguard.adapters.rq` does no more than this import
+if "rq.cli" in sys.modules:  # `rq worker -c jobguard.adapters.rq` only imports this module
     importlib.import_module(f"{__name__}.workers")

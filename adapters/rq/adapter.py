@@ -1,6 +1,6 @@
-"""RQ as the composition root sees it: what may be guarded, and how a guard is put up.
+"""The entry point of the RQ adapter: which targets can be guarded, and how the hooks are installed.
 
-Importable without RQ: a reconciler needs the broker alone.
+This module can be imported without RQ, because a reconciler needs only the broker.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ if TYPE_CHECKING:
 
 LIBRARY = "rq"
 CLIENT_TIMEOUT = 1.0
-"""Seconds that a client of ours waits for Redis at most."""
+"""The longest time, in seconds, that jobguard's own Redis client waits for an answer."""
 
 
 class RQAdapter:
-    """Guards RQ queues."""
+    """Guard RQ queues."""
 
     library = LIBRARY
 
     def sources(self, target: object, *, namespace: str, name: str | None) -> Guarded | None:
-        """Return what guarding a Queue, a list of Queues, or a Redis with all its queues means."""
+        """Return the source and the queues of a target: a Queue, a list of Queues, or a whole Redis."""
         if importlib.util.find_spec("rq") is None:
             return None
         if is_test_double(target):
-            return _inert(namespace, name, "fakeredis keeps nothing that could be lost")
+            return _inert(namespace, name, "fakeredis stores nothing that can be lost")
         if isinstance(target, redis.Redis):
             queue_module = importlib.import_module("rq.queue")
             return _guarded(target, [queue_module.Queue], None, namespace=namespace, name=name)
@@ -44,20 +44,20 @@ class RQAdapter:
         if not queues:
             return None
         if not all(queue._is_async for queue in queues):
-            return _inert(namespace, name, "is_async=False runs jobs at once, in the caller")
+            return _inert(namespace, name, "is_async=False runs each job at once, in the caller")
         names = frozenset(queue.name for queue in queues)
         return _guarded(queues[0].connection, queues, names, namespace=namespace, name=name)
 
     def install(self, tracker: Tracker, target: object) -> None:
-        """Put the hooks on RQ's classes; raises UnsupportedTarget if this RQ is not known."""
+        """Install the hooks on RQ's classes; raise UnsupportedTarget for an unknown version of RQ."""
         importlib.import_module("jobguard.adapters.rq.patches").install(tracker.source.id)
 
     def uninstall(self, tracker: Tracker) -> None:
-        """Take the hooks off with the last guard."""
+        """Remove the hooks when the last guard is removed."""
         importlib.import_module("jobguard.adapters.rq.patches").uninstall(tracker.source.id)
 
     def prepare_worker(self) -> None:
-        """Hook RQ for a command whose process calls no guard(): ``jobguard run -- rq worker``."""
+        """Hook RQ in a process that does not call guard(): ``jobguard run -- rq worker``."""
         importlib.import_module("jobguard.adapters.rq.patches").install("jobguard run")
         importlib.import_module("jobguard.adapters.rq.lookup").guard_all_by_environment()
 
@@ -67,7 +67,7 @@ class RQAdapter:
 
 
 def _queues(target: object) -> list[Queue]:
-    """Return the queues that a target is made of; none if it is not ours."""
+    """Return the queues of a target; an empty list if the target does not belong to RQ."""
     kind = importlib.import_module("rq.queue").Queue
     several: list[Any] = list(target) if isinstance(target, list | tuple) else [target]
     return several if all(isinstance(one, kind) for one in several) else []
@@ -83,7 +83,7 @@ def _guarded(
 ) -> Guarded:
     prefix_for = importlib.import_module("jobguard.adapters.rq.lookup").prefix_for
     if is_test_double(connection):
-        return _inert(namespace, name, "fakeredis keeps nothing that could be lost")
+        return _inert(namespace, name, "fakeredis stores nothing that can be lost")
     if not isinstance(connection, redis.Redis):
         raise UnsupportedTarget(
             f"RQ on a {type(connection).__name__} cannot be guarded: use a redis.Redis "
@@ -91,7 +91,7 @@ def _guarded(
         )
     if connection.connection_pool.connection_kwargs.get("decode_responses"):
         raise UnsupportedTarget(
-            "this Redis client has decode_responses=True, with which RQ's own workers cannot read "
+            "this Redis client has decode_responses=True, and with it RQ's own workers cannot read "
             "jobs: give the queue a client without it."
         )
     places = {

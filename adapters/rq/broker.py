@@ -1,6 +1,7 @@
-"""An RQ as the reconciler sees it: where its deliveries are, and how they are put back.
+"""The broker of RQ for the reconciler: find deliveries in Redis, and restore them.
 
-Nothing here imports RQ, user code, or unpickles anything: bytes that RQ wrote go back as they were.
+This module imports neither RQ nor user code, and unpickles nothing. It writes the bytes of RQ back
+unchanged.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ if TYPE_CHECKING:
 
 
 IDS_A_CALL = 1_000
-"""Redis does nothing else while a script runs: a thousand ids take it some 5 ms."""
+"""The number of ids in one call of a script. A script blocks Redis: 1,000 ids take about 5 ms."""
 LIST_CHUNK = 10_000
 _POPS = frozenset({"blmove", "blpop", "brpoplpush"})
-"""By which RQ's workers wait for a job."""
+"""The commands with which RQ's workers wait for a job."""
 _TIMESTAMP = "%Y-%m-%dT%H:%M:%S.%fZ"
-"""As RQ writes one."""
+"""The format of RQ's timestamps."""
 
 _ENDED = {
     "finished": Presence.FINISHED,
@@ -43,7 +44,7 @@ _ENDED = {
 
 
 class RQBroker:
-    """One RQ in one Redis."""
+    """Inspect and restore the jobs of one RQ in one Redis."""
 
     def __init__(self, source: Source, client: redis.Redis):
         self._layout = Layout.parse(source.prefix)
@@ -55,14 +56,14 @@ class RQBroker:
         self._skip = Script(client, __package__, "skip.lua")
         self._hide = Script(client, __package__, "hide.lua")
         self._report = Script(client, __package__, "report.lua")
-        self._listed: set[tuple[str, str]] = set()
-        """(queue, id) that the last look saw in a list; their hash may be gone all the same."""
+        self._in_lists: set[tuple[str, str]] = set()
+        """Each (queue, id) that the last inspection found in a list, with or without a hash."""
 
     def presence(self, page: Sequence[Owed]) -> Mapping[UUID, Observation]:
-        """Where Redis has each of these deliveries."""
+        """Return where Redis has each of these deliveries."""
         seen = dict(zip((owed.token for owed in page), self._inspect(page), strict=True))
         lists = self._read_lists({owed.queue for owed in page if seen[owed.token][1] == "queued"})
-        self._listed = {
+        self._in_lists = {
             (owed.queue, owed.job_id) for owed in page if owed.job_id in lists.get(owed.queue, ())
         }
         return {
@@ -73,10 +74,10 @@ class RQBroker:
     def restore(
         self, deliveries: Sequence[Restorable], *, deadline: float
     ) -> Mapping[UUID, Restored]:
-        """Put these back, in this order, each atomically, unless Redis' clock is past the deadline.
+        """Restore these in the given order, each atomically, unless Redis' clock is past the deadline.
 
-        Replayed in the order of recording, pushes to the front end up in front of each other as the
-        first time: no order is turned round here.
+        The given order is the order in which they were recorded. A push to the front goes to the
+        front again, and therefore the jobs get the same order as the first time.
         """
         done: dict[UUID, Restored] = {}
         calls: list[tuple[UUID, list[Any], list[Any]]] = []
@@ -88,7 +89,7 @@ class RQBroker:
         return done | restored_by(self._restore, calls)
 
     def abandon(self, page: Sequence[Owed], *, deadline: float) -> None:
-        """Take these dead workers' runs out of RQ's books."""
+        """Remove the runs of dead workers from RQ's registries."""
         layout = self._layout
         calls: list[tuple[list[Any], list[Any]]] = [
             (
@@ -101,7 +102,7 @@ class RQBroker:
             self._abandon.run(batch)
 
     def bury(self, page: Sequence[Owed], *, deadline: float) -> None:
-        """Show these among RQ's failed jobs, where people look for them."""
+        """Move these to RQ's registry of failed jobs, where people search for them."""
         if is_past(self._client, deadline):
             return
         self.abandon(page, deadline=deadline)
@@ -116,7 +117,7 @@ class RQBroker:
             self._skip.run(batch)
 
     def report(self, dead: Sequence[Restorable], *, deadline: float) -> None:
-        """Push those that have a failure callback once more: a worker calls that, and nothing else."""
+        """Push jobs with a failure callback once more: the worker calls only the callback."""
         reports: list[tuple[list[Any], list[Any]]] = [
             (
                 [self._layout.job(one.job_id), self._layout.queue(one.queue)],
@@ -128,21 +129,21 @@ class RQBroker:
             self._report.run(batch)
 
     def hide(self, page: Sequence[Owed]) -> None:
-        """Delete the hashes of these if they still say started: nobody will write how they ended."""
+        """Delete the hash of each of these if its status is still "started": RQ will write no end."""
         calls: list[tuple[list[Any], list[Any]]] = [
             ([self._layout.job(owed.job_id)], [owed.token.hex]) for owed in page
         ]
         self._hide.run(calls)
 
     def rejoin(self, joins: Sequence[OpenJoin], *, finish: bool, deadline: float) -> None:
-        """RQ counts no joins: a dependent has the ids of its parents."""
+        """Do nothing: RQ has no counter for joins, because a dependent stores the ids of its parents."""
 
     def parts(self, ended: Sequence[Restorable]) -> Mapping[UUID, Part]:
-        """RQ counts no joins."""
+        """Return nothing: RQ has no counter for joins."""
         return {}
 
     def consumers(self) -> Consumers:
-        """Return RQ's own names of the workers by queue; and the connections that none of them explains."""
+        """Return RQ's names of the workers by queue, and the connections of no known worker."""
         prefix = self._layout.queue_prefix
         queues: set[bytes] = cast(Any, self._client).smembers(self._layout.queues_key)
         keys = [key.decode(errors="replace") for key in queues]
@@ -151,7 +152,7 @@ class RQBroker:
             for name in names:
                 pipe.smembers(self._layout.workers(name))
             members = pipe.execute()
-        # A killed worker stays in the set; its own key ends when its heartbeat does.
+        # A killed worker stays in the set, but its own key expires when its heartbeats stop.
         known = sorted(frozenset(chain.from_iterable(members)))
         with self._client.pipeline(transaction=False) as pipe:
             for key in known:
@@ -171,11 +172,12 @@ class RQBroker:
     def _unexplained(self, registered: frozenset[str]) -> frozenset[str]:
         """Return the connections of workers that are neither guarded nor registered.
 
-        Each worker is subscribed to a channel of its name, and waits for jobs by one connection. A
-        registered worker explains one of each, and is judged by its name and its queues. Redis may have
-        lost the registration of a living worker, and two workers of one name have one registration.
+        Each worker subscribes to a channel with its name, and waits for jobs on one connection. A
+        registered worker accounts for one subscription and one waiting connection; whether it is
+        guarded is decided by its name and its queues. Redis can lose the registration of a live
+        worker, and two workers with the same name share one registration.
         """
-        clients = self._listeners.look()
+        clients = self._listeners.inspect()
         bare = [client for client in clients if client.here and not client.ours]
         subscribed = [client.text for client in bare if client.subscribes]
         waiting = [client.text for client in bare if client.blocked and client.command in _POPS]
@@ -183,28 +185,28 @@ class RQBroker:
         unnamed = {nameable(name) for name in registered} - guarded.keys()
         unexplained = set(waiting) if len(waiting) > len(unnamed) else set[str]()
         if subscribed:
-            heard = self._heard()
-            if any(n > guarded[name] + (name in unnamed) for name, n in heard.items()):
+            subscribers = self._subscribers()
+            if any(n > guarded[name] + (name in unnamed) for name, n in subscribers.items()):
                 unexplained.update(subscribed)
         return frozenset(unexplained)
 
-    def _heard(self) -> Mapping[str, int]:
-        """Return how many hear the channel of each name of a worker, in any database of this Redis."""
+    def _subscribers(self) -> Mapping[str, int]:
+        """Return the number of subscribers per worker name, in all databases of this Redis server."""
         prefix = f"{self._layout.base}:pubsub:"
         client: Any = self._client
         try:
             channels = client.pubsub_channels(f"{prefix}*")
-            heard = client.pubsub_numsub(*channels) if channels else []
+            subscribers = client.pubsub_numsub(*channels) if channels else []
         except ResponseError as error:
             self._listeners.refused = str(error)
             return {}
         counts = Counter[str]()
-        for channel, n in heard:
+        for channel, n in subscribers:
             counts[nameable(channel.decode(errors="replace").removeprefix(prefix))] += n
         return counts
 
     def _inspect(self, page: Sequence[Owed]) -> Iterator[tuple[str, str, str, str, Join | None]]:
-        """Return of each: what its hash holds as token, status and time, its place, and its join."""
+        """Return for each delivery: token, status and time from its hash, its place, and its join."""
         for owed in chunks(page, IDS_A_CALL):
             pairs = chain.from_iterable((one.job_id, one.queue) for one in owed)
             args = [self._layout.base, self._layout.job_prefix, *pairs]
@@ -217,10 +219,10 @@ class RQBroker:
                 yield jg, status, enqueued_at, place, _join(*answer[4:])
 
     def _read_lists(self, queues: set[str]) -> dict[str, dict[str, str]]:
-        """Return of each queue the ids in its lists, and in which.
+        """Return for each queue the ids in its lists, and the list of each id.
 
-        From the tail to the head: workers take from the head, so that an id can at worst be seen
-        twice, never be skipped because the others moved up.
+        Read from the tail to the head. Workers take from the head, so an id can be seen twice, but
+        it is never skipped because the ids before it were taken.
         """
         lists: dict[str, dict[str, str]] = {}
         for queue in queues:
@@ -244,7 +246,7 @@ class RQBroker:
 
     def _call(self, delivery: Restorable, deadline: float) -> tuple[list[Any], list[Any]]:
         routing, fields = decode(delivery.envelope)
-        # A requeued delivery has the envelope of the one before it, with that one's token.
+        # A requeued delivery has the envelope of the delivery before it, with the old token.
         fields = {**fields, FIELD.encode(): delivery.token.hex.encode()}
         layout, job_id, queue = self._layout, delivery.job_id, delivery.queue
         expires = delivery.expires_at
@@ -273,7 +275,7 @@ class RQBroker:
             routing.rate_concurrency,
             int(routing.allow_failure),
             _known(delivery),
-            int((queue, job_id) in self._listed),
+            int((queue, job_id) in self._in_lists),
             len(older),
             *older,
             len(routing.parents),
@@ -284,7 +286,7 @@ class RQBroker:
 
 
 def _known(delivery: Restorable) -> str:
-    """Return in restore.lua's word what is known of a delivery beside its envelope."""
+    """Return the argument of restore.lua for the known state of a delivery."""
     if delivery.takeover:
         return "takeover"
     if delivery.running:
@@ -293,7 +295,7 @@ def _known(delivery: Restorable) -> str:
 
 
 def _waits_in_front(mode: Mode, fields: Mapping[bytes, bytes]) -> bool:
-    """Whether a deferred job goes to the front once its parents have ended: RQ asks its hash."""
+    """Return True if RQ pushes a deferred job to the front after its parents: a field of its hash."""
     return mode is Mode.DEFERRED and fields.get(b"enqueue_at_front") == b"1"
 
 
@@ -323,7 +325,8 @@ def _observe(
         return Observation(Presence.ABSENT, "missing", bodiless=True)
     ended = _ENDED.get(status)
     if jg.rstrip(SPENT) != owed.token.hex or (jg.endswith(SPENT) and ended is None):
-        # An end that RQ wrote is one; another status since then is a new life by unguarded hands.
+        # The mark means that RQ wrote an end. With any other status, an unguarded program has
+        # pushed the job again.
         other = jg.rstrip(SPENT) if ended is not None else jg
         return Observation(Presence.OVERWRITTEN, f"token:{jg}:{status}", _other(other))
     if place == "placed" and not jg.endswith(SPENT):
@@ -332,10 +335,10 @@ def _observe(
         return Observation(ended, status)
     if place == "running":
         return Observation(Presence.RUNNING, status)
-    stands = lists.get(owed.job_id) if status == "queued" else None
-    if stands == "list":
+    found_in = lists.get(owed.job_id) if status == "queued" else None
+    if found_in == "list":
         return Observation(Presence.WAITING, "list")
-    if stands == "intermediate":  # its worker begins it, or is dead: the next look tells
+    if found_in == "intermediate":  # starting, or its worker is dead: the next inspection decides
         return Observation(Presence.ABSENT, f"intermediate:{enqueued_at}")
     return Observation(Presence.ABSENT, f"stranded:{status}:{enqueued_at}")
 

@@ -1,8 +1,7 @@
-"""The hooks on every way a person takes a job out: our tombstone first, then Redis."""
+"""The hooks on every way to remove a job: write the tombstone first, then change Redis."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial, wraps
@@ -16,14 +15,13 @@ from jobguard.adapters.rq import message
 from jobguard.adapters.rq.layout import FIELD, SPENT
 from jobguard.adapters.rq.lookup import tracker_for_job, tracker_for_queue
 from jobguard.adapters.rq.pipeline import Batch, is_immediate
-from jobguard.errors import is_host_interrupt
+from jobguard.host_safety import contain_errors
 
 if TYPE_CHECKING:
     from redis.client import Pipeline
 
     from jobguard.adapter import Tracker
 
-log = logging.getLogger("jobguard")
 Hook = Callable[..., Any]
 
 _CLEANING = "_jobguard_cleaning"
@@ -32,7 +30,7 @@ _CANCELLED_AT_ONCE = 500
 
 
 def cancel(original: Hook) -> Hook:
-    """Job.cancel: our tombstone first, so that nothing brings the job back."""
+    """Wrap Job.cancel: write the tombstone first, so that jobguard does not restore the job."""
 
     @wraps(original)
     def hook(self: Job, pipeline: Pipeline | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -44,7 +42,7 @@ def cancel(original: Hook) -> Hook:
             result = original(self, pipeline, *args, **kwargs)
         token = message.token_of(self)
         if token is not None:
-            # RQ lets a cancelled job be put back: that must not be taken for this delivery.
+            # RQ allows to requeue a cancelled job: this must not count as the same delivery.
             client = pipeline if pipeline is not None else self.connection
             message.mark(client, self, token.hex + SPENT)
         return result
@@ -53,7 +51,7 @@ def cancel(original: Hook) -> Hook:
 
 
 def delete(original: Hook) -> Hook:
-    """Job.delete: a person's delete is a cancel; RQ's own, of a job that ended, is not."""
+    """Wrap Job.delete: a delete by the application cancels; RQ's own delete after an end does not."""
 
     @wraps(original)
     def hook(self: Job, pipeline: Pipeline | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -69,7 +67,7 @@ def delete(original: Hook) -> Hook:
 
 
 def cleanup(original: Hook) -> Hook:
-    """Job.cleanup: deletes a job whose result nobody wants to keep."""
+    """Wrap Job.cleanup: RQ deletes a job whose result is not kept, which is not a cancellation."""
 
     @wraps(original)
     def hook(self: Job, *args: Any, **kwargs: Any) -> Any:
@@ -84,7 +82,7 @@ def cleanup(original: Hook) -> Hook:
 
 
 def empty(original: Hook) -> Hook:
-    """Queue.empty: everything that waits is cancelled."""
+    """Wrap Queue.empty: cancel every waiting job."""
 
     @wraps(original)
     def hook(self: Queue) -> Any:
@@ -97,7 +95,7 @@ def empty(original: Hook) -> Hook:
 
 
 def delete_queue(original: Hook) -> Hook:
-    """Queue.delete: also where it leaves the jobs' hashes, nothing would ever run them."""
+    """Wrap Queue.delete: cancel the jobs also when their hashes stay, because no worker runs them."""
 
     @wraps(original)
     def hook(self: Queue, delete_jobs: bool = True) -> Any:
@@ -110,7 +108,7 @@ def delete_queue(original: Hook) -> Hook:
 
 
 def remove_from_queue(original: Hook) -> Hook:
-    """Queue.remove: what a person takes out of the list is not to run; RQ only does so to tidy up."""
+    """Wrap Queue.remove: a job that the application removes must not run; RQ removes only to tidy up."""
 
     @wraps(original)
     def hook(self: Queue, job_or_id: Job | str, pipeline: Pipeline | None = None) -> Any:
@@ -127,7 +125,7 @@ def remove_from_queue(original: Hook) -> Hook:
 
 
 def remove_from_registry(original: Hook) -> Hook:
-    """ScheduledJobRegistry.remove: the same for the delay queue."""
+    """Wrap ScheduledJobRegistry.remove: do the same for the delay queue."""
 
     @wraps(original)
     def hook(
@@ -150,7 +148,7 @@ def remove_from_registry(original: Hook) -> Hook:
 
 @contextmanager
 def _leaving(job: Job) -> Iterator[None]:
-    """Inside, RQ takes the job out of its places, and our word is said already."""
+    """Mark the job while RQ removes it everywhere: its cancellation is recorded already."""
     job.__dict__[_LEAVING] = True
     try:
         yield
@@ -165,13 +163,14 @@ def _is_leaving(job: Job | str) -> bool:
 def _taken_out(
     tracker: Tracker, queue: Queue, job_id: str, status: str, still_there: Callable[[], Any]
 ) -> None:
-    """Cancel what stood in this one place, and now stands nowhere.
+    """Cancel a job that was removed from its only place.
 
-    Afterwards, not before: only then is it seen that the job was not moved, to another queue or to
-    the front of this one. If we die in between, it comes back. A job without a hash is lost, not taken out.
+    Call this after the removal: only then it is clear that the job was not moved to another queue or
+    to the front of this queue. If the process dies in between, the job is restored. A job without a
+    hash is lost, not removed.
     """
     job: Any = queue.job_class(job_id, connection=queue.connection)
-    try:
+    with contain_errors("cancel a removed job", job_id=job_id):
         raw: Any = queue.connection.hmget(job.key, FIELD, "status", "origin")
         token = message.token_in(raw[0], raw[1])
         if token is None or raw[1:] != [status.encode(), queue.name.encode()]:
@@ -179,16 +178,12 @@ def _taken_out(
         if still_there() is not None:
             return
         tracker.cancel(tokens=[token])
-        # Who puts it back by hand means another delivery.
+        # If a person pushes it again by hand, that is another delivery.
         message.mark(queue.connection, job, token.hex + SPENT)
-    except Exception as error:
-        if is_host_interrupt(error):
-            raise
-        log.exception("jobguard could not cancel job %s, and will put it back", job_id)
 
 
 def _intend_to_empty(tracker: Tracker, queue: Queue) -> None:
-    """Cancel what stands in the list: RQ leaves alone what is scheduled or waits for its parents."""
+    """Cancel the jobs in the list: RQ does not remove scheduled and deferred jobs."""
     ids = queue.get_job_ids()
     for start in range(0, len(ids), _CANCELLED_AT_ONCE):
         tracker.cancel(job_ids=ids[start : start + _CANCELLED_AT_ONCE])
@@ -199,5 +194,5 @@ def _intend_to_cancel(tracker: Tracker, job: Job, pipeline: Pipeline | None) -> 
     tokens, ids = ([token] if token is not None else []), [job.id]
     if pipeline is None or is_immediate(pipeline):
         tracker.cancel(tokens=tokens, job_ids=ids)
-    else:  # only if the caller does not drop it
+    else:  # cancel only if the caller executes the pipeline
         Batch.of(pipeline).intend(lambda: tracker.cancel(tokens=tokens, job_ids=ids))

@@ -1,8 +1,8 @@
-"""The envelope: a delivery's bytes as RQ wrote them, and what it did with them.
+"""The envelope: the bytes of a delivery as RQ wrote them, and the routing of its push.
 
 Layout of version 1, big-endian: one byte of version; 4 bytes of length and a JSON header (the
 ``Routing``); then the fields of the hash, each as 2 bytes of length and the name, 4 bytes of length
-and the value, exactly as they went to Redis. Nothing is ever unpickled here.
+and the value, exactly as RQ sent them to Redis. This module never unpickles anything.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ _VALUE = struct.Struct(">I")
 
 
 class UnknownEnvelope(Exception):
-    """This envelope is of a version that this jobguard cannot read. Upgrade the reconciler."""
+    """Report an envelope that this version of jobguard cannot read. Upgrade the reconciler."""
 
 
 class Mode(StrEnum):
-    """Where a push put the job."""
+    """Where a push writes the job."""
 
     QUEUED = "queued"
     SCHEDULED = "scheduled"
@@ -35,14 +35,14 @@ class Mode(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """What a push did beside writing the hash."""
+    """The changes of a push besides the hash."""
 
     mode: Mode = Mode.QUEUED
     at_front: bool = False
     score: str = ""
-    """Its score in the zset of its mode."""
+    """The score in the sorted set of the mode."""
     parents: tuple[str, ...] = ()
-    """The ids of the jobs that it waits for."""
+    """The ids of the jobs that this job waits for."""
     allow_failure: bool = False
     group: str = ""
     rate_key: str = ""
@@ -69,14 +69,14 @@ def _header(routing: Routing) -> bytes:
     return json.dumps(unusual, separators=(",", ":")).encode()
 
 
-@lru_cache(maxsize=256)  # RQ has some forty names
+@lru_cache(maxsize=256)  # RQ has about forty names
 def _named(name: str) -> bytes:
     raw = name.encode()
     return _NAME.pack(len(raw)) + raw
 
 
 def amended(envelope: bytes, fields: Mapping[str, bytes]) -> bytes:
-    """Return an envelope with other values of these fields; as it is if it cannot be read."""
+    """Return the envelope with new values of these fields; return it unchanged if it is unreadable."""
     try:
         routing, before = decode(envelope)
     except UnknownEnvelope:
@@ -85,7 +85,7 @@ def amended(envelope: bytes, fields: Mapping[str, bytes]) -> bytes:
 
 
 def decode(envelope: bytes) -> tuple[Routing, dict[bytes, bytes]]:
-    """Return what an envelope says; raises UnknownEnvelope."""
+    """Return the routing and the fields of an envelope; raise UnknownEnvelope if it is unreadable."""
     if not envelope or envelope[0] != VERSION:
         raise UnknownEnvelope(f"an RQ envelope of version {envelope[:1].hex() or 'none'}")
     try:

@@ -1,8 +1,7 @@
-"""The hooks by which a Job object knows which delivery it is, from one life to the next."""
+"""The hooks that keep the token of its delivery on a Job object, from one delivery to the next."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from functools import wraps
 from typing import TYPE_CHECKING, Any
@@ -15,18 +14,17 @@ from jobguard.adapters.rq import message
 from jobguard.adapters.rq.layout import SPENT
 from jobguard.adapters.rq.lookup import tracker_for_job
 from jobguard.adapters.rq.message import moving
-from jobguard.errors import is_host_interrupt
+from jobguard.host_safety import contain_errors
 from jobguard.model import Outcome
 
 if TYPE_CHECKING:
     from redis.client import Pipeline
 
-log = logging.getLogger("jobguard")
 Hook = Callable[..., Any]
 
 
 def to_dict(original: Hook) -> Hook:
-    """Job.to_dict: where our token goes into what RQ writes, and where we see it."""
+    """Wrap Job.to_dict: add the token to the mapping that RQ writes, and keep that mapping."""
 
     @wraps(original)
     def hook(self: Job, include_meta: bool = True, include_result: bool = True) -> Any:
@@ -38,24 +36,20 @@ def to_dict(original: Hook) -> Hook:
 
 
 def restore(original: Hook) -> Hook:
-    """Job.restore: a job that is read from Redis knows which delivery it is."""
+    """Wrap Job.restore: keep the token of a job that RQ reads from Redis."""
 
     @wraps(original)
     def hook(self: Job, raw_data: Any) -> Any:
         result = original(self, raw_data)
-        try:
+        with contain_errors("read the fields of a job", job_id=self.id):
             message.remember(self, raw_data)
-        except Exception as error:
-            if is_host_interrupt(error):
-                raise
-            log.exception("jobguard could not read its fields of job %s", self.id)
         return result
 
     return hook
 
 
 def retry(original: Hook) -> Hook:
-    """Job.retry: the next push takes the place of the attempt that failed."""
+    """Wrap Job.retry: the next push supersedes the attempt that failed."""
 
     @wraps(original)
     def hook(self: Job, queue: Queue, pipeline: Pipeline) -> Any:
@@ -66,7 +60,7 @@ def retry(original: Hook) -> Hook:
 
 
 def _handle_retry_result(original: Hook) -> Hook:
-    """Job._handle_retry_result: the same for a function that returned a Retry."""
+    """Wrap Job._handle_retry_result: do the same for a function that returned a Retry."""
 
     @wraps(original)
     def hook(self: Job, *args: Any, **kwargs: Any) -> Any:
@@ -77,10 +71,10 @@ def _handle_retry_result(original: Hook) -> Hook:
 
 
 def get_status(original: Hook) -> Hook:
-    """Job.get_status: a parent that lost its hash while it ran has still finished.
+    """Wrap Job.get_status: a parent that lost its hash while it ran has still finished.
 
-    RQ asks for it in the middle of the success, to release the children; without an answer it would
-    turn that success into a failure.
+    RQ reads the status while it handles the success, to release the children. Without a status, RQ
+    would turn that success into a failure.
     """
 
     @wraps(original)
@@ -98,7 +92,7 @@ def get_status(original: Hook) -> Hook:
 
 
 def add_to_failed(original: Hook) -> Hook:
-    """FailedJobRegistry.add: every failure for good, whoever found it."""
+    """Wrap FailedJobRegistry.add: RQ calls it for every final failure, from any process."""
 
     @wraps(original)
     def hook(self: Any, job: Job, *args: Any, **kwargs: Any) -> Any:
@@ -115,9 +109,9 @@ def add_to_failed(original: Hook) -> Hook:
 
 
 def requeue(original: Hook) -> Hook:
-    """BaseRegistry.requeue: a person puts a job back, and nothing of its old life carries over.
+    """Wrap BaseRegistry.requeue: the requeued job is a new delivery without a parent.
 
-    The Job may be an object from before it failed, which does not know that its delivery has ended.
+    The Job object may be older than the failure. It then does not know that its delivery has ended.
     """
 
     @wraps(original)
@@ -128,7 +122,7 @@ def requeue(original: Hook) -> Hook:
         message.set_token(job_or_id, None)
         try:
             return original(self, job_or_id, at_front=at_front)
-        except BaseException:  # not in this registry: it is what it was
+        except BaseException:  # the job is not in this registry: its delivery is unchanged
             message.set_token(job_or_id, before)
             raise
 

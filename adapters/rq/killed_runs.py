@@ -1,20 +1,19 @@
-"""Killed is not failed: the hooks on every way by which RQ gives up a run that nobody finished.
+"""The hooks on every way in which RQ gives up an unfinished run: a killed job has not failed.
 
-RQ fails a job when its work-horse was killed (by the kernel, for want of memory), when its worker
-has not been heard of (``AbandonedJobError``), or when it stands in the intermediate list of a worker
-that is gone. All three are deaths of a worker: the job is still owed, and the leader puts it back
-within the crash budget. RQ's failure callbacks, its retries and its failed registry are for jobs
-that failed, and stay out of it. Where Redis failed RQ before the function was even called, its verdict
-does not stand either; RQ 3.0 has called its failure callback by then.
+RQ fails a job in three cases: its work-horse was killed (for example by the kernel, for lack of
+memory), its worker sent no heartbeat (``AbandonedJobError``), or the job is in the intermediate list
+of a worker that is gone. All three are deaths of a worker: the job is still owed, and the leader
+restores it within the crash budget. RQ's failure callbacks, its retries and its failed registry are
+for jobs that failed, and are not used here. The same is true if Redis failed before RQ called the
+function; but RQ 3.0 has called the failure callback by then.
 
-RQ's verdict stands where nobody else would judge: the job is not owed, its queue is not trusted, nobody
-leads and watches its Redis, or ``recover_killed`` is off. A horse that was killed by order (a job far
-beyond its timeout, a stopped job, the command kill-horse) has failed, as RQ says.
+RQ's decision stays valid where jobguard would not decide: the job is not owed, its queue is not
+trusted, no reconciler leads and monitors its Redis, or ``recover_killed`` is off. If RQ itself killed
+the horse (a job far beyond its timeout, a stopped job, the command kill-horse), the job has failed.
 """
 
 from __future__ import annotations
 
-import logging
 import signal
 import sys
 import time
@@ -28,7 +27,8 @@ from rq.queue import Queue
 from jobguard.adapters.rq.layout import FIELD
 from jobguard.adapters.rq.lookup import tracker_for_job, tracker_for_registry
 from jobguard.adapters.rq.message import BROKER_DOWN, ENDED, run_of, token_in, token_of
-from jobguard.errors import is_host_interrupt
+from jobguard.host_safety import contain_errors
+from jobguard.log import log_event
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -36,22 +36,21 @@ if TYPE_CHECKING:
     from jobguard.adapter import Tracker
     from jobguard.adapters.rq.run import Run
 
-log = logging.getLogger("jobguard")
 Hook = Callable[..., Any]
 
 _BY_ORDER = "_jobguard_by_order"
 _SWEEPING = "_jobguard_sweeping"
 _POSTPONED = 60
-"""Seconds for which RQ does not look at an abandoned run again: by then the leader has judged it."""
+"""Seconds for which RQ does not inspect an abandoned run again; the leader decides before."""
 
 
 def kill_horse(original: Hook) -> Hook:
-    """Worker.kill_horse: what RQ kills itself was not killed by accident."""
+    """Wrap Worker.kill_horse: note that RQ itself killed this horse."""
 
     @wraps(original)
     def hook(self: Any, *args: Any, **kwargs: Any) -> Any:
         sig = args[0] if args else kwargs.get("sig", signal.SIGKILL)
-        if sig == signal.SIGKILL:  # Heroku's worker sends another, which the horse may survive
+        if sig == signal.SIGKILL:  # Heroku's worker sends a signal that the horse may survive
             self.__dict__[_BY_ORDER] = True
         return original(self, *args, **kwargs)
 
@@ -59,17 +58,17 @@ def kill_horse(original: Hook) -> Hook:
 
 
 def was_ordered(worker: Any) -> bool:
-    """Whether this worker has killed its present horse."""
+    """Return True if this worker has killed its current horse."""
     return _BY_ORDER in worker.__dict__
 
 
 def forget_orders(worker: Any) -> None:
-    """A new horse begins, which nobody has asked to kill."""
+    """Clear the note about a kill, because a new horse starts."""
     worker.__dict__.pop(_BY_ORDER, None)
 
 
 def clean_intermediate(original: Hook) -> Hook:
-    """IntermediateQueue.cleanup: RQ's maintenance fails what it finds stuck there."""
+    """Wrap IntermediateQueue.cleanup: RQ's maintenance fails the jobs that are stuck there."""
 
     @wraps(original)
     def hook(self: Any, worker: Any, queue: Queue) -> Any:
@@ -83,12 +82,12 @@ def clean_intermediate(original: Hook) -> Hook:
 
 
 def is_left_to_the_leader(worker: Any, job: Job) -> bool:
-    """Whether a failure that RQ is about to write is a worker's death instead, and is dealt with."""
+    """Return True if RQ is about to write a failure that is a worker's death; give up the claim."""
     run = run_of(job)
     if run is None and _SWEEPING not in worker.__dict__:
         return False
     if run is not None:
-        # Whatever class of worker has watched it, and however it says so.
+        # Do not rely on the class of the worker, which may monitor its horse in its own way.
         run.killed = run.horse_died and not was_ordered(worker)
     if run is not None and (run.reported or not (run.killed or _never_began(run))):
         return False
@@ -100,9 +99,9 @@ def is_left_to_the_leader(worker: Any, job: Job) -> bool:
     if token not in (tracker.recovers([token], began=began) or ()):
         return False
     if run is None or run.killed:
-        log.warning("job %s was killed, not failed: it goes back within its crash budget", job.id)
+        log_event("run_killed", job_id=job.id)
     else:
-        log.warning("job %s never began, for Redis failed its worker: it goes back", job.id)
+        log_event("run_not_begun", job_id=job.id)
     if run is not None:
         run.abandon()
         _forget_run(worker)
@@ -110,46 +109,38 @@ def is_left_to_the_leader(worker: Any, job: Job) -> bool:
 
 
 def _forget_run(worker: Any) -> None:
-    """Have RQ before 3.0 know that it runs nothing: "stop job" would kill by the pid of a dead horse."""
+    """Clear the current job of RQ before 3.0: "stop job" would send a signal to the pid of a dead horse."""
     clear = getattr(worker, "set_current_job_id", None)
     if clear is None:
         return
-    try:
+    with contain_errors("clear the current job", event="redis_call_failed", worker=worker.name):
         clear(None)
         worker.execution = None
-    except Exception as error:
-        if is_host_interrupt(error):
-            raise
-        log.warning("jobguard could not clear the current job of worker %s: %s", worker.name, error)
 
 
 def _never_began(run: Run) -> bool:
-    """Whether Redis failed RQ between the claim and the first line of the function."""
+    """Return True if Redis failed between the claim and the call of the function."""
     return not run.began and isinstance(sys.exc_info()[1], BROKER_DOWN)
 
 
 def clean_started(original: Hook) -> Hook:
-    """StartedJobRegistry.cleanup: RQ fails, or retries, the runs of workers it has not heard of."""
+    """Wrap StartedJobRegistry.cleanup: RQ fails or retries the runs of workers without heartbeats."""
 
     @wraps(original)
     def hook(self: Any, timestamp: float | None = None, *args: Any, **kwargs: Any) -> Any:
-        try:
+        with contain_errors("postpone abandoned runs", queue=self.name):
             tracker = tracker_for_registry(self)
             if tracker is not None:
-                # One moment for us and for RQ: what expires in between is for the next time.
+                # Use one time for jobguard and for RQ. Runs that expire later are for the next call.
                 timestamp = int(time.time()) if timestamp is None else timestamp
                 _postpone(tracker, self, timestamp)
-        except Exception as error:
-            if is_host_interrupt(error):
-                raise
-            log.exception("jobguard could not look at the abandoned runs of queue %s", self.name)
         return original(self, timestamp, *args, **kwargs)
 
     return hook
 
 
 def _postpone(tracker: Tracker, registry: Any, until: float) -> None:
-    """Have RQ pass by what the leader is going to judge; it sees the rest."""
+    """Hide from RQ the runs that the leader will decide on; RQ handles the others."""
     client = cast(Any, registry.connection)
     entries: list[bytes] = client.zrangebyscore(registry.key, 0, until)
     if not entries:
@@ -166,7 +157,7 @@ def _postpone(tracker: Tracker, registry: Any, until: float) -> None:
 
 
 def _tokens(registry: Any, entries: list[bytes]) -> dict[bytes, UUID]:
-    """Return the tokens of the deliveries that these entries (``id:execution``) are runs of."""
+    """Return for each entry (``id:execution``) the token of its delivery."""
     with registry.connection.pipeline(transaction=False) as pipe:
         for entry in entries:
             job_id = entry.decode().rsplit(":", 1)[0]
@@ -175,6 +166,6 @@ def _tokens(registry: Any, entries: list[bytes]) -> dict[bytes, UUID]:
     found = {
         entry: token_in(field, status)
         for entry, (field, status) in zip(entries, hashes, strict=True)
-        if (status or b"").decode(errors="replace") not in ENDED  # what RQ knows the end of
+        if (status or b"").decode(errors="replace") not in ENDED  # RQ knows how these ended
     }
     return {entry: token for entry, token in found.items() if token is not None}

@@ -1,23 +1,23 @@
-"""Where RQ keeps its things in Redis, key by key.
+"""The keys of RQ in Redis.
 
 =================================  ====================================================
 ``rq:queues``                      set of queue keys
-``rq:queue:<queue>``               list of the ids that wait
-``rq:queue:<queue>:intermediate``  list of the ids that one-queue workers took, not yet begun
-``rq:job:<id>``                    hash of the job; no ``data`` field: not a job, only its ghost
+``rq:queue:<queue>``               list of the ids of waiting jobs
+``rq:queue:<queue>:intermediate``  list of the ids that one-queue workers took and did not start yet
+``rq:job:<id>``                    hash of the job; without a ``data`` field it is not a job
 ``rq:job:<id>:dependents``         set of the ids that wait for this job
 ``rq:job::<id>:dependencies``      set of the ids this job waits for (the double colon is RQ's)
-``rq:wip:<queue>``                 zset of ``id:execution`` by the time it counts as abandoned
-``rq:executions:<id>``             zset of executions by that time and 60 s more
-``rq:scheduled:<queue>``           zset of ids by due time; ``deferred``, ``ready`` likewise
-``rq:rl:<key>:rate_limited``       zset of ids that wait for a slot; ``allowed``: that hold one
+``rq:wip:<queue>``                 zset of ``id:execution`` by the time when RQ calls it abandoned
+``rq:executions:<id>``             zset of executions by that time plus 60 s
+``rq:scheduled:<queue>``           zset of ids by due time; ``deferred`` and ``ready`` are similar
+``rq:rl:<key>:rate_limited``       zset of ids that wait for a slot; ``allowed``: ids that have one
 ``rq:workers:<queue>``             set of the keys of the workers that listen
 =================================  ====================================================
 
-Ours in the hash: ``jg``, the token in hex, with ``!`` behind it once RQ itself wrote the end of
-that delivery: a job that unguarded code puts back (a dashboard's "requeue") keeps our field, and
-must not be taken for the life that ended. ``jg_attempt`` and ``jg_task`` stand beside it where they
-are not obvious.
+jobguard adds these fields to the hash: ``jg`` is the token in hex. It gets the suffix ``!`` when RQ
+itself has written the end of that delivery: a job that unguarded code requeues (for example a
+dashboard) keeps the field, and must not count as the delivery that ended. ``jg_attempt`` and
+``jg_task`` are there where they cannot be derived.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ATTEMPT_FIELD = "jg_attempt"
 TASK_FIELD = "jg_task"
 SPENT = "!"
 KEPT = (500, 31_536_000)
-"""Seconds for which RQ keeps what has finished and what has failed, unless the job says otherwise."""
+"""Seconds for which RQ keeps finished and failed jobs, unless the job has other values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +43,14 @@ class Layout:
     queues_key: str = "rq:queues"
 
     def __str__(self) -> str:
-        """Return it as the prefix of a source: one word where everything hangs together."""
+        """Return the layout as the prefix of a source: one word if all keys have the usual names."""
         if self == _usual(self.base):
             return self.base
         return "|".join((self.base, self.job_prefix, self.queue_prefix, self.queues_key))
 
     @classmethod
     def parse(cls, prefix: str) -> Layout:
-        """Return the layout that a source's prefix names."""
+        """Return the layout for the prefix of a source."""
         parts = prefix.split("|")
         return cls(*parts) if len(parts) == 4 else _usual(prefix or "rq")
 
@@ -63,7 +63,7 @@ class Layout:
         return self.queue_prefix + name
 
     def intermediate(self, name: str) -> str:
-        """Return the key of the list where a one-queue worker puts what it takes."""
+        """Return the key of the list to which a one-queue worker moves the ids that it takes."""
         return f"{self.queue_prefix}{name}:intermediate"
 
     def wip(self, name: str) -> str:
@@ -75,7 +75,7 @@ class Layout:
         return f"{self.base}:executions:{job_id}"
 
     def run(self, job_id: str, name: str) -> list[str]:
-        """Return the keys by which RQ knows of a job's runs: what abandon.lua takes."""
+        """Return the keys of a job's runs, as abandon.lua expects them."""
         return [
             self.job(job_id),
             self.wip(name),
@@ -84,7 +84,7 @@ class Layout:
         ]
 
     def ending(self, job_id: str, name: str) -> list[str]:
-        """Return the keys by which RQ knows how a job ended: what skip.lua takes."""
+        """Return the keys of a job's end, as skip.lua expects them."""
         intermediate = self.intermediate(name)
         return [
             self.job(job_id),
@@ -96,7 +96,7 @@ class Layout:
         ]
 
     def workers(self, name: str) -> str:
-        """Return the key of the workers that listen to a queue."""
+        """Return the key of the set of workers that listen to a queue."""
         return f"{self.base}:workers:{name}"
 
 
@@ -106,5 +106,5 @@ def _usual(base: str) -> Layout:
 
 @lru_cache(maxsize=64)
 def prefix_of(base: str, job_prefix: str, queue_prefix: str, queues_key: str) -> str:
-    """Return the source's prefix for these class attributes of RQ."""
+    """Return the prefix of a source for these class attributes of RQ."""
     return str(Layout(base, job_prefix, queue_prefix, queues_key))

@@ -1,17 +1,18 @@
-"""Which tracker guards this queue, job or worker; none for most of the world, and that quickly."""
+"""Find the tracker that guards a queue, job or worker. Most have none: that answer must be fast."""
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, Any
 
 import rq.defaults
 from rq.job import Job
 from rq.queue import Queue
 
-from jobguard.adapter import Tracker, tracker_for_worker, trackers
+from jobguard.adapter import Tracker
 from jobguard.adapters.rq.layout import Layout, prefix_of
 from jobguard.clients import address_of
+from jobguard.host_safety import contain_errors
+from jobguard.registry import tracker_for_worker, trackers
 
 if TYPE_CHECKING:
     import redis
@@ -19,20 +20,18 @@ if TYPE_CHECKING:
 LIBRARY = "rq"
 BASE: str = getattr(rq.defaults, "RQ_KEY_PREFIX", "rq")  # a constant of RQ before 3.0
 
-log = logging.getLogger("jobguard")
-
 _asked: set[str] | None = None
-"""The addresses for which the environment was asked; None: this process guards what guard() was told."""
+"""The addresses that were checked against the environment; None: this process uses only guard()."""
 
 
 def guard_all_by_environment() -> None:
-    """Have the environment guard every Redis of this process: it is run by ``jobguard run``."""
+    """Guard every Redis of this process by the environment: ``jobguard run`` calls this."""
     global _asked
     _asked = set() if _asked is None else _asked
 
 
 def prefix_for(queue_class: Any, job_class: Any) -> str:
-    """Return the source's prefix for these classes of RQ, or objects that carry them."""
+    """Return the prefix of a source for these classes of RQ, or for objects with these attributes."""
     return prefix_of(
         BASE,
         job_class.redis_job_namespace_prefix,
@@ -42,34 +41,30 @@ def prefix_for(queue_class: Any, job_class: Any) -> str:
 
 
 def tracker_for_queue(queue: Queue) -> Tracker | None:
-    """Return the tracker that guards this queue; None also if its jobs run at once, in place."""
+    """Return the tracker that guards this queue; None also if its jobs run in the caller."""
     if not queue._is_async or not (known := _known(queue.connection)):
         return None
-    try:
+    with contain_errors("find the tracker of a queue", queue=queue.name):
         prefix = prefix_for(queue, queue.job_class)
         tracker = _find(known, queue.connection, prefix)
         return tracker if tracker is not None and tracker.guards(queue.name) else None
-    except Exception:
-        log.exception("jobguard cannot tell whether queue %s is guarded", queue.name)
-        return None
+    return None
 
 
 def tracker_for_job(job: Job) -> Tracker | None:
     """Return the tracker that guards this job's queue.
 
-    A job does not know the class of its queue. Where only a subclass of Queue uses another prefix,
-    the job's own prefix decides.
+    A job does not know the class of its queue. If only a subclass of Queue uses another prefix, the
+    job's own prefix decides.
     """
     if not job.origin or not (known := _known(job.connection)):
         return None
-    try:
+    with contain_errors("find the tracker of a job", job_id=job.id):
         for tracker in _at(known, job.connection):
             layout = Layout.parse(tracker.source.prefix)
             ours = layout.job_prefix == job.redis_job_namespace_prefix
             if ours and tracker.guards(job.origin):
                 return tracker
-    except Exception:
-        log.exception("jobguard cannot tell whether job %s is guarded", job.id)
     return None
 
 
@@ -86,40 +81,34 @@ def tracker_for_registry(registry: Any) -> Tracker | None:
 
 
 def tracker_for(worker: Any) -> Tracker | None:
-    """Return the tracker of a worker's Redis, made from the environment if the process has none."""
-    try:
+    """Return the tracker of a worker's Redis; create it from the environment if there is none."""
+    with contain_errors("find the tracker of a worker", worker=worker.name):
         prefix = prefix_for(worker.queue_class, worker.job_class)
         found = _find(trackers(), worker.connection, prefix)
         return found if found is not None else tracker_for_worker(worker.connection)
-    except Exception:
-        log.exception("jobguard cannot guard worker %s", worker.name)
-        return None
+    return None
 
 
 def tracker_for_program(connection: Any) -> Tracker | None:
-    """Return the tracker of a program of RQ's that enqueues, made from the environment if need be."""
-    try:
+    """Return the tracker of an RQ program that enqueues; create it from the environment if needed."""
+    with contain_errors("find the tracker of a program"):
         found = _find(trackers(), connection, prefix_for(Queue, Job))
         return found if found is not None else tracker_for_worker(connection)
-    except Exception:
-        log.exception("jobguard cannot guard what this program enqueues")
-        return None
+    return None
 
 
 def _known(connection: redis.Redis) -> Any:
-    """Return the trackers of this process, with the one that the environment gives this connection."""
+    """Return the trackers of this process, including one that the environment gives this connection."""
     known = trackers()
     if _asked is None:
         return known
-    try:
+    with contain_errors("find the tracker of a connection"):
         address = address_of(connection)
         if address not in _asked:
             _asked.add(address)
             if not _at(known, connection):
                 tracker_for_worker(connection)
                 known = trackers()
-    except Exception:
-        log.exception("jobguard cannot guard what this program does")
     return known
 
 

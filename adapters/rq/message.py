@@ -1,8 +1,8 @@
-"""What a Job object knows of its delivery, and how a push of RQ becomes a ``Delivery``.
+"""The state of a delivery on a Job object, and the conversion of a push of RQ into a ``Delivery``.
 
-RQ writes a job with ``Job.to_dict``. While a hook has a ``Draft`` on the job, the wrapped method
-puts our token into the mapping and keeps the mapping, so that the envelope holds the very bytes
-that go to Redis, made once.
+RQ writes a job with ``Job.to_dict``. While a hook has set a ``Draft`` on the job, the wrapped method
+adds the token to the mapping and keeps the mapping. So the envelope contains exactly the bytes that
+go to Redis, and they are serialized once.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 BROKER_DOWN = (redis.ConnectionError, redis.TimeoutError)
 
-# Attributes of ours on a Job object: in its __dict__, which RQ neither saves nor compares.
+# The attributes of jobguard on a Job object: in its __dict__, which RQ neither saves nor compares.
 _TOKEN = "_jobguard_token"
 _ATTEMPT = "_jobguard_attempt"
 _TASK = "_jobguard_task"
@@ -38,14 +38,14 @@ _MOVE = "_jobguard_move"
 _RUN = "_jobguard_run"
 _GIVEN_UP = "_jobguard_given_up"
 
-# What waits, and is then moved by the library itself: by its scheduler, or when a parent has ended.
+# Jobs with these statuses wait, and RQ moves them: by its scheduler, or when a parent has ended.
 _WAITING = frozenset(("scheduled", "deferred", "ready_to_enqueue", "rate_limited", "queued"))
 ENDED = frozenset(("finished", "failed", "stopped", "canceled"))
 _aborted: dict[UUID, UUID] = {}
 _ABORTED_KEPT = 1_000
-"""RQ tries again at once; what it never does is the leader's to push."""
+"""RQ tries again at once. If it does not, the leader pushes the job."""
 _scheduling: ContextVar[bool] = ContextVar("jobguard_scheduling", default=False)
-_OF_ITS_WAY = frozenset(
+_WRITTEN_BY_RQ = frozenset(
     {
         *("status", "origin", "created_at", "enqueued_at", "started_at", "ended_at"),
         *("last_heartbeat", "worker_name", "result", "exc_info", "dependency_ids", "dependency_id"),
@@ -53,7 +53,7 @@ _OF_ITS_WAY = frozenset(
     }
 )
 _CALL = re.compile(r"[\w.]+(?=\()")
-# RQ may have deleted the hash in the same breath (failure_ttl=0): a field alone would bring it back.
+# RQ may have deleted the hash in the same step (failure_ttl=0): one field would create it again.
 _MARK = """
 if redis.call('HSTRLEN', KEYS[1], 'data') > 0 then redis.call('HSET', KEYS[1], 'jg', ARGV[1]) end
 """
@@ -61,7 +61,7 @@ if redis.call('HSTRLEN', KEYS[1], 'data') > 0 then redis.call('HSET', KEYS[1], '
 
 @dataclass(slots=True)
 class Draft:
-    """A push that RQ is about to write."""
+    """Describe a push that RQ is about to write."""
 
     mode: Mode
     token: UUID
@@ -69,27 +69,27 @@ class Draft:
     parent: Parent | None
     fresh: bool
     run: Run | None = None
-    """The run that this push takes the place of, if a worker speaks."""
+    """The run that this push supersedes, if a worker makes the push."""
     previous: UUID | None = None
-    """The token the job had before."""
+    """The token that the job had before."""
     at_front: bool = False
     score: str = ""
     due_at: float | None = None
     expires: bool = True
-    """Whether RQ lets the job's ttl run from this push on."""
+    """Whether the job's ttl starts with this push."""
     mapping: dict[str, Any] | None = None
     on_written: Callable[[], None] | None = None
-    """Called when the mapping is final and nothing is sent yet."""
+    """The function to call when the mapping is final and nothing has been sent yet."""
 
 
 def draft(job: Job, mode: Mode, *, fresh: bool = False, **routing: Any) -> Draft:
-    """Begin a push of this job: who it comes from is decided here, before RQ changes the job."""
+    """Start a push of this job. This finds its parent now, because RQ changes the job later."""
     state = job.__dict__
     parent, run = _parent(job)
     attempt: int = state.get(_ATTEMPT, 1)
     if parent is None or parent.outcome is Outcome.COMPLETED:
         attempt = 1
-    elif _MOVE in state:  # a retry, where a delay queue's move is the same attempt still
+    elif _MOVE in state:  # this is a retry; a move from the delay queue keeps the attempt
         attempt += 1
     return Draft(
         mode=mode,
@@ -118,9 +118,9 @@ def _parent(job: Job) -> tuple[Parent | None, Run | None]:
 
 
 def aborted(predecessor: UUID, token: UUID) -> None:
-    """A push lost a race, but its record stands: RQ's next try takes the place of that one.
+    """Note that a push lost a race, but its record stays: RQ's next try supersedes that record.
 
-    RQ reads the job again, and finds the predecessor in Redis, which has ended.
+    RQ reads the job again. It then finds the predecessor in Redis, and that delivery has ended.
     """
     _aborted[predecessor] = token
     if len(_aborted) > _ABORTED_KEPT:
@@ -129,7 +129,7 @@ def aborted(predecessor: UUID, token: UUID) -> None:
 
 @contextmanager
 def drafting(job: Job, push: Draft) -> Iterator[None]:
-    """Have what RQ writes of this job inside the block carry the draft's token."""
+    """Add the token of the draft to all that RQ writes of this job inside the block."""
     job.__dict__[_DRAFT] = push
     try:
         yield
@@ -138,22 +138,22 @@ def drafting(job: Job, push: Draft) -> Iterator[None]:
 
 
 def ttl_runs(job: Job) -> None:
-    """RQ sets the ttl of a job that it writes; before 3.0 it does not for one that is scheduled."""
+    """Note that RQ sets the ttl of the job; RQ before 3.0 does not set it for a scheduled job."""
     push: Draft | None = job.__dict__.get(_DRAFT)
     if push is not None:
         push.expires = True
 
 
 def is_drafted(job: Job) -> bool:
-    """Whether a hook further out already takes care of what RQ writes."""
+    """Return True if an outer hook already handles the write of RQ."""
     return _DRAFT in job.__dict__
 
 
 @contextmanager
 def scheduling() -> Iterator[None]:
-    """Have what is pushed inside the block be moves out of the delay queue, whatever a job's status.
+    """Treat every push inside the block as a move out of the delay queue, with any status of the job.
 
-    A Redis that went back in time has ids in its delay queue whose jobs have ended since.
+    After a rollback, the delay queue of Redis has ids of jobs that have ended since.
     """
     before = _scheduling.set(True)
     try:
@@ -164,7 +164,7 @@ def scheduling() -> Iterator[None]:
 
 @contextmanager
 def moving(job: Job, outcome: Outcome) -> Iterator[None]:
-    """Have pushes of this job inside the block take the place of its present delivery."""
+    """Let pushes of this job inside the block supersede its current delivery."""
     before = job.__dict__.get(_MOVE)
     job.__dict__[_MOVE] = outcome
     try:
@@ -177,17 +177,17 @@ def moving(job: Job, outcome: Outcome) -> Iterator[None]:
 
 
 def is_moving(job: Job) -> bool:
-    """Whether RQ is about to push this job again by itself."""
+    """Return True if RQ itself is about to push this job again."""
     return _MOVE in job.__dict__
 
 
 def is_repeating(job: Job) -> bool:
-    """Whether RQ is writing the success of this job."""
+    """Return True if RQ is writing the success of this job."""
     return job.__dict__.get(_MOVE) is Outcome.COMPLETED
 
 
-def begin_new_life(job: Job) -> None:
-    """Forget what this job was: a person or program enqueues it, and nothing carries over."""
+def clear_delivery(job: Job) -> None:
+    """Remove the state of the old delivery: the application enqueues the job anew."""
     state = job.__dict__
     for name in (_TOKEN, _ATTEMPT, _TASK):
         state.pop(name, None)
@@ -196,7 +196,7 @@ def begin_new_life(job: Job) -> None:
 
 
 def written(job: Job, mapping: dict[str, Any]) -> None:
-    """``Job.to_dict`` made this mapping, and RQ is going to send it."""
+    """Complete the mapping that ``Job.to_dict`` made and that RQ will send."""
     push: Draft | None = job.__dict__.get(_DRAFT)
     if push is None:
         run: Run | None = job.__dict__.get(_RUN)
@@ -205,7 +205,7 @@ def written(job: Job, mapping: dict[str, Any]) -> None:
         return
     mapping[FIELD] = push.token.hex
     task = task_of(job)
-    # A hash may still stand under an id that is not new, and HSET would leave its old fields in it.
+    # If the id is not new, its old hash may still exist, and HSET keeps the old fields.
     if push.attempt != 1 or not push.fresh:
         mapping[ATTEMPT_FIELD] = push.attempt
     if not push.fresh or task != _called(job):
@@ -216,7 +216,7 @@ def written(job: Job, mapping: dict[str, Any]) -> None:
 
 
 def remember(job: Job, raw: dict[Any, Any]) -> None:
-    """``Job.restore`` read this hash: keep what is ours in it."""
+    """Keep jobguard's fields of the hash that ``Job.restore`` read."""
     state = job.__dict__
     for name in (_TOKEN, _ATTEMPT, _TASK):
         state.pop(name, None)
@@ -232,10 +232,11 @@ def remember(job: Job, raw: dict[Any, Any]) -> None:
 
 
 def token_in(field: bytes | None, status: bytes | None) -> UUID | None:
-    """Return the token that a job's hash carries.
+    """Return the token in a job's hash.
 
-    One that is marked as spent counts while the hash says how it ended: an id that stands in a list
-    twice. With any other status the job was put back by unguarded hands, and is another delivery.
+    A token that is marked as spent is valid while the status in the hash is an end: this happens if
+    an id is in a list twice. With any other status, an unguarded program has pushed the job again,
+    and it is another delivery.
     """
     text = (field or b"").decode(errors="replace")
     if text.endswith(SPENT) and (status or b"").decode(errors="replace") in ENDED:
@@ -247,19 +248,19 @@ def token_in(field: bytes | None, status: bytes | None) -> UUID | None:
 
 
 def attempt_of(job: Job) -> int:
-    """Return which attempt of the job this delivery is; a retry counts, a move does not."""
+    """Return the number of this attempt of the job; a retry counts, a move does not."""
     attempt: int = job.__dict__.get(_ATTEMPT, 1)
     return attempt
 
 
 def token_of(job: Job) -> UUID | None:
-    """Return the token of the delivery that this object stands for."""
+    """Return the token of this object's delivery."""
     token: UUID | None = job.__dict__.get(_TOKEN)
     return token
 
 
 def set_token(job: Job, token: UUID | None) -> None:
-    """Say which delivery this object stands for."""
+    """Set the token of this object's delivery."""
     if token is None:
         job.__dict__.pop(_TOKEN, None)
     else:
@@ -267,28 +268,28 @@ def set_token(job: Job, token: UUID | None) -> None:
 
 
 def give_up(job: Job) -> None:
-    """RQ puts the job among the failed: with failure_ttl=0, RQ before 3.0 forgets its status then."""
+    """Note that RQ has failed the job; with failure_ttl=0, RQ before 3.0 then clears its status."""
     job.__dict__[_GIVEN_UP] = True
 
 
 def is_given_up(job: Job) -> bool:
-    """Whether RQ has given this job up, in this process and run."""
+    """Return True if RQ has given up this job, in this process and run."""
     return job._status == JobStatus.FAILED or _GIVEN_UP in job.__dict__
 
 
 def mark(client: Any, job: Job, token: str) -> None:
-    """Write a token into the job's hash, if there is a job; on a pipeline, with what it sends."""
+    """Write a token into the job's hash, if the job exists; on a pipeline, as one of its commands."""
     client.eval(_MARK, 1, job.key, token)
 
 
 def run_of(job: Job) -> Run | None:
-    """Return the guarded run that this object is in."""
+    """Return the guarded run of this object."""
     run: Run | None = job.__dict__.get(_RUN)
     return run
 
 
 def set_run(job: Job, run: Run | None) -> None:
-    """Put the job into a guarded run, or take it out."""
+    """Set the guarded run of this object, or remove it."""
     if run is None:
         job.__dict__.pop(_RUN, None)
     else:
@@ -329,18 +330,18 @@ def deliver(job: Job, push: Draft, *, queue: str) -> Delivery:
 
 
 def saved(job: Job, *, include_meta: bool, only_meta: bool) -> dict[str, bytes]:
-    """Return what a program saved of a job, but for what RQ itself writes of its way."""
+    """Return the fields that a program saved, without the fields in which RQ records its progress."""
     encoder = cast(Any, job.connection).get_encoder().encode
     mapping = job.to_dict(include_meta=include_meta, include_result=False)
     return {
         name: value if type(value) is bytes else encoder(value)
         for name, value in mapping.items()
-        if value is not None and name not in _OF_ITS_WAY and (name == "meta" or not only_meta)
+        if value is not None and name not in _WRITTEN_BY_RQ and (name == "meta" or not only_meta)
     }
 
 
 def task_of(job: Job) -> str:
-    """Return the name of the job's function, without ever loading its pickled call."""
+    """Return the name of the job's function, without unpickling its call."""
     name: object = job._func_name
     if isinstance(name, str):
         return name
@@ -349,6 +350,6 @@ def task_of(job: Job) -> str:
 
 
 def _called(job: Job) -> str:
-    """Return the function that RQ's usual description, a call, begins with."""
+    """Return the function name at the start of RQ's usual description, which is a call."""
     called = _CALL.match(job.description or "")
     return called.group() if called else ""

@@ -1,15 +1,14 @@
-"""Where the hooks hang: all of them or none, once a process, removed as they were put.
+"""The table of the hooks: install all of them or none, once per process, and remove them again.
 
-RQ builds plain ``Queue`` objects inside itself, so that only the classes see every push. A target
-that is missing, or whose leading arguments are named otherwise, means an RQ that this adapter does
-not know: then nothing is patched.
+RQ creates plain ``Queue`` objects internally, so only hooks on the classes see every push. If a target
+is missing, or its first arguments have other names, this version of RQ is unknown to the adapter:
+then nothing is patched.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import inspect
-import logging
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,18 +33,16 @@ from jobguard.adapters.rq import cancellation, job_hooks, killed_runs, producer,
 from jobguard.errors import UnsupportedTarget, host_interrupts
 from jobguard.patching import Hooks, Make
 
-log = logging.getLogger("jobguard")
-
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One method to hook, and how."""
+    """One method to hook, and the function that makes its hook."""
 
     owner: Any
     name: str
     make: Make
     leading: tuple[str, ...]
-    """The arguments it must begin with."""
+    """The names of its first arguments."""
     required: bool = True
 
 
@@ -111,7 +108,7 @@ WORKER = (
     Target(
         workers.SimpleWorker, "handle_job_retry", worker.handle_job_retry, _DONE, required=False
     ),
-    # Each kind of worker has its own of these two.
+    # Worker overrides execute_job of SimpleWorker, so both need the hook.
     Target(workers.SimpleWorker, "execute_job", worker.execute_job, _DONE),
     Target(workers.Worker, "execute_job", worker.execute_job, _DONE),
     Target(workers.Worker, "fork_work_horse", worker.fork_work_horse, _DONE),
@@ -119,11 +116,11 @@ WORKER = (
     Target(workers.Worker, "kill_horse", killed_runs.kill_horse, ("self", "sig")),
 )
 
-# What RQ throws into a process by a signal; it may strike inside of our code.
+# Exceptions that RQ raises from a signal handler; they can be raised inside jobguard's code.
 host_interrupts(
     BaseTimeoutException,
     exceptions.ShutDownImminentException,
-    # The first of RQ 2 keep it with their workers.
+    # The first versions of RQ 2 define it in rq.worker.
     getattr(exceptions, "StopRequested", None) or vars(workers)["StopRequested"],
 )
 
@@ -133,16 +130,16 @@ _holders: set[object] = set()
 
 
 def install(holder: object) -> None:
-    """Put the hooks on, for the first holder; raises UnsupportedTarget if this RQ is not known."""
+    """Install the hooks for the first holder; raise UnsupportedTarget for an unknown version of RQ."""
     with _lock:
         if not _holders:
-            for put in list(_plan()):  # complete before the first is put
+            for put in list(_plan()):  # check all before the first is installed
                 _hooks.put(*put)
         _holders.add(holder)
 
 
 def uninstall(holder: object) -> None:
-    """Take the hooks off, after the last holder."""
+    """Remove the hooks after the last holder."""
     with _lock:
         _holders.discard(holder)
         if not _holders:
@@ -157,13 +154,13 @@ def _plan() -> Iterator[tuple[Any, str, Make]]:
         elif target.required or owner is not None:
             raise UnsupportedTarget(
                 f"RQ {VERSION} has no {target.owner.__name__}.{target.name}"
-                f"({', '.join(target.leading)}, ...) as jobguard knows it: jobs are not guarded. "
-                "Use an RQ from 2.0 to 3.x, or upgrade jobguard."
+                f"({', '.join(target.leading)}, ...) as jobguard expects it: jobs are not guarded. "
+                "Use RQ 2.0 to 3.x, or upgrade jobguard."
             )
 
 
 def _spawning() -> tuple[Target, ...]:
-    """Return SpawnWorker's own way to make a horse, where RQ has one."""
+    """Return the target of SpawnWorker, if RQ has that class."""
     spawner = getattr(workers, "SpawnWorker", None)
     if spawner is None or "fork_work_horse" not in spawner.__dict__:
         return ()
@@ -171,7 +168,7 @@ def _spawning() -> tuple[Target, ...]:
 
 
 def _cron() -> tuple[Target, ...]:
-    """Return the program that enqueues by the clock, where RQ has one."""
+    """Return the target of RQ's cron program, if RQ has one."""
     if importlib.util.find_spec("rq.cron") is None:
         return ()
     scheduler = importlib.import_module("rq.cron").CronScheduler
@@ -179,7 +176,7 @@ def _cron() -> tuple[Target, ...]:
 
 
 def _begins_with(method: Any, leading: tuple[str, ...]) -> bool:
-    """Whether a method takes these arguments first; what another tool put over it may take any."""
+    """Return True if these are the method's first arguments; another tool's wrapper may take any."""
     try:
         parameters = tuple(inspect.signature(method).parameters.values())
     except (TypeError, ValueError):

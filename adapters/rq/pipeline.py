@@ -1,12 +1,12 @@
-"""Deliveries on a Redis pipeline: recorded in one batch right before it executes.
+"""Deliveries on a Redis pipeline: record them in one batch right before the pipeline executes.
 
-A pipeline that is dropped records nothing. One that executes records first; what may not be pushed
-after all (refused, or too late) has its commands taken out, the caller's others stay.
+A pipeline that is dropped records nothing. A pipeline that executes records first. If a delivery must
+not be pushed after that (it was refused, or it is too late), its commands are removed from the
+pipeline. The other commands of the caller stay.
 """
 
 from __future__ import annotations
 
-import logging
 import re
 import time
 import weakref
@@ -20,7 +20,8 @@ from rq.job import Job
 
 from jobguard import failpoint
 from jobguard.adapters.rq.message import BROKER_DOWN, Draft, aborted, deliver, set_token
-from jobguard.errors import is_host_interrupt
+from jobguard.host_safety import contain_errors
+from jobguard.log import log_event
 from jobguard.model import Delivery, Recorded
 
 if TYPE_CHECKING:
@@ -28,14 +29,12 @@ if TYPE_CHECKING:
 
     from jobguard.adapter import Tracker
 
-log = logging.getLogger("jobguard")
-
 _BATCH = "_jobguard_batch"
 
 
 @dataclass(slots=True)
 class Staged:
-    """A delivery whose commands are on the pipeline."""
+    """Keep a delivery with the position of its commands on the pipeline."""
 
     tracker: Tracker
     job: Job
@@ -43,23 +42,23 @@ class Staged:
     delivery: Delivery
     start: int
     end: int
-    """The slice of the pipeline's commands that is its push."""
+    """The commands from ``start`` to ``end`` of the pipeline are its push."""
     written: bool = True
-    """Postgres has it; if not, no leader can have pushed it, however long that took to find out."""
+    """Whether Postgres has the record. If not, no leader can have pushed it, even after a long wait."""
 
 
 class Batch:
-    """What of one pipeline concerns us."""
+    """Keep the deliveries and the cancellations of one pipeline."""
 
     def __init__(self, pipe: Pipeline):
-        self._pipe = weakref.ref(pipe)  # its __del__ gives its connection back: no cycle
+        self._pipe = weakref.ref(pipe)  # its __del__ returns its connection: avoid a cycle
         self._executing = False
         self._cancellations: list[Callable[[], None]] = []
         self.staged: list[Staged] = []
 
     @classmethod
     def of(cls, pipe: Pipeline) -> Batch:
-        """Return the pipeline's batch, and have the pipeline mind it."""
+        """Return the pipeline's batch; on first use, hook the pipeline's execute and reset."""
         batch: Batch | None = pipe.__dict__.get(_BATCH)
         if batch is None:
             batch = cls.own(pipe)
@@ -69,32 +68,30 @@ class Batch:
 
     @classmethod
     def own(cls, pipe: Pipeline) -> Batch:
-        """Return a batch for a pipeline that a hook made and executes itself."""
+        """Return a batch for a pipeline that a hook creates and executes itself."""
         batch = pipe.__dict__[_BATCH] = cls(pipe)
         return batch
 
     def stage(self, tracker: Tracker, job: Job, push: Draft, *, queue: str, start: int) -> None:
-        """RQ has put the commands of this push on the pipeline, from ``start`` on."""
+        """Keep a push whose commands RQ has added to the pipeline, from ``start`` on."""
         if push.mapping is None:  # nothing was written: not a push
             return
         pipe = self._pipe()
         assert pipe is not None
-        try:
+        delivery: Delivery | None = None
+        with contain_errors("record a job", job_id=job.id):
             delivery = deliver(job, push, queue=queue)
-        except Exception as error:
-            if is_host_interrupt(error):
-                raise
-            log.exception("jobguard could not take job %s; it goes unrecorded", job.id)
+        if delivery is None:
             return
         set_token(job, push.token)
         self.staged.append(Staged(tracker, job, push, delivery, start, len(pipe.command_stack)))
 
     def intend(self, cancel: Callable[[], None]) -> None:
-        """Call this before the pipeline executes."""
+        """Keep a cancellation, to call it before the pipeline executes."""
         self._cancellations.append(cancel)
 
     def execute(self, raise_on_error: bool = True) -> list[Any]:
-        """Record, then execute."""
+        """Record the deliveries, then execute the pipeline."""
         pipe = self._pipe()
         assert pipe is not None
         execute = type(pipe).execute
@@ -120,7 +117,7 @@ class Batch:
             self._executing = False
 
     def reset(self) -> None:
-        """Forget what was staged: the pipeline was dropped, and nothing of it was sent."""
+        """Discard all deliveries and cancellations: the pipeline was dropped, and nothing was sent."""
         pipe = self._pipe()
         if not self._executing:
             for entry in self.staged:
@@ -131,13 +128,14 @@ class Batch:
             type(pipe).reset(pipe)
 
     def _record(self, pipe: Pipeline, staged: list[Staged]) -> list[Staged] | None:
-        """Return what is left to be pushed; None if the pipeline must not be executed at all."""
-        # RQ retries a job whose function returned if Redis failed it afterwards; we know better.
+        """Return the deliveries to push; None if the pipeline must not be executed at all."""
+        # If Redis failed after the function returned, RQ retries the job. The run has its outcome
+        # already, so that retry must not be pushed.
         over = [entry for entry in staged if entry.push.run and entry.push.run.outcome is not None]
         begun = time.monotonic()
         try:
             refused = record([entry for entry in staged if entry not in over])
-        except BaseException:  # the user asked to hear that Postgres is away
+        except BaseException:  # the user asked for an error if Postgres is away
             for entry in staged:
                 set_token(entry.job, entry.push.previous)
             type(pipe).reset(pipe)
@@ -145,10 +143,10 @@ class Batch:
         refused |= {entry.delivery.token for entry in over}
         for entry in staged:
             if entry.delivery.token in refused:
-                log.warning("job %s has ended or moved on; it is not pushed", entry.job.id)
+                log_event("push_skipped", job_id=entry.job.id)
                 set_token(entry.job, entry.push.previous)
                 if entry.push.run is not None:
-                    # The worker's transaction would overwrite the hash of the newer life.
+                    # The worker's transaction would overwrite the hash of the newer delivery.
                     entry.push.run.drop_claim()
                     return None
         going = [entry for entry in staged if entry.delivery.token not in refused]
@@ -164,7 +162,7 @@ class Batch:
 
 
 def record(staged: Sequence[Staged]) -> set[UUID]:
-    """Record these in one batch a tracker; return the tokens of those that must not be pushed."""
+    """Record these in one batch per tracker; return the tokens of those that must not be pushed."""
     refused: set[UUID] = set()
     for tracker, entries in by_tracker(staged):
         recorded = tracker.record([entry.delivery for entry in entries])
@@ -174,7 +172,7 @@ def record(staged: Sequence[Staged]) -> set[UUID]:
 
 
 def apply_refusals(entries: Sequence[Staged], recorded: Recorded) -> None:
-    """Tell the runs whose place is taken: their record was superseded in that very transaction."""
+    """Mark the runs that are superseded: the same transaction superseded their records."""
     for entry in entries:
         entry.written = recorded.written
         if entry.push.run is not None and entry.delivery.token not in recorded.refused:
@@ -182,7 +180,7 @@ def apply_refusals(entries: Sequence[Staged], recorded: Recorded) -> None:
 
 
 def by_tracker(staged: Sequence[Staged]) -> list[tuple[Tracker, list[Staged]]]:
-    """Return what is staged, tracker by tracker; there is hardly ever more than one."""
+    """Return the staged deliveries by tracker; there is rarely more than one tracker."""
     groups: dict[int, tuple[Tracker, list[Staged]]] = {}
     for entry in staged:
         groups.setdefault(id(entry.tracker), (entry.tracker, []))[1].append(entry)
@@ -190,7 +188,7 @@ def by_tracker(staged: Sequence[Staged]) -> list[tuple[Tracker, list[Staged]]]:
 
 
 def not_pushed(staged: Sequence[Staged], error: BaseException) -> None:
-    """See to what is recorded, and whose push failed or may have."""
+    """Handle recorded deliveries whose push failed or may have failed."""
     if isinstance(error, BROKER_DOWN):
         for tracker, _ in by_tracker(staged):
             tracker.broker_failed()
@@ -204,7 +202,7 @@ def not_pushed(staged: Sequence[Staged], error: BaseException) -> None:
         tracker.withdraw([entry.delivery for entry in entries])
     for entry in first:
         set_token(entry.job, None)
-    # Its parent is superseded already. RQ's next try is its successor; if there is none, the leader pushes.
+    # The parent is superseded already. RQ's next try is the successor; without one, the leader pushes.
     moved = [entry for entry in staged if entry.push.parent and entry.push.run is None]
     for entry in moved:
         assert entry.push.parent is not None
@@ -213,7 +211,7 @@ def not_pushed(staged: Sequence[Staged], error: BaseException) -> None:
 
 
 def leave_to_outbox(staged: Sequence[Staged]) -> None:
-    """Have the leader push these."""
+    """Leave these to the leader, which pushes them."""
     for tracker, entries in by_tracker(staged):
         tracker.leave_to_outbox([entry.delivery.token for entry in entries])
 
@@ -222,19 +220,19 @@ _QUEUE_FAILED = re.compile(r"Command # \d+ \((RPUSH|LPUSH|ZADD) ")
 
 
 def surely_failed(error: BaseException) -> bool:
-    """Whether Redis certainly did nothing: a lost race, or a transaction that it refused whole."""
+    """Return True if Redis certainly did nothing: a lost race, or a transaction refused as a whole."""
     if isinstance(error, redis.WatchError):
-        # redis-py says WatchError also when the connection broke with the EXEC under way.
+        # redis-py raises WatchError also if the connection broke during EXEC.
         return "Watched variable changed" in str(error)
     aborts = (error, error.__context__)
     if any(isinstance(abort, redis.exceptions.ExecAbortError) for abort in aborts):
         return True
     if isinstance(error, redis.exceptions.BusyLoadingError | redis.AuthenticationError):
         return True
-    # EXEC was done, but the job did not come into its queue: that key holds something else.
+    # EXEC was done, but the push to the queue failed: the key of the queue has another type.
     return isinstance(error, redis.ResponseError) and _QUEUE_FAILED.match(str(error)) is not None
 
 
 def is_immediate(pipe: Pipeline) -> bool:
-    """Whether commands on it are sent at once: it watches, and its MULTI is still to come."""
+    """Return True if its commands are sent at once: it has called WATCH, but not MULTI yet."""
     return bool(pipe.watching and not pipe.explicit_transaction)

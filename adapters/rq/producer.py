@@ -1,12 +1,11 @@
-"""The hooks on every way into Redis.
+"""The hooks on every way in which RQ writes a job to Redis.
 
-Each hook is a function of the original method that returns its wrapper, with RQ's own signature.
+Each hook is a function that takes the original method and returns a wrapper with RQ's signature.
 """
 
 from __future__ import annotations
 
 import calendar
-import logging
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -19,34 +18,35 @@ from rq.job import Job, JobStatus
 from rq.queue import Queue
 from rq.version import VERSION
 
-from jobguard.adapter import trackers
 from jobguard.adapters.rq import message
 from jobguard.adapters.rq.envelope import Mode, amended
 from jobguard.adapters.rq.lookup import tracker_for_job, tracker_for_program, tracker_for_queue
-from jobguard.adapters.rq.message import BROKER_DOWN, Draft, begin_new_life, draft, drafting
+from jobguard.adapters.rq.message import BROKER_DOWN, Draft, clear_delivery, draft, drafting
 from jobguard.adapters.rq.pipeline import Batch, Staged, is_immediate, not_pushed, record
 from jobguard.adapters.rq.push import push
 from jobguard.current import current
-from jobguard.errors import StoreUnavailable, is_host_interrupt
+from jobguard.errors import StoreUnavailable
+from jobguard.host_safety import contain_errors
+from jobguard.log import log_event
+from jobguard.registry import trackers
 
 if TYPE_CHECKING:
     from redis.client import Pipeline
 
     from jobguard.adapter import Tracker
 
-log = logging.getLogger("jobguard")
 Hook = Callable[..., Any]
 
 _NOT_SERVING = (*BROKER_DOWN, ReadOnlyError)
 _SCHEDULER_WAITS = 5.0
-"""Seconds between two tries of RQ's scheduler in an outage of Redis, at most."""
-_CALM = 30.0
-"""Seconds without an error after which the next is another outage."""
+"""The longest pause, in seconds, between two tries of RQ's scheduler in an outage of Redis."""
+_QUIET_TIME = 30.0
+"""Seconds without an error after which the next error counts as a new outage."""
 _DEFERRED_BY_EXPIRY = tuple(int(part) for part in VERSION.split(".")[:2]) < (2, 8)
 
 
 def enqueue_job(original: Hook) -> Hook:
-    """Queue.enqueue_job: what every plain enqueue comes through before anything is sent."""
+    """Wrap Queue.enqueue_job: every plain enqueue calls it before anything is sent."""
 
     @wraps(original)
     def hook(
@@ -59,7 +59,7 @@ def enqueue_job(original: Hook) -> Hook:
         tracker = tracker_for_queue(self)
         if tracker is None:
             return original(self, job, pipeline=pipeline, at_front=at_front, **kwargs)
-        begin_new_life(job)
+        clear_delivery(job)
         reads = kwargs.get("unique") or job._dependency_ids or getattr(job, "rate_limit_key", None)
         if pipeline is not None or reads:
             return original(self, job, pipeline=pipeline, at_front=at_front, **kwargs)
@@ -73,7 +73,7 @@ def enqueue_job(original: Hook) -> Hook:
 
 
 def enqueue_many(original: Hook) -> Hook:
-    """Queue.enqueue_many: one record for all of a transaction."""
+    """Wrap Queue.enqueue_many: record all jobs of a transaction in one call."""
 
     @wraps(original)
     def hook(
@@ -96,7 +96,7 @@ def enqueue_many(original: Hook) -> Hook:
 
 
 def _enqueue_job(original: Hook) -> Hook:
-    """Queue._enqueue_job: every push onto a queue, RQ's own moves included."""
+    """Wrap Queue._enqueue_job: every push to a queue, including RQ's own moves."""
 
     @wraps(original)
     def hook(
@@ -136,7 +136,7 @@ def _enqueue_job(original: Hook) -> Hook:
 
 
 def schedule_job(original: Hook) -> Hook:
-    """Queue.schedule_job: enqueue_at, enqueue_in, and retries and repeats that wait."""
+    """Wrap Queue.schedule_job: enqueue_at, enqueue_in, and retries and repeats with a delay."""
 
     @wraps(original)
     def hook(
@@ -146,7 +146,7 @@ def schedule_job(original: Hook) -> Hook:
         if tracker is None:
             return original(self, job, datetime, pipeline=pipeline, **kwargs)
         if not message.is_moving(job):
-            begin_new_life(job)
+            clear_delivery(job)
         aware = datetime if datetime.tzinfo else datetime.astimezone()
         score = calendar.timegm(aware.utctimetuple())
         when: dict[str, Any] = {"score": str(score), "due_at": float(score)}
@@ -177,9 +177,10 @@ def schedule_job(original: Hook) -> Hook:
 
 
 def schedule(original: Hook) -> Hook:
-    """ScheduledJobRegistry.schedule: part of the push, which RQ before 3.0 sends at once.
+    """Wrap ScheduledJobRegistry.schedule: a part of the push, which RQ before 3.0 sends at once.
 
-    There the id is in the delay queue before its hash is in Redis, and before we recorded it.
+    In those versions, the id is in the delay queue before its hash is in Redis, and before jobguard
+    has recorded the job.
     """
 
     @wraps(original)
@@ -198,7 +199,7 @@ def schedule(original: Hook) -> Hook:
 
 
 def enqueue_scheduled_jobs(original: Hook) -> Hook:
-    """RQScheduler.enqueue_scheduled_jobs: what is due takes the place of what waited, ended or not."""
+    """Wrap RQScheduler.enqueue_scheduled_jobs: a due job supersedes its waiting delivery, ended or not."""
 
     @wraps(original)
     def hook(self: Any) -> Any:
@@ -209,7 +210,11 @@ def enqueue_scheduled_jobs(original: Hook) -> Hook:
 
 
 def work_as_scheduler(original: Hook) -> Hook:
-    """RQScheduler.work: an outage of Redis ends the process, and its worker looks after 10 minutes."""
+    """Wrap RQScheduler.work: wait for Redis in an outage.
+
+    Without this, an outage ends the scheduler's process, and its worker checks it only after 10
+    minutes.
+    """
 
     @wraps(original)
     def hook(self: Any) -> Any:
@@ -220,9 +225,9 @@ def work_as_scheduler(original: Hook) -> Hook:
             except _NOT_SERVING as error:
                 if self._stop_requested or not any(known.mends_library for known in trackers()):
                     raise
-                if time.monotonic() - failed_at > _CALM:
+                if time.monotonic() - failed_at > _QUIET_TIME:
                     wait = 0.5
-                    log.warning("RQ's scheduler waits for Redis: %s", error)
+                    log_event("scheduler_waits", error=str(error))
                 wait = min(2 * wait, _SCHEDULER_WAITS)
                 time.sleep(wait)
                 failed_at = time.monotonic()
@@ -231,7 +236,7 @@ def work_as_scheduler(original: Hook) -> Hook:
 
 
 def _enqueue_rate_limited_job(original: Hook) -> Hook:
-    """Queue._enqueue_rate_limited_job: a job that waits for a slot of its key."""
+    """Wrap Queue._enqueue_rate_limited_job: a job that waits for a slot of its key."""
 
     @wraps(original)
     def hook(
@@ -262,7 +267,7 @@ def _enqueue_rate_limited_job(original: Hook) -> Hook:
 
 
 def save(original: Hook) -> Hook:
-    """Job.save: how a job that must wait for its parents is put by."""
+    """Wrap Job.save: RQ stores a job that waits for its parents in this way."""
 
     @wraps(original)
     def hook(
@@ -283,19 +288,19 @@ def save(original: Hook) -> Hook:
             return result
         if self._status != JobStatus.DEFERRED or pipeline is None or message.is_drafted(self):
             return call()
-        if message.token_of(self) is not None:  # it was put by before: only its body changes
+        if message.token_of(self) is not None:  # recorded before: only its fields change
             return call()
         tracker = tracker_for_job(self)
         if tracker is None or is_immediate(pipeline):
             return call()
-        put_by = draft(self, Mode.DEFERRED, score=_deferred_score(self))
-        return _stage(tracker, self.origin, self, put_by, pipeline, call)
+        deferred = draft(self, Mode.DEFERRED, score=_deferred_score(self))
+        return _stage(tracker, self.origin, self, deferred, pipeline, call)
 
     return hook
 
 
 def save_meta(original: Hook) -> Hook:
-    """Job.save_meta: what a program notes in a job that waits, or runs elsewhere, comes back with it."""
+    """Wrap Job.save_meta: record a change of the meta, so that a restore has it."""
 
     @wraps(original)
     def hook(self: Job, *args: Any, **kwargs: Any) -> Any:
@@ -307,7 +312,7 @@ def save_meta(original: Hook) -> Hook:
 
 
 def amend(job: Job, *, include_meta: bool, only_meta: bool = False) -> None:
-    """Have the record of a job say what was saved just now, but for what its own run saves."""
+    """Update the record of a job with the saved fields, except for saves of the job's own run."""
     token = message.token_of(job)
     if token is None or job._status in message.ENDED or message.is_drafted(job):
         return
@@ -316,20 +321,16 @@ def amend(job: Job, *, include_meta: bool, only_meta: bool = False) -> None:
     tracker = tracker_for_job(job)
     if tracker is None:
         return
-    try:
+    with contain_errors("record a change of a job", job_id=job.id):
         saved = message.saved(job, include_meta=include_meta, only_meta=only_meta)
         tracker.amend(token, lambda envelope: amended(envelope, saved))
-    except Exception as error:
-        if is_host_interrupt(error):
-            raise
-        log.exception("jobguard could not record what was saved of job %s", job.id)
 
 
 _warned: set[int] = set()
 
 
 def _warn_of_other_schedulers(job: Job, pipeline: Pipeline | None) -> None:
-    """Say once that a scheduler keeps jobs where nobody records them: RQ's own saves none like this."""
+    """Log once that another scheduler stores jobs without a record: RQ's own scheduler does not."""
     scheduled = job._status == JobStatus.SCHEDULED and pipeline is None
     if not scheduled or message.is_drafted(job) or message.token_of(job) is not None:
         return
@@ -337,16 +338,15 @@ def _warn_of_other_schedulers(job: Job, pipeline: Pipeline | None) -> None:
     if tracker is None or tracker.source.id in _warned:
         return
     _warned.add(tracker.source.id)
-    log.error(
-        "job %s is scheduled outside of RQ's own registry, as rq-scheduler does: Redis alone has such "
-        "jobs until they are enqueued. Use Queue.enqueue_at or RQ's cron, or schedule them again "
-        "after a loss of Redis. Said once.",
-        job.id,
-    )
+    log_event("schedule_unrecorded", job_id=job.id)
 
 
 def _deferred_score(job: Job) -> str:
-    """RQ before 2.8 fails a deferred job when its score has passed; since then it is its birth."""
+    """Return the score of a deferred job.
+
+    RQ before 2.8 fails a deferred job when its score has passed. Since 2.8, the score is the time of
+    its creation.
+    """
     now = int(time.time())
     if not _DEFERRED_BY_EXPIRY:
         return str(now)
@@ -354,7 +354,7 @@ def _deferred_score(job: Job) -> str:
 
 
 def start_cron(original: Hook) -> Hook:
-    """CronScheduler.start: `jobguard run -- rq cron` is guarded by its environment, as a worker is."""
+    """Wrap CronScheduler.start: the environment guards `jobguard run -- rq cron`, like a worker."""
 
     @wraps(original)
     def hook(self: Any) -> Any:
@@ -372,7 +372,7 @@ def _stage(
     pipe: Pipeline,
     call: Callable[[], Any],
 ) -> Any:
-    """Have RQ put its commands on the pipeline, and keep what they are."""
+    """Let RQ add its commands to the pipeline, and keep their position."""
     start = len(pipe.command_stack)
     with drafting(job, push_):
         result = call()
@@ -387,36 +387,30 @@ def _push_unique(
     make: Callable[[], Draft],
     call: Callable[[], Any],
 ) -> Any:
-    """Push an id that may only stand once.
+    """Push a job with a unique id.
 
-    It is recorded as fresh although it is not: else its record would supersede the older delivery
-    of the id, which is the very one that stays if this one is refused.
+    The delivery is recorded as fresh although the id may exist: otherwise its record would supersede
+    the older delivery of the id, and that delivery must stay if RQ refuses the new one.
     """
-    # Not asked of a job without an id: its key would give it one, and RQ wants to refuse it for that.
+    # Do not check a job without an id: reading its key gives it an id, and RQ must refuse such a job.
     if job._id is not None and queue.connection.exists(job.key):
-        return call()  # RQ refuses it, and nothing needs to be taken back
+        return call()  # RQ refuses it, and there is nothing to withdraw
     return _push_by_script(tracker, queue, job, make(), call)
 
 
 def _push_by_script(
     tracker: Tracker, queue: Queue, job: Job, push_: Draft, call: Callable[[], Any]
 ) -> Any:
-    """Record between RQ's writing and its sending, where RQ sends by itself."""
+    """Record after RQ has made the mapping and before RQ sends it; RQ sends at once here."""
     staged: list[Staged] = []
 
     def record_now() -> None:
         push_.on_written = None
-        try:
+        with contain_errors("record a job", let_pass=StoreUnavailable, job_id=job.id):
             delivery = message.deliver(job, push_, queue=queue.name)
             entry = Staged(tracker, job, push_, delivery, 0, 0)
             record([entry])
             staged.append(entry)
-        except StoreUnavailable:
-            raise
-        except Exception as error:
-            if is_host_interrupt(error):
-                raise
-            log.exception("jobguard could not take job %s; it goes unrecorded", job.id)
 
     push_.on_written = record_now
     try:
@@ -433,4 +427,4 @@ def _push_by_script(
 
 
 def _is_duplicate(error: BaseException) -> bool:
-    return type(error).__name__ == "DuplicateJobError"  # a class that RQ has since 2.8
+    return type(error).__name__ == "DuplicateJobError"  # RQ has this class since 2.8

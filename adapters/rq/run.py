@@ -1,35 +1,35 @@
-"""One guarded run of a job, and the one report of how it ended.
+"""One guarded run of a job, and the single report of its end.
 
 RQ's worker forks a work-horse for each job. The horse opens no connection to Postgres to report: it
-writes a line into a pipe, and the parent, which holds the session, reads it when the horse is gone.
-A horse whose parent is gone reports for itself. A worker that does not fork opens no pipe.
+writes a line to a pipe, and the parent, which has the session, reads the line when the horse is gone.
+If the parent is gone, the horse reports by itself. A worker that does not fork opens no pipe.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import os
 import select
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from jobguard.errors import is_host_interrupt
+from jobguard.fork import OwnerProcess
+from jobguard.host_safety import contain_errors
+from jobguard.log import log_event
 from jobguard.model import Claim, Outcome, Parent
 
 if TYPE_CHECKING:
     from jobguard.adapter import Session
 
-log = logging.getLogger("jobguard")
-
 LONGEST_ERROR = 5_000
-"""Characters; a report must fit into a pipe that nobody reads yet (64 kB)."""
+"""Characters; a report must fit into the pipe (64 kB), because the parent reads it later."""
 _VARIABLE = "JOBGUARD_RQ_RUN"
 
 
 class Run:
-    """A claim that a worker holds, until its end is told: once, by whoever is first."""
+    """A claim of a worker until its end is reported. Only the first report counts."""
 
     def __init__(
         self, session: Session | None, claim: Claim, *, job_id: str, queue: str, task: str
@@ -37,77 +37,78 @@ class Run:
         self.claim = claim
         self.job_id, self.queue, self.task = job_id, queue, task
         self.returned = False
-        """The function returned; whatever fails from here on is not its fault."""
+        """The function returned; a later error does not come from the function."""
         self.began = False
         """The function was called, in this process."""
         self.raised = False
-        """The function raised, or what RQ does after its return did: that is no death, whatever follows."""
+        """The function, or RQ's code after it, raised: this is never a worker's death."""
         self.killed = False
-        """Its horse was killed, and nobody had asked for that."""
+        """The horse was killed, and not by RQ itself."""
         self.outcome: Outcome | None = None
         self.reported = False
         self._session = session
         self._successor: UUID | None = None
-        self._pid = os.getpid() if session is not None else 0
+        self._owner = OwnerProcess() if session is not None else None
         self._reader = self._writer = -1
         self._horse = False
 
+    @property
+    def _is_in_parent(self) -> bool:
+        """Return True in the process that claimed the job, False in its horse."""
+        return self._owner is not None and self._owner.is_current
+
     def parent(self, outcome: Outcome) -> Parent:
-        """Return what the next delivery of this job takes the place of."""
+        """Return the parent for the next delivery of this job."""
         if self._successor is not None:  # recorded, but its push was aborted: RQ tries again
             return Parent(self._successor)
         worker = self._session.id if self._session is not None else None
         return Parent(self.claim.token, claim=self.claim.number, outcome=outcome, worker=worker)
 
     def superseded_by(self, token: UUID) -> None:
-        """Report nothing: a delivery that takes the place of this one is recorded."""
+        """Report no outcome: a delivery that supersedes this one is recorded."""
         self._successor = token
-        self._tell(None, None)
+        self._report_end(None, None)
 
     def end(self, outcome: Outcome, error: str | None = None) -> None:
-        """Report how it ended, unless that is told already."""
-        self._tell(outcome, error[-LONGEST_ERROR:] if error else None)
+        """Report the end of the run, unless it is reported already."""
+        self._report_end(outcome, error[-LONGEST_ERROR:] if error else None)
 
     def note_raised(self) -> None:
-        """Say that it raised, before RQ does anything about it: the horse may not live to say more."""
+        """Report that the function raised, before RQ handles the error: the horse may die during that."""
         if self.reported or self.raised:
             return
         self.raised = True
-        if os.getpid() != self._pid:
+        if not self._is_in_parent:
             self._write({"raised": True})
 
     @property
     def horse_died(self) -> bool:
-        """In the parent: whether its horse is gone, and had told neither an end nor that it raised."""
-        return self._horse and os.getpid() == self._pid and not (self.reported or self.raised)
+        """Return True in the parent if the horse is gone and reported neither an end nor an error."""
+        return self._horse and self._is_in_parent and not (self.reported or self.raised)
 
     def abandon(self) -> None:
-        """It was killed, or never began: whoever leads brings the job back, as a dead worker's."""
-        if os.getpid() != self._pid or self._session is None:
-            self.drop_claim()  # the parent holds the claim
+        """Give up a killed or unstarted run: the leader restores the job, as after a worker's death."""
+        if not self._is_in_parent or self._session is None:
+            self.drop_claim()  # the parent has the claim
             return
         self.reported = True
         self._session.abandon(self.claim)
 
     def drop_claim(self) -> None:
-        """Stop to hold the claim: nobody knows how it ended, and Redis and the leader decide."""
-        self._tell(None, None)
+        """Drop the claim: the end is unknown, and the leader decides by the state of Redis."""
+        self._report_end(None, None)
 
-    def _tell(self, outcome: Outcome | None, error: str | None) -> None:
+    def _report_end(self, outcome: Outcome | None, error: str | None) -> None:
         if self.reported:
             return
         self.reported, self.outcome = True, outcome
-        try:
-            if os.getpid() == self._pid or not self._write_end(outcome, error):
-                self._report(outcome, error)
-        except Exception as error:
-            if is_host_interrupt(error):
-                raise
-            log.exception("jobguard could not report the end of job %s", self.job_id)
+        with contain_errors("report the end of a job", job_id=self.job_id):
+            if self._is_in_parent or not self._write_end(outcome, error):
+                self._send_report(outcome, error)
 
-    def _report(self, outcome: Outcome | None, error: str | None) -> None:
+    def _send_report(self, outcome: Outcome | None, error: str | None) -> None:
         if self._session is None:
-            log.error("the worker of job %s is gone, and its end with it", self.job_id)
+            log_event("end_lost", job_id=self.job_id)
             return
         if outcome is None:
             self._session.mark_superseded(self.claim)
@@ -120,13 +121,13 @@ class Run:
                 task=self.task,
                 error=error,
             )
-        if os.getpid() != self._pid:
+        if not self._is_in_parent:
             self._session.flush()  # the horse leaves by os._exit
 
-    # The pipe between the horse and its parent.
+    # The pipe from the horse to its parent.
 
     def open_pipe(self, *, for_spawn: bool = False) -> None:
-        """In the parent, before the horse is made."""
+        """Open the pipe, in the parent, before it starts the horse."""
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._reader, False)
         if for_spawn:
@@ -137,29 +138,29 @@ class Run:
             os.environ[_VARIABLE] = json.dumps([*fields, self._writer, self.job_id])
 
     def take_over_beats(self) -> None:
-        """In the horse: beat in the parent's stead, should it die or turn away."""
-        # Our copy of the reader would keep the pipe alive without the parent.
+        """Prepare the horse to send the beats if the parent dies or leaves."""
+        # The horse's copy of the reader would keep the pipe open without the parent.
         self._reader = _close(self._reader)
         if self._session is not None and self._writer >= 0:
             self._session.take_over_beats(self.claim, self._parent_is_gone)
 
     def _parent_is_gone(self) -> bool:
-        """Wait until nobody holds the other end of the pipe; False: it cannot be known."""
+        """Wait until no process has the other end of the pipe; return False if this cannot be known."""
         poller = select.poll()
-        poller.register(self._writer, 0)  # an error or a hang-up is told unasked
+        poller.register(self._writer, 0)  # poll always reports an error or a hang-up
         while True:
             for _, event in poller.poll():
                 return not event & select.POLLNVAL
 
     def close_writer(self) -> None:
-        """In the parent, when the horse is made: the horse alone can write now."""
+        """Close the parent's writer after the start of the horse: now only the horse can write."""
         self._horse = True
         os.environ.pop(_VARIABLE, None)
         self._writer = _close(self._writer)
 
     def drain(self) -> None:
-        """In the parent: take what the horse told."""
-        if self._reader < 0 or os.getpid() != self._pid:
+        """Read, in the parent, the reports of the horse."""
+        if self._reader < 0 or not self._is_in_parent:
             return
         try:
             lines = os.read(self._reader, 1 << 16).splitlines()
@@ -172,10 +173,10 @@ class Run:
                 outcome = Outcome(fields["outcome"]) if fields["outcome"] else None
                 if fields["successor"]:
                     self._successor = UUID(hex=fields["successor"])
-                self._tell(outcome, fields["error"])
+                self._report_end(outcome, fields["error"])
 
     def close(self) -> None:
-        """In the parent, at the very end."""
+        """Close the pipe, in the parent, at the end of the run."""
         self._reader, self._writer = _close(self._reader), _close(self._writer)
 
     def _write_end(self, outcome: Outcome | None, error: str | None) -> bool:
@@ -183,7 +184,7 @@ class Run:
         return self._write({"outcome": outcome, "error": error, "successor": successor})
 
     def _write(self, line: dict[str, Any]) -> bool:
-        """In the horse: whether the parent will hear it."""
+        """Write a line to the pipe, in the horse; return False if no parent will read it."""
         if self._writer < 0:
             return False
         text = json.dumps(line, ensure_ascii=False) + "\n"
@@ -202,9 +203,9 @@ class Run:
         queue: str,
         task: str,
     ) -> Run | None:
-        """In a horse that was spawned, not forked: the run that its parent began.
+        """Return, in a spawned horse, the run that its parent started.
 
-        ``session_of`` makes the session of that parent, by its id and its pid.
+        ``session_of`` creates the session of that parent from its id and its pid.
         """
         fields = os.environ.pop(_VARIABLE, None)  # not for the children of the job
         if not fields:
@@ -216,15 +217,13 @@ class Run:
         run = cls(
             session_of(UUID(hex=worker), parent), claim, job_id=job_id, queue=queue, task=task
         )
-        run._pid, run._writer = 0, writer
+        run._owner, run._writer = None, writer
         os.set_inheritable(writer, False)
         return run
 
 
 def _close(descriptor: int) -> int:
     if descriptor >= 0:
-        try:
+        with suppress(OSError):
             os.close(descriptor)
-        except OSError:
-            log.debug("descriptor %d was closed already", descriptor)
     return -1

@@ -1,13 +1,11 @@
-"""The hooks on RQ's workers: a session for each, a claim for each start, an end for each claim.
+"""The hooks on RQ's workers: a session for each worker, a claim for each start, an end for each claim.
 
-Who runs what: ``register_birth``, ``execute_job`` and ``fork_work_horse`` run in the worker; what
-comes after ``Job.perform`` runs in the horse, or in the worker itself if it does not fork, or if
-the horse was killed.
+``register_birth``, ``execute_job`` and ``fork_work_horse`` run in the worker. The code after
+``Job.perform`` runs in the horse, or in the worker if it does not fork or if the horse was killed.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import time
@@ -25,7 +23,7 @@ from rq.utils import now, utcformat
 from rq.worker import SimpleWorker
 
 from jobguard import failpoint
-from jobguard.adapter import running_job, trackers
+from jobguard.adapter import running_job
 from jobguard.adapters.rq.dead_jobs import is_dead, is_to_report, raise_if_dead
 from jobguard.adapters.rq.envelope import Mode
 from jobguard.adapters.rq.killed_runs import forget_orders, is_left_to_the_leader, was_ordered
@@ -49,19 +47,20 @@ from jobguard.adapters.rq.message import (
 from jobguard.adapters.rq.run import Run
 from jobguard.adapters.rq.skip import finish, skip
 from jobguard.client_names import label_pool
-from jobguard.errors import is_host_interrupt
+from jobguard.host_safety import contain_errors
+from jobguard.log import log_event
 from jobguard.model import Delivery, Outcome, Refused, new_token
+from jobguard.registry import trackers
 
 if TYPE_CHECKING:
     from jobguard.adapter import Session, Tracker
 
-log = logging.getLogger("jobguard")
 Hook = Callable[..., Any]
 
 _TRACKER = "_jobguard_tracker"
 _SESSION = "_jobguard_session"
-_TO_DIE = 1.0
-"""Seconds that a killed horse may need to be gone."""
+_EXIT_TIME = 1.0
+"""Seconds that a killed horse may need to exit."""
 _HOOK_FIRST = """import sys
 sys.path[:] = {path!r}
 try:
@@ -72,19 +71,19 @@ except ImportError:
 
 
 def register_birth(original: Hook) -> Hook:
-    """Worker.register_birth: begin to beat before the first job can be taken."""
+    """Wrap Worker.register_birth: start to beat before the worker can take its first job."""
 
     @wraps(original)
     def hook(self: Any) -> Any:
-        # First the beat: an unknown consumer makes its queues untrusted.
-        _say_whether_guarded(self, _open_session(self))
+        # Beat before RQ registers the worker: an unknown consumer makes its queues untrusted.
+        _log_whether_guarded(self, _open_session(self))
         return original(self)
 
     return hook
 
 
 def register_death(original: Hook) -> Hook:
-    """Worker.register_death: say goodbye, so that what is still claimed goes back at once."""
+    """Wrap Worker.register_death: close the session, so that claimed jobs are restored at once."""
 
     @wraps(original)
     def hook(self: Any) -> Any:
@@ -99,12 +98,12 @@ def register_death(original: Hook) -> Hook:
 
 
 def _horse_runs_on(worker: Any) -> bool:
-    """Whether a worker that quits (Redis failed it) leaves a horse behind that still runs its job."""
+    """Return True if a worker that quits (because Redis failed) leaves a horse that still runs a job."""
     pid = getattr(worker, "horse_pid", 0)
     if not pid:
         return False
-    # One that we have killed needs a moment to be gone, and must not cost its job a crash.
-    deadline = time.monotonic() + (_TO_DIE if was_ordered(worker) else 0.0)
+    # A horse that the worker killed needs a moment to exit. It must not count as a crash of its job.
+    deadline = time.monotonic() + (_EXIT_TIME if was_ordered(worker) else 0.0)
     try:
         while (runs := os.waitpid(pid, os.WNOHANG) == (0, 0)) and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -114,7 +113,7 @@ def _horse_runs_on(worker: Any) -> bool:
 
 
 def execute_job(original: Hook) -> Hook:
-    """Worker.execute_job: no start without a claim."""
+    """Wrap Worker.execute_job: start no job without a claim."""
 
     @wraps(original)
     def hook(self: Any, job: Job, queue: Queue) -> Any:
@@ -124,7 +123,7 @@ def execute_job(original: Hook) -> Hook:
 
 
 def _claimed(worker: Any, job: Job, queue: Queue, call: Callable[[], Any]) -> Any:
-    """Call what runs the job in this process or in its horse, with a claim from here to its end."""
+    """Call the function that runs the job, here or in a horse, with a claim until the end."""
     session = _session_for(worker, queue)
     if session is None or run_of(job) is not None or is_dead(job):
         return call()
@@ -140,7 +139,7 @@ def _claimed(worker: Any, job: Job, queue: Queue, call: Callable[[], Any]) -> An
         _conclude(answer, job)
         return result
     except BaseException as error:
-        # RQ itself failed with it, and its worker quits: later it fails this run as abandoned.
+        # RQ's own code failed and the worker quits. Later, RQ fails this run as abandoned.
         if answer.raised and not job.retries_left:
             answer.end(Outcome.FAILED, repr(error))
         raise
@@ -151,20 +150,20 @@ def _claimed(worker: Any, job: Job, queue: Queue, call: Callable[[], Any]) -> An
 
 
 def fork_work_horse(original: Hook) -> Hook:
-    """Worker.fork_work_horse: the pipe through which the horse reports."""
+    """Wrap Worker.fork_work_horse: open the pipe for the horse's reports."""
     return _with_pipe(original, for_spawn=False)
 
 
 def spawn_work_horse(original: Hook) -> Hook:
-    """SpawnWorker.fork_work_horse: the same for a horse that is a new interpreter."""
+    """Wrap SpawnWorker.fork_work_horse: do the same for a horse that is a new interpreter."""
     return _with_pipe(original, for_spawn=True)
 
 
 @contextmanager
 def _hooked_interpreter() -> Iterator[None]:
-    """Have the fresh Python that RQ starts inside hook RQ before all else.
+    """Make the new Python process that RQ starts inside the block hook RQ first.
 
-    RQ writes that program itself, and names its own classes in it unless ours were asked for.
+    RQ writes the program of that process, with RQ's own class names unless jobguard's are configured.
     """
     spawns = {name: getattr(os, name) for name in ("posix_spawn", "spawnv")}  # RQ 3.0, and before
 
@@ -181,7 +180,7 @@ def _hooked_interpreter() -> Iterator[None]:
 
 
 def _with_hooks(argument: Any) -> Any:
-    """Return the arguments of a Python with our line before its program; anything else as it is."""
+    """Add the hook code before the program in the arguments of a Python; return others unchanged."""
     if not isinstance(argument, list) or "-c" not in argument[:-1]:
         return argument
     at = argument.index("-c") + 1
@@ -206,28 +205,24 @@ def _with_pipe(original: Hook, *, for_spawn: bool) -> Hook:
 
 
 def main_work_horse(original: Hook) -> Hook:
-    """Worker.main_work_horse: the horse finds its run, and lives on should its parent die."""
+    """Wrap Worker.main_work_horse: find the run of the horse, and prepare for the parent's death."""
 
     @wraps(original)
     def hook(self: Any, job: Job, queue: Queue) -> Any:
-        try:
+        with contain_errors("find the run of a horse", job_id=job.id):
             run = run_of(job) or _inherit(self, job, queue)
             if run is not None:
                 set_run(job, run)
                 run.take_over_beats()
-        except Exception as error:
-            if is_host_interrupt(error):
-                raise
-            log.exception("jobguard could not find the claim of job %s", job.id)
         return original(self, job, queue)
 
     return hook
 
 
 def perform_job(original: Hook) -> Hook:
-    """Worker.perform_job: a horse leaves by os._exit, where nothing that waits would be written.
+    """Wrap Worker.perform_job: drain the spool, because a horse exits with os._exit.
 
-    A worker with an execute_job of its own that does not fork comes by here without a claim.
+    A worker class that overrides execute_job and does not fork gets its claim here.
     """
 
     @wraps(original)
@@ -236,7 +231,7 @@ def perform_job(original: Hook) -> Hook:
             return original(self, job, queue, *args, **kwargs)
 
         try:
-            # Taken off with the last guard, this hook may live on below somebody else's.
+            # After its removal, this hook may still be called by another tool's wrapper.
             ours = _SESSION in self.__dict__ and not self.is_horse
             return _claimed(self, job, queue, call) if ours else call()
         finally:
@@ -248,23 +243,19 @@ def perform_job(original: Hook) -> Hook:
 
 
 def maintain_heartbeats(original: Hook) -> Hook:
-    """Worker.maintain_heartbeats: a run that Redis has lost is shown again, and can be stopped."""
+    """Wrap Worker.maintain_heartbeats: write a run that Redis lost again, so that it can be stopped."""
 
     @wraps(original)
     def hook(self: Any, job: Job, *args: Any, **kwargs: Any) -> Any:
-        try:
+        with contain_errors("write a lost run again", event="redis_call_failed", job_id=job.id):
             _show_again(self, job, args[0] if args else kwargs.get("execution", self.execution))
-        except Exception as error:
-            if is_host_interrupt(error):
-                raise
-            log.warning("jobguard could not show again that job %s runs: %s", job.id, error)
         return original(self, job, *args, **kwargs)
 
     return hook
 
 
 def _show_again(worker: Any, job: Job, execution: Any) -> None:
-    """Write what RQ keeps of a run beside the job's hash, which the leader has put back."""
+    """Write RQ's registries of a run again; the leader has restored the job's hash."""
     run = run_of(job)
     client = cast(Any, worker.connection)
     if run is None or execution is None or client.exists(execution.key):
@@ -290,7 +281,7 @@ def _show_again(worker: Any, job: Job, execution: Any) -> None:
 
 
 def perform(original: Hook) -> Hook:
-    """Job.perform: remember that the function returned. No I/O here: an alarm may be set."""
+    """Wrap Job.perform: note that the function returned. Do no I/O: RQ's alarm may be active."""
 
     @wraps(original)
     def hook(self: Job) -> Any:
@@ -313,7 +304,7 @@ def perform(original: Hook) -> Hook:
 
 
 def handle_execution_ended(original: Hook) -> Hook:
-    """Worker.handle_execution_ended: RQ's first word to Redis after the function."""
+    """Wrap Worker.handle_execution_ended: RQ's first write to Redis after the function."""
 
     @wraps(original)
     def hook(self: Any, job: Job, *args: Any, **kwargs: Any) -> Any:
@@ -328,7 +319,7 @@ def handle_execution_ended(original: Hook) -> Hook:
 
 
 def handle_job_success(original: Hook) -> Hook:
-    """Worker.handle_job_success: completed, whether RQ has it or Redis failed RQ."""
+    """Wrap Worker.handle_job_success: report "completed", also if Redis fails during RQ's write."""
 
     @wraps(original)
     def hook(self: Any, job: Job, *args: Any, **kwargs: Any) -> Any:
@@ -336,7 +327,7 @@ def handle_job_success(original: Hook) -> Hook:
         if run is None:
             return original(self, job, *args, **kwargs)
         try:
-            with moving(job, Outcome.COMPLETED):  # a Repeat takes the place of a completed run
+            with moving(job, Outcome.COMPLETED):  # a Repeat supersedes a completed run
                 result = original(self, job, *args, **kwargs)
         except RedisError:
             run.end(Outcome.COMPLETED)
@@ -348,7 +339,7 @@ def handle_job_success(original: Hook) -> Hook:
 
 
 def handle_job_retry(original: Hook) -> Hook:
-    """Worker.handle_job_retry: the function returned a Retry; RQ pushes it again or gives up."""
+    """Wrap Worker.handle_job_retry: the function returned a Retry; RQ pushes again or gives up."""
 
     @wraps(original)
     def hook(self: Any, job: Job, *args: Any, **kwargs: Any) -> Any:
@@ -362,7 +353,7 @@ def handle_job_retry(original: Hook) -> Hook:
 
 
 def handle_job_failure(original: Hook) -> Hook:
-    """Worker.handle_job_failure: RQ pushes the job again, or it has failed, or was stopped."""
+    """Wrap Worker.handle_job_failure: RQ pushes the job again, or the job failed or was stopped."""
 
     @wraps(original)
     def hook(self: Any, job: Job, *args: Any, **kwargs: Any) -> Any:
@@ -370,7 +361,7 @@ def handle_job_failure(original: Hook) -> Hook:
         if is_dead(job):
             return original(self, job, *args, **kwargs)
         if run is not None:
-            run.drain()  # a killed horse may have told its end before
+            run.drain()  # a killed horse may have reported its end before
             _note_if_raised(job)
         if is_left_to_the_leader(self, job):
             return None
@@ -379,7 +370,8 @@ def handle_job_failure(original: Hook) -> Hook:
         if run.returned and isinstance(sys.exc_info()[1], BROKER_DOWN):
             run.end(Outcome.COMPLETED)
         if run.outcome is Outcome.COMPLETED:
-            # Else RQ retries it, which is refused, or shows it as failed; its children wait either way.
+            # Otherwise RQ retries the job, which is refused, or shows it as failed. In both cases
+            # its children would wait.
             finish(self, job, _queue_of(args, kwargs), run.claim.token)
             return None
         result = original(self, job, *args, **kwargs)
@@ -392,7 +384,7 @@ def handle_job_failure(original: Hook) -> Hook:
 
 
 def _note_if_raised(job: Job) -> None:
-    """RQ is dealing with an error: note it, unless Redis failed RQ outside of the function."""
+    """Note the error that RQ handles, unless Redis failed outside of the function."""
     run, error = run_of(job), sys.exc_info()[1]
     if run is None or error is None or not run.began:
         return
@@ -401,7 +393,7 @@ def _note_if_raised(job: Job) -> None:
 
 
 def _queue_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Queue:
-    """Return the queue that RQ names, first or by name."""
+    """Return the queue, which RQ passes first or as a keyword."""
     queue: Queue = args[0] if args else kwargs["queue"]
     return queue
 
@@ -424,7 +416,7 @@ def _completed_if_returned(job: Job) -> None:
 
 
 def _open_session(worker: Any) -> Session | None:
-    """Open the worker's session; None if nothing of its Redis is guarded."""
+    """Open the worker's session; return None if its Redis is not guarded."""
     tracker = tracker_for(worker)
     if tracker is None:
         return None
@@ -437,13 +429,13 @@ def _open_session(worker: Any) -> Session | None:
     return session
 
 
-def _say_whether_guarded(worker: Any, session: Session | None) -> None:
-    """Tell by RQ's own logger, which alone reaches the output of a worker's command."""
+def _log_whether_guarded(worker: Any, session: Session | None) -> None:
+    """Log with RQ's own logger: only that logger writes to the output of the worker's command."""
     tracker: Tracker | None = worker.__dict__.get(_TRACKER)
     queues = [name for name in worker.queue_names() if tracker and tracker.guards(name)]
     if session is None or tracker is None or not queues:
         worker.log.warning(
-            "Worker %s: not guarded by jobguard: nothing that it does is recorded", worker.name
+            "Worker %s: not guarded by jobguard: its jobs are not recorded", worker.name
         )
     else:
         source, names = tracker.source, ", ".join(queues)
@@ -451,8 +443,8 @@ def _say_whether_guarded(worker: Any, session: Session | None) -> None:
 
 
 def _inherit(worker: Any, job: Job, queue: Queue) -> Run | None:
-    """Return the run that the parent of this spawned horse began."""
-    tracker = tracker_for(worker)  # made here, in a fresh process, and also for what the job pushes
+    """Return the run that the parent of this spawned horse started."""
+    tracker = tracker_for(worker)  # created in this new process, also for pushes of the job
 
     def session_of(parent: UUID, pid: int) -> Session | None:
         if tracker is None:
@@ -464,34 +456,26 @@ def _inherit(worker: Any, job: Job, queue: Queue) -> Run | None:
 
 
 def _session_for(worker: Any, queue: Queue) -> Session | None:
-    """Return the session that claims jobs of this queue."""
-    try:
+    """Return the session with which this worker claims jobs of this queue."""
+    with contain_errors("open a session", worker=worker.name):
         session: Session | None = worker.__dict__.get(_SESSION) or _open_session(worker)
         tracker: Tracker | None = worker.__dict__.get(_TRACKER)
         return session if tracker is not None and tracker.guards(queue.name) else None
-    except Exception as error:
-        if is_host_interrupt(error):
-            raise
-        log.exception("jobguard could not open a session for worker %s", worker.name)
-        return None
+    return None
 
 
 def _start(worker: Any, session: Session, job: Job, queue: Queue) -> Run | Refused | None:
-    try:
+    with contain_errors("claim a job", job_id=job.id):
         token = token_of(job) or _mark(worker, job)
         answer = session.start(token, lambda: _describe(job, queue, token))
         if isinstance(answer, Refused):
             return answer
         return Run(session, answer, job_id=job.id, queue=queue.name, task=task_of(job))
-    except Exception as error:
-        if is_host_interrupt(error):
-            raise
-        log.exception("jobguard could not claim job %s; it runs unclaimed", job.id)
-        return None
+    return None
 
 
 def _mark(worker: Any, job: Job) -> UUID:
-    """Give a token to a job that an unguarded program pushed."""
+    """Set a token on a job that an unguarded program pushed."""
     token = new_token()
     set_token(job, token)
     mark(worker.connection, job, token.hex)
@@ -499,7 +483,7 @@ def _mark(worker: Any, job: Job) -> UUID:
 
 
 def _describe(job: Job, queue: Queue, token: UUID) -> Delivery:
-    """Return the record of a delivery that nobody recorded, as it stands in Redis."""
+    """Return the record of an unrecorded delivery, from its state in Redis."""
     found = draft(job, Mode.QUEUED)
     found.token, found.parent, found.fresh = token, None, False
     with drafting(job, found):
@@ -508,19 +492,15 @@ def _describe(job: Job, queue: Queue, token: UUID) -> Delivery:
 
 
 def _conclude(run: Run, job: Job) -> None:
-    """RQ is done with the job: if nobody told how it ended, see what Redis says."""
+    """Report the end after RQ is done with the job: if there is no report, read the status in Redis."""
     run.drain()
     if run.reported:
         return
     status = None
-    try:
+    with contain_errors("read the end of a job", event="redis_call_failed", job_id=job.id):
         raw, field = cast(Any, job.connection).hmget(job.key, "status", FIELD)
         if field and field.decode().rstrip(SPENT) == run.claim.token.hex:
             status = raw
-    except Exception as error:
-        if is_host_interrupt(error):
-            raise
-        log.warning("jobguard cannot see how job %s ended: %s", job.id, error)
     if status == b"finished":
         run.end(Outcome.COMPLETED)
     elif status == b"failed":
@@ -528,8 +508,8 @@ def _conclude(run: Run, job: Job) -> None:
     elif status == b"stopped":
         run.end(Outcome.CANCELLED)
     elif status == b"started" and run.horse_died:
-        # It left with exit code 0, which RQ takes for an end that was written.
-        log.warning("job %s ended its process: it goes back within its crash budget", job.id)
+        # The horse exited with code 0, and RQ assumes that the end was written.
+        log_event("run_exited", job_id=job.id)
         run.abandon()
     else:
         run.drop_claim()

@@ -1,22 +1,21 @@
 """RQ's workers, hooked on import: ``rq worker --worker-class jobguard.adapters.rq.Worker``.
 
-The classes add nothing. RQ imports the class it is told to use, and a spawned horse imports the
-class of its worker: that import is what hooks RQ in processes that never call ``guard()``.
+The classes add nothing. RQ imports the configured class, and a spawned horse imports the class of
+its worker: this import hooks RQ in processes that never call ``guard()``.
 """
 
 from __future__ import annotations
-
-import logging
 
 import rq.worker
 
 from jobguard.adapters.rq import patches
 from jobguard.errors import UnsupportedTarget
+from jobguard.log import log_event
 
 try:
     patches.install(__name__)
 except UnsupportedTarget as error:
-    logging.getLogger("jobguard").error("%s", error)
+    log_event("guard_refused", error=str(error))
 
 
 class Worker(rq.worker.Worker):
@@ -28,4 +27,4 @@ class SimpleWorker(rq.worker.SimpleWorker):
 
 
 class SpawnWorker(getattr(rq.worker, "SpawnWorker", rq.worker.Worker)):  # type: ignore[misc]
-    """RQ's spawning worker, guarded; before RQ 2.2, which has none, the forking one."""
+    """RQ's spawning worker, guarded; RQ before 2.2 has none, so there it is the forking worker."""

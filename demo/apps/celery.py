@@ -18,5 +18,5 @@ work = app.task(tasks.work)
 
 
 def enqueue(number: int, seconds: float) -> str:
-    """Enqueue a job, and give its id."""
+    """Enqueue a job, and return its id."""
     return str(work.delay(number, seconds).id)

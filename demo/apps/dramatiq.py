@@ -11,7 +11,7 @@ import jobguard
 from jobguard.demo import tasks
 from jobguard.demo.apps import POSTGRES, REDIS
 
-broker = RedisBroker(url=os.environ[REDIS])  # type: ignore[no-untyped-call] # half typed
+broker = RedisBroker(url=os.environ[REDIS])  # type: ignore[no-untyped-call] # partly typed
 dramatiq.set_broker(broker)
 if POSTGRES in os.environ:
     jobguard.guard(broker, postgres=os.environ[POSTGRES])
@@ -20,5 +20,5 @@ work = dramatiq.actor(tasks.work)
 
 
 def enqueue(number: int, seconds: float) -> str:
-    """Enqueue a job, and give its id."""
+    """Enqueue a job, and return its id."""
     return work.send(number, seconds).message_id

@@ -16,5 +16,5 @@ if POSTGRES in os.environ:
 
 
 def enqueue(number: int, seconds: float) -> str:
-    """Enqueue a job, and give its id."""
+    """Enqueue a job, and return its id."""
     return queue.enqueue("jobguard.demo.tasks.work", number, seconds).id

@@ -1,7 +1,7 @@
 """One RQ SimpleWorker: `python -m jobguard.demo.apps.rq_worker QUEUE`.
 
-The same as `rq worker --worker-class … QUEUE`, without its command line, which takes as long to
-import as RQ itself: the demo starts workers often.
+It is the same as `rq worker --worker-class … QUEUE` without the command line of RQ, whose import
+takes as long as RQ itself. The demo starts workers often.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from jobguard.demo.apps import POSTGRES, REDIS
 
 
 def main(queue: str) -> None:
-    """Work until told to stop, or until RQ gives up because Redis is gone."""
-    logging.basicConfig(format="%(asctime)s %(message)s")  # else nobody would see our warnings
+    """Work until the process is stopped, or until RQ gives up because Redis is gone."""
+    logging.basicConfig(format="%(asctime)s %(message)s")  # shows our warnings
     worker_class: type[rq.worker.BaseWorker] = rq.SimpleWorker
     if POSTGRES in os.environ:
         from jobguard.adapters.rq import SimpleWorker  # not in the run without jobguard

@@ -1,7 +1,7 @@
-"""What the demo must know of a queue library: how its workers are run, and where Redis has its jobs.
+"""The demo's knowledge of a queue library: how to start its workers, and where Redis has its jobs.
 
-One storm passes over all of them, and one ledger is counted. What differs is a `Library` in this
-folder, and beside it what a user of that library would write, in `jobguard.demo.apps`.
+The faults and the ledger are the same for all libraries. The differences are in a `Library` of this
+folder, and in the code that a user of that library would write, in `jobguard.demo.apps`.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ NAMES = ("celery", "dramatiq", "rq")
 
 @dataclass(frozen=True, slots=True)
 class WorkerPool:
-    """How many jobs are run at once, and by whom."""
+    """How many jobs run at once, and in which processes."""
 
-    workers: int  # a worker is what beats, and what is killed
+    workers: int  # a worker is the process that beats, and that is killed
     processes: int = 1  # of each worker, that run jobs
     threads: int = 1  # of each such process
 
     @property
     def at_once(self) -> int:
-        """How many jobs all of them run at the same time."""
+        """The number of jobs that all workers run at the same time."""
         return self.workers * self.processes * self.threads
 
 
@@ -41,39 +41,39 @@ class Library(ABC):
     name: ClassVar[str]
     title: ClassVar[str]
     jobs_a_second: ClassVar[float]
-    """What all workers together may do at most, for one guarded producer to be faster."""
+    """The highest rate of all workers together at which one guarded producer is still faster."""
     overhead_seconds: ClassVar[float]
-    """What the library itself takes of a worker's time for each job, about."""
+    """Time that the library itself takes from a worker for each job, about."""
     orphan_signal: ClassVar[signal.Signals] = signal.SIGKILL
-    """What has a worker command end with all its children, should the demo be killed."""
+    """The signal that ends a worker command with all its children, if the demo is killed."""
 
     @abstractmethod
     def worker_pool(self, workers: int | None, cores: int) -> WorkerPool:
-        """Give so many workers; None: as many as are usual on so many cores."""
+        """Return so many workers; for None, as many as are usual on so many cores."""
 
     @abstractmethod
     def commands(self, worker_pool: WorkerPool) -> Sequence[Sequence[str]]:
-        """Give what one types to start them, without the name of this Python."""
+        """Return the commands that start them, without the name of this Python."""
 
     @abstractmethod
     def workers_known(self, client: Any) -> int:
-        """Count the workers that have made themselves known in Redis."""
+        """Count the workers that are registered in Redis."""
 
     @abstractmethod
     def waiting(self, client: Any) -> int:
-        """Count the jobs that stand in the queue."""
+        """Count the jobs in the queue."""
 
     @abstractmethod
     def present(self, client: Any) -> set[str]:
-        """Give the ids of all jobs that Redis has: waiting, for later, or in a worker's hands."""
+        """Return the ids of all jobs that Redis has: waiting, scheduled, or fetched by a worker."""
 
     @abstractmethod
     def worker_of(self, mark: Mark) -> int:
-        """Give the process that is the worker which ran this, as jobguard sees it."""
+        """Return the process that is the worker which ran this, as jobguard sees it."""
 
 
 def named(name: str) -> Library:
-    """Give what is known of a library. Raises ModuleNotFoundError if it is not installed."""
+    """Return the library of this name. Raise ModuleNotFoundError if it is not installed."""
     if importlib.util.find_spec(name) is None:
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
     library: Library = importlib.import_module(f"{__name__}.{name}").LIBRARY

@@ -1,7 +1,8 @@
-"""Celery: a worker is a main process whose children run the jobs; whoever kills it, kills them.
+"""Celery: a worker is a main process whose children run the jobs; killing it kills the children.
 
 ``celery``: list of the messages that wait, in the one priority that is used here. ``unacked``: hash
-of those in a worker's hands. ``_kombu.binding.celery.pidbox``: set of the workers' mailboxes.
+of the messages that workers have fetched. ``_kombu.binding.celery.pidbox``: set of the workers'
+mailboxes.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 APP = "jobguard.demo.apps.celery"
 # In `unacked` the message is a string within a list: its quotes are escaped. Its body is base64.
 _JOB_ID = re.compile(rb'\\?"correlation_id\\?": \\?"([^"\\]+)')
-_CHUNK = 1000  # so many at a time block nobody else
+_CHUNK = 1000  # so many at a time do not block other clients
 
 
 class _Celery(Library):
@@ -50,7 +51,7 @@ class _Celery(Library):
 
     def present(self, client: Any) -> set[str]:
         messages: list[bytes] = client.hvals("unacked")
-        # From the side at which new ones come, so that none can slip past us.
+        # Start at the side to which new messages are added, so that none is missed.
         for first in range(0, self.waiting(client) + _CHUNK, _CHUNK):
             messages += client.lrange("celery", first, first + _CHUNK - 1)
         found = (_JOB_ID.search(message) for message in messages)

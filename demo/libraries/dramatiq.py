@@ -1,10 +1,10 @@
 """Dramatiq: one command starts all workers, each a process with many threads.
 
-When one of them is killed, the command ends the others and itself; its supervisor starts it again.
-
+When one of them is killed, the command ends the others and itself; its supervisor restarts it.
 ``dramatiq:default``: list of the ids of the messages that wait. ``dramatiq:default.msgs`` and, for
-those that are delayed, ``…:default.DQ.msgs``: hash of the messages, each from its push until it is
-acknowledged. ``dramatiq:__heartbeats__``: sorted set of the processes that spoke to Redis.
+delayed messages, ``…:default.DQ.msgs``: hash of the messages, each from its push until it is
+acknowledged. ``dramatiq:__heartbeats__``: sorted set of the processes that sent a heartbeat to
+Redis.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class _Dramatiq(Library):
     title = "Dramatiq"
     jobs_a_second = 300.0
     overhead_seconds = 0.005
-    orphan_signal = signal.SIGTERM  # its workers would outlive a command that is killed
+    orphan_signal = signal.SIGTERM  # after SIGKILL its workers would go on
 
     def worker_pool(self, workers: int | None, cores: int) -> WorkerPool:
         return WorkerPool(workers or 2, threads=30)

@@ -1,10 +1,10 @@
-"""Real PostgreSQL and Redis servers as children, for the demo, the tests and the benchmarks.
+"""Real PostgreSQL and Redis servers as child processes, for the demo, the tests and the benchmarks.
 
-Each server has a temporary folder and a port of its own on 127.0.0.1, keeps both across restarts,
-and takes both away when it is closed. It can be killed, paused and brought back, so that what
-happens to a machine in a bad night can happen here in a second.
+Each server has its own temporary folder and its own port on 127.0.0.1. It keeps both across
+restarts, and removes both when it is closed. It can be killed, paused and restarted, so that the
+failures of a machine can be reproduced here in a second.
 
-Not for production: whoever is on this machine may connect without a password.
+Not for production: every user of this machine can connect without a password.
 """
 
 from __future__ import annotations

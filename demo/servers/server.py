@@ -25,11 +25,13 @@ from jobguard.demo.servers.process import (
     suspend,
     wait_until_gone,
 )
+from jobguard.fork import OwnerProcess
 
 READY_TIMEOUT_SECONDS = 60.0
 
-# Below the ports that the kernel hands to clients: a client that keeps trying a dead server on one
-# of those may in the end be connected to itself, and a restarted server may find its port taken.
+# These ports are below those that the kernel gives to clients. A client that keeps trying a dead
+# server on one of the kernel's ports may in the end be connected to itself, and a restarted server
+# may find its port taken.
 PORTS = range(15000, 32000)
 
 
@@ -42,7 +44,7 @@ class Server:
     _orphan_signal: ClassVar[signal.Signals]
 
     def __init__(self) -> None:
-        self._owner = os.getpid()
+        self._owner = OwnerProcess()
         self._folder: Path | None = None
         self._port: int | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -53,7 +55,7 @@ class Server:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        """Stop the server and take its data away."""
+        """Stop the server and delete its data."""
         self.close()
 
     @property
@@ -65,23 +67,23 @@ class Server:
 
     @property
     def log(self) -> str:
-        """What the server said so far."""
+        """The output of the server so far."""
         if self._folder is None or not self._log_path.exists():
             return ""
         return self._log_path.read_text(errors="replace")
 
     def pids(self) -> list[int]:
-        """List the server's processes, the parent of all first; empty when it is down."""
+        """Return the pids of the server, the parent of all first; empty when it is down."""
         return [process.pid for process in self._tree()]
 
     def start(self) -> None:
-        """Start the server with the data it had, and return once it answers."""
+        """Start the server with its data, and return once it answers."""
         if self._process is not None and self._process.poll() is None:
             return
-        if self._process is not None:  # it died without us
-            self._bury([])
+        if self._process is not None:  # it died by itself
+            self._reap([])
         if self._folder is None:
-            self._move_in()
+            self._create_folder()
         first_time = self._port is None
         for attempts_left in (2, 1, 0) if first_time else (0,):
             if first_time:
@@ -97,40 +99,40 @@ class Server:
             return
 
     def stop(self) -> None:
-        """Stop the server politely, as its own service would; its data stays for `start`."""
+        """Stop the server as its own service would; its data stays for `start`."""
         self._end(self._stop_signal)
 
     def kill(self) -> None:
-        """SIGKILL every process of the server at once, as when the power fails."""
+        """Kill every process of the server at once with SIGKILL, as in a power failure."""
         if self._process is None:
             return
         tree = self._freeze()
         for member in tree:
             with contextlib.suppress(psutil.NoSuchProcess):
                 member.kill()
-        self._bury(tree)
+        self._reap(tree)
 
     def pause(self) -> None:
-        """SIGSTOP every process of the server: it holds its connections and answers nothing."""
+        """Send SIGSTOP to every process of the server: it keeps its connections and answers nothing."""
         if not self._freeze():
             raise ServerError(f"{self._name} is not running: there is nothing to pause")
 
     def resume(self) -> None:
-        """SIGCONT every process of the server, paused or not."""
+        """Send SIGCONT to every process of the server, paused or not."""
         for member in self._tree():
             with contextlib.suppress(psutil.NoSuchProcess):
                 member.resume()
 
     def close(self) -> None:
-        """Stop the server at once and take its data away."""
-        if self._folder is None or os.getpid() != self._owner:  # a forked child owns nothing
+        """Stop the server at once and delete its data."""
+        if self._folder is None or not self._owner.is_current:  # a forked child owns nothing
             return
         self._end(self._close_signal)
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder = None
         atexit.unregister(self.close)
 
-    def _move_in(self) -> None:
+    def _create_folder(self) -> None:
         self._folder = temporary_folder(self._name)
         atexit.register(self.close)
 
@@ -176,10 +178,10 @@ class Server:
         except subprocess.TimeoutExpired:
             self.kill()
             return
-        self._bury(tree)
+        self._reap(tree)
 
     def _freeze(self) -> list[psutil.Process]:
-        """Stop the parent first, so that it cannot fork between the look and the deed."""
+        """Stop the parent first, so that it cannot fork between the listing and the kill."""
         try:
             suspend(self._tree()[0])
         except (IndexError, psutil.NoSuchProcess):
@@ -199,8 +201,8 @@ class Server:
         except psutil.NoSuchProcess:
             return []
 
-    def _bury(self, tree: list[psutil.Process]) -> None:
-        """Wait until all of them are gone, and leave no zombie that is ours to reap."""
+    def _reap(self, tree: list[psutil.Process]) -> None:
+        """Wait until all of them are gone, and reap our own zombies."""
         if self._process is None:
             return
         self._process.wait()
@@ -220,16 +222,16 @@ class Server:
         return self._home / "server.log"
 
     def _command(self) -> tuple[list[str], dict[str, Any]]:
-        """Give the command line and the further arguments of Popen."""
+        """Return the command line and the further arguments of Popen."""
         raise NotImplementedError
 
     def _answers(self, pid: int) -> bool:
-        """Tell whether this very process takes requests."""
+        """Return True if this very process accepts requests."""
         raise NotImplementedError
 
 
 def _free_port() -> int:
-    """Find a TCP port of 127.0.0.1 that nobody listens on."""
+    """Return a TCP port of 127.0.0.1 on which no process listens."""
     for port in random.sample(PORTS, 200):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -242,14 +244,14 @@ def _free_port() -> int:
 
 
 def temporary_folder(name: str) -> Path:
-    """Make a folder for a server; the caller takes it away."""
-    # Not $TMPDIR: it may be too long for a socket's name, or closed to the user of the server.
+    """Make a folder for a server; the caller deletes it."""
+    # Not $TMPDIR: it may be too long for the name of a socket, or closed to the user of the server.
     parent = "/tmp" if os.access("/tmp", os.W_OK | os.X_OK) else None
     return Path(tempfile.mkdtemp(prefix=f"jobguard-{name}-", dir=parent))
 
 
 def wheel_folder(package: str) -> Path:
-    """Find what a wheel with a server has brought."""
+    """Return the folder of a wheel that contains a server."""
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
         raise ServerError(

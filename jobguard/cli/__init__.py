@@ -1,8 +1,8 @@
 """The command ``jobguard``.
 
-Each command lives in a module of its own that is loaded when it is called, so that
-``jobguard --version`` costs nothing of what ``jobguard stats`` needs. Exit codes: 0 done, 1 a
-problem was found, 2 wrong usage.
+Each command has a module of its own that is loaded when the command is called, so that ``jobguard
+--version`` does not load the imports of ``jobguard stats``. Exit codes: 0 done, 1 a problem was found,
+2 wrong usage.
 """
 
 from __future__ import annotations
@@ -15,23 +15,24 @@ import click
 from jobguard import __version__
 from jobguard.errors import JobguardError
 
-# Command: (where it is, what `jobguard --help` says of it without loading it).
+# The commands: (import path, line for `jobguard --help`, which is shown without loading the
+# module).
 COMMANDS = {
     "migrate": ("jobguard.cli.migrate:command", "Bring the database's schema up to date."),
-    "reconcile": ("jobguard.cli.reconcile:command", "Watch over Redis and put back what is lost."),
+    "reconcile": ("jobguard.cli.reconcile:command", "Watch Redis and put lost jobs back."),
     "run": ("jobguard.cli.run:command", "Run a worker command with jobguard in it."),
     "stats": ("jobguard.cli.stats:command", "Show how many jobs are in which state."),
     "dead": ("jobguard.cli.dead:command", "List and requeue jobs that were given up."),
-    "requeue": ("jobguard.cli.requeue:command", "Put owed jobs back that nothing else puts back."),
-    "pause": ("jobguard.cli.brake:pause", "Put nothing back until `resume`."),
-    "resume": ("jobguard.cli.brake:resume", "Go on after `pause`, or after jobguard held a queue."),
+    "requeue": ("jobguard.cli.requeue:command", "Put back owed jobs that are not recovered."),
+    "pause": ("jobguard.cli.brake:pause", "Stop putting jobs back until `resume`."),
+    "resume": ("jobguard.cli.brake:resume", "Continue after `pause`, or after a hold."),
     "doctor": ("jobguard.cli.doctor:command", "Check everything that jobguard relies on."),
-    "demo": ("jobguard.demo:command", "Kill Redis and workers, and count what is lost."),
+    "demo": ("jobguard.demo:command", "Kill Redis and workers, and count lost jobs."),
 }
 
 
 class _Commands(click.Group):
-    """Loads a command when it is asked for, and tells our errors in one line."""
+    """Group that loads a command when it is called, and prints an error of jobguard in one line."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -75,10 +76,10 @@ class _Commands(click.Group):
 )
 @click.version_option(__version__, prog_name="jobguard", message="%(prog)s %(version)s")
 def main() -> None:
-    """Guard the jobs in Redis: RQ, Celery and Dramatiq keep their speed, Postgres keeps the truth.
+    """Guard the jobs in Redis: RQ, Celery and Dramatiq keep their speed, PostgreSQL keeps the record.
 
-    Every option can be given as a variable: --namespace as JOBGUARD_NAMESPACE, `dead list --limit`
-    as JOBGUARD_DEAD_LIST_LIMIT.
+    Every option can be given as a variable: --namespace as JOBGUARD_NAMESPACE, `dead list --limit` as
+    JOBGUARD_DEAD_LIST_LIMIT.
     """
 
 

@@ -18,21 +18,21 @@ from jobguard.errors import JobguardError
 if TYPE_CHECKING:
     from jobguard.store.ledger import PostgresLedger
 
-queue_option = click.option("--queue", metavar="NAME", help="This queue alone.")
+queue_option = click.option("--queue", metavar="NAME", help="Only this queue.")
 
 
 @click.command()
 @postgres_option
 @namespace_option
 @queue_option
-@click.option("--force", is_flag=True, help="Also a queue that no job or worker has named yet.")
+@click.option("--force", is_flag=True, help="Accept a queue that no job or worker has named yet.")
 @json_option
 def pause(
     postgres: str | None, namespace: str | None, queue: str | None, force: bool, as_json: bool
 ) -> None:
-    """Put nothing back until `jobguard resume`; holds within a second.
+    """Stop putting jobs back until `jobguard resume`; this takes effect within a second.
 
-    Enqueueing and working go on, and are recorded.
+    Producers and workers continue, and are recorded.
     """
     with open_ledger(postgres, namespace) as (ledger, tenant):
         if queue is not None and not force:
@@ -42,7 +42,7 @@ def pause(
     if as_json:
         print_json({"namespace": tenant, **brake})
     else:
-        click.echo(f"paused: {_what(tenant, queue)}")
+        click.echo(f"paused: {_scope(tenant, queue)}")
 
 
 @click.command()
@@ -52,15 +52,15 @@ def pause(
 @click.option(
     "--moved",
     is_flag=True,
-    help="This database was moved or restored on purpose, and is the one that counts now.",
+    help="Accept this database, which was moved or restored on purpose.",
 )
 @json_option
 def resume(
     postgres: str | None, namespace: str | None, queue: str | None, moved: bool, as_json: bool
 ) -> None:
-    """Go on after `jobguard pause`, or after jobguard held a queue by itself."""
+    """Allow jobs to be put back again after `jobguard pause`, or after jobguard held a queue."""
     if moved and queue is not None:
-        raise click.UsageError("--moved is about the whole database, not about one queue")
+        raise click.UsageError("--moved applies to the whole database, not to one queue")
     with open_ledger(postgres, namespace) as (ledger, tenant):
         if queue is not None:
             _require_known(queue, ledger, tenant)
@@ -69,13 +69,13 @@ def resume(
     if as_json:
         print_json({"namespace": tenant, **brake})
         return
-    click.echo(f"resumed: {_what(tenant, queue)}")
+    click.echo(f"resumed: {_scope(tenant, queue)}")
     if brake["paused_at"] and queue is not None:
-        click.echo(f"but all of the namespace {tenant} is paused: `jobguard resume`")
+        click.echo(f"but the whole namespace {tenant} is still paused: run `jobguard resume`")
 
 
 def _require_known(queue: str, ledger: PostgresLedger, namespace: str) -> None:
-    """Raise JobguardError for a queue that no job and no worker names: most often a typing error."""
+    """Raise JobguardError for a queue that no job and no worker names: often a typing error."""
     overview = ledger.overview(namespace)
     known = {row["queue"] for row in overview["queues"]}
     known.update(key.partition("/")[2] for key in overview["brake"]["held"])
@@ -89,5 +89,5 @@ def _require_known(queue: str, ledger: PostgresLedger, namespace: str) -> None:
         )
 
 
-def _what(namespace: str, queue: str | None) -> str:
+def _scope(namespace: str, queue: str | None) -> str:
     return f"the namespace {namespace}" if queue is None else f"queue {queue} of {namespace}"

@@ -1,4 +1,4 @@
-"""Options and output that the commands share."""
+"""Options and output functions that the commands share."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-# Their variables are read by settings.py and conninfo.py, which know of files and of fallbacks:
-# click must not read them first. `allow_from_autoenv` keeps it from doing so.
+# settings.py and conninfo.py read the variables of these options, because they support files and
+# fallbacks. click must not read them first, so `allow_from_autoenv` is off.
 postgres_option = click.option(
     "--postgres",
     metavar="URL",
     allow_from_autoenv=False,
-    help="Where the ledger is.  [env: JOBGUARD_POSTGRES_URL, JOBGUARD_POSTGRES_URL_FILE, "
+    help="The database of the ledger.  [env: JOBGUARD_POSTGRES_URL, JOBGUARD_POSTGRES_URL_FILE, "
     "DATABASE_URL]",
 )
 namespace_option = click.option(
@@ -46,7 +46,7 @@ redis_option = click.option(
     metavar="URL",
     multiple=True,
     allow_from_autoenv=False,
-    help="A guarded Redis; may be given again.  [env: JOBGUARD_REDIS_URL, separated by spaces, "
+    help="A guarded Redis; may be given several times.  [env: JOBGUARD_REDIS_URL, separated by spaces, "
     "JOBGUARD_REDIS_URL_FILE, REDIS_URL]",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -55,12 +55,12 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
 def settings_of(namespace: str | None = None) -> Settings:
     """Return the settings of the environment, with the namespace of the command line."""
     for variable in unknown_variables():
-        click.echo(f"warning: there is no variable {variable}", err=True)
+        click.echo(f"warning: jobguard has no variable {variable}", err=True)
     return settings_from({"namespace": namespace})
 
 
 def redis_urls_from(given: tuple[str, ...], environ: Mapping[str, str] | None = None) -> list[str]:
-    """Return the Redis URLs of the command line, else of the environment."""
+    """Return the Redis URLs of the command line, or those of the environment if there are none."""
     environ = os.environ if environ is None else environ
     if given:
         return [url for urls in given for url in split_urls(urls)]
@@ -82,7 +82,7 @@ def open_ledger(
 ) -> Iterator[tuple[PostgresLedger, str]]:
     """Give the ledger and the namespace that the command line or the environment names.
 
-    Raises WrongInstallation if JOBGUARD_INSTALLATION names another database than this one.
+    Raise WrongInstallation if JOBGUARD_INSTALLATION names another database than this one.
     """
     from jobguard.store.ledger import PostgresLedger
 
@@ -93,19 +93,19 @@ def open_ledger(
 
 
 def print_json(value: Any) -> None:
-    """Print one JSON value; times as ISO 8601."""
+    """Print one JSON value, with times in ISO 8601."""
     click.echo(json.dumps(value, default=_plain, ensure_ascii=False, indent=2))
 
 
 def console() -> Console:
-    """Return rich's console; into a pipe or a file its lines are not folded."""
+    """Return rich's console. In a pipe or a file its lines are not folded."""
     from rich.console import Console
 
     return Console(width=None if sys.stdout.isatty() else 240, highlight=False)
 
 
 def ago(seconds: float | None) -> str:
-    """Say an age for people: 5 s, 3 min, 2 h, 4 d."""
+    """Return an age in a short form: 5 s, 3 min, 2 h, 4 d."""
     if seconds is None:
         return ""
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
@@ -119,4 +119,4 @@ def _plain(value: Any) -> Any:
         return value.isoformat()
     if isinstance(value, UUID):
         return str(value)
-    raise TypeError(f"{type(value).__name__} has no JSON")
+    raise TypeError(f"{type(value).__name__} has no JSON form")

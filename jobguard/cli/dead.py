@@ -22,11 +22,11 @@ from jobguard.model import Outcome
 from jobguard.store.protocols import Ledger
 
 _MANY = 1000
-"""As many as are counted."""
+"""Largest number of failed jobs that are counted."""
 
 queue_option = click.option("--queue", metavar="NAME", help="Only this queue.")
 failed_option = click.option(
-    "--failed", is_flag=True, help="Also what the library itself gave up (failed)."
+    "--failed", is_flag=True, help="Also jobs that the library itself gave up (failed)."
 )
 
 
@@ -34,8 +34,8 @@ failed_option = click.option(
 def command() -> None:
     """List and requeue jobs that were given up.
 
-    A job is dead when it has caused as many worker deaths as its crash budget says (3: with the third
-    death); failed when its library gave it up.
+    A job is dead when it has caused as many worker deaths as its crash budget allows (3: with the third
+    death). A job is failed when its library gave it up.
     """
 
 
@@ -44,7 +44,7 @@ def command() -> None:
 @namespace_option
 @queue_option
 @failed_option
-@click.option("--limit", type=click.IntRange(1), default=100, help="At most so many.")
+@click.option("--limit", type=click.IntRange(1), default=100, help="Largest number of jobs.")
 @json_option
 def list_(
     postgres: str | None,
@@ -54,10 +54,10 @@ def list_(
     limit: int,
     as_json: bool,
 ) -> None:
-    """List jobs that were given up and not taken up since, newest first.
+    """List jobs that were given up and not requeued since, newest first.
 
-    What its library gave up after the last retry (failed, a dead letter) is counted, and listed with
-    --failed.
+    Jobs that the library gave up after the last retry (failed, a dead letter) are only counted;
+    --failed lists them.
     """
     with open_ledger(postgres, namespace) as (ledger, tenant):
         rows = ledger.dead(tenant, outcomes=_outcomes(failed), queue=queue, limit=limit)
@@ -81,7 +81,7 @@ def list_(
 @postgres_option
 @namespace_option
 @click.argument("job_ids", metavar="[JOB_ID]...", nargs=-1)
-@click.option("--all", "everything", is_flag=True, help="All that `list` would show.")
+@click.option("--all", "everything", is_flag=True, help="All jobs that `list` shows.")
 @queue_option
 @failed_option
 @json_option
@@ -96,12 +96,12 @@ def requeue(
 ) -> None:
     """Put jobs that were given up back into their queues, as new deliveries of the same jobs.
 
-    The leader pushes them. A job named by its id may be dead or failed.
+    The leader pushes them. A job that is named by its id may be dead or failed.
     """
     if everything == bool(job_ids):
-        raise click.UsageError("name the jobs, or give --all")
+        raise click.UsageError("give job ids or --all")
     if job_ids and (queue or failed):
-        raise click.UsageError("--queue and --failed go with --all")
+        raise click.UsageError("--queue and --failed need --all")
     done: list[dict[str, Any]] = []
     problems = 0
     with open_ledger(postgres, namespace) as (ledger, tenant):
@@ -137,12 +137,12 @@ def _outcomes(failed: bool) -> list[Outcome]:
 
 
 def _given_up(ledger: Ledger, namespace: str, job_id: str) -> Any:
-    """Return the newest delivery of the job that ended, or the reason why there is none."""
+    """Return the newest ended delivery of the job, or the reason why there is none."""
     for row in ledger.job(namespace, job_id):
         if row["ended_at"] is None:
             return JobguardError(
-                f"job {job_id} is {row['state']}: nobody gave it up; `jobguard requeue` "
-                "puts back what is owed"
+                f"job {job_id} is {row['state']}: it was not given up; `jobguard requeue` "
+                "puts owed jobs back"
             )
         if row["state"] != Outcome.SUPERSEDED:
             return row
@@ -152,7 +152,7 @@ def _given_up(ledger: Ledger, namespace: str, job_id: str) -> Any:
 def _everything(
     ledger: Ledger, namespace: str, outcomes: Sequence[Outcome], queue: str | None
 ) -> Iterable[Any]:
-    # What is requeued leaves the list; what cannot be requeued stays, and is offered once.
+    # A requeued job leaves the list. A job that cannot be requeued stays in it, and is tried once.
     offered: set[Any] = set()
     while True:
         limit = len(offered) + 1000

@@ -42,26 +42,26 @@ if TYPE_CHECKING:
 
 REDIS_TIMEOUT_SECONDS = 2.0
 _WATCHED_SECONDS = 15.0
-"""A source whose pulse was moved within this time is watched."""
+"""A source whose pulse was advanced within this time is watched."""
 _IDLE_SECONDS = 60.0
-"""Jobs that wait longer beside an idle worker are an alarm."""
+"""Jobs that wait longer while a worker of their queue is idle are a problem."""
 _CONNECTIONS_LEFT = 5
 _FULL = 0.95
-"""Share of a limit from which on it is told."""
+"""Share of a limit from which on the use is reported."""
 
 
 class CheckResult(StrEnum):
-    """What a check found."""
+    """The result of a check."""
 
     OK = "ok"
     NOTE = "note"
-    """Worth knowing; nothing is broken."""
+    """Good to know; nothing is broken."""
     PROBLEM = "problem"
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that was looked at."""
+    """One thing that was checked."""
 
     about: str
     verdict: CheckResult
@@ -74,7 +74,7 @@ Place = tuple[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Reached:
-    """A Redis that was given, and that answered."""
+    """A Redis of the command line that answered."""
 
     about: str
     client: redis.Redis
@@ -84,12 +84,12 @@ class Reached:
 
     @property
     def names(self) -> set[str]:
-        """What a source in it may be called."""
+        """Return the addresses and names that a source in it may have."""
         return {self.address, self.name} - {""}
 
     @property
     def place(self) -> Place:
-        """Which database of which Redis it is."""
+        """Return the run id of the Redis and the number of the database."""
         return self.run_id, _database_of(self.address)
 
 
@@ -116,11 +116,11 @@ def command(
 def examine(
     settings: Settings, conninfo: Callable[[], str], redis_urls: Sequence[str]
 ) -> Iterator[Finding]:
-    """Look at everything; a check that cannot be made is a problem, and the others go on."""
+    """Check everything. A check that cannot be made is a problem, and the others continue."""
     if disabled():
         yield _problem("settings", "JOBGUARD_DISABLED is set: nothing is guarded")
     for variable in unknown_variables():
-        yield _note("settings", f"there is no variable {variable}")
+        yield _note("settings", f"jobguard has no variable {variable}")
     schema_fits = False
     for finding in _check_postgres(conninfo, pooler=settings.pooler):
         schema_fits = (
@@ -131,7 +131,7 @@ def examine(
     for url in redis_urls:
         yield from _check_redis(url, reached)
     if not redis_urls:
-        yield _note("redis", "none was named: give --redis URL, or set JOBGUARD_REDIS_URL")
+        yield _note("redis", "no URL was given: give --redis URL, or set JOBGUARD_REDIS_URL")
     if not schema_fits:
         return
     with closing(PostgresLedger(conninfo)) as ledger:
@@ -149,7 +149,7 @@ def examine(
 
 
 def judge(settings: Settings, overview: dict[str, Any]) -> Iterator[Finding]:
-    """Say what the ledger's overview means."""
+    """Return the findings in the ledger's overview."""
     yield from _judge_installation(settings, overview["installation"])
     yield from _judge_leader(overview)
     for source in overview["sources"]:
@@ -159,23 +159,27 @@ def judge(settings: Settings, overview: dict[str, Any]) -> Iterator[Finding]:
                 f"was set up with {source['settings']!r}, here it is {settings.fingerprint()!r}",
             )
     if not overview["sources"]:
-        yield _note("sources", f"nothing was guarded yet in the namespace {settings.namespace}")
+        yield _note(
+            "sources", f"nothing has been guarded yet in the namespace {settings.namespace}"
+        )
     for queue in overview["queues"]:
         about = f"queue {queue['queue']}"
         if queue["trusted_since"] is not None:
             yield _ok(about, trusted_since(queue["trusted_since"]))
         elif queue["unguarded"]:
             names = ", ".join(queue["unguarded"])
-            yield _problem(about, f"unguarded workers consume it, so nothing is put back: {names}")
+            yield _problem(
+                about, f"unguarded workers consume it, so its jobs are not put back: {names}"
+            )
         else:
             why = why_not_trusted(queue)
-            yield _problem(about, f"not trusted yet, so nothing is put back: {why}")
+            yield _problem(about, f"not trusted yet, so its jobs are not put back: {why}")
 
 
 def judge_sources(
     settings: Settings, sources: Sequence[dict[str, Any]], reached: Sequence[Reached]
 ) -> Iterator[Finding]:
-    """Say which sources have no reconciler that watches them, and which are one Redis."""
+    """Find sources that no reconciler watches, and sources that are the same Redis."""
     places = {source["id"]: _place_of(source, reached) for source in sources}
     for source in sources:
         about = f"source {source['library']} at {source['name'] or source['address']}"
@@ -189,17 +193,17 @@ def judge_sources(
             continue
         what = f"has {source['owed']} owed jobs and no reconciler watches it{last}: "
         yield _problem(about, what + _way_to_watch(source, places[source["id"]], reached))
-    yield from _judge_twins(sources, places)
+    yield from _judge_duplicates(sources, places)
 
 
 def _way_to_watch(source: dict[str, Any], place: Place | None, reached: Sequence[Reached]) -> str:
-    """Return what has to be done to have this source watched."""
+    """Return what must be done so that a reconciler watches this source."""
     if any(source["address"] in one.names or source["name"] in one.names for one in reached):
-        return "run `jobguard reconcile` with the URLs that are given here, and look at its log"
+        return "run `jobguard reconcile` with the URLs of this command, and read its log"
     for one in reached:
         if place is not None and one.place == place:
             return (
-                f"{one.address} and {source['address']} are one Redis by two addresses. Use one of them "
+                f"{one.address} and {source['address']} are two addresses of one Redis. Use one of them "
                 "everywhere, or set JOBGUARD_SOURCE=NAME in every process that calls guard() and give "
                 "`jobguard reconcile` --redis NAME=URL"
             )
@@ -209,10 +213,10 @@ def _way_to_watch(source: dict[str, Any], place: Place | None, reached: Sequence
     )
 
 
-def _judge_twins(
+def _judge_duplicates(
     sources: Sequence[dict[str, Any]], places: Mapping[int, Place | None]
 ) -> Iterator[Finding]:
-    """Find sources of one library in one Redis: their processes use different addresses."""
+    """Find sources of one library in one Redis, whose processes use different addresses."""
     known: dict[tuple[Any, ...], list[str]] = {}
     for source in sources:
         place = places[source["id"]]
@@ -223,13 +227,13 @@ def _judge_twins(
         if len(names) > 1:
             yield _problem(
                 f"source {library} at {names[0]}",
-                f"{' and '.join(names)} are one Redis by two addresses, and so two sources: set "
+                f"{' and '.join(names)} are two addresses of one Redis, and so two sources: set "
                 "JOBGUARD_SOURCE=NAME in every process, or use one address everywhere",
             )
 
 
 def _place_of(source: dict[str, Any], reached: Sequence[Reached]) -> Place | None:
-    """Return which database of which Redis a source is; None: it cannot be known from here."""
+    """Return the Redis and the database of a source; None if this machine cannot know them."""
     for one in reached:
         if source["address"] in one.names or source["name"] in one.names:
             return one.place
@@ -242,7 +246,7 @@ def _place_of(source: dict[str, Any], reached: Sequence[Reached]) -> Place | Non
 
 
 def _ask_at(address: str, like: redis.Redis) -> Place | None:
-    """Ask the Redis at this address who it is, with the account of a client that we were given."""
+    """Ask the Redis at this address for its run id, with the account of a given client."""
     import redis
 
     host, separator, port = address.rpartition("/")[0].rpartition(":")
@@ -266,7 +270,7 @@ def _database_of(address: str) -> str:
 
 
 def _judge_rights(overview: dict[str, Any], reached: Sequence[Reached]) -> Iterator[Finding]:
-    """Compare what a reconciler needs of each Redis with what the user of its URL may do."""
+    """Compare the rights that a reconciler needs in each Redis with those of the user of its URL."""
     import redis
 
     for one in reached:
@@ -286,7 +290,7 @@ def _judge_rights(overview: dict[str, Any], reached: Sequence[Reached]) -> Itera
             lacks += [f"~{key}" for key in missing_keys(one.client, keys)]
             user = user_of(one.client)
         except redis.RedisError as error:
-            yield _problem(one.about, f"rights could not be looked at: {error}")
+            yield _problem(one.about, f"rights could not be checked: {error}")
             continue
         if lacks:
             yield _problem(
@@ -294,13 +298,13 @@ def _judge_rights(overview: dict[str, Any], reached: Sequence[Reached]) -> Itera
                 f"the user {user} lacks {' '.join(lacks)}. A reconciler needs: {acl_line(user, patterns)}",
             )
         else:
-            yield _ok(one.about, f"the user {user} may do what a reconciler does")
+            yield _ok(one.about, f"the user {user} has all rights that a reconciler needs")
 
 
 def _keys_of(source: dict[str, Any], queues: Sequence[str], rest: str) -> list[str]:
-    """Return keys of a library as it names them by default, or the patterns of them."""
+    """Return keys with the default names of a library, or patterns for them."""
     if source["prefix"] and source["library"] != "dramatiq":
-        return []  # names of the user's own: they are not guessed
+        return []  # the user chose these names: they cannot be guessed
     if source["library"] == "celery":
         star = "*" if rest == "*" else ""  # a queue has a list for each priority
         names = [f"_kombu.binding.{rest}", f"unacked{star}", f"celery-task-meta-{rest}"]
@@ -314,7 +318,7 @@ def _judge_idle(
     sources: Sequence[dict[str, Any]],
     reached: Sequence[Reached],
 ) -> Iterator[Finding]:
-    """Find queues whose jobs wait in Redis while living workers of the queue run nothing."""
+    """Find queues whose jobs wait in Redis while live workers of the queue run nothing."""
     import redis
 
     found = ledger.idle(settings.namespace, seconds=_IDLE_SECONDS)
@@ -350,7 +354,7 @@ def _judge_idle(
 
 
 def _waits_in_redis(source: dict[str, Any], row: dict[str, Any], client: redis.Redis) -> bool:
-    """Whether the library's queue has the oldest of these jobs: a deferred or limited one is elsewhere."""
+    """Return True if the library's queue has one of these jobs; deferred or limited ones are elsewhere."""
     entries = [e for e in entry_points(group="jobguard.adapters") if e.name == source["library"]]
     if not entries:
         return False
@@ -412,11 +416,13 @@ def _judge_server(connection: psycopg.Connection[Any], *, pooler: bool) -> Itera
     if standby:
         yield _problem(
             "postgres",
-            "this server is a standby and takes no writes: name the primary, or all hosts with "
+            "this server is a standby and accepts no writes: name the primary, or all hosts with "
             "target_session_attrs=read-write",
         )
     if pid != connection.info.backend_pid and not pooler:
-        yield _note("postgres", "a pooler stands before it: set JOBGUARD_POOLER=1 everywhere")
+        yield _note(
+            "postgres", "the connection goes through a pooler: set JOBGUARD_POOLER=1 everywhere"
+        )
     limits = [(most - reserved - used, f"max_connections {most}, {used} in use")]
     if role_limit >= 0:
         limits.append((role_limit - of_role, f"limit of the role {role_limit}, {of_role} in use"))
@@ -434,7 +440,7 @@ def _judge_server(connection: psycopg.Connection[Any], *, pooler: bool) -> Itera
 
 
 def _judge_session(conninfo: Callable[[], str], *, pooler: bool) -> Iterator[Finding]:
-    """Look at a session as a host has it: what the role and the database set by default is in it."""
+    """Check a session as a host opens it, with the defaults of the role and the database."""
     query = (
         "select current_setting('transaction_isolation'), current_setting('transaction_read_only')"
     )
@@ -444,8 +450,8 @@ def _judge_session(conninfo: Callable[[], str], *, pooler: bool) -> Iterator[Fin
     if read_only == "on":
         yield _problem(
             "postgres",
-            "sessions of this role are read-only: name the primary, and take default_transaction_read_only "
-            "from the role and the database",
+            "sessions of this role are read-only: name the primary, and reset "
+            "default_transaction_read_only of the role and the database",
         )
     if isolation != "read committed":
         yield _problem(
@@ -490,11 +496,11 @@ def _check_redis(given: str, reached: list[Reached]) -> Iterator[Finding]:
         return
     about = f"redis {address_of(client)}"
     if unknown:
-        yield _note(about, f"options of its URL that mean nothing here: {', '.join(unknown)}")
+        yield _note(about, f"unknown options in its URL: {', '.join(unknown)}")
     try:
         info: dict[str, Any] = client.info()
     except redis.exceptions.NoPermissionError:
-        info = {}  # told with the other rights
+        info = {}  # reported with the other rights
     except redis.RedisError as error:
         yield _problem(about, str(error))
         client.close()
@@ -514,7 +520,7 @@ def _judge_redis(about: str, info: dict[str, Any]) -> Iterator[Finding]:
         yield _problem(
             about,
             "cluster mode is on, and jobguard does not work with it: scripts need all keys of a job on one "
-            "node. Use a Redis without cluster mode, with Sentinel if it is to fail over",
+            "node. Use a Redis without cluster mode, with Sentinel if you need failover",
         )
     if policy != "noeviction" and limit:
         yield _problem(about, f"maxmemory-policy is {policy}: Redis drops jobs; set noeviction")
@@ -522,7 +528,7 @@ def _judge_redis(about: str, info: dict[str, Any]) -> Iterator[Finding]:
         yield _problem(
             about,
             f"{100 * info['used_memory'] // limit} % of maxmemory is used: Redis refuses jobs when it is "
-            "full; raise maxmemory, or have workers catch up",
+            "full; raise maxmemory, or add workers",
         )
     clients = info.get("maxclients") or 0
     if clients and info.get("connected_clients", 0) > _FULL * clients:
@@ -534,7 +540,7 @@ def _judge_persistence(about: str, info: dict[str, Any]) -> Finding:
         return _ok(about, "append-only file on")
     if info.get("rdb_last_bgsave_status", "ok") != "ok":
         return _note(about, "the last snapshot failed")
-    return _note(about, "no append-only file: after a crash the leader puts back what is missing")
+    return _note(about, "no append-only file: after a crash the leader puts missing jobs back")
 
 
 def _judge_installation(settings: Settings, installation: dict[str, Any]) -> Iterator[Finding]:
@@ -550,7 +556,7 @@ def _judge_installation(settings: Settings, installation: dict[str, Any]) -> Ite
     if installation["moved"]:
         yield _problem(
             about,
-            "this database is a copy, or was moved: if it is the one that counts, "
+            "this database is a copy, or was moved: if it is the right one, run "
             "`jobguard resume --moved`",
         )
 
@@ -560,14 +566,15 @@ def _judge_leader(overview: dict[str, Any]) -> Iterator[Finding]:
     if leader is not None and leader["live"]:
         yield _ok("leader", f"{leader['host']} pid {leader['pid']}, term {leader['term']}")
     else:
-        yield _problem("leader", "nobody leads: run `jobguard reconcile`")
+        yield _problem("leader", "no reconciler leads: run `jobguard reconcile`")
     if brake["paused_at"]:
         yield _problem("brake", f"paused since {brake['paused_at']:%Y-%m-%d %H:%M:%S}")
     for key, why in brake["held"].items():
         yield _problem("brake", f"{key} is held: {why.get('reason', '')}; `jobguard resume`")
     yield _ok("workers", f"{workers['alive']} alive")
     for incident in overview["incidents"]:
-        refuses = incident["cause"] == "push"  # a full Redis, or one without rights: mend it
+        # Redis is full or lacks a right: a person must repair it.
+        refuses = incident["cause"] == "push"
         yield (_problem if refuses else _note)(
             "incident", f"{incident['cause']} at {incident['address']}: {incident['detail']}"
         )

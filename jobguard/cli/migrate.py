@@ -12,8 +12,8 @@ from jobguard.errors import JobguardError, StoreUnavailable
 
 @click.command()
 @postgres_option
-@click.option("--sql", is_flag=True, help="Print the migrations for a DBA, and do nothing.")
-@click.option("--check", is_flag=True, help="Only tell whether the schema fits; exit 1 if not.")
+@click.option("--sql", is_flag=True, help="Print the migrations for a DBA, and change nothing.")
+@click.option("--check", is_flag=True, help="Only check whether the schema fits; exit 1 if not.")
 @click.option(
     "--installation",
     metavar="NAME",
@@ -27,7 +27,7 @@ def command(
 ) -> None:
     """Bring the database's schema up to date.
 
-    Safe from two machines at once, and again at any time.
+    It is safe to run this on two machines at once, and to run it again at any time.
     """
     if sql and check:
         raise click.UsageError("--sql and --check exclude each other")

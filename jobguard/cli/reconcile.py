@@ -1,4 +1,4 @@
-"""``jobguard reconcile``: watch over Redis and put back what is lost."""
+"""``jobguard reconcile``: watch Redis and put lost jobs back."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from jobguard.reconciler import service
 @postgres_option
 @namespace_option
 @redis_option
-@click.option("--once", is_flag=True, help="One full pass, then print what it did and end.")
+@click.option("--once", is_flag=True, help="Make one full pass, print the result, and exit.")
 @click.option(
     "--log-level",
     type=click.Choice(["debug", "info", "warning", "error"]),
     default="info",
     envvar="JOBGUARD_LOG_LEVEL",
     show_envvar=True,
-    help="What is told on stderr.",
+    help="Lowest level that is logged to stderr.",
 )
 @click.option(
     "--log-json",
     is_flag=True,
     envvar="JOBGUARD_LOG_JSON",
     show_envvar=True,
-    help="Log one JSON object a line.",
+    help="Log one JSON object per line.",
 )
 @json_option
 def command(
@@ -49,15 +49,16 @@ def command(
     log_json: bool,
     as_json: bool,
 ) -> None:
-    """Watch over Redis and put back what is lost.
+    """Watch Redis and put lost jobs back.
 
-    Run two or more, on different machines: one leads, the others stand by. SIGTERM hands over.
+    Run two or more on different machines: one leads, the others are ready to take over. After SIGTERM
+    another one leads at once.
     """
     log.configure(log_level, log_json)
     settings = settings_of(namespace)
     urls = redis_urls_from(redis_urls)
     if not urls:
-        raise ConfigurationError("no Redis is named: give --redis URL, or set JOBGUARD_REDIS_URL")
+        raise ConfigurationError("no Redis URL: give --redis URL, or set JOBGUARD_REDIS_URL")
     counts = service.run(settings, postgres_conninfo(postgres), urls, once=once)
     if once and as_json:
         print_json(counts)
@@ -68,7 +69,7 @@ def command(
         click.echo("another reconciler leads this namespace: this pass did nothing", err=True)
     for address in counts.get("unfinished", ()):
         click.echo(
-            f"error: the source {address} was not looked at to the end: its Redis did not answer, or "
+            f"error: the source {address} was not inspected completely: its Redis did not answer, or "
             "no --redis URL is its address; see `jobguard doctor`",
             err=True,
         )

@@ -1,4 +1,4 @@
-"""``jobguard requeue``: a person puts owed jobs back that jobguard holds."""
+"""``jobguard requeue``: put back owed jobs that jobguard does not put back by itself."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from jobguard.store.protocols import Ledger
 @click.argument("job_ids", metavar="[JOB_ID]...", nargs=-1)
 @click.option("--all", "everything", is_flag=True, help="All owed jobs that are absent from Redis.")
 @queue_option
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
 @json_option
 def command(
     postgres: str | None,
@@ -38,16 +38,16 @@ def command(
     yes: bool,
     as_json: bool,
 ) -> None:
-    """Put owed jobs back into their queues, as new deliveries, whatever holds them.
+    """Put owed jobs that are not recovered back into their queues, as new deliveries.
 
-    These are jobs that are absent from Redis and are not recovered: an unguarded worker may have run them
-    (`untrusted`), or they were put back twice and vanished. Look first whether they have run: what has run
-    unseen runs again. A job named by its id may also be pending, failed or dead. The leader pushes them.
+    Such jobs are absent from Redis: an unguarded worker may have run them (`untrusted`), or they were put
+    back twice and disappeared again. First check whether they have run, because every job that is put back
+    runs again. A job that is named by its id may also be pending, failed or dead. The leader pushes them.
     """
     if everything == bool(job_ids):
-        raise click.UsageError("name the jobs, or give --all")
+        raise click.UsageError("give job ids or --all")
     if queue and not everything:
-        raise click.UsageError("--queue goes with --all")
+        raise click.UsageError("--queue needs --all")
     done: list[dict[str, Any]] = []
     problems = 0
     with open_ledger(postgres, namespace) as (ledger, tenant):
@@ -60,7 +60,7 @@ def command(
         for line in _counts(found):
             click.echo(line, err=as_json)
         if found and not yes:
-            click.confirm(f"Put {len(found)} back?", abort=True, err=as_json)
+            click.confirm(f"Put {len(found)} jobs back?", abort=True, err=as_json)
         for row in rows:
             try:
                 if isinstance(row, JobguardError):

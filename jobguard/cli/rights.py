@@ -1,6 +1,6 @@
-"""What the Redis user of a reconciler may do, tried by commands that change nothing.
+"""Find out the rights of a reconciler's Redis user, by commands that change nothing.
 
-``ACL DRYRUN`` needs Redis 7 and rights of its own; a command that is refused is refused on every version.
+``ACL DRYRUN`` needs Redis 7 and rights of its own. Trying a command works on every version.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _COMMANDS: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 
 def missing_commands(client: redis.Redis) -> list[str]:
-    """Name the commands that this user may not run, as ACL SETUSER takes them."""
+    """Return the commands that this user may not run, in the form that ACL SETUSER takes."""
     missing = []
     own: Any = client
     with own.client() as one:  # MULTI needs one connection
@@ -58,15 +58,16 @@ def missing_commands(client: redis.Redis) -> list[str]:
 
 
 def missing_keys(client: redis.Redis, keys: Iterable[str]) -> list[str]:
-    """Name those of these keys that this user may not write.
+    """Return those of these keys that this user may not write.
 
-    To remove a field that is not there changes no hash, and of another type nothing at all.
+    The test removes a field that does not exist: this does not change a hash, and fails on a key of
+    another type without changing it.
     """
     return [key for key in keys if _refused(client, ("HDEL", key, _PROBE))]
 
 
 def acl_line(user: str, patterns: Sequence[str]) -> str:
-    """Return the command that grants all that a reconciler needs."""
+    """Return the command that grants everything that a reconciler needs."""
     keys = " ".join(f"~{pattern}" for pattern in dict.fromkeys(("jobguard:*", *patterns)))
     return (
         f"ACL SETUSER {user} {keys} &* +@read +@write +@transaction +@pubsub -@dangerous +ping +hello "
@@ -76,7 +77,7 @@ def acl_line(user: str, patterns: Sequence[str]) -> str:
 
 
 def user_of(client: redis.Redis) -> str:
-    """Return the user's name; from the connection's settings where Redis does not say it."""
+    """Return the user's name; if Redis does not report it, take it from the connection's settings."""
     try:
         name = cast(Any, client).execute_command("ACL WHOAMI")
     except redis.RedisError:

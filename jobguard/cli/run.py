@@ -1,8 +1,8 @@
-"""``jobguard run -- CMD``: a worker command of any library, in this process, with our hooks in it.
+"""``jobguard run -- CMD``: run any worker command in this process, with our hooks installed.
 
-No environment trick is used (``sitecustomize`` on ``PYTHONPATH`` would collide with others who do
-the same): the command's Python code is run here, after the hooks are in place. A child that starts
-Python anew, instead of forking, comes without them.
+The environment is not changed (a ``sitecustomize`` on ``PYTHONPATH`` would collide with other tools
+that use one): the command's Python code runs in this process, after the hooks are installed. A child
+process that starts a new Python instead of forking does not have the hooks.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from pathlib import Path
 
 import click
 
-from jobguard.adapter import ever_guarded
 from jobguard.errors import JobguardError
 from jobguard.log import log_event
+from jobguard.registry import ever_guarded
 from jobguard.settings import disabled
 
 Program = Callable[[], object]
 
 
 class NotPython(JobguardError):
-    """This command cannot be run inside a Python process."""
+    """Raised for a command that cannot run inside a Python process."""
 
 
 @click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
@@ -48,15 +48,15 @@ def command(words: tuple[str, ...]) -> None:
         if not ever_guarded():
             click.echo(
                 f"jobguard: nothing was guarded: {words[0]} used no queue that jobguard knows, or its "
-                "environment does not say how to guard it (see the log, and `jobguard doctor`)",
+                "environment lacks the settings (see the log, and `jobguard doctor`)",
                 err=True,
             )
 
 
 def resolve(words: Sequence[str]) -> Program:
-    """Return what runs the command in this process.
+    """Return a function that runs the command in this process.
 
-    Raises NotPython with the reason.
+    Raise NotPython with the reason.
     """
     name, *arguments = words
     if re.fullmatch(r"python(3(\.\d+)?)?", Path(name).name):
@@ -65,12 +65,12 @@ def resolve(words: Sequence[str]) -> Program:
     if path is None:
         raise NotPython(f"there is no command {name!r} on PATH")
     if not path.endswith(".py"):
-        _require_ours(path, _interpreter(path))
+        _require_same_python(path, _interpreter(path))
     return lambda: _run_script(path, arguments)
 
 
 def install_hooks() -> None:
-    """Let every adapter whose library is installed hook it, for a worker that calls no guard()."""
+    """Let every adapter install the hooks of its library, for a worker that calls no guard()."""
     for entry_point in entry_points(group="jobguard.adapters"):
         _install(entry_point)
 
@@ -85,8 +85,8 @@ def _install(entry_point: EntryPoint) -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "jobguard":
             log_event("adapter_failed", library=entry_point.name, error=error)
-        # Else: that library is not installed here, so its workers do not run here.
-    except Exception as error:  # a guest: the worker runs, unguarded, and says so
+        # Otherwise that library is not installed here, so its workers do not run here.
+    except Exception as error:  # the worker must run, unguarded and with a log line
         log_event("adapter_failed", library=entry_point.name, error=error, exc_info=True)
         click.echo(f"jobguard: {entry_point.name} is not guarded: {error}", err=True)
     else:
@@ -94,7 +94,7 @@ def _install(entry_point: EntryPoint) -> None:
 
 
 def _of_python(name: str, words: Sequence[str]) -> Program:
-    _require_ours(name, shutil.which(name))
+    _require_same_python(name, shutil.which(name))
     words = [word for number, word in enumerate(words) if number or word != "-u"]
     if words[:1] == ["-m"] and len(words) > 1:
         module, arguments = words[1], words[2:]
@@ -105,7 +105,7 @@ def _of_python(name: str, words: Sequence[str]) -> Program:
             raise NotPython(f"there is no file {path!r}")
         return lambda: _run_script(path, arguments)
     raise NotPython(
-        "after python there must be -m MODULE or a script; options of Python itself come too late "
+        "after python, give -m MODULE or a script; options of Python itself come too late "
         "for a running process: set them by their variables (PYTHONWARNINGS, PYTHONDEVMODE, …)"
     )
 
@@ -123,20 +123,21 @@ def _run_script(path: str, arguments: Sequence[str]) -> None:
 
 
 def _put_first_on_path(folder: str) -> None:
-    """Do as the interpreter does for a script; ours stood there until now."""
+    """Replace our own folder at the start of the path, as the interpreter does for a script."""
     if not sys.flags.safe_path:
         sys.path[0] = folder
 
 
 def _interpreter(path: str) -> str | None:
-    """Return the Python named in the first lines of a script; None: it is no Python script."""
+    """Return the Python named in the first lines of a script, or None if it is no Python script."""
     with open(path, "rb") as file:
         first, second = file.readline(4096), file.readline(4096)
     if not first.startswith(b"#!"):
         return None
     words = first[2:].decode("utf-8", "replace").split()
+    # pip writes the second form for long paths.
     if words[:1] == ["/bin/sh"] and second.startswith(b"'''exec' "):
-        words = second[len(b"'''exec' ") :].decode("utf-8", "replace").split()  # pip, long paths
+        words = second[len(b"'''exec' ") :].decode("utf-8", "replace").split()
     if words and Path(words[0]).name == "env":
         words = [word for word in words[1:] if not word.startswith("-")]
         words[:1] = [shutil.which(words[0]) or words[0]] if words else []
@@ -144,16 +145,17 @@ def _interpreter(path: str) -> str | None:
     return interpreter if Path(interpreter).name.startswith("python") else None
 
 
-def _require_ours(name: str, interpreter: str | None) -> None:
+def _require_same_python(name: str, interpreter: str | None) -> None:
     if interpreter is None:
         raise NotPython(
             f"{name} is not a Python program, and jobguard works inside the worker's process: "
             "name the command that starts the worker itself"
         )
     theirs, ours = Path(interpreter).parent, Path(sys.executable).parent
-    # Not the resolved file: every virtual environment of a machine links to the same one.
+    # The resolved file is not compared: every virtual environment of a machine links to the same
+    # one.
     if not (theirs.exists() and theirs.samefile(ours)):
         raise NotPython(
             f"{name} belongs to the Python in {theirs}, jobguard to the one in {ours}: "
-            "install jobguard there, and call that one"
+            "install jobguard there, and use that Python"
         )

@@ -34,8 +34,8 @@ STATES = tuple(field.name for field in dataclasses.fields(Counts))
 def command(postgres: str | None, namespace: str | None, as_json: bool) -> None:
     """Show how many jobs are in which state.
 
-    Stuck jobs are absent from Redis, or claimed by a dead worker, and not put back yet. They are pending or
-    processing too, and counted once in the total.
+    Stuck jobs are absent from Redis, or claimed by a dead worker, and not put back yet. They are also
+    pending or processing, and the total counts them once.
     """
     with open_ledger(postgres, namespace) as (ledger, tenant):
         counts, overview = ledger.stats(tenant), ledger.overview(tenant)
@@ -49,7 +49,7 @@ def command(postgres: str | None, namespace: str | None, as_json: bool) -> None:
 
 
 def total_of(counts: Iterable[Counts]) -> Counts:
-    """Add up the counts of several queues."""
+    """Return the sum of the counts of several queues."""
     every = list(counts)
     return Counts(**{state: sum(getattr(one, state) for one in every) for state in STATES})
 
@@ -123,7 +123,7 @@ def _trust(overview: Mapping[str, Any]) -> Iterable[str]:
         name = f"queue {queue['queue']} of {queue['address']}"
         if queue["unguarded"]:
             workers = ", ".join(queue["unguarded"])
-            yield f"not trusted: {name} has unguarded workers, nothing is recovered: {workers}"
+            yield f"not trusted: {name} has unguarded workers, so nothing is recovered: {workers}"
         elif queue["trusted_since"] is None:
             yield f"not trusted yet: {name}: {why_not_trusted(queue)}"
         else:
@@ -131,12 +131,12 @@ def _trust(overview: Mapping[str, Any]) -> Iterable[str]:
 
 
 def _legend(total: Counts) -> Iterable[str]:
-    """Explain the states that need an explanation, where there are such jobs."""
+    """Explain the states that need an explanation, if there are jobs in them."""
     if total.stuck:
         yield (
-            "stuck: the worker of the job is gone, or Redis does not have the job. The leader looks "
-            "again and puts it back; if the number stays, run `jobguard doctor`. `jobguard requeue --all` "
-            "counts them by cause, asks, and puts them back"
+            "stuck: the worker of the job is gone, or Redis does not have the job. The leader inspects "
+            "the job again and puts it back; if the number stays, run `jobguard doctor`. `jobguard requeue "
+            "--all` counts stuck jobs by cause, and asks before it puts them back"
         )
     if total.failed:
         yield "failed: given up by the library. `jobguard dead list --failed`"
@@ -145,20 +145,20 @@ def _legend(total: Counts) -> Iterable[str]:
 
 
 def trusted_since(at: datetime) -> str:
-    """Say since when what is recorded in a queue is recovered."""
+    """Return the text for the time since which the records of a queue are recovered."""
     if at.timestamp() <= 0:
         return "trusted from its first record"
     return f"trusted since {at:%Y-%m-%d %H:%M:%S}"
 
 
 def why_not_trusted(queue: Mapping[str, Any]) -> str:
-    """Say why a queue without unguarded workers is not trusted, and what to do."""
+    """Return why a queue without unguarded workers is not trusted, and what to do."""
     if queue.get("unguarded_at") is not None:
         return (
             f"unguarded workers were seen until {queue['unguarded_at']:%Y-%m-%d %H:%M:%S}; it is trusted "
-            "when none has been seen for 30 s (600 s after a loss) and a guarded worker takes from it"
+            "after 30 s without one (600 s after a loss), with a guarded worker that consumes it"
         )
     return (
-        "no leader could count its consumers, and none has seen a guarded worker of it; run "
+        "no leader could count its consumers or has seen a guarded worker of it; run "
         "`jobguard reconcile`, start a guarded worker, or see `jobguard doctor`"
     )

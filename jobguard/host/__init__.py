@@ -1,1 +1,1 @@
-"""Everything that runs inside the user's process: producers and workers."""
+"""Code that runs inside the user's process: producers and workers."""

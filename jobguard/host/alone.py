@@ -1,12 +1,13 @@
-"""Run a job alone in its process after a worker died while it held that job.
+"""Run a job alone in its process after a worker died while that job ran.
 
-Several jobs share a process where a pool of threads or greenlets runs them. If the process dies, the
-ledger cannot tell which of them killed it, and charges each of them once. A job that is charged already
-runs alone from then on: it starts when nothing else of ours runs in the process, and nothing else of
-ours starts beside it. The leader then charges it again only if it was alone at the next death.
+Several jobs share a process where a pool of threads or greenlets runs them. If the process dies,
+the ledger cannot tell which of the jobs killed it, and charges each of them once. A job that is
+already charged runs alone from then on: it starts when no other guarded job runs in the process,
+and no other guarded job starts beside it. The leader then charges the job again only if it was
+alone at the next death.
 
-A job that waits here holds no claim: it must not look as if it ran. Every wait has a bound, because a
-running job may wait for a job that waits here.
+A job that waits here has no claim, because it must not look as if it ran. Every wait has a bound,
+because a running job may wait for a job that waits here.
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ from uuid import UUID
 from jobguard import os_threads
 
 PATIENCE = 300.0
-"""Seconds for which a start waits for its turn at most."""
+"""The maximum seconds that a start waits for its turn."""
 _DRAIN = 60.0
-"""Seconds for which nothing else starts while a charged job waits for the running ones."""
+"""Seconds for which no other job starts while a charged job waits for the running jobs."""
 _STEP = 0.02
-"""Seconds between two looks."""
+"""Seconds between two checks."""
 
 
 class Alone:
-    """Which deliveries run in this process, and which of them runs alone."""
+    """The deliveries that run in this process, and the one that runs alone."""
 
     def __init__(
         self,
@@ -41,14 +42,14 @@ class Alone:
         self._sleep = sleep
         self._lock = os_threads.lock()
         self._inside: list[UUID] = []
-        """One entry for each start: two copies of one delivery may start at once."""
+        """One entry for each start, because two copies of one delivery may start at once."""
         self._only: UUID | None = None
         """The delivery that runs alone, or waits until it can."""
         self._open_at = 0.0
-        """From then on others start beside it."""
+        """The time from which other deliveries may start beside the one that runs alone."""
 
     def after_fork(self) -> None:
-        """In a forked child: nothing runs here yet, and no thread of the parent holds the lock."""
+        """Reset the state in a forked child: no delivery runs there, and no thread of the parent."""
         self._lock = os_threads.lock()
         self._inside, self._only = [], None
 
@@ -59,7 +60,7 @@ class Alone:
             self._wait()
 
     def enters(self, token: UUID, *, anyway: bool = False) -> bool:
-        """Count this start; False: it has to wait, because another delivery runs alone."""
+        """Count this start; return False if it must wait because another delivery runs alone."""
         with self._lock:
             if self._only is not None and not anyway and self._clock() < self._open_at:
                 return False
@@ -67,7 +68,7 @@ class Alone:
             return True
 
     def leave(self, token: UUID) -> None:
-        """One start of it is over."""
+        """Record that one start of this delivery is over."""
         with self._lock:
             if token in self._inside:
                 self._inside.remove(token)
@@ -75,7 +76,7 @@ class Alone:
                 self._only = None
 
     def take(self, token: UUID) -> bool:
-        """Keep all others out if nothing else runs; False: something else does."""
+        """Reserve the process for this delivery; return False if another delivery runs here."""
         with self._lock:
             if self._inside != [token] or self._only is not None:
                 return False
@@ -83,7 +84,7 @@ class Alone:
             return True
 
     def wait(self, token: UUID) -> None:
-        """Leave, and enter again when nothing else runs; later than that in company."""
+        """Leave, and enter again when no other delivery runs, or, after the time limit, beside others."""
         self.leave(token)
         until = self._clock() + self._patience
         while not self._reserved(token):
@@ -103,7 +104,7 @@ class Alone:
             return True
 
     def _took_over(self, token: UUID, *, late: bool) -> bool:
-        """Enter; ``late``: beside what runs, and let others in again."""
+        """Count this start; if ``late``, start beside the running deliveries and admit others again."""
         with self._lock:
             if self._inside and not late:
                 return False

@@ -1,63 +1,55 @@
-"""A batch: what one thread sends inside ``with guard.batch():``, recorded in one statement.
+"""Record in one statement all that one thread sends inside ``with guard.batch():``.
 
-An adapter hands over its deliveries with what is left to do for each once they are recorded. At the end
-of the block all of them are recorded, and pushed in the order in which they were sent.
+An adapter passes its deliveries, and for each of them the work that is left once it is recorded. At
+the end of the block all deliveries are recorded, and pushed in the order in which they were sent.
 """
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING
 
-from jobguard.host.push import TakesBack, take_back
+from jobguard.fork import OwnerProcess
+from jobguard.host.push import take_back
 from jobguard.model import Delivery, Recorded
+
+if TYPE_CHECKING:
+    from jobguard.adapter import Tracker
 
 Push = Callable[[Recorded], None]
 
 _MOST = 1_000
-"""Deliveries of which none is kept waiting for more: what is sent beyond them begins anew."""
-
-
-class Recorder(TakesBack, Protocol):
-    """What a batch needs of the tracker whose deliveries it holds."""
-
-    @property
-    def push_deadline(self) -> float:
-        """Seconds after its record in which a producer may push."""
-
-    def record(self, deliveries: Sequence[Delivery], *, outbox: bool = False) -> Recorded:
-        """Commit these."""
+"""The maximum number of deliveries in a batch; deliveries beyond it start the next batch."""
 
 
 @dataclass(slots=True)
 class _Batch:
-    """What is held back, in order."""
+    """The deferred deliveries, in order."""
 
-    recorder: Recorder
+    tracker: Tracker
     patience: float | None
     unheard: bool
     last: float = field(default_factory=time.monotonic)
-    """When something was held last, or it was opened."""
+    """The time of the last deferred delivery, or of the start of the batch."""
     over: bool = False
-    """Its block is left: whoever still knows of it, a task that was begun inside, sends by itself."""
+    """True after the end of the block; a task that was started inside then sends by itself."""
     _deferred: list[tuple[Sequence[Delivery], Push]] = field(default_factory=list)
     _count: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
-    _pid: int = field(default_factory=os.getpid)
+    _owner: OwnerProcess = field(default_factory=OwnerProcess)
 
     @property
     def is_mine(self) -> bool:
-        """Whether this process opened it: a forked child has a copy that nobody sends."""
-        return self._pid == os.getpid()
+        """Return True if this process opened the batch; a forked child has a copy that is never sent."""
+        return self._owner.is_current
 
     def defer(self, deliveries: Sequence[Delivery], push: Push) -> Callable[[], None] | None:
-        """Keep these; see `hold`."""
+        """Keep these deliveries; see the function `defer`."""
         if not self.is_mine:
             return None
         with self._lock:
@@ -71,58 +63,61 @@ class _Batch:
         return lambda: _send(self)
 
     def take(self) -> list[tuple[Sequence[Delivery], Push]]:
-        """Give what is held, and hold it no longer."""
+        """Remove and return all deferred deliveries."""
         with self._lock:
             deferred, self._deferred, self._count = self._deferred, [], 0
         return deferred
 
     def close(self) -> None:
-        """Hold nothing from here on, and send what is held."""
+        """Accept no more deliveries, and send the deferred ones."""
         with self._lock:
             self.over = True
         _send(self)
 
 
 _open: ContextVar[Mapping[int, _Batch]] = ContextVar("jobguard_batches", default={})  # noqa: B039
-"""By source. Never changed in place: a context that is copied opens batches of its own."""
+"""The open batches by source; never changed in place, so a copied context opens its own batches."""
 
 
 def defer(source: int, deliveries: Sequence[Delivery], push: Push) -> Callable[[], None] | None:
-    """Keep these for the end of the batch of this thread; None: there is none.
+    """Keep these deliveries for the end of this thread's batch; return None if there is no batch.
 
-    Returns what is left to do now: nothing, or to send all that was kept. It raises what a push raises.
+    The returned function does the work that is left now: none, or sending all that was kept. It
+    raises the errors of a push.
     """
     batch = _open.get().get(source)
     return None if batch is None else batch.defer(deliveries, push)
 
 
 def _wait() -> None:
-    """The batch is not over yet."""
+    """Do nothing: the batch goes on."""
 
 
 @contextmanager
 def batch(
     source: int,
-    recorder: Recorder,
+    tracker: Tracker,
     patience: float | None = None,
     *,
     first_at_once: bool = False,
     unheard: bool = False,
     apart: bool = False,
 ) -> Iterator[None]:
-    """Hold back what is sent to this source inside. A batch inside a batch is part of it, unless ``apart``.
+    """Defer deliveries to this source inside the block. A batch in a batch joins it, unless ``apart``.
 
-    ``patience``: a delivery that comes so many seconds after the last goes out at once, with all that
-    waits; None: none of it goes out before the end. ``first_at_once``: so does the first of all.
-    ``unheard``: nobody hears of an error, so that a leader pushes what comes after it.
+    ``patience``: a delivery that comes this many seconds after the previous one is sent at once,
+    with all deferred ones. None: no delivery is sent before the end. ``first_at_once``: the first
+    delivery is also sent at once. ``unheard``: no caller receives an error, so a leader pushes the
+    deliveries after a failed one.
 
-    What was sent before an error is sent all the same, as it would have been without a batch.
+    Deliveries that were sent before an error in the block are still sent, as they would be without
+    a batch.
     """
     around = _open.get().get(source)
     if not apart and around is not None and around.is_mine and not around.over:
         yield
         return
-    mine = _Batch(recorder, patience, unheard)
+    mine = _Batch(tracker, patience, unheard)
     if first_at_once:
         mine.last = float("-inf")
     before = _open.set({**_open.get(), source: mine})
@@ -130,25 +125,26 @@ def batch(
         yield
     finally:
         if mine.is_mine:
-            # A generator may be closed in another context than it was begun in: there is nothing to
-            # put back then, and where it is still known it is over.
+            # A generator may be closed in a context other than the one in which it started. Then
+            # there is nothing to restore, and a context that still knows this batch sees that it is
+            # over.
             with suppress(ValueError):
                 _open.reset(before)
             mine.close()
 
 
 def _send(batch: _Batch) -> None:
-    deferred, recorder = batch.take(), batch.recorder
+    deferred, tracker = batch.take(), batch.tracker
     if not deferred:
         return
     begun = time.monotonic()
-    recorded = recorder.record([delivery for deliveries, _ in deferred for delivery in deliveries])
+    recorded = tracker.record([delivery for deliveries, _ in deferred for delivery in deliveries])
     for at, (_, push) in enumerate(deferred):
-        if recorded.written and time.monotonic() - begun > recorder.push_deadline:
+        if recorded.written and time.monotonic() - begun > tracker.push_deadline:
             tokens = {
                 d.token for deferred_part, _ in deferred[at:] for d in deferred_part
             } - recorded.refused
-            recorder.leave_to_outbox(sorted(tokens))
+            tracker.leave_to_outbox(sorted(tokens))
             return
         try:
             push(recorded)
@@ -157,8 +153,8 @@ def _send(batch: _Batch) -> None:
                 delivery for deferred_part, _ in deferred[at + 1 :] for delivery in deferred_part
             ]
             rest = [delivery for delivery in rest if delivery.token not in recorded.refused]
-            if batch.unheard or recorded.may_be_pushed(recorder.push_deadline):
-                recorder.leave_to_outbox([delivery.token for delivery in rest])
-            else:  # surely not pushed, and whoever sent them hears that something went wrong
-                take_back(recorder, rest)
+            if batch.unheard or recorded.may_be_pushed(tracker.push_deadline):
+                tracker.leave_to_outbox([delivery.token for delivery in rest])
+            else:  # surely not pushed, and the sender receives an error
+                take_back(tracker, rest)
             raise

@@ -1,16 +1,18 @@
-"""A process that beats in a worker's stead while something holds the worker's interpreter.
+"""A process that beats for a worker while a C call blocks the worker's interpreter.
 
-A thread that beats needs the GIL; a C call that keeps it for a minute silences its worker for a minute,
-though it lives. So such a worker has a stand-in: a bare interpreter that waits at the end of a pipe. The
-worker tells it each beat, and each claim that comes and goes in between. When it has heard no beat for a
-while it beats itself, with the claims it was told last: while the GIL is held they cannot have changed.
+A thread that beats needs the GIL. A C call that keeps the GIL for a minute stops the worker's beats
+for a minute, although the worker is alive. Therefore such a worker has a beat process: a bare
+interpreter that waits at the end of a pipe. The worker reports to it each beat, and each claim that
+starts or ends between beats. If the beat process receives no beat for a while, it beats itself,
+with the claims that were last reported: while the GIL is blocked they cannot have changed.
 
-It never speaks for the dead: it ends when the pipe does, or when its parent is another process, whoever
-else holds the pipe. Nor does it speak for a worker that somebody has stopped (SIGSTOP).
+The beat process never beats for a dead worker. It ends when the pipe closes, or when its parent is
+another process, even if a further process keeps the pipe open. It also does not beat for a stopped
+worker (SIGSTOP).
 
-This file is both ends. The worker imports it; the stand-in runs it by its path, and so that it weighs
-as little as an interpreter can, imports the rest of jobguard when it must beat and not before. What it
-must know, the password among it, comes through the pipe.
+This file is the program of both ends. The worker imports it. The beat process runs it by its path,
+and imports the rest of jobguard only when it must beat, so that it uses no more memory than a bare
+interpreter. All that it must know, including the password, comes through the pipe.
 """
 
 from __future__ import annotations
@@ -30,21 +32,21 @@ if TYPE_CHECKING:
 
 _BEAT, _COUNT, _CLAIM, _END, _SPEC = "b", "n", "+", "-", "s"
 _PATIENCE = 1.5
-"""Beats' intervals without a beat, after which the worker's interpreter is believed to be held."""
+"""Beat intervals without a beat after which the worker's interpreter counts as blocked."""
 _CHECK_EVERY = 1.0
-"""Seconds between two looks whether the parent is still the same."""
+"""Seconds between two checks that the parent is still the same."""
 _PIPE = 1 << 20
-"""Bytes of news that may wait: some 30,000 claims, while other processes have the processor."""
+"""Bytes of reports that may wait in the pipe while other processes use the CPU: about 30,000 claims."""
 _TO_END = 1.0
 _AGAIN = 5.0
-"""Seconds between two tries to have a stand-in."""
-_NOT_MEANT = (
+"""Seconds between two attempts to start a beat process."""
+_IGNORED_SIGNALS = (
     *(signal.SIGINT, signal.SIGTERM, signal.SIGHUP),
     *(signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2),
 )
-"""Signals that reach the whole group, and are meant for the worker, which decides."""
+"""Signals that reach the whole process group but are meant for the worker, which decides what to do."""
 _BETWEEN = (1 << 20) - 1
-"""Beats of its own between two of the worker's, at most; see heart.py."""
+"""The maximum number of own beats between two beats of the worker; see beats.py."""
 
 
 class BeatProcess:
@@ -52,30 +54,31 @@ class BeatProcess:
 
     def __init__(self, spec: dict[str, Any]) -> None:
         self._spec = {**spec, "path": sys.path, "parent": os.getpid()}
-        self._mine = os.getpid()
+        self._owner_pid = os.getpid()
         self.pid = 0
         self._pipe = -1
         self._tried_at = float("-inf")
 
     def begins(self, claim: str) -> None:
-        """The worker may be running this from now on. Under the lock of its list."""
-        self._tell(_CLAIM + claim)
+        """Report that the worker may run this from now on. Call it under the lock of the in-flight list."""
+        self._report(_CLAIM + claim)
 
     def ends(self, claim: str) -> None:
-        """The worker runs this no more."""
-        self._tell(_END + claim)
+        """Report that the worker no longer runs this."""
+        self._report(_END + claim)
 
     def counts(self, counter: int) -> None:
-        """The worker's list of this beat is made; what it tells from now on is newer. Under that lock.
+        """Report that the list of this beat is complete, so later reports are newer. Needs the same lock.
 
-        Beats are ordered by their lists: if the worker is held before it sends this beat, what its
-        stand-in says meanwhile is newer than what the worker sends in the end.
+        Beats are ordered by their lists. If the worker is blocked before it sends this beat, the
+        beats that the beat process sends in between are newer than the beat that the worker sends
+        in the end.
         """
-        self._tell(f"{_COUNT}{counter}")
+        self._report(f"{_COUNT}{counter}")
 
     def beat(self, beat: Beat, conninfo: str) -> None:
-        """The worker has beaten; begins anew what has ended or cannot keep up."""
-        if os.getpid() != self._mine:
+        """Report a beat of the worker; start a new process if the last one has ended or was too slow."""
+        if os.getpid() != self._owner_pid:
             return
         if self._pipe < 0 and time.monotonic() - self._tried_at >= _AGAIN:
             self._tried_at = time.monotonic()
@@ -90,11 +93,11 @@ class BeatProcess:
             "queues": list(beat.queues),
             "unflushed_since": beat.unflushed_since,
         }
-        self._tell(_BEAT + json.dumps({"beat": sent, "conninfo": conninfo}))
+        self._report(_BEAT + json.dumps({"beat": sent, "conninfo": conninfo}))
 
     def close(self) -> None:
-        """Have it end."""
-        if os.getpid() != self._mine:
+        """End the beat process."""
+        if os.getpid() != self._owner_pid:
             return
         self._close_pipe()
         until = time.monotonic() + _TO_END
@@ -106,10 +109,10 @@ class BeatProcess:
 
     def _begin(self) -> None:
         if self.pid and not self._reap():
-            return  # it has not noticed yet that it was let go
+            return  # the old process has not noticed yet that its pipe is closed
         if not sys.executable:
             return
-        # posix_spawn is what no monkey patching of gevent's makes a greenlet of.
+        # gevent's monkey patching does not turn posix_spawn into a greenlet.
         reader, writer = os.pipe()
         try:
             self.pid = os.posix_spawn(
@@ -120,7 +123,7 @@ class BeatProcess:
                     (os.POSIX_SPAWN_DUP2, reader, 0),
                     (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
                 ],
-                setsigmask=_NOT_MEANT,  # from its first moment on
+                setsigmask=_IGNORED_SIGNALS,  # from its first moment on
             )
         except OSError:
             os.close(writer)
@@ -128,23 +131,24 @@ class BeatProcess:
         finally:
             os.close(reader)
         os.set_blocking(writer, False)
-        with contextlib.suppress(AttributeError, OSError):  # Linux alone knows how
+        with contextlib.suppress(AttributeError, OSError):  # only Linux has this option
             fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, _PIPE)
         self._pipe = writer
-        self._tell(_SPEC + json.dumps(self._spec))
+        self._report(_SPEC + json.dumps(self._spec))
 
-    def _tell(self, line: str) -> None:
-        if self._pipe < 0 or os.getpid() != self._mine:
+    def _report(self, line: str) -> None:
+        if self._pipe < 0 or os.getpid() != self._owner_pid:
             return
-        from jobguard import os_threads  # here: this file is the other process's program, too
+        # Imported here, because this file is also the other process's program.
+        from jobguard import os_threads
 
         data = f"{line}\n".encode()
         try:
             sent = os_threads.write(self._pipe, data)
-        except OSError:  # it has ended, or does not keep up
+        except OSError:  # the process has ended, or is too slow
             sent = 0
         if sent < len(data):
-            self._close_pipe()  # what it knows is not all: the next beat begins another
+            self._close_pipe()  # its information is incomplete: the next beat starts another process
 
     def _close_pipe(self) -> None:
         pipe, self._pipe = self._pipe, -1
@@ -155,30 +159,30 @@ class BeatProcess:
         try:
             if os.waitpid(self.pid, os.WNOHANG)[0] == 0:
                 return False
-        except ChildProcessError:  # somebody waits for every child
+        except ChildProcessError:  # another part of the program waits for every child
             pass
         self.pid = 0
         return True
 
 
-class _Substitute:
-    """The other end, in a process of its own."""
+class _BeatProgram:
+    """The beat process's end."""
 
-    def __init__(self, reported_by: int) -> None:
-        self._pipe = reported_by
+    def __init__(self, pipe: int) -> None:
+        self._pipe = pipe
         self._parent = os.getppid()
         self._unread = b""
         self._spec: dict[str, Any] = {}
         self._received: dict[str, Any] | None = None
-        """The worker's last beat; None: there is nothing to speak of."""
+        """The worker's last beat; None if there is no beat to repeat."""
         self._claims: set[str] = set()
-        self._heard_at = time.monotonic()
+        self._beat_received_at = time.monotonic()
         self._beat_at = float("-inf")
         self._beats = 0
         self._store: Any = None
 
     def run(self) -> None:
-        """Listen until there is nobody to speak for."""
+        """Listen until the worker is gone."""
         poller = select.poll()
         poller.register(self._pipe, select.POLLIN)
         while os.getppid() == self._parent:
@@ -186,7 +190,7 @@ class _Substitute:
                 data = os.read(self._pipe, 1 << 16)
                 if not data:
                     return
-                self._hear(data)
+                self._receive(data)
             elif os.getppid() == self._parent and self._is_due():
                 self._beat_at = time.monotonic()
                 self._beat()
@@ -195,13 +199,13 @@ class _Substitute:
         if self._received is None:
             return _CHECK_EVERY
         interval: float = self._spec["interval"]
-        due = max(self._heard_at + _PATIENCE * interval, self._beat_at + interval)
+        due = max(self._beat_received_at + _PATIENCE * interval, self._beat_at + interval)
         return max(0.0, min(_CHECK_EVERY, due - time.monotonic()))
 
     def _is_due(self) -> bool:
         return self._received is not None and self._wait() == 0.0 and not self._is_stopped()
 
-    def _hear(self, data: bytes) -> None:
+    def _receive(self, data: bytes) -> None:
         *lines, self._unread = (self._unread + data).split(b"\n")
         for line in lines:
             what, rest = chr(line[0]), line[1:]
@@ -216,30 +220,31 @@ class _Substitute:
             elif what == _BEAT:
                 self._received = json.loads(rest)
                 self._claims = set(self._received["beat"]["claims"]) if self._received else set()
-                self._heard_at = time.monotonic()
+                self._beat_received_at = time.monotonic()
                 self._rest()
             elif what == _SPEC:
                 self._spec = json.loads(rest)
                 if self._spec["parent"] != self._parent:
-                    self._parent = -1  # it died before we began
+                    self._parent = -1  # the parent died before this process started
 
     def _is_stopped(self) -> bool:
-        """Whether somebody has stopped the worker: it does nothing, and its jobs are better off."""
+        """Return True if the worker is stopped: it does no work, so its jobs should run elsewhere."""
         try:
             with open(f"/proc/{self._parent}/stat", "rb") as stat:
                 return stat.read().rpartition(b") ")[2][:1] in (b"T", b"t")
-        except OSError:  # no /proc here
+        except OSError:  # this system has no /proc
             return False
 
     def _beat(self) -> None:
-        """Say that the worker lives."""
+        """Send a beat for the worker."""
         try:
-            self._say()
+            self._send_beat()
         except Exception:
-            # Nobody hears us say why: the store is away, and then no leader judges anybody either.
+            # No log of this process is read. The store is away, and then no leader declares a
+            # worker dead.
             self._rest()
 
-    def _say(self) -> None:
+    def _send_beat(self) -> None:
         assert self._received is not None
         if self._store is None:
             sys.path[:] = self._spec["path"]
@@ -271,9 +276,9 @@ class _Substitute:
 
 
 def _main() -> None:
-    for number in _NOT_MEANT:
+    for number in _IGNORED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    _Substitute(0).run()
+    _BeatProgram(0).run()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""What beats for a worker: into Postgres and into Redis, and through a stand-in where it may be starved.
+"""Send the beats of a worker to Postgres and to Redis, with a beat process where threads may be blocked.
 
-Its thread is one of the operating system, on a connection of its own that no breaker holds back. Only it
-beats: of two beats at once the older could come last, and list too little.
+The beat thread is a thread of the operating system, and uses its own connection, which no circuit
+breaker delays. No other thread beats: of two concurrent beats the older one could arrive last, with
+too short a list.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ import socket
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from jobguard import os_threads
 from jobguard.errors import JobguardError
 from jobguard.host.beat_process import BeatProcess
+from jobguard.host_safety import contain_errors
 from jobguard.log import log_event, remind
 from jobguard.model import Beat, new_token
 from jobguard.pulse import beat_key, parse_pulse, read_pulse
@@ -24,46 +26,32 @@ from jobguard.pulse import beat_key, parse_pulse, read_pulse
 if TYPE_CHECKING:
     import redis
 
-    from jobguard.adapter import Source
-    from jobguard.host.circuit import Circuit
     from jobguard.host.in_flight import InFlight
-    from jobguard.settings import Settings
+    from jobguard.host.tracker_api import TrackerApi
     from jobguard.store.protocols import BeatReply, HostStore
 
 _STEP = 0.05
-"""Seconds between two tries of a worker to introduce itself."""
+"""Seconds between two attempts of a worker to register."""
 _CHECK_EVERY = 0.02
-"""Seconds between two looks how far a connection has come."""
+"""Seconds between two checks of the progress of a connection."""
 _STRIDE = 1 << 20
-"""From one beat of a worker to its next; the numbers between are its stand-in's."""
-_HEIR = 1 << 60
-"""The beats of a worker's heir are counted from here: it comes after the worker and its stand-in."""
-_SAY_WHERE = 60.0
-"""Seconds for which a stand-in may use the same address: its password may be one that rotates."""
-_BREATH = 0.25
-"""Seconds between two beats at least, however much there is to tell."""
-
-
-class BeatTracker(Protocol):
-    """What a heart needs of the tracker whose worker it beats for."""
-
-    source: Source
-    settings: Settings
-    circuit: Circuit
-    client: Callable[[], redis.Redis] | None
-
-    def connect(self) -> None:
-        """Reach Postgres now, or raise why it cannot be used."""
+"""The step from one beat number of a worker to its next; the numbers between belong to its beat process."""
+_TAKE_OVER_OFFSET = 1 << 60
+"""The offset of a child's beats: they follow those of its worker and the worker's beat process."""
+_CONNINFO_MAX_AGE = 60.0
+"""Seconds for which a beat process may use the same address, because its password may rotate."""
+_SHORTEST_PAUSE = 0.25
+"""The minimum seconds between two beats, even if there is much to report."""
 
 
 class BeatSender:
-    """The beats of one worker process, and the name by which Postgres knows it."""
+    """The beats of one worker process, and the id by which Postgres knows it."""
 
     def __init__(
         self,
-        tracker: BeatTracker,
+        tracker: TrackerApi,
         store: HostStore,
-        listed: InFlight,
+        in_flight: InFlight,
         *,
         name: str,
         queues: Sequence[str],
@@ -76,57 +64,57 @@ class BeatSender:
         self.queues = tuple(queues)
         self.leader_live = False
         self.known = inherited is not None
-        """Whether Postgres has heard of this name."""
+        """Whether Postgres knows this id."""
         self.named_at = time.monotonic()
         self.ended: os_threads.Event | None = None
         self._tracker = tracker
         self._settings = tracker.settings
         self._store = store
-        self._listed = listed
+        self._in_flight = in_flight
         self._lists = lists
         self._unflushed = unflushed
         self._children: frozenset[UUID] = frozenset()
-        self._conninfo: tuple[float, str] | None = None  # as the stand-in was told it, and when
+        self._conninfo: tuple[float, str] | None = None  # sent to the beat process at this time
         self._now = os_threads.Event()
         self._stop = os_threads.Event()
         self._counter = 0
         self._redis: redis.Redis | None = None
-        self._pulse: tuple[UUID, int] | None = None  # as the last beat into Redis saw it
+        self._pulse: tuple[UUID, int] | None = None  # as the last beat to Redis read it
 
     @property
     def is_mine(self) -> bool:
-        """Whether this process began it; a forked child only inherited it."""
+        """Return True if this process started the session; a forked child only inherited it."""
         return self.pid == os.getpid()
 
-    # -- its thread --------------------------------------------------------------------------------
+    # -- the thread --------------------------------------------------------------------------------
 
     def introduce(self) -> None:
-        """Beat once, with the patience of one record."""
+        """Beat once, and wait no longer than for one record."""
         deadline = time.monotonic() + self._settings.record_timeout
-        heard = self.beat()
-        while not heard and time.monotonic() < deadline:
-            # Nothing waits for a worker that has not begun; unknown, it would start jobs unclaimed.
+        received = self.beat()
+        while not received and time.monotonic() < deadline:
+            # Nothing waits for a worker that has not started; a worker unknown to Postgres would
+            # start jobs without claims.
             time.sleep(_STEP)
-            heard = self._beat_postgres(self._snapshot())
+            received = self._beat_postgres(self._snapshot())
 
-    def start(self, heard: Callable[[], None]) -> None:
-        """Beat from now on; ``heard`` is called after each beat that Postgres has heard."""
+    def start(self, after_beat: Callable[[], None]) -> None:
+        """Beat from now on; call ``after_beat`` after each beat that Postgres has received."""
 
         def run() -> None:
             interval = self._settings.beat_interval
-            breath = min(_BREATH, interval)
-            while not self._stop.wait(breath):
-                # At once where Postgres does not know of something that we run or ran: as long as it
-                # is not on our list, its absence from Redis would be taken for a loss.
-                self._now.wait(interval - breath)
+            pause = min(_SHORTEST_PAUSE, interval)
+            while not self._stop.wait(pause):
+                # Beat at once if Postgres does not know of a delivery that this worker runs or ran:
+                # until the delivery is on the list of a beat, its absence from Redis would be taken
+                # for a loss.
+                self._now.wait(interval - pause)
                 self._now.clear()
                 if self._stop.is_set():
                     return
-                try:
+                with contain_errors("beats"):
                     if self.beat():
-                        heard()
-                except Exception as error:
-                    log_event("guest_failed", where="beats", error=str(error), exc_info=True)
+                        after_beat()
                 remind()
 
         self.ended = os_threads.start(run, name="jobguard-beat")
@@ -136,56 +124,59 @@ class BeatSender:
         self._now.set()
 
     def introduced(self) -> UUID | None:
-        """By which name Postgres knows this worker; None: by none yet, but it is about to hear of one."""
-        with self._listed.lock:
+        """Return the id by which Postgres knows this worker; if there is none yet, ask for a beat."""
+        with self._in_flight.lock:
             if self.known:
                 return self.id
         if self.is_mine:
             self._now.set()
-        elif self._listed.children.worker() == self.id:
-            # The worker has beaten since it forked us. We must not: our list is not all of its list.
+        elif self._in_flight.children.worker() == self.id:
+            # The worker has beaten since it forked this child. The child must not beat: its list is
+            # not the worker's whole list.
             self.known = True
             return self.id
         return None
 
     def consumes(self, queues: Sequence[str]) -> None:
-        """Say from the next beat on that it takes from these queues; see Session."""
+        """Report from the next beat on that the worker takes jobs from these queues; see Session."""
         queues = tuple(queues)
         if queues != self.queues:
             self.queues = queues
-            self._now.set()  # should we die before it is said, nobody vouches for what is new
+            # If the worker died before this report, no beat would name the new queues.
+            self._now.set()
 
     def stop(self) -> None:
-        """Beat no more, nor have anyone else do it."""
-        if self._listed.beat_process is not None:
-            self._listed.beat_process.close()
+        """Stop all beats, including those of the beat process."""
+        if self._in_flight.beat_process is not None:
+            self._in_flight.beat_process.close()
         self._stop.set()
         self._now.set()
 
-    # -- a beat ------------------------------------------------------------------------------------
+    # -- one beat ----------------------------------------------------------------------------------
 
     def beat(self) -> bool:
-        """Say to both stores that this worker lives; True if Postgres heard it."""
+        """Report to both stores that this worker is alive; return True if Postgres received the beat."""
         beat = self._snapshot()
-        heard = self._beat_postgres(beat)
-        # Second, so that a name that does not resolve, or a Redis that hangs, delays no beat.
+        received = self._beat_postgres(beat)
+        # Redis comes second, so that a name that does not resolve, or a Redis that hangs, delays no
+        # beat.
         self._pulse = self._beat_redis(beat.counter)
-        if self._listed.beat_process is not None:
-            self._tell(self._listed.beat_process, beat)
-        return heard
+        if self._in_flight.beat_process is not None:
+            self._report(self._in_flight.beat_process, beat)
+        return received
 
     def _snapshot(self) -> Beat:
-        others = self._others() | self._listed.children.running()
-        with self._listed.lock:
+        others = self._others() | self._in_flight.children.running()
+        with self._in_flight.lock:
             self._counter += _STRIDE
-            if self._listed.beat_process is not None:
-                self._listed.beat_process.counts(self._counter)
-            listed = tuple(self._listed.tokens() | others)
+            if self._in_flight.beat_process is not None:
+                self._in_flight.beat_process.counts(self._counter)
+            in_flight = tuple(self._in_flight.tokens() | others)
             worker, counter = self.id, self._counter
         return Beat(
             worker=worker,
             counter=counter,
-            claims=listed,
+            claims=in_flight,
             name=self.name,
             host=socket.gethostname(),
             pid=self.pid,
@@ -195,12 +186,10 @@ class BeatSender:
         )
 
     def _others(self) -> frozenset[UUID]:
-        """What children of ours may be running, as the adapter sees it; in doubt, as it saw it last."""
+        """Return the deliveries that the adapter lists for children; on an error, the previous list."""
         if self._lists is not None:
-            try:
+            with contain_errors("lists"):
                 self._children = frozenset(self._lists())
-            except Exception as error:
-                log_event("guest_failed", where="lists", error=str(error), exc_info=True)
         return self._children
 
     def _beat_postgres(self, beat: Beat) -> bool:
@@ -219,18 +208,18 @@ class BeatSender:
         if reply.dead:
             self.register_again(beat.worker)
             return self._beat_postgres(self._snapshot())
-        with self._listed.lock:
+        with self._in_flight.lock:
             self.known = self.known or beat.worker == self.id
             if self.known:
-                self._listed.children.introduce(self.id)
+                self._in_flight.children.introduce(self.id)
         if not self._tracker.circuit.closed:
             self._tracker.circuit.answered()
         return True
 
     def _connect(self) -> None:
-        """Reach Postgres as its producers do, for it must know their source before it knows us.
+        """Reach Postgres as a producer does, because it must know the source before it knows the worker.
 
-        Nobody else may come by to carry a connection on, and a network may want a look for each step of it.
+        No other caller may advance the connection, and each network step of it may need a check.
         """
         deadline = time.monotonic() + self._settings.record_timeout
         while not self._tracker.circuit.check() and time.monotonic() < deadline:
@@ -239,10 +228,10 @@ class BeatSender:
         self._tracker.connect()
 
     def register_again(self, before: UUID) -> None:
-        """A leader has declared us dead: what we held is others' now, and we begin anew."""
-        with self._listed.lock:
+        """Continue under a new id: a leader has declared this worker dead, and its claims are void."""
+        with self._in_flight.lock:
             if self.id != before:
-                return  # another thread has heard it as well
+                return  # another thread has received the same answer
             self.id, self._counter, self.known = new_token(), 0, False
             self.named_at = time.monotonic()
         log_event("worker_renewed", was=before, worker=self.id)
@@ -262,25 +251,25 @@ class BeatSender:
         except Exception as error:
             log_event("beat_unheard", store="redis", error=str(error))
             return None
-        standing = parse_pulse(answers[1])
-        if standing is None:
+        pulse = parse_pulse(answers[1])
+        if pulse is None:
             return None
-        if standing.source != self._tracker.source.id:
+        if pulse.source != self._tracker.source.id:
             log_event("source_differs", source=str(self._tracker.source))
-        return standing.epoch, standing.n
+        return pulse.epoch, pulse.n
 
     def _client(self) -> redis.Redis | None:
         if self._redis is None and self._tracker.client is not None:
             self._redis = self._tracker.client()
         return self._redis
 
-    # -- who beats in its stead ----------------------------------------------------------------------
+    # -- beats from other processes ----------------------------------------------------------------
 
     def start_beat_process(self) -> None:
-        """Make what beats in our stead while something holds the interpreter, if anything can."""
+        """Prepare the process that beats while the interpreter is blocked, if it can reach the store."""
         if self._store.conninfo() is None:
             return
-        self._listed.beat_process = BeatProcess(
+        self._in_flight.beat_process = BeatProcess(
             {
                 "source": self._tracker.source.id,
                 "namespace": self._tracker.source.namespace,
@@ -289,33 +278,31 @@ class BeatSender:
             }
         )
 
-    def _tell(self, beat_process: BeatProcess, beat: Beat) -> None:
-        try:
+    def _report(self, beat_process: BeatProcess, beat: Beat) -> None:
+        with contain_errors("beat process"):
             at = time.monotonic()
-            if self._conninfo is None or at - self._conninfo[0] > _SAY_WHERE:
+            if self._conninfo is None or at - self._conninfo[0] > _CONNINFO_MAX_AGE:
                 self._conninfo = (at, self._store.conninfo() or "")
-            # What has begun or ended since the beat is told in this order, too.
-            with self._listed.lock:
-                claims = tuple(self._listed.tokens() | self._children)
+            # Starts and ends since the beat are reported in this order as well.
+            with self._in_flight.lock:
+                claims = tuple(self._in_flight.tokens() | self._children)
                 now = replace(
                     beat, worker=self.id, counter=self._counter, claims=claims, pulse=None
                 )
                 beat_process.beat(now, self._conninfo[1])
-        except Exception as error:
-            log_event("guest_failed", where="stand-in", error=str(error), exc_info=True)
 
     def take_over_beats(self, token: UUID) -> None:
-        """In a child that outlives its worker, and runs this: its beats are the worker's from now on."""
+        """Continue the worker's beats in a child that outlived the worker and runs this delivery."""
         log_event("worker_inherited", worker=self.id, name=self.name)
         self._redis = None  # its connection is the parent's
-        self._listed.only(token)
+        self._in_flight.only(token)
         self._lists, self._children = None, frozenset()
-        self._counter += _HEIR
+        self._counter += _TAKE_OVER_OFFSET
 
-    # -- its end -------------------------------------------------------------------------------------
+    # -- the end -----------------------------------------------------------------------------------
 
     def leave(self) -> None:
-        """Say goodbye to both stores: what we held is nobody's."""
+        """Deregister from both stores: this worker has no claims any more."""
         try:
             self._store.leave(self.id)
         except Exception as error:
@@ -327,5 +314,5 @@ class BeatSender:
             log_event("beat_unheard", store="redis", error=str(error))
 
     def close(self) -> None:
-        """Let go of the connection."""
+        """Close the connection."""
         self._store.close()

@@ -1,10 +1,11 @@
-"""What a worker and its forked children tell each other, in memory that they share.
+"""Memory that a worker shares with its forked children.
 
-A worker says in its beats since when reports of its own wait for Postgres, so that nobody judges its
-jobs by a ledger that has not heard of them; and which deliveries run under it. A child that runs tasks
-keeps in its own memory what it could not write and what it runs, and its worker must know: the
-library's own books forget a child's task, as Celery's do when the connection to Redis breaks. And a child
-claims in its worker's name: it must know whether Postgres has heard of that.
+A worker reports in its beats since when its reports wait for Postgres, so that no leader decides
+about its jobs from an incomplete ledger, and which deliveries run under it. A child that runs tasks
+keeps in its own memory the reports that it could not write and the deliveries that it runs. Its
+worker must know both, because the library can forget a child's task, as Celery does when the
+connection to Redis breaks. A child also claims with its worker's id, so it must know whether
+Postgres knows that id.
 """
 
 from __future__ import annotations
@@ -23,42 +24,42 @@ _NOTHING = bytes(16)
 
 
 class ChildSlots:
-    """Since when each child has reports that Postgres does not have, and what it runs.
+    """For each child: since when it has reports that Postgres does not have, and the delivery that it runs.
 
-    Made before the first fork. A child has the first slot from its pid on that no other has, as long as
-    not all of a thousand live.
+    Create it before the first fork. A child takes the first free slot from its pid on, as long as
+    fewer than 1,024 children are alive.
     """
 
     def __init__(self) -> None:
         self._memory = mmap.mmap(-1, _WORKER + _SLOTS * _SLOT.size)
         self._own: tuple[int, int] | None = None
-        """Whose slot this is, and where: a child inherits that of its parent."""
+        """The pid of the slot's owner, and the position: a child inherits the value of its parent."""
 
     def introduce(self, worker: UUID) -> None:
-        """In the worker: Postgres knows it by this name."""
+        """Store, in the worker, the id by which Postgres knows it."""
         self._memory[:_WORKER] = worker.bytes
 
     def worker(self) -> UUID | None:
-        """By which name Postgres knows the worker; None: by none yet."""
+        """Return the id by which Postgres knows the worker; None if it knows none yet."""
         name = self._memory[:_WORKER]
         return UUID(bytes=name) if name != _NOTHING else None
 
     def note(self, since: float | None) -> None:
-        """This process has reports since then; None: none any more."""
+        """Note that this process has waiting reports since then; None if it has none any more."""
         _SINCE.pack_into(self._memory, self._slot() + _SINCE_AT, since or 0.0)
 
     def runs(self, token: UUID | None) -> None:
-        """This process runs this delivery; None: none any more."""
+        """Note that this process runs this delivery; None if it runs none any more."""
         at = self._slot() + _TOKEN_AT
         self._memory[at : at + len(_NOTHING)] = token.bytes if token is not None else _NOTHING
 
     def oldest(self) -> float | None:
-        """Since when a child that lives has reports. What a dead one had is lost with it."""
+        """Return since when a live child has waiting reports; a dead child's reports are lost."""
         waiting = [since for pid, since, _ in self._slots() if since and _lives(pid)]
         return min(waiting, default=None)
 
     def running(self) -> frozenset[UUID]:
-        """What children of this very process run, as far as they live."""
+        """Return the deliveries that live children of this process run."""
         return frozenset(
             UUID(bytes=token)
             for pid, _, token in self._slots()
@@ -68,22 +69,22 @@ class ChildSlots:
     def _slot(self) -> int:
         pid = os.getpid()
         if self._own is None or self._own[0] != pid:
-            self._own = pid, self._taken(pid)
+            self._own = pid, self._allocate(pid)
         return self._own[1]
 
-    def _taken(self, pid: int) -> int:
+    def _allocate(self, pid: int) -> int:
         for slot, (owner, _, _) in enumerate(self._slots()):
-            if owner == pid:  # left by a dead one with our number
+            if owner == pid:  # left by a dead process with the same pid
                 _SLOT.pack_into(self._memory, _at(slot), 0, 0.0, _NOTHING)
         at = first = pid % _SLOTS
-        while self._is_anothers(at):
+        while self._is_taken(at):
             at = (at + 1) % _SLOTS
             if at == first:
                 break
         _SLOT.pack_into(self._memory, _at(at), pid, 0.0, _NOTHING)
         return _at(at)
 
-    def _is_anothers(self, slot: int) -> bool:
+    def _is_taken(self, slot: int) -> bool:
         owner: int = _SLOT.unpack_from(self._memory, _at(slot))[0]
         return owner not in (0, os.getpid()) and _lives(owner)
 
@@ -106,7 +107,7 @@ def _lives(pid: int) -> bool:
 
 
 def _is_our_child(pid: int) -> bool:
-    """Whether this is a child of ours that runs: not a dead one's number, given to somebody else."""
+    """Return True if this is a running child of this process, and not another process with a reused pid."""
     if not hasattr(os, "waitid"):
         return _lives(pid)
     try:

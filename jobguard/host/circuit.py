@@ -1,16 +1,16 @@
-"""The circuit breaker around Postgres: it opens at the first failure, and looks again without waiting.
+"""The circuit breaker around Postgres: it opens at the first failure, and checks again without waiting.
 
-A stopped Postgres answers no call, so that every trial call would make its caller wait. Therefore the
-trial of the half-open state is not a call: it is a connection carried on, step by step and never
-blocking, by whoever comes along; when it stands, Postgres has answered, and the circuit closes.
+A stopped Postgres answers no call, so every trial call would make its caller wait. Therefore the
+trial of the half-open state is not a call. It is a connection that the callers advance step by
+step, without blocking. When the connection is open, Postgres has answered, and the circuit closes.
 
-A Postgres that was only slow once (a checkpoint, a busy machine) stands again at once, and so the
-first look is taken at once: a stopped one accepts no connection. One that opened the circuit a
-moment ago is given ``retry_interval``, or else a Postgres that answers logins and nothing more would
-cost a wait with every call.
+A Postgres that was slow only once (a checkpoint, a busy machine) accepts a connection at once.
+Therefore the first check comes at once: a stopped Postgres accepts no connection. A Postgres that
+opened the circuit a moment ago gets ``retry_interval`` before the next check. Otherwise a Postgres
+that answers logins and nothing else would cost a wait with every call.
 
-Each failure after that doubles the pause, up to eight intervals. A part of the pause is random:
-processes that lost Postgres together do not come back together.
+Each further failure doubles the pause, up to eight intervals. A part of the pause is random, so
+that processes that lost Postgres together do not return together.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ import pybreaker
 from jobguard.errors import BreakerOpen, StoreUnavailable
 
 _NEVER = 10.0 * 365 * 86400
-"""pybreaker's own trial would be a call that waits."""
+"""Seconds; pybreaker's own trial, which this disables, would be a call that waits."""
 _MOST = 3
 """How often the pause is doubled."""
 _STEADY = 10
-"""A circuit that was closed for so many retry intervals opens for a hiccup, as far as is known."""
+"""Retry intervals after which a closed circuit counts as steady; its next failure may be a short one."""
 
 
 class Circuit:
-    """Lets calls to Postgres through while it answers, and none while it does not."""
+    """Lets calls to Postgres pass while it answers, and no calls while it does not."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class Circuit:
         self._chance = chance
         self._failures = 0
         self.why = ""
-        """What the last failure said."""
+        """The text of the last failure."""
         self._retry_interval = retry_interval
         self._on_change = on_change
         self._clock = clock
@@ -60,27 +60,27 @@ class Circuit:
         self._breaker = pybreaker.CircuitBreaker(
             fail_max=1,
             reset_timeout=_NEVER,
-            # Only a Postgres that cannot be reached opens it: bad data never does.
+            # Only a Postgres that cannot be reached opens the circuit; bad data never does.
             exclude=[lambda error: not isinstance(error, StoreUnavailable)],
             throw_new_error_on_trip=False,
         )
 
     @property
     def closed(self) -> bool:
-        """Whether calls are let through, as far as is known."""
+        """Return True if calls may pass, as far as is known."""
         return self._breaker.current_state == pybreaker.STATE_CLOSED
 
     def open_for(self) -> float:
-        """Seconds since it last opened."""
+        """Return the seconds since the circuit last opened."""
         return self._clock() - self._opened_at
 
     def closed_for(self) -> float:
-        """Seconds since it last closed."""
+        """Return the seconds since the circuit last closed."""
         return self._clock() - self._closed_at
 
     @contextmanager
     def calling(self) -> Iterator[None]:
-        """Make a call inside; StoreUnavailable from it opens the circuit.
+        """Make a call inside the block; StoreUnavailable from the call opens the circuit.
 
         Raises BreakerOpen at once, without any call, while the circuit is open.
         """
@@ -98,14 +98,14 @@ class Circuit:
             raise
 
     def check(self) -> bool:
-        """See, without waiting, whether Postgres is back; one looks at a time, the others do not wait."""
+        """Check, without waiting, whether Postgres is back; only one thread checks at a time."""
         if self.closed:
             return True
         if self._clock() < self._next_check or not self._checking.acquire(blocking=False):
             return False
         try:
             if not self._probe():
-                return False  # under way: the next who comes along carries it on
+                return False  # the connection is not complete: the next caller advances it
         except StoreUnavailable as error:
             self.why = str(error)
             self._next_check = self._clock() + self._pause()
@@ -115,18 +115,18 @@ class Circuit:
         self.answered()
         return True
 
-    def beat_now(self) -> None:
-        """Let the next look be taken at once: this process is about to end."""
+    def end_pause(self) -> None:
+        """Let the next check happen at once, because this process is about to end."""
         self._next_check = 0.0
 
     def _pause(self) -> float:
-        """How long to leave Postgres alone after one more failure."""
+        """Return the pause before the next check after one more failure."""
         pause = self._retry_interval * 2.0 ** min(self._failures, _MOST)
         self._failures += 1
         return pause * (0.5 + 0.5 * self._chance())
 
     def answered(self) -> None:
-        """Postgres has just answered somebody: close."""
+        """Close the circuit: Postgres has just answered a call."""
         if not self.closed:
             self._breaker.close()
             self._closed_at = self._clock()
@@ -146,6 +146,6 @@ class Circuit:
         self._on_change(False)
 
     def copy_state(self, other: Circuit) -> None:
-        """Begin as the parent of this process left off: a child need not learn of the outage again."""
+        """Start with the state of the parent process: a child need not discover the outage again."""
         if not other.closed:
-            self._breaker.open()  # but its life may be short: it looks at once
+            self._breaker.open()  # but its life may be short: it checks at once

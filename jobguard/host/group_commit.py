@@ -1,10 +1,11 @@
-"""Group commit without a thread: callers join the batch that one of them flushes.
+"""Group commit without a thread: callers join the batch that one of them commits.
 
-What is committed are the records of producers, and the claims of workers whose jobs run in threads.
+It commits the records of producers, and the claims of workers whose jobs run in threads.
 
-The first caller to find no batch open becomes its leader. While an earlier batch is being committed,
-others join; when the leader's turn comes, it closes the batch and writes it as one statement. A lone
-producer so pays one commit and never waits for company; sixteen threads share one.
+The first caller that finds no open batch becomes the leader of a new one. While an earlier batch is
+being committed, other callers join. When the leader's turn comes, it closes the batch and writes it
+as one statement. So a lone producer pays one commit and never waits for others, and sixteen threads
+share one commit.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ Row = TypeVar("Row")
 Answer = TypeVar("Answer")
 
 _LARGEST = 500
-"""Deliveries in a batch; the next caller opens another."""
-_LINGER = 0.25
-"""A leader waits for company this share of a usual commit, and only where company came before."""
+"""The maximum number of deliveries in a batch; the next caller opens another batch."""
+_WAIT_SHARE = 0.25
+"""The share of a usual commit for which a leader waits, if the batch before had several callers."""
 
 
 @dataclass(slots=True)
 class _Part(Generic[Row, Answer]):
-    """One caller's share of a batch."""
+    """The rows of one caller in a batch."""
 
     rows: Sequence[Row]
     done: threading.Lock = field(default_factory=threading.Lock)
@@ -45,7 +46,7 @@ class _Batch(Generic[Row, Answer]):
 
 
 class GroupCommit(Generic[Row, Answer]):
-    """Turns what many threads write into few statements; each is answered for all of its batch."""
+    """Combines the rows of many threads into few statements; the answer is one for the whole batch."""
 
     def __init__(self, write: Callable[[Sequence[Row]], Answer], *, timeout: float) -> None:
         self._write = write
@@ -57,9 +58,9 @@ class GroupCommit(Generic[Row, Answer]):
         self._last = 0  # parts in the batch before
 
     def submit(self, rows: Sequence[Row]) -> Answer:
-        """Return when these rows are committed, with or without those of others.
+        """Return when these rows are committed, with or without the rows of other callers.
 
-        Raises what the write raised for these rows: BadRow only to the caller whose row is bad.
+        Raises the error of the write for these rows: BadRow only to the caller whose row is bad.
         """
         part: _Part[Row, Answer] = _Part(rows)
         with self._joining:
@@ -89,7 +90,7 @@ class GroupCommit(Generic[Row, Answer]):
             self._wake(batch)
             return
         try:
-            self._wait_for_company(batch, queued)
+            self._wait_for_others(batch, queued)
             self._close(batch)
             began = time.monotonic()
             self._commit(batch.parts)
@@ -97,7 +98,8 @@ class GroupCommit(Generic[Row, Answer]):
             self._usual = took if not self._usual else 0.9 * self._usual + 0.1 * took
             self._last = len(batch.parts)
         except BaseException as error:
-            # Also an exception that a signal threw into this thread: the others must not hang for it.
+            # This includes an exception that a signal raised in this thread: the other callers must
+            # not hang because of it.
             self._release(
                 batch, error if isinstance(error, Exception) else StoreUnavailable(str(error))
             )
@@ -106,7 +108,7 @@ class GroupCommit(Generic[Row, Answer]):
             self._committing.release()
             self._wake(batch)
 
-    def _wait_for_company(self, batch: _Batch[Row, Answer], queued: bool) -> None:
+    def _wait_for_others(self, batch: _Batch[Row, Answer], queued: bool) -> None:
         if self._last <= 1 and not queued:
             return
         with self._joining:
@@ -114,7 +116,7 @@ class GroupCommit(Generic[Row, Answer]):
             batch.wanted = self._last + here if queued else self._last
             waits = here < batch.wanted
         if waits:
-            batch.full.wait(_LINGER * self._usual)
+            batch.full.wait(_WAIT_SHARE * self._usual)
 
     def _close(self, batch: _Batch[Row, Answer]) -> None:
         with self._joining:

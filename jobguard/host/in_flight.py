@@ -1,4 +1,4 @@
-"""What this process may be running, and has run and not yet told: all that its beats list."""
+"""The deliveries in flight: they may run in this process, or they ran and are not reported yet."""
 
 from __future__ import annotations
 
@@ -15,23 +15,25 @@ if TYPE_CHECKING:
 
 
 class InFlight:
-    """Deliveries by how many starts of them are under way, for several copies of one may be at once."""
+    """Deliveries with the number of their unfinished starts: several copies of one may run at once."""
 
     def __init__(self, pid: int) -> None:
         self.lock = os_threads.lock()
         self.children = ChildSlots()
         self.beat_process: BeatProcess | None = None
-        """Who is told of each at once: it may have to beat before the next beat is due."""
-        self._pid = pid  # of the worker; a child of it tells it what it runs
+        """The beat process; it receives each change at once, because it may beat before the next beat
+        is due.
+        """
+        self._pid = pid  # of the worker; a child reports its delivery to it
         self._starts: dict[UUID, int] = {}
         self._unclaimed: dict[UUID, UUID] = {}  # started while Postgres was away: token -> nonce
 
     def after_fork(self) -> None:
-        """In a forked child: begin with a lock that no thread of the parent holds."""
+        """Create a new lock in a forked child: the old one may belong to a thread of the parent."""
         self.lock = os_threads.lock()
 
     def add(self, token: UUID) -> None:
-        """One start more of it."""
+        """Count one more start of this delivery."""
         with self.lock:
             self._starts[token] = self._starts.get(token, 0) + 1
             if self._is_child():
@@ -40,14 +42,14 @@ class InFlight:
                 self.beat_process.begins(token.hex)
 
     def remove(self, tokens: Iterable[UUID]) -> None:
-        """One start of each is over, and what it may have had to tell is told."""
+        """Count one start less of each delivery, because its reports are written."""
         with self.lock:
             for token in tokens:
                 self._count_down(token)
                 self._unclaimed.pop(token, None)
 
     def skip(self, token: UUID) -> None:
-        """One start of it was refused; another of ours, which holds it, may still be without its claim."""
+        """Count down one refused start; another start of this process may still wait for its claim."""
         with self.lock:
             self._count_down(token)
 
@@ -62,27 +64,27 @@ class InFlight:
             self.beat_process.ends(token.hex)
 
     def only(self, token: UUID) -> None:
-        """Nothing else is listed from here on."""
+        """Make this delivery the only one in flight."""
         with self.lock:
             self._starts = {token: 1}
             self.beat_process = None
 
     def tokens(self) -> frozenset[UUID]:
-        """All that is listed. Take the lock."""
+        """Return all deliveries in flight. The caller takes the lock."""
         return frozenset(self._starts)
 
     def without_claim(self, token: UUID, nonce: UUID) -> None:
-        """It runs though no claim could be asked for."""
+        """Note that this delivery runs although no claim could be requested."""
         with self.lock:
             self._unclaimed[token] = nonce
 
     def claim_resolved(self, token: UUID) -> None:
-        """It has its claim, or needs none any more."""
+        """Note that this delivery has its claim, or needs none any more."""
         with self.lock:
             self._unclaimed.pop(token, None)
 
     def unclaimed(self) -> list[tuple[UUID, UUID]]:
-        """Tokens that wait for their claims, and the nonces of their starts."""
+        """Return the tokens that wait for their claims, and the nonces of their starts."""
         with self.lock:
             return list(self._unclaimed.items())
 

@@ -1,14 +1,13 @@
-"""How the children of a worker reach Postgres: through their worker. No child holds a connection.
+"""How the children of a worker reach Postgres: through their worker. No child has a connection.
 
-A child makes a pair of sockets at its first call, and sends one of them to its worker by a socket that
-every forked child inherits. The worker serves each child in a thread of its own. It makes the call with
-its own tracker, so that what several children ask is committed together. A report of an end belongs to
-the worker when the call returns: the child may be killed from then on.
+A child creates a pair of sockets at its first call, and sends one of them to its worker through a
+socket that every forked child inherits. The worker serves each child in a separate thread. It makes
+the call with its own tracker, so that the requests of several children are committed together. A
+report of an end belongs to the worker when the call returns: the child may be killed from then on.
 """
 
 from __future__ import annotations
 
-import os
 import pickle
 import socket
 import struct
@@ -16,42 +15,40 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from jobguard import errors
 from jobguard.errors import JobguardError, StoreUnavailable
+from jobguard.fork import OwnerProcess
 from jobguard.host.spool import Cancelled, Entry, JoinOpened, Spool
+from jobguard.host_safety import contain_errors
 from jobguard.log import log_event
 from jobguard.model import Delivery, End, Ended
 from jobguard.store.protocols import SourceRow
 
+if TYPE_CHECKING:
+    from jobguard.host.tracker_api import TrackerApi
+
 _LENGTH = struct.Struct("=Q")
 _NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)  # billiard ends a child at SIGPIPE
 _REST = 0.05
-"""Seconds after a failure to accept a child."""
-
-
-class Worker(Protocol):
-    """What serves a call of a child in the worker's process."""
-
-    def for_child(self, name: str, arguments: Sequence[Any], options: Mapping[str, Any]) -> Any:
-        """Make this call. May raise as the store does."""
+"""Seconds of pause after a failure to accept a child."""
 
 
 class Door:
-    """Where the children of this process are served. Make it before the first fork."""
+    """The place where this process serves its children. Create it before the first fork."""
 
-    def __init__(self, worker: Worker) -> None:
-        self.pid = os.getpid()
-        self._worker = worker
+    def __init__(self, tracker: TrackerApi) -> None:
+        self.owner = OwnerProcess()
+        self._tracker = tracker
         self._here, self._there = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
 
     def open(self) -> None:
-        """Serve from now on."""
+        """Serve children from now on."""
         threading.Thread(target=self._accept, name="jobguard-children", daemon=True).start()
 
     def knock(self) -> socket.socket:
-        """In a child: return a socket that leads to the worker. Raises OSError."""
+        """Return, in a child, a socket that leads to the worker. Raises OSError."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with theirs:
             try:
@@ -63,13 +60,13 @@ class Door:
         return ours
 
     def close(self) -> None:
-        """Serve nobody that comes from now on."""
+        """Accept no more children."""
         with suppress(OSError):
             self._here.shutdown(socket.SHUT_RDWR)
 
     def _accept(self) -> None:
         while True:
-            try:
+            with contain_errors("children") as contained:
                 data, descriptors, _, _ = socket.recv_fds(self._here, 1, 1)
                 if not data:
                     return  # closed
@@ -79,8 +76,7 @@ class Door:
                     threading.Thread(
                         target=self._serve, args=(link,), name=name, daemon=True
                     ).start()
-            except Exception as error:
-                log_event("guest_failed", where="children", error=str(error))
+            if contained.failed:
                 time.sleep(_REST)
 
     def _serve(self, link: socket.socket) -> None:
@@ -93,7 +89,7 @@ class Door:
         self, name: str, arguments: Sequence[Any], options: Mapping[str, Any]
     ) -> tuple[str | None, Any]:
         try:
-            return None, self._worker.for_child(name, arguments, options)
+            return None, self._tracker.for_child(name, arguments, options)
         except Exception as error:
             if not isinstance(error, JobguardError):
                 log_event("guest_failed", where=name, error=str(error), exc_info=True)
@@ -101,7 +97,7 @@ class Door:
 
 
 class ParentStore:
-    """HostStore in a child: its worker makes the calls. Raises StoreUnavailable if it does not answer."""
+    """HostStore in a child: its worker makes the calls. Raises StoreUnavailable on no answer."""
 
     def __init__(self, door: Door, *, timeout: float) -> None:
         self.installation: str | None = None
@@ -114,17 +110,17 @@ class ParentStore:
         return lambda *arguments, **options: self.call(name, *arguments, **options)
 
     def conninfo(self) -> str | None:
-        """No other process reaches Postgres through a child."""
+        """Return None: no other process reaches Postgres through a child."""
         return None
 
     def register(self, source: SourceRow) -> SourceRow:
-        """Return what the worker knows of the source; see HostStore."""
+        """Return the source as the worker knows it; see HostStore."""
         there: SourceRow
         there, self.installation = self.call("register", source)
         return there
 
     def call(self, name: str, *arguments: Any, **options: Any) -> Any:
-        """Have the worker make a call of the store."""
+        """Ask the worker to make a call of the store."""
         until = time.monotonic() + self._timeout
         if not self._lock.acquire(timeout=self._timeout):
             raise StoreUnavailable("the worker of this child is busy with another call")
@@ -135,7 +131,9 @@ class ParentStore:
             raise StoreUnavailable(
                 f"the worker of this child does not answer: {broken}"
             ) from broken
-        except BaseException:  # thrown by a signal: the answer that is on its way is nobody's
+        except (
+            BaseException
+        ):  # raised by a signal: the answer that may still come belongs to no call
             self.close()
             raise
         finally:
@@ -146,12 +144,12 @@ class ParentStore:
         raise kind(answer)
 
     def end(self, source: int, ends: Sequence[End]) -> Sequence[Ended]:
-        """Give these to the worker, which commits them, now or when Postgres is back."""
+        """Pass these ends to the worker, which commits them now or when Postgres is back."""
         answers: Sequence[Ended] = self.call("end", source, ends)
         return answers
 
     def close(self) -> None:
-        """Let go of the socket."""
+        """Close the socket."""
         link, self._link = self._link, None
         if link is not None:
             link.close()
@@ -165,14 +163,14 @@ class ParentStore:
 
 
 class ParentSpool:
-    """The spool of a child: what the worker keeps, and in this process what the worker did not take."""
+    """The spool of a child: entries go to the worker, and stay in this process if the worker takes none."""
 
     def __init__(self, parent: ParentStore, own: Spool) -> None:
         self._parent = parent
         self._own = own
 
     def put(self, entries: Sequence[Entry]) -> bool:
-        """Keep these, all or none; see Spool."""
+        """Keep all of these entries or none; see Spool."""
         if all(isinstance(entry, Delivery | Cancelled | JoinOpened) for entry in entries):
             with suppress(JobguardError):
                 if self._parent.call("spool", entries):
@@ -194,7 +192,7 @@ def _send(link: socket.socket, what: Any, until: float | None = None) -> None:
 
 def _receive(link: socket.socket, until: float | None = None) -> Any:
     (length,) = _LENGTH.unpack(_read(link, _LENGTH.size, until))
-    return pickle.loads(_read(link, length, until))  # it is this very program's
+    return pickle.loads(_read(link, length, until))  # the data comes from this same program
 
 
 def _read(link: socket.socket, size: int, until: float | None) -> bytes:

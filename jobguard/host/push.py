@@ -1,24 +1,22 @@
-"""A push that is ours to execute: record it, then have the library send it.
+"""A push that jobguard executes: record the delivery, then let the library send it.
 
-If Redis is away the record alone is kept, for the leader to push. What may have reached Redis is never
-taken back. What differs from library to library is what a push is made of, and how it is sent.
+If Redis is away, only the record is kept, and the leader pushes it. A delivery that may have
+reached Redis is never withdrawn. Each library has its own subclass, with the content of a push and
+the way to send it.
 """
 
 from __future__ import annotations
 
-import re
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
-from uuid import UUID
-
-from redis import exceptions
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from jobguard import failpoint
 from jobguard.model import Delivery, Recorded
+from jobguard.redis_refusal import answer_in, takes_no_writes
 
 if TYPE_CHECKING:
     from jobguard.adapter import Tracker
@@ -26,136 +24,92 @@ if TYPE_CHECKING:
 
 _SEND = 1.0
 _SLOWEST = 1e6
-"""Seconds of one send, and bytes a second beside that, where a leader pushes what was not sent."""
-
-_NO_WRITES = re.compile(
-    r"\b(OOM|READONLY|LOADING|MASTERDOWN|CLUSTERDOWN|NOREPLICAS|MISCONF|TRYAGAIN)\b"
-)
-"""The answers of a Redis that takes no writes for a while: full, a replica, alone."""
-_NO_WRITES_KINDS = (
-    exceptions.OutOfMemoryError,
-    exceptions.ReadOnlyError,
-    exceptions.BusyLoadingError,
-    exceptions.ClusterDownError,  # and MASTERDOWN
-    exceptions.TryAgainError,
-)
-"""The same where redis-py takes the first word off the answer."""
-ANSWERS = (
-    exceptions.ResponseError,
-    exceptions.BusyLoadingError,
-    exceptions.AuthenticationError,
-)
-"""Errors that Redis answers with: surely it did not do what it was asked."""
+"""Seconds of one send, plus bytes per second, where a leader pushes a delivery that was not sent."""
 
 
-def answer_in(error: BaseException | None) -> BaseException | None:
-    """Return the error that Redis answered with, also from inside what a library made of it.
-
-    What came before the last error of Redis says nothing: after NOSCRIPT the script was sent again.
-    """
-    while error is not None and not isinstance(error, exceptions.RedisError):
-        error = error.__cause__ or error.__context__
-    return error if isinstance(error, ANSWERS) else None
-
-
-def takes_no_writes(error: BaseException) -> bool:
-    """Whether Redis answered that it takes no writes now; it may do so later."""
-    answer = answer_in(error)
-    if answer is None:
-        return False
-    return isinstance(answer, _NO_WRITES_KINDS) or _NO_WRITES.search(str(answer)) is not None
-
-
-class TakesBack(Protocol):
-    """What it takes to take back what was recorded."""
-
-    def withdraw(self, deliveries: Sequence[Delivery]) -> None:
-        """Take back what was surely not pushed."""
-
-    def leave_to_outbox(self, tokens: Sequence[UUID]) -> None:
-        """Leave the push to the leader."""
-
-
-def take_back(recorder: TakesBack, deliveries: Sequence[Delivery]) -> None:
-    """Surely nothing of it is in Redis. What takes another's place cannot be taken back."""
+def take_back(tracker: Tracker, deliveries: Sequence[Delivery]) -> None:
+    """Withdraw deliveries that are surely not in Redis; leave those with a parent to the leader."""
     first = [delivery for delivery in deliveries if delivery.parent is None]
     moved = [delivery.token for delivery in deliveries if delivery.parent is not None]
     if first:
-        recorder.withdraw(first)
+        tracker.withdraw(first)
     if moved:
-        recorder.leave_to_outbox(moved)
+        tracker.leave_to_outbox(moved)
 
 
 @dataclass
 class Push(ABC):
-    """One call to the library to send something, with what it needs once that is recorded."""
+    """One call to the library that sends something, with the work that follows its record."""
 
     tracker: Tracker
     broker_down: ClassVar[tuple[type[BaseException], ...]]
-    """What says that Redis is away."""
+    """The errors that mean that Redis is away."""
     _recorded: Recorded = field(default=Recorded(), init=False)
 
     @property
     @abstractmethod
     def deliveries(self) -> Sequence[Delivery]:
-        """What is recorded; after ``settle``, what is left to be pushed."""
+        """Return the deliveries to record; after `apply_refusals`, those that are left to push."""
 
     @abstractmethod
     def reach(self) -> None:
-        """Make sure that Redis can be reached; nothing may be sent. Raises as the library does."""
+        """Make sure that Redis can be reached, and send nothing. Raises as the library does."""
 
     @abstractmethod
     def send(self) -> Any:
-        """Push what is left, as the library does."""
+        """Push the deliveries that are left, as the library does."""
 
     @property
     def patience(self) -> float | None:
-        """How long a send may wait for Redis; None: as the library does, for nobody else would push it."""
+        """Return the seconds that a send may wait for Redis; None: as long as the library waits.
+
+        None is for a push that no leader would do.
+        """
         if not self._recorded.written or not self.accepts(self._recorded):
             return None
         size = sum(len(delivery.envelope) for delivery in self.deliveries)
         return _SEND + size / _SLOWEST
 
     def apply_refusals(self, recorded: Recorded) -> bool:
-        """It is recorded: take out what was refused. False: nothing is left to be pushed."""
+        """Remove the refused deliveries after the record; return False if no delivery is left to push."""
         return any(delivery.token not in recorded.refused for delivery in self.deliveries)
 
     def wait(self, down: BaseException | None) -> None:
-        """Nobody else would push it: reach Redis with the library's own patience. Raises as it does."""
+        """Reach Redis with the library's own patience: no leader would push. Raises as the library does."""
         if down is not None:
             raise down
         self.reach()
 
     def accepts(self, recorded: Recorded) -> bool:
-        """Whether its record is enough, so that nobody need hear that it was not pushed."""
+        """Return True if the record is enough, so that the sender need not know that it was not pushed."""
         return self.tracker.accepts_without_broker(recorded)
 
     def may_wait(self) -> bool:
-        """Whether it may be kept for the end of a batch."""
+        """Return True if the push may be deferred to the end of a batch."""
         return True
 
-    def undo(self) -> None:  # noqa: B027 - hardly any needs it
-        """Surely nothing of it is in Redis, and its sender hears an error: let nothing remember it."""
+    def undo(self) -> None:  # noqa: B027 - few subclasses need it
+        """Remove all memory of the push: nothing of it is in Redis, and its sender receives an error."""
 
-    def release(self) -> None:  # noqa: B027 - hardly any needs it
-        """This is over: give back what was held for it."""
+    def release(self) -> None:  # noqa: B027 - few subclasses need it
+        """Release the resources of this push, which is over."""
 
     def borrowed(self) -> AbstractContextManager[object]:
-        """What it is sent by at the end of a batch, if what it came by may be in other hands then."""
+        """Return the connection for the end of a batch, if the original one may be in use elsewhere."""
         return nullcontext()
 
     def make(self) -> Any:
-        """Record and send it. Raises as the library does, or StoreUnavailable if the user asked for that.
+        """Record and send. Raises as the library does, or StoreUnavailable if the user asked for that.
 
-        Returns what the library returned; None if the leader pushes, or the end of a batch.
+        Returns the library's result; None if the leader pushes, or the end of a batch does.
         """
         deferred = self.tracker.defer(self.deliveries, self.finish) if self.may_wait() else None
         if deferred is not None:
             deferred()
             return None
         try:
-            # Reached before the record: if this fails, surely nothing was sent.
-            away, down = self._check_stores()
+            # Redis is reached before the record: if this fails, surely nothing was sent.
+            away, down = self._check_redis()
             begun = time.monotonic()
             try:
                 recorded = self.tracker.record(self.deliveries, outbox=away)
@@ -175,7 +129,7 @@ class Push(ABC):
             self.release()
 
     def finish(self, recorded: Recorded) -> None:
-        """The same at the end of a batch, when all of it is recorded."""
+        """Do the same at the end of a batch, when all of its deliveries are recorded."""
         self._recorded = recorded
         try:
             if not self.apply_refusals(recorded):
@@ -186,7 +140,7 @@ class Push(ABC):
             with ExitStack() as stack:
                 with self._unsent():
                     stack.enter_context(self.borrowed())
-                    away, down = self._check_stores()
+                    away, down = self._check_redis()
                 if away:
                     self._without_broker(recorded, down, in_outbox=False)
                 else:
@@ -194,8 +148,8 @@ class Push(ABC):
         finally:
             self.release()
 
-    def _check_stores(self) -> tuple[bool, BaseException | None]:
-        """Whether Redis is away, and what it said if it was asked."""
+    def _check_redis(self) -> tuple[bool, BaseException | None]:
+        """Return whether Redis is away, and its error if it was asked."""
         if self.tracker.broker_in_doubt():
             return True, None
         down = self.unless_up(self.reach)
@@ -205,7 +159,8 @@ class Push(ABC):
         self, recorded: Recorded, down: BaseException | None, *, in_outbox: bool
     ) -> Any:
         if not self.tracker.accepts_without_broker(recorded):
-            in_outbox = False  # where a leader would push it, though its sender may hear an error
+            # A leader would push a delivery in the outbox, but the sender may receive an error here.
+            in_outbox = False
             with self._unsent():
                 down = self.unless_up(lambda: self.wait(down))
             if down is None:
@@ -219,7 +174,7 @@ class Push(ABC):
 
     @contextmanager
     def _unsent(self) -> Iterator[None]:
-        """What is raised inside, whatever it is, comes before anything was sent."""
+        """Withdraw on any error inside the block, because nothing was sent yet."""
         try:
             yield
         except BaseException as error:
@@ -249,17 +204,20 @@ class Push(ABC):
         return sent
 
     def failed(self, error: BaseException) -> None:
-        """See to what is recorded, and may have reached Redis."""
+        """Leave deliveries that are recorded, and may have reached Redis, to the leader."""
         self._leave()
         ids = ", ".join(delivery.job_id for delivery in self.deliveries)
         error.add_note(f"jobguard: it may have reached Redis, and stays recorded: job {ids}")
 
     def refused(self, error: BaseException) -> None:
-        """Redis answered, and surely nothing of it is there; its sender hears this."""
+        """Withdraw: Redis answered, surely nothing is there, and the sender receives this error."""
         self.give_up(error)
 
     def give_up(self, error: BaseException) -> None:
-        """It was never sent, and its sender hears this: take it back, unless a leader may have sent it."""
+        """Withdraw a push that was never sent; leave it to the leader if that may have sent it.
+
+        Its sender receives the error.
+        """
         if self._recorded.may_be_pushed(self.tracker.push_deadline):
             self.failed(error)
             return
@@ -267,20 +225,20 @@ class Push(ABC):
         self.undo()
 
     def is_down(self, error: BaseException) -> bool:
-        """Whether this says that Redis is away, or takes no writes for a while."""
+        """Return True if this error means that Redis is away, or accepts no writes for a while."""
         if isinstance(error, self.broker_down) and answer_in(error) is None:
             return True
         return takes_no_writes(error)
 
     def is_refused(self, error: BaseException) -> bool:
-        """Whether Redis answered, so that surely nothing of it is there: it is one command or script."""
+        """Return True if Redis answered: a push is one command or script, so nothing of it is there."""
         return answer_in(error) is not None
 
     def _leave(self) -> None:
         self.tracker.leave_to_outbox([delivery.token for delivery in self.deliveries])
 
     def unless_up(self, ask: Callable[[], object]) -> BaseException | None:
-        """Ask Redis this; what it says if it is away."""
+        """Ask Redis; return the error if Redis is away."""
         try:
             ask()
         except self.broker_down as error:

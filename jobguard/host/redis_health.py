@@ -1,7 +1,8 @@
-"""Whether Redis can be asked at all, found out in bounded time on a client of our own.
+"""Find out in bounded time, on a client of jobguard, whether Redis answers.
 
-The host's clients may hang for a minute on a Redis that is stopped. So before the host's client is
-used, ours has asked a moment ago; and while Redis is in doubt, a thread of ours asks it: no caller waits.
+The host's clients may hang for a minute if Redis is stopped. Therefore jobguard's client asks Redis
+shortly before the host's client is used. While Redis does not answer, a thread of jobguard asks it,
+and no caller waits.
 """
 
 from __future__ import annotations
@@ -13,21 +14,20 @@ from collections.abc import Callable
 import redis
 
 from jobguard import os_threads
-from jobguard.errors import is_host_interrupt
-from jobguard.log import log_event
+from jobguard.host_safety import contain_errors
 
 _PROOF = 0.1
-"""An answer this many seconds old is proof enough."""
+"""Seconds for which an answer counts as proof."""
 _ASK_AGAIN = 0.5
-"""While in doubt, it is asked again this often."""
+"""Seconds between two requests while Redis does not answer."""
 
 
 def _in_a_thread(work: Callable[[], None]) -> None:
-    os_threads.start(work, name="jobguard-doubt")
+    os_threads.start(work, name="jobguard-redis-health")
 
 
 class RedisHealth:
-    """Remembers the last answer of a Redis, and asks for another when it is too old."""
+    """Remembers the last answer of a Redis, and asks for another one when it is too old."""
 
     def __init__(
         self,
@@ -43,21 +43,21 @@ class RedisHealth:
         self._asking = threading.Lock()
         self._proved = -1e9
         self._ask_at = -1e9
-        self._in_doubt = False
+        self._is_away = False
 
     def __call__(self) -> bool:
-        """Whether Redis is in doubt now. Waits one short timeout at most, and once an outage."""
+        """Return True if Redis does not answer; wait one short timeout at most, and once an outage."""
         now = self._clock()
-        if not self._in_doubt and now - self._proved < _PROOF:
+        if not self._is_away and now - self._proved < _PROOF:
             return False
-        if self._in_doubt:
+        if self._is_away:
             self._ask_aside(now)
-            return self._in_doubt
+            return self._is_away
         if not self._asking.acquire(timeout=1):
-            return self._in_doubt
+            return self._is_away
         try:
-            # Who waited here takes the answer of the one who asked.
-            if self._in_doubt:
+            # A caller that waited here takes the answer that the other caller got.
+            if self._is_away:
                 return True
             if self._clock() - self._proved < _PROOF:
                 return False
@@ -66,7 +66,7 @@ class RedisHealth:
             self._asking.release()
 
     def _ask_aside(self, now: float) -> None:
-        """Ask again where no caller waits for the answer; one thread at a time."""
+        """Ask again in a thread, so that no caller waits for the answer; one thread at a time."""
         if now < self._ask_at or self._again:
             return
         self._again = True
@@ -83,30 +83,28 @@ class RedisHealth:
 
     def _ask(self) -> bool:
         try:
-            if self._client is None:
-                self._client = self._make()
-            self._client.ping()
+            # Other errors: a client cannot be built like the host's connection class. Then only the
+            # host's own client can be used.
+            with contain_errors("redis health", let_pass=redis.RedisError):
+                if self._client is None:
+                    self._client = self._make()
+                self._client.ping()
         except redis.RedisError as error:
-            # A Redis that loads or refuses us by rights is the host's to deal with; it does answer.
+            # A Redis that is loading or refuses access is the host's problem; it does answer.
             if isinstance(error, redis.ConnectionError | redis.TimeoutError):
                 self.failed()
                 return True
-        except Exception as error:
-            # A connection class that ours cannot be made like: then the host's own must do.
-            if is_host_interrupt(error):
-                raise
-            log_event("guest_failed", where="doubt", error=str(error))
-        self._in_doubt = False
+        self._is_away = False
         self._proved = self._clock()
         return False
 
     def failed(self) -> None:
-        """Redis has just failed somebody."""
-        self._in_doubt = True
+        """Note that Redis has just failed to answer a caller."""
+        self._is_away = True
         self._ask_at = self._clock() + _ASK_AGAIN
 
     def after_fork(self) -> None:
-        """Begin anew in a child, with what is known."""
+        """Reset locks and client in a child, and keep the known state."""
         self._asking = threading.Lock()
         self._client = None
         self._again = False

@@ -1,4 +1,4 @@
-"""What waits in a spool, told to a store: oldest first, by one thread at a time."""
+"""Write the entries of a spool to a store: oldest first, by one thread at a time."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from jobguard.errors import (
 )
 from jobguard.host.session import bare_end
 from jobguard.host.spool import Cancelled, Entry, JoinOpened, Spool, size_of
+from jobguard.host_safety import contain_errors
 from jobguard.log import log_event
 from jobguard.model import Delivery, End, Recorded
 
@@ -27,23 +28,23 @@ if TYPE_CHECKING:
     from jobguard.store.protocols import HostStore
 
 BATCH = 250
-"""Entries of the spool that one call carries along: a host that comes by waits for no more."""
+"""The maximum number of spool entries that one call of the host writes along with its own work."""
 _BYTES = 1 << 20
-"""And so many bytes of them."""
+"""The maximum number of bytes of them."""
 _STRIKES = 2
-"""How often an entry may fail, while Postgres answers otherwise, before it is set aside."""
+"""How often an entry may fail, while Postgres answers other calls, before it is set aside."""
 _TRIES = 8
-"""How often one that was set aside is tried again before it is given up."""
+"""How often an entry that was set aside is tried again before it is given up."""
 _AGAIN = 10.0
-"""Seconds until it is tried the first time; twice as many each time after, 10 minutes at most."""
+"""Seconds until its first new try; the pause doubles each time, up to 10 minutes."""
 _LONGEST = 30.0
-"""Seconds between two tries of the thread that drains, at most."""
+"""The maximum seconds between two tries of the draining thread."""
 _LEAST = 0.2
-"""Seconds for a look whether Postgres is back, where waiting any longer is no use."""
+"""Seconds for a check whether Postgres is back, where a longer wait is no use."""
 
 
 class Replay:
-    """The way back from one process's spool. ``ended`` is called with the ends that a store has taken."""
+    """Writes one process's spool to a store. ``ended`` is called with the ends that the store has taken."""
 
     def __init__(
         self,
@@ -66,10 +67,12 @@ class Replay:
         self._failing = False
         self._most = BATCH
         self._strikes = 0
-        self._tried: dict[int, tuple[int, float]] = {}  # by entry: how often, and when again
+        self._tried: dict[
+            int, tuple[int, float]
+        ] = {}  # by entry: the number of tries, and the time of the next
 
     def some(self, limit: int) -> int:
-        """Give Postgres so many entries at most; returns how many it took."""
+        """Write at most this many entries to Postgres; return how many it took."""
         if not self._replaying.acquire(blocking=False):
             return 0
         done = 0
@@ -84,7 +87,7 @@ class Replay:
                     self._spool.drop(entries)
                     done += len(entries)
             if not len(self._spool):
-                done += self._once_more()
+                done += self._retry_set_aside()
             self._failing = False
         except (StoreUnavailable, WrongInstallation):
             pass
@@ -103,10 +106,10 @@ class Replay:
         return done
 
     def _write(self, entries: Sequence[Entry]) -> bool:
-        """Write these; False: the first of them was set aside. Raises StoreUnavailable.
+        """Write these entries; return False if the first was set aside. Raises StoreUnavailable.
 
-        Fewer at a time after a failure, and at last one. One that fails while Postgres answers
-        otherwise must not stand in the way of all the others for ever, whatever the reason is.
+        After a failure, fewer entries are written at a time, and finally one. An entry that fails
+        while Postgres answers other calls must not block all the others for ever, for any reason.
         """
         if not self._strikes:
             try:
@@ -143,8 +146,8 @@ class Replay:
         self._most = min(BATCH, self._most * 2)
         return True
 
-    def _once_more(self) -> int:
-        """Try the next one that was set aside, if its time has come; returns how many were written."""
+    def _retry_set_aside(self) -> int:
+        """Try the next entry that was set aside, if it is due; return how many were written."""
         now = time.monotonic()
         known = {id(entry): entry for entry in self._spool.aside()}
         self._tried = {which: self._tried.get(which, (0, now + _AGAIN)) for which in known}
@@ -167,14 +170,15 @@ class Replay:
         return 1
 
     def drain_for(self, patience: float) -> None:
-        """Write all that waits, in so many seconds.
+        """Write all waiting entries within this many seconds.
 
-        Not longer than a look takes where Postgres has been away for longer than that already.
+        If Postgres has been away for longer than ``patience`` already, wait only as long as one
+        check takes.
         """
         if not self._circuit.closed and self._circuit.open_for() > patience:
             patience = min(patience, _LEAST)
         until = time.monotonic() + patience
-        self._circuit.beat_now()
+        self._circuit.end_pause()
         while len(self._spool):
             replayed = self.some(BATCH)
             if time.monotonic() >= until:
@@ -184,40 +188,42 @@ class Replay:
                 time.sleep(0.01)
 
     def drain(self) -> None:
-        """See that all is written, in a thread that ends by itself, though the host makes no call."""
+        """Write all entries in a thread that ends by itself, even if the host makes no call."""
         if not self._draining.acquire(blocking=False):
             return
         try:
             threading.Thread(target=self._drain, name="jobguard-drain", daemon=True).start()
         except (
             RuntimeError
-        ):  # the interpreter ends, or no thread can be had: the host's calls do it
+        ):  # the interpreter ends, or no thread can be started: the host's calls write them
             self._draining.release()
 
     def _drain(self) -> None:
         try:
-            pause = self._retry_interval / 4
-            while self._spool.pending:
-                time.sleep(pause)
-                if not self._circuit.check():
-                    continue
-                if self.some(BATCH):
-                    pause = self._retry_interval / 4
-                    while self.some(BATCH):
-                        pass
-                elif len(self._spool):  # it takes connections, and refuses what we say
-                    pause = min(2 * pause, _LONGEST)
-                else:  # what was set aside has times of its own
-                    pause = self._retry_interval
-        except Exception as error:
-            log_event("guest_failed", where="drain", error=str(error), exc_info=True)
+            with contain_errors("drain"):
+                self._drain_all()
         finally:
             self._draining.release()
         if self._spool.pending:
-            self.drain()  # something came after the last look
+            self.drain()  # an entry came after the last check
+
+    def _drain_all(self) -> None:
+        pause = self._retry_interval / 4
+        while self._spool.pending:
+            time.sleep(pause)
+            if not self._circuit.check():
+                continue
+            if self.some(BATCH):
+                pause = self._retry_interval / 4
+                while self.some(BATCH):
+                    pass
+            elif len(self._spool):  # Postgres accepts connections, and refuses statements
+                pause = min(2 * pause, _LONGEST)
+            else:  # entries that were set aside have their own times
+                pause = self._retry_interval
 
     def _each(self, store: HostStore, entries: Sequence[Entry]) -> None:
-        """Replay these; one that is refused for what is in it does not keep the others waiting."""
+        """Replay these entries; an entry that is refused for its content does not block the others."""
         try:
             self._all(store, entries)
         except StoreUnavailable:
@@ -242,15 +248,15 @@ class Replay:
         ends = [entry for entry in entries if isinstance(entry, End)]
         for entry in entries:
             if isinstance(entry, Cancelled | JoinOpened):
-                write_cancellation(store, source, self._with_those_aside(entry), replay=True)
+                write_cancellation(store, source, self._with_set_aside_tokens(entry), replay=True)
         if deliveries:
             store.record(source.id, deliveries, namespace=source.namespace, replay=True)
         if ends:
             store.end(source.id, ends)
             self._ended(ends)
 
-    def _with_those_aside(self, entry: Cancelled | JoinOpened) -> Cancelled | JoinOpened:
-        """Name the records that a cancel meant and that are set aside: they come after it."""
+    def _with_set_aside_tokens(self, entry: Cancelled | JoinOpened) -> Cancelled | JoinOpened:
+        """Add the tokens of records that a cancel meant and that are set aside, so written later."""
         if not isinstance(entry, Cancelled) or not entry.waiting:
             return entry
         aside = {one.token for one in self._spool.aside() if isinstance(one, Delivery)}
@@ -261,7 +267,7 @@ class Replay:
 def write_cancellation(
     store: HostStore, source: Source, entry: Cancelled | JoinOpened, *, replay: bool = False
 ) -> Recorded:
-    """Write what a host meant, now or (``replay``) some time ago."""
+    """Write a cancel or a join, now or (``replay``) some time after it was requested."""
     if isinstance(entry, Cancelled):
         _cancel(store, source.id, entry, replay=replay)
         return Recorded()
@@ -281,8 +287,9 @@ def write_cancellation(
 def _cancel(store: HostStore, source: int, entry: Cancelled, *, replay: bool) -> None:
     meant = None
     if entry.job_ids or entry.queue is not None:
-        # What is recorded from now on is a new life, which nobody cancelled; and a network may keep
-        # what we say as long as a spool. Told at once it means all that is there now.
+        # Records from now on are a new life of the job, which was not cancelled. A network may
+        # delay a statement as long as a spool does. A cancel that is not a replay means all
+        # deliveries that are there now.
         meant = store.now() - (entry.age if replay else 0.0)
     store.cancel(
         source,

@@ -1,12 +1,13 @@
-"""One boot of a guarded worker process: it beats, it claims, it reports ends in batches.
+"""One boot of a guarded worker process: it beats, it claims, and it reports ends in batches.
 
-A delivery is on the session's list from before its claim is asked for until its end is committed, so
-that a beat never leaves out what this worker may be running, nor what it has run and not yet told.
+A delivery is in flight from before its claim is requested until its end is committed. So a beat
+never leaves out a delivery that this worker may run, nor one that ran and is not reported yet.
 
-Two threads: one beats (see heart.py), one commits ends. Where jobs run in threads beside them, which a C
-call can starve, a stand-in in a process of its own beats when they cannot (see standin.py). A work-horse
-forked off the worker has neither; what it reports is written at once. But it watches its worker: should
-that die, the horse runs on, and beats in its stead, so that the job is not started beside it.
+There are two threads: one beats (see beats.py), one commits ends. If jobs run in threads beside
+them, a C call can block both, so a beat process beats when they cannot (see beat_process.py). A
+work-horse that was forked from the worker has neither thread, and writes each report at once. But
+it watches its worker: if the worker dies, the work-horse runs on and takes over the beats, so that
+its job is not started a second time beside it.
 """
 
 from __future__ import annotations
@@ -18,19 +19,19 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING
 from uuid import UUID
 
 from jobguard import failpoint, os_threads
 from jobguard.errors import BadRow, JobguardError, StoreUnavailable, is_host_interrupt
+from jobguard.fork import OwnerProcess
 from jobguard.host.alone import Alone
-from jobguard.host.beats import BeatSender, BeatTracker
+from jobguard.host.beats import BeatSender
 from jobguard.host.in_flight import InFlight
-from jobguard.host.spool import Spool
+from jobguard.host_safety import contain_errors
 from jobguard.log import log_event
 from jobguard.model import (
     Claim,
-    ClaimAnswer,
     Delivery,
     End,
     Ended,
@@ -44,42 +45,21 @@ from jobguard.model import (
 from jobguard.redact import redact
 from jobguard.store.protocols import ClaimRequest, HostStore
 
-_HOLD_BACK = 1.0
-"""Ends younger than this are no news for a beat: the batch is about to be committed."""
+if TYPE_CHECKING:
+    from jobguard.host.tracker_api import TrackerApi
+
+_FRESH = 1.0
+"""Seconds for which a beat leaves out waiting ends, because their batch is about to be committed."""
 _STEP = 0.025
-"""Seconds between two tries of a start to get its claim."""
-_DECLINES = 5
-"""How often a job goes back that no worker can begin, before it is dead."""
-_DECLINED = 5.0
-"""Seconds before it goes back the first time; twice as many each time after."""
-
-
-class SessionTracker(BeatTracker, Protocol):
-    """What a session needs of the tracker that opened it."""
-
-    spool: Spool
-
-    def call(self, work: Callable[[HostStore], Any]) -> Any:
-        """Make one call to the store, behind the circuit."""
-
-    def claim(self, request: ClaimRequest) -> ClaimAnswer:
-        """Ask for a claim, or raise as the store does."""
-
-    def end(self, ends: Sequence[End]) -> Sequence[Ended]:
-        """Commit ends, or raise as the store does."""
-
-    def replay(self) -> int:
-        """Give Postgres what waits in the spool."""
-
-    def tell_full(self, count: int) -> None:
-        """Say that so many entries find no room in the spool."""
-
-    def drain_spool(self, *, last: bool = False) -> None:
-        """Write what waits, in bounded time."""
+"""Seconds between two attempts of a start to get its claim."""
+_MOST_DECLINES = 5
+"""How often a job that no worker can begin goes back, before it is dead."""
+_DECLINE_WAIT = 5.0
+"""Seconds before it goes back the first time; the time doubles each time after."""
 
 
 def bare_end(end: End) -> End:
-    """Leave out of an end all that could be refused: that it ended must be remembered."""
+    """Return the end without all fields that could be refused: the end itself must be recorded."""
     return replace(end, job_id="", queue="", task="", error=None)
 
 
@@ -88,7 +68,7 @@ class WorkerSession:
 
     def __init__(
         self,
-        tracker: SessionTracker,
+        tracker: TrackerApi,
         beat_store: HostStore,
         *,
         name: str,
@@ -100,11 +80,11 @@ class WorkerSession:
         self.closed = False
         self._tracker = tracker
         self._settings = tracker.settings
-        self._listed = InFlight(inherited[1] if inherited else os.getpid())
+        self._in_flight = InFlight(inherited[1] if inherited else os.getpid())
         self._beats = BeatSender(
             tracker,
             beat_store,
-            self._listed,
+            self._in_flight,
             name=name,
             queues=queues,
             inherited=inherited,
@@ -115,7 +95,7 @@ class WorkerSession:
             self._beats.start_beat_process()
         self._alone = Alone()
         self._lock = os_threads.lock()
-        self._lock_pid = os.getpid()
+        self._owner = OwnerProcess()
         self._pending: deque[End] = deque()
         self._flushing = threading.Lock()
         self._wake = threading.Event()
@@ -124,32 +104,31 @@ class WorkerSession:
 
     @property
     def id(self) -> UUID:
-        """The name of this worker; see Session."""
+        """Return the id of this worker; see Session."""
         return self._beats.id
 
     @property
     def is_mine(self) -> bool:
-        """Whether this process opened it; a forked child only inherited it."""
+        """Return True if this process opened the session; a forked child only inherited it."""
         return self._beats.is_mine
 
     def _mine(self) -> None:
-        """In a forked child: begin with locks that no thread of the parent holds, and nothing to tell."""
-        if self._lock_pid != os.getpid():
-            self._lock_pid = os.getpid()
-            self._listed.after_fork()
+        """Reset the state in a forked child: create new locks, and drop the parent's reports."""
+        if self._owner.take_over():
+            self._in_flight.after_fork()
             self._alone.after_fork()
             self._lock = os_threads.lock()
             self._flushing = threading.Lock()
             self._pending = deque()
 
     def open(self) -> None:
-        """Beat once, so that claims have somebody to belong to, and go on beating."""
+        """Beat once, so that claims have a known worker, and continue to beat."""
         self._beats.introduce()
         log_event(
             "worker_started", worker=self.id, name=self._beats.name, queues=self._beats.queues
         )
-        self._beats.start(self._heard)
-        self._flusher = threading.Thread(target=self._flushes, name="jobguard-ends", daemon=True)
+        self._beats.start(self._after_beat)
+        self._flusher = threading.Thread(target=self._flush_loop, name="jobguard-ends", daemon=True)
         self._flusher.start()
 
     # -- starts ------------------------------------------------------------------------------------
@@ -163,7 +142,7 @@ class WorkerSession:
     ) -> Claim | Refused:
         """Ask for the claim to run a delivery; see Session."""
         self._mine()
-        self._listed.add(token)  # before the claim is asked for
+        self._in_flight.add(token)  # before the claim is requested
         answer: Claim | Refused | None = None
         try:
             if not self._alone.enters(token):
@@ -173,7 +152,7 @@ class WorkerSession:
             if isinstance(answer, Claim) and answer.crashes:
                 answer = self._start_alone(answer, describe, idle)
         except BaseException:
-            self._listed.remove((token,))
+            self._in_flight.remove((token,))
             raise
         finally:
             if not isinstance(answer, Claim):
@@ -186,14 +165,15 @@ class WorkerSession:
         describe: Callable[[], Delivery],
         idle: Callable[[], AbstractContextManager[None]],
     ) -> Claim | Refused:
-        """Start what is charged with a worker's death when nothing else runs here.
+        """Start a job that is charged with a worker's death when no other job runs here.
 
-        What ended here is committed first: a claim that is not ended yet looks like company.
+        Ends of other jobs are committed first: to a leader, a claim without an end looks like a job
+        beside it.
         """
         if not self._alone.take(claim.token):
-            if not self._gave_back(claim):
-                return claim  # Postgres is away: then no death is charged to it either
-            self._beats.beat_now()  # it has no claim now, and must be on the list
+            if not self._released(claim):
+                return claim  # Postgres is away: then no death is charged to the job either
+            self._beats.beat_now()  # it has no claim now, and must be on the beat's list
             log_event("start_waits", token=claim.token)
             with idle():
                 self._alone.wait(claim.token)
@@ -204,29 +184,26 @@ class WorkerSession:
 
     def _started(self, token: UUID, describe: Callable[[], Delivery]) -> Claim | Refused:
         nonce = new_token()
+        answer: Claim | Refused | WorkerDeclaredDead = Claim(token, 0)
         try:
-            answer = self._claim_patiently(token, nonce, describe)
+            with contain_errors("claim", let_pass=StoreUnavailable):
+                answer = self._claim_patiently(token, nonce, describe)
         except StoreUnavailable as error:
             # Fail open: the job runs, and is claimed as soon as Postgres answers again.
             log_event("start_unclaimed", error=str(error))
-            self._listed.without_claim(token, nonce)
+            self._in_flight.without_claim(token, nonce)
             self._beats.beat_now()
-            return Claim(token, 0)
-        except Exception as error:
-            if is_host_interrupt(error):
-                raise
-            log_event("guest_failed", where="claim", error=str(error))
             return Claim(token, 0)
         if isinstance(answer, Claim):
             return answer
         if isinstance(answer, WorkerDeclaredDead):
-            # A child cannot know its worker's new name; the worker lists what it runs.
-            log_event("start_unclaimed", error="its worker was declared dead")
+            # A child cannot know its worker's new id; the worker lists the child's delivery.
+            log_event("start_unclaimed", error="the worker of this child was declared dead")
             return Claim(token, 0)
         if self._settings.mode == "observe":
             log_event("start_unfenced", reason=answer.reason.value)
             return Claim(token, 0)
-        self._listed.skip(token)
+        self._in_flight.skip(token)
         log_event(
             "start_skipped",
             reason=answer.reason.value,
@@ -239,11 +216,11 @@ class WorkerSession:
     def _claim_patiently(
         self, token: UUID, nonce: UUID, describe: Callable[[], Delivery]
     ) -> Claim | Refused | WorkerDeclaredDead:
-        """Claim, again if Postgres was only slow: without a claim, copies of one job run twice.
+        """Claim, and claim again if Postgres was only slow: without claims, copies of one job could run.
 
-        Waits as long as one record may take, and only that long after the circuit opened; or, for a worker
-        that is not introduced yet, after it closed or the worker took its name. An outage costs one such
-        wait.
+        Waits as long as one record may take, counted from the time at which the circuit opened. For
+        a worker that Postgres does not know yet, the time counts from when the circuit closed or
+        when the worker took its id, whichever is later. So an outage costs one such wait.
         """
         until: float | None = None
         while True:
@@ -268,8 +245,8 @@ class WorkerSession:
     ) -> Claim | Refused | WorkerDeclaredDead:
         worker = self._beats.introduced()
         if worker is None:
-            self._tracker.circuit.check()  # the outage in which it began may just be over
-            raise StoreUnavailable("this worker has not been able to introduce itself")
+            self._tracker.circuit.check()  # the outage in which the worker started may just be over
+            raise StoreUnavailable("Postgres does not know this worker yet")
         request = ClaimRequest(
             token=token,
             nonce=nonce,
@@ -282,18 +259,20 @@ class WorkerSession:
         answer = self._tracker.claim(request)
         if isinstance(answer, Unknown):
             if describe is None:
-                raise BadRow("nothing is known of it")
+                raise BadRow("this delivery has no record")
             self._adopt(describe())
             answer = self._tracker.claim(request)
         if isinstance(answer, Unknown):
-            raise StoreUnavailable("it is neither owed nor ended, though it was just recorded")
+            raise StoreUnavailable(
+                "the delivery is neither owed nor ended, although it was just recorded"
+            )
         if isinstance(answer, WorkerDeclaredDead) and self.is_mine:
             self._beats.register_again(worker)
             raise StoreUnavailable("this worker was declared dead")
         return answer
 
     def _adopt(self, delivery: Delivery) -> None:
-        """Record what nobody recorded: an unguarded producer's job, or one that waits in a spool."""
+        """Record a delivery that has no record: its producer is unguarded, or its record is in a spool."""
         source = self._tracker.source
         self._tracker.call(
             lambda store: store.record(
@@ -301,21 +280,23 @@ class WorkerSession:
             )
         )
 
-    def _heard(self) -> None:
-        # A claim takes locks that greenlets wait for: from a thread of its own it must not.
+    def _after_beat(self) -> None:
+        # A claim takes locks that greenlets wait for, so it must not be made in a thread of the
+        # system.
         if not os_threads.is_patched():
             self._late_claims()
 
     def _late_claims(self) -> None:
-        for token, nonce in self._listed.unclaimed():
+        for token, nonce in self._in_flight.unclaimed():
             try:
                 answer = self._claim(token, nonce, None)
             except StoreUnavailable:
                 return
             except JobguardError:
-                # Its record still waits in somebody's spool: the list in the beat protects the run.
+                # Its record still waits in a producer's spool: the list in the beat protects the
+                # run.
                 continue
-            self._listed.claim_resolved(token)
+            self._in_flight.claim_resolved(token)
             if isinstance(answer, Refused):
                 log_event("claim_lost", reason=answer.reason.value)
 
@@ -345,7 +326,7 @@ class WorkerSession:
             error=None if error is None else redact(error),
             part=part,
         )
-        self._listed.claim_resolved(claim.token)
+        self._in_flight.claim_resolved(claim.token)
         self._alone.leave(claim.token)
         with self._lock:
             self._pending.append(end)
@@ -356,9 +337,9 @@ class WorkerSession:
             self._wake.set()
 
     def take(self, ends: Sequence[End]) -> Sequence[Ended]:
-        """Take over what a child of this worker has to report, and list it until it is committed."""
+        """Take over the ends that a child of this worker reports; they stay in flight until committed."""
         for end in ends:
-            self._listed.add(end.token)
+            self._in_flight.add(end.token)
         with self._lock:
             self._pending.extend(ends)
             many = len(self._pending) >= self._settings.ends_batch
@@ -369,20 +350,21 @@ class WorkerSession:
         return [Ended.ENDED] * len(ends)
 
     def mark_superseded(self, claim: Claim) -> None:
-        """Nothing is left to report of this delivery; see Session."""
+        """Forget this delivery, which needs no report any more; see Session."""
         self._mine()
-        self._listed.remove((claim.token,))
+        self._in_flight.remove((claim.token,))
         self._alone.leave(claim.token)
 
     def release(self, claim: Claim) -> None:
-        """Let anyone start it again; see Session."""
+        """Release the claim, so that any worker can start the delivery again; see Session."""
         self._mine()
-        # If this fails, whoever starts it is refused until a leader has seen that nobody lists it.
-        self._gave_back(claim)
-        self._listed.remove((claim.token,))
+        # If this fails, other starts are refused until a leader has seen that no worker lists the
+        # delivery.
+        self._released(claim)
+        self._in_flight.remove((claim.token,))
         self._alone.leave(claim.token)
 
-    def _gave_back(self, claim: Claim) -> bool:
+    def _released(self, claim: Claim) -> bool:
         source = self._tracker.source.id
         try:
             self._tracker.call(
@@ -391,38 +373,38 @@ class WorkerSession:
         except Exception as failure:
             if is_host_interrupt(failure):
                 raise
-            log_event("not_written", what="give_back", error=str(failure))
+            log_event("not_written", what="release", error=str(failure))
             return False
         return True
 
     def abandon(self, claim: Claim) -> None:
-        """Give a claim up as a dead worker's; see Session."""
+        """Give up the claim as if this worker had died; see Session."""
         self._mine()
-        self._listed.remove((claim.token,))
+        self._in_flight.remove((claim.token,))
         self._alone.leave(claim.token)
-        self._beats.beat_now()  # a claim that is not listed is nobody's
+        self._beats.beat_now()  # a claim that no worker lists counts as abandoned
 
     def decline(self, token: UUID, *, job_id: str, error: str) -> None:
-        """Have it go back later, a few times; see Session."""
+        """Send the job back for a later attempt, a few times at most; see Session."""
         self._mine()
         source = self._tracker.source.id
         try:
             left = self._tracker.call(
                 lambda store: store.decline(
-                    source, token, most=_DECLINES, wait=_DECLINED, error=redact(error)
+                    source, token, most=_MOST_DECLINES, wait=_DECLINE_WAIT, error=redact(error)
                 )
             )
         except Exception as failure:
             if is_host_interrupt(failure):
                 raise
-            # Nothing is lost: it is owed, and found absent by the sweep.
+            # Nothing is lost: the delivery is owed, and the sweep finds it absent.
             log_event("not_written", what="decline", error=str(failure))
             return
         log_event("job_declined", job_id=job_id, tries_left=left, error=error)
 
     def ended(self, ends: Sequence[End]) -> None:
-        """These ends are in Postgres: they need not be listed any more."""
-        self._listed.remove([end.token for end in ends])
+        """Remove these deliveries from the in-flight list: their ends are in Postgres."""
+        self._in_flight.remove([end.token for end in ends])
 
     def flush(self) -> None:
         """Commit every end reported so far, or put it into the spool; see Session."""
@@ -448,8 +430,8 @@ class WorkerSession:
                 log_event("guest_failed", where="end", error=str(error))
             if self._tracker.spool.put(batch):
                 self._beats.beat_now()
-                return  # listed until they are replayed
-            self._tracker.tell_full(len(batch))
+                return  # in flight until they are replayed
+            self._tracker.log_full_spool(len(batch))
         self.ended(batch)
 
     def _commit_alone(self, batch: Sequence[End], error: BadRow) -> None:
@@ -461,50 +443,49 @@ class WorkerSession:
         log_event("row_refused", job_id=batch[0].job_id, error=str(error))
         bare = bare_end(batch[0])
         if bare != batch[0]:
-            # Else it stays listed: a leader must not take the claim for a dead one.
+            # Otherwise the delivery stays in flight: a leader must not take its claim for a dead
+            # one.
             self._commit([bare])
 
-    def _flushes(self) -> None:
+    def _flush_loop(self) -> None:
         while not self._stop.is_set():
             self._wake.wait(self._settings.beat_interval)
             self._wake.clear()
             self._stop.wait(self._settings.ends_interval)
-            try:
+            with contain_errors("ends"):
                 self.flush()
                 if self._tracker.spool.pending:
                     self._tracker.replay()
                 if os_threads.is_patched() and self._beats.known:
                     self._late_claims()
-            except Exception as error:
-                log_event("guest_failed", where="ends", error=str(error), exc_info=True)
 
     # -- beats -------------------------------------------------------------------------------------
 
     def _unflushed(self) -> float | None:
-        """Since when reports of this worker or its children wait; None: none do."""
+        """Return since when reports of this worker or its children wait; None if none wait."""
         with self._lock:
             oldest = self._pending[0].ended_at if self._pending else None
-        if oldest is not None and time.time() - oldest < _HOLD_BACK:
+        if oldest is not None and time.time() - oldest < _FRESH:
             oldest = None
-        waiting = (oldest, self._tracker.spool.oldest(), self._listed.children.oldest())
+        waiting = (oldest, self._tracker.spool.oldest(), self._in_flight.children.oldest())
         return min((at for at in waiting if at is not None), default=None)
 
     def waits(self, since: float | None) -> None:
-        """In a child: it has reports since then that Postgres does not have; None: none."""
-        self._listed.children.note(since)
+        """Note, in a child, since when it has reports that Postgres does not have; None if it has none."""
+        self._in_flight.children.note(since)
 
     def share(self, other: WorkerSession) -> None:
-        """In a child: tell what waits where the worker looks, whose forked session this is."""
-        self._listed.children = other._listed.children
+        """Share, in a child, the memory of the worker's session: the worker reads reports there."""
+        self._in_flight.children = other._in_flight.children
 
     def consumes(self, queues: Sequence[str]) -> None:
-        """Say from the next beat on that it takes from these queues; see Session."""
+        """Report from the next beat on that the worker takes jobs from these queues; see Session."""
         self._beats.consumes(queues)
 
     def take_over_beats(self, claim: Claim, gone: Callable[[], bool]) -> None:
-        """Beat in the worker's stead if it dies before this child of it; see Session."""
+        """Take over the beats if the worker dies before this child; see Session."""
         self._mine()
-        name = "jobguard-heir"
+        name = "jobguard-take-over"
         threading.Thread(
             target=self._beat_for_parent, args=(claim, gone), name=name, daemon=True
         ).start()
@@ -515,14 +496,12 @@ class WorkerSession:
         self._beats.take_over_beats(claim.token)
         self._tracker.replay()
         while True:
-            try:
+            with contain_errors("beats"):
                 self._beats.beat()
-            except Exception as error:
-                log_event("guest_failed", where="beats", error=str(error), exc_info=True)
             time.sleep(self._settings.beat_interval)
 
     def close(self, *, running: bool = False) -> None:
-        """Flush and say goodbye; see Session."""
+        """Flush and deregister; see Session."""
         if self.closed or not self.is_mine:
             return
         self.closed = True
@@ -536,8 +515,9 @@ class WorkerSession:
         self.flush()
         self._tracker.drain_spool(last=True)
         if running or self._tracker.spool.pending:
-            # What still runs is nobody's only when nobody has been heard for long enough; and after
-            # a goodbye, what we ran and could not report would be run again at once.
+            # A job that still runs must stay claimed until no beat has come for long enough. And
+            # after a deregistration, jobs that ran but could not be reported would run again at
+            # once.
             self._beats.close()
             return
         self._beats.leave()

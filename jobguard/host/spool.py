@@ -1,7 +1,7 @@
-"""What Postgres could not take, until it can: one class behind one interface.
+"""Entries that Postgres could not take, until it can: one class behind one interface.
 
-This one keeps it in memory, up to a bound, and so loses it with the process. Everything that is
-put in is counted, and what does not fit is counted and logged: nothing is dropped silently.
+This class keeps them in memory, up to a bound, so they are lost with the process. Every entry is
+counted, and an entry without room is counted and logged: nothing is dropped silently.
 """
 
 from __future__ import annotations
@@ -19,29 +19,30 @@ from jobguard.model import Delivery, End, new_token
 
 @dataclass(frozen=True, slots=True)
 class Cancelled:
-    """An intent that Postgres has not heard of yet, and what was there when it was made.
+    """A cancel that Postgres does not have yet, and the deliveries it meant when it was made.
 
-    Its ids and its queue mean nothing that was sent later, however late it is told.
+    Its ids and its queue do not mean deliveries that were sent later, even if the cancel is written
+    late.
     """
 
     tokens: Sequence[UUID]
     job_ids: Sequence[str]
     queue: str | None
     waiting: Sequence[UUID] = ()
-    """What it means of this process's own spool: Postgres will take that for later than it was."""
+    """The deliveries that it means in this process's own spool; they are recorded after the cancel."""
     made_at: float = field(default_factory=time.monotonic)
     until: UUID = field(default_factory=new_token)
-    """Every later token of this process sorts behind it."""
+    """Every later token of this process sorts after it."""
 
     @property
     def age(self) -> float:
-        """Seconds since it was made."""
+        """Return the seconds since it was made."""
         return time.monotonic() - self.made_at
 
 
 @dataclass(frozen=True, slots=True)
 class JoinOpened:
-    """A join that Postgres has not heard of yet, or whose end it has not heard of."""
+    """A join, or the end of a join, that Postgres does not have yet."""
 
     join: str
     size: int
@@ -53,7 +54,7 @@ class JoinOpened:
 class Adoptable:
     """A record without its envelope, for which there was no room. The job is in Redis.
 
-    Nothing is written of it: the worker that starts the job records it.
+    It is never written to Postgres: the worker that starts the job records it.
     """
 
     token: UUID
@@ -64,13 +65,13 @@ class Adoptable:
 Entry = Delivery | End | Cancelled | JoinOpened | Adoptable
 
 _OVERHEAD = 500
-"""Bytes that an entry weighs beside what is in it."""
+"""Bytes that an entry takes in addition to its content."""
 _ASIDE = 1000
-"""Entries that may stand aside; the oldest is given up for one more."""
+"""The maximum number of entries that are set aside; the oldest is given up for one more."""
 
 
 def size_of(entry: Entry) -> int:
-    """Return how many bytes an entry takes, about."""
+    """Return about how many bytes an entry takes."""
     if isinstance(entry, Delivery):
         return _OVERHEAD + len(entry.envelope) + len(entry.job_id) + len(entry.queue)
     if isinstance(entry, End):
@@ -85,7 +86,7 @@ def size_of(entry: Entry) -> int:
 
 
 def is_adoptable(entry: Entry) -> bool:
-    """Whether a worker can record it as well: it says nothing of other deliveries."""
+    """Return True if a worker can record it as well, because it changes no other deliveries."""
     return (
         isinstance(entry, Delivery)
         and entry.parent is None
@@ -95,7 +96,7 @@ def is_adoptable(entry: Entry) -> bool:
 
 
 def is_report(entry: Entry) -> bool:
-    """Whether a leader must wait for it: without it, what is owed cannot be judged."""
+    """Return True if a leader must wait for it, because no decision is possible without it."""
     if isinstance(entry, Delivery):
         return entry.parent is not None
     return isinstance(entry, End | Cancelled)
@@ -103,14 +104,14 @@ def is_report(entry: Entry) -> bool:
 
 @dataclass(slots=True)
 class SpoolCounts:
-    """What went in, what came out again, what found no place."""
+    """The number of entries that came in, were replayed, or found no room."""
 
     taken: int = 0
     replayed: int = 0
     lost: int = 0
     quarantined: int = 0
     adoptable: int = 0
-    """Of what came in: records that gave up their envelopes for want of room."""
+    """Of the entries taken: records that lost their envelopes because there was no room."""
 
 
 class Spool(Protocol):
@@ -119,51 +120,51 @@ class Spool(Protocol):
     counts: SpoolCounts
 
     def put(self, entries: Sequence[Entry]) -> bool:
-        """Keep these, all or none; False if there is no room."""
+        """Keep all of these entries or none; return False if there is no room."""
 
     def peek(self, limit: int, size: int | None = None) -> Sequence[Entry]:
-        """The oldest entries, of one kind, which stay until they are dropped.
+        """Return the oldest entries, all of one kind; they stay until they are dropped.
 
-        ``size``: no more than so many bytes, but one entry at least.
+        ``size``: at most this many bytes, but at least one entry.
         """
 
     def drop(self, entries: Sequence[Entry]) -> None:
-        """Postgres has these now."""
+        """Remove these entries, which Postgres now has."""
 
     def set_aside(self, entry: Entry) -> None:
-        """Take the first entry, which Postgres does not take, out of the way of the others."""
+        """Move the first entry, which Postgres does not take, out of the way of the others."""
 
     def aside(self) -> Sequence[Entry]:
-        """What was set aside, oldest first."""
+        """Return the entries that were set aside, oldest first."""
 
     def drop_aside(self, entry: Entry, *, lost: bool) -> None:
-        """Postgres has it, or it is given up."""
+        """Remove an entry that was set aside: Postgres has it, or it is ``lost``."""
 
     def left(self) -> Sequence[Entry]:
-        """All that waits, what was set aside first."""
+        """Return all waiting entries, those that were set aside first."""
 
     def only_adoptable(self) -> bool:
-        """Whether nothing waits but records of jobs that are in Redis."""
+        """Return True if all waiting entries are records of jobs that are in Redis."""
 
     @property
     def pending(self) -> int:
-        """How many entries wait, those that were set aside among them."""
+        """Return how many entries wait, including those that were set aside."""
 
     @property
     def size(self) -> int:
-        """How many bytes wait."""
+        """Return how many bytes wait."""
 
     def remove(self, tokens: Sequence[UUID]) -> None:
-        """Forget the records of these deliveries: they are withdrawn."""
+        """Remove the records of these deliveries, which are withdrawn."""
 
     def waiting(self, job_ids: Sequence[str], queue: str | None) -> Sequence[UUID]:
-        """Which deliveries of these ids, or to this queue, wait for their record."""
+        """Return the deliveries with these ids, or to this queue, that wait for their record."""
 
     def oldest(self) -> float | None:
-        """When the oldest report was put in, in seconds since the epoch; None: there is none."""
+        """Return when the oldest report was put in, in seconds since the epoch; None if there is none."""
 
     def __len__(self) -> int:
-        """How many entries wait for their turn; what was set aside has had its turn."""
+        """Return how many entries wait for their turn, without those that were set aside."""
 
 
 @dataclass(slots=True)
@@ -184,7 +185,7 @@ class MemorySpool:
         most_bytes: int = 64 << 20,
         lightened: Callable[[int], None] = lambda _count: None,
     ) -> None:
-        """``lightened`` is called with the number of records that have given up their envelopes."""
+        """Create the spool; call ``lightened`` with the number of records that lost their envelopes."""
         self._most = size
         self._most_bytes = most_bytes
         self._changed = changed
@@ -192,12 +193,12 @@ class MemorySpool:
         self._lock = threading.Lock()
         self._slots: deque[_Slot] = deque()
         self._aside: deque[_Slot] = deque()
-        self._reports: deque[_Slot] = deque()  # those of the slots that are reports, in order
+        self._reports: deque[_Slot] = deque()  # the slots that are reports, in order
         self._bytes = 0
         self.counts = SpoolCounts()
 
     def put(self, entries: Sequence[Entry]) -> bool:
-        """Keep these, all or none; see Spool."""
+        """Keep all of these entries or none; see Spool."""
         at = time.time()
         slots = [_Slot(at, entry, size_of(entry)) for entry in entries]
         with self._lock:
@@ -205,7 +206,8 @@ class MemorySpool:
             more = self._bytes + sum(slot.size for slot in slots) - self._most_bytes
             fits = len(self._slots) + len(self._aside) + len(slots) <= self._most
             if fits and more > 0:
-                # An eighth more than is needed: the next ones need not look again.
+                # Free an eighth of the bound more than is needed, so that the next calls need not
+                # search again.
                 freed, lightened = self._lighten(self._slots, more + self._most_bytes // 8)
                 if freed < more:
                     freed_here, here = self._lighten(slots, more - freed)
@@ -230,7 +232,7 @@ class MemorySpool:
             self._reports.append(slot)
 
     def _lighten(self, slots: Iterable[_Slot], wanted: int) -> tuple[int, int]:
-        """Drop envelopes of what workers can record as well; return the bytes and the number."""
+        """Drop envelopes of records that workers can write as well; return the bytes and the number."""
         freed = count = 0
         for slot in slots:
             if freed >= wanted:
@@ -248,7 +250,7 @@ class MemorySpool:
         return freed, count
 
     def peek(self, limit: int, size: int | None = None) -> Sequence[Entry]:
-        """The oldest entries of one kind; see Spool."""
+        """Return the oldest entries of one kind; see Spool."""
         with self._lock:
             found: list[Entry] = []
             total = 0
@@ -266,7 +268,7 @@ class MemorySpool:
             return found
 
     def drop(self, entries: Sequence[Entry]) -> None:
-        """Postgres has these now; see Spool."""
+        """Remove these entries, which Postgres now has; see Spool."""
         with self._lock:
             for entry in entries:
                 if self._slots and self._slots[0].entry is entry:
@@ -282,7 +284,7 @@ class MemorySpool:
         return slot
 
     def set_aside(self, entry: Entry) -> None:
-        """Take the first entry out of the way; see Spool."""
+        """Move the first entry out of the way; see Spool."""
         with self._lock:
             if self._slots and self._slots[0].entry is entry:
                 slot = self._pop()
@@ -294,12 +296,12 @@ class MemorySpool:
         self._changed()
 
     def aside(self) -> Sequence[Entry]:
-        """What was set aside; see Spool."""
+        """Return the entries that were set aside; see Spool."""
         with self._lock:
             return [slot.entry for slot in self._aside]
 
     def drop_aside(self, entry: Entry, *, lost: bool) -> None:
-        """Postgres has it, or it is given up; see Spool."""
+        """Remove an entry that was set aside; see Spool."""
         with self._lock:
             for slot in self._aside:
                 if slot.entry is entry:
@@ -311,26 +313,26 @@ class MemorySpool:
         self._changed()
 
     def left(self) -> Sequence[Entry]:
-        """All that waits; see Spool."""
+        """Return all waiting entries; see Spool."""
         with self._lock:
             return [slot.entry for slot in (*self._aside, *self._slots)]
 
     def only_adoptable(self) -> bool:
-        """Whether nothing waits but records of jobs that are in Redis; see Spool."""
+        """Return True if all waiting entries are records of jobs that are in Redis; see Spool."""
         return all(isinstance(one, Adoptable) or is_adoptable(one) for one in self.left())
 
     @property
     def pending(self) -> int:
-        """How many entries wait; see Spool."""
+        """Return how many entries wait; see Spool."""
         return len(self._slots) + len(self._aside)
 
     @property
     def size(self) -> int:
-        """How many bytes wait; see Spool."""
+        """Return how many bytes wait; see Spool."""
         return self._bytes
 
     def remove(self, tokens: Sequence[UUID]) -> None:
-        """Forget the records of these deliveries; see Spool."""
+        """Remove the records of these deliveries; see Spool."""
         gone = frozenset(tokens)
 
         def stays(slot: _Slot) -> bool:
@@ -344,7 +346,7 @@ class MemorySpool:
         self._changed()
 
     def waiting(self, job_ids: Sequence[str], queue: str | None) -> Sequence[UUID]:
-        """Which deliveries of these ids, or to this queue, wait; see Spool."""
+        """Return the waiting deliveries with these ids, or to this queue; see Spool."""
         ids = frozenset(job_ids)
         with self._lock:
             return tuple(
@@ -355,10 +357,10 @@ class MemorySpool:
             )
 
     def oldest(self) -> float | None:
-        """When the oldest report was put in; see Spool."""
+        """Return when the oldest report was put in; see Spool."""
         with self._lock:
             return self._reports[0].at if self._reports else None
 
     def __len__(self) -> int:
-        """How many entries wait for their turn."""
+        """Return how many entries wait for their turn."""
         return len(self._slots)

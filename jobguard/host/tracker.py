@@ -1,14 +1,13 @@
-"""The tracker: everything a host process tells the ledger passes through here.
+"""The tracker: all reports of a host process to the ledger pass through this module.
 
-A job's road: the adapter hands over a delivery, ``record`` commits it (group commit, behind the
-circuit), and only then does the library push. While Postgres is away, what could not be written goes
-into the spool, and back from there, in order, when the circuit closes. Nothing in here lets an
-exception of ours reach the host, unless the user asked for it.
+The path of a job: the adapter passes a delivery, ``record`` commits it (group commit, behind the
+circuit), and only then does the library push it. While Postgres is away, entries that could not be
+written go into the spool. When the circuit closes, they are written from the spool in order. No
+exception of jobguard reaches the host, unless the user asked for it.
 """
 
 from __future__ import annotations
 
-import os
 import socket
 import sys
 import threading
@@ -34,6 +33,7 @@ from jobguard.errors import (
     WrongInstallation,
     is_host_interrupt,
 )
+from jobguard.fork import OwnerProcess
 from jobguard.host import batch as batches
 from jobguard.host.circuit import Circuit
 from jobguard.host.group_commit import GroupCommit
@@ -42,21 +42,21 @@ from jobguard.host.redis_health import RedisHealth
 from jobguard.host.replay import BATCH, Replay, write_cancellation
 from jobguard.host.session import WorkerSession
 from jobguard.host.spool import Cancelled, Entry, JoinOpened, MemorySpool, Spool
-from jobguard.host_safety import safe_tracker
+from jobguard.host_safety import contain_errors, safe_tracker
 from jobguard.log import log_event
 from jobguard.model import Claim, ClaimAnswer, Delivery, End, Ended, Outcome, Recorded
 from jobguard.redact import redact
 from jobguard.settings import Settings
 from jobguard.store.protocols import ClaimRequest, HostStore, SourceRow
 
-_OF_ITS_OWN = ("outbox", "replay", "newest")
-"""How a record is written that no other may join."""
+_UNSHARED = ("outbox", "replay", "newest")
+"""The options of a record that cannot share a group commit."""
 _PATIENCE = 5.0
-"""Seconds that a process which is about to end waits, in all, for Postgres to take what it alone knows."""
+"""Seconds that a process waits in all, before it ends, for Postgres to take its reports."""
 _ADOPTABLE_PATIENCE = 0.5
 """Seconds that it waits for records of jobs that are in Redis: a worker that starts one records it."""
-_NAMED = 20
-"""Ids of what was not written that are named, at most."""
+_MOST_IDS = 20
+"""The maximum number of unwritten job ids in a log line."""
 
 
 class HostTracker:
@@ -82,47 +82,49 @@ class HostTracker:
         self._session: WorkerSession | None = None
         self._door: Door | None = None
         self._parent: ParentStore | None = None
-        self._pid = 0
-        self._refuses: str | None = None
+        self._refusal: str | None = None
         self.circuit: Circuit
-        self._mine()
+        self._owner = OwnerProcess()
+        self._start()
 
     # -- one process, one set of locks and connections --------------------------------------------
 
     def _mine(self) -> HostTracker:
-        if self._pid != os.getpid():
-            before = self.circuit if self._pid else None
-            self._pid = os.getpid()
-            self._store = self._new_store()
-            self._registered = False
-            self._warned = self._told_full = self._told_light = self._told_left = False
-            self._patience = _PATIENCE
-            self._registering = threading.Lock()
-            self.circuit = Circuit(
-                self._probe,
-                retry_interval=self.settings.retry_interval,
-                on_change=self._circuit_changed,
-            )
-            if before is not None:
-                self.circuit.copy_state(before)
-                # What waits in the parent's spool is the parent's to replay.
-                self.spool = self._memory_spool()
-                if self._parent is not None:
-                    self.spool = ParentSpool(self._parent, self.spool)
-            self._replay = Replay(
-                self.source,
-                self.spool,
-                self.circuit,
-                self._ready,
-                retry_interval=self.settings.retry_interval,
-                ended=self._ended,
-            )
-            timeout = self.settings.record_timeout
-            self._commit = GroupCommit(self._write, timeout=timeout)
-            self._claims = GroupCommit(self._write_claims, timeout=timeout)
-            if self._redis_health is not None:
-                self._redis_health.after_fork()
+        if self._owner.take_over():
+            self._start(parent_circuit=self.circuit)
         return self
+
+    def _start(self, parent_circuit: Circuit | None = None) -> None:
+        """Make the parts that a forked child must not share with its parent."""
+        self._store = self._new_store()
+        self._registered = False
+        self._warned = self._logged_full = self._logged_light = self._logged_left = False
+        self._patience = _PATIENCE
+        self._registering = threading.Lock()
+        self.circuit = Circuit(
+            self._probe,
+            retry_interval=self.settings.retry_interval,
+            on_change=self._circuit_changed,
+        )
+        if parent_circuit is not None:
+            self.circuit.copy_state(parent_circuit)
+            # The parent replays the entries of its own spool.
+            self.spool = self._memory_spool()
+            if self._parent is not None:
+                self.spool = ParentSpool(self._parent, self.spool)
+        self._replay = Replay(
+            self.source,
+            self.spool,
+            self.circuit,
+            self._ready,
+            retry_interval=self.settings.retry_interval,
+            ended=self._ended,
+        )
+        timeout = self.settings.record_timeout
+        self._commit = GroupCommit(self._write, timeout=timeout)
+        self._claims = GroupCommit(self._write_claims, timeout=timeout)
+        if self._redis_health is not None:
+            self._redis_health.after_fork()
 
     def _memory_spool(self) -> MemorySpool:
         return MemorySpool(
@@ -133,9 +135,9 @@ class HostTracker:
         )
 
     def _new_store(self) -> HostStore:
-        """Return a store of this process; of a worker's child: one that leads through its worker."""
+        """Return a store of this process; in a worker's child, a store that calls the worker."""
         door = self._door
-        if door is None or door.pid == os.getpid():
+        if door is None or door.owner.is_current:
             self._parent = None
             return self._make_store()
         patience = self.settings.record_timeout + self.settings.call_timeout
@@ -153,9 +155,9 @@ class HostTracker:
             log_event("postgres_away", error=self.circuit.why)
 
     def _ready(self) -> HostStore:
-        """The store, made known to this source on the first call. Raises as the store does."""
-        if self._refuses:
-            raise WrongInstallation(self._refuses)
+        """Return the store, and register this source on the first call. Raises as the store does."""
+        if self._refusal:
+            raise WrongInstallation(self._refusal)
         if not self._registered:
             with self._registering:
                 if not self._registered:
@@ -178,18 +180,18 @@ class HostTracker:
         )
         name = self._store.installation
         if self.settings.installation is not None and name != self.settings.installation:
-            self._refuses = (
+            self._refusal = (
                 f"the database is installation {name!r}, JOBGUARD_INSTALLATION says "
                 f"{self.settings.installation!r}: nothing is written to it"
             )
             log_event("wrong_installation", has=name, wants=self.settings.installation)
-            raise WrongInstallation(self._refuses)
+            raise WrongInstallation(self._refusal)
         if there.settings != mine:
             log_event("settings_differ", source=str(self.source), here=mine, there=there.settings)
         self._registered = True
 
     def call(self, work: Callable[[HostStore], Any]) -> Any:
-        """Make one call to the store, behind the circuit, after what still waits in the spool.
+        """Make one call to the store, behind the circuit, after the entries that wait in the spool.
 
         Raises BreakerOpen, StoreUnavailable, BadRow, WrongInstallation.
         """
@@ -200,29 +202,29 @@ class HostTracker:
             return work(self._ready())
 
     def connect(self) -> None:
-        """Reach Postgres now. Raises why it cannot be used."""
+        """Reach Postgres now. Raises the reason why it cannot be used."""
         self.call(lambda store: None)
 
     # -- producers ---------------------------------------------------------------------------------
 
     def guards(self, queue: str) -> bool:
-        """Whether this queue is guarded; see Tracker."""
+        """Return True if this queue is guarded; see Tracker."""
         return self._queues is None or queue in self._queues
 
     def guard_also(self, queues: frozenset[str] | None) -> None:
-        """Guard these queues of the source as well; None: every queue."""
+        """Guard these queues of the source as well; None means every queue."""
         if queues is None or self._queues is None:
             self._queues = None
         else:
             self._queues |= queues
 
     def record(self, deliveries: Sequence[Delivery], *, outbox: bool = False) -> Recorded:
-        """Commit before the push; see Tracker."""
+        """Commit deliveries before their push; see Tracker."""
         if not deliveries:
             return Recorded()
         self._mine()
         deliveries = _with_errors(deliveries)
-        # Else a leader might push what its sender is told has failed.
+        # Otherwise a leader might push a delivery whose sender receives an error.
         outbox = outbox and self._accepts
         try:
             if outbox or len(deliveries) > BATCH:
@@ -234,7 +236,7 @@ class HostTracker:
         except StoreUnavailable as error:
             if self.settings.when_postgres_down == "raise" and not any(map(_goes_on, deliveries)):
                 if not isinstance(error, NotWritten):
-                    self._cancel_unheard(error, deliveries)
+                    self._cancel_unanswered(error, deliveries)
                 raise
             return self._overflow(deliveries, error)
         except Exception as error:
@@ -246,15 +248,15 @@ class HostTracker:
         mine = frozenset(d.token for d in deliveries)
         return Recorded(refused=recorded.refused & mine, leader_live=recorded.leader_live)
 
-    def _cancel_unheard(self, error: StoreUnavailable, deliveries: Sequence[Delivery]) -> None:
-        """Their sender hears that they were not recorded, which they may be: then they are cancelled."""
+    def _cancel_unanswered(self, error: StoreUnavailable, deliveries: Sequence[Delivery]) -> None:
+        """Cancel deliveries that may be recorded although their sender receives an error."""
         tokens = tuple(delivery.token for delivery in deliveries)
         if not self.spool.put([Cancelled(tokens, (), None)]):
             ids = ", ".join(delivery.job_id for delivery in deliveries)
-            error.add_note(f"jobguard: it may be recorded all the same, and run: job {ids}")
+            error.add_note(f"jobguard: it may still be recorded, and run: job {ids}")
 
     def _write(self, deliveries: Sequence[Delivery]) -> Recorded:
-        if not self.circuit.closed:  # it opened while this batch stood in line: one wait is enough
+        if not self.circuit.closed:  # it opened while this batch waited: one wait is enough
             raise BreakerOpen
         return self._send(self._store, deliveries, outbox=False)
 
@@ -270,7 +272,7 @@ class HostTracker:
     def defer(
         self, deliveries: Sequence[Delivery], push: Callable[[Recorded], None]
     ) -> Callable[[], None] | None:
-        """Within a batch, keep these until its end; see Tracker."""
+        """Keep these until the end of the batch, if there is one; see Tracker."""
         return batches.defer(self.source.id, deliveries, push)
 
     def batch(
@@ -281,11 +283,11 @@ class HostTracker:
         unheard: bool = False,
         apart: bool = False,
     ) -> AbstractContextManager[None]:
-        """Record all that is sent inside in one statement; see Tracker."""
-        recorder = safe_tracker(self)  # what is pushed at its end is an adapter's
+        """Record in one statement all that is sent inside the block; see Tracker."""
+        tracker = safe_tracker(self)  # the pushes at its end are an adapter's
         return batches.batch(
             self.source.id,
-            recorder,
+            tracker,
             patience,
             first_at_once=first_at_once,
             unheard=unheard,
@@ -293,17 +295,17 @@ class HostTracker:
         )
 
     def open_join(self, join: str, size: int, state: bytes = b"") -> Recorded:
-        """Remember that a continuation waits for so many jobs; see Tracker."""
-        return self._intend(JoinOpened(join, size, state), "open_join")
+        """Record that a continuation waits for this many jobs; see Tracker."""
+        return self._record_intent(JoinOpened(join, size, state), "open_join")
 
     def close_join(self, join: str) -> None:
-        """Nothing will come of this join; see Tracker."""
-        self._intend(JoinOpened(join, 0, closed=True), "close_join")
+        """Close a join that will not continue; see Tracker."""
+        self._record_intent(JoinOpened(join, 0, closed=True), "close_join")
 
     def _record_alone(
         self, deliveries: Sequence[Delivery], error: BadRow, *, outbox: bool
     ) -> Recorded:
-        """One of several is bad: find out which; the others shall not suffer for it."""
+        """Find the bad one among several deliveries, and record the others."""
         if len(deliveries) == 1:
             self.spool.counts.quarantined += 1
             log_event("row_refused", job_id=deliveries[0].job_id, error=str(error))
@@ -312,8 +314,8 @@ class HostTracker:
         for delivery in deliveries:
             try:
                 parts.append(self.record([delivery], outbox=outbox))
-            except StoreUnavailable as unheard:
-                self._cancel_unheard(unheard, deliveries[: len(parts)])
+            except StoreUnavailable as unanswered:
+                self._cancel_unanswered(unanswered, deliveries[: len(parts)])
                 raise
         return Recorded(
             refused=frozenset().union(*(part.refused for part in parts)),
@@ -328,15 +330,15 @@ class HostTracker:
             log_event("record_skipped", count=len(entries))
             return Recorded(lost=True)
         if self.spool.put(entries):
-            self._tell_once(error)
+            self._log_once(error)
             return Recorded(spooled=True)
-        self.tell_full(len(entries))
+        self.log_full_spool(len(entries))
         return Recorded(lost=True)
 
-    def tell_full(self, count: int) -> None:
-        """Say that entries find no room in the spool, once until it is empty again."""
-        if not self._told_full:
-            self._told_full = True
+    def log_full_spool(self, count: int) -> None:
+        """Log that entries find no room in the spool, once until it is empty again."""
+        if not self._logged_full:
+            self._logged_full = True
             log_event(
                 "spool_full",
                 entries=self.spool.pending,
@@ -346,12 +348,12 @@ class HostTracker:
             )
 
     def _spool_lightened(self, count: int) -> None:
-        if not self._told_light:
-            self._told_light = True
+        if not self._logged_light:
+            self._logged_light = True
             log_event("spool_lightened", count=count, bytes=self.spool.size)
 
-    def _tell_once(self, error: Exception) -> None:
-        """One line an outage: a busy producer would otherwise fill its log with them."""
+    def _log_once(self, error: Exception) -> None:
+        """Log one line per outage: otherwise a busy producer would fill its log."""
         if self._warned:
             return
         self._warned = True
@@ -363,28 +365,28 @@ class HostTracker:
             log_event("record_spooled", error=str(error))
 
     def withdraw(self, deliveries: Sequence[Delivery]) -> None:
-        """Take back what was surely not pushed; see Tracker."""
+        """Withdraw deliveries that were surely not pushed; see Tracker."""
         tokens = [d.token for d in deliveries]
         self.spool.remove(tokens)
-        self._quietly("withdraw", lambda store: store.withdraw(self.source.id, tokens))
+        self._try_call("withdraw", lambda store: store.withdraw(self.source.id, tokens))
 
     def leave_to_outbox(self, tokens: Sequence[UUID]) -> None:
-        """The leader shall see to the push; see Tracker."""
-        # If this fails, the sweep finds the deliveries absent all the same, only later.
-        self._quietly("outbox", lambda store: store.outbox(self.source.id, tokens))
+        """Leave the push to the leader; see Tracker."""
+        # If this fails, the sweep still finds the deliveries absent, only later.
+        self._try_call("outbox", lambda store: store.outbox(self.source.id, tokens))
 
     def broker_in_doubt(self) -> bool:
-        """Whether Redis did not answer a moment ago; see Tracker."""
+        """Return True if Redis did not answer a moment ago; see Tracker."""
         self._mine()
         return self._redis_health is not None and self._redis_health()
 
     def broker_failed(self) -> None:
-        """Redis just failed the host; see Tracker."""
+        """Note that Redis just failed the host; see Tracker."""
         if self._redis_health is not None:
             self._redis_health.failed()
 
     def accepts_without_broker(self, recorded: Recorded) -> bool:
-        """Whether a recorded job may be accepted although Redis is away; see Tracker."""
+        """Return True if a recorded job may be accepted although Redis is away; see Tracker."""
         return self._accepts and recorded.leader_live and not recorded.refused and not recorded.lost
 
     @property
@@ -398,41 +400,38 @@ class HostTracker:
         job_ids: Sequence[str] = (),
         queue: str | None = None,
     ) -> None:
-        """Write the tombstones before Redis forgets; see Tracker."""
-        self._mine()  # a parent's spool, which a child must not ask, is the parent's
+        """Write the tombstones before Redis forgets the jobs; see Tracker."""
+        self._mine()  # a child must not ask its parent's spool
         waiting = self.spool.waiting(job_ids, queue)
-        self._intend(Cancelled(tuple(tokens), tuple(job_ids), queue, waiting), "cancel")
+        self._record_intent(Cancelled(tuple(tokens), tuple(job_ids), queue, waiting), "cancel")
 
     def amend(self, token: UUID, change: Callable[[bytes], bytes]) -> bool:
-        """Change what an owed delivery is put back as; see Tracker."""
+        """Change the envelope with which an owed delivery is restored; see Tracker."""
         try:
             return bool(self.call(lambda store: store.amend(self.source.id, token, change)))
         except BreakerOpen:
-            return False  # that has been said
+            return False  # the outage is already logged
         except Exception as failure:
             if is_host_interrupt(failure):
                 raise
             log_event("not_written", what="amend", error=str(failure))
             return False
 
-    def _intend(self, entry: Cancelled | JoinOpened, what: str) -> Recorded:
+    def _record_intent(self, entry: Cancelled | JoinOpened, what: str) -> Recorded:
         try:
-            recorded: Recorded = self.call(
-                lambda store: write_cancellation(store, self.source, entry)
-            )
-            if isinstance(entry, Cancelled) and self.spool.pending:
-                # Its record may still wait there: the intent must come after it as well.
-                self.spool.put([entry])
-            return recorded
+            with contain_errors(what, let_pass=StoreUnavailable):
+                recorded: Recorded = self.call(
+                    lambda store: write_cancellation(store, self.source, entry)
+                )
+                if isinstance(entry, Cancelled) and self.spool.pending:
+                    # Its record may still wait in the spool: the cancel must also come after it.
+                    self.spool.put([entry])
+                return recorded
         except StoreUnavailable as error:
             if self.settings.when_postgres_down == "raise":
                 raise
             return self._overflow([entry], error)
-        except Exception as error:
-            if is_host_interrupt(error):
-                raise
-            log_event("guest_failed", where=what, error=str(error))
-            return Recorded(lost=True)
+        return Recorded(lost=True)
 
     def heartbeat(
         self,
@@ -445,7 +444,7 @@ class HostTracker:
     ) -> bool:
         """Note a running job's progress; unknown ids are ignored."""
         return bool(
-            self._quietly(
+            self._try_call(
                 "heartbeat",
                 lambda store: store.heartbeat(
                     self.source.id,
@@ -459,67 +458,63 @@ class HostTracker:
         )
 
     def predecessor(self, token: UUID) -> UUID | None:
-        """The worker whose claim of this delivery was taken away last; see Tracker."""
+        """Return the worker that last lost its claim of this delivery; see Tracker."""
         source = self.source.id
-        found: UUID | None = self._quietly(
+        found: UUID | None = self._try_call(
             "predecessor", lambda store: store.predecessor(source, token)
         )
         return found
 
     def lock(self, name: str, claim: Claim) -> bool:
-        """Take a lock in the name of this claim; see Tracker."""
+        """Take a lock that belongs to this claim; see Tracker."""
         source = self.source.id
         return bool(
-            self._quietly(
+            self._try_call(
                 "lock",
                 lambda store: store.lock(source, name, token=claim.token, number=claim.number),
             )
         )
 
     def unlock(self, name: str, claim: Claim) -> None:
-        """Let go of a lock of this claim; see Tracker."""
+        """Release a lock of this claim; see Tracker."""
         # If this fails, the lock ends with the claim.
         source = self.source.id
-        self._quietly("unlock", lambda store: store.unlock(source, name, token=claim.token))
+        self._try_call("unlock", lambda store: store.unlock(source, name, token=claim.token))
 
     def recovers(self, tokens: Sequence[UUID], *, began: bool = True) -> frozenset[UUID] | None:
-        """Which of these the leader brings back if their run was killed; see Tracker."""
+        """Return the deliveries that the leader restores if their run is killed; see Tracker."""
         wanted = self.settings.recover_killed or not began
         if not (tokens and wanted and self.settings.mode == "guard"):
             return frozenset()
         source = self.source.id
-        found: frozenset[UUID] | None = self._quietly(
+        found: frozenset[UUID] | None = self._try_call(
             "recovers",
             lambda store: store.recoverable(source, tokens),
         )
         return found
 
     def tombstones(self, tokens: Sequence[UUID]) -> Mapping[UUID, Outcome] | None:
-        """How these have ended; see Tracker."""
+        """Return the outcomes of those that have ended; see Tracker."""
         if not tokens:
             return {}
-        found: Mapping[UUID, Outcome] | None = self._quietly(
+        found: Mapping[UUID, Outcome] | None = self._try_call(
             "tombstones", lambda store: store.tombstones(self.source.id, tokens)
         )
         return found
 
-    def _quietly(self, what: str, work: Callable[[HostStore], Any]) -> Any:
+    def _try_call(self, what: str, work: Callable[[HostStore], Any]) -> Any:
         try:
-            return self.call(work)
+            with contain_errors(what, let_pass=JobguardError):
+                return self.call(work)
         except JobguardError as error:
             log_event("not_written", what=what, error=str(error))
-            return None
-        except Exception as error:
-            if is_host_interrupt(error):
-                raise
-            log_event("guest_failed", where=what, error=str(error), exc_info=True)
-            return None
+        return None
 
     # -- workers -----------------------------------------------------------------------------------
 
     @property
     def mends_library(self) -> bool:
-        """Whether faults of the library itself may be mended; see Tracker."""
+        """Return True if faults of the library itself may be corrected; see Tracker."""
         return self.settings.mend_library and self.settings.mode == "guard"
 
     def open_session(
@@ -531,7 +526,7 @@ class HostTracker:
         apart: bool = False,
         serves: bool = False,
     ) -> WorkerSession:
-        """Begin to beat as a worker; see Tracker."""
+        """Start to beat as a worker; see Tracker."""
         if self._session is None or not self._session.is_mine or self._session.closed:
             if serves and hasattr(socket, "send_fds") and not os_threads.is_patched():
                 self._serve_children()
@@ -542,14 +537,14 @@ class HostTracker:
         return self._session
 
     def _serve_children(self) -> None:
-        if self._door is None or self._door.pid != os.getpid():
+        if self._door is None or not self._door.owner.is_current:
             self._door = Door(self)
             self._door.open()
             if self._parent is not None:  # a child of a worker that becomes a worker itself
                 self._store, self._registered = self._new_store(), False
 
     def for_child(self, name: str, arguments: Sequence[Any], options: Mapping[str, Any]) -> Any:
-        """Make a call that a child of this worker asks for, together with what others ask."""
+        """Make a call for a child of this worker, together with the calls of others."""
         if name == "end":
             return [] if self._session is None else self._session.take(arguments[1])
         if name == "spool":
@@ -562,14 +557,14 @@ class HostTracker:
             return self.claim(arguments[1])
         if name == "claims":
             return {request.nonce: self.claim(request) for request in arguments[1]}
-        if name == "record" and not any(options.get(how) for how in _OF_ITS_OWN):
+        if name == "record" and not any(options.get(how) for how in _UNSHARED):
             return self.call(lambda _store: self._commit.submit(arguments[1]))
         return self.call(lambda store: getattr(store, name)(*arguments, **options))
 
     def inherit_session(
         self, worker: UUID, pid: int, *, name: str, queues: Sequence[str]
     ) -> WorkerSession:
-        """Speak for the worker that spawned this process; see Tracker."""
+        """Continue as a child of the worker that spawned this process; see Tracker."""
         before = self._session
         self._session = WorkerSession(
             self, self._new_store(), name=name, queues=queues, inherited=(worker, pid)
@@ -579,9 +574,9 @@ class HostTracker:
         return self._session
 
     def end(self, ends: Sequence[End]) -> Sequence[Ended]:
-        """Commit ends. Raises as the store does; what waits in the spool goes first."""
+        """Commit ends, after the entries that wait in the spool. Raises as the store does."""
         self._mine()
-        if self._parent is not None:  # which takes them also while Postgres is away
+        if self._parent is not None:  # the worker takes them even while Postgres is away
             return self._parent.end(self.source.id, ends)
         answers: Sequence[Ended] = self.call(lambda store: store.end(self.source.id, ends))
         for end, answer in zip(ends, answers, strict=True):
@@ -592,14 +587,14 @@ class HostTracker:
         return answers
 
     def claim(self, request: ClaimRequest) -> ClaimAnswer:
-        """Ask for a claim, together with what other threads ask for. Raises as the store does."""
+        """Ask for a claim, together with the requests of other threads. Raises as the store does."""
         answers: Mapping[UUID, ClaimAnswer] = self.call(
             lambda _store: self._claims.submit([request])
         )
         return answers[request.nonce]
 
     def _write_claims(self, requests: Sequence[ClaimRequest]) -> Mapping[UUID, ClaimAnswer]:
-        if not self.circuit.closed:  # it opened while these stood in line: one wait is enough
+        if not self.circuit.closed:  # it opened while these waited: one wait is enough
             raise BreakerOpen
         if len(requests) == 1:
             return {requests[0].nonce: self._store.claim(self.source.id, requests[0])}
@@ -608,19 +603,19 @@ class HostTracker:
     # -- the spool ---------------------------------------------------------------------------------
 
     def _spool_changed(self) -> None:
-        """Tell the worker whose child this is; and see to it that all is written, tasks or none."""
+        """Report the waiting entries to a child's worker, and see that they are written without a call."""
         session = self._session
         if session is not None and not session.is_mine:
             session.waits(self.spool.oldest())
         if not self.spool.pending:
-            if self._told_full or self._told_light:
+            if self._logged_full or self._logged_light:
                 log_event("spool_has_room", lost=self.spool.counts.lost)
-            self._told_full = self._told_light = False
+            self._logged_full = self._logged_light = False
         elif session is None or not session.is_mine or session.closed:
             self._replay.drain()
 
     def spooled(self) -> Mapping[str, int]:
-        """What this process keeps that Postgres does not have, and what became of the rest."""
+        """Return the counts of entries that wait in this process, and of the rest."""
         counts = asdict(self.spool.counts)
         aside = len(self.spool.aside())
         return {"waiting": len(self.spool), "aside": aside, "bytes": self.spool.size, **counts}
@@ -630,18 +625,18 @@ class HostTracker:
             self._session.ended(ends)
 
     def replay(self, limit: int = BATCH) -> int:
-        """Give Postgres what waits in the spool, oldest first; returns how many entries it took."""
+        """Write entries of the spool to Postgres, oldest first; return how many it took."""
         return self._mine()._replay.some(limit)
 
     @property
     def push_deadline(self) -> float:
-        """Seconds after its record in which a producer may push; see Tracker."""
+        """Return the seconds after its record in which a producer may push; see Tracker."""
         return self.settings.push_deadline
 
     def drain_spool(self, *, last: bool = False) -> None:
-        """Write what waits, within the time of one record; see Tracker.
+        """Write waiting entries, within the time of one record; see Tracker.
 
-        ``last``: this is the end of the process, which waits as long as it has patience left.
+        ``last``: the process is about to end, and waits for the rest of its patience.
         """
         self._mine()
         if not last:
@@ -654,32 +649,35 @@ class HostTracker:
         self._replay.drain_for(patience)
         self._patience -= min(self._patience, time.monotonic() - began)
         left = self.spool.left()
-        if left and not self._told_left:
-            self._told_left = True
+        if left and not self._logged_left:
+            self._logged_left = True
             ids = [id for id in (getattr(entry, "job_id", "") for entry in left) if id]
             log_event(
-                "spool_left", count=len(left), job_ids=ids[:_NAMED], aside=len(self.spool.aside())
+                "spool_left",
+                count=len(left),
+                job_ids=ids[:_MOST_IDS],
+                aside=len(self.spool.aside()),
             )
 
     def close(self) -> None:
-        """Write what waits, in bounded time, and let go."""
+        """Write waiting entries, in bounded time, and close the connections."""
         self._mine()
         if self._session is not None and self._session.is_mine:
             self._session.close()
-        if self._door is not None and self._door.pid == os.getpid():
+        if self._door is not None and self._door.owner.is_current:
             self._door.close()
         self.drain_spool(last=True)
         self._store.close()
 
 
 def _with_errors(deliveries: Sequence[Delivery]) -> Sequence[Delivery]:
-    """Say why the runs failed that these take the place of: libraries retry while they handle that."""
+    """Add the error of the failed run to its successors: libraries retry while they handle the error."""
     failure = sys.exception()
     if failure is None or not any(delivery.parent for delivery in deliveries):
         return deliveries
     try:
         error = redact(f"{type(failure).__name__}: {failure}")
-    except Exception:  # its words are the user's code
+    except Exception:  # the text comes from the user's code
         error = type(failure).__name__
     return [
         replace(one, parent=replace(one.parent, error=error))
@@ -690,5 +688,5 @@ def _with_errors(deliveries: Sequence[Delivery]) -> Sequence[Delivery]:
 
 
 def _goes_on(delivery: Delivery) -> bool:
-    """Whether a run sends it: if that is refused, nothing sends it again."""
+    """Return True if a run sends it: if that is refused, nothing sends it again."""
     return delivery.parent is not None or delivery.derived

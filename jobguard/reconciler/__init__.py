@@ -1,19 +1,22 @@
-"""The reconciler: a process of its own that sees what Redis lost and whom a worker left behind.
+"""The reconciler: a separate process that finds and restores jobs that Redis or a dead worker lost.
 
-One leads, the rest stand by. The leader's day, in the order in which a loss meets the files:
+One process leads, the others stand by. These are the files, in the order in which the leader uses
+them after a loss:
 
-- ``leader``    this term is mine, until ``trusted_until`` on my own clock
-- ``pulse``     does Redis still know what it knew? is it still the same Redis?
-- ``workers``   who beats, and where; ``liveness``: who is dead, by the exact rule
-- ``place``     whether this is the right Redis
-- ``trust``     which queues have only guarded consumers; ``vouching``: what was there before
-- ``look``      a page of owed deliveries: where are they?
-- ``verdict``   what follows, as a pure function
-- ``putback``   what goes back into Redis; ``joins``: what waits in vain for jobs that have ended
-- ``limiter``   how many may go back now; ``brake``: whether any may
-- ``watch``     all of this for one source, in small steps
-- ``service``   the process: sources, signals, one pass or for ever
+- ``leader``    holds the lease: this process leads until ``trusted_until`` on its own clock
+- ``pulse``     checks whether Redis lost data, and whether it is still the same Redis
+- ``identity``  checks whether this is the right Redis for this ledger
+- ``workers``   reads which workers beat, and into which Redis; ``liveness`` decides which are dead
+- ``trust``     knows which queues have only guarded consumers; ``backlog_trust`` checks older
+  deliveries
+- ``context``   holds the state of the source that an inspection uses
+- ``inspection``  inspects a page of owed deliveries: where Redis has them, and what to do
+- ``decision``  decides about one delivery, as a pure function
+- ``restore``   restores deliveries to Redis; ``joins`` finds jobs whose dependencies have all ended
+- ``limiter``   bounds the rate of restores; ``hold`` stops them
+- ``source_monitor``  does all of this for one source, in small steps
+- ``service``   runs the process: sources, signals, one pass or an endless loop
 
-It imports no user code and unpickles nothing. It never dies of an error: it logs, counts, backs off,
-and goes on.
+The reconciler imports no user code and unpickles nothing. An error does not end the process: it
+logs and counts the error, backs off, and continues.
 """

@@ -1,8 +1,9 @@
-"""Vouching for what was recorded before anybody watched a queue.
+"""Check the deliveries that were recorded before a leader watched their queue.
 
-What Redis still has, nobody has run. What is absent, an unguarded worker may have run: it becomes a
-suspect of the cause ``untrusted``, which only a person puts back. Not so what Redis has lost, as far as is
-known, and what a leader saw absent before the gap in which nobody watched.
+No worker has run a delivery that Redis still has. An unguarded worker may have run a delivery that
+is absent: it becomes a suspect with the cause ``untrusted``, and only a person restores it. Two
+kinds of absent deliveries are exempt: those that Redis is known to have lost, and those that a
+leader saw absent before the gap in which no leader watched.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class _Walk:
 
 
 class BacklogTrust:
-    """Walks over the older deliveries of newly trusted queues, a page a step."""
+    """Checks the older deliveries of newly trusted queues, one page in each step."""
 
     def __init__(
         self,
@@ -43,7 +44,7 @@ class BacklogTrust:
         page: int,
         lost: Callable[[str, float], bool],
     ) -> None:
-        """``lost``: whether a delivery of this queue and age may be trusted to have been lost."""
+        """Make the check; ``lost``: whether Redis surely lost a delivery of this queue and age."""
         self._lost = lost
         self._broker = broker
         self._store = store
@@ -54,7 +55,7 @@ class BacklogTrust:
         self._walk: _Walk | None = None
 
     def step(self, term: int, *, in_incident: bool) -> None:
-        """Look at one page; nothing of a walk counts if Redis has lost anything meanwhile."""
+        """Check one page. A walk is discarded if Redis lost data while it ran."""
         if self._walk is None:
             queues = self._trust.backlogs_to_check()
             if not queues:
@@ -67,11 +68,12 @@ class BacklogTrust:
         if not self._inspect_page(walk):
             return
         self._walk = None
-        if self._pulse.stands():  # else it was flushed under our eyes: again, when that is over
+        # If the pulse is gone, Redis was flushed during the walk: start again after that loss.
+        if self._pulse.stands():
             self._conclude(term, walk)
 
     def _inspect_page(self, walk: _Walk) -> bool:
-        """Look at the next page; True if it was the last."""
+        """Check the next page; return True if it was the last one."""
         page = self._store.page(self._source, after=walk.after, limit=self._page)
         watched_for = self._store.now() - (self._trust.rows[walk.queue].clean_since or 0.0)
         old = [
@@ -96,7 +98,7 @@ class BacklogTrust:
         return False
 
     def _was_absent(self, owed: Owed, watched_for: float) -> bool:
-        """Whether a leader saw it absent while the queue was trusted, before the present gap."""
+        """Return True if a leader saw it absent while the queue was trusted, before the present gap."""
         return (
             owed.queue in self._trust.regained
             and owed.suspected not in (None, Cause.UNTRUSTED)
@@ -111,7 +113,7 @@ class BacklogTrust:
             log_event("jobs_untrusted", queue=walk.queue, count=len(walk.absent))
 
     def _unpushed(self) -> set[UUID]:
-        """What producers left to us: nobody can have run it yet."""
+        """Return the deliveries whose push was left to the leader: no worker can have run them yet."""
         found: set[UUID] = set()
         after: UUID | None = None
         while page := self._store.watched(self._source, after=after, limit=self._page, urgent=True):

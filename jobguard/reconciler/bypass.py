@@ -1,60 +1,56 @@
-"""The bound on restores that nobody claims.
+"""Bound the restores of deliveries that are never claimed.
 
-Something can take jobs from Redis and run them by a way that jobguard does not see: a strategy of the
-user's own, a worker that nobody could account for, a tool that deletes. To a look each of these jobs is
-lost, again and again. After a delivery was put back twice, and has vanished again without a claim, it is
-held, and an incident names its queue and task. A person decides: ``jobguard requeue`` or ``guard.cancel``.
+Something can take jobs from Redis and run them in a way that jobguard does not see: a strategy
+written by the user, a worker that was not counted, or a tool that deletes keys. An inspection finds
+each of these jobs lost, again and again. A delivery that was restored twice and is absent again
+without a claim is held, and an incident names its queue and task. A person decides with ``jobguard
+requeue`` or ``guard.cancel``.
 
-What Redis lost with everything else, and what a dead worker had taken, vanished for a reason that is known.
+The bound does not apply to a delivery whose absence has a known cause: Redis lost data, or a dead
+worker had taken it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from uuid import UUID
 
 from jobguard.log import log_event
 from jobguard.model import Cause, Owed
-from jobguard.reconciler.result import PassResult, reported_absent
+from jobguard.reconciler.result import Lost, PassResult, reported_absent
 from jobguard.store.protocols import LeaderStore
 
 _RESTORES = 2
-"""How often a delivery is put back that nobody claims."""
+"""How often a delivery is restored that no worker claims."""
 _WHAT = "taken again and again without a claim: "
 _REMEMBER = 100_000
 
 
 class Bypass:
-    """The deliveries of one source that are put back no more."""
+    """The deliveries of one source that are not restored any more."""
 
     def __init__(self, store: LeaderStore, source: int) -> None:
         self._store = store
         self._source = source
         self._known: set[UUID] = set()
-        self._seen: set[str] = set()  # in this walk over all that is owed
-        self._before: set[str] | None = None  # in the one before
+        self._seen: set[str] = set()  # Paths that were seen in this walk over all owed deliveries.
+        self._before: set[str] | None = None  # Paths that were seen in the walk before.
         self._open: dict[str, int] | None = None
 
-    def without(
-        self,
-        term: int,
-        lost: list[tuple[Owed, Cause]],
-        left: Container[UUID],
-        done: PassResult,
-    ) -> list[tuple[Owed, Cause]]:
-        """Return what may be put back. ``left``: what a worker had taken that is gone."""
-        doubtful = [owed for owed, cause in lost if _is_doubtful(owed, cause, left)]
-        if not doubtful:
+    def without(self, term: int, lost: list[Lost], done: PassResult) -> list[Lost]:
+        """Return the deliveries that may be restored."""
+        unclaimed = [one.owed for one in lost if _is_unclaimed(one)]
+        if not unclaimed:
             return lost
-        counts = self._store.restores(self._source, [owed.token for owed in doubtful])
-        held = [owed for owed in doubtful if counts.get(owed.token, 0) >= _RESTORES]
+        counts = self._store.restores(self._source, [owed.token for owed in unclaimed])
+        held = [owed for owed in unclaimed if counts.get(owed.token, 0) >= _RESTORES]
         if held:
             done.bypassed += len(held)
-            self._tell(term, held)
+            self._report(term, held)
         tokens = {owed.token for owed in held}
-        return [(owed, cause) for owed, cause in lost if owed.token not in tokens]
+        return [one for one in lost if one.owed.token not in tokens]
 
-    def _tell(self, term: int, held: Sequence[Owed]) -> None:
+    def _report(self, term: int, held: Sequence[Owed]) -> None:
         opened = self._incidents()
         paths: dict[str, list[UUID]] = {}
         for owed in held:
@@ -74,7 +70,7 @@ class Bypass:
                 )
 
     def lap_over(self, term: int) -> None:
-        """Close the incidents of which two whole walks have seen no delivery any more."""
+        """Close the incidents for which two whole walks have seen no delivery."""
         for path, incident in list(self._incidents().items()):
             if self._before is not None and path not in self._seen | self._before:
                 self._store.progress(term, incident, missing=0, restored=0, close=True)
@@ -82,7 +78,7 @@ class Bypass:
         self._before, self._seen = self._seen, set()
 
     def _incidents(self) -> dict[str, int]:
-        """Return the open ones, also those of an earlier leader."""
+        """Return the open incidents, including those of an earlier leader."""
         if self._open is None:
             self._open = {
                 incident.detail: incident.id
@@ -96,12 +92,13 @@ def _path(owed: Owed) -> str:
     return f"{_WHAT}task {owed.task} of queue {owed.queue}"
 
 
-def _is_doubtful(owed: Owed, cause: Cause, left: Container[UUID]) -> bool:
+def _is_unclaimed(lost: Lost) -> bool:
+    owed = lost.owed
     return (
         owed.recoveries >= _RESTORES
         and not owed.claims
         and owed.claim_number is None
-        and cause is not Cause.INCIDENT
-        and owed.token not in left
+        and lost.cause is not Cause.INCIDENT
+        and not lost.taken_by
         and not reported_absent(owed)
     )

@@ -1,6 +1,7 @@
-"""The verdict on one owed delivery: presence decides, time only bounds how often we look.
+"""The decision on one owed delivery.
 
-A pure function of what was seen and what is known. Nothing here asks anybody anything.
+The presence in Redis decides. Time only bounds how often a delivery is inspected. ``decide`` is a
+pure function of what was seen and what is known; nothing here reads a store.
 """
 
 from __future__ import annotations
@@ -12,72 +13,74 @@ from jobguard.model import Cause, Outcome, Presence
 
 
 class Action(StrEnum):
-    """What follows from a look."""
+    """What the reconciler does about an inspected delivery."""
 
     WAIT = "wait"
-    """Nothing now; look again."""
+    """Do nothing now, and inspect it again."""
     RESTORE = "restore"
-    """It is lost: put it back."""
+    """Push it again, because it is lost."""
     REQUEUE = "requeue"
-    """Its worker is dead: take the claim away, so that it can be put back."""
+    """Void the claim of a dead worker, so that the delivery can be restored."""
     CLOSE = "close"
-    """It has ended, as Redis or history knows: remember that."""
+    """Record the end that Redis or the history knows."""
     BURY = "bury"
-    """Its crash budget is spent: dead."""
+    """Mark it as dead, because its crash budget is spent."""
     HOLD = "hold"
-    """It would go back, but a person, the brake, or a queue not yet trusted holds it."""
+    """Do not restore it: a person, the automatic hold, or a queue that is not yet trusted forbids
+    it."""
 
 
 class Holder(StrEnum):
-    """Who has claimed it."""
+    """The state of the worker that has claimed it."""
 
-    NONE = "nobody"
+    NONE = "none"
     LIVE = "live"
-    DROPPED = "let go"  # by a worker that lives, and lists it no longer
+    DROPPED = "dropped"  # The worker is alive and does not list it any more.
     DEAD = "dead"
 
 
 @dataclass(frozen=True, slots=True)
 class Situation:
-    """All that the verdict depends on."""
+    """All facts that the decision depends on."""
 
     presence: Presence
     holder: Holder = Holder.NONE
-    replaced_by_a_stranger: bool = False
-    """With OVERWRITTEN: by a delivery of ours of which the ledger has not heard yet."""
+    replaced_by_unrecorded: bool = False
+    """With OVERWRITTEN: the other delivery was pushed by a guarded process, but is not yet in the
+    ledger."""
     tombstone: Outcome | None = None
-    """History has an end of it."""
-    listed: bool = False
-    """A worker that beats lists it, claimed or not."""
+    """The end that the history has of it."""
+    in_flight: bool = False
+    """A live worker lists it, with or without a claim."""
     cause: Cause = Cause.UNEXPLAINED
     """Why it may be absent."""
     seen_for: float | None = None
-    """Seconds since it was first seen like this, unchanged; None: this is the first look."""
+    """Seconds since it was first seen in this state, unchanged; None: this is the first inspection."""
     grace: float = 10.0
-    """Seconds between the two looks."""
+    """Seconds between the two inspections."""
     reports_complete: bool = True
-    """Postgres knows everything it can know: no worker has reports it could not write."""
+    """Every live worker has flushed its reports to Postgres."""
     trusted: bool = True
     """No unguarded worker can have run it."""
     held: bool = False
-    """A pause, or the brake on its queue."""
+    """The reconciler is paused, or its queue is held."""
     hold_unexplained: bool = False
     unsent: bool = False
     """Its producer surely sent nothing to Redis: no unguarded worker can have run it."""
     expired: bool = False
     backing_off: bool = False
-    """It comes from a worker's death, and its wait is not over."""
+    """It was requeued after a worker's death, and its waiting time is not over."""
     announced: bool = False
-    """The dead holder had said goodbye: no crash."""
+    """The dead worker had signed off before: its end is no crash."""
     alone: bool = True
-    """The dead holder held nothing else: this job caused the death."""
+    """The dead worker had no other claim: this job caused the death."""
     crashes: int = 0
     crash_budget: int = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """A verdict, with what it needs to be carried out."""
+    """An action, with the details that are needed to apply it."""
 
     action: Action
     reason: str
@@ -86,7 +89,7 @@ class Decision:
     suspect: bool = False
     """With WAIT and HOLD: remember that it was seen absent."""
     clear: bool = False
-    """With WAIT: it is where it belongs; whatever was suspected is forgotten."""
+    """With WAIT: Redis or a worker has it, so that an earlier suspicion is deleted."""
     charge: bool = False
     """With REQUEUE: charge the crash budget."""
 
@@ -99,39 +102,40 @@ ENDS = {
 
 
 def decide(situation: Situation) -> Decision:
-    """Return what follows from one look at one owed delivery."""
+    """Return the decision about one owed delivery after one inspection."""
     if situation.tombstone is not None:
-        return Decision(Action.CLOSE, "history wins", situation.tombstone)
+        return Decision(Action.CLOSE, "the history has its end", situation.tombstone)
     if situation.holder is Holder.LIVE:
-        return Decision(Action.WAIT, "its worker beats and lists it", clear=True)
+        return Decision(Action.WAIT, "its worker is alive and lists it", clear=True)
     if situation.presence in ENDS and not situation.reports_complete:
-        # The worker's own word says more: what it completed, and what that is to a join.
+        # The report of the worker says more: the result of the job, and its part in a join.
         return Decision(Action.WAIT, "a worker has reports that are not written yet", clear=True)
     if situation.presence in ENDS:
         return Decision(Action.CLOSE, "the library knows its end", ENDS[situation.presence])
     if situation.presence is Presence.OVERWRITTEN:
         return _overwritten(situation)
-    if situation.listed:
-        return Decision(Action.WAIT, "a worker that beats lists it", clear=True)
+    if situation.in_flight:
+        return Decision(Action.WAIT, "a live worker lists it", clear=True)
     if situation.presence in (Presence.WAITING, Presence.SCHEDULED):
-        return Decision(Action.WAIT, "it is where it belongs", clear=True)
+        return Decision(Action.WAIT, "Redis has it in its place", clear=True)
     if situation.holder is Holder.DROPPED and not situation.reports_complete:
-        # A retry that waits for Postgres may stand in its place by now, or its end be on the way.
+        # Its end, or a retry that replaced it, may still be in a spool until Postgres is back.
         return Decision(Action.WAIT, "a worker has reports that are not written yet")
     if situation.holder in (Holder.DROPPED, Holder.DEAD):
         return _left_behind(situation)
     if situation.presence is Presence.RUNNING and situation.cause is not Cause.WORKER:
-        return Decision(Action.WAIT, "somebody runs it without a claim", clear=True)
+        return Decision(Action.WAIT, "a worker runs it without a claim", clear=True)
     return _absent(situation)
 
 
 def _overwritten(situation: Situation) -> Decision:
-    if situation.replaced_by_a_stranger:
-        # Its record waits in a spool, or is lost with one: were that life lost as well, this one is all.
-        return Decision(Action.WAIT, "another life of its id is not recorded yet")
+    if situation.replaced_by_unrecorded:
+        # The record of the other delivery waits in a spool, or is lost together with one. If that
+        # delivery is lost as well, this delivery is the only one left.
+        return Decision(Action.WAIT, "another delivery of its id is not recorded yet")
     if situation.seen_for is None or situation.seen_for < situation.grace:
-        return Decision(Action.WAIT, "another life of its id was seen once", suspect=True)
-    return Decision(Action.CLOSE, "another life of its id took its place", Outcome.SUPERSEDED)
+        return Decision(Action.WAIT, "another delivery of its id was seen once", suspect=True)
+    return Decision(Action.CLOSE, "another delivery of its id replaced it", Outcome.SUPERSEDED)
 
 
 def _left_behind(situation: Situation) -> Decision:
@@ -146,17 +150,18 @@ def _left_behind(situation: Situation) -> Decision:
 
 
 def _is_charged(situation: Situation) -> bool:
-    """Whether the death counts for this job.
+    """Return True if the death is charged to this job.
 
-    The first death in company is charged to all that the worker held: nobody knows which of them caused
-    it. Each of them runs alone from then on, and only a death at which it was alone is charged again.
+    If the worker had several claims, its first death is charged to all of these jobs, because it is
+    unknown which of them caused it. From then on each of them runs alone, and only a death of a
+    worker that ran nothing else is charged again.
     """
     return not situation.announced and (situation.alone or situation.crashes == 0)
 
 
 def _absent(situation: Situation) -> Decision:
     if situation.expired:
-        return Decision(Action.CLOSE, "its time to live is over", Outcome.CANCELLED)
+        return Decision(Action.CLOSE, "its time to live has ended", Outcome.CANCELLED)
     if (situation.cause is Cause.UNTRUSTED or not situation.trusted) and not situation.unsent:
         return Decision(Action.HOLD, "an unguarded worker may have run it", suspect=True)
     if situation.backing_off:

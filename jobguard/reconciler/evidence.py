@@ -1,6 +1,7 @@
-"""Whether a Redis lost data before a leader ever looked at it, as far as Redis itself can tell.
+"""Find out whether Redis lost data before any leader inspected it.
 
-There is no pulse yet that could show it. A restart and a FLUSHALL leave traces in ``INFO``.
+At that time there is no pulse that could show the loss. A restart and a FLUSHALL leave traces in
+``INFO``.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ _FLUSHES = ("cmdstat_flushall", "cmdstat_flushdb")
 
 
 def lost_since(client: Any) -> float | None:
-    """Return what age a record must have to be lost, in seconds; None: Redis does not tell.
+    """Return the age in seconds from which a record may be lost; None: Redis does not report it.
 
-    Redis counts the flushes since its start, not when they were: after one, any record may be lost.
-    Raises RedisError where Redis cannot be asked.
+    Redis counts the flushes since its start, but not their times: after one flush, any record may
+    be lost. Raises RedisError if Redis cannot be asked.
     """
     try:
         stats = client.info("commandstats")

@@ -1,7 +1,7 @@
-"""The brake that pulls itself: too many unexplained absences in a queue hold it until a person looks.
+"""The automatic hold: too many unexplained absences in a queue hold it until a person resumes it.
 
-A runbook's ``DEL``, a tool that empties queues, a wrong database: they all look like loss. A confirmed
-loss has a cause and never gets here.
+A ``DEL`` of an operator, a tool that empties queues, and a wrong database all look like a loss. A
+confirmed loss has a cause and is not counted here.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from collections.abc import Callable
 
 _MINUTE = 60.0
 _FEW = 10
-"""Below this many the share says nothing: one of twenty jobs is five percent of them."""
+"""Up to this count the share is not checked: one of twenty jobs is already five percent."""
 
 
 class AutomaticHold:
-    """Counts unexplained absences by queue, over a minute."""
+    """Counts unexplained absences for each queue, over one minute."""
 
     def __init__(
         self, *, count: int, share: float, clock: Callable[[], float] = time.monotonic
@@ -27,7 +27,7 @@ class AutomaticHold:
         self._seen: dict[str, deque[float]] = {}
 
     def exceeded(self, queue: str, absent: int, owed: int) -> bool:
-        """Note that many more absences of a queue with ``owed`` jobs; whether that is too many."""
+        """Count new absences of a queue with ``owed`` jobs; return True if there are too many."""
         now = self._clock()
         seen = self._seen.setdefault(queue, deque())
         seen.extend([now] * absent)
@@ -37,5 +37,5 @@ class AutomaticHold:
         return total > self._count or (total > _FEW and total > self._share * owed)
 
     def forget(self, queue: str) -> None:
-        """The queue was held, or resumed: count anew."""
+        """Start the count again, after the queue was held or resumed."""
         self._seen.pop(queue, None)

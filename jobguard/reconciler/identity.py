@@ -1,7 +1,8 @@
-"""The right place: whether this is the Redis that belongs to this ledger.
+"""Check whether this is the Redis that belongs to this ledger.
 
-Asked where the pulse is not what it was, and this process has never seen it here. An empty Redis
-beside a copy of the database, a mistyped URL, a demoted master: they all look like a loss.
+The check runs when the pulse is not the expected one and this process has never seen the pulse in
+this Redis. An empty Redis beside a copy of the database, a mistyped URL, and a demoted master all
+look like a loss.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ from jobguard.reconciler.workers import Workers
 from jobguard.store.protocols import Brake, LeaderStore
 
 _PATIENCE = 10.0
-"""Seconds in which a worker of before should have beaten, if there is one."""
-_SAY_AGAIN = 30.0
-_REASON = "redis lost its pulse and no worker of before is alive to say that it is the right one"
+"""Seconds in which a worker that started before the loss should have beaten, if there is one."""
+_LOG_AGAIN = 30.0
+_REASON = "Redis lost its pulse, and no worker that ran before is alive to confirm that it is the right one"
 
 
 class RedisIdentityCheck:
-    """Judges by the workers; where there are none, by the name; else asks a person."""
+    """Asks the workers; without workers, the name of the installation; without a name, a person."""
 
     def __init__(
         self,
@@ -39,16 +40,17 @@ class RedisIdentityCheck:
         self._named = named
         self._clock = clock
         self._asked = False
-        self._say_at = float("-inf")
+        self._log_at = float("-inf")
 
     def is_sure(
         self, term: int, brake: Brake, epoch: UUID | None, missed_since: float, *, own: bool
     ) -> bool | None:
-        """Whether this is the right Redis; None: not known yet.
+        """Return True if this is the right Redis; None: not known yet.
 
-        A worker that beats into this very Redis says yes; one that sees the pulse of ``epoch`` alive
-        elsewhere says no. Where there is no worker at all, a pulse of this ledger says yes (``own``:
-        there is one, only an older), and so does a named installation, whose name has been compared.
+        A worker that beats into this Redis confirms it. A worker that reads the pulse of ``epoch``
+        in another Redis denies it. If there is no worker at all, it is confirmed by an older pulse
+        of this ledger (``own``: there is one), or by a named installation, because the name was
+        compared already.
         """
         if not self._workers.polled:
             return None
@@ -56,13 +58,13 @@ class RedisIdentityCheck:
         for row in alive:
             sees_it = row.pulse is not None and row.pulse[0] == epoch
             if sees_it and not self._workers.is_silent(row) and not self._workers.beats_here(row):
-                self._say_wrong()
+                self._log_wrong()
                 return False
         if any(self._workers.beats_here(row) for row in alive):
             return True
         waited = self._clock() - missed_since >= _PATIENCE
         if alive and not waited:
-            return None  # they have yet to beat, here or elsewhere
+            return None  # These workers have not beaten yet, in this Redis or in another one.
         if self._named or own:
             return True
         if self._asked:
@@ -71,9 +73,9 @@ class RedisIdentityCheck:
             self._ask(term)
         return None
 
-    def _say_wrong(self) -> None:
-        if self._clock() >= self._say_at:
-            self._say_at = self._clock() + _SAY_AGAIN
+    def _log_wrong(self) -> None:
+        if self._clock() >= self._log_at:
+            self._log_at = self._clock() + _LOG_AGAIN
             log_event("wrong_redis", source=self._address)
 
     def _ask(self, term: int) -> None:

@@ -1,15 +1,15 @@
-"""One look at a page of owed deliveries: where they are, what follows, and what is written of it.
+"""Inspect a page of owed deliveries: where Redis has them, what to do, and what to record.
 
-What goes back into Redis goes by ``putback``. What is decided for a delivery names the
-leader's term in Postgres, and carries a deadline in Redis' own clock where it pushes: a leader that
-fell asleep between the look and the push does neither.
+``restore`` pushes to Redis. Every write to Postgres names the term of the leader, and every push
+carries a deadline in the clock of Redis. Therefore a leader that was stopped between the inspection
+and the push does neither.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from uuid import UUID
 
 import redis
@@ -19,129 +19,205 @@ from jobguard.adapter import Broker
 from jobguard.log import log_event
 from jobguard.model import DROPPED_BY_LIVE_WORKER, Cause, Observation, Outcome, Owed, Presence
 from jobguard.reconciler.bypass import Bypass
+from jobguard.reconciler.context import InspectionContext
 from jobguard.reconciler.decision import ENDS, Action, Decision, Holder, Situation, decide
 from jobguard.reconciler.restore import Restorer
-from jobguard.reconciler.result import LOSSES, PassResult, reported_absent
+from jobguard.reconciler.result import LOSSES, Lost, PassResult, reported_absent
+from jobguard.reconciler.trust import Trust
+from jobguard.reconciler.workers import Workers
 from jobguard.redis_refusal import RedisRefuses, refusal_of
 from jobguard.settings import Settings
-from jobguard.store.protocols import Closing, LeaderStore, Void
+from jobguard.store.protocols import Closing, LeaderStore, SourceRow, Void
 
 _DEADLINE = 5.0
-"""Seconds of Redis' clock from the look to the push, at most."""
+"""Seconds of the Redis clock from the inspection to the push, at most."""
+_UNDECIDED = Decision(Action.WAIT, "not decided yet")
 
 
 @dataclass(slots=True)
-class InspectionContext:
-    """What the looks of this moment are judged by."""
+class Inspected:
+    """One delivery in one inspection: where it is, why, and what to do about it."""
 
-    reports_complete: bool
-    listed: Collection[UUID]
-    """What workers that beat list."""
-    trusts: Callable[[str, float], bool]
-    """(queue, age in seconds) -> whether it was only ever seen by guarded workers."""
-    holds: Callable[[str], bool]
-    cause_of: Callable[[Owed], Cause]
-    gone: Callable[[str], bool]
-    """(a worker's name or id) -> whether it is dead or has left."""
-    alone: Callable[[UUID], bool]
-    """(a worker's id) -> whether it held no more than one claim when it died."""
-    too_many: Callable[[str, Sequence[Owed]], bool]
-    """(queue, its unexplained absences now) -> whether that pulls the brake; it then holds."""
+    owed: Owed
+    seen: Observation
+    known_cause: Cause
+    """Why it may be absent, as far as the ledger and the state of the source show."""
+    taken_by: str = ""
+    """The worker that took it and did not start it, if that worker is dead or has left."""
+    replaces: UUID | None = None
+    """An older delivery of its id that is in its place and has ended."""
+    takeover: bool = False
+    """No live worker lists that older delivery."""
+    replaced_by_unrecorded: bool = False
+    tombstone: Outcome | None = None
+    decision: Decision = _UNDECIDED
+
+    @property
+    def cause(self) -> Cause:
+        """Why it is absent, if it is absent."""
+        return Cause.WORKER if self.taken_by else self.known_cause
+
+    def to_restore(self) -> Lost:
+        """Return the delivery with all that is needed to restore it."""
+        reported_by_worker = reported_absent(self.owed) and self.owed.suspected is Cause.WORKER
+        return Lost(
+            self.owed,
+            self.cause,
+            replaces=self.replaces,
+            takeover=self.takeover or reported_by_worker,
+            taken_by=self.taken_by,
+        )
+
+
+@dataclass(slots=True)
+class Inspection:
+    """An inspected page whose lost deliveries are still to be restored."""
+
+    result: PassResult
+    deadline: float = 0.0
+    """The end of the time for pushes, in the Redis clock."""
+    lost: list[Lost] = field(default_factory=list)
+
+    def unexplained(self) -> dict[str, list[Owed]]:
+        """Return the lost deliveries without a known cause, by queue."""
+        found: dict[str, list[Owed]] = {}
+        for one in self.lost:
+            if one.cause is Cause.UNEXPLAINED:
+                found.setdefault(one.owed.queue, []).append(one.owed)
+        return found
+
+    def hold(self, queue: str) -> None:
+        """Do not restore the lost deliveries of this queue."""
+        kept = [one for one in self.lost if one.owed.queue != queue]
+        self.result.held += len(self.lost) - len(kept)
+        self.lost = kept
 
 
 class Inspector:
-    """Looks at pages of one source's deliveries and does what follows."""
+    """Inspects pages of one source's deliveries and applies the decisions."""
 
     def __init__(
         self,
         client: redis.Redis,
         broker: Broker,
         store: LeaderStore,
-        source: int,
+        source: SourceRow,
         settings: Settings,
+        workers: Workers,
+        trust: Trust,
         clock: Callable[[], float] = time.monotonic,
-        address: str = "",
     ) -> None:
         self._client = client
         self._broker = broker
         self._store = store
-        self._source = source
+        self._source = source.id
+        self._address = source.address
         self._settings = settings
-        self.bypass = Bypass(store, source)
-        self._address = address
-        self.putting_back = Restorer(broker, store, source, settings, clock, address)
+        self._workers = workers
+        self._trust = trust
+        self.bypass = Bypass(store, source.id)
+        self.restorer = Restorer(broker, store, source.id, settings, clock, source.address)
 
-    def inspect(self, term: int, page: Sequence[Owed], now: InspectionContext) -> PassResult:
-        """Look at these and do what follows. Raises NotLeading, StoreUnavailable, RedisError."""
+    def inspect(self, term: int, page: Sequence[Owed], now: InspectionContext) -> Inspection:
+        """Inspect these deliveries and apply the decisions, except for the restores.
+
+        Raises NotLeading, StoreUnavailable, RedisError.
+        """
         result = PassResult(inspected=len(page))
         if not page:
-            return result
+            return Inspection(result)
         deadline = self._redis_time() + _DEADLINE
-        observations = self._presence(page)
-        result.failed += len(page) - len(observations)
-        page = [owed for owed in page if owed.token in observations]
-        # What a worker has taken and not begun is as good as lost with it: nobody else will run it.
-        left = {t: s.taken_by for t, s in observations.items() if self._is_left(s.taken_by, now)}
-        observations = {
-            token: Observation(Presence.ABSENT, f"held by {left[token]}") if token in left else s
-            for token, s in observations.items()
-        }
-        ends = [token for token, s in observations.items() if s.presence in ENDS and s.by_id]
-        anyones = self._store.sharing_job_id(self._source, ends) if ends else frozenset()
-        observations = {
-            token: Observation(Presence.ABSENT, "end of a namesake") if token in anyones else s
-            for token, s in observations.items()
-        }
-        older = self._older_lives(observations)
-        # The library may still believe in the run of an older life, for as long as the job may take:
-        # its worker died after it told the end, or the record of the next life, and before it told Redis.
-        over = {token for token, other in older.items() if other not in now.listed}
-        observations = {
-            token: Observation(Presence.ABSENT, f"older:{s.other}") if token in older else s
-            for token, s in observations.items()
-        }
-        strangers = self._strangers(observations)
-        missing = [o.token for o in page if observations[o.token].presence is not Presence.WAITING]
+        rows = self._classify(page, now)
+        result.failed += len(page) - len(rows)
+        for row in rows:
+            row.decision = decide(self._situation(row, now))
+        self._apply(term, rows, now, deadline, result)
+        lost = [row.to_restore() for row in rows if row.decision.action is Action.RESTORE]
+        return Inspection(result, deadline, self.bypass.without(term, lost, result))
+
+    def restore(self, term: int, inspection: Inspection) -> PassResult:
+        """Restore the lost deliveries of an inspection. Raises as ``inspect`` does."""
+        self.restorer.restore_lost(term, inspection.lost, inspection.deadline, inspection.result)
+        return inspection.result
+
+    # -- classify ------------------------------------------------------------------------------
+
+    def _classify(self, page: Sequence[Owed], now: InspectionContext) -> list[Inspected]:
+        """Read where these are, in Redis and in the ledger. Unreadable ones are left out."""
+        seen = self._presence(page)
+        rows = [
+            Inspected(owed, seen[owed.token], now.cause_of(owed, self._settings))
+            for owed in page
+            if owed.token in seen
+        ]
+        self._find_taken(rows, now)
+        self._find_shared_ends(rows)
+        self._find_older(rows, now)
+        self._find_unrecorded(rows)
+        self._find_tombstones(rows)
+        return rows
+
+    def _find_taken(self, rows: Sequence[Inspected], now: InspectionContext) -> None:
+        """Find deliveries that a dead or departed worker took: no other worker will run them."""
+        for row in rows:
+            holder = row.seen.taken_by
+            if not holder or not self._workers.gone(holder):
+                continue
+            # A worker that dropped the delivery is alive, and may have run it: then its report is
+            # still to come.
+            if holder != DROPPED_BY_LIVE_WORKER or now.reports_complete:
+                row.taken_by = holder
+                row.seen = Observation(Presence.ABSENT, f"taken by {holder}")
+
+    def _find_shared_ends(self, rows: Sequence[Inspected]) -> None:
+        """Find ends that may belong to another job with the same id: they do not count."""
+        ends = [row.owed.token for row in rows if row.seen.presence in ENDS and row.seen.by_id]
+        shared = self._store.sharing_job_id(self._source, ends) if ends else frozenset()
+        for row in rows:
+            if row.owed.token in shared:
+                row.seen = Observation(Presence.ABSENT, "end of a job with the same id")
+
+    def _find_older(self, rows: Sequence[Inspected], now: InspectionContext) -> None:
+        """Find deliveries whose place is taken by an older delivery of their id that has ended.
+
+        A younger delivery is never replaced, even if it has ended by now.
+        """
+        older = [
+            (row, row.seen.other)
+            for row in rows
+            if row.seen.other is not None and row.seen.other < row.owed.token
+        ]
+        others = [other for _, other in older]
+        ended = self._store.tombstones(self._source, others) if others else {}
+        for row, other in older:
+            if other not in ended:
+                continue
+            row.replaces = other
+            # The library may believe that the older delivery still runs, for the whole timeout of
+            # the job: its worker died after it had reported the end, or recorded the next delivery,
+            # and before the library had the end.
+            row.takeover = other not in now.in_flight
+            row.seen = Observation(Presence.ABSENT, f"older:{other}")
+
+    def _find_unrecorded(self, rows: Sequence[Inspected]) -> None:
+        """Find deliveries whose place is taken by a delivery that the ledger does not know."""
+        others = [row.seen.other for row in rows if row.seen.other is not None]
+        known = self._store.known(self._source, list(set(others))) if others else frozenset()
+        for row in rows:
+            row.replaced_by_unrecorded = row.seen.other is not None and row.seen.other not in known
+
+    def _find_tombstones(self, rows: Sequence[Inspected]) -> None:
+        """Find deliveries that have ended meanwhile."""
+        missing = [row.owed.token for row in rows if row.seen.presence is not Presence.WAITING]
         ended = self._store.tombstones(self._source, missing)
-        decided = [
-            (
-                owed,
-                seen,
-                self._decide(
-                    owed,
-                    seen,
-                    ended,
-                    now,
-                    stranger=seen.other in strangers,
-                    left=owed.token in left,
-                ),
-            )
-            for owed, seen in ((owed, observations[owed.token]) for owed in page)
-        ]
-        self._note(term, decided, now, result)
-        self._close(term, decided, deadline, result)
-        self._void(term, decided, deadline, result)
-        free = [(owed, seen) for owed, seen, _ in decided if not now.holds(owed.queue)]
-        self.putting_back.running(
-            term,
-            [o for o, seen in free if o.claim_live and seen.bodiless and self._is_loss(o, now)],
-            deadline,
-        )
-        self.putting_back.joined(
-            term, free, deadline, result, reports_complete=now.reports_complete
-        )
-        lost = [
-            (owed, Cause.WORKER if owed.token in left else self._cause(owed, now))
-            for owed, _, decision in decided
-            if decision.action is Action.RESTORE
-        ]
-        lost = self.bypass.without(term, lost, left, result)
-        lost = self._brake(lost, now, result)
-        self.putting_back.lost(term, lost, older, over, left, deadline, result)
-        return result
+        for row in rows:
+            row.tombstone = ended.get(row.owed.token)
 
     def _presence(self, page: Sequence[Owed]) -> dict[UUID, Observation]:
-        """Look for these. One that cannot be read is left out, and keeps no other from its look."""
+        """Read the presence of these.
+
+        An unreadable one is left out, and does not stop the inspection of the others.
+        """
         try:
             return dict(self._broker.presence(page))
         except (redis.ConnectionError, redis.TimeoutError):
@@ -160,124 +236,112 @@ class Inspector:
             half = len(page) // 2
             return self._presence(page[:half]) | self._presence(page[half:])
 
-    def _is_left(self, holder: str, now: InspectionContext) -> bool:
-        # Who let go of it lives, and may have run it all the same: its report is on the way then.
-        return (
-            bool(holder)
-            and now.gone(holder)
-            and (holder != DROPPED_BY_LIVE_WORKER or now.reports_complete)
-        )
-
     def finish_joins(self) -> None:
-        """Have the library go on from joins whose members have all ended."""
-        self.putting_back.finish_joins(lambda: self._redis_time() + _DEADLINE)
+        """Let the library continue with joins whose members have all ended."""
+        self.restorer.finish_joins(lambda: self._redis_time() + _DEADLINE)
 
     def _redis_time(self) -> float:
         seconds, micros = self._client.time()
         return float(seconds) + float(micros) / 1e6
 
-    def _older_lives(self, observations: Mapping[UUID, Observation]) -> dict[UUID, UUID]:
-        """Which deliveries have an older life of their id in their place that has ended, and which.
+    # -- decide --------------------------------------------------------------------------------
 
-        A younger one is never replaced, even if it has ended by now.
-        """
-        others = {
-            token: s.other
-            for token, s in observations.items()
-            if s.other is not None and s.other < token
-        }
-        ended = self._store.tombstones(self._source, list(others.values())) if others else {}
-        return {token: other for token, other in others.items() if other in ended}
-
-    def _strangers(self, observations: Mapping[UUID, Observation]) -> frozenset[UUID]:
-        """Which deliveries stand in others' places that the ledger has not heard of."""
-        others = frozenset(s.other for s in observations.values() if s.other is not None)
-        return others - self._store.known(self._source, list(others)) if others else others
-
-    def _cause(self, owed: Owed, now: InspectionContext) -> Cause:
-        if owed.suspected is not None and (
-            reported_absent(owed) or owed.suspected is Cause.UNTRUSTED
-        ):
-            return owed.suspected
-        cause = now.cause_of(owed)
-        if cause is Cause.UNEXPLAINED and owed.suspected is not None:
-            return owed.suspected  # the cause that was known at the first look
-        return cause
-
-    def _is_loss(self, owed: Owed, now: InspectionContext) -> bool:
-        return self._cause(owed, now) in LOSSES
-
-    def _decide(
-        self,
-        owed: Owed,
-        seen: Observation,
-        ended: Mapping[UUID, Outcome],
-        now: InspectionContext,
-        *,
-        stranger: bool,
-        left: bool,
-    ) -> Decision:
-        cause = Cause.WORKER if left else self._cause(owed, now)
+    def _situation(self, row: Inspected, now: InspectionContext) -> Situation:
+        owed = row.owed
+        holder = self._holder(owed, now)
         unchanged = owed.suspected is not None and (
-            owed.suspected_mark == seen.mark or reported_absent(owed)
+            owed.suspected_mark == row.seen.mark or reported_absent(owed)
         )
-        holder = Holder.NONE
-        if owed.claim_number is not None:
-            if owed.claim_live or owed.token in now.listed:
-                holder = Holder.LIVE
-            elif owed.claim_worker is not None and not now.gone(owed.claim_worker.hex):
-                holder = Holder.DROPPED
-            else:
-                holder = Holder.DEAD
-        return decide(
-            Situation(
-                presence=seen.presence,
-                replaced_by_a_stranger=stranger,
-                holder=holder,
-                tombstone=ended.get(owed.token),
-                listed=owed.token in now.listed,
-                cause=cause,
-                seen_for=owed.suspected_for if unchanged else None,
-                grace=0.0 if left else self._grace(cause, owed),
-                reports_complete=now.reports_complete,
-                trusted=now.trusts(owed.queue, owed.age),
-                held=now.holds(owed.queue),
-                hold_unexplained=self._settings.unexplained == "hold",
-                unsent=owed.unsent,
-                expired=owed.expired,
-                backing_off=owed.backoff > 0,
-                announced=owed.claim_announced,
-                alone=holder is not Holder.DEAD
-                or owed.claim_worker is None
-                or now.alone(owed.claim_worker),
-                crashes=owed.crashes,
-                crash_budget=self._settings.crash_budget,
-            )
+        return Situation(
+            presence=row.seen.presence,
+            replaced_by_unrecorded=row.replaced_by_unrecorded,
+            holder=holder,
+            tombstone=row.tombstone,
+            in_flight=owed.token in now.in_flight,
+            cause=row.cause,
+            seen_for=owed.suspected_for if unchanged else None,
+            grace=0.0 if row.taken_by else self._grace(row.cause, owed),
+            reports_complete=now.reports_complete,
+            trusted=self._is_trusted(owed, now),
+            held=now.brake.holds(self._source, owed.queue),
+            hold_unexplained=self._settings.unexplained == "hold",
+            unsent=owed.unsent,
+            expired=owed.expired,
+            backing_off=owed.backoff > 0,
+            announced=owed.claim_announced,
+            alone=holder is not Holder.DEAD
+            or owed.claim_worker is None
+            or self._workers.died_alone(owed.claim_worker),
+            crashes=owed.crashes,
+            crash_budget=self._settings.crash_budget,
         )
+
+    def _holder(self, owed: Owed, now: InspectionContext) -> Holder:
+        if owed.claim_number is None:
+            return Holder.NONE
+        if owed.claim_live or owed.token in now.in_flight:
+            return Holder.LIVE
+        if owed.claim_worker is not None and not self._workers.gone(owed.claim_worker.hex):
+            return Holder.DROPPED
+        return Holder.DEAD
+
+    def _is_trusted(self, owed: Owed, now: InspectionContext) -> bool:
+        lost = now.is_lost(owed.age)
+        return self._trust.trusts(owed.queue, now.at - owed.age, lost=lost)
 
     def _grace(self, cause: Cause, owed: Owed) -> float:
         if reported_absent(owed):
-            return 0.0  # that was the first look
-        # A younger record has at least until its producer must have pushed it.
+            return 0.0  # The report counts as the first inspection.
+        # A younger record has at least the time in which its producer must have pushed it.
         young = owed.suspected_for + self._settings.push_deadline - owed.age
         if cause is Cause.INCIDENT:
             return max(self._settings.loss_grace, young)
         return max(self._settings.grace, young)
 
+    # -- apply ---------------------------------------------------------------------------------
+
+    def _apply(
+        self,
+        term: int,
+        rows: Sequence[Inspected],
+        now: InspectionContext,
+        deadline: float,
+        result: PassResult,
+    ) -> None:
+        """Record the suspects and the ends, void claims of dead workers, and release waiting jobs."""
+        self._note(term, rows, now, result)
+        self._close(term, rows, deadline, result)
+        self._void(term, rows, deadline, result)
+        free = [row for row in rows if not now.brake.holds(self._source, row.owed.queue)]
+        hidden = [
+            row.owed
+            for row in free
+            if row.owed.claim_live and row.seen.bodiless and row.known_cause in LOSSES
+        ]
+        self.restorer.show_running(term, hidden, deadline)
+        self.restorer.release_waiting(
+            term,
+            [(row.owed, row.seen) for row in free],
+            deadline,
+            result,
+            reports_complete=now.reports_complete,
+        )
+
     def _note(
         self,
         term: int,
-        decided: Sequence[tuple[Owed, Observation, Decision]],
+        rows: Sequence[Inspected],
         now: InspectionContext,
         result: PassResult,
     ) -> None:
-        """Write down who is suspected, and who is not any more."""
+        """Record which deliveries are new suspects, and which are suspects no longer."""
         suspects = []
         clear = []
-        for owed, seen, decision in decided:
+        for row in rows:
+            owed, seen, decision = row.owed, row.seen, row.decision
             if seen.presence is Presence.ABSENT:
                 result.absent += 1
-            if decision.action is Action.HOLD and not now.trusts(owed.queue, owed.age):
+            if decision.action is Action.HOLD and not self._is_trusted(owed, now):
                 result.untrusted += 1
             elif decision.action is Action.HOLD:
                 result.held += 1
@@ -287,12 +351,12 @@ class Inspector:
             if decision.clear and owed.suspected is not None:
                 clear.append(owed.token)
             elif decision.action is Action.RESTORE and owed.suspected is None:
-                # Its first look is enough, but the limiter may keep it waiting.
+                # One inspection is enough here, but the limiter may delay the restore.
                 suspects.append((owed.token, Cause.WORKER, seen.mark))
             elif decision.suspect and not reported_absent(owed):
                 if owed.suspected is not None and owed.suspected_mark == seen.mark:
-                    continue  # noted already, and unchanged
-                suspects.append((owed.token, self._cause(owed, now), seen.mark))
+                    continue  # It is recorded already, and unchanged.
+                suspects.append((owed.token, row.known_cause, seen.mark))
         self._store.clear(term, self._source, clear)
         self._store.suspect(term, self._source, suspects)
         if suspects:
@@ -301,38 +365,37 @@ class Inspector:
     def _close(
         self,
         term: int,
-        decided: Sequence[tuple[Owed, Observation, Decision]],
+        rows: Sequence[Inspected],
         deadline: float,
         result: PassResult,
     ) -> None:
         closings = [
-            Closing(
-                owed.token,
-                decision.outcome,
-                _why(owed, decision),
-            )
-            for owed, _, decision in decided
-            if decision.action in (Action.CLOSE, Action.BURY) and decision.outcome is not None
+            Closing(row.owed.token, row.decision.outcome, _why(row))
+            for row in rows
+            if row.decision.action in (Action.CLOSE, Action.BURY)
+            and row.decision.outcome is not None
         ]
         if not closings:
             return
         closings = self._with_parts(closings)
-        buried = [owed for owed, _, decision in decided if decision.action is Action.BURY]
-        # Of what is closed the envelope is no longer asked for.
+        buried = [row.owed for row in rows if row.decision.action is Action.BURY]
+        # The envelope of a closed delivery cannot be read any more.
         tokens = [owed.token for owed in buried]
         dead = self._store.envelopes(self._source, tokens) if buried else ()
-        # Not those that have ended since the look: their workers have told it.
+        # Deliveries that have ended since the inspection are not closed: their workers have
+        # reported the end.
         closed = frozenset(self._store.close_owed(term, self._source, closings))
         if buried and self._settings.mode == "guard":
             self._broker.bury(buried, deadline=deadline)
             deadline = self._redis_time() + _DEADLINE
             try:
                 self._broker.report([one for one in dead if one.token in closed], deadline=deadline)
-            except RedisRefuses as error:  # they are dead all the same, and kept for a person
+            except RedisRefuses as error:  # They are dead in any case, and kept for a person.
                 log_event(
                     "job_not_restored", answer="not reported", error=str(error), count=len(dead)
                 )
-        for owed, _, decision in decided:
+        for row in rows:
+            owed, decision = row.owed, row.decision
             if decision.action is Action.BURY:
                 result.buried += 1
                 log_event(
@@ -352,7 +415,7 @@ class Inspector:
                 )
 
     def _with_parts(self, closings: Sequence[Closing]) -> list[Closing]:
-        """Add what they are to joins, where their worker died before it could tell."""
+        """Add the part of a completed job in a join, if its worker died before it reported the part."""
         result = [c.token for c in closings if c.outcome is Outcome.COMPLETED]
         parts = self._broker.parts(self._store.envelopes(self._source, result)) if result else {}
         return [replace(c, part=parts.get(c.token)) for c in closings]
@@ -360,22 +423,23 @@ class Inspector:
     def _void(
         self,
         term: int,
-        decided: Sequence[tuple[Owed, Observation, Decision]],
+        rows: Sequence[Inspected],
         deadline: float,
         result: PassResult,
     ) -> None:
         voids = []
-        for owed, _, decision in decided:
-            if decision.action is Action.REQUEUE and owed.claim_number is not None:
-                charge = decision.charge
+        for row in rows:
+            owed = row.owed
+            if row.decision.action is Action.REQUEUE and owed.claim_number is not None:
+                charge = row.decision.charge
                 backoff = 0.0 if owed.claim_announced else self._backoff(owed)
                 voids.append(Void(owed.token, owed.claim_number, charge, backoff))
         if voids:
             voided = self._store.void(term, self._source, voids)
             failpoint.hit("after_void")
             taken = frozenset(voided)
-            left = [owed for owed, _, _ in decided if owed.token in taken]
-            self._broker.abandon(left, deadline=deadline)
+            abandoned = [row.owed for row in rows if row.owed.token in taken]
+            self._broker.abandon(abandoned, deadline=deadline)
             result.requeued += len(voided)
             log_event("claims_voided", count=len(voided))
 
@@ -383,22 +447,10 @@ class Inspector:
         waits = self._settings.crash_backoff
         return waits[min(owed.crashes, len(waits) - 1)]
 
-    def _brake(
-        self, lost: list[tuple[Owed, Cause]], now: InspectionContext, result: PassResult
-    ) -> list[tuple[Owed, Cause]]:
-        unexplained: dict[str, list[Owed]] = {}
-        for owed, cause in lost:
-            if cause is Cause.UNEXPLAINED:
-                unexplained.setdefault(owed.queue, []).append(owed)
-        held = {queue for queue, absent in unexplained.items() if now.too_many(queue, absent)}
-        kept = [(owed, cause) for owed, cause in lost if owed.queue not in held]
-        result.held += len(lost) - len(kept)
-        return kept
 
-
-def _why(owed: Owed, decision: Decision) -> str | None:
-    if decision.outcome is Outcome.COMPLETED:
+def _why(row: Inspected) -> str | None:
+    if row.decision.outcome is Outcome.COMPLETED:
         return None
-    if decision.action is Action.BURY:
-        return f"{decision.reason}: {owed.crashes + 1} worker deaths"
-    return decision.reason
+    if row.decision.action is Action.BURY:
+        return f"{row.decision.reason}: {row.owed.crashes + 1} worker deaths"
+    return row.decision.reason

@@ -1,8 +1,8 @@
-"""Joins: jobs that wait for others whose end the library has forgotten.
+"""Joins: jobs that wait for other jobs whose end the library has forgotten.
 
-A library moves a waiting job on when it sees the last of those it waits for end. It never sees that
-again if it was lost in between: the record of the end, or the move. Then the ledger decides: what
-waits goes on when all that it waits for has ended as it should.
+A library releases a waiting job when it sees the end of the last job that it depends on. If the
+record of that end or the release itself was lost, the library never sees it again. Then the ledger
+decides: the waiting job is released when all jobs that it depends on have ended as required.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from jobguard.log import log_event
 from jobguard.model import Join, LastOutcome, Observation, Outcome, Owed
 
 _FORGET = 3600.0
-"""Seconds after which what is looked at no more (it has ended) need not be remembered."""
+"""Seconds after which a waiting job that is not inspected any more (it has ended) is forgotten."""
 
 
 class Met(StrEnum):
-    """Whether what a job waits for has come."""
+    """Whether the dependencies of a job have ended."""
 
     YES = "yes"
     NOT_YET = "not yet"
-    """Some of it is still to come, or has ended so that the job shall wait for ever."""
+    """Some of them are still owed, or have ended in a way that keeps the job waiting for ever."""
     UNKNOWN = "unknown"
-    """Nothing is known of some of it: recorded by nobody, or long ago."""
+    """The ledger has no record of some of them: they were never recorded, or too long ago."""
 
 
 def met(join: Join, last_outcomes: Mapping[str, LastOutcome], ended: Mapping[UUID, Outcome]) -> Met:
-    """Tell whether all that a job waits for has ended as it should."""
+    """Return whether all dependencies of a job have ended as required."""
     if any(ended.get(token) is not Outcome.COMPLETED for token in join.doubtful):
         return Met.NOT_YET
     good = {Outcome.COMPLETED}
@@ -42,7 +42,7 @@ def met(join: Join, last_outcomes: Mapping[str, LastOutcome], ended: Mapping[UUI
 
 
 class Joins:
-    """Remembers what was seen to wait in vain: acted on is only what is seen so twice."""
+    """Remembers jobs that wait for finished dependencies: only a job that is seen twice is released."""
 
     def __init__(
         self,
@@ -59,22 +59,23 @@ class Joins:
         self._patience = patience
         self._clock = clock
         self._seen: dict[UUID, tuple[float, Met]] = {}
-        self._held: dict[UUID, float] = {}  # said to wait for what nobody knows, and last seen so
+        # Jobs that were logged as waiting for unknown jobs, and when they were last seen so.
+        self._wait_for_unknown: dict[UUID, float] = {}
 
     @property
     def pending(self) -> bool:
-        """Whether something is to be seen once more that then goes on."""
+        """True if a job has to be inspected once more before it is released."""
         return any(answer is Met.YES for _, answer in self._seen.values())
 
     def over(
         self, page: Sequence[tuple[Owed, Observation]], *, reports_complete: bool
     ) -> Sequence[UUID]:
-        """Return which of these wait in vain.
+        """Return the jobs of this page that are to be released.
 
-        The library needs a moment for the move itself: ``grace``. Of what nobody has ever heard, it is
-        believed that it has ended, as RQ does: when everything had the time to be recorded
-        (``patience``), and no worker has anything to report. Not if the waiting job itself was lost and
-        put back.
+        The library needs a moment for the release itself: ``grace``. A dependency that was never
+        recorded counts as ended, as in RQ, when every record had time to arrive (``patience``) and
+        every worker has flushed its reports. This does not hold if the waiting job itself was lost
+        and restored.
         """
         now = self._clock()
         waiting = [(owed, seen.joins) for owed, seen in page if seen.joins is not None]
@@ -87,12 +88,13 @@ class Joins:
         last_outcomes = self._last_outcomes(ids) if ids else {}
         doubtful = [token for _, join in waiting for token in join.doubtful]
         ended = self._ended(doubtful) if doubtful else {}
-        vain = []
+        released = []
         for owed, join in waiting:
             answer = met(join, last_outcomes, ended)
             if answer is Met.UNKNOWN and owed.recoveries:
-                # It was put back after a loss: what nobody recorded may be lost with it, and unrun.
-                self._hold(owed, join, last_outcomes)
+                # The job was restored after a loss. A dependency that was never recorded may be
+                # lost as well, and not have run.
+                self._keep_waiting(owed, join, last_outcomes)
                 continue
             if answer is Met.NOT_YET or (answer is Met.UNKNOWN and not reports_complete):
                 self._seen.pop(owed.token, None)
@@ -100,19 +102,23 @@ class Joins:
             since = self._seen.get(owed.token, (now, answer))[0]
             self._seen[owed.token] = (since, answer)
             if now - since >= (self._grace if answer is Met.YES else self._patience):
-                vain.append(owed.token)
+                released.append(owed.token)
                 del self._seen[owed.token]
         self._seen = {token: it for token, it in self._seen.items() if now - it[0] < _FORGET}
-        self._held = {token: at for token, at in self._held.items() if now - at < _FORGET}
-        return vain
+        self._wait_for_unknown = {
+            token: at for token, at in self._wait_for_unknown.items() if now - at < _FORGET
+        }
+        return released
 
-    def _hold(self, owed: Owed, join: Join, last_outcomes: Mapping[str, LastOutcome]) -> None:
+    def _keep_waiting(
+        self, owed: Owed, join: Join, last_outcomes: Mapping[str, LastOutcome]
+    ) -> None:
         self._seen.pop(owed.token, None)
-        if owed.token not in self._held:
+        if owed.token not in self._wait_for_unknown:
             unknown = [
                 id
                 for id in join.job_ids
                 if not (last := last_outcomes.get(id)) or last == LastOutcome()
             ]
             log_event("job_waits_for_unknown", job_id=owed.job_id, waits_for=unknown)
-        self._held[owed.token] = self._clock()
+        self._wait_for_unknown[owed.token] = self._clock()

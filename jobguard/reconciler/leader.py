@@ -1,20 +1,22 @@
-"""Leading: a lease with terms.
+"""Leadership: a lease with terms.
 
 ::
 
-    standby ──elect: nobody holds the lease──► leads term n ──renew every lease/3──► leads term n
-       ▲                                             │
-       └── the lease was not renewed in time, or ────┘
-           somebody else has a newer term
+    standby ──elect: the lease is free──► leads term n ──renew every lease/3──► leads term n
+       ▲                                       │
+       └── the lease was not renewed in ───────┘
+           time, or another process has
+           a newer term
 
-The lease stands in Postgres, by Postgres' clock. The leader trusts its term only until a little before
-the lease can have ended, counted on its own monotonic clock from *before* it asked; so a leader that
-was stopped, or whose answer was slow, steps down before another can have stepped up. Every write of
-a leader names its term and locks the lease row, every push into Redis carries a deadline in Redis'
-own time: a stale leader changes nothing in either.
+The lease is a row in Postgres, and its end is a time of the Postgres clock. The leader trusts its
+term only until shortly before the lease can end. It counts that time on its own monotonic clock,
+from *before* it sent the request. Therefore a leader that was stopped, or whose answer was slow,
+steps down before another process can be elected. Every write of a leader names its term and locks
+the lease row, and every push into Redis carries a deadline in the Redis clock: a stale leader
+changes neither store.
 
-A failed election leaves a standby. A renewal that fails leaves the leader in office until its trust
-runs out: Postgres may only have been slow.
+A process whose election fails stays a standby. A leader whose renewal fails leads on until its
+trust ends, because Postgres may only have been slow.
 """
 
 from __future__ import annotations
@@ -28,13 +30,13 @@ from jobguard.log import log_event, remind
 from jobguard.store.protocols import LeaderStore
 
 _HOLD_OFF = 2.0
-"""Seconds in which others may lead after we gave up."""
+"""Seconds in which other processes may be elected after this one gave up."""
 _MARGIN = 0.1
-"""Of the lease: how much earlier than its end the leader steps down."""
+"""Fraction of the lease: how much earlier than its end the leader steps down."""
 
 
 class Leadership:
-    """Holds the lease of one namespace, in a thread of its own, until stopped."""
+    """Holds the lease of one namespace, in its own thread, until stopped."""
 
     def __init__(
         self,
@@ -58,18 +60,22 @@ class Leadership:
 
     @property
     def term(self) -> int:
-        """The term that is surely ours now. Raises NotLeading."""
+        """The term that this process surely holds now. Raises NotLeading."""
         if self._term is None or self._clock() >= self._trusted_until:
             raise NotLeading
         return self._term
 
     @property
     def leads(self) -> bool:
-        """Whether a term is surely ours now."""
+        """True if this process surely holds a term now."""
         return self._term is not None and self._clock() < self._trusted_until
 
     def seek(self) -> None:
-        """Renew our term, or try to get one; not while this process is stuck, nor after it gave up."""
+        """Renew the term, or try to be elected.
+
+        Do neither while this process is stuck, and do not stand for election shortly after it gave
+        up.
+        """
         asked = self._clock()
         if not self._healthy():
             log_event("lease_unrenewed", error="this process is stuck")
@@ -103,12 +109,12 @@ class Leadership:
             log_event("postgres_back")
 
     def start(self) -> None:
-        """Seek and keep the lease from now on."""
+        """Start the thread that seeks and keeps the lease."""
         self._thread = threading.Thread(target=self._keep, name="jobguard-lease", daemon=True)
         self._thread.start()
 
     def wait(self, timeout: float) -> bool:
-        """Wait until we lead; False if that took longer than ``timeout`` seconds."""
+        """Wait until this process leads; return False after ``timeout`` seconds."""
         deadline = self._clock() + timeout
         while not self.leads and not self._stop.is_set():
             left = deadline - self._clock()
@@ -125,16 +131,16 @@ class Leadership:
             except Exception as error:
                 log_event("step_failed", part="lease", error=str(error), exc_info=True)
             remind()
-            # A standby asks more often: the time without a leader is what users wait for.
+            # A standby asks more often, because users wait during the time without a leader.
             self._stop.wait(self._lease * (0.3 if self._term is not None else 0.03))
 
     def give_up(self) -> None:
-        """Resign, and let any other process lead first: ours makes no progress in this term."""
+        """Resign, and let any other process lead first: this one makes no progress in this term."""
         self._not_before = self._clock() + _HOLD_OFF
         self._resign()
 
     def stop(self) -> None:
-        """Resign, so that another can lead at once."""
+        """Resign, so that another process can lead at once."""
         self._stop.set()
         self._changed.set()
         if self._thread is not None:

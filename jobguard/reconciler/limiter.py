@@ -1,4 +1,4 @@
-"""How many jobs may go back now: token buckets, and a fair order over queues."""
+"""Bound the rate of restores with token buckets, and share it fairly between queues."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ _LEAST = 1 << 10
 _MOST = 8 << 20
 _FAST = 0.25
 _SLOW = 1.0
-"""Seconds for one slice: the deadline of a push and the timeout of our client are not far beyond."""
+"""Seconds for one slice: the deadline of a push and the timeout of the Redis client are little
+longer."""
 
 
 class TokenBucket:
-    """Grants ``rate`` permits a second, and a second's worth at once."""
+    """Grants ``rate`` permits in each second, and the permits of one second at once."""
 
     def __init__(self, rate: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._rate = rate
@@ -26,7 +27,7 @@ class TokenBucket:
         self._at = clock()
 
     def take(self, wanted: int) -> int:
-        """Grant as many as there are, ``wanted`` at most."""
+        """Grant the available permits, ``wanted`` at most."""
         now = self._clock()
         self._level = min(self._burst, self._level + (now - self._at) * self._rate)
         self._at = now
@@ -35,22 +36,22 @@ class TokenBucket:
         return granted
 
     def release(self, unused: int) -> None:
-        """Take back permits that were not used."""
+        """Return unused permits."""
         self._level = min(self._burst, self._level + unused)
 
 
 class Slice:
-    """How many bytes go back in one go: fewer after a miss, more again after each that was fast."""
+    """The number of bytes in one slice: smaller after a miss, larger after each fast slice."""
 
     def __init__(self) -> None:
         self.most_bytes = _BEGIN
 
     def missed(self) -> None:
-        """It came too late, or took too long."""
+        """Make the slice smaller, because a push was too late or too slow."""
         self.most_bytes = max(_LEAST, self.most_bytes // 4)
 
     def took(self, size: int, seconds: float) -> None:
-        """So many bytes went back in this time."""
+        """Adapt the slice after ``size`` bytes were pushed in so many seconds."""
         if seconds > _SLOW:
             self.missed()
         elif seconds < _FAST and size >= self.most_bytes // 4:
@@ -58,9 +59,9 @@ class Slice:
 
 
 def round_robin(items: Iterable[T], queue_of: Callable[[T], str]) -> Iterator[T]:
-    """Deal the items out queue by queue, so that no queue waits behind a longer one.
+    """Yield the items queue by queue, so that no queue waits behind a longer one.
 
-    Within a queue their order is kept.
+    The order within a queue is kept.
     """
     by_queue: dict[str, list[T]] = {}
     for item in items:

@@ -1,15 +1,16 @@
-"""Who is dead: the exact rule, on the leader's own clock.
+"""Decide which workers are dead, by an exact rule on the leader's own clock.
 
 A worker is dead if, within a window of ``worker_timeout``,
 
 1. the leader polled both stores without a gap of more than a fifth of it,
 2. the worker's beat counter changed in neither store,
 3. Redis had no incident,
-4. and, where workers of two or more hosts were alive and all of them fell silent, the window is
+4. and, where workers of two or more hosts were alive and all of them became silent, the window is
    doubled, once.
 
-Never longer. A single worker, too, is dead after ``worker_timeout``. Counters and one local clock
-leave no room for steps of the database's clock or for skew between machines.
+The window is never longer. A single worker is also dead after ``worker_timeout``. The rule uses
+only counters and one local clock, so that steps of the database clock and skew between machines
+have no effect.
 """
 
 from __future__ import annotations
@@ -31,14 +32,15 @@ class _Watched:
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """What one poll showed."""
+    """The result of one poll."""
 
     dead: Sequence[UUID]
-    """Newly dead: to be declared so."""
+    """Workers that are newly dead, and are to be declared dead."""
     live: frozenset[UUID]
-    """Neither dead nor gone."""
+    """Workers that are neither dead nor have left."""
     silent: frozenset[UUID]
-    """Not heard of since the polls began, or began again: their reports may still wait."""
+    """Workers without a new beat since the polls began, or began again: their reports may still be
+    unwritten."""
     unflushed: bool
     """A live worker has reports that Postgres does not have."""
 
@@ -49,20 +51,23 @@ class Liveness:
 
     timeout: float
     _window: float = field(default=float("-inf"))
-    """Since when silence counts."""
+    """The time from which silence counts."""
     _introduction: float = field(default=float("-inf"))
-    """Since when every worker must have been heard before its reports are surely written."""
+    """The time after which every worker must have beaten before its reports are surely written."""
     _polled: float | None = None
     _watched: dict[UUID, _Watched] = field(default_factory=dict)
 
     def interrupted(self, at: float) -> None:
-        """Redis had an incident or cannot be asked: silence before now does not count."""
+        """Ignore silence before now: Redis had an incident or cannot be asked."""
         self._window = at
 
     def poll(
         self, at: float, rows: Sequence[WorkerRow], redis_beats: Mapping[UUID, int] | None
     ) -> Judgement:
-        """Take what both stores say now (monotonic seconds; None: Redis cannot be asked) and judge."""
+        """Compare the beats of both stores with the last poll, and judge the workers.
+
+        ``at`` is monotonic seconds. ``redis_beats`` is None if Redis cannot be asked.
+        """
         if self._polled is None or at - self._polled > self.timeout / 5:
             self._window = self._introduction = at
         self._polled = at
@@ -90,8 +95,8 @@ class Liveness:
     def _see(self, at: float, row: WorkerRow, redis_beat: int | None) -> None:
         known = self._watched.get(row.id)
         if known is None:
-            # News to this leader, but perhaps an old row: silence counts from now. A row that came
-            # after the polls began is a worker's first beat.
+            # The row is new to this leader, but may be old: silence counts from now. A row that
+            # appeared after the polls began is the first beat of a worker.
             self._watched[row.id] = _Watched(row.host, row.beat, redis_beat, at)
             return
         if row.beat != known.beat or (redis_beat is not None and redis_beat != known.redis_beat):
@@ -100,10 +105,11 @@ class Liveness:
         known.redis_beat = redis_beat if redis_beat is not None else known.redis_beat
 
     def _all_fell_silent(self, at: float) -> bool:
-        """Whether workers of two hosts or more were alive, and all of them have fallen silent.
+        """Return True if workers of two or more hosts were alive, and all of them have become silent.
 
-        All of them at once is rather a network's doing than that of their hosts. Beats are not
-        simultaneous: who was heard a third of the window ago has missed a beat or more by now.
+        If all of them become silent at once, the cause is probably the network and not the hosts.
+        Beats are not simultaneous: a worker that was last heard a third of the window ago has
+        missed one beat or more.
         """
         heard = [max(w.changed_at, self._window) for w in self._watched.values()]
         hosts = {w.host for w in self._watched.values()}

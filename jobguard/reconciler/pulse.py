@@ -1,4 +1,4 @@
-"""Keeping the pulse of one source, and finding out whether Redis lost data or is another Redis."""
+"""Keep the pulse of one source, and find out whether Redis lost data or is another Redis."""
 
 from __future__ import annotations
 
@@ -27,33 +27,36 @@ from jobguard.redis_refusal import refusal_of
 from jobguard.store.protocols import LeaderStore, SourceRow
 
 _ALARM_AGAIN = 30.0
-"""Seconds between two lines in the log about a state that only a person can end."""
+"""Seconds between two log lines about a state that only a person can end."""
 
 
 class IdentityConfirmed(Protocol):
-    """Asked where the pulse is not what it was, and this process has never seen it here."""
+    """Confirms the Redis when the pulse is not the expected one and this process has never seen it here."""
 
     def __call__(self, missed_since: float, /, *, own: bool) -> bool | None:
-        """Whether this is the right Redis; None: not known yet. ``own``: it has an older pulse of ours."""
+        """Return True if this is the right Redis; None: not known yet.
+
+        ``own``: this Redis has an older pulse of this ledger.
+        """
 
 
 class Health(StrEnum):
-    """What one look at the pulse means for this step."""
+    """The meaning of one reading of the pulse for this step."""
 
     DOWN = "down"
-    """Redis cannot be asked, or is not itself yet."""
+    """Redis cannot be asked, or is not ready to answer for its data yet."""
     UNSURE = "unsure"
-    """It answers, but whether it is the right one is not known yet."""
+    """Redis answers, but it is not known yet whether it is the right one."""
     STEADY = "steady"
     LOST = "lost"
-    """It has just been seen to have lost data; the incident is written down."""
+    """Redis has just been found to have lost data; the incident is recorded."""
     STOP = "stop"
-    """Touch nothing: the wrong Redis, or a Postgres that forgot."""
+    """Change nothing: this is the wrong Redis, or Postgres lost data."""
 
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """What would be different after a restart, a failover or an eviction."""
+    """Properties of the server that change with a restart, a failover or an eviction."""
 
     run_id: str = ""
     replication_id: str = ""
@@ -80,24 +83,28 @@ class PulseKeeper:
         self._n = source.pulse_n
         self._run_id = source.run_id
         self._topology: Topology | None = None
-        self._raw: tuple[bytes, ...] = (b"", b"")  # epoch and n, also where they make no pulse
+        # Epoch and n as Redis has them, even if they are not a valid pulse.
+        self._raw: tuple[bytes, ...] = (b"", b"")
         self._ticked = False
-        self._noted: UUID | None = None  # the epoch whose loss is written down
+        self._noted: UUID | None = None  # The epoch whose loss is recorded.
         self._down = False
         self._misplaced_since: float | None = None
         self._alarmed = float("-inf")
         self.refusal: str | None = None
-        """What Redis says if it takes no writes."""
-        self.doubts: list[Cause] = []
-        """New reasons to verify what is owed; whoever acts on them empties the list."""
+        """The error text of Redis if it takes no writes."""
+        self.to_verify: list[Cause] = []
+        """New reasons to verify all owed deliveries. The caller that handles them empties the list."""
 
     @property
     def epoch(self) -> UUID | None:
-        """The pulse's present epoch."""
+        """The present epoch of the pulse."""
         return self._epoch
 
     def tick(self, term: int, *, identity_confirmed: IdentityConfirmed, now: float) -> Health:
-        """Look at the pulse and move it on. ``now`` is monotonic."""
+        """Read the pulse and move it on.
+
+        ``now`` is monotonic seconds.
+        """
         try:
             self._check_topology()
             if self._topology is not None and self._topology.role == "slave":
@@ -112,14 +119,15 @@ class PulseKeeper:
             )
             health = self._act(term, reading, standing, identity_confirmed, now)
         except redis.RedisError as error:
-            # Loading, read-only, master down, refused: it is down, never "missing".
+            # Loading, read-only, master down, refused: all of these mean that Redis is down, never
+            # that the pulse is missing.
             if not self._down:
                 log_event("redis_away", source=self._source.address, error=str(error))
             self._down = True
             return Health.DOWN
         if self._down:
             self._down = False
-            self.doubts.append(Cause.TOPOLOGY)
+            self.to_verify.append(Cause.TOPOLOGY)
             log_event("redis_back", source=self._source.address)
         return health
 
@@ -140,7 +148,8 @@ class PulseKeeper:
             self._adopt(term, standing)
             return Health.STEADY
         if reading is Reading.FIRST and self._n == ACCEPTED:
-            # A person said that all is well; but what was owed here is in no Redis any more.
+            # A person said that this state is right. But the owed deliveries are not in any Redis
+            # any more.
             self._ticked = True
             return self._lost(term, standing, identity_confirmed, now)
         if reading is Reading.FIRST:
@@ -157,13 +166,14 @@ class PulseKeeper:
         return Health.STOP
 
     def _move(self, term: int, standing: Standing) -> None:
-        # A counter that is ahead was moved by a leader that died before it told Postgres: tell it now.
+        # The counter is ahead if the leader that moved it died before it wrote to Postgres: write
+        # it now.
         n = standing.n
         if standing.n == self._n:
             moved = self._tick(standing)
             if moved is False:
-                return  # somebody else moved it: the next look says what that means
-            # It stands where we know it, so that nothing is lost, also where no write is taken.
+                return  # Another process moved it: the next reading shows the result.
+            # The counter is the known one, so that nothing is lost, even if Redis takes no writes.
             n = standing.n if moved is None else standing.n + 1
         self._store.acknowledge(
             term,
@@ -175,7 +185,7 @@ class PulseKeeper:
         self._n = n
 
     def _tick(self, standing: Standing) -> bool | None:
-        """Move the counter on; None: Redis takes no writes, but it is up and what it was."""
+        """Move the counter on; None: Redis takes no writes, but it is up and has the known counter."""
         try:
             moved = self._script(TICK, standing.epoch, str(standing.n), str(standing.n + 1))
         except redis.ResponseError as error:
@@ -187,7 +197,7 @@ class PulseKeeper:
         return moved
 
     def _begin(self, term: int, standing: Standing | None, epoch: UUID) -> None:
-        """Make the pulse anew, where what was judged still stands."""
+        """Make a new pulse, if Redis still has the one that was judged."""
         was: tuple[Any, ...] = self._raw
         if standing is not None:
             was = (standing.epoch, standing.n)
@@ -214,8 +224,8 @@ class PulseKeeper:
     ) -> Health:
         self._misplaced_since = self._misplaced_since or now
         seen = "missing" if standing is None else f"{standing.n} of epoch {standing.epoch}"
-        # The same server process, or one whose pulse we moved ourselves at this address: the right
-        # place. Else somebody must vouch for it before anything is pushed.
+        # If it is the same server process, or if this process moved the pulse at this address
+        # before, it is the right Redis. Otherwise it must be confirmed before anything is pushed.
         here = self._ticked or (
             bool(self._run_id)
             and self._topology is not None
@@ -228,7 +238,8 @@ class PulseKeeper:
             if not sure:
                 return Health.STOP
         if self._noted is None or self._noted != self._epoch or self._epoch is None:
-            # First the row, then the counter: a loss must never be noticed and then forgotten.
+            # First the incident row, then the counter: a loss must never be noticed and then
+            # forgotten.
             self._store.open_incident(
                 term,
                 self._source.id,
@@ -250,12 +261,12 @@ class PulseKeeper:
             log_event("ledger_behind", source=self._source.address)
 
     def stands(self) -> bool:
-        """Whether the pulse is in Redis right now as we know it: nothing was lost up to here."""
+        """Return True if Redis has the known pulse right now: no data was lost until now."""
         standing = parse_pulse(self._read())
         return standing is not None and standing.epoch == self._epoch
 
     def _read(self) -> list[bytes | None]:
-        """Read the pulse; what is no hash at all is none."""
+        """Read the pulse. A key that is no hash counts as no pulse."""
         try:
             answer: list[bytes | None] = read_pulse(self._client, self._source)
         except redis.ResponseError as error:
@@ -268,12 +279,12 @@ class PulseKeeper:
         return answer
 
     def _accepted(self) -> bool:
-        """Whether a person has said that what stands in Redis is right."""
+        """Return True if a person has said that the pulse in Redis is right."""
         rows = [row for row in self._store.sources() if row.id == self._source.id]
         return bool(rows) and rows[0].pulse_epoch is None and rows[0].pulse_n == ACCEPTED
 
     def _adopt(self, term: int, standing: Standing) -> None:
-        """Take the pulse that stands in Redis for ours."""
+        """Take over the pulse that Redis has."""
         self._store.acknowledge(
             term,
             self._source.id,
@@ -296,20 +307,20 @@ class PulseKeeper:
                 evicted=int(info.get("evicted_keys", 0)),
             )
         except redis.ResponseError:
-            return  # INFO is forbidden here: the pulse and the sweep must do
+            return  # INFO is forbidden here: the pulse and the sweep have to suffice.
         before, self._topology = self._topology, seen
         if before is None:
             if self._run_id and self._run_id != seen.run_id:
-                self.doubts.append(Cause.TOPOLOGY)
+                self.to_verify.append(Cause.TOPOLOGY)
             return
         if (before.run_id, before.replication_id, before.role) != (
             seen.run_id,
             seen.replication_id,
             seen.role,
         ):
-            self.doubts.append(Cause.TOPOLOGY)
+            self.to_verify.append(Cause.TOPOLOGY)
         if seen.evicted > before.evicted:
-            self.doubts.append(Cause.EVICTION)
+            self.to_verify.append(Cause.EVICTION)
             log_event(
                 "redis_evicted",
                 source=self._source.address,

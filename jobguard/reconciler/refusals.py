@@ -1,7 +1,7 @@
-"""A source whose Redis takes no writes is one state, with one line, one incident and a probe a second.
+"""A Redis that takes no writes: one state, with one log line, one incident, and one probe a second.
 
-While it lasts, one job is tried a second. After each that is stored, twice as many are tried. The state is
-over when nothing was refused for a while, or nothing is left to put back.
+During this state one job is tried each second. After each job that is stored, twice as many are
+tried. The state ends when nothing was refused for a while, or when no job is left to restore.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from jobguard.store.protocols import LeaderStore
 _PROBE = 1.0
 """Seconds from a refusal to the next try."""
 _QUIET = 5.0
-"""Seconds without a refusal after which the state is over, if something was stored."""
+"""Seconds without a refusal after which the state ends, if a job was stored."""
 _FORGET = 60.0
-"""Seconds without a refusal after which it is over, though nothing was tried."""
+"""Seconds without a refusal after which the state ends, if no job was tried."""
 _ALL = 1 << 30
 _DETAIL = "Redis refuses to store jobs: "
 
@@ -40,7 +40,7 @@ class Refusals:
         self._resume()
 
     def _resume(self) -> None:
-        """Go on from what an earlier leader wrote down."""
+        """Continue from the incident that an earlier leader recorded."""
         for incident in self._store.incidents(self._source):
             if incident.cause is Cause.PUSH and incident.detail.startswith(_DETAIL):
                 self._incident = incident.id
@@ -50,17 +50,17 @@ class Refusals:
 
     @property
     def open(self) -> bool:
-        """Whether Redis refuses, as far as is known."""
+        """True if Redis refuses writes, as far as is known."""
         return self._since is not None
 
     def most(self) -> int:
-        """How many jobs may be tried now."""
+        """Return how many jobs may be tried now."""
         if self._since is None:
             return _ALL
         return 0 if self._clock() - self._last < _PROBE else self._most
 
     def refused(self, term: int, reason: str, waiting: int) -> None:
-        """Redis has just refused; ``waiting``: so many wait for it."""
+        """Record that Redis refused a write just now, while ``waiting`` jobs wait."""
         now = self._clock()
         self._last, self._most = now, 1
         self._count += 1
@@ -74,7 +74,7 @@ class Refusals:
             self._store.progress(term, self._incident, missing=waiting, restored=0, close=False)
 
     def stored(self, term: int, count: int) -> None:
-        """Redis has just stored so many."""
+        """Record that Redis stored ``count`` jobs just now."""
         if self._since is None or not count:
             return
         self._most = min(_ALL, max(2 * self._most, 2 * count))
@@ -84,7 +84,10 @@ class Refusals:
             self._over(term)
 
     def step(self, term: int, *, waits: bool) -> None:
-        """See whether it is over though nothing was tried; ``waits``: something is left to try."""
+        """End the state if nothing was refused for a long time.
+
+        ``waits``: jobs are left to try.
+        """
         if self._since is not None and not waits and self._clock() - self._last >= _FORGET:
             self._over(term)
 

@@ -1,8 +1,8 @@
-"""Joins that the library counts in Redis: a chord's results, a group's barrier.
+"""Joins that the library counts in Redis: the results of a chord, the barrier of a group.
 
-What it has counted is lost with Redis. The ledger knows which members have ended and what they left; so
-the count is put back before any member is, and a join whose members have all ended, of which nothing
-has come, is told to the library once more.
+A loss of Redis takes these counts as well. The ledger knows which members have ended, and their
+results. Therefore the counts are restored before any member is. A join whose members have all
+ended, and whose body was never recorded, is reported to the library again.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from jobguard.log import log_event
 from jobguard.store.protocols import LeaderStore
 
 _PAGE = 500
-_MEND_AGAIN = 1.0
-"""Seconds between two rounds while what was lost is being put back: it may be lost once more."""
+_RESTORE_AGAIN = 1.0
+"""Seconds between two rounds while lost jobs are being restored: Redis may lose the counts again."""
 _CHECK_EVERY = 2.0
-"""Seconds between two looks for joins of which nothing has come."""
-_TELL_AGAIN = 30.0
-"""Seconds in which something should have come of a join that was told again; doubled each time."""
+"""Seconds between two checks for complete joins without a body."""
+_REPORT_AGAIN = 30.0
+"""Seconds to wait for the body of a join that was reported again; doubled each time."""
 _FORGET = 3600.0
 
 
 class Rejoiner:
-    """Sees to one source's joins."""
+    """Restores and completes the joins of one source."""
 
     def __init__(
         self,
@@ -40,15 +40,14 @@ class Rejoiner:
         self._source = source
         self._grace = grace
         self._clock = clock
-        self._mended_at = float("-inf")
+        self._restored_at = float("-inf")
         self._inspected_at = float("-inf")
-        self._last_told: dict[
-            str, tuple[float, float]
-        ] = {}  # by join: when, and how long to wait now
+        # For each join: when it was reported, and how long to wait now.
+        self._last_reported: dict[str, tuple[float, float]] = {}
 
-    def mend(self, deadline: float) -> None:
-        """Put back what is missing of every open join. Raises RedisError."""
-        if self._clock() - self._mended_at < _MEND_AGAIN:
+    def restore_counts(self, deadline: float) -> None:
+        """Restore the missing counts of every open join. Raises RedisError."""
+        if self._clock() - self._restored_at < _RESTORE_AGAIN:
             return
         after, count = "", 0
         while True:
@@ -59,12 +58,12 @@ class Rejoiner:
                 after = page[-1].id
             if len(page) < _PAGE:
                 break
-        self._mended_at = self._clock()
+        self._restored_at = self._clock()
         if count:
             log_event("joins_mended", count=count)
 
     def finish(self, deadline: Callable[[], float]) -> None:
-        """Tell the library again of joins whose members have all ended, of which nothing has come."""
+        """Report joins again whose members have all ended, and whose body was never recorded."""
         now = self._clock()
         if now - self._inspected_at < min(_CHECK_EVERY, self._grace):
             return
@@ -74,11 +73,13 @@ class Rejoiner:
         if due:
             self._broker.rejoin(due, finish=True, deadline=deadline())
             log_event("joins_finished", count=len(due))
-        self._last_told = {id: it for id, it in self._last_told.items() if now - it[0] < _FORGET}
+        self._last_reported = {
+            id: it for id, it in self._last_reported.items() if now - it[0] < _FORGET
+        }
 
     def _is_due(self, join: str, now: float) -> bool:
-        at, wait = self._last_told.get(join, (now, 0.0))
+        at, wait = self._last_reported.get(join, (now, 0.0))
         if now - at < wait:
             return False
-        self._last_told[join] = (now, 2 * wait or _TELL_AGAIN)
+        self._last_reported[join] = (now, 2 * wait or _REPORT_AGAIN)
         return True

@@ -1,11 +1,11 @@
-"""What goes back into Redis: what was lost, what waits in vain, and what others must see running.
+"""Push to Redis: lost deliveries, jobs whose dependencies have ended, and entries of running jobs.
 
-Reading is unlimited; what was lost passes the limiter.
+Reads are not limited. Restores of lost deliveries pass the limiter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from uuid import UUID
@@ -16,29 +16,29 @@ from jobguard import failpoint
 from jobguard.adapter import Broker
 from jobguard.errors import StoreUnavailable
 from jobguard.log import log_event
-from jobguard.model import Cause, Observation, Outcome, Owed, Restorable, Restored
+from jobguard.model import Observation, Outcome, Owed, Restorable, Restored
 from jobguard.reconciler.joins import Joins
 from jobguard.reconciler.limiter import Slice, TokenBucket, round_robin
 from jobguard.reconciler.refusals import Refusals
 from jobguard.reconciler.rejoin import Rejoiner
-from jobguard.reconciler.result import LOSSES, PassResult, reported_absent
+from jobguard.reconciler.result import LOSSES, Lost, PassResult
 from jobguard.redis_refusal import RedisRefuses, refusal_of
 from jobguard.settings import Settings
 from jobguard.store.protocols import Closing, LeaderStore
 
 _SLICE = 500
-"""Jobs put back in one go: then the pulse and the lease have their turn."""
+"""Jobs that are restored in one go. After that the pulse is read and the lease is checked again."""
 _TURN = 0.3
 """Seconds after which no further slice is begun."""
 _RETRY = 1.0
 _RETRY_MOST = 60.0
-"""Seconds between two tries of one that Redis or its envelope does not allow; doubled each time."""
+"""Seconds between two tries of a delivery that cannot be restored; doubled each time."""
 _FAILING = 10_000
-"""Of so many it is remembered."""
+"""Number of such deliveries that are remembered."""
 
 
 class Restorer:
-    """Puts one source's deliveries back."""
+    """Restores the deliveries of one source."""
 
     def __init__(
         self,
@@ -65,16 +65,19 @@ class Restorer:
         self._clock = clock
         self.refusals = Refusals(store, source, address, clock)
         self._slice = Slice()
-        self._failing: dict[UUID, tuple[float, float]] = {}  # when to try again, and the wait then
-        self._shown: dict[UUID, Owed] = {}  # what runs, and was put back for others to see
-        # A million lost jobs must not delay one killed worker's.
+        # When to try again, and the wait that was used.
+        self._failing: dict[UUID, tuple[float, float]] = {}
+        # Running jobs that were restored so that other jobs can see them.
+        self._shown: dict[UUID, Owed] = {}
+        # A million lost jobs must not delay the job of one killed worker.
         self._losses = TokenBucket(settings.recovery_rate)
         self._repairs = TokenBucket(settings.repair_rate)
 
-    def running(self, term: int, hidden: Sequence[Owed], deadline: float) -> None:
-        """Put back what a loss took of jobs that run: those that wait for them look for it.
+    def show_running(self, term: int, hidden: Sequence[Owed], deadline: float) -> None:
+        """Restore the lost entries of running jobs, because the jobs that depend on them look for these.
 
-        Before anything that waits is put back, for that is seen absent a grace later.
+        This happens before any waiting job is restored: those are restored a grace after they were
+        seen absent.
         """
         if not hidden or self._observes:
             return
@@ -85,7 +88,7 @@ class Restorer:
         )
 
     def hide_ended(self) -> None:
-        """Take back what was put back of jobs that have ended before the library could see it."""
+        """Remove the restored entries of running jobs that ended before the library could see the end."""
         if self._shown:
             ended = self._store.tombstones(self._source, list(self._shown))
             if ended:
@@ -94,16 +97,16 @@ class Restorer:
                 del self._shown[token]
 
     def finish_joins(self, deadline: Callable[[], float]) -> None:
-        """Have the library go on from joins whose members have all ended."""
+        """Let the library continue with joins whose members have all ended."""
         if not self._observes:
             self._rejoiner.finish(deadline)
 
     @property
     def has_joins_to_see_again(self) -> bool:
-        """Whether something waits in vain, as far as one look can tell."""
+        """True if a job seems to wait for ended dependencies, and is to be inspected again."""
         return self._joins.pending
 
-    def joined(
+    def release_waiting(
         self,
         term: int,
         page: Sequence[tuple[Owed, Observation]],
@@ -112,39 +115,29 @@ class Restorer:
         *,
         reports_complete: bool,
     ) -> None:
-        """Let go on what waits in vain for jobs that have ended."""
-        vain = self._joins.over(page, reports_complete=reports_complete)
-        if not vain:
+        """Release jobs whose dependencies have all ended."""
+        ready = self._joins.over(page, reports_complete=reports_complete)
+        if not ready:
             return
         if self._observes:
-            result.observed += len(vain)
+            result.observed += len(ready)
             return
-        answers = self._restore(term, vain, _released, deadline)
+        answers = self._restore(term, ready, _released, deadline)
         released = [token for token, answer in answers.items() if answer is Restored.RESTORED]
         self._store.restored(term, self._source, released)
         result.released += len(released)
         if released:
             log_event("jobs_released", count=len(released))
 
-    def lost(
-        self,
-        term: int,
-        lost: Sequence[tuple[Owed, Cause]],
-        older: Mapping[UUID, UUID],
-        over: Collection[UUID],
-        left: Mapping[UUID, str],
-        deadline: float,
-        result: PassResult,
+    def restore_lost(
+        self, term: int, lost: Sequence[Lost], deadline: float, result: PassResult
     ) -> None:
-        """Put back what nobody has, as fast as the limiter lets it.
-
-        ``left``: by whom Redis says that it was taken, if they are gone.
-        """
+        """Restore lost deliveries, as fast as the limiter allows."""
         if not lost:
             return
         if self._observes:
             result.observed += len(lost)
-            if len(lost) != self._observed:  # the same ones are seen again and again
+            if len(lost) != self._observed:  # Every inspection finds the same ones again.
                 self._observed = len(lost)
                 log_event("would_restore", count=len(lost))
             return
@@ -153,30 +146,30 @@ class Restorer:
             result.throttled += len(lost)
             return
         now = self._clock()
-        ready = [pair for pair in lost if self._failing.get(pair[0].token, (now, 0))[0] <= now]
+        ready = [one for one in lost if self._failing.get(one.owed.token, (now, 0))[0] <= now]
         result.failed += len(lost) - len(ready)
         lost = ready
-        losses = [pair for pair in lost if pair[1] in LOSSES]
-        if losses and not self._mended(term, deadline, waiting=len(lost)):
+        losses = [one for one in lost if one.cause in LOSSES]
+        if losses and not self._joins_restored(term, deadline, waiting=len(lost)):
             result.waiting += len(lost)
             result.throttled += len(lost)
             return
-        repairs = [pair for pair in lost if pair[1] not in LOSSES]
+        repairs = [one for one in lost if one.cause not in LOSSES]
         for bucket, wanted in ((self._repairs, repairs), (self._losses, losses)):
             granted = bucket.take(min(len(wanted), _SLICE))
             result.waiting += len(wanted) - granted
             result.throttled += len(wanted) - granted
-            chosen = list(round_robin(wanted, lambda pair: pair[0].queue))[:granted]
+            chosen = list(round_robin(wanted, lambda one: one.owed.queue))[:granted]
             if chosen:
-                tried = self._put_back(term, chosen, older, over, left, deadline, result)
+                tried = self._restore_chosen(term, chosen, deadline, result)
                 bucket.release(granted - tried)
                 result.waiting += granted - tried
                 result.throttled += granted - tried
 
-    def _mended(self, term: int, deadline: float, *, waiting: int) -> bool:
-        """Put back what is counted of joins, before their members; False: Redis refuses."""
+    def _joins_restored(self, term: int, deadline: float, *, waiting: int) -> bool:
+        """Restore the counts of joins, before their members; return False if Redis refuses."""
         try:
-            self._rejoiner.mend(deadline)
+            self._rejoiner.restore_counts(deadline)
         except redis.RedisError as error:
             reason = refusal_of(error)
             if reason is None:
@@ -185,39 +178,32 @@ class Restorer:
             return False
         return True
 
-    def _put_back(
-        self,
-        term: int,
-        chosen: Sequence[tuple[Owed, Cause]],
-        older: Mapping[UUID, UUID],
-        over: Collection[UUID],
-        left: Mapping[UUID, str],
-        deadline: float,
-        result: PassResult,
+    def _restore_chosen(
+        self, term: int, chosen: Sequence[Lost], deadline: float, result: PassResult
     ) -> int:
-        """Return for how many of these it is known what became of them."""
-        overtaken = self._store.overtaken(self._source, [owed.token for owed, _ in chosen])
+        """Return for how many of these the result is known."""
+        overtaken = self._store.overtaken(self._source, [one.owed.token for one in chosen])
         self._store.close_owed(
             term,
             self._source,
-            [Closing(t, Outcome.SUPERSEDED, "a later life of its id has begun") for t in overtaken],
+            [
+                Closing(t, Outcome.SUPERSEDED, "a later delivery of its id has started")
+                for t in overtaken
+            ],
         )
         result.closed[Outcome.SUPERSEDED] += len(overtaken)
-        causes = {
-            owed.token: (owed, cause) for owed, cause in chosen if owed.token not in overtaken
-        }
+        lost = {one.owed.token: one for one in chosen if one.owed.token not in overtaken}
 
         def prepared(given: Restorable) -> Restorable:
-            owed = causes[given.token][0]
+            one = lost[given.token]
             return replace(
                 given,
-                replaces=frozenset([older[given.token]] if given.token in older else []),
-                takeover=given.token in over
-                or (reported_absent(owed) and owed.suspected is Cause.WORKER),
-                taken_by=left.get(given.token, ""),
+                replaces=frozenset() if one.replaces is None else frozenset([one.replaces]),
+                takeover=one.takeover,
+                taken_by=one.taken_by,
             )
 
-        answers = self._restore(term, list(causes), prepared, deadline)
+        answers = self._restore(term, list(lost), prepared, deadline)
         back = [token for token, answer in answers.items() if answer is Restored.RESTORED]
         there = [token for token, answer in answers.items() if answer is Restored.PRESENT]
         expired = [token for token, answer in answers.items() if answer is Restored.EXPIRED]
@@ -227,22 +213,23 @@ class Restorer:
         self._store.close_owed(
             term,
             self._source,
-            [Closing(token, Outcome.CANCELLED, "its time to live is over") for token in expired],
+            [Closing(token, Outcome.CANCELLED, "its time to live has ended") for token in expired],
         )
         for token in back:
-            result.restored[causes[token][1]] += 1
+            result.restored[lost[token].cause] += 1
             self._failing.pop(token, None)
         for token, answer in answers.items():
             if answer not in (Restored.RESTORED, Restored.PRESENT, Restored.EXPIRED):
                 result.failed += 1
-                if answer is not Restored.TOO_LATE:  # that is never the job's own fault
+                # This result is never caused by the job itself.
+                if answer is not Restored.TOO_LATE:
                     self._try_later(token)
-                log_event("job_not_restored", job_id=causes[token][0].job_id, answer=answer.value)
+                log_event("job_not_restored", job_id=lost[token].owed.job_id, answer=answer.value)
         if back:
             log_event(
                 "jobs_restored",
                 count=len(back),
-                causes=sorted({causes[token][1].value for token in back}),
+                causes=sorted({lost[token].cause.value for token in back}),
             )
         return len(overtaken) + len(answers)
 
@@ -260,7 +247,7 @@ class Restorer:
         prepared: Callable[[Restorable], Restorable],
         deadline: float,
     ) -> dict[UUID, Restored]:
-        """Put these back in slices that are bounded in bytes, from the first on, for a short time."""
+        """Restore these in slices of bounded size, in their order, for a short time."""
         answers: dict[UUID, Restored] = {}
         until = self._clock() + _TURN
         left = list(tokens)
@@ -269,7 +256,7 @@ class Restorer:
             ready = self._fetched(left[:most])
             if not ready:
                 break
-            # What came before the last of them and is not among them has ended.
+            # Deliveries before the last one that have no envelope any more have ended.
             left = left[left.index(ready[-1].token) + 1 :]
             refused, result = self._restore_slice(
                 term, [prepared(given) for given in ready], deadline, waiting=len(left) + len(ready)
@@ -295,7 +282,7 @@ class Restorer:
     def _restore_slice(
         self, term: int, ready: Sequence[Restorable], deadline: float, *, waiting: int
     ) -> tuple[bool, Mapping[UUID, Restored]]:
-        """Return whether Redis refused, and what was done."""
+        """Return whether Redis refused, and the result for each delivery."""
         try:
             result = self._broker.restore(ready, deadline=deadline)
         except RedisRefuses as error:

@@ -1,7 +1,7 @@
-"""One source in a thread of its own, with its own connections, for one term.
+"""Run one source in its own thread, with its own connections, for one term.
 
-A Redis that hangs keeps no other source, nor the lease, from its turn. What this thread writes is fenced by
-its term: a thread that is stuck is left behind with it.
+A Redis that does not answer blocks neither the other sources nor the lease. The term fences the
+writes of this thread: when the term ends, a stuck thread is abandoned.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _LONGEST_PAUSE = 5.0
 
 
 class Runner:
-    """Steps through one source until it is stopped, or until its term is over."""
+    """Does the steps of one source until it is stopped, or until its term ends."""
 
     def __init__(
         self,
@@ -51,21 +51,21 @@ class Runner:
 
     @property
     def alive(self) -> bool:
-        """Whether its thread has not ended."""
+        """True if its thread has not ended."""
         return self._thread.is_alive()
 
     @property
     def finished(self) -> bool:
-        """Whether everything owed has been looked at; see Watch."""
+        """True if all owed deliveries have been inspected; see SourceMonitor."""
         return self.monitor is not None and self.monitor.finished
 
     def stuck_for(self) -> float:
-        """Seconds since its present step began; 0: none is under way."""
+        """Return the seconds since its present step began; 0: no step is running."""
         since = self._since
         return 0.0 if since is None else time.monotonic() - since
 
     def cut(self) -> None:
-        """Close the connections to Redis under a step that hangs, so that it fails."""
+        """Close the connections to Redis, so that a step that hangs fails."""
         self._client.connection_pool.disconnect(inuse_connections=True)
 
     def stop(self) -> None:
@@ -73,7 +73,7 @@ class Runner:
         self._stop.set()
 
     def join(self, timeout: float) -> None:
-        """Wait until the step at hand is done."""
+        """Wait until the present step is done."""
         self._thread.join(timeout)
 
     def _run(self) -> None:

@@ -1,4 +1,4 @@
-"""The reconciler's process: finds its sources, leads or stands by, and never dies of an error."""
+"""The process of the reconciler: it finds its sources, leads or stands by, and does not end on an error."""
 
 from __future__ import annotations
 
@@ -29,25 +29,26 @@ from jobguard.store.leader import PostgresLeaderStore
 from jobguard.store.protocols import LeaderStore, SourceRow
 
 Clients = Mapping[str, Callable[[], redis.Redis]]
-"""How to reach each Redis, by its address."""
+"""Functions that make a client for each Redis, by its address."""
 
 _CLIENT_TIMEOUT = 1.0
 _STEP = 0.1
-"""Seconds between two looks at the sources' threads."""
+"""Seconds between two checks of the threads of the sources."""
 _SOURCES = 1.0
-"""Seconds between two looks for new sources."""
+"""Seconds between two searches for new sources."""
 _STUCK = 30.0
 """Seconds of one step after which its connections to Redis are cut."""
 _GIVE_UP = 60.0
-"""Seconds of one step after which the term is given up, and the thread is left behind with it."""
+"""Seconds of one step after which the term is given up, and the stuck thread is abandoned."""
 _LOOP_STUCK = 120.0
 """Seconds without a turn of the main loop after which the lease is not renewed."""
 _LEFT_BEHIND = 8
-"""So many stuck threads are left behind; after that this process leads no more while they live."""
+"""Number of stuck threads that may be abandoned; with more of them alive, this process leads no
+more."""
 _HOUSEKEEPING = 5.0
 _ROTATE = 3600.0
 _JOIN = 3.0
-"""Seconds that the end waits for the steps at hand."""
+"""Seconds that the end waits for the present steps."""
 
 
 class Service:
@@ -69,7 +70,7 @@ class Service:
         )
         self._make_store = partial(make, self._holder)
         self._store = make(self._holder)
-        # The lease is kept on a connection of its own: a long look must not cost it.
+        # The lease has its own connection, so that a long inspection cannot cost the lease.
         self._lease_store = make(self._holder)
         self._leadership = Leadership(
             self._lease_store, lease=settings.lease, healthy=self._is_healthy
@@ -97,7 +98,7 @@ class Service:
             retry=tenacity.retry_if_exception_type(Exception),
             stop=tenacity.stop_when_event_set(self._stop),
             sleep=self._sleep,
-            before_sleep=self._tell,
+            before_sleep=self._log_error,
             reraise=False,
         )
         try:
@@ -113,14 +114,14 @@ class Service:
             self._close()
 
     def stop(self) -> None:
-        """Finish the step at hand, resign, and return from run()."""
+        """Finish the present step, resign, and return from run()."""
         self._stop.set()
 
     def _sleep(self, seconds: float) -> None:
         self._stop.wait(seconds)
 
     @staticmethod
-    def _tell(state: tenacity.RetryCallState) -> None:
+    def _log_error(state: tenacity.RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
         if isinstance(error, StoreUnavailable):
             log_event("postgres_away", error=str(error))
@@ -129,7 +130,7 @@ class Service:
             log_event("step_failed", error=str(error), exc_info=None if known else error)
 
     def _lead_a_little(self) -> None:
-        """Lead, a step at a time, until something goes wrong or we are told to stop."""
+        """Lead, one step at a time, until an error occurs or the process is stopped."""
         if not self._seeking:
             self._require_installation()
             self._leadership.start()
@@ -148,14 +149,15 @@ class Service:
             self._stop.wait(_STEP)
 
     def once(self) -> dict[str, Any]:
-        """Make one pass: until everything owed was looked at twice where needed, then resign.
+        """Make one pass: inspect all owed deliveries, twice where needed, then resign.
 
-        A worker's death takes ``worker_timeout`` to be sure of; this waits for it where a worker that
-        holds claims is silent. ``unfinished``: the sources that this pass could not look at to the end.
-        Raises StoreUnavailable.
+        The death of a worker is only certain after ``worker_timeout``; this method waits for it if
+        a worker that has claims is silent. ``unfinished``: sources that this pass could not inspect
+        completely. Raises StoreUnavailable.
         """
         self._require_installation()
-        self._store.sources()  # an election that fails for want of Postgres looks like a lost one
+        # An election that fails because Postgres is away looks like a lost election.
+        self._store.sources()
         self._leadership.seek()
         try:
             if not self._leadership.leads:
@@ -169,7 +171,9 @@ class Service:
                 if self._wrong_place or all(one.finished for one in self._runners.values()):
                     break
             total = PassResult()
-            unfinished = [row.address for row in self._store.sources() if not self._settled(row.id)]
+            unfinished = [
+                row.address for row in self._store.sources() if not self._is_finished(row.id)
+            ]
             for runner in self._runners.values():
                 runner.stop()
                 runner.join(_JOIN)
@@ -188,22 +192,23 @@ class Service:
             self._leadership.stop()
             self._close()
 
-    def _settled(self, source: int) -> bool:
+    def _is_finished(self, source: int) -> bool:
         runner = self._runners.get(source)
         return runner is not None and runner.finished
 
     # -- one step ----------------------------------------------------------------------------------
 
     def step(self) -> None:
-        """See that every source has its thread, and that none is stuck; and keep house."""
+        """Give every source a thread, find stuck threads, and do the housekeeping."""
         term = self._leadership.term
         if self._term_watched != term:
-            # What another leader did meanwhile is not known here: begin with fresh eyes.
+            # The work of another leader in between is not known here: start again without old
+            # state.
             self._stand_down()
             self._due.clear()
             self._term_watched = term
         now = time.monotonic()
-        self._store.brake(term)  # raises if the term is over
+        self._store.brake(term)  # Raises if the term is over.
         if now >= self._due.get("sources", 0.0):
             self._due["sources"] = now + _SOURCES
             self._find_sources()
@@ -214,7 +219,7 @@ class Service:
         self._housekeeping(now)
 
     def _watch_over(self, now: float) -> None:
-        """Cut the connections of a step that takes too long; if that does not help, give the term up."""
+        """Cut the connections of a step that takes too long; if that does not help, give up the term."""
         for id, runner in list(self._runners.items()):
             stuck = runner.stuck_for()
             if stuck >= _STUCK and now >= self._due.get(f"cut {id}", 0.0):
@@ -225,10 +230,10 @@ class Service:
                 self._leadership.give_up()
                 raise NotLeading(f"a step of {runner.name} has been stuck for {stuck:.0f} s")
             if not runner.alive:
-                del self._runners[id]  # the next look for sources begins it anew
+                del self._runners[id]  # The next search for sources starts it again.
 
     def _is_healthy(self) -> bool:
-        """Whether the lease may be renewed or sought, asked by the thread that keeps it."""
+        """Return True if the lease may be renewed or sought. The lease thread calls this."""
         turn = self._turn_at
         self._left_behind = [runner for runner in self._left_behind if runner.alive]
         if len(self._left_behind) > _LEFT_BEHIND:
@@ -246,12 +251,12 @@ class Service:
                 self._add_monitor(row, installation)
 
     def _require_installation(self) -> None:
-        """Raise WrongInstallation before the lease: it is the other installation's to hold."""
+        """Raise WrongInstallation before the lease is taken: it belongs to the other installation."""
         if self._settings.installation is not None:
             self._why_wrong_place(self._store.identity())
 
     def _why_wrong_place(self, identity: Mapping[str, str | None]) -> str | None:
-        """Why nothing may be put back with this database, if so."""
+        """Return the reason why nothing may be restored with this database, or None."""
         wanted = self._settings.installation
         if wanted is not None and identity["name"] != wanted:
             raise WrongInstallation(
@@ -264,8 +269,8 @@ class Service:
         ):
             if was is not None and now is not None and was != now:
                 reason = (
-                    f"this database is a copy: it stood in {what} {was}, now in {now}. Nothing is "
-                    "put back. If it was moved here for good: `jobguard resume --moved`"
+                    f"this database is a copy: it was in {what} {was}, now it is in {now}. Nothing is "
+                    "restored. If it was moved here for good: `jobguard resume --moved`"
                 )
                 if self._wrong_place != reason:
                     log_event("ledger_moved", what=what, was=was, is_now=now)
@@ -318,7 +323,7 @@ class Service:
                 self._unreachable.add(row.id)
                 log_event("source_unwatched", source=row.address, given=list(self._clients))
             return None
-        # No URL at all: the address as it stands, which has no password.
+        # No URL at all: use the address as it is, without a password.
         place = row.address
         url = place if place.startswith("unix:") else f"redis://{place}"
         return client_from_url(url.replace("unix:", "unix://"), timeout=_CLIENT_TIMEOUT)
@@ -328,7 +333,7 @@ class Service:
             self._due["rotate"] = now + _ROTATE
             try:
                 dropped = self._store.rotate(retention=self._settings.retention)
-            except JobguardError as error:  # a backup reads history: next time
+            except JobguardError as error:  # A backup reads the history: try again later.
                 self._due["rotate"] = now + _ROTATE / 60
                 log_event("step_failed", part="rotate", error=str(error))
                 dropped = 0
@@ -362,7 +367,7 @@ class Service:
 
 
 def clients_from_urls(urls: Sequence[str]) -> Clients:
-    """Name each URL by its address. ``name=URL`` gives it the name of a source instead."""
+    """Map the address of each URL to a client function. ``name=URL`` uses the name of a source instead."""
     made: dict[str, Callable[[], redis.Redis]] = {}
     for given in urls:
         name, separator, url = given.partition("=")
@@ -380,7 +385,7 @@ def _maker(url: str) -> Callable[[], redis.Redis]:
 
 
 def run_once(settings: Settings, conninfo: Callable[[], str], clients: Clients) -> dict[str, Any]:
-    """Make one pass, unless another process leads; returns what was done."""
+    """Make one pass, unless another process leads; return the counts."""
     return Service(settings, conninfo, clients).once()
 
 

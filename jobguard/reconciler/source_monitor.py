@@ -1,4 +1,4 @@
-"""Watching one source, in steps small enough that the pulse and the lease always have their turn."""
+"""Monitor one source, in steps so small that the pulse and the lease are always checked in time."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from jobguard.errors import JobguardError
 from jobguard.log import log_event
 from jobguard.model import Cause, Owed, token_at
 from jobguard.reconciler.backlog_trust import BacklogTrust
+from jobguard.reconciler.context import YOUNG, InspectionContext
 from jobguard.reconciler.evidence import lost_since
 from jobguard.reconciler.hold import AutomaticHold
 from jobguard.reconciler.identity import RedisIdentityCheck
-from jobguard.reconciler.inspection import InspectionContext, Inspector
+from jobguard.reconciler.inspection import Inspector
 from jobguard.reconciler.pulse import Health, PulseKeeper
 from jobguard.reconciler.result import PassResult
 from jobguard.reconciler.trust import Trust
@@ -29,34 +30,34 @@ from jobguard.settings import Settings
 from jobguard.store.protocols import Brake, LeaderStore, SourceRow
 
 _DOWN = 0.05
-"""Seconds between two looks whether Redis is back."""
+"""Seconds between two checks whether Redis is back."""
 _CONSUMERS = 2.0
-"""Seconds between two looks at who consumes which queue."""
+"""Seconds between two reads of the consumers of each queue."""
 _FRESH = 5.0
-"""Seconds between two looks at what was recorded in the last minute."""
-_YOUNG = 60.0
+"""Seconds between two inspections of deliveries recorded in the last minute."""
 _YOUNG_PAGES = 10
 _URGENT = 0.25
-"""Seconds between two looks at what we were told of."""
+"""Seconds between two inspections of deliveries whose absence was reported."""
 _WATCHED = 1000
-"""Suspects looked at in one step."""
+"""Suspects that are inspected in one step."""
 _VERIFY_AGAIN = (10.0, 60.0)
-"""Seconds after a change of topology at which everything owed is looked at once more."""
+"""Seconds after a change of topology at which all owed deliveries are inspected again."""
 _RETRY = 1.0
-"""Seconds until a part of a step that failed is tried again."""
-_SAY_AGAIN = 30.0
-"""Seconds between two lines in the log about the same trouble."""
+"""Seconds until a failed part of a step is tried again."""
+_LOG_AGAIN = 30.0
+"""Seconds between two log lines about the same failure."""
 
 
 @dataclass(slots=True)
 class _Lap:
-    """A walk over everything owed, page by page."""
+    """A walk over all owed deliveries, page by page."""
 
     after: UUID | None = None
     began: float = 0.0
     running: bool = False
     brisk: bool = False
-    """Something has happened: page after page, rather than spread over sweep_interval."""
+    """The walk goes from page to page without a wait, because of an event; otherwise it is spread
+    over sweep_interval."""
 
 
 class SourceMonitor:
@@ -85,13 +86,10 @@ class SourceMonitor:
         self._identity_check = RedisIdentityCheck(
             self._workers, store, source.id, source.address, named=named, clock=clock
         )
-        self._inspector = Inspector(
-            client, broker, store, source.id, settings, clock, source.address
-        )
-        self._refusals = self._inspector.putting_back.refusals
         self._auto = AutomaticHold(count=settings.brake_count, share=settings.brake_share)
-        self._counted: set[UUID] = set()  # unexplained absences that the brake knows of
-        self._released: dict[str, float] = {}  # queue -> when a person last said resume
+        # Unexplained absences that the automatic hold has counted.
+        self._counted: set[UUID] = set()
+        self._released: dict[str, float] = {}  # For each queue: when a person last resumed it.
         self._trust = Trust(
             source.id,
             watching_since=store.now(),
@@ -99,6 +97,10 @@ class SourceMonitor:
             change_of_leaders=2 * settings.lease,
         )
         self._trust.load(store.queues(source.id))
+        self._inspector = Inspector(
+            client, broker, store, source, settings, self._workers, self._trust, clock
+        )
+        self._refusals = self._inspector.restorer.refusals
         self._backlog_trust = BacklogTrust(
             broker,
             store,
@@ -106,10 +108,11 @@ class SourceMonitor:
             self._trust,
             self._pulse,
             page=settings.page,
-            lost=lambda queue, age: self._trusts(queue, age, self._clock()),
+            lost=self._is_surely_lost,
         )
-        self._first_look = source.pulse_epoch is None
-        self._lost_at: float | None = None  # before this, Redis lost what it had: see evidence.py
+        self._never_inspected = source.pulse_epoch is None
+        # Before this time, Redis lost all data; see evidence.py.
+        self._lost_at: float | None = None
         self._uncounted = ""
         self._brake = Brake()
         self._owed: Mapping[str, int] = {}
@@ -118,18 +121,18 @@ class SourceMonitor:
         self._due: dict[str, float] = {}
         self._verify_at: list[float] = []
         self._walk_at_once = False
-        self._doubt_until: dict[Cause, float] = {}
+        self._verify_until: dict[Cause, float] = {}
         self._incident_at: float | None = None
         self._incidents: list[int] = []
         self._health = Health.STEADY
         self._watched_after: UUID | None = None
-        self._watched_took = 0.0  # seconds of the present round over all of them
+        self._watched_took = 0.0  # Seconds of the present round over all suspects.
         self._pending = 0
         self.result = PassResult()
         self._resume_incidents()
 
     def _resume_incidents(self) -> None:
-        """What an earlier leader had begun is finished by this one."""
+        """Continue the incidents that an earlier leader began."""
         for incident in self._store.incidents(self.source.id):
             if incident.cause is Cause.INCIDENT:
                 log_event("incident_resumed", incident=incident.id, detail=incident.detail)
@@ -144,25 +147,28 @@ class SourceMonitor:
 
     @property
     def busy(self) -> bool:
-        """Whether the next step should follow at once."""
+        """True if the next step should follow at once."""
         return self._lap.running and self._incident_at is not None
 
     @property
     def finished(self) -> bool:
-        """Whether everything owed has been looked at and nothing waits for another look."""
+        """True if all owed deliveries were inspected and none waits for another inspection."""
         return (
             self._laps_done > 0
             and self._incident_at is None
             and self._workers.polled
             and not self._workers.may_be_dead()
             and not self._pending
-            and not self._inspector.putting_back.has_joins_to_see_again
+            and not self._inspector.restorer.has_joins_to_see_again
         )
 
     # -- one step ----------------------------------------------------------------------------------
 
     def step(self, term: int, brake: Brake) -> None:
-        """Do what is due. Raises NotLeading, StoreUnavailable; Redis' errors are a state."""
+        """Do all due work of one step.
+
+        Raises NotLeading and StoreUnavailable. Errors of Redis are a state, and are not raised.
+        """
         self._see_brake(brake)
         now = self._clock()
         health = self._tick(term, now)
@@ -172,13 +178,14 @@ class SourceMonitor:
             asks = health not in (Health.DOWN, Health.STOP)
             if self._workers.poll(term, now, ask_redis=asks):
                 self._due["urgent"] = 0.0
-                self._walk_at_once = True  # for what they had taken and not begun
+                # Find the deliveries that these workers had taken and not started.
+                self._walk_at_once = True
             if health in (Health.DOWN, Health.UNSURE, Health.STOP):
                 return
-            self._doubts(now)
+            self._begin_verification(now)
             self._part("consumers", partial(self._consumers, term, now))
             self._part(
-                "vouching",
+                "backlog",
                 partial(self._backlog_trust.step, term, in_incident=self._incident_at is not None),
             )
             self._part("urgent", partial(self._inspect_urgent, term, now))
@@ -190,11 +197,11 @@ class SourceMonitor:
             self._refusals.step(term, waits=self._pending > 0)
         except redis.RedisError as error:
             if now >= self._due.get("failed", 0.0):
-                self._due["failed"] = now + _SAY_AGAIN
+                self._due["failed"] = now + _LOG_AGAIN
                 log_event("redis_away", source=self.source.address, error=str(error))
 
     def _part(self, name: str, work: Callable[[], None]) -> None:
-        """Do one part of a step. A value that it cannot read keeps no other part from its turn."""
+        """Do one part of a step. A value that this part cannot read does not stop the other parts."""
         if self._clock() < self._due.get(f"retry {name}", 0.0):
             return
         try:
@@ -231,7 +238,7 @@ class SourceMonitor:
         if self._pulse.refusal is not None and self._health is Health.STEADY:
             self._refusals.refused(term, self._pulse.refusal, self._pending)
         if self._health in (Health.DOWN, Health.UNSURE):
-            self._due["tick"] = now + _DOWN  # what it lost is to be seen as soon as it is back
+            self._due["tick"] = now + _DOWN  # A loss must be seen as soon as Redis is back.
         return self._health
 
     def _identity_confirmed(self, term: int, missed_since: float, *, own: bool) -> bool | None:
@@ -249,10 +256,10 @@ class SourceMonitor:
         if now < self._due.get("consumers", 0.0):
             return
         self._due["consumers"] = now + _CONSUMERS
-        self._inspector.putting_back.hide_ended()
+        self._inspector.restorer.hide_ended()
         self._owed = self._store.count(self.source.id)
-        if self._first_look:
-            self._first_look = False
+        if self._never_inspected:
+            self._never_inspected = False
             age = lost_since(self._client)
             self._lost_at = None if age is None else now - age
         consumers = self._broker.consumers()
@@ -277,66 +284,59 @@ class SourceMonitor:
                     workers=list(row_changed.unguarded),
                 )
 
-    # -- looks -------------------------------------------------------------------------------------
+    # -- inspections ----------------------------------------------------------------------------
 
-    def _context(self, term: int, now: float) -> InspectionContext:
-        here = self._store.now()
+    def _inspect(self, term: int, page: Sequence[Owed], now: float) -> PassResult:
+        """Inspect a page, hold queues with too many unexplained absences, and restore the rest."""
+        inspection = self._inspector.inspect(term, page, self._context(now))
+        for queue, absent in inspection.unexplained().items():
+            if self._are_too_many(queue, absent):
+                self._hold(term, queue)
+                inspection.hold(queue)
+        return self._inspector.restore(term, inspection)
+
+    def _context(self, now: float) -> InspectionContext:
         return InspectionContext(
+            at=self._store.now(),
             reports_complete=self._workers.have_reported(),
-            listed=self._workers.listed(),
-            trusts=lambda queue, age: self._trust.trusts(
-                queue, here - age, lost=self._is_lost(age, now)
+            in_flight=self._workers.in_flight(),
+            brake=self._brake,
+            incident_age=None if self._incident_at is None else now - self._incident_at,
+            losses=self._loss_ages(now),
+            verified_cause=next(
+                (c for c, until in self._verify_until.items() if now < until), None
             ),
-            holds=lambda queue: self._brake.holds(self.source.id, queue),
-            cause_of=lambda owed: self._cause_of(owed, now),
-            gone=self._workers.gone,
-            alone=self._workers.died_alone,
-            too_many=lambda queue, absent: self._too_many(term, queue, absent),
+            deaths={queue: now - at for queue, at in self._workers.deaths.items()},
         )
 
-    def _trusts(self, queue: str, age: float, now: float) -> bool:
-        lost = self._is_lost(age, now)
-        return lost and self._trust.trusts(queue, self._store.now() - age, lost=True)
+    def _loss_ages(self, now: float) -> list[float]:
+        return [now - at for at in (self._incident_at, self._lost_at) if at is not None]
 
-    def _is_lost(self, age: float, now: float) -> bool:
-        """Whether Redis is known to have lost what it had when a record of this age was made."""
-        return any(at is not None and age > now - at for at in (self._incident_at, self._lost_at))
+    def _is_surely_lost(self, queue: str, age: float) -> bool:
+        """Return True if Redis lost a delivery of this age, and no unguarded worker can have run it."""
+        if not any(age > loss for loss in self._loss_ages(self._clock())):
+            return False
+        return self._trust.trusts(queue, self._store.now() - age, lost=True)
 
-    def _cause_of(self, owed: Owed, now: float) -> Cause:
-        if self._incident_at is not None and owed.age > now - self._incident_at:
-            return Cause.INCIDENT
-        if self._is_lost(owed.age, now):
-            return Cause.TOPOLOGY
-        for cause, until in self._doubt_until.items():
-            if now < until:
-                return cause
-        death = self._workers.deaths.get(owed.queue)
-        recent = 3 * self._settings.sweep_interval  # by then it was looked at, and found absent
-        if death is not None and now - death < min(owed.age, recent):
-            return Cause.WORKER  # popped, and gone with the worker before it was claimed
-        if owed.age < _YOUNG + self._settings.grace:
-            return Cause.PUSH
-        return Cause.UNEXPLAINED
-
-    def _too_many(self, term: int, queue: str, absent: Sequence[Owed]) -> bool:
-        # Each job counts once, however often it is looked at while it waits for the limiter; and what
-        # was known to be absent when a person said resume does not count again.
+    def _are_too_many(self, queue: str, absent: Sequence[Owed]) -> bool:
+        # Each job counts once, however often it is inspected while it waits for the limiter. Jobs
+        # that were known to be absent when a person resumed the queue do not count again.
         released = self._clock() - self._released.get(queue, float("-inf"))
         fresh = {owed.token for owed in absent if owed.suspected_for < released} - self._counted
         self._counted |= fresh
-        if not self._auto.exceeded(queue, len(fresh), self._owed.get(queue, 0)):
-            return False
+        return self._auto.exceeded(queue, len(fresh), self._owed.get(queue, 0))
+
+    def _hold(self, term: int, queue: str) -> None:
         reason = "too many jobs are absent without a cause"
         self._store.hold(term, self.source.id, queue, reason)
         log_event("queue_held", queue=queue, reason=reason)
         self._auto.forget(queue)
-        return True
 
-    def _doubts(self, now: float) -> None:
-        """A change of topology, an eviction: look at everything now, and again a little later."""
-        while self._pulse.doubts:
-            cause = self._pulse.doubts.pop()
-            self._doubt_until[cause] = now + _VERIFY_AGAIN[-1] + self._settings.sweep_interval
+    def _begin_verification(self, now: float) -> None:
+        """After a change of topology or an eviction, inspect all deliveries now and again later."""
+        while self._pulse.to_verify:
+            cause = self._pulse.to_verify.pop()
+            self._verify_until[cause] = now + _VERIFY_AGAIN[-1] + self._settings.sweep_interval
             self._verify_at = [now, *(now + wait for wait in _VERIFY_AGAIN)]
             log_event("verifying", source=self.source.address, cause=cause.value)
         due = bool(self._verify_at) and now >= self._verify_at[0]
@@ -348,13 +348,14 @@ class SourceMonitor:
             self._due["page"] = now
 
     def _inspect_urgent(self, term: int, now: float) -> None:
-        """What we were told of goes first: a million lost jobs do not delay one killed worker's."""
+        """Inspect deliveries whose absence was reported.
+
+        They go first, so that a million lost jobs do not delay the job of one killed worker.
+        """
         if now < self._due.get("urgent", 0.0):
             return
         page = self._store.watched(self.source.id, limit=_WATCHED, urgent=True)
-        result = (
-            self._inspector.inspect(term, page, self._context(term, now)) if page else PassResult()
-        )
+        result = self._inspect(term, page, now) if page else PassResult()
         self.result += result
         took = self._clock() - now
         acted = result.requeued or result.restored
@@ -364,13 +365,13 @@ class SourceMonitor:
         if now < self._due.get("watched", 0.0):
             return
         page = self._store.watched(self.source.id, after=self._watched_after, limit=_WATCHED)
-        result = self._inspector.inspect(term, page, self._context(term, now))
+        result = self._inspect(term, page, now)
         first, last = self._watched_after is None, len(page) < _WATCHED
         if first and not page:
             self._counted.clear()
         if not result.throttled and not (result.in_grace and self._incident_at is not None):
-            # What waits for the limiter, or for its second look after a loss, keeps its place, and
-            # with it the order of recording.
+            # Deliveries that wait for the limiter, or for their second inspection after a loss,
+            # keep their place, and so the order of recording.
             self._watched_after = None if last else page[-1].token
         self._pending = result.waiting + (0 if last else 1)
         self._count(term, result, first and last)
@@ -378,7 +379,8 @@ class SourceMonitor:
         if result.requeued or result.restored:
             self._due["watched"] = now
         else:
-            # Many that nothing can be done for now (a held queue) must not keep us from the others.
+            # Many deliveries that cannot be restored now (of a held queue) must not delay the
+            # others.
             quiet = max(self._settings.loss_grace / 4, 4 * self._watched_took) if last else 0.0
             self._due["watched"] = now + min(quiet, self._settings.grace)
         if last:
@@ -388,7 +390,7 @@ class SourceMonitor:
         self.result += result
         if self._incident_at is None or self._lap.running:
             return
-        # The loss is dealt with when a whole walk is over and nobody is suspected for it any more.
+        # A loss is repaired when a whole walk is over and no delivery is a suspect because of it.
         over = whole and not (result.waiting or result.held or result.restored or result.requeued)
         if self._incidents and result.restored[Cause.INCIDENT]:
             self._progress(term, restored=result.restored[Cause.INCIDENT])
@@ -405,23 +407,26 @@ class SourceMonitor:
         )
 
     def _inspect_young(self, term: int, now: float) -> None:
-        """What was recorded in the last minute: a producer may have died before its push."""
+        """Inspect deliveries of the last minute: a producer may have died before its push."""
         if now < self._due.get("young", 0.0) or self._incident_at is not None:
             return
         self._due["young"] = now + _FRESH
-        after: UUID | None = token_at(self._store.now() - _YOUNG)
+        after: UUID | None = token_at(self._store.now() - YOUNG)
         for _ in range(_YOUNG_PAGES):
             page = self._store.page(self.source.id, after=after, limit=self._settings.page)
             old_enough = [owed for owed in page if owed.age > self._settings.push_deadline]
-            self.result += self._inspector.inspect(term, old_enough, self._context(term, now))
+            self.result += self._inspect(term, old_enough, now)
             if len(page) < self._settings.page:
                 break
             after = page[-1].token
-        # Long queues are read whole for this: no more than a tenth of the time.
+        # This reads long queues completely: it takes no more than a tenth of the time.
         self._due["young"] = now + max(_FRESH, 10 * (self._clock() - now))
 
     def _walk(self, term: int, now: float) -> None:
-        """One page of the walk over everything owed; without a loss, spread over sweep_interval."""
+        """Inspect one page of the walk over all owed deliveries.
+
+        Without a loss the pages are spread over sweep_interval.
+        """
         if not self._lap.running:
             if now < self._due.get("lap", 0.0):
                 return
@@ -429,9 +434,9 @@ class SourceMonitor:
         if self._incident_at is None and now < self._due.get("page", 0.0):
             return
         page = self._store.page(self.source.id, after=self._lap.after, limit=self._settings.page)
-        result = self._inspector.inspect(term, page, self._context(term, now))
+        result = self._inspect(term, page, now)
         self.result += result
-        self._pending += result.waiting  # the second looks are still to come: see settled
+        self._pending += result.waiting  # The second inspections are still to come; see finished.
         if self._incidents:
             self._progress(term, missing=result.absent, restored=result.restored[Cause.INCIDENT])
         pages = max(1, sum(self._owed.values()) // self._settings.page + 1)
@@ -442,9 +447,9 @@ class SourceMonitor:
             self._lap.running = False
             self._lap.after = None
             self._laps_done += 1
-            self._lost_at = None  # all of it has been looked at
+            self._lost_at = None  # All of it has been inspected.
             self._inspector.bypass.lap_over(term)
-            again = self._inspector.putting_back.has_joins_to_see_again
+            again = self._inspector.restorer.has_joins_to_see_again
             wait = self._settings.grace if again else self._settings.sweep_interval
             self._due["lap"] = self._lap.began + min(wait, self._settings.sweep_interval)
             self._due["watched"] = 0.0

@@ -1,23 +1,25 @@
-"""Which queues have only guarded consumers, and since when.
+"""Decide which queues have only guarded consumers, and since when.
 
-What an unguarded worker ran, nobody reported: to us it would look lost, and be run again. So a queue
-is recovered only for what was recorded since it was *clean*: since no unguarded consumer has been seen
-by a leader that was looking all the time. ``trusted_since`` outlives the workers: a queue scaled to
-zero is restored too.
+An unguarded worker reports nothing: a job that it ran looks lost, and would be run again. Therefore
+a queue is only restored for deliveries that were recorded since it was *clean*: since then, a
+leader that inspected the consumers all the time has seen no unguarded one. ``trusted_since``
+outlives the workers: a queue scaled to zero is restored as well.
 
-What was recorded before is vouched for after a queue has become trusted: what Redis still has then,
-nobody has run. What is absent then stays a suspect of the cause ``untrusted``: only a person puts it back.
+After a queue has become trusted, its older deliveries are checked: no worker has run a delivery
+that Redis still has. A delivery that is absent then stays a suspect with the cause ``untrusted``,
+and only a person restores it.
 
-The rules, where they meet:
+The detailed rules:
 
-- Where no unguarded consumer was ever seen, and the consumers can be counted, a queue is clean from the
-  first look on, with or without a guarded worker.
-- A time without a leader is a gap. After a gap of more than some seconds a trusted queue is trusted for
-  what is recorded from then on, and the older deliveries are vouched for as above.
-- A gap does not matter for what Redis itself lost: what is absent after a confirmed loss is restored
-  where no unguarded consumer was ever seen, or where the gap was no longer than a change of leaders takes.
-- A consumer that one look saw for the first time may be a guarded one that is just starting. The queue
-  stays trusted, but nothing of it is restored before the next look.
+- If no unguarded consumer was ever seen, and the consumers can be counted, a queue is clean from
+  the first inspection, with or without a guarded worker.
+- A time without a leader is a gap. After a gap of more than some seconds a trusted queue is trusted
+  for deliveries that are recorded from then on, and the older deliveries are checked as above.
+- A gap does not matter for data that Redis itself lost: a delivery that is absent after a confirmed
+  loss is restored if no unguarded consumer was ever seen, or if the gap was no longer than a change
+  of leaders.
+- A consumer that was seen in only one inspection may be a guarded one that is just starting. The
+  queue stays trusted, but none of its deliveries is restored before the next inspection.
 """
 
 from __future__ import annotations
@@ -30,59 +32,62 @@ from jobguard.store.protocols import QueueRow
 _QUIET = 30.0
 """Seconds without an unguarded consumer before a queue is clean again."""
 _QUIET_AFTER_LOSS = 600.0
-"""After Redis lost its registry of workers, an unguarded one could be there unseen: RQ registers a
-worker at its birth alone, and its entry would have lived this long."""
+"""Seconds after Redis lost its registry of workers, in which an unguarded worker could be unseen:
+RQ registers a worker only at its start, and the entry would have lived this long."""
 _GAP = 5.0
-"""Seconds without a leader after which the older deliveries are vouched for again."""
+"""Seconds without a leader after which the older deliveries are checked again."""
 
 
 @dataclass(slots=True)
 class Trust:
-    """What is known of the consumers of one source's queues."""
+    """The knowledge about the consumers of one source's queues."""
 
     source: int
     watching_since: float
-    """Seconds since the epoch, by the database's clock: since when this leader has looked."""
+    """Seconds since the epoch, by the database clock, since this leader has inspected the
+    consumers."""
     watched_until: float | None = None
-    """The same clock: when the leader before looked last; None: there was none."""
+    """The last inspection of the leader before, on the same clock; None: there was no leader
+    before."""
     change_of_leaders: float = 18.0
-    """Seconds that a change of leaders may take; and for which one leader may not have looked."""
+    """Seconds that a change of leaders may take, and that a leader may take between two
+    inspections."""
     rows: dict[str, QueueRow] = field(default_factory=dict)
     regained: set[str] = field(default_factory=set)
     """Queues that were trusted before the gap that this leader found."""
-    _looked: float | None = None
+    _observed_at: float | None = None
     _long_gap: bool = False
-    _doubted: set[str] = field(default_factory=set)
+    _unsure: set[str] = field(default_factory=set)
     _guarded: set[str] = field(default_factory=set)
     _seen_once: dict[str, frozenset[str]] = field(default_factory=dict)
     _lost_at: float = float("-inf")
 
     def load(self, rows: Iterable[QueueRow]) -> None:
-        """Take over what earlier leaders knew."""
+        """Take over the rows of earlier leaders."""
         self.rows = {row.queue: row for row in rows}
 
     def registry_lost(self, now: float) -> None:
-        """Redis lost data, and with it the library's registry of workers."""
+        """Record that Redis lost data, and with it the library's registry of workers."""
         self._lost_at = now
 
     def trusts(self, queue: str, recorded_at: float, *, lost: bool = False) -> bool:
-        """Whether what was recorded then in this queue was only ever seen by guarded consumers.
+        """Return True if only guarded consumers were seen since a delivery of this queue was recorded.
 
-        ``lost``: Redis has lost what it had then, as far as is known.
+        ``lost``: Redis is known to have lost its data since then.
         """
         row = self.rows.get(queue)
-        if row is None or row.trusted_since is None or queue in self._doubted:
+        if row is None or row.trusted_since is None or queue in self._unsure:
             return False
         if recorded_at >= row.trusted_since:
             return True
         return lost and (row.unguarded_at is None or not self._long_gap)
 
     def backlogs_to_check(self) -> list[str]:
-        """Queues that are trusted, but whose older deliveries nobody has looked at yet."""
+        """Return queues that are trusted, but whose older deliveries have not been checked."""
         return [queue for queue, row in self.rows.items() if row.trusted_since]
 
     def backlog_checked(self, queue: str) -> QueueRow:
-        """Its older deliveries have been looked at: from here on all of it is trusted."""
+        """Record that its older deliveries have been checked: from here on all of it is trusted."""
         row = replace(self.rows[queue], trusted_since=0.0)
         self.rows[queue] = row
         return row
@@ -96,10 +101,10 @@ class Trust:
         *,
         counted: bool = True,
     ) -> list[QueueRow]:
-        """Take a look at who consumes what; returns the rows that changed.
+        """Compare the consumers of each queue with the guarded workers; return the rows that changed.
 
-        ``consumers``: the library's names of all workers by queue; ``guarded``: those that beat;
-        ``counted``: an unguarded consumer cannot have escaped this look.
+        ``consumers``: the names that the library gives all workers, by queue. ``guarded``: those
+        that beat. ``counted``: every unguarded consumer is surely among the consumers.
         """
         changed = []
         gap = self._gap(now)
@@ -112,19 +117,20 @@ class Trust:
                     row = replace(row, trusted_since=now)
                     self.regained.add(queue)
                 row = replace(row, clean_since=now)
-            strangers = consumers.get(queue, frozenset()) - guarded.get(queue, frozenset())
-            # A worker is registered a moment before or after its first beat: one look may err.
-            certain = strangers & self._seen_once.get(queue, frozenset())
-            self._seen_once[queue] = strangers
-            (self._doubted.add if strangers else self._doubted.discard)(queue)
+            unguarded = consumers.get(queue, frozenset()) - guarded.get(queue, frozenset())
+            # A worker is registered a moment before or after its first beat: one inspection may
+            # err.
+            certain = unguarded & self._seen_once.get(queue, frozenset())
+            self._seen_once[queue] = unguarded
+            (self._unsure.add if unguarded else self._unsure.discard)(queue)
             known = before is not None and before.unguarded == tuple(sorted(certain))
             if certain and known and now - (row.unguarded_at or 0.0) < _QUIET / 3:
-                pass  # written down a moment ago
+                pass  # It was recorded a moment ago.
             elif certain:
                 row = QueueRow(
                     self.source, queue, unguarded=tuple(sorted(certain)), unguarded_at=now
                 )
-            elif not strangers:
+            elif not unguarded:
                 row = self._clean(row, now)
                 sure = queue in self._guarded or (counted and row.unguarded_at is None)
                 if row.trusted_since is None and row.clean_since and sure:
@@ -135,10 +141,10 @@ class Trust:
         return changed
 
     def _gap(self, now: float) -> bool:
-        """Whether somebody may have consumed unseen since the last look; this is a look."""
-        before, self._looked = self._looked, now
+        """Record an inspection; return True if an unseen worker may have consumed since the last one."""
+        before, self._observed_at = self._observed_at, now
         if before is not None:
-            # This very leader: a step may take its time, but not as long as another could lead.
+            # The same leader: a step may be slow, but not so slow that another process could lead.
             self._long_gap = self._long_gap or now - before > self.change_of_leaders
             return now - before > self.change_of_leaders
         if self.watched_until is None:
@@ -147,7 +153,7 @@ class Trust:
         return now - self.watched_until > _GAP
 
     def _clean(self, row: QueueRow, now: float) -> QueueRow:
-        """Decide since when it may be believed that no stranger is there."""
+        """Set the time from which the queue surely has no unguarded consumer."""
         if row.clean_since is not None:
             return row
         if row.unguarded_at is None:

@@ -1,4 +1,4 @@
-"""The workers of one source, as both stores see them: who beats, who is dead, and into which Redis."""
+"""The workers of one source, as both stores see them: which beat, which are dead, and into which Redis."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from jobguard.store.protocols import LeaderStore, WorkerRow
 _POLL = 0.5
 """Seconds between two polls of the workers' beats."""
 _FORGET = 50.0
-"""Seconds between two looks for rows of workers that are long gone."""
-_NOBODY = Judgement(dead=(), live=frozenset(), silent=frozenset(), unflushed=False)
+"""Seconds between two searches for rows of workers that left or died long ago."""
+_NO_JUDGEMENT = Judgement(dead=(), live=frozenset(), silent=frozenset(), unflushed=False)
 
 
 class Workers:
-    """Polls the beats of one source's workers, and declares dead who is."""
+    """Polls the beats of one source's workers, and declares workers dead."""
 
     def __init__(
         self,
@@ -37,30 +37,32 @@ class Workers:
         self._store = store
         self._source = source
         self._clock = clock
-        # Polls further apart than a fifth of the timeout would prove nobody dead.
+        # With more than a fifth of the timeout between two polls, no worker could be proved dead.
         self._interval = min(_POLL, settings.worker_timeout / 10)
         self._liveness = Liveness(settings.worker_timeout)
         self._poll_at = 0.0
         self._forget_at = clock() + _FORGET
-        self._beats: Mapping[UUID, int] = {}  # in this Redis
-        self._first_beats: dict[UUID, int] = {}  # as this leader found them
+        self._beats: Mapping[UUID, int] = {}  # In this Redis.
+        self._first_beats: dict[UUID, int] = {}  # The beats that this leader found first.
         self._gone: set[UUID] = set()
-        self._held: dict[UUID, int] = {}  # by the dead: how many claims, when that was first seen
+        # For each dead worker: its number of claims when it was found dead.
+        self._claims_at_death: dict[UUID, int] = {}
         self._timeout = settings.worker_timeout
-        self._strangers: dict[str, float] = {}  # ids that the ledger did not know, and since when
+        # Ids that the ledger does not know, and since when.
+        self._unknown_ids: dict[str, float] = {}
         self.rows: Sequence[WorkerRow] = ()
-        self.judgement = _NOBODY
+        self.judgement = _NO_JUDGEMENT
         self.polled = False
-        """Whether anything is known yet."""
+        """True after the first poll."""
         self.deaths: dict[str, float] = {}
-        """When a consumer of a queue last died or left."""
+        """For each queue: when a consumer last died or left."""
 
     def interrupted(self, now: float) -> None:
-        """Redis had an incident: silence before now does not count."""
+        """Ignore silence before now: Redis had an incident."""
         self._liveness.interrupted(now)
 
     def poll(self, term: int, now: float, *, ask_redis: bool) -> bool:
-        """See who beats, if it is time; True if somebody is newly gone."""
+        """Read the beats, if it is time; return True if a worker is newly dead or has newly left."""
         if now < self._poll_at:
             return False
         self._poll_at = now + self._interval
@@ -78,8 +80,10 @@ class Workers:
             self._forget_at = now + _FORGET
             self._store.forget(term, [row.id for row in self.rows if row.left or row.dead])
             known = {row.id.hex for row in self.rows}
-            self._held = {id: held for id, held in self._held.items() if id.hex in known}
-            self._strangers = {id: at for id, at in self._strangers.items() if id not in known}
+            self._claims_at_death = {
+                id: claims for id, claims in self._claims_at_death.items() if id.hex in known
+            }
+            self._unknown_ids = {id: at for id, at in self._unknown_ids.items() if id not in known}
         self.polled = True
         return missed
 
@@ -106,9 +110,9 @@ class Workers:
             if not (row.id in dead or row.dead or row.left) or row.id in self._gone:
                 continue
             self._gone.add(row.id)
-            self._held[row.id] = row.claims
+            self._claims_at_death[row.id] = row.claims
             missed = True
-            if self.polled:  # else it was gone when we came, nobody knows since when
+            if self.polled:  # Otherwise it was gone before this leader began, at an unknown time.
                 self.deaths.update((queue, now) for queue in row.queues)
             if row.id in dead:
                 log_event(
@@ -122,34 +126,35 @@ class Workers:
         return missed
 
     def alive(self) -> list[WorkerRow]:
-        """Those that are neither gone nor dead, as far as is known."""
+        """Return the workers that have neither left nor died, as far as is known."""
         return [row for row in self.rows if row.id in self.judgement.live]
 
     def is_silent(self, row: WorkerRow) -> bool:
-        """Whether it has not been heard of since this leader began to listen."""
+        """Return True if no beat of it was seen since this leader began to poll."""
         return row.id in self.judgement.silent
 
     def beats_here(self, row: WorkerRow) -> bool:
-        """Whether it beats into this very Redis; an old master has an old beat of it."""
+        """Return True if it beats into this Redis; an old master has an old beat of it."""
         return self._beats.get(row.id, -1) > self._first_beats.get(row.id, -1)
 
-    def listed(self) -> set[UUID]:
-        """What the living list: they may be running it, claimed or not."""
+    def in_flight(self) -> set[UUID]:
+        """Return the deliveries that live workers list: these may run, with or without a claim."""
         return {token for row in self.alive() for token in row.lists}
 
     def have_reported(self) -> bool:
-        """Whether nobody alive may have reports that Postgres does not have."""
+        """Return True if every live worker has flushed its reports."""
         return self.polled and not self.judgement.unflushed and not self.judgement.silent
 
     def may_be_dead(self) -> bool:
-        """Whether one that holds claims has not been heard of since we began to listen."""
+        """Return True if a worker that has claims has not beaten since this leader began to poll."""
         return any(row.claims for row in self.rows if row.id in self.judgement.silent)
 
     def gone(self, name: str) -> bool:
-        """Whether the worker of this name, or id in hex, is known to be dead or to have left.
+        """Return True if the worker with this name, or this id in hex, is known to be dead or to have left.
 
-        An id that the ledger does not know is that of a worker that is long gone, and forgotten; or of
-        one that could not introduce itself yet, for Postgres was away. That it must have done by and by.
+        An unknown id belongs to a worker that is long gone and was forgotten, or to one that could
+        not register yet because Postgres was away. The second kind registers within
+        ``worker_timeout``; only after that time an unknown id counts as gone.
         """
         if not self.polled:
             return False
@@ -162,18 +167,21 @@ class Workers:
         return all(row.left or row.dead or row.id in dead for row in rows)
 
     def died_alone(self, worker: UUID) -> bool:
-        """Whether this worker held no more than one claim when it was found dead.
+        """Return True if this worker had no more than one claim when it was found dead.
 
-        Its claims are taken away page by page: what is left of them later says nothing.
+        Its claims are voided page by page, so that a later count would be too low.
         """
-        return self._held.get(worker, 2) <= 1
+        return self._claims_at_death.get(worker, 2) <= 1
 
     def _is_unknown_for_long(self, name: str) -> bool:
         now = self._clock()
-        return now - self._strangers.setdefault(name, now) >= self._timeout
+        return now - self._unknown_ids.setdefault(name, now) >= self._timeout
 
     def names(self) -> dict[str, frozenset[str]]:
-        """The library's names of guarded workers by queue, the gone included: it names them, too."""
+        """Return the library's names of guarded workers by queue.
+
+        Workers that are gone are included, because the library still names them.
+        """
         found: dict[str, set[str]] = {}
         for row in self.rows:
             for queue in row.queues:

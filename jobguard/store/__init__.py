@@ -1,1 +1,1 @@
-"""The stores: the protocols, and PostgreSQL behind them, one file for each role."""
+"""Protocols of the store, and their implementation in PostgreSQL; one file for each role."""

@@ -1,16 +1,16 @@
-"""One connection to Postgres that belongs to one process and never waits longer than it was told.
+"""One connection to PostgreSQL that belongs to one process and never waits past its deadline.
 
-psycopg waits for an answer as long as the server needs, and a server that is stopped
-(``SIGSTOP``, a black hole after a failover) honours no ``statement_timeout``. So the waiting is ours:
-every step of a login and of a statement is taken under a deadline, then the connection is given up.
+psycopg waits for an answer as long as the server needs, and a stopped server (``SIGSTOP``, a black hole
+after a failover) does not enforce ``statement_timeout``. So this module does the waiting: every step of
+a login and of a statement has a deadline, and after it the connection is given up.
 
-A connection belongs to the process that made it. A child after a fork neither uses nor closes its
-parent's: two processes reading one socket get each other's answers, silently.
+A connection belongs to the process that made it. A forked child neither uses nor closes the connection
+of its parent: if two processes read one socket, each can get the answers of the other without any
+error.
 """
 
 from __future__ import annotations
 
-import os
 import re
 import threading
 import time
@@ -32,6 +32,7 @@ from jobguard.errors import (
     StoreUnavailable,
     TooManyConnections,
 )
+from jobguard.fork import OwnerProcess
 from jobguard.log import log_event
 from jobguard.postgres_hosts import PRIMARY, PostgresHost, hosts_of, is_address
 from jobguard.store import texts
@@ -59,39 +60,41 @@ _NOT_MIGRATED = {
     "42704",
 }  # table, schema, column, function, type
 _NO_RIGHTS = {"42501"}
-_PREPARED_LOST = {"26000", "42P05"}  # behind a pooler that hands out other sessions
-# What is refused for what is in the row, or for its size: data, integrity, limits, checks, triggers.
+_PREPARED_LOST = {"26000", "42P05"}  # the pooler gave us another server session
+# A server refuses these because of the content or the size of a row: data, integrity, limits,
+# checks, triggers.
 _ROW_CLASSES = ("21", "22", "23", "27", "44", "54", "P0")
 _ROW_STATES = {"40002", "42804", "42846", "42P18", "42P22"}
-_AGAIN = {"40P01", "40001"}  # deadlock and serialization: the statement did nothing
+_AGAIN = {"40P01", "40001"}  # deadlock and serialization failure: the statement changed nothing
 _READ_ONLY = {"25006"}
-_NOT_SUPPORTED = ("0A", "22", "42")  # classes: a setting that this server does not have
+_NOT_SUPPORTED = ("0A", "22", "42")  # classes for a setting that this server does not have
 _FULL = re.compile(
     r"too many (clients|connections)|connection slots|max_client_conn", re.IGNORECASE
 )
 
-# A session keeps the plans of its statements, and of those inside functions, for the sizes that tables
-# had when they were made. Ours are empty at one moment and full at the next: a plan made for a few rows
-# reads all of them for every claim, until somebody analyzes the table. New plans take a millisecond.
+# A session keeps the plans of its statements, and of those inside functions, for the table sizes at
+# planning time. Our tables are empty at one moment and full at the next: a plan made for a few rows
+# reads all rows for every claim, until the table is analyzed. Making new plans takes a millisecond.
 PLANS_SECONDS = 5.0
 
 _FAST, _SLOW = 20e6, 250e3
-"""Bytes a second that a payload is given time for: at first, and at last."""
+"""Bytes per second that a payload is expected to need: the first estimate, and the lowest one."""
 _LARGE = 100_000
-"""Bytes of a payload of which the time says something about the network."""
+"""Smallest payload in bytes whose duration is used to measure the network."""
 _MOST_FOR_PAYLOAD = 5.0
-"""Seconds that a payload may take."""
+"""Largest number of extra seconds for a payload."""
 _STUCK = 5.0
-"""Seconds after which a login that was begun is given up."""
+"""Seconds after which an unfinished login is given up."""
 _NEXT = 2.0
-"""The same where there is another place to look at."""
+"""The same limit when another server is left to try."""
 
-# What a fork leaves behind in the child. Kept for ever, so that no destructor closes the parent's socket.
+# Objects of the parent process in a forked child. They are kept forever, so that no destructor
+# closes the parent's socket.
 _inherited: list[object] = []
 
 
 class Connecting:
-    """A connection under way, carried on by whoever comes along; waits only if told to."""
+    """A connection attempt that proceeds step by step; it waits only if the caller asks for it."""
 
     def __init__(self, conninfo: str) -> None:
         self._pgconn = pq.PGconn.connect_start(conninfo.encode())
@@ -100,19 +103,19 @@ class Connecting:
 
     @property
     def age(self) -> float:
-        """Seconds since it was begun."""
+        """Return the seconds since the attempt began."""
         return time.monotonic() - self._started
 
     def advance(self, wait: float = 0.0) -> pq.abc.PGconn | None:
-        """Take the next steps that need no waiting beyond ``wait`` seconds; the connection when it stands.
+        """Take the next steps, waiting at most ``wait`` seconds; return the connection once it is open.
 
-        Raises psycopg.OperationalError if it failed.
+        Raise psycopg.OperationalError if the attempt failed.
         """
         deadline = time.monotonic() + wait
         while True:
             if self._pgconn.status == pq.ConnStatus.BAD:
                 raise psycopg.OperationalError(message(self._pgconn))
-            # The socket can change from step to step (several hosts, TLS retries).
+            # The socket can change between steps (several hosts, TLS retries).
             wanted = READ if self._state == pq.PollingStatus.READING else WRITE
             if not ready(self._pgconn.socket, wanted, deadline - time.monotonic()):
                 return None
@@ -123,15 +126,15 @@ class Connecting:
                 raise psycopg.OperationalError(message(self._pgconn))
 
     def abandon(self) -> None:
-        """Give it up."""
+        """Close the connection attempt."""
         self._pgconn.finish()
 
 
 class Approach:
-    """A search for a server that lets us in and can be written, carried on step by step.
+    """A step-by-step search for a server that accepts the login and can be written.
 
-    Places are tried one after the other, each for its share of the time: a server that does not
-    answer keeps nobody from the next.
+    The servers are tried one after the other, and each gets its share of the time: a server that does
+    not answer cannot prevent the attempt at the next one.
     """
 
     def __init__(
@@ -159,16 +162,16 @@ class Approach:
         self._error: Exception | None = None
 
     def advance(self, wait: float) -> Session | None:
-        """Take the next steps, waiting ``wait`` seconds at most; None: it is still under way.
+        """Take the next steps for at most ``wait`` seconds; return None while the search continues.
 
-        Raises psycopg.Error or OSError: no place let us in.
+        Raise psycopg.Error or OSError if no server accepted the login.
         """
         ends = time.monotonic() + wait
         while True:
             now = time.monotonic()
             if self.place is None:
                 if not self._left:
-                    raise self._error or psycopg.OperationalError("there is no place to look at")
+                    raise self._error or psycopg.OperationalError("no server is left to try")
                 share = (ends - now) / len(self._left) if self._left else 0.0
                 patience = _NEXT if len(self._left) > 1 else _STUCK
                 self.place = self._left.popleft()
@@ -180,7 +183,7 @@ class Approach:
                 continue
             if session is not None:
                 return session
-            if self.place is None:  # it was a name, and its addresses are known now
+            if self.place is None:  # the place was a name, and now its addresses are known
                 continue
             now = time.monotonic()
             if now >= self._until and (self._left or wait == 0):
@@ -190,7 +193,7 @@ class Approach:
 
     @property
     def late(self) -> str:
-        """What has not been done in time."""
+        """Return the error text that names the step which missed its deadline."""
         if self.place is not None and self.place.name is not None:
             return f"the name {self.place.name} was not resolved in time"
         return "Postgres did not accept a connection in time"
@@ -212,7 +215,7 @@ class Approach:
                 return None
             self._connecting = None
             self._session = self._make(pgconn)
-            self._steps = self._session.accept_move()
+            self._steps = self._session.apply_settings()
             self._wanted = 0
         assert self._session is not None
         try:
@@ -239,7 +242,7 @@ class Approach:
         place = self.place
         assert place is not None
         if place.address and not is_address(place.host):
-            names.forget(place.host)  # it may have moved
+            names.forget(place.host)  # the host may have a new address
         if self._error is None or not isinstance(error, OSError):
             self._error = error
         self._stop()
@@ -253,13 +256,13 @@ class Approach:
         self._connecting = self._session = self._steps = None
 
     def abandon(self) -> PostgresHost | None:
-        """Give it up; returns where to begin the next time."""
+        """Stop the search; return the server where the next search begins."""
         self._stop()
         return self._left[0] if self._left else None
 
 
 class Database:
-    """Statements to one Postgres, one at a time, each answered by its deadline or not at all."""
+    """Run statements on one PostgreSQL server, one at a time, each with a deadline."""
 
     def __init__(
         self,
@@ -275,7 +278,7 @@ class Database:
         self._call_timeout = call_timeout
         self._prepare = not pooler
         self._application_name = application_name
-        self._pid = os.getpid()
+        self._owner = OwnerProcess()
         self._rate = _FAST
         self._lock = threading.RLock()
         self._reduced = False
@@ -286,16 +289,16 @@ class Database:
 
     def _after_fork(self) -> None:
         _inherited.append((self._connection, self._connecting, self._lock))
-        self._pid = os.getpid()
+        self._owner = OwnerProcess()
         self._lock = threading.RLock()
         self._connection = None
         self._connecting = None
 
     @contextmanager
     def _mine(self) -> Iterator[None]:
-        if self._pid != os.getpid():
+        if not self._owner.is_current:
             self._after_fork()
-        # Others may be waiting for the same stopped server; nobody waits for all of their waits.
+        # Other threads may be waiting for the same stopped server; limit the sum of these waits.
         if not self._lock.acquire(timeout=self._connect_timeout + self._call_timeout):
             raise NotWritten("another call to Postgres is still under way")
         try:
@@ -314,13 +317,13 @@ class Database:
     ) -> list[Row]:
         """Run one statement in a transaction of its own and return its rows.
 
-        ``payload`` is how many bytes are sent along. They are given the time that they took of late: 1 s
-        per 20 MB at first, four times as much after a miss, ``_MOST_FOR_PAYLOAD`` at most.
-        A connection that turns out to be lost is made anew and the statement sent once more, within
-        the same time: so every statement must be one that may run twice. ``alone``: it cannot stand
-        in a transaction with other statements.
-        Raises StoreUnavailable or one of its kinds (NotWritten where that is certain), BadRow, or
-        JobguardError.
+        ``payload`` is the number of bytes that are sent along. The call gets extra time for them, by
+        the rate measured in recent calls: 1 s per 20 MB at first, four times as much after a missed
+        deadline, and at most ``_MOST_FOR_PAYLOAD``. If the connection turns out to be lost, a new one
+        is made and the statement is sent once more within the same time. So every statement must be
+        safe to run twice. ``alone`` means that the statement cannot be part of a transaction with other
+        statements. Raise StoreUnavailable or a subclass (NotWritten if it is certain that nothing was
+        written), BadRow, or JobguardError.
         """
         budget = self._call_timeout if timeout is None else timeout
         budget += min(payload / self._rate, _MOST_FOR_PAYLOAD)
@@ -342,7 +345,7 @@ class Database:
             except _Lost as lost:
                 kind = NotWritten if first.undone and lost.undone else StoreUnavailable
                 raise kind(str(lost)) from (lost.__cause__ or first)
-            except NotWritten as error:  # the first may have been, for all that
+            except NotWritten as error:  # the first attempt may have written
                 if first.undone:
                     raise
                 raise StoreUnavailable(str(error)) from first
@@ -361,10 +364,10 @@ class Database:
                 alone=alone,
             )
         except DeadlinePassed as error:
-            # A second try would wait as long again: this outage has had its one wait.
+            # A second try would wait as long again. One outage causes one wait.
             self._drop(elsewhere=True)
             raise StoreUnavailable("Postgres did not answer in time") from error
-        except UnicodeError as error:  # half a surrogate pair is no text to Postgres
+        except UnicodeError as error:  # PostgreSQL refuses one half of a surrogate pair
             raise BadRow(str(error)) from error
         except psycopg.Error as error:
             state = error.sqlstate or ""
@@ -401,10 +404,10 @@ class Database:
         return self._connection
 
     def probe(self, wait: float = 0.0) -> bool:
-        """Carry a connection on, waiting ``wait`` seconds at most; True when it stands.
+        """Continue a connection attempt for at most ``wait`` seconds; return True once it is open.
 
-        With ``wait=0`` this never blocks: a producer without threads can find out, call by call,
-        whether Postgres is back. Raises StoreUnavailable if the attempt failed.
+        With ``wait=0`` this method never blocks: a producer without threads can find out, call by call,
+        whether PostgreSQL is back. Raise StoreUnavailable if the attempt failed.
         """
         with self._mine():
             if self._connection is not None and self._connection.usable:
@@ -420,7 +423,7 @@ class Database:
                     self._reduce(error)
                     return self.probe(wait)
                 raise self._translated(error) from error
-            except BaseException:  # thrown into this thread by a signal
+            except BaseException:  # an exception that a signal raised in this thread
                 self._abandon_connecting()
                 raise
             if session is None:
@@ -455,7 +458,7 @@ class Database:
             self._connecting = None
 
     def _drop(self, *, elsewhere: bool = False) -> None:
-        """Let go of the connection; ``elsewhere``: begin the next search with another place."""
+        """Close the connection; ``elsewhere`` makes the next search begin with another server."""
         if self._connection is not None:
             self._connection.pgconn.finish()
             self._connection = None
@@ -467,7 +470,7 @@ class Database:
                 self._first = self._servers[after % len(known)]
 
     def close(self) -> None:
-        """Let go of the connection; the next call makes a new one."""
+        """Close the connection; the next call makes a new one."""
         with self._mine():
             self._drop()
             self._abandon_connecting()
@@ -483,7 +486,7 @@ class Database:
         if state[:2] in _ROW_CLASSES or state in _ROW_STATES:
             return BadRow(text)
         if not state and isinstance(error, psycopg.DataError | psycopg.ProgrammingError):
-            return BadRow(text)  # psycopg itself refused it
+            return BadRow(text)  # psycopg itself refused the value
         if state == "53300" or (not state and _FULL.search(text)):
             return TooManyConnections(
                 f"{text}: raise max_connections, or the limit of the role or the database; each "
@@ -493,7 +496,7 @@ class Database:
 
 
 class _Lost(Exception):
-    """The connection was lost, or the statement undone: it may be sent again."""
+    """Raised when the connection was lost or the statement was undone: it can be sent again."""
 
     def __init__(self, text: str, *, undone: bool = False) -> None:
         super().__init__(text)

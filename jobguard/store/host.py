@@ -1,7 +1,7 @@
 """The store of the host's processes: records, claims, ends and beats, one round trip each.
 
-The SQL is in ``schema/queries.sql`` and, where a rule needs several looks, in the functions of
-``schema/migrations``; here its parameters are laid out and its answers read.
+The SQL is in ``schema/queries.sql`` and, where a rule needs several queries, in the functions of
+``schema/migrations``. This module builds the parameters and reads the answers.
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ from jobguard.store.protocols import BeatReply, ClaimRequest, SourceRow
 
 _SOURCE = ("id", "namespace", "library", "address", "prefix", "name", "settings", "one_body")
 _BATCH = 250
-"""Deliveries in one statement: a larger one saves nothing and holds its locks longer."""
+"""Largest number of deliveries in one statement: a larger one saves nothing and keeps its locks longer.
+"""
 _AMENDED_AT_MOST = 3
-"""Tries to change an envelope that others change at the same time."""
+"""Number of tries to change an envelope that other processes change at the same time."""
 
 
 class PostgresStore:
@@ -55,15 +56,15 @@ class PostgresStore:
         self.installation: str | None = None
 
     def conninfo(self) -> str | None:
-        """How another process reaches it; see HostStore."""
+        """Return the conninfo for another process; see HostStore."""
         return self._conninfo()
 
     def probe(self) -> bool:
-        """Without waiting: whether Postgres accepts us. Raises StoreUnavailable if it surely does not."""
+        """Return True if PostgreSQL accepts a connection, without waiting; see HostStore."""
         return self._db.probe()
 
     def register(self, source: SourceRow) -> SourceRow:
-        """Make the source known; see HostStore."""
+        """Register the source; see HostStore."""
         values = {name: getattr(source, name) for name in _SOURCE}
         rows = self._db.execute(self._sql["register"], values)
         settings, epoch, n, run_id, self.installation = rows[0]
@@ -118,7 +119,7 @@ class PostgresStore:
         return Recorded(refused=frozenset(refused), leader_live=led)
 
     def withdraw(self, source: int, tokens: Sequence[UUID]) -> None:
-        """Forget deliveries that were never pushed; see HostStore."""
+        """Delete deliveries that were never pushed; see HostStore."""
         self._db.execute(self._sql["withdraw"], {"source": source, "tokens": list(tokens)})
 
     def outbox(self, source: int, tokens: Sequence[UUID]) -> None:
@@ -126,7 +127,7 @@ class PostgresStore:
         self._db.execute(self._sql["outbox"], {"source": source, "tokens": list(tokens)})
 
     def claim(self, source: int, request: ClaimRequest) -> ClaimAnswer:
-        """Grant a start its claim, or say why not; see HostStore."""
+        """Grant a claim, or return why not; see HostStore."""
         rows = self._db.execute(
             self._sql["claim"],
             {
@@ -137,13 +138,13 @@ class PostgresStore:
                 "pid": request.pid,
                 "namespace": request.namespace,
                 "timeout": request.worker_timeout,
-                "budget": request.crash_budget - 1,  # that many deaths it survives
+                "budget": request.crash_budget - 1,  # number of deaths that a delivery survives
             },
         )
         return _claim_answer(request.token, *rows[0])
 
     def claims(self, source: int, requests: Sequence[ClaimRequest]) -> Mapping[UUID, ClaimAnswer]:
-        """Grant several starts their claims, or say why not; see HostStore."""
+        """Answer several claim requests; see HostStore."""
         one = requests[0]
         rows = self._db.execute(
             self._sql["claims"],
@@ -166,7 +167,7 @@ class PostgresStore:
         return rows[0][0] if rows else None
 
     def lock(self, source: int, name: str, *, token: UUID, number: int) -> bool:
-        """Take a lock in the name of a claim; see HostStore."""
+        """Take a lock on behalf of a claim; see HostStore."""
         return bool(
             self._db.execute(
                 self._sql["lock"],
@@ -175,13 +176,13 @@ class PostgresStore:
         )
 
     def unlock(self, source: int, name: str, *, token: UUID) -> None:
-        """Let go of a lock; see HostStore."""
+        """Release a lock; see HostStore."""
         self._db.execute(
             self._sql["unlock"], {"source": source, "name": texts.key(name), "token": token}
         )
 
     def release(self, source: int, token: UUID, worker: UUID, *, number: int) -> None:
-        """Take this worker's claim away; see HostStore."""
+        """Remove this worker's claim; see HostStore."""
         self._db.execute(
             self._sql["release"],
             {"source": source, "token": token, "worker": worker, "number": number},
@@ -224,7 +225,7 @@ class PostgresStore:
         ]
 
     def _completed_after_all(self, source: int, ends: Sequence[End]) -> set[UUID]:
-        """Have what was cancelled while it ran, and ran to its end all the same, be completed."""
+        """Change tombstones from cancelled to completed for runs that were cancelled but completed."""
         rows = self._db.execute(
             self._sql["completed_after_all"],
             {
@@ -235,12 +236,12 @@ class PostgresStore:
             },
         )
         completed = {row[0] for row in rows}
-        # Now that they count as completed, they leave something to their joins.
+        # These deliveries now count as completed, so their joins get their parts.
         self.end(source, [end for end in ends if end.part and end.token in completed])
         return completed
 
     def now(self) -> float:
-        """The database's clock; see HostStore."""
+        """Return the database's clock; see HostStore."""
         return float(self._db.execute(self._sql["now"])[0][0])
 
     def cancel(
@@ -270,7 +271,7 @@ class PostgresStore:
         return int(rows[0][0])
 
     def open_join(self, source: int, join: str, *, size: int, state: bytes, namespace: str) -> bool:
-        """Remember a join; see HostStore."""
+        """Store a join; see HostStore."""
         rows = self._db.execute(
             self._sql["open_join"],
             {
@@ -286,11 +287,11 @@ class PostgresStore:
         return bool(rows[0][0])
 
     def close_join(self, source: int, join: str) -> None:
-        """Nothing will come of a join; see HostStore."""
+        """Close a join that will have no continuation; see HostStore."""
         self._db.execute(self._sql["close_join"], {"source": source, "join": texts.key(join)})
 
     def decline(self, source: int, token: UUID, *, most: int, wait: float, error: str) -> int:
-        """It goes back after a while, or is dead in the end; see HostStore."""
+        """Put a delivery back after a delay, or bury it in the end; see HostStore."""
         rows = self._db.execute(
             self._sql["decline"],
             {"source": source, "token": token, "most": most, "wait": wait, "error": error},
@@ -298,7 +299,7 @@ class PostgresStore:
         return int(rows[0][0])
 
     def beat(self, source: int, beat: Beat, *, namespace: str) -> BeatReply:
-        """Take a worker's beat; see HostStore."""
+        """Store a worker's beat; see HostStore."""
         epoch, n = beat.pulse or (None, None)
         rows = self._db.execute(
             self._sql["beat"],
@@ -320,18 +321,18 @@ class PostgresStore:
         return BeatReply(dead=rows[0][0], leader_live=rows[0][1])
 
     def leave(self, worker: UUID) -> None:
-        """Take a worker's goodbye; see HostStore."""
+        """Store that a worker has exited regularly; see HostStore."""
         self._db.execute(self._sql["leave"], {"worker": worker})
 
     def recoverable(self, source: int, tokens: Sequence[UUID]) -> frozenset[UUID]:
-        """Which of these a leader will bring back; see HostStore."""
+        """Return those deliveries that a leader will restore; see HostStore."""
         rows = self._db.execute(
             self._sql["recoverable"], {"source": source, "tokens": list(tokens)}
         )
         return frozenset(token for (token,) in rows)
 
     def tombstones(self, source: int, tokens: Sequence[UUID]) -> Mapping[UUID, Outcome]:
-        """Which of these have ended, and how; see HostStore."""
+        """Return the outcome of each delivery that has ended; see HostStore."""
         rows = self._db.execute(self._sql["tombstones"], {"source": source, "tokens": list(tokens)})
         return {token: Outcome(outcome) for token, outcome in rows}
 
@@ -359,7 +360,7 @@ class PostgresStore:
         progress: float | None = None,
         attrs: Mapping[str, Any] | None = None,
     ) -> bool:
-        """Note a running job's progress; see HostStore."""
+        """Store a running job's progress; see HostStore."""
         tokens = [token] if token is not None else self._owed_of(source, job_id)
         rows = self._db.execute(
             self._sql["heartbeat"],
@@ -378,7 +379,7 @@ class PostgresStore:
         return [token for (token,) in rows]
 
     def close(self) -> None:
-        """Let go of the connection."""
+        """Close the connection."""
         self._db.close()
 
 
@@ -395,7 +396,7 @@ def _claim_answer(
 
 
 def _is_plain(delivery: Delivery) -> bool:
-    """Whether nothing can stand in its way, so that nothing need be looked at."""
+    """Return True if no rule can refuse this delivery, so that the short statement is enough."""
     return (
         delivery.fresh
         and delivery.parent is None
@@ -405,9 +406,9 @@ def _is_plain(delivery: Delivery) -> bool:
 
 
 def _batches(deliveries: Sequence[Delivery]) -> Iterator[Sequence[Delivery]]:
-    """Cut into statements of a good size, none of which has a job id twice.
+    """Split the deliveries into statements of a good size, none of which has a job id twice.
 
-    The order of records decides which delivery of an id is owed; one statement has no order.
+    The order of the records decides which delivery of a job id is owed, and one statement has no order.
     """
     batch: list[Delivery] = []
     ids: set[str] = set()
@@ -448,7 +449,7 @@ def _lineage(batch: Sequence[Delivery]) -> dict[str, Any]:
     return {
         "parent": [d.parent.token if d.parent else None for d in batch],
         "speaker": [d.parent.worker if d.parent else None for d in batch],
-        # 0: it was started while Postgres was away, and speaks for no claim.
+        # 0: the run was started while PostgreSQL was away, and has no claim.
         "claim": [d.parent.claim or None if d.parent else None for d in batch],
         "outcome": [d.parent.outcome.value if d.parent else None for d in batch],
         "fresh": [d.fresh for d in batch],

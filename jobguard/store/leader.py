@@ -1,6 +1,6 @@
-"""The store of the leader: the lease, the looks, and what was done about them.
+"""The store of the leader: the lease, the inspections, and the actions of the leader.
 
-Every write names the term and locks the lease row (``for share``), so that a takeover waits for it,
+Every write names the term and locks the lease row (``for share``). So a takeover waits for the write,
 and a leader whose term is over changes no row.
 """
 
@@ -33,9 +33,11 @@ from jobguard.store.protocols import Brake, Closing, Incident, QueueRow, SourceR
 _FIRST = token_at(0)
 _NO_BOUND = 1 << 62
 _CALL_TIMEOUT = 5.0
-"""A leader may wait longer than a host; but not longer than half its lease."""
+"""A leader may wait longer than a host, but not longer than half its lease."""
 _STEPS = 100
-"""Steps of retention at a time, each a transaction of its own; the rest has time until the next."""
+"""Largest number of retention steps in one call, each a transaction of its own. The next call does the
+rest.
+"""
 
 
 class PostgresLeaderStore:
@@ -54,19 +56,19 @@ class PostgresLeaderStore:
         self._sql = statements()
         self._namespace = namespace
         self._holder = holder
-        self._told_identity = False
+        self._logged_identity = False
 
     def _ask(self, name: str, **values: Any) -> list[Row]:
         return self._db.execute(self._sql[name], values)
 
     def _write(self, name: str, term: int, *, payload: int = 0, **values: Any) -> list[Row]:
-        """A write of the leader that answers nothing was refused for its term."""
+        """Run a write of the leader. An empty answer means that the term was refused."""
         return self._db.execute(
             self._sql[name], values | {"namespace": self._namespace, "term": term}, payload=payload
         )
 
     def elect(self, *, lease: float) -> int | None:
-        """Take the lease if nobody holds it; see LeaderStore."""
+        """Take the lease if it is free; see LeaderStore."""
         rows = self._ask(
             "elect",
             namespace=self._namespace,
@@ -78,43 +80,43 @@ class PostgresLeaderStore:
         return int(rows[0][0]) if rows else None
 
     def renew(self, term: int, *, lease: float) -> Brake:
-        """Prolong this very term and read the brake; see LeaderStore."""
+        """Extend the lease of this term and return the brake; see LeaderStore."""
         rows = self._write("renew", term, holder=self._holder, lease=lease)
         if not rows:
             raise NotLeading(f"term {term} is over")
         return Brake(paused=rows[0][0], held=rows[0][1])
 
     def brake(self, term: int) -> Brake:
-        """Read the brake; see LeaderStore."""
+        """Return the brake; see LeaderStore."""
         rows = self._write("brake", term, holder=self._holder)
         if not rows:
             raise NotLeading(f"term {term} is over")
         return Brake(paused=rows[0][0], held=rows[0][1])
 
     def resign(self, term: int) -> None:
-        """Let go of the lease; see LeaderStore."""
+        """Give up the lease; see LeaderStore."""
         self._write("resign", term, holder=self._holder)
 
     def now(self) -> float:
-        """The database's clock; see LeaderStore."""
+        """Return the database's clock; see LeaderStore."""
         return float(self._ask("now")[0][0])
 
     def identity(self) -> Mapping[str, str | None]:
-        """The installation, as it was and as it is; see LeaderStore."""
+        """Return the installation as it was stored and as it is now; see LeaderStore."""
         try:
             row = self._ask("identity")[0]
         except (NotWritten, BadRow) as error:
-            # Hosts of databases refuse the system identifier in many ways. If it was not that, this
-            # fails as well.
+            # Database hosting services refuse the system identifier with different errors. If the
+            # error has another cause, the next statement fails too.
             row = self._ask("identity_without_control")[0]
-            if not self._told_identity:
-                self._told_identity = True
+            if not self._logged_identity:
+                self._logged_identity = True
                 log_event("identity_partial", error=str(error))
         names = ("id", "name", "system_identifier", "database_oid", "system_now", "database_now")
         return dict(zip(names, row, strict=True))
 
     def accept_move(self) -> None:
-        """Accept that this database is where it now is; see LeaderStore."""
+        """Accept the current place of this database; see LeaderStore."""
         here = self.identity()
         self._ask(
             "accept_move",
@@ -123,13 +125,13 @@ class PostgresLeaderStore:
         )
 
     def sources(self) -> Sequence[SourceRow]:
-        """The sources of the namespace; see LeaderStore."""
+        """Return the sources of the namespace; see LeaderStore."""
         return [SourceRow(*row) for row in self._ask("sources", namespace=self._namespace)]
 
     def acknowledge(
         self, term: int, source: int, epoch: UUID, n: int, *, run_id: str | None
     ) -> None:
-        """Store the pulse that Redis has; see LeaderStore."""
+        """Store the pulse of Redis; see LeaderStore."""
         self._led(self._write("acknowledge", term, source=source, epoch=epoch, n=n, run_id=run_id))
 
     @staticmethod
@@ -141,14 +143,14 @@ class PostgresLeaderStore:
     def open_incident(
         self, term: int, source: int, cause: Cause, detail: str, epoch: UUID | None
     ) -> int:
-        """Write down a loss; see LeaderStore."""
+        """Store a loss; see LeaderStore."""
         rows = self._write(
             "open_incident", term, source=source, cause=cause.value, detail=detail, epoch=epoch
         )
         return int(self._led(rows)[0][0])
 
     def incidents(self, source: int) -> Sequence[Incident]:
-        """The open ones; see LeaderStore."""
+        """Return the open incidents; see LeaderStore."""
         return [
             Incident(id, where, Cause(cause), *rest)
             for id, where, cause, *rest in self._ask("incidents", source=source)
@@ -170,7 +172,7 @@ class PostgresLeaderStore:
         )
 
     def workers(self, source: int) -> Sequence[WorkerRow]:
-        """The workers that have not been forgotten; see LeaderStore."""
+        """Return the workers that have not been forgotten; see LeaderStore."""
         return [
             WorkerRow(
                 id=id,
@@ -193,33 +195,33 @@ class PostgresLeaderStore:
         ]  # fmt: skip
 
     def declare_dead(self, term: int, workers: Sequence[UUID]) -> None:
-        """From now on these workers' claims are nobody's; see LeaderStore."""
+        """Declare these workers dead: their claims are void from now on; see LeaderStore."""
         self._led(self._write("declare_dead", term, workers=list(workers)))
 
     def forget(self, term: int, workers: Sequence[UUID]) -> None:
-        """Drop rows of workers that hold nothing; see LeaderStore."""
+        """Delete rows of workers that have no claims; see LeaderStore."""
         self._led(self._write("forget", term, workers=list(workers)))
 
     def page(self, source: int, *, after: UUID | None, limit: int) -> Sequence[Owed]:
-        """Owed deliveries in the order of their tokens; see LeaderStore."""
+        """Return owed deliveries in the order of their tokens; see LeaderStore."""
         rows = self._ask("page", source=source, after=after or _FIRST, limit=limit)
         return [_owed(row) for row in rows]
 
     def watched(
         self, source: int, *, limit: int, after: UUID | None = None, urgent: bool = False
     ) -> Sequence[Owed]:
-        """Those looked at every time; see LeaderStore."""
+        """Return the deliveries of every inspection; see LeaderStore."""
         rows = self._ask(
             "watched", source=source, after=after or _FIRST, limit=limit, urgent=urgent
         )
         return [_owed(row) for row in rows]
 
     def count(self, source: int) -> Mapping[str, int]:
-        """How many are owed, by queue; see LeaderStore."""
+        """Return the number of owed deliveries by queue; see LeaderStore."""
         return {queue: int(n) for queue, n in self._ask("count", source=source)}
 
     def suspect(self, term: int, source: int, seen: Sequence[tuple[UUID, Cause, str]]) -> None:
-        """Note that these were seen absent; see LeaderStore."""
+        """Store that these were seen absent; see LeaderStore."""
         if seen:
             self._led(
                 self._write(
@@ -233,14 +235,14 @@ class PostgresLeaderStore:
             )
 
     def clear(self, term: int, source: int, tokens: Sequence[UUID]) -> None:
-        """These are where they belong; see LeaderStore."""
+        """Store that these are in their place; see LeaderStore."""
         if tokens:
             self._led(self._write("clear", term, source=source, tokens=list(tokens)))
 
     def envelopes(
         self, source: int, tokens: Sequence[UUID], *, most_bytes: int | None = None
     ) -> Sequence[Restorable]:
-        """What is needed to put these back; see LeaderStore."""
+        """Return the data to restore these; see LeaderStore."""
         most = _NO_BOUND if most_bytes is None else most_bytes
         rows = self._db.execute(
             self._sql["envelopes"],
@@ -250,29 +252,29 @@ class PostgresLeaderStore:
         return [Restorable(*row) for row in rows]
 
     def tombstones(self, source: int, tokens: Sequence[UUID]) -> Mapping[UUID, Outcome]:
-        """Which of these have ended; see LeaderStore."""
+        """Return the outcome of each delivery that has ended; see LeaderStore."""
         if not tokens:
             return {}
         rows = self._ask("tombstones", source=source, tokens=list(tokens))
         return {token: Outcome(outcome) for token, outcome in rows}
 
     def known(self, source: int, tokens: Sequence[UUID]) -> frozenset[UUID]:
-        """Which of these are owed or ended; see LeaderStore."""
+        """Return those deliveries that are owed or ended; see LeaderStore."""
         rows = self._ask("known", source=source, tokens=list(tokens))
         return frozenset(token for (token,) in rows)
 
     def overtaken(self, source: int, tokens: Sequence[UUID]) -> frozenset[UUID]:
-        """Which of these have had a later life begin; see LeaderStore."""
+        """Return those after which a later delivery of the same job id began; see LeaderStore."""
         rows = self._ask("overtaken", source=source, tokens=list(tokens))
         return frozenset(token for (token,) in rows)
 
     def sharing_job_id(self, source: int, tokens: Sequence[UUID]) -> frozenset[UUID]:
-        """Which of these share their job id with another; see LeaderStore."""
+        """Return those that share their job id with another delivery; see LeaderStore."""
         rows = self._ask("sharing_job_id", source=source, tokens=list(tokens))
         return frozenset(token for (token,) in rows)
 
     def last_outcomes(self, source: int, job_ids: Sequence[str]) -> Mapping[str, LastOutcome]:
-        """What is known of each of these job ids; see LeaderStore."""
+        """Return what is known about each of these job ids; see LeaderStore."""
         rows = self._ask("last_outcomes", source=source, job_ids=list(job_ids))
         return {
             job_id: LastOutcome(owed, Outcome(outcome) if outcome else None)
@@ -280,13 +282,13 @@ class PostgresLeaderStore:
         }
 
     def open_joins(self, source: int, *, after: str, limit: int) -> Sequence[OpenJoin]:
-        """Joins that have not been closed; see LeaderStore."""
+        """Return joins that have not been closed; see LeaderStore."""
         return self._joins(
             source, self._ask("open_joins", source=source, after=texts.key(after), limit=limit)
         )
 
     def complete_joins(self, source: int, *, quiet: float, limit: int) -> Sequence[OpenJoin]:
-        """Joins whose members have all ended; see LeaderStore."""
+        """Return joins whose members have all ended; see LeaderStore."""
         rows = self._ask("complete_joins", source=source, quiet=quiet, limit=limit)
         return self._joins(source, rows)
 
@@ -303,17 +305,17 @@ class PostgresLeaderStore:
         ]
 
     def restored(self, term: int, source: int, tokens: Sequence[UUID]) -> None:
-        """These were put back; see LeaderStore."""
+        """Store that these were restored; see LeaderStore."""
         if tokens:
             self._led(self._write("restored", term, source=source, tokens=list(tokens)))
 
     def restores(self, source: int, tokens: Sequence[UUID]) -> Mapping[UUID, int]:
-        """How often each of these deliveries itself was put back; see LeaderStore."""
+        """Return how often each of these deliveries itself was restored; see LeaderStore."""
         rows = self._ask("restores", source=source, tokens=list(tokens)) if tokens else []
         return {token: int(count) for token, count in rows}
 
     def void(self, term: int, source: int, voids: Sequence[Void]) -> Sequence[UUID]:
-        """Take dead workers' claims away; see LeaderStore."""
+        """Remove claims of dead workers; see LeaderStore."""
         rows = self._write(
             "void",
             term,
@@ -326,7 +328,7 @@ class PostgresLeaderStore:
         return list(self._led(rows)[0][0])
 
     def close_owed(self, term: int, source: int, closings: Sequence[Closing]) -> Sequence[UUID]:
-        """End these in the leader's name; see LeaderStore."""
+        """End these on behalf of the leader; see LeaderStore."""
         if not closings:
             return []
         rows = self._write(
@@ -342,11 +344,11 @@ class PostgresLeaderStore:
         return list(self._led(rows)[0][0])
 
     def queues(self, source: int) -> Sequence[QueueRow]:
-        """What is known of each queue's consumers; see LeaderStore."""
+        """Return what is known about the consumers of each queue; see LeaderStore."""
         return [QueueRow(*row) for row in self._ask("queues", source=source)]
 
     def trust(self, term: int, rows: Sequence[QueueRow]) -> None:
-        """Write what is known of these queues; see LeaderStore."""
+        """Store what is known about the consumers of these queues; see LeaderStore."""
         for row in rows:
             self._led(
                 self._write(
@@ -367,7 +369,7 @@ class PostgresLeaderStore:
         self._led(self._write("hold", term, key=f"{source}/{queue}", reason=reason))
 
     def rotate(self, *, retention: float) -> int:
-        """Make the coming partitions of history and drop the old; see LeaderStore."""
+        """Create the coming partitions of history and drop the old ones; see LeaderStore."""
         values = {
             "namespace": self._namespace,
             "holder": self._holder,
@@ -394,7 +396,7 @@ class PostgresLeaderStore:
         return tables
 
     def close(self) -> None:
-        """Let go of the connection."""
+        """Close the connection."""
         self._db.close()
 
 

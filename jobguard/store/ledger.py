@@ -1,7 +1,7 @@
-"""The ledger as people read and steer it: stats, dead jobs, the brake.
+"""The ledger as people read and control it: stats, dead jobs, the brake.
 
-Through SQLAlchemy, which is never on the path of a job: each call makes a connection, reads one
-snapshot or writes one transaction, and lets go.
+It uses SQLAlchemy, which is never in the path of a job: each call makes a connection, reads one
+snapshot or writes one transaction, and closes the connection.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from jobguard.store.protocols import Counts
 
 Row: TypeAlias = dict[str, Any]
 
-# What history still counts. A failed or dead delivery that was requeued counts as its new delivery.
+# The counts of history. A failed or dead delivery that was requeued counts only as its new
+# delivery.
 _STATS = sa.text("""
 select s.id, j.queue, 'owed' as state,
        count(*) filter (where r.token is null and coalesce(j.due_at <= now(), true)) as pending,
@@ -88,8 +89,8 @@ select * from (
 order by token desc, ended_at
 """)
 
-# Given up are jobs whose last word is failed or dead: no later delivery of the same id is owed or
-# remembered. Of several tombstones of one delivery the first counts.
+# A job is given up if its last outcome is failed or dead: no later delivery of the same id is owed
+# or in history. If one delivery has several tombstones, the first one counts.
 _DEAD = sa.text("""
 select h.token, h.job_id, h.queue, h.task, s.library, s.address, h.outcome::text as state,
        h.attempt, h.recoveries, h.crashes, h.recorded_at, h.claimed_at, h.ended_at, h.worker,
@@ -144,14 +145,14 @@ where s.namespace = :namespace and j.token = :token
 for update of j
 """)
 
-# The person's word counts more than what is suspected: the new delivery was never in Redis, so that no
-# unguarded worker can have run it. It has a crash budget of its own.
+# The person's command overrides the suspicion: the new delivery was never in Redis, so no unguarded
+# worker can have run it. It has a crash budget of its own.
 _SUPERSEDE = sa.text("""
 with run as (
   delete from jobguard.running where source = :source and token = :token returning *
 ), old as (
   delete from jobguard.jobs where source = :source and token = :token returning *
-), told as (
+), tombstone as (
   insert into jobguard.history (source, token, job_id, queue, task, outcome, attempt, recoveries, crashes,
                                 number, worker, recorded_at, claimed_at, next, errors)
   select o.source, o.token, o.job_id, o.queue, o.task, 'superseded', o.attempt, o.recoveries, o.crashes,
@@ -180,7 +181,8 @@ where s.namespace = :namespace and (cast(:queue as text) is null or j.queue = :q
 order by j.token
 """)
 
-# Nobody leads a namespace of term 0: the row is there for the brake, and its lease is over.
+# Term 0 means that the namespace has no leader: the row exists for the brake, and its lease is
+# over.
 _PAUSE = sa.text("""
 insert into jobguard.leader as l (namespace, term, holder, host, pid, expires_at, paused_at)
 values (:namespace, 0, '00000000-0000-0000-0000-000000000000', '', 0, 'epoch', now())
@@ -253,7 +255,8 @@ from jobguard.sources s join jobguard.workers w on w.source = s.id
 where s.namespace = :namespace
 """)
 
-# What waits in Redis, as far as the ledger knows, beside a living worker of its queue that runs nothing.
+# Jobs that wait in Redis, as far as the ledger knows, while a live worker of their queue runs
+# nothing.
 _IDLE = sa.text("""
 with waiting as (
   select j.source, j.queue, count(*) as jobs, min(greatest(j.recorded_at, j.due_at)) as since
@@ -298,12 +301,13 @@ where s.namespace = :namespace order by s.address, q.queue
 
 
 class PostgresLedger:
-    """The ledger in Postgres; see Ledger. Every method may raise StoreUnavailable or its kinds."""
+    """The ledger in PostgreSQL; see Ledger. Every method may raise StoreUnavailable or a subclass."""
 
     def __init__(self, conninfo: Callable[[], str], *, connect_timeout: float = 5.0) -> None:
         self._conninfo = conninfo
         self._timeout = connect_timeout
-        # A callable, because passwords rotate; no pool, because people ask seldom.
+        # The creator is a callable, because passwords rotate. There is no pool, because calls are
+        # rare.
         self._engine = sa.create_engine(
             "postgresql+psycopg://", creator=self._connect, poolclass=sa.NullPool
         )
@@ -311,7 +315,7 @@ class PostgresLedger:
     def stats(
         self, namespace: str, *, source: int | None = None
     ) -> Mapping[tuple[str, str], Counts]:
-        """Count jobs by (what names the source, queue); see Ledger."""
+        """Return the number of jobs by (label of the source, queue); see Ledger."""
         found: dict[tuple[str, str], dict[str, int]] = {}
         with self._begin(snapshot=True) as connection:
             names = _names(_rows(connection, _SOURCES, namespace=namespace))
@@ -327,14 +331,14 @@ class PostgresLedger:
         return {key: Counts(**found[key]) for key in sorted(found)}
 
     def job(self, namespace: str, job_id: str) -> Sequence[Row]:
-        """Every delivery of this id, newest first; see Ledger."""
+        """Return every delivery of this job id, newest first; see Ledger."""
         with self._begin(snapshot=True) as connection:
             return _rows(connection, _JOB, namespace=namespace, job_id=job_id)
 
     def dead(
         self, namespace: str, *, outcomes: Sequence[Outcome], queue: str | None, limit: int
     ) -> Sequence[Row]:
-        """Jobs that were given up, and not taken up since, newest first; see Ledger."""
+        """Return jobs that were given up and not requeued since, newest first; see Ledger."""
         with self._begin(snapshot=True) as connection:
             return _rows(
                 connection,
@@ -346,9 +350,10 @@ class PostgresLedger:
             )
 
     def requeue(self, namespace: str, token: UUID) -> UUID:
-        """Mint a new delivery of a failed, dead or owed one; see Ledger."""
+        """Create a new delivery of a failed, dead or owed one; see Ledger."""
         with self._begin() as connection:
-            # Locked: of two people who requeue the same delivery, one is told of the other.
+            # The row is locked: if two people requeue the same delivery, the second one gets an
+            # error.
             row = connection.execute(_TOMBSTONE, {"namespace": namespace, "token": token}).first()
             if row is None:
                 return _supersede(connection, namespace, token)
@@ -382,28 +387,31 @@ class PostgresLedger:
             return fresh
 
     def absent(self, namespace: str, *, queue: str | None) -> Sequence[Row]:
-        """Owed deliveries that a leader saw absent from Redis; see Ledger."""
+        """Return owed deliveries that a leader saw absent from Redis; see Ledger."""
         with self._begin(snapshot=True) as connection:
             return _rows(connection, _ABSENT, namespace=namespace, queue=queue)
 
     def pause(self, namespace: str, *, queue: str | None) -> None:
-        """Put nothing back until resumed; see Ledger.
+        """Stop all restores until they are resumed; see Ledger.
 
-        Raises JobguardError where a queue is named and no source is known yet.
+        Raise JobguardError if a queue is named and no source is known yet.
         """
         with self._begin() as connection:
             if queue is None:
                 connection.execute(_PAUSE, {"namespace": namespace})
                 return
-            held = connection.execute(_HOLD, {"namespace": namespace, "queue": queue})
-            if held.rowcount == 0:
+            changed = connection.execute(_HOLD, {"namespace": namespace, "queue": queue})
+            if changed.rowcount == 0:
                 raise JobguardError(
                     f"no source is known in the namespace {namespace!r}, so there is no queue "
                     f"{queue!r} to pause"
                 )
 
     def resume(self, namespace: str, *, queue: str | None, moved: bool) -> None:
-        """Go on; see Ledger. Without a queue, what jobguard held by itself is let go too."""
+        """Allow restores again; see Ledger.
+
+        Without a queue, this also ends the holds that jobguard made by itself.
+        """
         with self._begin() as connection:
             if moved:
                 driver = connection.connection.driver_connection
@@ -416,7 +424,7 @@ class PostgresLedger:
                 connection.execute(_RELEASE, {"namespace": namespace, "queue": queue})
 
     def overview(self, namespace: str) -> Row:
-        """Leader, brake, sources, workers, open incidents, queues; see Ledger."""
+        """Return the leader, brake, sources, workers, open incidents and queues; see Ledger."""
         with self._begin(snapshot=True) as connection:
             leader = next(iter(_rows(connection, _LEADER, namespace=namespace)), None)
             paused_at = leader.pop("paused_at") if leader else None
@@ -433,12 +441,12 @@ class PostgresLedger:
             }
 
     def idle(self, namespace: str, *, seconds: float) -> Sequence[Row]:
-        """Queues with jobs that wait so long beside workers that run nothing."""
+        """Return queues with jobs that have waited for ``seconds`` while their workers run nothing."""
         with self._begin(snapshot=True) as connection:
             return _rows(connection, _IDLE, namespace=namespace, seconds=seconds)
 
     def require_installation(self, name: str | None) -> None:
-        """Raise WrongInstallation unless the database carries this name; None: any will do."""
+        """Raise WrongInstallation unless the database has this name; None accepts any name."""
         if name is None:
             return
         with self._begin(snapshot=True) as connection:
@@ -449,14 +457,14 @@ class PostgresLedger:
             )
 
     def close(self) -> None:
-        """Nothing is kept open between calls."""
+        """Dispose of the engine; no connection stays open between calls."""
         self._engine.dispose()
 
     def _connect(self) -> psycopg.Connection[Any]:
         connection = psycopg.connect(
             writable(self._conninfo()),
             connect_timeout=max(1, round(self._timeout)),
-            prepare_threshold=None,  # behind a pooler the next session does not know it
+            prepare_threshold=None,  # behind a pooler the next session does not have the prepared statement
             application_name="jobguard ledger",
         )
         texts.register(connection)
@@ -464,9 +472,9 @@ class PostgresLedger:
 
     @contextmanager
     def _begin(self, *, snapshot: bool = False) -> Iterator[sa.Connection]:
-        """One transaction; ``snapshot``: of reads that all see the same moment."""
+        """Open one transaction; ``snapshot`` makes all its reads see the same moment."""
         options: dict[str, Any] = {"isolation_level": "REPEATABLE READ"}
-        if not snapshot:  # whatever the role's default is
+        if not snapshot:  # overrides the default of the role
             options = {"isolation_level": "READ COMMITTED", "postgresql_readonly": False}
         try:
             with (
@@ -496,7 +504,7 @@ def _rows(connection: sa.Connection, query: sa.TextClause, **values: Any) -> lis
 
 
 def _names(sources: Sequence[Row]) -> dict[int, str]:
-    """Return what names each source: its name or address, and as much more as tells it from the others."""
+    """Return a label for each source: its name or address, and more where that is not unique."""
     forms = (
         lambda s: s["name"] or s["address"],
         lambda s: f"{s['library']} at {s['name'] or s['address']}",
@@ -512,7 +520,7 @@ def _names(sources: Sequence[Row]) -> dict[int, str]:
 
 
 def _supersede(connection: sa.Connection, namespace: str, token: UUID) -> UUID:
-    """Mint a new delivery of an owed one; the old one is a tombstone, wherever a copy of it may be."""
+    """Create a new delivery of an owed one. The old one becomes a tombstone, so copies are skipped."""
     row = connection.execute(_OWED, {"namespace": namespace, "token": token}).first()
     if row is None:
         raise JobguardError(f"no delivery {token} is known in the namespace {namespace!r}")
@@ -528,7 +536,7 @@ def _installation(connection: sa.Connection) -> Row:
     try:
         with connection.begin_nested():
             row["system_now"] = connection.execute(_SYSTEM).scalar()
-    except sa.exc.DBAPIError as error:  # not permitted: the oid alone must tell
+    except sa.exc.DBAPIError as error:  # not permitted: only the oid can show a move
         if error.connection_invalidated:
             raise
         row["system_now"] = None

@@ -1,58 +1,59 @@
-"""Host names, resolved under our own clock.
+"""Resolve host names with a deadline.
 
-``getaddrinfo`` takes no deadline: with a resolver that does not answer it blocks for ten seconds and
-more. So one daemon thread of the process asks it, and a caller waits as long as it wants to. What
-was found is kept: a name that cannot be resolved again is used with the addresses it had.
+``getaddrinfo`` takes no deadline: with a resolver that does not answer, it blocks for ten seconds and
+more. So one daemon thread of the process calls it, and each caller waits only as long as it chooses.
+Answers are kept: if a name cannot be resolved again, its last known addresses are used.
 """
 
 from __future__ import annotations
 
 import _socket  # socket.getaddrinfo is another function where gevent or eventlet has replaced it
-import os
 import time
 from collections.abc import Sequence
 
 from jobguard import os_threads
+from jobguard.fork import OwnerProcess
 
 FRESH = 30.0
-"""Seconds for which an answer is used without asking again."""
+"""Seconds for which an answer is used without a new request."""
 _PATIENCE = 0.2
-"""Seconds to wait for a new answer where there is an old one."""
+"""Seconds to wait for a new answer when an old one is known."""
 _MOST = 64
-"""Names that are remembered."""
+"""Largest number of names that are kept."""
 
 
 class Names:
-    """The names of one process. One thread at most asks the system."""
+    """Host names of one process. At most one thread asks the system."""
 
     def __init__(self) -> None:
         self._begin()
 
     def _begin(self) -> None:
-        self._pid = os.getpid()
+        self._owner = OwnerProcess()
         self._lock = os_threads.lock()
         self._known: dict[str, tuple[float, tuple[str, ...]]] = {}
         self._failed: dict[str, tuple[float, OSError]] = {}
-        self._wanted: dict[str, float] = {}  # since when
+        self._wanted: dict[str, float] = {}  # the time of the first request
         self._running = False
 
     def _mine(self) -> None:
-        if self._pid != os.getpid():
-            known = dict(self._known)  # the parent's thread and its lock stayed with the parent
+        if not self._owner.is_current:
+            # The thread and the lock of the parent process do not exist here.
+            known = dict(self._known)
             self._begin()
             self._known = known
 
     def forget(self, host: str) -> None:
-        """Ask again at the next use: what answers at the old addresses is not what we look for."""
+        """Ask the system again at the next use, because the known addresses lead to a wrong server."""
         self._mine()
         with self._lock:
             if host in self._known:
                 self._known[host] = (float("-inf"), self._known[host][1])
 
     def addresses(self, host: str, wait: float) -> Sequence[str] | None:
-        """Return the addresses of a name; None: not known after ``wait`` seconds.
+        """Return the addresses of a name, or None if they are not known after ``wait`` seconds.
 
-        Raises OSError where the system says that there are none.
+        Raise OSError if the system answers that the name has no address.
         """
         self._mine()
         ends = time.monotonic() + wait
@@ -60,15 +61,16 @@ class Names:
         while True:
             now = time.monotonic()
             with self._lock:
-                found = self._look(host, now)
+                found = self._find(host, now)
             if found is not None:
                 return found
             if now >= ends:
                 return None
-            time.sleep(min(pause, ends - now))  # lets other greenlets run, which no lock does
+            # Other greenlets can run meanwhile; a lock would block them.
+            time.sleep(min(pause, ends - now))
             pause = min(pause * 2, 0.01)
 
-    def _look(self, host: str, now: float) -> Sequence[str] | None:
+    def _find(self, host: str, now: float) -> Sequence[str] | None:
         answered, known = self._known.get(host, (float("-inf"), ()))
         if now - answered < FRESH:
             return known
@@ -82,7 +84,7 @@ class Names:
             self._running = True
             try:
                 os_threads.start(self._resolve, name="jobguard-names")
-            except RuntimeError as error:  # the interpreter is about to end
+            except RuntimeError as error:  # the interpreter is shutting down
                 self._running = False
                 self._wanted.clear()
                 if known:
@@ -104,7 +106,7 @@ class Names:
                 found = tuple(dict.fromkeys(str(answer[4][0]) for answer in answers))
             except OSError as caught:
                 error = caught
-            except Exception as caught:  # a name that is no name
+            except Exception as caught:  # the name has a form that cannot be resolved
                 error = OSError(str(caught))
             with self._lock:
                 self._wanted.pop(host, None)

@@ -1,7 +1,7 @@
-"""What the rest of jobguard asks of a store, by role; Postgres and memory give the same answers.
+"""Protocols of the store, one for each role. PostgreSQL and the memory store give the same answers.
 
-``HostStore`` is spoken to by the processes of the user's application, ``LeaderStore`` by the one
-leader of a namespace, ``Ledger`` by people: commands, stats, tests.
+The processes of the user's application use ``HostStore``, the one leader of a namespace uses
+``LeaderStore``, and people use ``Ledger`` (commands, stats, tests).
 """
 
 from __future__ import annotations
@@ -30,31 +30,33 @@ from jobguard.model import (
 
 @dataclass(frozen=True, slots=True)
 class ClaimRequest:
-    """A worker asks for the claim of a delivery."""
+    """A worker's request for the claim of a delivery."""
 
     token: UUID
     nonce: UUID
-    """The same nonce again is the same claim: a lost answer can be asked for once more."""
+    """The same nonce gives the same claim, so that a worker can ask again after a lost answer."""
     worker: UUID
     pid: int
     namespace: str
     worker_timeout: float
-    """Only used while no leader leads: a holder silent this long by the database's clock is dead."""
+    """Used only without a leader: a worker without a beat for so long, by the database's clock, is
+    dead.
+    """
     crash_budget: int
 
 
 @dataclass(frozen=True, slots=True)
 class BeatReply:
-    """What a worker learns from its beat."""
+    """The answer to a worker's beat."""
 
     dead: bool = False
-    """A leader has declared this worker dead: it goes on under a new id."""
+    """A leader has declared this worker dead: it continues under a new id."""
     leader_live: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class SourceRow:
-    """A source as the database has it."""
+    """A source as it is stored in the database."""
 
     id: int
     namespace: str
@@ -64,31 +66,34 @@ class SourceRow:
     name: str | None
     settings: str
     one_body: bool = True
-    """Redis keeps one body of a job id; see jobguard.adapter.Source."""
+    """Redis keeps one body per job id; see jobguard.adapter.Source."""
     pulse_epoch: UUID | None = None
     pulse_n: int | None = None
     run_id: str | None = None
     watched_at: float | None = None
-    """When a leader last moved the pulse, in seconds since the epoch."""
+    """When a leader last advanced the pulse, in seconds since the epoch."""
 
 
 class HostStore(Protocol):
     """The store as producers and workers use it.
 
-    Every method may raise StoreUnavailable (or one of its kinds) and, where rows are written, BadRow.
+    Every method may raise StoreUnavailable or a subclass and, where it writes rows, BadRow.
     """
 
     installation: str | None
-    """The name that the database carries; known once a source was registered."""
+    """The installation name in the database; known after a source was registered."""
 
     def conninfo(self) -> str | None:
-        """How another process reaches it, with the password; None: no other process can."""
+        """Return the conninfo with the password for another process; None if none can connect."""
 
     def probe(self) -> bool:
-        """Whether Postgres accepts us, found out without waiting; False: not known yet, ask again."""
+        """Return True if PostgreSQL accepts a connection, without waiting; False if not known yet."""
 
     def register(self, source: SourceRow) -> SourceRow:
-        """Make the source known; return what stands there, with the settings of who came first."""
+        """Register the source; return its stored row.
+
+        The settings in it are those of the first process that registered the source.
+        """
 
     def record(
         self,
@@ -101,48 +106,49 @@ class HostStore(Protocol):
         newest: bool = False,
         relaxed: bool = False,
     ) -> Recorded:
-        """Commit deliveries as owed. The same token again changes nothing.
+        """Commit deliveries as owed. Recording the same token again changes nothing.
 
-        A delivery supersedes its parent and, where Redis keeps one body of an id, every unclaimed
-        delivery of its job id. It is refused if the parent has ended or is claimed by somebody else who
-        lives, if it is derived and has ended, or if another has closed its join. ``replay``: these may
-        be old news, so history is looked at first: what has ended, or has had a younger life of its
-        id, is not owed again. ``newest``: the library has these in the place of any other life of
-        their ids.
+        A delivery supersedes its parent and, if Redis keeps one body per job id, every unclaimed
+        delivery of its job id. It is refused if the parent has ended or is claimed by another live
+        worker, if the delivery is derived and has ended, or if another delivery has closed its join.
+        ``replay`` means that the deliveries may be old, so history is checked first: a delivery is not
+        owed again if it has ended or if a younger delivery of its job id existed. ``newest`` means that
+        for the library these deliveries replace all other deliveries of their job ids.
         """
 
     def withdraw(self, source: int, tokens: Sequence[UUID]) -> None:
-        """Forget deliveries that were never pushed, unless they are claimed or ever were."""
+        """Delete deliveries that were never pushed, except those that are or were claimed."""
 
     def outbox(self, source: int, tokens: Sequence[UUID]) -> None:
         """Leave the push of owed deliveries to the leader."""
 
     def claim(self, source: int, request: ClaimRequest) -> ClaimAnswer:
-        """Grant the claim unless the delivery has ended, or another live claim stands.
+        """Grant the claim unless the delivery has ended or another live claim exists.
 
-        Nor is one granted to a worker that was declared dead; if it asks again with its nonce, in its
-        new name, a claim that it was granted before is its own.
+        A worker that was declared dead gets no claim. If it asks again under its new id with the same
+        nonce, it gets the claim that was granted before.
 
-        Taking over a dead claim charges the crash budget, unless its worker had said goodbye.
+        Taking over the claim of a dead worker charges the crash budget, unless that worker had reported
+        its regular exit.
         """
 
     def claims(self, source: int, requests: Sequence[ClaimRequest]) -> Mapping[UUID, ClaimAnswer]:
-        """The same for several, of one process, in one call; the answers by nonce.
+        """Answer several claim requests of one process in one call; return the answers by nonce.
 
-        A process that was declared dead may ask in two names at once.
+        A process that was declared dead may use two worker ids in one call.
         """
 
     def release(self, source: int, token: UUID, worker: UUID, *, number: int) -> None:
-        """Take this worker's claim away, so that anyone may start the delivery again; no crash.
+        """Remove this worker's claim, so that any worker may start the delivery again.
 
-        ``number`` 0: whichever it holds.
+        This counts as no crash. ``number`` 0 means any claim number of this worker.
         """
 
     def end(self, source: int, ends: Sequence[End]) -> Sequence[Ended]:
-        """Move deliveries from owed to history, in the name of their claims; one answer an end."""
+        """Move deliveries from owed to history on behalf of their claims; return one answer per end."""
 
     def now(self) -> float:
-        """Seconds since the epoch, by the database's clock."""
+        """Return the seconds since the epoch, by the database's clock."""
 
     def cancel(
         self,
@@ -155,48 +161,52 @@ class HostStore(Protocol):
         until: UUID | None = None,
         waiting: Sequence[UUID] = (),
     ) -> int:
-        """Write tombstones; ``queue``: for every unclaimed delivery in it. Returns how many were owed.
+        """Write tombstones and return how many deliveries were owed.
 
-        Ids and the queue mean what was recorded until the cancel was ``meant``, by the database's clock
-        (None: nothing was), with tokens up to ``until``, and of what waited in a spool at that moment,
-        ``waiting``. A token means its delivery whenever that comes, also if nobody knows it yet.
+        ``queue`` selects every unclaimed delivery in that queue. Job ids and the queue apply to
+        deliveries that were recorded before the time ``meant``, by the database's clock (None: to
+        none), to deliveries with tokens up to ``until``, and to ``waiting``: the deliveries that waited
+        in a spool at that moment. A token applies to its delivery at any time, even before the delivery
+        is known.
         """
 
     def open_join(self, source: int, join: str, *, size: int, state: bytes, namespace: str) -> bool:
-        """Remember a join, and for how many members its continuation waits. One that is closed begins anew.
+        """Store a join and the number of members that its continuation waits for.
 
-        Returns whether a leader's lease is live.
+        A closed join is opened again. Return True if a leader's lease is live.
         """
 
     def close_join(self, source: int, join: str) -> None:
-        """Nothing will come of a join."""
+        """Close a join that will have no continuation."""
 
     def decline(self, source: int, token: UUID, *, most: int, wait: float, error: str) -> int:
-        """A worker cannot begin an unclaimed delivery: it goes back after a while.
+        """Put an unclaimed delivery back after a delay, because a worker cannot begin it.
 
-        First after ``wait`` seconds, then twice as many each time. After ``most`` times it is dead.
-        Returns how many are left.
+        The first delay is ``wait`` seconds, and each further one is twice as long. After ``most`` times
+        the delivery is dead. Return how many times are left.
         """
 
     def beat(self, source: int, beat: Beat, *, namespace: str) -> BeatReply:
-        """Take a worker's beat."""
+        """Store a worker's beat."""
 
     def leave(self, worker: UUID) -> None:
-        """Take a worker's goodbye."""
+        """Store that a worker has exited regularly."""
 
     def recoverable(self, source: int, tokens: Sequence[UUID]) -> frozenset[UUID]:
-        """Which of these a leader will bring back: owed, of a trusted queue of a source it watches.
+        """Return those deliveries that a leader will restore.
 
-        Or was watched five minutes ago: who kills a leader does not kill the jobs with it.
+        These are owed deliveries of a trusted queue in a watched source. A source that was watched
+        within the last five minutes counts too, so that the death of a leader does not make jobs count
+        as lost.
         """
 
     def tombstones(self, source: int, tokens: Sequence[UUID]) -> Mapping[UUID, Outcome]:
-        """Which of these have ended, and how."""
+        """Return the outcome of each delivery that has ended."""
 
     def amend(self, source: int, token: UUID, change: Callable[[bytes], bytes]) -> bool:
-        """Change the envelope of an owed delivery; False if it is not owed.
+        """Change the envelope of an owed delivery; return False if it is not owed.
 
-        ``change`` gives the new one for the one that stands there, and may be asked again.
+        ``change`` takes the stored envelope and returns the new one. It may be called more than once.
         """
 
     def heartbeat(
@@ -209,40 +219,40 @@ class HostStore(Protocol):
         progress: float | None = None,
         attrs: Mapping[str, Any] | None = None,
     ) -> bool:
-        """Note a running job's progress; False if no such claim stands."""
+        """Store a running job's progress; return False if no such claim exists."""
 
     def predecessor(self, source: int, token: UUID) -> UUID | None:
-        """The worker whose claim of this owed delivery was taken away last; None: none that is known."""
+        """Return the worker that last lost its claim of this owed delivery, or None if none is known."""
 
     def lock(self, source: int, name: str, *, token: UUID, number: int) -> bool:
-        """Take a lock in the name of a standing claim, unless that of another claim that lives stands.
+        """Take a lock on behalf of an existing claim, unless the claim of another live worker has it.
 
-        The same claim may take it again. ``number`` 0: whichever number the claim has.
+        The same claim may take the lock again. ``number`` 0 means any number of the claim.
         """
 
     def unlock(self, source: int, name: str, *, token: UUID) -> None:
-        """Let go of a lock, if it is this delivery's."""
+        """Release a lock if it belongs to this delivery."""
 
     def close(self) -> None:
-        """Let go of the connection."""
+        """Close the connection."""
 
 
 @dataclass(frozen=True, slots=True)
 class Brake:
-    """What a person, or jobguard itself, holds back."""
+    """The queues whose recoveries a person, or jobguard itself, has stopped."""
 
     paused: bool = False
     held: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    """By ``"<source>/<queue>"``: since when and why."""
+    """The time and the reason of each hold, by ``"<source>/<queue>"``."""
 
     def holds(self, source: int, queue: str) -> bool:
-        """Whether nothing of this queue may be put back now."""
+        """Return True if no delivery of this queue may be restored now."""
         return self.paused or f"{source}/{queue}" in self.held or f"{source}/*" in self.held
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerRow:
-    """A guarded worker as the database has it."""
+    """A guarded worker as it is stored in the database."""
 
     id: UUID
     name: str
@@ -257,7 +267,7 @@ class WorkerRow:
     left: bool
     dead: bool
     claims: int
-    """How many claims stand in its name."""
+    """Number of claims of this worker."""
     lists: Sequence[UUID] = ()
     """The deliveries that its last beat listed, claimed or not."""
 
@@ -278,7 +288,7 @@ class Incident:
 
 @dataclass(frozen=True, slots=True)
 class QueueRow:
-    """What the leader knows of who consumes a queue. Times are seconds since the epoch."""
+    """The leader's knowledge about the consumers of a queue. Times are seconds since the epoch."""
 
     source: int
     queue: str
@@ -290,19 +300,19 @@ class QueueRow:
 
 @dataclass(frozen=True, slots=True)
 class Void:
-    """A dead worker's claim that is taken away, so that its delivery can be put back."""
+    """A dead worker's claim that is removed, so that its delivery can be restored."""
 
     token: UUID
     number: int
     charge: bool
-    """Charge the crash budget: the worker did not say goodbye."""
+    """Charge the crash budget, because the worker did not report a regular exit."""
     backoff: float
-    """Seconds until it may go back."""
+    """Seconds until the delivery may be restored."""
 
 
 @dataclass(frozen=True, slots=True)
 class Closing:
-    """An owed delivery that the leader closes, from observation or because its budget is spent."""
+    """An owed delivery that the leader closes, by observation or because its crash budget is spent."""
 
     token: UUID
     outcome: Outcome
@@ -317,142 +327,147 @@ class LeaderStore(Protocol):
     """
 
     def elect(self, *, lease: float) -> int | None:
-        """Take the lease if nobody holds it; the new term, or None."""
+        """Take the lease if it is free; return the new term, or None."""
 
     def renew(self, term: int, *, lease: float) -> Brake:
-        """Prolong this very term and read the brake."""
+        """Extend the lease of this term and return the brake."""
 
     def brake(self, term: int) -> Brake:
-        """Read the brake. Raises NotLeading."""
+        """Return the brake. Raise NotLeading if the term is over."""
 
     def resign(self, term: int) -> None:
-        """Let go of the lease, so that another can lead at once."""
+        """Give up the lease, so that another reconciler can lead at once."""
 
     def now(self) -> float:
-        """Seconds since the epoch, by the database's clock."""
+        """Return the seconds since the epoch, by the database's clock."""
 
     def identity(self) -> Mapping[str, str | None]:
-        """The installation: id, name, and what it was and is (system_identifier, database_oid)."""
+        """Return id and name of the installation, and its stored and current place.
+
+        The place is system_identifier and database_oid.
+        """
 
     def accept_move(self) -> None:
-        """Accept that this database is where it now is (after a move or an upgrade)."""
+        """Accept the current place of this database (after a move or an upgrade)."""
 
     def sources(self) -> Sequence[SourceRow]:
-        """The sources of the namespace."""
+        """Return the sources of the namespace."""
 
     def acknowledge(
         self, term: int, source: int, epoch: UUID, n: int, *, run_id: str | None
     ) -> None:
-        """Store the pulse that Redis has, before the next tick."""
+        """Store the pulse of Redis, before the next tick."""
 
     def open_incident(
         self, term: int, source: int, cause: Cause, detail: str, epoch: UUID | None
     ) -> int:
-        """Write down a loss, before the pulse is made anew. Returns its id."""
+        """Store a loss before the pulse is created again. Return the id of the incident."""
 
     def incidents(self, source: int) -> Sequence[Incident]:
-        """The open ones, oldest first."""
+        """Return the open incidents, oldest first."""
 
     def progress(
         self, term: int, incident: int, *, missing: int, restored: int, close: bool
     ) -> None:
-        """Add to an incident's counts, and close it after a full pass."""
+        """Add to an incident's counts; close it after a full pass."""
 
     def workers(self, source: int) -> Sequence[WorkerRow]:
-        """The workers that have not been forgotten, with how many claims each holds."""
+        """Return the workers that have not been forgotten, with the number of claims of each."""
 
     def declare_dead(self, term: int, workers: Sequence[UUID]) -> None:
-        """From now on these workers' claims are nobody's."""
+        """Declare these workers dead: their claims are void from now on."""
 
     def forget(self, term: int, workers: Sequence[UUID]) -> None:
-        """Drop rows of workers that are gone for a quarter of an hour and hold nothing."""
+        """Delete rows of workers that have been gone for 15 minutes and have no claims."""
 
     def page(self, source: int, *, after: UUID | None, limit: int) -> Sequence[Owed]:
-        """Owed deliveries in the order of their tokens."""
+        """Return owed deliveries in the order of their tokens."""
 
     def watched(
         self, source: int, *, limit: int, after: UUID | None = None, urgent: bool = False
     ) -> Sequence[Owed]:
-        """Those under suspicion, in the outbox, or claimed by the dead: looked at every time.
+        """Return the deliveries that every inspection includes.
 
-        ``urgent``: only those whose absence we were told of, and need not see twice.
+        These are the suspects, the outbox, and the claims of dead workers. ``urgent`` selects only
+        those that were reported absent and need no second inspection.
         """
 
     def count(self, source: int) -> Mapping[str, int]:
-        """How many deliveries are owed, by queue."""
+        """Return the number of owed deliveries by queue."""
 
     def suspect(self, term: int, source: int, seen: Sequence[tuple[UUID, Cause, str]]) -> None:
-        """Note that these were seen absent; the time of the first look with the same mark is kept."""
+        """Store that these were seen absent; keep the time of the first inspection with the same mark."""
 
     def clear(self, term: int, source: int, tokens: Sequence[UUID]) -> None:
-        """These are where they belong: neither suspect nor to be pushed."""
+        """Store that these are in their place: they are neither suspects nor in the outbox."""
 
     def envelopes(
         self, source: int, tokens: Sequence[UUID], *, most_bytes: int | None = None
     ) -> Sequence[Restorable]:
-        """What is needed to put these back, in the given order; the ended are left out.
+        """Return the data to restore these, in the given order, without those that have ended.
 
-        ``most_bytes``: only so many of the first that their envelopes are not larger, but one at least.
+        ``most_bytes`` limits the result to the first deliveries whose envelopes together are not
+        larger; the result has at least one.
         """
 
     def tombstones(self, source: int, tokens: Sequence[UUID]) -> Mapping[UUID, Outcome]:
-        """Which of these have ended, and how."""
+        """Return the outcome of each delivery that has ended."""
 
     def known(self, source: int, tokens: Sequence[UUID]) -> frozenset[UUID]:
-        """Which of these the ledger has heard of: owed or ended."""
+        """Return those deliveries that the ledger knows, owed or ended."""
 
     def overtaken(self, source: int, tokens: Sequence[UUID]) -> frozenset[UUID]:
-        """Which of these have had a later life of their job id begin since."""
+        """Return those deliveries after which a later delivery of the same job id began."""
 
     def sharing_job_id(self, source: int, tokens: Sequence[UUID]) -> frozenset[UUID]:
-        """Of which of these an end that the library keeps by job id may be another delivery's."""
+        """Return those whose end, as the library keeps it by job id, may belong to another delivery."""
 
     def last_outcomes(self, source: int, job_ids: Sequence[str]) -> Mapping[str, LastOutcome]:
-        """What is known of each of these job ids."""
+        """Return what is known about each of these job ids."""
 
     def open_joins(self, source: int, *, after: str, limit: int) -> Sequence[OpenJoin]:
-        """Joins that have not been closed, in the order of their ids."""
+        """Return joins that have not been closed, in the order of their ids."""
 
     def complete_joins(self, source: int, *, quiet: float, limit: int) -> Sequence[OpenJoin]:
-        """Those of them whose members have all ended, the last one at least so many seconds ago."""
+        """Return open joins whose members have all ended, the last one at least ``quiet`` seconds ago."""
 
     def restored(self, term: int, source: int, tokens: Sequence[UUID]) -> None:
-        """These were put back: count it, and suspect them no longer."""
+        """Store that these were restored: count it, and delete their suspicion."""
 
     def restores(self, source: int, tokens: Sequence[UUID]) -> Mapping[UUID, int]:
-        """How often each of these owed deliveries was put back, without those that it superseded."""
+        """Return how often each of these owed deliveries was restored, without those it superseded."""
 
     def void(self, term: int, source: int, voids: Sequence[Void]) -> Sequence[UUID]:
-        """Take these claims away if they still stand with that number; suspects with cause worker."""
+        """Remove these claims if they still have that number, and make suspects with the cause worker."""
 
     def close_owed(self, term: int, source: int, closings: Sequence[Closing]) -> Sequence[UUID]:
-        """End these in the leader's name. Returns the tokens of those that were owed."""
+        """End these on behalf of the leader. Return the tokens of those that were owed."""
 
     def queues(self, source: int) -> Sequence[QueueRow]:
-        """What is known of each queue's consumers."""
+        """Return what is known about the consumers of each queue."""
 
     def trust(self, term: int, rows: Sequence[QueueRow]) -> None:
-        """Write what is known of these queues."""
+        """Store what is known about the consumers of these queues."""
 
     def hold(self, term: int, source: int, queue: str, reason: str) -> None:
         """Hold a queue until a person resumes it."""
 
     def rotate(self, *, retention: float) -> int:
-        """Make the coming partitions of history and drop the old. Returns how many were dropped.
+        """Create the coming partitions of history and drop the old ones. Return how many were dropped.
 
-        History is shared by all namespaces: what another one wants to remember stays.
+        All namespaces share history: rows that another namespace wants to keep stay.
         """
 
     def vacuum(self) -> Sequence[str]:
-        """Vacuum the small tables that need it. Returns which."""
+        """Vacuum the small tables that need it. Return their names."""
 
     def close(self) -> None:
-        """Let go of the connections."""
+        """Close the connections."""
 
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """How many jobs are in which state. Terminal states count what history still remembers."""
+    """The number of jobs in each state. Terminal states count deliveries that are still in history."""
 
     pending: int = 0
     scheduled: int = 0
@@ -465,7 +480,7 @@ class Counts:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """Return the sum over all states."""
         return (
             self.pending
             + self.scheduled
@@ -478,39 +493,41 @@ class Counts:
 
 
 class Ledger(Protocol):
-    """The store as people read and steer it."""
+    """The store as people read and control it."""
 
     def stats(
         self, namespace: str, *, source: int | None = None
     ) -> Mapping[tuple[str, str], Counts]:
-        """Counts by (what names the source, queue); ``source``: of the one of this id alone.
+        """Return counts by (label of the source, queue).
 
-        A name is the source's name or address, with its library and prefix where several share that.
+        ``source`` limits them to the source with this id. The label is the source's name or address,
+        with its library and prefix where several sources share that.
         """
 
     def job(self, namespace: str, job_id: str) -> Sequence[Mapping[str, Any]]:
-        """Every delivery of this id that is owed or remembered, newest first."""
+        """Return every delivery of this job id that is owed or in history, newest first."""
 
     def dead(
         self, namespace: str, *, outcomes: Sequence[Outcome], queue: str | None, limit: int
     ) -> Sequence[Mapping[str, Any]]:
-        """Jobs that were given up, newest first."""
+        """Return jobs that were given up, newest first."""
 
     def requeue(self, namespace: str, token: UUID) -> UUID:
-        """Mint a new delivery of a failed, dead or owed one and leave its push to the leader.
+        """Create a new delivery of a failed, dead or owed one and leave its push to the leader.
 
-        An owed one is superseded by it: a copy of it that is still in Redis is skipped. Raises
-        JobguardError if there is no such delivery, its envelope is gone, or its worker runs it.
+        The new delivery supersedes an owed one: a copy of the old one that is still in Redis is
+        skipped. Raise JobguardError if there is no such delivery, if its envelope is gone, or if its
+        worker is running it.
         """
 
     def absent(self, namespace: str, *, queue: str | None) -> Sequence[Mapping[str, Any]]:
-        """Owed deliveries that a leader saw absent from Redis, whatever keeps them from going back."""
+        """Return owed deliveries that a leader saw absent from Redis and that are not restored yet."""
 
     def pause(self, namespace: str, *, queue: str | None) -> None:
-        """Put nothing back, in the namespace or in one queue, until resumed."""
+        """Stop all restores, in the namespace or in one queue, until they are resumed."""
 
     def resume(self, namespace: str, *, queue: str | None, moved: bool) -> None:
-        """Go on; ``moved``: and accept that this database is where it now is."""
+        """Allow restores again; ``moved`` also accepts the current place of this database."""
 
     def overview(self, namespace: str) -> Mapping[str, Any]:
-        """Leader, brake, sources, workers, open incidents and queues, for `stats` and `doctor`."""
+        """Return leader, brake, sources, workers, open incidents and queues, for `stats` and `doctor`."""

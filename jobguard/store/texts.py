@@ -1,8 +1,9 @@
-"""Texts that Postgres cannot hold, or cannot hold as a key, and how the ledger stores them.
+"""Escape texts that PostgreSQL cannot store, and shorten texts that are too long for a key.
 
-Postgres takes neither NUL nor half of a surrogate pair, and a btree takes no more than 2,704 bytes a row.
-Libraries take ids, queues and tasks in any words. So what Postgres refuses is escaped on the way in and
-restored on the way out, by the connection; and a long key is replaced by its hash, by the store.
+PostgreSQL accepts neither NUL nor one half of a surrogate pair, and a btree accepts at most 2,704 bytes
+per row. Queue libraries accept any text as a job id, queue or task. So the connection escapes the
+refused characters when it writes and restores them when it reads, and the store replaces a long key by
+its hash.
 """
 
 from __future__ import annotations
@@ -17,30 +18,30 @@ from psycopg.pq import Format
 from psycopg.types.string import StrBinaryDumper, StrDumperUnknown
 
 _MARK = "\uf6a8"
-"""A character for private use. Behind it stand four hexadecimal digits of the character that is meant."""
+"""A character for private use. The four hexadecimal digits after it give the original character."""
 _REFUSED = re.compile(f"[\x00\ud800-\udfff{_MARK}]")
 _ESCAPED = re.compile(f"{_MARK}([0-9a-f]{{4}})")
 _LONGEST = 1000
-"""Bytes of a key. Three of them fit into a row of a btree's leaf."""
+"""Largest size of a key in bytes. Three keys of this size fit into one row of a btree leaf."""
 
 
 def escaped(text: str) -> str:
-    """Return the text as Postgres can hold it."""
+    """Return the text with every character escaped that PostgreSQL refuses."""
     if text.isascii() and "\x00" not in text:
         return text
     return _REFUSED.sub(lambda found: f"{_MARK}{ord(found[0]):04x}", text)
 
 
 def restored(text: str) -> str:
-    """Return the text that was escaped."""
+    """Return the original of an escaped text."""
     if _MARK not in text:
         return text
     return _ESCAPED.sub(lambda found: chr(int(found[1], 16)), text)
 
 
 def key(text: str) -> str:
-    """Return the text, or a short one in its place that is the same for the same text."""
-    if len(text) <= _LONGEST // 7:  # so long is an escaped character at most
+    """Return the text, or a short replacement if it is too long. The same text gives the same key."""
+    if len(text) <= _LONGEST // 7:  # an escaped character has at most 7 bytes
         return text
     stored = escaped(text).encode()
     if len(stored) <= _LONGEST:
@@ -49,7 +50,7 @@ def key(text: str) -> str:
 
 
 def name(text: str) -> str | None:
-    """Return the text if its key is another one; else None."""
+    """Return the text if its key differs from it, else None."""
     return None if key(text) == text else text
 
 
@@ -73,7 +74,7 @@ class _BinaryLoader(_TextLoader):
 
 
 def register(context: AdaptContext) -> None:
-    """Have a connection escape and restore every text."""
+    """Make a connection escape and restore every text."""
     adapters: Any = context.adapters
     adapters.register_dumper(str, _BinaryDumper)
     adapters.register_dumper(str, _TextDumper)  # the last one is the default

@@ -1,11 +1,11 @@
-"""One session with one Postgres server: what is sent together, and what each session sets.
+"""One session with one PostgreSQL server: the pipelined calls and the settings of the session.
 
-Statements that belong together are sent in one go (libpq's pipeline mode), so that a call is one round
-trip whatever it needs. Every wait ends at a deadline of our own.
+Statements that belong together are sent in one batch (libpq's pipeline mode), so that a call needs one
+round trip, however many statements it has. Every wait ends at a deadline that this module sets.
 
-A session relies on no default of the role, the database or the server. Where the server is reached
-directly, everything is set once, after the login. Behind a pooler a session belongs to others as
-well: there, nothing is set for longer than a transaction, and no statement has a name.
+A session relies on no default of the role, the database or the server. On a direct connection, all
+settings are made once, after the login. Behind a pooler, other clients use the same server session:
+there no setting lasts longer than a transaction, and no statement has a name.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
-import os
 import re
 import select
 import time
@@ -27,23 +26,26 @@ from psycopg.adapt import AdaptersMap, PyFormat, Transformer
 from psycopg.errors import Diagnostic, error_from_result
 
 from jobguard import os_threads
+from jobguard.fork import OwnerProcess
 
 Row = tuple[Any, ...]
 Send = Callable[[], None] | None
-"""Puts one command on its way; None: a point at which the server answers for all before it."""
+"""Function that sends one command. None stands for a sync: the server answers all earlier commands."""
 Steps = Generator[int, None, list[Any]]
-"""Says what it waits for, READ or WRITE or both; ends with the results."""
+"""Generator that yields READ, WRITE or both while it waits, and returns the results."""
 
 READ, WRITE = 1, 2
 
 _NAMES = 100
-"""Statements that a session prepares by name. The others are sent as they are."""
+"""Largest number of statements that a session prepares by name. Further statements are sent unprepared.
+"""
 _MARGIN = 0.9
-"""Of our deadline: the server gives up before we do, and the session can be used again."""
+"""Share of our deadline: the server gives up before we do, so that the session stays usable."""
 _CANCEL_SECONDS = 1.0
 _CANCELS = 4
 
-# What the statements rely on, whatever the role, the database or the server says.
+# Settings that the statements rely on. They override the defaults of the role, the database and the
+# server.
 _RELIED_ON = {
     "search_path": "pg_catalog",
     "TimeZone": "UTC",
@@ -57,9 +59,9 @@ _SESSION = {
     "default_transaction_read_only": "off",
     "idle_session_timeout": "0",
 }
-# What a server may not have, or not on its platform.
+# Settings that a server, or its platform, may lack.
 _WHERE_POSSIBLE = {
-    "client_connection_check_interval": "500ms",  # a backend whose client has gone gives up
+    "client_connection_check_interval": "500ms",  # a backend gives up after its client has gone
     "jit": "off",
 }
 _SINCE_17 = {"transaction_timeout": "0"}
@@ -72,11 +74,11 @@ _BEGIN = b"begin isolation level read committed read write"
 
 
 class DeadlinePassed(Exception):
-    """The server did not answer in time."""
+    """Raised when the server did not answer in time."""
 
 
 class NotAccepted(psycopg.OperationalError):
-    """The server is of no use to us: a standby."""
+    """Raised for a standby: jobguard cannot write to it."""
 
 
 def ready(fd: int, wanted: int, timeout: float) -> bool:
@@ -89,7 +91,8 @@ def ready(fd: int, wanted: int, timeout: float) -> bool:
             (select.POLLIN if wanted & READ else 0) | (select.POLLOUT if wanted & WRITE else 0),
         )
         return bool(poller.poll(timeout * 1000))
-    # eventlet has no poll; its own select takes any descriptor. Another select takes small ones only.
+    # eventlet has no poll, but its own select takes any descriptor. Other selects take only small
+    # ones.
     try:
         found = select.select(
             [fd] if wanted & READ else [], [fd] if wanted & WRITE else [], [], timeout
@@ -100,7 +103,7 @@ def ready(fd: int, wanted: int, timeout: float) -> bool:
 
 
 class Session:
-    """A connection that stands. Used by one thread at a time."""
+    """An open connection. Only one thread uses it at a time."""
 
     def __init__(self, pgconn: pq.abc.PGconn, *, pooled: bool, reduced: bool, limit: float) -> None:
         pgconn.nonblocking = 1
@@ -113,7 +116,7 @@ class Session:
         self._planned_at = time.monotonic()
         self._prepared: set[bytes] = set()
         self.adapters = AdaptersMap(psycopg.adapters)
-        """How values are told to this session; see psycopg.abc.AdaptContext."""
+        """Adapters for the values of this session; see psycopg.abc.AdaptContext."""
         self.connection = None
         self._settings = _RELIED_ON | ({} if reduced else _WHERE_POSSIBLE)
         if pgconn.server_version >= 170000 and not reduced:
@@ -125,20 +128,20 @@ class Session:
 
     @property
     def usable(self) -> bool:
-        """Whether the connection stands, as far as is known."""
+        """Return True if the connection is open, as far as is known."""
         return self.pgconn.status == pq.ConnStatus.OK
 
     def add_notice_handler(self, handler: Callable[[Diagnostic], None]) -> None:
-        """Hand over what the server says beside its answers; psycopg's method of this name."""
+        """Pass the notices of the server to ``handler``; psycopg has a method of this name."""
         self.pgconn.notice_handler = lambda result: handler(Diagnostic(result))
 
     # -- the settings ------------------------------------------------------------------------------
 
-    def accept_move(self) -> Steps:
-        """Set everything, and find out whether the server is reached directly and can be written.
+    def apply_settings(self) -> Steps:
+        """Apply all settings, and check that the server is reached directly and can be written.
 
-        Behind a pooler the number of the backend is not the one that the login told. There the
-        settings end with this very statement.
+        Behind a pooler, the backend's process id differs from the id that the login reported. In that
+        case the settings end with this statement.
         """
         if self.pooled:
             return []
@@ -170,9 +173,9 @@ class Session:
     ) -> list[Row]:
         """Run one statement as a transaction and return its rows, within ``budget`` seconds.
 
-        ``plans``: how many seconds plans are used for. ``alone``: it cannot stand in a transaction
-        with others. Raises psycopg.Error as the server
-        answers it (``failed_at`` is the place of what failed), or DeadlinePassed.
+        ``plans`` is the number of seconds for which plans are used. ``alone`` means that the statement
+        cannot be part of a transaction with others. Raise psycopg.Error if the server answers with an
+        error (``failed_at`` is the position of the failed command), or DeadlinePassed.
         """
         now = time.monotonic()
         deadline = now + budget
@@ -195,7 +198,7 @@ class Session:
         at = sum(send is not None for send in before)
         prepared = len(statement) == 2 and at < len(results) and results[at] is not None
         if name is not None and prepared and results[at].status == pq.ExecStatus.COMMAND_OK:
-            self._prepared.add(name)  # whatever became of its first use
+            self._prepared.add(name)  # this holds even if its first use failed
         self.failed_at = next((n for n, r in enumerate(results) if _is_error(r)), None)
         if self.failed_at is not None:
             if self.pgconn.transaction_status == pq.TransactionStatus.INERROR:
@@ -213,7 +216,8 @@ class Session:
         return self._transformer.load_rows(0, result.ntuples, tuple)
 
     def _time_limit(self, limit: int) -> bytes:
-        # First of all, and alone: what follows runs under it, and not under the role's.
+        # This statement comes first and alone, so that the next ones run under our limit instead of
+        # the role's.
         return b"set local statement_timeout = %d" % limit
 
     def _plain(self, query: bytes) -> Callable[[], None]:
@@ -222,7 +226,7 @@ class Session:
     def _statement(
         self, query: str, parameters: Mapping[str, Any] | None, prepare: bool
     ) -> tuple[bytes | None, list[Send]]:
-        """How to send it; and the name that it is prepared by, if it is prepared."""
+        """Return the name of the prepared statement (None: unprepared) and the commands to send it."""
         if parameters is None:
             text: bytes = query.encode()
             values: Sequence[Any] = ()
@@ -251,7 +255,7 @@ class Session:
     # -- the wire ----------------------------------------------------------------------------------
 
     def run(self, steps: Steps, deadline: float) -> list[Any]:
-        """Take all steps. Raises DeadlinePassed, and gives the connection up, if that takes too long."""
+        """Take all steps. Raise DeadlinePassed and give the connection up if they take too long."""
         try:
             wanted = next(steps)
             while ready(self.pgconn.socket, wanted, deadline - time.monotonic()):
@@ -264,13 +268,16 @@ class Session:
             self.pgconn.finish()
             raise
         except BaseException:
-            # A deadline, or an exception thrown into this thread by a signal (RQ's time limit): the
-            # conversation is broken off in the middle.
+            # A deadline passed, or a signal raised an exception in this thread (RQ's time limit):
+            # the exchange with the server stops in the middle.
             give_up(self.pgconn)
             raise
 
     def exchange(self, sends: Sequence[Send]) -> Steps:
-        """Send all of these and take their results, in order; what an error kept back has one too."""
+        """Send all commands and return their results in order.
+
+        A command that the server skipped after an error has a result too.
+        """
         results: list[Any] = []
         if _PIPELINES:
             for send in sends:
@@ -318,7 +325,7 @@ class Session:
 
 
 def message(pgconn: pq.abc.PGconn) -> str:
-    """What libpq has to say."""
+    """Return the error message of libpq."""
     return pgconn.get_error_message().strip() or "connection failed"
 
 
@@ -342,7 +349,7 @@ _PARAMETER = re.compile(r"%\((\w+)\)([sb])|%%")
 
 @functools.lru_cache(maxsize=500)
 def _converted(query: str) -> tuple[bytes, tuple[str, ...], tuple[PyFormat, ...]]:
-    """Turn psycopg's placeholders into those of the protocol."""
+    """Replace psycopg's placeholders by those of the protocol."""
     places: dict[tuple[str, str], int] = {}
 
     def place(found: re.Match[str]) -> str:
@@ -357,7 +364,8 @@ def _converted(query: str) -> tuple[bytes, tuple[str, ...], tuple[PyFormat, ...]
 
 @functools.lru_cache(maxsize=2000)
 def _name(text: bytes, types: tuple[int, ...]) -> bytes:
-    # Named by what it is: whoever has prepared this name before us has prepared this statement.
+    # The name is a hash of the statement: if this name is already prepared, it is the same
+    # statement.
     return b"jobguard_" + hashlib.sha256(repr((text, types)).encode()).hexdigest()[:32].encode()
 
 
@@ -365,21 +373,25 @@ def _name(text: bytes, types: tuple[int, ...]) -> bytes:
 
 
 class _Cancels:
-    """Ask servers to end what nobody waits for any more; one thread of a process at most does so."""
+    """Send cancel requests for abandoned statements, in at most one thread of the process."""
 
     def __init__(self) -> None:
         self._begin()
 
     def _begin(self) -> None:
-        self._pid = os.getpid()
+        self._owner = OwnerProcess()
         self._lock = os_threads.lock()
         self._left: deque[Any] = deque()
         self._running = False
 
     def take(self, pgconn: pq.abc.PGconn) -> bool:
-        """Cancel what runs there and close it, in the background. False: that is not possible now."""
-        if self._pid != os.getpid():
-            _kept.append(self._left)  # the parent's connections: no destructor shall close them
+        """Cancel the running statement and close the connection in the background.
+
+        Return False if that is impossible.
+        """
+        if not self._owner.is_current:
+            # These are connections of the parent process: no destructor may close them.
+            _kept.append(self._left)
             self._begin()
         with self._lock:
             if len(self._left) >= _CANCELS:
@@ -390,7 +402,7 @@ class _Cancels:
             self._running = True
         try:
             os_threads.start(self._work, name="jobguard-cancel")
-        except RuntimeError:  # the interpreter is about to end
+        except RuntimeError:  # the interpreter is shutting down
             with self._lock:
                 self._running = False
                 self._left.clear()
@@ -406,7 +418,7 @@ class _Cancels:
                 pgconn = self._left.popleft()
             try:
                 _cancel(pgconn)
-            except Exception as error:  # the server's own time limit ends it too
+            except Exception as error:  # the server's own time limit ends the statement too
                 _logger.debug("a cancel request failed: %s", error)
             finally:
                 pgconn.finish()
@@ -417,10 +429,10 @@ _cancels = _Cancels()
 
 
 def give_up(pgconn: pq.abc.PGconn) -> None:
-    """Close a connection whose server may still be at work for us, and ask it to stop.
+    """Close a connection whose server may still run our statement, and ask the server to stop it.
 
-    The socket is closed after the request: a pooler forwards a request of its clients only. Never
-    waits.
+    The socket is closed after the cancel request, because a pooler forwards such a request only for its
+    connected clients. This function never waits.
     """
     if pgconn.status != pq.ConnStatus.OK or not _cancels.take(pgconn):
         pgconn.finish()
@@ -428,7 +440,8 @@ def give_up(pgconn: pq.abc.PGconn) -> None:
 
 def _cancel(pgconn: pq.abc.PGconn) -> None:
     if not psycopg.capabilities.has_cancel_safe():
-        # It waits as long as it needs, but in this thread alone: the others run on, as ctypes says.
+        # This call waits as long as it needs, but only in this thread: ctypes lets the other
+        # threads run.
         if pq.__impl__ == "python":
             pgconn.get_cancel().cancel()
         return

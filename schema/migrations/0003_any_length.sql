@@ -1,13 +1,15 @@
--- Ids of any length, plans that no statistics mislead, retention that is kept apart.
+-- Ids of any length, plans that do not depend on old statistics, and a retention for each
+-- namespace.
 --
--- Indexes lead with the column that selects. Where statistics were taken of a drained table, reading an
--- index as a whole looks as cheap as finding one row, and it is not when the table has filled up again.
--- So no index leads with source; statements that find rows by job id, or by the tokens of a join, write
--- "source + 0", which no index can serve; and with a join by token stands "token = any (…)", which every
--- reading of the index by token must use.
+-- Each index begins with the column that selects. If statistics were taken from an empty table, a
+-- scan of a whole index looks as cheap as a search for one row, and it is not cheap when the table
+-- is full again. So no index begins with source. Statements that find rows by job id, or by the
+-- tokens of a join, use "source + 0", which no index can serve. A join by token comes with "token =
+-- any (…)", which every use of the index by token must apply.
 --
--- All tables are locked first, in the order in which statements lock them, and for a moment only: behind
--- a long reader (a backup) every host would wait with us. Then the migration fails, and is run again.
+-- All tables are locked first, in the order in which the statements lock them, and only for a
+-- moment: behind a long reader (a backup) every host would wait together with this migration. In
+-- that case the migration fails, and can be run again.
 create function jobguard.lock_for_migration()
 returns void language plpgsql set lock_timeout = '3s' as $$
 begin
@@ -24,7 +26,7 @@ alter table jobguard.running drop constraint running_pkey, add primary key (toke
 alter table jobguard.suspects drop constraint suspects_pkey, add primary key (token, source);
 alter table jobguard.outbox drop constraint outbox_pkey, add primary key (token, source);
 
--- A btree holds no more than 2,704 bytes a row; a hash index holds a hash, whatever the id's length.
+-- A btree holds at most 2,704 bytes per row; a hash index holds a hash, for ids of any length.
 drop index jobguard.jobs_job_id;
 create index jobs_by_job on jobguard.jobs using hash (job_id);
 drop index jobguard.history_job_id;
@@ -34,7 +36,7 @@ drop index jobguard.history_token;
 create index history_by_token on jobguard.history (token);
 create index running_by_worker on jobguard.running (worker);
 
--- Names that are keys: a long one is shortened by the store to its hash, and stands here in full.
+-- Names that are keys. The store replaces a long name by its hash; this column holds it in full.
 alter table jobguard.queues add column name text;
 alter table jobguard.joins add column name text;
 comment on column jobguard.queues.name is 'the queue, where queue is the short form of a long name';
@@ -49,7 +51,7 @@ create index join_parts_bare on jobguard.join_parts (token) where envelope = '';
 alter table jobguard.leader add column retention interval;
 comment on column jobguard.leader.retention is 'how long this namespace wants ended deliveries remembered';
 
--- The locks of several tokens, in the order of tokens, whoever asks in which order.
+-- Take the locks of several tokens in the order of the tokens, for callers with any order.
 create function jobguard.alone_with(p_token uuid[])
 returns void language plpgsql as $$
 declare
@@ -61,7 +63,7 @@ begin
 end
 $$;
 
--- Record deliveries that may take the place of others; see 0002. p_error: why the parent's run failed.
+-- Record deliveries that may supersede others; see 0002. p_error: why the parent's run failed.
 drop function jobguard.record(
   bigint, uuid[], text[], text[], text[], int[], int[], float8[], float8[], text[], text[], bytea[],
   uuid[], int[], text[], uuid[], bool[], bool[], text[], bool, bool, bool);
@@ -74,28 +76,30 @@ create function jobguard.record(
 returns uuid[] language plpgsql as $$
 declare
   v_alone   bool := (select s.one_body from jobguard.sources s where s.id = p_source);
-  v_never   uuid[] := '{}';  -- of the refused: whoever holds what
+  v_never   uuid[] := '{}';  -- refused deliveries, whether or not another worker has a claim
   v_refused uuid[] := '{}';
   v_skipped uuid[] := '{}';
-  v_over    uuid[] := '{}';  -- of these: over before they were recorded, but what they followed is not
+  v_over    uuid[] := '{}';  -- of the skipped: known or ended before this call, while their parent may still be owed
   v_ids     text[];
   v_rows    uuid[];
   v_stands  bool;
 begin
   if p_replay then
-    -- Old news: what has ended since is not owed again.
+    -- Old deliveries: a delivery that has ended since is not owed again.
     perform jobguard.alone_with(p_token);
     v_skipped := array(select distinct h.token from jobguard.history h
                        where h.source + 0 = p_source and h.token = any (p_token));
-    -- Nor is what a worker has met, and recorded without knowing what it follows.
+    -- Nor is a delivery that a worker has started, and recorded without knowing its parent.
     v_over := v_skipped || array(select j.token from jobguard.jobs j
                                  where j.source + 0 = p_source and j.token = any (p_token));
-    -- A member of a join that had ended by then can be told to the library again with its envelope.
+    -- The envelope is needed to report to the library again a member of a join that had ended
+    -- before.
     update jobguard.join_parts p set envelope = f.envelope
     from unnest(p_token, p_envelope) f(token, envelope)
     where p.source = p_source and p.token = f.token and p.envelope = '';
-    -- Older than what is owed of its id by now: it was superseded before it could be recorded. What a
-    -- worker holds is the newest there is, whatever the clocks say that made the tokens.
+    -- These are older than a delivery of the same job id that is owed now, so they were superseded
+    -- before they could be recorded. A delivery that a worker has is the newest one (p_newest), even if its
+    -- token comes from a slower clock.
     with namesakes as materialized (
       select f.token, f.parent, j.token as next
       from unnest(p_token, p_job_id, p_parent) f(token, job_id, parent)
@@ -125,7 +129,7 @@ begin
     select v_skipped || array(select token from tombstones) into v_skipped;
   end if;
   if true = any (p_derived) then
-    -- A run that was killed and started again sends once more what it had sent.
+    -- A run that was killed and started again sends its messages a second time.
     v_never := array(select distinct h.token
                      from unnest(p_token, p_derived) f(token, derived)
                      join jobguard.history h on h.source + 0 = p_source and h.token = f.token
@@ -134,20 +138,21 @@ begin
   end if;
   v_ids := array(select f.job_id from unnest(p_job_id, p_fresh) f(job_id, fresh)
                  where v_alone is not false and not f.fresh);
-  -- Two deliveries of one id at one moment: neither is a row yet that the other could lock.
+  -- Two deliveries of one job id at the same moment: neither has a row yet that the other could
+  -- lock.
   perform pg_advisory_xact_lock(hashtextextended(i, p_source)) from unnest(v_ids) i order by i;
   v_rows := p_parent || array(select j.token from jobguard.jobs j
                               where j.source + 0 = p_source and j.job_id = any (v_ids));
   perform from jobguard.jobs j
   where j.source + 0 = p_source and j.token = any (v_rows) order by j.token for update;
   v_stands := found;
-  -- Joins after jobs, as in jobguard.end.
+  -- Joins come after jobs, as in jobguard.end.
   if exists (select from unnest(p_closes) c where c is not null) then
     v_never := v_never || jobguard.close_joins(p_source, p_token, p_closes);
   end if;
   v_skipped := v_skipped || v_never;
   if not v_stands and not exists (select from unnest(p_parent) p where p is not null) then
-    -- Nothing stands in the way of any of them, which is what nearly always happens.
+    -- No other delivery is concerned, which is nearly always the case.
     insert into jobguard.jobs (source, token, job_id, queue, task, priority, attempt, due_at,
                                expires_at, key, trace, envelope)
     select p_source, f.token, f.job_id, f.queue, f.task, f.priority, f.attempt,
@@ -162,6 +167,12 @@ begin
       select p_source, t, true from unnest(p_token) t where not t = any (v_skipped)
       on conflict do nothing;
     end if;
+    if p_replay then
+      -- An insert waits for an end that deletes the same row. That end has committed its tombstone by now.
+      delete from jobguard.jobs j using jobguard.history h
+      where j.source + 0 = p_source and j.token = any (p_token)
+        and h.source + 0 = p_source and h.token = j.token and h.token = any (p_token);
+    end if;
     return case when p_replay then '{}' else v_never end;
   end if;
 
@@ -175,11 +186,11 @@ begin
     left join jobguard.workers w on w.id = r.worker
     where f.parent is not null
       and case
-        -- Of old news, which is in Redis already: a claim that was taken away, and given to nobody since,
-        -- still speaks for its run.
+        -- With p_replay the delivery is in Redis already: a claim that was removed, and granted to
+        -- no other worker since, still counts for its run.
         when j.token is not null and f.claim is not null then
           coalesce(r.number, case when p_replay then j.claims end) is distinct from f.claim
-        -- Started while Postgres was away, and perhaps claimed since, by the very one who speaks.
+        -- The run started while PostgreSQL was away; perhaps the same worker has claimed it since.
         when j.token is not null then
           r.token is not null and jobguard.holds(w, r) and r.worker is distinct from f.speaker
         else exists (select from jobguard.history h
@@ -231,7 +242,8 @@ begin
            case when g.error is not null then array[g.error] end
     from gone g left join unclaimed u on u.token = g.token
   ), unknown as (
-    -- The predecessor was recorded by nobody (it waits in a spool): it must not be owed when it comes.
+    -- The parent has not been recorded yet (it waits in a spool): it must not be owed when it
+    -- arrives.
     insert into jobguard.history (source, token, job_id, queue, task, outcome, next, errors)
     select p_source, a.parent, a.job_id, a.queue, a.task, a.outcome::jobguard.outcome, a.token,
            case when a.error is not null then array[a.error] end
@@ -260,12 +272,19 @@ begin
     select p_source, t, true from unnest(p_token) t where not t = any (v_skipped)
     on conflict do nothing;
   end if;
+  if p_replay then
+    -- An insert waits for an end that deletes the same row. That end has committed its tombstone by now.
+    delete from jobguard.jobs j using jobguard.history h
+    where j.source + 0 = p_source and j.token = any (p_token)
+      and h.source + 0 = p_source and h.token = j.token and h.token = any (p_token);
+  end if;
   return array(select r from unnest(v_refused) r where not r = any (v_over))
       || case when p_replay then '{}' else v_never end;
 end
 $$;
 
--- Grant a start its claim, or say why not; see 0002. What takes a claim from another waits for the disk.
+-- Grant a claim, or return why not; see 0002. A claim that is taken over from another worker waits
+-- for the disk.
 create or replace function jobguard.claim(
   p_source bigint, p_token uuid, p_nonce uuid, p_worker uuid, p_pid int, p_namespace text,
   p_timeout float8, p_budget int,
@@ -292,8 +311,9 @@ begin
     values (p_source, p_token, v_job.claims + 1, p_nonce, p_worker, p_pid)
     on conflict do nothing returning r.number into number;
     if found then
-      -- A first claim does not wait for the disk: after a crash of Postgres its start is unknown, as are
-      -- the starts made while Postgres is away. Unless a takeover is part of this transaction.
+      -- A first claim does not wait for the disk: after a crash of PostgreSQL this start is
+      -- unknown, like the starts made while PostgreSQL is away. It does wait if a takeover is part
+      -- of this transaction.
       if coalesce(current_setting('jobguard.commit', true), '') = '' then
         perform set_config('jobguard.commit', current_setting('synchronous_commit'), true);
         perform set_config('synchronous_commit', 'off', true);
@@ -310,7 +330,7 @@ begin
   where r.source + 0 = p_source and r.token = p_token;
   number := v_held.number;
   if v_held.nonce = p_nonce and not v_dead then
-    -- Whoever asks again may have been declared dead since, and have another name.
+    -- The worker that asks again may have been declared dead since, and have a new id.
     update jobguard.running r set worker = p_worker, claimed_at = now()
     where r.source + 0 = p_source and r.token = p_token and r.worker <> p_worker;
     verdict := 'granted';
@@ -318,7 +338,8 @@ begin
   end if;
   if v_held.held and (jobguard.led(p_namespace) or not v_held.silent) then
     if v_held.silent then
-      -- After this skip the record may be the only copy: the leader shall look as soon as it can judge.
+      -- After this skip the record may be the only copy: the leader has to inspect it as soon as it
+      -- can decide.
       insert into jobguard.suspects (source, token, cause) values (p_source, p_token, 'worker')
       on conflict do nothing;
     end if;
@@ -330,7 +351,7 @@ begin
     return;
   end if;
 
-  -- If this were lost in a crash of Postgres, the end that this run reports would count as late.
+  -- If this were lost in a crash of PostgreSQL, the end that this run reports would count as late.
   if coalesce(current_setting('jobguard.commit', true), '') = '' then
     perform set_config('jobguard.commit', current_setting('synchronous_commit'), true);
   else
@@ -367,7 +388,7 @@ begin
 end
 $$;
 
--- End deliveries in the name of their claims; see 0002.
+-- End deliveries on behalf of their claims; see 0002.
 create or replace function jobguard.end(
   p_source bigint, p_token uuid[], p_number int[], p_outcome text[], p_worker uuid[],
   p_ended float8[], p_job_id text[], p_queue text[], p_task text[], p_error text[],
@@ -379,15 +400,15 @@ declare
   v_looked  uuid[];
   v_rows    uuid[] := p_token;
 begin
-  -- Of what stands nowhere yet a record may come at this moment. Its locks come before those of rows,
-  -- as in jobguard.record, and all are taken in the order of tokens.
+  -- A delivery without a row may be recorded at this moment. The locks of such tokens come before
+  -- those of rows, as in jobguard.record, and all are taken in the order of the tokens.
   v_looked := array(select distinct t from unnest(p_token) t
                     where not exists (select from jobguard.jobs j
                                       where j.source + 0 = p_source and j.token = t
                                         and j.token = any (p_token)));
   if v_looked <> '{}' then
     perform jobguard.alone_with(v_looked);
-    -- And what stood in the place of the unknown ones, which is superseded below.
+    -- Also lock the deliveries that the unknown ones replaced; they are superseded below.
     v_rows := v_rows || array(
       select j.token from unnest(p_token, p_job_id) e(token, job_id)
       join jobguard.jobs j on j.source + 0 = p_source and j.job_id = e.job_id
@@ -401,7 +422,8 @@ begin
       with ordinality e(token, number, outcome, worker, ended, error, join_id, part, nth)
     order by e.token, e.nth
   ), valid as (
-    -- A stale number changes nothing; but what completed has completed, where nobody else runs it now.
+    -- A stale number changes nothing. But a completed run is completed, if no other worker runs the
+    -- delivery now.
     select s.*, r.claimed_at
     from said s
     join jobguard.jobs j on j.source + 0 = p_source and j.token = s.token and j.token = any (p_token)
@@ -434,7 +456,7 @@ begin
                                   envelope)
     select g.source, g.token, g.job_id, g.queue, g.task, g.outcome::jobguard.outcome, g.attempt,
            g.recoveries, g.crashes, g.number, g.worker, g.recorded_at, g.claimed_at,
-           -- The worker's clock, as far as it can be believed: retention goes by it.
+           -- The worker's clock, within limits, because retention depends on it.
            least(now(), greatest(to_timestamp(g.ended), now() - interval '1 hour')),
            case when g.error is not null then array[g.error] end,
            case when g.outcome in ('failed', 'dead') then g.envelope end
@@ -443,7 +465,7 @@ begin
   select v_ended || array(select token from tombstones) into v_ended;
 
   if cardinality(v_ended) < cardinality(p_token) then
-    -- What stands there still was told with a stale number.
+    -- A delivery that still has a row was reported with a stale number.
     v_unknown := array(
       select distinct t from unnest(p_token) t
       where not t = any (v_ended)
@@ -453,7 +475,8 @@ begin
                           and h.token = t and h.token = any (p_token)));
   end if;
 
-  -- What completed as the library shows it, or as another said, has still left something to its join.
+  -- A delivery whose end was found in the library, or was reported by another process, still adds
+  -- its part to its join.
   insert into jobguard.join_parts (source, join_id, job_id, token, queue, state)
   select distinct on (e.join_id, h.job_id) p_source, e.join_id, h.job_id, e.token, h.queue, e.part
   from unnest(p_token, p_outcome, p_join, p_part) e(token, outcome, join_id, part)
@@ -480,7 +503,8 @@ begin
     where e.token = any (v_unknown) and e.join_id is not null
       and not jobguard.is_closed(p_source, e.join_id)
     on conflict do nothing;
-    -- It ran, so it stood where an older delivery of its id had stood, of which nobody else will tell.
+    -- The unknown delivery ran, so it had replaced an older delivery of its job id. No other
+    -- process will report that one.
     with replaced as (
       delete from jobguard.jobs j
       using unnest(p_token, p_job_id) u(token, job_id)
@@ -512,7 +536,7 @@ begin
 end
 $$;
 
--- What a cancel by job ids or by queue means; see jobguard.cancel.
+-- Return the tokens that a cancel by job ids or by queue applies to; see jobguard.cancel.
 create function jobguard.meant(
   p_source bigint, p_job_id text[], p_queue text, p_meant timestamptz, p_until uuid, p_waiting uuid[])
 returns uuid[] language plpgsql as $$
@@ -537,7 +561,7 @@ begin
 end
 $$;
 
--- Write tombstones for what is cancelled; see 0002.
+-- Write tombstones for cancelled deliveries; see 0002.
 create or replace function jobguard.cancel(
   p_source bigint, p_token uuid[], p_job_id text[], p_queue text,
   p_meant timestamptz, p_until uuid, p_waiting uuid[])
@@ -546,7 +570,8 @@ declare
   v_owed  integer;
   v_rows  uuid[];
 begin
-  -- What runs is locked with the rest of its queue: by the next look it may have been given back.
+  -- Running deliveries are locked with the rest of their queue: at the next query their claims may
+  -- have been released.
   v_rows := p_token || jobguard.meant(p_source, p_job_id, p_queue, p_meant, p_until, p_waiting);
   perform from jobguard.jobs j
   where j.source + 0 = p_source and j.token = any (v_rows)
@@ -579,7 +604,7 @@ begin
     returning token
   )
   select count(*) into v_owed from tombstones;
-  -- Of a token nobody knows yet (its record waits in a spool), the tombstone comes first.
+  -- If a token is not known yet (its record waits in a spool), the tombstone comes first.
   insert into jobguard.history (source, token, job_id, queue, task, outcome)
   select distinct p_source, t, '', '', '', 'cancelled'::jobguard.outcome
   from unnest(p_token) t
@@ -594,9 +619,9 @@ $$;
 
 -- Retention.
 --
--- History is shared by all namespaces, so the longest wish counts: a day is dropped when no namespace
--- wants it. A namespace without a wish has the default of 7 days; one that has had no leader and no
--- worker for longer than it wants to remember has none.
+-- All namespaces share history, so the longest retention counts: a day is dropped when no namespace
+-- wants it. A namespace that has set no retention has the default of 7 days. A namespace that has
+-- had no leader and no worker for longer than its retention has none.
 create function jobguard.longest_retention(p_retention interval)
 returns interval language sql stable as $$
   select greatest(p_retention, max(coalesce(l.retention, interval '7 days')))
@@ -609,12 +634,14 @@ returns interval language sql stable as $$
                   and w.beat_at > now() - coalesce(l.retention, interval '7 days'))
 $$;
 
--- One step of retention, in a transaction of its own. Returns what it did: 'made' or 'dropped' a
--- partition, 'deleted' a slice of old rows, 'busy' if a reader is in the way; null: nothing is left to do.
+-- Run one step of retention, in a transaction of its own. Return what it did: 'made' or 'dropped' a
+-- partition, 'deleted' a slice of old rows, 'busy' if a reader is in the way; null: nothing is left
+-- to do.
 --
--- Its locks are waited for a shorter time than hosts wait for an answer: they stand behind us meanwhile.
--- Rows of the default partition are never moved, for they would be in neither place for a moment. They
--- stay until their time is over; days that it has rows of get no partition.
+-- The step waits for its locks for a shorter time than hosts wait for an answer, because they wait
+-- behind it meanwhile. Rows of the default partition are never moved, because for a moment they
+-- would be in neither place. They stay until their time is over, and days for which it has rows get
+-- no partition.
 create function jobguard.rotate_step(retention interval)
 returns text language plpgsql security definer
   set search_path = jobguard, pg_temp set timezone = 'UTC' set lock_timeout = '50ms' as $$
@@ -634,7 +661,7 @@ begin
     part := 'history_' || to_char(day, 'YYYYMMDD');
     continue when to_regclass('jobguard.' || part) is not null
       or exists (select from history_default where ended_at >= day and ended_at < day + 1);
-    -- Attached, not created in its place: that would lock all of history.
+    -- Attached, not created in place: that would lock all of history.
     execute format('create table jobguard.%I (like jobguard.history including all)', part);
     execute format('alter table jobguard.history attach partition jobguard.%I for values from (%L) to (%L)',
                    part, day, day + 1);
@@ -674,7 +701,8 @@ do $$
 declare
   v_role text;
 begin
-  -- It runs as the owner of the tables: whoever may not call rotate() may not call it.
+  -- The function runs as the owner of the tables: a role that may not call rotate() may not call
+  -- it.
   if (select p.proacl is not null from pg_proc p where p.oid = 'jobguard.rotate(interval)'::regprocedure) then
     revoke execute on function jobguard.rotate_step(interval) from public;
     for v_role in
@@ -688,7 +716,7 @@ begin
 end
 $$;
 
--- All steps in one transaction, a few at most. Returns how many partitions were dropped.
+-- Run all steps in one transaction, up to 50. Return how many partitions were dropped.
 create or replace function jobguard.rotate(retention interval default interval '7 days')
 returns integer language plpgsql security definer
   set search_path = jobguard, pg_temp set timezone = 'UTC' set lock_timeout = '50ms' as $$

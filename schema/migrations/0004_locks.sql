@@ -1,5 +1,5 @@
--- Locks of running jobs. A lock belongs to a claim: it is free when that claim has ended, was taken away, or
--- its worker is dead. So it never outlives the run that took it.
+-- Locks of running jobs. A lock belongs to a claim. It is free if that claim has ended or was
+-- removed, or if its worker is dead. So a lock never lasts longer than the run that took it.
 create table jobguard.locks (
   source   bigint      not null,
   name     text        collate "C" not null,
@@ -9,5 +9,5 @@ create table jobguard.locks (
   primary key (source, name)
 );
 
--- Which worker held the claim that was taken away last: what a run may want to know of the one before it.
+-- The worker that last lost its claim of the delivery: a run can ask for the run before it.
 alter table jobguard.jobs add column last_worker uuid;

@@ -1,8 +1,8 @@
-"""A rig of real processes: workers and reconcilers as children, and a ledger that tasks write.
+"""Real processes for tests of RQ: workers and reconcilers as children, and a ledger that tasks write.
 
-This file is also the module of the tasks, and of the program that the workers are:
-``python -m tests.acceptance.rig KIND REDIS_URL QUEUE...``, and the producer. jobguard is never told
-where the ledger lies.
+This file is also the module of the tasks, and the program of the workers and of the producer:
+``python -m tests.acceptance.rig KIND REDIS_URL QUEUE...``. jobguard does not know the path of the
+ledger.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[2]
 LEDGER = "RIG_LEDGER"
-JOBGUARD = ("-c", "from jobguard.cli import main; main()")  # of this very Python and this very tree
+JOBGUARD = ("-c", "from jobguard.cli import main; main()")  # of this Python and of this source tree
 TASKS = "tests.acceptance.rig"
 
 QUICK = {
@@ -45,11 +45,11 @@ QUICK = {
     "JOBGUARD_PUSH_DEADLINE": "1",
     **PATIENT,
 }
-"""The same rules as by default, sooner."""
-START = 30.0
-"""Seconds for a process to come up on a busy machine."""
-SOON = 30.0
-"""Seconds for what takes a few on an idle machine."""
+"""The rules of the defaults, with shorter times."""
+START = 120.0
+"""Seconds for the start of a process on a busy machine."""
+SOON = 120.0
+"""Seconds for an event that takes a few seconds on an idle machine."""
 
 
 # -- tasks -----------------------------------------------------------------------------------------
@@ -75,7 +75,7 @@ def note(what: str, label: object, more: object = "") -> None:
 
 
 def read_ledger(path: str | Path) -> list[Line]:
-    """Give every line that was written so far; one that is just being written is seen the next time."""
+    """Return every complete line that was written so far; an incomplete last line is left for later."""
     lines = Path(path).read_text().rpartition("\n")[0].splitlines() if Path(path).exists() else []
     return [
         Line(what, label, int(pid), float(at), more)
@@ -84,14 +84,14 @@ def read_ledger(path: str | Path) -> list[Line]:
 
 
 def work(label: object, seconds: float = 0.0) -> None:
-    """Take so long, asleep."""
+    """Sleep for this many seconds."""
     note("start", label)
     time.sleep(seconds)
     note("end", label)
 
 
 def turns(label: str, *acts: str) -> None:
-    """Do as the first word says in the first run, as the second says in the second, and so on.
+    """Act as the first word says in the first run, as the second word says in the second run, and so on.
 
     Each run waits for its gate, the file ``<ledger>.<label>.<run>``.
     """
@@ -106,7 +106,7 @@ def turns(label: str, *acts: str) -> None:
 
 
 def hold_the_gil(label: str, seconds: float) -> None:
-    """Stay in one C call that never lets another thread run, and tell how long none could."""
+    """Stay in one C call that holds the GIL, and note the longest time in which no other thread ran."""
     note("start", label)
     rounds = 10**7
     began = time.monotonic()
@@ -126,14 +126,14 @@ def hold_the_gil(label: str, seconds: float) -> None:
     while longest[0] < seconds:
         sum(itertools.repeat(0, rounds))
         done.wait(0.1)
-        rounds = rounds * 3 // 2  # they were measured on a busier machine
+        rounds = rounds * 3 // 2  # the first measurement came from a busier machine
     done.set()
     watcher.join()
     note("end", label, longest[0])
 
 
 def kill_the_worker(label: str) -> None:
-    """Take the worker along, as a job that eats all memory does."""
+    """Kill the worker with the job, as the kernel does with a job that uses all memory."""
     note("start", label)
     if Path(f"{os.environ[LEDGER]}.{label}.cured").exists():
         note("end", label)
@@ -164,16 +164,16 @@ class Process:
 
     @property
     def ended(self) -> bool:
-        """Whether it runs no longer."""
+        """Return True if the process has ended."""
         return self._process.poll() is not None
 
     @property
     def text(self) -> str:
-        """What it said so far."""
+        """Everything that the process has logged so far."""
         return self.log.read_text(errors="replace")
 
     def events(self, event: str) -> list[dict[str, Any]]:
-        """Give the lines of its log that tell of this event."""
+        """Return the lines of the log with this event."""
         found = []
         for line in self.text.splitlines():
             with contextlib.suppress(ValueError):
@@ -183,27 +183,27 @@ class Process:
         return found
 
     def family(self) -> list[psutil.Process]:
-        """List the process and its children, itself first."""
+        """Return the process and its children, itself first."""
         with contextlib.suppress(psutil.NoSuchProcess):
             parent = psutil.Process(self.pid)
             return [parent, *parent.children(recursive=True)]
         return []
 
     def pause(self) -> None:
-        """SIGSTOP all of them, and return once they stand still."""
+        """Send SIGSTOP to all of them, and return when they are stopped."""
         for member in self.family():
             member.suspend()
         stopped = (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE)
         eventually(lambda: all(member.status() in stopped for member in self.family()))
 
     def resume(self) -> None:
-        """SIGCONT all of them."""
+        """Send SIGCONT to all of them."""
         for member in self.family():
             with contextlib.suppress(psutil.NoSuchProcess):
                 member.resume()
 
     def kill(self) -> None:
-        """SIGKILL all of them: none sees another die."""
+        """Kill all of them with SIGKILL. They are stopped first, so that none sees another die."""
         family = self.family()
         for member in family:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -214,7 +214,7 @@ class Process:
         self._process.wait()
 
     def kill_alone(self) -> None:
-        """SIGKILL the process alone: its children live on."""
+        """Kill the process alone with SIGKILL: its children continue to run."""
         self._process.kill()
         self._process.wait()
 
@@ -223,7 +223,7 @@ class Process:
         self._process.terminate()
 
     def wait(self, timeout: float = SOON) -> int:
-        """Wait for its end; gives its exit code."""
+        """Wait for the end of the process, and return its exit code."""
         return self._process.wait(timeout)
 
 
@@ -250,7 +250,7 @@ class Rig:
         """End every process by its pid."""
         for process in self._processes:
             process.kill()
-        for line in self.lines():  # a horse whose parent was killed before it
+        for line in self.lines():  # a horse whose parent was killed earlier
             with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
                 orphan = psutil.Process(line.pid)
                 if orphan.environ().get(LEDGER) == str(self.ledger):
@@ -270,7 +270,7 @@ class Rig:
         return process
 
     def reconciler(self, *arguments: str, leads: bool = True, **environ: str) -> Process:
-        """Start a reconciler; unless it shall stand by, wait until it leads."""
+        """Start a reconciler. Wait until it leads, or until it logs if ``leads`` is false."""
         process = self._start(
             "reconciler",
             *(*JOBGUARD, "reconcile", "--redis", self.server.url, "--log-json", *arguments),
@@ -282,7 +282,7 @@ class Rig:
     def worker(self, *queues: str, kind: str = "simple", wait: bool = True) -> Process:
         """Start a guarded worker of these queues and wait until it has registered.
 
-        Kinds: simple, fork, spawn, and pops (dies when it has popped a job).
+        Kinds: simple, fork, spawn, and pops (it dies after it has popped a job).
         """
         before = set(self.redis.smembers(REDIS_WORKER_KEYS))
         process = self._start(
@@ -301,7 +301,7 @@ class Rig:
         return process
 
     def producer(self, jobs: int, pause: float, queue: str = "mail") -> Process:
-        """Start a producer of so many jobs, that notes what was enqueued and what was refused."""
+        """Start a producer of this many jobs. It notes which jobs were enqueued and which were refused."""
         return self._start(
             "producer",
             *("-m", TASKS, "produce", self.server.url, queue, str(jobs), str(pause)),
@@ -309,13 +309,13 @@ class Rig:
         )
 
     def tend(self, workers: list[Process], kind: str = "simple") -> None:
-        """Start the workers again that ended, as a supervisor does."""
+        """Start new workers for those that have ended, as a supervisor does."""
         for place, worker in enumerate(workers):
             if worker.ended:
                 workers[place] = self.worker(kind=kind, wait=False)
 
     def await_(self, is_ready: Callable[[], Any], process: Process) -> None:
-        """Wait until a process has come up."""
+        """Wait until a process has started."""
 
         def ready() -> bool:
             if process.ended:
@@ -326,7 +326,7 @@ class Rig:
 
     @property
     def guard(self) -> JobGuard:
-        """The guard of the producer that the test itself is."""
+        """The guard of the test process, which is a producer itself."""
         import jobguard
 
         if self._guard is None:
@@ -336,12 +336,12 @@ class Rig:
         return self._guard
 
     def queue(self, name: str = "mail") -> rq.Queue:
-        """Give a guarded queue; jobs that nobody recorded would prove nothing."""
+        """Return a guarded queue. An inert guard would make every test pass without a record."""
         assert not self.guard.inert
         return rq.Queue(name, connection=self.redis)
 
     def enqueue(self, count: int, name: str = "mail", *, prefix: str = "j") -> list[str]:
-        """Enqueue so many jobs that note their label, and give their labels, which are their ids."""
+        """Enqueue this many jobs that note their label, and return the labels, which are their ids."""
         labels = [f"{prefix}{number}" for number in range(count)]
         queue = self.queue(name)
         queue.enqueue_many(
@@ -350,7 +350,7 @@ class Rig:
         return labels
 
     def trust(self, *queues: str) -> None:
-        """Wait until these queues are trusted; what is recorded from now on is recovered."""
+        """Wait until these queues are trusted: jobs that are recorded after that are recovered."""
         for queue in queues or ("mail",):
             eventually(
                 lambda queue=queue: self.ask(  # type: ignore[misc]
@@ -369,39 +369,39 @@ class Rig:
             cwd=ROOT,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=SOON,
         )
 
     def open(self, label: str, run: int) -> None:
         """Open the gate of this run of a task that takes turns."""
         Path(f"{self.ledger}.{label}.{run}").touch()
 
-    # -- looking -----------------------------------------------------------------------------------
+    # -- observing ---------------------------------------------------------------------------------
 
     def ask(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
-        """Ask Postgres."""
+        """Run a query in PostgreSQL and return its rows."""
         cursor = self._postgres.execute(query.encode(), values or None)
         return cursor.fetchall() if cursor.description else []
 
     def leader(self) -> int | None:
-        """Give the pid of the process that leads now."""
+        """Return the pid of the process that leads now."""
         rows = self.ask("select pid from jobguard.leader where expires_at > now()")
         return int(rows[0][0]) if rows else None
 
     def lines(self) -> list[Line]:
-        """Give the ledger."""
+        """Return the lines of the ledger."""
         return read_ledger(self.ledger)
 
     def runs(self, what: str = "end") -> Counter[str]:
-        """Count by label how often it started or ended."""
+        """Count by label how often a job started or ended."""
         return Counter(line.label for line in self.lines() if line.what == what)
 
     def pids(self, label: str) -> list[int]:
-        """Give who ran it, one pid a start."""
+        """Return the pids of the processes that ran this job, one for each start."""
         return [line.pid for line in self.lines() if line[:2] == ("start", label)]
 
     def all_ended(self, labels: Sequence[str], timeout: float = 60.0) -> None:
-        """Wait until each of these has ended."""
+        """Wait until each of these jobs has ended."""
 
         def done() -> bool:
             missing = set(labels) - self.runs().keys()
@@ -411,7 +411,7 @@ class Rig:
         eventually(done, timeout)
 
     def nothing_is_owed(self, timeout: float = SOON) -> None:
-        """Wait until every end is in Postgres."""
+        """Wait until every end is in PostgreSQL."""
 
         def finished() -> bool:
             for table in ("jobs", "running", "outbox"):
@@ -422,11 +422,11 @@ class Rig:
         eventually(finished, timeout)
 
     def waiting(self, name: str = "mail") -> list[str]:
-        """Give the ids in the queue's list."""
+        """Return the ids in the list of the queue."""
         return [id.decode() for id in self.redis.lrange(f"rq:queue:{name}", 0, -1)]  # type: ignore[union-attr]
 
     def history(self, job_id: str) -> list[tuple[Any, ...]]:
-        """Give (outcome, claim number, crashes) of each delivery of a job that ended."""
+        """Return (outcome, claim number, crashes) of each ended delivery of a job."""
         return self.ask(
             "select outcome::text, number, crashes from jobguard.history where job_id = %s"
             " order by ended_at",
@@ -435,7 +435,7 @@ class Rig:
 
 
 def produce(url: str, name: str, jobs: str, pause: str) -> None:
-    """Enqueue so many jobs, whatever happens; a call that raised is a promise not made."""
+    """Enqueue this many jobs and ignore errors. If a call raises, its job was not accepted."""
     import jobguard
 
     queue = rq.Queue(name, connection=redis.Redis.from_url(url))
@@ -451,7 +451,7 @@ def produce(url: str, name: str, jobs: str, pause: str) -> None:
 
 
 def main(kind: str, url: str, *queues: str) -> None:
-    """Be a guarded worker, or the producer."""
+    """Run as a guarded worker, or as the producer."""
     if kind == "produce":
         from tests.acceptance import rig  # not __main__, where no worker would find the task
 
@@ -460,10 +460,10 @@ def main(kind: str, url: str, *queues: str) -> None:
     from jobguard.adapters.rq import SimpleWorker, SpawnWorker, Worker
 
     class Pops(SimpleWorker):
-        """Dies as soon as it has popped a job, before anything is claimed."""
+        """Worker that dies when it has popped a job, before it claims the job."""
 
         def dequeue_job_and_maintain_ttl(self, *args: Any, **kwargs: Any) -> Any:
-            """Pop, and die."""
+            """Pop a job, and die."""
             super().dequeue_job_and_maintain_ttl(*args, **kwargs)
             note("popped", "job")
             os.kill(os.getpid(), signal.SIGKILL)

@@ -1,6 +1,6 @@
 """A small installation of real processes, and the jobs that they run.
 
-The jobs write into a file that jobguard never touches: what it says is what happened.
+The jobs write into a file that jobguard never touches: the file shows what really happened.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ REPOSITORY = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 QUEUE = "mail"
 
-# Everything that waits, waits less: the rules are the same, the machine is shared.
+# All intervals are shorter than the defaults. The rules are the same.
 BRISK = {
     "JOBGUARD_BEAT_INTERVAL": "0.5",
     "JOBGUARD_WORKER_TIMEOUT": "5",
@@ -51,28 +51,28 @@ BRISK = {
 
 
 def say(ledger: str, word: str = "ran") -> str:
-    """Leave a line that only a run can leave."""
+    """Append a line that only a run of this job can write."""
     with Path(ledger).open("a") as file:
         file.write(f"{word}\n")
     return word
 
 
 def say_slowly(ledger: str, word: str, seconds: float) -> None:
-    """The same, and take some time for it."""
+    """Append a line, and sleep for this many seconds."""
     say(ledger, word)
     time.sleep(seconds)
 
 
 def say_and_wait(ledger: str, word: str, until: str) -> None:
-    """The same, and return once a file is there."""
+    """Append a line, and return when a file exists."""
     say(ledger, word)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not Path(until).exists() and time.monotonic() < deadline:
         time.sleep(0.01)
 
 
 def fail_at_first(ledger: str, word: str, times: int) -> str:
-    """Fail so often, then return."""
+    """Fail this many times, then return."""
     say(ledger, word)
     if words(Path(ledger))[word] <= times:
         raise ValueError("as it must")
@@ -80,7 +80,7 @@ def fail_at_first(ledger: str, word: str, times: int) -> str:
 
 
 def hand_on(ledger: str, redis_url: str) -> None:
-    """Enqueue another job, as jobs do, and look whether it is recorded."""
+    """Enqueue another job from inside a job, and note if it is recorded."""
     say(ledger, "first")
     with redis.Redis.from_url(redis_url) as client:
         job = rq.Queue(QUEUE, connection=client).enqueue(say, ledger, "second")
@@ -90,7 +90,7 @@ def hand_on(ledger: str, redis_url: str) -> None:
 
 
 def words(ledger: Path) -> Counter[str]:
-    """How often each word was said."""
+    """Count how often each word was written."""
     return Counter(ledger.read_text().split()) if ledger.exists() else Counter()
 
 
@@ -98,7 +98,7 @@ def words(ledger: Path) -> Counter[str]:
 
 
 class Child:
-    """A process of the test's, with its log."""
+    """A process of the test, with its log."""
 
     def __init__(self, command: list[str], env: dict[str, str], folder: Path, name: str) -> None:
         self.path = folder / f"{name}.log"
@@ -115,46 +115,46 @@ class Child:
 
     @property
     def log(self) -> str:
-        """What it said so far."""
+        """Everything that the process has logged so far."""
         return self.path.read_text(errors="replace")
 
-    def says(self, words: str, timeout: float = 30.0) -> None:
-        """Wait until it has said this."""
+    def wait_for_log(self, words: str, timeout: float = 30.0) -> None:
+        """Wait until the log contains these words."""
         eventually(lambda: words in self.log, timeout, message=f"{words!r} in:\n{self.log}")
 
     def events(self, name: str) -> list[dict[str, Any]]:
-        """What it told of one kind, where its log is made of JSON."""
+        """Return the log entries of one event, from a log in JSON."""
         lines = [line for line in self.log.splitlines() if line.startswith("{")]
         return [reported for line in lines if (reported := json.loads(line))["event"] == name]
 
-    def tells(self, event: str, timeout: float = 30.0) -> dict[str, Any]:
-        """Wait until it has told of an event; the last of its kind."""
+    def wait_for_event(self, event: str, timeout: float = 30.0) -> dict[str, Any]:
+        """Wait until the process has logged an event, and return the last entry of this event."""
         eventually(lambda: self.events(event), timeout, message=f"{event} in:\n{self.log}")
         return self.events(event)[-1]
 
-    def ends(self, timeout: float = 30.0) -> int:
-        """Wait for its end; its exit code."""
+    def ends(self, timeout: float = 120.0) -> int:
+        """Wait for the end of the process, and return its exit code."""
         return self.process.wait(timeout)
 
     def stop(self) -> int:
-        """Ask it to end, as a deploy does."""
+        """Send SIGTERM, as a deployment does, and wait for the end."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         return self.ends()
 
     def pause(self) -> None:
-        """SIGSTOP it."""
+        """Send SIGSTOP to the process."""
         self.process.send_signal(signal.SIGSTOP)
 
     def close(self) -> None:
-        """End it and whatever it started."""
+        """End the process and everything that it started."""
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait(10)
 
 
 class Site:
-    """One ledger, one Redis, and whatever processes a test starts on them."""
+    """One ledger, one Redis, and the processes that a test starts with them."""
 
     def __init__(self, folder: Path, postgres: str, redis_url: str, **settings: str) -> None:
         self.folder = folder
@@ -165,7 +165,7 @@ class Site:
         self.children: list[Child] = []
 
     def env(self, **more: str) -> dict[str, str]:
-        """The environment of its processes."""
+        """Return the environment of the processes."""
         plain = {k: v for k, v in os.environ.items() if not k.startswith("JOBGUARD_")}
         return (
             plain
@@ -204,7 +204,7 @@ class Site:
         return child
 
     def bare_worker(self, *options: str) -> Child:
-        """Start a worker without jobguard, and wait until RQ knows it."""
+        """Start a worker without jobguard, and wait until RQ has registered it."""
         name = f"bare-{len(self.children)}"
         child = self.start(
             "bare", str(BIN / "rq"), "worker", "--url", self.redis_url, "-n", name, *options, QUEUE
@@ -217,24 +217,24 @@ class Site:
         """Start a reconciler, and wait until it leads."""
         child = self.start("reconciler", str(BIN / "jobguard"), "reconcile", *options, **more)
         if leads:
-            child.tells("leader_elected")
+            child.wait_for_event("leader_elected")
         return child
 
     def command(self, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
-        """Run a command of jobguard's to its end."""
+        """Run a command of jobguard to its end."""
         return subprocess.run(
             [str(BIN / "jobguard"), *words],
             env=self.env(**more),
             cwd=self.folder,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=120,
         )
 
     # -- the producer, in this process --
 
     def client(self, timeout: float = 0.5) -> redis.Redis:
-        """A client of the host's that does not hang for a minute."""
+        """Return a client of the host whose timeouts are short."""
         return redis.Redis.from_url(
             self.redis_url,
             socket_timeout=timeout,
@@ -246,7 +246,7 @@ class Site:
     def producer(
         self, *, client: redis.Redis | None = None, **settings: Any
     ) -> Iterator[tuple[rq.Queue, JobGuard]]:
-        """A queue in this process, on a Redis whose queues are all guarded."""
+        """Give a queue in this process, on a Redis whose queues are all guarded."""
         brisk = {key.removeprefix("JOBGUARD_").lower(): value for key, value in BRISK.items()}
         here = {
             key.removeprefix("JOBGUARD_").lower(): value for key, value in self.settings.items()
@@ -258,40 +258,40 @@ class Site:
             ) as guard:
                 yield queue, guard
 
-    # -- what is true --
+    # -- the state --
 
     def ask(self, query: str, *values: Any) -> list[Any]:
-        """Ask the ledger."""
+        """Run a query in the PostgreSQL ledger and return its rows."""
         with psycopg.connect(self.postgres, connect_timeout=5, autocommit=True) as connection:
             rows = connection.execute(query.encode(), values).fetchall()
         return [row[0] if len(row) == 1 else row for row in rows]
 
     def owed(self) -> list[str]:
-        """The ids of the jobs that are owed, in the order of recording."""
+        """Return the ids of the owed jobs, in the order of their records."""
         return self.ask("select job_id from jobguard.jobs order by token")
 
     def outcomes(self, *job_ids: str) -> list[str]:
-        """How the deliveries of these jobs ended, in the order of recording."""
+        """Return the outcomes of the deliveries of these jobs, in the order of their records."""
         return self.ask(
             "select outcome::text from jobguard.history where job_id = any (%s) order by token",
             list(job_ids),
         )
 
     def completed(self, *job_ids: str, timeout: float = 30.0) -> None:
-        """Wait until the ledger says that each of these completed, and that nothing else is known."""
+        """Wait until each of these jobs has one ended delivery, with the outcome completed."""
         eventually(
             lambda: self.outcomes(*job_ids) == ["completed"] * len(job_ids),
             timeout,
             message=f"{len(job_ids)} completed",
         )
 
-    def said(self, count: int, timeout: float = 30.0) -> Counter[str]:
-        """Wait until so many lines are in the jobs' own ledger."""
+    def wait_for_runs(self, count: int, timeout: float = 30.0) -> Counter[str]:
+        """Wait until the jobs have written this many lines."""
         eventually(lambda: words(self.ledger).total() >= count, timeout, message=f"{count} runs")
         return words(self.ledger)
 
     def nothing_is_owed(self, timeout: float = 10.0) -> None:
-        """Wait until no job is owed, run, suspected or still to be pushed."""
+        """Wait until no job is owed, running, suspected or still to be pushed."""
         tables = ("jobs", "running", "suspects", "outbox")
 
         def none_is_left() -> bool:
@@ -309,9 +309,10 @@ class Site:
         eventually(lambda: self.ask(query, QUEUE) == [1], timeout, message="the queue is trusted")
 
     def swept(self, queue: rq.Queue) -> None:
-        """Wait until the leader has looked at everything owed, and again a grace later.
+        """Wait until the leader has inspected everything owed, and again one grace period later.
 
-        A job is taken away and found: whatever else were thought lost would be back by then.
+        A scheduled job is deleted from Redis. When it is back, every other job that the leader
+        takes for lost is back too.
         """
         canary = queue.enqueue_in(timedelta(hours=1), say, os.devnull)
         with self.client() as client:

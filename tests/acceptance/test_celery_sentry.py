@@ -23,7 +23,7 @@ from sentry_sdk.transport import Transport
 
 class ToFile(Transport):
     def capture_envelope(self, envelope):
-        with open("heard", "a") as file:
+        with open("sent", "a") as file:
             for item in envelope.items:
                 file.write(item.type + chr(10))
 
@@ -60,8 +60,8 @@ def site(tmp_path: Path, database: str, redis_url: str) -> Iterator[Site]:
 @pytest.mark.skipif(not importlib.util.find_spec("sentry_sdk"), reason="no sentry-sdk is installed")
 @pytest.mark.parametrize("order", ["guard first", "sentry first", "celeryd_init"])
 @pytest.mark.parametrize("pool", ["prefork", "threads", "gevent", "solo"])
-def test_sentry_hears_a_failure_once(site: Site, pool: str, order: str) -> None:
-    """Its integration wraps the tracers of tasks, which our import has bound before."""
+def test_sentry_reports_a_failure_once(site: Site, pool: str, order: str) -> None:
+    """Sentry reports a failure once: it wraps the tracers of tasks, which our import has bound before."""
     (site.folder / "with_sentry.py").write_text(APP)
     words = ("-A", "with_sentry", "worker", "-P", pool, "-c", "1", "-l", "INFO")
     worker = site.start(
@@ -71,15 +71,15 @@ def test_sentry_hears_a_failure_once(site: Site, pool: str, order: str) -> None:
         PYTHONPATH=f"{REPOSITORY}:{site.folder}",
         ORDER=order,
     )
-    worker.says(" ready.", 60)
+    worker.wait_for_log(" ready.", 60)
     import celery
 
     with celery.Celery("sender", broker=site.redis_url, set_as_current=False) as app:
         job_id = app.send_task("with_sentry.bad").id
-    heard = site.folder / "heard"
+    log = site.folder / "sent"
     eventually(lambda: site.outcomes(job_id) == ["failed"], 60, message=worker.log)
     eventually(
-        lambda: sorted(heard.read_text().split()) == ["event", "transaction"],
+        lambda: sorted(log.read_text().split()) == ["event", "transaction"],
         20,
         message=worker.log,
     )

@@ -1,4 +1,4 @@
-"""Chaos runs to its end, and sees what it looks for."""
+"""The chaos program runs to its end, and finds the losses that it searches for."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import pytest
 
 from tests.chaos.libraries import LIBRARIES
 
-pytestmark = pytest.mark.timeout(240)  # two runs beside three other tests on a small machine
+pytestmark = pytest.mark.timeout(900)  # two runs beside three other tests on a small machine
 
 ROOT = Path(__file__).parents[2]
 
 
 def chaos(folder: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
-    """Make one short run; gives its exit code and its report."""
+    """Make one short run, and return its exit code and its report."""
     report = folder / "report.json"
     done = subprocess.run(
         [
@@ -37,7 +37,7 @@ def chaos(folder: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
 
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_a_short_run_loses_nothing(tmp_path: Path, library: str) -> None:
-    """One FLUSHALL over a few hundred jobs: all of them run, once, and what follows behind them."""
+    """After one FLUSHALL over a few hundred jobs, all jobs run once, and in the right order."""
     code, report = chaos(tmp_path, "--library", library, "--faults", "flushall")
     (run,) = report["runs"]
     assert [fault["name"] for fault in run["faults"]] == ["flushall"]
@@ -47,14 +47,14 @@ def test_a_short_run_loses_nothing(tmp_path: Path, library: str) -> None:
 
 
 def test_sabotage_is_seen(tmp_path: Path) -> None:
-    """With recovery forbidden the same run loses jobs, says which, and the exit is 1.
+    """If recovery is forbidden, the same run loses jobs, names them, and exits with 1.
 
-    It is counted in the same way for every library.
+    The count works in the same way for every library.
     """
     arguments = ("--library", "celery", "--faults", "redis_kill", "--sabotage")
     code, report = chaos(tmp_path, *arguments)
     (run,) = report["runs"]
     assert len(run["lost"]) == run["enqueued"] - run["executed"] > 0
-    assert any(job["jobs"] for job in run["about"])  # Postgres knows that they are owed
+    assert any(job["jobs"] for job in run["about"])  # PostgreSQL knows that these jobs are owed
     assert not report["passed"]
     assert code == 1

@@ -24,10 +24,10 @@ def rig(tmp_path: Path, database: str, own_redis: RedisServer) -> Iterator[Rig]:
     rig.close()
 
 
-# Planted: an only worker is never judged dead (seen with "simple").
+# This test fails if an only worker is never declared dead (seen with "simple").
 @pytest.mark.parametrize("kind", ["simple", "fork"])
 def test_the_job_of_a_killed_worker_runs_on_another(rig: Rig, kind: str) -> None:
-    """The only worker is killed with its horse: the job goes back, and the death is on record."""
+    """If the only worker is killed with its horse, the job goes back, and the death is recorded."""
     rig.reconciler()
     victim = rig.worker(kind=kind)
     rig.trust()
@@ -38,20 +38,21 @@ def test_the_job_of_a_killed_worker_runs_on_another(rig: Rig, kind: str) -> None
     at = time.monotonic()
     eventually(lambda: rig.waiting() == ["j"], 30)
     print(f"{kind}: back {time.monotonic() - at:.2f} s after the kill, timeout {TIMEOUT:.0f} s")
-    heir = rig.worker()
+    replacement = rig.worker()
     eventually(lambda: len(rig.pids("j")) == 2)
     assert rig.ask("select crashes from jobguard.jobs") == [(1,)]
     rig.open("j", 2)
     rig.nothing_is_owed()
 
     assert rig.history("j") == [("completed", 2, 1)]
-    assert rig.pids("j")[1] == heir.pid
+    assert rig.pids("j")[1] == replacement.pid
     assert rig.runs() == {"j": 1}
 
 
-# Planted: beats of a worker with claims do not count; and a SimpleWorker for the GIL.
+# These faults make the test fail: ignored beats of a worker with claims; a SimpleWorker for the
+# GIL.
 def test_a_job_is_left_alone_while_its_worker_beats(rig: Rig) -> None:
-    """Neither a job longer than the timeout goes back, nor one that holds the GIL for so long."""
+    """A job that is longer than the timeout does not go back, and neither does a job that holds the GIL."""
     reconciler = rig.reconciler()
     rig.worker("slow")
     rig.worker("busy", kind="fork")
@@ -62,17 +63,17 @@ def test_a_job_is_left_alone_while_its_worker_beats(rig: Rig) -> None:
     rig.all_ended(["slow", "busy"], 90)
     rig.nothing_is_owed()
 
-    (held,) = [float(line.more) for line in rig.lines() if line[:2] == ("end", "busy")]
-    print(f"the GIL was held for {held:.2f} s")
-    assert held >= 2 * TIMEOUT
+    (seconds,) = [float(line.more) for line in rig.lines() if line[:2] == ("end", "busy")]
+    print(f"the GIL was held for {seconds:.2f} s")
+    assert seconds >= 2 * TIMEOUT
     assert rig.runs("start") == {"slow": 1, "busy": 1}
     assert rig.history("slow") == rig.history("busy") == [("completed", 1, 0)]
     assert not reconciler.events("worker_dead")
 
 
-# Planted: an end is taken whatever its number; and a retry never refused.
-def test_what_a_worker_reports_of_a_job_that_went_to_another_changes_nothing(rig: Rig) -> None:
-    """Asleep for longer than the timeout, it wakes and says completed, failed or retry: too late."""
+# These faults make the test fail: an end is accepted with any number; a retry is never refused.
+def test_late_reports_of_a_worker_about_a_restored_job_change_nothing(rig: Rig) -> None:
+    """A worker that was paused for longer than the timeout reports an end or a retry too late."""
     cases = {"completed": ("end", "fail"), "failed": ("fail", "end"), "retried": ("fail", "end")}
     rig.reconciler()
     sleepers = {label: rig.worker(label, kind="fork") for label in cases}
@@ -96,14 +97,15 @@ def test_what_a_worker_reports_of_a_job_that_went_to_another_changes_nothing(rig
     for label, sleeper in sleepers.items():
         rig.open(label, 1)
         sleeper.resume()
-        # The others are busy: the next job runs on the sleeper, and is reported after the first.
+        # The other workers are busy, so the next job runs on the resumed worker, which reports it
+        # second.
         rig.queue(label).enqueue(f"{TASKS}.work", f"{label}-next", job_id=f"{label}-next")
     eventually(lambda: all(rig.history(f"{label}-next") for label in cases), 30)
     assert rig.runs() == {
         label: 1 for situation in cases for label in (situation, f"{situation}-next")
     }
-    held = "select j.job_id, r.number from jobguard.jobs j join jobguard.running r using (token)"
-    assert dict(rig.ask(held)) == dict.fromkeys(cases, 2)
+    claims = "select j.job_id, r.number from jobguard.jobs j join jobguard.running r using (token)"
+    assert dict(rig.ask(claims)) == dict.fromkeys(cases, 2)
 
     for label in cases:
         rig.open(label, 2)
@@ -111,13 +113,13 @@ def test_what_a_worker_reports_of_a_job_that_went_to_another_changes_nothing(rig
     assert rig.history("completed") == [("failed", 2, 1)]
     assert rig.history("failed") == [("completed", 2, 1)]
     assert rig.history("retried") == [("completed", 2, 1)]
-    assert set(rig.runs("start").values()) == {1, 2}  # the second runs, and the next ones
+    assert set(rig.runs("start").values()) == {1, 2}  # the second runs, and the next jobs
     assert not any(rig.waiting(label) for label in cases)
 
 
-# Planted: the goodbye is not written.
-def test_a_worker_that_is_told_to_stop_ends_its_job_and_says_goodbye(rig: Rig) -> None:
-    """SIGTERM in the middle of a job: it beats on, ends the job, and is not missed."""
+# This test fails if a stopped worker does not record that it left.
+def test_a_stopped_worker_ends_its_job_and_leaves(rig: Rig) -> None:
+    """A worker that gets SIGTERM during a job continues to beat, ends the job, and is not declared dead."""
     reconciler = rig.reconciler()
     worker = rig.worker(kind="fork")
     rig.trust()
@@ -137,11 +139,11 @@ def test_a_worker_that_is_told_to_stop_ends_its_job_and_says_goodbye(rig: Rig) -
     assert not reconciler.events("worker_dead")
 
 
-# No fault was planted here yet.
-def test_what_a_worker_popped_and_never_began_comes_back(
+# No planted fault has confirmed this test yet.
+def test_a_job_that_a_worker_popped_and_never_began_comes_back(
     tmp_path: Path, database: str, own_redis: RedisServer
 ) -> None:
-    """Killed right after BLPOP from two queues, or LMOVE from one: nothing is lost."""
+    """A job is not lost if its worker is killed after BLPOP from two queues, or after LMOVE from one."""
     rig = Rig(tmp_path, database, own_redis, JOBGUARD_GRACE="1")
     try:
         rig.reconciler()
@@ -164,8 +166,9 @@ def test_what_a_worker_popped_and_never_began_comes_back(
         rig.close()
 
 
-# Planted: one recovery fewer. (Before they were mended: no poll was close enough to prove a death
-# within 2 s, and what was requeued kept the token of the dead, so that the fence skipped it.)
+# This test fails with one recovery fewer, and with two earlier errors: the death was not proved
+# within 2 s, or a requeued job kept the token of the dead worker's delivery, so that the fence
+# skipped the job.
 def test_a_job_that_kills_its_workers_is_buried_and_can_be_brought_back(
     tmp_path: Path, database: str, own_redis: RedisServer
 ) -> None:
@@ -207,7 +210,7 @@ def test_a_job_that_kills_its_workers_is_buried_and_can_be_brought_back(
         rig.close()
 
 
-# Planted: the horse does not beat for its worker.
+# This test fails if the horse does not beat for its worker.
 @pytest.mark.parametrize(
     "kind",
     [
@@ -219,7 +222,7 @@ def test_a_job_that_kills_its_workers_is_buried_and_can_be_brought_back(
     ],
 )
 def test_a_horse_that_outlives_its_worker_is_left_alone(rig: Rig, kind: str) -> None:
-    """The parent alone is killed: the horse beats in its stead, ends its job, and nothing runs twice."""
+    """If only the parent is killed, the horse beats for it and ends its job, and nothing runs twice."""
     reconciler = rig.reconciler()
     worker = rig.worker(kind=kind)
     rig.trust()
@@ -231,7 +234,7 @@ def test_a_horse_that_outlives_its_worker_is_left_alone(rig: Rig, kind: str) -> 
     rig.worker()
     beats = set()
 
-    def goes_on() -> bool:  # for two timeouts: a beat a second
+    def goes_on() -> bool:  # for two timeouts: one beat a second
         beats.add(rig.ask(beat, worker.pid)[0][0])
         return len(beats) > 2 * TIMEOUT
 
@@ -244,11 +247,11 @@ def test_a_horse_that_outlives_its_worker_is_left_alone(rig: Rig, kind: str) -> 
     assert not reconciler.events("jobs_restored")
 
 
-# Planted: RQ's verdict stands.
+# This test fails if jobguard accepts RQ's decision that the job failed.
 def test_a_killed_horse_is_no_failure(
     tmp_path: Path, database: str, own_redis: RedisServer
 ) -> None:
-    """What the kernel kills goes back within the crash budget, and only then RQ shows it as failed."""
+    """A killed job goes back within the crash budget, and RQ shows it as failed only after that."""
     rig = Rig(tmp_path, database, own_redis, JOBGUARD_CRASH_BACKOFF="0", JOBGUARD_CRASH_BUDGET="2")
     try:
         rig.reconciler()
@@ -272,7 +275,7 @@ def test_a_killed_horse_is_no_failure(
 def test_without_recovery_of_the_killed_rqs_verdict_stands(
     tmp_path: Path, database: str, own_redis: RedisServer
 ) -> None:
-    """recover_killed=False: a killed horse is RQ's failure, at once."""
+    """With recover_killed=False, RQ marks the job of a killed horse as failed at once."""
     rig = Rig(tmp_path, database, own_redis, JOBGUARD_RECOVER_KILLED="false")
     try:
         rig.reconciler()

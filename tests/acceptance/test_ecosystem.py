@@ -1,10 +1,10 @@
-"""The workers and programs that people run: pools, spawned horses, classes of their own, cron, Django.
+"""Workers and programs that users run: pools, spawned horses, own worker classes, cron, Django.
 
 Each is a real process, started as its manual says.
 
-Planted once, each seen to fail: no claim in perform_job (the class that executes in its own way), no
-tracker for cron ("jobguard run"), no hooks in the fresh Python (RQ's own SpawnWorker), perform_job
-claiming without a session of its worker (Sentry after the guard was closed).
+Each of these faults made a test fail: no claim in perform_job (the class that executes in its own
+way), no tracker for cron ("jobguard run"), no hooks in the fresh Python (RQ's own SpawnWorker),
+perform_job claiming without a session of its worker (Sentry after the guard was closed).
 """
 
 from __future__ import annotations
@@ -42,24 +42,24 @@ def site(tmp_path: Path, database: str, redis_url: str) -> Iterator[Site]:
 
 
 def write(site: Site, name: str, text: str) -> None:
-    """Write a module of the user's."""
+    """Write a module of the user."""
     (site.folder / f"{name}.py").write_text(dedent(text))
 
 
 def start(site: Site, *command: str, **more: str) -> Child:
-    """Start a program that finds the user's modules."""
+    """Start a program that can import the user's modules."""
     path = f"{REPOSITORY}{os.pathsep}{site.folder}"
     return site.start("program", *command, PYTHONPATH=path, **more)
 
 
 def beating(site: Site) -> int:
-    """How many workers are there."""
+    """Count the registered workers."""
     (count,) = site.ask("select count(*) from jobguard.workers where left_at is null")
     return int(count)
 
 
 def claimed(site: Site) -> list[tuple[str, int | None]]:
-    """How each delivery ended, and by which claim."""
+    """Return the outcome and the claim number of each ended delivery."""
     return site.ask("select outcome::text, number from jobguard.history order by token")
 
 
@@ -74,15 +74,13 @@ SPAWNERS = {
 )
 @pytest.mark.parametrize("kind", SPAWNERS)
 def test_a_spawning_worker(site: Site, kind: str) -> None:
-    """The horse, a fresh Python, is hooked: it tells its ends, and pushes retries in their place."""
+    """The horse, a fresh Python, is hooked: it reports its ends, and its retries supersede each other."""
     with site.producer() as (queue, _):
         options = {"retry": Retry(max=1, interval=0), "result_ttl": 0}
         job = queue.enqueue(
             roads.fail_at_first, str(site.ledger), "tried", 1, job_id="a", **options
         )
-        start(site, RQ, "worker", "--url", site.redis_url, *SPAWNERS[kind], "--burst", QUEUE).ends(
-            60
-        )
+        start(site, RQ, "worker", "--url", site.redis_url, *SPAWNERS[kind], "--burst", QUEUE).ends()
     lives = site.ask("select outcome::text, attempt, number from jobguard.history order by token")
     assert lives == [("superseded", 1, 1), ("completed", 2, 1)], job.id
     assert words(site.ledger) == {"tried": 2}
@@ -98,7 +96,7 @@ POOLS = {
 
 @pytest.mark.parametrize("way", POOLS)
 def test_a_pool_of_workers(site: Site, way: str) -> None:
-    """Each worker of a pool beats for itself, and says goodbye when the pool is stopped."""
+    """Each worker of a pool beats, and each leaves when the pool is stopped."""
     pool = start(site, *POOLS[way], "--url", site.redis_url, "--num-workers", "2", QUEUE)
     eventually(lambda: beating(site) == 2, 40, message=pool.log)
     with site.producer() as (queue, _):
@@ -151,8 +149,8 @@ def tell(job, word):
 
 @pytest.mark.parametrize("kind", CLASSES)
 @pytest.mark.parametrize("result_ttl", [500, 0], ids=["kept", "result_ttl=0"])
-def test_a_worker_class_of_ones_own(site: Site, kind: str, result_ttl: int) -> None:
-    """Whatever it overrides, its starts are claims, and its ends are told, not found out."""
+def test_an_own_worker_class(site: Site, kind: str, result_ttl: int) -> None:
+    """With any overridden method, a start makes a claim, and the worker reports the end itself."""
     write(site, "my_workers", HEAD + dedent(CLASSES[kind]))
     task = roads.fail_at_first if "failure" in kind else roads.say
     args: Any = ("said", 1) if "failure" in kind else ("said",)
@@ -165,7 +163,7 @@ def test_a_worker_class_of_ones_own(site: Site, kind: str, result_ttl: int) -> N
         *(RQ, "worker", "--url", site.redis_url, "-c", "jobguard.adapters.rq"),
         *("--worker-class", "my_workers.Mine", "--burst", QUEUE),
     )
-    assert worker.ends(60) == 0, worker.log
+    assert worker.ends() == 0, worker.log
     runs = 2 if "failure" in kind else 1
     assert site.outcomes(job.id) == ["superseded"] * (runs - 1) + ["completed"], worker.log
     assert [number for _, number in claimed(site)] == [1] * runs
@@ -188,7 +186,7 @@ class Dawdler(Worker):
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
 def test_a_job_popped_from_one_of_two_queues_comes_back(site: Site, how: int) -> None:
-    """Between BLPOP and the start the job is nowhere in Redis; its worker's end loses it for RQ."""
+    """Between BLPOP and the start, Redis does not have the job. If the worker ends then, RQ loses it."""
     write(site, "dawdlers", DAWDLER)
     reconciler = site.reconciler()
     options = ("--url", site.redis_url, "--worker-class", "dawdlers.Dawdler", "other", QUEUE)
@@ -232,7 +230,7 @@ CRONS = {
 @pytest.mark.skipif(VERSION_OF_RQ < (3, 0), reason="tested with the `rq cron` of RQ 3.0")
 @pytest.mark.parametrize("way", CRONS)
 def test_rq_cron(site: Site, way: str) -> None:
-    """What RQ's cron enqueues is recorded before it is pushed."""
+    """A job that RQ's cron enqueues is recorded before the push."""
     guards, command = CRONS[way]
     text = CRON.format(queue=QUEUE, ledger=str(site.ledger))
     write(site, "my_cron", (GUARDS.format(url=site.redis_url) if guards else "") + text)
@@ -290,10 +288,10 @@ def test_django_rq(site: Site) -> None:
     write(site, "guarded", DJANGO_APP.format(queue=QUEUE))
     write(site, "manage", MANAGE)
     producer = start(site, PYTHON, "manage.py", "produce", QUEUE, str(site.ledger))
-    assert producer.ends(60) == 0, producer.log
+    assert producer.ends() == 0, producer.log
     assert site.owed() == ["by-django"]
     worker = start(site, PYTHON, "manage.py", "rqworker", "--burst", QUEUE)
-    assert worker.ends(60) == 0, worker.log
+    assert worker.ends() == 0, worker.log
     assert claimed(site) == [("completed", 1)], worker.log
     assert words(site.ledger).total() == 1
     site.nothing_is_owed()
@@ -354,17 +352,17 @@ guard.close()
 @pytest.mark.skipif(not importlib.util.find_spec("sentry_sdk"), reason="no sentry-sdk is installed")
 @pytest.mark.parametrize("order", ["guard first", "sentry first"])
 def test_sentry(site: Site, order: str) -> None:
-    """Sentry hears everything once and the ledger knows everything, in either order, on and off."""
+    """Sentry gets each event once and the ledger each end, in both orders, with the guard on and off."""
     write(site, "with_sentry", SENTRY.format(queue=QUEUE))
     program = start(site, PYTHON, "with_sentry.py", order, site.redis_url)
-    assert program.ends(60) == 0, program.log
+    assert program.ends() == 0, program.log
     ended = site.ask("select job_id, outcome::text, number from jobguard.history order by token")
     assert ended == [("both", "failed", 1), ("guarded-again", "failed", 1)], program.log
     site.nothing_is_owed()
 
 
 def test_a_worker_that_listens_to_guarded_and_unguarded_queues(site: Site) -> None:
-    """Only the jobs of the guarded queue are claimed; the others run as ever."""
+    """Only the jobs of the guarded queue are claimed. The other jobs run as without jobguard."""
     write(
         site,
         "my_settings",
@@ -379,7 +377,7 @@ def test_a_worker_that_listens_to_guarded_and_unguarded_queues(site: Site) -> No
         with site.producer() as (queue, _):
             kept = queue.enqueue(roads.say, str(site.ledger), "kept")
     worker = start(site, RQ, "worker", "-c", "my_settings", "--burst", "free", QUEUE)
-    assert worker.ends(60) == 0, worker.log
+    assert worker.ends() == 0, worker.log
     assert words(site.ledger) == {"free": 1, "kept": 1}
     assert site.ask("select job_id, outcome::text from jobguard.history") == [
         (kept.id, "completed")

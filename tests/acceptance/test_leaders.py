@@ -22,16 +22,16 @@ def rig(tmp_path: Path, database: str, own_redis: RedisServer) -> Iterator[Rig]:
 
 
 def standby(rig: Rig, leader: Process) -> Process:
-    """Start another reconciler, that finds the first in office."""
+    """Start a second reconciler that stands by, because the first one leads."""
     second = rig.reconciler(leads=False)
     eventually(lambda: second.events("reconciler_started"))
     assert rig.leader() == leader.pid
     return second
 
 
-# Planted: a lease counts for a minute after its end.
+# This test fails if a lease is valid for one minute after its end.
 def test_when_the_leader_is_killed_the_other_leads_and_recovers(rig: Rig) -> None:
-    """Its lease runs out, and a loss after that is recovered by the other."""
+    """If the leader is killed, its lease expires, and the other reconciler recovers a later loss."""
     first = rig.reconciler()
     worker = rig.worker()
     rig.trust()
@@ -51,28 +51,34 @@ def test_when_the_leader_is_killed_the_other_leads_and_recovers(rig: Rig) -> Non
     assert rig.ask("select term from jobguard.leader") == [(2,)]
 
 
-# Planted: SIGTERM does not resign.
-def test_a_leader_that_is_told_to_stop_hands_over_at_once(rig: Rig) -> None:
-    """SIGTERM resigns: nobody waits for the end of a lease."""
-    first = rig.reconciler()
-    second = standby(rig, first)
-
-    first.terminate()
-    at = time.monotonic()
-    eventually(lambda: rig.leader() == second.pid)
-    seconds = time.monotonic() - at
-    print(f"another leads {seconds:.2f} s after SIGTERM")
-
-    assert seconds < 6  # the lease is 10 s, and was renewed less than 3 s before
-    assert first.wait() == 0
-    assert first.events("leader_resigned")
-
-
-# Planted: neither the lease nor the term is looked at.
-def test_a_leader_that_slept_through_its_term_changes_nothing(
+# This test fails if a leader that gets SIGTERM does not resign.
+def test_a_leader_that_gets_sigterm_resigns_at_once(
     tmp_path: Path, database: str, own_redis: RedisServer
 ) -> None:
-    """Stopped between its look and its pushes, and awake again when all is over: not a row, not a key."""
+    """A leader that gets SIGTERM resigns, so that the other reconciler need not wait for the lease."""
+    rig = Rig(tmp_path, database, own_redis, JOBGUARD_LEASE="60")
+    try:
+        first = rig.reconciler()
+        second = standby(rig, first)
+        ((end_of_lease,),) = rig.ask("select expires_at from jobguard.leader")
+
+        first.terminate()
+        at = time.monotonic()
+        eventually(lambda: rig.leader() == second.pid)
+        print(f"another leads {time.monotonic() - at:.2f} s after SIGTERM")
+
+        assert rig.ask("select elected_at < %s from jobguard.leader", end_of_lease) == [(True,)]
+        assert first.wait() == 0
+        assert first.events("leader_resigned")
+    finally:
+        rig.close()
+
+
+# This test fails if neither the lease nor the term is checked.
+def test_a_leader_that_resumes_after_its_term_changes_nothing(
+    tmp_path: Path, database: str, own_redis: RedisServer
+) -> None:
+    """A leader that is stopped between inspection and push, and resumed much later, writes nothing."""
     rig = Rig(tmp_path, database, own_redis, JOBGUARD_LEASE="4")
     try:
         first = rig.reconciler(JOBGUARD_RECOVERY_RATE="20")
@@ -85,7 +91,7 @@ def test_a_leader_that_slept_through_its_term_changes_nothing(
         rig.redis.flushall()
         eventually(lambda: len(rig.waiting()) >= 10)  # hundreds of suspects wait for the limiter
 
-        stop_between_look_and_push(rig, first)
+        stop_between_inspection_and_push(rig, first)
         eventually(lambda: rig.leader() == second.pid, 20)
         eventually(lambda: (len(rig.waiting()), len(rig.waiting("post"))) == (300, 100), 30)
         for worker in [rig.worker(), rig.worker()]:
@@ -97,7 +103,7 @@ def test_a_leader_that_slept_through_its_term_changes_nothing(
 
         first.resume()
         eventually(lambda: first.events("leader_lost"))
-        # By then whatever it had begun is over: its calls have 2 s each.
+        # By then, everything that the old leader had begun is over: each of its calls has 2 s.
         ticks = rig.ask("select pulse_n from jobguard.sources")[0][0]
         eventually(lambda: rig.ask("select pulse_n from jobguard.sources")[0][0] > ticks + 6)
         for table, after in rows(rig).items():
@@ -113,10 +119,11 @@ def test_a_leader_that_slept_through_its_term_changes_nothing(
         rig.close()
 
 
-def stop_between_look_and_push(rig: Rig, leader: Process) -> None:
-    """SIGSTOP it when it has read from Redis where the jobs are, and asks Postgres which have ended.
+def stop_between_inspection_and_push(rig: Rig, leader: Process) -> None:
+    """Stop the leader when it has read from Redis where the jobs are, and asks PostgreSQL which ended.
 
-    For a moment nobody may read the tombstones; who waits for them is in the middle of its look.
+    A lock on the tombstones blocks all readers for a moment. A leader that waits for this lock is
+    in the middle of its inspection.
     """
     waits = (
         "select 1 from pg_locks l join pg_stat_activity a using (pid)"
@@ -125,12 +132,12 @@ def stop_between_look_and_push(rig: Rig, leader: Process) -> None:
     )
     with psycopg.connect(rig.database) as connection:
         connection.execute("lock table jobguard.history in access exclusive mode")
-        eventually(lambda: rig.ask(waits), message="the leader looks")
+        eventually(lambda: rig.ask(waits), message="the leader inspects")
         leader.pause()
 
 
 def rows(rig: Rig) -> dict[str, list[Any]]:
-    """Give every row that a leader writes, but for its pulse and its lease's end."""
+    """Return every row that a leader writes, except its pulse and the end of its lease."""
     return {
         "leader": rig.ask("select term, holder, elected_at, paused_at, held from jobguard.leader"),
         "incidents": rig.ask("select * from jobguard.incidents order by id"),

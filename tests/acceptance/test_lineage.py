@@ -1,13 +1,14 @@
-"""Where each job of RQ's ends in the ledger, whatever way it went, and with Redis lost on the way.
+"""The end of each job of RQ in the ledger, for every way into Redis, and with Redis lost in between.
 
-A road is a way into Redis and the steps that RQ then takes. Its jobs must leave the deliveries that
-are listed, in this order, and nothing that is owed; and they must do so as well if everything in
-Redis is lost before any one of the steps. The leader that puts it back is a process of its own.
+A road is a way into Redis and the steps that RQ then takes. The jobs of a road must leave the
+expected deliveries in this order, and nothing that is owed. The result must be the same if all of
+Redis is lost before any one of the steps. The leader that restores the jobs is a process of its
+own.
 
-Planted once, each seen to fail: `moving()` not set in lives.retry (the retries) and in
-worker.handle_job_success (the repeats), the group or the parents left out of the routing (losses of
-these), `_intend_to_cancel` left out of intent.cancel (the cancels), a horse that tells nothing (the
-roads with a ttl of 0, which leave nothing in Redis to find out from).
+Each of these faults made a test fail: a retry does not mark the job as moving (the retries), nor
+does a successful run (the repeats); the group or the parents are missing in the routing (losses of
+these); a cancel is not recorded (the cancels); a horse reports nothing (the roads with a ttl of 0,
+which leave nothing in Redis).
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ TASKS = "tests.integration.rq.tasks"
 
 
 class Trip:
-    """One job's way through a real installation."""
+    """The way of one job through a real installation."""
 
     def __init__(self, site: Site, queue: Queue, guard: JobGuard, ledger: str) -> None:
         self.site, self.queue, self.guard, self.ledger = site, queue, guard, ledger
@@ -56,21 +57,21 @@ class Trip:
 
     @property
     def redis(self) -> redis.Redis:
-        """The host's client."""
+        """The client of the host."""
         return self.queue.connection
 
     @property
-    def said(self) -> list[str]:
-        """What the jobs said, in order."""
+    def output(self) -> list[str]:
+        """The words that the jobs have written, in order."""
         with open(self.ledger, encoding="utf-8") as file:
             return file.read().split()
 
     def job(self, job_id: str = "a") -> Job:
-        """The job, as it stands in Redis."""
+        """Return the job as it is in Redis now."""
         return Job.fetch(job_id, connection=self.redis, serializer=self.serializer)
 
     def lives(self) -> dict[str, list[str]]:
-        """Every delivery of each job: how it ended, its attempt, and > if the next took its place."""
+        """Return each delivery of each job: its end, its attempt, and > if the next one superseded it."""
         rows = self.site.ask(
             "select job_id, format('%%s %%s', outcome, attempt)"
             "  || case next when lead(token) over (partition by job_id order by token) then ' >'"
@@ -85,18 +86,18 @@ class Trip:
         return lives
 
     def lose_everything(self) -> None:
-        """Lose all of Redis, and wait until what is owed is back, as the same deliveries."""
+        """Delete all of Redis, and wait until the owed jobs are back, as the same deliveries."""
         owed = self.site.ask("select token, recoveries from jobguard.jobs")
         self.redis.flushdb()
         eventually(lambda: all(self._is_back(token, before) for token, before in owed), 20)
-        # Its incident is over, so that the next loss is another one.
+        # The incident must be closed, so that the next loss is another incident.
         running = "select count(*) from jobguard.incidents where closed_at is null"
         eventually(lambda: self.site.ask(running) == [0], 20)
 
     def _is_back(self, token: Any, before: int) -> bool:
         now = self.site.ask("select job_id, recoveries from jobguard.jobs where token = %s", token)
         if not now:
-            return True  # its end came first; the lives tell whether that was right
+            return True  # its end came first; the test checks later if that was right
         ((job_id, recoveries),) = now
         return bool(
             recoveries == before + 1
@@ -105,9 +106,10 @@ class Trip:
 
 
 def work(trip: Trip, **limits: Any) -> None:
-    """Work the queue off."""
+    """Run a worker until the queue is empty."""
     known = trip.redis.connection_pool.connection_kwargs
-    # A client of its own: RQ's worker changes the timeouts of the one it is given.
+    # The worker has its own client, because RQ's worker changes the timeouts of the client that it
+    # gets.
     client = redis.Redis(host=known["host"], port=known["port"], db=known["db"])
     with client:
         worker = trip.kind([QUEUE], connection=client, serializer=trip.serializer)
@@ -115,14 +117,14 @@ def work(trip: Trip, **limits: Any) -> None:
 
 
 def work_one(trip: Trip) -> None:
-    """Work one job off."""
+    """Run one job of the queue."""
     work(trip, max_jobs=1)
 
 
 def move(trip: Trip) -> None:
-    """Have what is scheduled come due, and RQ's scheduler move it."""
+    """Make the scheduled jobs due, and have RQ's scheduler move them."""
     key = f"rq:scheduled:{QUEUE}"
-    # A Redis that was slow for a moment has the job from the leader, a moment later.
+    # If Redis was slow for a moment, the leader pushes the job, a moment later.
     ids: Any = eventually(lambda: trip.redis.zrange(key, 0, -1), 20)
     trip.redis.zadd(key, {one: time.time() - 1 for one in ids})
     scheduler: Any = RQScheduler([trip.queue], connection=trip.redis)
@@ -132,7 +134,7 @@ def move(trip: Trip) -> None:
 
 
 def abandon(trip: Trip) -> None:
-    """Have a worker that nobody knows of take the job and die, and RQ notice; the leader puts it back."""
+    """Let an unguarded worker take the job and die. RQ finds it abandoned, and the leader puts it back."""
     job = trip.job()
     trip.redis.lpop(trip.queue.key)
     trip.redis.hset(job.key, "status", "started")
@@ -142,17 +144,17 @@ def abandon(trip: Trip) -> None:
 
 
 def wait_for_the_leader(trip: Trip) -> None:
-    """Have the leader find out by itself."""
+    """Wait until the leader has found the end by itself."""
     eventually(lambda: not trip.site.owed(), 20)
 
 
 def wait_for_a_release(trip: Trip) -> None:
-    """Have the leader release a child, unless RQ has done it."""
+    """Have the leader release a child, unless RQ has released it."""
     eventually(lambda: trip.queue.job_ids or not trip.site.owed(), 20)
 
 
 def enqueue_in_a_pipeline(trip: Trip) -> None:
-    """Enqueue on the caller's own transaction."""
+    """Enqueue in the caller's own transaction."""
     with trip.redis.pipeline() as pipe:
         trip.queue.enqueue(tasks.say, trip.ledger, job_id="a", pipeline=pipe)
         pipe.execute()
@@ -167,21 +169,21 @@ def enqueue_family(trip: Trip, **depends: Any) -> None:
 
 
 def enqueue_two_parents(trip: Trip) -> None:
-    """Enqueue a child of two."""
+    """Enqueue a child of two parents."""
     for parent in "ab":
         trip.queue.enqueue(tasks.say, trip.ledger, parent, job_id=parent)
     trip.queue.enqueue(tasks.say, trip.ledger, "child", job_id="c", depends_on=["a", "b"])
 
 
 def enqueue_child_of_a_failure(trip: Trip) -> None:
-    """Enqueue a child that does not mind its parent's failure."""
+    """Enqueue a child that runs although its parent fails."""
     trip.queue.enqueue(tasks.fail, trip.ledger, job_id="a")
     depends = Dependency("a", allow_failure=True)
     trip.queue.enqueue(tasks.say, trip.ledger, "child", job_id="b", depends_on=depends)
 
 
 def enqueue_many(trip: Trip) -> None:
-    """Enqueue several at once, of which one waits for another."""
+    """Enqueue several jobs at once, of which one waits for another."""
     first = trip.queue.enqueue(tasks.say, trip.ledger, "first", job_id="a")
     trip.queue.enqueue_many(
         [
@@ -199,19 +201,19 @@ def enqueue_group(trip: Trip) -> None:
 
 
 def the_group_is_whole(trip: Trip) -> None:
-    """See that RQ finds the group's jobs."""
+    """Check that RQ finds the jobs of the group."""
     group: Any = Group.fetch("g", trip.redis)
     assert sorted(job.id for job in group.get_jobs()) == ["a", "b"]
 
 
 def enqueue_unique(trip: Trip) -> None:
-    """Enqueue one that RQ takes, and one that it refuses."""
+    """Enqueue one job that RQ accepts, and one that RQ refuses."""
     trip.queue.enqueue(tasks.say, trip.ledger, job_id="a", unique=True)
     refuse_unique(trip)
 
 
 def refuse_unique(trip: Trip) -> None:
-    """See that RQ refuses the same id."""
+    """Check that RQ refuses the same id."""
     from rq.exceptions import DuplicateJobError
 
     with pytest.raises(DuplicateJobError):
@@ -234,7 +236,7 @@ def enqueue_rate_limited(trip: Trip) -> None:
 
 
 def enqueue_by_cron(trip: Trip) -> None:
-    """Have RQ's cron enqueue."""
+    """Have RQ's cron enqueue a job."""
     from rq.cron import CronScheduler
 
     cron: Any = CronScheduler(connection=trip.redis)
@@ -243,7 +245,7 @@ def enqueue_by_cron(trip: Trip) -> None:
 
 
 def enqueue_with_webhook(trip: Trip) -> None:
-    """Enqueue a job that calls a web server of ours when it has finished."""
+    """Enqueue a job that calls a web server of this test when it has finished."""
     from rq.webhook import Webhook
 
     ledger = trip.ledger
@@ -255,7 +257,7 @@ def enqueue_with_webhook(trip: Trip) -> None:
             self.end_headers()
 
         def log_message(self, *_: Any) -> None:
-            """Say nothing."""
+            """Log nothing."""
 
     server = HTTPServer(("127.0.0.1", 0), Heard)
     threading.Thread(target=server.handle_request, daemon=True).start()
@@ -264,7 +266,7 @@ def enqueue_with_webhook(trip: Trip) -> None:
 
 
 def serialized(serializer: Any) -> Callable[[Trip], None]:
-    """Enqueue with a serializer other than RQ's own."""
+    """Return a function that enqueues with another serializer than RQ's own."""
 
     def enqueue(trip: Trip) -> None:
         trip.serializer = serializer
@@ -275,7 +277,7 @@ def serialized(serializer: Any) -> Callable[[Trip], None]:
 
 
 def plainly(task: Any = tasks.say, **options: Any) -> Callable[[Trip], None]:
-    """Enqueue one job with these options."""
+    """Return a function that enqueues one job with these options."""
 
     def enqueue(trip: Trip) -> None:
         trip.queue.enqueue(task, trip.ledger, job_id="a", **options)
@@ -288,23 +290,23 @@ ONE = {"a": ["completed 1"]}
 
 @dataclass(frozen=True)
 class Road:
-    """A way into Redis, RQ's steps from there on, and the deliveries that the ledger then knows."""
+    """A way into Redis, RQ's next steps, and the deliveries that the ledger must have then."""
 
     enqueue: Callable[[Trip], object]
     lives: Mapping[str, Sequence[str]]
     steps: tuple[Callable[[Trip], object], ...] = (work,)
-    said: Sequence[str] | None = None
+    output: Sequence[str] | None = None
     losable: tuple[int, ...] | None = None
-    """Before which steps everything is lost; None: before any."""
+    """The steps before which everything is lost; None: each step."""
     forks: bool = False
-    """Whether a worker that forks has another way here."""
+    """True if a worker that forks has another way here."""
     since: tuple[int, int] = (2, 0)
-    """The RQ that brought it."""
+    """The first version of RQ that has this way."""
 
 
 ROADS: dict[str, Road] = {
-    "enqueue": Road(plainly(), ONE, said=["ran"], forks=True),
-    "a function by its name": Road(plainly(f"{TASKS}.say"), ONE, said=["ran"]),
+    "enqueue": Road(plainly(), ONE, output=["ran"], forks=True),
+    "a function by its name": Road(plainly(f"{TASKS}.say"), ONE, output=["ran"]),
     "enqueue_call": Road(
         lambda trip: trip.queue.enqueue_call(tasks.say, (trip.ledger,), job_id="a", timeout=9),
         ONE,
@@ -324,28 +326,28 @@ ROADS: dict[str, Road] = {
             for one in "abc"
         ],
         {one: ["completed 1"] for one in "abc"},
-        said=["c", "b", "a"],
+        output=["c", "b", "a"],
     ),
-    "meta": Road(plainly(tasks.say_meta, meta={"word": "meta"}), ONE, said=["meta"]),
-    "JSON": Road(serialized(JSONSerializer), ONE, said=["ran"]),
-    "a serializer of one's own": Road(serialized(tasks.Reversed), ONE, said=["ran"]),
+    "meta": Road(plainly(tasks.say_meta, meta={"word": "meta"}), ONE, output=["meta"]),
+    "JSON": Road(serialized(JSONSerializer), ONE, output=["ran"]),
+    "a serializer of one's own": Road(serialized(tasks.Reversed), ONE, output=["ran"]),
     "callback of a success": Road(
         plainly(on_success=Callback(tasks.on_success)),
         ONE,
-        said=["ran", "succeeded"],
+        output=["ran", "succeeded"],
         losable=(),
         forks=True,
     ),
     "callback of a failure": Road(
         plainly(tasks.fail, on_failure=Callback(tasks.on_failure)),
         {"a": ["failed 1"]},
-        said=["ran", "failed"],
+        output=["ran", "failed"],
         forks=True,
     ),
     "a broken callback of a success": Road(
         plainly(on_success=Callback(tasks.broken)),
         {"a": ["failed 1"]},
-        said=["ran"],
+        output=["ran"],
         losable=(),
         forks=True,
     ),
@@ -358,10 +360,12 @@ ROADS: dict[str, Road] = {
     "a timeout": Road(
         plainly(tasks.too_long, job_timeout=1), {"a": ["failed 1"]}, losable=(), forks=True
     ),
-    "webhook": Road(enqueue_with_webhook, ONE, said=["ran", "webhook"], since=(2, 10), forks=True),
+    "webhook": Road(
+        enqueue_with_webhook, ONE, output=["ran", "webhook"], since=(2, 10), forks=True
+    ),
     "result_ttl=0": Road(plainly(result_ttl=0), ONE, losable=(), forks=True),
     "failure_ttl=0": Road(plainly(tasks.fail, failure_ttl=0), {"a": ["failed 1"]}, forks=True),
-    "ttl": Road(plainly(ttl=1), {"a": ["cancelled 1"]}, (wait_for_the_leader,), said=[]),
+    "ttl": Road(plainly(ttl=1), {"a": ["cancelled 1"]}, (wait_for_the_leader,), output=[]),
     "scheduled": Road(
         lambda trip: trip.queue.enqueue_in(timedelta(hours=1), tasks.say, trip.ledger, job_id="a"),
         {"a": ["superseded 1 >", "completed 1"]},
@@ -379,21 +383,21 @@ ROADS: dict[str, Road] = {
         enqueue_family,
         {"a": ["completed 1"], "b": ["superseded 1 >", "completed 1"]},
         (work_one, work),
-        said=["parent", "child"],
+        output=["parent", "child"],
         forks=True,
     ),
     "two parents": Road(
         enqueue_two_parents,
         {"a": ["completed 1"], "b": ["completed 1"], "c": ["superseded 1 >", "completed 1"]},
-        # Lost between its parents' ends, the child is the leader's to release.
+        # If the child is lost between the ends of its parents, the leader must release it.
         (work_one, work, wait_for_a_release, work),
-        said=["a", "b", "child"],
+        output=["a", "b", "child"],
     ),
     "a parent that fails": Road(
         enqueue_child_of_a_failure,
         {"a": ["failed 1"], "b": ["superseded 1 >", "completed 1"]},
         (work_one, work),
-        said=["ran", "child"],
+        output=["ran", "child"],
         forks=True,
     ),
     "enqueue_many with dependencies": Road(
@@ -406,19 +410,19 @@ ROADS: dict[str, Road] = {
         {"a": ["completed 1"], "b": ["completed 1"]},
         (the_group_is_whole, work),
     ),
-    "unique": Road(enqueue_unique, ONE, (refuse_unique, work), said=["ran"], since=(2, 8)),
+    "unique": Road(enqueue_unique, ONE, (refuse_unique, work), output=["ran"], since=(2, 8)),
     "the same id twice": Road(
-        enqueue_twice, {"a": ["superseded 1 >", "completed 1"]}, said=["new"], forks=True
+        enqueue_twice, {"a": ["superseded 1 >", "completed 1"]}, output=["new"], forks=True
     ),
     "rate limits": Road(
         enqueue_rate_limited,
         {one: ["completed 1"] for one in "abc"},
         (work_one, work),
-        said=["a", "b", "c"],
+        output=["a", "b", "c"],
         since=(3, 0),
         forks=True,
     ),
-    "cron": Road(enqueue_by_cron, {"*": ["completed 1"]}, said=["cron"], since=(3, 0)),
+    "cron": Road(enqueue_by_cron, {"*": ["completed 1"]}, output=["cron"], since=(3, 0)),
     "repeat at once": Road(
         lambda trip: plainly(repeat=rq.Repeat(times=2, interval=0))(trip),
         {"a": ["completed 1 >", "completed 1 >", "completed 1"]},
@@ -437,21 +441,21 @@ ROADS: dict[str, Road] = {
         plainly(tasks.fail, retry=Retry(max=2)),
         {"a": ["superseded 1 >", "superseded 2 >", "failed 3"]},
         (work_one, work_one, work),
-        said=["ran"] * 3,
+        output=["ran"] * 3,
         forks=True,
     ),
     "retry later": Road(
         plainly(tasks.fail, retry=Retry(max=1, interval=60)),
         {"a": ["superseded 1 >", "superseded 2 >", "failed 2"]},
         (work, move, work),
-        said=["ran"] * 2,
+        output=["ran"] * 2,
         forks=True,
     ),
     "a returned Retry": Road(
         lambda trip: trip.queue.enqueue(tasks.ask_again, trip.ledger, 1, job_id="a"),
         {"a": ["superseded 1 >", "completed 2"]},
         (work_one, work),
-        said=["ran"] * 2,
+        output=["ran"] * 2,
         since=(2, 1),
         forks=True,
     ),
@@ -459,7 +463,7 @@ ROADS: dict[str, Road] = {
         plainly(tasks.return_retry),
         {"a": ["superseded 1 >", "failed 2"]},
         (work_one, work),
-        said=["ran"] * 2,
+        output=["ran"] * 2,
         since=(2, 1),
         forks=True,
     ),
@@ -467,25 +471,25 @@ ROADS: dict[str, Road] = {
         plainly(tasks.fail),
         {"a": ["failed 1", "failed 1"]},
         (work, lambda trip: FailedJobRegistry(queue=trip.queue).requeue("a"), work),
-        losable=(0, 2),  # what has failed is not owed, and gone with Redis
-        said=["ran"] * 2,
+        losable=(0, 2),  # a failed job is not owed, and is lost with Redis
+        output=["ran"] * 2,
     ),
     "Job.requeue": Road(
         plainly(tasks.fail),
         {"a": ["failed 1", "failed 1"]},
         (work, lambda trip: trip.job().requeue(), work),
         losable=(0, 2),
-        said=["ran"] * 2,
+        output=["ran"] * 2,
         forks=True,
     ),
-    "abandoned": Road(plainly(), ONE, (abandon, work), losable=(0,), said=["ran"]),
+    "abandoned": Road(plainly(), ONE, (abandon, work), losable=(0,), output=["ran"]),
     "abandoned, with retries": Road(
-        # A worker's death is not a failure: the same delivery goes back, and no retry is spent.
+        # The death of a worker is not a failure: the same delivery goes back, and no retry is used.
         plainly(retry=Retry(max=1)),
         ONE,
         (abandon, work),
         losable=(0,),
-        said=["ran"],
+        output=["ran"],
     ),
     "cancel": Road(plainly(), {"a": ["cancelled 1"]}, (lambda trip: trip.job().cancel(), work)),
     "cancel what is scheduled": Road(
@@ -498,7 +502,7 @@ ROADS: dict[str, Road] = {
         enqueue_family,
         {"a": ["cancelled 1"], "b": ["superseded 1 >", "completed 1"]},
         (lambda trip: trip.job().cancel(enqueue_dependents=True), work),
-        said=["child"],
+        output=["child"],
     ),
     "delete": Road(
         plainly(), {"a": ["cancelled 1"]}, (lambda trip: trip.job().delete(), work), losable=(0,)
@@ -507,42 +511,42 @@ ROADS: dict[str, Road] = {
         enqueue_family,
         {"a": ["cancelled 1"], "b": ["cancelled 1"]},
         (lambda trip: trip.job().delete(delete_dependents=True), work),
-        said=[],
+        output=[],
         losable=(0,),
     ),
     "Queue.empty": Road(
         plainly(),
         {"a": ["cancelled 1"]},
         (lambda trip: cast(Any, trip.queue).empty(), work),
-        said=[],
+        output=[],
         losable=(0,),
     ),
     "Queue.delete": Road(
         plainly(),
         {"a": ["cancelled 1"]},
         (lambda trip: trip.queue.delete(), work),
-        said=[],
+        output=[],
         losable=(0,),
     ),
     "Queue.delete without its jobs": Road(
         plainly(),
         {"a": ["cancelled 1"]},
         (lambda trip: trip.queue.delete(delete_jobs=False), work),
-        said=[],
+        output=[],
         losable=(0,),
     ),
     "Queue.remove": Road(
         plainly(),
         {"a": ["cancelled 1"]},
         (lambda trip: trip.queue.remove("a"), work),
-        said=[],
+        output=[],
         losable=(0,),
     ),
     "ScheduledJobRegistry.remove": Road(
         lambda trip: trip.queue.enqueue_in(timedelta(hours=1), tasks.say, trip.ledger, job_id="a"),
         {"a": ["cancelled 1"]},
         (lambda trip: trip.queue.scheduled_job_registry.remove("a"), work),
-        said=[],
+        output=[],
         losable=(0,),
     ),
 }
@@ -567,7 +571,7 @@ def site(
     redis_server: NamedRedis,
     redis_databases: Iterator[int],
 ) -> Iterator[Site]:
-    """Give an installation with a name of its own, a leader, and a queue that is trusted."""
+    """Give an installation with its own name, a leader, and a trusted queue."""
     name = f"jobguard_test_{uuid4().hex}"
     url = postgres_server.create_database(name, template_database)
     jobguard.schema.migrate(url, installation="lineage")
@@ -586,7 +590,7 @@ def site(
         made.reconciler()
         worker = made.worker()
         made.trusted()
-        worker.stop()  # its trust outlives it
+        worker.stop()  # its trust stays when the worker has left
         yield made
     finally:
         made.close()
@@ -597,14 +601,14 @@ def site(
 
 @pytest.fixture
 def trip(site: Site, tmp_path: Any) -> Iterator[Trip]:
-    """Give a way through the installation, on which nobody goes but this test."""
+    """Give a way through the installation that only this test uses."""
     ledger = tmp_path / "ledger"
     ledger.touch()
     with psycopg.connect(site.postgres) as connection:
         connection.execute("delete from jobguard.history")
     with site.producer() as (queue, guard):
         yield Trip(site, queue, guard, str(ledger))
-        # Not to be the next test's trouble.
+        # Delete the rest, so that it does not disturb the next test.
         with psycopg.connect(site.postgres) as connection:
             for table in ("jobs", "running", "suspects", "outbox"):
                 connection.execute(f"delete from jobguard.{table}".encode())
@@ -612,11 +616,11 @@ def trip(site: Site, tmp_path: Any) -> Iterator[Trip]:
 
 
 def go(trip: Trip, road: Road, lost_before: int | None = None) -> None:
-    """Go this road, and see where it ends."""
+    """Take the steps of this road, and check the deliveries at its end."""
     if road.since > VERSION_OF_RQ:
         pytest.skip(f"RQ {'.'.join(map(str, road.since))} brought it")
     road.enqueue(trip)
-    # On a busy machine its push may be left to the leader, and a step would find nothing to be dealt to.
+    # On a busy machine the leader may have to push, and a step would find no job before that.
     eventually(lambda: not trip.site.ask("select 1 from jobguard.outbox"), 20)
     for at, step in enumerate(road.steps):
         if at == lost_before:
@@ -631,9 +635,9 @@ def go(trip: Trip, road: Road, lost_before: int | None = None) -> None:
         assert lives == road.lives
         return True
 
-    eventually(arrived)  # a last report may have to be written twice on a busy machine
-    if road.said is not None:
-        assert trip.said == road.said
+    eventually(arrived)  # on a busy machine, a last report may have to be written twice
+    if road.output is not None:
+        assert trip.output == road.output
     trip.site.nothing_is_owed()
 
 
@@ -646,18 +650,18 @@ def test_every_job_ends_where_it_belongs(name: str, kind: Any, trip: Trip) -> No
 
 @pytest.mark.parametrize(("name", "at"), LOSSES, ids=[f"{name} {at}" for name, at in LOSSES])
 def test_a_loss_on_the_way_changes_nothing(name: str, at: int, trip: Trip) -> None:
-    """What is owed when Redis is lost comes back, and goes on as if nothing had been."""
+    """Jobs that are owed when Redis is lost come back, and continue as if there had been no loss."""
     go(trip, ROADS[name], lost_before=at)
 
 
 @pytest.mark.skipif(VERSION_OF_RQ < (2, 8), reason="unique= came with RQ 2.8")
 def test_a_unique_job_that_is_enqueued_again_after_a_loss(trip: Trip) -> None:
-    """RQ takes the id again, it being lost: the newer one stays, and runs once."""
+    """RQ accepts the id again, since the first job is lost: the newer job stays, and runs once."""
     trip.queue.enqueue(tasks.say, trip.ledger, "old", job_id="a", unique=True)
     trip.redis.flushdb()
     trip.queue.enqueue(tasks.say, trip.ledger, "new", job_id="a", unique=True)
     eventually(lambda: trip.lives() == {"a": ["superseded 1", "owed 1"]}, 20)
     work(trip)
-    assert trip.said == ["new"]
+    assert trip.output == ["new"]
     assert trip.lives() == {"a": ["superseded 1", "completed 1"]}
     trip.site.nothing_is_owed()

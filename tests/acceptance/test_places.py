@@ -1,9 +1,10 @@
-"""The wrong Redis, the wrong Postgres, the unguarded worker: noticed before anything is pushed.
+"""The wrong Redis, the wrong PostgreSQL, the unguarded worker: jobguard detects each before a push.
 
-Planted once, each seen to fail: Service._out_of_place blind to copies (a copy), the name not asked
-for by the host, or only after the lease was taken (another installation), FOREIGN read as LOST (two
-ledgers), Place.is_sure answering True (an empty Redis), Trust.observe sure of no stranger (an
-unguarded worker), Vouching without the absent ones (before any trust).
+Each of these faults made a test fail: the service does not detect copies (a copy); the host does
+not compare the name, or compares it only after the lease was taken (another installation); FOREIGN
+is read as LOST (two ledgers); the identity check is always sure (an empty Redis); trust never finds
+an unguarded consumer (an unguarded worker); the check of the backlog ignores absent jobs (before
+the first trust).
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def site(tmp_path: Path, database: str, redis_url: str) -> Iterator[Site]:
 
 
 def copy(database: str, into: str) -> None:
-    """Dump a database and load the dump elsewhere, as whoever builds a staging system does."""
+    """Dump a database and load the dump into another one, as one does to build a staging system."""
     tools = postgres_bin()
     if not (tools / "pg_dump").exists() or not (tools / "psql").exists():
         pytest.skip(f"there is no pg_dump in {tools}")
@@ -58,7 +59,7 @@ def copy(database: str, into: str) -> None:
 
 
 def keys(site: Site, pattern: str = "*") -> list[bytes]:
-    """What is in a site's Redis."""
+    """Return the keys in the Redis of a site."""
     with site.client() as client:
         return sorted(client.keys(pattern))
 
@@ -69,8 +70,10 @@ def keys(site: Site, pattern: str = "*") -> list[bytes]:
 def test_a_copy_of_the_ledger_beside_an_empty_redis_puts_nothing_back(
     site: Site, own_postgres: PostgresServer, own_redis: RedisServer
 ) -> None:
-    """It says that it is a copy and touches nothing, until a person says that it has moved."""
-    site.settings["JOBGUARD_SOURCE"] = "main"  # production and staging call their Redis the same
+    """A copied ledger logs that it is a copy and pushes nothing, until `resume --moved` is run."""
+    site.settings["JOBGUARD_SOURCE"] = (
+        "main"  # production and staging use the same name for their Redis
+    )
     leader = site.reconciler(JOBGUARD_REDIS_URL=f"main={site.redis_url}")
     worker = site.worker()
     site.trusted()
@@ -94,8 +97,8 @@ def test_a_copy_of_the_ledger_beside_an_empty_redis_puts_nothing_back(
         assert '"restored": 0' in once.stdout, once.stderr
         assert "jobguard resume --moved" in once.stdout + once.stderr
         reconciler = staging.reconciler()
-        assert reconciler.tells("ledger_moved")["event"] == "ledger_moved"
-        staging.worker()  # it beats, but nobody puts anything back for it
+        assert reconciler.wait_for_event("ledger_moved")["event"] == "ledger_moved"
+        staging.worker()  # it beats, but no reconciler puts anything back for it
         assert keys(staging, "jobguard:pulse:*") == []
         assert keys(staging, "rq:job:*") == []
         assert set(staging.owed()) == {job.id for job in jobs}
@@ -103,15 +106,15 @@ def test_a_copy_of_the_ledger_beside_an_empty_redis_puts_nothing_back(
 
         moved = staging.command("resume", "--moved")
         assert moved.returncode == 0, moved.stderr
-        reconciler.tells("jobs_restored")
-        assert staging.said(3) == {"w0": 1, "w1": 1, "w2": 1}
+        reconciler.wait_for_event("jobs_restored")
+        assert staging.wait_for_runs(3) == {"w0": 1, "w1": 1, "w2": 1}
         staging.completed(*(job.id for job in jobs))
     finally:
         staging.close()
 
 
 def test_another_installations_ledger_is_not_written_to(site: Site) -> None:
-    """Its host goes on unharmed and unrecorded, and its reconciler complains and does nothing."""
+    """With a wrong installation name, the host runs unrecorded, and the reconciler only logs."""
     named = site.command("migrate", "--installation", "prod-eu")
     assert named.returncode == 0, named.stderr
     site.settings["JOBGUARD_INSTALLATION"] = "staging"
@@ -128,11 +131,12 @@ def test_another_installations_ledger_is_not_written_to(site: Site) -> None:
     assert words(site.ledger).total() == 1
     for table in ("jobs", "history", "workers", "running"):
         assert site.ask(f"select count(*) from jobguard.{table}") == [0]
-    reconciler.says("this database is installation 'prod-eu', JOBGUARD_INSTALLATION says 'staging'")
+    reconciler.wait_for_log(
+        "this database is installation 'prod-eu', JOBGUARD_INSTALLATION says 'staging'"
+    )
     assert keys(site, "jobguard:pulse:*") == []
-    assert site.ask("select count(*) from jobguard.leader") == [
-        0
-    ]  # the lease is not theirs to hold
+    # Another installation must not take the lease.
+    assert site.ask("select count(*) from jobguard.leader") == [0]
     for words_of_it in (("reconcile", "--once"), ("stats",), ("resume",)):
         refused = site.command(*words_of_it)
         assert refused.returncode == 1, refused.stdout
@@ -147,7 +151,7 @@ def test_another_installations_ledger_is_not_written_to(site: Site) -> None:
 def test_a_second_ledger_on_one_redis_and_namespace_touches_nothing(
     site: Site, postgres_server: NamedPostgres, template_database: str
 ) -> None:
-    """The first keeps its pulse there; the second alarms, and what it owes it does not push."""
+    """The first ledger keeps its pulse there; the second logs an alarm and does not push its owed job."""
     first = site.reconciler()
     with site.producer() as (queue, _):
         queue.enqueue(roads.say, str(site.ledger), "ours")
@@ -172,7 +176,8 @@ def test_a_second_ledger_on_one_redis_and_namespace_touches_nothing(
             assert [str(standing.installation)] == site.ask(
                 "select id::text from jobguard.installation"
             )
-            # Both went on for some ticks: the pulse moves, in the first one's name alone.
+            # Both have run for some ticks: the pulse counts on, with the name of the first one
+            # only.
             later = standing.n + 5
 
             def moved() -> bool:
@@ -190,10 +195,10 @@ def test_a_second_ledger_on_one_redis_and_namespace_touches_nothing(
 
 
 @pytest.mark.parametrize("named", [False, True], ids=["unnamed", "named"])
-def test_an_empty_redis_that_nobody_vouches_for(
+def test_an_empty_redis_without_a_known_worker(
     site: Site, own_redis: RedisServer, named: bool
 ) -> None:
-    """Unnamed, with no worker of before: it holds and says the command; a named one goes on."""
+    """Without a name and a known worker, jobguard holds and logs the command; with a name it continues."""
     site.redis_url = own_redis.url
     if named:
         site.command("migrate", "--installation", "prod-eu")
@@ -208,7 +213,7 @@ def test_an_empty_redis_that_nobody_vouches_for(
         own_redis.restart(keep_data=False)
         fresh = site.reconciler()
         if not named:
-            reported = fresh.tells("place_unsure")
+            reported = fresh.wait_for_event("place_unsure")
             assert "jobguard resume" in " ".join(map(str, reported.values()))
             assert keys(site, "rq:job:*") == []
             assert keys(site, "jobguard:pulse:*") == []
@@ -218,31 +223,31 @@ def test_an_empty_redis_that_nobody_vouches_for(
             assert site.command("resume").returncode == 0
         eventually(lambda: set(queue.job_ids) == {job.id for job in jobs}, 20, message=fresh.log)
         assert queue.job_ids == [job.id for job in jobs]
-        reported = fresh.tells("redis_lost_data")
+        reported = fresh.wait_for_event("redis_lost_data")
         assert not named or not fresh.events("place_unsure")
     site.worker()
-    assert site.said(3) == {"w0": 1, "w1": 1, "w2": 1}
+    assert site.wait_for_runs(3) == {"w0": 1, "w1": 1, "w2": 1}
 
 
 # -- the unguarded worker --------------------------------------------------------------------------
 
 
-def test_what_an_unguarded_worker_may_have_run_is_reported_not_recovered(site: Site) -> None:
-    """Neither job by job nor after a FLUSHALL: they stay owed, held, and in everybody's sight."""
-    site.worker()  # a guarded one as well: one stranger is enough
+def test_jobs_that_an_unguarded_worker_may_have_run_are_reported_not_recovered(site: Site) -> None:
+    """Such jobs stay owed, held and visible, after a single deletion and after a FLUSHALL."""
+    site.worker()  # a guarded worker as well: one unguarded worker is enough
     reconciler = site.reconciler()
     bare = site.bare_worker()
     with site.producer() as (queue, guard):
         job = queue.enqueue_in(timedelta(hours=1), roads.say, str(site.ledger))
-        reported = reconciler.tells("queue_untrusted")
+        reported = reconciler.wait_for_event("queue_untrusted")
         assert reported["queue"] == QUEUE
         assert any("bare" in worker for worker in reported["workers"])
         with site.client() as client:
             client.delete(job.key)
             eventually(lambda: guard.stats().stuck == 1, 20, message=reconciler.log)
-            bare.pause()  # it would register again
+            bare.pause()  # otherwise it would register again
             client.flushdb()
-            reconciler.tells("redis_lost_data")
+            reconciler.wait_for_event("redis_lost_data")
             other = queue.enqueue_in(timedelta(hours=1), roads.say, str(site.ledger))
             client.delete(other.key)
             eventually(lambda: guard.stats().stuck == 2, 20, message=reconciler.log)
@@ -255,8 +260,8 @@ def test_what_an_unguarded_worker_may_have_run_is_reported_not_recovered(site: S
     assert QUEUE in site.command("stats").stdout
 
 
-def test_what_was_recorded_before_anybody_watched_is_vouched_for_by_presence(site: Site) -> None:
-    """What Redis still had when the queue became trusted is recovered; what was absent then never is."""
+def test_jobs_recorded_before_the_first_trust_are_recovered_if_redis_has_them(site: Site) -> None:
+    """Jobs that Redis had when the queue became trusted are recovered; jobs absent at that time are not."""
     go = site.folder / "go"
     with site.producer() as (queue, _):
         first = queue.enqueue(roads.say_and_wait, str(site.ledger), "first", str(go))
@@ -265,15 +270,16 @@ def test_what_was_recorded_before_anybody_watched_is_vouched_for_by_presence(sit
         with site.client() as client:
             client.delete(absent.key)
             client.lrem(queue.key, 0, absent.id)
-            client.config_resetstat()  # other tests have flushed this server: that would be a loss
+            # Other tests have flushed this server, and that would count as a loss.
+            client.config_resetstat()
         reconciler = site.reconciler()
-        site.worker()  # busy with the first
-        reported = reconciler.tells("jobs_untrusted")
+        site.worker()  # busy with the first job
+        reported = reconciler.wait_for_event("jobs_untrusted")
         assert (reported["queue"], reported["count"]) == (QUEUE, 1)
         site.trusted()
         with site.client() as client:
             client.flushdb()
-        reconciler.tells("jobs_restored")
+        reconciler.wait_for_event("jobs_restored")
         go.touch()
         site.completed(first.id, *(job.id for job in present))
         after = queue.enqueue(roads.say, str(site.ledger), "after")

@@ -21,15 +21,22 @@ def rig(tmp_path: Path, database: str, own_redis: RedisServer) -> Iterator[Rig]:
 
 
 def trusted_queue_without_workers(rig: Rig) -> None:
-    """Let a worker come and go: the trust outlives it."""
+    """Start and stop a worker: the trust stays when the worker has left."""
     worker = rig.worker()
     rig.trust()
     worker.terminate()
     assert worker.wait() == 0
 
 
+def wait_for_ticks(rig: Rig, count: int) -> None:
+    """Wait until the pulse has counted this many ticks."""
+    query = "select pulse_n from jobguard.sources"
+    end = rig.ask(query)[0][0] + count
+    eventually(lambda: rig.ask(query)[0][0] >= end)
+
+
 def closed_incident(rig: Rig) -> tuple[int, int]:
-    """Wait until the one incident is closed; gives how many were missing and how many came back."""
+    """Wait until the one incident is closed, and return its numbers of missing and of restored jobs."""
     question = "select missing, restored, closed_at is not null from jobguard.incidents"
     ((missing, restored, _),) = eventually(
         lambda: [rows for rows in [rig.ask(question)] if all(closed for *_, closed in rows)],
@@ -39,9 +46,9 @@ def closed_incident(rig: Rig) -> tuple[int, int]:
     return int(missing), int(restored)
 
 
-# Planted: a pulse that is missing read as a first start.
+# This test fails if a missing pulse is read as a first start.
 def test_a_flushed_redis_gets_back_what_waited_and_it_runs_once(rig: Rig) -> None:
-    """FLUSHALL of 2,000 waiting jobs: all of them run once, and the incident is closed."""
+    """After a FLUSHALL of 2,000 waiting jobs, all of them run once, and the incident is closed."""
     rig.reconciler()
     workers = [rig.worker(), rig.worker()]
     rig.trust()
@@ -65,9 +72,9 @@ def test_a_flushed_redis_gets_back_what_waited_and_it_runs_once(rig: Rig) -> Non
     assert missing >= restored > 1000
 
 
-# Planted: only a queue with a worker on record that has not left counts as trusted.
+# This test fails if only a queue with a registered, present worker counts as trusted.
 def test_a_flushed_queue_without_workers_is_restored_in_its_order(rig: Rig) -> None:
-    """Nobody works there at the time, but all who did were guarded: 2,000 jobs come back."""
+    """If no worker is present at the time, but all earlier ones were guarded, 2,000 jobs come back."""
     rig.reconciler()
     trusted_queue_without_workers(rig)
     labels = rig.enqueue(2000)
@@ -83,9 +90,9 @@ def test_a_flushed_queue_without_workers_is_restored_in_its_order(rig: Rig) -> N
     assert closed_incident(rig) == (2000, 2000)
 
 
-# No fault was planted here yet.
+# No planted fault has confirmed this test yet.
 def test_a_killed_redis_under_load_loses_nothing(rig: Rig) -> None:
-    """Killed -9 and empty again while jobs are enqueued and worked off: none lost, none twice."""
+    """Redis is killed with -9 under load and comes back empty: no job is lost, and none runs twice."""
     reconciler = rig.reconciler()
     workers = [rig.worker(), rig.worker()]
     rig.trust()
@@ -121,9 +128,9 @@ def test_a_killed_redis_under_load_loses_nothing(rig: Rig) -> None:
     assert not reconciler.ended
 
 
-# Planted: a refused start runs all the same.
+# This test fails if a refused start runs the job.
 def test_a_redis_that_went_back_in_time_runs_nothing_again(tmp_path: Path, database: str) -> None:
-    """Back from a snapshot: what ended since stays ended, what was recorded since comes back."""
+    """After a restore of a snapshot, ended jobs stay ended, and jobs recorded since then come back."""
     with RedisServer(persistence="rdb") as server:
         rig = Rig(tmp_path, database, server)
         try:
@@ -139,23 +146,20 @@ def test_a_redis_that_went_back_in_time_runs_nothing_again(tmp_path: Path, datab
             worker.terminate()
             worker.wait()
             new = rig.enqueue(50, prefix="new")
-            # What goes back by less than a tick of the pulse is found by the verification, later.
-            ticks = "select pulse_n from jobguard.sources"
-            then = rig.ask(ticks)[0][0]
-            eventually(lambda: rig.ask(ticks)[0][0] > then + 1)
+            # A rollback by less than one tick of the pulse is found later, by the verification.
+            wait_for_ticks(rig, 2)
 
             server.restore(snapshot)
             at = time.monotonic()
-            # All but the one that Redis had handed to the worker when that was paused.
+            # All but the one that Redis had given to the worker when the worker was paused.
             again = set(old) & set(rig.waiting())
             assert len(again) >= 49
             worker = rig.worker()
             rig.all_ended(new)
             print(f"what was recorded since ended {time.monotonic() - at:.2f} s after the rollback")
             rig.nothing_is_owed()
-            last = rig.enqueue(
-                1, prefix="last"
-            )  # of one worker: what stood before it is dealt with
+            # There is one worker: when it runs this job, it has handled all earlier entries of the list.
+            last = rig.enqueue(1, prefix="last")
             rig.all_ended(last)
 
             assert set(rig.runs("start").values()) == {1}
@@ -166,52 +170,52 @@ def test_a_redis_that_went_back_in_time_runs_nothing_again(tmp_path: Path, datab
             rig.close()
 
 
-# Planted: looks do not ask the brake.
-def test_a_pause_holds_within_a_second_and_resume_lets_go(
+# This test fails if an inspection does not check the brake.
+def test_a_pause_stops_the_restores_and_resume_continues_them(
     tmp_path: Path, database: str, own_redis: RedisServer
 ) -> None:
-    """Paused in the middle of a recovery: nothing more goes back until a person says so."""
+    """A pause in the middle of a recovery stops the restores, until `resume` is run."""
     rig = Rig(tmp_path, database, own_redis, JOBGUARD_RECOVERY_RATE="40")
     try:
         rig.reconciler()
         trusted_queue_without_workers(rig)
-        labels = rig.enqueue(200)
+        labels = rig.enqueue(400)
         rig.redis.flushall()
         eventually(rig.waiting)
 
-        rig.guard.pause()  # the command would take a while to come up, on a busy machine
-        time.sleep(1.0)  # the promise
-        held = len(rig.waiting())
-        looks = rig.ask("select pulse_n from jobguard.sources")[0][0] + 5
-        eventually(lambda: rig.ask("select pulse_n from jobguard.sources")[0][0] > looks)
-        assert len(rig.waiting()) == held < 200
+        rig.guard.pause()  # the command would need some time to start on a busy machine
+        wait_for_ticks(rig, 3)  # by then the inspection that ran at the pause is over
+        restored = len(rig.waiting())
+        wait_for_ticks(rig, 5)
+        assert len(rig.waiting()) == restored < 400
 
         assert rig.jobguard("resume").returncode == 0
-        eventually(lambda: len(rig.waiting()) == 200, 30)
+        eventually(lambda: len(rig.waiting()) == 400)
         assert rig.waiting() == labels
     finally:
         rig.close()
 
 
-# Planted: the automatic hold never pulls. (Before it was mended, resume held again at once.)
+# This test fails if the automatic hold never starts. (An earlier `resume` held the queue again at
+# once.)
 def test_many_jobs_absent_without_a_cause_hold_their_queue(
     tmp_path: Path, database: str, own_redis: RedisServer
 ) -> None:
-    """DEL of 300 waiting jobs holds the queue and says so; resume puts them back."""
+    """DEL of 300 waiting jobs holds the queue and logs it; resume puts the jobs back."""
     rig = Rig(tmp_path, database, own_redis, JOBGUARD_GRACE="1", JOBGUARD_SWEEP_INTERVAL="2")
     try:
         reconciler = rig.reconciler()
         rig.worker()
         rig.trust()
         rig.queue().enqueue("tests.acceptance.rig.turns", "busy", "end")
-        eventually(lambda: rig.pids("busy"))  # its one worker has its hands full
+        eventually(lambda: rig.pids("busy"))  # its one worker is busy
         labels = rig.enqueue(300)
-        # Whatever is younger than a minute may be on its way: that is a cause.
+        # A job that is younger than a minute may still be in transfer: that is a cause.
         rig.ask("update jobguard.jobs set recorded_at = recorded_at - interval '1 hour'")
         rig.redis.delete("rq:queue:mail", *(f"rq:job:{label}" for label in labels))
 
-        (held,) = eventually(lambda: reconciler.events("queue_held"), 30)
-        assert held["queue"] == "mail"
+        (event,) = eventually(lambda: reconciler.events("queue_held"), 30)
+        assert event["queue"] == "mail"
         assert rig.waiting() == []
         assert "mail is held" in rig.jobguard("doctor", "--redis", rig.server.url).stdout
 
@@ -228,9 +232,9 @@ def test_many_jobs_absent_without_a_cause_hold_their_queue(
         rig.close()
 
 
-# Planted: a pass is settled before its first walk.
+# This test fails if a pass counts as complete before its first walk.
 def test_one_pass_is_enough_after_a_loss(rig: Rig) -> None:
-    """`reconcile --once` puts back what a FLUSHALL took, says how much, and exits 0."""
+    """`reconcile --once` puts back the jobs that a FLUSHALL removed, reports how many, and exits with 0."""
     reconciler = rig.reconciler()
     trusted_queue_without_workers(rig)
     reconciler.terminate()
@@ -249,11 +253,11 @@ def test_one_pass_is_enough_after_a_loss(rig: Rig) -> None:
     assert rig.leader() is None
 
 
-# Planted: nothing is released.
+# This test fails if no job is released.
 def test_a_child_goes_on_when_its_parent_ended_unseen(
     tmp_path: Path, database: str, own_redis: RedisServer
 ) -> None:
-    """Redis dies while a parent runs and comes back empty: what the ledger knows lets the child go."""
+    """Redis dies while a parent runs and comes back empty: the ledger knows the end, and the child runs."""
     rig = Rig(tmp_path, database, own_redis, JOBGUARD_GRACE="1", JOBGUARD_SWEEP_INTERVAL="2")
     try:
         rig.reconciler()
@@ -279,9 +283,10 @@ def test_a_child_goes_on_when_its_parent_ended_unseen(
         rig.close()
 
 
-# Planted: the running parents are not shown (RQ takes a parent that it cannot find for one that ended).
+# This test fails if the running parents are not shown. (RQ takes a parent that it cannot find for
+# an ended one.)
 def test_a_child_waits_for_a_running_parent_that_redis_forgot(rig: Rig) -> None:
-    """After a FLUSHALL its running parents are in Redis again before it, and it waits for both."""
+    """After a FLUSHALL, Redis has the running parents again before the child, and it waits for both."""
     rig.reconciler()
     for number in (1, 2):
         rig.worker(f"parents-{number}")

@@ -1,9 +1,10 @@
-"""Every road by which a worker comes to be guarded, and every way RQ moves a job by itself.
+"""Every way by which a worker becomes guarded, and every way by which RQ itself moves a job.
 
-Planted once, each seen to fail: `install_hooks` doing nothing (`jobguard run`), the import of the
-hooks in adapters/rq/__init__.py removed (`-c`), `patches.install` in workers.py removed
-(`--worker-class`), `moving()` not set in lives.retry (the attempts), every draft fresh and without a
-parent (the scheduler's move), HostTracker.record doing nothing in a worker's child (the horse).
+Each of these faults made a test fail: `install_hooks` does nothing (`jobguard run`), the import of
+the hooks in the package of the RQ adapter is removed (`-c`), the workers do not install the patches
+(`--worker-class`), a retry does not mark the job as moving (the attempts), every draft is fresh and
+has no parent (the move by the scheduler), HostTracker.record does nothing in a child of a worker
+(the horse).
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_worker_is_guarded_by_every_documented_way(site: Site, way: str) -> None:
-    """Its start is a claim, its end is in Postgres, and it beat while it was there."""
+    """In each documented way, the start is a claim, the end is in PostgreSQL, and the worker has beaten."""
     (site.folder / "settings_of_the_app.py").write_text(
         "import jobguard, redis, rq\n"
         f"REDIS_URL = {site.redis_url!r}\n"
@@ -86,7 +87,7 @@ def test_a_worker_is_guarded_by_every_documented_way(site: Site, way: str) -> No
 
 
 def test_a_plain_worker_reports_nothing(site: Site) -> None:
-    """The test above can fail: without any of the ways the job stays owed."""
+    """Without any of these ways the job stays owed, so the test above can fail."""
     with site.producer() as (queue, _):
         job = queue.enqueue(roads.say, str(site.ledger))
     worker = site.start("bare", RQ, "worker", "--url", site.redis_url, "--burst", QUEUE)
@@ -96,7 +97,7 @@ def test_a_plain_worker_reports_nothing(site: Site) -> None:
 
 
 def test_a_job_that_the_scheduler_moves_has_one_life(site: Site) -> None:
-    """The move takes the place of the delay in one transaction: owed once, run once, completed."""
+    """The move supersedes the delayed delivery in one transaction: the job is owed once and runs once."""
     with site.producer() as (queue, _):
         job = queue.enqueue_in(timedelta(seconds=1), roads.say, str(site.ledger))
     assert site.ask("select due_at is not null from jobguard.jobs") == [True]
@@ -117,7 +118,7 @@ def test_a_job_that_the_scheduler_moves_has_one_life(site: Site) -> None:
 @pytest.mark.parametrize("interval", [0, 1])
 @pytest.mark.parametrize("times", [1, 2], ids=["then it returns", "and it fails for good"])
 def test_each_retry_supersedes_the_attempt_before(site: Site, interval: int, times: int) -> None:
-    """At once or after a wait, through a real fork: attempts are counted, the last one is the end."""
+    """At once or after a delay, through a real fork, attempts are counted, and the last one is the end."""
     with site.producer() as (queue, guard):
         job = queue.enqueue(
             roads.fail_at_first,
@@ -135,7 +136,7 @@ def test_each_retry_supersedes_the_attempt_before(site: Site, interval: int, tim
     )
     first, *moves, end = lives
     assert first[:2] == ("superseded", 1)
-    assert moves == ([("superseded", 2, 0)] if interval else [])  # the scheduler's move
+    assert moves == ([("superseded", 2, 0)] if interval else [])  # the move by the scheduler
     assert end == (last, 2, 1 if last == "failed" else 0)
     assert words(site.ledger) == {"tried": 2}
     assert site.owed() == []
@@ -143,11 +144,11 @@ def test_each_retry_supersedes_the_attempt_before(site: Site, interval: int, tim
 
 
 def test_a_job_that_enqueues_from_inside_a_horse(site: Site) -> None:
-    """The horse records on a connection of its own, and the parent's goes on being the parent's."""
+    """The horse records on its own connection, and the connection of the parent stays usable."""
     with site.producer() as (queue, _):
         first = queue.enqueue(roads.hand_on, str(site.ledger), site.redis_url)
         worker = site.worker(kind="Worker")
-        assert site.said(3) == {"first": 1, "recorded": 1, "second": 1}
+        assert site.wait_for_runs(3) == {"first": 1, "recorded": 1, "second": 1}
         again = queue.enqueue(roads.say, str(site.ledger), "third")
         site.completed(first.id, again.id)
     eventually(lambda: site.owed() == [])

@@ -1,7 +1,7 @@
-"""`jobguard run --` before RQ's other commands: what a person does by them is recorded, too.
+"""`jobguard run --` before other commands of RQ: jobs that such a command enqueues or removes are recorded.
 
-Planted once, each seen to fail: no question to the environment outside of workers, no word at the end
-of a command that guarded nothing.
+The commands find the ledger by their environment, and a command that guarded nothing reports it at
+its end.
 """
 
 from __future__ import annotations
@@ -34,25 +34,25 @@ def site(tmp_path: Path, database: str, redis_url: str) -> Iterator[Site]:
 
 
 def run(site: Site, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
-    """Run a command of RQ's under `jobguard run --`."""
+    """Run a command of RQ under `jobguard run --`."""
     done = site.command(RUN, "--", *words, PYTHONPATH=str(REPOSITORY), **more)
     assert done.returncode == 0, done.stderr
     return done
 
 
 def rq(site: Site, command: str, *words: str) -> subprocess.CompletedProcess[str]:
-    """Run one of `rq`'s own commands."""
+    """Run a command of `rq`."""
     return run(site, "rq", command, "--url", site.redis_url, *words)
 
 
 def test_rq_enqueue(site: Site) -> None:
-    """What it enqueues is recorded."""
+    """A job that `rq enqueue` pushes is recorded."""
     rq(site, "enqueue", "--queue", QUEUE, "tests.acceptance.roads.say", str(site.ledger))
     assert len(site.owed()) == 1
 
 
 def test_rq_empty(site: Site) -> None:
-    """What it takes out does not come back."""
+    """A job that `rq empty` removes does not come back."""
     with site.producer() as (queue, _):
         job = queue.enqueue(roads.say, str(site.ledger))
         rq(site, "empty", QUEUE)
@@ -61,20 +61,20 @@ def test_rq_empty(site: Site) -> None:
 
 
 def test_rq_requeue(site: Site) -> None:
-    """What it puts back is another delivery, and runs once."""
+    """A job that `rq requeue` puts back is another delivery, and runs once."""
     with site.producer() as (queue, _):
         job = queue.enqueue(roads.fail_at_first, str(site.ledger), "tried", 1)
-        site.worker("--burst").ends(60)
+        site.worker("--burst").ends()
         assert site.outcomes(job.id) == ["failed"]
         rq(site, "requeue", "--queue", QUEUE, job.id)
         assert site.owed() == [job.id]
-        site.worker("--burst").ends(60)
+        site.worker("--burst").ends()
         assert words(site.ledger) == {"tried": 2}
     site.nothing_is_owed()
 
 
-def test_a_command_that_guards_nothing_says_so(site: Site) -> None:
-    """A script that uses no queue, and one whose environment names no ledger."""
+def test_a_command_that_guards_nothing_reports_it(site: Site) -> None:
+    """A script that uses no queue, and a command without a ledger, print that nothing was guarded."""
     script = site.folder / "script.py"
     script.write_text("print('done')\n")
     assert "nothing was guarded" in run(site, str(script)).stderr
@@ -104,13 +104,13 @@ for _ in range(2):
     not importlib.util.find_spec("rq_scheduler"), reason="no rq-scheduler is installed"
 )
 def test_rq_scheduler(site: Site) -> None:
-    """What it enqueues is recorded; that it keeps jobs nobody records is said, once."""
+    """A job that rq-scheduler enqueues is recorded, and a log line warns once of its unrecorded store."""
     script = site.folder / "schedules.py"
     script.write_text(SCHEDULES.format(queue=QUEUE))
     path = f"{REPOSITORY}{os.pathsep}{site.folder}"
     command = (sys.executable, str(script), site.redis_url, str(site.ledger))
     app = site.start("app", *command, PYTHONPATH=path)
-    assert app.ends(60) == 0, app.log
+    assert app.ends() == 0, app.log
     assert app.log.count("is scheduled outside of RQ's own registry") == 1
     assert site.owed() == []
 
@@ -124,17 +124,17 @@ def test_rq_scheduler(site: Site) -> None:
         "--burst",
     )
     moved = site.start("scheduler", *scheduler, PYTHONPATH=path)
-    assert moved.ends(60) == 0, moved.log
+    assert moved.ends() == 0, moved.log
     eventually(lambda: len(site.owed()) == 2, message=moved.log)
-    site.worker("--burst").ends(60)
+    site.worker("--burst").ends()
     assert words(site.ledger) == {"ran": 2}
     site.nothing_is_owed()
 
 
 def test_a_worker_says_whether_it_is_guarded(site: Site) -> None:
-    """Its first lines say so, by RQ's own logger."""
+    """The first lines of a worker's log, by RQ's own logger, report if it is guarded."""
     worker = site.worker("--burst")
-    assert worker.ends(60) == 0
+    assert worker.ends() == 0
     assert f"guarded by jobguard: {QUEUE} of rq at" in "\n".join(worker.log.splitlines()[:3])
     rq_worker = ("rq", "worker", "--url", site.redis_url, "--burst", QUEUE)
     done = run(site, *rq_worker, JOBGUARD_POSTGRES_URL="")

@@ -1,7 +1,8 @@
-"""Tracers and error reporters, put on before the guard and after it: nobody misses anything.
+"""Tracers and error reporters, installed before the guard and after it: each gets everything.
 
-Planted once, seen to fail: a hook that calls the wrapper of the class's own dict unbound (Datadog raised
-at every enqueue of RQ's), a hook that is put on again over a wrapper that still calls it.
+One fault made a test fail: a hook that calls the wrapper of the class's own dict unbound (Datadog
+raised at every enqueue of RQ). The tests also guard twice, since a hook may be installed again over
+a wrapper that still calls it.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ MODULES = {
 ORDERS = ("tool first", "guard first")
 NOT_THERE = {
     ("dramatiq", "opentelemetry"),  # no instrumentation of Dramatiq
-    ("rq", "newrelic"),  # New Relic knows Celery alone
+    ("rq", "newrelic"),  # New Relic supports only Celery
     ("dramatiq", "newrelic"),
 }
 UNHEARD = pytest.mark.xfail(reason="Celery's worker has bound its tracer before Sentry comes")
@@ -43,11 +44,11 @@ CASES = [
     for tool in MODULES
     for order in ORDERS
     if (library, tool) not in NOT_THERE
-    # Sentry's middleware is for brokers that are made after it, guarded or not.
+    # Sentry's middleware is for brokers that are made after its start, guarded or not.
     and (library, tool, order) != ("dramatiq", "sentry", "guard first")
 ]
 SERVERS = ("redis", "postgres", "psycopg", "SELECT", "INSERT")
-"""How the names of spans of a server's clients begin: of those our own traffic has some."""
+"""Prefixes of the spans of clients of servers. Our own traffic has such spans too."""
 
 
 @pytest.fixture
@@ -59,7 +60,7 @@ def site(tmp_path: Path, database: str, redis_url: str) -> Iterator[Site]:
 
 
 def is_there(module: str) -> bool:
-    """Whether a tool is installed."""
+    """Return True if a tool is installed."""
     try:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:
@@ -68,7 +69,7 @@ def is_there(module: str) -> bool:
 
 @pytest.mark.parametrize(("library", "tool", "order"), CASES)
 def test_a_tracer(site: Site, library: str, tool: str, order: str) -> None:
-    """What it hears guarded, unguarded and guarded again is the same, and every end is in the ledger."""
+    """The tool gets the same spans guarded, unguarded and guarded again, and every end is in the ledger."""
     needed = [MODULES[tool], library]
     if (library, tool) == ("rq", "opentelemetry"):
         needed.append("opentelemetry_instrumentation_rq")
@@ -79,7 +80,7 @@ def test_a_tracer(site: Site, library: str, tool: str, order: str) -> None:
         env=site.env(PYTHONPATH=str(REPOSITORY)),
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=240,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -24,7 +24,9 @@ from tests.chaos.site import ChaosError
 @click.command()
 @click.option("--runs", type=click.IntRange(min=1), default=3, show_default=True)
 @click.option("--jobs", type=click.IntRange(min=50), default=2_000, show_default=True)
-@click.option("--seed", type=int, default=None, help="Of the first run; the others count on.")
+@click.option(
+    "--seed", type=int, default=None, help="Seed of the first run; each later run adds 1."
+)
 @click.option(
     "--library",
     "libraries",
@@ -46,8 +48,12 @@ from tests.chaos.site import ChaosError
     help=f"Deaths at each failpoint in each run; {HITS} in all runs together if not given.",
 )
 @click.option("--json", "path", type=click.Path(dir_okay=False, path_type=Path), default=None)
-@click.option("--sabotage", is_flag=True, help="Forbid recovery, to see that losses are seen.")
-@click.option("--unguarded", is_flag=True, help="Without jobguard: what the library loses alone.")
+@click.option("--sabotage", is_flag=True, help="Forbid recovery, to check that losses are found.")
+@click.option(
+    "--unguarded",
+    is_flag=True,
+    help="Run without jobguard, to see the losses of the library alone.",
+)
 @click.option(
     "--keep",
     type=click.Path(file_okay=False, path_type=Path),
@@ -66,8 +72,8 @@ def main(
     unguarded: bool,
     keep: Path | None,
 ) -> None:
-    """Let everything that can die die at random moments, and count what became of the jobs."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # end our children all the same
+    """Kill processes at random moments, and count the jobs that ran, were lost, or ran twice."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a SIGTERM too must end our children
     console = Console()
     if not console.is_terminal:
         console = Console(width=112)  # the table is wider than the eighty characters of a log
@@ -95,7 +101,7 @@ def main(
             report.show(console, results[-1:], report.problems(results[-1:]))
             as_ever = not (sabotage or unguarded)
             found = report.problems(results, hits=(hits or 0) * runs or HITS if as_ever else 0)
-            if path is not None:  # also of what was made before somebody lost patience
+            if path is not None:  # a run that a person interrupts leaves its results too
                 path.write_text(json.dumps(report.as_json(results, found), indent=1, default=str))
     if runs * len(libraries) > 1:
         console.rule("all runs")
@@ -106,7 +112,7 @@ def main(
 def _chosen(
     library: Library, wanted: str, *, guarded: bool
 ) -> tuple[tuple[str, ...], Sequence[str]]:
-    """Give the faults and the failpoints that were asked for, as far as this library has them."""
+    """Return the requested faults and failpoints that this library has."""
     there, places = faults_for(library, guarded=guarded), failpoints(library) if guarded else ()
     if wanted == "all":
         return there, places

@@ -21,18 +21,18 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
 SLOW = 2.8
-"""Its workers run a dozen jobs at a time."""
+"""Factor for the length of the jobs: the workers run a dozen jobs at a time."""
 RETRIES = 8
 VISIBILITY = 8.0
-"""Seconds after which Celery gives a message again that nobody acknowledged, were it held all the time."""
+"""Seconds after which Celery redelivers an unacknowledged message, even if a worker still has it."""
 
 app: Any = Celery("chaos", broker=os.environ[REDIS_VARIABLE], backend=os.environ[REDIS_VARIABLE])
 app.conf.update(
     broker_connection_retry_on_startup=True,
-    worker_prefetch_multiplier=1,  # what waits is to wait in Redis, too
+    worker_prefetch_multiplier=1,  # jobs that wait shall also wait in Redis
     broker_transport_options={
         "visibility_timeout": VISIBILITY,
-        # It looks every two seconds, not every hundred.
+        # Celery checks every two seconds, not only every hundred.
         "unacked_restore_interval": 2,
         "unacked_restore_throttle": 1,
     },
@@ -42,14 +42,14 @@ jobguard.guard(app)
 
 @app.task(name="work")
 def work(number: int, seconds: float) -> int:
-    """Work; the result says whose it is."""
+    """Work, and return the number of the job."""
     tasks.work(number, seconds)
     return number
 
 
 @app.task(name="fail_first", bind=True, max_retries=RETRIES)
 def fail_first(self: Any, number: int, seconds: float) -> int:
-    """Fail and retry: every other one waits in a worker for its next attempt."""
+    """Fail and retry: every second job waits in a worker for its next attempt."""
     try:
         tasks.fail_first(number, seconds)
     except ValueError as error:
@@ -59,7 +59,7 @@ def fail_first(self: Any, number: int, seconds: float) -> int:
 
 @app.task(name="follow")
 def follow(before: int | list[int], number: int, seconds: float, expected: int | list[int]) -> int:
-    """Work behind others, whose results are what they ought to be."""
+    """Work behind other jobs, and check that their results are right."""
     if before != expected:
         raise ValueError(f"{number} was given {before!r}, not {expected!r}")
     tasks.work(number, seconds)
@@ -68,14 +68,14 @@ def follow(before: int | list[int], number: int, seconds: float, expected: int |
 
 @app.task(name="send")
 def send(number: int, seconds: float, other: int, queue: str) -> int:
-    """Send another task, which has the same id however often this one is begun."""
+    """Send another task, which has the same id each time that this task starts."""
     again = work.s(other, seconds).set(queue=queue, task_id=f"sent-{other}")
     tasks.send(number, seconds, other, lambda: again.apply_async().id)
     return number
 
 
 def ways() -> Mapping[str, Way]:
-    """Give Celery's ways in; see tests.chaos.produce."""
+    """Return Celery's ways in; see tests.chaos.produce."""
 
     def plain(order: Order) -> Sequence[str]:
         return [work.s(order.number, order.seconds).apply_async(queue=order.queue).id]
@@ -107,7 +107,7 @@ def ways() -> Mapping[str, Way]:
         return ids
 
     def gather(order: Order) -> Sequence[str]:
-        """Enqueue a chord: in its header a task, one that is retried, and a chain."""
+        """Enqueue a chord: its header has a task, a task that is retried, and a chain."""
         plain, failing, first, second, last = order.numbers
         steps = [work.s(first, order.seconds), follow.s(second, order.seconds, first)]
         header = [
@@ -132,7 +132,7 @@ def ways() -> Mapping[str, Way]:
 
 
 def worker(name: str, pool: str, concurrency: str, ack: str, *queues: str) -> None:
-    """Work until told to stop; `late`: what a killed worker had is given again."""
+    """Work until a signal stops the worker; `late`: Celery redelivers the jobs of a killed worker."""
     late = ack == "late"
     app.conf.update(task_acks_late=late, task_reject_on_worker_lost=late)
     app.worker_main(
@@ -144,14 +144,14 @@ def worker(name: str, pool: str, concurrency: str, ack: str, *queues: str) -> No
 
 
 def producer(rate: str, seed: str, *queues: str) -> None:
-    """Enqueue until told to stop."""
+    """Enqueue until a signal stops the producer."""
     produce(ways(), queues, rate=float(rate), seed=int(seed), slow=SLOW)
 
 
 PROGRAMS: dict[str, Callable[..., None]] = {"worker": worker, "producer": producer}
 
 if __name__ == "__main__":
-    if sys.argv[1] == "producer":  # a worker of Celery sets up logging itself
+    if sys.argv[1] == "producer":  # a worker of Celery configures logging itself
         logging.basicConfig(format="%(asctime)s %(process)d %(name)s: %(message)s")
     logging.getLogger("jobguard").setLevel(logging.INFO)
     PROGRAMS[sys.argv[1]](*sys.argv[2:])

@@ -1,4 +1,4 @@
-"""What a run comes to: computed from the ledger and the log of kills, and from nothing else."""
+"""The figures of a run, computed only from the ledger and from the log of kills."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ if TYPE_CHECKING:
     from tests.chaos.kills import Kill
 
 RECORDED = ("after_record", "after_push")
-"""Who dies at these has committed its record: the job is owed, although nobody was told so."""
+"""A process that dies at these has committed its record: the job is owed, without an answer."""
 _OF_THIS_CALL = 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class Count:
-    """One run, counted."""
+    """The figures of one run."""
 
     enqueued: int
     executed: int
-    refused: int  # calls of enqueue that raised: nothing was promised
-    unanswered: int  # calls whose producer was killed meanwhile: nothing was promised
-    recorded: int  # of these, killed when the record was committed: the job must run
+    refused: int  # calls of enqueue that raised: their jobs were not accepted
+    unanswered: int  # calls whose producer was killed during the call: their jobs were not accepted
+    recorded: int  # the unanswered ones whose record was committed: these jobs must run
     lost: tuple[int, ...]
     twice: tuple[int, ...]  # completed more than once, and not excused
     excused: tuple[int, ...]
-    early: tuple[int, ...] = ()  # begun before all that the library was to run first had ended
+    early: tuple[int, ...] = ()  # begun before all jobs that the library had to run first had ended
 
 
 def count(ledger: Ledger, kills: Sequence[Kill]) -> Count:
-    """Count one run, of which nothing moves any more."""
+    """Count one run, after everything has ended."""
     unanswered = ledger.called.keys() - ledger.enqueued.keys() - ledger.refused.keys()
     recorded = _recorded(ledger, unanswered, kills)
     again = {number: marks for number, marks in ledger.ends.items() if len(marks) > 1}
@@ -60,10 +60,11 @@ def _is_early(ledger: Ledger, number: int) -> bool:
 
 
 def is_excused(ends: Sequence[Mark], kills: Sequence[Kill]) -> bool:
-    """Whether every completion but the last was by a worker that was killed before it could report.
+    """Return True if every completion except the last was by a worker that was killed before its report.
 
-    The end carries the pid of who ran the job and, for a work-horse, of the worker that reports for
-    it. One that lies further before the kill than a report takes, or behind it, excuses nothing.
+    An end carries the pid of the process that ran the job and, for a work-horse, of the worker that
+    reports for the horse. An end excuses nothing if it was after the kill, or earlier before the
+    kill than a report takes.
     """
     return all(
         any(
@@ -75,7 +76,7 @@ def is_excused(ends: Sequence[Mark], kills: Sequence[Kill]) -> bool:
 
 
 def _recorded(ledger: Ledger, unanswered: Collection[int], kills: Sequence[Kill]) -> set[int]:
-    """Find what was in the hands of a producer that died between its record and its answer."""
+    """Return the jobs of producers that died between the record and the answer."""
     deaths = {kill.pid: kill.at for kill in kills if kill.what in RECORDED}
     return {
         number

@@ -33,20 +33,21 @@ if TYPE_CHECKING:
 
 URL = os.environ[REDIS_VARIABLE]
 SLOW = 2.8
-"""Its workers run a dozen jobs at a time."""
+"""Factor for the length of the jobs: the workers run a dozen jobs at a time."""
 RETRIES = {"max_retries": 8, "min_backoff": 100, "max_backoff": 1000}
 
 actor: Any = dramatiq.actor
 broker: Any = RedisBroker(
     url=URL,
-    # Dramatiq gives again what a silent worker held: sooner than by default, and looks for it more often.
+    # Dramatiq redelivers the messages of a silent worker. It does so earlier and checks more often
+    # than by default.
     heartbeat_timeout=10_000,
     maintenance_chance=20_000,
 )
 broker.add_middleware(GroupCallbacks(Counters(url=URL)))
 broker.add_middleware(Results(backend=Answers(url=URL)))
 for name in QUEUES:
-    broker.declare_queue(name)  # no actor does
+    broker.declare_queue(name)  # no actor declares it
 dramatiq.set_broker(broker)
 guard = jobguard.guard(broker)
 
@@ -59,7 +60,7 @@ def work(number: int, seconds: float) -> None:
 
 @actor(**RETRIES)
 def fail_first(number: int, seconds: float) -> None:
-    """Fail, and have Dramatiq retry it."""
+    """Fail, and have Dramatiq retry the job."""
     tasks.fail_first(number, seconds)
 
 
@@ -72,7 +73,7 @@ def begin(number: int, seconds: float) -> int:
 
 @actor(store_results=True, **RETRIES)
 def follow(number: int, seconds: float, expected: int, before: int) -> int:
-    """Work as a later step, given what the one before returned."""
+    """Work as a later step, with the result of the step before."""
     if before != expected:
         raise ValueError(f"{number} was given {before!r}, not {expected!r}")
     tasks.work(number, seconds)
@@ -81,7 +82,7 @@ def follow(number: int, seconds: float, expected: int, before: int) -> int:
 
 @actor(**RETRIES)
 def send(number: int, seconds: float, other: int, queue: str) -> None:
-    """Send another message, which has the same id however often this one is begun."""
+    """Send another message, which has the same id each time that this one starts."""
     again = _message(work, queue, other, seconds).copy(message_id=f"sent-{other}")
     tasks.send(number, seconds, other, lambda: _id(broker.enqueue(again)))
 
@@ -95,7 +96,7 @@ def _id(message: Any) -> str:
 
 
 def ways() -> Mapping[str, Way]:
-    """Give Dramatiq's ways in; see tests.chaos.produce."""
+    """Return Dramatiq's ways in; see tests.chaos.produce."""
 
     def plain(order: Order) -> Sequence[str]:
         return [_id(broker.enqueue(_message(work, order.queue, order.number, order.seconds)))]
@@ -105,7 +106,7 @@ def ways() -> Mapping[str, Way]:
         return [_id(broker.enqueue(message, delay=int(order.wait * 1000)))]
 
     def failing(order: Order) -> Sequence[str]:
-        """Enqueue with retries: every other one waits in a worker for its next attempt."""
+        """Enqueue with retries: every second job waits in a worker for its next attempt."""
         message = _message(fail_first, order.queue, order.number, order.seconds)
         if order.number % 2:
             message = message.copy(options={"min_backoff": 6000, "max_backoff": 6000})
@@ -123,7 +124,7 @@ def ways() -> Mapping[str, Way]:
         return [_id(message) for message in _pipe(order, order.numbers).run().messages]
 
     def gather(order: Order) -> Sequence[str]:
-        """Enqueue a group with a callback: a message, one that is retried, and a pipeline."""
+        """Enqueue a group with a callback: a message, a message that is retried, and a pipeline."""
         one, failing, *piped, last = order.numbers
         callback = _message(work, order.queue, last, order.seconds)
         members = group(
@@ -158,14 +159,14 @@ def _pipe(order: Order, numbers: Sequence[int]) -> Any:
 
 
 def command(processes: str, threads: str, *queues: str) -> None:
-    """Be the command of Dramatiq."""
+    """Run the command of Dramatiq."""
     arguments = ["--processes", processes, "--threads", threads, "--queues", *queues]
     parsed = cli.make_argument_parser().parse_args(["tests.chaos.dramatiq_program", *arguments])
     sys.exit(cli.main(parsed))
 
 
 def worker(threads: str, *queues: str) -> None:
-    """Work in this very process until told to stop."""
+    """Work in this process until a signal stops the worker."""
     stopped = threading.Event()
     signal.signal(signal.SIGTERM, lambda _number, _frame: stopped.set())
     one = dramatiq.Worker(broker, queues=set(queues), worker_threads=int(threads))
@@ -175,7 +176,7 @@ def worker(threads: str, *queues: str) -> None:
 
 
 def producer(rate: str, seed: str, *queues: str) -> None:
-    """Enqueue until told to stop."""
+    """Enqueue until a signal stops the producer."""
     produce(ways(), queues, rate=float(rate), seed=int(seed), slow=SLOW)
 
 
@@ -186,7 +187,7 @@ PROGRAMS: dict[str, Callable[..., None]] = {
 }
 
 if __name__ == "__main__":
-    if sys.argv[1] != "command":  # it sets up logging itself
+    if sys.argv[1] != "command":  # the command configures logging itself
         logging.basicConfig(format="%(asctime)s %(process)d %(name)s: %(message)s")
     logging.getLogger("jobguard").setLevel(logging.INFO)
     PROGRAMS[sys.argv[1]](*sys.argv[2:])

@@ -1,7 +1,7 @@
-"""The faults. Each is a generator that is stepped at every tick, so that the supervisor goes on meanwhile.
+"""The faults. Each is a generator that is stepped at every tick, so that the supervisor can work between.
 
-It returns, by way of the step that ends it, a few words on what it did; None means that there was nothing
-to be done it to, and it is tried again later.
+A generator returns a short description of its effect. It returns None if there was no target for
+the fault; then the fault is tried again later.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ Fault = Callable[["Site", random.Random], Steps]
 
 DOWN_SECONDS = 0.5
 STAKE = 25
-"""Jobs that should be owed when Redis loses its data: or else nothing is at stake."""
+"""Jobs that should be owed when Redis loses its data: otherwise nothing can be lost."""
 _PATIENCE = 20.0
 _ACKS = 1.0
-"""Seconds within which Redis is told that a job has ended."""
+"""Seconds within which a worker acknowledges an ended job in Redis."""
 _FRESH = 0.3
-"""A long job that started so recently surely runs on for a moment."""
+"""Seconds since the start after which a long job certainly still runs for a moment."""
 
 
 def redis_kill(site: Site, chance: random.Random) -> Steps:
-    """Redis: kill -9, and back empty."""
+    """Kill Redis with -9, and start it empty."""
     yield from _stake(site)
     owed = site.backlog()
     site.redis.kill()
@@ -53,7 +53,7 @@ def redis_kill(site: Site, chance: random.Random) -> Steps:
 
 
 def flushall(site: Site, chance: random.Random) -> Steps:
-    """Redis: FLUSHALL."""
+    """Run FLUSHALL in Redis."""
     yield from _stake(site)
     owed = site.backlog()
     site.client.flushall()
@@ -62,7 +62,7 @@ def flushall(site: Site, chance: random.Random) -> Steps:
 
 
 def old_snapshot(site: Site, chance: random.Random) -> Steps:
-    """Redis: killed, and back with the data of some seconds before."""
+    """Kill Redis, and start it with the data of some seconds before."""
     yield from _stake(site)
     snapshot = site.redis.snapshot()
     ended = site.reader.ledger.executed
@@ -73,7 +73,7 @@ def old_snapshot(site: Site, chance: random.Random) -> Steps:
 
 
 def redis_restart(site: Site, chance: random.Random) -> Steps:
-    """Redis: stopped and back with all its data; what was on the way to it, or from it, is not."""
+    """Stop and start Redis with all its data; commands and answers in transfer are lost."""
     yield from _stake(site)
     owed = site.backlog()
     site.redis.restart(keep_data=True)
@@ -81,7 +81,7 @@ def redis_restart(site: Site, chance: random.Random) -> Steps:
 
 
 def list_deleted(site: Site, chance: random.Random) -> Steps:
-    """A queue's list is deleted."""
+    """Delete the list of a queue."""
 
     def longest() -> str | None:
         key, members = max(site.lists().items(), key=lambda pair: len(pair[1]))
@@ -97,7 +97,7 @@ def list_deleted(site: Site, chance: random.Random) -> Steps:
 
 
 def job_deleted(site: Site, chance: random.Random) -> Steps:
-    """One waiting job is deleted."""
+    """Delete one waiting job."""
 
     def waiting() -> list[tuple[str, bytes]]:
         return [(key, member) for key, members in site.lists().items() for member in members]
@@ -108,7 +108,7 @@ def job_deleted(site: Site, chance: random.Random) -> Steps:
 
 
 def book_deleted(site: Site, chance: random.Random) -> Steps:
-    """A key is deleted in which the library notes what workers hold, or counts."""
+    """Delete a key in which the library notes the jobs of workers, or a counter."""
     pattern = chance.choice(site.library.layout.books)
 
     def there() -> list[bytes]:
@@ -123,7 +123,7 @@ def book_deleted(site: Site, chance: random.Random) -> Steps:
 
 
 def worker_kill(site: Site, chance: random.Random) -> Steps:
-    """A worker is killed with -9, together with whatever it forked."""
+    """Kill a worker and its children with -9."""
     name = chance.choice(sorted(site.workers))
     yield from _until(lambda: site.is_busy(site.workers[name]))
     site.kill(site.workers[name], "worker_kill")
@@ -131,7 +131,7 @@ def worker_kill(site: Site, chance: random.Random) -> Steps:
 
 
 def horse_kill(site: Site, chance: random.Random) -> Steps:
-    """The child that runs a job is killed with -9, and its worker lives."""
+    """Kill the child that runs a job with -9. Its worker lives."""
     found: list[psutil.Process] = []
 
     def caught() -> bool:
@@ -144,7 +144,7 @@ def horse_kill(site: Site, chance: random.Random) -> Steps:
     horse = found[0]
     try:
         horse.kill()
-    except psutil.NoSuchProcess:  # it was quicker
+    except psutil.NoSuchProcess:  # it ended before the kill
         return None
     wait_until_gone(horse)
     site.kills.note("horse_kill", horse.pid)
@@ -152,7 +152,7 @@ def horse_kill(site: Site, chance: random.Random) -> Steps:
 
 
 def worker_term(site: Site, chance: random.Random) -> Steps:
-    """A worker of two queues is asked to stop, as a deploy does it."""
+    """Send a worker of two queues the signal that a deployment sends."""
     role = chance.choice([role for role in site.library.workers if len(role.queues) > 1])
     stop = chance.choice(role.stops)
     yield from _until(lambda: not site.workers[role.name].ended)
@@ -164,7 +164,7 @@ def worker_term(site: Site, chance: random.Random) -> Steps:
 
 
 def producer_kill(site: Site, chance: random.Random) -> Steps:
-    """A producer is killed with -9; between record and push the failpoints do it."""
+    """Kill a producer with -9; the failpoints kill producers between record and push."""
     yield from _until(lambda: any(not child.ended for child in site.producers))
     running = [child for child in site.producers if not child.ended]
     if not running:
@@ -175,7 +175,7 @@ def producer_kill(site: Site, chance: random.Random) -> Steps:
 
 
 def leader_kill(site: Site, chance: random.Random) -> Steps:
-    """The leading reconciler is killed with -9."""
+    """Kill the leading reconciler with -9."""
     leader = yield from _leader(site)
     if leader is None:
         return None
@@ -186,14 +186,14 @@ def leader_kill(site: Site, chance: random.Random) -> Steps:
 
 
 def leader_stop(site: Site, chance: random.Random) -> Steps:
-    """The leading reconciler is stopped until another leads, and wakes up then."""
+    """Stop the leading reconciler until another one leads, and resume it then."""
     leader = yield from _leader(site)
     if leader is None:
         return None
     pid, at = leader.pid, time.monotonic()
     site.pause(leader)
     yield from _pass(chance.uniform(0, 2))
-    site.client.flushall()  # or else whoever sleeps through it misses nothing
+    site.client.flushall()  # otherwise the stopped leader has nothing to recover
     site.lost_at = time.time()
     yield from _until(lambda: site.leader() not in (None, pid))
     took = time.monotonic() - at
@@ -203,14 +203,14 @@ def leader_stop(site: Site, chance: random.Random) -> Steps:
 
 
 def postgres_restart(site: Site, chance: random.Random) -> Steps:
-    """Postgres is restarted, and nothing else happens until what waited for it is written.
+    """Restart PostgreSQL, with no other fault until all waiting reports are written.
 
-    While it is away, a process that dies takes along what it could not write: no other fault now.
-    Nor is there a fence: what has a second copy since Redis lost it is to have ended before, and its
-    copies are to have met a worker.
+    A process that dies during the outage loses the reports that it could not write, so there must
+    be no other fault. There is also no fence during the outage. So a job that has a second copy,
+    because Redis lost the job, must have ended before, and a worker must have met its copies.
     """
     site.kills.disarm()
-    if not (yield from _until(lambda: _is_settled(site))):
+    if not (yield from _until(lambda: _has_ended_lost_jobs(site))):
         return None
     yield from _pass(1.0)
     at = time.monotonic()
@@ -245,7 +245,7 @@ _OF_JOBGUARD = {"leader_kill", "leader_stop", "postgres_restart"}
 
 
 def faults_for(library: Library, *, guarded: bool) -> tuple[str, ...]:
-    """Name the faults that there can be."""
+    """Return the names of the faults that are possible."""
     out = set() if guarded else _OF_JOBGUARD
     if not library.layout.books:
         out = out | {"book_deleted"}
@@ -253,14 +253,14 @@ def faults_for(library: Library, *, guarded: bool) -> tuple[str, ...]:
 
 
 def _pass(seconds: float) -> Generator[None, None, None]:
-    """Let some time pass, which is part of the fault."""
+    """Wait for some seconds as a part of the fault."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         yield
 
 
 def _until(is_so: Callable[[], bool]) -> Generator[None, None, bool]:
-    """Wait for something, but not for ever."""
+    """Wait for a condition, with a deadline."""
     until = time.monotonic() + _PATIENCE
     while time.monotonic() < until:
         try:
@@ -282,7 +282,7 @@ def _leader(site: Site) -> Generator[None, None, Child | None]:
 
 
 def _horses(site: Site) -> list[psutil.Process]:
-    """Find the children of forking workers that began a job a moment ago."""
+    """Return the children of forking workers that began a job a moment ago."""
     forking = {
         site.workers[role.name].pid
         for role in site.library.workers
@@ -301,26 +301,28 @@ def _horses(site: Site) -> list[psutil.Process]:
     return found
 
 
-def _is_settled(site: Site) -> bool:
-    """Whether all that was enqueued when Redis lost its data for the last time has ended.
+def _has_ended_lost_jobs(site: Site) -> bool:
+    """Return True if all jobs enqueued before the last loss of Redis have ended.
 
-    And Redis has nothing that ended longer ago than a worker needs to acknowledge it.
+    In addition, Redis must have no job that ended longer ago than a worker needs for its
+    acknowledgement.
     """
     counted = site.reader.ledger
     if any(counted.enqueued[number].at < site.lost_at for number in counted.owed()):
         return False
     ended = {number for number, marks in counted.ends.items() if marks[0].at < time.time() - _ACKS}
-    held = site.library.layout.held(site.client, QUEUES)
-    return not any(counted.number_of.get(job_id) in ended for job_id in held)
+    unfinished = site.library.layout.unfinished(site.client, QUEUES)
+    return not any(counted.number_of.get(job_id) in ended for job_id in unfinished)
 
 
 def _is_written(site: Site, back_at: datetime) -> bool:
-    """Whether Postgres has all that was enqueued, and no worker has anything left to tell.
+    """Return True if PostgreSQL has all enqueued jobs, and no worker has unwritten reports.
 
-    What a worker said before the outage says nothing about what it could not write in it.
+    A beat from before the outage does not show if the worker has reports that it could not write.
     """
     counted = site.reader.ledger
-    pushed = counted.owed() - counted.follows.keys()  # the others only when those before them end
+    # The others are pushed only when those before them end.
+    pushed = counted.owed() - counted.follows.keys()
     ids = [job_id for job_id, number in counted.number_of.items() if number in pushed]
     known = site.ask(
         "select count(*) from unnest(%s::text[]) as owed (id)"

@@ -1,7 +1,7 @@
-"""The harness's own log of deaths: the kills it dealt itself, and those of the failpoints.
+"""The harness's log of deaths: the kills by the harness, and the deaths at failpoints.
 
-A kill of ours is noted when the process is gone, so that it cannot have written anything later; a
-failpoint notes its own death just before it.
+A kill by the harness is noted when the process has ended, so that the process cannot write anything
+later. A failpoint notes its own death just before it happens.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Kill:
-    """One process that was killed with -9: by which fault or failpoint, and when it was gone."""
+    """One process that was killed with -9: the fault or failpoint, and the time of its end."""
 
     what: str
     pid: int
@@ -25,7 +25,7 @@ class Kill:
 
 
 class KillLog:
-    """One file of lines `what pid nanoseconds` for our kills, and one for each armed failpoint."""
+    """One file with lines `what pid nanoseconds` for our kills, and one for each armed failpoint."""
 
     def __init__(self, folder: Path, failpoints: Iterable[str]) -> None:
         self._ours = folder / "kills"
@@ -38,32 +38,32 @@ class KillLog:
             (self._resting / name).touch()
 
     def note(self, what: str, pid: int) -> None:
-        """Write down that this process is gone."""
+        """Note that this process has ended."""
         with self._ours.open("a") as file:
             file.write(f"{what} {pid} {time.time_ns()}\n")
 
     def arm(self) -> None:
-        """Let the failpoints kill."""
+        """Enable the failpoints."""
         if self._resting.exists():
             self._resting.rename(self.armed)
 
     def disarm(self) -> None:
-        """Let none of them kill from now on; whoever is killed has said so."""
+        """Disable all failpoints; a process that was killed has noted it."""
         if self.armed.exists():
             self.armed.rename(self._resting)
 
     def retire(self, name: str) -> None:
-        """Let this one kill nobody any more, armed or not."""
+        """Disable this failpoint for ever, armed or not."""
         if name not in self._over:
             self._file(name).rename(self._ours.with_name(f"kills-{name}"))
             self._over.add(name)
 
     def hits(self, name: str) -> int:
-        """Count how many processes died at this failpoint."""
+        """Count the processes that died at this failpoint."""
         return len(_read(self._file(name)))
 
     def all(self) -> list[Kill]:
-        """Give every kill so far."""
+        """Return every kill so far."""
         files = [self._ours, *self._ours.parent.glob("kills-*")]
         for folder in (self.armed, self._resting):
             files += folder.glob("*")

@@ -1,4 +1,4 @@
-"""Where each library keeps its jobs in Redis: what the faults take away, and what is told afterwards."""
+"""The place of the jobs of each library in Redis: faults delete from it, and the report describes it."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ if TYPE_CHECKING:
     import redis
 
 _SHOWN = 200
-"""Characters of one value that are worth being read."""
+"""Characters of one value that the report shows."""
 
 
 class Layout(Protocol):
-    """One library's keys."""
+    """The keys of one library."""
 
     books: Sequence[str]
-    """Patterns of the keys in which it notes what workers hold and what is counted, if any."""
+    """Patterns of the keys for the jobs of workers and for counters, if there are any."""
 
     def lists(self, client: redis.Redis, queues: Iterable[str]) -> Mapping[str, Sequence[bytes]]:
-        """Give the key of each list of waiting jobs, and what is in it."""
+        """Return the key of each list of waiting jobs, with its members."""
 
-    def held(self, client: redis.Redis, queues: Iterable[str]) -> set[str]:
-        """Give the ids of the jobs that wait, are delayed, or were taken and not acknowledged."""
+    def unfinished(self, client: redis.Redis, queues: Iterable[str]) -> set[str]:
+        """Return the ids of the jobs that wait, are delayed, or were taken and not acknowledged."""
 
     def delete(self, client: redis.Redis, key: str, member: bytes) -> str | None:
-        """Delete the one job that this member of a list stands for; None: it was gone already."""
+        """Delete the one job of this member of a list, and return its name; None if it was already gone."""
 
     def about(self, client: redis.Redis, queues: Iterable[str], job_id: str) -> dict[str, Any]:
-        """Tell where Redis has a job."""
+        """Return where Redis has a job."""
 
 
 class RQLayout:
@@ -41,11 +41,11 @@ class RQLayout:
     books: Sequence[str] = ()
 
     def lists(self, client: redis.Redis, queues: Iterable[str]) -> Mapping[str, Sequence[bytes]]:
-        """One list a queue."""
+        """Return one list for each queue."""
         return _lists(client, [f"rq:queue:{queue}" for queue in queues])
 
-    def held(self, client: redis.Redis, queues: Iterable[str]) -> set[str]:
-        """What is in lists: a job that is scheduled or runs has no second body."""
+    def unfinished(self, client: redis.Redis, queues: Iterable[str]) -> set[str]:
+        """Return the members of the lists: a scheduled or running job has no second body."""
         return {one.decode() for members in self.lists(client, queues).values() for one in members}
 
     def delete(self, client: redis.Redis, key: str, member: bytes) -> str | None:
@@ -54,13 +54,13 @@ class RQLayout:
         return name if client.delete(name) else None
 
     def about(self, client: redis.Redis, queues: Iterable[str], job_id: str) -> dict[str, Any]:
-        """Give the fields of its hash."""
+        """Return the fields of the job's hash."""
         fields: Any = client.hgetall(f"rq:job:{job_id}")
         return {name.decode(): _shown(value) for name, value in fields.items() if name != b"data"}
 
 
 class CeleryLayout:
-    """A list of whole messages for each queue and priority; those that a worker took are in `unacked`."""
+    """A list of whole messages for each queue and priority; messages taken by workers are in `unacked`."""
 
     books: Sequence[str] = (
         "unacked",
@@ -70,13 +70,14 @@ class CeleryLayout:
     )
 
     def lists(self, client: redis.Redis, queues: Iterable[str]) -> Mapping[str, Sequence[bytes]]:
-        """All are published with the default priority."""
+        """Return the lists of the default priority, with which all jobs are published."""
         return _lists(client, queues)
 
-    def held(self, client: redis.Redis, queues: Iterable[str]) -> set[str]:
-        """What is in lists, and what workers hold.
+    def unfinished(self, client: redis.Redis, queues: Iterable[str]) -> set[str]:
+        """Return the ids of the messages in lists and with workers.
 
-        Not what one has let go of: if that has ended, nothing puts it back before the visibility timeout.
+        Messages that a live worker has dropped do not count: if such a job has ended, nothing puts
+        it back before the visibility timeout.
         """
         unacked: Any = client.hvals("unacked")
         taken = [json.loads(one)[0] for one in unacked]
@@ -93,7 +94,7 @@ class CeleryLayout:
         return f"{job_id} of {key}" if client.lrem(key, 1, member.decode()) else None
 
     def about(self, client: redis.Redis, queues: Iterable[str], job_id: str) -> dict[str, Any]:
-        """Tell which lists and tags have a message of this id, and give its result."""
+        """Return the lists and tags that have a message of this id, and the job's result."""
         lists = self.lists(client, queues).items()
         unacked: Any = client.hgetall("unacked")
         result: Any = client.get(f"celery-task-meta-{job_id}")
@@ -112,21 +113,21 @@ class DramatiqLayout:
         "dramatiq:*.msgs",
         "dramatiq:__acks__.*",
         "dramatiq:__heartbeats__",
-        "????????-????-????-????-????????????",  # what counts the members of a group
+        "????????-????-????-????-????????????",  # the counters of the members of a group
     )
 
     def lists(self, client: redis.Redis, queues: Iterable[str]) -> Mapping[str, Sequence[bytes]]:
-        """One list a queue; what is delayed waits in the memory of workers."""
+        """Return one list for each queue; delayed messages wait in the memory of workers."""
         return _lists(client, [f"dramatiq:{queue}" for queue in queues])
 
-    def held(self, client: redis.Redis, queues: Iterable[str]) -> set[str]:
-        """Every body that is there; a dead letter is done with."""
-        held: set[str] = set()
+    def unfinished(self, client: redis.Redis, queues: Iterable[str]) -> set[str]:
+        """Return the id of every body in Redis, except dead letters."""
+        found: set[str] = set()
         for queue in queues:
             for name in (queue, f"{queue}.DQ"):
                 bodies: Any = client.hvals(f"dramatiq:{name}.msgs")
-                held |= {str(json.loads(body)["message_id"]) for body in bodies}
-        return held
+                found |= {str(json.loads(body)["message_id"]) for body in bodies}
+        return found
 
     def delete(self, client: redis.Redis, key: str, member: bytes) -> str | None:
         """Delete the body; its id stays in the list."""
@@ -134,7 +135,7 @@ class DramatiqLayout:
         return f"{job} of {key}.msgs" if client.hdel(f"{key}.msgs", job) else None
 
     def about(self, client: redis.Redis, queues: Iterable[str], job_id: str) -> dict[str, Any]:
-        """Tell where there is a body of this id, whether it is listed, and who has taken it."""
+        """Return where there is a body of this id, if its id is listed, and which worker has taken it."""
         reported: dict[str, Any] = {}
         acks: Any = [key.decode() for key in client.scan_iter("dramatiq:__acks__.*")]
         for queue in queues:

@@ -1,6 +1,6 @@
-"""The libraries that chaos is made with: an entry says which processes there are and where keys lie.
+"""The libraries that chaos supports: an entry names the processes and the layout of the keys.
 
-Everything else, the tasks, the faults, the ledger and the counting, is the same for all of them.
+Everything else (the tasks, the faults, the ledger and the counting) is the same for all of them.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
 
 QUEUES = ("mail", "image")
 REDIS_VARIABLE = "CHAOS_REDIS_URL"
-"""Names Redis to the programs; no setting of ours, nor one of the libraries."""
+"""The address of Redis for the programs; it is no setting of jobguard or of a library."""
 
 
 @dataclass(frozen=True, slots=True)
 class Role:
-    """One process of the library: how it is started, and what may be done to it."""
+    """One process of the library: how it is started, and which faults it may get."""
 
     name: str
     arguments: tuple[str, ...]  # behind `python -m module`, and followed by the queues
     queues: tuple[str, ...] = QUEUES
     forks: bool = False
     failpoints: Mapping[str, float] | None = None
-    stops: tuple[str, ...] = ("SIGTERM",)  # of which one ends it in order
+    stops: tuple[str, ...] = ("SIGTERM",)  # each of these ends it in order
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class Library:
     name: str
     module: str
     workers: tuple[Role, ...]
-    services: tuple[Role, ...]  # what the library needs besides: only failpoints are aimed at it
+    services: tuple[Role, ...]  # other processes that the library needs; only failpoints kill them
     producer_failpoints: Mapping[str, float]
     layout: Layout
 
@@ -67,7 +67,7 @@ RQ = Library(
     layout=RQLayout(),
 )
 
-# Their workers publish, too: the next step of a chain, a retry, what a task sends.
+# These workers publish, too: the next step of a chain, a retry, a message that a task sends.
 _PUBLISHER = _WORKER | {"after_record": 0.02, "after_push": 0.02}
 
 
@@ -79,7 +79,7 @@ def _celery(name: str, *how: str, queues: tuple[str, ...] = QUEUES) -> Role:
         queues,
         forks=forks,
         failpoints=_PUBLISHER,
-        # A cold shutdown gives up what runs; a pool without processes has no such thing.
+        # A cold shutdown gives up running tasks; only a pool with processes has a cold shutdown.
         stops=("SIGTERM", "SIGQUIT") if forks else ("SIGTERM",),
     )
 
@@ -120,7 +120,7 @@ RECONCILER_FAILPOINTS = {"after_incident_row": 0.6, "after_restore": 0.5, "after
 
 
 def failpoints(library: Library) -> list[str]:
-    """Name every failpoint that some process of this library's installation may die at."""
+    """Return the names of the failpoints at which a process of this library may die."""
     places = dict(library.producer_failpoints)
     for role in (*library.workers, *library.services):
         places |= role.failpoints or {}

@@ -1,4 +1,4 @@
-"""What is asked for, and the settings under which all of it happens."""
+"""The options of a run, and its settings."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ if TYPE_CHECKING:
     from tests.chaos.libraries import Library
 
 SETTINGS = {
-    # The same rules as by default, sooner: a run is to be over in minutes.
+    # The rules of the defaults, with shorter times: a run shall end in minutes.
     "JOBGUARD_WORKER_TIMEOUT": "6",
     "JOBGUARD_BEAT_INTERVAL": "1",
     "JOBGUARD_SWEEP_INTERVAL": "15",
     "JOBGUARD_GRACE": "3",
     "JOBGUARD_LEASE": "4",
-    # On a busy machine too an end is to be written within the 100 ms that excuse a second completion.
+    # Also on a busy machine, an end must be written within the 100 ms that excuse a second
+    # completion.
     "JOBGUARD_ENDS_INTERVAL": "0.02",
-    # A job that chance lets meet four deaths is not to be given up, nor to wait five minutes.
+    # A job that meets four deaths by chance must not be given up, nor wait five minutes.
     "JOBGUARD_CRASH_BUDGET": "20",
     "JOBGUARD_CRASH_BACKOFF": "0,1,2",
     # A deleted list is an absence without a cause; the brake would wait for a person.
@@ -29,9 +30,9 @@ SETTINGS = {
     "JOBGUARD_BRAKE_SHARE": "1",
 }
 LOAD_SECONDS = 45.0
-"""The jobs of a run are enqueued over this long, unless its faults take longer."""
+"""The jobs of a run are enqueued in this time, unless its faults take longer."""
 HITS = 20
-"""Every failpoint is to be hit so often, in all runs together."""
+"""The required deaths at every failpoint, in all runs together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,19 +43,19 @@ class Plan:
     jobs: int
     seed: int
     faults: tuple[str, ...]
-    hits: dict[str, int]  # failpoint -> how often it is to be hit in this run
+    hits: dict[str, int]  # failpoint -> how many deaths it shall cause in this run
     sabotage: bool = False
     guarded: bool = True
     keep: Path | None = None
 
     @property
     def rate(self) -> float:
-        """Jobs a second."""
+        """The number of jobs for each second."""
         return max(40.0, self.jobs / LOAD_SECONDS)
 
     @property
     def patience(self) -> float:
-        """Seconds without any movement after which nothing more will come."""
+        """The seconds without any progress after which the run is over."""
         if self.sabotage or not self.guarded:
-            return 8.0  # nobody puts anything back
+            return 8.0  # nothing is put back
         return max(30.0, 3 * float(SETTINGS["JOBGUARD_WORKER_TIMEOUT"]) + 2 * Settings().grace)

@@ -1,9 +1,9 @@
-"""What every producer does, whatever the library: it enqueues at a steady rate until it is told to stop.
+"""The loop of every producer in every library: it enqueues at a steady rate until a signal stops it.
 
-Each call is announced in the ledger before it is made, and answered after it has returned or raised. A
-producer that is killed leaves calls without an answer: nothing was promised by them. What one call
-promises may be several jobs, of which some are to be run behind others: each is a job of its own here,
-and must complete as often as any other.
+Each call is announced in the ledger before it is made, and its answer is noted after it has
+returned or raised. A killed producer leaves calls without an answer: their jobs were not accepted.
+One call may accept several jobs, of which some must run behind others: each is a job of its own
+here, and must complete as often as any other job.
 """
 
 from __future__ import annotations
@@ -25,55 +25,57 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 BLOCK = 10_000
-"""Numbers that one boot of a producer may use."""
+"""The count of numbers that one boot of a producer may use."""
 LONG = 0.6
-"""Seconds of a job that is long enough to be caught in the middle."""
+"""Seconds of a job that is long enough for a kill during its run."""
 SLOWED = 0.25
-"""The share of its rate at which a producer goes on while the file `enough` lies beside the ledger."""
+"""The share of its rate at which a producer continues while the file `enough` exists."""
 _REFUSED_PAUSE = 0.05
 
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What is to be enqueued in one call."""
+    """The jobs to enqueue in one call."""
 
     queue: str
     numbers: Sequence[int]
     seconds: float  # of each job
-    wait: float  # of those that are to wait
+    wait: float  # of the delayed jobs
 
     @property
     def number(self) -> int:
-        """The job, of a call for one."""
+        """The number of the job, for a call with one job."""
         return self.numbers[0]
 
 
 LATEST = 8.0
-"""Seconds: long enough for a loss and its restore while a worker holds what is delayed."""
+"""The longest delay in seconds: enough for a loss and its restore while a worker has the delayed job."""
 
 Way = Callable[[Order], Sequence[str]]
-"""One way into a library: returns its ids of the jobs that are promised, in their order."""
+"""One way into a library: it returns the ids of the accepted jobs, in their order."""
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A way in, as every library has it that knows such a thing."""
+    """A way in, for each library that has it."""
 
     share: int
     jobs: int = 1
-    promised: int | None = None  # None: all of them; else the rest is enqueued by the first
+    promised: int | None = None  # None: all of them; else the first job enqueues the rest
     longest: float = LONG
 
 
 KINDS = {
     "plain": Kind(76),
-    "later": Kind(10),  # after a while
+    "later": Kind(10),  # after a delay
     "failing": Kind(10),  # fails at first, and the library retries it
     "many": Kind(4, jobs=10, longest=0.1),
     "chain": Kind(6, jobs=3),  # one behind the other
-    "gather": Kind(6, jobs=5),  # the last behind all others, of which the fourth behind the third
+    "gather": Kind(
+        6, jobs=5
+    ),  # the last behind all others, of which the fourth is behind the third
     "sending": Kind(8, jobs=2, promised=1),  # the first enqueues the second
-    "far": Kind(2),  # after longer than the library waits for what it calls lost
+    "far": Kind(2),  # after longer than the time after which the library redelivers a job
 }
 
 
@@ -85,9 +87,10 @@ def produce(
     seed: int,
     slow: float = 1.0,
 ) -> None:
-    """Enqueue so many jobs a second until SIGTERM, in these ways.
+    """Enqueue this many jobs for each second until SIGTERM, in these ways.
 
-    ``slow``: how much longer each takes, so that there is a backlog for as many workers, too.
+    ``slow``: the factor for the length of the jobs, so that a backlog builds up for more workers,
+    too.
     """
     stopped: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _frame: stopped.append(number))
@@ -100,7 +103,7 @@ def produce(
         made = _call(ways, queues, numbers, chance, slow)
         if enough.exists():
             made /= SLOWED
-        # After an outage it goes on at its own rate: what could not be called then is not made up for.
+        # After an outage the rate is the same as before: missed calls are not repeated.
         due = max(due + made / rate, time.monotonic() - 1.0)
         time.sleep(max(0.0, due - time.monotonic()))
 
@@ -112,7 +115,7 @@ def _call(
     chance: random.Random,
     slow: float,
 ) -> float:
-    """Make one call; returns how many jobs it was for."""
+    """Make one call, and return its number of jobs."""
     (name,) = chance.choices(list(ways), [KINDS[name].share for name in ways])
     kind = KINDS[name]
     queue = chance.choice(queues)
@@ -125,7 +128,7 @@ def _call(
         note("call", number, *_follows(name, mine, number))
     try:
         ids = ways[name](order)
-    except Exception:  # whatever the library raises: the caller was told
+    except Exception:  # any error of the library: the caller was informed
         for number in promised:
             note("refused", number)
         time.sleep(_REFUSED_PAUSE)
@@ -136,7 +139,7 @@ def _call(
 
 
 def _follows(name: str, numbers: Sequence[int], number: int) -> tuple[str, ...]:
-    """Say behind which jobs this one is to run, if any."""
+    """Return the jobs behind which this one must run, if any."""
     if name == "chain" and number != numbers[0]:
         return (str(number - 1),)
     if name == "gather" and number == numbers[3]:
@@ -147,6 +150,6 @@ def _follows(name: str, numbers: Sequence[int], number: int) -> tuple[str, ...]:
 
 
 def _block() -> int:
-    """Take numbers that no producer had before: one that was killed cannot tell how far it came."""
+    """Take numbers that no producer had before: the progress of a killed producer is unknown."""
     folder = Path(os.environ[VARIABLE]).with_name("blocks")
     return next(n for n in itertools.count(1) if claim(folder / str(n)))

@@ -1,4 +1,4 @@
-"""What one sees of all runs: a table, a verdict, and one JSON object."""
+"""The report of all runs: a table, a result, and one JSON object."""
 
 from __future__ import annotations
 
@@ -19,17 +19,19 @@ if TYPE_CHECKING:
 
 
 def problems(results: Sequence[Result], *, hits: int = 0) -> list[str]:
-    """Name everything for which chaos fails; `hits`: so often every failpoint was to be hit."""
+    """Return all reasons for which chaos fails; `hits`: the required deaths at each failpoint."""
     found = []
     for result in results:
         where = f"{result.library}, seed {result.seed}"
         if result.count.lost:
             found.append(f"{where}: {len(result.count.lost)} jobs were lost")
         if result.count.twice:
-            found.append(f"{where}: {len(result.count.twice)} jobs completed twice, unexcused")
+            found.append(
+                f"{where}: {len(result.count.twice)} jobs completed twice without an excuse"
+            )
         if result.count.early:
             found.append(f"{where}: {len(result.count.early)} jobs began before those they follow")
-        found += [f"{where}: nothing to deal {name} to" for name in result.missed]
+        found += [f"{where}: {name} found no target" for name in result.missed]
     for library in sorted({result.library for result in results}):
         total = total_hits([result for result in results if result.library == library])
         found += [
@@ -49,7 +51,7 @@ def total_hits(results: Sequence[Result]) -> Counter[str]:
 
 
 def as_json(results: Sequence[Result], found: Sequence[str]) -> dict[str, Any]:
-    """Give the whole report as plain values."""
+    """Return the whole report as plain values."""
     return {
         "passed": not found,
         "problems": list(found),
@@ -60,7 +62,7 @@ def as_json(results: Sequence[Result], found: Sequence[str]) -> dict[str, Any]:
 
 
 def show(console: Console, results: Sequence[Result], found: Sequence[str]) -> None:
-    """Print a row for each run, the failpoints, and what is wrong."""
+    """Print a row for each run, the failpoints, and the problems."""
     table = Table(
         title="from the ledger that tasks and producers wrote",
         title_justify="left",

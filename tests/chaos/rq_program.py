@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 TASKS = "tests.chaos.tasks"
 RETRIES = 8
-"""A work-horse that is killed costs one of them, where RQ itself sees to it."""
+"""Retries of a job. A killed work-horse uses one of them if RQ itself handles the death."""
 
 
 def ways(connection: redis.Redis) -> Mapping[str, Way]:
-    """Give RQ's ways in; see tests.chaos.produce."""
+    """Return RQ's ways in; see tests.chaos.produce."""
 
     def queue_of(order: Order) -> rq.Queue:
         return rq.Queue(order.queue, connection=connection)
@@ -35,19 +35,19 @@ def ways(connection: redis.Redis) -> Mapping[str, Way]:
         return [job.id]
 
     def later(order: Order) -> Sequence[str]:
-        """Enqueue into RQ's delay queue."""
+        """Enqueue with a delay."""
         wait = timedelta(seconds=order.wait)
         job = queue_of(order).enqueue_in(wait, f"{TASKS}.work", order.number, order.seconds)
         return [job.id]
 
     def failing(order: Order) -> Sequence[str]:
-        """Enqueue with retries: every other one waits some time for its next attempt."""
+        """Enqueue with retries: every second job waits some time for its next attempt."""
         retry = rq.Retry(max=RETRIES, interval=[0, 6][order.number % 2])
         call = f"{TASKS}.fail_first", order.number, order.seconds
         return [queue_of(order).enqueue(*call, retry=retry).id]
 
     def many(order: Order) -> Sequence[str]:
-        """Enqueue several in one transaction."""
+        """Enqueue several jobs in one transaction."""
         calls = [(number, order.seconds) for number in order.numbers]
         datas = [rq.Queue.prepare_data(f"{TASKS}.work", call) for call in calls]
         return [job.id for job in queue_of(order).enqueue_many(datas)]
@@ -56,12 +56,12 @@ def ways(connection: redis.Redis) -> Mapping[str, Way]:
 
 
 def connect() -> redis.Redis:
-    """Connect as the site says."""
+    """Connect to the Redis of the site."""
     return redis.Redis.from_url(os.environ[REDIS_VARIABLE])
 
 
 def worker(kind: str, *queues: str) -> None:
-    """Work until told to stop, or until RQ gives up because Redis is gone."""
+    """Work until a signal stops the worker, or until RQ gives up because Redis is away."""
     from jobguard.adapters.rq import SimpleWorker, Worker
 
     worker_class = {"simple": SimpleWorker, "fork": Worker}[kind]
@@ -69,10 +69,11 @@ def worker(kind: str, *queues: str) -> None:
 
 
 def scheduler(*queues: str) -> None:
-    """Move what is due from the delay queues, as the only one who does.
+    """Move due jobs from the delay queues, as the only scheduler.
 
-    In a process of its own: a worker looks for a dead scheduler's lock every ten minutes only. The
-    supervisor starts no second one, so that whatever lock is left is that of the one before.
+    The scheduler is a process of its own, because a worker checks only every ten minutes for the
+    lock of a dead scheduler. The supervisor starts no second scheduler, so an old lock belongs to
+    the one before.
     """
     connection = connect()
     jobguard.guard(connection)
@@ -85,7 +86,7 @@ def scheduler(*queues: str) -> None:
 
 
 def producer(rate: str, seed: str, *queues: str) -> None:
-    """Enqueue until told to stop."""
+    """Enqueue until a signal stops the producer."""
     connection = connect()
     jobguard.guard(connection)
     produce(ways(connection), queues, rate=float(rate), seed=int(seed))

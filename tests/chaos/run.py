@@ -1,4 +1,4 @@
-"""One run: producers enqueue all the while, the faults fall one after another, and then it is counted."""
+"""One run: producers enqueue all the time, one fault follows another, and then the jobs are counted."""
 
 from __future__ import annotations
 
@@ -27,55 +27,55 @@ if TYPE_CHECKING:
 
 TICK_SECONDS = 0.02
 APART = (1.0, 4.0)
-"""Seconds between two faults: the recovery from one is often met by the next."""
+"""Seconds between two faults: the next fault often occurs during the recovery from the one before."""
 TRIES = 5
-"""How often a fault that found nothing to be done to is tried again."""
+"""The tries of a fault that finds no target."""
 TOP_UP_SECONDS = 270.0
-"""What the faults did not bring about for the failpoints, is brought about for so long."""
+"""Seconds for further faults, if some failpoints have too few deaths after the planned faults."""
 TOP_UP_APART = 12.0
-"""Enough for another leader to be elected, and for it to see that a worker is dead."""
+"""Seconds that are enough to elect another leader, which then detects a dead worker."""
 LEADS_TO = {
     "after_incident_row": "flushall",
     "after_restore": "flushall",
     "after_void": "worker_kill",
 }
-"""The reconciler comes by its failpoints only when there is something for it to do."""
-SETTLE_SECONDS = 2.0
+"""The faults that make the reconciler reach its failpoints."""
+QUIET_SECONDS = 2.0
 OWED_SECONDS = 20.0
 
 
 @dataclass(frozen=True, slots=True)
 class Fell:
-    """A fault that was dealt."""
+    """A fault that happened."""
 
     name: str
-    at: float  # seconds since the first call of enqueue when it was over
+    at: float  # its end, in seconds since the first call of enqueue
     seconds: float
     detail: str
 
 
 @dataclass(slots=True)
 class Result:
-    """One run, told."""
+    """The report of one run."""
 
     library: str
     seed: int
     count: Count
     faults: list[Fell]
-    missed: list[str]  # faults that found nothing to be done to, however often
+    missed: list[str]  # faults that found no target in any try
     failpoints: dict[str, int]
     restarts: int
-    extra: dict[str, int]  # faults beyond those, that lead to failpoints of the reconciler
+    extra: dict[str, int]  # further faults, which lead to failpoints of the reconciler
     seconds: float
-    about: list[dict[str, Any]] = field(default_factory=list)  # of jobs that went wrong
+    about: list[dict[str, Any]] = field(default_factory=list)  # the jobs that went wrong
 
     def as_json(self) -> dict[str, Any]:
-        """Give all of it as plain values."""
+        """Return the whole report as plain values."""
         reported = asdict(self)
         return {**reported.pop("count"), **reported}
 
 
-def run(plan: Plan, say: Callable[[str], None]) -> Result:
+def run(plan: Plan, report: Callable[[str], None]) -> Result:
     """Make one run.
 
     Raises ChaosError and jobguard.demo.servers.ServerError.
@@ -84,7 +84,7 @@ def run(plan: Plan, say: Callable[[str], None]) -> Result:
         folder = stack.enter_context(_folder(plan))
         site = Site(plan, folder, stack)
         site.start(stack)
-        result = _Run(site, say).to_the_end()
+        result = _Run(site, report).to_the_end()
         (folder / "result.json").write_text(json.dumps(result.as_json(), indent=1, default=str))
         return result
 
@@ -102,10 +102,10 @@ def _folder(plan: Plan) -> Iterator[Path]:
 
 
 class _Run:
-    """The loop that supervises, deals the faults, and watches the ledger."""
+    """The loop that supervises, causes the faults, and reads the ledger."""
 
-    def __init__(self, site: Site, say: Callable[[str], None]) -> None:
-        self._site, self._say, self._plan = site, say, site.plan
+    def __init__(self, site: Site, report: Callable[[str], None]) -> None:
+        self._site, self._report, self._plan = site, report, site.plan
         self._chance = random.Random(site.plan.seed)
         order = list(site.plan.faults)
         self._chance.shuffle(order)
@@ -117,7 +117,7 @@ class _Run:
         self._began = self._moved_at = time.monotonic()
 
     def to_the_end(self) -> Result:
-        """Deal everything, wait until nothing moves any more, and count."""
+        """Cause all faults, wait until nothing changes any more, and count."""
         site = self._site
         site.produce()
         site.kills.arm()
@@ -144,7 +144,7 @@ class _Run:
             now = time.monotonic()
             fell = Fell(name, round(now - self._began, 1), round(now - at, 1), detail)
             self._fell.append(fell)
-            self._say(f"{fell.at:6.1f} s  {name}: {detail}")
+            self._report(f"{fell.at:6.1f} s  {name}: {detail}")
             return
         self._tries[name] -= 1
         (self._waiting if self._tries[name] else self._missed).append(name)
@@ -159,17 +159,17 @@ class _Run:
             self._tick()
 
     def _top_up(self) -> None:
-        """Go on until every failpoint was hit as often as it should, and do what leads to them."""
+        """Continue until every failpoint has its deaths, and cause the faults that lead to failpoints."""
         until = time.monotonic() + TOP_UP_SECONDS
         while (unhit := self._unhit()) and time.monotonic() < until:
             self._tick()
-            # One after another: a loss of Redis means that silence until then proves nobody dead.
+            # One after another: after a loss of Redis, silence until then proves no death.
             place = next((place for place in LEADS_TO if place in unhit), None)
             if place is not None:
                 self._lead_to(place)
 
     def _lead_to(self, place: str) -> None:
-        """Have the reconciler come by one of its failpoints."""
+        """Make the reconciler reach one of its failpoints."""
         name, hits = LEADS_TO[place], self._site.kills.hits(place)
         self._step_through(FAULTS[name](self._site, self._chance))
         self._extra[name] += 1
@@ -201,16 +201,17 @@ class _Run:
     # -- the end -----------------------------------------------------------------------------------
 
     def _drain(self) -> None:
-        """Wait until all have ended, or until nothing moves any more."""
+        """Wait until all jobs have ended, or until nothing changes any more."""
         counted, patience = self._site.reader.ledger, self._plan.patience
         self._moved_at = time.monotonic()
         self._go_on(lambda: not counted.owed() or time.monotonic() - self._moved_at > patience)
-        # What is recorded and was promised to nobody comes too; so might a job that has ended.
+        # A recorded job of an unanswered call comes too; a job that has ended might also come
+        # again.
         comes = self._plan.guarded and not self._plan.sabotage
         until = time.monotonic() + (OWED_SECONDS if comes else 0.0)
         self._go_on(lambda: self._owes_nothing() or time.monotonic() > until)
         self._moved_at = time.monotonic()
-        self._go_on(lambda: time.monotonic() - self._moved_at > SETTLE_SECONDS)
+        self._go_on(lambda: time.monotonic() - self._moved_at > QUIET_SECONDS)
 
     def _owes_nothing(self) -> bool:
         try:

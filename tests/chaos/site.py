@@ -1,4 +1,4 @@
-"""One installation of real processes: what the faults act on, and what can be seen of it from outside."""
+"""One installation of real processes: the faults act on it, and the run observes it from outside."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PRODUCERS = 2
 RECONCILERS = 2
 START_SECONDS = 60.0
 BACKLOG = 300
-"""Enough to be lost with Redis; what waits besides only makes the run longer."""
+"""Jobs in Redis that are enough for a loss; more would only make the run longer."""
 
 _TABLES = (
     "select relname::text from pg_class where relnamespace = 'jobguard'::regnamespace"
@@ -51,7 +51,7 @@ _ABOUT = {
 
 
 class ChaosError(RuntimeError):
-    """The run could not be made; the message says why."""
+    """The run cannot be made; the message says why."""
 
 
 class Site:
@@ -76,16 +76,16 @@ class Site:
         stack.callback(self._hang_up)
         self._paused: set[int] = set()
         self.lost_at = 0.0
-        """When Redis lost data for the last time, by the wall clock."""
+        """The time of the last loss of data in Redis, by the wall clock."""
         stack.callback(self._end_orphans)
-        # In the order in which they are started; ended in the other.
+        # They are started in this order, and ended in the reverse order.
         self.reconcilers = self._children(stack)
         self.workers: dict[str, children.Child] = {}
         self.services: list[children.Child] = []
         self.producers: list[children.Child] = self._children(stack)
 
     def start(self, stack: contextlib.ExitStack) -> None:
-        """Start all of them but the producers, and return once what is recorded is recovered."""
+        """Start all processes except the producers, and return when recorded jobs are recovered."""
         if self.plan.guarded:
             for number in range(RECONCILERS):
                 self.reconcilers.append(self._reconciler(number))
@@ -108,7 +108,7 @@ class Site:
             self.producers.append(self._host(f"producer-{number}", arguments, QUEUES, places))
 
     def pace(self) -> None:
-        """Have the producers go on slowly while the workers cannot follow, or all jobs are enqueued."""
+        """Slow the producers down while the workers cannot follow, or when all jobs are enqueued."""
         enqueued = len(self.reader.ledger.enqueued)
         if enqueued >= self.plan.jobs or self.backlog() > BACKLOG:
             self._enough.touch()
@@ -116,19 +116,20 @@ class Site:
             self._enough.unlink(missing_ok=True)
 
     def stop_producing(self) -> None:
-        """Let the producers answer their last call, and start them no more."""
+        """Let the producers finish their last call, and do not start them again."""
         children.end(self.producers)
         self.producers.clear()
 
     def tend(self) -> None:
-        """Start again who ended, as a supervisor does."""
+        """Start ended processes again, as a supervisor does."""
         for child in (*self.reconcilers, *self.workers.values(), *self.services, *self.producers):
             child.tend()
 
-    # -- what is done to it ------------------------------------------------------------------------
+    # -- actions
+    # ------------------------------------------------------------------------------------
 
     def kill(self, child: children.Child, what: str) -> None:
-        """SIGKILL a child with its own children at once: none sees another die."""
+        """Kill a child and its own children with SIGKILL at once, so that none sees another die."""
         family = self.family(child)
         for member in family:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -142,19 +143,20 @@ class Site:
             self.kills.note(what, member.pid)
 
     def pause(self, child: children.Child) -> None:
-        """SIGSTOP it."""
+        """Send SIGSTOP to it."""
         self._paused.add(child.pid)
         child.process.send_signal(signal.SIGSTOP)
 
     def resume(self, child: children.Child) -> None:
-        """SIGCONT it."""
+        """Send SIGCONT to it."""
         child.process.send_signal(signal.SIGCONT)
         self._paused.discard(child.pid)
 
-    # -- what is seen of it ------------------------------------------------------------------------
+    # -- observations
+    # -------------------------------------------------------------------------------
 
     def family(self, child: children.Child) -> list[psutil.Process]:
-        """Give a child and its children, itself first; nothing if it has ended."""
+        """Return a child and its children, itself first; nothing if it has ended."""
         with contextlib.suppress(psutil.NoSuchProcess):
             if not child.ended:
                 parent = psutil.Process(child.pid)
@@ -162,10 +164,10 @@ class Site:
         return []
 
     def ask(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
-        """Ask Postgres; raises psycopg.Error while it is away."""
+        """Run a query in PostgreSQL; raise psycopg.Error while PostgreSQL is away."""
         try:
             return self._ask(query, values)
-        except psycopg.OperationalError:  # it was restarted since we were connected
+        except psycopg.OperationalError:  # PostgreSQL was restarted after we connected
             self._hang_up()
         try:
             return self._ask(query, values)
@@ -179,30 +181,30 @@ class Site:
         return self._connection.execute(query.encode(), values or None).fetchall()
 
     def leader(self) -> int | None:
-        """Give the pid of the process that leads now."""
+        """Return the pid of the process that leads now."""
         rows = self.ask("select pid from jobguard.leader where expires_at > now()")
         return int(rows[0][0]) if rows else None
 
     def leading(self) -> children.Child | None:
-        """Give the reconciler that leads now."""
+        """Return the reconciler that leads now."""
         pid = self.leader()
         return next((child for child in self.reconcilers if child.pid == pid), None)
 
     def backlog(self) -> int:
-        """Count what is enqueued and has not ended."""
+        """Count the jobs that are enqueued and have not ended."""
         return len(self.reader.ledger.owed())
 
     def is_busy(self, worker: children.Child) -> bool:
-        """Whether a worker has a job in its hands, or its work-horse has."""
+        """Return True if a worker or its work-horse runs a job."""
         marks = self.reader.ledger.running.values()
         return not worker.ended and any(worker.pid in (mark.pid, mark.parent) for mark in marks)
 
     def lists(self) -> Mapping[str, Sequence[bytes]]:
-        """Give the key of each list of waiting jobs in Redis, and what is in it."""
+        """Return the key of each list of waiting jobs in Redis, with its members."""
         return self.library.layout.lists(self.client, QUEUES)
 
     def await_(self, is_ready: Callable[[], bool], what: str) -> None:
-        """Wait for what must be there before the run can begin."""
+        """Wait for a condition that must hold before the run can begin."""
         deadline = time.monotonic() + START_SECONDS
         while not is_ready():
             for child in (*self.reconcilers, *self.workers.values(), *self.services):
@@ -213,7 +215,7 @@ class Site:
             time.sleep(0.05)
 
     def about(self, numbers: Iterable[int]) -> list[dict[str, Any]]:
-        """Tell what the stores know of these jobs, for whoever looks for the cause."""
+        """Return the data of the stores about these jobs, for the search for a cause."""
         ids = {number: job_id for job_id, number in self.reader.ledger.number_of.items()}
         return [self._about(number, ids.get(number)) for number in numbers]
 
@@ -227,7 +229,7 @@ class Site:
         return reported
 
     def dump(self) -> None:
-        """Leave in the folder what both stores hold in the end, for whoever looks for a cause."""
+        """Write the final content of both stores into the folder, for the search for a cause."""
         with (self.folder / "postgres.jsonl").open("w") as file:
             for (table,) in self.ask(_TABLES):
                 query = f"select to_jsonb(t) - 'envelope' from jobguard.{table} t"
@@ -248,14 +250,15 @@ class Site:
         }
         return read.get(client.type(key), client.type)(key)
 
-    # -- its processes -----------------------------------------------------------------------------
+    # -- processes
+    # ----------------------------------------------------------------------------------
 
     def _reconciler(self, number: int) -> children.Child:
         more = {"JOBGUARD_MODE": "observe"} if self.plan.sabotage else {}
         return children.Child(
             [*JOBGUARD, "reconcile", "--redis", self.redis.url, "--log-json"],
             environ=self._environ(RECONCILER_FAILPOINTS)
-            | more,  # it is not told where the ledger is
+            | more,  # it does not get the path of the ledger
             log=self.folder / f"reconciler-{number}.log",
         )
 
@@ -306,7 +309,7 @@ class Site:
         return made
 
     def _end_orphans(self) -> None:
-        """End the work-horses whose worker was killed before them; ours are known by their ledger."""
+        """Kill the work-horses whose worker was killed earlier; their environment names our ledger."""
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
                 if process.environ().get(ledger.VARIABLE) == str(self.ledger_path):
@@ -319,7 +322,7 @@ class Site:
 
 
 def wait_until_gone(process: psutil.Process) -> None:
-    """Return when a killed process can do nothing any more, whoever reaps it."""
+    """Return when a killed process has ended, whichever process reaps it."""
     with contextlib.suppress(psutil.NoSuchProcess):
         while process.status() != psutil.STATUS_ZOMBIE:
             time.sleep(0.001)

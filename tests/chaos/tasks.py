@@ -1,4 +1,4 @@
-"""The work. It writes the ledger and knows no queue library: the same tasks serve all of them."""
+"""The tasks. They write the ledger and know no queue library: the same tasks serve all of them."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ if TYPE_CHECKING:
 
 
 def work(number: int, seconds: float) -> None:
-    """Be busy for some seconds."""
+    """Sleep for some seconds."""
     note("start", number, str(os.getppid()))
     time.sleep(seconds)
     note("end", number, str(os.getppid()))
 
 
 def fail_first(number: int, seconds: float) -> None:
-    """Fail in the first attempt, and work in every other.
+    """Fail in the first attempt, and work in every other attempt.
 
-    Which one this is a file says, so that it does not depend on the library's own count: an attempt
-    that was killed is repeated by jobguard, and is no retry.
+    A file marks the first attempt, so that the task does not depend on the library's own count:
+    jobguard repeats a killed attempt, which is not a retry.
     """
     if _is_first(number):
         note("start", number, str(os.getppid()))
@@ -35,12 +35,12 @@ def fail_first(number: int, seconds: float) -> None:
 
 
 def send(number: int, seconds: float, other: int, enqueue: Callable[[], str]) -> None:
-    """Enqueue another job, and work; whether it was promised the ledger says, as for any producer."""
+    """Enqueue another job, and work; the ledger notes if it was accepted, as for any producer."""
     note("start", number, str(os.getppid()))
     note("call", other)
     try:
         job_id = enqueue()
-    except Exception:  # whatever the library raises: we were told
+    except Exception:  # any error of the library: the caller was informed
         note("refused", other)
     else:
         note("enqueued", other, job_id)
@@ -53,7 +53,7 @@ def _is_first(number: int) -> bool:
 
 
 def claim(path: Path) -> bool:
-    """Make a file that nobody has made before; False if somebody has."""
+    """Make a file, and return True; return False if the file exists."""
     try:
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
     except FileExistsError:

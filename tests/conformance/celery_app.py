@@ -1,4 +1,4 @@
-"""A Celery application with the suite's tasks; imported by a worker, it is guarded as well."""
+"""A Celery application with the tasks of the suite; it is guarded if a worker imports it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def make(redis_url: str) -> Celery:
         worker_send_task_events=False,
         broker_connection_retry_on_startup=True,
     )
-    for plain in (tasks.say, tasks.fail, tasks.look, tasks.nap, tasks.die, tasks.hold):
+    for plain in (tasks.say, tasks.fail, tasks.probe, tasks.nap, tasks.die, tasks.hold):
         app.task(_retried(plain), bind=True, shared=False, name=name_of(plain.__name__))
     app.finalize()
     return app

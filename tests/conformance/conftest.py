@@ -1,4 +1,4 @@
-"""The libraries that pass the suite. Another adapter adds its line to LIBRARIES."""
+"""The libraries that pass the suite. A new adapter adds its line to LIBRARIES."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ LIBRARIES = {
     "dramatiq": "tests.conformance.on_dramatiq:OnDramatiq",
     "rq": "tests.conformance.on_rq:OnRQ",
 }
-"""Named and not imported: one may be tried where the others are not installed."""
+"""By name, not imported, because the suite can run where some of them are not installed."""
 
 
 @pytest.fixture(params=LIBRARIES)
 def library(request: pytest.FixtureRequest, redis_url: str, tmp_path: Path) -> Iterator[Library]:
-    """Give one of the libraries, on an empty Redis."""
+    """Yield one of the libraries, on an empty Redis."""
     kind: type[Library] = pkgutil.resolve_name(LIBRARIES[request.param])
     made = kind(redis_url, tmp_path / "ledger")
     tasks.PROBES.clear()
@@ -36,20 +36,20 @@ def library(request: pytest.FixtureRequest, redis_url: str, tmp_path: Path) -> I
 
 @pytest.fixture
 def guard(library: Library, database: str) -> Iterator[JobGuard]:
-    """Guard every queue of the library, with the ledger in Postgres."""
+    """Guard every queue of the library, with the ledger in PostgreSQL."""
     with jobguard.guard(library.target(), postgres=database, **BRISK) as made:
         yield made
 
 
 @pytest.fixture
 def records(database: str) -> Records:
-    """Give the ledger."""
+    """Return the ledger."""
     return Records(database)
 
 
 @pytest.fixture
 def source(library: Library) -> Source:
-    """Give the identity of what is guarded."""
+    """Return the identity of the guarded source."""
     guarded = library.adapter.sources(library.target(), namespace="default", name=None)
     assert isinstance(guarded, Guarded)
     return guarded.source
@@ -57,6 +57,6 @@ def source(library: Library) -> Source:
 
 @pytest.fixture
 def leader(library: Library, source: Source) -> Iterator[Leader]:
-    """Give a leader's view of the library, on a client of its own."""
+    """Yield a leader's view of the library, with its own client."""
     with redis.Redis.from_url(library.redis_url) as client:
         yield Leader(library.adapter.broker(source, client))

@@ -1,4 +1,4 @@
-"""An application of Dramatiq, as a worker imports it; where Redis is, is in the environment."""
+"""An application of Dramatiq, as a worker imports it; the environment has the address of Redis."""
 
 from __future__ import annotations
 

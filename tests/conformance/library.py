@@ -1,4 +1,4 @@
-"""What the suite must be able to do with a queue library. An adapter's tests subclass this."""
+"""The operations of a queue library that the suite needs. The tests of an adapter subclass this."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ OTHER = "other"
 
 
 class Library(ABC):
-    """A queue library on an empty Redis; the tasks are those of tests.conformance.tasks, by name.
+    """A queue library on an empty Redis, with the tasks of tests.conformance.tasks by name.
 
-    Every task is given the ledger, a file that jobguard never touches, as its first argument.
+    The first argument of every task is the ledger, a file that jobguard never touches.
     """
 
     adapter: ClassVar[Adapter]
     one_body_per_id: ClassVar[bool]
-    """Whether Redis keeps one body of a job id, so that a newer life takes an older one's place."""
+    """True if Redis keeps one body of a job id, so that a newer delivery replaces an older one."""
     delayed_jobs_are_moved: ClassVar[bool] = True
-    """Whether a delayed job waits elsewhere, and is pushed to its queue when it is due."""
+    """True if a delayed job waits elsewhere, and is pushed to its queue when it is due."""
     shows_runs: ClassVar[bool] = True
-    """Whether Redis shows that a job runs."""
-    tells_again_how_it_ended: ClassVar[bool] = True
-    """Whether Redis can be told again how a job ended, after it has forgotten that."""
+    """True if Redis shows that a job runs."""
+    reports_end_again: ClassVar[bool] = True
+    """True if the end of a job can be written to Redis again after Redis forgot it."""
     remembers: ClassVar[Mapping[str, Presence]] = {
         "say": Presence.FINISHED,
         "fail": Presence.FAILED,
     }
-    """What a look sees of a task that has ended; ABSENT: the library keeps nothing of it."""
+    """The presence of a task that has ended; ABSENT if the library keeps nothing of it."""
 
     def __init__(self, redis_url: str, ledger: Path) -> None:
         self.redis_url, self.ledger = redis_url, ledger
@@ -53,7 +53,7 @@ class Library(ABC):
 
     @abstractmethod
     def target(self, queue: str | None = None) -> object:
-        """Return what guard() takes: this queue, or all there are."""
+        """Return the target for guard(): this queue, or all queues."""
 
     @abstractmethod
     def doubles(self) -> Mapping[str, object]:
@@ -61,11 +61,11 @@ class Library(ABC):
 
     @abstractmethod
     def bare(self) -> AbstractContextManager[None]:
-        """Have the library without any hook, whoever put one on."""
+        """Remove every hook from the library inside the block."""
 
     @abstractmethod
     def hooks(self) -> object:
-        """Return whatever of the library an adapter may replace, to be compared."""
+        """Return all parts of the library that an adapter may replace, to be compared."""
 
     # -- the host's program ------------------------------------------------------------------------
 
@@ -81,68 +81,68 @@ class Library(ABC):
         retry_delay: float = 0.0,
         at_front: bool = False,
     ) -> str:
-        """Send a job as an application does, retried if it fails; return its id."""
+        """Send a job as an application does, with retries if it fails; return its id."""
 
     @abstractmethod
     def cancel(self, job_id: str) -> None:
-        """Cancel a job in the library's own way."""
+        """Cancel a job with the library's own call."""
 
     def drop_push(self) -> None:
-        """Begin a push, and never make it."""
-        pytest.skip("the library has no way to begin a push and not to make it")
+        """Begin a push, and do not complete it."""
+        pytest.skip("the library cannot begin a push without completing it")
 
     @abstractmethod
     def work(self, queue: str = QUEUE) -> None:
-        """Run what waits on a guarded worker in this process, and return when nothing does."""
+        """Run all waiting jobs on a guarded worker in this process, and return when none is left."""
 
     @abstractmethod
     def move_delayed(self) -> None:
-        """Have the library move every delayed job to its queue, as if it were due."""
+        """Let the library move every delayed job to its queue, as if it were due."""
 
     @abstractmethod
     def start_worker(self, environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
-        """Start a guarded worker as a process of its own; what a job does to it, it does to all of it."""
+        """Start a guarded worker process; a job that kills its process kills the whole worker."""
 
     def start_crowded_worker(self, environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
-        """The same, with several jobs at once in its process, where the library can do that."""
+        """Start a worker process that runs several jobs at once, if the library can do that."""
         return self.start_worker(environ)
 
     def start_scheduling_worker(self, environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
-        """The same, by a worker that sees to what is delayed."""
+        """Start a worker process that also moves delayed jobs."""
         return self.start_worker(environ)
 
     @abstractmethod
     def delayed_copies(self) -> int:
-        """Return how many delayed jobs a worker holds, as far as Redis shows it, or waits for."""
+        """Return the number of delayed jobs that a worker has or waits for, as far as Redis shows it."""
 
     # -- Redis -------------------------------------------------------------------------------------
 
     @abstractmethod
     def waiting(self, queue: str = QUEUE) -> list[str]:
-        """Return the ids that wait to be run, in their order, and what was taken and left lying."""
+        """Return the ids that wait, in their order, after those that were fetched and not started."""
 
     @abstractmethod
     def body(self, job_id: str) -> object:
-        """Return what Redis holds of a job; None: nothing."""
+        """Return the data of a job in Redis; None if there is none."""
 
     @abstractmethod
     def token(self, job_id: str) -> UUID | None:
-        """Return the token that Redis holds of a job; None: nothing of ours is in it."""
+        """Return the token of a job in Redis; None if it has none."""
 
     @abstractmethod
     def forget(self, job_id: str) -> None:
-        """Lose this one job of Redis, wherever it stands."""
+        """Delete this one job from Redis, wherever it is."""
 
     @abstractmethod
     def is_a_jobs(self, key: str) -> bool:
-        """Whether a key holds jobs that are owed: no result, no worker, no lock."""
+        """Return True if a key contains owed jobs: no result, no worker, no lock."""
 
     def jobs(self) -> dict[str, Any]:
-        """Return every key that holds jobs that are owed, with its value."""
+        """Return every key that contains owed jobs, with its value."""
         return {key: value for key, value in keyspace(self.client).items() if self.is_a_jobs(key)}
 
     # -- the ledger --------------------------------------------------------------------------------
 
     def said(self) -> list[str]:
-        """Return what the jobs have said, in order."""
+        """Return the words that the jobs have written, in order."""
         return self.ledger.read_text().split() if self.ledger.exists() else []

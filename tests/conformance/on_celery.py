@@ -1,4 +1,4 @@
-"""Celery, as the suite sees it."""
+"""Celery for the suite."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ _HOOKED = (
     *(AMQP, App, Backend, Channel, Control, QoS, RedisBackend, Request, Task, WorkController),
     *(chain, chord, group, consumer.Consumer, consumer, trace),
 )
-_PATIENCE = 30.0
-"""Seconds for which a worker may work until nothing is left."""
+_PATIENCE = 120.0
+"""Longest time in seconds for a worker to finish all jobs."""
 
 
 class OnCelery(Library):
@@ -52,7 +52,7 @@ class OnCelery(Library):
     one_body_per_id = False
     delayed_jobs_are_moved = False
     shows_runs = False
-    tells_again_how_it_ended = False
+    reports_end_again = False
 
     def __init__(self, redis_url: str, ledger: Path) -> None:
         super().__init__(redis_url, ledger)
@@ -60,13 +60,13 @@ class OnCelery(Library):
         self.app = configured(celery_app.make(redis_url))
 
     def target(self, queue: str | None = None) -> object:
-        """The application."""
+        """Return the application."""
         if queue is not None:
             pytest.skip("a Celery application is guarded with all its queues")
         return self.app
 
     def doubles(self) -> Mapping[str, object]:
-        """What keeps nothing that could be lost."""
+        """Return the targets that keep nothing that could be lost."""
         in_memory = Celery(broker="memory://", set_as_current=False)
         eager = celery_app.make(self.redis_url)
         eager.conf.task_always_eager = True
@@ -74,19 +74,19 @@ class OnCelery(Library):
 
     @contextmanager
     def bare(self) -> Iterator[None]:
-        """Nothing but a guard hooks Celery."""
+        """Do nothing, because only a guard hooks Celery."""
         yield
 
     def hooks(self) -> object:
-        """The classes and modules, entry by entry, and who hears the signals."""
-        heard = {
+        """Return the classes and modules, entry by entry, and the receivers of the signals."""
+        receivers = {
             name: [key for key, *_ in signal.receivers or ()]
             for name, signal in vars(signals).items()
             if isinstance(signal, Signal)
         }
         own = {name: vars(self.app).get(name) for name in ("amqp_cls", "control_cls")}
         sends = vars(self.app.amqp).get("send_task_message")
-        return {each: dict(vars(each)) for each in _HOOKED}, heard, own, sends
+        return {each: dict(vars(each)) for each in _HOOKED}, receivers, own, sends
 
     def send(
         self,
@@ -99,9 +99,9 @@ class OnCelery(Library):
         retry_delay: float = 0.0,
         at_front: bool = False,
     ) -> str:
-        """Send it to its queue."""
+        """Send the job to its queue."""
         if at_front:
-            pytest.skip("Celery has no front of a queue")
+            pytest.skip("a Celery queue has no front")
         sent: Any = self.app.tasks[celery_app.name_of(task)].apply_async(
             (str(self.ledger), *words),
             {"retries": retries, "wait": retry_delay} if retries else {},
@@ -112,12 +112,12 @@ class OnCelery(Library):
         return str(sent.id)
 
     def cancel(self, job_id: str) -> None:
-        """As a person does, who knows the id."""
+        """Revoke the job by its id, as a person does."""
         self.app.control.revoke(job_id)
         self._revoked.add(job_id)
 
     def work(self, queue: str = QUEUE) -> None:
-        """By the solo worker, in this thread, until nothing waits that is due."""
+        """Run the solo worker in this thread until no due job waits."""
         worker: Any = WorkController(
             app=self.app,
             hostname="worker@suite",
@@ -128,19 +128,19 @@ class OnCelery(Library):
             without_mingle=True,
             without_heartbeat=True,
         )
-        state.revoked.update(self._revoked)  # as one that was there would know it
+        state.revoked.update(self._revoked)  # as a worker that ran at that time
         trace.setup_worker_optimizations(self.app, worker.hostname)
         over = threading.Event()
-        watch = threading.Thread(target=self._stop_when_idle, args=(queue, worker, over))
-        watch.start()
+        monitor = threading.Thread(target=self._stop_when_idle, args=(queue, worker, over))
+        monitor.start()
         try:
             worker.start()
         finally:
             over.set()
-            watch.join(10)
+            monitor.join(10)
             trace.reset_worker_optimizations(self.app)
             set_event_loop(None)  # the next worker would wait on this one's timer
-            _set_task_join_will_block(False)  # this process is no worker any more
+            _set_task_join_will_block(False)  # this process is no longer a worker
             state.should_stop = None
             state.reset_state()
             state.revoked.clear()
@@ -159,7 +159,7 @@ class OnCelery(Library):
         client.close()
 
     def move_delayed(self) -> None:
-        """Let their time come: a worker that is given them now runs them at once."""
+        """Set the due times to the past, so that a worker runs the jobs at once."""
         past = (datetime.now(UTC) - timedelta(seconds=1)).isoformat()
         for key in _lists(QUEUE):
             waiting: Any = self.client.lrange(key, 0, -1)
@@ -170,11 +170,11 @@ class OnCelery(Library):
                     self.client.lset(key, at, json.dumps(message))
 
     def start_worker(self, environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
-        """The usual command, with the pool that is the worker itself."""
+        """Start the usual command with the pool that runs in the worker process itself."""
         return self._command(environ, "--pool", "solo")
 
     def start_crowded_worker(self, environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
-        """With the pool of threads."""
+        """Start the command with the pool of threads."""
         return self._command(environ, "--pool", "threads", "--concurrency", "4")
 
     def _command(self, environ: Mapping[str, str], *pool: str) -> subprocess.Popen[bytes]:
@@ -188,11 +188,11 @@ class OnCelery(Library):
         )
 
     def delayed_copies(self) -> int:
-        """What is taken and not acknowledged."""
+        """Return the number of messages that are fetched and not acknowledged."""
         return int(self.client.hlen("unacked"))
 
     def waiting(self, queue: str = QUEUE) -> list[str]:
-        """What a worker has taken and left lying; then the lists, the next to be run first."""
+        """Return the fetched messages, then those of the lists, with the next one to run first."""
         taken: Any = self.client.hvals("unacked")
         lists: list[Any] = [self.client.lrange(key, 0, -1) for key in _lists(queue)]
         left = [json.loads(entry)[0] for entry in taken]
@@ -202,19 +202,19 @@ class OnCelery(Library):
         ]
 
     def body(self, job_id: str) -> dict[str, Any] | None:
-        """Its message."""
+        """Return its message."""
         found = (
             message for _, _, message in self._messages() if message["headers"]["id"] == job_id
         )
         return next(found, None)
 
     def token(self, job_id: str) -> UUID | None:
-        """The header of ours."""
+        """Return the token in our header."""
         text = ((self.body(job_id) or {}).get("headers") or {}).get("jobguard")
         return UUID(hex=text) if text else None
 
     def forget(self, job_id: str) -> None:
-        """Its message."""
+        """Delete its message."""
         for key, raw, message in list(self._messages()):
             if message["headers"]["id"] == job_id:
                 self.client.lrem(key, 0, raw)
@@ -227,7 +227,7 @@ class OnCelery(Library):
                     yield key, raw, json.loads(raw)
 
     def jobs(self) -> dict[str, Any]:
-        """Without the tag that kombu puts on each push."""
+        """Return the keys without the tag that kombu puts on each push."""
         return {
             key: [re.sub(rb'"delivery_tag": "[^"]+"', b"", raw) for raw in value]
             if isinstance(value, list)
@@ -236,18 +236,18 @@ class OnCelery(Library):
         }
 
     def is_a_jobs(self, key: str) -> bool:
-        """The lists, and what workers have taken."""
+        """Return True for the lists and for the fetched messages."""
         return key.split("\x06")[0] in (QUEUE, OTHER, "unacked", "unacked_index")
 
 
 def configured(app: Celery) -> Celery:
-    """Return an application that knows its settings, as it does after its first use."""
+    """Return the application after it has read its settings, as after its first use."""
     assert app.conf.broker_url
     return app
 
 
 def _is_due(unacked: bytes) -> bool:
-    """Whether what a worker has taken is not to wait for its time."""
+    """Return True if a fetched message does not wait for its time."""
     eta = json.loads(unacked)[0]["headers"].get("eta")
     return not eta or datetime.fromisoformat(eta) <= datetime.now(UTC)
 

@@ -1,4 +1,4 @@
-"""Dramatiq, as the suite sees it."""
+"""Dramatiq for the suite."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from tests.conformance.library import QUEUE, Library
 from tests.support import eventually
 
 MINUTE = 60_000
-_TASKS = {name: getattr(tasks, name) for name in ("say", "fail", "look", "nap", "die", "hold")}
+_TASKS = {name: getattr(tasks, name) for name in ("say", "fail", "probe", "nap", "die", "hold")}
 _NO_JOBS = ("dramatiq:__heartbeats__", "dramatiq:__acks__", "jobguard:")
 
 
 class _Pickles(Encoder):
-    """JSON, and what JSON cannot say, as an application may have it."""
+    """JSON, or pickle for objects that JSON cannot encode, as an application may have it."""
 
     def encode(self, data: Any) -> bytes:
         try:
@@ -46,14 +46,14 @@ class _Pickles(Encoder):
 
 
 def a_broker(**options: Any) -> RedisBroker:
-    """Return a broker; Dramatiq does not say of what types its arguments are."""
+    """Return a broker; the arguments of RedisBroker have no types."""
     make: Any = RedisBroker
     made: RedisBroker = make(**options)
     return made
 
 
 def declare(broker: RedisBroker, queue: str = QUEUE) -> None:
-    """Have the broker know the tasks of the suite."""
+    """Declare the tasks of the suite on the broker."""
     actor: Any = dramatiq.actor
     for name, task in _TASKS.items():
         actor(task, broker=broker, actor_name=name, queue_name=queue, max_retries=0)
@@ -73,21 +73,21 @@ class OnDramatiq(Library):
         declare(self.broker)
 
     def target(self, queue: str | None = None) -> object:
-        """The broker; to guard something else, another one."""
+        """Return the broker; for a single queue, another broker."""
         return self.broker if queue is None else a_broker(url=self.redis_url)
 
     def doubles(self) -> Mapping[str, object]:
-        """What keeps nothing that could be lost."""
+        """Return the targets that keep nothing that could be lost."""
         fake: Any = fakeredis.FakeRedis()
         return {"fakeredis": a_broker(client=fake), "StubBroker": StubBroker()}
 
     @contextmanager
     def bare(self) -> Iterator[None]:
-        """Nothing is hooked but a broker."""
+        """Do nothing, because only a broker is hooked."""
         yield
 
     def hooks(self) -> object:
-        """The broker, entry by entry, and the one method that is hooked of Dramatiq."""
+        """Return the broker, entry by entry, and the one hooked method of Dramatiq."""
         own = {name: value for name, value in self.broker.__dict__.items() if name != "logger"}
         return {**own, "middleware": list(self.broker.middleware)}, group.__dict__["run"]
 
@@ -102,9 +102,9 @@ class OnDramatiq(Library):
         retry_delay: float = 0.0,
         at_front: bool = False,
     ) -> str:
-        """Enqueue it."""
+        """Enqueue the job."""
         if at_front:
-            pytest.skip("Dramatiq knows no front of a queue")
+            pytest.skip("a Dramatiq queue has no front")
         backoff = max(1, int(retry_delay * 1000))
         message = self.broker.actors[task].message_with_options(
             args=(str(self.ledger), *words),
@@ -118,14 +118,14 @@ class OnDramatiq(Library):
         return self.broker.enqueue(message, delay=wait).message_id
 
     def cancel(self, job_id: str) -> None:
-        """Dramatiq throws away whole queues alone."""
+        """Flush the queue of the job, because Dramatiq can only delete whole queues."""
         for queue in self.broker.get_declared_queues():
             if job_id in self.waiting(queue):
                 self.broker.flush(queue)
 
     @contextmanager
     def worker(self, *queues: str, threads: int = 1) -> Iterator[Worker]:
-        """Have a worker in this process."""
+        """Run a worker in this process."""
         worker = Worker(self.broker, queues=set(queues), worker_timeout=20, worker_threads=threads)
         worker.start()
         try:
@@ -134,13 +134,13 @@ class OnDramatiq(Library):
             worker.stop()
 
     def work(self, queue: str = QUEUE) -> None:
-        """Until nothing waits that is due."""
+        """Run a worker until no due message waits."""
         self.broker.declare_queue(queue)
         with self.worker(queue):
             eventually(lambda: not self._due(queue), 30)
 
     def _due(self, queue: str) -> bool:
-        """Whether a message waits or runs; one that moves is never in neither place."""
+        """Return True if a message waits or runs; one read sees a moving message in one of the places."""
         with self.client.pipeline(transaction=True) as pipe:
             pipe.exists(f"dramatiq:{queue}")
             pipe.keys(f"dramatiq:__acks__.*.{queue}")
@@ -151,7 +151,7 @@ class OnDramatiq(Library):
         return bool(waits or fetched) or any(eta < soon for eta in etas)
 
     def move_delayed(self) -> None:
-        """What the consumer of a delay queue does, with nobody there to run what it moves."""
+        """Do the work of a delay queue's consumer, without a worker that runs the moved messages."""
         key = f"dramatiq:{QUEUE}.DQ.msgs"
         stored: Any = self.client.hgetall(key)
         for rid, data in stored.items():
@@ -167,11 +167,11 @@ class OnDramatiq(Library):
             worker.stop()
 
     def start_worker(self, environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
-        """Without the command, whose workers live on when it is killed."""
+        """Start a worker without the command, whose workers go on when it is killed."""
         return self._program(environ, threads=1)
 
     def start_crowded_worker(self, environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
-        """With threads."""
+        """Start a worker with several threads."""
         return self._program(environ, threads=4)
 
     def _program(self, environ: Mapping[str, str], *, threads: int) -> subprocess.Popen[bytes]:
@@ -182,12 +182,12 @@ class OnDramatiq(Library):
         )
 
     def delayed_copies(self) -> int:
-        """What is fetched from the delay queue."""
+        """Return the number of messages that are fetched from the delay queue."""
         keys: Any = self.client.keys(f"dramatiq:__acks__.*.{QUEUE}.DQ")
         return sum(self.client.scard(key) for key in keys)
 
     def waiting(self, queue: str = QUEUE) -> list[str]:
-        """The list, from its head; before it, what a worker has fetched."""
+        """Return the fetched messages, then the list from its head."""
         rids: list[bytes] = []
         for key in self.client.scan_iter(f"dramatiq:__acks__.*.{queue}"):
             rids += self.client.smembers(key)  # type: ignore[arg-type]
@@ -196,12 +196,12 @@ class OnDramatiq(Library):
         return [dramatiq.Message.decode(body).message_id for body in bodies if body]
 
     def body(self, job_id: str) -> object:
-        """Its message, as it stands there."""
+        """Return its message, as it is in Redis."""
         found = self._find(job_id)
         return {**json.loads(found[1]), **json.loads(found[1])["options"]} if found else None
 
     def token(self, job_id: str) -> UUID | None:
-        """Its id in Redis, if we chose that."""
+        """Return its id in Redis, if it is one of our tokens."""
         found = self._find(job_id)
         token = UUID(found[0].decode()) if found else None
         return token if token is not None and token.version == 7 else None
@@ -215,7 +215,7 @@ class OnDramatiq(Library):
         return None
 
     def forget(self, job_id: str) -> None:
-        """Its message, and its place in the list."""
+        """Delete its message and its entry in the list."""
         found = self._find(job_id)
         assert found is not None
         for queue in (QUEUE, f"{QUEUE}.DQ"):
@@ -223,5 +223,5 @@ class OnDramatiq(Library):
             self.client.lrem(f"dramatiq:{queue}", 0, found[0].decode())
 
     def is_a_jobs(self, key: str) -> bool:
-        """All but workers and what they have fetched."""
+        """Return True for all keys except workers and their fetched ids."""
         return not key.startswith(_NO_JOBS)

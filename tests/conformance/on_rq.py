@@ -1,4 +1,4 @@
-"""RQ, as the suite sees it."""
+"""RQ for the suite."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ class OnRQ(Library):
         return Queue(name, connection=self.client)
 
     def target(self, queue: str | None = None) -> object:
-        """A Queue, or the Redis."""
+        """Return a Queue, or the Redis client."""
         return self.client if queue is None else self._queue(queue)
 
     def doubles(self) -> Mapping[str, object]:
-        """What keeps nothing that could be lost."""
+        """Return the targets that keep nothing that could be lost."""
         fake = fakeredis.FakeRedis()
         return {
             "fakeredis": fake,
@@ -54,7 +54,7 @@ class OnRQ(Library):
 
     @contextmanager
     def bare(self) -> Iterator[None]:
-        """Without the hooks of a worker class that somebody imported."""
+        """Remove the hooks of a worker class that a test imported."""
         holders = set(patches._holders)
         for holder in holders:
             patches.uninstall(holder)
@@ -65,7 +65,7 @@ class OnRQ(Library):
                 patches.install(holder)
 
     def hooks(self) -> object:
-        """The classes, entry by entry."""
+        """Return the classes, entry by entry."""
         return {kind: dict(kind.__dict__) for kind in _HOOKED}
 
     def send(
@@ -79,7 +79,7 @@ class OnRQ(Library):
         retry_delay: float = 0.0,
         at_front: bool = False,
     ) -> str:
-        """Enqueue it."""
+        """Enqueue the job."""
         call: tuple[Any, ...] = (f"tests.conformance.tasks.{task}", str(self.ledger), *words)
         options: dict[str, Any] = {"job_id": job_id, "at_front": at_front}
         if retries:
@@ -90,7 +90,7 @@ class OnRQ(Library):
         return host.enqueue(*call, **options).id
 
     def cancel(self, job_id: str) -> None:
-        """As a person does, who knows the id."""
+        """Cancel the job by its id, as a person does."""
         Job.fetch(job_id, connection=self.client).cancel()
 
     def drop_push(self) -> None:
@@ -99,11 +99,11 @@ class OnRQ(Library):
             self._queue().enqueue("tests.conformance.tasks.say", str(self.ledger), pipeline=pipe)
 
     def work(self, queue: str = QUEUE) -> None:
-        """In bursts, by the worker that does not fork."""
+        """Run the worker that does not fork, in burst mode."""
         SimpleWorker([self._queue(queue)], connection=self.client).work(burst=True)
 
     def move_delayed(self) -> None:
-        """What RQ's scheduler does once a second."""
+        """Do the work that RQ's scheduler does once a second."""
         queue = self._queue()
         for job_id in queue.scheduled_job_registry.get_job_ids():
             self.client.zadd(f"rq:scheduled:{QUEUE}", {job_id: time.time() - 1})
@@ -113,15 +113,15 @@ class OnRQ(Library):
         scheduler.release_locks()
 
     def start_worker(self, environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
-        """The command of the manual, with the worker that does not fork."""
+        """Start the command of the manual, with the worker that does not fork."""
         return self._command(environ)
 
     def start_scheduling_worker(self, environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
-        """With RQ's own scheduler."""
+        """Start the command with RQ's own scheduler."""
         return self._command(environ, "--with-scheduler")
 
     def delayed_copies(self) -> int:
-        """What is scheduled: RQ leaves it in Redis until it is due."""
+        """Return the number of scheduled jobs: RQ leaves them in Redis until they are due."""
         return int(self.client.zcard(f"rq:scheduled:{QUEUE}"))
 
     def _command(self, environ: Mapping[str, str], *options: str) -> subprocess.Popen[bytes]:
@@ -141,25 +141,25 @@ class OnRQ(Library):
         )
 
     def waiting(self, queue: str = QUEUE) -> list[str]:
-        """The list, from its head; before it, what a worker took and has not begun."""
+        """Return the jobs that a worker fetched and has not started, then the list from its head."""
         begun: Any = self.client.lrange(f"rq:queue:{queue}:intermediate", 0, -1)
         return [*(job_id.decode() for job_id in begun), *self._queue(queue).job_ids]
 
     def body(self, job_id: str) -> object:
-        """Its hash."""
+        """Return its hash."""
         return self.client.hgetall(f"rq:job:{job_id}") or None
 
     def token(self, job_id: str) -> UUID | None:
-        """The field of ours."""
+        """Return the token in our field."""
         field: Any = self.client.hget(f"rq:job:{job_id}", "jg")
         return UUID(hex=field.decode().rstrip(SPENT)) if field else None
 
     def forget(self, job_id: str) -> None:
-        """Its hash and its places."""
+        """Delete its hash and its entries."""
         self.client.delete(f"rq:job:{job_id}")
         self.client.lrem(f"rq:queue:{QUEUE}", 0, job_id)
         self.client.zrem(f"rq:scheduled:{QUEUE}", job_id)
 
     def is_a_jobs(self, key: str) -> bool:
-        """All but workers, results and RQ's own locks."""
+        """Return True for all keys except workers, results and RQ's own locks."""
         return not key.startswith(_NO_JOBS)

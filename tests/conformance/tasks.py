@@ -1,4 +1,4 @@
-"""The tasks of the suite: plain functions, for every library to take in its own way."""
+"""The tasks of the suite: plain functions that each library registers in its own way."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 import jobguard
 
 PROBES: list[Callable[[], object]] = []
-"""What ``look`` calls, where the worker is this process."""
+"""The functions that ``probe`` calls, if the worker is this process."""
 
 
 def say(ledger: str, word: object = "ran") -> None:
-    """Leave a word that only a run can leave."""
+    """Write a word to the ledger."""
     with Path(ledger).open("a") as file:
         file.write(f"{word}\n")
 
@@ -23,32 +23,32 @@ def say(ledger: str, word: object = "ran") -> None:
 def fail(ledger: str, word: object = "ran") -> None:
     """Fail."""
     say(ledger, word)
-    raise ValueError("as it must")
+    raise ValueError("fails on purpose")
 
 
-def look(ledger: str, word: object = "ran") -> None:
-    """Look around while it runs."""
+def probe(ledger: str, word: object = "ran") -> None:
+    """Call the probes while the task runs."""
     say(ledger, word)
-    for probe in PROBES:
-        probe()
+    for call in PROBES:
+        call()
 
 
 def nap(ledger: str, word: object = "ran") -> None:
-    """Take a moment, so that several run beside each other."""
+    """Take a moment, so that several jobs run at the same time."""
     say(ledger, f"{word}:begun")
     time.sleep(0.3)
     say(ledger, word)
 
 
 def die(ledger: str, word: object = "ran") -> None:
-    """Take the worker along, unless a person has cured it."""
+    """Kill the worker, unless the test has created the file ``.cured``."""
     say(ledger, word)
     if not Path(f"{ledger}.cured").exists():
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 def hold(ledger: str, word: object = "ran") -> None:
-    """Hold a lock while it dies, and tell what a run knows of the one before it."""
+    """Own a lock while the process dies, and write what the run knows of the previous one."""
     job = jobguard.current()
     with jobguard.lock("import", wait=5) as mine:
         known = job.predecessor is not None

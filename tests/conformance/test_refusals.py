@@ -1,7 +1,8 @@
-"""A Redis that answers, and takes nothing: what raises does not run, or it is accepted and does not raise.
+"""A Redis that answers and refuses writes: a push either raises and does not run, or is accepted.
 
-``when_redis_down="accept"``: what may pass is accepted, the leader pushes it. What a person has to mend
-(rights, a key of another type) raises. ``"raise"``: all of it raises. What raised is not recorded either.
+With ``when_redis_down="accept"``, a push that fails for a passing reason is accepted, and the
+leader pushes it. If a person must correct the reason (rights, a key of another type), the push
+raises. With ``"raise"``, all of them raise. A push that raised is not recorded either.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ KEYS = {"celery": QUEUE, "dramatiq": f"dramatiq:{QUEUE}", "rq": f"rq:queue:{QUEU
 
 
 def configured(name: str, value: str, usual: str) -> Callable[[Any], Callable[[], object]]:
-    """Return what sets an option of Redis, and gives what sets it back."""
+    """Return a function that sets an option of Redis and returns a function that resets it."""
 
     def begin(client: Any) -> Callable[[], object]:
         client.config_set(name, value)
@@ -38,19 +39,19 @@ def configured(name: str, value: str, usual: str) -> Callable[[Any], Callable[[]
 
 
 def replica(client: Any) -> Callable[[], object]:
-    """Make it a replica of nobody."""
+    """Make it a replica of a server that does not exist."""
     client.replicaof("127.0.0.1", "1")
     return lambda: client.replicaof("no", "one")
 
 
 def replica_without_data(client: Any) -> Callable[[], object]:
-    """Make it a replica that answers nothing before it has met its master."""
+    """Make it a replica that answers nothing before it has contacted its master."""
     client.config_set("replica-serve-stale-data", "no")
     return replica(client)
 
 
 def rights(client: Any) -> Callable[[], object]:
-    """Take away the rights of everybody to write lists."""
+    """Take the right to write lists from the default user."""
     client.execute_command("ACL", "SETUSER", "default", "-rpush", "-lpush", "-evalsha")
     return lambda: client.execute_command("ACL", "SETUSER", "default", "+@all")
 
@@ -68,7 +69,7 @@ PASSING = ("OOM", "READONLY", "MASTERDOWN", "NOREPLICAS")
 
 @contextmanager
 def led(database: str) -> Iterator[None]:
-    """Have the lease of a leader that does nothing."""
+    """Own the lease, as a leader that does nothing."""
     with psycopg.connect(database, autocommit=True) as connection:
         connection.execute(
             "insert into jobguard.leader (namespace, term, holder, host, pid, expires_at)"
@@ -84,7 +85,7 @@ def led(database: str) -> Iterator[None]:
 def test_what_raises_does_not_run(
     own_redis: RedisServer, tmp_path: Path, database: str, name: str, mode: str, state: str
 ) -> None:
-    """And what does not raise runs once."""
+    """A push that raises does not run, and one that does not raise runs once."""
     kind: type[Library] = pkgutil.resolve_name(LIBRARIES[name])
     library = kind(own_redis.url, tmp_path / "ledger")
     records = Records(database)
@@ -94,7 +95,7 @@ def test_what_raises_does_not_run(
         if state == "WRONGTYPE":
             client.set(KEYS[name], "no list")
         else:
-            library.send()  # with a connection that works, and all that Redis was asked once
+            library.send()  # opens a connection, and sends the queries that are sent to Redis only once
         before = len(records.owed())
         with led(database):
             restore = STATES[state](client)
@@ -105,7 +106,7 @@ def test_what_raises_does_not_run(
                 raised = True
             finally:
                 restore()
-        taken = state == "NOREPLICAS" and not raised  # Redis 6 does not ask that of a script
+        taken = state == "NOREPLICAS" and not raised  # Redis 6 does not check this for a script
         assert taken or raised == (mode == "raise" or state not in PASSING)
         assert len(records.owed()) == before + (not raised)
         if state == "WRONGTYPE":
@@ -116,7 +117,7 @@ def test_what_raises_does_not_run(
 
 
 def assert_all_run(library: Library, records: Records, guard: JobGuard, count: int) -> None:
-    """Run all there is: as often as it was accepted."""
+    """Run all jobs, and check that each accepted job ran once."""
     library.work()
     with psycopg.connect(records._database, autocommit=True) as connection:
         connection.execute(

@@ -1,4 +1,4 @@
-"""The words in which the suite is written, whatever the library is."""
+"""Helpers of the suite, the same for every library."""
 
 from __future__ import annotations
 
@@ -40,18 +40,18 @@ BRISK: dict[str, Any] = {
     "crash_backoff": (0.0,),
     **dict.fromkeys(("connect_timeout", "call_timeout", "record_timeout", "redis_timeout"), 10.0),
 }
-"""The same rules as by default, sooner; and patience with a busy machine."""
+"""Settings with the same rules as the defaults and shorter times; long timeouts for a busy machine."""
 ROOT = Path(__file__).parents[2]
 
 
 class Records:
-    """What the ledger in Postgres says."""
+    """The content of the ledger in PostgreSQL."""
 
     def __init__(self, database: str) -> None:
         self._database = database
 
     def owed(self) -> list[Restorable]:
-        """Return what is owed, in the order of recording, as a leader puts it back."""
+        """Return the owed deliveries as a leader restores them, in the order of recording."""
         with (
             psycopg.connect(self._database) as connection,
             connection.cursor(row_factory=class_row(Restorable)) as cursor,
@@ -64,7 +64,7 @@ class Records:
             ).fetchall()
 
     def ended(self, job_id: str) -> list[tuple[str, int]]:
-        """Return how each delivery of a job ended and which attempt it was, in the order of recording."""
+        """Return the outcome and attempt of each delivery of a job, in the order of recording."""
         with psycopg.connect(self._database) as connection:
             return connection.execute(
                 "select outcome::text, attempt from jobguard.history where job_id = %s order by token",
@@ -72,7 +72,7 @@ class Records:
             ).fetchall()
 
     def blamed(self, job_id: str) -> set[int]:
-        """Return the attempts of a job of which it is known why they failed."""
+        """Return the attempts of a job whose errors are recorded."""
         with psycopg.connect(self._database) as connection:
             rows = connection.execute(
                 "select attempt from jobguard.history where job_id = %s and errors <> '{}'",
@@ -81,64 +81,64 @@ class Records:
             return {int(attempt) for (attempt,) in rows}
 
     def trusted(self) -> bool:
-        """Whether a queue has only guarded workers, so that its jobs are put back."""
+        """Return True if a queue has only guarded workers, so that its jobs are restored."""
         with psycopg.connect(self._database) as connection:
             trusted = "select from jobguard.queues where trusted_since is not null"
             return connection.execute(trusted).rowcount > 0
 
     def claims(self) -> list[tuple[UUID, int]]:
-        """Return the claims that stand, with their numbers."""
+        """Return the claims that exist, with their numbers."""
         with psycopg.connect(self._database) as connection:
             return connection.execute("select token, number from jobguard.running").fetchall()
 
 
 class Leader:
-    """What a reconciler does with a broker, one step at a time."""
+    """The steps of a reconciler on a broker, one at a time."""
 
     def __init__(self, broker: Broker) -> None:
         self.broker = broker
 
     def observe(self, delivery: Restorable) -> Observation:
-        """Look where Redis has it, some time after it was recorded."""
+        """Return the presence in Redis some time after the record."""
         owed = newly_owed(delivery.token, job_id=delivery.job_id, queue=delivery.queue)
         return self.broker.presence([replace(owed, age=60.0, claims=1)])[delivery.token]
 
     def restore(self, *deliveries: Restorable, deadline: float | None = None) -> list[Restored]:
-        """Put these back, with time enough."""
+        """Restore these, with enough time."""
         until = time.time() + 60 if deadline is None else deadline
         done = self.broker.restore(deliveries, deadline=until)
         return [done[delivery.token] for delivery in deliveries]
 
 
 class AnotherWorker:
-    """A worker of another machine that lives, and holds one claim."""
+    """A live worker of another machine that has one claim."""
 
-    def __init__(self, store: PostgresStore, source: Source, held: Restorable) -> None:
-        self._store, self._source, self._held = store, source, held
+    def __init__(self, store: PostgresStore, source: Source, claimed: Restorable) -> None:
+        self._store, self._source, self._claimed = store, source, claimed
         self._id = new_token()
-        beat = Beat(worker=self._id, counter=1, claims=[held.token])
+        beat = Beat(worker=self._id, counter=1, claims=[claimed.token])
         store.beat(source.id, beat, namespace=source.namespace)
-        ask = ClaimRequest(held.token, new_token(), self._id, 1, source.namespace, 60.0, 3)
-        assert isinstance(store.claim(source.id, ask), Claim)
+        request = ClaimRequest(claimed.token, new_token(), self._id, 1, source.namespace, 60.0, 3)
+        assert isinstance(store.claim(source.id, request), Claim)
 
     def complete(self) -> Ended:
-        """Report that the job it holds has completed."""
-        end = End(self._held.token, 1, Outcome.COMPLETED, self._id, self._held.job_id)
+        """Report that its job has completed."""
+        end = End(self._claimed.token, 1, Outcome.COMPLETED, self._id, self._claimed.job_id)
         return self._store.end(self._source.id, [end])[0]
 
 
 @contextmanager
-def another_worker(database: str, source: Source, held: Restorable) -> Iterator[AnotherWorker]:
-    """Have another worker run this delivery."""
+def another_worker(database: str, source: Source, claimed: Restorable) -> Iterator[AnotherWorker]:
+    """Let another worker run this delivery."""
     store = PostgresStore(lambda: database, Settings(call_timeout=10, connect_timeout=10))
     try:
-        yield AnotherWorker(store, source, held)
+        yield AnotherWorker(store, source, claimed)
     finally:
         store.close()
 
 
 def environ(database: str, redis_url: str) -> Mapping[str, str]:
-    """Return the environment of a worker that is a process of its own."""
+    """Return the environment of a worker process."""
     brisk = {
         f"JOBGUARD_{name.upper()}": ",".join(map(str, value))
         if isinstance(value, tuple)

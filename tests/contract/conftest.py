@@ -1,6 +1,6 @@
-"""The two stores behind one face, and the words in which the contract is written.
+"""The two stores behind one interface, and the helpers of the contract tests.
 
-Each test of this room runs twice: on the ledger in memory, and on Postgres.
+Each test in this folder runs twice: on the memory store, and on PostgreSQL.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from jobguard.model import (
     Owed,
     Parent,
     Recorded,
+    Refusal,
+    Refused,
     new_token,
 )
 from jobguard.settings import Settings
@@ -43,38 +45,40 @@ SOURCE = 7
 WORKER_TIMEOUT = 15.0
 CRASH_BUDGET = 3
 LONG = 1e6
-"""Seconds of a lease that no test outlives."""
+"""Seconds of a lease that is longer than any test."""
+ENDED_COMPLETED = (Refusal.ENDED, Outcome.COMPLETED)
+ENDED_SUPERSEDED = (Refusal.ENDED, Outcome.SUPERSEDED)
 
 
 class Backend(Protocol):
     """One of the two stores."""
 
     def host(self) -> HostStore:
-        """Give a store to a process of the application."""
+        """Return a store for a process of the application."""
 
     def leader(self, namespace: str, holder: UUID) -> LeaderStore:
-        """Give a store to a reconciler."""
+        """Return a store for a reconciler."""
 
     def advance(self, seconds: float) -> None:
-        """Let time pass."""
+        """Make time pass."""
 
     def close(self) -> None:
-        """Let go of everything."""
+        """Close all connections."""
 
 
 class Clock:
-    """Time that passes when told to, and a millisecond at every look, so that no two are equal."""
+    """A clock that a test advances. Each call adds a millisecond, so that no two times are equal."""
 
     def __init__(self) -> None:
         self._time = time.time()
 
     def __call__(self) -> float:
-        """Tell the time."""
+        """Return the time."""
         self._time += 0.001
         return self._time
 
     def advance(self, seconds: float) -> None:
-        """Let time pass."""
+        """Make time pass."""
         self._time += seconds
 
 
@@ -88,11 +92,11 @@ class InMemory:
         self.leader = self.ledger.leader
 
     def advance(self, seconds: float) -> None:
-        """Let time pass."""
+        """Make time pass."""
         self.clock.advance(seconds)
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: there is no connection."""
 
 
 _TIMES = """
@@ -127,7 +131,7 @@ class InPostgres:
         self._database = database
         self._settings = Settings(connect_timeout=10, call_timeout=20, record_timeout=20)
         self._opened: list[HostStore | LeaderStore] = []
-        # Imported late: who runs the half in memory needs no driver.
+        # Imported late, because the tests in memory need no driver.
         self._host_store = importlib.import_module("jobguard.store.host").PostgresStore
         self._leader_store = importlib.import_module("jobguard.store.leader").PostgresLeaderStore
 
@@ -135,20 +139,20 @@ class InPostgres:
         return self._database
 
     def host(self) -> HostStore:
-        """Give a store to a process of the application."""
+        """Return a store for a process of the application."""
         store = cast(HostStore, self._host_store(self._conninfo, self._settings))
         self._opened.append(store)
         return store
 
     def leader(self, namespace: str, holder: UUID) -> LeaderStore:
-        """Give a store to a reconciler."""
+        """Return a store for a reconciler."""
         made = self._leader_store(self._conninfo, namespace, holder, self._settings)
         store = cast(LeaderStore, made)
         self._opened.append(store)
         return store
 
     def advance(self, seconds: float) -> None:
-        """Let time pass: nobody moves the clock of a server, so all that is written gets older."""
+        """Make time pass: the clock of a server cannot be moved, so all stored times are moved back."""
         with psycopg.connect(self._database) as connection:
             for table, columns in connection.execute(_TIMES).fetchall():
                 shifts = [
@@ -165,9 +169,9 @@ class InPostgres:
 
     @contextmanager
     def commits_held_back(self) -> Iterator[Callable[[], int]]:
-        """Whoever moved a delivery out of what is owed waits before its commit.
+        """Make each transaction that deletes an owed delivery wait before its commit.
 
-        Gives a function that counts the sessions that wait for a lock.
+        Give a function that counts the sessions that wait for a lock.
         """
         with psycopg.connect(self._database, autocommit=True) as connection:
             connection.execute(_WAIT_AT_COMMIT)
@@ -178,7 +182,7 @@ class InPostgres:
                 connection.execute("select pg_advisory_unlock(5170)")
 
     def close(self) -> None:
-        """Let go of the connections."""
+        """Close the connections."""
         for store in self._opened:
             store.close()
 
@@ -196,7 +200,7 @@ class Worker:
     def request(
         self, token: UUID, *, nonce: UUID | None = None, budget: int = CRASH_BUDGET
     ) -> ClaimRequest:
-        """Say what is asked when a claim is wanted."""
+        """Return a request for a claim."""
         return ClaimRequest(
             token=token,
             nonce=nonce or uuid4(),
@@ -219,29 +223,29 @@ class Worker:
         return answer
 
     def start(self, token: UUID) -> Claim:
-        """Claim what surely is granted, as a worker that beats."""
+        """Take a claim that must be granted, as a worker that beats."""
         if not self.beats:
             self.beat()
         answer = self.claim(token)
         assert isinstance(answer, Claim), answer
         return answer
 
-    def beat(self, *, claims: set[UUID] | None = None, **said: Any) -> BeatReply:
-        """Beat once, listing what is held."""
+    def beat(self, *, claims: set[UUID] | None = None, **fields: Any) -> BeatReply:
+        """Beat once, listing the claims of this worker."""
         self.beats += 1
         listed = tuple(sorted(self.holds if claims is None else claims))
-        beat = Beat(worker=self.id, counter=self.beats, claims=listed, host=self.host, **said)
+        beat = Beat(worker=self.id, counter=self.beats, claims=listed, host=self.host, **fields)
         return self.ledger.store.beat(self.ledger.source, beat, namespace=self.ledger.namespace)
 
-    def end(self, claim: Claim, outcome: Outcome = Outcome.COMPLETED, **said: Any) -> Ended:
-        """Report an end in the name of a claim."""
+    def end(self, claim: Claim, outcome: Outcome = Outcome.COMPLETED, **fields: Any) -> Ended:
+        """Report an end on behalf of a claim."""
         (answer,) = self.ledger.store.end(
-            self.ledger.source, [End(claim.token, claim.number, outcome, self.id, **said)]
+            self.ledger.source, [End(claim.token, claim.number, outcome, self.id, **fields)]
         )
         return answer
 
     def heartbeat(self, claim: Claim, *, job_id: str = "j") -> bool:
-        """Note the progress of a claim."""
+        """Store the progress of a claim."""
         return self.ledger.store.heartbeat(
             self.ledger.source,
             job_id=job_id,
@@ -252,19 +256,19 @@ class Worker:
         )
 
     def forget_by_beats(self, token: UUID) -> None:
-        """Beat twice without listing a claim: its run is over, and nobody reported it."""
+        """Beat twice without listing a claim: its run is over, and no process reported it."""
         self.holds.discard(token)
         for _ in range(2):
             self.ledger.advance(1)
             self.beat()
 
     def leave(self) -> None:
-        """Say goodbye."""
+        """Report a regular exit."""
         self.ledger.store.leave(self.id)
 
 
 class Contract:
-    """A ledger, whichever, with one host and one leader, and short words for what tests do."""
+    """A ledger of either kind with one host and one leader, and short methods for the steps of tests."""
 
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
@@ -275,7 +279,7 @@ class Contract:
         self.advance = backend.advance
 
     def cancel(self, *, ago: float = 0.0, **what: Any) -> int:
-        """Cancel what was there so many seconds ago."""
+        """Cancel the deliveries that existed so many seconds ago."""
         return self.store.cancel(self.source, meant=self.store.now() - ago, **what)
 
     def elected(self) -> int:
@@ -285,17 +289,17 @@ class Contract:
         return term
 
     def worker(self, *, host: str = "host-1") -> Worker:
-        """Boot a worker that has not beaten yet."""
+        """Start a worker that has not beaten yet."""
         return Worker(self, host=host)
 
     def working(self, *, host: str = "host-1") -> Worker:
-        """Boot a worker that has beaten once."""
+        """Start a worker that has beaten once."""
         worker = self.worker(host=host)
         worker.beat()
         return worker
 
     def recorded(self, job_id: str = "j", **more: Any) -> Delivery:
-        """Record a delivery that is surely taken."""
+        """Record a delivery that must be accepted."""
         it = delivery(job_id, **more)
         assert self.record(it).refused == frozenset()
         return it
@@ -305,21 +309,21 @@ class Contract:
         return self.store.record(self.source, deliveries, namespace=self.namespace, **how)
 
     def owed(self) -> dict[UUID, Owed]:
-        """All that is owed, by token."""
+        """Return all owed deliveries by token."""
         rows = self.leader.page(self.source, after=None, limit=100_000)
         return {row.token: row for row in rows}
 
     def watched(self) -> dict[UUID, Owed]:
-        """All that is looked at every time, by token."""
+        """Return the deliveries of every inspection by token."""
         return {row.token: row for row in self.leader.watched(self.source, limit=100_000)}
 
     def outcome(self, token: UUID) -> Outcome | None:
-        """How a delivery has ended, if it has."""
+        """Return the outcome of a delivery, or None if it has not ended."""
         return self.leader.tombstones(self.source, [token]).get(token)
 
 
 def delivery(job_id: str = "j", **more: Any) -> Delivery:
-    """Describe one push of a job, with a token of its own."""
+    """Return one push of a job, with a token of its own."""
     given: dict[str, Any] = {
         "token": new_token(),
         "queue": "default",
@@ -330,19 +334,35 @@ def delivery(job_id: str = "j", **more: Any) -> Delivery:
 
 
 def retry_of(claim: Claim, job_id: str = "j", **more: Any) -> Delivery:
-    """Describe the delivery by which a worker retries the job it has claimed."""
+    """Return the delivery by which a worker retries the job it has claimed."""
     return delivery(job_id, parent=Parent(claim.token, claim=claim.number), attempt=2, **more)
 
 
+def refused(answer: object) -> tuple[Refusal, Outcome | None]:
+    """Return why a claim was refused."""
+    assert isinstance(answer, Refused), answer
+    return answer.reason, answer.outcome
+
+
+def taken_over(ledger: Contract) -> tuple[Delivery, Worker, Claim, Worker, Claim]:
+    """Make a worker silent until it counts as dead, and another worker run its job."""
+    it = ledger.recorded()
+    zombie, successor = ledger.working(), ledger.working()
+    stale = zombie.start(it.token)
+    ledger.advance(WORKER_TIMEOUT + 1)
+    successor.beat()
+    return it, zombie, stale, successor, successor.start(it.token)
+
+
 def postgres_backend(request: pytest.FixtureRequest) -> InPostgres:
-    """Take a fresh database and the stores that speak to it."""
+    """Return the stores over a fresh database."""
     database: str = request.getfixturevalue("database")
     return InPostgres(database)
 
 
 @pytest.fixture
 def ledger_in_postgres(request: pytest.FixtureRequest) -> Iterator[Contract]:
-    """Give the ledger in Postgres alone, for what only several sessions can show."""
+    """Give the ledger in PostgreSQL only, for tests that need several sessions."""
     backend = postgres_backend(request)
     yield Contract(backend)
     backend.close()
@@ -364,7 +384,7 @@ class Together:
         self._failures: list[BaseException] = []
 
     def call(self, work: Callable[..., Any], *args: Any) -> list[Any]:
-        """Start a call; its answer will be the one member of the list."""
+        """Start a call; its answer becomes the only member of the returned list."""
         answers: list[Any] = []
         thread = threading.Thread(target=partial(self._run, work, args, answers), daemon=True)
         self._threads.append(thread)
@@ -378,7 +398,7 @@ class Together:
             self._failures.append(error)
 
     def wait(self) -> None:
-        """Wait for all of them, and raise what one of them raised."""
+        """Wait for all calls, and raise the first error."""
         for thread in self._threads:
             thread.join(timeout=30)
             assert not thread.is_alive(), "a call did not return"
@@ -388,5 +408,5 @@ class Together:
 
 @pytest.fixture
 def together() -> Together:
-    """Give a starter of calls at the same time."""
+    """Give an object that starts calls at the same time."""
     return Together()

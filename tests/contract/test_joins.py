@@ -1,4 +1,4 @@
-"""What the ledger knows of libraries that count joins in Redis and keep a body for each push."""
+"""Joins, derived tokens, sources with one body per push, and declined and released deliveries."""
 
 from __future__ import annotations
 
@@ -24,52 +24,45 @@ from jobguard.model import (
     new_token,
 )
 from jobguard.store.protocols import Closing, SourceRow, Void
-from tests.contract.conftest import (
-    CRASH_BUDGET,
-    NAMESPACE,
-    SOURCE,
-    Contract,
-    Worker,
-    delivery,
-)
+from tests.contract.conftest import CRASH_BUDGET, NAMESPACE, SOURCE, Contract, Worker, delivery
 
 PLENTY = 100
 
 
 @pytest.fixture
 def bodies(ledger: Contract) -> Contract:
-    """A source whose library keeps a body of its own for every push."""
+    """Give a source whose library keeps one body per push."""
     row = SourceRow(SOURCE, NAMESPACE, "celery", "localhost:6379/0", "", None, "", one_body=False)
     ledger.store.register(row)
     return ledger
 
 
 def opened(ledger: Contract) -> dict[str, OpenJoin]:
-    """Return the joins that are open, by id."""
+    """Return the open joins by id."""
     found = ledger.leader.open_joins(SOURCE, after="", limit=PLENTY)
     return {join.id: join for join in found}
 
 
 def complete(ledger: Contract, quiet: float = 10.0) -> list[str]:
-    """Return the joins of which something should have come."""
+    """Return the ids of the joins whose continuation is missing."""
     return [join.id for join in ledger.leader.complete_joins(SOURCE, quiet=quiet, limit=PLENTY)]
 
 
 def ends(worker: Worker, member: Delivery, join: str = "g", state: bytes = b"result") -> Ended:
-    """Have a member run, and end as a part of a join."""
+    """Make a member run, and end it as a part of a join."""
     return worker.end(worker.start(member.token), part=Part(join, state))
 
 
 def body(join: str = "g", **more: Any) -> Delivery:
-    """Describe the continuation of a join."""
+    """Return the continuation of a join."""
     return delivery("body", fresh=True, closes=join, **more)
 
 
 # Joins
 
 
-def test_the_ends_of_members_are_kept_with_all_that_brings_them_back(ledger: Contract) -> None:
-    """In the order of their ends; a member that has not ended is no part yet."""
+def test_the_ends_of_members_are_kept_with_their_envelopes(ledger: Contract) -> None:
+    """The ends of members are kept in their order; a member that has not ended is no part yet."""
     ledger.store.open_join(SOURCE, "g", size=3, state=b"body", namespace=NAMESPACE)
     first, second = (ledger.recorded(id, envelope=id.encode(), queue="mail") for id in "ab")
     ledger.recorded("c")
@@ -87,7 +80,7 @@ def test_the_ends_of_members_are_kept_with_all_that_brings_them_back(ledger: Con
 
 
 def test_a_member_counts_once(ledger: Contract) -> None:
-    """Whoever reports its end, and however often."""
+    """A member counts once, with the first report of its end."""
     ledger.store.open_join(SOURCE, "g", size=2, state=b"", namespace=NAMESPACE)
     member = ledger.recorded("a")
     worker = ledger.worker()
@@ -98,19 +91,19 @@ def test_a_member_counts_once(ledger: Contract) -> None:
 
 
 def test_an_end_that_does_not_count_is_no_part(ledger: Contract) -> None:
-    """A stale claim's failure changes nothing."""
+    """A failure with a stale claim is no part."""
     ledger.store.open_join(SOURCE, "g", size=1, state=b"", namespace=NAMESPACE)
     member = ledger.recorded("a")
-    dead, heir = ledger.working(), ledger.working()
+    dead, successor = ledger.working(), ledger.working()
     claim = dead.start(member.token)
     dead.leave()
-    assert isinstance(heir.claim(member.token), Claim)
+    assert isinstance(successor.claim(member.token), Claim)
     assert dead.end(claim, Outcome.FAILED, part=Part("g", b"")) is Ended.LATE
     assert opened(ledger)["g"].parts == ()
 
 
-def test_a_part_of_what_nobody_recorded_counts(ledger: Contract) -> None:
-    """Its record waits in a spool; it cannot be told again, for its envelope is there as well."""
+def test_a_part_of_an_unrecorded_member_counts(ledger: Contract) -> None:
+    """The end of an unrecorded member counts; its part has no envelope, which waits in a spool."""
     ledger.store.open_join(SOURCE, "g", size=1, state=b"", namespace=NAMESPACE)
     worker = ledger.working()
     part = Part("g", b"result")
@@ -122,7 +115,7 @@ def test_a_part_of_what_nobody_recorded_counts(ledger: Contract) -> None:
 def test_a_join_is_complete_when_all_have_ended_and_it_was_quiet_for_a_while(
     ledger: Contract,
 ) -> None:
-    """Its library has some time to go on by itself."""
+    """A join is complete when all members have ended and its library had some time to continue."""
     ledger.store.open_join(SOURCE, "g", size=2, state=b"", namespace=NAMESPACE)
     first, second = ledger.recorded("a"), ledger.recorded("b")
     worker = ledger.worker()
@@ -135,8 +128,8 @@ def test_a_join_is_complete_when_all_have_ended_and_it_was_quiet_for_a_while(
     assert complete(ledger) == ["g"]
 
 
-def test_a_join_of_which_nobody_said_how_large_it_is_is_never_complete(ledger: Contract) -> None:
-    """Until somebody does: members may end before it is opened, where that waits in a spool."""
+def test_a_join_without_a_size_is_never_complete(ledger: Contract) -> None:
+    """A join is never complete before it was opened with a size."""
     ends(ledger.worker(), ledger.recorded("a"))
     ledger.store.open_join(SOURCE, "other", size=1, state=b"", namespace=NAMESPACE)
     ledger.advance(60)
@@ -146,7 +139,7 @@ def test_a_join_of_which_nobody_said_how_large_it_is_is_never_complete(ledger: C
 
 
 def test_its_continuation_closes_a_join_once(ledger: Contract) -> None:
-    """Whoever else goes on from it is refused; the one that did may say so again."""
+    """The first continuation closes a join; another one is refused, the same one may come again."""
     ledger.store.open_join(SOURCE, "g", size=1, state=b"", namespace=NAMESPACE)
     ends(ledger.worker(), ledger.recorded("a"))
     first, second = body(), body()
@@ -160,22 +153,22 @@ def test_its_continuation_closes_a_join_once(ledger: Contract) -> None:
 
 
 def test_of_two_continuations_in_one_call_the_first_is_taken(ledger: Contract) -> None:
-    """And what goes with them is recorded as ever."""
+    """Of two continuations in one call the first is accepted, and other deliveries are recorded."""
     first, second, other = body(), body(), delivery("x", fresh=True)
     assert ledger.record(first, second, other).refused == {second.token}
     assert set(ledger.owed()) == {first.token, other.token}
 
 
 def test_a_replayed_continuation_that_comes_too_late_is_not_owed(ledger: Contract) -> None:
-    """It waited in a spool while another went on."""
+    """A replayed continuation is not owed if another one came first."""
     first, second = body(), body()
     ledger.record(first)
     assert ledger.record(second, replay=True).refused == frozenset()
     assert set(ledger.owed()) == {first.token}
 
 
-def test_what_is_closed_takes_no_more_parts(ledger: Contract) -> None:
-    """Given up by the library, or gone on from."""
+def test_a_closed_join_takes_no_more_parts(ledger: Contract) -> None:
+    """A closed join takes no more parts."""
     ledger.store.open_join(SOURCE, "g", size=1, state=b"", namespace=NAMESPACE)
     ledger.store.close_join(SOURCE, "g")
     assert opened(ledger) == {}
@@ -186,8 +179,8 @@ def test_what_is_closed_takes_no_more_parts(ledger: Contract) -> None:
     assert ledger.record(late).refused == {late.token}
 
 
-def test_a_join_that_is_opened_once_more_begins_anew(ledger: Contract) -> None:
-    """An application may send one chord twice: its continuation comes twice, too."""
+def test_a_closed_join_can_be_opened_again(ledger: Contract) -> None:
+    """A closed join can be opened again, because an application may send one chord twice."""
     for _ in range(2):
         ledger.store.open_join(SOURCE, "g", size=1, state=b"", namespace=NAMESPACE)
         ledger.store.open_join(SOURCE, "g", size=9, state=b"not this one", namespace=NAMESPACE)
@@ -200,7 +193,7 @@ def test_a_join_that_is_opened_once_more_begins_anew(ledger: Contract) -> None:
 
 
 def test_joins_are_read_by_the_page(ledger: Contract) -> None:
-    """In the order of their ids; those of other sources are none of its business."""
+    """Open joins are paged in the order of their ids, only those of the given source."""
     for n in range(5):
         ledger.store.open_join(SOURCE, f"g{n}", size=1, state=b"", namespace=NAMESPACE)
     ledger.store.open_join(SOURCE + 1, "g9", size=1, state=b"", namespace=NAMESPACE)
@@ -209,7 +202,7 @@ def test_joins_are_read_by_the_page(ledger: Contract) -> None:
 
 
 def test_retention_drops_joins(ledger: Contract) -> None:
-    """Open or not: what a library forgets after a day need not be kept for a week."""
+    """Retention drops open and closed joins."""
     ledger.store.open_join(SOURCE, "old", size=1, state=b"", namespace=NAMESPACE)
     ends(ledger.worker(), ledger.recorded("a"), join="old")
     ledger.advance(8 * 86400)
@@ -218,11 +211,11 @@ def test_retention_drops_joins(ledger: Contract) -> None:
     assert set(opened(ledger)) == {"young"}
 
 
-# What a run sends
+# Messages that a run sends
 
 
 def test_a_derived_token_is_that_of_its_run() -> None:
-    """Another run of the parent sends the same; another id or the next of the same id does not."""
+    """A derived token depends on the parent, the job id and its count in the run, and on nothing else."""
     parent = new_token()
     assert derived_token(parent, "a") == derived_token(parent, "a") > parent
     others = {
@@ -233,38 +226,38 @@ def test_a_derived_token_is_that_of_its_run() -> None:
     assert len({derived_token(parent, "a"), *others}) == 4
 
 
-def test_what_a_killed_run_had_sent_is_not_owed_again_when_it_is_sent_again(
+def test_a_message_of_a_killed_run_is_not_owed_again(
     bodies: Contract,
 ) -> None:
-    """It has run and ended by then; refused, so that it is not pushed."""
+    """A message that a killed run sent before, and that has ended, is refused when it is sent again."""
     parent = bodies.recorded("a")
     sent = delivery("b", token=derived_token(parent.token, "b"), fresh=True, derived=True)
     assert bodies.record(sent).refused == frozenset()
     assert (
         bodies.record(sent).refused == frozenset()
-    )  # waits: the fence makes one run of two copies
+    )  # it waits: the fence makes one run of the two copies
     worker = bodies.worker()
     worker.end(worker.start(sent.token))
     assert bodies.record(sent).refused == {sent.token}
     assert set(bodies.owed()) == {parent.token}
 
 
-# One body for each push
+# One body per push
 
 
-def test_lives_of_one_id_do_not_touch_each_other(bodies: Contract) -> None:
-    """Each push has a body of its own: nothing is superseded but a parent."""
+def test_deliveries_of_one_id_do_not_touch_each_other(bodies: Contract) -> None:
+    """With one body per push a delivery supersedes only its parent."""
     first, second = bodies.recorded("j"), bodies.recorded("j")
     assert set(bodies.owed()) == {first.token, second.token}
     worker = bodies.worker()
-    worker.end(Claim(new_token(), 0), job_id="j")  # one that nobody had recorded
+    worker.end(Claim(new_token(), 0), job_id="j")  # an end of an unrecorded delivery
     worker.start(second.token)
     assert set(bodies.owed()) == {first.token, second.token}
     assert bodies.leader.overtaken(SOURCE, [first.token]) == frozenset()
 
 
-def test_whose_end_a_kept_result_is(bodies: Contract) -> None:
-    """It may be that of another delivery of its id, if one is owed too or has ended since."""
+def test_a_kept_result_may_belong_to_another_delivery(bodies: Contract) -> None:
+    """A kept result may belong to another delivery of the job id that is owed or has ended since."""
     worker = bodies.worker()
     first = bodies.recorded("j")
     worker.end(worker.start(first.token))
@@ -274,7 +267,7 @@ def test_whose_end_a_kept_result_is(bodies: Contract) -> None:
     def sharing_job_id() -> frozenset[UUID]:
         return bodies.leader.sharing_job_id(SOURCE, [first.token, second.token, other.token])
 
-    assert sharing_job_id() == frozenset(), "the first had ended before"
+    assert sharing_job_id() == frozenset(), "the first ended before the second was recorded"
     third = bodies.recorded("j")
     assert sharing_job_id() == {second.token}
     bodies.advance(1)
@@ -282,8 +275,8 @@ def test_whose_end_a_kept_result_is(bodies: Contract) -> None:
     assert sharing_job_id() == {second.token}
 
 
-def test_a_retry_is_no_namesake(bodies: Contract) -> None:
-    """It takes the place of the attempt before, which stored no end."""
+def test_a_retry_does_not_share_its_job_id(bodies: Contract) -> None:
+    """A retry does not share its job id with the attempt before, which stored no end."""
     worker, first = bodies.worker(), bodies.recorded("j")
     claim = worker.start(first.token)
     retry = delivery("j", parent=Parent(first.token, claim=claim.number, worker=worker.id))
@@ -291,16 +284,16 @@ def test_a_retry_is_no_namesake(bodies: Contract) -> None:
     assert bodies.leader.sharing_job_id(SOURCE, [retry.token]) == frozenset()
 
 
-def test_a_late_record_stands_beside_a_younger_life(bodies: Contract) -> None:
-    """What waited in a spool is owed, though its id was sent again meanwhile."""
+def test_a_late_record_stands_beside_a_younger_delivery(bodies: Contract) -> None:
+    """With one body per push a late record is owed beside a younger delivery of its job id."""
     older = delivery("j")
     younger = bodies.recorded("j")
     bodies.record(older, replay=True)
     assert set(bodies.owed()) == {older.token, younger.token}
 
 
-def test_a_parent_is_superseded_all_the_same(bodies: Contract) -> None:
-    """By the name that the retry gives."""
+def test_a_parent_is_superseded_with_one_body_per_push(bodies: Contract) -> None:
+    """A retry supersedes its parent with one body per push too."""
     first = bodies.recorded("j")
     claim = bodies.worker().start(first.token)
     retry = delivery("j", parent=Parent(first.token, claim=claim.number), fresh=True)
@@ -309,10 +302,10 @@ def test_a_parent_is_superseded_all_the_same(bodies: Contract) -> None:
     assert bodies.outcome(first.token) is Outcome.SUPERSEDED
 
 
-def test_a_retry_that_a_worker_met_before_its_record_takes_its_parents_place_all_the_same(
+def test_a_retry_that_a_worker_recorded_first_takes_its_parents_place(
     bodies: Contract,
 ) -> None:
-    """Who records what it meets does not know what that follows."""
+    """A retry that a worker recorded without its parent supersedes the parent when its record arrives."""
     first = bodies.recorded("j")
     claim = bodies.worker().start(first.token)
     retry = delivery("j", parent=Parent(first.token, claim=claim.number), fresh=True)
@@ -323,16 +316,16 @@ def test_a_retry_that_a_worker_met_before_its_record_takes_its_parents_place_all
     assert bodies.outcome(first.token) is Outcome.SUPERSEDED
 
 
-# Declined, and given back
+# Declined and released
 
 
 def declined(ledger: Contract, token: UUID) -> int:
-    """Decline it once more."""
+    """Decline a delivery once more."""
     return ledger.store.decline(SOURCE, token, most=2, wait=10.0, error="no such task")
 
 
-def test_what_no_worker_can_begin_goes_back_later_and_is_dead_in_the_end(ledger: Contract) -> None:
-    """The wait doubles each time; nobody has died of it."""
+def test_a_declined_delivery_waits_and_is_dead_in_the_end(ledger: Contract) -> None:
+    """A declined delivery waits twice as long each time, without a crash, and is dead in the end."""
     it = ledger.recorded("j", envelope=b"kept")
     assert declined(ledger, it.token) == 1
     assert ledger.watched() == {}
@@ -352,8 +345,8 @@ def test_what_no_worker_can_begin_goes_back_later_and_is_dead_in_the_end(ledger:
     assert ledger.owed() == {}
 
 
-def test_what_somebody_runs_is_not_declined(ledger: Contract) -> None:
-    """Nor what has ended, or nobody knows."""
+def test_a_running_delivery_is_not_declined(ledger: Contract) -> None:
+    """A running, ended or unknown delivery is not declined."""
     it = ledger.recorded("j")
     ledger.worker().start(it.token)
     declined(ledger, it.token)
@@ -361,8 +354,8 @@ def test_what_somebody_runs_is_not_declined(ledger: Contract) -> None:
     assert ledger.watched() == {}
 
 
-def test_a_claim_that_is_given_back_is_anyones(ledger: Contract) -> None:
-    """No crash; and what its holder still says of it is late."""
+def test_a_released_claim_is_free(ledger: Contract) -> None:
+    """A released claim is no crash, and later reports with it are late."""
     it = ledger.recorded("j")
     ledger.elected()
     worker, other = ledger.working(), ledger.working()
@@ -377,8 +370,8 @@ def test_a_claim_that_is_given_back_is_anyones(ledger: Contract) -> None:
 
 
 @pytest.mark.parametrize("number", [2, 0])
-def test_only_its_holder_gives_a_claim_back(ledger: Contract, number: int) -> None:
-    """In the name of that very claim, or of whichever it holds."""
+def test_only_its_worker_releases_a_claim(ledger: Contract, number: int) -> None:
+    """Only the claim's own worker releases it, by its number or by 0."""
     it = ledger.recorded("j")
     worker, other = ledger.working(), ledger.working()
     worker.start(it.token)
@@ -388,8 +381,8 @@ def test_only_its_holder_gives_a_claim_back(ledger: Contract, number: int) -> No
     assert stands == (1 if number else None)
 
 
-def test_a_host_learns_what_has_ended(ledger: Contract) -> None:
-    """However it ended; of what is owed, or unknown, nothing is told."""
+def test_a_host_reads_outcomes(ledger: Contract) -> None:
+    """A host can read the outcomes of ended deliveries."""
     done, owed = ledger.recorded("a"), ledger.recorded("b")
     worker = ledger.worker()
     worker.end(worker.start(done.token), Outcome.FAILED)
@@ -397,8 +390,8 @@ def test_a_host_learns_what_has_ended(ledger: Contract) -> None:
     assert ledger.store.tombstones(SOURCE, asked) == {done.token: Outcome.FAILED}
 
 
-def test_a_late_end_leaves_its_part_where_the_library_had_told_first(ledger: Contract) -> None:
-    """The leader had closed it from observation; only what completed counts."""
+def test_a_late_end_adds_its_part(ledger: Contract) -> None:
+    """A late end adds its part to a join if the delivery has completed."""
     ledger.store.open_join(SOURCE, "g", size=2, state=b"", namespace=NAMESPACE)
     done, failed = ledger.recorded("a", queue="mail"), ledger.recorded("b")
     worker = ledger.worker()
@@ -414,8 +407,8 @@ def test_a_late_end_leaves_its_part_where_the_library_had_told_first(ledger: Con
     ]
 
 
-def test_what_is_closed_from_observation_is_a_part_all_the_same(ledger: Contract) -> None:
-    """Its worker died before it could tell; the library shows what it left."""
+def test_a_delivery_closed_by_observation_is_a_part(ledger: Contract) -> None:
+    """A delivery that is closed by observation adds its part to its join."""
     ledger.store.open_join(SOURCE, "g", size=1, state=b"", namespace=NAMESPACE)
     done = ledger.recorded("a", envelope=b"kept")
     closing = Closing(done.token, Outcome.COMPLETED, part=Part("g", b"result"))
@@ -425,7 +418,7 @@ def test_what_is_closed_from_observation_is_a_part_all_the_same(ledger: Contract
 
 
 def test_a_record_that_comes_late_fills_in_the_envelope_of_a_part(ledger: Contract) -> None:
-    """So that it can be told to the library again."""
+    """A late record adds the envelope to a part, which is needed to report it to the library again."""
     ledger.store.open_join(SOURCE, "g", size=1, state=b"", namespace=NAMESPACE)
     late = delivery("a", envelope=b"late")
     worker = ledger.working()
@@ -435,10 +428,10 @@ def test_a_record_that_comes_late_fills_in_the_envelope_of_a_part(ledger: Contra
     assert ledger.owed() == {}
 
 
-def test_a_retry_of_a_claim_that_was_taken_away_counts_while_nobody_has_another(
+def test_a_retry_of_a_voided_claim_counts_until_another_is_granted(
     bodies: Contract,
 ) -> None:
-    """It waited in a spool. Once somebody has started it again, it is too late."""
+    """A replayed retry with a voided claim is accepted while no other worker has claimed the delivery."""
     for started_again in (False, True):
         first = bodies.recorded(f"j{started_again}")
         worker, other = bodies.working(), bodies.working()
@@ -457,7 +450,7 @@ def test_a_retry_of_a_claim_that_was_taken_away_counts_while_nobody_has_another(
 
 
 def test_several_claims_are_asked_for_in_one_call(ledger: Contract) -> None:
-    """Each has its own answer; of two copies of one delivery one is granted."""
+    """Several claims in one call have an answer each; of two claims of one delivery one is granted."""
     ledger.elected()
     owed, gone = ledger.recorded("a"), ledger.recorded("b")
     worker = ledger.working()

@@ -1,7 +1,7 @@
 """Records, claims, ends, supersessions, replays, voids and cancels in any order.
 
-The model is not a second ledger. It remembers what it was told, and holds the ledger to it:
-an end is an end, a claim is one worker's, and a number that was lost speaks for nothing.
+The model is not a second ledger. It stores the answers of the ledger, and checks later answers against
+them: an end is final, a claim belongs to one worker, and a lost claim number changes nothing.
 """
 
 from __future__ import annotations
@@ -53,17 +53,17 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 JOBS = st.sampled_from(["a", "b", "c"])
-"""Few ids, so that lives of one id meet."""
+"""Few ids, so that several deliveries share one."""
 WORKERS = st.integers(0, 2)
 ANY = st.integers(0, 9)
-"""Which of those there are: the even ones are owed, and 0 is the latest."""
+"""The position in a list: even numbers select owed deliveries, and 0 is the latest."""
 
 Seen = dict[UUID, tuple[Any, ...]]
 
 
 @dataclass(frozen=True)
 class Grant:
-    """A claim that was granted, and to whom."""
+    """A granted claim and its worker."""
 
     token: UUID
     number: int
@@ -72,19 +72,19 @@ class Grant:
 
     @property
     def claim(self) -> Claim:
-        """The claim, as its worker names it."""
+        """Return the claim as its worker reports it."""
         return Claim(self.token, self.number)
 
 
 @dataclass
 class Reported:
-    """What the ledger has said so far, and can never take back."""
+    """The answers of the ledger so far, which are final."""
 
     deliveries: dict[UUID, Delivery] = field(default_factory=dict)
     ended: dict[UUID, Outcome] = field(default_factory=dict)
     grants: list[Grant] = field(default_factory=list)
     revived: set[UUID] = field(default_factory=set)
-    """Recorded after their end by a producer that did not look; until the leader looks."""
+    """Recorded after their end by a producer that did not check history, until the next inspection."""
 
 
 class Model(RuleBasedStateMachine):
@@ -113,23 +113,23 @@ class Model(RuleBasedStateMachine):
         self.workers = [self.ledger.working(host=f"host-{n}") for n in range(3)]
 
     def teardown(self) -> None:
-        """Let the leader have its last look."""
+        """Let the leader make a last inspection."""
         if hasattr(self, "term"):
             self.observe()
             self.leader.close()
 
-    # What the ledger says now
+    # The current answers of the ledger
 
     def owed(self) -> dict[UUID, Owed]:
-        """All that is owed."""
+        """Return all owed deliveries."""
         return self.ledger.owed()
 
     def history(self) -> dict[UUID, Outcome]:
-        """All that has ended."""
+        """Return all outcomes."""
         return dict(self.leader.tombstones(self.ledger.source, list(self.reported.deliveries)))
 
     def seen(self) -> tuple[Seen, dict[UUID, Outcome]]:
-        """All that a look shows, without what time alone changes."""
+        """Return everything that an inspection shows, except what changes only with time."""
         rows = {
             token: (
                 row.job_id,
@@ -148,27 +148,27 @@ class Model(RuleBasedStateMachine):
         return rows, self.history()
 
     def some_token(self, which: int) -> UUID:
-        """One of the deliveries that are owed, or of those there ever were."""
+        """Return an owed delivery, or any recorded one."""
         owed = sorted(self.owed())
         tokens = owed if owed and which % 2 == 0 else list(self.reported.deliveries)
         return tokens[-1 - which // 2 % len(tokens)]
 
     def some_grant(self, which: int) -> Grant:
-        """One of the claims on what is owed, or of those that were ever granted."""
+        """Return a claim of an owed delivery, or any granted one."""
         owed = self.owed()
         ours = [grant for grant in self.reported.grants if grant.token in owed]
         grants = ours if ours and which % 2 == 0 else self.reported.grants
         return grants[-1 - which // 2 % len(grants)]
 
     def stands(self, grant: Grant) -> bool:
-        """Whether a claim that was granted still stands."""
+        """Return True if a granted claim is still current."""
         row = self.owed().get(grant.token)
         return row is not None and row.claim_number == grant.number
 
     # Producers and retries
 
     def record(self, it: Delivery, **how: Any) -> bool:
-        """Record a delivery; False if it is refused, and then nothing has changed."""
+        """Record a delivery; return False if it is refused, and check that nothing changed then."""
         before = self.seen()
         self.reported.deliveries[it.token] = it
         if self.ledger.record(it, **how).refused:
@@ -178,7 +178,7 @@ class Model(RuleBasedStateMachine):
 
     @rule(job=JOBS, outbox=st.booleans())
     def push(self, job: str, outbox: bool) -> None:
-        """A producer records a delivery of an id that may have older ones."""
+        """A producer records a delivery of a job id that may have older ones."""
         it, before = delivery(job), self.owed()
         assert self.record(it, outbox=outbox)
         claimed = {token for token, row in before.items() if row.claim_number is not None}
@@ -187,7 +187,7 @@ class Model(RuleBasedStateMachine):
 
     @rule()
     def push_fresh(self) -> None:
-        """A producer records a delivery whose id was made for it."""
+        """A producer records a delivery whose job id was created for it."""
         it = delivery(str(uuid4()), fresh=True)
         assert self.record(it)
         assert it.token in self.owed()
@@ -195,11 +195,11 @@ class Model(RuleBasedStateMachine):
     @precondition(lambda self: self.reported.grants)
     @rule(which=ANY, outcome=st.sampled_from([Outcome.SUPERSEDED, Outcome.COMPLETED]))
     def retry(self, which: int, outcome: Outcome) -> None:
-        """A worker retries or repeats its job, in the name of a claim that may be lost."""
-        self.retry_in_the_name_of(self.some_grant(which), outcome)
+        """A worker retries or repeats its job, with a claim that may be lost."""
+        self.retry_with(self.some_grant(which), outcome)
 
-    def retry_in_the_name_of(self, grant: Grant, outcome: Outcome) -> None:
-        """Retry, and see that it is refused unless the claim stands."""
+    def retry_with(self, grant: Grant, outcome: Outcome) -> None:
+        """Retry, and check that it is refused unless the claim is current."""
         stood = self.stands(grant)
         parent = Parent(grant.token, grant.number, outcome)
         child = delivery(self.reported.deliveries[grant.token].job_id, parent=parent)
@@ -212,7 +212,7 @@ class Model(RuleBasedStateMachine):
     @precondition(lambda self: self.reported.deliveries)
     @rule(which=ANY)
     def move(self, which: int) -> None:
-        """A delay queue moves a delivery, in the name of no claim."""
+        """A delay queue moves a delivery, without a claim."""
         token = self.some_token(which)
         row, ended = self.owed().get(token), token in self.history()
         child = delivery(self.reported.deliveries[token].job_id, parent=Parent(token))
@@ -221,7 +221,7 @@ class Model(RuleBasedStateMachine):
 
     @rule(job=JOBS)
     def retry_of_the_unknown(self, job: str) -> None:
-        """A worker retries what nobody has recorded yet: the record waits in a spool."""
+        """A worker retries a delivery that is not recorded yet: its record waits in a spool."""
         parent = delivery(job)
         self.reported.deliveries[parent.token] = parent
         assert self.record(delivery(job, parent=Parent(parent.token, claim=1)))
@@ -230,18 +230,18 @@ class Model(RuleBasedStateMachine):
     @precondition(lambda self: self.reported.deliveries)
     @rule(which=ANY)
     def replay(self, which: int) -> None:
-        """A spool is replayed, however late."""
+        """A spool is replayed, at any time."""
         token = self.some_token(which)
         ended = token in self.history() and token not in self.owed()
         before = self.seen()
         self.record(self.reported.deliveries[token], replay=True)
         if ended:
-            assert self.seen() == before, "a replay of what has ended changed something"
+            assert self.seen() == before, "a replay of an ended delivery changed something"
 
     @precondition(lambda self: self.reported.deliveries)
     @rule(which=ANY)
     def record_again(self, which: int) -> None:
-        """A record whose answer was lost is sent once more."""
+        """A record whose answer was lost is sent again."""
         token = self.some_token(which)
         if token in self.owed() and token not in self.reported.revived:
             before = self.seen()
@@ -251,7 +251,7 @@ class Model(RuleBasedStateMachine):
     @precondition(lambda self: self.reported.ended)
     @rule(which=ANY)
     def revive(self, which: int) -> None:
-        """A record races the end of its own delivery, and stands beside the tombstone."""
+        """A record arrives together with the end of its own delivery, and is owed beside the tombstone."""
         token = list(self.reported.ended)[which % len(self.reported.ended)]
         if token not in self.owed():
             job_id = self.reported.deliveries[token].job_id
@@ -261,7 +261,7 @@ class Model(RuleBasedStateMachine):
     @precondition(lambda self: self.reported.deliveries)
     @rule(which=ANY)
     def withdraw(self, which: int) -> None:
-        """A producer takes back what it surely did not push."""
+        """A producer withdraws a delivery that it did not push."""
         token = self.some_token(which)
         row = self.owed().get(token)
         self.store.withdraw(self.ledger.source, [token])
@@ -274,11 +274,11 @@ class Model(RuleBasedStateMachine):
     @precondition(lambda self: self.reported.deliveries)
     @rule(which=ANY, who=WORKERS)
     def claim(self, which: int, who: int) -> None:
-        """A worker starts a delivery that it found in Redis, whatever became of it."""
+        """A worker starts a delivery that it found in Redis, in any state."""
         self.claim_by(self.workers[who], self.some_token(which))
 
     def claim_by(self, worker: Worker, token: UUID) -> None:
-        """Claim, and see that it is granted if and only if nothing is in its way."""
+        """Claim, and check that the claim is granted if and only if no rule refuses it."""
         if token in self.reported.revived:
             return
         row, outcome = self.owed().get(token), self.history().get(token)
@@ -304,7 +304,7 @@ class Model(RuleBasedStateMachine):
             self.granted(Grant(token, answer.number, worker, request))
 
     def granted(self, grant: Grant) -> None:
-        """Note a claim: its number is new, and it is the one that stands."""
+        """Store a claim: its number is new, and it is the current one."""
         numbers = [other.number for other in self.reported.grants if other.token == grant.token]
         assert grant.number > max(numbers, default=0)
         row = self.owed()[grant.token]
@@ -315,7 +315,7 @@ class Model(RuleBasedStateMachine):
     @precondition(lambda self: self.reported.grants)
     @rule(which=ANY)
     def claim_again(self, which: int) -> None:
-        """The answer to a claim was lost, and it is asked for once more."""
+        """The answer to a claim was lost, and the worker asks again."""
         grant = self.some_grant(which)
         if self.stands(grant):
             before = self.seen()
@@ -327,11 +327,11 @@ class Model(RuleBasedStateMachine):
     @precondition(lambda self: self.reported.grants)
     @rule(which=ANY, outcome=st.sampled_from([Outcome.COMPLETED, Outcome.FAILED]))
     def end(self, which: int, outcome: Outcome) -> None:
-        """A worker reports an end, in the name of a claim that may be lost."""
-        self.end_in_the_name_of(self.some_grant(which), outcome)
+        """A worker reports an end, with a claim that may be lost."""
+        self.end_with(self.some_grant(which), outcome)
 
-    def end_in_the_name_of(self, grant: Grant, outcome: Outcome) -> None:
-        """End, and see that nothing changes unless the claim stands, or nobody contradicts."""
+    def end_with(self, grant: Grant, outcome: Outcome) -> None:
+        """End, and check that only a current claim, or a completion without another claim, counts."""
         row = self.owed().get(grant.token)
         unclaimed = row is not None and row.claim_number is None
         believed = self.stands(grant) or (unclaimed and outcome is Outcome.COMPLETED)
@@ -347,13 +347,13 @@ class Model(RuleBasedStateMachine):
             assert self.seen() == before, "a stale end changed something"
 
     def known(self, token: UUID) -> bool:
-        """Whether a delivery is owed or remembered."""
+        """Return True if a delivery is owed or in history."""
         return token in self.owed() or token in self.history()
 
     @precondition(lambda self: self.reported.deliveries)
     @rule(which=ANY, who=WORKERS)
     def end_what_was_never_claimed(self, which: int, who: int) -> None:
-        """A worker that started while Postgres was away reports the end."""
+        """A worker that started while PostgreSQL was away reports the end."""
         token, worker = self.some_token(which), self.workers[who]
         if token in self.reported.revived:
             return
@@ -370,14 +370,14 @@ class Model(RuleBasedStateMachine):
     @precondition(lambda self: self.reported.grants)
     @rule(which=ANY)
     def heartbeat(self, which: int) -> None:
-        """A job reports its progress, in the name of a claim that may be lost."""
+        """A job reports its progress, with a claim that may be lost."""
         grant = self.some_grant(which)
         job_id = self.reported.deliveries[grant.token].job_id
         assert grant.worker.heartbeat(grant.claim, job_id=job_id) == self.stands(grant)
 
     @rule(who=WORKERS, lists=st.booleans())
     def beat(self, who: int, lists: bool) -> None:
-        """A worker beats, and may have lost what its children ran."""
+        """A worker beats, and may have lost the runs of its children."""
         worker = self.workers[who]
         if not lists:
             worker.holds.clear()
@@ -393,7 +393,7 @@ class Model(RuleBasedStateMachine):
         outcome=st.sampled_from([Outcome.COMPLETED, Outcome.FAILED]),
     )
     def zombie(self, which: int, who: int, voided: bool, says: str, outcome: Outcome) -> None:
-        """A worker is declared dead, its job goes on without it, and then it wakes up."""
+        """A worker is declared dead, its job continues without it, and then it reports late."""
         grant = self.some_grant(which)
         self.leader.declare_dead(self.term, [grant.worker.id])
         self.workers = [
@@ -404,9 +404,9 @@ class Model(RuleBasedStateMachine):
         else:
             self.claim_by(self.workers[who], grant.token)
         if says == "end":
-            self.end_in_the_name_of(grant, outcome)
+            self.end_with(grant, outcome)
         elif says == "retry":
-            self.retry_in_the_name_of(grant, Outcome.SUPERSEDED)
+            self.retry_with(grant, Outcome.SUPERSEDED)
         elif says == "void":
             self.void_the(grant, charge=False)
         elif says == "heartbeat":
@@ -415,7 +415,7 @@ class Model(RuleBasedStateMachine):
 
     @rule(who=WORKERS)
     def leave(self, who: int) -> None:
-        """A worker says goodbye, and another boots in its place."""
+        """A worker exits regularly, and another one starts in its place."""
         self.workers[who].leave()
         self.workers[who] = self.ledger.working()
 
@@ -424,7 +424,7 @@ class Model(RuleBasedStateMachine):
     @precondition(lambda self: self.reported.deliveries)
     @rule(which=ANY)
     def cancel(self, which: int) -> None:
-        """Somebody cancels a delivery, known or not."""
+        """A person cancels a delivery, known or not."""
         token = self.some_token(which)
         was_owed = token in self.owed()
         assert self.ledger.cancel(tokens=[token]) == was_owed
@@ -433,7 +433,7 @@ class Model(RuleBasedStateMachine):
 
     @rule(job=JOBS, queue=st.booleans())
     def cancel_many(self, job: str, queue: bool) -> None:
-        """Somebody cancels every delivery of a job id, or all that waits in the queue."""
+        """A person cancels every delivery of a job id, or all that waits in the queue."""
         if queue:
             self.purge()
             return
@@ -443,7 +443,7 @@ class Model(RuleBasedStateMachine):
         self.reported.revived -= them
 
     def purge(self) -> None:
-        """Empty the queue, and see that only what is claimed is left."""
+        """Empty the queue, and check that only claimed deliveries are left."""
         claimed = {token for token, row in self.owed().items() if row.claim_number is not None}
         self.ledger.cancel(queue="default")
         assert set(self.owed()) == claimed
@@ -452,17 +452,17 @@ class Model(RuleBasedStateMachine):
 
     @rule(who=WORKERS)
     def declare_dead(self, who: int) -> None:
-        """The leader declares a worker dead, which may learn of it late."""
+        """The leader declares a worker dead, which may learn this late."""
         self.leader.declare_dead(self.term, [self.workers[who].id])
 
     @precondition(lambda self: self.reported.grants)
     @rule(which=ANY, charge=st.booleans())
     def void(self, which: int, charge: bool) -> None:
-        """The leader takes a dead worker's claim away, if it is still that claim."""
+        """The leader voids a dead worker's claim, if its number is still current."""
         self.void_the(self.some_grant(which), charge)
 
     def void_the(self, grant: Grant, charge: bool) -> None:
-        """Void, and see that nothing changes unless it is that very claim."""
+        """Void, and check that only a claim with that number changes."""
         row = self.owed().get(grant.token)
         if row is not None and row.claim_live:
             return
@@ -489,7 +489,7 @@ class Model(RuleBasedStateMachine):
     @precondition(lambda self: self.reported.deliveries)
     @rule(which=ANY)
     def restore(self, which: int) -> None:
-        """The leader puts a delivery back, if there is still something to put back."""
+        """The leader restores a delivery, if it is still owed."""
         token = self.some_token(which)
         found = self.leader.envelopes(self.ledger.source, [token])
         assert [it.token for it in found] == (
@@ -500,7 +500,7 @@ class Model(RuleBasedStateMachine):
     @precondition(lambda self: self.reported.deliveries)
     @rule(which=ANY)
     def give_up(self, which: int) -> None:
-        """The leader closes a delivery, unless somebody runs it."""
+        """The leader closes a delivery, unless a worker runs it."""
         token = self.some_token(which)
         row = self.owed().get(token)
         closed = self.leader.close_owed(
@@ -510,7 +510,7 @@ class Model(RuleBasedStateMachine):
 
     @rule()
     def observe(self) -> None:
-        """The leader drops what history has ended: history wins."""
+        """The leader closes the deliveries that are also in history."""
         ended = [
             Closing(token, outcome)
             for token, outcome in self.history().items()
@@ -539,18 +539,18 @@ class Model(RuleBasedStateMachine):
         """Time passes."""
         self.ledger.advance(seconds)
 
-    # What always holds
+    # Invariants
 
     @invariant()
     def an_end_is_an_end(self) -> None:
-        """What has ended keeps its outcome, so the cancelled stays cancelled."""
+        """An ended delivery keeps its outcome, so a cancelled one stays cancelled."""
         history = self.history()
         assert {token: history.get(token) for token in self.reported.ended} == self.reported.ended
         self.reported.ended = history
 
     @invariant()
     def owed_or_ended(self) -> None:
-        """Nothing is both but what was recorded without a look, until the leader looks."""
+        """Only a delivery that was recorded without a check of history can be both owed and ended."""
         self.reported.revived &= set(self.owed())
         assert set(self.owed()) & set(self.reported.ended) <= self.reported.revived
 
@@ -564,7 +564,7 @@ class Model(RuleBasedStateMachine):
 
     @invariant()
     def one_live_claim(self) -> None:
-        """A delivery is claimed once at most, by the last worker that it was granted to."""
+        """A delivery has at most one claim, of the last worker that was granted one."""
         last = {grant.token: grant for grant in self.reported.grants}
         for token, row in self.owed().items():
             if row.claim_number is not None:
@@ -574,19 +574,19 @@ class Model(RuleBasedStateMachine):
 
 @pytest.fixture
 def limits(ledger: Contract) -> Iterator[settings]:
-    """How long the model is played: long in memory, short where each step is a round trip."""
+    """Give the limits of a run: long in memory, short where each step is a round trip."""
     memory = isinstance(ledger.backend, InMemory)
     yield settings(
         max_examples=150 if memory else 20,
         stateful_step_count=50 if memory else 20,
         deadline=None,
         database=None,
-        derandomize=True,  # a suite says the same of the same code
+        derandomize=True,  # the same code gives the same result
         suppress_health_check=list(HealthCheck),
     )
 
 
 def test_no_order_of_events_breaks_the_ledger(ledger: Contract, limits: settings) -> None:
-    """Whatever happens: what ended has ended, and one worker at a time runs what is owed."""
-    made = cast(type[Model], partial(Model, ledger))  # whatever makes a machine will do
+    """In any order of events an end is final, and one worker at a time runs an owed delivery."""
+    made = cast(type[Model], partial(Model, ledger))  # a partial is enough to make a machine
     run_state_machine_as_test(made, settings=limits)

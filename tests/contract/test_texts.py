@@ -1,7 +1,7 @@
-"""Ids, queues, tasks, workers and joins in any words and of any length, in both stores.
+"""Job ids, queues, tasks, workers and joins of any text and any length, in both stores.
 
-Planted once, each seen to fail: the text adapters not registered (NUL, half a pair), the index
-jobs_by_job as a btree (long), the key of a join or of a queue not shortened (long).
+These mutations were tested once, and each made a test fail: the text adapters not registered (NUL, half
+a pair), the index jobs_by_job as a btree (long), the key of a join or of a queue not shortened (long).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _LETTERS = [chr(code) for code in range(0x21, 0x3000) if chr(code).isprintable()
 
 
 def noise(length: int) -> str:
-    """Return a text that does not compress."""
+    """Return a text that cannot be compressed."""
     return "".join(_random.choices(_LETTERS, k=length))
 
 
@@ -46,8 +46,8 @@ def text(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def test_a_jobs_road(ledger: Contract, text: str) -> None:
-    """Recorded, claimed, seen by the leader, ended; found by its id at each step."""
+def test_the_path_of_a_job(ledger: Contract, text: str) -> None:
+    """A job with an unusual text is recorded, claimed, seen by the leader and ended under its id."""
     it = ledger.recorded(text, queue=text, task=text)
     (owed,) = ledger.owed().values()
     assert (owed.job_id, owed.queue, owed.task) == (text, text, text)
@@ -67,8 +67,8 @@ def test_a_jobs_road(ledger: Contract, text: str) -> None:
     }
 
 
-def test_lives_of_one_id(ledger: Contract, text: str) -> None:
-    """A second life supersedes the first; a retry follows its parent; old news is not owed again."""
+def test_deliveries_of_one_id(ledger: Contract, text: str) -> None:
+    """Supersession, retry and replay work with an unusual text."""
     first, second = ledger.recorded(text), ledger.recorded(text)
     assert list(ledger.owed()) == [second.token]
     claim = ledger.working().start(second.token)
@@ -78,7 +78,7 @@ def test_lives_of_one_id(ledger: Contract, text: str) -> None:
 
 
 def test_ends_and_cancels(ledger: Contract, text: str) -> None:
-    """An end of what nobody knows, a cancel by id, and one by queue."""
+    """An unknown end, a cancel by id and a cancel by queue work with an unusual text."""
     unknown = delivery(text)
     worker = ledger.working()
     assert worker.end(Claim(unknown.token, 0), job_id=text, queue=text) is Ended.UNKNOWN
@@ -91,7 +91,7 @@ def test_ends_and_cancels(ledger: Contract, text: str) -> None:
 
 
 def test_joins(ledger: Contract, text: str) -> None:
-    """A join and its members; two long names that differ at their end are two."""
+    """Joins with unusual ids work; two long ids that differ only at their end are two joins."""
     for name_ in (text, text + "2"):
         ledger.store.open_join(SOURCE, name_, size=2, state=b"s", namespace=ledger.namespace)
         worker = ledger.working()
@@ -111,7 +111,7 @@ def test_joins(ledger: Contract, text: str) -> None:
 
 
 def test_trust(ledger: Contract, text: str) -> None:
-    """A queue's trust is that of its name."""
+    """The trust of a queue is stored under its name."""
     term = ledger.elected()
     row = SourceRow(SOURCE, ledger.namespace, "rq", "localhost:6379/0", "", None, "")
     ledger.store.register(row)
@@ -125,8 +125,8 @@ def test_trust(ledger: Contract, text: str) -> None:
 
 
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS.keys())
-def test_what_is_stored_is_valid_and_comes_back(text: str) -> None:
-    """Postgres takes it; it is the same again; a key is short and says when it is another."""
+def test_a_stored_text_is_valid_and_comes_back(text: str) -> None:
+    """PostgreSQL stores the escaped text, it comes back unchanged, and its key is short."""
     stored = escaped(text)
     assert b"\x00" not in stored.encode()
     assert restored(stored) == text

@@ -1,4 +1,4 @@
-"""A ledger in memory that behaves as the real one does, for tests of the adapter alone."""
+"""A ledger in memory that behaves like the real one, for tests of an adapter alone."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.support import newly_owed
 
 
 class FakeSession:
-    """A session that grants claims by the ledger of its tracker."""
+    """A session that grants claims from the ledger of its tracker."""
 
     def __init__(self, tracker: FakeTracker, name: str, queues: Sequence[str]):
         self.id = uuid4()
@@ -41,7 +41,7 @@ class FakeSession:
         self.closed = False
 
     def start(self, token: UUID, describe: Callable[[], Delivery], **_: Any) -> Claim | Refused:
-        """Grant what is owed, record what is unknown, refuse what has ended."""
+        """Grant an owed delivery, record an unknown one, refuse an ended one."""
         ledger = self.tracker
         ledger.note("start", token.hex)
         if token in ledger.live_elsewhere:
@@ -65,36 +65,36 @@ class FakeSession:
         error: str | None = None,
         part: Part | None = None,
     ) -> None:
-        """End it."""
+        """End the claim with an outcome."""
         self.tracker.note("end", job_id, outcome.value, error or "")
         self.tracker.close(claim.token, outcome)
         self.deferred.discard(claim.token)
 
     def mark_superseded(self, claim: Claim) -> None:
-        """Hold it no more."""
+        """Drop the claim."""
         self.tracker.note("release", claim.token.hex)
         self.deferred.discard(claim.token)
 
     def decline(self, token: UUID, *, job_id: str, error: str) -> None:
-        """Send it back."""
+        """Decline the claim."""
         self.tracker.note("decline", job_id, error)
 
     def release(self, claim: Claim) -> None:
-        """Hold it no more."""
+        """Drop the claim."""
         self.tracker.note("give_back", claim.token.hex)
         self.deferred.discard(claim.token)
 
     def abandon(self, claim: Claim) -> None:
-        """Give it up as a dead worker's."""
+        """Give up the claim, as for a dead worker."""
         self.tracker.note("abandon", claim.token.hex)
         self.deferred.discard(claim.token)
 
     def consumes(self, queues: Sequence[str]) -> None:
-        """Take from these."""
+        """Note the queues of the worker."""
         self.queues = list(queues)
 
     def take_over_beats(self, claim: Claim, gone: Callable[[], bool]) -> None:
-        """Say when the worker is gone."""
+        """Note when the worker is gone."""
 
         def wait() -> None:
             if gone():
@@ -103,19 +103,19 @@ class FakeSession:
         threading.Thread(target=wait, daemon=True).start()
 
     def flush(self) -> None:
-        """Say that it was asked for."""
+        """Note the call."""
         self.tracker.note("flush")
 
     def close(self, *, running: bool = False) -> None:
-        """Say goodbye."""
+        """Close the session."""
         self.tracker.note("close")
         self.closed = True
 
 
 class FakeTracker:
-    """A tracker whose ledger is two dicts, and whose calls are also written to a file.
+    """A tracker whose ledger is two dicts, and which also writes its calls to a file.
 
-    The file is how the calls of a forked horse are seen.
+    With the file, a test can read the calls of a forked horse.
     """
 
     def __init__(self, source: Source, log: Path, queues: frozenset[str] | None = None):
@@ -140,7 +140,7 @@ class FakeTracker:
         self.before_record: Callable[[], None] = lambda: None
 
     def predecessor(self, token: UUID) -> UUID | None:
-        """Know of none."""
+        """Return no predecessor."""
         return None
 
     def lock(self, name: str, claim: Claim) -> bool:
@@ -148,17 +148,17 @@ class FakeTracker:
         return True
 
     def unlock(self, name: str, claim: Claim) -> None:
-        """Forget it."""
+        """Release no lock, because none is kept."""
 
-    # What tests look at.
+    # The members that tests read.
 
     @property
     def recorded(self) -> list[Delivery]:
-        """Every delivery that was recorded by this process."""
+        """Return every delivery that this process recorded."""
         return [delivery for batch in self.batches for delivery in batch]
 
     def note(self, *words: str) -> None:
-        """Append a call to the file, whichever process makes it."""
+        """Append a call to the file, from any process."""
         with self._log.open("a") as log:
             log.write(json.dumps([os.getpid(), *words]) + "\n")
 
@@ -186,11 +186,11 @@ class FakeTracker:
     # The Tracker protocol.
 
     def guards(self, queue: str) -> bool:
-        """Whether this queue is guarded."""
+        """Return True if this queue is guarded."""
         return self._queues is None or queue in self._queues
 
     def record(self, deliveries: Sequence[Delivery], *, outbox: bool = False) -> Recorded:
-        """Record, supersede, refuse."""
+        """Record these deliveries, supersede their parents, refuse those with an ended parent."""
         self.before_record()
         self.batches.append(list(deliveries))
         refused = set()
@@ -220,50 +220,50 @@ class FakeTracker:
         return Recorded(refused=frozenset(refused), leader_live=True)
 
     def withdraw(self, deliveries: Sequence[Delivery]) -> None:
-        """Take back."""
+        """Withdraw these records."""
         self.withdrawn += deliveries
         for delivery in deliveries:
             self.owed.pop(delivery.token, None)
 
     def leave_to_outbox(self, tokens: Sequence[UUID]) -> None:
-        """Remember what the leader should push."""
+        """Note the deliveries that the leader must push."""
         self.note("outbox", *(token.hex for token in tokens))
         self.outbox += tokens
 
     def defer(
         self, deliveries: Sequence[Delivery], push: Callable[[Recorded], None]
     ) -> Callable[[], None] | None:
-        """Keep these, inside a batch."""
+        """Keep these deliveries inside a batch."""
         return batches.defer(self.source.id, deliveries, push)
 
     def batch(self, **how: Any) -> AbstractContextManager[None]:
-        """Hold back what is sent inside."""
+        """Collect the deliveries that are sent inside the block."""
         return batches.batch(self.source.id, self, **how)
 
     def open_join(self, join: str, size: int, state: bytes = b"") -> Recorded:
-        """Remember it."""
+        """Note the call."""
         self.note("open_join", join, str(size))
         return Recorded()
 
     def close_join(self, join: str) -> None:
-        """Forget it."""
+        """Note the call."""
         self.note("close_join", join)
 
     @property
     def mends_library(self) -> bool:
-        """Whether crashes of the library may be mended."""
+        """Return True: faults of the library may be worked around."""
         return True
 
     def broker_in_doubt(self) -> bool:
-        """Whether the test says so."""
+        """Return the value that the test has set."""
         return self.in_doubt
 
     def broker_failed(self) -> None:
-        """Redis failed the host."""
+        """Note that Redis failed in the host."""
         self.note("broker_failed")
 
     def accepts_without_broker(self, recorded: Recorded) -> bool:
-        """Whether the test says so."""
+        """Return the value that the test has set."""
         return self.accepting
 
     def cancel(
@@ -273,14 +273,14 @@ class FakeTracker:
         job_ids: Sequence[str] = (),
         queue: str | None = None,
     ) -> None:
-        """Write tombstones."""
+        """Write tombstones for the matching deliveries."""
         self.cancelled.append((tuple(tokens), tuple(job_ids), queue))
         for delivery in list(self.owed.values()):
             if delivery.token in tokens or delivery.job_id in job_ids or delivery.queue == queue:
                 self.close(delivery.token, Outcome.CANCELLED)
 
     def amend(self, token: UUID, change: Callable[[bytes], bytes]) -> bool:
-        """Change what is owed."""
+        """Change the envelope of an owed delivery."""
         self.note("amend", token.hex)
         if token not in self.owed:
             return False
@@ -288,27 +288,27 @@ class FakeTracker:
         self.owed[token] = replace(it, envelope=change(it.envelope))
         return True
 
-    def heartbeat(self, job_id: str, **said: object) -> bool:
-        """Hear a job's progress."""
+    def heartbeat(self, job_id: str, **fields: object) -> bool:
+        """Accept the progress of a job."""
         return True
 
     def recovers(self, tokens: Sequence[UUID], *, began: bool = True) -> frozenset[UUID]:
-        """What is owed, if the test has somebody who leads."""
+        """Return the owed ones of these, if the test has set a leader."""
         return frozenset(tokens) & self.owed.keys() if self.led else frozenset()
 
     def tombstones(self, tokens: Sequence[UUID]) -> Mapping[UUID, Outcome] | None:
-        """Return how these have ended, unless the test has the ledger away."""
+        """Return the ends of these; None while the test has the ledger away."""
         if self.away:
             return None
         return {token: self.ended[token] for token in tokens if token in self.ended}
 
     def drain_spool(self) -> None:
-        """Have nothing that waits."""
+        """Do nothing, because there is no spool."""
 
     def inherit_session(
         self, worker: UUID, pid: int, *, name: str, queues: Sequence[str]
     ) -> Session:
-        """Speak for the parent."""
+        """Open a session with the id of the parent's."""
         self.note("inherit", worker.hex)
         session = FakeSession(self, name, queues)
         session.id = worker
@@ -323,21 +323,21 @@ class FakeTracker:
         apart: bool = False,
         serves: bool = False,
     ) -> Session:
-        """Open."""
+        """Open a session."""
         self.note("open", name)
         self.sessions.append(FakeSession(self, name, queues))
         return self.sessions[-1]
 
 
 def owed(delivery: Delivery) -> Owed:
-    """Return a delivery as a look needs it."""
+    """Return a delivery in the form that an inspection needs."""
     return newly_owed(
         delivery.token, job_id=delivery.job_id, queue=delivery.queue, task=delivery.task
     )
 
 
 def lost(delivery: Delivery, **changes: Any) -> Restorable:
-    """Return a delivery as it is put back."""
+    """Return a delivery in the form that a restore needs."""
     given: dict[str, Any] = {
         "token": delivery.token,
         "job_id": delivery.job_id,
@@ -350,11 +350,11 @@ def lost(delivery: Delivery, **changes: Any) -> Restorable:
 
 
 def restore(broker: Broker, *deliveries: Restorable) -> list[Restored]:
-    """Put back, with time enough."""
+    """Restore these, with a deadline that is far away."""
     done = broker.restore(deliveries, deadline=time.time() + 60)
     return [done[delivery.token] for delivery in deliveries]
 
 
 def observe(broker: Broker, delivery: Delivery) -> Observation:
-    """Look for one."""
+    """Inspect one delivery."""
     return broker.presence([owed(delivery)])[delivery.token]

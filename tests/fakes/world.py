@@ -1,4 +1,4 @@
-"""A world without servers: simulated time, a Redis and a broker that are dicts, workers that beat."""
+"""A world without servers: simulated time, a Redis and a broker made of dicts, and workers that beat."""
 
 from __future__ import annotations
 
@@ -52,22 +52,22 @@ FOR_EVER = 1e9
 
 
 class Clock:
-    """Time that passes when told to; ``wall`` tells it in seconds since the epoch."""
+    """A clock that only moves when a test advances it; ``wall`` returns seconds since the epoch."""
 
     def __init__(self, at: float = 1000.0) -> None:
         self.at = at
         self._epoch = time.time() - at
 
     def __call__(self) -> float:
-        """Tell the time, as a monotonic clock does."""
+        """Return the time, as a monotonic clock does."""
         return self.at
 
     def wall(self) -> float:
-        """Tell the time, as a database does."""
+        """Return the time, as a database does."""
         return self._epoch + self.at
 
     def advance(self, seconds: float) -> None:
-        """Let time pass."""
+        """Move the clock forward."""
         self.at += seconds
 
 
@@ -75,7 +75,7 @@ _sequence = itertools.count()
 
 
 def token(at: float | None = None) -> UUID:
-    """Make a token that sorts after every earlier one made for the same millisecond or before."""
+    """Make a token that sorts after every token made earlier for the same millisecond or before."""
     milliseconds = int((time.time() if at is None else at) * 1000)
     number = next(_sequence)
     return UUID(
@@ -89,7 +89,7 @@ def token(at: float | None = None) -> UUID:
 
 
 def delivery(job_id: str = "job", **fields: Any) -> Delivery:
-    """Describe a delivery of which only some fields matter."""
+    """Make a delivery of which only some fields matter."""
     given: dict[str, Any] = {
         "token": token(),
         "job_id": job_id,
@@ -101,7 +101,7 @@ def delivery(job_id: str = "job", **fields: Any) -> Delivery:
 
 
 def request(of: Delivery | UUID, worker: UUID, **fields: Any) -> ClaimRequest:
-    """Ask for a claim."""
+    """Make a request for a claim."""
     given: dict[str, Any] = {
         "token": of.token if isinstance(of, Delivery) else of,
         "nonce": uuid4(),
@@ -115,7 +115,7 @@ def request(of: Delivery | UUID, worker: UUID, **fields: Any) -> ClaimRequest:
 
 
 def source_row(source: Source = SOURCE, **fields: Any) -> SourceRow:
-    """Describe a source as the database has it."""
+    """Make the row of a source as the database has it."""
     row = SourceRow(
         id=source.id,
         namespace=source.namespace,
@@ -129,7 +129,7 @@ def source_row(source: Source = SOURCE, **fields: Any) -> SourceRow:
 
 
 class _Leader:
-    """The leader's store in memory, which also tells what workers list."""
+    """The leader's store in memory, which also shows the deliveries that workers list."""
 
     def __init__(self, ledger: MemoryLedger, inner: LeaderStore) -> None:
         self._ledger = ledger
@@ -147,12 +147,12 @@ class _Leader:
 
 
 def leader_store(ledger: MemoryLedger, holder: UUID | None = None) -> LeaderStore:
-    """Give the ledger as a reconciler uses it."""
+    """Return the ledger as a reconciler uses it."""
     return cast(LeaderStore, _Leader(ledger, ledger.leader(NAMESPACE, holder or uuid4())))
 
 
 class FakeRedis:
-    """As much of a Redis client as the reconciler's core uses."""
+    """The part of a Redis client that the reconciler uses."""
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
@@ -164,31 +164,31 @@ class FakeRedis:
         self.flushes = 0
         self.started_at = float("-inf")
         self.error: Exception | None = None
-        """What every command answers, if so."""
+        """The error that every command raises, if set."""
         self.info_error: Exception | None = None
         self.before_eval: Callable[[str], None] = lambda _text: None
         self.after_eval: Callable[[str], None] = lambda _text: None
 
     @property
     def client(self) -> redis.Redis:
-        """This, as what it plays."""
+        """This object, with the type of a client."""
         return cast(redis.Redis, self)
 
     def flushall(self) -> None:
-        """Forget everything."""
+        """Delete all data."""
         self.flushes += 1
         self.hashes.clear()
         self.strings.clear()
 
     def restart(self) -> None:
-        """Come back empty, as another process."""
+        """Come back empty, as another server process."""
         self.flushall()
         self.flushes = 0
         self.started_at = self.clock.wall()
         self.run_id = uuid4().hex
 
     def pulse(self) -> tuple[str, int] | None:
-        """Tell the pulse (epoch, n) that stands here."""
+        """Return the pulse (epoch, n) that this Redis has."""
         found = self.hashes.get(pulse_key(SOURCE))
         return None if found is None else (found["epoch"].decode(), int(found["n"]))
 
@@ -202,24 +202,24 @@ class FakeRedis:
             raise self.error
 
     def hmget(self, key: str, fields: Sequence[str]) -> list[bytes | None]:
-        """Give these fields of a hash."""
+        """Return these fields of a hash."""
         self._up()
         found = self.hashes.get(key, {})
         return [found.get(name) for name in fields]
 
     def mget(self, keys: Sequence[str]) -> list[bytes | None]:
-        """Give these strings."""
+        """Return these strings."""
         self._up()
         return [self.strings.get(key) for key in keys]
 
     def time(self) -> tuple[int, int]:
-        """Tell the time in seconds and microseconds."""
+        """Return the time in seconds and microseconds."""
         self._up()
         at = self.clock.wall()
         return int(at), int(at % 1 * 1e6)
 
     def info(self, section: str) -> Mapping[str, Any]:
-        """Tell of the server."""
+        """Return this section of information about the server."""
         self._up()
         if self.info_error is not None:
             raise self.info_error
@@ -235,7 +235,7 @@ class FakeRedis:
         return sections[section]
 
     def eval(self, text: str, _keys: int, key: str, *arguments: str) -> int:
-        """Do what one of the two scripts of the pulse does."""
+        """Do the work of one of the two scripts of the pulse."""
         self._up()
         self.before_eval(text)
         scripts: dict[str, Callable[..., bool]] = {TICK: self._tick, RESET: self._reset}
@@ -282,43 +282,44 @@ class FakeBroker:
     redis: FakeRedis
     bodies: dict[str, tuple[UUID, Presence]] = field(default_factory=dict)
     names: dict[str, frozenset[str]] = field(default_factory=dict)
-    """Its registry of workers, by queue."""
+    """The library's registry of workers, by queue."""
     pushed: list[str] = field(default_factory=list)
-    """The job ids that were put back, in order."""
+    """The job ids that were restored, in order."""
     taken_over: list[str] = field(default_factory=list)
     """Of these: those whose run was known to be a dead worker's."""
     abandoned: list[str] = field(default_factory=list)
-    """Those whose run was taken out of the library's books."""
+    """Job ids whose run was removed from the library's lists."""
     buried: list[str] = field(default_factory=list)
-    """Those that the library shows as failed for good."""
+    """Job ids that the library shows as failed for good."""
     joins: dict[str, Join] = field(default_factory=dict)
-    """What the delayed ones wait for in vain, as far as the library can tell."""
+    """For each delayed job, the jobs that it waits for and that have ended, as far as the library
+    can see."""
     released: list[str] = field(default_factory=list)
-    """Those that went on although the library would not have moved them."""
+    """Job ids that were released although the library would not have released them."""
     shown: list[str] = field(default_factory=list)
-    """The running ones whose bodies were put back."""
-    held: dict[str, str] = field(default_factory=dict)
-    """Those that a worker has taken and not begun, and its name."""
+    """The running jobs whose bodies were restored."""
+    taken: dict[str, str] = field(default_factory=dict)
+    """For each job that a worker has taken and not started, the name of the worker."""
     taken_from: list[tuple[str, str]] = field(default_factory=list)
-    """Those that were put back from a worker that is gone, and its name."""
+    """Jobs that were restored from a worker that is gone, with its name."""
     left: dict[str, Part] = field(default_factory=dict)
-    """What a finished job is to a join, as the library shows it."""
+    """The part of a completed job in a join, as the library shows it."""
     rejoined: list[tuple[str, bool]] = field(default_factory=list)
-    """The joins that were put back, in order, and whether they were told again."""
+    """The joins that were restored, in order, and whether they were reported again."""
     reported: list[tuple[str, bytes]] = field(default_factory=list)
-    """The dead that a worker is to tell the library of, with their envelopes."""
+    """Dead jobs that a worker is to report to the library, with their envelopes."""
     full: int | None = None
-    """Redis is full but for so many jobs; None: it is not."""
+    """Redis has room for only so many jobs; None: there is no limit."""
     tries: list[int] = field(default_factory=list)
-    """How many were tried at each restore."""
+    """How many jobs were tried at each restore."""
     before_restore: Callable[[], None] = lambda: None
 
     def put(self, given: Delivery, presence: Presence = Presence.WAITING) -> None:
-        """Push, as the host does."""
+        """Push a delivery, as the host does."""
         self.bodies[given.job_id] = (given.token, presence)
 
     def presence(self, page: Sequence[Owed]) -> Mapping[UUID, Observation]:
-        """See where these are; see Broker."""
+        """Return where these are; see Broker."""
         self.redis._up()
         return {owed.token: self._sight(owed) for owed in page}
 
@@ -329,13 +330,13 @@ class FakeBroker:
         if found[0] != owed.token:
             return Observation(Presence.OVERWRITTEN, f"other:{found[0]}", other=found[0])
         join = self.joins.get(owed.job_id) if found[1] is Presence.SCHEDULED else None
-        holder = self.held.get(owed.job_id, "")
+        holder = self.taken.get(owed.job_id, "")
         return Observation(found[1], found[1].value, joins=join, taken_by=holder)
 
     def restore(
         self, deliveries: Sequence[Restorable], *, deadline: float
     ) -> Mapping[UUID, Restored]:
-        """Put these back; see Broker."""
+        """Restore these; see Broker."""
         self.before_restore()
         self.redis._up()
         self.tries.append(len(deliveries))
@@ -361,8 +362,8 @@ class FakeBroker:
             self.bodies[given.job_id] = (given.token, Presence.WAITING)
             self.released.append(given.job_id)
             return Restored.RESTORED
-        if found is not None and given.taken_by and self.held.get(given.job_id) == given.taken_by:
-            self.taken_from.append((given.job_id, self.held.pop(given.job_id)))
+        if found is not None and given.taken_by and self.taken.get(given.job_id) == given.taken_by:
+            self.taken_from.append((given.job_id, self.taken.pop(given.job_id)))
             found = None
         if found is not None:
             if found[0] == given.token and not given.takeover:
@@ -376,7 +377,7 @@ class FakeBroker:
         return Restored.RESTORED
 
     def abandon(self, page: Sequence[Owed], *, deadline: float) -> None:
-        """Forget what the library believes of dead workers' runs."""
+        """Remove the runs of dead workers from the library's lists."""
         self.abandoned += [owed.job_id for owed in page]
 
     def bury(self, page: Sequence[Owed], *, deadline: float) -> None:
@@ -384,33 +385,33 @@ class FakeBroker:
         self.buried += [owed.job_id for owed in page]
 
     def report(self, dead: Sequence[Restorable], *, deadline: float) -> None:
-        """Give these to a worker; see Broker."""
+        """Give these to a worker to report; see Broker."""
         self.reported += [(one.job_id, one.envelope) for one in dead]
 
     def hide(self, page: Sequence[Owed]) -> None:
-        """Take back the bodies of what has ended."""
+        """Remove the bodies of ended jobs."""
         for owed in page:
             self.bodies.pop(owed.job_id, None)
 
     def rejoin(self, joins: Sequence[OpenJoin], *, finish: bool, deadline: float) -> None:
-        """Put back what is counted; see Broker."""
+        """Restore the counts of joins; see Broker."""
         self.redis._up()
         self.rejoined += [(join.id, finish) for join in joins]
 
     def parts(self, ended: Sequence[Restorable]) -> Mapping[UUID, Part]:
-        """Say what the test says; see Broker."""
+        """Return the parts that the test has set; see Broker."""
         return {
             given.token: self.left[given.job_id] for given in ended if given.job_id in self.left
         }
 
     def consumers(self) -> Mapping[str, frozenset[str]]:
-        """Name the workers that the library knows; see Broker."""
+        """Return the workers that the library knows; see Broker."""
         self.redis._up()
         return self.names
 
 
 class World:
-    """One source, its ledger, its Redis and its workers; time passes when told to."""
+    """One source, its ledger, its Redis and its workers; time moves only when a test advances it."""
 
     def __init__(self, **settings: Any) -> None:
         self.settings = Settings(namespace=NAMESPACE, **settings)
@@ -428,7 +429,7 @@ class World:
         self.new_leader()
 
     def new_leader(self, *, named: bool = False) -> None:
-        """Let another reconciler take over, which knows only what is written."""
+        """Replace the leader by another reconciler, which knows only the rows of the ledger."""
         if self._holders:
             self._holders[-1].resign(self.term)
         self.store = leader_store(self.ledger)
@@ -450,19 +451,19 @@ class World:
 
     @property
     def held(self) -> Brake:
-        """What is held by a person, or by the watch itself."""
+        """The brake of this test together with the queues that the monitor holds."""
         own = self.store.brake(self.term)
         return Brake(self.brake.paused, {**own.held, **self.brake.held})
 
     def step(self, seconds: float = 0.1) -> None:
-        """Let time pass, the workers beat, and the watch take a step."""
+        """Advance the time, let the workers beat, and do one step of the monitor."""
         self.clock.advance(seconds)
         for worker in self.workers:
             worker.beat_if_due()
         self.monitor.step(self.term, self.held)
 
     def run(self, seconds: float, step: float = 0.25) -> None:
-        """Let so much time pass, in steps."""
+        """Advance the time by so many seconds, in steps."""
         until = self.clock() + seconds
         while self.clock() < until - 1e-9:
             self.step(min(step, until - self.clock()))
@@ -470,7 +471,10 @@ class World:
     def run_until(
         self, predicate: Callable[[], object], within: float, step: float = 0.25
     ) -> float:
-        """Let time pass until this holds; how long it took. Fails if that is longer than ``within``."""
+        """Advance the time until the predicate is true; return how long it took.
+
+        Fails if it took longer than ``within``.
+        """
         began = self.clock()
         while not predicate():
             assert self.clock() - began < within, f"not within {within} simulated seconds"
@@ -478,7 +482,7 @@ class World:
         return self.clock() - began
 
     def worker(self, name: str = "w1", **fields: Any) -> FakeWorker:
-        """Start a guarded worker that the library's registry knows as well."""
+        """Start a guarded worker that the library's registry also knows."""
         made = FakeWorker(self, name, **fields)
         self.workers.append(made)
         for queue in made.queues:
@@ -487,19 +491,19 @@ class World:
         return made
 
     def trusted(self) -> FakeWorker:
-        """Start a worker, and let the leader watch until the queue is trusted and calm."""
+        """Start a worker, and run until the queue is trusted and the leader has no open work."""
         worker = self.worker()
         self.run_until(lambda: self.is_trusted("mail"), within=40)
         self.run(8)
         return worker
 
     def is_trusted(self, queue: str) -> bool:
-        """Whether the ledger says that this queue is trusted."""
+        """Return True if the ledger has this queue as trusted."""
         rows = self.store.queues(SOURCE.id)
         return any(row.queue == queue and row.trusted_since is not None for row in rows)
 
     def describe(self, job_id: str, **fields: Any) -> Delivery:
-        """Describe a delivery made at the present of this world."""
+        """Make a delivery at the present time of this world."""
         return delivery(job_id, **{"token": token(self.clock.wall()), **fields})
 
     def enqueue(self, *job_ids: str, push: bool = True, **fields: Any) -> list[Delivery]:
@@ -512,31 +516,31 @@ class World:
         return made
 
     def record(self, *deliveries: Delivery, outbox: bool = False) -> None:
-        """Commit deliveries."""
+        """Record deliveries."""
         recorded = self.host.record(SOURCE.id, deliveries, namespace=NAMESPACE, outbox=outbox)
         assert not recorded.refused
 
     def flushall(self) -> None:
-        """Let Redis forget everything, the library's queues as well."""
+        """Delete all data of Redis, including the library's queues."""
         self.redis.flushall()
         self.broker.bodies.clear()
 
     def restart(self) -> None:
-        """Let Redis come back empty, as another process."""
+        """Restart Redis empty, as another server process."""
         self.redis.restart()
         self.broker.bodies.clear()
 
     def owed(self) -> dict[str, Owed]:
-        """What is owed, by job id."""
+        """Return the owed deliveries by job id."""
         page = self.store.page(SOURCE.id, after=None, limit=1_000_000)
         return {owed.job_id: owed for owed in page}
 
     def outcome(self, of: Delivery) -> Outcome | None:
-        """How a delivery ended, if it has."""
+        """Return how a delivery ended, or None."""
         return self.store.tombstones(SOURCE.id, [of.token]).get(of.token)
 
     def suspects(self) -> dict[str, Cause]:
-        """Who is suspected, and of what."""
+        """Return the cause of each suspect, by job id."""
         return {
             job_id: owed.suspected
             for job_id, owed in self.owed().items()
@@ -556,7 +560,7 @@ class FakeWorker:
         self.queues = tuple(queues)
         self.id = token(world.clock.wall())
         self.alive = True
-        self.listed: list[UUID] = []
+        self.in_flight: list[UUID] = []
         self.unflushed_since: float | None = None
         self.pulse: tuple[UUID, int] | None = None
         self.sees_redis = True
@@ -564,7 +568,7 @@ class FakeWorker:
         self._next = 0.0
 
     def beat(self) -> None:
-        """Say to both stores that this worker lives."""
+        """Beat into both stores."""
         self._counter += 1
         self._next = self.world.clock() + self.world.settings.beat_interval
         if self.sees_redis:
@@ -576,7 +580,7 @@ class FakeWorker:
             Beat(
                 self.id,
                 self._counter,
-                tuple(self.listed),
+                tuple(self.in_flight),
                 name=self.name,
                 host=self.host,
                 queues=self.queues,
@@ -594,7 +598,7 @@ class FakeWorker:
     def start(self, given: Delivery) -> ClaimAnswer:
         """Take a job from Redis and claim it."""
         self.world.broker.put(given, Presence.RUNNING)
-        self.listed.append(given.token)
+        self.in_flight.append(given.token)
         return self.world.host.claim(SOURCE.id, request(given, self.id))
 
     def end(self, given: Delivery, claim: Claim, outcome: Outcome = Outcome.COMPLETED) -> Ended:
@@ -604,13 +608,39 @@ class FakeWorker:
         return answer
 
     def kill(self) -> None:
-        """Die without a word."""
+        """Die without a report."""
         self.alive = False
 
     def leave(self) -> None:
-        """Say goodbye."""
+        """Sign off and stop."""
         self.alive = False
         self.world.host.leave(self.id)
+
+
+def ids(count: int) -> list[str]:
+    """Name so many jobs."""
+    return [f"job-{n:04}" for n in range(count)]
+
+
+def calm(**settings: object) -> World:
+    """Begin with one guarded worker, a trusted queue, and a leader that has heard all workers."""
+    world = World(**settings)
+    world.trusted()
+    return world
+
+
+def running(world: World, worker: FakeWorker, name: str = "job") -> None:
+    """Let a worker run a job that a producer enqueued."""
+    if name not in world.owed():
+        world.enqueue(name)
+    recorded = delivery(name, token=world.owed()[name].token)
+    assert isinstance(worker.start(recorded), Claim)
+    worker.beat()
+
+
+def resume(world: World) -> None:
+    """Do the work of `jobguard resume`."""
+    world.ledger._tables.leases[NAMESPACE].held.clear()
 
 
 @contextmanager
@@ -624,5 +654,5 @@ def outage(ledger: MemoryLedger) -> Iterator[None]:
 
 
 def events(records: Sequence[Any]) -> list[str]:
-    """Name what jobguard said."""
+    """Return the names of the logged events."""
     return [record.jobguard["event"] for record in records if hasattr(record, "jobguard")]

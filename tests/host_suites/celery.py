@@ -2,13 +2,15 @@
 
 There are two kinds of them, and each runs by itself; see `suite.py`.
 
-- ``t/integration``, with Redis as broker and result backend and a prefork worker: bare, guarded, and
-  guarded while a leader leads.
-- ``t/unit``, mostly with a broker in memory and mocks: bare, and with every application hooked as if
-  its broker were Redis. A recorder that takes everything stands in for the core (`inside/recorder.py`).
+- ``t/integration``, with Redis as broker and result backend and a prefork worker: bare, guarded,
+  and guarded while a leader leads.
+- ``t/unit``, mostly with a broker in memory and mocks: bare, and with every application hooked as
+  if its broker were Redis. A recorder that accepts everything replaces the core
+  (`inside/recorder.py`).
 
 ``t/smoke`` is not run: each of its tests starts workers and brokers as containers, from images.
-What may differ stands in DOCUMENTED and DOCUMENTED_WHILE_LED; anything else ends this with 1.
+Allowed differences are in DOCUMENTED and DOCUMENTED_WHILE_LED; any other difference makes the exit
+code 1.
 """
 
 from __future__ import annotations
@@ -29,9 +31,9 @@ from tests.host_suites.suite import (
 )
 
 DOCUMENTED: dict[str, str] = {}
-"""Tests (with * for several) that may fail guarded, and why that is right."""
+"""Tests (with * for several) that may fail guarded, with the reason."""
 DOCUMENTED_WHILE_LED: dict[str, str] = {}
-"""The same while a leader leads."""
+"""Further tests that may fail while a leader leads."""
 
 _NEEDS = (
     "boto3",
@@ -55,28 +57,28 @@ _NEEDS = (
     "sqlalchemy",
     "tblib",
 )
-"""What Celery's tests import, but for the clients of services that have nothing to do with a queue."""
+"""Packages that Celery's tests import, except clients of services that are no queues."""
 _OPTIONS = (
     "-p",
     "celery.contrib.pytest",
     "--continue-on-collection-errors",
     "--timeout=300",
 )
-_WENT_ON = "ERROR jobguard failed, and the host went on without it"
-_SAID = (
-    "ERROR this cannot be guarded *jobguard guards Celery on Redis only*",
-    "ERROR this cannot be guarded *No such transport: foo*",
+_WENT_ON = "ERROR jobguard failed, and the host continued without it"
+_EXPECTED_ERRORS = (
+    "ERROR a target cannot be guarded *jobguard guards Celery on Redis only*",
+    "ERROR a target cannot be guarded *No such transport: foo*",
     f"{_WENT_ON} * error=*Mock*",
     # Tests that make a request themselves: one without an id, or with errors for its arguments.
     f"{_WENT_ON} where='start' error=\"'id'\"*",
     f"{_WENT_ON} where='start' error='Object of type * is not JSON serializable'*",
-    "ERROR jobguard could not tell a child of its task: *'Mock' object*",
-    # Tests of settings that Celery refuses, with this very error, as soon as one is read.
-    "ERROR jobguard could not * ImproperlyConfigured(*",
+    f"{_WENT_ON} *'Mock' object*",
+    # Tests of settings that Celery refuses, with this error, as soon as one of them is read.
+    "ERROR jobguard * ImproperlyConfigured(*",
 )
 _ENVIRONMENT = {
-    "C_FORCE_ROOT": "1",  # whoever runs this as root has been told already
-    "TEST_BROKER": "redis://localhost:{port}",  # which one test puts a proxy before
+    "C_FORCE_ROOT": "1",  # the user who runs this as root knows it already
+    "TEST_BROKER": "redis://localhost:{port}",  # one test puts a proxy before this address
     "TEST_BACKEND": "redis://localhost:{port}",
 }
 _RECORDER = {
@@ -87,7 +89,7 @@ _RECORDER = {
 
 
 def main() -> int:
-    """Run, compare, and tell."""
+    """Run the tests, compare the runs, and print the differences."""
     options = _options()
     folder = distribution("celery", options.version)
     python = interpreter("celery", options.version, _NEEDS)
@@ -102,7 +104,7 @@ def main() -> int:
             python,
             least_recorded=least,
             in_turn=kind == "t/integration",
-            said=_SAID,
+            expected_errors=_EXPECTED_ERRORS,
         )
         if suite.tests:
             print(f"\n==== {kind}")
@@ -128,8 +130,10 @@ def _run(suite: Suite, kind: str, keep: Path | None) -> int:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.host_suites.celery", description=__doc__)
-    parser.add_argument("--version", default="5.7.0", help="of Celery; default: %(default)s")
-    parser.add_argument("--keep", type=Path, help="keep what the runs write in this folder")
+    parser.add_argument(
+        "--version", default="5.7.0", help="version of Celery; default: %(default)s"
+    )
+    parser.add_argument("--keep", type=Path, help="keep the output of the runs in this folder")
     both: Sequence[str] = ("t/unit", "t/integration")
     parser.add_argument("tests", nargs="*", default=both, help="files or ids, as for pytest")
     return parser.parse_args()

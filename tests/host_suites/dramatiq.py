@@ -1,13 +1,13 @@
 """Dramatiq's own tests against guarded brokers: ``python -m tests.host_suites.dramatiq``.
 
-Each runs bare, guarded, and guarded while a leader leads, see `suite.py`; and those that use a
-StubBroker, which jobguard leaves alone, once more on Redis, bare and guarded.
-What may differ stands in DOCUMENTED and DOCUMENTED_WHILE_LED; anything else ends this with 1.
+Each test runs bare, guarded, and guarded while a leader leads, see `suite.py`. Tests that use a
+StubBroker, which jobguard does not guard, run once more on Redis, bare and guarded. Allowed
+differences are in DOCUMENTED and DOCUMENTED_WHILE_LED; any other difference makes the exit code 1.
 
 Dramatiq's source distribution has its tests, but neither their fixtures (``tests/conftest.py``,
 ``tests/common.py``) nor ``tests/middleware``. These come from its repository, at the tag of the
-version: cloned from where its maintainers keep it, or from ``--source``, which is a checkout, or
-anything that ``git clone`` takes.
+version: from a clone of the maintainers' repository, or from ``--source``, which is a checkout or
+any address that ``git clone`` accepts.
 """
 
 from __future__ import annotations
@@ -34,29 +34,29 @@ from tests.host_suites.suite import (
 )
 
 _DECLINED = (
-    "A worker that does not know an actor declines its message: another may know it (a rolling deploy). "
-    "It goes back up to five times, by the leader, and is dead-lettered after that."
+    "A worker that does not know an actor declines its message: another worker may know the actor (a "
+    "rolling deployment). The leader puts the message back up to five times; then it is dead-lettered."
 )
 DOCUMENTED: dict[str, str] = {}
-"""Tests (with * for several) that may fail guarded, and why that is right."""
+"""Tests (with * for several) that may fail guarded, with the reason."""
 DOCUMENTED_WHILE_LED = {
     "tests/test_redis.py::test_redis_messages_belonging_to_missing_actors_are_rejected": _DECLINED,
 }
-"""The same while a leader leads."""
+"""Further tests that may fail while a leader leads."""
 _ELEVEN_RUNS = (
-    "Eleven runs within 0.2 s is asked of a broker in memory, with which it passes guarded. On Redis each "
-    "retry is recorded and claimed as well: 0.21 s were measured."
+    "The test expects eleven runs within 0.2 s of a broker in memory, with which it passes guarded. On "
+    "Redis each retry is recorded and claimed as well: 0.21 s were measured."
 )
 DOCUMENTED_ON_REDIS = {
     "tests/middleware/test_retries.py::test_actor*_zero_m??_backoff": _ELEVEN_RUNS,
 }
-"""The same for those that are made for a StubBroker, on Redis."""
+"""Tests made for a StubBroker that may fail on Redis."""
 
 REPOSITORY = "https://github.com/Bogdanp/dramatiq"
 _NEEDS = ("gevent", "pika", "prometheus_client", "pylibmc", "watchdog")
 _OPTIONS = (
     "-o",
-    "addopts=",  # theirs measure coverage
+    "addopts=",  # Dramatiq's own options measure coverage
     "--ignore=tests/benchmarks",
     "--timeout=300",
 )
@@ -64,7 +64,7 @@ _ON_REDIS = {"HOST_SUITE_STUBS_ON_REDIS": "1"}
 
 
 def main() -> int:
-    """Run, compare, and tell."""
+    """Run the tests, compare the runs, and print the differences."""
     options = _options()
     folder = distribution("dramatiq", options.version)
     if not (folder / "tests" / "conftest.py").exists():
@@ -82,7 +82,7 @@ def main() -> int:
         code = action(suite, bare_and_guarded(at, DOCUMENTED, DOCUMENTED_WHILE_LED))
     if options.tests != _ALL:
         return code
-    print("\n==== those that use a StubBroker, on Redis")
+    print("\n==== tests that use a StubBroker, on Redis")
     suite = replace(suite, options=(*_OPTIONS, "--ignore=tests/test_stub_broker.py"))
     with servers(options.keep and options.keep / "on-redis") as at:
         return max(code, action(suite, _on_redis(at)))
@@ -97,7 +97,7 @@ def _on_redis(at: Servers) -> list[Run]:
 
 
 def _complete(folder: Path, version: str, source: str) -> None:
-    """Add from the repository what the distribution leaves out of its tests."""
+    """Add the missing files of the tests from the repository."""
     with tempfile.TemporaryDirectory(prefix="jobguard-host-") as made:
         checkout = Path(source)
         if not (checkout / "tests" / "conftest.py").exists():
@@ -123,9 +123,13 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m tests.host_suites.dramatiq", description=__doc__
     )
-    parser.add_argument("--version", default="2.2.1", help="of Dramatiq; default: %(default)s")
-    parser.add_argument("--source", default=REPOSITORY, help="of its fixtures; %(default)s")
-    parser.add_argument("--keep", type=Path, help="keep what the runs write in this folder")
+    parser.add_argument(
+        "--version", default="2.2.1", help="version of Dramatiq; default: %(default)s"
+    )
+    parser.add_argument(
+        "--source", default=REPOSITORY, help="source of its fixtures; default: %(default)s"
+    )
+    parser.add_argument("--keep", type=Path, help="keep the output of the runs in this folder")
     parser.add_argument("tests", nargs="*", default=_ALL, help="files or ids, as for pytest")
     return parser.parse_args()
 

@@ -1,7 +1,7 @@
 """RQ's own tests against a guarded RQ: ``python -m tests.host_suites.rq [--version 3.0.0]``.
 
-They run bare, guarded, and guarded while a leader leads; see `suite.py`. What may differ stands in
-DOCUMENTED and DOCUMENTED_WHILE_LED; anything else ends this with 1.
+They run bare, guarded, and guarded while a leader leads; see `suite.py`. Allowed differences are in
+DOCUMENTED and DOCUMENTED_WHILE_LED; any other difference makes the exit code 1.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ import sys
 from tests.host_suites.suite import Suite, action, bare_and_guarded, distribution, servers
 
 _CANCELLED = (
-    "It calls Queue.empty(), which is a cancel to us, then has RQ put the job back by an inner method "
-    "outside of any worker. What was cancelled stays cancelled: the push is refused."
+    "The test calls Queue.empty(), which cancels the job, and then has RQ put the job back by an inner "
+    "method outside of any worker. A cancelled job stays cancelled: the push is refused."
 )
 _KILLED = (
-    "Killed is not failed (recover_killed): a run whose horse was killed, which RQ finds abandoned, or "
-    "which is stuck in the intermediate queue goes back by the leader, within its crash budget."
+    "A killed run is not failed (recover_killed). The leader puts a run back, within its crash budget, if "
+    "its horse was killed, if RQ finds it abandoned, or if it is stuck in the intermediate queue."
 )
 DOCUMENTED = {
     "tests/test_retry.py::TestRetry::test_retry_interval": _CANCELLED,
     "tests/test_worker.py::TestWorker::test_handle_retry": _CANCELLED,
     "tests/test_repeat.py::TestRepeatEnqueue::test_repeat_schedule_interval_order": _CANCELLED,
 }
-"""Tests (with * for several) that may fail guarded, and why that is right."""
+"""Tests (with * for several) that may fail guarded, with the reason."""
 DOCUMENTED_WHILE_LED = {
     "tests/test_dependencies.py::*::test_allow_failures_when_work_horse_killed": _KILLED,
     "tests/test_intermediate_queue.py::*::test_cleanup_intermediate_queue": _KILLED,
@@ -35,13 +35,13 @@ DOCUMENTED_WHILE_LED = {
     "tests/test_webhooks.py::*::test_abandoned_terminal_failure_fires_failed_webhook": _KILLED,
     "tests/test_worker.py::TestWorker::test_horse_fails": _KILLED,
 }
-"""The same while a leader leads: only then does anybody recover what RQ would give up."""
+"""Further tests that may fail while a leader leads, which recovers jobs that RQ would give up."""
 
 
 def main() -> int:
-    """Run, compare, and tell."""
+    """Run the tests, compare the runs, and print the differences."""
     parser = argparse.ArgumentParser(prog="python -m tests.host_suites.rq", description=__doc__)
-    parser.add_argument("--version", default="3.0.0", help="of RQ; default: %(default)s")
+    parser.add_argument("--version", default="3.0.0", help="version of RQ; default: %(default)s")
     parser.add_argument("tests", nargs="*", default=["tests"], help="files or ids, as for pytest")
     options = parser.parse_args()
     suite = Suite(

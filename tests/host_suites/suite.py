@@ -1,14 +1,15 @@
-"""What the tests of every host have in common: how they are fetched, run, and compared.
+"""The common part of the tests of every host: download, run, and comparison.
 
-A guest must not be noticed. The tests of a host's source distribution run several times at once, each
-on a Redis of its own: bare; guarded, with all that is pushed recorded in a Postgres and every worker
-hooked; and guarded while a leader's lease is live, which fences and accepted jobs go by. Every test
-that passes bare and fails guarded is a difference, and so is every error that jobguard logs.
+A host must not notice jobguard. The tests of a host's source distribution run several times at
+once, each time on a Redis of its own: bare; guarded, where each push is recorded in a PostgreSQL
+and every worker is hooked; and guarded while the lease of a leader is valid, which affects fences
+and accepted jobs. Every test that passes bare and fails guarded is a difference, and so is every
+error that jobguard logs.
 
-Nothing of a host's is kept in the repository: distributions are fetched with pip into
-``.venv/host-suites``. Their tests are not changed; `inside/` says how they come to their Redis and
-their guard. No reconciler acts: a host's tests flush Redis between any two, and what is owed then is
-not for the next one.
+The repository contains no file of a host: pip downloads the distributions into
+``.venv/host-suites``. Their tests are not changed; `inside/` gives them their Redis and their
+guard. No reconciler acts: the tests of a host flush Redis between any two tests, and the owed jobs
+of one test must not reach the next test.
 """
 
 from __future__ import annotations
@@ -38,48 +39,48 @@ CACHE = Path(sys.prefix) / "host-suites"
 LONGEST = 3600.0
 """Seconds for one run; the longest takes a quarter of an hour on an idle machine."""
 AGAIN = 2
-"""So often is a difference run alone before it is believed: every host's tests race now and then."""
+"""How often a difference is run alone before it counts: the tests of every host have races."""
 _PIP = ("-m", "pip", "--disable-pip-version-check")
 
 
 @dataclass(frozen=True)
 class Suite:
-    """A host's tests, ready to run: the host from its distribution, the rest from ``python``."""
+    """The tests of a host, ready to run: the host from its distribution, the rest from ``python``."""
 
     host: str
-    """The library; ``inside/host_<host>.py`` says how it is guarded."""
+    """The library; ``inside/host_<host>.py`` guards it."""
     folder: Path
     tests: Sequence[str]
     """Files or ids, as for pytest."""
     options: Sequence[str] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
-    """``{port}`` in it is that of the run's Redis."""
+    """``{port}`` in a value is the port of the run's Redis."""
     python: Path = Path(sys.executable)
     least_recorded: float = 0.5
-    """Deliveries a test that passed: a run that records less was hardly guarded."""
+    """Deliveries for each passed test: a run that records fewer was hardly guarded."""
     in_turn: bool = False
-    """One run after the other: its tests wait for work to be done, and give up."""
+    """True if the runs come one after the other, because the tests have their own deadlines."""
     one_at_a_time: Sequence[str] = ()
-    """Files whose tests use paths that all runs share: they run when nothing else does."""
-    said: Sequence[str] = ()
-    """What jobguard rightly says (with *): of targets that it must not guard, of the tests' mocks."""
+    """Files whose tests use paths that all runs share: they run alone."""
+    expected_errors: Sequence[str] = ()
+    """Errors that jobguard may log (with *): about targets that it must not guard, about mocks of tests."""
 
 
 @dataclass
 class Run:
-    """One run of the suite, and what came of it."""
+    """One run of the suite, and its results."""
 
     name: str
     folder: Path
     redis_port: int
     postgres: str | None = None
-    """Of its ledger; None: bare, or the ledger is none."""
+    """The address of its ledger; None: a bare run, or a run with the recorder."""
     documented: Mapping[str, str] = field(default_factory=dict)
-    """Tests (with * for several) that may fail in it, and why that is right."""
+    """Tests (with * for several) that may fail in it, with the reason."""
     environment: Mapping[str, str] = field(default_factory=dict)
 
     def start(self, suite: Suite, tests: Sequence[str]) -> subprocess.Popen[bytes]:
-        """Start pytest on these tests; what is told of them is added to what is there."""
+        """Start pytest on these tests; new results are appended to the old results."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "output.txt").open("ab") as output:
             return subprocess.Popen(
@@ -113,7 +114,7 @@ class Run:
         )
 
     def results(self) -> dict[str, tuple[str, str]]:
-        """How each test ended, and why; of a test with parts, its worst."""
+        """Return how each test ended, with the reason; for a test with parts, the worst end."""
         found: dict[str, tuple[str, str]] = {}
         path = self.folder / "results.jsonl"
         for line in path.read_text().splitlines() if path.exists() else []:
@@ -123,13 +124,13 @@ class Run:
         return found
 
     def errors(self) -> Counter[str]:
-        """What jobguard itself logged as an error."""
+        """Return the errors that jobguard itself logged."""
         path = self.folder / "complaints.log"
         lines = path.read_text().splitlines() if path.exists() else []
         return Counter(line for line in lines if line.startswith(("ERROR", "CRITICAL")))
 
     def recorded(self) -> int:
-        """How many deliveries its ledger knows, or what stood in for one was told of."""
+        """Return how many deliveries the ledger or the recorder has."""
         if self.postgres is None:
             return sum(int(path.read_text()) for path in self.folder.glob("recorded-*"))
         count = (
@@ -145,30 +146,31 @@ _OPTIONS = ("-p", "host_suite_plugin", "-p", "no:xdist", "-p", "no:cacheprovider
 
 @dataclass(frozen=True)
 class Servers:
-    """Makes what each run needs to itself."""
+    """Starts the servers that each run has for itself."""
 
     stack: contextlib.ExitStack
     folder: Path
 
     def redis(self) -> int:
-        """Start one, and return its port."""
+        """Start a Redis, and return its port."""
         return self.stack.enter_context(RedisServer(config={"databases": "17"})).port
 
     def postgres(self) -> PostgresServer:
-        """Start one."""
+        """Start a PostgreSQL."""
         return self.stack.enter_context(PostgresServer(fsync=False))
 
 
 @contextlib.contextmanager
 def servers(keep: Path | None = None) -> Iterator[Servers]:
-    """Give a folder for what is written, and servers; both are gone afterwards, but for ``keep``."""
+    """Give a folder for the output, and servers. Both are removed at the end, except ``keep``."""
     with contextlib.ExitStack() as stack:
         if keep is None:
             temporary = tempfile.TemporaryDirectory(prefix="jobguard-host-")
             folder = Path(stack.enter_context(temporary))
         else:
             folder = keep
-            folder.mkdir(parents=True)  # a new one: what is there would be taken for ours
+            # It must be a new folder: existing files would count as results of this run.
+            folder.mkdir(parents=True)
         yield Servers(stack, folder)
 
 
@@ -186,7 +188,7 @@ def bare_and_guarded(
 
 
 def action(suite: Suite, runs: Sequence[Run]) -> int:
-    """Play these, compare them with the first, tell, and return the exit code."""
+    """Execute the runs, compare them with the first one, print the result, and return the exit code."""
     bare, *guarded = runs
     aside = [name for name in suite.one_at_a_time if _are_wanted(name, suite.tests)]
     apart = [f"--ignore={name}" for name in aside]
@@ -200,12 +202,12 @@ def action(suite: Suite, runs: Sequence[Run]) -> int:
         print((bare.folder / "output.txt").read_text())
         return 2
     fine = [_compare(suite, bare, run) for run in guarded]
-    _tell_what_did_not_run(bare)
+    _print_tests_that_did_not_run(bare)
     return 0 if all(fine) else 1
 
 
 def _are_wanted(name: str, tests: Sequence[str]) -> bool:
-    """Whether this file is among these."""
+    """Return True if this file is among these tests."""
     return any(f"{name}/".startswith(test.rstrip("/") + "/") for test in tests)
 
 
@@ -224,7 +226,7 @@ def distribution(host: str, version: str) -> Path:
 
 
 def interpreter(host: str, version: str, needs: Sequence[str]) -> Path:
-    """Return a Python that has jobguard, the host of that version, and what its tests need."""
+    """Return a Python that has jobguard, the host of that version, and the packages for its tests."""
     home = CACHE / f"{host}-{version}" / "venv"
     python, stamp = home / "bin" / "python", home / ".ready"
     wanted = "\n".join(needs)
@@ -277,7 +279,7 @@ def play(suite: Suite, runs: Sequence[Run], tests: Sequence[str]) -> None:
             try:
                 child.wait(LONGEST)
             except subprocess.TimeoutExpired:
-                print(f"{run.name}: not done after {LONGEST:g} s; see the last test that ended")
+                print(f"{run.name}: not done after {LONGEST:g} s; see the last test in its results")
     finally:
         for child in children:
             with contextlib.suppress(ProcessLookupError):
@@ -286,7 +288,7 @@ def play(suite: Suite, runs: Sequence[Run], tests: Sequence[str]) -> None:
 
 
 def _compare(suite: Suite, bare: Run, run: Run) -> bool:
-    """Tell what differs; whether all of it is documented."""
+    """Print the differences, and return True if all of them are documented."""
     without, within = bare.results(), run.results()
     print(f"\n== {run.name}: {_counts(within)}; bare: {_counts(without)}")
     recorded = run.recorded()
@@ -311,9 +313,9 @@ def _compare(suite: Suite, bare: Run, run: Run) -> bool:
             print(f"-- {test}: as documented. {reason}")
         else:
             fine = False
-            print(f"-- {test}: DIFFERS\n{within.get(test, ('', 'it never ended'))[1]}")
+            print(f"-- {test}: DIFFERS\n{within.get(test, ('', 'it did not end'))[1]}")
     for complaint, times in run.errors().items():
-        if any(fnmatch.fnmatch(complaint, said) for said in suite.said):
+        if any(fnmatch.fnmatch(complaint, expected) for expected in suite.expected_errors):
             continue
         fine = False
         print(f"-- jobguard logged ({times} times) {complaint}")
@@ -321,7 +323,7 @@ def _compare(suite: Suite, bare: Run, run: Run) -> bool:
 
 
 def _confirmed(suite: Suite, bare: Run, run: Run, tests: Sequence[str]) -> set[str]:
-    """Which of these fail guarded each time, and pass bare, when they run alone."""
+    """Return the tests that fail guarded each time, and pass bare, when they run alone."""
     left = set(tests)
     for attempt in range(AGAIN):
         for test in sorted(left):
@@ -342,8 +344,8 @@ def _confirmed(suite: Suite, bare: Run, run: Run, tests: Sequence[str]) -> set[s
     return left
 
 
-def _tell_what_did_not_run(bare: Run) -> None:
-    """Tell what cannot be compared: what is skipped here, by reason, and what fails without us."""
+def _print_tests_that_did_not_run(bare: Run) -> None:
+    """Print the tests that cannot be compared: skipped tests by reason, and tests that fail bare."""
     results = bare.results()
     reasons = Counter(why for outcome, why in results.values() if outcome == "skipped")
     print(f"\n== skipped: {reasons.total()}")

@@ -1,4 +1,4 @@
-"""Guarded applications of the three libraries in the test's own process, and a leader in a thread of it."""
+"""Guarded applications of the three libraries and a leader, all in the process of the test."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ QUEUE = "mail"
 
 
 class Host:
-    """One guarded application: it can send, and say what waits in its Redis."""
+    """One guarded application: it can send jobs, and count the waiting jobs in its Redis."""
 
     def __init__(
         self,
@@ -33,7 +33,7 @@ class Host:
         client: redis.Redis | None = None,
         conf: Mapping[str, Any] | None = None,
     ) -> None:
-        """``client``: the user's own, where a URL does not say it all; ``conf``: the same for Celery."""
+        """Create the application; ``client`` (``conf`` for Celery) has options that a URL cannot have."""
         self.client = client or redis.Redis.from_url(url)
         self._library = library
         self.target: Any
@@ -47,7 +47,7 @@ class Host:
             self.target = cast(Any, RedisBroker)(**by)
 
     def guard(self, stack: ExitStack, database: str, **settings: Any) -> JobGuard:
-        """Guard it, with a worker that beats and takes nothing."""
+        """Guard the application, with a worker that beats and takes no jobs."""
         given: Any = {"postgres": database, **BRISK, **settings}
         guard = stack.enter_context(jobguard.guard(self.target, **given))
         assert guard.inert is None
@@ -70,14 +70,14 @@ class Host:
         return job_id
 
     def waiting(self) -> int:
-        """Return how many jobs wait."""
+        """Return the number of waiting jobs."""
         key = {"rq": f"rq:queue:{QUEUE}", "celery": QUEUE, "dramatiq": f"dramatiq:{QUEUE}"}
         return int(self.client.llen(key[self._library]))
 
 
 @contextmanager
 def leading(guard: JobGuard, database: str, *urls: str) -> Iterator[Service]:
-    """Have a reconciler lead, which knows these Redises."""
+    """Run a reconciler for these Redises inside the block."""
     service = Service(guard.settings, lambda: database, clients_from_urls(urls))
     thread = threading.Thread(target=service.run, daemon=True)
     thread.start()
@@ -90,11 +90,11 @@ def leading(guard: JobGuard, database: str, *urls: str) -> Iterator[Service]:
 
 
 def rows(database: str, query: str) -> list[tuple[Any, ...]]:
-    """Ask the ledger."""
+    """Return the rows of a query to the ledger."""
     with psycopg.connect(database) as connection:
         return connection.execute(query).fetchall()
 
 
 def trusted(database: str) -> int:
-    """Return how many queues are trusted."""
+    """Return the number of trusted queues."""
     return len(rows(database, "select from jobguard.queues where trusted_since is not null"))

@@ -1,8 +1,9 @@
-"""What a host may hand to us without asking: each is recorded or clearly refused, and the next job is fine.
+"""Unusual input from a host: each one is recorded or clearly refused, and the next job works.
 
-Planted once, each seen to fail: `_record_alone` not asking each alone (a bad row's company), BadRow
-told as StoreUnavailable (a queue's name), errors not redacted (NUL in an error), attempts not cut
-(smallint), `_replay_each` not asking each alone, UnicodeError not told as BadRow (what was kept).
+These mutations were tested once, and each made a test fail: `_record_alone` not trying each delivery
+alone (a bad row in a batch), BadRow reported as StoreUnavailable (a queue's name), errors not redacted
+(NUL in an error), attempts not cut (smallint), `_replay_each` not trying each alone, UnicodeError not
+reported as BadRow (spool).
 """
 
 from __future__ import annotations
@@ -30,18 +31,18 @@ guards = importlib.import_module("jobguard.guard")
 
 
 def length(of: Any) -> int:
-    """Tell how long something is."""
+    """Return the length of a value."""
     return len(of)
 
 
 def fail(words: str) -> None:
-    """Fail in these words."""
+    """Fail with this text."""
     raise ValueError(words)
 
 
 @pytest.fixture
 def queue(redis_url: str, database: str) -> Iterator[Queue]:
-    """Give a guarded queue, patient with a busy machine: nothing here is about time."""
+    """Give a guarded queue with long timeouts, because nothing here is about time."""
     with (
         redis.Redis.from_url(redis_url) as client,
         jobguard.guard(client, postgres=database, call_timeout=5, connect_timeout=5),
@@ -58,7 +59,7 @@ def tracker(queue: Queue) -> Any:
 
 @pytest.fixture
 def ask(database: str) -> Iterator[Callable[..., list[Any]]]:
-    """Give a way to ask the ledger."""
+    """Give a function that queries the ledger."""
     with psycopg.connect(database, autocommit=True) as connection:
 
         def asked(query: str, *values: Any) -> list[Any]:
@@ -70,7 +71,7 @@ def ask(database: str) -> Iterator[Callable[..., list[Any]]]:
 
 @pytest.fixture
 def fine_afterwards(queue: Queue, tracker: Any, ask: Callable[..., list[Any]]) -> Iterator[None]:
-    """Whatever came before, a good job is recorded, pushed, run and ended."""
+    """After each test a good job is recorded, pushed, run and ended."""
     yield
     assert tracker.circuit.closed
     good = queue.enqueue(length, "abc")
@@ -85,16 +86,16 @@ def fine_afterwards(queue: Queue, tracker: Any, ask: Callable[..., list[Any]]) -
 
 
 def run(queue: Queue) -> None:
-    """Run what waits, in this process."""
+    """Run the waiting jobs in this process."""
     SimpleWorker([queue], connection=queue.connection).work(burst=True)
 
 
 @pytest.mark.usefixtures("fine_afterwards")
-class TestWhatJustWorks:
-    """These are unusual, and nothing more."""
+class TestAcceptedInput:
+    """Unusual input that works."""
 
     def test_two_megabytes(self, queue: Queue, ask: Callable[..., list[Any]]) -> None:
-        """The envelope holds every byte of it."""
+        """The envelope holds every byte of two megabytes."""
         job = queue.enqueue(length, os.urandom(2_000_000))
         (kept,) = ask("select length(envelope) from jobguard.jobs where job_id = %s", job.id)
         assert kept > 2_000_000
@@ -120,7 +121,7 @@ class TestWhatJustWorks:
     def test_unusual_words(
         self, queue: Queue, ask: Callable[..., list[Any]], given: dict[str, Any]
     ) -> None:
-        """Recorded under its id before it runs, and completed under it."""
+        """A job with unusual words is recorded under its id before it runs, and completed under it."""
         job = queue.enqueue(length, **given)
         assert ask("select job_id from jobguard.jobs") == [job.id]
         run(queue)
@@ -132,7 +133,7 @@ class TestWhatJustWorks:
     def test_errors_in_unusual_words(
         self, queue: Queue, ask: Callable[..., list[Any]], words: str
     ) -> None:
-        """The failure is kept, as far as Postgres can keep its words."""
+        """An error in unusual words is stored, as far as PostgreSQL can store it."""
         job = queue.enqueue(fail, words)
         run(queue)
         assert Job.fetch(job.id, connection=queue.connection).get_status() == "failed"
@@ -144,7 +145,7 @@ class TestWhatJustWorks:
     def test_a_queue_name_in_unusual_words(
         self, queue: Queue, ask: Callable[..., list[Any]], odd: str
     ) -> None:
-        """The job is recorded, run and ended like any other."""
+        """A job in a queue with an unusual name is recorded, run and ended like any other."""
         unusual = Queue(odd, connection=queue.connection)
         job = unusual.enqueue(length, "abc")
         assert ask("select job_id from jobguard.jobs") == [job.id]
@@ -153,13 +154,13 @@ class TestWhatJustWorks:
 
 
 @pytest.mark.usefixtures("fine_afterwards")
-class TestWhatIsRefused:
-    """These cannot be: by RQ, or by Postgres."""
+class TestRefusedInput:
+    """Input that RQ or PostgreSQL refuses."""
 
     def test_an_argument_that_cannot_be_pickled(
         self, queue: Queue, tracker: Any, ask: Callable[..., list[Any]]
     ) -> None:
-        """RQ's own error, and nothing is recorded, kept or pushed."""
+        """An argument that cannot be pickled raises RQ's own error, and nothing is recorded or pushed."""
         with pytest.raises((AttributeError, TypeError, pickle.PicklingError)):
             queue.enqueue(length, lambda: None)
         with pytest.raises((AttributeError, TypeError, pickle.PicklingError)):
@@ -176,7 +177,7 @@ class TestWhatIsRefused:
         caplog: pytest.LogCaptureFixture,
         priority: int,
     ) -> None:
-        """It is refused by name, alone: those recorded with it are recorded."""
+        """A priority out of range is refused alone: the other records of its batch are written."""
         together = [delivery("good"), delivery("bad", priority=priority), delivery("fine")]
         recorded = tracker.record(together)
         assert recorded.lost
@@ -187,19 +188,19 @@ class TestWhatIsRefused:
         tracker.cancel(job_ids=["good", "fine"])
 
     def test_an_attempt_out_of_range(self, tracker: Any, ask: Callable[..., list[Any]]) -> None:
-        """A job that is retried for ever is counted as far as we can count."""
+        """The attempt of a job is limited to the range of the column."""
         tracker.record([delivery("often", attempt=1_000_000)])
         assert ask("select job_id, attempt from jobguard.jobs") == [("often", 32767)]
         tracker.cancel(job_ids=["often"])
 
-    def test_what_was_kept_and_cannot_be_written_keeps_nobody_else_waiting(
+    def test_a_bad_row_in_the_spool_delays_no_other(
         self,
         tracker: Any,
         ask: Callable[..., list[Any]],
         database: str,
         caplog: pytest.LogCaptureFixture,
     ) -> None:
-        """After an outage each of them is refused by name, and what stood behind it is written."""
+        """After an outage each bad row is refused alone, and the rows behind it are written."""
         with psycopg.connect(database) as connection:
             for table in ("jobs", "history"):
                 connection.execute(f"alter table jobguard.{table} add check (task <> 'bad')")
@@ -215,14 +216,15 @@ class TestWhatIsRefused:
         assert len(tracker.spool) == 0
         assert tracker.spool.counts.quarantined == 2
         assert ask("select job_id from jobguard.jobs") == ["good record"]
-        assert set(ask("select job_id from jobguard.history")) == {"", "good end"}  # that it ended
+        # The error stays in history.
+        assert set(ask("select job_id from jobguard.history")) == {"", "good end"}
         assert "bad record" in caplog.text
         assert "bad end" in caplog.text
         tracker.cancel(job_ids=["good record"])
 
 
 def ended(job_id: str, queue: str = "mail") -> End:
-    """Make an end as a session would."""
+    """Return an end as a session would."""
     return End(
         token=new_token(),
         number=0,
@@ -235,6 +237,6 @@ def ended(job_id: str, queue: str = "mail") -> End:
 
 
 def delivery(job_id: str, **fields: Any) -> Delivery:
-    """Make a delivery as an adapter would."""
+    """Return a delivery as an adapter would."""
     usual = {"queue": "mail", "task": "t", "envelope": b"e"}
     return Delivery(token=new_token(), job_id=job_id, **(usual | fields))

@@ -1,4 +1,4 @@
-"""Chaos knows where each library keeps its jobs: what a fault is dealt to is there, and then gone."""
+"""Tests of the chaos layouts: a job of each library can be found, and deleted."""
 
 from __future__ import annotations
 
@@ -39,22 +39,22 @@ SENDERS = {"rq": send_to_rq, "celery": send_to_celery, "dramatiq": send_to_drama
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
-def test_one_waiting_job_is_found_told_of_and_deleted(library: str, redis_url: str) -> None:
-    """As the library itself has put it there."""
+def test_one_waiting_job_is_found_and_deleted(library: str, redis_url: str) -> None:
+    """A waiting job is found and deleted in the place where the library itself pushed it."""
     layout = LIBRARIES[library].layout
     with redis.Redis.from_url(redis_url) as client:
         job_id = SENDERS[library](redis_url, client)
         lists = layout.lists(client, QUEUES)
         ((key, (member,)),) = ((key, members) for key, members in lists.items() if members)
         assert any(layout.about(client, QUEUES, job_id).values())
-        assert layout.held(client, QUEUES) == {job_id}
+        assert layout.unfinished(client, QUEUES) == {job_id}
         assert layout.delete(client, key, member)
         assert layout.delete(client, key, member) is None
         assert not any(layout.about(client, QUEUES, job_id).values())
 
 
-def test_what_a_celery_worker_has_taken_is_held(redis_url: str) -> None:
-    """It is in `unacked` alone, until the worker acknowledges it."""
+def test_a_message_that_a_celery_worker_took_is_found(redis_url: str) -> None:
+    """A message that a worker took is only in `unacked`, until the worker acknowledges it."""
     layout = LIBRARIES["celery"].layout
     with (
         redis.Redis.from_url(redis_url) as client,
@@ -63,13 +63,13 @@ def test_what_a_celery_worker_has_taken_is_held(redis_url: str) -> None:
         job_id = send_to_celery(redis_url, client)
         message = connection.SimpleQueue("mail").get(timeout=10)
         assert not any(layout.lists(client, QUEUES).values())
-        assert layout.held(client, QUEUES) == {job_id}
+        assert layout.unfinished(client, QUEUES) == {job_id}
         unacked: Any = client.hgetall("unacked")
         ((tag, entry),) = unacked.items()
         taken = json.loads(entry)
         taken[0]["headers"]["jobguard-worker"] = DROPPED_BY_LIVE_WORKER
         client.hset("unacked", tag, json.dumps(taken))
-        assert layout.held(client, QUEUES) == set()
+        assert layout.unfinished(client, QUEUES) == set()
         client.hset("unacked", tag, entry)
         message.ack()
-        assert layout.held(client, QUEUES) == set()
+        assert layout.unfinished(client, QUEUES) == set()

@@ -27,14 +27,14 @@ def call(*words: str, **environ: str) -> Result:
 
 
 def ask(url: str, query: str, *values: Any) -> list[tuple[Any, ...]]:
-    """Run one statement and give its rows."""
+    """Run one statement and return its rows."""
     with psycopg.connect(url, autocommit=True) as connection:
         cursor = connection.execute(query.encode(), values or None)
         return cursor.fetchall() if cursor.description else []
 
 
 def know_source(url: str, address: str = "localhost:6379/0") -> None:
-    """Make a source known."""
+    """Register a source."""
     ask(
         url,
         "insert into jobguard.sources (id, namespace, library, address, settings)"
@@ -44,7 +44,7 @@ def know_source(url: str, address: str = "localhost:6379/0") -> None:
 
 
 def bury(url: str, *job_ids: str, outcome: str = "dead", envelope: bytes | None = b"e") -> None:
-    """Let jobs be given up."""
+    """Write tombstones of jobs that were given up."""
     for job_id in job_ids:
         ask(
             url,
@@ -55,7 +55,7 @@ def bury(url: str, *job_ids: str, outcome: str = "dead", envelope: bytes | None 
 
 
 def lead(url: str) -> None:
-    """Let somebody lead."""
+    """Make a process lead."""
     ask(
         url,
         "insert into jobguard.leader (namespace, term, holder, host, pid, expires_at)"
@@ -63,8 +63,8 @@ def lead(url: str) -> None:
     )
 
 
-def test_migrate_tells_what_it_did_and_check_tells_what_is_missing(empty_database: str) -> None:
-    """A fresh database, then the same again, from an option and from variables."""
+def test_migrate_reports_its_work_and_check_what_is_missing(empty_database: str) -> None:
+    """`migrate` works on a fresh database and again, with options and with variables."""
     unmigrated = call("migrate", "--check", "--postgres", empty_database)
     assert unmigrated.exit_code == 1
     assert "run `jobguard migrate`" in unmigrated.stderr
@@ -79,7 +79,7 @@ def test_migrate_tells_what_it_did_and_check_tells_what_is_missing(empty_databas
 
 
 def test_migrate_sql_is_a_script_for_a_dba(empty_database: str) -> None:
-    """It needs no database, and run by hand it leaves nothing to migrate."""
+    """`migrate --sql` needs no database, and after its script there is nothing left to migrate."""
     script = call("migrate", "--sql")
     assert script.exit_code == 0
     ask(empty_database, script.stdout)
@@ -87,7 +87,7 @@ def test_migrate_sql_is_a_script_for_a_dba(empty_database: str) -> None:
 
 
 def test_the_url_of_a_secrets_file_wins_over_the_variable(database: str, tmp_path: Path) -> None:
-    """The command line reads variables in the order that hosts do."""
+    """The command line reads the variables in the same order as hosts do."""
     file = tmp_path / "url"
     file.write_text(database)
     done = call(
@@ -99,7 +99,7 @@ def test_the_url_of_a_secrets_file_wins_over_the_variable(database: str, tmp_pat
 
 
 def test_stats_are_a_table_for_people_and_an_object_for_programs(database: str) -> None:
-    """Queues with their counts and a total; who leads, what is held, what is open."""
+    """`stats` shows the queues with their counts and a total, the leader, the holds and the incidents."""
     know_source(database)
     bury(database, "a", "b")
     bury(database, "c", outcome="completed")
@@ -128,7 +128,7 @@ def test_stats_are_a_table_for_people_and_an_object_for_programs(database: str) 
         "trusted since 2026-01-02 03:04:05: queue mail of",
         "trusted from its first record: queue ever of",
         "start a guarded worker",
-        "not trusted: queue mixed of localhost:6379/0 has unguarded workers, nothing is recovered: old",
+        "not trusted: queue mixed of localhost:6379/0 has unguarded workers, so nothing is recovered: old",
     ):
         assert line in reported
     report = json.loads(call("stats", "--json", "--postgres", database).stdout)
@@ -141,7 +141,7 @@ def test_stats_are_a_table_for_people_and_an_object_for_programs(database: str) 
 
 
 def test_an_unreachable_postgres_is_one_line_and_exit_1() -> None:
-    """The place is named, the password is not."""
+    """The error names the place, but not the password."""
     url = "postgresql://u:hidden@127.0.0.1:1/d"
     for words in (["stats"], ["dead", "list"], ["pause"], ["migrate"], ["migrate", "--check"]):
         done = call(*words, JOBGUARD_POSTGRES_URL=url)
@@ -151,7 +151,7 @@ def test_an_unreachable_postgres_is_one_line_and_exit_1() -> None:
 
 
 def test_dead_jobs_are_listed_and_requeued_by_id(database: str) -> None:
-    """What is requeued leaves the list; what cannot be is told, and the rest goes on."""
+    """A requeued job leaves the list; a job that cannot be requeued gives an error."""
     know_source(database)
     assert call("dead", "list", "--postgres", database).stdout == "none\n"
     bury(database, "a", "b")
@@ -169,11 +169,11 @@ def test_dead_jobs_are_listed_and_requeued_by_id(database: str) -> None:
     assert done.stdout == "requeued a in mail\nrequeued f in mail\n"
     assert done.stderr.count("error: ") == 2
     again = call("dead", "requeue", "a", "--postgres", database)
-    assert again.exit_code == 1 and "job a is pending: nobody gave it up" in again.stderr
+    assert again.exit_code == 1 and "job a is pending: it was not given up" in again.stderr
 
 
 def test_all_dead_jobs_are_requeued_at_once(database: str) -> None:
-    """--all takes what `list` would show, once each; what cannot be requeued ends with 1."""
+    """`--all` requeues every job of `list` once; if one cannot be requeued, the exit code is 1."""
     know_source(database)
     bury(database, "a", "b", "c")
     bury(database, "f", outcome="failed")
@@ -187,19 +187,20 @@ def test_all_dead_jobs_are_requeued_at_once(database: str) -> None:
     assert done.stdout == "requeued f in mail\n" and "bare" in done.stderr
 
 
-def test_the_brake_is_pulled_and_let_go(database: str) -> None:
-    """For all, or for one queue; a queue of a paused namespace says so."""
+def test_the_brake_is_set_and_released(database: str) -> None:
+    """`pause` and `resume` work for all queues or one; a queue of a paused namespace gives a note."""
     know_source(database)
     assert call("pause", "--postgres", database).stdout == "paused: the namespace default\n"
     for word in ("pause", "resume"):
         typo = call(word, "--queue", "q", "--postgres", database)
         assert typo.exit_code == 1 and "no queue 'q' is known" in typo.stderr
     forced = ("pause", "--queue", "q", "--force", "--json", "--postgres", database)
-    held = json.loads(call(*forced).stdout)
-    assert held["paused_at"] and set(held["held"]) == {"1/q"}
-    assert call("pause", "--queue", "q", "--postgres", database).exit_code == 0  # known by now
+    pause = json.loads(call(*forced).stdout)
+    assert pause["paused_at"] and set(pause["held"]) == {"1/q"}
+    # The queue is known now.
+    assert call("pause", "--queue", "q", "--postgres", database).exit_code == 0
     reported = call("resume", "--queue", "q", "--postgres", database).stdout
-    assert reported.startswith("resumed: queue q of default\nbut all of the namespace")
+    assert reported.startswith("resumed: queue q of default\nbut the whole namespace")
     brake = json.loads(call("resume", "--moved", "--json", "--postgres", database).stdout)
     assert brake == {"namespace": "default", "paused_at": None, "held": {}}
 
@@ -207,10 +208,10 @@ def test_the_brake_is_pulled_and_let_go(database: str) -> None:
 @pytest.mark.parametrize(
     "words", [["stats"], ["dead", "list"], ["dead", "requeue", "--all"], ["pause"], ["resume"]]
 )
-def test_nothing_is_read_or_steered_in_another_installation(
+def test_nothing_is_read_or_changed_in_another_installation(
     database: str, words: list[str]
 ) -> None:
-    """Who says JOBGUARD_INSTALLATION=staging does not requeue production's dead."""
+    """With another JOBGUARD_INSTALLATION nothing is read or changed."""
     ask(database, "update jobguard.installation set name = 'prod'")
     know_source(database)
     bury(database, "a")
@@ -220,8 +221,8 @@ def test_nothing_is_read_or_steered_in_another_installation(
     assert call(*words, "--postgres", database, JOBGUARD_INSTALLATION="prod").exit_code == 0
 
 
-def test_requeue_of_what_is_owed_and_held(database: str) -> None:
-    """Counts first, then a word of the person; what runs, ended or is unknown is refused."""
+def test_requeue_of_owed_jobs(database: str) -> None:
+    """`requeue` shows counts and asks first; a running, ended or unknown job is refused."""
     know_source(database)
     bury(database, "done", outcome="completed")
     bury(database, "dead")
@@ -255,8 +256,10 @@ def test_requeue_of_what_is_owed_and_held(database: str) -> None:
     assert [row["job_id"] for row in json.loads(named.stdout)] == ["waits", "dead"]
 
 
-def test_the_doctor_is_content_with_a_healthy_installation(database: str, redis_url: str) -> None:
-    """Everything in its place is exit 0, and every finding is told."""
+def test_the_doctor_finds_no_problem_in_a_healthy_installation(
+    database: str, redis_url: str
+) -> None:
+    """In a healthy installation the exit code is 0, and every finding is printed."""
     know_source(database)
     lead(database)
     call("resume", "--moved", "--postgres", database)
@@ -270,7 +273,7 @@ def test_the_doctor_is_content_with_a_healthy_installation(database: str, redis_
 
 
 def test_the_doctor_goes_on_after_each_problem(empty_database: str, redis_url: str) -> None:
-    """An unmigrated database, a Redis that is not there and one that is, in one report."""
+    """One report has an unmigrated database, a Redis that does not answer, and one that does."""
     done = call(
         *("doctor", "--json", "--postgres", empty_database),
         JOBGUARD_REDIS_URL=f"redis://127.0.0.1:1/0 {redis_url} nonsense://x",
@@ -283,8 +286,8 @@ def test_the_doctor_goes_on_after_each_problem(empty_database: str, redis_url: s
     assert away.exit_code == 1 and "problem" in away.stdout
 
 
-def test_the_doctor_says_that_consumers_cannot_be_counted(database: str, redis_url: str) -> None:
-    """An ACL that refuses CLIENT LIST is told with what to grant."""
+def test_the_doctor_reports_that_consumers_cannot_be_counted(database: str, redis_url: str) -> None:
+    """If an ACL refuses CLIENT LIST, the problem names the missing rights."""
     name = "narrow_" + os.urandom(4).hex()
     with redis.Redis.from_url(redis_url) as client:
         acl: Any = client.execute_command
@@ -299,7 +302,7 @@ def test_the_doctor_says_that_consumers_cannot_be_counted(database: str, redis_u
 
 
 def test_the_doctor_names_missing_rights(database: str) -> None:
-    """A role that reads and does not write is told which table it cannot write."""
+    """If a role may read but not write, the problem names the table."""
     name = "reader_" + os.urandom(4).hex()
     ask(database, f"create role {name} login")
     try:
@@ -315,10 +318,10 @@ def test_the_doctor_names_missing_rights(database: str) -> None:
         ask(database, f"drop role {name}")
 
 
-def test_reconcile_hands_over_what_the_command_line_says(
+def test_reconcile_passes_the_command_line_on(
     database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Settings, the way to Postgres and every Redis; --once prints what was done."""
+    """`reconcile` passes on the settings, PostgreSQL and every Redis; --once prints the result."""
     seen: dict[str, Any] = {}
 
     def run(settings: Settings, conninfo: Any, redis_urls: list[str], *, once: bool) -> Any:
@@ -338,13 +341,13 @@ def test_reconcile_hands_over_what_the_command_line_says(
     assert json.loads(call(*words, "--json", "--redis", "redis://c").stdout) == {"restored": 3}
     assert seen["redis"] == ["redis://c"]
     nowhere = call("reconcile", "--postgres", database)
-    assert nowhere.exit_code == 1 and "no Redis is named" in nowhere.stderr
+    assert nowhere.exit_code == 1 and "no Redis URL" in nowhere.stderr
 
 
 def test_one_pass_that_could_not_be_made_is_a_problem(
     database: str, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Postgres away, a Redis that does not answer, a source that no URL is given for."""
+    """A pass without PostgreSQL, with a dead Redis, or with a source without a URL exits with 1."""
     monkeypatch.setattr("jobguard.log.configure", lambda level, json: None)
     words = ("reconcile", "--once")
     away = call(*words, "--postgres", "postgresql://127.0.0.1:1/d", "--redis", redis_url)
@@ -358,13 +361,13 @@ def test_one_pass_that_could_not_be_made_is_a_problem(
     assert call(*words, *here, **quick).exit_code == 0
     know_source(database, "localhost:1/0")
     unnamed = call(*words, *here, **quick)
-    assert unnamed.exit_code == 1 and "localhost:1/0 was not looked at" in unnamed.stderr
+    assert unnamed.exit_code == 1 and "localhost:1/0 was not inspected" in unnamed.stderr
     closed = call(*words, *here, "--redis", "redis://localhost:1/0", "--json", **quick)
     assert closed.exit_code == 1 and '"unfinished": [\n    "localhost:1/0"' in closed.stdout
 
 
 def test_run_keeps_the_commands_output_and_exit_code(tmp_path: Path) -> None:
-    """A worker started through us ends as it would have ended."""
+    """A worker that was started through `jobguard run` has the same output and exit code."""
     worker = tmp_path / "worker.py"
     worker.write_text("import sys\nprint(sys.argv[1:])\nsys.exit(7)\n")
     command = [sys.executable, "-c", "from jobguard.cli import main; main()"]

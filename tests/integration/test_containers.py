@@ -1,4 +1,4 @@
-"""The versions that people run in containers; skipped where there is no Docker."""
+"""Tests with servers in containers, in the supported versions; skipped without Docker."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 @functools.cache
 def why_no_docker() -> str | None:
-    """Say why containers cannot be started here, or None where they can."""
+    """Return the reason why containers cannot be started here; None if they can."""
     try:
         client = docker.from_env(timeout=5)
         client.ping()
-    except Exception as error:  # docker, requests and urllib3 each have their own
+    except Exception as error:  # docker, requests and urllib3 have different classes
         return f"no Docker here: {type(error).__name__}"
     client.close()
     return None
@@ -32,7 +32,7 @@ def why_no_docker() -> str | None:
 
 @pytest.fixture(autouse=True)
 def needs_docker() -> None:
-    """Skip with the reason."""
+    """Skip the test with the reason if there is no Docker."""
     reason = why_no_docker()
     if reason is not None:
         pytest.skip(reason)
@@ -40,7 +40,7 @@ def needs_docker() -> None:
 
 @pytest.fixture(params=["postgres:14", "postgres:18"])
 def postgres_container(request: pytest.FixtureRequest) -> Iterator[NamedPostgres]:
-    """Start the oldest PostgreSQL that we promise, and the newest."""
+    """Start the oldest and the newest supported PostgreSQL."""
     from testcontainers.postgres import PostgresContainer
 
     with PostgresContainer(request.param, driver=None) as container:
@@ -49,7 +49,7 @@ def postgres_container(request: pytest.FixtureRequest) -> Iterator[NamedPostgres
 
 @pytest.fixture(params=["redis:6.2", "redis:7", "valkey/valkey:8"])
 def redis_container(request: pytest.FixtureRequest) -> Iterator[NamedRedis]:
-    """Start the oldest Redis that we promise, the common one, and Valkey."""
+    """Start the oldest supported Redis, a common one, and Valkey."""
     from testcontainers.redis import RedisContainer
 
     with RedisContainer(request.param) as container:
@@ -57,9 +57,9 @@ def redis_container(request: pytest.FixtureRequest) -> Iterator[NamedRedis]:
         yield NamedRedis(f"redis://{host}:{port}/0")
 
 
-@pytest.mark.timeout(300)  # an image may have to be fetched
+@pytest.mark.timeout(300)  # time to download an image
 def test_the_schema_migrates_in_a_container(postgres_container: NamedPostgres) -> None:
-    """Migrating works, migrating again changes nothing, and a clone is complete."""
+    """The schema migrates, a second migration changes nothing, and a clone is complete."""
     url = postgres_container.create_database("migrated")
     assert jobguard.schema.migrate(url)
     assert jobguard.schema.migrate(url) == []
@@ -70,9 +70,9 @@ def test_the_schema_migrates_in_a_container(postgres_container: NamedPostgres) -
     assert row == (True,)
 
 
-@pytest.mark.timeout(300)  # an image may have to be fetched
+@pytest.mark.timeout(300)  # time to download an image
 def test_redis_answers_in_a_container(redis_container: NamedRedis) -> None:
-    """The server is of a version that we support, and has several databases."""
+    """The server has a supported version and several databases."""
     with redis.Redis.from_url(redis_container.database_url(1)) as client:
         version = str(client.info("server")["redis_version"])
         assert tuple(int(part) for part in version.split(".")[:2]) >= (6, 2)

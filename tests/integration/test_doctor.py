@@ -1,4 +1,4 @@
-"""What `jobguard doctor` must not be content with, on real servers."""
+"""Problems that `jobguard doctor` must find, on real servers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LIBRARIES = ["celery", "dramatiq", "rq"]
 
 
 def problems(database: str, *urls: str, **environ: str) -> list[str]:
-    """Ask the doctor; return what is wrong."""
+    """Run the doctor and return its problems."""
     words = ["doctor", "--json", "--postgres", database]
     for url in urls:
         words += ["--redis", url]
@@ -33,7 +33,7 @@ def problems(database: str, *urls: str, **environ: str) -> list[str]:
 
 
 def about(found: list[str], word: str) -> str:
-    """Return the one problem that begins with this."""
+    """Return the one problem that begins with this word."""
     (one,) = [line for line in found if line.startswith(word)]
     return one
 
@@ -42,7 +42,7 @@ def about(found: list[str], word: str) -> str:
 def test_a_source_that_the_reconciler_knows_by_another_address(
     library: str, own_redis: RedisServer, database: str, stack: ExitStack
 ) -> None:
-    """It leads, it is content, and it does not watch: the jobs are owed and would stay lost."""
+    """A reconciler that uses another address does not watch the source, and the doctor reports it."""
     host = Host(library, own_redis.url)
     guard = host.guard(stack, database)
     for _ in range(5):
@@ -54,7 +54,7 @@ def test_a_source_that_the_reconciler_knows_by_another_address(
         port = own_redis.port
         problem = about(problems(database, other), f"source {library}")
         assert "has 5 owed jobs and no reconciler watches it" in problem
-        assert f"127.1:{port}/0 and localhost:{port}/0 are one Redis" in problem
+        assert f"127.1:{port}/0 and localhost:{port}/0 are two addresses of one Redis" in problem
         assert "JOBGUARD_SOURCE" in problem
     with leading(guard, database, own_redis.url):
         eventually(lambda: not problems(database, own_redis.url), 30)
@@ -63,20 +63,20 @@ def test_a_source_that_the_reconciler_knows_by_another_address(
 def test_processes_that_use_two_addresses(
     own_redis: RedisServer, database: str, stack: ExitStack
 ) -> None:
-    """Two sources in one Redis: what one records, workers of the other run."""
+    """Two addresses of one Redis make two sources, and the doctor reports it."""
     other = own_redis.url.replace("127.0.0.1", "127.1")
     hosts = [Host("rq", own_redis.url), Host("rq", other)]
     guards = [host.guard(stack, database) for host in hosts]
     with leading(guards[0], database, own_redis.url, other):
         found = problems(database, own_redis.url, other)
-    assert any("are one Redis by two addresses" in problem for problem in found), found
+    assert any("are two addresses of one Redis" in problem for problem in found), found
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_a_redis_user_without_the_rights(
     library: str, own_redis: RedisServer, database: str, stack: ExitStack
 ) -> None:
-    """What is missing is listed, and the line that is printed grants all that a reconciler does."""
+    """The doctor lists the missing rights, and the printed command grants all that a reconciler needs."""
     host = Host(library, own_redis.url)
     guard = host.guard(stack, database, lease=2.0)
     host.send()
@@ -85,15 +85,19 @@ def test_a_redis_user_without_the_rights(
         "ACL", "SETUSER", "jg", "on", ">pw", "~rq:*", "+@read", "+@write", "-hset", "+ping"
     )
     url = own_redis.url.replace("//", "//jg:pw@")
-    lacking = about(problems(database, url), "redis ")
-    assert "the user jg lacks" in lacking
+
+    def rights() -> str:
+        (one,) = [line for line in problems(database, url) if "the user jg lacks" in line]
+        return one
+
+    lacking = rights()
     for right in ("+hset", "+eval ", "+info", "~jobguard:doctor"):
         assert right in lacking
     assert "pw" not in lacking
     with leading(guard, database, own_redis.url):
         queues = "select from jobguard.queues"
         eventually(lambda: rows(database, queues), 30)
-        line = re.search(r"ACL SETUSER .*", about(problems(database, url), "redis "))
+        line = re.search(r"ACL SETUSER .*", rights())
     assert line is not None
     admin.execute_command(*line[0].split())
     words = ["reconcile", "--once", "--postgres", database, "--redis", url]
@@ -103,10 +107,10 @@ def test_a_redis_user_without_the_rights(
     assert not [one for one in problems(database, url) if one.startswith("redis ")]
 
 
-def test_a_queue_whose_workers_are_alive_and_take_nothing(
+def test_a_queue_whose_live_workers_take_no_job(
     redis_url: str, database: str, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By name; a job that is deferred until its parent has ended does not count."""
+    """A queue whose live workers take no job is reported; a deferred job does not count."""
     monkeypatch.setattr("jobguard.cli.doctor._IDLE_SECONDS", 0.5)
     host = Host("rq", redis_url)
     guard = host.guard(stack, database)
@@ -120,13 +124,13 @@ def test_a_queue_whose_workers_are_alive_and_take_nothing(
             return any(p.startswith("queue mail") and name in p for p in found)
 
         eventually(alarm, 30)
-        host.client.lrem("rq:queue:mail", 0, first.id)  # taken, as it were
+        host.client.lrem("rq:queue:mail", 0, first.id)  # as if a worker had taken it
         guard.pause()
         assert not alarm()
 
 
 def test_connections_that_run_out_and_sessions_that_cannot_write(database: str) -> None:
-    """A limit of the role counts, and so does what the role sets for every session."""
+    """The limits of the role and its session defaults are checked."""
     name = "few_" + os.urandom(4).hex()
     with psycopg.connect(database, autocommit=True) as admin:
 
@@ -146,14 +150,14 @@ def test_connections_that_run_out_and_sessions_that_cannot_write(database: str) 
 
 
 def test_a_cluster_is_refused_with_a_reason(database: str) -> None:
-    """Scripts need all keys of a job on one node."""
+    """A Redis in cluster mode is a problem, because scripts need all keys of a job on one node."""
     with RedisServer(config={"cluster-enabled": "yes"}) as server:
         found = problems(database, server.url)
         assert any("cluster mode is on" in problem for problem in found), found
 
 
 def test_unknown_options_and_variables_are_noted(database: str, redis_url: str) -> None:
-    """They break nothing, and explain why something has no effect."""
+    """Unknown options and variables are notes, because they have no effect."""
     words = ["doctor", "--postgres", database, "--redis", f"{redis_url}?protcol=3"]
     done = CliRunner().invoke(main, words, env={"JOBGUARD_NAMSPACE": "x"})
     assert "protcol" in done.stdout

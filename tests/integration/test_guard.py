@@ -1,10 +1,10 @@
-"""What guard() promises, on a real PostgreSQL and a real Redis.
+"""The promises of guard(), on a real PostgreSQL and a real Redis.
 
-Planted once, each seen to fail: is_test_double False (fakeredis), `_is_async` not asked
-(is_async=False), disabled() not asked, `_same` comparing nothing (other settings), `connect` ignored
-(require), `_tell_once` telling every time (one line), guard_also doing nothing (another queue),
-uninstall left out (close), `_mine` keeping the parent's store (fork), running_job left out
-(current), `settled` not counting second looks (reconcile).
+These mutations were tested once, and each made a test fail: is_test_double False (fakeredis),
+`_is_async` not asked (is_async=False), disabled() not asked, `_same` comparing nothing (other
+settings), `connect` ignored (require), the log line written every time (one line), guard_also doing
+nothing (another queue), uninstall left out (close), a child keeping the parent's store (fork),
+running_job left out (current), a pass without the second inspection (reconcile).
 """
 
 from __future__ import annotations
@@ -44,27 +44,27 @@ UNREACHABLE = "postgresql://nobody@127.0.0.1:1/nothing"
 # -- jobs ------------------------------------------------------------------------------------------
 
 SEEN: list[Any] = []
-"""What the jobs of this process found out."""
+"""Values that the jobs of this process found."""
 
 
 def add(left: int, right: int = 0) -> int:
-    """Add."""
+    """Return a sum."""
     return left + right
 
 
 def fail() -> None:
-    """Fail."""
+    """Raise an error."""
     raise ValueError("as it must")
 
 
-def look_around() -> None:
-    """Ask what a job can know of itself, and say how far it is."""
+def read_the_current_job() -> None:
+    """Read the current job, and report progress."""
     job = jobguard.current()
     heard = job.progress(0.25, step="half of a half")
     SEEN.append((bool(job), job.id, job.attempt, heard))
 
 
-def look_at_the_ledger(job_id: str) -> None:
+def ask_the_guard(job_id: str) -> None:
     """Ask the guard while the job runs."""
     (made,) = guards._guards.values()
     heard = made.heartbeat(job_id, progress=0.5, attrs={"rows": 7})
@@ -77,7 +77,7 @@ def look_at_the_ledger(job_id: str) -> None:
 
 @pytest.fixture(autouse=True)
 def nothing_stays_guarded() -> Iterator[None]:
-    """No test leaves a guard to the next."""
+    """Close the guard after each test."""
     SEEN.clear()
     yield
     for made in list(guards._guards.values()):
@@ -99,7 +99,7 @@ def queue(client: redis.Redis) -> Queue:
 
 @pytest.fixture
 def ask(database: str) -> Iterator[Callable[..., list[Any]]]:
-    """Give a way to ask the ledger."""
+    """Give a function that queries the ledger."""
     with psycopg.connect(database, autocommit=True) as connection:
 
         def asked(query: str, *values: Any) -> list[Any]:
@@ -110,12 +110,12 @@ def ask(database: str) -> Iterator[Callable[..., list[Any]]]:
 
 
 def work(*queues: Queue) -> None:
-    """Run what waits, in this process."""
+    """Run the waiting jobs in this process."""
     SimpleWorker(queues, connection=queues[0].connection).work(burst=True)
 
 
 def guarded(client: redis.Redis, queue: str = "mail") -> bool:
-    """Whether an enqueue leaves our mark in Redis."""
+    """Return True if an enqueue leaves our mark in Redis."""
     job = Queue(queue, connection=client).enqueue(add, 1)
     return bool(client.hexists(job.key, "jg"))
 
@@ -124,8 +124,8 @@ def guarded(client: redis.Redis, queue: str = "mail") -> bool:
 
 
 @pytest.mark.parametrize("target", [object(), "redis://localhost", None, [], [1, 2], 42])
-def test_what_is_no_queue_is_refused_by_name(target: object, database: str) -> None:
-    """The error says what was given and what may be given instead."""
+def test_an_unsupported_target_is_refused_by_name(target: object, database: str) -> None:
+    """An unsupported target raises an error that names it and the supported ones."""
     with pytest.raises(UnsupportedTarget) as raised:
         jobguard.guard(target, postgres=database)
     assert type(target).__name__ in str(raised.value)
@@ -133,7 +133,7 @@ def test_what_is_no_queue_is_refused_by_name(target: object, database: str) -> N
 
 
 def test_a_client_that_decodes_is_refused(redis_url: str, database: str) -> None:
-    """RQ's own workers cannot read jobs through it; the next step is in the error."""
+    """A client that decodes responses is refused, because RQ's workers cannot use it."""
     with redis.Redis.from_url(redis_url, decode_responses=True) as client:
         for target in (client, Queue("mail", connection=client)):
             with pytest.raises(UnsupportedTarget, match="decode_responses"):
@@ -142,7 +142,7 @@ def test_a_client_that_decodes_is_refused(redis_url: str, database: str) -> None
 
 
 def test_queues_on_two_redises_need_two_calls(client: redis.Redis, database: str) -> None:
-    """One guard is one source."""
+    """Queues on two Redis servers are refused, because one guard is one source."""
     with redis.Redis.from_url("redis://127.0.0.1:1/0") as other:
         queues = [Queue("a", connection=client), Queue("b", connection=other)]
         with pytest.raises(UnsupportedTarget, match="once for each"):
@@ -150,7 +150,7 @@ def test_queues_on_two_redises_need_two_calls(client: redis.Redis, database: str
 
 
 def zero(guard: jobguard.JobGuard) -> bool:
-    """Whether an inert guard answers everything with nothing."""
+    """Return True if an inert guard returns empty answers everywhere."""
     stats = guard.stats()
     guard.cancel("a")
     guard.pause()
@@ -167,7 +167,7 @@ def zero(guard: jobguard.JobGuard) -> bool:
 
 
 def test_a_fakeredis_is_inert(no_connection: None) -> None:
-    """Tests of the host need neither Postgres nor settings; everything answers, with zeros."""
+    """With a fakeredis, a guard needs neither PostgreSQL nor settings, and returns empty answers."""
     queue = Queue("mail", connection=fakeredis.FakeStrictRedis())
     for target in (queue, queue.connection, [queue]):
         with jobguard.guard(target, postgres=UNREACHABLE) as guard:
@@ -177,7 +177,7 @@ def test_a_fakeredis_is_inert(no_connection: None) -> None:
 
 
 def test_jobs_that_run_at_once_are_not_guarded(client: redis.Redis, no_connection: None) -> None:
-    """is_async=False: the call is the run, and there is nothing to lose."""
+    """With is_async=False there is nothing to guard, because the call is the run."""
     queue = Queue("mail", connection=client, is_async=False)
     with jobguard.guard(queue, postgres=UNREACHABLE) as guard:
         assert zero(guard)
@@ -187,7 +187,7 @@ def test_jobs_that_run_at_once_are_not_guarded(client: redis.Redis, no_connectio
 def test_disabled_wins_over_everything(
     client: redis.Redis, no_connection: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """JOBGUARD_DISABLED=1: no connection, no hook, and connect="require" asks nobody."""
+    """With JOBGUARD_DISABLED=1 there is no connection and no hook, even with connect="require"."""
     monkeypatch.setenv("JOBGUARD_DISABLED", "1")
     with jobguard.guard(client, postgres=UNREACHABLE, connect="require") as guard:
         assert zero(guard)
@@ -196,7 +196,7 @@ def test_disabled_wins_over_everything(
 
 @pytest.fixture
 def no_connection(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let every attempt to reach a Postgres fail the test."""
+    """Let every attempt to reach a PostgreSQL fail the test."""
     from jobguard.store.connection import Connecting
 
     def never(_self: Connecting, conninfo: str) -> None:
@@ -206,13 +206,13 @@ def no_connection(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(psycopg.Connection, "connect", never)
 
 
-# -- the one call, again ---------------------------------------------------------------------------
+# -- the same call again -------------------------------------------------------------------------
 
 
 def test_the_same_call_twice_is_one_guard(
     client: redis.Redis, database: str, ask: Callable[..., list[Any]]
 ) -> None:
-    """As when a module is loaded again, or a cell of a notebook is run again."""
+    """A second call with the same arguments returns the same guard, as when a module is reloaded."""
     first = jobguard.guard(Queue("mail", connection=client), postgres=database)
     second = jobguard.guard(Queue("mail", connection=client), postgres=database)
     assert second is first
@@ -221,7 +221,7 @@ def test_the_same_call_twice_is_one_guard(
 
 
 def test_another_queue_of_the_source_joins_its_guard(client: redis.Redis, database: str) -> None:
-    """By name: any Queue object of a guarded name is guarded, and no other."""
+    """Any Queue object with a guarded name is guarded, and no other."""
     jobguard.guard(Queue("mail", connection=client), postgres=database)
     assert guarded(client, "mail")
     assert not guarded(client, "bulk")
@@ -233,7 +233,7 @@ def test_another_queue_of_the_source_joins_its_guard(client: redis.Redis, databa
 def test_other_settings_are_a_conflict_that_names_the_difference(
     client: redis.Redis, database: str, empty_database: str
 ) -> None:
-    """What is different, what it was and what it would be; and never a password."""
+    """The error names the difference, the old and the new value, and never a password."""
     jobguard.guard(client, postgres=database)
     with pytest.raises(ConflictingGuard, match=r"lease is 9\.0, now 8\.0"):
         jobguard.guard(client, postgres=database, lease=8)
@@ -247,7 +247,7 @@ def test_other_settings_are_a_conflict_that_names_the_difference(
 
 
 def test_a_list_guards_each_of_its_queues(client: redis.Redis, database: str) -> None:
-    """And a redis.Redis every queue there is or will be."""
+    """A list guards each of its queues, and a redis.Redis every present and future queue."""
     queues = [Queue(name, connection=client) for name in ("mail", "bulk")]
     with jobguard.guard(queues, postgres=database):
         assert [guarded(client, name) for name in ("mail", "bulk", "other")] == [True, True, False]
@@ -257,7 +257,7 @@ def test_a_list_guards_each_of_its_queues(client: redis.Redis, database: str) ->
 
 @pytest.fixture
 def bare_rq() -> Iterator[None]:
-    """Give an RQ without hooks: a worker class that some other test imported keeps them in."""
+    """Give an RQ without hooks: a worker class that another test imported would keep them."""
     others = list(patches._holders)
     for holder in others:
         patches.uninstall(holder)
@@ -267,7 +267,7 @@ def bare_rq() -> Iterator[None]:
 
 
 def test_close_takes_the_hooks_out_again(bare_rq: None, client: redis.Redis, database: str) -> None:
-    """RQ's methods are its own, byte for byte; closing twice is closing once."""
+    """After close() RQ's methods are its own again; a second close() does nothing."""
     names = ("enqueue_job", "enqueue_many", "_enqueue_job", "schedule_job", "empty", "delete")
     before = [Queue.__dict__[name] for name in names]
     with jobguard.guard(client, postgres=database) as guard:
@@ -277,15 +277,15 @@ def test_close_takes_the_hooks_out_again(bare_rq: None, client: redis.Redis, dat
     assert not guarded(client)
     guard.close()
     assert zero(guard)
-    jobguard.guard(client, postgres=database)  # and it may be guarded anew
+    jobguard.guard(client, postgres=database)  # it can be guarded again
     assert guarded(client)
 
 
-# -- Postgres that is not there, or not ready ------------------------------------------------------
+# -- PostgreSQL unreachable, or not migrated -----------------------------------------------------
 
 
-def test_guard_itself_reaches_for_nothing(client: redis.Redis, no_connection: None) -> None:
-    """Postgres may be a host that does not exist: in image builds, migrations, every test."""
+def test_guard_itself_opens_no_connection(client: redis.Redis, no_connection: None) -> None:
+    """guard() opens no connection, so it works in image builds, migrations and every test."""
     guard = jobguard.guard(client, postgres="postgresql://no.such.host.invalid/db")
     assert guard.inert is None
 
@@ -293,7 +293,7 @@ def test_guard_itself_reaches_for_nothing(client: redis.Redis, no_connection: No
 def test_enqueue_works_although_postgres_cannot_be_reached(
     client: redis.Redis, queue: Queue, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The host's jobs are pushed and run; one line says what is the matter."""
+    """Jobs are pushed and run without PostgreSQL, with one log line."""
     caplog.set_level(logging.INFO, "jobguard")
     jobguard.guard(queue, postgres=UNREACHABLE)
     jobs = [queue.enqueue(add, n) for n in range(5)]
@@ -305,10 +305,10 @@ def test_enqueue_works_although_postgres_cannot_be_reached(
     assert [Job.fetch(job.id, connection=client).return_value() for job in jobs] == list(range(5))
 
 
-def test_require_raises_what_is_the_matter_and_guards_nothing(
+def test_require_raises_the_problem_and_guards_nothing(
     client: redis.Redis, database: str, empty_database: str
 ) -> None:
-    """Unreachable and unmigrated are told apart; a database that is ready raises nothing."""
+    """connect="require" raises different errors for an unreachable and an unmigrated database."""
     with pytest.raises(StoreUnavailable):
         jobguard.guard(client, postgres=UNREACHABLE, connect="require")
     assert not guarded(client)
@@ -322,7 +322,7 @@ def test_require_raises_what_is_the_matter_and_guards_nothing(
 def test_an_unmigrated_database_is_one_error_line_until_it_is_migrated(
     queue: Queue, empty_database: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The line names the command; after it the same process records, what waited as well."""
+    """An unmigrated database gives one log line; after the migration, waiting records are written too."""
     guard = jobguard.guard(queue, postgres=empty_database, retry_interval=0.05)
     early = [queue.enqueue(add, n) for n in range(3)]
     errors = [r.getMessage() for r in caplog.records if r.levelno >= logging.ERROR]
@@ -346,7 +346,7 @@ def test_an_unmigrated_database_is_one_error_line_until_it_is_migrated(
 def test_a_forked_child_records_for_itself(
     queue: Queue, database: str, ask: Callable[..., list[Any]]
 ) -> None:
-    """Parent and child each on a connection of its own; the parent's is never touched."""
+    """Parent and child each use a connection of their own."""
     jobguard.guard(queue, postgres=database)
     before = queue.enqueue(add, 1)
     backends = "select pid from pg_stat_activity where application_name = 'jobguard'"
@@ -381,11 +381,11 @@ def test_a_forked_child_records_for_itself(
     eventually(lambda: ask(backends) == [parents])
 
 
-# -- what one asks a guard, and tells it -----------------------------------------------------------
+# -- the methods of a guard ----------------------------------------------------------------------
 
 
 def test_stats_count_by_state_and_queue(client: redis.Redis, queue: Queue, database: str) -> None:
-    """A job is counted once, where it stands."""
+    """A job is counted once, in its state."""
     guard = jobguard.guard(client, postgres=database)
     queue.enqueue(add, 1)
     queue.enqueue(fail)
@@ -409,7 +409,7 @@ def test_stats_count_by_state_and_queue(client: redis.Redis, queue: Queue, datab
 
 
 def jobguard_later() -> Any:
-    """An hour from now."""
+    """Return the time an hour from now."""
     from datetime import timedelta
 
     return timedelta(hours=1)
@@ -418,10 +418,10 @@ def jobguard_later() -> Any:
 def test_a_cancelled_job_is_not_run(
     client: redis.Redis, queue: Queue, database: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Although it still waits in Redis: the fence skips it. What is unknown is no error."""
+    """The fence skips a cancelled job that still waits in Redis; an unknown id is no error."""
     guard = jobguard.guard(queue, postgres=database)
     job, other = queue.enqueue(add, 1), queue.enqueue(add, 2)
-    guard.cancel(job.id, "nobody knows this one")
+    guard.cancel(job.id, "unknown")
     assert [delivery["state"] for delivery in guard.job(job.id)] == ["cancelled"]
     assert job.id in queue.job_ids
     work(queue)
@@ -431,7 +431,7 @@ def test_a_cancelled_job_is_not_run(
 
 
 def test_a_failed_job_is_requeued_by_its_token(queue: Queue, database: str) -> None:
-    """A new delivery is owed and left to the leader; a second time, or of nothing, is an error."""
+    """A requeue leaves a new delivery to the leader; a second one, or an unknown token, is an error."""
     guard = jobguard.guard(queue, postgres=database)
     job = queue.enqueue(fail)
     work(queue)
@@ -450,19 +450,22 @@ def test_a_failed_job_is_requeued_by_its_token(queue: Queue, database: str) -> N
 
 
 def test_heartbeats_are_noted_in_the_running_claim(queue: Queue, database: str) -> None:
-    """By id, from wherever; of what does not run, nothing is said and nothing is raised."""
+    """A heartbeat is stored by job id from any process; for other jobs it does nothing."""
     guard = jobguard.guard(queue, postgres=database)
-    job = queue.enqueue(look_at_the_ledger, "an-id", job_id="an-id")
+    job = queue.enqueue(ask_the_guard, "an-id", job_id="an-id")
     assert guard.heartbeat(job.id, progress=0.1) is False
-    assert guard.heartbeat("nobody knows this one", attrs={"a": 1}) is False
+    assert guard.heartbeat("unknown", attrs={"a": 1}) is False
     work(queue)
     assert SEEN == [(True, "processing", 0.5, {"rows": 7})]
 
 
 def test_a_job_knows_which_job_it_is(queue: Queue, database: str) -> None:
-    """jobguard.current() has its id and attempt and takes its progress; outside it is nobody."""
+    """jobguard.current() has the job's id and attempt and takes its progress.
+
+    Outside a job it is empty.
+    """
     jobguard.guard(queue, postgres=database)
-    job = queue.enqueue(look_around)
+    job = queue.enqueue(read_the_current_job)
     assert (bool(jobguard.current()), jobguard.current().id) == (False, None)
     assert jobguard.current().progress(0.5) is False
     work(queue)
@@ -471,18 +474,18 @@ def test_a_job_knows_which_job_it_is(queue: Queue, database: str) -> None:
     assert not jobguard.current()
 
 
-def test_an_unguarded_job_is_nobody(queue: Queue) -> None:
-    """The same function without a guard runs as well."""
-    queue.enqueue(look_around)
+def test_an_unguarded_job_has_no_current_job(queue: Queue) -> None:
+    """The same function runs without a guard too."""
+    queue.enqueue(read_the_current_job)
     work(queue)
     assert SEEN == [(False, None, 0, False)]
 
 
 def test_reconcile_makes_one_pass(client: redis.Redis, queue: Queue, database: str) -> None:
-    """What was lost is back after it, and the pass says so; the lease is free again."""
+    """reconcile() restores the lost job and reports it, and the lease is free again."""
     guard = jobguard.guard(queue, postgres=database, grace=0.2, push_deadline=0.2, lease=2)
     worker: Any = SimpleWorker([queue], connection=client)
-    worker.register_birth()  # a queue is recovered once a guarded worker is there
+    worker.register_birth()  # a queue is recovered once it has a guarded worker
     try:
         quiet = guard.reconcile()
         assert quiet["leads"] is True
@@ -497,8 +500,8 @@ def test_reconcile_makes_one_pass(client: redis.Redis, queue: Queue, database: s
         guard.pause()
         client.delete(job.key)
         client.delete(queue.key)
-        held = guard.reconcile()
-        assert (held["restored"], held["held"] > 0) == (0, True), held
+        counts = guard.reconcile()
+        assert (counts["restored"], counts["held"] > 0) == (0, True), counts
         guard.resume()
     finally:
         worker.register_death()

@@ -21,14 +21,14 @@ MAIL = "localhost:6379/0"
 
 
 class Rows:
-    """Writes rows as the path of a job would have left them."""
+    """Writes the rows that the processes of a job would have written."""
 
     def __init__(self, url: str) -> None:
         self.connection = psycopg.connect(url, autocommit=True)
         self.source(1, MAIL)
 
     def ask(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
-        """Run one statement and give its rows."""
+        """Run one statement and return its rows."""
         cursor = self.connection.execute(query.encode(), values or None)
         return cursor.fetchall() if cursor.description else []
 
@@ -42,7 +42,7 @@ class Rows:
         library: str = "rq",
         prefix: str = "",
     ) -> None:
-        """Make a source known."""
+        """Register a source."""
         self.ask(
             "insert into jobguard.sources (id, namespace, library, address, name, prefix)"
             " values (%s, %s, %s, %s, %s, %s)",
@@ -60,7 +60,7 @@ class Rows:
         return token
 
     def worker(self, state: str = "") -> UUID:
-        """Start a worker; `state` is a column that says that it is gone."""
+        """Start a worker; `state` is the column of its end."""
         worker = uuid4()
         self.ask("insert into jobguard.workers (id, source, name) values (%s, 1, 'w')", worker)
         if state:
@@ -68,7 +68,7 @@ class Rows:
         return worker
 
     def run(self, token: UUID, worker: UUID) -> None:
-        """Let a worker claim a delivery."""
+        """Make a worker claim a delivery."""
         self.ask(
             "insert into jobguard.running (source, token, number, nonce, worker, pid)"
             " values (1, %s, 1, gen_random_uuid(), %s, 1)",
@@ -76,7 +76,7 @@ class Rows:
         )
 
     def suspect(self, token: UUID, cause: str = "incident") -> None:
-        """See a delivery absent once."""
+        """Make a delivery a suspect."""
         self.ask(
             "insert into jobguard.suspects (source, token, cause) values (1, %s, %s)", token, cause
         )
@@ -140,14 +140,14 @@ def test_each_state_is_the_table_a_job_stands_in(rows: Rows, ledger: PostgresLed
     assert counts[MAIL, "mail"].total == 10
 
 
-def test_stuck_is_what_nobody_living_runs_or_what_was_seen_absent(
+def test_stuck_jobs_have_no_live_worker_or_were_seen_absent(
     rows: Rows, ledger: PostgresLedger
 ) -> None:
-    """Claims of dead, departed and unknown workers, and suspects of every cause; counted apart."""
+    """Claims of dead, departed and unknown workers count as stuck, and so do all suspects."""
     rows.run(rows.owed("live"), rows.worker())
     rows.run(rows.owed("of the dead"), rows.worker("dead_at"))
     rows.run(rows.owed("of the departed"), rows.worker("left_at"))
-    rows.run(rows.owed("of nobody"), uuid4())
+    rows.run(rows.owed("of an unknown worker"), uuid4())
     rows.owed("waiting")
     rows.suspect(rows.owed("absent"))
     rows.suspect(rows.owed("absent and untrusted"), "untrusted")
@@ -162,7 +162,7 @@ def test_stuck_is_what_nobody_living_runs_or_what_was_seen_absent(
 def test_stats_keep_namespaces_apart_and_sources_that_share_an_address(
     rows: Rows, ledger: PostgresLedger
 ) -> None:
-    """A source is shown by its name, if it has one; another tenant's jobs are not shown."""
+    """A source is shown by its name, if it has one; jobs of another namespace are not shown."""
     rows.source(2, MAIL, library="celery")
     rows.source(3, "other:6379/0", name="orders")
     rows.source(4, "other:6379/0", namespace="tenant")
@@ -178,11 +178,11 @@ def test_stats_keep_namespaces_apart_and_sources_that_share_an_address(
     (two,) = ledger.stats(HERE, source=2).values()
     assert two == Counts(pending=2)
     assert ledger.stats("tenant") == {("other:6379/0", "mail"): Counts(pending=1)}
-    assert ledger.stats("nobody") == {}
+    assert ledger.stats("empty") == {}
 
 
-def test_a_jobs_deliveries_are_told_newest_first(rows: Rows, ledger: PostgresLedger) -> None:
-    """What is owed and what is remembered of one id, without the envelope's bytes."""
+def test_deliveries_of_a_job_are_returned_newest_first(rows: Rows, ledger: PostgresLedger) -> None:
+    """All deliveries of one job id are returned newest first, without their envelopes."""
     first = rows.ended("j", "superseded", ago="1 hour")
     second = rows.owed("j")
     worker = rows.worker()
@@ -203,10 +203,10 @@ def test_a_jobs_deliveries_are_told_newest_first(rows: Rows, ledger: PostgresLed
     assert ledger.job("tenant", "j") == []
 
 
-def test_the_dead_are_listed_newest_first_with_their_errors(
+def test_dead_jobs_are_returned_newest_first_with_their_errors(
     rows: Rows, ledger: PostgresLedger
 ) -> None:
-    """By outcome and queue, at most so many; other namespaces and outcomes are not."""
+    """Dead jobs are returned by namespace, outcome and queue, up to a limit."""
     old = rows.ended("old", "dead", ago="2 hours")
     new = rows.ended("new", "dead", ago="1 hour")
     failed = rows.ended("failed", "failed", queue="sms")
@@ -214,24 +214,22 @@ def test_the_dead_are_listed_newest_first_with_their_errors(
     rows.source(2, "x:1/0", namespace="tenant")
     rows.ended("theirs", "dead", source=2)
 
-    def listed(*outcomes: Outcome, queue: str | None = None, limit: int = 10) -> list[UUID]:
+    def found(*outcomes: Outcome, queue: str | None = None, limit: int = 10) -> list[UUID]:
         found = ledger.dead(HERE, outcomes=outcomes, queue=queue, limit=limit)
         return [row["token"] for row in found]
 
-    assert listed(Outcome.DEAD) == [new, old]
-    assert listed(Outcome.DEAD, limit=1) == [new]
-    assert listed(Outcome.DEAD, Outcome.FAILED) == [failed, new, old]
-    assert listed(Outcome.DEAD, Outcome.FAILED, queue="sms") == [failed]
-    assert listed(Outcome.COMPLETED) == []
+    assert found(Outcome.DEAD) == [new, old]
+    assert found(Outcome.DEAD, limit=1) == [new]
+    assert found(Outcome.DEAD, Outcome.FAILED) == [failed, new, old]
+    assert found(Outcome.DEAD, Outcome.FAILED, queue="sms") == [failed]
+    assert found(Outcome.COMPLETED) == []
     row = ledger.dead(HERE, outcomes=[Outcome.DEAD], queue=None, limit=1)[0]
     assert (row["job_id"], row["errors"], row["crashes"]) == ("new", ["first", "last"], 3)
     assert row["kept"] is True and "envelope" not in row
 
 
-def test_a_job_that_was_taken_up_since_is_dead_no_longer(
-    rows: Rows, ledger: PostgresLedger
-) -> None:
-    """A later delivery of the same id, owed or ended, is the job's last word."""
+def test_a_job_that_was_requeued_since_is_not_dead(rows: Rows, ledger: PostgresLedger) -> None:
+    """A job with a later delivery, owed or ended, is not in the list of dead jobs."""
     rows.ended("pushed again", "dead")
     rows.owed("pushed again")
     rows.ended("done since", "failed")
@@ -246,7 +244,10 @@ def test_a_job_that_was_taken_up_since_is_dead_no_longer(
 def test_requeue_mints_a_new_delivery_and_leaves_its_push_to_the_leader(
     rows: Rows, ledger: PostgresLedger
 ) -> None:
-    """Same envelope, next attempt, no crashes; the old delivery points to it."""
+    """A requeue creates a delivery with the same envelope, the next attempt and no crashes.
+
+    The old delivery points to it.
+    """
     old = rows.ended("j", "dead", attempt=4)
     fresh = ledger.requeue(HERE, old)
     assert fresh > old
@@ -260,8 +261,8 @@ def test_requeue_mints_a_new_delivery_and_leaves_its_push_to_the_leader(
     assert ledger.stats(HERE) == {(MAIL, "mail"): Counts(pending=1)}
 
 
-def test_what_cannot_be_requeued_is_told_why(rows: Rows, ledger: PostgresLedger) -> None:
-    """Nothing is written for what is unknown, not given up, taken up, or without body."""
+def test_a_refused_requeue_names_the_reason(rows: Rows, ledger: PostgresLedger) -> None:
+    """A requeue of an unknown, live, requeued or envelope-less job raises an error and writes nothing."""
     again = rows.ended("again", "failed")
     ledger.requeue(HERE, again)
     owed = rows.ended("owed", "dead")
@@ -284,7 +285,7 @@ def test_what_cannot_be_requeued_is_told_why(rows: Rows, ledger: PostgresLedger)
 
 
 def test_requeue_of_an_owed_delivery_supersedes_it(rows: Rows, ledger: PostgresLedger) -> None:
-    """The same job, with a crash budget of its own; what was suspected of the old delivery is forgotten."""
+    """A requeued owed delivery gets a crash budget of its own, and loses its suspicion."""
     old = rows.owed("j")
     for table, more in (
         ("suspects", ", cause) values (1, %s, 'untrusted')"),
@@ -312,13 +313,13 @@ def test_requeue_of_an_owed_delivery_supersedes_it(rows: Rows, ledger: PostgresL
 def test_two_people_who_requeue_the_same_job_make_one_delivery(
     rows: Rows, database: str, ledger: PostgresLedger
 ) -> None:
-    """One of them is told that the other was first."""
+    """Of two people who requeue the same job, one gets an error."""
     token = rows.ended("j", "dead")
     barrier, reported = threading.Barrier(4), list[str]()
 
     def requeue() -> None:
         with closing(PostgresLedger(lambda: database)) as own:
-            own.stats(HERE)  # warm
+            own.stats(HERE)  # open the connection
             barrier.wait()
             try:
                 own.requeue(HERE, token)
@@ -337,7 +338,7 @@ def test_two_people_who_requeue_the_same_job_make_one_delivery(
 def test_a_pause_is_kept_where_the_leader_renews_its_lease(
     rows: Rows, ledger: PostgresLedger
 ) -> None:
-    """Before any leader too; whoever is elected finds it, and the first pause's time is kept."""
+    """A pause works before any leader; the next leader finds it, with the time of the first pause."""
     ledger.pause(HERE, queue=None)
     brake = ledger.overview(HERE)["brake"]
     assert brake["paused_at"] is not None and brake["held"] == {}
@@ -351,7 +352,7 @@ def test_a_pause_is_kept_where_the_leader_renews_its_lease(
 
 
 def test_a_pause_leaves_a_leaders_lease_alone(rows: Rows, ledger: PostgresLedger) -> None:
-    """The brake is pulled in the leader's own row, without touching its term."""
+    """A pause is stored in the leader's own row, and does not change its term."""
     lead(rows)
     ledger.pause(HERE, queue=None)
     ledger.pause(HERE, queue="mail")
@@ -360,17 +361,17 @@ def test_a_pause_leaves_a_leaders_lease_alone(rows: Rows, ledger: PostgresLedger
 
 
 def lead(rows: Rows) -> None:
-    """Let somebody lead."""
+    """Make a process lead."""
     rows.ask(
         "insert into jobguard.leader (namespace, term, holder, host, pid, expires_at)"
         " values ('default', 7, gen_random_uuid(), 'here', 42, now() + interval '10 s')"
     )
 
 
-def test_one_queue_is_held_in_every_source_and_let_go_alone(
+def test_one_queue_is_held_in_every_source_and_resumed_alone(
     rows: Rows, ledger: PostgresLedger
 ) -> None:
-    """The key names source and queue; what jobguard held before keeps its reason."""
+    """A hold of a queue covers every source, and an earlier hold by jobguard keeps its reason."""
     rows.source(-2, "x:1/0")
     held = json.dumps({"1/mail": {"since": "then", "reason": "too many absences"}})
     lead(rows)
@@ -391,13 +392,13 @@ def test_one_queue_is_held_in_every_source_and_let_go_alone(
 
 
 def test_no_queue_can_be_paused_before_a_source_is_known(ledger: PostgresLedger) -> None:
-    """A pause that would hold nothing is not silently accepted."""
+    """A pause of a queue without any source raises an error."""
     with pytest.raises(JobguardError, match="no source is known"):
-        ledger.pause("nobody", queue="mail")
+        ledger.pause("empty", queue="mail")
 
 
 def test_a_move_is_seen_and_accepted_by_resume(rows: Rows, ledger: PostgresLedger) -> None:
-    """A copy of the database says so until a person says that it is the one."""
+    """A moved database is reported until a person accepts it."""
     rows.ask("update jobguard.installation set system_identifier = '1', database_oid = 2")
     rows.ask("delete from jobguard.leader")
     lead(rows)
@@ -412,10 +413,10 @@ def test_a_move_is_seen_and_accepted_by_resume(rows: Rows, ledger: PostgresLedge
     assert overview["brake"]["held"] == {}
 
 
-def test_the_overview_tells_who_leads_who_works_and_what_is_open(
+def test_the_overview_shows_leader_workers_and_incidents(
     rows: Rows, ledger: PostgresLedger
 ) -> None:
-    """Leader with the rest of its lease, sources, workers, open incidents, queues."""
+    """The overview has the leader with its remaining lease, sources, workers, incidents and queues."""
     lead(rows)
     rows.worker()
     rows.worker("left_at")
@@ -439,22 +440,22 @@ def test_the_overview_tells_who_leads_who_works_and_what_is_open(
     assert [(q["queue"], q["trusted_since"], q["unguarded"]) for q in overview["queues"]] == [
         ("mail", None, ["w9"])
     ]
-    nobody = ledger.overview("nobody")
-    assert nobody["leader"] is None and nobody["workers"]["alive"] == 0
+    empty = ledger.overview("empty")
+    assert empty["leader"] is None and empty["workers"]["alive"] == 0
 
 
-def test_a_leader_whose_lease_is_over_is_told_as_such(rows: Rows, ledger: PostgresLedger) -> None:
-    """Who led last is worth knowing; that nobody leads now, more."""
+def test_a_leader_whose_lease_is_over_is_shown_as_such(rows: Rows, ledger: PostgresLedger) -> None:
+    """The overview shows the last leader, and that its lease is over."""
     lead(rows)
     rows.ask("update jobguard.leader set expires_at = now() - interval '1 s'")
     leader = ledger.overview(HERE)["leader"]
     assert leader["live"] is False and leader["seconds_left"] == 0
 
 
-def test_without_the_right_to_ask_the_cluster_a_move_is_seen_by_the_oid_alone(
+def test_without_the_right_to_ask_the_cluster_a_move_is_seen_by_the_oid(
     rows: Rows, ledger: PostgresLedger
 ) -> None:
-    """The overview does not fail where pg_control_system() is kept from us."""
+    """The overview works without the right to call pg_control_system()."""
     database = rows.connection.info.dbname
     role = f"plain_{uuid4().hex[:8]}"
     rows.ask(f"create role {role} login")
@@ -474,8 +475,8 @@ def test_without_the_right_to_ask_the_cluster_a_move_is_seen_by_the_oid_alone(
         rows.ask(f"drop role {role}")
 
 
-def test_a_database_that_is_not_migrated_or_not_there_is_told_apart(empty_database: str) -> None:
-    """The next step differs: migrate, or mend the connection."""
+def test_an_unmigrated_database_and_an_unreachable_one_differ(empty_database: str) -> None:
+    """A database without a schema and a server that does not answer raise different errors."""
     with closing(PostgresLedger(lambda: empty_database)) as ledger, pytest.raises(NotMigrated):
         ledger.stats(HERE)
     nowhere = "postgresql://u:hidden@127.0.0.1:1/d"
@@ -488,7 +489,7 @@ def test_a_database_that_is_not_migrated_or_not_there_is_told_apart(empty_databa
 
 
 def test_no_connection_is_kept_between_calls(rows: Rows, ledger: PostgresLedger) -> None:
-    """A dashboard that asks once a minute holds no session."""
+    """The ledger keeps no session between calls."""
     ledger.stats(HERE)
     ledger.overview(HERE)
     sessions = "select count(*) from pg_stat_activity where application_name = 'jobguard ledger'"

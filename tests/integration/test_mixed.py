@@ -1,7 +1,8 @@
 """Several libraries, applications, databases, namespaces and Redises, in one process and one Postgres.
 
-Planted once, each seen to fail: one pulse a namespace (two libraries on one Redis); `_same` that hooks no
-second target (two applications); a reconciler that takes the first client for every source (two dbs).
+Faults that these tests were seen to catch: one pulse for a namespace (two libraries on one Redis); no
+hooks on a second target (`_same`, two applications); a reconciler that uses the first client for every
+source (two databases).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from tests.support import eventually
 
 @pytest.fixture
 def second_url(redis_url: str, redis_databases: Iterator[int]) -> Iterator[str]:
-    """Give another database of the same Redis, empty."""
+    """Return the URL of another, empty database of the same Redis."""
     url = f"{redis_url.rpartition('/')[0]}/{next(redis_databases)}"
     with redis.Redis.from_url(url) as client:
         client.flushdb()
@@ -31,17 +32,17 @@ def second_url(redis_url: str, redis_databases: Iterator[int]) -> Iterator[str]:
 
 
 def incidents(database: str) -> int:
-    """Return how many sources have lost something."""
+    """Return the number of sources with an incident."""
     return int(rows(database, "select count(distinct source) from jobguard.incidents")[0][0])
 
 
 def all_waiting(*hosts: Host) -> list[int]:
-    """Return how many jobs wait in each."""
+    """Return the number of waiting jobs of each host."""
     return [host.waiting() for host in hosts]
 
 
 def test_three_libraries_on_one_redis(redis_url: str, database: str, stack: ExitStack) -> None:
-    """Each has its source and its pulse; a loss is a loss for all, and each is put back as it was."""
+    """Three libraries have three sources and three pulses, and a loss of all is restored for each."""
     hosts = [Host(library, redis_url) for library in ("rq", "celery", "dramatiq")]
     guards = [host.guard(stack, database) for host in hosts]
     stack.enter_context(leading(guards[0], database, redis_url))
@@ -61,7 +62,7 @@ def test_three_libraries_on_one_redis(redis_url: str, database: str, stack: Exit
 def test_two_applications_on_one_redis_are_one_source(
     library: str, redis_url: str, database: str, stack: ExitStack
 ) -> None:
-    """Both are guarded; what either sends is recorded once."""
+    """Two applications on one Redis are both guarded, and each job is recorded once."""
     hosts = [Host(library, redis_url) for _ in range(2)]
     guards = [host.guard(stack, database) for host in hosts]
     assert guards[0]._tracker is guards[1]._tracker
@@ -74,7 +75,7 @@ def test_two_applications_on_one_redis_are_one_source(
 def test_two_databases_of_one_redis_are_two_sources(
     library: str, redis_url: str, second_url: str, database: str, stack: ExitStack
 ) -> None:
-    """In one namespace: what one loses is put back there, and the other is left alone."""
+    """The losses of one database are restored there, and the other database is not changed."""
     one, other = Host(library, redis_url), Host(library, second_url)
     guards = [host.guard(stack, database) for host in (one, other)]
     assert guards[0]._tracker is not guards[1]._tracker
@@ -91,7 +92,7 @@ def test_two_databases_of_one_redis_are_two_sources(
 def test_two_namespaces_do_not_see_each_other(
     redis_url: str, second_url: str, database: str, stack: ExitStack
 ) -> None:
-    """Each has a leader of its own, in one Postgres."""
+    """Two namespaces in one Postgres have separate leaders; each leader restores only its own jobs."""
     one, other = Host("celery", redis_url), Host("celery", second_url)
     guards = [
         one.guard(stack, database, namespace="one"),
@@ -106,7 +107,7 @@ def test_two_namespaces_do_not_see_each_other(
     eventually(lambda: one.waiting() == 1, 30)
     assert other.waiting() == 0
     stack.enter_context(leading(guards[1], database, redis_url, second_url))
-    # Its worker vouches for the place; but no leader had seen its queue before the loss.
+    # The worker confirms that this is the right Redis, but no leader had seen the queue before the loss.
     eventually(lambda: trusted(database) == 2, 30)
     other.send()
     eventually(lambda: len(rows(database, "select from jobguard.leader")) == 2, 30)
@@ -116,7 +117,7 @@ def test_two_namespaces_do_not_see_each_other(
 def test_two_namespaces_on_one_redis_and_one_library(
     redis_url: str, database: str, stack: ExitStack
 ) -> None:
-    """Two tenants' pulses stand side by side; each leader puts back what is its own."""
+    """Two namespaces on one Redis have separate pulses; each leader restores only its own jobs."""
     one, other = Host("rq", redis_url), Host("dramatiq", redis_url)
     first = one.guard(stack, database, namespace="one")
     second = other.guard(stack, database, namespace="other")
@@ -132,7 +133,7 @@ def test_two_namespaces_on_one_redis_and_one_library(
 def test_two_redis_servers_and_one_reconciler(
     redis_url: str, own_redis: RedisServer, database: str, stack: ExitStack
 ) -> None:
-    """One is killed and comes back empty: the other goes on meanwhile."""
+    """While one of two Redis servers is down, the other is restored; then the first one is, too."""
     one, other = Host("celery", redis_url), Host("dramatiq", own_redis.url)
     guards = [host.guard(stack, database) for host in (one, other)]
     stack.enter_context(leading(guards[0], database, redis_url, own_redis.url))
@@ -149,7 +150,7 @@ def test_two_redis_servers_and_one_reconciler(
 def test_stats_of_a_guard_are_of_its_source_alone(
     redis_url: str, database: str, stack: ExitStack
 ) -> None:
-    """Three libraries on one Redis may each have a queue of one name."""
+    """The stats of a guard count only its own source, also if other sources have the same queue name."""
     hosts = [Host(library, redis_url) for library in ("celery", "dramatiq", "rq")]
     guards = [host.guard(stack, database) for host in hosts]
     for number, host in enumerate(hosts, 1):
@@ -159,7 +160,7 @@ def test_stats_of_a_guard_are_of_its_source_alone(
 
 
 def test_settings_of_one_source_must_agree(redis_url: str, database: str, stack: ExitStack) -> None:
-    """A second application of the same source with other settings is an error that names them."""
+    """A second application of one source with other settings gets an error that names the setting."""
     one, other = Host("dramatiq", redis_url), Host("dramatiq", redis_url)
     guard = one.guard(stack, database)
     with pytest.raises(jobguard.JobguardError, match="durability"):

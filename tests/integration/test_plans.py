@@ -1,9 +1,9 @@
-"""The statements of a job's road stay on indexes when much is owed: nothing here reads all of `jobs`.
+"""The statements in the path of a job use indexes when much is owed: none of them reads all of `jobs`.
 
-auto_explain tells the plans, those inside the functions as well, and after enough calls for a
-generic plan to be chosen. Planted once, each seen to fail: the index jobs_by_job dropped (record),
-history_by_token dropped (claim), jobs_pkey dropped (end), `j.token::text > …` in `page` (leader), and
-plans kept for as long as the session (a queue that was empty at first).
+auto_explain logs the plans, including those inside functions, and after enough calls for a generic
+plan. These mutations were tested once, and each made a test fail: the index jobs_by_job dropped
+(record), history_by_token dropped (claim), jobs_pkey dropped (end), `j.token::text > …` in `page`
+(leader), and plans kept for as long as the session (a queue that was empty at first).
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 ROWS = 50_000
 SOURCE = 7
 OFTEN = 12
-"""Calls after which a prepared statement may have a generic plan: psycopg's five and Postgres' five."""
+"""Calls after which a prepared statement may have a generic plan: five of psycopg and five of
+PostgreSQL.
+"""
 
 FILL = """
 insert into jobguard.sources (id, namespace, library, address) values (7, 'default', 'rq', 'here');
@@ -56,7 +58,7 @@ WORKER = uuid.UUID(int=1)
 
 @pytest.fixture(scope="module")
 def much(postgres_server: NamedPostgres, template_database: str) -> Iterator[str]:
-    """Give a ledger in which much is owed and remembered."""
+    """Give a ledger with many owed and many ended deliveries."""
     name = f"jobguard_test_{uuid.uuid4().hex}"
     url = postgres_server.create_database(name, template_database)
     with psycopg.connect(url, autocommit=True) as connection:
@@ -71,7 +73,7 @@ def much(postgres_server: NamedPostgres, template_database: str) -> Iterator[str
 
 
 class Plans:
-    """What auto_explain tells of a store's connection."""
+    """The plans that auto_explain logs for a store's connection."""
 
     def __init__(self, store: Any) -> None:
         self.reported: list[str] = []
@@ -87,15 +89,16 @@ class Plans:
         ):
             db.execute(words)
         db._connection.add_notice_handler(
-            lambda said: self.reported.append(said.message_primary or "")
+            lambda notice: self.reported.append(notice.message_primary or "")
         )
 
     def whole_reads(self) -> list[str]:
-        """The plans that read all of jobs, or of a partition of history in which there is anything.
+        """Return the plans that read all of jobs, or of a partition of history with rows.
 
-        By the table or by an index from its beginning: what is thrown away was read, too.
+        A read of a whole table counts, and so does a read of an index from its beginning: rows that are
+        filtered out later were read too.
         """
-        assert self.reported, "auto_explain said nothing"
+        assert self.reported, "auto_explain logged nothing"
         whole = re.compile(
             rf"Seq Scan on (jobs|{'|'.join(self._filled)})\b|Removed by Filter: \d{{4}}"
             rf"|Scan using \w+ on .*actual time=\S+ rows=\d{{4,}}"
@@ -105,7 +108,7 @@ class Plans:
 
 @pytest.fixture(scope="module")
 def drained(much: str, postgres_server: NamedPostgres, template_database: str) -> Iterator[str]:
-    """Give a ledger that has filled up again since statistics were taken of it without a row."""
+    """Give a ledger that was filled again after statistics were taken while it was empty."""
     name = f"jobguard_test_{uuid.uuid4().hex}"
     url = postgres_server.create_database(name, template_database)
     with psycopg.connect(url, autocommit=True) as connection:
@@ -123,7 +126,7 @@ def drained(much: str, postgres_server: NamedPostgres, template_database: str) -
 
 @pytest.fixture
 def host(much: str) -> Iterator[PostgresStore]:
-    """Give the store of a host process, patient with a busy machine."""
+    """Give the store of a host process, with long timeouts for a busy machine."""
     store = PostgresStore(lambda: much, Settings(call_timeout=20, connect_timeout=20))
     yield store
     store.close()
@@ -139,7 +142,7 @@ def leader(much: str) -> Iterator[PostgresLeaderStore]:
 
 @pytest.fixture
 def owed(much: str) -> list[UUID]:
-    """Give tokens of what is owed and claimed by nobody, from the middle."""
+    """Give tokens of owed, unclaimed deliveries from the middle."""
     with psycopg.connect(much) as connection:
         rows = connection.execute(
             "select token from jobguard.jobs order by token offset 25000 limit 400"
@@ -148,7 +151,7 @@ def owed(much: str) -> list[UUID]:
 
 
 def delivery(**fields: Any) -> Delivery:
-    """Make a delivery."""
+    """Return a delivery."""
     usual = {"job_id": uuid.uuid4().hex, "queue": "mail", "task": "send", "envelope": b"e" * 400}
     return Delivery(token=new_token(), **(usual | fields))
 
@@ -159,7 +162,7 @@ def _record(store: PostgresStore, owed: list[UUID], n: int) -> None:
 
 
 def _record_again(store: PostgresStore, owed: list[UUID], n: int) -> None:
-    """An id that stands already, an id that does not, and old news."""
+    """Record a known id, a new id, and a replay."""
     store.record(SOURCE, [delivery(job_id=f"job-{10_000 + n}")], namespace="default")
     store.record(SOURCE, [delivery() for _ in range(20)], namespace="default")
     store.record(SOURCE, [delivery()], namespace="default", replay=True)
@@ -170,13 +173,13 @@ def _retry(store: PostgresStore, owed: list[UUID], n: int) -> None:
 
 
 def _claim(store: PostgresStore, owed: list[UUID], n: int) -> None:
-    """Of what is owed, and of what nobody knows."""
+    """Claim owed and unknown deliveries."""
     for token in (owed[n], new_token()):
         store.claim(SOURCE, ClaimRequest(token, new_token(), WORKER, 1, "default", 15.0, 3))
 
 
 def _end(store: PostgresStore, owed: list[UUID], n: int) -> None:
-    """Of what is owed and claimed, and of what nobody knows."""
+    """End claimed and unknown deliveries."""
     token = owed[100 + n]
     claim = store.claim(SOURCE, ClaimRequest(token, new_token(), WORKER, 1, "default", 15.0, 3))
     assert isinstance(claim, Claim)
@@ -204,20 +207,20 @@ def _heartbeat(store: PostgresStore, owed: list[UUID], n: int) -> None:
     [_record, _record_again, _retry, _claim, _end, _cancel, _outbox, _heartbeat],
     ids=lambda work: work.__name__.strip("_"),
 )
-def test_what_hosts_send_reads_no_table_whole(
+def test_host_statements_read_no_whole_table(
     host: PostgresStore, owed: list[UUID], work: Callable[[PostgresStore, list[UUID], int], None]
 ) -> None:
-    """Each of a host's statements finds its rows by an index, the first time and the tenth."""
+    """Each statement of a host finds its rows by an index, the first time and the tenth."""
     plans = Plans(host)
     began = time.monotonic()
     for n in range(OFTEN):
         work(host, owed, n)
-    print(f"{(time.monotonic() - began) / OFTEN * 1000:.1f} ms a round with all its plans told")
+    print(f"{(time.monotonic() - began) / OFTEN * 1000:.1f} ms a round with all its plans logged")
     assert not plans.whole_reads(), plans.whole_reads()[0]
 
 
 def test_a_queue_that_was_empty_at_first(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a worker that waited for jobs had planned is planned anew when there are many."""
+    """Plans made while the queue was empty are replaced when it has many jobs."""
     works = (_record, _record_again, _retry, _claim, _end)
     store = PostgresStore(lambda: database, Settings(call_timeout=20, connect_timeout=20))
     for n in range(OFTEN):
@@ -238,10 +241,10 @@ def test_a_queue_that_was_empty_at_first(database: str, monkeypatch: pytest.Monk
     assert not plans.whole_reads(), plans.whole_reads()[0]
 
 
-def test_what_the_leader_asks_reads_no_table_whole(
+def test_leader_statements_read_no_whole_table(
     leader: PostgresLeaderStore, owed: list[UUID]
 ) -> None:
-    """A page, the suspects, the envelopes and tombstones of some, and what is done about them."""
+    """Each statement of the leader finds its rows by an index."""
     term = leader.elect(lease=60)
     assert term is not None
     plans = Plans(leader)
@@ -265,10 +268,10 @@ def test_what_the_leader_asks_reads_no_table_whole(
     [_record, _record_again, _retry, _claim, _end, _cancel, _outbox, _heartbeat],
     ids=lambda work: work.__name__.strip("_"),
 )
-def test_what_hosts_send_after_a_queue_was_drained(
+def test_host_statements_after_a_queue_was_drained(
     drained: str, work: Callable[[PostgresStore, list[UUID], int], None]
 ) -> None:
-    """Statistics that know of no row do not make a statement read all of a source."""
+    """Host statements do not read all of a source after statistics of an empty table."""
     store = PostgresStore(lambda: drained, Settings(call_timeout=20, connect_timeout=20))
     with psycopg.connect(drained) as connection:
         rows = connection.execute(
@@ -282,8 +285,8 @@ def test_what_hosts_send_after_a_queue_was_drained(
     assert not plans.whole_reads(), plans.whole_reads()[0]
 
 
-def test_what_the_leader_asks_after_a_queue_was_drained(drained: str) -> None:
-    """Nor a leader's."""
+def test_leader_statements_after_a_queue_was_drained(drained: str) -> None:
+    """Leader statements do not read all of a source after statistics of an empty table."""
     leader = PostgresLeaderStore(lambda: drained, "default", uuid.uuid4(), Settings(lease=60))
     term = leader.elect(lease=60)
     assert term is not None
@@ -303,8 +306,8 @@ def test_what_the_leader_asks_after_a_queue_was_drained(drained: str) -> None:
     assert not plans.whole_reads(), plans.whole_reads()[0]
 
 
-def test_the_plans_can_tell(host: PostgresStore) -> None:
-    """A statement that does read everything is seen: emptying a queue, which must."""
+def test_a_whole_read_is_detected(host: PostgresStore) -> None:
+    """A statement that must read everything, such as emptying a queue, is detected."""
     plans = Plans(host)
     host.cancel(SOURCE, queue="no such queue", meant=host.now())
     assert plans.whole_reads()

@@ -1,7 +1,8 @@
-"""Retention keeps out of everybody's way: its locks are short, its deletes are slices.
+"""Retention does not block other processes: its locks are short, and its deletes are slices.
 
-Planted once, each seen to fail: a lock timeout of 1 s (a backup), all rows of the default partition moved
-in one step (many strays), no wish kept (contract: one namespace's retention).
+These mutations were tested once, and each made a test fail: a lock timeout of 1 s (a backup), all rows
+of the default partition moved in one step (many strays), no retention stored (contract: one namespace's
+retention).
 """
 
 from __future__ import annotations
@@ -39,13 +40,13 @@ def leader(database: str) -> Iterator[PostgresLeaderStore]:
 
 
 def partitions(database: str) -> list[str]:
-    """Return the names of the days."""
+    """Return the names of the partitions."""
     with psycopg.connect(database) as connection:
         return [str(name) for (name,) in connection.execute(PARTITIONS).fetchall()]
 
 
-def test_a_backup_is_not_waited_for(leader: PostgresLeaderStore, database: str) -> None:
-    """Hosts, which would stand behind us, are answered within their deadline; it is done later."""
+def test_retention_does_not_wait_for_a_backup(leader: PostgresLeaderStore, database: str) -> None:
+    """Retention gives up behind a long reader, so hosts are answered within their deadline."""
     days = partitions(database)
     with psycopg.connect(database, autocommit=True) as connection:
         connection.execute(f"drop table jobguard.{days[-1]}")
@@ -83,7 +84,7 @@ def test_a_backup_is_not_waited_for(leader: PostgresLeaderStore, database: str) 
 
 
 def test_many_strays_go_in_slices(leader: PostgresLeaderStore, database: str) -> None:
-    """What fell into the default partition is remembered, then deleted bit by bit; new days are made."""
+    """Rows of the default partition are kept, then deleted in slices; new partitions are created."""
     with psycopg.connect(database, autocommit=True) as connection:
         for day in partitions(database):
             connection.execute(f"drop table jobguard.{day}")
@@ -101,11 +102,12 @@ def test_many_strays_go_in_slices(leader: PostgresLeaderStore, database: str) ->
         step = connection.execute("select jobguard.rotate_step('7 days')").fetchone()
     assert left == here == 10_000
     assert step == (None,)
-    assert len(partitions(database)) == 8  # yesterday and the seven to come: today has strays
+    # Yesterday and the next seven days: today has rows in the default partition.
+    assert len(partitions(database)) == 8
 
 
 def test_ends_and_records_do_not_lock_each_other_out(database: str) -> None:
-    """Replays and ends of the same deliveries, in opposite orders, at once: no deadlock."""
+    """Replays and ends of the same deliveries, in opposite orders, at the same time, do not deadlock."""
     stores = [PostgresStore(lambda: database, Settings(call_timeout=20)) for _ in range(4)]
     with psycopg.connect(database, autocommit=True) as connection:
         before = connection.execute(

@@ -1,10 +1,10 @@
-"""Roads to Redis that a plain URL does not take: by Sentinels, which fail over, and by TLS.
+"""Connections to Redis by Sentinels, which fail over, and by TLS.
 
-The Sentinel is a real one. The Redis of the tests is built without TLS, so that its end is a door of ours
-in front of it: what a client sees is the same.
+The Sentinel is a real one. The Redis of the tests is built without TLS, so the tests put a TLS proxy in
+front of it. A client sees no difference.
 
-Planted once, each seen to fail: a client of ours that asks the first master again (own_client without
-its service); one without the certificates (own_client without ``ssl_``).
+Faults that these tests were seen to catch: jobguard's own client stays with the first master
+(own_client without its service); jobguard's own client has no certificates (own_client without ``ssl_``).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SERVICE = "main"
 
 
 class SentinelServer(RedisServer):
-    """A Sentinel that decides alone, and soon, that a master is gone."""
+    """A Sentinel that decides alone, after a short time, that a master is down."""
 
     def __init__(self, master: RedisServer) -> None:
         super().__init__(
@@ -50,42 +50,42 @@ class SentinelServer(RedisServer):
 
 
 @contextmanager
-def tls_door(server: RedisServer, certificate: trustme.LeafCert) -> Iterator[int]:
-    """Open a port on which this Redis speaks TLS."""
+def tls_proxy(server: RedisServer, certificate: trustme.LeafCert) -> Iterator[int]:
+    """Open a port that forwards TLS connections to this Redis."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     certificate.configure_cert(context)
 
-    async def pour(source: asyncio.StreamReader, into: asyncio.StreamWriter) -> None:
+    async def copy(source: asyncio.StreamReader, into: asyncio.StreamWriter) -> None:
         with suppress(OSError):
             while data := await source.read(65536):
                 into.write(data)
                 await into.drain()
         into.close()
 
-    async def let_in(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         inside = await asyncio.open_connection("127.0.0.1", server.port)
-        await asyncio.gather(pour(reader, inside[1]), pour(inside[0], writer))
+        await asyncio.gather(copy(reader, inside[1]), copy(inside[0], writer))
 
     loop = asyncio.new_event_loop()
-    door = loop.run_until_complete(asyncio.start_server(let_in, "127.0.0.1", 0, ssl=context))
+    listener = loop.run_until_complete(asyncio.start_server(accept, "127.0.0.1", 0, ssl=context))
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
     try:
-        yield door.sockets[0].getsockname()[1]
+        yield listener.sockets[0].getsockname()[1]
     finally:
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
-        door.close()
-        guests = asyncio.all_tasks(loop)
-        for guest in guests:
-            guest.cancel()
-        loop.run_until_complete(asyncio.gather(*guests, return_exceptions=True))
+        listener.close()
+        handlers = asyncio.all_tasks(loop)
+        for handler in handlers:
+            handler.cancel()
+        loop.run_until_complete(asyncio.gather(*handlers, return_exceptions=True))
         loop.close()
 
 
 @pytest.fixture
 def replica(own_redis: RedisServer) -> Iterator[RedisServer]:
-    """Start a Redis that follows the first."""
+    """Start a replica of the first Redis."""
     follows = {"replicaof": f"127.0.0.1 {own_redis.port}", "repl-diskless-sync-delay": "0"}
     with RedisServer(config=follows) as server:
         eventually(lambda: ask(server, lambda client: client.info("replication"))["role"])
@@ -94,7 +94,7 @@ def replica(own_redis: RedisServer) -> Iterator[RedisServer]:
 
 @pytest.fixture
 def sentinel(own_redis: RedisServer, replica: RedisServer) -> Iterator[SentinelServer]:
-    """Start a Sentinel that knows both."""
+    """Start a Sentinel that knows the master and the replica."""
     with SentinelServer(own_redis) as server:
 
         def knows_both() -> bool:
@@ -106,19 +106,19 @@ def sentinel(own_redis: RedisServer, replica: RedisServer) -> Iterator[SentinelS
 
 
 def ask(server: RedisServer, question: Callable[[redis.Redis], Any]) -> Any:
-    """Ask one Redis, whoever it is now."""
+    """Return the answer of one Redis server, in any role."""
     with redis.Redis.from_url(server.url) as client:
         return question(client)
 
 
-def leave_behind(master: RedisServer, replica: RedisServer) -> None:
-    """Have the replica hear nothing more: paused alone, it would read what lies in its socket."""
+def cut_off(master: RedisServer, replica: RedisServer) -> None:
+    """Cut off the replica. A pause alone is not enough: it would later read the data in its socket."""
     replica.pause()
     ask(master, lambda client: client.client_kill_filter(_type="replica"))
 
 
 def by_sentinel(library: str, sentinel: SentinelServer) -> Host:
-    """Make an application that finds its Redis by the Sentinel, in its library's own way."""
+    """Return an application that connects by the Sentinel, in the way of its library."""
     asked: Any = cast(Any, Sentinel)([("127.0.0.1", sentinel.port)])
     return Host(
         library,
@@ -137,31 +137,31 @@ def test_a_failover_to_a_replica_that_lagged(
     database: str,
     stack: ExitStack,
 ) -> None:
-    """What the new master never heard of is put there; what it has is left alone."""
+    """Jobs that the new master did not receive are restored there; the others are not changed."""
     host = by_sentinel(library, sentinel)
     guard = host.guard(stack, database)
     assert rows(database, "select address from jobguard.sources") == [(f"sentinel:{SERVICE}/0",)]
     url = f"sentinel://127.0.0.1:{sentinel.port}/{SERVICE}/0"
     stack.enter_context(leading(guard, database, url))
     eventually(lambda: trusted(database) == 1, 30)
-    heard = [host.send() for _ in range(3)]
+    replicated = [host.send() for _ in range(3)]
     assert ask(own_redis, lambda client: client.wait(1, 10_000)) == 1
-    leave_behind(own_redis, replica)
-    unheard = [host.send() for _ in range(4)]
+    cut_off(own_redis, replica)
+    missed = [host.send() for _ in range(4)]
     assert host.waiting() == 7
     own_redis.kill()
     replica.resume()
 
     def all_there() -> bool:
-        with suppress(redis.RedisError):  # nobody is master yet
+        with suppress(redis.RedisError):  # there is no master yet
             return host.waiting() == 7
         return False
 
     eventually(all_there, 60)
     assert ask(replica, lambda client: client.info("replication"))["role"] == "master"
     found = rows(database, "select job_id, recoveries from jobguard.jobs")
-    assert {job_id for job_id, recoveries in found if recoveries} == set(unheard)
-    assert {job_id for job_id, recoveries in found if not recoveries} == set(heard)
+    assert {job_id for job_id, recoveries in found if recoveries} == set(missed)
+    assert {job_id for job_id, recoveries in found if not recoveries} == set(replicated)
 
 
 @pytest.mark.parametrize("pool", ["prefork", "threads"])
@@ -173,7 +173,7 @@ def test_celerys_workers_in_a_failover(
     database: str,
     tmp_path: Path,
 ) -> None:
-    """They find the new master, run what it never heard of, and nothing a second time."""
+    """Celery's workers find the new master, and run each job once, also those it did not receive."""
     url = f"sentinel://127.0.0.1:{sentinel.port}/0"
     by = {"master_name": SERVICE}
     conf = {
@@ -191,7 +191,7 @@ def test_celerys_workers_in_a_failover(
         for word in words[:20]:
             rig.send("slow", word, 0.05)
         assert ask(own_redis, lambda client: client.wait(1, 10_000)) == 1
-        leave_behind(own_redis, replica)
+        cut_off(own_redis, replica)
         for word in words[20:40]:
             rig.send("slow", word, 0.05)
         own_redis.kill()
@@ -199,7 +199,7 @@ def test_celerys_workers_in_a_failover(
         for word in words[40:]:
             rig.send("slow", word, 0.05)
         rig.until(lambda: not rig.owed(), 90)
-        assert {word: rig.said()[word] for word in words} == dict.fromkeys(words, 1)
+        assert {word: rig.written()[word] for word in words} == dict.fromkeys(words, 1)
         assert ask(replica, lambda client: client.info("replication"))["role"] == "master"
 
 
@@ -207,16 +207,16 @@ def test_celerys_workers_in_a_failover(
 def test_tls(
     library: str, own_redis: RedisServer, database: str, stack: ExitStack, tmp_path: Path
 ) -> None:
-    """With a certificate that nobody knows but who is told: the application, and the leader's URL."""
+    """The application and the leader connect by TLS, with a certificate authority that is configured."""
     authority = trustme.CA()
     known = tmp_path / "ca.pem"
     authority.cert_pem.write_to_path(str(known))
-    port = stack.enter_context(tls_door(own_redis, authority.issue_cert("127.0.0.1")))
+    port = stack.enter_context(tls_proxy(own_redis, authority.issue_cert("127.0.0.1")))
     plain = f"rediss://127.0.0.1:{port}/0"
     url = f"{plain}?ssl_cert_reqs=required&ssl_ca_certs={known}"
     with pytest.raises(redis.ConnectionError, match="certificate"):
         redis.Redis.from_url(plain).ping()
-    for word in ("CERT_NONE", "none"):  # Celery's spelling, and that of redis-py
+    for word in ("CERT_NONE", "none"):  # the spellings of Celery and of redis-py
         assert client_from_url(f"{plain}?ssl_cert_reqs={word}", timeout=10.0).ping()
     host = Host(
         library,

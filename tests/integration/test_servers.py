@@ -1,4 +1,4 @@
-"""The servers that other tests rely on do what they say."""
+"""Tests of the PostgreSQL and Redis servers that other tests use."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ if TYPE_CHECKING:
 
 
 def ask_redis(server: RedisServer) -> redis.Redis:
-    """Connect with little patience."""
+    """Return a client with a short timeout and no retries."""
     never = Retry(NoBackoff(), 0)
     return redis.Redis(port=server.port, socket_timeout=0.5, retry=never, decode_responses=True)
 
 
 def one(url: str, question: str = "select 1") -> object:
-    """Ask PostgreSQL one question on a new connection."""
+    """Return the first value of a query, on a new connection."""
     with psycopg.connect(url, connect_timeout=5) as connection:
         row = connection.execute(question.encode()).fetchone()
         return row[0] if row else None
 
 
 def gone(pid: int) -> bool:
-    """Tell whether nothing runs under this pid."""
+    """Return True if no process runs under this pid."""
     try:
         return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
@@ -49,7 +49,7 @@ def gone(pid: int) -> bool:
 
 
 def test_a_database_is_created_cloned_and_dropped(postgres_server: NamedPostgres) -> None:
-    """A clone has what its template had, and goes even while somebody is connected."""
+    """A clone has the data of its template, and can be dropped while a client is connected."""
     template = postgres_server.create_database("servers_template")
     with psycopg.connect(template) as connection:
         connection.execute("create table kept as select 42 as answer")
@@ -57,11 +57,11 @@ def test_a_database_is_created_cloned_and_dropped(postgres_server: NamedPostgres
     clone = postgres_server.create_database("servers_clone", "servers_template")
     assert one(clone, "select answer from kept") == 42
 
-    visitor = psycopg.connect(clone)
+    client = psycopg.connect(clone)
     postgres_server.drop_database("servers_clone")
     postgres_server.drop_database("servers_template")
     postgres_server.drop_database("servers_template")  # absent: no error
-    visitor.close()
+    client.close()
     with pytest.raises(psycopg.OperationalError, match="does not exist"):
         one(clone)
 
@@ -69,11 +69,11 @@ def test_a_database_is_created_cloned_and_dropped(postgres_server: NamedPostgres
 def test_a_paused_postgres_answers_nothing_until_it_is_resumed(
     own_postgres: PostgresServer,
 ) -> None:
-    """SIGSTOP reaches the backends too: an open connection hangs, and goes on afterwards."""
+    """A pause also stops the backends: an open connection hangs, and continues after the resume."""
     connection = psycopg.connect(own_postgres.url, autocommit=True)
     own_postgres.pause()
     states = {psutil.Process(pid).status() for pid in own_postgres.pids()}
-    # A backend that has just ended waits for the postmaster, which is paused, to be reaped.
+    # A backend that has just ended stays a zombie, because the paused postmaster does not reap it.
     assert states - {psutil.STATUS_ZOMBIE} == {psutil.STATUS_STOPPED}
     with pytest.raises(psycopg.errors.ConnectionTimeout):
         psycopg.connect(own_postgres.url, connect_timeout=2)
@@ -85,7 +85,7 @@ def test_a_paused_postgres_answers_nothing_until_it_is_resumed(
 
 
 def test_a_killed_postgres_keeps_what_was_committed(own_postgres: PostgresServer) -> None:
-    """After SIGKILL of the whole tree it comes back on its port, with its data."""
+    """After SIGKILL of all processes, PostgreSQL starts again on its port, with its data."""
     url, pids = own_postgres.url, own_postgres.pids()
     with psycopg.connect(url) as connection:
         connection.execute("create table kept as select 1 as answer")
@@ -105,7 +105,7 @@ def test_a_killed_postgres_keeps_what_was_committed(own_postgres: PostgresServer
 
 
 def test_a_postgres_that_is_killed_while_paused_comes_back(own_postgres: PostgresServer) -> None:
-    """The faults can be combined."""
+    """A PostgreSQL that was killed while it was paused starts again."""
     own_postgres.pause()
     own_postgres.kill()
     own_postgres.start()
@@ -113,7 +113,7 @@ def test_a_postgres_that_is_killed_while_paused_comes_back(own_postgres: Postgre
 
 
 def test_a_closed_postgres_leaves_nothing_behind() -> None:
-    """Neither processes nor files."""
+    """A closed PostgreSQL leaves neither processes nor files."""
     with PostgresServer(fsync=False) as server:
         pids, folder = server.pids(), server.data_dir
         assert len(pids) > 1
@@ -122,15 +122,15 @@ def test_a_closed_postgres_leaves_nothing_behind() -> None:
 
 
 def test_settings_reach_postgres() -> None:
-    """What the caller sets goes before our own choice."""
+    """The caller's settings override the defaults."""
     with PostgresServer(fsync=False, max_connections=50, settings={"jit": "off"}) as server:
         assert one(server.url, "show max_connections") == "50"
         assert one(server.url, "show fsync") == "off"
         assert one(server.url, "show jit") == "off"
 
 
-def test_a_server_that_cannot_start_says_why() -> None:
-    """The error carries the server's own words."""
+def test_the_error_of_a_server_that_cannot_start() -> None:
+    """The error contains the message of the server."""
     server = PostgresServer(settings={"shared_buffers": "no size"})
     with pytest.raises(ServerError, match="shared_buffers"):
         server.start()
@@ -139,7 +139,7 @@ def test_a_server_that_cannot_start_says_why() -> None:
 
 
 def test_a_paused_redis_answers_nothing_until_it_is_resumed(own_redis: RedisServer) -> None:
-    """SIGSTOP leaves connections open and silent."""
+    """During a pause, connections stay open and get no answer."""
     client = ask_redis(own_redis)
     client.set("key", "value")
 
@@ -152,7 +152,7 @@ def test_a_paused_redis_answers_nothing_until_it_is_resumed(own_redis: RedisServ
 
 
 def test_a_killed_redis_comes_back_empty_on_its_port(own_redis: RedisServer) -> None:
-    """Without persistence a kill loses all, and clients find the server where it was."""
+    """Without persistence a kill loses all data, and the server starts again on the same port."""
     client, url, pids = ask_redis(own_redis), own_redis.url, own_redis.pids()
     client.set("key", "value")
 
@@ -170,10 +170,10 @@ def test_a_killed_redis_comes_back_empty_on_its_port(own_redis: RedisServer) -> 
     ("persistence", "survivors"),
     [("none", set()), ("rdb", {"saved"}), ("aof", {"saved", "later"})],
 )
-def test_persistence_says_what_survives_a_kill(
+def test_persistence_decides_what_survives_a_kill(
     persistence: Persistence, survivors: set[str]
 ) -> None:
-    """Nothing, what was saved, or every write."""
+    """After a kill Redis has nothing, the saved data, or every write, depending on the persistence."""
     with RedisServer(persistence=persistence) as server:
         client = ask_redis(server)
         client.set("saved", "1")
@@ -186,7 +186,7 @@ def test_persistence_says_what_survives_a_kill(
 
 @pytest.mark.parametrize("persistence", ["none", "rdb", "aof"])
 def test_redis_restarts_with_all_or_nothing(persistence: Persistence) -> None:
-    """The caller decides what a restart keeps, whatever the persistence."""
+    """The caller decides if a restart keeps the data, with any persistence."""
     with RedisServer(persistence=persistence) as server:
         client = ask_redis(server)
         client.set("key", "value")
@@ -198,7 +198,7 @@ def test_redis_restarts_with_all_or_nothing(persistence: Persistence) -> None:
 
 @pytest.mark.parametrize("persistence", ["none", "rdb", "aof"])
 def test_redis_comes_back_from_an_old_snapshot(persistence: Persistence) -> None:
-    """What was written after the snapshot is lost, as with a backup of this morning."""
+    """Writes after the snapshot are lost, as after a restore of an old backup."""
     with RedisServer(persistence=persistence) as server:
         client = ask_redis(server)
         client.set("early", "1")
@@ -217,9 +217,9 @@ def test_redis_urls_are_fresh(redis_url: str) -> None:
         assert client.dbsize() == 0
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells children of a parent's death")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux signals the death of a parent")
 def test_servers_die_with_a_parent_that_is_killed() -> None:
-    """SIGKILL of the program leaves no server running."""
+    """After SIGKILL of the program no server runs."""
     program = (
         "import json, signal, jobguard.demo.servers as s\n"
         "p, r = s.PostgresServer(fsync=False), s.RedisServer()\n"
@@ -228,7 +228,7 @@ def test_servers_die_with_a_parent_that_is_killed() -> None:
         "print(json.dumps([p.pids() + r.pids(), *folders]), flush=True)\n"
         "signal.pause()\n"
     )
-    # Named, so that a child that is killed need not have made, and left, a copy of the binaries.
+    # Set the path, so that the killed child does not create and leave a copy of the binaries.
     environment = os.environ | {"JOBGUARD_TEST_POSTGRES_BIN": str(postgres_bin())}
     command = [sys.executable, "-c", program]
     parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
@@ -245,7 +245,7 @@ def test_servers_die_with_a_parent_that_is_killed() -> None:
 def test_a_redis_binary_is_named_by_itself_or_by_its_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever is on PATH; and a name that leads nowhere is an error that repeats it."""
+    """The variable names a binary or its folder; a wrong path is an error that contains the path."""
     find = redis_binary.__wrapped__
     here = find()
     monkeypatch.setenv("JOBGUARD_TEST_REDIS_BIN", str(here))

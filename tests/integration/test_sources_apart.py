@@ -1,4 +1,4 @@
-"""Sources run apart: a Redis that hangs, is full or holds nonsense takes nothing from another."""
+"""Sources are independent: a Redis that hangs, is full or has invalid data does not affect others."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support import eventually
 
 
 def test_redises_that_hang_disarm_no_other(redis_url: str, database: str, stack: ExitStack) -> None:
-    """Three Redises are stopped; what the fourth loses is back, in the same term."""
+    """While three Redises are stopped, the losses of a fourth one are restored in the same term."""
     servers = [stack.enter_context(RedisServer()) for _ in range(3)]
     urls = [redis_url, *(server.database_url(0) for server in servers)]
     hosts = [Host("rq", url) for url in urls]
@@ -45,7 +45,7 @@ def test_a_step_that_is_stuck_gives_the_term_up(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """A step that hangs where no timeout reaches is said; another term begins, and does the work."""
+    """A step that hangs without a timeout is logged; a new term starts and does the work."""
     monkeypatch.setattr(service, "_STUCK", 0.5)
     monkeypatch.setattr(service, "_GIVE_UP", 1.0)
     host = Host("rq", redis_url)
@@ -76,7 +76,7 @@ def test_a_step_that_is_stuck_gives_the_term_up(
 def test_a_full_redis_is_one_state(
     library: str, database: str, stack: ExitStack, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What finds no room waits, with one line and one incident; all of it is back when there is room."""
+    """Jobs wait while Redis is full, with one open incident and few log lines; then all are restored."""
     caplog.set_level("INFO", logger="jobguard")
     server = stack.enter_context(RedisServer())
     url = server.database_url(0)
@@ -107,7 +107,7 @@ def test_a_full_redis_is_one_state(
 def test_nonsense_in_redis_stops_nothing(
     library: str, redis_url: str, database: str, stack: ExitStack
 ) -> None:
-    """A broken beat, a pulse of another type and registries with broken names: what is lost is back."""
+    """Lost jobs are restored despite a broken beat, a pulse of another type and broken registry names."""
     host = Host(library, redis_url)
     guard = host.guard(stack, database)
     stack.enter_context(leading(guard, database, redis_url))

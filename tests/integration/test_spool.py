@@ -1,7 +1,7 @@
-"""The spool against a real Postgres: over a slow network, and past rows that do not go.
+"""The spool on a real PostgreSQL: over a slow network, and with rows that are refused.
 
-Planted once, each seen to fail: the rate of a payload not lowered after a miss (slow network), 54 taken for
-an outage and the index a btree (odd ids).
+These mutations were tested once, and each made a test fail: the rate of a payload not lowered after a
+miss (slow network), 54 taken for an outage and the index a btree (odd ids).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ guards = importlib.import_module("jobguard.guard")
 
 
 class Network:
-    """What stands between a host and Postgres: so many bytes a second, or a wall."""
+    """A proxy between a host and PostgreSQL with a limited rate, or with none at all."""
 
     def __init__(self, database: str, rate: float) -> None:
         to = conninfo_to_dict(database)
@@ -54,7 +54,7 @@ class Network:
             threading.Thread(target=self._carry, args=(inner,), daemon=True).start()
 
     def _carry(self, inner: socket.socket) -> None:
-        # Little is under way in a slow network: what is not carried yet, the sender knows.
+        # Small buffers, as in a slow network: the sender notices what is not delivered yet.
         inner.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
         host, port = self._to
         outer: socket.socket
@@ -74,7 +74,7 @@ class Network:
                     (outer if ready is inner else inner).sendall(data)
 
     def close(self) -> None:
-        """Accept no more."""
+        """Accept no more connections."""
         self.closed = True
         self._listener.close()
 
@@ -90,24 +90,24 @@ def guarded(redis_url: str, postgres: str, **settings: Any) -> Iterator[Any]:
 
 
 def through(network: Network, database: str) -> str:
-    """Return the database's URL by way of this network."""
+    """Return the database's URL through this network."""
     return psycopg.conninfo.make_conninfo(database, host="127.0.0.1", port=network.port)
 
 
 def delivery(job_id: str, **fields: Any) -> Delivery:
-    """Make a delivery as an adapter would."""
+    """Return a delivery as an adapter would."""
     usual: dict[str, Any] = {"queue": "mail", "task": "t", "envelope": b"e"}
     return Delivery(token=new_token(), job_id=job_id, **(usual | fields))
 
 
 def ids(database: str) -> set[str]:
-    """Return the ids of what is owed."""
+    """Return the ids of owed deliveries."""
     with psycopg.connect(database) as connection:
         return {str(id) for (id,) in connection.execute("select job_id from jobguard.jobs")}
 
 
 def test_a_large_job_over_a_slow_network(redis_url: str, database: str) -> None:
-    """It is recorded though it takes longer than a call may take, and nothing waits behind it."""
+    """A large job is recorded although it takes longer than a call may take, and it delays no other."""
     with ExitStack() as stack:
         network = Network(database, rate=2e6)
         stack.callback(network.close)
@@ -123,7 +123,7 @@ def test_a_large_job_over_a_slow_network(redis_url: str, database: str) -> None:
     "odd", ["x" * 3_000, "".join(chr(0x4E00 + n * 7919 % 20_000) for n in range(30_000)), "a\x00b"]
 )
 def test_odd_ids_through_an_outage(redis_url: str, database: str, odd: str) -> None:
-    """Recorded, cancelled and ended while Postgres is away, and written when it is back."""
+    """Jobs with odd ids are recorded, cancelled and ended during an outage, and written afterwards."""
     with ExitStack() as stack:
         network = Network(database, rate=1e9)
         stack.callback(network.close)

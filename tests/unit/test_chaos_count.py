@@ -1,4 +1,4 @@
-"""What chaos counts, with losses, second completions and kills planted by hand."""
+"""Counts of the chaos test, with losses, second completions and kills made by hand."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def line(what: str, number: int, at: float, pid: int = OTHER, more: object = "")
 
 
 def ledger(*lines: str) -> Ledger:
-    """Make a ledger of these lines."""
+    """Return a ledger of these lines."""
     made = Ledger()
     for one in lines:
         made.add(one)
@@ -36,12 +36,12 @@ def enqueued(number: int, at: float = 10.0) -> list[str]:
 
 
 def twice(first: str, *more: str) -> Ledger:
-    """Make the ledger of one job whose first completion is this one."""
+    """Return the ledger of one job whose first completion is this one."""
     return ledger(*enqueued(1), first, *(more or [line("end", 1, 30.0)]))
 
 
-def test_what_ended_once_is_neither_lost_nor_done_twice() -> None:
-    """However often its attempts failed before."""
+def test_a_job_that_ended_once_is_neither_lost_nor_done_twice() -> None:
+    """Failed attempts before the completion do not count."""
     counted = count(
         ledger(
             *enqueued(1),
@@ -63,7 +63,7 @@ def test_a_failing_attempt_is_no_completion() -> None:
 
 
 def test_a_call_that_raised_or_was_cut_off_promised_nothing() -> None:
-    """Neither is lost if it never runs."""
+    """Such a job is not lost if it never runs."""
     counted = count(
         ledger(line("call", 1, 10.0), line("refused", 1, 10.1), line("call", 2, 10.0)),
         [Kill("producer_kill", OTHER, 10.1)],
@@ -73,8 +73,8 @@ def test_a_call_that_raised_or_was_cut_off_promised_nothing() -> None:
 
 
 @pytest.mark.parametrize("place", ["after_record", "after_push"])
-def test_a_record_that_was_committed_is_owed_although_nobody_was_told(place: str) -> None:
-    """Its producer died at a failpoint behind the record: the job must run all the same."""
+def test_a_committed_record_is_owed_although_the_producer_died(place: str) -> None:
+    """The producer died at a failpoint after the record: the job must still run."""
     lines = [line("call", 1, 10.0), line("call", 2, 10.0, KILLED), line("call", 3, 11.0, KILLED)]
     kills = [Kill(place, KILLED, 11.1)]
     assert count(ledger(*lines), kills).lost == (2, 3)
@@ -87,17 +87,17 @@ def test_a_record_that_was_committed_is_owed_although_nobody_was_told(place: str
     [
         (KILLED, 0, 19.95, True),
         (KILLED, 0, 19.901, True),
-        (KILLED, 0, 19.89, False),  # it had the time to report
-        (KILLED, 0, 20.01, False),  # the dead do not write: another process with that pid
-        (OTHER, 0, 19.95, False),  # nobody killed it
-        (OTHER, KILLED, 19.95, True),  # a work-horse, whose worker was to report for it
+        (KILLED, 0, 19.89, False),  # it had time to report
+        (KILLED, 0, 20.01, False),  # after the kill: another process with the same pid
+        (OTHER, 0, 19.95, False),  # it was not killed
+        (OTHER, KILLED, 19.95, True),  # a work-horse, whose worker had to report for it
         (OTHER, PARENT, 19.95, False),
     ],
 )
 def test_a_second_completion_is_excused_by_the_death_of_the_first_alone(
     pid: int, parent: int, end: float, excused: bool
 ) -> None:
-    """The first end carries the killed pid, and lies at most 100 ms before the kill."""
+    """The first end has the killed pid and is at most 100 ms before the kill."""
     counted = count(twice(line("end", 1, end, pid, parent)), [Kill("after_return", KILLED, 20.0)])
     assert (counted.excused, counted.twice) == (((1,), ()) if excused else ((), (1,)))
 
@@ -111,8 +111,8 @@ def test_a_third_completion_needs_a_death_of_its_own() -> None:
     assert count(twice(first, line("end", 1, 30.0), third), [kill, second_kill]).excused == (1,)
 
 
-def test_what_follows_others_counts_as_any_other_job() -> None:
-    """It was promised with them: it is lost if it never runs."""
+def test_a_continuation_counts_like_any_other_job() -> None:
+    """It was accepted with its members: it is lost if it never runs."""
     lines = [*enqueued(1), line("call", 2, 10.0, more="1"), line("enqueued", 2, 10.1)]
     counted = count(ledger(*lines, line("end", 1, 11.0)), [])
     assert (counted.enqueued, counted.lost, counted.early) == (2, (2,), ())
@@ -124,28 +124,26 @@ def test_what_follows_others_counts_as_any_other_job() -> None:
         ([line("end", 1, 11.0), line("end", 2, 12.0)], False),
         ([line("end", 1, 11.0), line("end", 2, 13.0)], True),
         ([line("end", 1, 11.0)], True),
-        # A second completion comes too late to be waited for.
+        # A second completion comes after the start of the continuation.
         ([line("end", 1, 11.0), line("end", 2, 12.0), line("end", 1, 20.0)], False),
     ],
 )
-def test_what_follows_others_begins_when_all_of_them_have_ended(
-    ends: list[str], early: bool
-) -> None:
-    """However often each of them ended."""
+def test_a_continuation_begins_when_all_members_have_ended(ends: list[str], early: bool) -> None:
+    """Only the first end of each member counts."""
     promised = [*enqueued(1), *enqueued(2), line("call", 3, 10.0, more="1,2")]
     lines = [*promised, line("enqueued", 3, 10.1), line("start", 3, 12.5), line("end", 3, 12.6)]
     assert count(ledger(*lines, *ends), []).early == ((3,) if early else ())
 
 
 def test_completions_are_judged_in_the_order_of_their_time() -> None:
-    """Not of their lines, which a slow process may write late."""
+    """The order of the lines does not count, because a slow process may write its line late."""
     late = line("end", 1, 30.0), line("end", 1, 19.95, KILLED)
     counted = count(ledger(*enqueued(1), *late), [Kill("worker_kill", KILLED, 20.0)])
     assert counted.excused == (1,)
 
 
 def test_kills_are_kept_while_failpoints_rest_and_retire(tmp_path: Path) -> None:
-    """Whoever was killed stays on record; a place at rest, or retired, has no file to die by."""
+    """Every kill stays on record; a resting or retired place has no file, so that no process dies."""
     log = KillLog(tmp_path, ["here", "there"])
     assert not log.armed.exists()
     log.arm()
@@ -164,15 +162,15 @@ def test_kills_are_kept_while_failpoints_rest_and_retire(tmp_path: Path) -> None
 
 
 def result(counted: Count, **hits: int) -> Result:
-    """Make the result of a run."""
+    """Return the result of a run."""
     return Result("rq", 1, counted, [], [], hits, restarts=0, extra={}, seconds=1.0)
 
 
 FINE = Count(1, 1, 0, 0, 0, lost=(), twice=(), excused=(4,))
 
 
-def test_the_report_fails_for_what_was_promised_and_not_kept() -> None:
-    """A loss, an unexcused second completion, a failpoint that was not hit often enough."""
+def test_the_report_fails_for_every_broken_promise() -> None:
+    """It fails for a loss, an unexcused second completion, or a failpoint with too few hits."""
     assert report.problems([result(FINE, here=20)], hits=20) == []
     assert report.problems([result(FINE, here=10)] * 2, hits=20) == []
     assert len(report.problems([result(FINE, here=19)], hits=20)) == 1

@@ -25,7 +25,7 @@ HEAVY = ("click", "psycopg", "rich", "sqlalchemy", "structlog")
 
 
 def python(code: str, *arguments: str) -> str:
-    """Run code in a Python of its own, and give what it printed."""
+    """Run code in a separate Python process, and return its output."""
     command = [sys.executable, "-c", code, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
@@ -33,14 +33,14 @@ def python(code: str, *arguments: str) -> str:
 
 
 def test_import_jobguard_is_light_and_silent() -> None:
-    """A host that only imports us pays for none of the heavy packages, and sees no output."""
+    """The import of jobguard loads no heavy package and prints nothing."""
     reported = python(f"import jobguard, sys; print([m for m in {HEAVY} if m in sys.modules])")
     assert reported == "[]\n"
 
 
 @pytest.mark.parametrize("word", ["--version", "--help"])
-def test_the_version_and_the_list_are_told_without_loading_any_command(word: str) -> None:
-    """They load click and nothing else of weight."""
+def test_the_version_and_the_list_are_printed_without_loading_any_command(word: str) -> None:
+    """They load click and no other heavy package."""
     reported = python(
         "import sys; from jobguard.cli import main\n"
         f"try: main([{word!r}])\n"
@@ -52,7 +52,7 @@ def test_the_version_and_the_list_are_told_without_loading_any_command(word: str
 
 
 def test_every_command_is_listed_and_explains_itself() -> None:
-    """--help tells the same first sentence in the list and at the command."""
+    """--help shows the same first sentence in the list and at the command."""
     runner = CliRunner()
     listed = runner.invoke(cli.main, ["--help"])
     assert listed.exit_code == 0
@@ -77,7 +77,7 @@ def test_every_command_is_listed_and_explains_itself() -> None:
     ],
 )
 def test_wrong_usage_ends_with_2(words: list[str]) -> None:
-    """Scripts can tell a typing error from a problem that was found."""
+    """Scripts can distinguish a usage error from a problem that a command found."""
     assert CliRunner().invoke(cli.main, words).exit_code == 2
 
 
@@ -93,7 +93,7 @@ def test_wrong_usage_ends_with_2(words: list[str]) -> None:
     ],
 )
 def test_a_problem_is_one_line_and_ends_with_1(words: list[str], environ: dict[str, str]) -> None:
-    """No traceback, no password."""
+    """The line contains no traceback and no password."""
     done = CliRunner().invoke(cli.main, words, env=environ)
     assert done.exit_code == 1
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
@@ -103,7 +103,7 @@ def test_a_problem_is_one_line_and_ends_with_1(words: list[str], environ: dict[s
 def test_redis_comes_from_the_options_then_the_file_then_our_variable_then_everybodys(
     tmp_path: Path,
 ) -> None:
-    """Several are separated by white space, or by giving the option again."""
+    """Several URLs are separated by white space, or given by repeating the option."""
     file = tmp_path / "urls"
     file.write_text("redis://file/0\nredis://file/1\n")
     environ = {
@@ -130,21 +130,21 @@ def test_redis_comes_from_the_options_then_the_file_then_our_variable_then_every
     ("seconds", "reported"),
     [(None, ""), (-1, "0 s"), (59.6, "60 s"), (300, "5 min"), (7200, "2 h"), (200000, "2 d")],
 )
-def test_an_age_is_told_in_one_unit(seconds: float | None, reported: str) -> None:
-    """Whole numbers of the largest unit that fits twice."""
+def test_an_age_is_shown_in_one_unit(seconds: float | None, reported: str) -> None:
+    """An age is a whole number of the largest unit that fits twice."""
     assert ago(seconds) == reported
 
 
 @pytest.fixture
 def own_argv() -> Iterator[None]:
-    """Put sys.argv and sys.path back as they were."""
+    """Restore sys.argv and sys.path after the test."""
     argv, path = sys.argv[:], sys.path[:]
     yield
     sys.argv[:], sys.path[:] = argv, path
 
 
 def script(folder: Path, name: str, first: str) -> Path:
-    """Write a program that tells how it was started."""
+    """Write a program that prints how it was started."""
     path = folder / name
     path.write_text(
         f"{first}\nimport sys, helper\nprint(__name__, sys.argv[1:], helper.where, sys.argv[0])\n"
@@ -170,7 +170,7 @@ def test_a_console_script_runs_in_this_process(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """It finds its name, its arguments and its neighbours as if Python had started it."""
+    """The script has its name, its arguments and its folder as if Python had started it."""
     path = script(tmp_path, "worker", first)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delitem(sys.modules, "helper", raising=False)
@@ -184,7 +184,7 @@ def test_python_with_a_script_or_a_module_runs_in_this_process(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """`python worker.py`, `worker.py` and `python -m worker`; -u changes nothing here."""
+    """`python worker.py`, `worker.py` and `python -m worker` work; -u changes nothing."""
     path = script(tmp_path, "worker.py", "")
     monkeypatch.chdir(tmp_path)
     bin_folder = Path(sys.executable).parent
@@ -207,15 +207,15 @@ def test_python_with_a_script_or_a_module_runs_in_this_process(
         (["sh", "-c", "rq worker"], "is not a Python program"),
         (["other"], "belongs to the Python in /opt/other"),
         (["python", "-W", "error", "-m", "rq"], "options of Python itself come too late"),
-        (["python"], "after python there must be"),
+        (["python"], "after python, give -m MODULE"),
         (["python", "absent.py"], "no file 'absent.py'"),
         (["/opt/elsewhere/bin/python3", "-m", "rq"], "not a Python program|belongs to"),
     ],
 )
-def test_what_cannot_run_in_this_process_is_refused_in_words(
+def test_a_program_that_cannot_run_in_this_process_is_refused(
     words: list[str], why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A shell, another environment's Python, and what is not there."""
+    """A shell, the Python of another environment, and missing files are refused with a reason."""
     script(tmp_path, "other", "#!/opt/other/bin/python3")
     monkeypatch.setenv("PATH", f"{tmp_path}:{Path(sys.executable).parent}:/usr/bin:/bin")
     with pytest.raises(run.NotPython, match=why):
@@ -229,16 +229,16 @@ class Entry:
         self.name, self.loaded = name, loaded
 
     def load(self) -> Any:
-        """Give what stands there, or fail as an import would."""
+        """Return the object, or raise as an import would."""
         if isinstance(self.loaded, Exception):
             raise self.loaded
         return self.loaded
 
 
-def test_hooks_of_every_library_that_is_here_are_put_in_place(
+def test_hooks_of_every_installed_library_are_installed(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A library that is not installed is passed over; one that fails does not stop the worker."""
+    """A library that is not installed is skipped; an adapter that fails does not stop the worker."""
     prepared = []
 
     class Prepares:
@@ -265,7 +265,7 @@ def test_hooks_of_every_library_that_is_here_are_put_in_place(
 
 
 def overview(**changed: Any) -> dict[str, Any]:
-    """Make an overview in which nothing is wrong."""
+    """Return an overview without problems, with these changes."""
     fine: dict[str, Any] = {
         "installation": {"name": "prod", "moved": False},
         "leader": {"live": True, "host": "h", "pid": 1, "term": 2, "seconds_left": 9.0},
@@ -283,8 +283,8 @@ def overview(**changed: Any) -> dict[str, Any]:
     [
         ({"installation": {"name": "other", "moved": False}}, "'other'"),
         ({"installation": {"name": "prod", "moved": True}}, "jobguard resume --moved"),
-        ({"leader": None}, "nobody leads"),
-        ({"leader": {"live": False}}, "nobody leads"),
+        ({"leader": None}, "no reconciler leads"),
+        ({"leader": {"live": False}}, "no reconciler leads"),
         ({"brake": {"paused_at": datetime.now(UTC), "held": {}}}, "paused since"),
         ({"brake": {"paused_at": None, "held": {"1/q": {"reason": "why"}}}}, "held: why"),
         ({"sources": [{"address": "a", "settings": "mode=observe"}]}, "mode=observe"),
@@ -293,7 +293,7 @@ def overview(**changed: Any) -> dict[str, Any]:
     ],
 )
 def test_the_doctor_finds_each_problem_of_the_ledger(changed: dict[str, Any], word: str) -> None:
-    """One thing is wrong, and one problem is told."""
+    """With one fault in the overview, one problem is shown."""
     settings = Settings(installation="prod")
 
     def problems(of: dict[str, Any]) -> list[str]:
@@ -306,7 +306,7 @@ def test_the_doctor_finds_each_problem_of_the_ledger(changed: dict[str, Any], wo
 
 
 def test_a_replica_and_an_evicting_redis_are_problems(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Eviction only counts where there is a limit to reach."""
+    """Eviction is a problem only if Redis has a memory limit."""
     reported: dict[str, Any] = {"role": "master", "maxmemory_policy": "allkeys-lru", "maxmemory": 0}
 
     class Client:
@@ -342,7 +342,7 @@ def test_a_replica_and_an_evicting_redis_are_problems(monkeypatch: pytest.Monkey
 
 
 def a_source(number: int, address: str, **changed: Any) -> dict[str, Any]:
-    """Make a source that is watched and owes nothing."""
+    """Return a source that is watched and has no owed jobs."""
     fine: dict[str, Any] = {
         "id": number,
         "library": "rq",
@@ -361,21 +361,21 @@ def a_source(number: int, address: str, **changed: Any) -> dict[str, Any]:
     [
         ([a_source(1, "a:1/0", watched_seconds=None, owed=5)], "has 5 owed jobs and no reconciler"),
         ([a_source(1, "a:1/0", watched_seconds=90.0, owed=1)], r"since 90 s\).*--redis"),
-        ([a_source(1, "h:1/0", watched_seconds=None, owed=1)], "URLs that are given here"),
+        ([a_source(1, "h:1/0", watched_seconds=None, owed=1)], "URLs of this command"),
         (
             [a_source(1, "127.1:1/0", watched_seconds=None, owed=5, run_id="r")],
-            "h:1/0 and 127.1:1/0 are one Redis by two addresses.*JOBGUARD_SOURCE",
+            "h:1/0 and 127.1:1/0 are two addresses of one Redis.*JOBGUARD_SOURCE",
         ),
         (
             [a_source(1, "a:1/0", run_id="x"), a_source(2, "b:1/0", run_id="x")],
-            "a:1/0 and b:1/0 are one Redis.*JOBGUARD_SOURCE",
+            "a:1/0 and b:1/0 are two addresses of one Redis.*JOBGUARD_SOURCE",
         ),
     ],
 )
 def test_a_source_that_no_reconciler_watches_is_a_problem(
     sources: list[dict[str, Any]], word: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It names the way to have it watched; one Redis by two addresses is found by its run id."""
+    """The problem names the remedy; one Redis by two addresses is found by its run id."""
     monkeypatch.setattr(doctor, "_ask_at", lambda address, like: None)
     reached: Any = [doctor.Reached("redis h:1/0", None, "h:1/0", "", "r")]  # type: ignore[arg-type]
     found = doctor.judge_sources(Settings(), sources, reached)
@@ -396,7 +396,7 @@ def test_sources_that_are_watched_or_owe_nothing_are_no_problem() -> None:
 
 
 def test_a_package_that_a_command_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`jobguard demo` without its extras says what to install."""
+    """`jobguard demo` without its extras names the package to install."""
 
     def missing(name: str) -> Any:
         raise ModuleNotFoundError("No module named 'psutil'", name="psutil")
@@ -408,7 +408,7 @@ def test_a_package_that_a_command_lacks_is_named(monkeypatch: pytest.MonkeyPatch
 
 
 def test_every_option_has_a_variable() -> None:
-    """Ours are JOBGUARD_<SETTING>; of the rest, click makes JOBGUARD_<COMMAND>_<OPTION>."""
+    """Settings are JOBGUARD_<SETTING>; click makes JOBGUARD_<COMMAND>_<OPTION> for other options."""
     settings_read_elsewhere = {"postgres", "namespace", "redis_urls"}
 
     def check(command: click.Command, path: str) -> None:

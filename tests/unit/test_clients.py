@@ -1,4 +1,4 @@
-"""Where a Redis is, and how it is named."""
+"""The address of a Redis, and clients made from its URL."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from jobguard.errors import ConfigurationError
     ],
 )
 def test_a_url_has_an_address_without_a_password(url: str, address: str) -> None:
-    """The same in every process, however it is written."""
+    """All spellings of a Redis have one address, which contains no password."""
     client = client_from_url(url, timeout=0.1)
     assert address_of(client) == address
 
 
 def test_a_sentinel_url_names_the_sentinels_and_the_account_of_redis() -> None:
-    """With the usual port where none is given."""
+    """The account is Redis's own; a sentinel without a port has the usual port."""
     client = client_from_url("sentinel://a:b%40@[::1]:5,two/main/4", timeout=0.1)
     pool: Any = client.connection_pool
     asked = [one.connection_pool.connection_kwargs for one in pool.sentinel_manager.sentinels]
@@ -41,7 +41,7 @@ def test_a_sentinel_url_names_the_sentinels_and_the_account_of_redis() -> None:
 @pytest.mark.parametrize(
     "url", ["sentinel://", "sentinel://one", "sentinel:///main", "sentinel://one/m/x"]
 )
-def test_half_a_sentinel_url_is_an_error_that_says_how(url: str) -> None:
-    """Before anything is connected to."""
+def test_an_incomplete_sentinel_url_is_an_error(url: str) -> None:
+    """The error shows the complete form; nothing is connected."""
     with pytest.raises(ConfigurationError, match="sentinel://"):
         client_from_url(url, timeout=0.1)

@@ -15,7 +15,7 @@ from jobguard.errors import ConfigurationError, StoreUnavailable
 
 
 def libpq_reads(conninfo: str) -> dict[str, Any]:
-    """Ask libpq itself."""
+    """Return the options that libpq reads from this string."""
     return dict(psycopg.conninfo.conninfo_to_dict(conninfo))
 
 
@@ -33,7 +33,7 @@ def libpq_reads(conninfo: str) -> dict[str, Any]:
     ],
 )
 def test_every_usual_scheme_is_read_by_libpq(scheme: str) -> None:
-    """A URL made for another driver names the same database."""
+    """Libpq reads the same database from a URL that was made for another driver."""
     read = libpq_reads(normalise(f"{scheme}://ann:s%40cret@db.example:6543/shop?sslmode=require"))
     assert read == {
         "user": "ann",
@@ -58,10 +58,8 @@ def test_every_usual_scheme_is_read_by_libpq(scheme: str) -> None:
         ("sslmode=no-verify", {"sslmode": "require"}),
     ],
 )
-def test_what_libpq_does_not_know_is_dropped_and_tls_is_not(
-    query: str, kept: dict[str, str]
-) -> None:
-    """Other drivers' options neither break the connection nor weaken it."""
+def test_unknown_options_are_dropped_and_tls_is_kept(query: str, kept: dict[str, str]) -> None:
+    """Options of other drivers neither break the connection nor switch TLS off."""
     read = libpq_reads(normalise(f"postgresql://h/d?{query}"))
     assert read == {"host": "h", "dbname": "d", **kept}
 
@@ -75,7 +73,7 @@ def test_what_libpq_does_not_know_is_dropped_and_tls_is_not(
     ],
 )
 def test_several_hosts_stay_several(url: str) -> None:
-    """A failover pair is read as one, in libpq's spelling and in SQLAlchemy's."""
+    """Several hosts are kept in libpq's spelling and in SQLAlchemy's spelling."""
     assert libpq_reads(normalise(url)) == {
         "host": "a,b",
         "port": "1,2",
@@ -103,7 +101,7 @@ def test_several_hosts_stay_several(url: str) -> None:
     ],
 )
 def test_a_mapping_is_read_in_psycopgs_keys_and_in_djangos(given: Mapping[str, Any]) -> None:
-    """The settings that an application has already can be handed over as they are."""
+    """The database settings of an application can be passed unchanged."""
     assert libpq_reads(normalise(given)) == {
         "host": "h",
         "port": "6543",
@@ -114,14 +112,14 @@ def test_a_mapping_is_read_in_psycopgs_keys_and_in_djangos(given: Mapping[str, A
 
 
 def test_djangos_options_reach_libpq() -> None:
-    """TLS asked for in DATABASES["…"]["OPTIONS"] is kept."""
+    """Options for TLS in DATABASES["…"]["OPTIONS"] are kept."""
     given = {"NAME": "d", "HOST": "", "OPTIONS": {"sslmode": "verify-full", "isolation_level": 1}}
     assert libpq_reads(normalise(given)) == {"dbname": "d", "sslmode": "verify-full"}
 
 
 @pytest.mark.parametrize("given", ["host=h dbname='my db'", "service=prod", "dbname = d"])
 def test_a_libpq_string_is_passed_on_unchanged(given: str) -> None:
-    """What libpq reads anyway is not ours to rewrite."""
+    """A string that libpq reads is not rewritten."""
     assert normalise(given) == given
 
 
@@ -136,15 +134,15 @@ def test_a_libpq_string_is_passed_on_unchanged(given: str) -> None:
         ({"pool": 5}, "mapping"),
     ],
 )
-def test_what_is_no_postgres_is_refused_in_words(given: str | dict[str, Any], word: str) -> None:
-    """Another database is named as such; the message holds no password."""
+def test_another_database_is_refused(given: str | dict[str, Any], word: str) -> None:
+    """The message names the other database and contains no password."""
     with pytest.raises(ConfigurationError, match=word) as refused:
         postgres_conninfo(given, {})
     assert "hidden" not in str(refused.value)
 
 
 def test_the_argument_wins_then_the_file_then_our_variable_then_everybodys(tmp_path: Path) -> None:
-    """Four places are looked at, in the order that the manual tells."""
+    """Four places are read, in the order of the manual."""
     file = tmp_path / "url"
     file.write_text("postgresql://file/d\n")
     environ = {
@@ -161,13 +159,13 @@ def test_the_argument_wins_then_the_file_then_our_variable_then_everybodys(tmp_p
 
 
 def test_a_variable_that_is_set_to_nothing_counts_as_unset() -> None:
-    """Compose files set variables to the empty string."""
+    """A variable with the empty string is ignored, because compose files set such variables."""
     environ = {"JOBGUARD_POSTGRES_URL": "", "DATABASE_URL": "postgresql://h/d"}
     assert postgres_conninfo(None, environ)() == "postgresql://h/d"
 
 
 def test_a_secrets_file_is_read_again_at_each_connect(tmp_path: Path) -> None:
-    """A password that was rotated is used from the next connect on."""
+    """A rotated password is used from the next connect on."""
     file = tmp_path / "url"
     conninfo = postgres_conninfo(None, {"JOBGUARD_POSTGRES_URL_FILE": str(file)})
     with pytest.raises(StoreUnavailable, match="JOBGUARD_POSTGRES_URL_FILE"):
@@ -177,8 +175,8 @@ def test_a_secrets_file_is_read_again_at_each_connect(tmp_path: Path) -> None:
         assert conninfo() == f"postgresql://u:{password}@h/d"
 
 
-def test_a_function_is_called_at_each_connect_and_its_secrets_are_not_told() -> None:
-    """Tokens that live 15 minutes come from a callable; its failure is an outage."""
+def test_a_function_is_called_at_each_connect_and_its_secrets_are_not_shown() -> None:
+    """A callable can return short-lived tokens; if it fails, this counts as an outage."""
     tokens = iter(["one", "two"])
     conninfo = postgres_conninfo(lambda: {"host": "h", "password": next(tokens)}, {})
     assert [conninfo(), conninfo()] == ["host=h password=one", "host=h password=two"]
@@ -208,25 +206,25 @@ def test_a_function_is_called_at_each_connect_and_its_secrets_are_not_told() -> 
     ],
 )
 def test_a_place_is_described_without_its_password(conninfo: str, place: str) -> None:
-    """Logs and messages name host, port and database, and nothing else."""
+    """Logs and messages contain only host, port and database."""
     assert describe(conninfo, {}) == place
 
 
 def test_a_place_left_to_libpq_is_described_by_libpqs_variables() -> None:
-    """PGHOST and its like are named where they decide."""
+    """The description uses PGHOST and similar variables if libpq uses them."""
     environ = {"PGHOST": "h", "PGPORT": "6543", "PGDATABASE": "d"}
     assert describe("postgresql://", environ) == "h:6543/d"
 
 
 def test_no_keyword_of_the_installed_libpq_is_dropped() -> None:
-    """The list of what is kept is at least libpq's."""
+    """Every keyword of the installed libpq is in our list."""
     installed = {option.keyword.decode() for option in psycopg.pq.Conninfo.get_defaults()}
     assert installed <= KEYWORDS
 
 
 @pytest.mark.parametrize("password", ["p@ss", "50%", "a:b", "100%zz", "it's", "p#q", "[x]"])
-def test_a_password_that_can_only_be_meant_one_way_is_read(password: str) -> None:
-    """By libpq itself it would be cut at the first @, or printed as a wrong encoding."""
+def test_a_password_with_one_possible_reading_is_accepted(password: str) -> None:
+    """Libpq itself would cut such a password at the first @, or print it as a wrong encoding."""
     read = libpq_reads(normalise(f"postgresql://me@srv:{password}@db:5/shop"))
     assert read == {
         "user": "me@srv",
@@ -239,20 +237,20 @@ def test_a_password_that_can_only_be_meant_one_way_is_read(password: str) -> Non
 
 @pytest.mark.parametrize("rest", ["/x", "?x", "?x=y", "/?host=x", "?=&"])
 def test_a_password_that_looks_like_a_port_is_refused(rest: str) -> None:
-    """What libpq takes for the host `user` and its port."""
+    """Libpq would read such a URL as the host `user` and its port."""
     with pytest.raises(ConfigurationError, match="%2F") as refused:
         normalise(f"postgresql://user:4711{rest}@db/shop")
     assert "4711" not in str(refused.value)
 
 
 def test_an_account_in_the_query_may_hold_an_at_sign() -> None:
-    """Azure's users do."""
+    """Names of users on Azure contain an at sign."""
     read = libpq_reads(normalise("postgresql://db/shop?user=me@srv&password=a@b"))
     assert (read["user"], read["password"]) == ("me@srv", "a@b")
 
 
 def test_an_unknown_keyword_is_refused_before_libpq_prints_it() -> None:
-    """It may be the rest of a password with a space."""
+    """The keyword may be the rest of a password with a space."""
     with pytest.raises(ConfigurationError, match="did you mean password") as refused:
         normalise("host=h pasword=hidden")
     assert "hidden" not in str(refused.value)
@@ -278,7 +276,7 @@ FORMS = st.sampled_from(
 
 @given_some(FORMS, SECRET)
 def test_no_part_of_a_password_is_printed(form: str, secret: str) -> None:
-    """Neither by us, nor by libpq, nor as the address; whatever is not encoded."""
+    """Neither jobguard, nor libpq, nor the description shows a part of an unencoded password."""
     url = form.replace("{}", secret)
     try:
         conninfo = normalise(url)
@@ -286,12 +284,12 @@ def test_no_part_of_a_password_is_printed(form: str, secret: str) -> None:
         libpq_reads(conninfo)
     except (ConfigurationError, psycopg.ProgrammingError) as error:
         shown = str(error)
-    if form != "postgresql://{}":  # then it is the name of the host
+    if form != "postgresql://{}":  # with this form the text is the name of the host
         assert "S3cr" not in shown
     assert "t0k" not in shown or form == "postgresql://{}"
 
 
 def test_a_string_within_the_name_of_the_database_is_not_shown() -> None:
-    """A connection string is read there, too."""
+    """Libpq reads a connection string in place of the database name."""
     given = {"dbname": "postgresql://u:hidden@h/d", "host": "x"}
     assert "hidden" not in describe(normalise(given), {})

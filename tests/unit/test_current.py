@@ -8,20 +8,20 @@ from jobguard.current import CurrentJob, running
 
 
 class Claim:
-    """The claim of a job, and the locks that others hold."""
+    """The claim of a job, and the locks that other jobs have."""
 
-    def __init__(self, *held: str) -> None:
-        self.others = set(held)
+    def __init__(self, *others: str) -> None:
+        self.others = set(others)
         self.mine: set[str] = set()
         self.worker = uuid4()
         self.asked = 0
 
     def predecessor(self) -> UUID | None:
-        """Tell who ran it before."""
+        """Return the worker that ran the job before."""
         return self.worker
 
     def lock(self, name: str) -> bool:
-        """Take it unless another has it."""
+        """Take the lock unless another job has it."""
         self.asked += 1
         if name in self.others:
             return False
@@ -29,20 +29,20 @@ class Claim:
         return True
 
     def unlock(self, name: str) -> None:
-        """Let go of it."""
+        """Release the lock."""
         self.mine.remove(name)
 
 
 def test_outside_of_a_job_nothing_is_locked() -> None:
-    """A test or an inert guard runs the same code, and is not held up."""
+    """The same code runs in a test or with an inert guard, without a wait."""
     with jobguard.lock("import") as mine:
         assert mine
     job = jobguard.current()
     assert (job.recovered, job.crashes, job.predecessor) == (False, 0, None)
 
 
-def test_a_lock_is_held_inside_and_let_go_after() -> None:
-    """Also after an error; inside of itself it is the same lock."""
+def test_a_lock_is_taken_inside_and_released_after() -> None:
+    """A lock is released also after an error; inside of itself it is the same lock."""
     claim = Claim()
     with running(CurrentJob("a", 1, _claim=claim)):
         with jobguard.lock("import") as mine:
@@ -60,7 +60,7 @@ def test_a_lock_is_held_inside_and_let_go_after() -> None:
 
 
 def test_a_lock_of_another_is_waited_for_in_bounded_time() -> None:
-    """False at once without a wait; True as soon as it is free."""
+    """Without a wait the block gets False at once; with a wait, True as soon as the lock is free."""
     claim = Claim("import")
     with running(CurrentJob("a", 1, _claim=claim)):
         with jobguard.lock("import") as mine:
@@ -76,7 +76,7 @@ def test_a_lock_of_another_is_waited_for_in_bounded_time() -> None:
 
 
 def test_a_first_run_asks_for_no_predecessor() -> None:
-    """Only a recovery has one."""
+    """Only a recovered job asks the ledger for its predecessor."""
     claim = Claim()
     assert CurrentJob("a", 1, _claim=claim).predecessor is None
     assert CurrentJob("a", 1, recovered=True, _claim=claim).predecessor == claim.worker

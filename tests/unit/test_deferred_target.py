@@ -1,4 +1,4 @@
-"""A target whose application is configured after guard() was called."""
+"""Targets whose application is configured after the call of guard()."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ POSTGRES = "postgresql://nobody@127.0.0.1:1/nothing"
 
 
 class App:
-    """An application of some library."""
+    """An application of a library."""
 
     def __init__(self) -> None:
         self.configured = False
@@ -27,14 +27,14 @@ class App:
 
 
 class Adapter:
-    """Its adapter."""
+    """The adapter of that library."""
 
     library = "some"
 
     def sources(
         self, target: Any, *, namespace: str, name: str | None
     ) -> Guarded | DeferredTarget | None:
-        """Known when it is configured."""
+        """Return the source if the application is configured, else a deferred target."""
         if not target.configured:
             return DeferredTarget(
                 target.waiting.append, lambda: setattr(target, "configured", True)
@@ -45,19 +45,19 @@ class Adapter:
         return Guarded(source, None, lambda: pytest.fail("nothing is connected to"))
 
     def install(self, tracker: Any, target: Any) -> None:
-        """Note it."""
+        """Note the source."""
         target.installed.append(tracker.source)
 
     def uninstall(self, tracker: Any) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
     def broker(self, source: Source, client: Any) -> Any:
-        """Not asked for."""
+        """Return nothing; no test calls this."""
 
 
 @pytest.fixture
 def app(monkeypatch: pytest.MonkeyPatch) -> App:
-    """Give an application whose adapter is found."""
+    """Return an application whose adapter is found."""
     found = Adapter()
 
     def find_adapter(target: Any, chosen: Any) -> Any:
@@ -67,8 +67,8 @@ def app(monkeypatch: pytest.MonkeyPatch) -> App:
     return App()
 
 
-def test_nothing_is_asked_before_the_application_needs_us(app: App) -> None:
-    """Then the guard is put up, once."""
+def test_the_application_is_not_read_before_its_first_use(app: App) -> None:
+    """At the first use the source is guarded, once."""
     guard = jobguard.guard(app, postgres=POSTGRES)
     assert (app.configured, app.installed) == (False, [])
     assert "configured" in repr(guard)
@@ -82,8 +82,8 @@ def test_nothing_is_asked_before_the_application_needs_us(app: App) -> None:
     assert guard.inert == "closed"
 
 
-def test_who_asks_the_guard_has_it_find_out(app: App) -> None:
-    """A batch as the very first thing is a batch."""
+def test_a_use_of_the_guard_configures_the_application(app: App) -> None:
+    """A batch that is the first use of the guard works as a batch."""
     guard = jobguard.guard(app, postgres=POSTGRES)
     with guard.batch():
         assert app.configured
@@ -94,7 +94,7 @@ def test_who_asks_the_guard_has_it_find_out(app: App) -> None:
 
 
 def test_two_guards_of_one_application_are_one(app: App) -> None:
-    """The second is told of the first."""
+    """The second guard uses the tracker of the first."""
     guards = [jobguard.guard(app, postgres=POSTGRES) for _ in range(2)]
     app.configured = True
     for complete in app.waiting:
@@ -103,10 +103,10 @@ def test_two_guards_of_one_application_are_one(app: App) -> None:
     guards[0].close()
 
 
-def test_what_turns_out_to_be_impossible_is_said_and_nothing_is_guarded(
+def test_a_target_that_cannot_be_guarded_later_is_logged(
     app: App, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It is no time to raise: the host is about to send a job."""
+    """The error is logged and not raised, because the host is about to send a job."""
     guard = jobguard.guard(app, postgres=POSTGRES)
     app.configured, app.supported = True, False
     with caplog.at_level(logging.ERROR, logger="jobguard"):
@@ -117,13 +117,13 @@ def test_what_turns_out_to_be_impossible_is_said_and_nothing_is_guarded(
 
 
 def test_a_bad_url_is_an_error_at_once(app: App) -> None:
-    """What can be known is said to who wrote it."""
+    """A wrong Postgres URL raises in the call of guard(), also for a deferred target."""
     with pytest.raises(ConfigurationError):
         jobguard.guard(app, postgres="mysql://x")
 
 
-def test_a_guard_closed_before_it_was_needed_guards_nothing(app: App) -> None:
-    """Whatever comes later."""
+def test_a_guard_closed_before_its_first_use_guards_nothing(app: App) -> None:
+    """After close(), a later configuration of the application changes nothing."""
     guard = jobguard.guard(app, postgres=POSTGRES)
     guard.close()
     app.configured = True

@@ -1,4 +1,4 @@
-"""What the demo counts, with losses and duplicates planted by hand."""
+"""Counts of the demo, with losses and duplicates made by hand."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def line(what: str, number: int, at: float, pid: int = OTHER, parent: int = 0) -
 
 
 def ledger(*lines: str) -> Ledger:
-    """Make a ledger of these lines."""
+    """Return a ledger of these lines."""
     made = Ledger()
     for one in lines:
         made.add(one)
@@ -31,7 +31,7 @@ def ledger(*lines: str) -> Ledger:
 
 
 def done(number: int, at: float) -> list[str]:
-    """Write the lines of a job that went well."""
+    """Return the lines of a job that completed once."""
     return [line("enqueued", number, at), line("start", number, at), line("end", number, at + 0.1)]
 
 
@@ -40,12 +40,12 @@ def figures(
     redis_kills: Sequence[RedisKill] = (),
     worker_kills: Sequence[WorkerKill] = (),
 ) -> Figures:
-    """Count."""
+    """Count the figures of this ledger."""
     return count(of, library="rq", redis_kills=redis_kills, worker_kills=worker_kills)
 
 
 def test_a_quiet_run_has_lost_nothing() -> None:
-    """Everything enqueued is executed, once."""
+    """Every enqueued job is executed once."""
     counted = figures(ledger(*done(1, 10.0), *done(2, 11.0)))
     assert (counted.enqueued, counted.executed, counted.lost) == (2, 2, 0)
     assert (counted.duplicated, counted.excused, counted.restarted) == (0, 0, 0)
@@ -54,7 +54,7 @@ def test_a_quiet_run_has_lost_nothing() -> None:
 
 
 def test_a_promised_job_that_never_ended_is_lost() -> None:
-    """Whether it was never started or only never ended."""
+    """The job is lost whether or not it was started."""
     counted = figures(
         ledger(
             *done(1, 10.0),
@@ -67,8 +67,8 @@ def test_a_promised_job_that_never_ended_is_lost() -> None:
     assert not counted.promise_is_kept
 
 
-def test_what_was_refused_is_not_lost() -> None:
-    """An enqueue that raised promised nothing, whether or not the job ran all the same."""
+def test_a_refused_job_is_not_lost() -> None:
+    """An enqueue that raised accepted no job, whether or not the job ran."""
     counted = figures(
         ledger(
             line("refused", 1, 10.0),
@@ -83,7 +83,7 @@ def test_what_was_refused_is_not_lost() -> None:
 
 
 def test_a_job_that_ends_before_its_producer_wrote_is_counted_once() -> None:
-    """The order of the lines of two processes means nothing."""
+    """The order of the lines of two processes does not count."""
     backwards = ledger(
         line("start", 1, 10.0), line("end", 1, 10.1), line("enqueued", 1, 10.2), *done(2, 11.0)
     )
@@ -92,7 +92,7 @@ def test_a_job_that_ends_before_its_producer_wrote_is_counted_once() -> None:
 
 
 def test_two_ends_are_a_duplicate() -> None:
-    """However many more there are, it is one job."""
+    """With more ends, it is still one duplicated job."""
     counted = figures(
         ledger(*done(1, 10.0), line("end", 1, 11.0), line("end", 1, 12.0), *done(2, 10.0))
     )
@@ -105,15 +105,15 @@ def test_two_ends_are_a_duplicate() -> None:
     [
         (KILLED, 19.95, 1),
         (KILLED, 20.0, 1),
-        (KILLED, 19.89, 0),  # it had the time to report
-        (KILLED, 20.01, 0),  # the dead do not write: another process with that pid
-        (OTHER, 19.95, 0),  # nobody killed it
+        (KILLED, 19.89, 0),  # it had time to report
+        (KILLED, 20.01, 0),  # after the kill: another process with the same pid
+        (OTHER, 19.95, 0),  # it was not killed
     ],
 )
-def test_only_a_worker_on_its_last_gasp_excuses_a_second_run(
+def test_only_a_worker_killed_before_its_report_excuses_a_second_run(
     first_pid: int, first_end: float, excused: int
 ) -> None:
-    """Killed between the end of the task and the report: nobody can know that it was done."""
+    """If a worker is killed between the end of the task and the report, the end cannot be known."""
     counted = figures(
         ledger(
             line("enqueued", 1, 10.0),
@@ -129,7 +129,7 @@ def test_only_a_worker_on_its_last_gasp_excuses_a_second_run(
 
 
 def test_a_third_run_is_never_excused() -> None:
-    """One death explains one second run."""
+    """One death excuses one second run only."""
     counted = figures(
         ledger(
             line("enqueued", 1, 10.0),
@@ -143,7 +143,7 @@ def test_a_third_run_is_never_excused() -> None:
 
 
 def test_the_job_of_a_killed_worker_is_restarted() -> None:
-    """It has two starts and one end, and the time is from the kill to the second start."""
+    """Such a job has two starts and one end; the time runs from the kill to the second start."""
     counted = figures(
         ledger(
             line("enqueued", 1, 10.0),
@@ -159,7 +159,7 @@ def test_the_job_of_a_killed_worker_is_restarted() -> None:
 
 
 def test_a_worker_is_killed_with_its_children() -> None:
-    """What its child ran is restarted, or excused, like what it would have run itself."""
+    """A job of the worker's child is restarted, or excused, like a job of the worker itself."""
     counted = figures(
         ledger(
             line("enqueued", 1, 10.0),
@@ -179,7 +179,7 @@ def test_a_worker_is_killed_with_its_children() -> None:
 
 
 def test_jobs_at_once_are_counted_from_their_lines() -> None:
-    """At most three were; a run that was killed has no length, and its second run counts once."""
+    """At most three jobs ran at once; a killed run has no length, and its second run counts once."""
     counted = figures(
         ledger(
             *(line("start", number, 10.0 + number / 10) for number in (1, 2, 3)),
@@ -195,7 +195,7 @@ def test_jobs_at_once_are_counted_from_their_lines() -> None:
 
 
 def test_a_second_start_without_a_kill_is_no_restart() -> None:
-    """Only the killed worker's job counts."""
+    """Only the job of a killed worker counts as restarted."""
     counted = figures(
         ledger(line("start", 1, 9.0, KILLED + 5), *done(1, 10.0)),
         worker_kills=[WorkerKill(at=20.0, pid=KILLED, number=1)],
@@ -203,15 +203,15 @@ def test_a_second_start_without_a_kill_is_no_restart() -> None:
     assert (counted.restarted, counted.restart_seconds) == (0, None)
 
 
-def test_recovered_is_what_waited_through_a_kill_of_redis() -> None:
-    """Not what was done before, in a worker's hands, lost, or promised later."""
+def test_a_job_that_waited_during_a_kill_of_redis_is_recovered() -> None:
+    """Jobs that were done before, running, lost, or accepted later do not count as recovered."""
     counted = figures(
         ledger(
             *done(1, 10.0),
             line("enqueued", 2, 10.0),  # waits, and comes back
             line("start", 2, 25.0),
             line("end", 2, 25.1),
-            line("enqueued", 3, 10.0),  # in hand
+            line("enqueued", 3, 10.0),  # running
             line("start", 3, 19.9),
             line("end", 3, 20.3),
             line("enqueued", 4, 10.0),  # lost
@@ -222,8 +222,8 @@ def test_recovered_is_what_waited_through_a_kill_of_redis() -> None:
     assert (counted.recovered, counted.lost) == (1, 1)
 
 
-def test_the_worst_kill_is_told() -> None:
-    """Detection counts from the kill, recovery from the moment Redis accepts again."""
+def test_the_worst_kill_is_shown() -> None:
+    """Detection counts from the kill; recovery counts from the moment when Redis accepts again."""
     counted = figures(
         ledger(*done(1, 10.0)),
         redis_kills=[
@@ -235,7 +235,7 @@ def test_the_worst_kill_is_told() -> None:
 
 
 def test_a_kill_that_was_never_recovered_from_is_not_hidden_by_the_others() -> None:
-    """The worst of a second and never is never."""
+    """If one kill was never recovered from, the figure is "never"."""
     counted = figures(
         ledger(*done(1, 10.0)),
         redis_kills=[
@@ -247,7 +247,7 @@ def test_a_kill_that_was_never_recovered_from_is_not_hidden_by_the_others() -> N
 
 
 def test_the_public_figures_are_these() -> None:
-    """The keys of `--json` are a promise."""
+    """The keys of `--json` do not change."""
     counted = figures(ledger(*done(1, 10.0)))
     assert list(counted.public()) == [
         *("library", "enqueued", "executed", "lost", "duplicated", "restarted", "recovered"),

@@ -1,4 +1,4 @@
-"""The ledger of the demo is written by many and read while it grows."""
+"""The ledger of the demo: many processes write it, and a reader reads it while it grows."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Name a ledger in the environment."""
+    """Return the path of a ledger that the environment names."""
     path = tmp_path / "ledger"
     monkeypatch.setenv(VARIABLE, str(path))
     return path
 
 
-def test_a_task_says_that_it_started_and_ended(path: Path) -> None:
-    """With its number, its pid and two times in order."""
+def test_a_task_writes_that_it_started_and_ended(path: Path) -> None:
+    """The lines have the number of the job, the pid and two times in order."""
     tasks.work(7, 0.01)
     reader = Reader(path)
     assert reader.read()
@@ -35,8 +35,8 @@ def test_a_task_says_that_it_started_and_ended(path: Path) -> None:
     reader.close()
 
 
-def test_a_reader_takes_in_what_is_new(path: Path) -> None:
-    """And says whether there was anything."""
+def test_a_reader_reads_the_new_lines(path: Path) -> None:
+    """It also returns whether there were new lines."""
     reader = Reader(path)
     assert not reader.read()
     note("enqueued", 1, "an-id")
@@ -54,7 +54,7 @@ def test_a_reader_takes_in_what_is_new(path: Path) -> None:
 
 
 def test_half_a_line_waits_for_its_other_half(path: Path) -> None:
-    """A reader may look at any moment."""
+    """A reader may read the file at any moment."""
     reader = Reader(path)
     with path.open("a") as file:
         file.write("start 1 2 1000000000\nend 1 2 20000")
@@ -81,6 +81,6 @@ def test_the_lines_of_many_writers_do_not_mix(path: Path) -> None:
 
 
 def test_a_strange_line_is_an_error() -> None:
-    """Nobody else has any business in the ledger."""
+    """Only the demo writes into the ledger."""
     with pytest.raises(ValueError, match="no line of a ledger"):
         Ledger().add("restored 1 2 3")

@@ -1,4 +1,4 @@
-"""What the demo knows of each library, without running it."""
+"""The data of the demo for each library, without a run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MAIN, CHILD, OTHER = 10, 11, 12
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_library_knows_its_name(name: str) -> None:
-    """The figures carry it."""
+    """The figures contain the name."""
     assert named(name).name == name == named(name).title.lower()
 
 
@@ -27,20 +27,22 @@ def test_a_library_knows_its_name(name: str) -> None:
         ("dramatiq", WorkerPool(2, threads=30), 60),
     ],
 )
-def test_the_usual_crew_on_four_cores(name: str, worker_pool: WorkerPool, at_once: int) -> None:
-    """It is what each library is usually run with."""
+def test_the_usual_worker_pool_on_four_cores(
+    name: str, worker_pool: WorkerPool, at_once: int
+) -> None:
+    """Each library has the number of workers that it usually runs with."""
     assert named(name).worker_pool(None, 4) == worker_pool
     assert worker_pool.at_once == at_once
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_number_of_workers_can_be_named(name: str) -> None:
-    """A worker is what one can kill, whatever it is made of."""
+    """A worker is a process that can be killed, in every library."""
     assert named(name).worker_pool(5, 4).workers == 5
 
 
 def test_the_commands_are_those_a_user_types() -> None:
-    """One for each worker, but Dramatiq starts all of its own."""
+    """There is one command for each worker; Dramatiq starts all its workers with one command."""
     reported = {
         name: [
             shlex.join(command) for command in named(name).commands(named(name).worker_pool(3, 2))
@@ -59,8 +61,8 @@ def test_the_commands_are_those_a_user_types() -> None:
 
 
 @pytest.mark.parametrize(("name", "worker"), [("rq", CHILD), ("celery", MAIN), ("dramatiq", CHILD)])
-def test_a_worker_is_what_beats(name: str, worker: int) -> None:
-    """For Celery the main process, whose child ran the job; else who ran it."""
+def test_a_worker_is_the_process_that_beats(name: str, worker: int) -> None:
+    """For Celery it is the main process, whose child ran the job; else the process that ran the job."""
     mark = Mark(pid=CHILD, at=1.0, parent=MAIN)
     assert named(name).worker_of(mark) == worker
     assert mark.is_of(worker) and not mark.is_of(OTHER)
@@ -69,8 +71,10 @@ def test_a_worker_is_what_beats(name: str, worker: int) -> None:
 @pytest.mark.parametrize("cores", [1, 2, 8])
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("workers", [None, 1, 3, 40])
-def test_no_crew_outruns_the_producer(name: str, workers: int | None, cores: int) -> None:
-    """All of them together are bounded, and more so where they crowd the machine."""
+def test_no_worker_pool_is_faster_than_the_producer(
+    name: str, workers: int | None, cores: int
+) -> None:
+    """The rate of all workers together is bounded, and lower on a machine with few cores."""
     library = named(name)
     worker_pool = library.worker_pool(workers, cores)
     takes = work_seconds(library, worker_pool, cores)

@@ -1,4 +1,4 @@
-"""A failpoint kills nobody unless a test says so twice, and says who died."""
+"""A failpoint kills a process only if the environment asks for it twice, and notes the pid."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PASSES = "from jobguard import failpoint; failpoint.hit('here'); failpoint.hit('
 
 
 def passes(folder: Path, **environ: str) -> int:
-    """Pass two places in a process of its own; gives its exit code."""
+    """Pass two places in a separate process, and return its exit code."""
     return subprocess.run(
         [sys.executable, "-c", PASSES],
         env=os.environ
@@ -36,19 +36,22 @@ def passes(folder: Path, **environ: str) -> int:
         {"JOBGUARD_TESTING": "0", "JOBGUARD_FAILPOINT": "here"},
         {"JOBGUARD_TESTING": "1", "JOBGUARD_FAILPOINT": "elsewhere"},
         {"JOBGUARD_TESTING": "1", "JOBGUARD_FAILPOINT": "here:0"},
-        {"JOBGUARD_TESTING": "1", "JOBGUARD_FAILPOINT": "there"},  # things are not as it says
+        {
+            "JOBGUARD_TESTING": "1",
+            "JOBGUARD_FAILPOINT": "there",
+        },  # its condition does not hold
     ],
 )
-def test_nobody_dies_by_oversight(tmp_path: Path, environ: dict[str, str]) -> None:
-    """Not without the test setting, not at another place, not by a share of nothing."""
+def test_no_process_dies_by_mistake(tmp_path: Path, environ: dict[str, str]) -> None:
+    """No process dies without the test setting, at another place, or with a share of 0."""
     for name in ("here", "there"):
         (tmp_path / name).touch()
     assert passes(tmp_path, **environ) == 0
     assert (tmp_path / "here").read_text() == (tmp_path / "there").read_text() == ""
 
 
-def test_an_armed_place_kills_and_says_so(tmp_path: Path) -> None:
-    """With SIGKILL, after a line with the place, the pid and the time."""
+def test_an_armed_place_kills_and_notes_it(tmp_path: Path) -> None:
+    """The process writes the place, its pid and the time, and dies by SIGKILL."""
     (tmp_path / "here").touch()
     code = passes(tmp_path, JOBGUARD_TESTING="1", JOBGUARD_FAILPOINT="there,here:1.0")
     assert code == -signal.SIGKILL
@@ -57,8 +60,8 @@ def test_an_armed_place_kills_and_says_so(tmp_path: Path) -> None:
     assert (name, int(pid) > 0, int(nanoseconds) > 10**18) == ("here", True, True)
 
 
-def test_no_death_goes_unaccounted(tmp_path: Path) -> None:
-    """Where the file is missing, in which it would be noted, the process lives."""
+def test_no_process_dies_without_a_note(tmp_path: Path) -> None:
+    """If the file for the note is missing, the process lives."""
     assert passes(tmp_path, JOBGUARD_TESTING="1", JOBGUARD_FAILPOINT="here") == 0
     assert list(tmp_path.iterdir()) == []
 

@@ -8,16 +8,16 @@ import pytest
 
 from jobguard.adapter import Session, Source, Tracker
 from jobguard.errors import StoreUnavailable
-from jobguard.host_safety import _Session, _Tracker, safe_tracker
+from jobguard.host_safety import _Session, _Tracker, contain_errors, safe_tracker
 from jobguard.model import Claim, Outcome, Recorded
 
 
 class Interrupt(BaseException):
-    """What a signal throws into a process."""
+    """An exception that a signal handler raises."""
 
 
 class Broken:
-    """A tracker that raises whatever is asked of it."""
+    """A tracker whose methods all raise."""
 
     source = Source("n", "rq", "a")
     push_deadline = 7.0
@@ -32,14 +32,14 @@ class Broken:
         return raises
 
 
-def behind(error: BaseException) -> Tracker:
-    """Return a tracker that would raise this."""
+def broken_tracker(error: BaseException) -> Tracker:
+    """Return a tracker whose methods raise this error, behind its proxy."""
     return safe_tracker(cast(Tracker, Broken(error)))
 
 
-def test_what_raises_answers_as_if_we_were_absent() -> None:
-    """Nothing is guarded, recorded, accepted, in doubt or heard; what a worker starts runs unclaimed."""
-    tracker, token = behind(RuntimeError("ours")), uuid4()
+def test_methods_that_raise_return_neutral_values() -> None:
+    """If jobguard fails, nothing is guarded, recorded or accepted, and a start runs without a claim."""
+    tracker, token = broken_tracker(RuntimeError("ours")), uuid4()
 
     assert tracker.guards("q") is False
     assert tracker.record([]) == Recorded(lost=True)
@@ -54,7 +54,7 @@ def test_what_raises_answers_as_if_we_were_absent() -> None:
     assert tracker.recovers([token]) == frozenset()
     tracker.inherit_session(uuid4(), 1, name="w", queues=["q"]).flush()
     session = tracker.open_session(name="w", queues=["q"])
-    claim = session.start(token, lambda: pytest.fail("nobody asks for it"))
+    claim = session.start(token, lambda: pytest.fail("must not be called"))
     assert claim == Claim(token, 0)
     session.end(claim, Outcome.COMPLETED, job_id="id", queue="q", task="t")
     session.mark_superseded(claim)
@@ -65,16 +65,16 @@ def test_what_raises_answers_as_if_we_were_absent() -> None:
     session.close()
 
 
-@pytest.mark.parametrize(("kind", "wall"), [(Tracker, _Tracker), (Session, _Session)])
-def test_there_is_an_answer_for_everything_an_adapter_may_ask(kind: type, wall: Any) -> None:
-    """A method that the seam gains and the wall does not know would let through what it raises."""
+@pytest.mark.parametrize(("kind", "proxy"), [(Tracker, _Tracker), (Session, _Session)])
+def test_the_proxy_knows_every_method_of_the_protocol(kind: type, proxy: Any) -> None:
+    """The proxy would let through the errors of a method that it does not know."""
     asked = {name for name, value in vars(kind).items() if inspect.isfunction(value)}
-    assert {name for name in asked if not name.startswith("_")} == wall._answers.keys()
+    assert {name for name in asked if not name.startswith("_")} == proxy._answers.keys()
 
 
-def test_what_the_user_asked_to_hear_is_heard() -> None:
-    """A record that Postgres did not take, where it shall raise; from nothing else."""
-    tracker = behind(StoreUnavailable())
+def test_only_record_raises_store_unavailable() -> None:
+    """The user may ask for an error if Postgres does not take a record; no other method raises it."""
+    tracker = broken_tracker(StoreUnavailable())
 
     with pytest.raises(StoreUnavailable):
         tracker.record([])
@@ -82,14 +82,32 @@ def test_what_the_user_asked_to_hear_is_heard() -> None:
 
 
 def test_the_hosts_own_interrupts_pass() -> None:
-    """A signal that strikes inside of our code is the host's."""
+    """An exception of the host's signal handler passes through the proxy."""
     with pytest.raises(Interrupt):
-        behind(Interrupt()).guards("q")
+        broken_tracker(Interrupt()).guards("q")
 
 
-def test_what_does_not_raise_is_passed_through() -> None:
-    """Its identity, and what it knows."""
-    tracker = behind(RuntimeError())
+def test_attributes_pass_through_the_proxy() -> None:
+    """The proxy returns the attributes of the tracker unchanged."""
+    tracker = broken_tracker(RuntimeError())
 
     assert tracker.source == Broken.source
     assert tracker.push_deadline == 7.0
+
+
+class TestContainErrors:
+    """contain_errors() keeps an error of jobguard away from the host."""
+
+    def test_an_error_is_logged_and_contained(self, caplog: pytest.LogCaptureFixture) -> None:
+        """The code after the block runs and can see that the block failed."""
+        with contain_errors("claim") as contained:
+            raise ValueError("no such thing")
+        assert contained.failed
+        assert "no such thing" in caplog.text and "claim" in caplog.text
+
+    def test_errors_that_the_user_asked_for_pass(self) -> None:
+        """Errors of ``let_pass`` pass, and so do exceptions that are no errors."""
+        with pytest.raises(StoreUnavailable), contain_errors("record", let_pass=StoreUnavailable):
+            raise StoreUnavailable("away")
+        with pytest.raises(KeyboardInterrupt), contain_errors("record"):
+            raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""A module that calls guard() is imported where no Postgres is: a test run, a build, manage.py."""
+"""A module that calls guard() can be imported without a Postgres: a test run, a build, manage.py."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from jobguard.errors import ConfigurationError, NoPostgres
 
 
 class Adapter:
-    """Takes every target, and must not be asked to hook one."""
+    """An adapter that accepts every target and fails if it must hook one."""
 
     def sources(self, target: Any, *, namespace: str, name: str | None) -> Guarded:
-        """Say that it is a Redis."""
+        """Return a source for any target."""
         source = Source(namespace, "some", "localhost:1/0", one_body=False)
         return Guarded(source, None, lambda: pytest.fail("nothing is connected to"))
 
@@ -28,7 +28,7 @@ class Adapter:
 
 @pytest.fixture(autouse=True)
 def bare(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give an adapter, and no variable."""
+    """Install the adapter, and remove all variables that name a Postgres."""
     found = Adapter()
 
     def find_adapter(target: Any, chosen: Any) -> Any:
@@ -52,7 +52,7 @@ def bare(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_it_is_one_warning_and_an_inert_guard(
     name: str, value: str, word: str, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
-    """However many queues there are; the reason says what to set."""
+    """Several calls log one warning, which names the variable to set."""
     monkeypatch.setenv(name, value)
     guards = [jobguard.guard(object()) for _ in range(3)]
     (record,) = caplog.records
@@ -64,21 +64,21 @@ def test_it_is_one_warning_and_an_inert_guard(
 
 
 def test_require_raises() -> None:
-    """Where a missing Postgres must not go unnoticed."""
+    """With connect="require", a missing Postgres is an error."""
     with pytest.raises(NoPostgres, match="JOBGUARD_POSTGRES_URL"):
         jobguard.guard(object(), connect="require")
 
 
 @pytest.mark.parametrize("given", ["", "  ", {}, "mysql://h/d", "postgresql://u:1/2@h/d"])
-def test_what_was_given_and_is_wrong_raises(given: Any) -> None:
-    """An argument is meant."""
+def test_a_wrong_argument_raises(given: Any) -> None:
+    """A wrong value of the argument postgres is an error."""
     with pytest.raises(ConfigurationError) as refused:
         jobguard.guard(object(), postgres=given)
     assert not isinstance(refused.value, NoPostgres)
 
 
-def test_our_variable_is_meant_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """DATABASE_URL is the application's; this one is for us alone."""
+def test_a_wrong_variable_of_ours_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DATABASE_URL belongs to the application; JOBGUARD_POSTGRES_URL is only for jobguard."""
     monkeypatch.setenv("JOBGUARD_POSTGRES_URL", "mysql://h/d")
     with pytest.raises(ConfigurationError, match="mysql"):
         jobguard.guard(object())
@@ -87,7 +87,7 @@ def test_our_variable_is_meant_too(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_misspelt_variable_is_one_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It is most often the reason why something else is missing."""
+    """A misspelt variable is often the reason why a setting has no effect."""
     monkeypatch.setenv("JOBGUARD_POSTGRES_URI", "postgresql://h/d")
     for _ in range(2):
         jobguard.guard(object())

@@ -1,4 +1,4 @@
-"""What stands in the repository must also be installed."""
+"""The packages and files of the repository must also be installed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TOPS = {
 
 
 def packages_on_disk() -> dict[str, Path]:
-    """Find every folder with Python in it, by the name under which it is installed."""
+    """Return every folder with Python files, by the name under which it is installed."""
     found = {}
     for top, folder in TOPS.items():
         for where, _, files in os.walk(folder):  # does not follow the links
@@ -31,12 +31,12 @@ def packages_on_disk() -> dict[str, Path]:
 
 
 def test_every_package_folder_is_listed() -> None:
-    """A folder with Python in it is installed, and nothing is listed that is not there."""
+    """Every folder with Python files is listed, and every listed package exists."""
     assert sorted(SETUPTOOLS["packages"]) == sorted(packages_on_disk())
 
 
 def test_every_package_folder_has_an_init() -> None:
-    """No folder is a namespace package by oversight."""
+    """No folder is a namespace package by mistake."""
     bare = [
         name for name, path in packages_on_disk().items() if not (path / "__init__.py").exists()
     ]
@@ -44,14 +44,14 @@ def test_every_package_folder_has_an_init() -> None:
 
 
 def test_every_package_is_taken_from_its_real_folder() -> None:
-    """A package outside jobguard/ is mapped to where it lies."""
+    """A package outside of jobguard/ is mapped to its folder."""
     for name, path in packages_on_disk().items():
         usual = ROOT.joinpath(*name.split("."))
         assert ROOT / MOVED.get(name, usual.relative_to(ROOT)) == path, name
 
 
 def test_every_data_file_is_shipped() -> None:
-    """SQL and Lua files, and the mark that we are typed, match a pattern of their package."""
+    """SQL files, Lua files and py.typed match a pattern of their package."""
     shipped = {
         file
         for package, patterns in SETUPTOOLS["package-data"].items()
@@ -71,7 +71,7 @@ def test_every_data_file_is_shipped() -> None:
 
 @pytest.mark.parametrize("name", [name for name in TOPS if name != "jobguard"])
 def test_links_show_the_installed_shape(name: str) -> None:
-    """Type checkers find the moved folders under their installed names."""
+    """Links let type checkers find the mapped folders under their installed names."""
     link = ROOT.joinpath(*name.split("."))
     if link.is_file() and not link.is_symlink():
         pytest.skip("this checkout was made without symbolic links")
@@ -80,13 +80,13 @@ def test_links_show_the_installed_shape(name: str) -> None:
 
 
 def test_every_adapter_entry_point_has_its_package() -> None:
-    """An adapter that is announced is also installed."""
+    """The package of every adapter entry point is installed."""
     for target in PROJECT["project"]["entry-points"]["jobguard.adapters"].values():
         module = target.partition(":")[0]
         assert module in SETUPTOOLS["packages"], target
 
 
 def test_an_old_redis_client_may_stay() -> None:
-    """The dashboard of Dramatiq asks for redis before 5; all that we use is in 4.5."""
+    """The dashboard of Dramatiq requires redis before 5; redis 4.5 has everything that jobguard uses."""
     (bound,) = [one for one in PROJECT["project"]["dependencies"] if one.startswith("redis")]
     assert bound == "redis>=4.5"

@@ -11,14 +11,14 @@ import wrapt as typed_wrapt
 from jobguard.patching import Hooks
 
 Calls = list[str]
-wrapt: Any = typed_wrapt  # the types of its versions differ
+wrapt: Any = typed_wrapt  # its types differ between versions
 
 
 class Base:
-    """A class of a library that another one inherits from."""
+    """A base class of a library."""
 
     def inherited(self, word: str) -> str:
-        """Answer."""
+        """Return a word that names this method."""
         return f"base {word}"
 
 
@@ -26,27 +26,27 @@ class Library(Base):
     """A class of a library."""
 
     def method(self, word: str) -> str:
-        """Answer."""
+        """Return a word that names this method."""
         return f"method {word}"
 
     @classmethod
     def of_class(cls, word: str) -> str:
-        """Answer."""
+        """Return a word that names this method."""
         return f"{cls.__name__} {word}"
 
     @staticmethod
     def static(word: str) -> str:
-        """Answer."""
+        """Return a word that names this method."""
         return f"static {word}"
 
 
 class Child(Library):
-    """A class of the user's."""
+    """A class of the user."""
 
 
 @pytest.fixture
 def library() -> Iterator[type[Library]]:
-    """Give the class, and leave it as it was."""
+    """Return the class, and restore it after the test."""
     before = dict(vars(Library))
     yield Library
     for name in set(vars(Library)) - set(before):
@@ -57,7 +57,7 @@ def library() -> Iterator[type[Library]]:
 
 
 def hook(calls: Calls) -> Callable[[Any], Any]:
-    """Make a hook that notes each call."""
+    """Return a function that makes a hook, which notes each call."""
 
     def make(original: Any) -> Any:
         @functools.wraps(original)
@@ -71,7 +71,7 @@ def hook(calls: Calls) -> Callable[[Any], Any]:
 
 
 def trace(owner: Any, name: str, calls: Calls) -> None:
-    """Wrap it as tracers do, who ask the object that the call is bound to."""
+    """Wrap an attribute as tracers do; the wrapper reads the object that the call is bound to."""
 
     def wrapper(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         calls.append(f"theirs, bound to {getattr(instance, '__name__', type(instance).__name__)}")
@@ -81,7 +81,7 @@ def trace(owner: Any, name: str, calls: Calls) -> None:
 
 
 def untrace(owner: Any, name: str) -> None:
-    """Take a tracer's wrapper off as tracers do."""
+    """Remove a tracer's wrapper as tracers do."""
     found: Any = getattr(owner, name)
     if isinstance(found, getattr(wrapt, "BaseObjectProxy", wrapt.ObjectProxy)):
         setattr(owner, name, found.__wrapped__)
@@ -96,12 +96,12 @@ BOUND = {
 
 
 class TestBesideATracer:
-    """What a tracer put on before us or after us is called as if we were not there."""
+    """The wrapper of a tracer works whether it was put on before or after our hook."""
 
     @pytest.mark.parametrize("name", BOUND)
     @pytest.mark.parametrize("first", ["ours", "theirs"])
     def test_both_are_called(self, library: type[Library], name: str, first: str) -> None:
-        """The wrapper learns what the call is bound to, in both orders."""
+        """In both orders, the wrapper sees the object that the call is bound to."""
         calls: Calls = []
         hooks = Hooks()
         steps: list[Callable[[], None]] = [
@@ -137,7 +137,7 @@ class TestBesideATracer:
         assert calls == ["ours"]
 
     def test_a_module(self) -> None:
-        """A function of a module has nothing that it is bound to."""
+        """A hook on a function of a module works below and above a wrapper."""
         module = SimpleNamespace(function=lambda word: f"function {word}")
         calls: Calls = []
         hooks = Hooks()
@@ -151,10 +151,10 @@ class TestBesideATracer:
 
 
 class TestTakingOff:
-    """Installing and removing in any order."""
+    """Hooks are installed and removed in any order."""
 
     def test_leaves_what_was_there(self, library: type[Library]) -> None:
-        """The very objects come back; what was inherited is inherited again."""
+        """The original objects are restored; an inherited method is inherited again."""
         before = dict(vars(library))
         hooks = Hooks()
         for name in BOUND:
@@ -163,7 +163,7 @@ class TestTakingOff:
         assert dict(vars(library)) == before
 
     def test_below_a_wrapper_it_passes_through(self, library: type[Library]) -> None:
-        """A wrapper over ours stays, also once it is taken off itself."""
+        """A removed hook passes calls through, below a wrapper and after that wrapper is removed."""
         calls: Calls = []
         hooks = Hooks()
         hooks.put(library, "method", hook(calls))
@@ -178,7 +178,7 @@ class TestTakingOff:
 
     @pytest.mark.parametrize("over", [True, False])
     def test_put_again_below_a_wrapper(self, library: type[Library], over: bool) -> None:
-        """Rounds of guarding below a wrapper that stays call each hook once."""
+        """After repeated guarding below a wrapper, each hook is called once."""
         calls: Calls = []
         hooks = Hooks()
         hooks.put(library, "method", hook(calls))
@@ -197,7 +197,7 @@ class TestTakingOff:
         assert depth < 6
 
     def test_two_sets_over_one_function(self, library: type[Library]) -> None:
-        """Each comes off by itself, whichever is the first."""
+        """Each set of hooks can be removed separately."""
         first: Calls = []
         second: Calls = []
         below, above = Hooks(), Hooks()
@@ -213,10 +213,10 @@ class TestTakingOff:
 
 
 class TestAnObject:
-    """Hooks on one object, whose class others hook meanwhile."""
+    """Hooks on one object, while other tools hook its class."""
 
     def test_the_class_is_asked_at_each_call(self, library: type[Library]) -> None:
-        """A tracer that wraps the class later is heard, and removed it is not."""
+        """A tracer that wraps the class later is called until it is removed."""
         calls: Calls = []
         one, hooks = library(), Hooks()
         hooks.put(one, "method", hook(calls))
@@ -230,7 +230,7 @@ class TestAnObject:
         hooks.take_off()
         assert vars(one) == {}
 
-    def test_what_the_class_makes_up(self) -> None:
+    def test_a_generated_method(self) -> None:
         """A method that __getattr__ makes is hooked as well."""
 
         class Proxy:

@@ -41,7 +41,7 @@ from jobguard.redact import LIMIT, redact
     ],
 )
 def test_a_secret_is_masked_and_its_surroundings_are_kept(text: str) -> None:
-    """Passwords, tokens, keys, credentials in URLs and in headers do not survive."""
+    """Passwords, tokens, keys, and credentials in URLs and headers are masked."""
     reported = redact(text)
     assert "S3CRET" not in reported
     assert "***" in reported
@@ -57,8 +57,8 @@ def test_a_secret_is_masked_and_its_surroundings_are_kept(text: str) -> None:
         "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.SflKxwRJSMeKKF2QT4",
     ],
 )
-def test_a_token_that_says_what_it_is_is_masked_anywhere(token: str) -> None:
-    """Keys of AWS, GitHub, Stripe, Slack, and JWTs are known by their looks."""
+def test_a_token_with_a_known_form_is_masked_anywhere(token: str) -> None:
+    """Keys of AWS, GitHub, Stripe and Slack, and JWTs are recognised by their form."""
     assert redact(f"refused ({token}) by the server") == "refused (***) by the server"
 
 
@@ -74,12 +74,12 @@ def test_a_token_that_says_what_it_is_is_masked_anywhere(token: str) -> None:
     ],
 )
 def test_a_text_without_secrets_is_left_as_it_is(text: str) -> None:
-    """What helps to find the error stays."""
+    """Text that helps to find the error is kept."""
     assert redact(text) == text
 
 
 def test_a_long_text_keeps_its_head_and_its_tail() -> None:
-    """At most 5,000 characters are kept, and the note says how many are not."""
+    """At most 5,000 characters are kept, and a note has the number of the others."""
     text = "HEAD" + "x" * 20_000 + "TAIL"
     reported = redact(text)
     assert len(reported) == LIMIT
@@ -91,18 +91,18 @@ def test_a_long_text_keeps_its_head_and_its_tail() -> None:
 
 
 def test_a_text_of_exactly_the_limit_is_kept_whole() -> None:
-    """The cap is inclusive."""
+    """The limit is inclusive."""
     assert redact("x" * LIMIT) == "x" * LIMIT
 
 
 def test_a_secret_is_masked_before_the_text_is_cut() -> None:
-    """A cut through the middle of a secret leaves none of its halves."""
+    """A cut through the middle of a secret leaves no part of the secret."""
     for at in range(1_700, 1_900, 20):
         assert "S3CRET" not in redact("x" * at + " password=" + "S3CRET" * 20 + " y" * 5_000)
 
 
-def test_what_postgres_cannot_store_is_replaced() -> None:
-    """NUL bytes and halves of surrogate pairs do not make a row that is refused."""
+def test_characters_that_postgres_refuses_are_replaced() -> None:
+    """NUL bytes and halves of surrogate pairs are replaced, so that Postgres accepts the row."""
     reported = redact("a\x00b\ud800c")
     assert reported == "a\N{REPLACEMENT CHARACTER}b?c"
     reported.encode()
@@ -128,7 +128,7 @@ def test_what_postgres_cannot_store_is_replaced() -> None:
     ],
 )
 def test_a_megabyte_of_anything_is_done_in_a_moment(unit: str) -> None:
-    """No text, however hostile, holds a worker up."""
+    """No text, however hostile, makes a worker wait."""
     text = unit * (1_000_000 // len(unit))
     started = time.process_time()
     assert len(redact(text)) <= LIMIT

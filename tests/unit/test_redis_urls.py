@@ -1,4 +1,4 @@
-"""Every URL that RQ, Celery and Dramatiq take is read; no part of a password is printed."""
+"""Every URL that RQ, Celery and Dramatiq accept is read, and no part of a password is printed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jobguard.redis_urls import FilePassword, parse, split_urls
 
 
 def kwargs_of(url: str) -> dict[str, Any]:
-    """Return what a connection of our own client is made with."""
+    """Return the keyword arguments of our own client's connections."""
     return dict(client_from_url(url, timeout=0.1).connection_pool.connection_kwargs)
 
 
@@ -38,7 +38,7 @@ def kwargs_of(url: str) -> dict[str, Any]:
     ],
 )
 def test_an_address(url: str, address: str) -> None:
-    """The one that the host's own client has."""
+    """The address is the same as that of the host's own client."""
     assert address_of(client_from_url(url, timeout=0.1)) == address
 
 
@@ -53,7 +53,7 @@ def test_an_address(url: str, address: str) -> None:
 )
 @pytest.mark.parametrize("scheme", ["redis", "rediss", "sentinel"])
 def test_certificates_in_the_spelling_of_each_library(scheme: str, word: str, reqs: str) -> None:
-    """An ssl option asks for TLS by itself, as with kombu."""
+    """An ssl option alone switches TLS on, as in kombu."""
     where = "h:1/main/0" if scheme == "sentinel" else "h:1/0"
     client = client_from_url(f"{scheme}://{where}?ssl_cert_reqs={word}", timeout=0.1)
     pool = client.connection_pool
@@ -62,20 +62,20 @@ def test_certificates_in_the_spelling_of_each_library(scheme: str, word: str, re
 
 
 def test_a_plain_url_has_no_tls() -> None:
-    """An option of the host's client changes nothing."""
+    """An option of the host's client does not switch TLS on."""
     pool = client_from_url("redis://h/0?socket_timeout=3", timeout=0.1).connection_pool
     assert not issubclass(pool.connection_class, redis.SSLConnection)
     assert pool.connection_kwargs["socket_timeout"] == 0.1
 
 
-def test_options_that_mean_nothing_to_us_are_named() -> None:
-    """What belongs to the host's client is not."""
+def test_unknown_options_are_named() -> None:
+    """Options of the host's client are not named."""
     url = "redis://h/0?socket_timeout=3&visibility_timeout=9&db=1&protcol=3"
     assert parse(url).unknown == ("protcol",)
 
 
 def test_sentinels_and_their_own_account() -> None:
-    """As Celery lists them; the account in the URL is that of Redis."""
+    """Sentinels are read as Celery lists them; the account in the URL is that of Redis."""
     url = "sentinel://u:p%40@a:1;sentinel://b/0?master_name=m&sentinel_password=s"
     pool: Any = client_from_url(url, timeout=0.1).connection_pool
     asked = [one.connection_pool.connection_kwargs for one in pool.sentinel_manager.sentinels]
@@ -88,7 +88,7 @@ def test_sentinels_and_their_own_account() -> None:
 
 
 def test_a_password_file_is_read_at_each_connect(tmp_path: Path) -> None:
-    """The token of a cloud changes every few minutes."""
+    """The file is read each time, because the token of a cloud changes every few minutes."""
     path = tmp_path / "token"
     path.write_text("first\n")
     credentials = kwargs_of(f"redis://me@h/0?password_file={path}")["credential_provider"]
@@ -101,14 +101,14 @@ def test_a_password_file_is_read_at_each_connect(tmp_path: Path) -> None:
         credentials.get_credentials()
 
 
-def test_a_credential_provider_is_refused_with_a_way_out() -> None:
-    """The reconciler imports no code of the user's."""
+def test_a_credential_provider_is_refused_with_an_alternative() -> None:
+    """The reconciler imports no code of the user."""
     with pytest.raises(ConfigurationError, match="password_file="):
         parse("redis://h/0?credential_provider=module.Class")
 
 
 def test_several_urls_in_one_text() -> None:
-    """A list of sentinels is one URL, a list of brokers is several."""
+    """A list of sentinels is one URL; a list of brokers is several URLs."""
     text = "redis://a;redis://:p;w@b sentinel://c:1;sentinel://d:2/m\nprod=redis://e"
     assert split_urls(text) == [
         "redis://a",
@@ -132,8 +132,8 @@ def test_several_urls_in_one_text() -> None:
         ("sentinel://a:1/0", "master_name=SERVICE"),
     ],
 )
-def test_an_error_says_what_would_work(url: str, word: str) -> None:
-    """Before anything is connected to."""
+def test_an_error_shows_a_correct_form(url: str, word: str) -> None:
+    """The error is raised before anything is connected."""
     with pytest.raises(ConfigurationError, match=word):
         parse(url)
 
@@ -161,7 +161,7 @@ FORMS = st.sampled_from(
 
 @given(FORMS, SECRET)
 def test_no_part_of_a_password_is_printed(form: str, secret: str) -> None:
-    """Neither by the address, nor the repr, nor the error; whatever is not encoded."""
+    """The address, the repr and the error show no part of a password that is not encoded."""
     url = form.replace("{}", secret)
     try:
         shown = repr(parse(url)) + address_of(client_from_url(url, timeout=0.1))
@@ -173,7 +173,7 @@ def test_no_part_of_a_password_is_printed(form: str, secret: str) -> None:
 
 @pytest.mark.parametrize("rest", ["#x", "?x=y", "/0?x=y", "/0", "?", "/0#"])
 def test_a_password_that_looks_like_a_port(rest: str) -> None:
-    """What another parser would take for localhost:4711."""
+    """Another parser would read such a URL as localhost:4711."""
     with pytest.raises(ConfigurationError) as refused:
         parse(f"redis://:4711{rest}@h:6379/0")
     assert "4711" not in str(refused.value)

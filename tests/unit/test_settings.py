@@ -9,19 +9,19 @@ from jobguard.settings import Settings, disabled, settings_from, unknown_variabl
 
 
 def test_an_argument_wins_over_the_environment_and_that_over_the_default() -> None:
-    """The order is the manual's."""
+    """The priorities are those of the manual."""
     environ = {"JOBGUARD_NAMESPACE": "env", "JOBGUARD_LEASE": "20"}
     settings = settings_from({"namespace": "argument"}, environ)
     assert (settings.namespace, settings.lease, settings.page) == ("argument", 20.0, 2000)
 
 
 def test_none_as_an_argument_is_not_given() -> None:
-    """An option that was left out of the command line hides no variable."""
+    """If an option is missing on the command line, the variable is used."""
     assert settings_from({"namespace": None}, {"JOBGUARD_NAMESPACE": "env"}).namespace == "env"
 
 
 def test_every_setting_has_its_variable_and_its_meaning() -> None:
-    """Each default survives the way through the environment."""
+    """Each default can be given by the environment and gives the same value."""
     default = Settings()
     for field in fields(Settings):
         value = getattr(default, field.name)
@@ -35,12 +35,12 @@ def test_every_setting_has_its_variable_and_its_meaning() -> None:
     ("word", "value"), [("1", True), ("no", False), ("ON", True), ("False", False)]
 )
 def test_a_switch_is_read_in_the_usual_words(word: str, value: bool) -> None:
-    """true, yes, on, 1 and their opposites, in any case."""
+    """A switch is true, yes, on, 1 or an opposite, in upper or lower case."""
     assert settings_from({}, {"JOBGUARD_POOLER": word}).pooler is value
 
 
 def test_a_list_is_separated_by_commas() -> None:
-    """Waits are given as 0,30,300."""
+    """A list of waits is written as 0,30,300."""
     assert settings_from({}, {"JOBGUARD_CRASH_BACKOFF": "0, 5,60"}).crash_backoff == (
         0.0,
         5.0,
@@ -48,8 +48,8 @@ def test_a_list_is_separated_by_commas() -> None:
     )
 
 
-def test_all_problems_are_told_at_once_each_with_its_source() -> None:
-    """One run of the program is enough to mend every setting."""
+def test_all_problems_are_reported_at_once_each_with_its_source() -> None:
+    """One run of the program shows every wrong setting."""
     environ = {"JOBGUARD_LEASE": "soon", "JOBGUARD_POOLER": "perhaps"}
     with pytest.raises(ConfigurationError) as refused:
         settings_from({"wroker_timeout": 5, "mode": "guess"}, environ)
@@ -73,13 +73,13 @@ def test_all_problems_are_told_at_once_each_with_its_source() -> None:
 def test_values_that_make_no_sense_together_are_refused(
     arguments: dict[str, object], word: str
 ) -> None:
-    """A number can be well written and still be wrong."""
+    """A valid number can be wrong together with another setting."""
     with pytest.raises(ConfigurationError, match=word):
         settings_from(arguments, {})
 
 
-def test_the_fingerprint_tells_what_processes_must_agree_on() -> None:
-    """Namespace and mode; no duration. "fence=true" stays for processes of an earlier version."""
+def test_the_fingerprint_has_the_settings_that_must_be_equal() -> None:
+    """It has namespace and mode, and no duration; "fence=true" is for processes of earlier versions."""
     assert Settings().fingerprint() == "namespace=default fence=true mode=guard"
     assert Settings(lease=1.0).fingerprint() == Settings().fingerprint()
     assert Settings(mode="observe").fingerprint() != Settings().fingerprint()
@@ -87,7 +87,7 @@ def test_the_fingerprint_tells_what_processes_must_agree_on() -> None:
 
 @pytest.mark.parametrize("word", ["0", "false", "off", "perhaps"])
 def test_the_fence_cannot_be_switched_off(word: str) -> None:
-    """JOBGUARD_FENCE was a setting once: a set one is an error that names the way to try jobguard."""
+    """JOBGUARD_FENCE was a setting once; JOBGUARD_FENCE=0 is an error that names mode='observe'."""
     for arguments, environ in (({}, {"JOBGUARD_FENCE": word}), ({"fence": word}, {})):
         with pytest.raises(ConfigurationError, match=r"always on.*mode='observe'"):
             settings_from(arguments, environ)
@@ -95,13 +95,13 @@ def test_the_fence_cannot_be_switched_off(word: str) -> None:
 
 @pytest.mark.parametrize("value", [True, "1", "true"])
 def test_a_fence_that_is_on_is_accepted(value: object) -> None:
-    """It is what happens anyway."""
+    """The value true changes nothing."""
     assert settings_from({"fence": value}, {"JOBGUARD_FENCE": "1"}) == Settings()
 
 
 @pytest.mark.parametrize(("word", "off"), [("1", True), ("true", True), ("0", False), ("", False)])
 def test_one_variable_switches_everything_off(word: str, off: bool) -> None:
-    """JOBGUARD_DISABLED is looked at by itself."""
+    """JOBGUARD_DISABLED is read separately from the settings."""
     assert disabled({"JOBGUARD_DISABLED": word}) is off
     assert not disabled({})
 
@@ -117,13 +117,13 @@ def test_one_variable_switches_everything_off(word: str, off: bool) -> None:
     ],
 )
 def test_a_problem_names_the_variable_that_it_came_from(environ: dict[str, str], word: str) -> None:
-    """It is what one has to change."""
+    """The message names the variable that has to be changed."""
     with pytest.raises(ConfigurationError, match=word):
         settings_from({}, environ)
 
 
-def test_a_variable_that_means_nothing_is_named_with_the_nearest() -> None:
-    """Its value, which may be a secret, is not."""
+def test_an_unknown_variable_is_named_with_the_most_similar_one() -> None:
+    """The value, which may be a secret, is not shown."""
     environ = {
         "JOBGUARD_POSTGRES": "hidden",
         "JOBGUARD_LEASE": "9",

@@ -1,4 +1,4 @@
-"""What cannot be guarded is refused with the reason and a way out."""
+"""A target that cannot be guarded is refused with the reason and an alternative."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jobguard.errors import UnsupportedTarget
 
 @pytest.mark.parametrize("shape", ["client", "connection", "list"])
 def test_a_cluster_is_refused(shape: str) -> None:
-    """Its client itself, a queue on it, or a broker with it; nothing is connected to."""
+    """A client of a cluster, a queue on it and a broker with it are refused; nothing is connected."""
     cluster: Any = redis.RedisCluster.__new__(redis.RedisCluster)
     target = {
         "client": cluster,
@@ -39,7 +39,7 @@ def test_a_cluster_is_refused(shape: str) -> None:
 def test_a_url_that_the_library_cannot_read_is_not_repeated(
     url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The library's own error quotes a part of the password."""
+    """The library's own error quotes a part of the password, and ours does not."""
     app = celery.Celery("app", broker=url, set_as_current=False)
     guard = jobguard.guard(app, postgres="postgresql://h/d")
     shown = f"{guard.inert} {guard!r} {caplog.text}"

@@ -1,4 +1,4 @@
-"""One process of a user's: a tracer, a guard, a job of each kind, and what the tracer heard.
+"""One process of a user: a tracer, a guard, a job of each kind, and the spans that the tracer got.
 
 Usage: program.py LIBRARY TOOL ORDER REDIS_URL QUEUE
 """
@@ -15,14 +15,14 @@ from typing import Any
 
 LIBRARY, TOOL, ORDER, REDIS_URL, QUEUE = sys.argv[1:]
 heard: list[str] = []
-"""The names of the spans that the tool has ended; of errors, ``error``."""
+"""The names of the spans that the tool has ended; ``error`` for an error."""
 
 
-# The tools.
+# Tools.
 
 
 def ddtrace() -> None:
-    """Datadog's tracer, whose traces are read before they are sent."""
+    """Start Datadog's tracer, and read its traces before it sends them."""
     from ddtrace.trace import TraceFilter, tracer
 
     class Ear(TraceFilter):
@@ -36,7 +36,7 @@ def ddtrace() -> None:
 
 
 def opentelemetry() -> None:
-    """OpenTelemetry, with the instrumentations of the library and of Redis."""
+    """Start OpenTelemetry, with the instrumentations of the library and of Redis."""
     from opentelemetry import trace
     from opentelemetry.instrumentation.redis import RedisInstrumentor
     from opentelemetry.sdk.trace import TracerProvider
@@ -59,7 +59,7 @@ def opentelemetry() -> None:
         wrap = of_rq.wrap_function_wrapper
 
         def wrap_what_is_there(*target: Any) -> None:
-            with suppress(AttributeError):  # it was made for RQ 2
+            with suppress(AttributeError):  # the instrumentation was made for RQ 2
                 wrap(*target)
 
         of_rq.wrap_function_wrapper = wrap_what_is_there
@@ -70,7 +70,7 @@ def opentelemetry() -> None:
 
 
 def sentry() -> None:
-    """Sentry."""
+    """Start Sentry."""
     import sentry_sdk
     from sentry_sdk.transport import Transport
 
@@ -94,7 +94,7 @@ def sentry() -> None:
 
 
 def newrelic() -> None:
-    """New Relic's agent, in developer mode: it sends nothing, and hooks all the same."""
+    """Start New Relic's agent in developer mode: it sends nothing, but its hooks are active."""
     import newrelic.agent
 
     os.environ.update(NEW_RELIC_DEVELOPER_MODE="true", NEW_RELIC_LICENSE_KEY="0" * 40)
@@ -102,7 +102,7 @@ def newrelic() -> None:
     newrelic.agent.register_application(timeout=10)
 
 
-# The libraries.
+# Libraries.
 
 
 class Rq:
@@ -144,8 +144,8 @@ class Celery:
 
         results = [self._good.delay("x"), self._bad.delay("x")]
         with start_worker(self.target, pool="solo", perform_ping_check=False):
-            assert results[0].get(timeout=30) == "x"
-            assert results[1].get(timeout=30, propagate=False).args == ("x",)
+            assert results[0].get(timeout=120) == "x"
+            assert results[1].get(timeout=120, propagate=False).args == ("x",)
 
 
 class Dramatiq:
@@ -168,13 +168,13 @@ class Dramatiq:
         self._bad.send("x")
         worker = dramatiq.Worker(self.target, worker_threads=1, worker_timeout=100)
         worker.start()
-        self.target.join(QUEUE, timeout=30_000)
+        self.target.join(QUEUE, timeout=120_000)
         worker.join()
         worker.stop()
 
 
 def good(word: str) -> str:
-    """Return."""
+    """Return the word."""
     return word
 
 
@@ -184,7 +184,7 @@ def bad(word: str) -> None:
 
 
 def main() -> None:
-    """Set up in the order that is asked for, run two rounds, and print what was heard of each."""
+    """Set up in the requested order, run three rounds, and print what the tool got in each round."""
     import jobguard
 
     kinds: dict[str, Callable[[], Any]] = {"rq": Rq, "celery": Celery, "dramatiq": Dramatiq}
@@ -208,7 +208,7 @@ def main() -> None:
     guard.close()
     print(json.dumps(rounds))
     sys.stdout.flush()
-    os._exit(0)  # a tool has threads of its own, which need not send anything
+    os._exit(0)  # a tool has its own threads, which need not send anything
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""A ledger in memory that gives the same answers as Postgres: for our tests, and for yours.
+"""A ledger in memory that gives the same answers as PostgreSQL, for tests.
 
-The tables of the schema as dicts, one lock where Postgres has transactions, and a clock that can
-be handed in where Postgres has ``now()``::
+It has the tables of the schema as dicts, one lock instead of transactions, and a clock that a test can
+pass in instead of ``now()``::
 
     ledger = MemoryLedger()
     host, leader = ledger.host(), ledger.leader("default", uuid4())
 
-``ledger.down = True`` is an outage: every call raises StoreUnavailable until it is False again.
+``ledger.down = True`` simulates an outage: every call raises StoreUnavailable until it is False again.
 
-Not good for anything that must outlive the process.
+The data is lost when the process ends.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from tests.fakes.store.tables import Tables
 
 
 class MemoryLedger:
-    """The ledger of one process, with as many hosts and leaders over it as a test needs.
+    """The ledger of one process, with as many hosts and leaders as a test needs.
 
-    ``clock`` tells seconds since the epoch.
+    ``clock`` returns seconds since the epoch.
     """
 
     def __init__(self, *, clock: Callable[[], float] = time.time) -> None:
@@ -34,7 +34,7 @@ class MemoryLedger:
 
     @property
     def down(self) -> bool:
-        """Whether the ledger plays an outage."""
+        """Whether the ledger simulates an outage."""
         return self._tables.down
 
     @down.setter
@@ -43,7 +43,7 @@ class MemoryLedger:
             self._tables.down = down
 
     def refuse(self, refuses: Callable[[str], bool]) -> None:
-        """Refuse rows with such a text from now on, as Postgres refuses rows for what is in them."""
+        """Refuse rows with certain texts from now on, as PostgreSQL refuses rows for their content."""
         self._tables.refuses = refuses
 
     def host(self) -> HostStore:

@@ -28,12 +28,12 @@ from jobguard.store.protocols import BeatReply, ClaimRequest, SourceRow
 from tests.fakes.store.tables import Job, Key, Run, Suspect, Tables, Tombstone, Worker
 
 _WATCHED = 300.0
-"""Seconds after a leader's last tick in a source's Redis in which it surely watches it."""
+"""Seconds after a leader's last tick in a source during which the source counts as watched."""
 _SMALLINT = range(-(2**15), 2**15)
 
 
 class MemoryHostStore:
-    """What processes of the application ask, statement by statement."""
+    """The calls of the application's processes, statement by statement."""
 
     def __init__(self, tables: Tables) -> None:
         self._tables = tables
@@ -71,10 +71,10 @@ class MemoryHostStore:
             for delivery in deliveries:
                 key = (source, delivery.token)
                 if key in tables.jobs:
-                    if replay:  # a worker met it first, and could not know what it follows
+                    if replay:  # a worker recorded it first, without knowing its parent
                         self._follow(source, Job(delivery, recorded_at=now), now=now, replay=True)
                     continue
-                if self._never(source, delivery, now=now):
+                if self._is_excluded(source, delivery, now=now):
                     if not replay:
                         refused.add(delivery.token)
                     continue
@@ -82,7 +82,7 @@ class MemoryHostStore:
                 if replay:
                     tables.fill_in(key, delivery.envelope)
                 if replay and key in tables.history:
-                    # It is over before it was recorded; what it took the place of is not, for that.
+                    # It ended before its record; its parent may still be owed.
                     if self._follow(source, job, now=now, replay=replay):
                         self._supersede_older(source, job, now=now)
                     continue
@@ -94,8 +94,8 @@ class MemoryHostStore:
                     refused.add(delivery.token)
             return Recorded(frozenset(refused), leader_live=tables.led(namespace, now))
 
-    def _never(self, source: int, delivery: Delivery, *, now: float) -> bool:
-        """Whether it is not to be owed, whoever holds what; closes the join that it goes on from."""
+    def _is_excluded(self, source: int, delivery: Delivery, *, now: float) -> bool:
+        """Return True if it must not be owed, whether or not a worker has a claim; close its join."""
         tables = self._tables
         late = False
         if delivery.closes is not None:
@@ -107,7 +107,7 @@ class MemoryHostStore:
         return late or (delivery.derived and (source, delivery.token) in tables.history)
 
     def _outdated(self, source: int, delivery: Delivery, *, now: float) -> bool:
-        """Bury a late record whose job id has had a younger life since."""
+        """Write a tombstone for a late record whose job id has a younger delivery."""
         tables, token = self._tables, delivery.token
         if not tables.one_body(source):
             return False
@@ -130,14 +130,17 @@ class MemoryHostStore:
         return bool(younger)
 
     def _follow(self, source: int, job: Job, *, now: float, replay: bool) -> bool:
-        """Take the parent's place; False: it has ended, has moved on, or is somebody else's."""
+        """Supersede the parent.
+
+        Return False if it has ended, has another child, or is claimed by another worker.
+        """
         tables, token, parent = self._tables, job.delivery.token, job.delivery.parent
         if parent is None:
             return True
         key = (source, parent.token)
         older = tables.jobs.get(key)
         if older is not None:
-            if not self._speaks_for(key, parent, replay=replay):
+            if not self._is_valid_parent(key, parent, replay=replay):
                 return False
             tables.bury(key, parent.outcome, ended_at=now, next=token, error=parent.error)
             job.carry_counts(older)
@@ -145,7 +148,8 @@ class MemoryHostStore:
         tombstone = tables.history.get(key)
         if tombstone is not None:
             return tombstone.next == token
-        # Nobody knows the parent: its record is late. It must not come to life behind its child.
+        # The parent is not recorded yet. It must not be owed beside its child when its record
+        # arrives.
         tables.history[key] = Tombstone(
             outcome=parent.outcome,
             ended_at=now,
@@ -157,14 +161,14 @@ class MemoryHostStore:
         )
         return True
 
-    def _speaks_for(self, key: Key, parent: Parent, *, replay: bool) -> bool:
+    def _is_valid_parent(self, key: Key, parent: Parent, *, replay: bool) -> bool:
         run = self._tables.running.get(key)
         if parent.claim:
             if run is not None:
                 return run.number == parent.claim
-            # Of old news: a claim that was taken away, and given to nobody since, still speaks.
+            # In a replay, a voided claim counts while no other worker has got one since.
             return replay and self._tables.jobs[key].claims == parent.claim
-        # Started while the store was away, and perhaps claimed since, by the very one who speaks.
+        # The run started while the store was away; perhaps the same worker has claimed it since.
         own = run is not None and run.worker == parent.worker
         return run is None or own or not self._tables.lives(key, run)
 
@@ -176,7 +180,7 @@ class MemoryHostStore:
             tables.outbox[source, delivery.token] = (now, True)
 
     def _supersede_older(self, source: int, job: Job, *, now: float, younger: bool = False) -> None:
-        """Where one body is kept per id, an unclaimed delivery of it is nowhere any more."""
+        """Supersede unclaimed deliveries of the same job id, if the library keeps one body per job id."""
         tables, delivery = self._tables, job.delivery
         if (delivery.fresh and delivery.parent is None) or not tables.one_body(source):
             return
@@ -265,8 +269,8 @@ class MemoryHostStore:
 
     def unlock(self, source: int, name: str, *, token: UUID) -> None:
         with self._tables.open():
-            held = self._tables.locks.get((source, name))
-            if held is not None and held[0] == (source, token):
+            lock = self._tables.locks.get((source, name))
+            if lock is not None and lock[0] == (source, token):
                 del self._tables.locks[source, name]
 
     def release(self, source: int, token: UUID, worker: UUID, *, number: int) -> None:
@@ -306,7 +310,7 @@ class MemoryHostStore:
             to_its_end = cancelled and end.outcome is Outcome.COMPLETED
             if to_its_end:
                 stone = tables.history[key] = replace(stone, outcome=Outcome.COMPLETED)
-            # What completed as the library shows it has still left something to its join.
+            # A completed delivery that was closed by observation still adds its part to its join.
             if end.part is not None and {stone.outcome, end.outcome} == {Outcome.COMPLETED}:
                 delivery_like = Delivery(key[1], stone.job_id, stone.queue, stone.task, b"")
                 tables.count(key, delivery_like, end.part, now=now)
@@ -326,7 +330,7 @@ class MemoryHostStore:
             tables.count(key, delivery_like, end.part, now=now)
         if not tables.one_body(key[0]):
             return Ended.UNKNOWN
-        # It ran, so it stood where an older delivery of its id had stood.
+        # It ran, so it had replaced an older delivery of its job id.
         for older in tables.of_job(key[0], [end.job_id]):
             if older not in tables.running and older[1] < end.token:
                 tables.bury(older, Outcome.SUPERSEDED, ended_at=now, next=end.token)
@@ -481,8 +485,9 @@ class MemoryHostStore:
 
 
 def _counts(end: End, run: Run | None) -> bool:
-    """Whether a reported end of an owed delivery is to be believed."""
+    """Return True if the reported end of an owed delivery counts."""
     if run is None:
-        # Number 0 started while Postgres was away. A zombie's completion, too, contradicts nobody.
+        # Number 0 started while PostgreSQL was away. A zombie's completion contradicts no other
+        # claim.
         return end.number == 0 or end.outcome is Outcome.COMPLETED
     return end.number == run.number or (end.number == 0 and end.worker == run.worker)

@@ -17,13 +17,13 @@ from tests.fakes.store.tables import Key, Lease, Loss, Suspect, Tables
 
 _DAY = 86400.0
 _RETENTION = 7 * _DAY
-"""How long a namespace that never said so wants to remember."""
+"""The retention of a namespace that has set none."""
 _REMEMBERED = 900.0
-"""Seconds for which a worker that is gone is remembered."""
+"""Seconds for which a gone worker is kept."""
 
 
 class MemoryLeaderStore:
-    """What the one leader of a namespace asks, statement by statement."""
+    """The calls of the one leader of a namespace, statement by statement."""
 
     def __init__(self, tables: Tables, namespace: str, holder: UUID) -> None:
         self._tables = tables
@@ -32,7 +32,7 @@ class MemoryLeaderStore:
 
     @contextmanager
     def _leading(self, term: int) -> Iterator[float]:
-        """One transaction of this very term."""
+        """Run one transaction of this term."""
         with self._tables.open() as now:
             self._lease(term)
             yield now
@@ -150,7 +150,7 @@ class MemoryLeaderStore:
 
     def workers(self, source: int) -> Sequence[WorkerRow]:
         with self._tables.open():
-            held = Counter(run.worker for run in self._tables.running.values())
+            claims = Counter(run.worker for run in self._tables.running.values())
             rows = sorted(self._tables.workers.items(), key=lambda item: item[0])
             return [
                 WorkerRow(
@@ -165,7 +165,7 @@ class MemoryLeaderStore:
                     pulse=row.beat.pulse,
                     left=row.left_at is not None,
                     dead=row.dead_at is not None,
-                    claims=held[worker],
+                    claims=claims[worker],
                     lists=tuple(row.beat.claims),
                 )
                 for worker, row in rows
@@ -224,7 +224,7 @@ class MemoryLeaderStore:
         )
 
     def _pushed(self, owed: Owed, key: Key, now: float) -> Owed:
-        """Say of a delivery in the outbox that its push is to be done, unless more is suspected."""
+        """Give a delivery of the outbox the cause PUSH, unless it has another suspicion."""
         if key not in self._tables.outbox:
             return owed
         left_at, unsent = self._tables.outbox[key]
@@ -455,7 +455,7 @@ class MemoryLeaderStore:
             return False
         if closing.part is not None:
             tables.count(key, tables.jobs[key].delivery, closing.part, now=now)
-        if closing.outcome is Outcome.DEAD:  # it has caused one death more than was charged
+        if closing.outcome is Outcome.DEAD:  # it has caused one more death than was charged
             tables.jobs[key].crashes += 1
         tables.bury(key, closing.outcome, ended_at=now, error=closing.error)
         return True
@@ -480,7 +480,7 @@ class MemoryLeaderStore:
             raise ConfigurationError(f"retention must be an hour at least, not {retention} s")
         with self._tables.open() as now:
             self._tables.retentions[self._namespace] = retention
-            # What the other namespaces want to remember is not dropped for this one's sake.
+            # History that the other namespaces want is not dropped.
             others = {row.namespace for row in self._tables.sources.values()}
             wishes = self._tables.retentions
             retention = max(wishes.get(one, _RETENTION) for one in {*others, *wishes})
@@ -504,7 +504,7 @@ class MemoryLeaderStore:
 
 
 def _suspected(before: Suspect | None, cause: Cause, mark: str, now: float) -> Suspect:
-    """Return what is suspected after one more look."""
+    """Return the suspicion after one more inspection."""
     if before is None:
         return Suspect(cause, mark, now)
     if before.cause in (Cause.WORKER, Cause.UNTRUSTED):

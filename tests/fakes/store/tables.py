@@ -1,4 +1,4 @@
-"""The tables of the schema as dicts, with one lock where Postgres has transactions."""
+"""The tables of the schema as dicts, with one lock instead of transactions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Key = tuple[int, UUID]
 """(source, token), as in every table."""
 
 _KEPT = (Outcome.FAILED, Outcome.DEAD)
-"""What a person may requeue: the envelope stays in history."""
+"""Outcomes that a person may requeue: history keeps their envelopes."""
 
 
 @dataclass(slots=True)
@@ -98,7 +98,7 @@ class Join:
     closed_at: float | None = None
     closed_by: UUID | None = None
     parts: dict[str, tuple[float, EndedPart]] = field(default_factory=dict)
-    """By job id: when it ended, and what it left."""
+    """By job id: when the member ended, and its part."""
 
 
 @dataclass(slots=True)
@@ -122,13 +122,13 @@ class Loss:
 
 
 class Tables:
-    """The tables, and what more than one statement asks of them. Use only inside ``open()``."""
+    """The tables, and the queries that several statements share. Use them only inside ``open()``."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.clock = clock
         self.down = False
         self.refuses: Callable[[str], bool] = lambda _text: False
-        """What plays a database that refuses a row for what is in it."""
+        """Simulates a database that refuses a row for its content."""
         self.lock = threading.RLock()
         self.installation = str(uuid4())
         self.jobs: dict[Key, Job] = {}
@@ -136,11 +136,9 @@ class Tables:
         self.history: dict[Key, Tombstone] = {}
         self.workers: dict[UUID, Worker] = {}
         self.suspects: dict[Key, Suspect] = {}
-        self.locks: dict[
-            tuple[int, str], tuple[Key, int]
-        ] = {}  # by name: whose claim, which number
+        self.locks: dict[tuple[int, str], tuple[Key, int]] = {}  # by name: the claim and its number
         self.outbox: dict[Key, tuple[float, bool]] = {}
-        """When it was left there, and whether surely nothing was sent."""
+        """When it was left there, and whether it is certain that nothing was sent."""
         self.leases: dict[str, Lease] = {}
         self.sources: dict[int, SourceRow] = {}
         self.watched_at: dict[int, float] = {}
@@ -148,47 +146,47 @@ class Tables:
         self.queues: dict[tuple[int, str], QueueRow] = {}
         self.joins: dict[tuple[int, str], Join] = {}
         self.retentions: dict[str, float] = {}
-        """By namespace: how long it wants to remember."""
+        """The wanted retention by namespace."""
 
     @contextmanager
     def open(self) -> Iterator[float]:
-        """One transaction; gives its time. What raises in it raises before it changes anything."""
+        """Run one transaction; give its time. Errors are raised before anything is changed."""
         with self.lock:
             if self.down:
                 raise StoreUnavailable
             yield self.clock()
 
     def check(self, *texts: str | None) -> None:
-        """Refuse what the database is to refuse."""
+        """Refuse the texts that the database must refuse."""
         for text in texts:
             if text is not None and self.refuses(text):
                 raise BadRow(f"refused: {text[:100]!r}")
 
     def outcomes(self, source: int, tokens: Sequence[UUID]) -> Mapping[UUID, Outcome]:
-        """Which of these have ended, and how."""
+        """Return the outcome of each delivery that has ended."""
         with self.open():
             found = {token: self.history.get((source, token)) for token in tokens}
             return {token: stone.outcome for token, stone in found.items() if stone is not None}
 
     def led(self, namespace: str, now: float) -> bool:
-        """Whether a leader's lease is live."""
+        """Return True if a leader's lease is live."""
         lease = self.leases.get(namespace)
         return lease is not None and lease.expires_at > now
 
     def lives(self, key: Key, run: Run) -> bool:
-        """Whether a claim is live, as long as a leader judges who is silent."""
+        """Return True if a claim is live, as long as a leader decides which workers are silent."""
         worker = self.workers.get(run.worker)
         if worker is None or worker.gone:
             return False
         return key[1] in worker.claims or run.claimed_at >= worker.previous_beat_at
 
     def silent(self, run: Run, *, now: float, timeout: float) -> bool:
-        """Whether the worker of this claim has not beaten for so long."""
+        """Return True if the worker of this claim has not beaten for so long."""
         worker = self.workers.get(run.worker)
         return worker is None or now - worker.beat_at > timeout
 
     def announced(self, run: Run) -> bool:
-        """Whether the worker that holds this claim had said goodbye."""
+        """Return True if the worker of this claim has exited regularly."""
         worker = self.workers.get(run.worker)
         return worker is not None and worker.left_at is not None
 
@@ -203,7 +201,7 @@ class Tables:
         next: UUID | None = None,
         error: str | None = None,
     ) -> None:
-        """Move an owed delivery to history; a tombstone that stands there already stays."""
+        """Move an owed delivery to history; an existing tombstone stays."""
         job, run = self.jobs[key], self.running.get(key)
         if run is not None and number is None:
             number, worker = run.number, run.worker
@@ -228,18 +226,18 @@ class Tables:
         self.history.setdefault(key, tombstone)
 
     def drop(self, key: Key) -> None:
-        """Forget an owed delivery, and all that hangs on it."""
+        """Delete an owed delivery, and all rows that belong to it."""
         del self.jobs[key]
         self.running.pop(key, None)
         self.clear_marks(key)
 
     def clear_marks(self, key: Key) -> None:
-        """Neither suspect nor to be pushed."""
+        """Delete the suspicion and the outbox row."""
         self.suspects.pop(key, None)
         self.outbox.pop(key, None)
 
     def one_body(self, source: int) -> bool:
-        """Whether the library keeps one body of a job id."""
+        """Return True if the library keeps one body per job id."""
         row = self.sources.get(source)
         return row is None or row.one_body
 
@@ -248,21 +246,21 @@ class Tables:
         return self.joins.setdefault((source, join), Join(opened_at=now))
 
     def count(self, key: Key, ended: Delivery, part: Part, *, now: float) -> None:
-        """Note the end of a member of a join that is still open."""
+        """Store the end of a member of a join that is still open."""
         join = self.join(key[0], part.join, now)
         if join.closed_at is None:
             left = EndedPart(key[1], ended.job_id, ended.queue, part.state, ended.envelope)
             join.parts.setdefault(ended.job_id, (now, left))
 
     def fill_in(self, key: Key, envelope: bytes) -> None:
-        """The record of a member that had ended has come: it can be told again with its envelope."""
+        """Add the envelope to the part of a member whose record came late."""
         for join in self.joins.values():
             for job_id, (at, part) in join.parts.items():
                 if part.token == key[1] and not part.envelope:
                     join.parts[job_id] = (at, replace(part, envelope=envelope))
 
     def owed(self, source: int, tokens: Iterable[UUID]) -> list[Key]:
-        """Those of the tokens that are owed, each once."""
+        """Return those tokens that are owed, each once."""
         keys = dict.fromkeys((source, token) for token in tokens)
         return [key for key in keys if key in self.jobs]
 

@@ -1,4 +1,4 @@
-"""Changes a module of the host's as soon as the host imports it, without importing it any earlier."""
+"""Changes a module of the host as soon as the host imports it, without an earlier import."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 
 def after_import(name: str, change: Callable[[Any], None]) -> None:
-    """Call ``change`` with this module, once, when it has been imported."""
+    """Call ``change`` once with this module, after its import."""
     if name in sys.modules:
         change(sys.modules[name])
     else:
@@ -26,7 +26,7 @@ class _Finder(MetaPathFinder):
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Find the module without us, and have it changed when its own loader is done."""
+        """Find the module without this finder, and change it when its own loader is done."""
         if name != self._name:
             return None
         sys.meta_path.remove(self)
@@ -41,11 +41,11 @@ class _Loader(Loader):
         self._real, self._change = real, change
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        """As its own loader does."""
+        """Do the same as the module's own loader."""
         return self._real.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        """As its own loader does; then change it."""
+        """Do the same as the module's own loader; then change the module."""
         self._real.exec_module(module)
         self._change(module)
 

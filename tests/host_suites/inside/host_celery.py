@@ -1,4 +1,4 @@
-"""Guards every Celery application in a process of Celery's tests, as soon as it is made."""
+"""Guards every Celery application in a process of Celery's tests, when the application is made."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _RECORDER = "HOST_SUITE_RECORDER" in os.environ
 
 
 def guard_here() -> None:
-    """Have each application guarded, when there are any."""
+    """Guard each application that this process makes."""
     after_import("celery.app.base", _guard_each)
     if _RECORDER:
         after_import("jobguard.adapters.celery", _take_any_broker)
@@ -49,7 +49,7 @@ def _take_any_broker(module: Any) -> None:
 
     from jobguard.adapter import Guarded, Source
 
-    places: Any = importlib.import_module("jobguard.adapters.celery.connection")
+    connection_module: Any = importlib.import_module("jobguard.adapters.celery.connection")
     composition: Any = sys.modules["jobguard.guard"]
     composition._tracker = lambda guarded, settings, conninfo: Recorder(guarded.source)
     adapter: Any = module.CeleryAdapter
@@ -59,7 +59,7 @@ def _take_any_broker(module: Any) -> None:
         found = sources(self, target, namespace=namespace, name=name)
         if getattr(found, "inert", None) is None or target.conf.task_always_eager:
             return found
-        broker_address = places.broker_address_of(target.connection_for_write())
+        broker_address = connection_module.broker_address_of(target.connection_for_write())
         source = Source(
             namespace, "celery", broker_address.address, str(broker_address.layout), one_body=False
         )
@@ -69,7 +69,7 @@ def _take_any_broker(module: Any) -> None:
 
 
 def _see_redis(module: Any) -> None:
-    """Have what is asked about a broker in memory answered as for one that is in Redis."""
+    """Answer questions about a broker in memory as for a broker in Redis."""
     kombu: Any = importlib.import_module("kombu")
 
     def on_redis(connection: Any) -> Any:
@@ -78,18 +78,18 @@ def _see_redis(module: Any) -> None:
         )
         return kombu.Connection("redis://") if in_memory else connection
 
-    for name in ("place_of", "client_of", "on_paper"):
+    for name in ("broker_address_of", "client_of", "on_paper"):
         asked = getattr(module, name)
         setattr(module, name, lambda connection, asked=asked: asked(on_redis(connection)))
 
 
 def _reach(module: Any) -> None:
-    """A broker in memory can always be reached."""
+    """Do nothing: a broker in memory can always be reached."""
     module.reach = lambda producer: None
 
 
 def finish() -> None:
-    """Write down what the hooks told."""
+    """Write the counts of the recorder into a file."""
     if _RECORDER:
         from recorder import write_down
 

@@ -1,4 +1,4 @@
-"""Guards every RedisBroker in a process of Dramatiq's tests, as soon as it is made."""
+"""Guards every RedisBroker in a process of Dramatiq's tests, when the broker is made."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _STUBS_ON_REDIS = "HOST_SUITE_STUBS_ON_REDIS" in os.environ
 
 
 def guard_here() -> None:
-    """Have each broker guarded, when there are any."""
+    """Guard each broker that this process makes."""
     after_import("dramatiq.brokers.redis", _guard_each)
 
 
@@ -35,31 +35,31 @@ def _guard_each(module: Any) -> None:
 
 
 def prepare_tests() -> None:
-    """Have tests run without a Memcached that have nothing to do with it."""
+    """Replace Memcached for tests that do not test it."""
     after_import("dramatiq.rate_limits.backends", _without_memcached)
     after_import("dramatiq.results.backends", _without_memcached)
 
 
 def _without_memcached(module: Any) -> None:
-    """Their fixtures make a backend of each kind whichever is asked for, and skip all if one is missing."""
+    """Replace the backend: the fixtures make a backend of each kind, and skip all if one is missing."""
     module.MemcachedBackend = lambda **_: MagicMock(pool=_NoPool())
 
 
 class _NoPool:
     @contextlib.contextmanager
     def reserve(self) -> Iterator[Any]:
-        """Give a client of nothing."""
+        """Give a mock client."""
         yield MagicMock()
 
 
 def is_asked_for(item: pytest.Item) -> bool:
-    """Whether this test is to be played: on Redis, only those that usually are not."""
+    """Return True if this test must run: on Redis, only the tests that use a StubBroker."""
     fixtures: Any = getattr(item, "fixturenames", ())
     return not _STUBS_ON_REDIS or "stub_broker" in fixtures
 
 
 def out_of_reach(item: pytest.Item) -> str | None:
-    """Why this test cannot run here."""
+    """Return the reason why this test cannot run here."""
     chosen = getattr(item, "callspec", None)
     if chosen is not None and "memcached" in chosen.params.values():
         return "needs Memcached"
@@ -67,7 +67,7 @@ def out_of_reach(item: pytest.Item) -> str | None:
 
 
 def prepare_fixtures(module: Any) -> None:
-    """Play the tests that use a StubBroker on Redis, if asked to: the guard leaves a real stub alone."""
+    """Run the tests that use a StubBroker on Redis, if requested: the guard ignores a real stub."""
     if not _STUBS_ON_REDIS or not hasattr(module, "StubBroker"):
         return
     from dramatiq.brokers.redis import RedisBroker
@@ -75,7 +75,7 @@ def prepare_fixtures(module: Any) -> None:
     errors: Any = importlib.import_module("dramatiq.errors")
 
     class StubBroker(RedisBroker):
-        """A Redis broker that can be called as a stub is."""
+        """A Redis broker with the interface of a stub."""
 
         def __init__(self, middleware: Any = None, **_: Any) -> None:
             init: Any = super().__init__
@@ -83,13 +83,13 @@ def prepare_fixtures(module: Any) -> None:
             self.client.flushall()
 
         def join(self, queue_name: str, *, timeout: int | None = None, **_: Any) -> None:
-            """Wait; that a message failed is not told."""
+            """Wait for the messages; a failed message raises no error."""
             if queue_name not in self.queues:
                 raise errors.QueueNotFound(queue_name)
             super().join(queue_name, timeout=timeout)
 
         def flush_all(self) -> None:
-            """Leave nothing to the next test."""
+            """Delete everything, for the next test."""
             self.client.flushall()
 
     module.StubBroker = StubBroker

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import os
 
-_DATABASES = range(17)  # RQ's tests look for an empty one from 4 on
+_DATABASES = range(17)  # RQ's tests search for an empty database from 4 on
 
 
 def guard_here() -> None:
-    """Hook RQ in a fresh interpreter that a test starts: a spawned horse, `rq worker` by its command."""
+    """Hook RQ in a fresh interpreter that a test starts: a spawned horse, or the command `rq worker`."""
     if "HOST_SUITE_PLUGIN" not in os.environ:
         import jobguard.adapters.rq.workers  # noqa: F401 (the import is what hooks RQ)
 
 
 def guard_tests() -> None:
-    """Guard every Redis that the tests use, before a test module is imported, as an application would."""
+    """Guard every Redis of the tests before a test module is imported, as an application would."""
     import redis
 
     import jobguard

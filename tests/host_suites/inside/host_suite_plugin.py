@@ -1,4 +1,4 @@
-"""Runs inside a host's own tests: notes how each ended, and has what they use guarded."""
+"""Runs inside a host's own tests: notes how each test ended, and guards the objects of the tests."""
 
 from __future__ import annotations
 
@@ -16,29 +16,30 @@ _OUT = Path(os.environ["HOST_SUITE_OUT"])
 _GUARDED = "HOST_SUITE_GUARDED" in os.environ
 _HOST: Any = importlib.import_module(f"host_{os.environ['HOST_SUITE']}")
 
-os.environ.pop("HOST_SUITE_PLUGIN", None)  # it is for this process, not for what its tests start
+# The variable is for this process, not for processes that its tests start.
+os.environ.pop("HOST_SUITE_PLUGIN", None)
 
 
 if hasattr(_HOST, "prepare_tests"):
-    _HOST.prepare_tests()  # now, for what comes next is their conftest.py
+    _HOST.prepare_tests()  # now, because pytest loads their conftest.py next
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Guard before a test module is imported, as an application would."""
     if _GUARDED:
-        _listen()
+        _log_to_file()
         if hasattr(_HOST, "guard_tests"):
             _HOST.guard_tests()
 
 
 def pytest_plugin_registered(plugin: object) -> None:
-    """Let a host's fixtures be made to fit as soon as they are known."""
+    """Change a host's fixtures as soon as they are known."""
     if hasattr(_HOST, "prepare_fixtures") and getattr(plugin, "__name__", "").endswith("conftest"):
         _HOST.prepare_fixtures(plugin)
 
 
-def _listen() -> None:
-    """Keep what we complain of: tests that switch logging off would lose an error of ours."""
+def _log_to_file() -> None:
+    """Write our warnings into a file: tests that disable logging would lose an error of ours."""
     log: Any = logging.getLogger("jobguard")
     log.isEnabledFor = lambda level: level >= logging.WARNING
     handler = logging.FileHandler(_OUT / "complaints.log", delay=True)
@@ -48,17 +49,17 @@ def _listen() -> None:
 
 
 class _WithItsError(logging.Formatter):
-    """Says in the one line by which complaints are known also what the error was."""
+    """Adds the error to the one line of a complaint."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         """Add the error, if one is logged."""
-        said = super().formatMessage(record)
+        text = super().formatMessage(record)
         error = record.exc_info and record.exc_info[1]
-        return f"{said}: {' '.join(repr(error).split())}" if error else said
+        return f"{text}: {' '.join(repr(error).split())}" if error else text
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave out what is not asked for, or cannot run here."""
+    """Remove tests that are not requested, and skip tests that cannot run here."""
     if hasattr(_HOST, "is_asked_for"):
         items[:] = [item for item in items if _HOST.is_asked_for(item)]
     for item in items:
@@ -68,13 +69,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collectreport(report: pytest.CollectReport) -> None:
-    """Note also what could not even be collected."""
+    """Note errors of the collection too."""
     if report.outcome != "passed":
         _note(report, 0.0)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Write a line as soon as it is known, so that a run that hangs has told where."""
+    """Write each line at once, so that a run that hangs shows its last test."""
     if report.when == "call" or report.outcome != "passed":
         _note(report, report.duration)
 
@@ -106,7 +107,7 @@ def _why(report: pytest.TestReport | pytest.CollectReport) -> str:
 
 
 def pytest_unconfigure() -> None:
-    """End the workers that a failed test left behind: this process would wait for them for ever."""
+    """End the workers that a failed test left: this process would wait for them for ever."""
     if _GUARDED and hasattr(_HOST, "finish"):
         _HOST.finish()
     for child in multiprocessing.active_children():

@@ -1,7 +1,7 @@
-"""What stands in for the core where a host's tests have no Redis: it says yes to all, and counts.
+"""The replacement of the core where a host's tests have no Redis: it accepts everything, and counts.
 
-The hooks of the adapter are all in place then, and called; nothing is written, and no thread started,
-for some hosts' tests count threads.
+The hooks of the adapter are all installed then, and called. Nothing is written, and no thread is
+started, because the tests of some hosts count threads.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from jobguard.adapter import Source
 from jobguard.model import Claim, Delivery, Outcome, Recorded, Refused, new_token
 
 calls: Counter[str] = Counter()
-"""How often each was told something, by method."""
+"""The number of calls of each method."""
 
 
 class Recorder:
-    """A tracker that takes everything."""
+    """A tracker that accepts everything."""
 
     push_deadline = 60.0
     mends_library = True
@@ -31,19 +31,19 @@ class Recorder:
         self.source = source
 
     def record(self, deliveries: Sequence[Delivery], *, outbox: bool = False) -> Recorded:
-        """Count these."""
+        """Count these deliveries."""
         calls["record"] += len(deliveries)
         return Recorded()
 
     def defer(self, deliveries: Sequence[Delivery], push: Callable[[Recorded], None]) -> None:
-        """Hold nothing: nobody records a batch at its end."""
+        """Do nothing: there is no batch that records at its end."""
 
     def batch(self, **_: object) -> AbstractContextManager[None]:
         """Batch nothing."""
         return nullcontext()
 
     def recovers(self, tokens: Sequence[UUID], *, began: bool = True) -> frozenset[UUID]:
-        """Recover nothing: nobody leads."""
+        """Recover nothing: there is no leader."""
         return frozenset()
 
     def guards(self, queue: str) -> bool:
@@ -51,11 +51,11 @@ class Recorder:
         return True
 
     def broker_in_doubt(self) -> bool:
-        """Doubt no broker: there is none."""
+        """Return False: there is no broker that could be in doubt."""
         return False
 
     def accepts_without_broker(self, recorded: Recorded) -> bool:
-        """Leave the error of a push to the host."""
+        """Return False: the host gets the error of a push."""
         return False
 
     def tombstones(self, tokens: Sequence[UUID]) -> Mapping[UUID, Outcome]:
@@ -63,12 +63,12 @@ class Recorder:
         return {}
 
     def open_session(self, **_: Any) -> Session:
-        """Begin."""
+        """Return a session."""
         calls["open_session"] += 1
         return Session()
 
     def inherit_session(self, *_: Any, **__: Any) -> Session:
-        """Begin."""
+        """Return a session."""
         return Session()
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
@@ -82,7 +82,7 @@ class Session:
         self.id = new_token()
 
     def start(self, token: UUID, describe: Callable[[], Delivery]) -> Claim | Refused:
-        """Grant it, and have the delivery described, as for one that nobody recorded."""
+        """Grant the claim, and describe the delivery, as for a delivery without a record."""
         calls["start"] += 1
         describe()
         return Claim(token, 1)
@@ -102,7 +102,7 @@ def _counting(name: str) -> Callable[..., Any]:
 
 
 def write_down() -> None:
-    """Say at the end of this process how many deliveries it was told of."""
+    """Write at the end of this process how many deliveries were recorded."""
     folder = Path(os.environ["HOST_SUITE_OUT"])
     (folder / f"recorded-{os.getpid()}").write_text(str(calls["record"]))
     (folder / f"calls-{os.getpid()}.txt").write_text(

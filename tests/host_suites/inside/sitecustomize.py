@@ -1,7 +1,7 @@
-"""Runs first in every Python that a host's tests start: gives them the Redis and the guard that are theirs.
+"""Runs first in every Python that a host's tests start: it gives them their Redis and their guard.
 
-A host's tests ask for localhost:6379 whatever the machine runs there. The port is changed where a
-connection is made and nowhere else, so that what the tests read from a client stays as they wrote it.
+A host's tests connect to localhost:6379 on every machine. The port is changed where a connection is
+made and nowhere else, so that the tests read from a client the values that they wrote.
 """
 
 from __future__ import annotations

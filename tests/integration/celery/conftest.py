@@ -11,7 +11,8 @@ import celery
 import pytest
 import redis
 
-from jobguard import adapter
+from jobguard import registry
+from jobguard.adapter import Guarded
 from jobguard.adapters.celery import CeleryAdapter
 from jobguard.adapters.celery.broker import CeleryBroker
 from tests.integration.celery.support import FakeTracker
@@ -38,7 +39,7 @@ def client(redis_url: str) -> Iterator[redis.Redis]:
 
 @pytest.fixture
 def make_app(redis_url: str) -> Iterator[Callable[..., celery.Celery]]:
-    """Return what makes an app on the test's Redis, unguarded, with its results in the same."""
+    """Return a function that makes an unguarded app on the test's Redis, with its results there too."""
     made: list[celery.Celery] = []
 
     def make(**conf: Any) -> celery.Celery:
@@ -53,7 +54,7 @@ def make_app(redis_url: str) -> Iterator[Callable[..., celery.Celery]]:
 
     yield make
     for app in made:
-        if app.conf.result_backend:  # a result that is collected later must not look for its Redis
+        if app.conf.result_backend:  # a result that is garbage-collected later must not connect
             app.backend.result_consumer.stop()
             app.backend.result_consumer.subscribed_to.clear()
         app.close()
@@ -61,24 +62,24 @@ def make_app(redis_url: str) -> Iterator[Callable[..., celery.Celery]]:
 
 @pytest.fixture
 def guard(tmp_path: Path) -> Iterator[Callable[[celery.Celery], FakeTracker]]:
-    """Return what guards an app, and gives the tracker that it speaks to."""
+    """Return a function that guards an app, and returns its tracker."""
     celery_adapter = CeleryAdapter()
     trackers: list[FakeTracker] = []
 
     def put_up(app: celery.Celery) -> FakeTracker:
         assert app.conf.broker_url
         guarded = celery_adapter.sources(app, namespace="test", name=None)
-        assert isinstance(guarded, adapter.Guarded) and guarded.client is not None, guarded
+        assert isinstance(guarded, Guarded) and guarded.client is not None, guarded
         tracker = FakeTracker(guarded.source, tmp_path / f"calls{len(trackers)}")
-        adapter.register(tracker)
-        celery_adapter.install(adapter.registered_tracker(tracker), app)
+        registry.register(tracker)
+        celery_adapter.install(registry.registered_tracker(tracker), app)
         trackers.append(tracker)
         return tracker
 
     yield put_up
     for tracker in trackers:
         celery_adapter.uninstall(tracker)
-        adapter.unregister(tracker)
+        registry.unregister(tracker)
 
 
 @pytest.fixture

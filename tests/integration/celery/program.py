@@ -44,7 +44,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def task(**options: Any) -> Callable[[F], F]:
-    """Celery's own decorator, for a checker of types."""
+    """Return Celery's own decorator, with types for the type checker."""
     decorator: Callable[[F], F] = app.task(**options)
     return decorator
 
@@ -54,52 +54,52 @@ def a_call_of_ok(word: object) -> Any:
     return app.signature(f"{__name__}.ok", (word,), immutable=True)
 
 
-def say(word: object) -> None:
-    """Leave a word that only a run can leave."""
+def write(word: object) -> None:
+    """Write a word into the ledger file, which only a run can do."""
     with LEDGER.open("a") as file:
         file.write(f"{time.time():.3f} {os.getpid()} {word}\n")
 
 
-class HasItsOwnSay(Task):  # type: ignore[misc]  # Celery has no types
+class OwnBeforeStart(Task):  # type: ignore[misc]  # Celery has no types
     """A task class with a before_start that does not call Celery's."""
 
     def before_start(self, task_id: str, args: Any, kwargs: Any) -> None:
-        """Say so."""
-        say("before")
+        """Write that it was called."""
+        write("before")
 
 
 @task()
 def ok(word: object = "ok") -> object:
     """Return."""
-    say(word)
+    write(word)
     return word
 
 
-@task(base=HasItsOwnSay)
+@task(base=OwnBeforeStart)
 def own(word: object = "own") -> None:
     """Return, after a before_start of its own."""
-    say(word)
+    write(word)
 
 
 @task(track_started=True)
 def fail(word: object = "fail") -> None:
     """Fail."""
-    say(word)
+    write(word)
     raise ValueError("as it must")
 
 
 @task(bind=True, max_retries=3)
 def again(self: Any, word: object = "again", times: int = 2, countdown: float = 0) -> None:
     """Be retried so many times."""
-    say(word)
+    write(word)
     if self.request.retries < times:
         raise self.retry(countdown=countdown)
 
 
 @task(bind=True, max_retries=3)
 def unstored(self: Any, word: object = "unstored", times: int = 0) -> object:
-    """Be retried so many times; Redis fails when Celery stores what became of the first run."""
-    say(word)
+    """Be retried so many times; Redis fails when Celery stores the result of the first run."""
+    write(word)
     if self.request.retries == 0:
         _fail_once(self.backend)
     if self.request.retries < times:
@@ -109,7 +109,7 @@ def unstored(self: Any, word: object = "unstored", times: int = 0) -> object:
 
 def _fail_once(backend: Any) -> None:
     def fail(*args: object, **options: object) -> None:
-        del backend.set  # what its class has is there again
+        del backend.set  # the method of the class is used again
         raise redis.ConnectionError("as it must")
 
     backend.set = fail
@@ -127,69 +127,69 @@ if Batches is not None:
     def batch(requests: list[Any]) -> None:
         """Run several calls at once, as celery-batches does."""
         for request in requests:
-            say(request.args[0])
+            write(request.args[0])
 
 
 @task()
 def refuse(word: object = "refuse") -> None:
-    """Have it put back, though its message was acknowledged before it began: Celery drops it."""
-    say(word)
+    """Reject with requeue, although the message was acknowledged before the run: Celery drops it."""
+    write(word)
     raise Reject("as it must", requeue=True)
 
 
 @task()
 def slow(word: object = "slow", seconds: float = 5.0) -> object:
-    """Take its time."""
-    say(f"{word}-begins")
+    """Sleep for so many seconds."""
+    write(f"{word}-begins")
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         time.sleep(0.02)
-    say(word)
+    write(word)
     return word
 
 
 @task(acks_late=True)
 def late(word: object = "late", seconds: float = 5.0) -> None:
-    """Take its time, and be acknowledged after it."""
+    """Sleep for so many seconds, and be acknowledged afterwards."""
     slow(word, seconds)
 
 
 @task()
 def busy(word: object = "busy", seconds: float = 5.0) -> None:
-    """Compute, and give nobody else a turn that does not take it."""
-    say(f"{word}-begins")
+    """Compute, and never yield the processor voluntarily."""
+    write(f"{word}-begins")
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         sum(range(1000))
-    say(word)
+    write(word)
 
 
 @task()
 def deaf(word: object = "deaf", seconds: float = 5.0) -> None:
     """Hold the GIL in a C call."""
-    say(f"{word}-begins")
+    write(f"{word}-begins")
     ctypes.PyDLL(None).usleep(int(seconds * 1e6))
-    say(word)
+    write(word)
 
 
 @task()
 def die(word: object = "die") -> None:
-    """Be killed, but once only."""
-    say(word)
+    """Be killed, but only once."""
+    write(word)
     _die_once(word)
 
 
 @task(acks_late=True, reject_on_worker_lost=True)
 def die_late(word: object = "die_late") -> None:
-    """The same, where Celery would run it again by itself."""
-    say(word)
+    """Be killed once, where Celery would run the task again itself."""
+    write(word)
     _die_once(word)
 
 
 @task()
 def die_always(word: object = "die_always") -> None:
-    """Be killed whenever it runs."""
-    say(word)
+    """Be killed at every run."""
+    write(word)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -199,7 +199,7 @@ def _die_once(word: object) -> None:
 
 
 class Stopped(BaseException):
-    """What a library of the user's throws past every ``except Exception``."""
+    """An exception of a user's library that passes every ``except Exception``."""
 
 
 def _break_off(how: str) -> None:
@@ -224,70 +224,70 @@ def _break_off(how: str) -> None:
 
 @task()
 def broken(how: str) -> None:
-    """Raise what is no Exception."""
-    say(how)
+    """Raise a BaseException that is no Exception."""
+    write(how)
     _break_off(how)
 
 
 @task(acks_late=True)
 def broken_late(how: str) -> None:
-    """Raise it in the first run, and be acknowledged after it."""
-    say(how)
+    """Raise it in the first run, and be acknowledged afterwards."""
+    write(how)
     if LEDGER.read_text().count(f" {how}\n") < 2:
         _break_off(how)
 
 
 @task(acks_late=True, reject_on_worker_lost=True)
 def broken_requeued(how: str) -> None:
-    """The same, where Celery queues again what its child took along."""
+    """Raise it, where Celery queues the message of a dead child again."""
     broken_late(how)
 
 
 @task()
 def leave(word: object = "leave") -> None:
     """Call sys.exit()."""
-    say(word)
+    write(word)
     sys.exit(3)
 
 
 @task(time_limit=1)
 def too_long(word: object = "too_long") -> None:
-    """Be killed for its hard time limit."""
+    """Be killed at the hard time limit."""
     slow(word, 30)
 
 
 @task(time_limit=1, acks_late=True)
 def too_long_late(word: object = "too_long_late") -> None:
-    """The same; where Celery is told so, it is queued again, and the second time it is quick."""
-    say(word)
+    """Be killed at the hard time limit; if Celery is so configured, be queued again, and then be quick."""
+    write(word)
     if LEDGER.read_text().count(f" {word}\n") < 2:
         time.sleep(30)
 
 
 @task(soft_time_limit=1)
 def too_slow(word: object = "too_slow") -> None:
-    """Be interrupted by its soft time limit."""
+    """Be interrupted by the soft time limit."""
     slow(word, 30)
 
 
 @task()
 def ignore(word: object = "ignore") -> None:
     """Raise Ignore."""
-    say(word)
+    write(word)
     raise Ignore
 
 
 @task(acks_late=True)
 def reject(word: object = "reject") -> None:
     """Raise Reject."""
-    say(word)
+    write(word)
     raise Reject("no")
 
 
 @task(acks_late=True)
 def requeue(word: object = "requeue") -> None:
     """Ask to be queued again, five times: more often than a crash budget allows."""
-    say(word)
+    write(word)
     if LEDGER.read_text().count(f" {word}\n") < 6:
         raise Reject("not yet", requeue=True)
 
@@ -295,20 +295,20 @@ def requeue(word: object = "requeue") -> None:
 @task(bind=True)
 def replaced(self: Any, word: object = "replaced") -> Any:
     """Be replaced by another task."""
-    say(word)
+    write(word)
     return self.replace(a_call_of_ok(f"{word}-by-another"))
 
 
 @task()
 def collect(results: list[object], word: object = "collect") -> object:
     """Be the body of a chord."""
-    say(word)
+    write(word)
     return sorted(map(str, results))
 
 
 @task()
 def fan(word: object = "fan", size: int = 3) -> None:
     """Send a chord from inside a task."""
-    say(word)
+    write(word)
     body = app.signature(f"{__name__}.collect", (f"{word}-all",))
     chord(group(a_call_of_ok(f"{word}-{n}") for n in range(size)), body).delay()

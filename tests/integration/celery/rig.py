@@ -1,4 +1,4 @@
-"""Real workers, by the usual command, with a real ledger and a leader that is a process of its own."""
+"""Real workers, started by the usual command, with a real ledger and a leader in its own process."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ QUICK: dict[str, Any] = {
     "lease": 3.0,
     "crash_backoff": (0.0,),
 }
-SOON = 40.0
-"""Seconds for what takes a few on an idle machine."""
+SOON = 120.0
+"""Seconds to wait for an event that takes a few on an idle machine."""
 
 
 class Process:
@@ -56,29 +56,29 @@ class Process:
 
     @property
     def text(self) -> str:
-        """What it has printed."""
+        """The output of the process."""
         return self.log.read_text(errors="replace")
 
     @property
     def ended(self) -> bool:
-        """Whether it is gone."""
+        """True if the process has ended."""
         return self._popen.poll() is not None
 
     def signal(self, number: int) -> None:
-        """Send it a signal, and its children none."""
+        """Send a signal to the process, and not to its children."""
         self._popen.send_signal(number)
 
     def wait(self, timeout: float = SOON) -> int:
-        """Wait for its end; gives its exit code."""
+        """Wait for the end of the process; return its exit code."""
         return self._popen.wait(timeout)
 
     def stop(self) -> int:
-        """End it in an orderly way."""
+        """End the process in an orderly way."""
         self.signal(signal.SIGTERM)
         return self.wait()
 
     def kill(self) -> None:
-        """Kill it, and all that it has started."""
+        """Kill the process and all its children."""
         with suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         self._popen.wait(10)
@@ -90,7 +90,10 @@ class Rig:
     def __init__(
         self, folder: Path, database: str, redis_url: str, conf: Mapping[str, Any] | None = None
     ) -> None:
-        """``conf``: of every application, where jobguard's URL is not one of Celery's."""
+        """Take the addresses and settings.
+
+        ``conf``: settings of every application, where jobguard's URL is not one of Celery's.
+        """
         self.folder, self.database, self.redis_url = folder, database, redis_url
         self.ledger = folder / "ledger"
         self.ledger.touch()
@@ -102,7 +105,7 @@ class Rig:
         self.app.conf.update({"result_backend": redis_url} | self._conf)
 
     def guard(self) -> JobGuard:
-        """Guard what the test itself sends."""
+        """Guard the tasks that the test itself sends."""
         patient = dict.fromkeys(("connect_timeout", "call_timeout", "record_timeout"), 10.0)
         settings: dict[str, Any] = {**QUICK, **patient}
         return jobguard.guard(self.app, postgres=self.database, **settings)
@@ -141,7 +144,7 @@ class Rig:
         return process
 
     def add_consumer(self, worker: Process, queue: str) -> None:
-        """Have a worker consume another queue: told again until it answers, for it may not listen yet."""
+        """Have a worker consume another queue; repeat the command until the worker answers."""
         name = f"{worker.log.name.partition('-')[0]}@{socket.gethostname()}"
         add = self.app.control.add_consumer
         self.until(lambda: add(queue, destination=[name], reply=True, limit=1))
@@ -156,17 +159,17 @@ class Rig:
         return process
 
     def trusted(self, queue: str = "celery") -> bool:
-        """Whether what is lost of the queue is put back."""
+        """Return True if lost tasks of the queue are put back."""
         trusted = "select 1 from jobguard.queues where queue = %s and trusted_since is not null"
         return bool(self.ask(trusted, queue))
 
-    def listed(self) -> list[set[str]]:
-        """Return the queues of each worker that is there, by its last beat."""
+    def queues_in_beats(self) -> list[set[str]]:
+        """Return the queues of each live worker, by its last beat."""
         rows = self.ask("select queues from jobguard.workers where left_at is null order by id")
         return [set(queues) for (queues,) in rows]
 
     def announced(self) -> list[set[str]]:
-        """Return the queues of each worker, as it makes itself known in Redis."""
+        """Return the queues of each worker, as announced in Redis."""
         about = self.redis.hgetall(Layout().about)
         reported = [json.loads(raw) for field, raw in about.items() if b" " not in field]
         return [set(one["queues"]) for one in reported]
@@ -202,7 +205,7 @@ class Rig:
 
         eventually(up, SOON, message=f"{process.log.name} is up")
 
-    # -- sending and looking -----------------------------------------------------------------------
+    # -- sending and reading -----------------------------------------------------------------------
 
     def signature(self, task: str, *args: Any, **options: Any) -> Any:
         """Return a call of one of the program's tasks."""
@@ -213,7 +216,7 @@ class Rig:
         return str(self.app.send_task(f"{PROGRAM}.{task}", args, **options).id)
 
     def ask(self, sql: str, *values: Any) -> list[Any]:
-        """Ask the ledger in Postgres."""
+        """Query the ledger in Postgres."""
         return self._postgres.execute(sql, values).fetchall()
 
     def ended(self, job_id: str) -> list[str]:
@@ -224,7 +227,7 @@ class Rig:
         return [outcome for (outcome,) in rows]
 
     def error(self, job_id: str) -> str:
-        """Return what the ledger says of why a job failed."""
+        """Return the error of a failed job, as the ledger has it."""
         rows = self.ask("select errors::text from jobguard.history where job_id = %s", job_id)
         return "\n".join(str(errors) for (errors,) in rows)
 
@@ -238,23 +241,23 @@ class Rig:
         ((count,),) = self.ask("select count(*) from jobguard.running")
         return int(count)
 
-    def said(self) -> Counter[str]:
-        """Return what the tasks have said, and how often."""
+    def written(self) -> Counter[str]:
+        """Return the words that the tasks wrote, and how often."""
         lines = (line.split(" ", 2) for line in self.ledger.read_text().splitlines())
         return Counter(word for _, _, word in lines)
 
     def when(self, word: str) -> list[float]:
-        """Return when a task has said this."""
+        """Return the times at which a task wrote this word."""
         lines = [line.split(" ", 2) for line in self.ledger.read_text().splitlines()]
-        return [float(at) for at, _, said in lines if said == word]
+        return [float(at) for at, _, written in lines if written == word]
 
     def pid(self, word: str) -> int:
-        """Return which process has said this last."""
+        """Return the process that wrote this word last."""
         lines = [line.split(" ", 2) for line in self.ledger.read_text().splitlines()]
-        return [int(pid) for _, pid, said in lines if said == word][-1]
+        return [int(pid) for _, pid, written in lines if written == word][-1]
 
     def until(self, is_so: Any, timeout: float = SOON) -> Any:
-        """Wait for it."""
+        """Wait until this is true."""
         return eventually(is_so, timeout)
 
     def show(self) -> None:
@@ -267,7 +270,7 @@ class Rig:
 def a_rig(
     folder: Path, database: str, redis_url: str, conf: Mapping[str, Any] | None = None
 ) -> Iterator[Rig]:
-    """Give a rig whose own sends are guarded."""
+    """Give a rig whose own tasks are guarded."""
     rig = Rig(folder, database, redis_url, conf)
     try:
         with rig.guard():
@@ -278,5 +281,5 @@ def a_rig(
 
 
 def now() -> float:
-    """The clock of the tasks."""
+    """Return the time by the clock of the tasks."""
     return time.time()

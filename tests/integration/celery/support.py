@@ -1,4 +1,4 @@
-"""What the tests of the Celery adapter do to Redis and to a broker."""
+"""Operations of the Celery adapter's tests on Redis and on a broker."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Message = dict[str, Any]
 
 
 class FakeTracker(adapters.FakeTracker):
-    """A tracker that remembers what a join was opened with."""
+    """A tracker that remembers the state that each join was opened with."""
 
     joins: dict[str, bytes]
 
@@ -27,13 +27,13 @@ class FakeTracker(adapters.FakeTracker):
         self.joins = {}
 
     def open_join(self, join: str, size: int, state: bytes = b"") -> Recorded:
-        """Remember it."""
+        """Remember the state of a join."""
         self.joins[join] = state
         return super().open_join(join, size, state)
 
 
 def lists(client: redis.Redis) -> dict[str, list[Message]]:
-    """Return every message that waits, by list, from the head, without the tag that is drawn anew."""
+    """Return every waiting message by list, from the head, without the random delivery tag."""
     found = {}
     any_client: Any = client
     for key in sorted(any_client.scan_iter()):
@@ -46,24 +46,24 @@ def lists(client: redis.Redis) -> dict[str, list[Message]]:
 
 
 def bare(messages: dict[str, list[Message]]) -> dict[str, list[Message]]:
-    """Return the same as an unguarded app sends them."""
+    """Return the same messages as an unguarded app sends them."""
     for message in (one for several in messages.values() for one in several):
         message["headers"].pop("jobguard", None)
     return messages
 
 
 def observe(broker: CeleryBroker, delivery: Delivery, **known: Any) -> Observation:
-    """Look for one."""
+    """Observe one delivery."""
     return broker.presence([aged(delivery, **known)])[delivery.token]
 
 
 def aged(delivery: Delivery, age: float = 0.0, **known: Any) -> Owed:
-    """Return a delivery as a look needs it."""
+    """Return a delivery in the form that an inspection needs."""
     return replace(owed(delivery), age=age, **known)
 
 
 def put_back(broker: CeleryBroker, *deliveries: Delivery, **changes: Any) -> list[Restored]:
-    """Put back, with time enough."""
+    """Restore these deliveries, with enough time."""
     done = broker.restore(
         [lost(delivery, **changes) for delivery in deliveries], deadline=time.time() + 60
     )
@@ -71,7 +71,7 @@ def put_back(broker: CeleryBroker, *deliveries: Delivery, **changes: Any) -> lis
 
 
 def take(client: redis.Redis, key: str = "celery", *, worker: str = "", tag: str = "") -> str:
-    """Do what a worker does that takes a message, guarded or not; return its tag."""
+    """Take a message as a worker does, guarded or not; return its tag."""
     there: Any = client
     message = json.loads(there.rpop(key))
     if worker:

@@ -15,7 +15,7 @@ WORDS = [f"w{n}" for n in range(7)]
 
 @pytest.fixture
 def rig(tmp_path: Path, database: str, redis_url: str) -> Iterator[Rig]:
-    """Give real workers with a leader, and an application that is guarded."""
+    """Give real workers with a leader, and a guarded application."""
     with a_rig(tmp_path, database, redis_url) as rig:
         rig.reconciler()
         yield rig
@@ -24,12 +24,12 @@ def rig(tmp_path: Path, database: str, redis_url: str) -> Iterator[Rig]:
 @pytest.mark.parametrize("conf", [{}, {"task_acks_late": True}, {"task_track_started": True}])
 @pytest.mark.parametrize("pool", ["prefork", "threads"])
 def test_each_runs_once_and_nothing_is_owed(rig: Rig, pool: str, conf: dict[str, object]) -> None:
-    """What its strategy acknowledges has ended."""
+    """Each task runs once, and the acknowledgement of its strategy ends it."""
     worker = rig.worker(pool, concurrency=1, conf=conf)
     jobs = [rig.send("batch", word) for word in WORDS]
-    rig.until(lambda: rig.said().keys() >= set(WORDS))
+    rig.until(lambda: rig.written().keys() >= set(WORDS))
     rig.until(lambda: not rig.owed())
-    assert set(rig.said().values()) == {1}
+    assert set(rig.written().values()) == {1}
     assert [rig.ended(job_id) for job_id in jobs] == [["completed"]] * len(jobs)
-    assert "jobguard could not" not in worker.text
+    assert "jobguard failed" not in worker.text
     assert "Traceback" not in worker.text

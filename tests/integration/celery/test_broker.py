@@ -17,7 +17,7 @@ from kombu.entity import Exchange, Queue
 
 from jobguard.adapters.celery import announce, scan
 from jobguard.adapters.celery.broker import CeleryBroker
-from jobguard.adapters.celery.header import token_in
+from jobguard.adapters.celery.envelope import token_in
 from jobguard.model import EndedPart, OpenJoin, Presence, Restored, new_token
 from tests.fakes.adapters import lost
 from tests.integration.celery.support import FakeTracker, aged, lists, observe, put_back, take
@@ -28,12 +28,12 @@ Guard = Callable[[celery.Celery], FakeTracker]
 
 
 class TestPresence:
-    """Where a look finds a delivery."""
+    """The places in which a scan finds a delivery."""
 
     def test_all_lists_of_a_queue(
         self, make_app: Make, guard: Guard, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """In every list of a queue, also one longer than what is read at once; also by protocol 1."""
+        """A delivery is found in every list of a queue, also in one longer than a chunk; protocol 1 too."""
         monkeypatch.setattr(scan, "CHUNK", 3)
         app = make_app()
         old = make_app(task_protocol=1, task_serializer="pickle")
@@ -52,7 +52,7 @@ class TestPresence:
     def test_taken(
         self, app: celery.Celery, tracker: FakeTracker, broker: CeleryBroker, client: redis.Redis
     ) -> None:
-        """In what a worker has taken, with the worker's session if it is a guarded one."""
+        """A delivery is found in ``unacked``, with the session of a guarded worker."""
         mine = uuid.uuid4().hex
         app.tasks["add"].delay(1)
         app.tasks["add"].delay(2)
@@ -65,27 +65,27 @@ class TestPresence:
     def test_gone(
         self, app: celery.Celery, tracker: FakeTracker, broker: CeleryBroker, client: redis.Redis
     ) -> None:
-        """Nowhere: a look is never the second look at the same delivery."""
+        """An absent delivery is absent, and one scan never answers twice for the same delivery."""
         app.tasks["add"].delay(1)
         (delivery,) = tracker.recorded
         assert observe(broker, delivery).presence is Presence.WAITING
         client.delete("celery")
         assert observe(broker, delivery).presence is Presence.ABSENT
 
-    def test_one_look_serves_several_pages(
+    def test_one_scan_serves_several_pages(
         self,
         app: celery.Celery,
         tracker: FakeTracker,
         broker: CeleryBroker,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        """For as long as it took, and for deliveries older than it."""
+        """A scan serves other pages for as long as it took, and for deliveries older than it."""
         for n in range(3):
             app.tasks["add"].delay(n)
-        looks = []
+        scans = []
 
         def costly(*args: Any) -> scan.Scan:
-            looks.append(args)
+            scans.append(args)
             found = scan.read_broker(*args)
             found.cost = 60.0
             return found
@@ -94,68 +94,68 @@ class TestPresence:
         first, second, third = tracker.recorded
         broker.presence([aged(first, 60)])
         broker.presence([aged(second, 60)])
-        assert len(looks) == 1
+        assert len(scans) == 1
         broker.presence([aged(second, 60)])
-        assert len(looks) == 2
+        assert len(scans) == 2
         broker.presence([aged(third, 0)])
-        assert len(looks) == 3
+        assert len(scans) == 3
 
     def test_own_header_of_headers(
         self, app: celery.Celery, tracker: FakeTracker, broker: CeleryBroker
     ) -> None:
-        """A user's header that looks like ours does not hide it."""
+        """A user's header that resembles ours does not hide the token."""
         other = new_token().hex
         app.tasks["add"].apply_async((1,), headers={"mine": {"jobguard": other}})
         assert observe(broker, tracker.recorded[0]).presence is Presence.WAITING
 
 
 class TestResults:
-    """What the stored result of an absent task says."""
+    """The stored result of an absent task."""
 
     @pytest.fixture
     def seen(
         self, app: celery.Celery, tracker: FakeTracker, broker: CeleryBroker, client: redis.Redis
     ) -> Callable[..., Presence]:
-        """Return how a lost task looks whose result is this."""
+        """Return the presence of a lost task with this stored result."""
         make_known(app, "w@h", "celery")
 
-        def look_at(age: float = 60.0, claims: int = 1, **meta: Any) -> Presence:
+        def presence_of(age: float = 60.0, claims: int = 1, **meta: Any) -> Presence:
             result = app.tasks["add"].delay(1)
             client.delete("celery")
-            reported = {
+            stored = {
                 "status": "SUCCESS",
                 "result": 3,
                 "date_done": datetime.now(UTC).isoformat(),
             }
-            client.set(f"celery-task-meta-{result.id}", json.dumps({**reported, **meta}))
+            client.set(f"celery-task-meta-{result.id}", json.dumps({**stored, **meta}))
             return broker.presence([aged(tracker.recorded[-1], age, claims=claims)])[
                 tracker.recorded[-1].token
             ].presence
 
-        return look_at
+        return presence_of
 
     def test_final(self, seen: Callable[..., Presence]) -> None:
-        """It has ended, if its result is final."""
+        """A task with a final result has ended."""
         assert seen() is Presence.FINISHED
         assert seen(status="FAILURE", result={"exc_type": "ValueError"}) is Presence.FAILED
         assert seen(status="REVOKED") is Presence.CANCELLED
 
     def test_not_final(self, seen: Callable[..., Presence]) -> None:
-        """A retry is none, nor is a killed worker, for that is for the ledger to say."""
+        """A retry is not final, nor is a killed worker: the ledger decides about that."""
         assert seen(status="RETRY") is Presence.ABSENT
         assert seen(status="STARTED") is Presence.ABSENT
         killed = {"exc_type": "WorkerLostError", "exc_message": ["signal 9"]}
         assert seen(status="FAILURE", result=killed) is Presence.ABSENT
 
-    def test_of_a_delivery_that_nobody_began(self, seen: Callable[..., Presence]) -> None:
-        """A failure is that of the attempt before: Celery stores one where it cannot write a retry."""
+    def test_of_a_delivery_that_has_not_begun(self, seen: Callable[..., Presence]) -> None:
+        """A failure before the start belongs to the attempt before: its retry could not be stored."""
         failure = {"status": "FAILURE", "result": {"exc_type": "ConnectionError"}}
         assert seen(claims=0, **failure) is Presence.ABSENT
         assert seen(claims=0, age=7_200, **failure) is Presence.FAILED
         assert seen(claims=0, status="REVOKED") is Presence.CANCELLED
 
     def test_of_an_earlier_life(self, seen: Callable[..., Presence]) -> None:
-        """An id may be used again: the result must be younger than the record."""
+        """A result older than the record belongs to an earlier life of the id."""
         before = (datetime.now(UTC) - timedelta(minutes=2)).isoformat()
         assert seen(date_done=before) is Presence.ABSENT
         assert seen(date_done=None) is Presence.ABSENT
@@ -168,7 +168,7 @@ class TestResults:
         guard: Guard,
         client: redis.Redis,
     ) -> None:
-        """What is pickled is not read."""
+        """A pickled result is not read."""
         app = make_app(result_serializer="pickle")
         tracker = guard(app)
         broker = CeleryBroker(tracker.source, client)
@@ -206,7 +206,7 @@ class TestRestore:
     def test_order_and_tags(
         self, app: celery.Celery, tracker: FakeTracker, broker: CeleryBroker, client: redis.Redis
     ) -> None:
-        """In the order of recording, each with a tag of its own."""
+        """Deliveries are put back in the order of recording, each with a tag of its own."""
         for n in range(3):
             app.tasks["add"].delay(n)
         before = lists(client)
@@ -216,10 +216,10 @@ class TestRestore:
         assert lists(client) == before
         assert len(_tags(client) | tags) == 6
 
-    def test_what_is_there_is_left(
+    def test_a_present_message_is_left(
         self, app: celery.Celery, tracker: FakeTracker, broker: CeleryBroker, client: redis.Redis
     ) -> None:
-        """Without a look of before, one is made."""
+        """Without an earlier scan, a restore makes one."""
         app.tasks["add"].delay(1)
         app.tasks["add"].delay(2)
         take(client)
@@ -229,7 +229,7 @@ class TestRestore:
     def test_deadline(
         self, app: celery.Celery, tracker: FakeTracker, broker: CeleryBroker, client: redis.Redis
     ) -> None:
-        """Past its deadline, in Redis' time, a leader puts nothing back."""
+        """After its deadline, in Redis' time, a leader puts nothing back."""
         app.tasks["add"].delay(1)
         (delivery,) = tracker.recorded
         client.flushdb()
@@ -240,7 +240,7 @@ class TestRestore:
     def test_expired(
         self, app: celery.Celery, tracker: FakeTracker, broker: CeleryBroker, client: redis.Redis
     ) -> None:
-        """What the worker would drop is not put back."""
+        """An expired message, which the worker would drop, is not put back."""
         app.tasks["add"].delay(1)
         client.flushdb()
         past = time.time() - 1
@@ -250,7 +250,7 @@ class TestRestore:
     def test_two_leaders(
         self, app: celery.Celery, tracker: FakeTracker, broker: CeleryBroker, client: redis.Redis
     ) -> None:
-        """Of two that have both seen it nowhere, only one puts it back."""
+        """Of two leaders that both scanned before the restore, only one puts the delivery back."""
         app.tasks["add"].delay(1)
         (delivery,) = tracker.recorded
         other = CeleryBroker(tracker.source, client)
@@ -263,30 +263,30 @@ class TestRestore:
         assert put_back(broker, delivery) == [Restored.RESTORED]
         assert put_back(other, delivery) == [Restored.PRESENT]
         assert client.llen("celery") == 1
-        client.delete("celery")  # lost once more
+        client.delete("celery")  # lost again
         assert observe(other, delivery).presence is Presence.ABSENT
         assert put_back(other, delivery) == [Restored.RESTORED]
 
     def test_from_a_dead_worker(
         self, app: celery.Celery, tracker: FakeTracker, broker: CeleryBroker, client: redis.Redis
     ) -> None:
-        """What a dead worker had is taken from it, and is next in line again, in its order."""
+        """Messages of a dead worker are taken from it, and are next in line again, in their order."""
         dead = uuid.uuid4().hex
         for n in range(3):
             app.tasks["add"].delay(n)
         before = lists(client)
         take(client, worker=dead)
         take(client, worker=dead)
-        held = tracker.recorded[:2]
-        assert {observe(broker, delivery).taken_by for delivery in held} == {dead}
-        assert put_back(broker, *held, taken_by=dead) == [Restored.RESTORED] * 2
+        taken_before = tracker.recorded[:2]
+        assert {observe(broker, delivery).taken_by for delivery in taken_before} == {dead}
+        assert put_back(broker, *taken_before, taken_by=dead) == [Restored.RESTORED] * 2
         assert lists(client) == before
         assert not client.exists("unacked") and not client.exists("unacked_index")
 
     def test_from_a_worker_that_has_it_no_more(
         self, app: celery.Celery, tracker: FakeTracker, broker: CeleryBroker, client: redis.Redis
     ) -> None:
-        """If another has it by now, it is left there."""
+        """A message that another worker has taken meanwhile is left there."""
         dead, alive = uuid.uuid4().hex, uuid.uuid4().hex
         app.tasks["add"].delay(1)
         (delivery,) = tracker.recorded
@@ -301,7 +301,7 @@ class TestRestore:
     def test_requeued(
         self, app: celery.Celery, tracker: FakeTracker, broker: CeleryBroker, client: redis.Redis
     ) -> None:
-        """A person's requeue minted a token: it is the one that the message carries."""
+        """After a person's requeue the message carries the new token."""
         app.tasks["add"].delay(1)
         (delivery,) = tracker.recorded
         client.flushdb()
@@ -314,23 +314,23 @@ class TestRestore:
     def test_unreadable(
         self, app: celery.Celery, tracker: FakeTracker, broker: CeleryBroker, client: redis.Redis
     ) -> None:
-        """An envelope of another version is left alone."""
+        """An envelope of another version is not restored."""
         app.tasks["add"].delay(1)
         client.flushdb()
         answers = put_back(broker, *tracker.recorded, envelope=b"\x09what")
         assert answers == [Restored.UNREADABLE]
 
-    def test_what_runs_is_not_pushed(
+    def test_a_running_delivery_is_not_pushed(
         self, app: celery.Celery, tracker: FakeTracker, broker: CeleryBroker, client: redis.Redis
     ) -> None:
-        """A live worker runs it."""
+        """A delivery that a live worker runs is not restored."""
         app.tasks["add"].delay(1)
         client.flushdb()
         put_back(broker, *tracker.recorded, running=True)
         assert not client.exists("celery")
 
     def test_bindings_come_back(self, make_app: Make, guard: Guard, client: redis.Redis) -> None:
-        """A producer that declared its queue long ago finds the way to it again."""
+        """A binding that Redis lost is restored, for a producer that declared its queue long ago."""
         app = make_app(task_queues=[Queue("tq", Exchange("t", "topic"), routing_key="a.#")])
         tracker = guard(app)
         app.tasks["add"].apply_async((1,), queue="tq", routing_key="a.b")
@@ -342,10 +342,10 @@ class TestRestore:
         app.tasks["add"].apply_async((1,), queue="tq", routing_key="a.b")
         assert client.llen("tq") == 1
 
-    def test_an_exchange_that_nobody_declared(
+    def test_an_undeclared_exchange(
         self, make_app: Make, guard: Guard, client: redis.Redis
     ) -> None:
-        """Bare kombu drops the message; to be guarded does not change where it goes."""
+        """An undeclared exchange drops the message, with the guard as without it."""
         lengths = []
         for guarded in (False, True):
             exchange = Exchange(f"undeclared-{guarded}", "topic")
@@ -358,23 +358,23 @@ class TestRestore:
 
 
 class TestConsumers:
-    """Who takes tasks from a queue, guarded or not."""
+    """The consumers of a queue, guarded or not."""
 
-    def test_strangers(
+    def test_unguarded_workers(
         self, app: celery.Celery, tracker: FakeTracker, broker: CeleryBroker, client: redis.Redis
     ) -> None:
-        """One that is bound and hears is a stranger in every queue; a dead one's name is not."""
+        """A bound worker that listens is unguarded in every queue; a dead worker is not counted."""
         make_known(app, "good@h", "celery", "q2")
         bind(client, "good@h")
         assert broker.consumers()["celery"] == {"good@h"}
         assert broker.consumers()["q3"] == frozenset()
-        bind(client, "bad@h")  # it was killed long ago
+        bind(client, "bad@h")  # this worker was killed long ago
         with any_client(client).pubsub() as good:
-            hear(client, good)
+            listen(client, good)
             fresh(broker)
             assert broker.consumers()["q2"] == {"good@h"}
             with any_client(client).pubsub() as bad:
-                hear(client, bad)
+                listen(client, bad)
                 fresh(broker)
                 assert broker.consumers()["q2"] == {"good@h", "bad@h"}
                 assert broker.consumers()["q3"] == {"bad@h"}
@@ -382,31 +382,31 @@ class TestConsumers:
     def test_after_a_loss(
         self, app: celery.Celery, tracker: FakeTracker, broker: CeleryBroker, client: redis.Redis
     ) -> None:
-        """A guarded worker that has not yet said so again is no stranger."""
+        """A guarded worker whose announcement was lost does not count as unguarded."""
         make_known(app, "good@h", "celery")
         broker.consumers()
         client.flushdb()
         bind(client, "good@h")
         with any_client(client).pubsub() as good:
-            hear(client, good)
+            listen(client, good)
             assert broker.consumers()["q2"] == frozenset()
 
     def test_one_that_left(
         self, app: celery.Celery, broker: CeleryBroker, client: redis.Redis
     ) -> None:
-        """It takes nothing any more."""
+        """A worker that has left takes nothing any more."""
         session = make_known(app, "good@h", "celery")
         announce.leave(app, session=session)
         assert broker.consumers()["celery"] == frozenset()
 
 
 class TestBury:
-    """What is given up is shown as failed."""
+    """A dead task is shown as failed."""
 
     def test_failure_is_stored(
         self, app: celery.Celery, tracker: FakeTracker, broker: CeleryBroker
     ) -> None:
-        """Whoever waits for the result is told; a result that stands is left."""
+        """Callers that wait for the result get a failure; a stored result is kept."""
         make_known(app, "w@h", "celery")
         lost_one, done = app.tasks["add"].delay(1), app.tasks["add"].delay(2)
         app.backend.store_result(done.id, 4, "SUCCESS")
@@ -415,10 +415,10 @@ class TestBury:
             lost_one.get(timeout=5)
         assert done.get(timeout=5) == 4
 
-    def test_what_its_worker_had(
+    def test_messages_of_its_last_worker(
         self, app: celery.Celery, tracker: FakeTracker, broker: CeleryBroker, client: redis.Redis
     ) -> None:
-        """It does not come back when Celery's own patience ends; what others have stays."""
+        """A buried task does not come back after Celery's timeout; messages of other workers stay."""
         for n in range(2):
             app.tasks["add"].delay(n)
             take(client, worker=uuid.uuid4().hex)
@@ -429,7 +429,7 @@ class TestBury:
     def test_nothing_is_known(
         self, app: celery.Celery, tracker: FakeTracker, broker: CeleryBroker, client: redis.Redis
     ) -> None:
-        """Without a worker that says where results are, there is nothing to do."""
+        """Without a worker that announced the place of results, nothing is stored."""
         app.tasks["add"].delay(1)
         before = set(client.scan_iter())
         broker.bury([aged(delivery) for delivery in tracker.recorded], deadline=time.time() + 60)
@@ -437,12 +437,12 @@ class TestBury:
 
 
 class TestRejoin:
-    """What a chord has counted is put back."""
+    """The counters of a chord are put back."""
 
     def test_counts_and_finish(
         self, app: celery.Celery, tracker: FakeTracker, broker: CeleryBroker, client: redis.Redis
     ) -> None:
-        """Where it is missing, and only there; and the last part is told again."""
+        """Missing counters are put back, and only these; and the last part is counted again."""
         result = chord([app.tasks["add"].s(n, n) for n in range(2)])(app.tasks["total"].s())
         group = result.parent.id
         members = tracker.recorded
@@ -470,7 +470,7 @@ class TestRejoin:
     def test_parts_from_results(
         self, conf: dict[str, Any], make_app: Make, guard: Guard, client: redis.Redis
     ) -> None:
-        """What nobody reported is read from the stored result, as Celery would have kept it."""
+        """A part that was not reported is made from the stored result, in Celery's format."""
         app = make_app(**conf)
         tracker = guard(app)
         broker = CeleryBroker(tracker.source, client)
@@ -491,7 +491,7 @@ class TestRejoin:
     def test_deadline_and_done(
         self, app: celery.Celery, tracker: FakeTracker, broker: CeleryBroker, client: redis.Redis
     ) -> None:
-        """Too late, or its body is on its way: nothing is touched."""
+        """After the deadline, or with the body on its way, nothing is changed."""
         result = chord([app.tasks["add"].s(1, 1)])(app.tasks["total"].s())
         group = result.parent.id
         join = OpenJoin(group, 1, tracker.joins[group], parts(app, group, tracker.recorded))
@@ -515,12 +515,12 @@ def parts(app: Any, group: str, members: Any) -> list[EndedPart]:
 
 
 def any_client(client: redis.Redis) -> Any:
-    """Return it without its types, which have gaps."""
+    """Return it without its types, which are incomplete."""
     return client
 
 
 def make_known(app: Any, name: str, *queues: str) -> uuid.UUID:
-    """Do what a guarded worker does every few seconds, until a busy machine lets it."""
+    """Announce a guarded worker as it does every few seconds; repeat it on a busy machine."""
     session = uuid.uuid4()
 
     def is_known() -> bool:
@@ -533,11 +533,11 @@ def make_known(app: Any, name: str, *queues: str) -> uuid.UUID:
 
 
 def bind(client: redis.Redis, name: str) -> None:
-    """Do what a worker does at its start to be controlled."""
+    """Bind the control queue of a worker, as the worker does at its start."""
     client.sadd("_kombu.binding.celery.pidbox", f"\x06\x16\x06\x16{name}.celery.pidbox")
 
 
-def hear(client: redis.Redis, pubsub: Any) -> None:
+def listen(client: redis.Redis, pubsub: Any) -> None:
     """Listen as a worker does."""
     db = client.connection_pool.connection_kwargs["db"]
     pubsub.psubscribe(f"/{db}.celery.pidbox")
@@ -545,7 +545,7 @@ def hear(client: redis.Redis, pubsub: Any) -> None:
 
 
 def fresh(broker: CeleryBroker) -> None:
-    """Have it ask again how many hear it."""
+    """Make the broker count the listeners again."""
     broker._workers._asked_at = float("-inf")
 
 

@@ -1,4 +1,4 @@
-"""What a person takes out stays out: the tombstone comes before Redis is told."""
+"""A task that a person cancels stays cancelled: the tombstone is written before Redis is changed."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ Guard = Callable[[celery.Celery], FakeTracker]
 
 
 class TestRevoke:
-    """Revoked, by whatever name."""
+    """Tasks that are revoked in any way."""
 
     def test_by_id(self, app: celery.Celery, tracker: FakeTracker) -> None:
-        """One, several, through a result, and terminated."""
+        """One id, several ids, through a result, and with terminate: all are recorded."""
         results = [app.tasks["add"].delay(n) for n in range(5)]
         app.control.revoke(results[0].id)
         app.control.revoke([results[1].id, results[2].id])
@@ -33,7 +33,7 @@ class TestRevoke:
         assert not tracker.owed
         assert set(tracker.ended.values()) == {Outcome.CANCELLED}
 
-    def test_before_the_workers_hear(
+    def test_before_the_workers_are_informed(
         self, app: celery.Celery, tracker: FakeTracker, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Our tombstone comes first."""
@@ -46,13 +46,13 @@ class TestRevoke:
         assert seen == [1]
 
     def test_for_some_workers_only(self, app: celery.Celery, tracker: FakeTracker) -> None:
-        """What some workers shall not run, others may."""
+        """A revoke for some workers only is not recorded, because other workers may run the task."""
         result = app.tasks["add"].delay(1)
         app.control.revoke(result.id, destination=["w1@h"])
         assert not tracker.ended
 
     def test_by_stamps(self, app: celery.Celery, tracker: FakeTracker, client: redis.Redis) -> None:
-        """Those that carry the stamp, waiting or taken."""
+        """A revoke by stamp cancels the deliveries with that stamp, waiting or taken."""
 
         class Visitor(StampingVisitor):  # type: ignore[misc]
             def __init__(self, value: str) -> None:
@@ -73,7 +73,7 @@ class TestRevoke:
 
 
 class TestPurge:
-    """Purged, by whatever command."""
+    """Queues that are purged by any command."""
 
     @pytest.fixture
     def three(self, app: celery.Celery, tracker: FakeTracker, client: redis.Redis) -> list[Any]:
@@ -87,12 +87,12 @@ class TestPurge:
     def test_control(
         self, name: str, app: celery.Celery, tracker: FakeTracker, three: list[Any]
     ) -> None:
-        """From a program: all that waits, and nothing that a worker has taken."""
+        """A purge from a program cancels all waiting deliveries, and none that a worker has taken."""
         assert getattr(app.control, name)() == 2
         assert set(tracker.ended) == {three[1].token, three[2].token}
 
     def test_command(self, app: celery.Celery, tracker: FakeTracker, three: list[Any]) -> None:
-        """From the command line."""
+        """A purge from the command line cancels them too."""
         done = CliRunner().invoke(program, ["-f"], obj=CLIContext(app, True, False))
         assert "Purged 2 messages" in done.output
         assert set(tracker.ended) == {three[1].token, three[2].token}
@@ -100,14 +100,14 @@ class TestPurge:
     def test_deleted_queue(
         self, app: celery.Celery, tracker: FakeTracker, three: list[Any]
     ) -> None:
-        """With its queue."""
+        """The deletion of a queue cancels its deliveries."""
         with app.connection_for_write() as connection:
             connection.default_channel.queue_declare("celery")
             connection.default_channel.queue_delete("celery")
         assert set(tracker.ended) == {three[1].token, three[2].token}
 
     def test_prefix(self, make_app: Make, guard: Guard) -> None:
-        """Under a key prefix."""
+        """A purge works under a key prefix."""
         app = make_app(broker_transport_options={"global_keyprefix": "me:"})
         tracker = guard(app)
         app.tasks["add"].delay(1)
@@ -117,6 +117,6 @@ class TestPurge:
     def test_replies_are_no_tasks(
         self, app: celery.Celery, tracker: FakeTracker, three: list[Any]
     ) -> None:
-        """A queue of replies comes and goes."""
+        """The deletion of a reply queue cancels nothing."""
         app.control.ping(timeout=0.1)
         assert not tracker.cancelled

@@ -1,4 +1,4 @@
-"""A task whose crash budget is spent: Celery hears of its failure in a worker; the function never runs."""
+"""A task with a spent crash budget: a worker reports its failure to Celery; the function never runs."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ from tests.integration.celery.test_fence import received
 
 @pytest.fixture(autouse=True)
 def session(tracker: FakeTracker, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have this process be a worker."""
+    """Make this process a worker."""
     session = tracker.open_session(name="w", queues=["celery"])
     monkeypatch.setattr(sessions, "session_for", lambda *_: session)
 
 
 def waiting(client: redis.Redis) -> list[dict[str, Any]]:
-    """Return the messages that wait."""
+    """Return the waiting messages."""
     return lists(client).get("celery", [])
 
 
-def test_those_are_pushed_again_of_which_somebody_hears(
+def test_tasks_with_a_callback_or_a_chord_are_pushed_again(
     app: celery.Celery, tracker: FakeTracker, broker: CeleryBroker, client: redis.Redis
 ) -> None:
-    """One with an error callback, and a member of a chord; another is dead, and that is all."""
+    """A dead task is pushed if it has an error callback or is a member of a chord, and not otherwise."""
     add = app.tasks["add"]
     add.apply_async((1, 2))
     add.apply_async((1, 2), link_error=app.tasks["total"].s())
     celery.chord([add.s(1, 1)])(app.tasks["total"].s())
-    heard = [delivery.job_id for delivery in tracker.recorded[1:]]
+    pushed = [delivery.job_id for delivery in tracker.recorded[1:]]
     client.delete("celery")
 
     broker.report([lost(one) for one in tracker.recorded], deadline=time.time() + 60)
 
     found = {message["headers"]["id"]: message["headers"] for message in waiting(client)}
-    assert set(found) == set(heard)
+    assert set(found) == set(pushed)
     assert {headers["jobguard-dead"] for headers in found.values()} == {"1"}
     assert {headers["jobguard"] for headers in found.values()} == {
         delivery.token.hex for delivery in tracker.recorded[1:]
@@ -54,7 +54,7 @@ def test_those_are_pushed_again_of_which_somebody_hears(
 def test_too_late_is_not_at_all(
     app: celery.Celery, tracker: FakeTracker, broker: CeleryBroker, client: redis.Redis
 ) -> None:
-    """A leader that fell asleep pushes nothing."""
+    """A leader after its deadline pushes nothing."""
     app.tasks["add"].apply_async((1, 2), link_error=app.tasks["total"].s())
     client.delete("celery")
     broker.report([lost(one) for one in tracker.recorded], deadline=time.time() - 1)
@@ -64,7 +64,7 @@ def test_too_late_is_not_at_all(
 def test_the_worker_tells_celery_and_runs_nothing(
     app: celery.Celery, tracker: FakeTracker, client: redis.Redis
 ) -> None:
-    """The result is a failure, and the error callback is sent; a copy without our word is skipped."""
+    """The result is a failure and the error callback is sent; a copy without our header is skipped."""
     task, errback = app.tasks["add"], app.tasks["total"].s()
     task.apply_async((1, 2), task_id="a", link_error=errback)
     (delivery,) = tracker.recorded

@@ -1,4 +1,4 @@
-"""Celery in a Django project: what is sent on commit is recorded then, and not before."""
+"""Celery in a Django project: a task that is sent on commit is recorded then, and not before."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ settings.configure(
 django.setup()
 from celery.contrib.django.task import DjangoTask
 from django.db import transaction
-from jobguard import adapter
+from jobguard import registry
 from jobguard.adapters.celery import CeleryAdapter
+from jobguard.host_safety import safe_tracker
 from tests.fakes.adapters import FakeTracker
 
 app = celery.Celery("project", broker={redis_url!r}, task_cls=DjangoTask)
@@ -37,8 +38,8 @@ def add(x, y):
 assert app.conf.broker_url
 guarded = CeleryAdapter().sources(app, namespace="test", name=None)
 tracker = FakeTracker(guarded.source, Path({calls!r}))
-adapter.register(tracker)
-CeleryAdapter().install(adapter.behind_wall(tracker), app)
+registry.register(tracker)
+CeleryAdapter().install(safe_tracker(tracker), app)
 
 with transaction.atomic():
     add.delay_on_commit(1, 2)
@@ -57,7 +58,7 @@ assert len(tracker.recorded) == 2
 
 
 def test_delay_on_commit(redis_url: str, tmp_path: Path, client: redis.Redis) -> None:
-    """With the transaction that it waits for."""
+    """The record comes with the commit of the transaction."""
     program = PROGRAM.format(redis_url=redis_url, calls=str(tmp_path / "calls"))
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
     assert client.llen("celery") == 2

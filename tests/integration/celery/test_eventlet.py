@@ -1,4 +1,4 @@
-"""A worker on eventlet: it is guarded, and it ends when it is told to."""
+"""A worker on eventlet: it is guarded, and it ends on request."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.integration.celery.rig import a_rig
 
 @pytest.mark.skipif(not importlib.util.find_spec("eventlet"), reason="eventlet is not installed")
 def test_a_worker_on_eventlet_is_guarded(tmp_path: Path, database: str, redis_url: str) -> None:
-    """Many tasks at once, each claimed and ended; it neither hangs nor outlives its goodbye."""
+    """Many tasks run at once, each claimed and ended; the worker does not hang at its shutdown."""
     with a_rig(tmp_path, database, redis_url) as rig:
         worker = rig.worker("eventlet", concurrency=8)
         sent = [rig.send("slow", f"w{n}", 0.2) for n in range(24)]

@@ -1,4 +1,4 @@
-"""What a worker does before a task is begun."""
+"""The actions of a worker before a task begins."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from tests.integration.celery.support import FakeTracker
 
 @pytest.fixture(autouse=True)
 def session(tracker: FakeTracker, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have this process be a worker."""
+    """Make this process a worker."""
     session = tracker.open_session(name="w", queues=["celery"])
     monkeypatch.setattr(sessions, "session_for", lambda *_: session)
 
 
 @contextmanager
 def received(task: Any, **request: Any) -> Iterator[None]:
-    """Have the task be asked for in a message."""
+    """Make a request for the task from a message."""
     task.push_request(called_directly=False, args=(), kwargs={}, **request)
     try:
         yield
@@ -38,10 +38,10 @@ def received(task: Any, **request: Any) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("away", [False, True], ids=["there", "postgres-away"])
-def test_a_part_that_is_told_again_is_counted_and_not_run(
+def test_a_part_that_is_pushed_again_is_counted_and_not_run(
     app: celery.Celery, tracker: FakeTracker, client: redis.Redis, away: bool
 ) -> None:
-    """Nor where Postgres cannot be asked whether it has ended: a leader has said so."""
+    """A part that a leader pushed again is counted and not run, also while Postgres is away."""
     task, body = app.tasks["add"], app.tasks["total"].s()
     result = celery.chord([task.s(n, n) for n in range(2)])(body)
     assert result.parent is not None
@@ -49,9 +49,9 @@ def test_a_part_that_is_told_again_is_counted_and_not_run(
     tracker.ended[member.token] = Outcome.COMPLETED
     line = json.dumps([group, member.job_id, 0]).encode()
     left = line + b"\n" + app.backend.encode([1, member.job_id, "SUCCESS", 0]).encode()
-    reported = {"jobguard": member.token.hex, "jobguard-part": base64.b64encode(left).decode()}
+    headers = {"jobguard": member.token.hex, "jobguard-part": base64.b64encode(left).decode()}
     with (
-        received(task, id=member.job_id, group=group, chord=body, **reported),
+        received(task, id=member.job_id, group=group, chord=body, **headers),
         pytest.raises(Ignore),
     ):
         task.before_start(member.job_id, (), {})
@@ -59,8 +59,8 @@ def test_a_part_that_is_told_again_is_counted_and_not_run(
     assert client.zcard(f"celery-taskset-meta-{group}.j") == 1
 
 
-def test_whatever_else_begins(app: celery.Celery, tracker: FakeTracker) -> None:
-    """Its claim is asked for."""
+def test_every_other_start_claims(app: celery.Celery, tracker: FakeTracker) -> None:
+    """Every start of a task asks for its claim."""
     tracker.away, task, token = True, app.tasks["add"], new_token()
     with received(task, id="a", jobguard=token.hex):
         task.before_start("a", (), {})
@@ -71,7 +71,7 @@ def test_whatever_else_begins(app: celery.Celery, tracker: FakeTracker) -> None:
 def test_redis_fails_after_the_function_has_returned(
     app: celery.Celery, tracker: FakeTracker, monkeypatch: pytest.MonkeyPatch, reached: bool
 ) -> None:
-    """It could not be sent what comes next: the task has failed. It could not be stored: it has not."""
+    """A task has failed if its next tasks could not be sent, and not if its result could not be stored."""
 
     def fail(*_: object, **__: object) -> None:
         raise redis.ConnectionError("as it must")
@@ -85,7 +85,7 @@ def test_redis_fails_after_the_function_has_returned(
                 app.backend.mark_as_done("a", 3, task.request)
             raise redis.ConnectionError("as it must")
         except redis.ConnectionError:
-            fence.after_the_run(sender=task, retval=3, state="SUCCESS")
+            fence.run_ended(sender=task, retval=3, state="SUCCESS")
     ((_, outcome, _),) = tracker.notes("end")
     assert outcome == ("completed" if reached else "failed")
 
@@ -102,17 +102,17 @@ def test_a_pool_that_asks_in_another_thread(app: celery.Celery, tracker: FakeTra
         thread.join()
         task.request_stack.push(context)
         try:
-            fence.after_the_run(sender=task, retval=3, state="SUCCESS")
+            fence.run_ended(sender=task, retval=3, state="SUCCESS")
         finally:
             task.request_stack.pop()
     assert tracker.notes("start") == [[token.hex] for token in tokens]
     assert [outcome for _, outcome, _ in tracker.notes("end")] == ["completed"] * 2
 
 
-def test_a_copy_that_is_refused_says_nothing_of_the_run_that_goes_on(
+def test_a_refused_copy_does_not_change_the_run_that_goes_on(
     app: celery.Celery, tracker: FakeTracker
 ) -> None:
-    """Both have the same token, and their requests are their own."""
+    """Two copies have the same token, and requests of their own."""
     task, token = app.tasks["add"], new_token()
     with received(task, id="a", jobguard=token.hex):
         task.before_start("a", (), {})
@@ -121,8 +121,8 @@ def test_a_copy_that_is_refused_says_nothing_of_the_run_that_goes_on(
         task.request_stack.push(copy)
         with pytest.raises(Ignore):
             task.before_start("a", (), {})
-        fence.after_the_run(sender=task, retval=None, state="IGNORED")
+        fence.run_ended(sender=task, retval=None, state="IGNORED")
         task.request_stack.pop()
         assert not tracker.notes("end")
-        fence.after_the_run(sender=task, retval=3, state="SUCCESS")
+        fence.run_ended(sender=task, retval=3, state="SUCCESS")
     assert [outcome for _, outcome, _ in tracker.notes("end")] == ["completed"]

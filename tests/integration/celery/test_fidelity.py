@@ -1,4 +1,4 @@
-"""What is put back is what was sent: the very JSON, in the very list."""
+"""A restored message equals the sent one: the same JSON, in the same list."""
 
 from __future__ import annotations
 
@@ -116,18 +116,26 @@ KINDS: dict[str, tuple[Callable[[App], object], dict[str, Any]]] = {
 
 
 def configured(conf: dict[str, Any]) -> dict[str, Any]:
-    """Return it with everything accepted."""
+    """Return the settings with all content types accepted."""
     return {"accept_content": ["json", "pickle", "yaml", "msgpack"], **conf}
+
+
+def declare(app: App) -> None:
+    """Declare the queues, as a worker does at its start: a named exchange needs its bindings."""
+    with app.connection_for_write() as connection:
+        for queue in app.amqp.queues.values():
+            queue(connection.default_channel).declare()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_restored_is_identical(
     kind: str, make_app: Make, guard: Guard, client: redis.Redis
 ) -> None:
-    """After a FLUSHALL everything stands where it stood, and as it stood."""
+    """After a FLUSHALL and a restore, every message is in its place again, unchanged."""
     send, conf = KINDS[kind]
     app = make_app(**configured(conf))
     tracker = guard(app)
+    declare(app)
     send(app)
     before = lists(client)
     assert sum(map(len, before.values())) == len(tracker.recorded) > 0
@@ -161,7 +169,7 @@ _UNLIKE = (
 def test_guarded_sends_what_unguarded_sends(
     kind: str, make_app: Make, guard: Guard, client: redis.Redis
 ) -> None:
-    """But for our header, a message is what it would be without us."""
+    """Apart from our header, a message is the same as without jobguard."""
     send, conf = KINDS[kind]
 
     def sent() -> list[Any]:
@@ -183,19 +191,18 @@ def test_guarded_sends_what_unguarded_sends(
         ]
 
     app = make_app(**configured(conf))
-    with app.connection_for_write() as connection:  # as a worker does, to be found by its exchange
-        for queue in app.amqp.queues.values():
-            queue(connection.default_channel).declare()
+    declare(app)
     send(app)
     plain = sent()
     guarded_app = make_app(**configured(conf))
     guard(guarded_app)
+    declare(guarded_app)
     send(guarded_app)
     assert sent() == plain
 
 
-def test_what_is_recorded(make_app: Make, guard: Guard) -> None:
-    """A delivery tells what the ledger needs to know."""
+def test_the_record(make_app: Make, guard: Guard) -> None:
+    """The record of a delivery has all fields that the ledger needs."""
     app = make_app()
     tracker = guard(app)
     before = datetime.now(UTC)
@@ -207,5 +214,5 @@ def test_what_is_recorded(make_app: Make, guard: Guard) -> None:
     assert (delivery.queue, delivery.task) == ("q", "add")
     assert (delivery.priority, delivery.attempt) == (5, 4)
     assert delivery.due_at == pytest.approx(before.timestamp() + 60, abs=5)
-    assert delivery.expires_at is None  # the worker revokes what has expired, and tells its chord
+    assert delivery.expires_at is None  # the worker revokes an expired task, and informs its chord
     assert delivery.fresh and not delivery.derived and delivery.parent is None

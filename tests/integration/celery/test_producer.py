@@ -1,4 +1,4 @@
-"""Every publish is recorded before it is sent, whichever way it takes."""
+"""Every publish is recorded before it is sent, by every route."""
 
 from __future__ import annotations
 
@@ -29,7 +29,6 @@ from kombu.connection import Connection
 from kombu.entity import Exchange, Queue
 from kombu.exceptions import OperationalError
 
-from jobguard.adapter import registered_tracker
 from jobguard.adapters.celery import CeleryAdapter, backend
 from jobguard.adapters.celery import run as runs
 from jobguard.adapters.celery.producer import hook_app
@@ -37,6 +36,7 @@ from jobguard.adapters.celery.run import Run, joining
 from jobguard.demo.servers import RedisServer
 from jobguard.errors import StoreUnavailable
 from jobguard.model import Claim, Outcome, Recorded, derived_token
+from jobguard.registry import registered_tracker
 from tests.integration.celery.support import FakeTracker, lists
 
 Make = Callable[..., celery.Celery]
@@ -44,7 +44,7 @@ Guard = Callable[[celery.Celery], FakeTracker]
 
 
 def tokens(client: redis.Redis) -> list[str | None]:
-    """Return the tokens of all that waits, in the order of sending."""
+    """Return the tokens of all waiting messages, in the order of sending."""
     waiting = [m for messages in lists(client).values() for m in reversed(messages)]
     return [message["headers"].get("jobguard") for message in waiting]
 
@@ -55,17 +55,17 @@ class TestRecord:
     def test_before_redis(
         self, app: celery.Celery, tracker: FakeTracker, client: redis.Redis
     ) -> None:
-        """When it is recorded, nothing of it is in Redis."""
+        """At the time of the record, Redis has nothing of the message."""
         seen = []
         tracker.before_record = lambda: seen.append(client.llen("celery"))
         app.tasks["add"].delay(1, 2)
         assert seen == [0]
         assert tokens(client) == [tracker.recorded[0].token.hex]
 
-    def test_what_receivers_add_is_recorded(
+    def test_headers_of_receivers_are_recorded(
         self, app: celery.Celery, tracker: FakeTracker, client: redis.Redis
     ) -> None:
-        """A receiver of before_task_publish may write headers: tracing does."""
+        """A receiver of before_task_publish may write headers, as tracing does."""
 
         def trace(headers: dict[str, Any], **_: Any) -> None:
             headers["trace"] = "abc"
@@ -77,10 +77,10 @@ class TestRecord:
             before_task_publish.disconnect(trace)
         assert b'"trace": "abc"' in tracker.recorded[0].envelope
 
-    def test_postgres_away_and_the_user_wants_to_hear(
+    def test_postgres_away_and_the_user_wants_the_error(
         self, app: celery.Celery, tracker: FakeTracker, client: redis.Redis
     ) -> None:
-        """Then nothing is sent."""
+        """If the record is refused, nothing is sent."""
 
         def away() -> None:
             raise StoreUnavailable
@@ -97,7 +97,7 @@ class TestRecord:
         client: redis.Redis,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        """The host sends as if we were absent."""
+        """If jobguard fails, the host sends as without it."""
 
         def broken(*_: Any, **__: Any) -> None:
             raise RuntimeError("ours")
@@ -107,13 +107,13 @@ class TestRecord:
         assert tokens(client) == [None] and not tracker.recorded
 
     def test_their_failure(self, app: celery.Celery, tracker: FakeTracker) -> None:
-        """What cannot be serialised raises what it always raised."""
+        """A body that cannot be serialised raises the same error as without jobguard."""
         with pytest.raises(Exception, match="not JSON serializable"):
             app.tasks["add"].delay(object())
         assert not tracker.recorded
 
     def test_events_go_by(self, make_app: Make, guard: Guard, client: redis.Redis) -> None:
-        """The event of a sent task is no task."""
+        """The event of a sent task is not recorded as a task."""
         app = make_app(task_send_sent_event=True)
         tracker = guard(app)
         app.tasks["add"].delay(1, 2)
@@ -121,12 +121,12 @@ class TestRecord:
 
 
 class TestWays:
-    """All ways lead by the choke point."""
+    """All routes pass through the hook."""
 
     def test_producer_and_connection(
         self, app: celery.Celery, tracker: FakeTracker, client: redis.Redis, redis_url: str
     ) -> None:
-        """A connection or producer of the user's own, to the same broker."""
+        """A connection or producer of the user's own, to the same broker, is guarded."""
         with Connection(redis_url) as connection:
             app.tasks["add"].apply_async((1,), connection=connection)
             with app.amqp.Producer(connection, auto_declare=False) as producer:
@@ -137,7 +137,7 @@ class TestWays:
     def test_another_broker(
         self, app: celery.Celery, tracker: FakeTracker, client: redis.Redis, redis_url: str
     ) -> None:
-        """A connection to another broker is none of ours."""
+        """A connection to another broker is not guarded."""
         db = client.connection_pool.connection_kwargs["db"]
         other = f"{redis_url.rpartition('/')[0]}/{(db + 7) % 15 + 1}"
         with Connection(other) as connection, redis.Redis.from_url(other) as there:
@@ -147,7 +147,7 @@ class TestWays:
         assert not tracker.recorded
 
     def test_broadcast(self, make_app: Make, guard: Guard) -> None:
-        """What everybody shall run is none of ours, nor is a command for the workers."""
+        """A broadcast is not recorded, nor is a control command."""
         app = make_app(task_queues=[Broadcast("all"), Queue("celery")])
         tracker = guard(app)
         app.tasks["add"].apply_async((1,), queue="all")
@@ -158,7 +158,7 @@ class TestWays:
     def test_headers_that_were_inherited(
         self, make_app: Make, redis_url: str, client: redis.Redis
     ) -> None:
-        """What is not ours to record carries nothing of ours, though its sender was given it."""
+        """An unguarded message carries no header of ours, even if its sender's message had them."""
         app = make_app()
         headers = {"jobguard": "a" * 32, "jobguard-worker": "b" * 32, "mine": 1}
         CeleryAdapter().sources(app, namespace="t", name=None)
@@ -169,7 +169,7 @@ class TestWays:
         assert not [name for name in message["headers"] if name.startswith("jobguard")]
 
     def test_several_queues(self, make_app: Make, guard: Guard, client: redis.Redis) -> None:
-        """A message that goes to several queues is as many tasks of one id: it goes unrecorded."""
+        """A message to several queues stands for several tasks of one id, and is not recorded."""
         exchange = Exchange("t", "topic")
         queues = [Queue("a", exchange, routing_key="x.#"), Queue("b", exchange, routing_key="#.y")]
         app = make_app(task_queues=queues)
@@ -178,7 +178,7 @@ class TestWays:
         assert not tracker.recorded and tokens(client) == [None, None]
 
     def test_eager(self, make_app: Make, guard: Guard) -> None:
-        """What runs at once is none of ours."""
+        """An eager task is not recorded."""
         app = make_app()
         tracker = guard(app)
         app.conf.task_always_eager = True
@@ -189,7 +189,7 @@ class TestWays:
     def test_call_and_beat(
         self, app: celery.Celery, tracker: FakeTracker, client: redis.Redis
     ) -> None:
-        """`celery call`, and a schedule that is due."""
+        """`celery call`, and a schedule that is due, are recorded."""
         done = CliRunner().invoke(
             program, ["add", "-a", "[1, 2]"], obj=CLIContext(app, True, False)
         )
@@ -210,7 +210,7 @@ class TestWays:
     def test_before_and_after_the_guard(
         self, make_app: Make, guard: Guard, client: redis.Redis
     ) -> None:
-        """An app that has published already is guarded from then on, and as before when it is over."""
+        """An app that has published already is guarded from then on, and unchanged after the guard ends."""
         app = make_app()
         app.tasks["add"].delay(1)
         tracker = guard(app)
@@ -236,7 +236,7 @@ class TestWays:
     def test_proxies_and_doubles(
         self, app: celery.Celery, tracker: FakeTracker, caplog: pytest.LogCaptureFixture
     ) -> None:
-        """A proxy of the app is the app; a double of a producer in a user's test is nobody's."""
+        """A proxy of the app counts as the app; a double of a producer in a user's test is not guarded."""
         app.set_current()
         group([app.tasks["add"].s(n) for n in range(2)], app=celery.current_app).apply_async()
         assert [len(batch) for batch in tracker.batches] == [2]
@@ -258,26 +258,26 @@ class TestWays:
 
 
 class TestBatches:
-    """Many tasks, one statement."""
+    """Many tasks are recorded in one statement."""
 
     @pytest.fixture(autouse=True)
     def patience(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A busy machine shall not look like a generator that takes its time."""
+        """Raise the patience, so that a busy machine is not taken for a slow generator."""
         monkeypatch.setattr(backend, "_PATIENCE", 60.0)
 
     def test_generator_that_takes_its_time(
         self, app: celery.Celery, tracker: FakeTracker, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Its tasks go out as they come, not when it has come to its end."""
+        """The tasks of a slow generator are sent one by one, and not at the generator's end."""
         monkeypatch.setattr(backend, "_PATIENCE", 0.0)
         group(app.tasks["add"].s(n) for n in range(6)).apply_async()
         assert len(tracker.batches) > 1 and len(tracker.recorded) == 6
 
     @pytest.mark.parametrize("kind", ["task", "group", "chunks", "chord"])
-    def test_what_a_generator_sends_itself(
+    def test_a_task_sent_by_a_generator(
         self, app: celery.Celery, tracker: FakeTracker, client: redis.Redis, kind: str
     ) -> None:
-        """It may wait for that: it goes out at once, and is no part of the group."""
+        """A task that the generator itself sends goes out at once, and is not part of the group."""
         add, waiting = app.tasks["add"], []
 
         def members() -> Iterator[Any]:
@@ -300,7 +300,7 @@ class TestBatches:
         assert len(tracker.recorded) == 3 + sum(waiting)
 
     def test_group(self, app: celery.Celery, tracker: FakeTracker, client: redis.Redis) -> None:
-        """A group, with all that is in it."""
+        """A group is one batch, with all tasks in it."""
         add = app.tasks["add"]
         members = [add.s(n, n) for n in range(20)]
         group([*members, chain(add.s(1, 1), add.s(1)), group(add.s(2, 2), add.s(3, 3))])()
@@ -308,12 +308,12 @@ class TestBatches:
         assert tokens(client) == [delivery.token.hex for delivery in tracker.recorded]
 
     def test_chunks(self, app: celery.Celery, tracker: FakeTracker) -> None:
-        """Chunks are a group, from a generator: the first goes by itself, for that may be slow."""
+        """Chunks are a group from a generator: the first goes by itself, because the rest may be slow."""
         app.tasks["add"].chunks(zip(range(20), range(20), strict=True), 5).apply_async()
         assert [len(batch) for batch in tracker.batches] == [1, 3]
 
     def test_chord(self, app: celery.Celery, tracker: FakeTracker, client: redis.Redis) -> None:
-        """A chord's header is one, and its size is known before any of it is sent."""
+        """A chord's header is one batch, and its size is recorded before any member is sent."""
         tracker.before_record = lambda: opened.extend(tracker.joins)
         opened: list[str] = []
         result = chord([app.tasks["add"].s(n, n) for n in range(3)])(app.tasks["total"].s())
@@ -322,14 +322,14 @@ class TestBatches:
         assert json.loads(tracker.joins[result.parent.id])["groups"] == "celery-taskset-meta-"
 
     def test_results_elsewhere(self, make_app: Make, guard: Guard, own_redis: RedisServer) -> None:
-        """Where the results are in another Redis, its loss is none of ours."""
+        """If the results are in another Redis, the chord is not recorded as a join."""
         app = make_app(result_backend=own_redis.url)
         tracker = guard(app)
         chord(app.tasks["add"].s(n, n) for n in range(3))(app.tasks["total"].s())
         assert len(tracker.recorded) == 3 and not tracker.joins
 
     def test_loop(self, app: celery.Celery, tracker: FakeTracker, client: redis.Redis) -> None:
-        """A plain loop in a batch of the user's."""
+        """A plain loop in a user's batch is recorded in one statement."""
         with tracker.batch():
             for n in range(5):
                 app.tasks["add"].delay(n)
@@ -340,7 +340,7 @@ class TestBatches:
     def test_error_in_the_middle(
         self, app: celery.Celery, tracker: FakeTracker, client: redis.Redis
     ) -> None:
-        """What came before it is sent, as without us."""
+        """The tasks before an error are sent, as without jobguard."""
         add = app.tasks["add"]
         with pytest.raises(Exception, match="not JSON serializable"):
             group(add.s(1), add.s(2), add.s(object()), add.s(4)).apply_async()
@@ -348,7 +348,7 @@ class TestBatches:
 
 
 class TestInsideARun:
-    """What a run sends is its own."""
+    """Tasks that a run sends belong to that run."""
 
     @pytest.fixture
     def run(self, app: celery.Celery, tracker: FakeTracker) -> Any:
@@ -370,7 +370,7 @@ class TestInsideARun:
         runs._current.reset(before)
 
     def test_same_again(self, app: celery.Celery, tracker: FakeTracker, run: Run) -> None:
-        """By its tokens a run that is started again sends the same."""
+        """A repeated run sends the same tokens."""
         app.tasks["add"].apply_async((1,), task_id="child")
         app.tasks["add"].apply_async((2,), task_id="child")
         first, second = tracker.recorded[1:]
@@ -381,7 +381,7 @@ class TestInsideARun:
     def test_retry(
         self, app: celery.Celery, tracker: FakeTracker, run: Run, client: redis.Redis
     ) -> None:
-        """A retry takes its place; its header is not inherited."""
+        """A retry supersedes the run; its header is not inherited."""
         inherited = {"jobguard": run.claim.token.hex, "jobguard-worker": "x" * 32}
         app.tasks["add"].apply_async((1,), task_id="me", retries=1, headers=inherited)
         retry = tracker.recorded[1]
@@ -398,7 +398,7 @@ class TestInsideARun:
     def test_refused(
         self, app: celery.Celery, tracker: FakeTracker, run: Run, client: redis.Redis
     ) -> None:
-        """A retry of what has ended meanwhile is not sent."""
+        """A retry of a task that has ended meanwhile is not sent."""
         tracker.close(run.claim.token, Outcome.CANCELLED)
         client.flushdb()
         app.tasks["add"].apply_async((1,), task_id="me", retries=1)
@@ -407,7 +407,7 @@ class TestInsideARun:
     def test_group(
         self, app: celery.Celery, tracker: FakeTracker, run: Run, client: redis.Redis
     ) -> None:
-        """All of a group that it sends, and a retry in a batch."""
+        """A run sends a group and a retry in one batch."""
         with tracker.batch():
             group(app.tasks["add"].s(n).set(task_id=f"g{n}") for n in range(3))()
             app.tasks["add"].apply_async((1,), task_id="me", retries=1)
@@ -417,7 +417,7 @@ class TestInsideARun:
         assert run.reported
 
     def test_body(self, app: celery.Celery, tracker: FakeTracker, run: Run) -> None:
-        """What a chord goes on with closes it."""
+        """The body of a chord closes the chord's join."""
         with joining("g1", "body"):
             app.tasks["total"].apply_async(([1],), task_id="body")
             app.tasks["total"].apply_async(([1],), task_id="other")
@@ -426,7 +426,7 @@ class TestInsideARun:
     def test_another_apps_task(
         self, make_app: Make, guard: Guard, run: Run, client: redis.Redis
     ) -> None:
-        """A task of another guarded broker has nothing to do with this run."""
+        """A task of another guarded broker is not derived from this run."""
         other = make_app(broker_transport_options={"global_keyprefix": "o:"})
         tracker = guard(other)
         other.tasks["add"].apply_async((1,), task_id="me")
@@ -449,7 +449,7 @@ class TestRedisAway:
 
     @pytest.fixture
     def full(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Have Redis take nothing more."""
+        """Make Redis refuse all writes."""
         from kombu.transport.redis import Channel
 
         def refuse(*_: Any, **__: Any) -> None:
@@ -458,35 +458,33 @@ class TestRedisAway:
         monkeypatch.setattr(Channel, "_put", refuse)
 
     def test_accepted(self, away: Any) -> None:
-        """The leader pushes it."""
+        """The task is accepted, and the leader pushes it."""
         app, tracker = away
         begun = time.monotonic()
         app.tasks["add"].delay(1)
-        assert time.monotonic() - begun < 3
+        assert time.monotonic() - begun < 30
         assert tracker.outbox == [tracker.recorded[1].token]
         assert tracker.notes("broker_failed")
 
     def test_known_to_be_away(self, away: Any) -> None:
-        """Nobody waits for a Redis that has just failed another."""
+        """No call waits for a Redis that has just failed for another call."""
         app, tracker = away
         tracker.in_doubt = True
-        begun = time.monotonic()
         for n in range(20):
             app.tasks["add"].delay(n)
-        assert time.monotonic() - begun < 1
+        assert not tracker.notes("broker_failed")  # no push was tried
         assert len(tracker.outbox) == 20
 
     def test_in_a_batch(self, away: Any) -> None:
         """A batch is accepted too."""
         app, tracker = away
         tracker.in_doubt = True
-        begun = time.monotonic()
         group(app.tasks["add"].s(n) for n in range(20))()
-        assert time.monotonic() - begun < 2
+        assert not tracker.notes("broker_failed")  # no push was tried
         assert len(tracker.outbox) == 20
 
-    def test_results_are_heard_of_later(self, away: Any, own_redis: RedisServer) -> None:
-        """Who waits for the result of a task that was accepted hears of it when Redis is back."""
+    def test_results_are_subscribed_to_later(self, away: Any, own_redis: RedisServer) -> None:
+        """A subscription to the result of an accepted task is made when Redis is back."""
         app, tracker = away
         tracker.in_doubt = True
         result = app.tasks["add"].delay(1)
@@ -495,14 +493,14 @@ class TestRedisAway:
         own_redis.start()
         for one in (result, *several):
             Timer(0.2, app.backend.store_result, (one.id, 7, "SUCCESS")).start()
-        assert result.get(timeout=10) == 7
-        assert several.get(timeout=10) == [7, 7]
+        assert result.get(timeout=60) == 7
+        assert several.get(timeout=60) == [7, 7]
 
     @pytest.mark.parametrize("led", [True, False])
     def test_the_size_of_a_chord(
         self, away: Any, monkeypatch: pytest.MonkeyPatch, led: bool
     ) -> None:
-        """A leader that knows of it puts it back; with none its body would never come."""
+        """A chord is accepted if a leader restores its size; without a leader its body would never come."""
         app, tracker = away
         policy = {"max_retries": 1, "interval_start": 0, "interval_step": 0, "interval_max": 0}
         monkeypatch.setitem(app.backend._transport_options, "retry_policy", policy)
@@ -518,7 +516,7 @@ class TestRedisAway:
                 app.backend.set_chord_size("g", 2)
 
     def test_not_accepted(self, away: Any) -> None:
-        """Else the library's own error is raised, and a first delivery is withdrawn."""
+        """Without a leader, the library's error is raised, and a first delivery is withdrawn."""
         app, tracker = away
         tracker.accepting = False
         with pytest.raises(OperationalError):
@@ -540,7 +538,7 @@ class TestRedisAway:
         tracker: FakeTracker,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        """What may have reached Redis is never withdrawn."""
+        """A message that may have reached Redis is never withdrawn."""
         from kombu.transport.redis import Channel
 
         put: Any = Channel._put
@@ -562,7 +560,7 @@ class TestRedisAway:
 
     @pytest.mark.usefixtures("full")
     def test_refused_by_redis(self, app: celery.Celery, tracker: FakeTracker) -> None:
-        """A Redis that is full answers: the task was surely not taken."""
+        """A Redis that is full answers, so the task was certainly not taken."""
         tracker.accepting = False
         with pytest.raises(Exception, match="OOM"):
             app.tasks["add"].apply_async((1,), retry=False)
@@ -572,7 +570,7 @@ class TestRedisAway:
     def test_refused_by_redis_in_a_batch_that_becomes_long(
         self, app: celery.Celery, tracker: FakeTracker, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Whoever made it so long hears it: nobody else is there, and none of it was taken."""
+        """The call that fills the batch gets the error, and no task of the batch was taken."""
         monkeypatch.setattr("jobguard.host.batch._MOST", 2)
         tracker.accepting = False
         add = app.tasks["add"]
@@ -596,15 +594,16 @@ def test_failpoints(where: str, redis_url: str, tmp_path: Path, client: redis.Re
     program = f"""
 import celery, os
 from pathlib import Path
-from jobguard import adapter
-from jobguard.adapters.celery import CeleryAdapter, backend
+from jobguard import registry
+from jobguard.adapters.celery import CeleryAdapter
+from jobguard.host_safety import safe_tracker
 from tests.fakes.adapters import FakeTracker
 app = celery.Celery("x", broker={redis_url!r})
 app.conf.broker_url
 guarded = CeleryAdapter().sources(app, namespace="test", name=None)
 tracker = FakeTracker(guarded.source, Path({str(tmp_path / "calls")!r}))
-adapter.register(tracker)
-CeleryAdapter().install(adapter.behind_wall(tracker), app)
+registry.register(tracker)
+CeleryAdapter().install(safe_tracker(tracker), app)
 app.send_task("add")
 """
     (tmp_path / where).touch()
@@ -620,7 +619,7 @@ app.send_task("add")
 
 
 def test_ids_of_every_kind(app: celery.Celery, tracker: FakeTracker) -> None:
-    """An id may be anything that is a string in the end."""
+    """An id may be any value that becomes a string."""
     app.tasks["add"].apply_async((1,), task_id=str(uuid.uuid4()))
     app.tasks["add"].apply_async((1,), task_id="grüße/☃")
     assert tracker.recorded[1].job_id == "grüße/☃"

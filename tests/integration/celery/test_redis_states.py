@@ -1,4 +1,4 @@
-"""Answers of a Redis that cannot serve for a while: a worker connects again, as after a lost one."""
+"""Answers of a Redis that cannot serve for a while: a worker connects again, as after a lost connection."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.integration.celery.rig import a_rig
 def test_a_worker_survives_a_redis_that_is_a_replica_for_a_moment(
     tmp_path: Path, database: str, own_redis: RedisServer, pool: str
 ) -> None:
-    """READONLY, UNBLOCKED: what it held comes back to it, or to another, and runs once."""
+    """After READONLY or UNBLOCKED, the messages return to this or another worker, and run once."""
     with a_rig(tmp_path, database, own_redis.url) as rig:
         rig.reconciler()
         worker = rig.worker(pool)
@@ -26,5 +26,5 @@ def test_a_worker_survives_a_redis_that_is_a_replica_for_a_moment(
         rig.redis.replicaof("no", "one")
         rig.until(lambda: not rig.owed(), 90)
         assert [rig.ended(job_id) for job_id in sent] == [["completed"]] * 4
-        assert rig.said() == {f"w{n}": 1 for n in range(4)}
+        assert rig.written() == {f"w{n}": 1 for n in range(4)}
         assert not worker.ended

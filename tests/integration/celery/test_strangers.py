@@ -1,4 +1,4 @@
-"""Unguarded workers that Celery's own names do not show, and times in which no leader looked."""
+"""Unguarded workers that Celery's own names do not show, and times without a leader's inspection."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from tests.integration.celery.rig import PROGRAM, Rig, a_rig
 
 WORDS = [f"w{n}" for n in range(8)]
 UNSEEN = {"task_ignore_result": True}
-"""Of an unguarded worker: by a stored result a leader would see what it ran."""
+"""Settings of an unguarded worker: with a stored result a leader would see what the worker ran."""
 
 
 @pytest.fixture
 def rig(tmp_path: Path, database: str, redis_url: str) -> Iterator[Rig]:
-    """Give real workers with a leader, and an application that is guarded."""
+    """Give real workers with a leader, and a guarded application."""
     with a_rig(tmp_path, database, redis_url) as rig:
         yield rig
 
 
 def trusted(rig: Rig) -> None:
-    """Have the queue trusted: a guarded worker has run a task of it."""
+    """Make the queue trusted: a guarded worker has run a task of it."""
     job_id = rig.send("ok", "first")
     rig.until(lambda: rig.ended(job_id) == ["completed"])
     rig.until(rig.trusted)
 
 
-def strangers(rig: Rig) -> list[str]:
-    """Return how the ledger names the unguarded consumers of the queue."""
+def unguarded_consumers(rig: Rig) -> list[str]:
+    """Return the unguarded consumers of the queue, as the ledger names them."""
     rows = rig.ask("select unguarded from jobguard.queues where queue = 'celery'")
     return [name for (names,) in rows for name in names]
 
@@ -53,46 +53,46 @@ def suspected(rig: Rig) -> int:
     ],
     ids=["no remote control", "another exchange", "of the same name", "one by one"],
 )
-def test_a_stranger_that_no_name_shows(rig: Rig, hidden: dict[str, Any]) -> None:
-    """It is counted by its connection: its queue is not trusted, and what it ran runs once."""
+def test_an_unguarded_worker_that_no_name_shows(rig: Rig, hidden: dict[str, Any]) -> None:
+    """An unguarded worker is counted by its connection: no trust in its queue, and no second run."""
     rig.reconciler()
     guarded = rig.worker(concurrency=1)
     trusted(rig)
-    assert strangers(rig) == []
+    assert unguarded_consumers(rig) == []
     guarded.stop()
     rig.worker("solo", *hidden.get("options", ()), guarded=False, conf={**UNSEEN, **hidden["conf"]})
-    rig.until(lambda: strangers(rig))
-    assert any("brpop" in name for name in strangers(rig)), strangers(rig)
+    rig.until(lambda: unguarded_consumers(rig))
+    assert any("brpop" in name for name in unguarded_consumers(rig)), unguarded_consumers(rig)
     assert not rig.trusted()
     for word in WORDS:
         rig.send("ok", word, ignore_result=True)
-    rig.until(lambda: rig.said().keys() >= set(WORDS))
+    rig.until(lambda: rig.written().keys() >= set(WORDS))
     rig.until(lambda: suspected(rig) == rig.owed() == len(WORDS))
     rig.worker(concurrency=1)
     job_id = rig.send("ok", "last")
-    rig.until(lambda: rig.said()["last"])
-    assert set(rig.said().values()) == {1}, job_id
+    rig.until(lambda: rig.written()["last"])
+    assert set(rig.written().values()) == {1}, job_id
 
 
-def test_a_stranger_that_survives_a_flush(rig: Rig) -> None:
-    """Redis forgets its name, but not its connection."""
+def test_an_unguarded_worker_that_survives_a_flush(rig: Rig) -> None:
+    """After a flush Redis has lost the name of an unguarded worker, but not its connection."""
     log = rig.reconciler()
     rig.worker(concurrency=1)
     trusted(rig)
     rig.worker("solo", guarded=False, conf=UNSEEN)
-    rig.until(lambda: strangers(rig))
+    rig.until(lambda: unguarded_consumers(rig))
     rig.redis.flushdb()
     rig.until(lambda: "lost data" in log.text)
     for word in WORDS:
         rig.send("ok", word, ignore_result=True)
-    rig.until(lambda: rig.said().keys() >= set(WORDS))
+    rig.until(lambda: rig.written().keys() >= set(WORDS))
     rig.until(lambda: suspected(rig) == rig.owed())
-    assert set(rig.said().values()) == {1}
+    assert set(rig.written().values()) == {1}
     assert not rig.trusted()
 
 
-def test_guarded_workers_and_those_who_only_ask_are_accounted_for(rig: Rig) -> None:
-    """A busy worker, one that is idle, a flush, and a program that asks workers for a reply."""
+def test_guarded_workers_and_programs_that_only_ask_are_recognised(rig: Rig) -> None:
+    """Busy and idle guarded workers, a flush, and a program that waits for replies count as guarded."""
     rig.reconciler()
     rig.worker(concurrency=1)
     rig.worker("threads", concurrency=2, conf={"worker_enable_remote_control": False})
@@ -104,12 +104,12 @@ def test_guarded_workers_and_those_who_only_ask_are_accounted_for(rig: Rig) -> N
     for word in WORDS:
         rig.send("ok", word, ignore_result=True)
     rig.until(lambda: not rig.owed())
-    assert strangers(rig) == []
+    assert unguarded_consumers(rig) == []
     assert rig.ask("select unguarded_at from jobguard.queues where unguarded_at is not null") == []
 
 
 def test_a_rollback(rig: Rig) -> None:
-    """The guarded side stops, an unguarded image works, the guarded side is back: nothing runs twice."""
+    """Guarded workers stop, unguarded ones work, guarded ones come back: nothing runs twice."""
     reconciler = rig.reconciler()
     guarded = rig.worker(concurrency=1)
     trusted(rig)
@@ -118,7 +118,7 @@ def test_a_rollback(rig: Rig) -> None:
         rig.send("ok", word, ignore_result=True)
     reconciler.stop()
     bare = rig.worker("solo", guarded=False, conf=UNSEEN)
-    rig.until(lambda: rig.said().keys() >= set(WORDS))
+    rig.until(lambda: rig.written().keys() >= set(WORDS))
     bare.stop()
     rig.reconciler()
     rig.worker(concurrency=1)
@@ -127,22 +127,22 @@ def test_a_rollback(rig: Rig) -> None:
     rig.until(rig.trusted)
     job_id = rig.send("ok", "last")
     rig.until(lambda: rig.ended(job_id) == ["completed"])
-    assert set(rig.said().values()) == {1}
+    assert set(rig.written().values()) == {1}
     ((token,),) = rig.ask("select token from jobguard.suspects order by token limit 1")
     with rig.guard() as guard:
         guard.requeue(token)
-    rig.until(lambda: rig.said()[WORDS[0]] == 2)
+    rig.until(lambda: rig.written()[WORDS[0]] == 2)
     rig.until(lambda: rig.owed() == len(WORDS) - 1)
 
 
 @pytest.mark.parametrize("pool", ["prefork", "threads"])
-def test_what_came_by_a_named_exchange_is_of_the_queue_it_came_from(rig: Rig, pool: str) -> None:
-    """An unguarded program sent it, and its worker is killed: the routing key is no queue."""
+def test_a_message_of_a_named_exchange_belongs_to_its_queue(rig: Rig, pool: str) -> None:
+    """A message of a named exchange belongs to the queue that it came from, not to its routing key."""
     exchange = Exchange("shop", "topic")
     queues = [Queue(name, exchange, routing_key="order.#") for name in ("one", "two")]
     rig.reconciler()
     first = rig.worker(pool, "-Q", "one,two", concurrency=2)
-    rig.until(lambda: rig.listed() == [{"one", "two"}])
+    rig.until(lambda: rig.queues_in_beats() == [{"one", "two"}])
     bare = celery.Celery("bare", broker=rig.redis_url, set_as_current=False)
     bare.conf.task_queues = queues
     bare.send_task(
@@ -152,10 +152,10 @@ def test_what_came_by_a_named_exchange_is_of_the_queue_it_came_from(rig: Rig, po
         routing_key="order.new",
         declare=queues,
     )
-    rig.until(lambda: rig.said()["word-begins"] == 2)
+    rig.until(lambda: rig.written()["word-begins"] == 2)
     rows = rig.ask("select queue from jobguard.jobs order by queue")
     assert rows == [("one",), ("two",)]
     rig.until(lambda: rig.trusted("one") and rig.trusted("two"))
     first.kill()
     rig.worker(pool, "-Q", "one,two", concurrency=2)
-    rig.until(lambda: rig.said()["word-begins"] == 4)
+    rig.until(lambda: rig.written()["word-begins"] == 4)

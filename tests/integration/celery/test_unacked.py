@@ -1,7 +1,8 @@
-"""What a worker says of what it has taken: that it holds it still, or no longer.
+"""The reports of a worker about its taken messages: renewed, or dropped.
 
-Planted once, each seen to fail: a worker that lets go of whatever has its tag (no ``since``), of what is
-another's (no session in the pattern), and one that forgets it without having been heard.
+Mutations that these tests were seen to catch: a worker that drops each message with its tag (no
+``since``), one that drops messages of another worker (no session in the pattern), and one that
+forgets a dropped message before Redis took the report.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from tests.integration.celery.support import FakeTracker, observe, take
 HOUR = 3600.0
 
 
-class Books:
-    """What kombu notes of one connection."""
+class QoS:
+    """The table that kombu keeps for one connection."""
 
     visibility_timeout = HOUR
 
@@ -37,13 +38,13 @@ class Books:
 
 @pytest.fixture
 def session() -> UUID:
-    """Name a worker."""
+    """Return the id of a worker."""
     return uuid4()
 
 
 @pytest.fixture
 def unacked(app: celery.Celery, tracker: FakeTracker, session: UUID) -> Unacked:
-    """Give what one worker holds."""
+    """Give the taken messages of one worker."""
     return Unacked(app, tracker.source, session=lambda: session, is_ours=lambda _: True, runs=set)
 
 
@@ -51,7 +52,7 @@ def unacked(app: celery.Celery, tracker: FakeTracker, session: UUID) -> Unacked:
 def taken(
     app: celery.Celery, tracker: FakeTracker, client: redis.Redis
 ) -> Callable[[UUID], tuple[str, Any]]:
-    """Return what sends a task and has a worker take it; gives its tag and its delivery."""
+    """Return a function that sends a task and takes it as a worker; it returns the tag and the delivery."""
 
     def send(worker: UUID) -> tuple[str, Any]:
         app.tasks["add"].delay(1)
@@ -60,78 +61,78 @@ def taken(
     return send
 
 
-def break_off(books: Any) -> None:
-    """Close its connection."""
-    books.channel.closed = True
+def break_off(qos: Any) -> None:
+    """Close the connection of this table."""
+    qos.channel.closed = True
 
 
-def test_what_a_broken_connection_had_taken_is_nobodys(
+def test_messages_of_a_broken_connection_are_dropped(
     unacked: Unacked, taken: Any, session: UUID, broker: CeleryBroker
 ) -> None:
-    """But nobody else's is touched."""
+    """Messages of a lost connection are reported as dropped, and no others."""
     tag, ours = taken(session)
     other = uuid4()
     others, theirs = taken(other)
-    books: Any = Books(tag, others, "gone by now")
-    unacked.add(books)
-    unacked.tend()
+    qos: Any = QoS(tag, others, "gone by now")
+    unacked.add(qos)
+    unacked.refresh()
     assert observe(broker, ours).taken_by == session.hex
-    break_off(books)
-    unacked.tend()
+    break_off(qos)
+    unacked.refresh()
     assert observe(broker, ours).taken_by == DROPPED_BY_LIVE_WORKER
     assert observe(broker, theirs).taken_by == other.hex
 
 
-def test_what_was_taken_anew_by_another_connection_is_held(
+def test_a_message_taken_again_by_another_connection_is_kept(
     unacked: Unacked, taken: Any, session: UUID, broker: CeleryBroker, client: redis.Redis
 ) -> None:
-    """It has the same tag."""
+    """A message that was taken again is not reported, although it has the same tag."""
     tag, ours = taken(session)
-    before, after = Books(tag), Books(tag)
+    before, after = QoS(tag), QoS(tag)
     unacked.add(before)  # type: ignore[arg-type]
-    time.sleep(0.001)  # the clock goes on
+    time.sleep(0.001)  # let the clock advance
     unacked.add(after)  # type: ignore[arg-type]
     client.zadd("unacked_index", {tag: time.time()})
     break_off(before)
-    unacked.tend()
+    unacked.refresh()
     assert observe(broker, ours).taken_by == session.hex
 
 
 def test_another_channel_of_the_same_connection_is_no_later_one(
     unacked: Unacked, taken: Any, session: UUID, broker: CeleryBroker
 ) -> None:
-    """What was taken after it began to take is lost with the connection all the same."""
-    queue: Any = Books()
-    other: Any = Books()
+    """Another channel of the same connection does not count as a later connection."""
+    queue: Any = QoS()
+    other: Any = QoS()
     other.channel.connection = queue.channel.connection
     unacked.add(queue)
-    time.sleep(0.001)  # the clock goes on
+    time.sleep(0.001)  # let the clock advance
     unacked.add(other)
     tag, ours = taken(session)
     queue._delivered[tag] = None
     break_off(queue)
     break_off(other)
-    unacked.tend()
+    unacked.refresh()
     assert observe(broker, ours).taken_by == DROPPED_BY_LIVE_WORKER
 
 
-def test_what_redis_may_have_heard_is_let_go_too(
+def test_a_message_that_redis_may_have_moved_is_dropped_too(
     unacked: Unacked, taken: Any, session: UUID, broker: CeleryBroker
 ) -> None:
-    """The connection broke while kombu wrote down that it takes this: it does not know of it."""
-    books: Any = Books()
-    unacked.add(books)
+    """A message is reported if the connection broke while kombu wrote it: kombu does not know of it."""
+    qos: Any = QoS()
+    unacked.add(qos)
     tag, ours = taken(session)
-    unacked.doubt(books, tag)
-    break_off(books)
-    unacked.tend()
+    unacked.add_uncertain(qos, tag)
+    break_off(qos)
+    unacked.refresh()
     assert observe(broker, ours).taken_by == DROPPED_BY_LIVE_WORKER
 
 
-def test_what_runs_in_this_process_all_the_same_is_kept_until_it_has_run(
+def test_a_message_that_this_process_still_runs_is_kept_until_its_end(
     app: celery.Celery, tracker: FakeTracker, taken: Any, session: UUID, broker: CeleryBroker
 ) -> None:
-    """The backlog of a pool of threads is not cleared."""
+    """The backlog of a pool of threads is not cleared, so its messages are not reported."""
     tag, ours = taken(session)
     backlog = {tag}
     unacked = Unacked(
@@ -140,35 +141,35 @@ def test_what_runs_in_this_process_all_the_same_is_kept_until_it_has_run(
         is_ours=lambda _: True,
         runs=lambda: backlog,
     )
-    books: Any = Books(tag)
-    unacked.add(books)
-    break_off(books)
-    unacked.tend()
+    qos: Any = QoS(tag)
+    unacked.add(qos)
+    break_off(qos)
+    unacked.refresh()
     assert observe(broker, ours).taken_by == session.hex
     backlog.clear()
-    unacked.tend()
+    unacked.refresh()
     assert observe(broker, ours).taken_by == DROPPED_BY_LIVE_WORKER
 
 
-def test_it_is_said_again_until_redis_hears_it(
+def test_the_report_is_repeated_until_redis_takes_it(
     make_app: Any, taken: Any, session: UUID, tracker: FakeTracker, own_redis: RedisServer
 ) -> None:
-    """A beat comes while Redis is still away."""
+    """A beat while Redis is still away reports later."""
     away = make_app(broker_url=own_redis.url)
     unacked = Unacked(
         away, tracker.source, session=lambda: session, is_ours=lambda _: True, runs=set
     )
-    books: Any = Books("tag")
-    unacked.add(books)
-    break_off(books)
+    qos: Any = QoS("tag")
+    unacked.add(qos)
+    break_off(qos)
     entry = f'[{{"headers": {{"jobguard-worker": "{session.hex}"}}}}, "", "celery"]'
     with redis.Redis.from_url(own_redis.url) as client:
         client.ping()
         own_redis.kill()
-        unacked.tend()
+        unacked.refresh()
         own_redis.start()
         client.hset("unacked", "tag", entry)
         client.zadd("unacked_index", {"tag": time.time()})
-        unacked.tend()
+        unacked.refresh()
         reported = client.hget("unacked", "tag") or b""
     assert DROPPED_BY_LIVE_WORKER.encode() in reported and session.hex.encode() not in reported

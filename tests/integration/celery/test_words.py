@@ -1,4 +1,4 @@
-"""What a worker says of the guard, and what it does not say."""
+"""The log of a worker about the guard."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ from jobguard.demo.servers import RedisServer
 from tests.integration.celery.rig import PROGRAM, Rig, a_rig
 
 CELERY = str(Path(sys.executable).parent / "celery")
-BEGINS = "a guarded worker begins"
+BEGINS = "a guarded worker starts"
 
 
 @pytest.fixture
 def rig(tmp_path: Path, database: str, redis_url: str) -> Iterator[Rig]:
-    """Give real workers, and an application that is guarded."""
+    """Give real workers, and a guarded application."""
     with a_rig(tmp_path, database, redis_url) as rig:
         yield rig
 
 
 @pytest.mark.parametrize("pool", ["prefork", "solo"])
-def test_a_guarded_worker_says_so(rig: Rig, pool: str) -> None:
-    """Once, when Celery has set up its logging."""
+def test_a_guarded_worker_logs_it(rig: Rig, pool: str) -> None:
+    """A guarded worker logs that once, after Celery has set up its logging."""
     worker = rig.worker(pool, conf={"worker_hijack_root_logger": True})
     assert worker.text.count(BEGINS) == 1
     assert worker.text.index(BEGINS) < worker.text.index(" ready.")
 
 
-def test_a_worker_that_cannot_be_guarded_says_why(rig: Rig) -> None:
-    """At every log level."""
+def test_a_worker_that_cannot_be_guarded_logs_the_reason(rig: Rig) -> None:
+    """A worker that cannot be guarded logs the reason at every log level."""
     worker = rig.worker("solo", JOBGUARD_POSTGRES_URL="", DATABASE_URL="")
     assert re.search(r"JOBGUARD_POSTGRES_URL", worker.text), worker.text
     assert BEGINS not in worker.text
 
 
 def test_jobguard_run_guards_an_app_that_calls_no_guard(rig: Rig) -> None:
-    """By its environment; its tasks are claimed and ended."""
+    """``jobguard run`` guards an app by the environment; its tasks are claimed and ended."""
     worker = rig._start(
         "run",
         *("-c", "from jobguard.cli import main; main()", "run", "--"),
@@ -65,8 +65,8 @@ def test_jobguard_run_guards_an_app_that_calls_no_guard(rig: Rig) -> None:
     assert rig.ask("select outcome::text, number from jobguard.history") == [("completed", 1)]
 
 
-def test_jobguard_run_says_why_it_guards_nothing(rig: Rig) -> None:
-    """It runs the worker all the same."""
+def test_jobguard_run_logs_why_it_guards_nothing(rig: Rig) -> None:
+    """``jobguard run`` logs why it guards nothing, and runs the worker nevertheless."""
     worker = rig._start(
         "run",
         *("-c", "from jobguard.cli import main; main()", "run", "--"),
@@ -79,7 +79,7 @@ def test_jobguard_run_says_why_it_guards_nothing(rig: Rig) -> None:
 
 
 def test_a_revoked_task_is_no_late_end(rig: Rig) -> None:
-    """Its tombstone stands since the revoke; the worker reports it again."""
+    """A revoked task has its tombstone since the revoke; the worker's report is no late end."""
     worker = rig.worker("solo")
     job_id = rig.send("ok", "revoked", countdown=2)
     rig.until(lambda: rig.redis.hlen("unacked"))
@@ -90,10 +90,10 @@ def test_a_revoked_task_is_no_late_end(rig: Rig) -> None:
     assert "came too late" not in worker.text
 
 
-def test_a_broadcast_queue_holds_nothing_that_could_be_purged(
+def test_a_broadcast_queue_has_nothing_to_purge(
     tmp_path: Path, database: str, own_redis: RedisServer
 ) -> None:
-    """It is deleted when its worker ends, with or without a Redis."""
+    """The broadcast queue is deleted when its worker ends, with or without a Redis."""
     with a_rig(tmp_path, database, own_redis.url) as rig:
         worker = rig.worker("solo", BROADCAST="1")
         own_redis.kill()
@@ -101,13 +101,13 @@ def test_a_broadcast_queue_holds_nothing_that_could_be_purged(
         own_redis.start()
         rig.until(lambda: worker.text.count("Connected to") == 2)
         worker.stop()
-        assert "write down a purge" not in worker.text
+        assert "record a purge" not in worker.text
 
 
-def test_a_chord_hears_of_a_member_that_expired_in_a_loss(
+def test_a_member_that_expired_in_a_loss_fails_its_chord(
     tmp_path: Path, database: str, own_redis: RedisServer
 ) -> None:
-    """REVOKED, and the error callbacks of its body, as without a loss."""
+    """The member is REVOKED, and the error callbacks of the body run, as without a loss."""
     with a_rig(tmp_path, database, own_redis.url) as rig:
         rig.reconciler()
         first = rig.worker("solo")
@@ -118,7 +118,7 @@ def test_a_chord_hears_of_a_member_that_expired_in_a_loss(
         body.on_error(rig.signature("ok", "an-error").set(immutable=True))
         sent = chord(group([rig.signature("ok"), late], app=rig.app), app=rig.app)(body)
         expired = str(sent.parent.results[1].id)
-        del sent  # it must not look for its Redis later
+        del sent  # the object must not connect to its Redis later
         own_redis.restart(keep_data=False)
         rig.until(lambda: rig.redis.llen("celery") == 2)
         rig.until(
@@ -127,8 +127,8 @@ def test_a_chord_hears_of_a_member_that_expired_in_a_loss(
             ][0]
         )
         rig.worker("solo")
-        rig.until(lambda: rig.said()["an-error"])
+        rig.until(lambda: rig.written()["an-error"])
         rig.until(lambda: rig.ended(expired) == ["cancelled"])
-        assert rig.said() == {"ok": 1, "an-error": 1}
+        assert rig.written() == {"ok": 1, "an-error": 1}
         assert rig.app.AsyncResult(expired).state == "REVOKED"
         assert "expired" in rig.error(expired)

@@ -15,18 +15,18 @@ POOLS = ["prefork", "threads", "gevent", "solo"]
 
 @pytest.fixture
 def rig(tmp_path: Path, database: str, redis_url: str) -> Iterator[Rig]:
-    """Give real workers, and an application that is guarded."""
+    """Give real workers, and a guarded application."""
     with a_rig(tmp_path, database, redis_url) as rig:
         yield rig
 
 
 @pytest.mark.parametrize("pool", POOLS)
 class TestEnds:
-    """How a task ends, in every pool."""
+    """The ends of tasks, in every pool."""
 
     @pytest.mark.parametrize("protocol", [1, 2])
-    def test_every_end_is_told(self, rig: Rig, pool: str, protocol: int) -> None:
-        """Each once, in the right table, and nothing is left owed or claimed."""
+    def test_every_end_is_reported(self, rig: Rig, pool: str, protocol: int) -> None:
+        """Every end is reported once, in the right table, and nothing stays owed or claimed."""
         expected = {
             "ok": ["completed"],
             "own": ["completed"],
@@ -45,16 +45,16 @@ class TestEnds:
 
         assert {task: rig.ended(job_id) for task, job_id in sent.items()} == expected
         assert rig.claims() == 0
-        said = rig.said()
-        assert said["before"] == 1
-        assert (said["again"], said["requeue"], said["ok"]) == (3, 6, 1)
-        assert said["replaced-by-another"] == said["refuse"] == 1
+        written = rig.written()
+        assert written["before"] == 1
+        assert (written["again"], written["requeue"], written["ok"]) == (3, 6, 1)
+        assert written["replaced-by-another"] == written["refuse"] == 1
         assert "ValueError: as it must" in rig.error(sent["fail"])
         assert worker.stop() == 0
         assert rig.ask("select 1 from jobguard.workers where left_at is not null")
 
-    def test_what_is_copied_runs_once(self, rig: Rig, pool: str) -> None:
-        """Five copies of one message, as Celery's own redelivery makes them: one run, one end."""
+    def test_a_copied_message_runs_once(self, rig: Rig, pool: str) -> None:
+        """Five copies of one message, as Celery's own redelivery makes them, give one run and one end."""
         job_id = rig.send("ok")
         (raw,) = rig.redis.lrange("celery", 0, -1)
         for _ in range(4):
@@ -64,11 +64,11 @@ class TestEnds:
         rig.until(lambda: not rig.owed())
         assert worker.stop() == 0
 
-        assert rig.said() == {"ok": 1}
+        assert rig.written() == {"ok": 1}
         assert rig.ended(job_id) == ["completed"]
 
     def test_a_group_whose_generator_waits_for_results(self, rig: Rig, pool: str) -> None:
-        """What it sends beside the group is not kept for the group's end."""
+        """A task that the generator sends beside the group does not wait for the group's end."""
         rig.worker(pool)
 
         def load(word: str) -> str:
@@ -77,10 +77,10 @@ class TestEnds:
         members = (rig.signature("ok", "again-" + load(f"w{n}")) for n in range(4))
         group(members, app=rig.app).apply_async()
         rig.until(lambda: not rig.owed())
-        assert rig.said() == {f"{kind}w{n}": 1 for kind in ("", "again-") for n in range(4)}
+        assert rig.written() == {f"{kind}w{n}": 1 for kind in ("", "again-") for n in range(4)}
 
     def test_a_revoked_task_is_cancelled(self, rig: Rig, pool: str) -> None:
-        """Before it began; and an expired one too."""
+        """A task that is revoked before its start is cancelled, and so is an expired one."""
         worker = rig.worker(pool)
         revoked = rig.send("ok", "revoked", countdown=2)
         rig.until(lambda: rig.redis.hlen("unacked"))
@@ -89,41 +89,41 @@ class TestEnds:
         rig.until(lambda: not rig.owed())
         assert rig.ended(revoked) == rig.ended(expired) == ["cancelled"]
         assert worker.stop() == 0
-        assert not rig.said()
+        assert not rig.written()
 
     def test_it_is_known_for_the_queues_it_consumes(self, rig: Rig, pool: str) -> None:
-        """To the ledger and in Redis, as they come and go at run time."""
+        """The ledger and Redis show the queues that the worker consumes, as they change at run time."""
         worker = rig.worker(pool)
-        rig.until(lambda: rig.listed() == rig.announced() == [{"celery"}])
+        rig.until(lambda: rig.queues_in_beats() == rig.announced() == [{"celery"}])
         rig.add_consumer(worker, "added")
-        rig.until(lambda: rig.listed() == rig.announced() == [{"celery", "added"}])
+        rig.until(lambda: rig.queues_in_beats() == rig.announced() == [{"celery", "added"}])
         job_id = rig.send("ok", queue="added")
         rig.until(lambda: rig.ended(job_id))
         rig.app.control.cancel_consumer("added")
-        rig.until(lambda: rig.listed() == rig.announced() == [{"celery"}])
+        rig.until(lambda: rig.queues_in_beats() == rig.announced() == [{"celery"}])
         job_id = rig.send("ok")
         rig.until(lambda: rig.ended(job_id))
 
     def test_an_unknown_task_goes_back(self, rig: Rig, pool: str) -> None:
-        """Where a leader lives, another worker may know it: it has not failed."""
+        """With a live leader, an unknown task has not failed, because another worker may know it."""
         rig.reconciler()
         worker = rig.worker(pool)
         rig.until(rig.trusted)
         job_id = rig.send("of_tomorrow")
-        rig.until(lambda: "it goes back, for others" in worker.text)
+        rig.until(lambda: "it goes back, for other workers" in worker.text)
         assert rig.owed() == 1
         assert rig.app.AsyncResult(job_id).state == "PENDING"
 
-    def test_an_unknown_task_has_failed_where_nobody_leads(self, rig: Rig, pool: str) -> None:
-        """As Celery says."""
+    def test_an_unknown_task_has_failed_without_a_leader(self, rig: Rig, pool: str) -> None:
+        """Without a leader, an unknown task has failed, as in Celery."""
         rig.worker(pool)
         job_id = rig.send("of_tomorrow")
         rig.until(lambda: not rig.owed())
         assert rig.ended(job_id) == ["failed"]
         assert rig.app.AsyncResult(job_id).state == "FAILURE"
 
-    def test_a_body_that_nobody_can_read_has_failed(self, rig: Rig, pool: str) -> None:
-        """Of a type that is not accepted; and one that is not what its type says."""
+    def test_an_unreadable_body_has_failed(self, rig: Rig, pool: str) -> None:
+        """A body has failed if its type is not accepted, or if it does not match its type."""
         refused = rig.send("ok", serializer="pickle")
         broken = rig.send("ok")
         (raw,) = rig.redis.lrange("celery", 0, 0)
@@ -131,20 +131,20 @@ class TestEnds:
         rig.worker(pool)
         rig.until(lambda: not rig.owed())
         assert rig.ended(refused) == rig.ended(broken) == ["failed"]
-        assert not rig.said()
+        assert not rig.written()
 
-    def test_what_an_unguarded_program_sent_is_recorded_at_its_start(
+    def test_a_task_of_an_unguarded_program_is_recorded_at_its_start(
         self, rig: Rig, pool: str
     ) -> None:
-        """And has the same token however often it is put back."""
+        """A message without a token gets one, and keeps it however often it is put back."""
         raw = unguarded_message(rig)
         rig.worker(pool)
         rig.redis.lpush("celery", raw)
-        rig.until(lambda: rig.said()["unguarded"])
+        rig.until(lambda: rig.written()["unguarded"])
         rig.until(lambda: rig.ask("select 1 from jobguard.history where outcome = 'completed'"))
 
     def test_started_is_taken_back_where_the_task_had_failed(self, rig: Rig, pool: str) -> None:
-        """With track_started Celery overwrites FAILURE before anybody is asked."""
+        """With track_started Celery overwrites FAILURE before the fence is asked; the skip restores it."""
         job_id = rig.send("fail")
         (raw,) = rig.redis.lrange("celery", 0, -1)
         worker = rig.worker(pool, concurrency=1)
@@ -157,14 +157,14 @@ class TestEnds:
         rig.until(lambda: rig.ended(last))
         assert worker.stop() == 0
         assert rig.redis.get(f"celery-task-meta-{job_id}") == before
-        assert rig.said() == {"fail": 1, "ok": 1}
+        assert rig.written() == {"fail": 1, "ok": 1}
 
     def test_a_warm_shutdown_leaves_nothing_claimed(self, rig: Rig, pool: str) -> None:
-        """What runs is finished, what was taken goes back, and the goodbye is said."""
+        """A warm shutdown finishes running tasks, puts taken ones back, and closes the session."""
         worker = rig.worker(pool, concurrency=1)
         running = rig.send("slow", "running", 3.0)
         waiting = [rig.send("ok", f"waits-{n}") for n in range(3)]
-        rig.until(lambda: rig.said()["running-begins"])
+        rig.until(lambda: rig.written()["running-begins"])
         assert worker.stop() == 0
         assert rig.ended(running) == ["completed"]
         assert rig.claims() == 0
@@ -173,14 +173,14 @@ class TestEnds:
         rig.worker(pool)
         rig.until(lambda: not rig.owed())
         assert [rig.ended(job_id) for job_id in waiting] == [["completed"]] * 3
-        assert rig.said()["running"] == 1
+        assert rig.written()["running"] == 1
 
 
 class TestByOrder:
-    """What Celery kills itself."""
+    """Tasks that Celery kills itself."""
 
     def test_a_hard_time_limit_is_a_failure(self, rig: Rig) -> None:
-        """Not a kill, and nothing brings it back."""
+        """A hard time limit is a failure and not a kill, and nothing brings the task back."""
         rig.reconciler()
         rig.worker()
         rig.until(rig.trusted)
@@ -189,43 +189,43 @@ class TestByOrder:
         assert rig.ended(hard) == rig.ended(soft) == ["failed"]
         assert "TimeLimitExceeded(1)" in rig.error(hard)
         assert "SoftTimeLimitExceeded" in rig.error(soft)
-        assert rig.said()["too_long-begins"] == rig.said()["too_slow-begins"] == 1
+        assert rig.written()["too_long-begins"] == rig.written()["too_slow-begins"] == 1
 
     @pytest.mark.skipif(
         not hasattr(Task, "acks_on_timeout"), reason="before, Celery gave such a task up"
     )
     def test_a_hard_time_limit_that_is_not_acknowledged_is_queued_again(self, rig: Rig) -> None:
-        """With task_acks_on_failure_or_timeout off: the same delivery, and no crash of it."""
+        """With task_acks_on_failure_or_timeout off, the same delivery is queued, and it is no crash."""
         rig.worker(conf={"task_acks_on_failure_or_timeout": False})
         job_id = rig.send("too_long_late")
         rig.until(lambda: not rig.owed())
         assert rig.ended(job_id) == ["completed"]
-        assert rig.said() == {"too_long_late": 2}
+        assert rig.written() == {"too_long_late": 2}
         assert rig.ask("select crashes, number from jobguard.history") == [(0, 2)]
 
     def test_sys_exit_is_a_failure(self, rig: Rig) -> None:
-        """The task asked for it."""
+        """sys.exit() is a failure, because the task itself called it."""
         rig.reconciler()
         rig.worker()
         rig.until(rig.trusted)
         job_id = rig.send("leave")
         rig.until(lambda: not rig.owed())
         assert rig.ended(job_id) == ["failed"]
-        assert rig.said() == {"leave": 1}
+        assert rig.written() == {"leave": 1}
 
     def test_a_task_that_is_terminated_is_cancelled(self, rig: Rig) -> None:
-        """A person revoked it while it ran: it does not come back."""
+        """A task that a person revokes during its run does not come back."""
         rig.reconciler()
         rig.worker()
         rig.until(rig.trusted)
         job_id = rig.send("slow", "slow", 60.0)
-        rig.until(lambda: rig.said()["slow-begins"])
+        rig.until(lambda: rig.written()["slow-begins"])
         rig.app.control.revoke(job_id, terminate=True)
         rig.until(lambda: not rig.owed())
         assert rig.ended(job_id) == ["cancelled"]
 
     def test_a_task_that_a_stamp_revokes_is_cancelled(self, rig: Rig) -> None:
-        """By the headers of the worker's memory, which know no id."""
+        """A task is cancelled by the stamps in the worker's memory, which have no id."""
         rig.worker()
         rig.app.control.revoke_by_stamped_headers({"customer": "7"})
         job_id = str(
@@ -240,27 +240,27 @@ class TestByOrder:
         )
         rig.until(lambda: not rig.owed())
         assert rig.ended(job_id) == ["cancelled"]
-        assert not rig.said()
+        assert not rig.written()
 
     @pytest.mark.parametrize("task", ["slow", "late"])
-    def test_what_a_cold_shutdown_kills_runs_again_at_once(self, rig: Rig, task: str) -> None:
-        """Celery says RETRY of it and sends nothing, or puts it back: no crash either way."""
+    def test_a_task_killed_by_a_cold_shutdown_runs_again_at_once(self, rig: Rig, task: str) -> None:
+        """Celery's state is RETRY without a message, or it puts the message back: neither is a crash."""
         rig.reconciler()
         worker = rig.worker()
         rig.until(rig.trusted)
         job_id = rig.send(task, task, 4.0)
-        rig.until(lambda: rig.said()[f"{task}-begins"])
+        rig.until(lambda: rig.written()[f"{task}-begins"])
         worker.signal(signal.SIGQUIT)
         worker.wait()
         rig.worker()
         rig.until(lambda: rig.ended(job_id))
         assert rig.ended(job_id) == ["completed"]
-        assert (rig.said()[f"{task}-begins"], rig.said()[task]) == (2, 1)
+        assert (rig.written()[f"{task}-begins"], rig.written()[task]) == (2, 1)
         assert rig.ask("select crashes from jobguard.history") == [(0,)]
 
 
 def unguarded_message(rig: Rig) -> bytes:
-    """Return a message as a program sends it that has never heard of us."""
+    """Return a message as an unguarded program sends it."""
     rig.send("ok", "unguarded")
     raw = rig.redis.lpop("celery")
     assert isinstance(raw, bytes)

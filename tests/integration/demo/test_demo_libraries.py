@@ -1,4 +1,4 @@
-"""The demo finds each library's jobs where that library really puts them."""
+"""The demo finds each library's jobs where that library stores them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ app = importlib.import_module(f"jobguard.demo.apps.{sys.argv[1]}")
 print(app.enqueue(1, 0.0), app.enqueue(2, 0.0))
 """
 
-# Takes one job as a worker does, and is gone before it has acknowledged it.
+# Each program takes one job as a worker does, and exits before it acknowledges the job.
 TAKE = {
     "celery": """
 import os
@@ -42,7 +42,7 @@ os._exit(0)
 
 
 def run(program: str, *arguments: str, redis_url: str) -> str:
-    """Run a program of a user's; gives what it printed."""
+    """Run a program of a user; return its output."""
     environ = {name: value for name, value in os.environ.items() if name != "JOBGUARD_POSTGRES_URL"}
     return subprocess.run(
         [sys.executable, "-c", program, *arguments],
@@ -55,7 +55,7 @@ def run(program: str, *arguments: str, redis_url: str) -> str:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_job_is_present_from_its_push_until_it_is_acknowledged(name: str, redis_url: str) -> None:
-    """In the queue, and in the hands of a worker, by the id that enqueue gave."""
+    """A job is present in the queue and at a worker, by the id that enqueue returned."""
     library = named(name)
     with redis.Redis.from_url(redis_url) as client:
         assert (library.waiting(client), library.present(client)) == (0, set())

@@ -1,4 +1,4 @@
-"""What `dramatiq` imports."""
+"""The module that the command `dramatiq` imports."""
 
 from __future__ import annotations
 

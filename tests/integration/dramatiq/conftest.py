@@ -1,4 +1,4 @@
-"""A guarded application of Dramatiq on a real Redis, with the ledger in Postgres."""
+"""A guarded application of Dramatiq on a real Redis, with the ledger in PostgreSQL."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from tests.support import eventually
 
 @pytest.fixture(autouse=True)
 def encoder() -> None:
-    """Whatever encoder other tests have set."""
+    """Set the JSON encoder, because other tests may have set another one."""
     dramatiq.set_encoder(JSONEncoder())
 
 
 @pytest.fixture(autouse=True)
-def healed_soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two looks in no time."""
+def frequent_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check for lost messages often."""
     monkeypatch.setattr(lost_messages, "INTERVAL", 0.1)
 
 
 @pytest.fixture
 def stage(redis_url: str, tmp_path: Path) -> Iterator[Stage]:
-    """Give the application, unguarded so far."""
+    """Yield the application, not guarded yet."""
     made = Stage(a_broker(redis_url), tmp_path / "ledger")
     dramatiq.set_broker(made.broker)
     yield made
@@ -44,20 +44,20 @@ def stage(redis_url: str, tmp_path: Path) -> Iterator[Stage]:
 
 @pytest.fixture
 def guard(stage: Stage, database: str) -> Iterator[JobGuard]:
-    """Guard its broker."""
+    """Guard the broker of the application."""
     with jobguard.guard(stage.broker, postgres=database, **BRISK) as made:
         yield made
 
 
 @pytest.fixture
 def records(database: str) -> Records:
-    """Give the ledger."""
+    """Return the ledger."""
     return Records(database)
 
 
 @pytest.fixture
 def source(stage: Stage) -> Source:
-    """Give the identity of what is guarded."""
+    """Return the identity of the guarded source."""
     guarded = DramatiqAdapter().sources(stage.broker, namespace="default", name=None)
     assert guarded is not None
     return guarded.source
@@ -65,20 +65,20 @@ def source(stage: Stage) -> Source:
 
 @pytest.fixture
 def leader(source: Source, redis_url: str) -> Iterator[Leader]:
-    """Give a leader's view, on a client of its own."""
+    """Yield a leader's view, with its own client."""
     with redis.Redis.from_url(redis_url) as client:
         yield Leader(DramatiqBroker(source, client))
 
 
 @pytest.fixture
 def surroundings(stage: Stage, database: str, redis_url: str) -> Mapping[str, str]:
-    """Give the environment of processes of their own."""
+    """Return the environment for worker processes."""
     return {**environ(database, redis_url), LEDGER: str(stage.ledger)}
 
 
 @pytest.fixture
 def reconciler(surroundings: Mapping[str, str], records: Records) -> Iterator[Any]:
-    """Have a leader that leads; gives what waits until it trusts a worker's queue."""
+    """Run a leader; yield a function that waits until it trusts a worker's queue."""
     command = ("-c", "from jobguard.cli import main; main()", "reconcile")
     with program(*command, environ=surroundings):
 

@@ -1,7 +1,7 @@
-"""A small application of Dramatiq, for tests in this process and for workers of their own.
+"""A small application of Dramatiq, for tests in this process and for worker processes.
 
-Whatever runs writes a word into the ledger, a file that jobguard never touches. As a module it is what
-a worker command imports; as a program it is a worker without the command.
+Each run writes a word into the ledger, a file that jobguard never touches. A worker command imports
+this module; run as a program, it is a worker without the command.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ KEYS = f"dramatiq:{QUEUE}"
 
 
 def a_broker(url: str, **options: Any) -> RedisBroker:
-    """Return a broker with everything that Dramatiq offers."""
+    """Return a broker with all the middleware of Dramatiq."""
     make: Any = RedisBroker
     broker: RedisBroker = make(url=url, middleware=[m() for m in default_middleware], **options)
     barriers: Any = RedisBackend
@@ -76,26 +76,26 @@ class Stage:
     # -- actors ------------------------------------------------------------------------------------
 
     def note(self, word: object) -> None:
-        """Leave a word that only a run can leave."""
+        """Write a word to the ledger."""
         with self.ledger.open("a") as file:
             file.write(f"{word}\n")
 
     def say(self, word: object, *_: object) -> None:
-        """Run."""
+        """Write the word."""
         self.note(word)
 
     def add(self, one: int, other: int) -> int:
-        """Have a result."""
+        """Return a result."""
         self.note("add")
         return one + other
 
     def echo(self, word: object) -> object:
-        """Hand on what it was given."""
+        """Return the argument."""
         self.note(word)
         return word
 
     def wait(self, word: object) -> None:
-        """Run until the test has seen enough."""
+        """Run until the test opens the gate."""
         self.note(f"{word}:begun")
         while not self.gate(word).exists():
             time.sleep(0.01)
@@ -104,7 +104,7 @@ class Stage:
     def fail(self, word: object) -> None:
         """Fail."""
         self.note(word)
-        raise ValueError("as it must")
+        raise ValueError("fails on purpose")
 
     def flaky(self, word: object) -> None:
         """Fail the first time."""
@@ -113,18 +113,18 @@ class Stage:
             raise ValueError("the first time")
 
     def resend(self, word: object) -> None:
-        """Send another, and die of it the first time."""
+        """Send another message."""
         self.note(f"{word}:resend")
         self.broker.actors["say"].send(word)
 
     async def later(self, word: object) -> None:
-        """Run on the loop, and send from there."""
+        """Run on the event loop, and send from there."""
         await asyncio.sleep(0)
         self.note(word)
         self.broker.actors["say"].send(f"{word}:sent")
 
     def hold(self, word: object, seconds: float) -> None:
-        """Stay in one C call that never lets another thread run."""
+        """Stay in one C call that blocks all other threads."""
         self.note(f"{word}:begun")
         ctypes.PyDLL(None).usleep(int(seconds * 1e6)) if seconds < 1 else ctypes.PyDLL(None).sleep(
             int(seconds)
@@ -134,7 +134,7 @@ class Stage:
     # -- the test ----------------------------------------------------------------------------------
 
     def gate(self, word: object) -> Path:
-        """Return the file that lets a waiting job go on."""
+        """Return the file that lets a waiting job continue."""
         return Path(f"{self.ledger}.{word}")
 
     def said(self) -> list[str]:
@@ -161,7 +161,7 @@ class Stage:
 
     @contextmanager
     def worker(self, **options: Any) -> Iterator[Worker]:
-        """Have a worker in this process."""
+        """Run a worker in this process."""
         worker = Worker(self.broker, worker_timeout=20, **{"worker_threads": 1, **options})
         worker.start()
         try:
@@ -170,24 +170,24 @@ class Stage:
             worker.stop(timeout=5000)
 
     def is_idle(self) -> bool:
-        """Whether nothing is in Redis but dead letters."""
+        """Return True if Redis has nothing but dead letters."""
         return not self.client.exists(KEYS, f"{KEYS}.msgs", f"{KEYS}.DQ", f"{KEYS}.DQ.msgs")
 
     def work(self, **options: Any) -> None:
-        """Run all there is."""
+        """Run all messages."""
         with self.worker(**options):
             eventually(self.is_idle, 20)
 
 
 def open_joins(database: str) -> int:
-    """Return of how many groups nothing has come yet: a leader would have that sent again."""
+    """Return the number of groups without a continuation: a leader would have it sent again."""
     with psycopg.connect(database) as connection:
         return connection.execute("select from jobguard.joins where closed_at is null").rowcount
 
 
 @contextmanager
 def program(*arguments: str, environ: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
-    """Run this Python with these arguments, as a group of its own."""
+    """Run this Python with these arguments, in its own process group."""
     process = subprocess.Popen(
         [sys.executable, *arguments],
         env=dict(environ),
@@ -205,7 +205,7 @@ def program(*arguments: str, environ: Mapping[str, str]) -> Iterator[subprocess.
 def the_stage() -> Stage:
     """Return the application that the environment describes, guarded."""
     broker = a_broker(os.environ["JOBGUARD_REDIS_URL"])
-    if os.environ.get("STAGE_NO_STAND_IN"):
+    if os.environ.get("STAGE_NO_BEAT_PROCESS"):
         without: Any = beat_process.BeatProcess
         without._begin = lambda _: None
     if os.environ.get("STAGE_GUARD", "1") == "1":

@@ -1,4 +1,4 @@
-"""A message whose crash budget is spent: its failure callback is sent once, by a worker; it never runs."""
+"""A message whose crash budget is spent: a worker sends its failure callback once, and it never runs."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from tests.integration.dramatiq.stage import KEYS, Stage
 def test_its_failure_callback_is_sent_once(
     stage: Stage, guard: JobGuard, source: Source, database: str, redis_url: str
 ) -> None:
-    """Also where the actor names it; a copy that comes later tells nothing again."""
+    """The failure callback of a dead message is sent once, also if a copy of the message comes later."""
     declare: Any = dramatiq.actor
-    heard: list[tuple[Any, Any]] = []
+    called: list[tuple[Any, Any]] = []
 
     def hear(message: Any, error: Any) -> None:
-        heard.append((message["message_id"], error["type"]))
+        called.append((message["message_id"], error["type"]))
 
     declare(hear, broker=stage.broker, actor_name="hear")
     declare(stage.say, broker=stage.broker, actor_name="doomed", on_failure="hear")
@@ -46,12 +46,12 @@ def test_its_failure_callback_is_sent_once(
         store.close()
 
         stage.work()
-        assert heard == [(message.message_id, "WorkersDied")]
+        assert called == [(message.message_id, "WorkersDied")]
         assert stage.said() == []
         assert client.hexists(f"{KEYS}.XQ.msgs", rid)
 
         client.hset(f"{KEYS}.msgs", rid, message.encode())
         client.rpush(KEYS, rid)
         stage.work()
-        assert len(heard) == 1
+        assert len(called) == 1
         assert stage.said() == []

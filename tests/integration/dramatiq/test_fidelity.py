@@ -1,4 +1,4 @@
-"""Capture, FLUSHALL, restore: nothing that Dramatiq reads is different."""
+"""Capture, FLUSHALL, restore: all keys that Dramatiq reads are the same as before."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ HOUR = 3_600_000
 
 
 def plain(stage: Stage) -> None:
-    """Several, in order."""
+    """Send several messages, in order."""
     for word in range(5):
         stage.actor("say").send(word)
 
 
 def with_options(stage: Stage) -> None:
-    """With everything that a message may carry."""
+    """Send a message with many options."""
     stage.actor("add").send_with_options(args=(1,), kwargs={"other": 2}, max_age=HOUR, time_limit=5)
 
 
 def delayed(stage: Stage) -> None:
-    """In the delay queue."""
+    """Send one message to the delay queue, and one without a delay."""
     stage.actor("say").send_with_options(args=("a",), delay=HOUR)
     stage.actor("say").send("b")
 
 
 def retrying(stage: Stage) -> None:
-    """Failed once, and waiting for its next try: with its traceback, its retries and its time."""
+    """Leave a message that failed once and waits for its next try, with traceback, retries and time."""
     stage.actor("fail").send_with_options(
         args=("a",), max_retries=3, min_backoff=HOUR, max_backoff=HOUR
     )
@@ -48,12 +48,12 @@ def retrying(stage: Stage) -> None:
 
 
 def chained(stage: Stage) -> None:
-    """A pipeline at its first step."""
+    """Send a pipeline that is at its first step."""
     (stage.message("echo", "a") | stage.message("echo") | stage.message("echo")).run()
 
 
 def in_the_middle(stage: Stage) -> None:
-    """A pipeline whose first step has run."""
+    """Leave a pipeline whose first step has run."""
     first, second = stage.message("echo", "a"), stage.message("echo")
     second = second.copy(options={"delay": HOUR})
     stage.pipeline([first, second]).run()
@@ -62,14 +62,14 @@ def in_the_middle(stage: Stage) -> None:
 
 
 def grouped(stage: Stage) -> None:
-    """A group, with what waits for it."""
+    """Send a group with a completion callback."""
     several = stage.group([stage.message("say", word) for word in range(4)])
     several.add_completion_callback(stage.message("say", "all"))
     several.run()
 
 
 def half_a_group(stage: Stage) -> None:
-    """A group of which one has completed, and the others are to be run later."""
+    """Leave a group of which one member has completed, and the others will run later."""
     first, *others = (stage.message("say", word) for word in range(3))
     several = stage.group([first, *others])
     several.add_completion_callback(stage.message("say", "all"))
@@ -97,13 +97,13 @@ _OURS = ("jobguard:", "dramatiq:__")
 
 
 def jobs(stage: Stage) -> dict[str, Any]:
-    """Return everything but workers."""
+    """Return all keys except those of workers."""
     everything = keyspace(stage.client)
     return {key: value for key, value in everything.items() if not key.startswith(_OURS)}
 
 
 def rejoin(leader: Leader, database: str, source: Source) -> None:
-    """Put back the barriers, as a leader does before any member."""
+    """Restore the barriers, as a leader does before any member."""
     store = PostgresLeaderStore(lambda: database, "default", new_token(), Settings())
     joins = store.open_joins(source.id, after="", limit=100)
     leader.broker.rejoin(joins, finish=False, deadline=2e10)
@@ -119,7 +119,7 @@ def test_what_is_restored_is_identical(
     database: str,
     sent: Callable[[Stage], None],
 ) -> None:
-    """Key by key, with the time each has to live."""
+    """The restored keys and their times to live are the same as before."""
     sent(stage)
     with psycopg.connect(database) as connection:  # ends are written a moment later
         eventually(lambda: connection.execute("select from jobguard.running").rowcount == 0)

@@ -1,4 +1,4 @@
-"""A fleet of which not all is guarded, and a ledger that goes away under it."""
+"""Workers and producers that are only partly guarded, and a PostgreSQL outage during the work."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_what_an_unguarded_worker_ran_is_not_run_again(
     surroundings: Mapping[str, str],
     reconciler: Any,
 ) -> None:
-    """Half the image is rolled out: producers are guarded, and some workers are not."""
+    """While some workers are unguarded, their jobs are not run again and the queue is not trusted."""
     with ExitStack() as stack:
         stack.enter_context(program("-m", STAGE, "1", environ={**surroundings, "STAGE_GUARD": "0"}))
         for word in "abc":
@@ -41,7 +41,7 @@ def test_what_an_unguarded_worker_ran_is_not_run_again(
 def test_what_an_unguarded_producer_sent_is_adopted(
     stage: Stage, database: str, records: Records
 ) -> None:
-    """By the worker that claims it: with its retries, its delays and its pipelines."""
+    """The worker that claims an unguarded message records it, with its retries, delays and pipelines."""
     sent = [stage.actor("say").send("a"), stage.message("echo", "b")]
     sent.append(stage.actor("flaky").send_with_options(args=("c",), max_retries=1))
     sent.append(stage.actor("say").send_with_options(args=("d",), delay=50))
@@ -58,7 +58,7 @@ def test_what_an_unguarded_producer_sent_is_adopted(
 def test_an_unguarded_producers_message_is_restored_once_it_is_known(
     stage: Stage, database: str, records: Records, leader: Leader
 ) -> None:
-    """Its true bytes were asked of Redis."""
+    """The record of an unguarded message has its true bytes, which were read from Redis."""
     stage.actor("wait").send("a")
     body = stage.client.hvals(f"{KEYS}.msgs")
     with jobguard.guard(stage.broker, postgres=database, **BRISK), stage.worker():
@@ -76,7 +76,7 @@ def test_an_unguarded_producers_message_is_restored_once_it_is_known(
 def test_postgres_away_while_jobs_run(
     stage: Stage, own_postgres: PostgresServer, own_database: str, kind: str
 ) -> None:
-    """They go on at the speed of Redis, and the ledger hears of it all when it is back."""
+    """During a PostgreSQL outage the jobs run on, and all reports are written afterwards."""
     settings = {**BRISK, "call_timeout": 0.5, "connect_timeout": 0.5, "record_timeout": 1.0}
     records = Records(own_database)
     with jobguard.guard(stage.broker, postgres=own_database, **settings):

@@ -1,4 +1,4 @@
-"""Redis loses data under a running application, or parts of it; a leader puts back what is owed."""
+"""Redis loses all or some data of a running application, and a leader restores the owed messages."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ HOUR = 3_600_000
 
 
 class TestParts:
-    """Part of it is gone, or stands where no worker would find it."""
+    """A part of the data is lost, or is where no worker would find it."""
 
     @pytest.fixture(autouse=True)
     def sent(self, stage: Stage, guard: JobGuard) -> list[str]:
-        """Send some, in order."""
+        """Send some messages, in order."""
         return [stage.actor("say").send(word).options["redis_message_id"] for word in range(30)]
 
     def restore(self, records: Records, leader: Leader) -> list[Restored]:
-        """Put back what is absent; twice is once."""
+        """Restore the absent messages, and check that a second restore changes nothing."""
         lost = [d for d in records.owed() if leader.observe(d).presence is Presence.ABSENT]
         done = leader.restore(*lost)
         assert set(leader.restore(*lost)) <= {Restored.PRESENT}
@@ -40,7 +40,7 @@ class TestParts:
     def test_some_messages(
         self, stage: Stage, records: Records, leader: Leader, sent: list[str]
     ) -> None:
-        """With their places."""
+        """Lost messages are restored together with their entries in the list."""
         for rid in sent[::3]:
             stage.client.hdel(f"{KEYS}.msgs", rid)
             stage.client.lrem(KEYS, 0, rid)
@@ -52,7 +52,7 @@ class TestParts:
     def test_an_evicted_key(
         self, stage: Stage, records: Records, leader: Leader, sent: list[str], evicted: str
     ) -> None:
-        """The list, or the messages that stand in it."""
+        """If the list or its messages are evicted, all are restored."""
         stage.client.delete(evicted)
         assert self.restore(records, leader) == [Restored.RESTORED] * 30
         assert [raw.decode() for raw in stage.client.lrange(KEYS, 0, -1)] == sent
@@ -63,10 +63,10 @@ class TestParts:
     def test_what_a_dead_worker_had_fetched(
         self, stage: Stage, records: Records, leader: Leader, sent: list[str]
     ) -> None:
-        """It is taken from that worker alone; what a living one has is left."""
-        dead, living = "0" * 32, "d00dfeed-0000-4000-8000-000000000000"
+        """A restore takes messages only from the dead worker, and not from a live one."""
+        dead, live = "0" * 32, "d00dfeed-0000-4000-8000-000000000000"
         of_the_dead = "00000000-0000-0000-0000-000000000000"
-        for worker, rids in ((of_the_dead, sent[:10]), (living, sent[10:20])):
+        for worker, rids in ((of_the_dead, sent[:10]), (live, sent[10:20])):
             stage.client.zadd("dramatiq:__heartbeats__", {worker: 1})
             stage.client.sadd(f"dramatiq:__acks__.{worker}.default", *rids)
             for rid in rids:
@@ -75,13 +75,13 @@ class TestParts:
         answers = leader.restore(*owed)
         assert answers == [Restored.RESTORED] * 10 + [Restored.PRESENT] * 20
         assert not stage.client.exists(f"dramatiq:__acks__.{of_the_dead}.default")
-        assert stage.client.scard(f"dramatiq:__acks__.{living}.default") == 10
+        assert stage.client.scard(f"dramatiq:__acks__.{live}.default") == 10
         assert stage.client.llen(KEYS) == 20
 
     def test_a_dead_letter_is_no_loss(
         self, stage: Stage, records: Records, leader: Leader, sent: list[str]
     ) -> None:
-        """Dramatiq knows its end."""
+        """A dead letter counts as failed and is not restored."""
         body = stage.client.hget(f"{KEYS}.msgs", sent[0])
         stage.client.hdel(f"{KEYS}.msgs", sent[0])
         stage.client.lrem(KEYS, 0, sent[0])
@@ -93,7 +93,7 @@ class TestParts:
     def test_a_dead_letter_is_that_of_its_own_message(
         self, stage: Stage, records: Records, leader: Leader, guard: JobGuard, database: str
     ) -> None:
-        """Another message of its id, which waits, has an entry of its own."""
+        """A dead letter does not end another delivery of the same message."""
         twin = stage.message("say", "twin")
         rids = [stage.broker.enqueue(twin).options["redis_message_id"] for _ in range(2)]
         body = stage.client.hget(f"{KEYS}.msgs", rids[0])
@@ -109,7 +109,7 @@ class TestParts:
 
 
 class TestFlush:
-    """FLUSHDB under a worker, with a leader that leads."""
+    """FLUSHDB while a worker runs, with an active leader."""
 
     @pytest.fixture(autouse=True)
     def led(self, stage: Stage, guard: JobGuard, reconciler: Any) -> Any:
@@ -118,13 +118,13 @@ class TestFlush:
             reconciler()
 
     def done(self, stage: Stage, records: Records, *words: str) -> None:
-        """Wait until all is done, and each was said once."""
+        """Wait until all jobs are done, and check that each word was written once."""
         eventually(lambda: len(stage.said()) >= len(words), 30)
         eventually(lambda: records.owed() == [], 30)
         assert sorted(stage.said()) == sorted(words)
 
     def test_waiting_and_delayed(self, stage: Stage, records: Records) -> None:
-        """In their queues."""
+        """Waiting and delayed messages are restored to their queues."""
         for word in "abc":
             stage.actor("say").send(word)
         stage.actor("say").send_with_options(args=("d",), delay=4000)
@@ -133,7 +133,7 @@ class TestFlush:
             self.done(stage, records, *"abcd")
 
     def test_delayed_in_a_workers_memory(self, stage: Stage, records: Records) -> None:
-        """It moves what it remembers, and what is put back meanwhile is the same delivery."""
+        """A delayed message in a worker's memory runs once, although it is restored in the meantime."""
         with stage.worker() as worker:
             stage.actor("say").send_with_options(args=("a",), delay=3000)
             delayed: Any = worker.consumers["default.DQ"]
@@ -145,7 +145,7 @@ class TestFlush:
     def test_delayed_twice_in_a_workers_memory(
         self, stage: Stage, records: Records, retries: bool
     ) -> None:
-        """The process fetches the restored message while it still holds the first copy."""
+        """A message that the process has twice in its memory runs once."""
         with stage.worker() as worker:
             if retries:
                 backoff = {"min_backoff": 9000, "max_backoff": 9000}
@@ -161,21 +161,21 @@ class TestFlush:
         assert len(stage.said()) == 1 + retries
 
     def test_fetched_by_a_worker_that_then_stops(self, stage: Stage, records: Records) -> None:
-        """It gives back what Redis does not know any more; Dramatiq drops it without a word."""
+        """A message that a stopping worker had fetched is restored, although Redis no longer knows it."""
         stage.actor("wait").send("a")
         with stage.worker():
             eventually(lambda: stage.said() == ["a:begun"])
             stage.actor("wait").send("b")
             eventually(lambda: not stage.client.exists(KEYS))
             stage.client.flushdb()
-            threading.Timer(0.3, stage.gate("a").touch).start()  # when it has begun to stop
+            threading.Timer(0.3, stage.gate("a").touch).start()  # when the worker has begun to stop
         assert stage.said() == ["a:begun", "a"]
         stage.gate("b").touch()
         with stage.worker():
             self.done(stage, records, "a:begun", "a", "b:begun", "b")
 
     def test_a_retry_that_waits(self, stage: Stage, records: Records) -> None:
-        """With the tries it has had."""
+        """A lost retry is restored with its number of tries."""
         stage.actor("flaky").send_with_options(
             args=("a",), max_retries=1, min_backoff=1500, max_backoff=1500
         )
@@ -187,7 +187,7 @@ class TestFlush:
             self.done(stage, records, "a", "a")
 
     def test_a_pipeline_between_two_steps(self, stage: Stage, records: Records) -> None:
-        """The step that waits goes on with what it was given."""
+        """A lost pipeline continues with the result of its last step."""
         steps = [stage.message("echo", "a"), stage.message("wait"), stage.message("say", "z")]
         steps[2] = steps[2].copy(options={"pipe_ignore": True})
         stage.pipeline(steps).run()
@@ -200,7 +200,7 @@ class TestFlush:
     def test_a_group_of_which_some_have_completed(
         self, stage: Stage, records: Records, database: str
     ) -> None:
-        """What waits for it is sent once, when the last has completed."""
+        """A group sends its callback once, when the last member has completed."""
         members = [stage.message("say", w) for w in "abc"] + [stage.message("wait", "d")]
         several = stage.group(members)
         several.add_completion_callback(stage.message("say", "all"))
@@ -208,7 +208,7 @@ class TestFlush:
         with stage.worker(worker_threads=2):
             eventually(lambda: {"a", "b", "c", "d:begun"} <= set(stage.said()))
             eventually(lambda: len(records.owed()) == 1)
-            stage.actor("say").send("last")  # something to put back, and the barrier with it
+            stage.actor("say").send("last")  # something to restore, and the barrier with it
             stage.client.flushdb()
             stage.gate("d").touch()
             self.done(stage, records, *"abc", "d:begun", "d", "all", "last")
@@ -223,7 +223,7 @@ class TestFlush:
         monkeypatch: pytest.MonkeyPatch,
         lost: str,
     ) -> None:
-        """Counted in Redis, and its end not yet written; or ended while there is no barrier."""
+        """A member counts once, whether it ends just before or just after the loss."""
         reached, go = threading.Event(), threading.Event()
         end = HostTracker.end
 
@@ -262,7 +262,7 @@ class TestFlush:
     def test_a_callback_that_was_never_sent(
         self, stage: Stage, records: Records, database: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """All members have ended: a leader has a worker send it."""
+        """If all members ended and no callback was sent, a leader has a worker send it."""
         lose_callbacks(stage, records, monkeypatch)
         with stage.worker():
             self.done(stage, records, "a", "b", "all", "too")
@@ -278,7 +278,7 @@ class TestFlush:
         monkeypatch: pytest.MonkeyPatch,
         away: bool,
     ) -> None:
-        """A member that a leader tells again is counted and not run, whatever else would be."""
+        """Also in observe mode, a member that is pushed again to be counted does not run."""
         guard.close()
         if away:
             monkeypatch.setattr(HostTracker, "tombstones", lambda *_: None)
@@ -290,7 +290,7 @@ class TestFlush:
 
 
 def lose_callbacks(stage: Stage, records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run a group whose members all end, and have nobody be told that it was the last."""
+    """Run a group whose members all end without a notice that the last one completed."""
     several = stage.group([stage.message("say", w) for w in "ab"])
     several.add_completion_callback(stage.message("say", "all"))
     several.add_completion_callback(stage.message("say", "too"))
@@ -304,10 +304,10 @@ def lose_callbacks(stage: Stage, records: Records, monkeypatch: pytest.MonkeyPat
 
 
 class TestRerun:
-    """A member that was counted, and whose end was never told, runs again."""
+    """A member runs again after it was counted, because its end was never reported."""
 
     def test_it_is_counted_once(self, stage: Stage, database: str, records: Records) -> None:
-        """Else what waits for the group would be sent too early."""
+        """A member that runs twice is counted once, so that the callback is not sent too early."""
         with jobguard.guard(stage.broker, postgres=database, **BRISK):
             members = [stage.message("say", "a"), stage.message("wait", "b")]
             several = stage.group(members)

@@ -1,4 +1,4 @@
-"""What is sent: from wherever, however, and whatever is away."""
+"""Sent messages: their records, their pushes, and outages of Redis or PostgreSQL."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ HOUR = 3_600_000
 
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> list[list[Delivery]]:
-    """Give every record that is made, one list a statement."""
+    """Return a list to which each record adds its deliveries."""
     made: list[list[Delivery]] = []
     record = HostTracker.record
 
@@ -48,7 +48,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[list[Delivery]]:
 
 @contextmanager
 def redis_away(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Have nobody reach Redis by the host's client."""
+    """Make Redis unreachable for the client of the application."""
 
     def refused(*_: Any, **__: Any) -> Any:
         raise redis.ConnectionError("away")
@@ -60,12 +60,12 @@ def redis_away(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 class TestRecord:
-    """What the record of a message says."""
+    """The content of a message's record."""
 
-    def test_it_says_all_that_is_known_of_it(
+    def test_it_has_all_that_is_known_of_the_message(
         self, stage: Stage, guard: JobGuard, recorded: list[list[Delivery]]
     ) -> None:
-        """Whose it is, when it is due, when it is too late, and its very bytes."""
+        """A record has the job, queue, task, attempt, due time, expiry and the exact bytes."""
         sent = stage.actor("say").send_with_options(args=("a",), delay=HOUR, max_age=2 * HOUR)
         (((one,),)) = recorded
         assert (one.job_id, one.queue, one.task, one.attempt) == (
@@ -84,7 +84,7 @@ class TestRecord:
     def test_what_other_middleware_adds_is_recorded(
         self, stage: Stage, guard: JobGuard, recorded: list[list[Delivery]]
     ) -> None:
-        """Whoever comes after us: the bytes are those of Redis."""
+        """Changes by later middleware are in the record, which has the same bytes as Redis."""
 
         class Late(Middleware):
             def before_enqueue(self, broker: Any, message: Any, delay: int | None) -> None:
@@ -100,7 +100,7 @@ class TestRecord:
     def test_what_cannot_be_encoded_is_not_recorded(
         self, stage: Stage, guard: JobGuard, recorded: list[list[Delivery]]
     ) -> None:
-        """The error is the encoder's."""
+        """A message that cannot be encoded raises the encoder's error and is not recorded."""
         with pytest.raises(TypeError):
             stage.actor("say").send(object())
         assert recorded == []
@@ -108,7 +108,7 @@ class TestRecord:
     def test_a_group_is_one_record(
         self, stage: Stage, guard: JobGuard, recorded: list[list[Delivery]]
     ) -> None:
-        """With its pipelines, and pushed in order."""
+        """A group with its pipelines is one record, and is pushed in order."""
         members = [stage.message("say", word) for word in range(3)]
         chain = stage.message("echo", "a") | stage.message("echo")
         stage.group([*members, chain]).run()
@@ -119,7 +119,7 @@ class TestRecord:
     def test_a_push_by_hand_is_recorded(
         self, stage: Stage, guard: JobGuard, recorded: list[list[Delivery]]
     ) -> None:
-        """Somebody has the id chosen already."""
+        """A direct push with a chosen id is recorded under that id."""
         token = new_token()
         message = stage.message("say", "a").copy(options={"redis_message_id": str(token)})
         stage.broker.do_enqueue("default", str(token), message.encode())
@@ -128,7 +128,7 @@ class TestRecord:
     def test_a_fork_of_a_guarded_process_records_too(
         self, stage: Stage, guard: JobGuard, records: Records
     ) -> None:
-        """Gunicorn --preload."""
+        """A fork of a guarded process records too, as with gunicorn --preload."""
         stage.actor("say").send("parent")
         child = os.fork()
         if child == 0:
@@ -143,7 +143,7 @@ class TestRecord:
     def test_actors_may_be_declared_before_and_after(
         self, redis_url: str, database: str, records: Records
     ) -> None:
-        """And several brokers on one Redis are guarded alike."""
+        """Actors can be declared before or after guard(), and brokers of one Redis share a guard."""
         declare: Any = dramatiq.actor
         brokers = [a_broker(redis_url), a_broker(redis_url)]
         before = [declare(print, broker=b, actor_name="before") for b in brokers]
@@ -160,7 +160,7 @@ class TestRecord:
     def test_a_namespace_is_a_source_of_its_own(
         self, redis_url: str, database: str, tmp_path: Path, records: Records
     ) -> None:
-        """Its messages go back where they came from."""
+        """A namespace is a source of its own, and its messages are restored to it."""
         spaced = Stage(a_broker(redis_url, namespace="{mine}"), tmp_path / "ledger")
         with jobguard.guard(spaced.broker, postgres=database, **BRISK) as guard:
             spaced.actor("say").send("a")
@@ -174,21 +174,21 @@ class TestRecord:
 
 
 class TestRedisAway:
-    """The record is accepted, and the leader pushes it."""
+    """Redis is away: the record is accepted, and the leader pushes it."""
 
-    def test_a_first_delivery_is_taken_back_while_nobody_leads(
+    def test_a_first_delivery_is_taken_back_without_a_leader(
         self,
         stage: Stage,
         guard: JobGuard,
         records: Records,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        """The caller hears it, and nothing is owed."""
+        """Without a leader the caller gets the error, and the record is withdrawn."""
         with redis_away(stage, monkeypatch), pytest.raises(redis.ConnectionError):
             stage.actor("say").send("a")
         assert records.owed() == []
 
-    def test_it_is_accepted_while_somebody_leads(
+    def test_it_is_accepted_with_a_leader(
         self,
         stage: Stage,
         guard: JobGuard,
@@ -196,7 +196,7 @@ class TestRedisAway:
         reconciler: Any,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        """And is in Redis when that is back, once, whatever its kind."""
+        """With a leader the record is accepted, and pushed once after the outage."""
         with stage.worker() as worker:
             reconciler()
             worker.pause()
@@ -209,14 +209,14 @@ class TestRedisAway:
             eventually(lambda: sorted(stage.said()) == ["a", "b", "c"], 20)
             eventually(lambda: records.owed() == [])
 
-    def test_a_push_of_which_nobody_knows_stays(
+    def test_the_record_of_an_unconfirmed_push_stays(
         self,
         stage: Stage,
         guard: JobGuard,
         records: Records,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        """It may have reached Redis: the error says which, and the leader sees to it."""
+        """After a push with an unknown result the record stays, and the error names its job."""
 
         def lost(*_: Any, **__: Any) -> Any:
             raise redis.TimeoutError("no answer")
@@ -229,7 +229,7 @@ class TestRedisAway:
         assert owed.job_id in caught.value.__notes__[0]
 
     def test_sent_twice_it_is_there_once(self, stage: Stage, guard: JobGuard) -> None:
-        """redis-py asks again when an answer is lost."""
+        """A push that is repeated adds the message once, as redis-py repeats it after a lost answer."""
         message = stage.actor("say").send("a")
         rid = message.options["redis_message_id"]
         stage.broker.do_enqueue("default", rid, message.encode())
@@ -237,10 +237,10 @@ class TestRedisAway:
 
 
 class TestPostgresAway:
-    """As the user said."""
+    """PostgreSQL is away, and the setting decides."""
 
     def test_a_refused_send_pushes_nothing(self, stage: Stage) -> None:
-        """Not even a group's members."""
+        """A refused send pushes nothing, not even the members of a group."""
         with jobguard.guard(stage.broker, postgres=UNREACHABLE, when_postgres_down="raise"):
             with pytest.raises(StoreUnavailable):
                 stage.actor("say").send("a")
@@ -250,12 +250,12 @@ class TestPostgresAway:
 
 
 class TestIntent:
-    """What is thrown away stays away."""
+    """A message that was deleted stays deleted."""
 
     def test_a_flushed_queue_stays_empty(
         self, stage: Stage, guard: JobGuard, records: Records
     ) -> None:
-        """With what is delayed; other queues are left alone."""
+        """A flushed queue stays empty, with its delayed messages; other queues keep theirs."""
         stage.broker.declare_queue("other")
         stage.actor("say").send("a")
         stage.actor("say").send_with_options(args=("b",), delay=HOUR)
@@ -268,7 +268,7 @@ class TestIntent:
     def test_a_purged_list_is_that_alone(
         self, stage: Stage, guard: JobGuard, records: Records
     ) -> None:
-        """Not what is delayed beside it."""
+        """A purge of one list leaves the delayed messages of the same queue."""
         stage.actor("say").send("a")
         delayed = stage.actor("say").send_with_options(args=("b",), delay=HOUR)
         stage.broker.do_purge("default")
@@ -276,11 +276,11 @@ class TestIntent:
 
 
 class TestAbort:
-    """dramatiq-abort: the abort is an intent, and Redis keeps it for a while only."""
+    """dramatiq-abort: an abort is a cancellation, which Redis keeps only for some time."""
 
     @pytest.fixture
     def abortable(self, redis_url: str) -> Any:
-        """Give its middleware."""
+        """Return its middleware."""
         kind = pytest.importorskip("dramatiq_abort").Abortable
         backend = pytest.importorskip("dramatiq_abort.backends").RedisBackend
         return kind(backend=backend.from_url(redis_url))
@@ -289,7 +289,7 @@ class TestAbort:
     def test_an_aborted_message_stays_aborted(
         self, stage: Stage, database: str, records: Records, abortable: Any, added: str
     ) -> None:
-        """Though Redis forgets the abort: its tombstone was written first."""
+        """A message stays aborted after Redis forgets it, because its tombstone was written first."""
         if added == "before":
             stage.broker.add_middleware(abortable)
         with jobguard.guard(stage.broker, postgres=database, **BRISK):
@@ -307,7 +307,7 @@ class TestAbort:
     def test_what_is_not_aborted_runs(
         self, stage: Stage, guard: JobGuard, records: Records, abortable: Any
     ) -> None:
-        """And what is skipped by the middleware alone has ended as well."""
+        """Other messages run, and a message that only the middleware skips has an end too."""
         stage.broker.add_middleware(abortable)
         sent = [stage.actor("say").send(word) for word in "ab"]
         abortable.abort(sent[0].message_id)
@@ -318,12 +318,12 @@ class TestAbort:
 
 
 class TestRequeue:
-    """A person has what failed put back."""
+    """A person requeues a failed message."""
 
     def test_it_goes_back_under_a_new_id_and_is_acknowledged_by_that(
         self, stage: Stage, guard: JobGuard, records: Records, leader: Leader, source: Source
     ) -> None:
-        """The id stands in the message, too."""
+        """A requeued message has a new id, also in its bytes, and is acknowledged under that id."""
         failed = stage.actor("flaky").send("a")
         with stage.worker():
             eventually(lambda: records.ended(failed.message_id) == [("failed", 1)])
@@ -339,7 +339,7 @@ class TestRequeue:
     def test_it_has_all_its_retries_again(
         self, stage: Stage, guard: JobGuard, records: Records, leader: Leader
     ) -> None:
-        """A person means the job, not its last try."""
+        """A requeued message has all its retries again."""
         options = {"max_retries": 1, "min_backoff": 1, "max_backoff": 1}
         failed = stage.actor("fail").send_with_options(args=("a",), **options)
         stage.work()
@@ -357,7 +357,7 @@ class TestRequeue:
     def test_what_no_worker_could_acknowledge_is_refused(
         self, stage: Stage, guard: JobGuard, records: Records
     ) -> None:
-        """At the command, with the reason: it would be put back for ever."""
+        """A message that no worker could acknowledge is refused: it would be restored for ever."""
 
         class Packed(JSONEncoder):
             def encode(self, data: Any) -> bytes:

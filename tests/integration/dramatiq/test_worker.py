@@ -1,4 +1,4 @@
-"""What a worker does with what it fetches: starts, ends, skips, and what it has lost sight of."""
+"""The worker: starts, ends and skips of fetched messages, and messages that it lost from its memory."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def rid_of(message: Any) -> str:
 
 
 class TestEnds:
-    """Each run ends once, and as it was."""
+    """Each run has one end, with the right outcome."""
 
     def test_a_pipeline(self, stage: Stage, guard: JobGuard, records: Records) -> None:
-        """Each step is a job, and its result goes on."""
+        """Each step of a pipeline is a job, and passes its result to the next one."""
         steps = [stage.message("echo", "a"), stage.message("echo"), stage.message("echo")]
         stage.pipeline(steps).run()
         stage.work()
@@ -52,7 +52,7 @@ class TestEnds:
     def test_a_group_and_what_waited_for_it(
         self, stage: Stage, guard: JobGuard, records: Records, database: str
     ) -> None:
-        """Both callbacks, once, when the last has completed."""
+        """Both callbacks of a group are sent once, after the last member."""
         several = stage.group([stage.message("flaky", w, max_retries=1) for w in "abcd"])
         callbacks = [stage.message("say", "all"), stage.message("say", "too")]
         for callback in callbacks:
@@ -64,7 +64,7 @@ class TestEnds:
         assert open_joins(database) == 0
 
     def test_a_group_with_a_message_twice(self, stage: Stage, guard: JobGuard) -> None:
-        """Both are counted, though they have one id; Dramatiq does that itself."""
+        """A message that is in a group twice is counted twice, by Dramatiq itself."""
         twin = stage.message("say", "a")
         several = stage.group([twin, twin])
         several.add_completion_callback(stage.message("say", "all"))
@@ -73,15 +73,15 @@ class TestEnds:
         assert stage.said() == ["a", "a", "all"]
 
     def test_an_asyncio_actor(self, stage: Stage, guard: JobGuard, records: Records) -> None:
-        """What it sends from the loop is known as its own."""
+        """A message that an asyncio actor sends is known as a message of that run."""
         sent = stage.actor("later").send("a")
         stage.work()
         assert stage.said() == ["a", "a:sent"]
         assert outcomes(records, sent) == ["completed"]
 
     def test_a_time_limit(self, stage: Stage, guard: JobGuard, records: Records) -> None:
-        """The actor is interrupted, and has failed."""
-        stage.broker.emit_after("process_boot")  # as the command does: what watches the time begins
+        """A time limit interrupts the actor, and the run has failed."""
+        stage.broker.emit_after("process_boot")  # starts the timer thread, as the command does
         sent = stage.actor("wait").send_with_options(args=("a",), time_limit=50)
         stage.work()
         assert outcomes(records, sent) == ["failed"]
@@ -89,7 +89,7 @@ class TestEnds:
     def test_what_grew_too_old_is_cancelled(
         self, stage: Stage, guard: JobGuard, records: Records
     ) -> None:
-        """Its time to live ran out; it is a dead letter all the same."""
+        """A message that is too old is cancelled, and is a dead letter too."""
         sent = stage.actor("say").send_with_options(args=("a",), max_age=1)
         stage.work()
         assert stage.said() == []
@@ -100,7 +100,7 @@ class TestEnds:
     def test_what_is_skipped_is_cancelled(
         self, stage: Stage, guard: JobGuard, records: Records, who: str
     ) -> None:
-        """Whoever says so."""
+        """A message that the actor or other middleware skips is cancelled."""
 
         class Skipper(Middleware):
             def before_process_message(self, broker: Any, message: Any) -> None:
@@ -120,7 +120,7 @@ class TestEnds:
     def test_without_retries_a_failure_is_one(
         self, stage: Stage, guard: JobGuard, records: Records
     ) -> None:
-        """Though Dramatiq acknowledges it."""
+        """Without the Retries middleware a failure is recorded, although Dramatiq acknowledges it."""
         stage.broker.middleware = [
             m for m in stage.broker.middleware if type(m).__name__ != "Retries"
         ]
@@ -129,7 +129,7 @@ class TestEnds:
         assert outcomes(records, sent) == ["failed"]
 
     def test_a_job_knows_itself(self, stage: Stage, guard: JobGuard) -> None:
-        """And not any more when it is over."""
+        """A running job knows its id and attempt, and nothing after its end."""
         seen: list[Any] = []
 
         def observe() -> None:
@@ -144,7 +144,7 @@ class TestEnds:
     def test_what_a_message_sends_of_itself_is_a_job_of_its_own(
         self, stage: Stage, guard: JobGuard, records: Records
     ) -> None:
-        """Not its retry: it goes on, and completes."""
+        """A copy that a message sends of itself is a new job and not a retry."""
         seen: list[int] = []
 
         def again(left: int) -> None:
@@ -160,10 +160,10 @@ class TestEnds:
         assert seen == [2, 1, 0]
         assert outcomes(records, sent) == ["completed"] * 3
 
-    def test_an_end_is_told_when_all_that_follows_is_sent(
+    def test_an_end_is_reported_when_all_that_follows_is_sent(
         self, stage: Stage, guard: JobGuard, records: Records, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Killed in between, it would be over, and its pipeline with it."""
+        """The next step is recorded before the end; else a kill between them loses the pipeline."""
         order: list[str] = []
         end, record = WorkerSession.end, HostTracker.record
 
@@ -184,12 +184,12 @@ class TestEnds:
 
 
 class TestSkip:
-    """What has ended or is run elsewhere does not run, and nothing is lost by that."""
+    """A message that has ended, or that runs elsewhere, does not run, and nothing is lost."""
 
     def test_the_result_of_the_run_is_kept(
         self, stage: Stage, guard: JobGuard, records: Records
     ) -> None:
-        """Else the middleware stores None over it."""
+        """The result of the run stays, and the Results middleware does not replace it with None."""
         sent = stage.actor("add").send(20, 22)
         body = stage.client.hget(f"{KEYS}.msgs", rid_of(sent))
         stage.work()
@@ -202,7 +202,7 @@ class TestSkip:
     def test_the_failure_of_the_run_is_kept(
         self, stage: Stage, guard: JobGuard, records: Records
     ) -> None:
-        """And it goes to the dead letters once more."""
+        """The stored failure of the run stays, and the message is a dead letter again."""
         sent = stage.actor("add").send("a", 1)
         body = stage.client.hget(f"{KEYS}.msgs", rid_of(sent))
         stage.work()
@@ -219,7 +219,7 @@ class TestSkip:
     def test_dramatiq_gives_a_moved_message_to_another_worker(
         self, stage: Stage, guard: JobGuard, records: Records
     ) -> None:
-        """The move is recorded and pushed, its worker dies before the acknowledgement: it moves once."""
+        """A message that was moved and not acknowledged is moved only once."""
         sent = stage.actor("say").send_with_options(args=("a",), delay=1)
         body = stage.client.hget(f"{KEYS}.DQ.msgs", rid_of(sent))
         stage.work()
@@ -232,12 +232,12 @@ class TestSkip:
     def test_dramatiq_gives_a_running_message_to_another_worker(
         self, stage: Stage, guard: JobGuard, records: Records
     ) -> None:
-        """It took its worker for dead. Nothing of the run is touched, and nothing stays behind."""
+        """A second copy of a running message is skipped: the run goes on, and no key of the copy stays."""
         sent = stage.actor("wait").send("a")
         with stage.worker(worker_threads=2):
             eventually(lambda: stage.said() == ["a:begun"])
             acks = f"dramatiq:__acks__.{stage.broker.broker_id}.default"
-            # What the maintenance of Dramatiq does.
+            # This is what the maintenance of Dramatiq does.
             stage.client.delete(acks)
             stage.client.rpush(KEYS, rid_of(sent))
             eventually(lambda: not stage.client.exists(KEYS) and not stage.client.exists(acks))
@@ -251,7 +251,7 @@ class TestSkip:
     def test_a_run_that_ends_while_its_copy_is_skipped_leaves_nothing_behind(
         self, stage: Stage, guard: JobGuard, records: Records, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """It was acknowledged before, and its end is committed after."""
+        """If a run ends while its copy is skipped, no message remains in Redis."""
         end, go = HostTracker.end, threading.Event()
 
         def late(self: HostTracker, ends: Any) -> Any:
@@ -281,7 +281,7 @@ class TestSkip:
         source: Source,
         database: str,
     ) -> None:
-        """Should that one die, the message is there to be put back."""
+        """A message that another worker runs stays in Redis, for a restore if that worker dies."""
         sent = stage.actor("say").send("a")
         (owed,) = records.owed()
         with another_worker(database, source, owed), stage.worker():
@@ -294,12 +294,12 @@ class TestSkip:
 
 
 class TestUnfit:
-    """What this worker cannot begin."""
+    """Messages that this worker cannot start."""
 
     def test_without_a_leader_an_unknown_actor_is_a_dead_letter(
         self, stage: Stage, guard: JobGuard, records: Records
     ) -> None:
-        """As ever."""
+        """Without a leader, a message with an unknown actor is a dead letter."""
         message = stage.message("say", "a").copy()
         sent = stage.broker.enqueue(dramatiq.Message(**{**message.asdict(), "actor_name": "gone"}))
         stage.work()
@@ -309,7 +309,7 @@ class TestUnfit:
     def test_with_one_it_goes_back_later(
         self, stage: Stage, guard: JobGuard, records: Records, reconciler: Any
     ) -> None:
-        """To a worker that may know it."""
+        """With a leader, a message with an unknown actor is restored later, for a worker that knows it."""
         with stage.worker():
             reconciler()
             message = stage.message("say", "a")
@@ -327,7 +327,7 @@ class TestUnfit:
     def test_poison_takes_nothing_along(
         self, stage: Stage, guard: JobGuard, records: Records
     ) -> None:
-        """What was fetched with it runs, and it is left where Dramatiq leaves it."""
+        """A message that cannot be decoded stays where Dramatiq leaves it, and the others run."""
         poison = str(uuid4())
         stage.client.hset(f"{KEYS}.msgs", poison, b"no message")
         stage.client.rpush(KEYS, poison)
@@ -342,7 +342,7 @@ class TestUnfit:
     def test_what_is_recorded_and_cannot_be_decoded_goes_back_later(
         self, stage: Stage, guard: JobGuard, records: Records, reconciler: Any
     ) -> None:
-        """To a worker with the right encoder."""
+        """A recorded message that cannot be decoded is restored later from the ledger."""
         with stage.worker() as worker:
             reconciler()
             worker.pause()
@@ -354,12 +354,12 @@ class TestUnfit:
 
 
 class TestForgotten:
-    """What a living worker has lost out of its memory."""
+    """Messages that a live worker has lost from its memory."""
 
     def test_a_fetch_whose_answer_was_lost(
         self, stage: Stage, guard: JobGuard, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """It is in its name, and nobody else would run it."""
+        """A fetch whose answer was lost is requeued."""
         monkeypatch.setattr("dramatiq.worker.CONSUMER_RESTART_DELAY_SECS", 0.05)
         fetch = stage.broker.do_fetch
         lost = threading.Event()
@@ -380,7 +380,7 @@ class TestForgotten:
     def test_what_was_delayed_in_memory_when_the_connection_broke(
         self, stage: Stage, guard: JobGuard, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Dramatiq throws it away without giving it back."""
+        """Delayed messages that Dramatiq drops at a broken connection are requeued."""
         monkeypatch.setattr("dramatiq.worker.CONSUMER_RESTART_DELAY_SECS", 0.05)
         stage.actor("say").send_with_options(args=("a",), delay=700)
         fetch, broken = stage.broker.do_fetch, threading.Event()
@@ -403,7 +403,7 @@ class TestForgotten:
     def test_the_thread_of_a_consumer_that_an_error_ended(
         self, stage: Stage, guard: JobGuard
     ) -> None:
-        """It is started anew, and what it had is put back."""
+        """The thread of a consumer is restarted after an error, and its messages are requeued."""
         with stage.worker() as worker:
             thread: Any = worker.consumers["default.DQ"]
             eventually(lambda: thread.consumer is not None)
@@ -419,7 +419,7 @@ class TestForgotten:
     def test_a_move_that_postgres_refuses_ends_no_consumer(
         self, stage: Stage, guard: JobGuard, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """The message is out of memory then, and goes back."""
+        """If a record is refused during a move, the consumer continues and the message is requeued."""
         monkeypatch.setattr("dramatiq.worker.CONSUMER_RESTART_DELAY_SECS", 0.05)
         record, refused = HostTracker.record, threading.Event()
 
@@ -435,8 +435,8 @@ class TestForgotten:
             eventually(refused.is_set)
             eventually(lambda: stage.said() == ["a"])
 
-    def test_what_it_has_in_hand_is_left_alone(self, stage: Stage, guard: JobGuard) -> None:
-        """Fetched, delayed and running."""
+    def test_messages_in_memory_are_left_alone(self, stage: Stage, guard: JobGuard) -> None:
+        """Fetched, delayed and running messages are not requeued."""
         stage.actor("wait").send("a")
         stage.actor("say").send_with_options(args=("c",), delay=HOUR)
         with stage.worker() as worker:
@@ -445,14 +445,14 @@ class TestForgotten:
             eventually(lambda: not stage.client.exists(KEYS))
             delayed: Any = worker.consumers["default.DQ"]
             eventually(lambda: delayed.delay_queue.qsize() == 1)
-            threading.Event().wait(0.5)  # some looks
+            threading.Event().wait(0.5)  # several checks
             assert not stage.client.exists(KEYS, f"{KEYS}.DQ")
             stage.gate("a").touch()
             eventually(lambda: stage.said() == ["a:begun", "a", "b"])
 
 
 class TestOutage:
-    """Redis goes away while jobs run; nothing that follows from them is lost."""
+    """Redis is away while jobs run, and no message that follows from them is lost."""
 
     @pytest.mark.parametrize("kind", ["retry", "pipeline", "callback"])
     def test_what_follows_is_accepted_and_pushed_later(
@@ -464,7 +464,7 @@ class TestOutage:
         monkeypatch: pytest.MonkeyPatch,
         kind: str,
     ) -> None:
-        """Dramatiq swallows the error, and acknowledges the job."""
+        """A retry, next step or callback is accepted and pushed later; Dramatiq ignores the error."""
         with stage.worker() as worker:
             reconciler()
             worker.pause()
@@ -487,7 +487,7 @@ class TestOutage:
             eventually(lambda: len(stage.said()) >= 2, 20)
             eventually(lambda: records.owed() == [])
 
-    def test_it_is_kept_while_nobody_leads_too(
+    def test_it_is_kept_without_a_leader_too(
         self,
         stage: Stage,
         guard: JobGuard,
@@ -495,15 +495,16 @@ class TestOutage:
         database: str,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        """Dramatiq would swallow our error as well: whoever leads next pushes it."""
+        """Without a leader a retry is kept too, and the next leader pushes it."""
         sent = stage.actor("flaky").send_with_options(args=("a",), max_retries=1)
 
         def away(*_: Any) -> None:
             raise redis.ConnectionError("away")
 
-        with monkeypatch.context() as patch, stage.worker():
+        with monkeypatch.context() as patch:
             patch.setattr("jobguard.adapters.dramatiq.push.MessagePush.reach", away)
-            eventually(lambda: outcomes(records, sent) == ["superseded"])
+            with stage.worker():
+                eventually(lambda: outcomes(records, sent) == ["superseded"])
         (owed,) = records.owed()
         with psycopg.connect(database) as connection:
             outbox = connection.execute("select token from jobguard.outbox").fetchall()
@@ -517,7 +518,7 @@ class TestOutage:
         reconciler: Any,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        """The job has not ended, for its pipeline has not gone on."""
+        """If a next step could not be recorded, the job does not end, and runs again."""
         with stage.worker() as worker:
             reconciler()
             worker.pause()
@@ -539,12 +540,12 @@ class TestOutage:
 
 
 class TestName:
-    """How a worker is known in Redis."""
+    """The name of a worker in Redis."""
 
     def test_a_worker_is_named_by_its_id(
         self, stage: Stage, guard: JobGuard, leader: Leader, records: Records
     ) -> None:
-        """What it has fetched names it, and a producer names nobody."""
+        """A worker has its session's id in Redis, and a producer has an id of another version."""
         before = stage.broker.broker_id
         assert UUID(before).version == 8
         stage.actor("wait").send("a")
@@ -559,7 +560,7 @@ class TestName:
     def test_a_queue_declared_while_it_runs_is_among_its_own(
         self, stage: Stage, guard: JobGuard, database: str
     ) -> None:
-        """Else nothing that is lost of it could ever go back: nobody would vouch for the queue."""
+        """A queue that is declared while the worker runs is added to its queues, and can be trusted."""
 
         def queues() -> list[list[str]]:
             with psycopg.connect(database) as connection:
@@ -574,7 +575,7 @@ class TestName:
     def test_only_strangers_are_consumers(
         self, stage: Stage, guard: JobGuard, leader: Leader, surroundings: Mapping[str, str]
     ) -> None:
-        """Guarded workers and producers are none; one that is silent is none any more."""
+        """Only unguarded processes that send heartbeats are consumers."""
         stage.broker.do_qsize("default")
         with stage.worker():
             eventually(lambda: stage.client.zcard("dramatiq:__heartbeats__") == 2)
@@ -583,15 +584,17 @@ class TestName:
             stage.client.zadd("dramatiq:__heartbeats__", {stranger: 1})
             assert leader.broker.consumers().get("any", frozenset()) == {stranger}
 
-    def test_whoever_consumes_by_hand_is_a_stranger(self, stage: Stage, guard: JobGuard) -> None:
-        """It claims nothing."""
+    def test_a_process_that_consumes_by_hand_is_a_stranger(
+        self, stage: Stage, guard: JobGuard
+    ) -> None:
+        """A process that consumes without a worker counts as unguarded."""
         next(iter(stage.broker.consume("default", timeout=1)))
         assert UUID(stage.broker.broker_id).version == 4
 
     def test_a_worker_may_follow_another(
         self, stage: Stage, guard: JobGuard, records: Records
     ) -> None:
-        """In one process, as tests have it."""
+        """A second worker can run in the same process after the first one."""
         for word in "ab":
             stage.actor("say").send(word)
             stage.work()

@@ -1,4 +1,4 @@
-"""A worker whose interpreter is held, with its stand-in and a real Postgres."""
+"""A worker whose interpreter is blocked, with its beat process and a real Postgres."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +27,7 @@ from jobguard.settings import Settings
 from jobguard.store.host import PostgresStore
 from jobguard.host.tracker import HostTracker
 
-url, held, apart = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "apart"
+url, apart = sys.argv[1], sys.argv[2] == "apart"
 settings = Settings(beat_interval=0.2, call_timeout=10, connect_timeout=10, record_timeout=20)
 source = Source("default", "none", "nowhere", one_body=False)
 tracker = HostTracker(source, settings, lambda: PostgresStore(lambda: url, settings))
@@ -36,17 +35,19 @@ session = tracker.open_session(name="w", queues=["mail"], apart=apart)
 token = new_token()
 session.start(token, lambda: Delivery(token, "j", "mail", "t", b"", fresh=True))
 print(session.id, token, flush=True)
-ctypes.PyDLL(None).usleep(held * 1000)  # PyDLL keeps the GIL, as a careless C extension does
+# PyDLL keeps the GIL, as a careless C extension does: here until a byte arrives.
+ctypes.PyDLL(None).read(0, ctypes.create_string_buffer(1), 1)
 print("back", flush=True)
-time.sleep(60)
+time.sleep(600)
 """
 
 
 @contextmanager
-def worker(database: str, held_ms: int, apart: str) -> Iterator[tuple[Any, str, str]]:
-    """Have a worker that holds its interpreter."""
+def worker(database: str, apart: str) -> Iterator[tuple[Any, str, str]]:
+    """Start a worker whose interpreter is blocked until it reads a byte from its standard input."""
     process = subprocess.Popen(
-        [sys.executable, "-c", WORKER, database, str(held_ms), apart],
+        [sys.executable, "-c", WORKER, database, apart],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         cwd=ROOT,
@@ -58,12 +59,13 @@ def worker(database: str, held_ms: int, apart: str) -> Iterator[tuple[Any, str, 
     finally:
         process.kill()
         process.wait()
-        assert process.stdout is not None
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.close()
         process.stdout.close()
 
 
 def row(database: str, me: str) -> tuple[int, list[Any]]:
-    """Return the beat counter of a worker, and what it lists."""
+    """Return the beat counter of a worker, and the claims that it lists."""
     with psycopg.connect(database) as connection:
         query = "select beat, claims from jobguard.workers where id = %s"
         found = connection.execute(query, [me]).fetchone()
@@ -72,7 +74,7 @@ def row(database: str, me: str) -> tuple[int, list[Any]]:
 
 
 def connections(database: str) -> int:
-    """Return how many connections to this database there are beside ours."""
+    """Return the number of other connections to this database."""
     with psycopg.connect(database) as connection:
         query = "select count(*) from pg_stat_activity where datname = current_database()"
         found = connection.execute(query).fetchone()
@@ -80,39 +82,50 @@ def connections(database: str) -> int:
         return int(found[0]) - 1
 
 
-def beats(database: str, me: str, seconds: float) -> list[int]:
-    """Return the counters that were seen in that time, each once."""
-    seen: list[int] = []
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        counter, _ = row(database, me)
-        if counter not in seen:
-            seen.append(counter)
-        time.sleep(0.02)
-    return seen
+def is_silent(database: str, me: str, other: str) -> bool:
+    """Return True if a worker did not beat while another one with the same interval beat five times."""
+    before = row(database, me)[0]
+    seen: set[int] = set()
+
+    def other_has_beaten() -> bool:
+        seen.add(row(database, other)[0])
+        return len(seen) > 5
+
+    eventually(other_has_beaten)
+    return row(database, me)[0] == before
 
 
-def test_a_worker_whose_interpreter_is_held_beats_by_its_stand_in(database: str) -> None:
-    """With the claim that it began a moment before; and it goes on by itself afterwards."""
-    with worker(database, 3000, "apart") as (process, me, token):
-        assert len(beats(database, me, 2.5)) >= 5
-        assert row(database, me)[1] == [token]
+def test_a_worker_whose_interpreter_is_blocked_beats_by_its_beat_process(database: str) -> None:
+    """The beat process beats with the latest claim, and afterwards the worker beats by itself."""
+    with worker(database, "apart") as (process, me, token):
+        seen: set[int] = set()
+
+        def has_beaten() -> bool:
+            counter, claims = row(database, me)
+            if counter % (1 << 20):  # a beat of the beat process
+                assert claims == [token]
+                seen.add(counter)
+            return len(seen) >= 5
+
+        eventually(has_beaten, 60)
+        process.stdin.write("x")
+        process.stdin.flush()
         assert process.stdout.readline() == "back\n"
-        eventually(lambda: row(database, me)[0] % (1 << 20) == 0)  # its own count again
-        eventually(lambda: connections(database) == 2)  # its own, and that of its beats
+        eventually(lambda: row(database, me)[0] % (1 << 20) == 0)  # the worker's own count again
+        # The worker's connection, and that of its beats.
+        eventually(lambda: connections(database) == 2)
 
 
 def test_without_one_it_is_silent(database: str) -> None:
-    """That is what the stand-in is for."""
-    with worker(database, 3000, "alone") as (_, me, _):
-        assert len(beats(database, me, 2.5)) <= 2
+    """Without a beat process, a blocked worker does not beat."""
+    with worker(database, "alone") as (_, me, _), worker(database, "apart") as (_, other, _):
+        eventually(lambda: is_silent(database, me, other))
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-def test_nobody_speaks_for_a_worker_that_is_killed_or_stopped(database: str, how: int) -> None:
-    """While it held its interpreter, too."""
-    with worker(database, 60_000, "apart") as (process, me, _):
+def test_a_worker_that_is_killed_or_stopped_gets_no_beats(database: str, how: int) -> None:
+    """A worker that is killed or stopped gets no beats, even if its interpreter was blocked."""
+    with worker(database, "apart") as (process, me, _), worker(database, "apart") as (_, other, _):
         eventually(lambda: row(database, me)[0] % (1 << 20) > 0)
         os.kill(process.pid, how)
-        time.sleep(0.5)
-        assert len(beats(database, me, 1.5)) == 1
+        eventually(lambda: is_silent(database, me, other))

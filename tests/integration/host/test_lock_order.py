@@ -1,4 +1,4 @@
-"""Whoever locks several rows does so in one order: rows of jobs by token, before all others."""
+"""Statements lock several rows in one order: rows of jobs by token, before all others."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Locks = tuple[PostgresStore, PostgresLeaderStore, int, "UUID", "UUID"]
 
 @pytest.fixture
 def ledger(database: str) -> Iterator[Locks]:
-    """Give stores, a term, and two deliveries; the first was written after the second."""
+    """Return stores, a term, and two deliveries; the first was written after the second."""
     host = PostgresStore(lambda: database, settings_from(LONG))
     leader = PostgresLeaderStore(lambda: database, "d", uuid.uuid4(), settings_from(LONG))
     host.register(
@@ -41,7 +41,8 @@ def ledger(database: str) -> Iterator[Locks]:
     assert term is not None
     leader.suspect(term, 1, [(t, Cause.PUSH, "m") for t in (second, first)])
     with psycopg.connect(database, autocommit=True) as connection:
-        connection.execute("analyze jobguard.jobs")  # so few rows are read as they lie
+        # So that the few rows are read in the order of the table.
+        connection.execute("analyze jobguard.jobs")
     yield host, leader, term, first, second
     host.close()
     leader.close()
@@ -56,7 +57,7 @@ WRITES: dict[str, Callable[[Locks, list[UUID]], None]] = {
 
 @pytest.mark.parametrize("name", WRITES)
 def test_the_first_row_is_locked_before_any_other(name: str, ledger: Locks, database: str) -> None:
-    """While it waits for the job of the smallest token, a statement holds nothing of the others."""
+    """While it waits for the job with the smallest token, a statement locks none of the other rows."""
     first, second = ledger[3:]
     with psycopg.connect(database) as holder:
         holder.execute("select from jobguard.jobs where token = %s for update", [first])

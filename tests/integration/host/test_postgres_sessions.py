@@ -1,4 +1,4 @@
-"""Our sessions with Postgres: what they set, how long they last, and how they end."""
+"""The sessions of jobguard with Postgres: their settings, their time limits, and their ends."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import select
 import shutil
 import socket
 import subprocess
+import tempfile
 import threading
 import time
 import uuid
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -37,9 +39,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 LONG = 20.0
-"""Seconds that a call may take where the machine's speed is not the question."""
+"""Seconds for a call in tests where the speed of the machine must not matter."""
 
-# What a role may be set to, and what each of it would do to a statement that relies on the default.
+# Settings that a role may have, with values that break a statement that relies on the default.
 HOSTILE = {
     "default_transaction_isolation": "serializable",
     "default_transaction_read_only": "on",
@@ -65,18 +67,18 @@ SHOWN = {
 
 
 def database_of(url: str, **more: Any) -> Database:
-    """Give the statements of one process."""
+    """Return the database access of one process."""
     return Database(lambda: url, **{"connect_timeout": LONG, "call_timeout": LONG, **more})
 
 
 def delivery(**more: Any) -> Delivery:
-    """Give one that can be recorded."""
+    """Return a delivery that can be recorded."""
     given = {"job_id": uuid.uuid4().hex, "queue": "q", "task": "t", "envelope": b"x"} | more
     return Delivery(token=new_token(), **given)
 
 
 def store(url: str, **more: Any) -> PostgresStore:
-    """Give a store whose source is known."""
+    """Return a store with a registered source."""
     made = PostgresStore(
         lambda: url, settings_from({"connect_timeout": LONG, "call_timeout": LONG, **more})
     )
@@ -86,8 +88,8 @@ def store(url: str, **more: Any) -> PostgresStore:
     return made
 
 
-def ask(one: Delivery, worker: uuid.UUID) -> ClaimRequest:
-    """Ask for its claim."""
+def claim_request(one: Delivery, worker: uuid.UUID) -> ClaimRequest:
+    """Return a request for the claim of this delivery."""
     return ClaimRequest(
         token=one.token,
         nonce=uuid.uuid4(),
@@ -100,10 +102,10 @@ def ask(one: Delivery, worker: uuid.UUID) -> ClaimRequest:
 
 
 def one_life(made: PostgresStore) -> None:
-    """Let a job go the whole way, with its arrays of nulls."""
+    """Record, claim and end a job, with nulls in its arrays."""
     worker, one = uuid.uuid4(), delivery(fresh=False)
     made.record(1, [one, delivery(fresh=False)], namespace="d")
-    claim = made.claim(1, ask(one, worker))
+    claim = made.claim(1, claim_request(one, worker))
     assert isinstance(claim, Claim)
     end = End(
         token=one.token,
@@ -119,13 +121,13 @@ def one_life(made: PostgresStore) -> None:
 
 
 def lives(made: PostgresStore, count: int) -> None:
-    """Let so many jobs go the whole way."""
+    """Record, claim and end this many jobs."""
     for _ in range(count):
         one_life(made)
 
 
 def hostile(url: str) -> None:
-    """Set the database's defaults to whatever hurts."""
+    """Set harmful defaults in the database."""
     name = urlsplit(url).path[1:]
     with psycopg.connect(url, autocommit=True) as connection:
         for setting, value in HOSTILE.items():
@@ -133,7 +135,7 @@ def hostile(url: str) -> None:
 
 
 def backends(url: str, where: str = "true") -> int:
-    """Count the sessions of ours that the server has."""
+    """Count the sessions of jobguard on the server."""
     with psycopg.connect(url) as connection:
         row = connection.execute(
             "select count(*) from pg_stat_activity where application_name = 'jobguard'"
@@ -145,22 +147,22 @@ def backends(url: str, where: str = "true") -> int:
 
 @pytest.fixture
 def pooled(database: str) -> Iterator[Pooler]:
-    """Give a pooler in front of a database."""
+    """Start a pooler in front of a database."""
     with Pooler(database) as made:
         yield made
 
 
-# -- what a session relies on ----------------------------------------------------------------------
+# -- the settings of a session ---------------------------------------------------------------------
 
 
 def shown(db: Database) -> dict[str, str]:
-    """Say what holds inside of a statement of ours."""
+    """Return the settings that hold inside a statement of jobguard."""
     query = ", ".join(f"current_setting('{name}')" for name in SHOWN)
     return dict(zip(SHOWN, db.execute(f"select {query}")[0], strict=True))
 
 
 def test_a_session_sets_what_its_statements_rely_on(database: str) -> None:
-    """Whatever the role or the database says, directly and with an announced pooler."""
+    """A session sets what its statements need, directly and with an announced pooler."""
     hostile(database)
 
     for more in ({}, {"pooler": True}):
@@ -173,14 +175,14 @@ def test_a_session_sets_what_its_statements_rely_on(database: str) -> None:
 
 
 def test_behind_a_pooler_each_transaction_sets_it(pooled: Pooler) -> None:
-    """A pooler that was not announced is noticed, and its session is left as it was."""
+    """A pooler that was not announced is detected, and its session stays unchanged."""
     hostile(pooled.url)
     db = database_of(pooled.client_url)
 
     assert shown(db) == SHOWN
     one_life(store(pooled.client_url))
 
-    # The same session, as the next client of the pooler finds it.
+    # The same session, as the next client of the pooler gets it.
     with psycopg.connect(pooled.client_url, prepare_threshold=None, autocommit=True) as other:
         for name in (
             "search_path",
@@ -195,7 +197,7 @@ def test_behind_a_pooler_each_transaction_sets_it(pooled: Pooler) -> None:
 
 
 def test_one_does_not_run_the_statement_of_another(pooled: Pooler) -> None:
-    """Two processes behind one session, each with its own first statement."""
+    """Two processes share one session, and each runs its own first statement."""
     first, second = database_of(pooled.client_url), database_of(pooled.client_url)
 
     for _ in range(3):
@@ -204,7 +206,7 @@ def test_one_does_not_run_the_statement_of_another(pooled: Pooler) -> None:
 
 
 def test_a_pooler_that_hides_itself(database: str) -> None:
-    """A name stands for the text of its statement: nobody runs that of another."""
+    """The name of a prepared statement depends on its text, so no process runs another one's statement."""
     with (
         Pooler(database, size=2, hidden=True) as pooler,
         psycopg.connect(pooler.client_url, prepare_threshold=None) as one,
@@ -217,13 +219,13 @@ def test_a_pooler_that_hides_itself(database: str) -> None:
         one.commit()
         assert second.execute("select 'second', %(a)s::int", {"a": 1}) == [("second", 1)]
 
-        # Where the second prepared its first statement, the first runs its own.
+        # The first process runs its own statement in the session where the second prepared one.
         assert first.execute("select 'first', %(a)s::int", {"a": 2}) == [("first", 2)]
         other.commit()
 
 
 def test_an_error_behind_a_pooler_leaves_no_transaction(pooled: Pooler) -> None:
-    """The session goes back to the pooler, and the next statement is answered."""
+    """The session returns to the pooler, and the next statement is answered."""
     db = database_of(pooled.client_url)
     for _ in range(2):
         with pytest.raises(NotWritten):
@@ -233,7 +235,7 @@ def test_an_error_behind_a_pooler_leaves_no_transaction(pooled: Pooler) -> None:
 
 
 def test_vacuum_behind_a_pooler(pooled: Pooler) -> None:
-    """It cannot stand in a transaction."""
+    """VACUUM works behind a pooler, outside a transaction."""
     leader = PostgresLeaderStore(lambda: pooled.client_url, "d", uuid.uuid4(), settings_from())
     one_life(store(pooled.client_url))
     with psycopg.connect(pooled.url, autocommit=True) as connection:
@@ -249,9 +251,9 @@ def test_vacuum_behind_a_pooler(pooled: Pooler) -> None:
 
 
 def test_the_server_gives_up_before_we_do(database: str) -> None:
-    """A statement that waits for a lock ends on the server; the session goes on to be used."""
+    """A statement that waits for a lock ends on the server, and the session remains usable."""
     db = database_of(database, call_timeout=0.25)
-    db.execute("select 1")
+    db.execute("select 1", timeout=LONG)
     with psycopg.connect(database) as holder:
         holder.execute("lock table jobguard.jobs")
         pids: set[int] = set()
@@ -263,8 +265,8 @@ def test_the_server_gives_up_before_we_do(database: str) -> None:
     assert db.execute("select count(*) from jobguard.jobs", timeout=LONG) == [(0,)]
 
 
-def test_what_we_give_up_is_cancelled() -> None:
-    """A commit that waits for a lost standby obeys no time limit: only a request to cancel ends it."""
+def test_a_call_that_is_given_up_is_cancelled() -> None:
+    """A commit that waits for a lost standby has no time limit, so a cancel request ends it."""
     with PostgresServer(fsync=False, settings={"synchronous_standby_names": "nosuch"}) as server:
         with psycopg.connect(server.url, autocommit=True) as connection:
             connection.execute("set synchronous_commit = local")
@@ -278,7 +280,7 @@ def test_what_we_give_up_is_cancelled() -> None:
 
 
 def test_giving_up_waits_for_nothing(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cancel request that is not answered holds up neither the call nor the next one."""
+    """A cancel request without an answer delays neither its call nor the next one."""
     begun, go_on = threading.Event(), threading.Event()
 
     def stuck(_pgconn: Any) -> None:
@@ -286,7 +288,7 @@ def test_giving_up_waits_for_nothing(database: str, monkeypatch: pytest.MonkeyPa
         go_on.wait(60)
 
     monkeypatch.setattr(wire, "_cancel", stuck)
-    monkeypatch.setattr(wire, "_MARGIN", 100.0)  # the server does not give up before we do
+    monkeypatch.setattr(wire, "_MARGIN", 100.0)  # the server does not give up before the client
     db = database_of(database)
     try:
         for _ in range(8):
@@ -300,7 +302,7 @@ def test_giving_up_waits_for_nothing(database: str, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_role_without_connections_is_named(database: str, postgres_server: Any) -> None:
-    """The error says which limit is meant, and it is a kind of its own."""
+    """The error names the limit, and has its own class."""
     role = f"jobguard_{uuid.uuid4().hex}"
     with psycopg.connect(database, autocommit=True) as connection:
         connection.execute(f"create role {role} login connection limit 1".encode())
@@ -328,7 +330,7 @@ def _answers(db: Database) -> bool:
 
 
 class Resolver:
-    """Stands where the system's resolver stands."""
+    """A replacement for the system's resolver."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.asked: list[str] = []
@@ -338,7 +340,7 @@ class Resolver:
         monkeypatch.setattr("jobguard.store.connection.names", Names())
 
     def __call__(self, host: str, *_: Any) -> list[Any]:
-        """Answer when told to."""
+        """Answer when the test allows it."""
         self.asked.append(host)
         self.answer.wait(60)
         if not self.there:
@@ -348,14 +350,16 @@ class Resolver:
 
 @pytest.fixture
 def resolver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Resolver]:
-    """Give a resolver that does not answer before it is told to."""
+    """Return a resolver that does not answer before the test allows it."""
     made = Resolver(monkeypatch)
     yield made
     made.answer.set()
 
 
-def test_a_resolver_that_does_not_answer_holds_up_nobody(database: str, resolver: Resolver) -> None:
-    """Calls fail in their own time; one thread asks, once; when it answers, they go through."""
+def test_a_resolver_that_does_not_answer_delays_no_caller(
+    database: str, resolver: Resolver
+) -> None:
+    """Calls fail in their own time, one thread asks once, and after its answer calls succeed."""
     url = database.replace("127.0.0.1", "db.example")
     dbs = [database_of(url, connect_timeout=0.05) for _ in range(5)]
     for db in dbs:
@@ -374,13 +378,13 @@ def test_a_resolver_that_does_not_answer_holds_up_nobody(database: str, resolver
 
 
 def test_a_name_that_cannot_be_resolved_any_more(database: str, resolver: Resolver) -> None:
-    """The addresses that it had are used, while the resolver is silent and when it says no."""
+    """The old addresses are used while the resolver gives no answer, and when it finds none."""
     url = database.replace("127.0.0.1", "db.example")
     resolver.there = ["127.0.0.1"]
     resolver.answer.set()
     db = database_of(url)
     db.execute("select 1")
-    db._drop(elsewhere=True)  # the name is asked for again
+    db._drop(elsewhere=True)  # the name is resolved again
     resolver.answer.clear()
     assert db.execute("select 1") == [(1,)]
 
@@ -391,7 +395,7 @@ def test_a_name_that_cannot_be_resolved_any_more(database: str, resolver: Resolv
 
 
 def test_a_name_without_an_address_is_an_outage(database: str, resolver: Resolver) -> None:
-    """It is said as the system says it."""
+    """The error has the text of the system's error."""
     resolver.answer.set()
     db = database_of(database.replace("127.0.0.1", "db.example"))
     with pytest.raises(NotWritten, match="no such name"):
@@ -399,7 +403,7 @@ def test_a_name_without_an_address_is_an_outage(database: str, resolver: Resolve
 
 
 def test_without_poll(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Eventlet takes select.poll away; statements large and small are answered all the same."""
+    """Without select.poll, which Eventlet removes, large and small statements are answered."""
     monkeypatch.delattr(select, "poll")
     db = database_of(database)
     assert db.execute("select 1") == [(1,)]
@@ -408,7 +412,7 @@ def test_without_poll(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_with_a_libpq_without_pipelines(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before libpq 14 everything is sent one by one."""
+    """Before libpq 14 statements are sent one by one."""
     monkeypatch.setattr("jobguard.store.wire._PIPELINES", False)
     for more in ({}, {"pooler": True}):
         made = store(database, **more)
@@ -420,13 +424,13 @@ def test_with_a_libpq_without_pipelines(database: str, monkeypatch: pytest.Monke
 
 
 def several(*urls: str) -> str:
-    """One URL of several servers, for the database of the last."""
+    """Return one URL of several servers, with the database of the last."""
     hosts = ",".join(f"{urlsplit(url).hostname}:{urlsplit(url).port}" for url in urls)
     return f"postgresql://postgres@{hosts}{urlsplit(urls[-1]).path}"
 
 
 def test_a_silent_first_host_is_left(database: str) -> None:
-    """Each host has its share of the time, and the one that answered is asked first from then on."""
+    """Each host gets a share of the time, and the host that answered is asked first from then on."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         silent.settimeout(0.0)
         url = several(f"postgresql://x@127.0.0.1:{silent.getsockname()[1]}/x", database)
@@ -447,7 +451,7 @@ def test_a_silent_first_host_is_left(database: str) -> None:
 def test_a_primary_that_falls_silent_is_left(
     database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A session that ends at our deadline is not sought again where it was."""
+    """After a session ended at a deadline, the next one is not opened at the same host."""
     with Pooler(database) as proxy:
         url = several(proxy.client_url, database)
         db = database_of(url)
@@ -467,7 +471,7 @@ def test_a_primary_that_falls_silent_is_left(
 
 @pytest.fixture
 def standby(tmp_path: Any) -> Iterator[PostgresServer]:
-    """Start a server that stands by for a primary that there is not."""
+    """Start a standby server without a primary."""
 
     class Standby(PostgresServer):
         def _answers(self, pid: int) -> bool:
@@ -485,7 +489,7 @@ def standby(tmp_path: Any) -> Iterator[PostgresServer]:
 
 
 def test_a_standby_is_no_place_to_write(standby: PostgresServer, database: str) -> None:
-    """It is refused at the login; among several hosts, the primary is found."""
+    """A standby is refused at the login, and among several hosts the primary is found."""
     with pytest.raises(NotWritten, match=r"standby|recovery"):
         database_of(standby.url).execute("select 1")
     there = several(standby.url, database)
@@ -496,7 +500,7 @@ def test_a_standby_is_no_place_to_write(standby: PostgresServer, database: str) 
 
 
 def test_a_read_only_answer_drops_the_connection(standby: PostgresServer, database: str) -> None:
-    """Where the same address leads next, we write; a search of its own finds the way."""
+    """After a read-only answer the connection is dropped, and the next one resolves the address again."""
     urls = [standby.url]
     db = Database(lambda: urls[-1], connect_timeout=LONG, call_timeout=LONG, pooler=True)
     with pytest.raises(NotWritten, match="recovery"):
@@ -508,27 +512,36 @@ def test_a_read_only_answer_drops_the_connection(standby: PostgresServer, databa
 # -- a real pgbouncer ------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """Make a folder that every user may enter, unlike the folders above tmp_path."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o777)
+        yield folder
+
+
 @pytest.mark.skipif(shutil.which("pgbouncer") is None, reason="pgbouncer is not installed")
-def test_behind_pgbouncer(database: str, tmp_path: Any) -> None:
-    """Two processes behind two sessions in transaction mode, without a setting."""
+def test_behind_pgbouncer(database: str, open_folder: Path) -> None:
+    """Four processes share two sessions in transaction mode, without a setting."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     there = urlsplit(database)
-    (tmp_path / "users").write_text('"postgres" ""\n')
-    (tmp_path / "ini").write_text(
+    (open_folder / "users").write_text('"postgres" ""\n')
+    (open_folder / "ini").write_text(
         f"[databases]\n* = host=127.0.0.1 port={there.port} user=postgres\n[pgbouncer]\n"
         f"listen_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\nauth_type = any\n"
-        f"auth_file = {tmp_path / 'users'}\npool_mode = transaction\ndefault_pool_size = 2\n"
-        f"logfile = {tmp_path / 'log'}\npidfile = {tmp_path / 'pid'}\n"
+        f"auth_file = {open_folder / 'users'}\npool_mode = transaction\ndefault_pool_size = 2\n"
+        f"logfile = {open_folder / 'log'}\npidfile = {open_folder / 'pid'}\n"
     )
-    for path in (tmp_path, *tmp_path.iterdir(), *list(tmp_path.parents)[:2]):
-        path.chmod(0o777)
+    for path in open_folder.iterdir():
+        path.chmod(0o666)
     hostile(database)
     user: dict[str, Any] = {} if os.geteuid() else {"user": "nobody", "group": "nogroup"}
-    with subprocess.Popen(["pgbouncer", "-q", str(tmp_path / "ini")], **user) as bouncer:
+    with subprocess.Popen(["pgbouncer", "-q", str(open_folder / "ini")], **user) as bouncer:
         try:
             url = f"postgresql://postgres@127.0.0.1:{port}{there.path}"
-            eventually(lambda: _answers(database_of(url)))
+            eventually(lambda: _answers(database_of(url)), 60)
             stores = [store(url) for _ in range(4)]
             threads = [threading.Thread(target=lives, args=(each, 20)) for each in stores]
             for thread in threads:
@@ -549,8 +562,8 @@ def test_behind_pgbouncer(database: str, tmp_path: Any) -> None:
 
 
 @pytest.mark.parametrize("state", ["42501", "0A000", "55000", "XX000", "22023"])
-def test_a_server_that_does_not_tell_its_identifier(empty_database: str, state: str) -> None:
-    """However it refuses: it is migrated, led and shown, and known by the rest of its identity."""
+def test_a_server_that_refuses_its_identifier(empty_database: str, state: str) -> None:
+    """A server that refuses its identifier is migrated and led, and known by the rest of its identity."""
     with psycopg.connect(empty_database, autocommit=True) as connection:
         connection.execute("set allow_system_table_mods = on")
         connection.execute("alter function pg_control_system() rename to pg_kept_system")
@@ -577,7 +590,7 @@ def test_a_server_that_does_not_tell_its_identifier(empty_database: str, state: 
 
 
 def test_people_and_migrations_rely_on_no_default(empty_database: str) -> None:
-    """What is done for a person works under any default of the database, too."""
+    """Commands for people and migrations work with any default of the database."""
     hostile(empty_database)
     jobguard.schema.migrate(empty_database)
     ledger = PostgresLedger(lambda: empty_database)

@@ -9,7 +9,7 @@ import pytest
 import redis
 from rq import Queue
 
-from jobguard import adapter
+from jobguard import registry
 from jobguard.adapters.rq import RQAdapter
 from jobguard.adapters.rq.broker import RQBroker
 from tests.fakes.adapters import FakeTracker
@@ -35,11 +35,11 @@ def tracker(queue: Queue, tmp_path: Path) -> Iterator[FakeTracker]:
     guarded = rq_adapter.sources(queue.connection, namespace="test", name=None)
     assert guarded is not None
     tracker = FakeTracker(guarded.source, tmp_path / "calls")
-    adapter.register(tracker)
+    registry.register(tracker)
     rq_adapter.install(tracker, None)
     yield tracker
     rq_adapter.uninstall(tracker)
-    adapter.unregister(tracker)
+    registry.unregister(tracker)
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def broker(tracker: FakeTracker, client: redis.Redis) -> RQBroker:
 
 @pytest.fixture
 def ledger(tmp_path: Path) -> Path:
-    """Return a file that only jobs write to."""
+    """Return the path of a file to which only jobs write."""
     path = tmp_path / "ledger"
     path.touch()
     return path

@@ -1,4 +1,4 @@
-"""What RQ's scheduler does, done now."""
+"""One pass of RQ's scheduler, on demand."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rq.scheduler import RQScheduler
 
 
 def move_scheduled(queue: Queue) -> None:
-    """Do what RQ's scheduler does once a second."""
+    """Do the work that RQ's scheduler does once a second."""
     scheduler: Any = RQScheduler([queue], connection=queue.connection)
     scheduler.acquire_locks()
     scheduler.enqueue_scheduled_jobs()

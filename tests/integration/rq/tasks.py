@@ -21,39 +21,39 @@ from jobguard.model import Restorable
 
 
 def say(path: str, word: str = "ran") -> str:
-    """Leave a line that only a run can leave."""
+    """Write a line, which proves that the job ran."""
     with Path(path).open("a") as ledger:
         ledger.write(f"{word}\n")
     return word
 
 
 def add(left: int, right: int = 0) -> int:
-    """Add."""
+    """Return the sum."""
     return left + right
 
 
 def fail(path: str | None = None) -> None:
-    """Fail."""
+    """Raise an error."""
     if path:
         say(path)
     raise ValueError("as it must")
 
 
 def ask_again(path: str, times: int) -> Any:
-    """Return a Retry until it has run so often."""
+    """Return a Retry until the job has run this often."""
     say(path)
     return Retry(max=times) if len(Path(path).read_text().splitlines()) <= times else "done"
 
 
 def die(path: str | None = None) -> None:
-    """Die as the kernel lets it die."""
+    """Kill the process as the kernel does."""
     if path:
         say(path)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def die_once(path: str) -> None:
-    """Take the worker along, in the first run."""
+    """Kill the worker too, in the first run."""
     deaths = Path(f"{path}.deaths")
     if not deaths.exists():
         deaths.touch()
@@ -62,26 +62,26 @@ def die_once(path: str) -> None:
 
 
 def call_back(job: Any, *_: Any) -> None:
-    """Be a callback of any kind of a job whose first argument is the ledger."""
+    """Write a line: a callback of any kind, for a job whose first argument is the ledger."""
     say(job.args[0], "called")
 
 
 class Backwards:
-    """A serializer that nobody else reads."""
+    """A serializer with a format that no other program reads."""
 
     @staticmethod
     def dumps(value: Any) -> bytes:
-        """Pickle it, the wrong way round."""
+        """Return the pickle with its bytes in reverse order."""
         return pickle.dumps(value)[::-1]
 
     @staticmethod
     def loads(raw: bytes) -> Any:
-        """Read it."""
+        """Load a reversed pickle."""
         return pickle.loads(raw[::-1])
 
 
 def kill_parent(path: str) -> None:
-    """Kill the worker, and go on."""
+    """Kill the worker, and continue."""
     parent = os.getppid()
     os.kill(parent, signal.SIGKILL)
     deadline = time.monotonic() + 10
@@ -91,11 +91,11 @@ def kill_parent(path: str) -> None:
 
 
 RESTORED: list[Any] = []
-"""What the reconciler would put back: a delivery and its source."""
+"""The delivery that the reconciler would restore, and its source."""
 
 
 def flush(path: str) -> None:
-    """Lose everything, as a broken Redis does, and have what waited restored meanwhile."""
+    """Delete all data, as a broken Redis does, and restore the delivery in ``RESTORED`` if it is set."""
     current = get_current_job()
     assert current is not None
     current.connection.flushdb()
@@ -114,18 +114,18 @@ def flush(path: str) -> None:
 
 
 def return_retry(path: str) -> Any:
-    """Return a Retry whatever happens."""
+    """Always return a Retry."""
     say(path)
     return Retry(max=1)
 
 
 def fail_at_length() -> None:
-    """Fail with a megabyte of words."""
+    """Raise an error with a text of one megabyte."""
     raise ValueError("\x00é" * 500_000 + "the end")
 
 
 def break_redis(path: str) -> None:
-    """Return well, from a worker whose Redis is gone."""
+    """Return without an error, in a worker whose Redis is gone."""
     current = get_current_job()
     assert current is not None
     say(path)
@@ -134,69 +134,69 @@ def break_redis(path: str) -> None:
 
 
 def sleep(seconds: float) -> None:
-    """Take so long."""
+    """Sleep for this time."""
     time.sleep(seconds)
 
 
 def leave(code: int) -> None:
-    """End the process without a word."""
+    """Exit the process without a report."""
     os._exit(code)
 
 
 def note_failure(job: Any, *_: Any) -> None:
-    """Be a failure callback, and leave a line where the job's meta says."""
+    """Write a line to the path in the job's meta: a failure callback."""
     say(job.meta["ledger"], "failed")
 
 
 def say_meta(path: str) -> None:
-    """Say what stands in the job's meta."""
+    """Write the job's meta to the ledger."""
     current = get_current_job()
     assert current is not None
     say(path, current.meta["word"])
 
 
 def on_success(job: Any, connection: Any, result: Any) -> None:
-    """Be the callback of a success."""
+    """Write a line: the success callback."""
     say(job.args[0], "succeeded")
 
 
 def on_failure(job: Any, connection: Any, *_: Any) -> None:
-    """Be the callback of a failure."""
+    """Write a line: the failure callback."""
     say(job.args[0], "failed")
 
 
 def broken(*_: Any) -> None:
-    """Be a callback that fails itself."""
+    """Raise an error: a callback that fails."""
     raise RuntimeError("the callback fails")
 
 
 def too_long(path: str) -> None:
-    """Take longer than a second."""
+    """Run for longer than a second."""
     say(path)
     time.sleep(30)
 
 
 class Reversed:
-    """A serializer of somebody's own."""
+    """A serializer of the application."""
 
     @staticmethod
     def dumps(value: Any) -> bytes:
-        """Pickle, backwards."""
+        """Return the pickle, reversed."""
         return pickle.dumps(value)[::-1]
 
     @staticmethod
     def loads(value: bytes) -> Any:
-        """Unpickle, backwards."""
+        """Load a reversed pickle."""
         return pickle.loads(value[::-1])
 
 
 def ask_redis() -> None:
-    """Speak to a Redis that is not there."""
+    """Send a command to a Redis that does not exist."""
     redis.Redis(port=1, retry=Retrying(NoBackoff(), 0)).ping()
 
 
 def say_and_wait(path: str) -> None:
-    """Leave a line, and return once a file is there beside it."""
+    """Write a line, and return when a second file exists."""
     say(path)
     go_on = Path(path).with_suffix(".go")
     deadline = time.monotonic() + 30
@@ -205,7 +205,7 @@ def say_and_wait(path: str) -> None:
 
 
 def raise_it(path: str, name: str) -> None:
-    """Raise what is named; some of these are no Exception."""
+    """Raise the named error; some of these classes are not subclasses of Exception."""
     say(path)
     kinds = {"SystemExit": SystemExit, "KeyboardInterrupt": KeyboardInterrupt}
     kinds["CancelledError"] = asyncio.CancelledError
@@ -215,7 +215,7 @@ def raise_it(path: str, name: str) -> None:
 
 
 def die_at_once(path: str, code: int | None = None) -> None:
-    """End the process: by a signal, or with an exit code."""
+    """End the process by a signal or with an exit code."""
     say(path)
     if code is None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -224,23 +224,23 @@ def die_at_once(path: str, code: int | None = None) -> None:
 
 
 def return_unwritable(path: str) -> Any:
-    """Return what no serializer takes."""
+    """Return a value that no serializer accepts."""
     say(path)
     return lambda: None
 
 
 def dying(*_: Any) -> None:
-    """Be a callback whose process is killed."""
+    """Kill the process: a callback that is killed."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def handler_that_raises(*_: Any) -> None:
-    """Be an exception handler that fails itself."""
+    """Raise an error: an exception handler that fails."""
     raise RuntimeError("the handler fails")
 
 
 def run_through_a_loss(path: str) -> None:
-    """Lose Redis, have the leader show that this runs, and wait until RQ shows it as before."""
+    """Delete all data, restore this job as running, and wait until RQ's registries show the run again."""
     current = get_current_job()
     assert current is not None
     client, job_id = current.connection, current.id
@@ -267,7 +267,7 @@ def run_through_a_loss(path: str) -> None:
 
 
 def save_progress(path: str) -> None:
-    """Note how far it is, in its own meta."""
+    """Save the progress of the job in its own meta."""
     current = get_current_job()
     assert current is not None
     current.meta["progress"] = 0.5

@@ -23,7 +23,7 @@ needs_rate_limit = pytest.mark.skipif(VERSION_OF_RQ < (3, 0), reason="rate_limit
 
 
 class TestPresence:
-    """Where a look finds a delivery."""
+    """The presence of a delivery, as an inspection reports it."""
 
     def test_long_list(
         self,
@@ -32,10 +32,10 @@ class TestPresence:
         broker: RQBroker,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        """In a list longer than what is read at once."""
+        """A waiting job is found in a list that is longer than one read."""
         monkeypatch.setattr(broker_module, "LIST_CHUNK", 7)
         monkeypatch.setattr(broker_module, "IDS_A_CALL", 5)
-        for length in (13, 1):  # 13, then 14: with and without a rest
+        for length in (13, 1):  # 13, then 14: with and without a remainder
             queue.enqueue_many(Queue.prepare_data(tasks.add, (n,)) for n in range(length))
             seen = broker.presence([owed(delivery) for delivery in tracker.recorded])
             assert {one.presence for one in seen.values()} == {Presence.WAITING}
@@ -43,7 +43,7 @@ class TestPresence:
     def test_scheduled_and_deferred(
         self, queue: Queue, tracker: FakeTracker, broker: RQBroker
     ) -> None:
-        """In a delay queue, or behind a parent."""
+        """Jobs in the delay queue and jobs behind a parent count as scheduled."""
         parent = queue.enqueue_in(timedelta(hours=1), tasks.add, 1)
         queue.enqueue(tasks.add, 1, depends_on=parent)
         for delivery in tracker.recorded:
@@ -52,7 +52,7 @@ class TestPresence:
     def test_missing(
         self, queue: Queue, tracker: FakeTracker, broker: RQBroker, client: redis.Redis
     ) -> None:
-        """Gone, or only a ghost without data."""
+        """A job without a hash, or with a hash without data, is missing."""
         job = queue.enqueue(tasks.add, 1)
         client.delete(job.key)
         missing = Observation(Presence.ABSENT, "missing", bodiless=True)
@@ -65,7 +65,7 @@ class TestPresence:
     def test_stranded(
         self, queue: Queue, tracker: FakeTracker, broker: RQBroker, client: redis.Redis
     ) -> None:
-        """Its hash is whole, but no worker would find it; each life has a mark of its own."""
+        """A job with a complete hash that no worker can find is absent, with a mark of its delivery."""
         job = queue.enqueue(tasks.add, 1)
         client.lpop(queue.key)
         queued = observe(broker, tracker.recorded[0])
@@ -86,7 +86,7 @@ class TestPresence:
     def test_running(
         self, queue: Queue, tracker: FakeTracker, broker: RQBroker, client: redis.Redis
     ) -> None:
-        """An execution that RQ believes in."""
+        """A job with a registered execution is running."""
         job = queue.enqueue(tasks.add, 1)
         client.lpop(queue.key)
         client.hset(job.key, "status", "started")
@@ -98,7 +98,7 @@ class TestPresence:
     def test_ended(
         self, queue: Queue, tracker: FakeTracker, broker: RQBroker, client: redis.Redis
     ) -> None:
-        """RQ's own final results, after a run and after a cancel."""
+        """RQ's own end of a job is seen, after a run and after a cancel."""
         queue.enqueue(tasks.add, 1)
         queue.enqueue(tasks.fail)
         SimpleWorker([queue], connection=client).work(burst=True)
@@ -112,7 +112,7 @@ class TestPresence:
     def test_overwritten(
         self, queue: Queue, tracker: FakeTracker, broker: RQBroker, client: redis.Redis
     ) -> None:
-        """Another life of the id, one of ours or not."""
+        """An id that was pushed again, with or without a token, is overwritten."""
         queue.enqueue(tasks.add, 1, job_id="same")
         queue.enqueue(tasks.add, 2, job_id="same")
         first, second = tracker.recorded
@@ -126,7 +126,7 @@ class TestPresence:
     def test_put_back_by_unguarded_hands(
         self, queue: Queue, tracker: FakeTracker, broker: RQBroker, client: redis.Redis
     ) -> None:
-        """A failed job that a dashboard put back is another life, although it carries our field."""
+        """A failed job that a dashboard requeued is another delivery, although it keeps the token."""
         job = queue.enqueue(tasks.fail)
         SimpleWorker([queue], connection=client).work(burst=True)
         client.hset(job.key, "status", "queued")
@@ -137,17 +137,17 @@ class TestPresence:
 
 
 class TestJoins:
-    """What a child waits for, and whether Redis still knows of it."""
+    """The parents of a waiting child, and whether Redis still has them."""
 
     @pytest.fixture
     def child(self, queue: Queue, tracker: FakeTracker) -> Delivery:
-        """Give a child of two parents."""
+        """Return a child with two parents."""
         parents = [queue.enqueue(tasks.add, 1, job_id=job_id) for job_id in ("p1", "p2")]
         queue.enqueue(tasks.add, 1, depends_on=parents, job_id="child")
         return tracker.recorded[2]
 
     def test_waits_rightly(self, child: Delivery, broker: RQBroker, client: redis.Redis) -> None:
-        """A parent that Redis has and that has not ended holds the child, whatever else is lost."""
+        """A parent in Redis that has not ended keeps the child waiting, also if another parent is lost."""
         assert observe(broker, child) == Observation(Presence.SCHEDULED, "deferred")
         client.delete("rq:job:p1")
         assert observe(broker, child).joins is None
@@ -155,7 +155,7 @@ class TestJoins:
     def test_forgotten_parents(
         self, child: Delivery, broker: RQBroker, client: redis.Redis
     ) -> None:
-        """Those that Redis has not are for the ledger to know; those that finished are done."""
+        """Parents that Redis lost are reported for a check in the ledger; finished parents are not."""
         client.delete("rq:job:p1")
         client.hset("rq:job:p2", "status", "finished")
         assert observe(broker, child).joins == Join(("p1",))
@@ -175,7 +175,7 @@ class TestJoins:
         broker: RQBroker,
         client: redis.Redis,
     ) -> None:
-        """A child that RQ has not moved although it could is seen; RQ's rule says when it could."""
+        """A child that RQ could have moved and did not move is found, by RQ's own rule."""
         parent = queue.enqueue(tasks.add, 1, job_id="parent")
         queue.enqueue(tasks.add, 1, depends_on=Dependency([parent], allow_failure=any_end))
         client.hset("rq:job:parent", "status", status)
@@ -189,7 +189,7 @@ class TestJoins:
     def test_a_parent_whose_end_redis_missed(
         self, field: str, child: Delivery, tracker: FakeTracker, broker: RQBroker, client: Any
     ) -> None:
-        """One that stands as started is doubtful; one of unguarded hands is not for us to doubt."""
+        """A parent with the status "started" is reported as doubtful; an unguarded parent is not."""
         token = tracker.recorded[0].token
         client.hset("rq:job:p1", mapping={"status": "started", "jg": token.hex + field})
         client.hset("rq:job:p2", "status", "finished")
@@ -199,11 +199,11 @@ class TestJoins:
 
 
 class TestRestore:
-    """One delivery at a time, atomically."""
+    """Each delivery is restored by itself, atomically."""
 
     @pytest.fixture
     def delivery(self, queue: Queue, tracker: FakeTracker) -> Delivery:
-        """Return a delivery that stands in the queue."""
+        """Return a delivery that waits in the queue."""
         queue.enqueue(tasks.add, 1, job_id="job", retry=Retry(max=1))
         return tracker.recorded[0]
 
@@ -216,7 +216,7 @@ class TestRestore:
         broker: RQBroker,
         client: redis.Redis,
     ) -> None:
-        """A hash that no worker would find goes back to its queue, with what the run left in it."""
+        """A hash that no worker can find goes back to its queue, with the fields that the run wrote."""
         client.lpop(queue.key)
         client.hset("rq:job:job", mapping={"status": status, "meta": "newer"})
         client.rpush(queue.intermediate_queue_key, "job")
@@ -229,7 +229,7 @@ class TestRestore:
     def test_stranded_scheduled(
         self, queue: Queue, tracker: FakeTracker, broker: RQBroker, client: redis.Redis
     ) -> None:
-        """A scheduled hash in no registry goes back to the delay queue, at its time."""
+        """A scheduled hash in no registry goes back to the delay queue, with its due time."""
         queue.enqueue_in(timedelta(hours=1), tasks.add, 1, job_id="job")
         delivery = tracker.recorded[0]
         client.delete("rq:scheduled:default")
@@ -240,7 +240,7 @@ class TestRestore:
     def test_running(
         self, delivery: Delivery, queue: Queue, broker: RQBroker, client: redis.Redis
     ) -> None:
-        """A run that RQ believes in is left alone, until its worker is known to be dead."""
+        """A run with a registered execution is not changed until its worker is known to be dead."""
         client.lpop(queue.key)
         client.hset("rq:job:job", "status", "started")
         client.zadd("rq:executions:job", {"e": time.time() + 60})
@@ -256,14 +256,14 @@ class TestRestore:
     def test_abandoned(
         self, delivery: Delivery, queue: Queue, broker: RQBroker, client: redis.Redis
     ) -> None:
-        """A dead worker's run that must wait is out of RQ's books: its maintenance fails nothing."""
+        """A dead worker's run that must wait leaves RQ's registries, so that RQ does not fail it."""
         client.lpop(queue.key)
         client.hset("rq:job:job", "status", "started")
         client.zadd("rq:executions:job", {"e": time.time() - 60})
         client.zadd("rq:wip:default", {"job:e": time.time() - 60})
 
         broker.abandon([owed(delivery)], deadline=time.time() - 1)
-        assert client.exists("rq:executions:job")  # too late: nothing is changed
+        assert client.exists("rq:executions:job")  # past the deadline: nothing is changed
         broker.abandon([owed(delivery)], deadline=time.time() + 60)
         queue.started_job_registry.cleanup()
 
@@ -281,7 +281,7 @@ class TestRestore:
         broker: RQBroker,
         client: redis.Redis,
     ) -> None:
-        """An older life that is known to be superseded is replaced, wherever it stands."""
+        """An older delivery that is superseded is replaced, in every place."""
         older = keyspace(client)["rq:job:job"]
         queue.enqueue_in(timedelta(hours=1), tasks.add, 2, job_id="job")
         client.flushdb()
@@ -299,14 +299,14 @@ class TestRestore:
     def test_evicted_hash(
         self, delivery: Delivery, queue: Queue, broker: RQBroker, client: redis.Redis
     ) -> None:
-        """An id whose hash was evicted stands in its list once, not twice."""
+        """An id whose hash was evicted is in its list once after a restore, not twice."""
         client.delete("rq:job:job")
 
         assert restore(broker, lost(delivery)) == [Restored.RESTORED]
         assert queue.job_ids == ["job"]
 
     def test_unreadable(self, delivery: Delivery, broker: RQBroker, client: redis.Redis) -> None:
-        """An envelope of tomorrow's version is left alone, and the others are put back."""
+        """An envelope of a later version is skipped, and the others are restored."""
         client.flushdb()
         strange = lost(delivery, token=new_token(), envelope=b"\x02what?")
 
@@ -318,7 +318,7 @@ class TestRestore:
     def test_scripts_are_loaded_again(
         self, delivery: Delivery, broker: RQBroker, client: redis.Redis
     ) -> None:
-        """A Redis that restarted has forgotten the scripts: they are loaded again."""
+        """The scripts are loaded again after a restart of Redis, which loses them."""
         restore(broker, lost(delivery))
         client.flushdb()
         client.script_flush()
@@ -330,7 +330,7 @@ class TestRestore:
     def test_child_of_a_finished_parent(
         self, queue: Queue, tracker: FakeTracker, broker: RQBroker, client: redis.Redis
     ) -> None:
-        """A child that was rolled back behind a parent that has finished goes to its queue."""
+        """A child whose parent has finished goes to its queue after a rollback."""
         parent = queue.enqueue(tasks.add, 1, job_id="parent")
         queue.enqueue(tasks.add, 1, depends_on=parent, job_id="child")
         client.delete("rq:job:child", "rq:deferred:default")
@@ -342,7 +342,7 @@ class TestRestore:
     def test_a_running_job_is_seen(
         self, queue: Queue, tracker: FakeTracker, broker: RQBroker, client: redis.Redis
     ) -> None:
-        """What a live worker runs has a hash again that says so, and stands in no list."""
+        """A job that a live worker runs gets its hash with the status "started", and is in no list."""
         job = queue.enqueue(tasks.add, 1)
         client.flushdb()
         running = lost(tracker.recorded[0], running=True)
@@ -363,7 +363,7 @@ class TestRestore:
         broker: RQBroker,
         client: redis.Redis,
     ) -> None:
-        """Its hash goes again, unless its worker has written the last word itself."""
+        """The restored hash of a running job is deleted, unless its worker has written the end."""
         job = queue.enqueue(tasks.add, 1)
         client.flushdb()
         restore(broker, lost(tracker.recorded[0], running=True))
@@ -375,7 +375,7 @@ class TestRestore:
     def test_released(
         self, queue: Queue, tracker: FakeTracker, broker: RQBroker, client: redis.Redis
     ) -> None:
-        """A child whose parents have ended, as the ledger knows, goes on and leaves no trace of waiting."""
+        """A child whose parents have ended by the ledger goes to its queue, and waits in no registry."""
         parent = queue.enqueue(tasks.add, 1, job_id="parent")
         queue.enqueue(tasks.add, 1, depends_on=parent, job_id="child")
         child = lost(tracker.recorded[1], released=True)
@@ -392,7 +392,7 @@ class TestRestore:
     def test_released_to_wait_for_a_slot(
         self, queue: Queue, tracker: FakeTracker, broker: RQBroker, client: redis.Redis
     ) -> None:
-        """A child with a rate limit takes a slot when it goes on, or waits for one."""
+        """A released child with a rate limit takes a slot, or waits for one."""
         from rq.rate_limit import RateLimit
 
         parent = queue.enqueue(tasks.add, 1, job_id="parent")
@@ -407,7 +407,7 @@ class TestRestore:
         assert client.hget("rq:job:b", "status") == b"rate_limited"
 
     def test_many(self, queue: Queue, tracker: FakeTracker, broker: RQBroker) -> None:
-        """A thousand jobs come back in their order."""
+        """A thousand jobs are restored in their order."""
         jobs = queue.enqueue_many(Queue.prepare_data(tasks.add, (n,)) for n in range(1000))
         queue.connection.flushdb()
         done = restore(broker, *map(lost, tracker.recorded))
@@ -417,7 +417,7 @@ class TestRestore:
 
 
 def test_consumers(queue: Queue, broker: RQBroker, client: redis.Redis) -> None:
-    """Redis knows which workers listen to which queue."""
+    """The broker returns the workers that listen to each queue."""
     queue.enqueue(tasks.add, 1)
     Queue("idle", connection=client).enqueue(tasks.add, 1)
     worker: Any = Worker([queue], connection=client, name="w.1")
@@ -429,8 +429,8 @@ def test_consumers(queue: Queue, broker: RQBroker, client: redis.Redis) -> None:
 def test_a_prefix_of_its_own(
     client: redis.Redis, tracker: FakeTracker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A Queue class with its own key prefix is a source of its own, restored under its own keys."""
-    from jobguard import adapter
+    """A Queue class with its own key prefix is a separate source and is restored under its own keys."""
+    from jobguard import registry
     from jobguard.adapters.rq import RQAdapter
 
     class OwnJob(Job):
@@ -446,11 +446,11 @@ def test_a_prefix_of_its_own(
     assert guarded is not None
     assert guarded.source.id != tracker.source.id
     own = FakeTracker(guarded.source, tracker._log)
-    adapter.register(own)
+    registry.register(own)
     try:
         queue.enqueue(tasks.add, 1)
     finally:
-        adapter.unregister(own)
+        registry.unregister(own)
     assert not tracker.recorded
     before = keyspace(client)
     client.flushdb()

@@ -1,4 +1,4 @@
-"""A job whose crash budget is spent: RQ's own failure path runs once, and the function never."""
+"""A job with a spent crash budget: RQ's own failure path runs once, and the function never runs."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from tests.integration.rq.test_worker import work
 from tests.support import newly_owed
 
 
-def said(ledger: Path) -> list[str]:
-    """Return what was said, if anything was."""
+def written(ledger: Path) -> list[str]:
+    """Return the lines that were written, if there are any."""
     return ledger.read_text().split() if ledger.exists() else []
 
 
 def enqueued(queue: Queue, ledger: Path, **options: Any) -> Job:
-    """Enqueue a job that would say that it ran."""
+    """Enqueue a job that would write a line when it runs."""
     meta = {"ledger": str(ledger)}
     return queue.enqueue(tasks.say, str(ledger), meta=meta, retry=Retry(max=3), **options)
 
 
 def bury(tracker: FakeTracker, queue: Queue) -> None:
-    """Do what the leader does with a job that it gives up."""
+    """Bury a job as the leader does."""
     (delivery,) = tracker.recorded
     tracker.close(delivery.token, Outcome.DEAD)
     queue.connection.delete(queue.key)  # a worker had taken it
@@ -44,13 +44,13 @@ def bury(tracker: FakeTracker, queue: Queue) -> None:
 def test_its_failure_callback_runs_once(
     kind: Any, queue: Queue, tracker: FakeTracker, ledger: Path
 ) -> None:
-    """RQ keeps the error, shows the job as failed, and calls on_failure in a worker."""
+    """RQ stores the error, shows the job as failed, and calls on_failure in a worker."""
     job = enqueued(queue, ledger, on_failure=Callback(tasks.note_failure))
     bury(tracker, queue)
     assert queue.job_ids == [job.id]
 
     work(kind, queue)
-    assert said(ledger) == ["failed"]
+    assert written(ledger) == ["failed"]
     found = Job.fetch(job.id, connection=queue.connection)
     assert found.get_status() == "failed"
     result = found.latest_result()
@@ -58,22 +58,22 @@ def test_its_failure_callback_runs_once(
     assert queue.failed_job_registry.get_job_ids() == [job.id]
     assert len(tracker.recorded) == 1  # RQ's retries are spent
 
-    queue.connection.rpush(queue.key, job.id)  # whatever brings its id once more
+    queue.connection.rpush(queue.key, job.id)  # its id is pushed once more
     work(kind, queue)
-    assert said(ledger) == ["failed"]
+    assert written(ledger) == ["failed"]
     assert not queue.job_ids
 
 
 def test_without_a_callback_nothing_is_pushed(
     queue: Queue, tracker: FakeTracker, ledger: Path
 ) -> None:
-    """It stands among the failed jobs, as before."""
+    """A dead job without a callback is only in the registry of failed jobs."""
     job = enqueued(queue, ledger)
     bury(tracker, queue)
 
     assert not queue.job_ids
     assert queue.failed_job_registry.get_job_ids() == [job.id]
-    assert said(ledger) == []
+    assert written(ledger) == []
 
 
 @pytest.mark.parametrize("kind", [Worker, SimpleWorker])
@@ -84,7 +84,7 @@ def test_spent_by_the_very_start(
     ledger: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A worker whose claim is refused for the budget has the job in its hands, and reports it."""
+    """A worker whose claim is refused because of the crash budget reports the job as failed."""
     job = enqueued(queue, ledger, on_failure=Callback(tasks.note_failure))
 
     def spent(self: FakeSession, token: Any, describe: Any) -> Refused:
@@ -93,6 +93,6 @@ def test_spent_by_the_very_start(
     monkeypatch.setattr(FakeSession, "start", spent)
     work(kind, queue)
 
-    assert said(ledger) == ["failed"]
+    assert written(ledger) == ["failed"]
     assert queue.failed_job_registry.get_job_ids() == [job.id]
     assert not queue.job_ids

@@ -1,8 +1,8 @@
-"""Every way in which RQ lets a run end: what bare RQ says, what the ledger says, what comes back.
+"""Every way in which a run of RQ ends: the status in RQ alone, the end in the ledger, and the recovery.
 
-Planted once, each seen to fail: no note that a run raised (a handler that raises counts as killed), killed
-only where RQ's own monitor says so (a class that watches its horse itself), no look at a horse that left
-with exit code 0.
+Faults that these tests were seen to catch: no note that a run raised (a handler that raises then counts
+as killed); a run counts as killed only if RQ's own monitor reports it (the rows of a worker class that
+monitors its horse in its own way fail); no check of a horse that exited with code 0.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pytest
 from rq import Callback, Queue, Repeat, Retry, SimpleWorker, Worker
 from rq.job import JobStatus
 
-from jobguard import adapter
+from jobguard import registry
 from tests.fakes.adapters import FakeTracker
 from tests.integration.rq import tasks
 from tests.integration.rq.test_killed_runs import kill
@@ -24,10 +24,10 @@ from tests.integration.rq.versions import VERSION_OF_RQ
 
 
 class Reaper(Worker):
-    """A worker that watches its horse itself, as Redash's does."""
+    """A worker class that monitors its horse in its own way, like the worker of Redash."""
 
     def monitor_work_horse(self, job: Any, queue: Any, *execution: Any) -> None:
-        """Fail what did not end well."""
+        """Fail the job if the horse did not exit with code 0."""
         _, status, _ = self.wait_for_horse()
         self._horse_pid = 0
         if status != 0 and job.get_status() not in (JobStatus.FINISHED, JobStatus.FAILED):
@@ -35,10 +35,10 @@ class Reaper(Worker):
 
 
 class Stopping(Worker):
-    """A worker that is told to stop its job."""
+    """A worker that stops its job by a command."""
 
     def monitor_work_horse(self, job: Any, *args: Any, **kwargs: Any) -> Any:
-        """Do as the command stop-job does."""
+        """Kill the horse as the command stop-job does."""
         self._stopped_job_id = job.id
         kill(self)
         return super().monitor_work_horse(job, *args, **kwargs)
@@ -46,14 +46,14 @@ class Stopping(Worker):
 
 @dataclass
 class End:
-    """One row: how a run ends."""
+    """One row of the table: one way in which a run ends."""
 
     function: Any
     args: tuple[Any, ...] = ()
     bare: str = "failed"
-    """RQ's status without us."""
+    """The status in RQ without jobguard."""
     ledger: str = "failed"
-    """How the delivery ended; ``owed``: its claim is given up, and it comes back within its budget."""
+    """The end of the delivery; ``owed``: its claim is given up, and it is restored within its budget."""
     workers: tuple[Any, ...] = (Worker, SimpleWorker)
     options: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
@@ -128,7 +128,7 @@ ROWS = [
 
 
 def run(end: End, worker: Any, queue: Queue, ledger: Path) -> Any:
-    """Have it end in this way; gives the job."""
+    """Run a job that ends in this way; return the job."""
     first = 30 if end.function is tasks.sleep else str(ledger)
     job = queue.enqueue(end.function, first, *end.args, job_id="job", **end.options)
     work(worker, queue, **end.settings)
@@ -137,16 +137,16 @@ def run(end: End, worker: Any, queue: Queue, ledger: Path) -> Any:
 
 @pytest.mark.parametrize(("end", "worker"), ROWS)
 def test_an_end(end: End, worker: Any, queue: Queue, tracker: FakeTracker, ledger: Path) -> None:
-    """RQ says of it what it says without us, but for a death, which is no end."""
+    """The status in RQ is the same with and without jobguard, except for a death, which is no end."""
     tracker.led = True
-    adapter.unregister(tracker)
+    registry.unregister(tracker)
     bare = run(end, worker, queue, ledger)
     assert bare.get_status() == end.bare
     in_failed = len(queue.failed_job_registry)
     queue.connection.flushdb()
     ledger.write_text("")
 
-    adapter.register(tracker)
+    registry.register(tracker)
     job = run(end, worker, queue, ledger)
     delivery = tracker.recorded[0]
     if end.ledger == "owed":
@@ -157,15 +157,15 @@ def test_an_end(end: End, worker: Any, queue: Queue, tracker: FakeTracker, ledge
         assert len(queue.failed_job_registry) == 0
     else:
         assert not tracker.notes("abandon")
-        assert tracker_says(tracker, delivery.token.hex) == end.ledger
+        assert reported_end(tracker, delivery.token.hex) == end.ledger
         assert job.get_status() == end.bare
         assert len(queue.failed_job_registry) == in_failed
     if end.function is not tasks.sleep:
         assert ran(ledger) == end.runs
 
 
-def tracker_says(tracker: FakeTracker, token: str) -> str:
-    """Return how the first delivery ended, whichever process told it."""
+def reported_end(tracker: FakeTracker, token: str) -> str:
+    """Return the end of the first delivery, from the process that reported it."""
     for _, _, parent, _, outcome, _ in tracker.notes("record"):
         if parent == token:
             return outcome
@@ -176,7 +176,7 @@ def tracker_says(tracker: FakeTracker, token: str) -> str:
 def test_a_run_that_redis_lost_is_shown_again(
     queue: Queue, tracker: FakeTracker, ledger: Path
 ) -> None:
-    """Its worker puts it back among the started, by its own name: it can be seen, and stopped."""
+    """The worker writes RQ's registries of its run again, so the run can be seen and stopped."""
     job = queue.enqueue(tasks.run_through_a_loss, str(ledger))
     tasks.RESTORED[:] = [tracker.recorded[0], tracker.source]
     try:

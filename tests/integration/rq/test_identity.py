@@ -1,13 +1,14 @@
-"""Byte identity: what was lost comes back as it was, and runs once.
+"""Byte identity: a lost job is restored with the same bytes, and runs once.
 
-Each kind of job that RQ knows is put into an empty Redis; the whole keyspace is dumped (every key with
-its type, its value and its time to live), flushed, restored from the ledger and dumped again. What
-differs by design is in one table, ``BY_DESIGN``; a difference that is not there fails, and so does a
-line of the table that is not needed.
+Each kind of job of RQ is enqueued into an empty Redis. The test dumps the whole keyspace (every key
+with its type, value and time to live), flushes it, restores it from the ledger and dumps it again. The
+table ``BY_DESIGN`` lists the intended differences. Every other difference fails the test, and so does
+a line of the table that is not needed.
 
-Planted once, each seen to fail: no time to live, no group, one parent of several, no time to live of a
-child's own set, a score two seconds later, meta or webhooks left out of the record, a slot not taken
-again, or without the time at which it was, what waits for its next repeat seen as finished.
+Faults that these tests were seen to catch: no time to live; no group; one parent of several; no time
+to live of a child's own set; a score two seconds later; meta or webhooks left out of the record; a
+slot that is not taken again, or is taken without its time; a job that waits for its next repeat and
+is seen as finished.
 """
 
 from __future__ import annotations
@@ -46,38 +47,38 @@ SAY = "tests.integration.rq.tasks.say"
 
 
 @dataclass
-class RedisIdentityCheck:
-    """Where a kind is enqueued."""
+class Bench:
+    """The queue, the ledger and the endpoint for the jobs of one kind."""
 
     queue: Queue
     ledger: str
     """The file that the jobs write to."""
     endpoint: str
-    """Who is called here leaves a word in the ledger, too."""
+    """The URL of a server that also writes to the ledger when it is called."""
 
     def enqueue(self, word: str = "ran", **options: Any) -> Any:
-        """Enqueue a job that says a word."""
+        """Enqueue a job that writes a word."""
         return self.queue.enqueue(tasks.say, self.ledger, word, **options)
 
     def data(self, word: str, **options: Any) -> Any:
-        """Return the same for enqueue_many."""
+        """Return the data of such a job for enqueue_many."""
         return Queue.prepare_data(tasks.say, (self.ledger, word), **options)
 
     def work(self, **limits: Any) -> None:
-        """Have one of RQ's own workers do what waits now."""
+        """Run the waiting jobs with one of RQ's own workers."""
         queue = self.queue
         worker = SimpleWorker([queue], connection=queue.connection, serializer=queue.serializer)
         worker.work(burst=True, **limits)
 
     def work_until_killed(self) -> None:
-        """Have a worker that is a process of its own take a job that kills it."""
+        """Start a worker in a separate process, and let it take a job that kills it."""
         worker = multiprocessing.get_context("fork").Process(target=self._be_a_worker)
         worker.start()
         worker.join(30)
         assert worker.exitcode == -signal.SIGKILL
 
     def _be_a_worker(self) -> None:
-        self.queue.connection.connection_pool.reset()  # the parent's sockets are the parent's
+        self.queue.connection.connection_pool.reset()  # do not use the sockets of the parent
         self.work()
 
 
@@ -85,9 +86,9 @@ class RedisIdentityCheck:
 class Kind:
     """One kind of job."""
 
-    enqueue: Callable[[RedisIdentityCheck], Any]
-    says: str
-    """What its jobs say, in this order, once they are restored."""
+    enqueue: Callable[[Bench], Any]
+    words: str
+    """The words that its jobs write after the restore, in this order."""
     since: tuple[int, int]
     takeover: bool
 
@@ -96,37 +97,37 @@ KINDS: dict[str, Kind] = {}
 
 
 def kind(
-    says: str = "ran", *, since: tuple[int, int] = (2, 0), takeover: bool = False
-) -> Callable[[Callable[[RedisIdentityCheck], Any]], None]:
-    """Add a kind. ``since``: the RQ that brought it; ``takeover``: its worker is known to be dead."""
+    words: str = "ran", *, since: tuple[int, int] = (2, 0), takeover: bool = False
+) -> Callable[[Callable[[Bench], Any]], None]:
+    """Add a kind. ``since``: the first RQ with it; ``takeover``: its worker is known to be dead."""
 
-    def add(enqueue: Callable[[RedisIdentityCheck], Any]) -> None:
-        KINDS[enqueue.__name__] = Kind(enqueue, says, since, takeover)
+    def add(enqueue: Callable[[Bench], Any]) -> None:
+        KINDS[enqueue.__name__] = Kind(enqueue, words, since, takeover)
 
     return add
 
 
-# -- one job, as it was enqueued -------------------------------------------------------------------
+# -- one job, right after its enqueue --------------------------------------------------------------
 
 
 @kind()
-def plain(place: RedisIdentityCheck) -> None:
-    """As most are."""
-    place.enqueue()
+def plain(bench: Bench) -> None:
+    """A job without options."""
+    bench.enqueue()
 
 
 @kind("third second first")
-def at_front(place: RedisIdentityCheck) -> None:
-    """Each before those that wait."""
-    place.enqueue("first")
-    place.enqueue("second", at_front=True)
-    place.enqueue("third", at_front=True)
+def at_front(bench: Bench) -> None:
+    """Jobs that are pushed to the front of the queue."""
+    bench.enqueue("first")
+    bench.enqueue("second", at_front=True)
+    bench.enqueue("third", at_front=True)
 
 
 @kind("ran called")
-def every_option_set(place: RedisIdentityCheck) -> None:
-    """All that enqueue takes."""
-    place.enqueue(
+def every_option_set(bench: Bench) -> None:
+    """A job with every option of enqueue."""
+    bench.enqueue(
         job_timeout=77,
         result_ttl=10,
         ttl=500,
@@ -143,201 +144,201 @@ def every_option_set(place: RedisIdentityCheck) -> None:
 
 
 @kind()
-def json_serializer(place: RedisIdentityCheck) -> None:
-    """Not pickled."""
-    place.queue = Queue(
-        place.queue.name, connection=place.queue.connection, serializer=JSONSerializer
+def json_serializer(bench: Bench) -> None:
+    """A job that is serialized as JSON."""
+    bench.queue = Queue(
+        bench.queue.name, connection=bench.queue.connection, serializer=JSONSerializer
     )
-    place.queue.enqueue(SAY, place.ledger)
+    bench.queue.enqueue(SAY, bench.ledger)
 
 
 @kind()
-def custom_serializer(place: RedisIdentityCheck) -> None:
-    """In bytes that only its own worker reads."""
-    place.queue = Queue(
-        place.queue.name, connection=place.queue.connection, serializer=tasks.Backwards
+def custom_serializer(bench: Bench) -> None:
+    """A job in a format that only its own worker reads."""
+    bench.queue = Queue(
+        bench.queue.name, connection=bench.queue.connection, serializer=tasks.Backwards
     )
-    place.queue.enqueue(tasks.say, place.ledger)
+    bench.queue.enqueue(tasks.say, bench.ledger)
 
 
 @kind()
-def string_function(place: RedisIdentityCheck) -> None:
-    """A function that the producer could not import."""
-    place.queue.enqueue(SAY, place.ledger)
+def string_function(bench: Bench) -> None:
+    """A job with the name of a function that the producer cannot import."""
+    bench.queue.enqueue(SAY, bench.ledger)
 
 
 @kind("\xff\x00é")
-def any_bytes(place: RedisIdentityCheck) -> None:
-    """Arguments that are no text."""
-    place.enqueue("\xff\x00é")
+def any_bytes(bench: Bench) -> None:
+    """A job with binary arguments."""
+    bench.enqueue("\xff\x00é")
 
 
 @kind()
-def meta(place: RedisIdentityCheck) -> None:
-    """What the application notes on a job."""
-    place.enqueue(meta={"bytes": b"\x00\xff", "more": {"é": [1, None]}})
+def meta(bench: Bench) -> None:
+    """A job with meta of the application."""
+    bench.enqueue(meta={"bytes": b"\x00\xff", "more": {"é": [1, None]}})
 
 
 @kind("second")
-def same_id_twice(place: RedisIdentityCheck) -> None:
-    """RQ keeps one body per id: the second."""
-    place.enqueue("first", job_id="same")
-    place.queue.connection.lrem(place.queue.key, 1, "same")
-    place.enqueue("second", job_id="same")
+def same_id_twice(bench: Bench) -> None:
+    """One id enqueued twice: RQ keeps the second hash."""
+    bench.enqueue("first", job_id="same")
+    bench.queue.connection.lrem(bench.queue.key, 1, "same")
+    bench.enqueue("second", job_id="same")
 
 
 @kind(since=(2, 8))
-def unique(place: RedisIdentityCheck) -> None:
-    """An id that may stand once."""
-    place.enqueue(job_id="unique", unique=True)
+def unique(bench: Bench) -> None:
+    """A job with a unique id."""
+    bench.enqueue(job_id="unique", unique=True)
 
 
-# -- what happens afterwards -----------------------------------------------------------------------
-
-
-@kind("ran called")
-def success_callback(place: RedisIdentityCheck) -> None:
-    """Called when it has returned."""
-    place.enqueue(on_success=Callback(tasks.call_back))
+# -- after the end of a job ------------------------------------------------------------------------
 
 
 @kind("ran called")
-def failure_callback(place: RedisIdentityCheck) -> None:
-    """Called when it has raised."""
-    place.queue.enqueue(tasks.fail, place.ledger, on_failure=Callback(tasks.call_back))
+def success_callback(bench: Bench) -> None:
+    """A job with a callback for its success."""
+    bench.enqueue(on_success=Callback(tasks.call_back))
+
+
+@kind("ran called")
+def failure_callback(bench: Bench) -> None:
+    """A job with a callback for its failure."""
+    bench.queue.enqueue(tasks.fail, bench.ledger, on_failure=Callback(tasks.call_back))
 
 
 @kind()
-def stopped_callback(place: RedisIdentityCheck) -> None:
-    """Called if somebody stops it."""
-    place.enqueue(on_stopped=Callback(tasks.call_back))
+def stopped_callback(bench: Bench) -> None:
+    """A job with a callback for a stop."""
+    bench.enqueue(on_stopped=Callback(tasks.call_back))
 
 
 @kind("ran posted", since=(2, 10))
-def webhooks(place: RedisIdentityCheck) -> None:
-    """Somebody is told over HTTP."""
-    reported: dict[str, Any] = {"method": "POST", "headers": {"X-Of": "ours"}, "timeout": 5}
-    place.enqueue(
+def webhooks(bench: Bench) -> None:
+    """A job that reports its end over HTTP."""
+    options: dict[str, Any] = {"method": "POST", "headers": {"X-Of": "ours"}, "timeout": 5}
+    bench.enqueue(
         webhooks=[
-            rq.Webhook(place.endpoint, "finished", **reported),
-            rq.Webhook(place.endpoint, "failed"),
+            rq.Webhook(bench.endpoint, "finished", **options),
+            rq.Webhook(bench.endpoint, "failed"),
         ]
     )
 
 
 @kind()
-def ttl(place: RedisIdentityCheck) -> None:
-    """Dropped, if it waits for longer."""
-    place.enqueue(ttl=300)
+def ttl(bench: Bench) -> None:
+    """A job that RQ drops if it waits for too long."""
+    bench.enqueue(ttl=300)
 
 
 @kind()
-def result_ttl_zero(place: RedisIdentityCheck) -> None:
-    """Leaves nothing."""
-    place.enqueue(result_ttl=0)
+def result_ttl_zero(bench: Bench) -> None:
+    """A job whose result is not kept."""
+    bench.enqueue(result_ttl=0)
 
 
 @kind()
-def failure_ttl(place: RedisIdentityCheck) -> None:
-    """Remembered for half a minute, if it fails."""
-    place.queue.enqueue(tasks.fail, place.ledger, failure_ttl=30)
+def failure_ttl(bench: Bench) -> None:
+    """A job that is kept for half a minute if it fails."""
+    bench.queue.enqueue(tasks.fail, bench.ledger, failure_ttl=30)
 
 
 # -- later -----------------------------------------------------------------------------------------
 
 
 @kind("late")
-def enqueue_at(place: RedisIdentityCheck) -> None:
-    """At a time, that has passed while nobody looked."""
-    place.queue.enqueue_at(datetime.now(UTC) - LATER, tasks.say, place.ledger, "late")
+def enqueue_at(bench: Bench) -> None:
+    """A scheduled job whose time has passed without a scheduler."""
+    bench.queue.enqueue_at(datetime.now(UTC) - LATER, tasks.say, bench.ledger, "late")
 
 
 @kind()
-def enqueue_in(place: RedisIdentityCheck) -> None:
-    """In an hour."""
-    place.queue.enqueue_in(LATER, tasks.say, place.ledger, ttl=7200)
+def enqueue_in(bench: Bench) -> None:
+    """A job that is scheduled in an hour."""
+    bench.queue.enqueue_in(LATER, tasks.say, bench.ledger, ttl=7200)
 
 
-# -- families --------------------------------------------------------------------------------------
+# -- dependents ------------------------------------------------------------------------------------
 
 
 @kind("parent child")
-def deferred_child(place: RedisIdentityCheck) -> None:
-    """After its parent."""
-    place.enqueue("child", depends_on=place.enqueue("parent"), ttl=300)
+def deferred_child(bench: Bench) -> None:
+    """A job that waits for its parent."""
+    bench.enqueue("child", depends_on=bench.enqueue("parent"), ttl=300)
 
 
 @kind("ran child grandchild")
-def grandchild_with_allow_failure(place: RedisIdentityCheck) -> None:
-    """After parents that may fail."""
-    parent = place.queue.enqueue(tasks.fail, place.ledger)
-    child = place.enqueue("child", depends_on=Dependency([parent], allow_failure=True))
-    place.enqueue(
+def grandchild_with_allow_failure(bench: Bench) -> None:
+    """Jobs that wait for parents that may fail."""
+    parent = bench.queue.enqueue(tasks.fail, bench.ledger)
+    child = bench.enqueue("child", depends_on=Dependency([parent], allow_failure=True))
+    bench.enqueue(
         "grandchild", depends_on=Dependency([child], allow_failure=True, enqueue_at_front=True)
     )
 
 
 @kind("one two three last")
-def several_dependencies(place: RedisIdentityCheck) -> None:
-    """After all of three."""
-    parents = [place.enqueue(word) for word in ("one", "two", "three")]
-    place.enqueue("last", depends_on=parents)
+def several_dependencies(bench: Bench) -> None:
+    """A job that waits for three parents."""
+    parents = [bench.enqueue(word) for word in ("one", "two", "three")]
+    bench.enqueue("last", depends_on=parents)
 
 
 @kind("front parent free child")
-def enqueue_many_with_dependencies(place: RedisIdentityCheck) -> None:
-    """In one call, some after others."""
-    parent = place.enqueue("parent")
-    place.queue.enqueue_many(
+def enqueue_many_with_dependencies(bench: Bench) -> None:
+    """Jobs of one call, some of which wait for others."""
+    parent = bench.enqueue("parent")
+    bench.queue.enqueue_many(
         [
-            place.data("front", at_front=True),
-            place.data("child", depends_on=parent),
-            place.data("free", meta={"a": 1}),
+            bench.data("front", at_front=True),
+            bench.data("child", depends_on=parent),
+            bench.data("free", meta={"a": 1}),
         ]
     )
 
 
 @kind("0 1 2")
-def group(place: RedisIdentityCheck) -> None:
+def group(bench: Bench) -> None:
     """A group of three."""
-    made = Group.create(connection=place.queue.connection, name="group")
-    made.enqueue_many(place.queue, [place.data(str(n)) for n in range(3)])
+    made = Group.create(connection=bench.queue.connection, name="group")
+    made.enqueue_many(bench.queue, [bench.data(str(n)) for n in range(3)])
 
 
-# -- again -----------------------------------------------------------------------------------------
-
-
-@kind("ran ran ran")
-def retry_at_once(place: RedisIdentityCheck) -> None:
-    """Tried three times."""
-    place.queue.enqueue(tasks.fail, place.ledger, retry=Retry(max=2))
+# -- retries ---------------------------------------------------------------------------------------
 
 
 @kind("ran ran ran")
-def retry_with_intervals(place: RedisIdentityCheck) -> None:
-    """Tried three times, with pauses."""
-    place.queue.enqueue(tasks.fail, place.ledger, retry=Retry(max=2, interval=[60, 120]))
+def retry_at_once(bench: Bench) -> None:
+    """A job with three retries."""
+    bench.queue.enqueue(tasks.fail, bench.ledger, retry=Retry(max=2))
+
+
+@kind("ran ran ran")
+def retry_with_intervals(bench: Bench) -> None:
+    """A job with three retries and pauses between them."""
+    bench.queue.enqueue(tasks.fail, bench.ledger, retry=Retry(max=2, interval=[60, 120]))
 
 
 @kind("ran ran")
-def retry_at_once_after_a_failure(place: RedisIdentityCheck) -> None:
-    """Failed once, waits again."""
-    place.queue.enqueue(tasks.fail, place.ledger, retry=Retry(max=2))
-    place.work(max_jobs=1)
+def retry_at_once_after_a_failure(bench: Bench) -> None:
+    """A job that failed once and waits again."""
+    bench.queue.enqueue(tasks.fail, bench.ledger, retry=Retry(max=2))
+    bench.work(max_jobs=1)
 
 
 @kind("ran ran")
-def retry_with_intervals_after_a_failure(place: RedisIdentityCheck) -> None:
-    """Failed once, in its pause."""
-    place.queue.enqueue(tasks.fail, place.ledger, retry=Retry(max=2, interval=[60, 120]))
-    place.work()
+def retry_with_intervals_after_a_failure(bench: Bench) -> None:
+    """A job that failed once and is in its pause."""
+    bench.queue.enqueue(tasks.fail, bench.ledger, retry=Retry(max=2, interval=[60, 120]))
+    bench.work()
 
 
 @kind("ran ran", since=(2, 3))
-def repeat_after_its_first_run(place: RedisIdentityCheck) -> None:
-    """Ran once, waits for the second of three."""
-    place.enqueue(repeat=rq.Repeat(times=2, interval=[60, 120]))
-    place.work()
+def repeat_after_its_first_run(bench: Bench) -> None:
+    """A job that ran once and waits for the second of three runs."""
+    bench.enqueue(repeat=rq.Repeat(times=2, interval=[60, 120]))
+    bench.work()
 
 
 # -- rate limits -----------------------------------------------------------------------------------
@@ -351,27 +352,27 @@ def rate_limit() -> Any:
 
 
 @kind("0 1 2", since=(3, 0))
-def rate_limited(place: RedisIdentityCheck) -> None:
-    """The first holds the slot, the others wait for it."""
+def rate_limited(bench: Bench) -> None:
+    """Jobs with a rate limit: the first has the slot, and the others wait for it."""
     for n in range(3):
-        place.enqueue(str(n), job_id=str(n), rate_limit=rate_limit())  # one second: by id
+        bench.enqueue(str(n), job_id=str(n), rate_limit=rate_limit())  # by id within a second
 
 
 @kind("ran", since=(3, 0), takeover=True)
-def rate_limited_holder_that_ran(place: RedisIdentityCheck) -> None:
-    """Its worker was killed, and held the slot."""
-    place.queue.enqueue(tasks.die_once, place.ledger, rate_limit=rate_limit(), result_ttl=60)
-    place.work_until_killed()
+def rate_limited_holder_that_ran(bench: Bench) -> None:
+    """A job whose worker was killed while the job had the slot."""
+    bench.queue.enqueue(tasks.die_once, bench.ledger, rate_limit=rate_limit(), result_ttl=60)
+    bench.work_until_killed()
 
 
 # -- running ---------------------------------------------------------------------------------------
 
 
 @kind("ran", takeover=True)
-def started(place: RedisIdentityCheck) -> None:
-    """Its worker was killed in the middle of it."""
-    place.queue.enqueue(tasks.die_once, place.ledger, ttl=300)
-    place.work_until_killed()
+def started(bench: Bench) -> None:
+    """A job whose worker was killed during the run."""
+    bench.queue.enqueue(tasks.die_once, bench.ledger, ttl=300)
+    bench.work_until_killed()
 
 
 # -- the comparison --------------------------------------------------------------------------------
@@ -379,14 +380,14 @@ def started(place: RedisIdentityCheck) -> None:
 
 @dataclass(frozen=True)
 class Difference:
-    """One line of the table: what differs, for which kinds, and why that is right."""
+    """One line of the table: an intended difference, its kinds, and its reason."""
 
     what: tuple[str, ...]
-    """Patterns of ``key``, ``key/field``, ``key@ttl``, ``key@type``; with " gone" or " new" behind it."""
+    """Patterns of ``key``, ``key/field``, ``key@ttl``, ``key@type``; with the suffix " gone" or " new"."""
     why: str
     kinds: tuple[str, ...]
     before: tuple[int, int] = (99, 0)
-    """Only with an RQ older than this."""
+    """The line applies only to RQ before this version."""
 
 
 KILLED = ("started", "rate_limited_holder_that_ran")
@@ -400,12 +401,12 @@ BY_DESIGN = (
     Difference(("rq:worker* gone",), "a worker registers itself, and is no job", RAN),
     Difference(
         ("rq:finished:* gone", "rq:results:* gone"),
-        "the result of a run that ended has been told",
+        "the result of a run that ended was reported",
         ("repeat_after_its_first_run",),
     ),
     Difference(
         ("rq:execution:* gone", "rq:executions:* gone", "rq:wip:* gone"),
-        "nobody runs it any more",
+        "no worker runs it any more",
         KILLED,
     ),
     Difference(
@@ -416,7 +417,7 @@ BY_DESIGN = (
             "rq:job:*/status",
             "rq:queue:* new",
         ),
-        "what was started waits again, as it was recorded",
+        "a job that was started waits again, as it was recorded",
         KILLED,
     ),
     Difference(
@@ -424,45 +425,45 @@ BY_DESIGN = (
     ),
     Difference(
         ("rq:job:*/enqueued_at",),
-        "a slot of a rate limit that was lost is taken again, and that is when it was enqueued",
+        "a lost slot of a rate limit is taken again, and RQ's time of the enqueue is that moment",
         ("rate_limited", "rate_limited_holder_that_ran"),
     ),
     Difference(
         ("rq:job:*/status",),
-        "RQ calls finished what waits for its next repeat; restored, it is scheduled",
+        'RQ sets "finished" on a job that waits for its next repeat; a restore sets "scheduled"',
         ("repeat_after_its_first_run",),
         before=(2, 7),
     ),
 )
-"""Our token is none of them: a restore is the same delivery, and carries the same one."""
+"""The token is not in this table: a restore is the same delivery, and has the same token."""
 
 HOUSEKEEPING = ("jobguard:*", "rq:clean_*")
-"""Ours, and what says when RQ has tidied up."""
+"""The keys of jobguard, and the times of RQ's own maintenance."""
 IN_PLACE = {Presence.WAITING, Presence.SCHEDULED}
 WITHIN_A_SECOND = ("rq:deferred:*", "rq:rl:*:rate_limited")
-"""Scores that are the second of the push, read once by RQ and once by us."""
+"""Scores that are the second of the push. RQ and jobguard each read the clock once."""
 TAKEN_AGAIN = ("rq:rl:*:allowed",)
-"""Scores that are the second in which a slot was taken."""
+"""Scores that are the second when a slot was taken."""
 
 
 def dump(client: redis.Redis) -> dict[str, Any]:
-    """Return all that is in a Redis but ours: by key, and of hashes by field, with times to live."""
-    reported: dict[str, Any] = {}
+    """Return all data of a Redis without jobguard's: by key, by field for hashes, with times to live."""
+    found: dict[str, Any] = {}
     asked: Any = client
     for key, value in keyspace(client).items():
         if matches(key, *HOUSEKEEPING):
             continue
-        reported[f"{key}@ttl"] = deadline(client, key)
-        reported[f"{key}@type"] = kind = asked.type(key)
+        found[f"{key}@ttl"] = deadline(client, key)
+        found[f"{key}@type"] = kind = asked.type(key)
         if isinstance(value, dict) and kind == b"hash":
-            reported |= {f"{key}/{name.decode()}": field for name, field in value.items()}
+            found |= {f"{key}/{name.decode()}": field for name, field in value.items()}
         else:
-            reported[key] = value
-    return reported
+            found[key] = value
+    return found
 
 
 def deadline(client: redis.Redis, key: str) -> int:
-    """Return when a key will be gone, in milliseconds of Redis' clock; -1: never."""
+    """Return the time when a key expires, in milliseconds of Redis' clock; -1: never."""
     with client.pipeline() as pipe:
         pipe.time()
         pipe.pttl(key)
@@ -471,7 +472,7 @@ def deadline(client: redis.Redis, key: str) -> int:
 
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Return what is not the same: times to live, and what is a second's number, within a second."""
+    """Return the differences; times to live and scores in seconds may differ by one second."""
     differ = {}
     for name in sorted(before.keys() | after.keys()):
         one, other = before.get(name), after.get(name)
@@ -482,7 +483,7 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> dict[str, tupl
 
 
 def same(name: str, one: Any, other: Any) -> bool:
-    """Whether these two are the same."""
+    """Return True if these two values are the same."""
     if one is None or other is None:
         return one is other
     if name.endswith("@ttl"):
@@ -497,23 +498,23 @@ def same(name: str, one: Any, other: Any) -> bool:
 
 
 def matches(name: str, *patterns: str) -> bool:
-    """Whether one of the patterns fits."""
+    """Return True if one of the patterns matches."""
     return any(fnmatch(name, pattern) for pattern in patterns)
 
 
 @pytest.fixture
 def endpoint(ledger: Path) -> Iterator[str]:
-    """Give the URL of a server that notes in the ledger who calls it."""
+    """Return the URL of a server that writes each call to the ledger."""
 
     class Called(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            """Note it."""
+            """Write the call to the ledger."""
             tasks.say(str(ledger), "posted")
             self.send_response(204)
             self.end_headers()
 
         def log_message(self, format: str, *args: Any) -> None:
-            """Be quiet."""
+            """Log nothing."""
 
     with HTTPServer(("127.0.0.1", 0), Called) as server:
         thread = Thread(target=server.serve_forever, daemon=True)
@@ -533,12 +534,12 @@ def test_kind(
     ledger: Path,
     endpoint: str,
 ) -> None:
-    """Nothing that RQ reads differs, and the restored jobs run as they would have, each once."""
+    """After a restore, RQ's data is the same, and each restored job runs once, as without the loss."""
     chosen = KINDS[name]
     if chosen.since > VERSION_OF_RQ:
-        pytest.skip(f"RQ {chosen.since[0]}.{chosen.since[1]} brought it")
-    place = RedisIdentityCheck(queue, str(ledger), endpoint)
-    chosen.enqueue(place)
+        pytest.skip(f"needs RQ {chosen.since[0]}.{chosen.since[1]}")
+    bench = Bench(queue, str(ledger), endpoint)
+    chosen.enqueue(bench)
     owed = list(tracker.owed.values())
     if not chosen.takeover:
         assert {observe(broker, one).presence for one in owed} <= IN_PLACE
@@ -558,10 +559,10 @@ def test_kind(
     assert not unexpected
     assert all(any(matches(d, *what) for d in differ) for what in by_design), "a line too many"
 
-    place.work()
+    bench.work()
     while scheduled := queue.scheduled_job_registry.get_job_ids():
         client.zadd(f"rq:scheduled:{queue.name}", dict.fromkeys(scheduled, time.time() - 1))
         move_scheduled(queue)
-        place.work()
-    assert ledger.read_text().split() == chosen.says.split()
+        bench.work()
+    assert ledger.read_text().split() == chosen.words.split()
     assert not tracker.owed

@@ -17,16 +17,16 @@ from tests.support import eventually
 
 @pytest.fixture
 def led(tracker: FakeTracker) -> FakeTracker:
-    """Give a tracker whose ledger has a leader that brings back what is owed."""
+    """Return a tracker whose ledger has a leader that restores owed jobs."""
     tracker.led = True
     return tracker
 
 
 class TestKilledHorse:
-    """A horse that somebody else killed."""
+    """A horse that was killed, and not by RQ."""
 
     def test_is_not_failed(self, queue: Queue, led: FakeTracker, ledger: Path) -> None:
-        """The claim is given up for the leader to take; RQ fails nothing, retries nothing, calls nobody."""
+        """The claim is left to the leader; RQ does not fail or retry the job, and calls no callback."""
         job = queue.enqueue(
             tasks.die,
             retry=Retry(max=3),
@@ -44,7 +44,7 @@ class TestKilledHorse:
         assert ledger.read_text() == ""
 
     def test_nobody_leads(self, queue: Queue, tracker: FakeTracker) -> None:
-        """Without a leader nobody would bring it back, and RQ's verdict stands."""
+        """Without a leader no process would restore the job, and RQ's decision stays valid."""
         queue.enqueue(tasks.die)
         work(Worker, queue)
 
@@ -52,7 +52,7 @@ class TestKilledHorse:
         assert len(queue.failed_job_registry) == 1
 
     def test_by_order(self, queue: Queue, led: FakeTracker) -> None:
-        """A horse that RQ kills itself, far beyond its job's timeout, has failed."""
+        """If RQ itself kills the horse, far beyond the job's timeout, the job has failed."""
 
         class Impatient(Worker):
             def monitor_work_horse(self, *args: Any, **kwargs: Any) -> Any:
@@ -66,7 +66,7 @@ class TestKilledHorse:
         assert not led.notes("abandon")
 
     def test_an_order_is_for_one_horse(self, queue: Queue, led: FakeTracker) -> None:
-        """The next horse of the same worker that dies was killed by somebody else."""
+        """RQ's kill of one horse does not count for the next horse of the same worker."""
 
         class Once(Worker):
             seen = 0
@@ -85,7 +85,7 @@ class TestKilledHorse:
         assert len(led.notes("abandon")) == 1
 
     def test_an_exit_of_its_own(self, queue: Queue, led: FakeTracker) -> None:
-        """A function that ends its process has not returned: the same as a kill."""
+        """A function that ends its process has not returned; it is handled like a kill."""
         queue.enqueue(tasks.leave, 3)
         work(Worker, queue)
 
@@ -94,11 +94,11 @@ class TestKilledHorse:
 
 @pytest.mark.parametrize("kind", [SimpleWorker, Worker])
 class TestNeverBegan:
-    """A run that Redis ended before its function was called."""
+    """A run that ended before the call of its function, because Redis failed."""
 
     @pytest.fixture
     def breaking(self, kind: Any) -> type[Any]:
-        """Give a worker whose Redis restarts just before the function is called."""
+        """Return a worker whose Redis restarts just before the call of the function."""
 
         class Breaking(kind):  # type: ignore[misc]
             def prepare_job_execution(self, *args: Any, **kwargs: Any) -> Any:
@@ -107,7 +107,7 @@ class TestNeverBegan:
         return Breaking
 
     def test_is_not_failed(self, breaking: Any, queue: Queue, led: FakeTracker) -> None:
-        """It goes back; RQ's verdict on a function that was never called does not stand."""
+        """The job is restored; RQ's decision on a function that was never called is not valid."""
         job = queue.enqueue(tasks.add, 1, retry=Retry(max=2))
         work(breaking, queue)
 
@@ -117,7 +117,7 @@ class TestNeverBegan:
         assert Job.fetch(job.id, connection=queue.connection).retries_left == 2
 
     def test_nobody_leads(self, breaking: Any, queue: Queue, tracker: FakeTracker) -> None:
-        """Without a leader nobody would bring it back, and RQ's verdict stands."""
+        """Without a leader no process would restore the job, and RQ's decision stays valid."""
         queue.enqueue(tasks.add, 1)
         work(breaking, queue)
 
@@ -125,7 +125,7 @@ class TestNeverBegan:
 
 
 def test_a_function_that_redis_failed_has_failed(queue: Queue, led: FakeTracker) -> None:
-    """A function that speaks to a Redis itself and lets its error through has begun, and failed."""
+    """A function that uses a Redis itself and lets its error through was called, and has failed."""
     queue.enqueue(tasks.ask_redis)
     work(SimpleWorker, queue)
 
@@ -133,11 +133,11 @@ def test_a_function_that_redis_failed_has_failed(queue: Queue, led: FakeTracker)
 
 
 class TestAbandoned:
-    """A run whose worker RQ has not heard of for too long."""
+    """A run whose worker has sent RQ no heartbeat for too long."""
 
     @pytest.fixture
     def job(self, queue: Queue, tracker: FakeTracker, ledger: Path) -> Job:
-        """Give a job that stands as RQ leaves it when its worker dies."""
+        """Return a job in the state in which RQ leaves it when its worker dies."""
         job = queue.enqueue(tasks.say, str(ledger))
         queue.connection.lpop(queue.key)
         queue.connection.hset(job.key, "status", "started")
@@ -145,7 +145,7 @@ class TestAbandoned:
         return job
 
     def test_is_left_to_the_leader(self, queue: Queue, job: Job, led: FakeTracker) -> None:
-        """RQ's maintenance neither fails nor forgets it, and passes it by the next time as well."""
+        """RQ's maintenance neither fails nor removes the run, and skips it also the next time."""
         for _ in range(2):
             queue.started_job_registry.cleanup()
 
@@ -154,14 +154,14 @@ class TestAbandoned:
         assert queue.connection.zcard("rq:wip:default") == 1
 
     def test_nobody_leads(self, queue: Queue, job: Job, tracker: FakeTracker) -> None:
-        """Without a leader RQ's verdict stands."""
+        """Without a leader RQ's decision stays valid."""
         queue.started_job_registry.cleanup()
 
         assert job.get_status() == "failed"
         assert queue.connection.zcard("rq:wip:default") == 0
 
     def test_what_is_not_owed_is_rqs(self, queue: Queue, job: Job, led: FakeTracker) -> None:
-        """Beside one that the leader brings back, RQ fails another that nobody recorded."""
+        """RQ fails a run without a record, also beside a run that the leader restores."""
         led.owed.clear()
         owed = queue.enqueue(tasks.add, 1)
         queue.connection.lrem(queue.key, 0, owed.id)
@@ -174,7 +174,7 @@ class TestAbandoned:
     def test_our_bug(
         self, queue: Queue, job: Job, led: FakeTracker, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """A failure of ours leaves RQ's maintenance as it is."""
+        """An error of jobguard does not change RQ's maintenance."""
 
         def broken(_tokens: object) -> frozenset[Any]:
             raise RuntimeError("ours")
@@ -186,11 +186,11 @@ class TestAbandoned:
 
 
 class TestStuckInTheIntermediateList:
-    """A job that a one-queue worker took and never began."""
+    """A job that a one-queue worker took and never started."""
 
     @pytest.fixture
     def job(self, queue: Queue, tracker: FakeTracker, ledger: Path) -> Job:
-        """Give a job that RQ's maintenance is about to give up."""
+        """Return a job that RQ's maintenance is about to give up."""
         job = queue.enqueue(tasks.say, str(ledger))
         queue.connection.lmove(queue.key, queue.intermediate_queue_key)
         first_seen = f"{queue.intermediate_queue_key}:first_seen:{job.id}"
@@ -198,7 +198,7 @@ class TestStuckInTheIntermediateList:
         return job
 
     def test_is_left_to_the_leader(self, queue: Queue, job: Job, led: FakeTracker) -> None:
-        """RQ's maintenance does not fail it."""
+        """RQ's maintenance does not fail the job."""
         clean(queue)
 
         assert job.get_status() == "queued"
@@ -206,27 +206,27 @@ class TestStuckInTheIntermediateList:
         assert not led.notes("end")
 
     def test_nobody_leads(self, queue: Queue, job: Job, tracker: FakeTracker) -> None:
-        """Without a leader RQ's verdict stands."""
+        """Without a leader RQ's decision stays valid."""
         clean(queue)
 
         assert job.get_status() == "failed"
 
 
 def kill(worker: Any) -> None:
-    """Have RQ kill its horse, once that has left our process group: RQ kills the group."""
+    """Let RQ kill its horse after the horse has left this process group: RQ kills the whole group."""
     eventually(lambda: os.getpgid(worker.horse_pid) == worker.horse_pid)
     worker.kill_horse()
 
 
 def clean(queue: Queue) -> None:
-    """Do as RQ's maintenance does."""
+    """Run RQ's maintenance."""
     worker = SimpleWorker([queue], connection=queue.connection)
     cast(Any, queue.intermediate_queue).cleanup(worker, queue)
 
 
 @pytest.mark.parametrize("kind", [SimpleWorker, Worker])
 def test_a_failure_is_a_failure(kind: Any, queue: Queue, led: FakeTracker, ledger: Path) -> None:
-    """What raises has failed, leader or not."""
+    """A job whose function raised has failed, with or without a leader."""
     queue.enqueue(tasks.fail)
     queue.enqueue(tasks.say, str(ledger))
     work(kind, queue)

@@ -23,7 +23,7 @@ from tests.integration.rq import tasks
 
 @pytest.fixture
 def queue(own_redis: RedisServer) -> Iterator[Queue]:
-    """Return a queue on a Redis of its own."""
+    """Return a queue on a Redis server for this test alone."""
     with redis.Redis.from_url(
         own_redis.url, socket_timeout=0.3, retry=Retry(NoBackoff(), 0)
     ) as client:
@@ -34,8 +34,8 @@ def queue(own_redis: RedisServer) -> Iterator[Queue]:
 def test_killed_while_a_producer_enqueues(
     known: bool, own_redis: RedisServer, queue: Queue, tracker: FakeTracker, ledger: Path
 ) -> None:
-    """What enqueue accepted while Redis was dead runs once when it is back, empty or not."""
-    if known:  # a client that was connected before, and one that never was
+    """Jobs that were accepted while Redis was dead run once when it is back, with or without its data."""
+    if known:  # a client that was connected before; else one that never was
         queue.enqueue(tasks.say, str(ledger))
     own_redis.kill()
     queue.enqueue(tasks.say, str(ledger))
@@ -56,7 +56,7 @@ def test_killed_while_a_producer_enqueues(
 def test_paused_while_a_producer_enqueues(
     own_redis: RedisServer, queue: Queue, tracker: FakeTracker
 ) -> None:
-    """A push that Redis may or may not have seen is never taken back."""
+    """A push that Redis may have received is never withdrawn."""
     queue.enqueue(tasks.add, 1)
     own_redis.pause()
     try:
@@ -69,20 +69,19 @@ def test_paused_while_a_producer_enqueues(
     assert not tracker.withdrawn
 
 
-def test_a_doubt_costs_redis_nothing(
+def test_no_wait_while_redis_is_known_to_be_away(
     own_redis: RedisServer, queue: Queue, tracker: FakeTracker
 ) -> None:
-    """While Redis is known to be away an enqueue waits for nothing."""
+    """While Redis is known to be away, an enqueue does not wait."""
     own_redis.pause()
     tracker.in_doubt = True
-    begun = time.monotonic()
     try:
         queue.enqueue(tasks.add, 1)
         queue.enqueue_many([Queue.prepare_data(tasks.add, (1,))])
     finally:
         own_redis.resume()
 
-    assert time.monotonic() - begun < 0.2
+    assert not tracker.notes("broker_failed")  # no push was tried
     assert len(tracker.outbox) == 2
 
 
@@ -90,7 +89,7 @@ def test_a_doubt_costs_redis_nothing(
 def test_a_scheduler_outlives_an_outage(
     mends: bool, queue: Queue, tracker: FakeTracker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """RQ's scheduler goes on when Redis is back, unless faults of the library are to stay."""
+    """RQ's scheduler continues when Redis is back, unless the fixes for the library are off."""
     monkeypatch.setattr(FakeTracker, "mends_library", mends)
     monkeypatch.setattr(producer, "_SCHEDULER_WAITS", 0.01)
     job = queue.enqueue_in(timedelta(seconds=-5), tasks.add, 1)
@@ -99,7 +98,7 @@ def test_a_scheduler_outlives_an_outage(
         failures = iter([redis.ConnectionError("gone"), redis.exceptions.ReadOnlyError("replica")])
 
         def _install_signal_handlers(self) -> None:
-            """Leave those of the tests."""
+            """Keep the signal handlers of the tests."""
 
         def heartbeat(self) -> None:
             for failure in self.failures:

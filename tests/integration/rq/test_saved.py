@@ -1,6 +1,6 @@
-"""What a program saves of a job after it sent it: the newest comes back.
+"""Changes that a program saves to a job after the push: a restore has the newest ones.
 
-Planted once, each seen to fail: no amending in Job.save, and none in Job.save_meta.
+Faults that these tests were seen to catch: no amend in Job.save; no amend in Job.save_meta.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ if TYPE_CHECKING:
 
 
 def flag(job: Job) -> None:
-    """Cancel as some applications do it."""
+    """Set a flag in the meta, as some applications do to cancel."""
     job.meta["cancelled"] = True
     job.save_meta()  # type: ignore[no-untyped-call]
 
 
 def raise_timeout(job: Job) -> None:
-    """Give it more time."""
+    """Raise the timeout of the job."""
     job.timeout = 1000
     job.description = "longer"
     job.save()
 
 
 def save_without_meta(job: Job) -> None:
-    """Save all but the meta."""
+    """Save all fields except the meta."""
     job.meta["forgotten"] = True
     job.timeout = 1000
     job.save(include_meta=False)
@@ -46,7 +46,7 @@ def save_without_meta(job: Job) -> None:
 def test_what_was_saved_comes_back(
     change: Any, fetched: bool, queue: Queue, tracker: FakeTracker, broker: RQBroker
 ) -> None:
-    """The keyspace after a loss and the restore is the one from before, whoever has saved."""
+    """After a loss and a restore, the keyspace is the same as before, for each way to save."""
     job = queue.enqueue(tasks.add, 1, meta={"a": 1}, at_front=True)
     change(Job.fetch(job.id, connection=queue.connection) if fetched else job)
     before = keyspace(queue.connection)
@@ -59,7 +59,10 @@ def test_what_was_saved_comes_back(
 def test_what_a_run_saves_of_itself_is_not_recorded(
     queue: Queue, tracker: FakeTracker, ledger: Path
 ) -> None:
-    """It may do so many times a second; Redis has it, and a horse has no connection to Postgres."""
+    """Saves of a run to its own job are not recorded.
+
+    A run may save many times a second. Redis has the data, and a horse has no connection to Postgres.
+    """
     queue.enqueue(tasks.save_progress, str(ledger))
     (delivery,) = tracker.owed.values()
     work(SimpleWorker, queue)
@@ -68,7 +71,7 @@ def test_what_a_run_saves_of_itself_is_not_recorded(
 
 
 def test_what_has_ended_is_left_alone(queue: Queue, tracker: FakeTracker, ledger: Path) -> None:
-    """A finished job can be saved as before."""
+    """A finished job can be saved, and its record does not change."""
     job = queue.enqueue(tasks.say, str(ledger))
     work(SimpleWorker, queue)
     flag(Job.fetch(job.id, connection=queue.connection))

@@ -1,4 +1,4 @@
-"""Unguarded workers that RQ's registry does not show."""
+"""Unguarded workers that are missing in RQ's registry."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ rq.Worker([rq.Queue(name, connection=client) for name in sys.argv[3:]], connecti
 
 @contextmanager
 def worker(url: str, name: str, *queues: str) -> Iterator[None]:
-    """Have an unguarded worker at work in a process of its own."""
+    """Start an unguarded worker in a separate process."""
     process = subprocess.Popen([sys.executable, "-c", BARE, url, name, *queues])
     try:
         with redis.Redis.from_url(url) as client:
             channel = f"rq:pubsub:{name}"
-            before = heard(client, channel)
-            eventually(lambda: heard(client, channel) > before, 20)
+            before = subscribers(client, channel)
+            eventually(lambda: subscribers(client, channel) > before, 20)
             yield
     finally:
         process.kill()
         process.wait(10)
 
 
-def heard(client: redis.Redis, channel: str) -> int:
-    """Return how many subscribe to a channel."""
+def subscribers(client: redis.Redis, channel: str) -> int:
+    """Return the number of subscribers of a channel."""
     found = dict(client.pubsub_numsub(channel))
     return int(found.get(channel.encode(), 0))
 
@@ -49,7 +49,7 @@ def heard(client: redis.Redis, channel: str) -> int:
 def guarded(
     queue: Queue, tracker: FakeTracker, redis_url: str
 ) -> Iterator[Callable[[str], object]]:
-    """Have a guarded worker of this process at work, as far as Redis can see."""
+    """Make this process look like a guarded worker to Redis."""
     made: list[tuple[Any, redis.Redis]] = []
 
     def begin(name: str) -> object:
@@ -67,7 +67,7 @@ def guarded(
 
 
 def strangers(broker: RQBroker, queue: str = "default") -> set[str]:
-    """Return who consumes the queue."""
+    """Return the consumers of the queue."""
     return set(broker.consumers()[queue])
 
 
@@ -77,7 +77,7 @@ def test_a_stranger_that_survives_a_flush(
     redis_url: str,
     guarded: Callable[[str], object],
 ) -> None:
-    """Redis forgets which workers are registered, but not who is connected."""
+    """An unguarded worker is found after a flush: its registration is lost, but it is still connected."""
     guarded("ours")
     client.sadd("rq:queues", "rq:queue:default")
     assert strangers(broker) == {"ours"}
@@ -96,10 +96,10 @@ def test_two_workers_of_one_name(
     redis_url: str,
     guarded: Callable[[str], object],
 ) -> None:
-    """The registry has one entry for both."""
+    """Two workers with one name are both found, although the registry has one entry."""
     client.sadd("rq:queues", "rq:queue:default")
     with worker(redis_url, "same", "default"):
-        client.hset("rq:worker:same", "death", "-")  # RQ refuses a second one that it knows of
+        client.hset("rq:worker:same", "death", "-")  # else RQ refuses a second one
         guarded("same")
         eventually(lambda: any("subscribe" in name for name in strangers(broker)))
 
@@ -110,7 +110,7 @@ def test_a_registered_worker_of_another_queue_is_no_stranger_here(
     redis_url: str,
     guarded: Callable[[str], object],
 ) -> None:
-    """It is judged by its name and its queues, as long as Redis knows both."""
+    """A registered worker of another queue is not a consumer of this queue."""
     guarded("ours")
     client.sadd("rq:queues", "rq:queue:default", "rq:queue:other")
     with worker(redis_url, "bare", "other"):
@@ -118,13 +118,13 @@ def test_a_registered_worker_of_another_queue_is_no_stranger_here(
         assert strangers(broker) == {"ours"}
 
 
-def test_who_only_looks_or_listens_is_no_consumer(
+def test_a_client_that_only_reads_or_subscribes_is_no_consumer(
     broker: RQBroker,
     client: Any,
     redis_url: str,
     guarded: Callable[[str], object],
 ) -> None:
-    """A dashboard, a subscriber of the user's own, and the workers of another database."""
+    """A dashboard, a subscriber of the user, and workers of another database are no consumers."""
     guarded("ours")
     client.sadd("rq:queues", "rq:queue:default")
     other = redis_url.rpartition("/")
@@ -137,7 +137,7 @@ def test_who_only_looks_or_listens_is_no_consumer(
 def test_clients_that_may_not_be_listed(
     broker: RQBroker, client: Any, tracker: FakeTracker, redis_url: str
 ) -> None:
-    """It is said; the registry is asked as before."""
+    """If Redis does not list its clients, the refusal is reported and the registry is used."""
     client.execute_command(
         "ACL", "SETUSER", "narrow", "on", ">pw", "~*", "&*", "+@all", "-client", "-pubsub"
     )

@@ -18,7 +18,7 @@ import rq
 from rq import Queue, Retry, SimpleWorker, Worker
 from rq.job import Job
 
-from jobguard import adapter
+from jobguard import registry
 from jobguard.adapters.rq.layout import KEPT, SPENT
 from jobguard.model import Outcome
 from tests.fakes.adapters import FakeTracker
@@ -33,41 +33,41 @@ needs_repeat = pytest.mark.skipif(VERSION_OF_RQ < (2, 3), reason="RQ 2.3 brought
 
 
 def work(kind: type[Any], queue: Queue, **settings: Any) -> None:
-    """Work the queue off."""
+    """Run all jobs of the queue."""
     known = queue.connection.connection_pool.connection_kwargs
-    # A client of its own: RQ's worker changes the timeouts of the one it is given.
+    # Use a separate client, because RQ's worker changes the timeouts of its client.
     connection = redis.Redis(host=known["host"], port=known["port"], db=known["db"])
     kind([queue.name], connection=connection, **settings).work(burst=True)
 
 
 def ran(ledger: Path) -> int:
-    """Return how often a job ran."""
+    """Return the number of runs of a job."""
     return len(ledger.read_text().splitlines())
 
 
 @pytest.mark.parametrize("kind", WORKERS)
 class TestEnds:
-    """How a run ends, by RQ's own two kinds of worker."""
+    """The ends of a run in RQ's two kinds of worker."""
 
     def test_completed(self, kind: Any, queue: Queue, tracker: FakeTracker, ledger: Path) -> None:
-        """A function that returned is completed, told once and by the worker itself."""
+        """A function that returned is completed; the worker itself reports this once."""
         job = queue.enqueue(tasks.say, str(ledger))
         work(kind, queue)
 
         assert ran(ledger) == 1
         assert tracker.notes("end") == [[job.id, "completed", ""]]
-        assert tracker.pids("end") == [os.getpid()], "a horse does not speak to Postgres for it"
+        assert tracker.pids("end") == [os.getpid()], "the worker reports, not a horse"
         assert [session.closed for session in tracker.sessions] == [True]
 
     def test_result_ttl_zero(self, kind: Any, queue: Queue, tracker: FakeTracker) -> None:
-        """A job that leaves nothing behind is completed all the same."""
+        """A job whose result is not kept is also completed."""
         job = queue.enqueue(tasks.add, 1, result_ttl=0)
         work(kind, queue)
 
         assert tracker.notes("end") == [[job.id, "completed", ""]]
 
     def test_failed(self, kind: Any, queue: Queue, tracker: FakeTracker) -> None:
-        """A function that raised has failed, and its error is told."""
+        """A function that raised has failed, and its error is reported."""
         job = queue.enqueue(tasks.fail)
         work(kind, queue)
 
@@ -78,7 +78,7 @@ class TestEnds:
     def test_retry_at_once(
         self, kind: Any, queue: Queue, tracker: FakeTracker, ledger: Path
     ) -> None:
-        """A retry takes the place of the claim that failed, and counts attempts."""
+        """A retry supersedes the claim that failed, and counts attempts."""
         queue.enqueue(tasks.fail, str(ledger), retry=Retry(max=2))
         work(kind, queue)
 
@@ -93,7 +93,7 @@ class TestEnds:
     def test_retry_later_is_moved_by_the_scheduler(
         self, kind: Any, queue: Queue, tracker: FakeTracker, ledger: Path
     ) -> None:
-        """A retry that waits is one delivery, and its move to the queue the next, of no claim."""
+        """A retry that waits is one delivery; its move to the queue is the next one, without a claim."""
         job = queue.enqueue(tasks.fail, str(ledger), retry=Retry(max=1, interval=60))
         work(kind, queue)
         first, second = tracker.notes("record")
@@ -114,7 +114,7 @@ class TestEnds:
     def test_returned_retry(
         self, kind: Any, queue: Queue, tracker: FakeTracker, ledger: Path
     ) -> None:
-        """A function that returns Retry is pushed again in the place of its claim."""
+        """A function that returns Retry is pushed again, and the push supersedes its claim."""
         queue.enqueue(tasks.ask_again, str(ledger), 1)
         work(kind, queue)
 
@@ -126,7 +126,7 @@ class TestEnds:
     def test_returned_retry_once_too_often(
         self, kind: Any, queue: Queue, tracker: FakeTracker, ledger: Path
     ) -> None:
-        """A function that returns Retry more often than it may has failed."""
+        """A function that returns Retry more often than allowed has failed."""
         queue.enqueue(tasks.return_retry, str(ledger))
         work(kind, queue)
 
@@ -138,7 +138,7 @@ class TestEnds:
     def test_repeat(
         self, kind: Any, interval: int, queue: Queue, tracker: FakeTracker, ledger: Path
     ) -> None:
-        """A repeat takes the place of a run that completed."""
+        """A repeat supersedes a run that completed."""
         queue.enqueue(tasks.say, str(ledger), repeat=rq.Repeat(times=1, interval=interval))
         work(kind, queue)
 
@@ -149,7 +149,7 @@ class TestEnds:
     def test_a_refused_retry_is_not_pushed(
         self, kind: Any, queue: Queue, tracker: FakeTracker, ledger: Path
     ) -> None:
-        """A worker that slept through its own funeral pushes no retry over the newer life."""
+        """A worker that was declared dead pushes no retry over the newer delivery."""
         queue.enqueue(tasks.fail, str(ledger), job_id="late", retry=Retry(max=1))
         tracker.refusing = {"late"}
         work(kind, queue)
@@ -162,9 +162,9 @@ class TestEnds:
     def test_redis_gone_at_the_end(
         self, kind: Any, queue: Queue, tracker: FakeTracker, ledger: Path
     ) -> None:
-        """A function that returned is completed, although Redis fails RQ in its next breath."""
+        """A function that returned is completed, although Redis fails right after the return."""
         job = queue.enqueue(tasks.break_redis, str(ledger), retry=Retry(max=1))
-        with suppress(redis.ConnectionError):  # RQ's worker itself cannot even say goodbye
+        with suppress(redis.ConnectionError):  # RQ's worker cannot remove its registration
             work(kind, queue)
 
         assert ran(ledger) == 1
@@ -180,7 +180,7 @@ class TestEnds:
         ledger: Path,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        """A function that returned has completed: it is not retried, RQ shows it so, its child goes on."""
+        """A function that returned is completed: no retry, "finished" in RQ, and its child is released."""
         parent = queue.enqueue(tasks.say, str(ledger), job_id="parent", retry=Retry(max=3))
         queue.enqueue(tasks.say, str(ledger), "child", job_id="child", depends_on=parent)
         heartbeat, blinks = Job.heartbeat, [1]
@@ -204,7 +204,7 @@ class TestEnds:
     def test_everything_lost_while_it_ran(
         self, kind: Any, queue: Queue, tracker: FakeTracker, ledger: Path
     ) -> None:
-        """A parent that lost its hash while it ran has completed, with a child restored or not."""
+        """A parent that lost its hash while it ran is completed, with or without a restored child."""
         parent = queue.enqueue(tasks.flush, str(ledger))
         child = queue.enqueue(tasks.say, str(ledger), depends_on=parent)
         tracker_child = tracker.recorded[1]
@@ -225,9 +225,9 @@ class TestEnds:
         self, kind: Any, queue: Queue, tracker: FakeTracker, ledger: Path
     ) -> None:
         """A job that an unguarded program pushed is recorded at its start, with a token."""
-        adapter.unregister(tracker)
+        registry.unregister(tracker)
         job = queue.enqueue(tasks.say, str(ledger))
-        adapter.register(tracker)
+        registry.register(tracker)
         assert not queue.connection.hexists(job.key, "jg")
         work(kind, queue)
 
@@ -237,10 +237,10 @@ class TestEnds:
 
 
 class TestHorse:
-    """What only happens with a fork."""
+    """Behaviour of a worker that forks."""
 
     def test_killed(self, queue: Queue, tracker: FakeTracker) -> None:
-        """A killed horse is a failure that its parent tells."""
+        """A killed horse is a failure that its parent reports."""
         job = queue.enqueue(tasks.die)
         work(Worker, queue)
 
@@ -249,7 +249,7 @@ class TestHorse:
         assert "Work-horse terminated unexpectedly" in error
 
     def test_killed_with_retry(self, queue: Queue, tracker: FakeTracker, ledger: Path) -> None:
-        """A killed horse with retries left is pushed again by its parent, in the claim's place."""
+        """If a killed horse has retries left, its parent pushes the job again and supersedes the claim."""
         queue.enqueue(tasks.die, str(ledger), retry=Retry(max=1))
         work(Worker, queue)
 
@@ -261,7 +261,7 @@ class TestHorse:
     def test_orphan_reports_for_itself(
         self, queue: Queue, tracker: FakeTracker, ledger: Path
     ) -> None:
-        """A horse whose parent was killed tells its end itself, before it leaves."""
+        """A horse whose parent was killed reports its end itself, before it exits."""
         job = queue.enqueue(tasks.kill_parent, str(ledger))
         context = multiprocessing.get_context("fork")
         worker = context.Process(target=work, args=(Worker, queue))
@@ -276,7 +276,7 @@ class TestHorse:
     def test_a_horse_knows_that_its_worker_turned_away(
         self, queue: Queue, tracker: FakeTracker, ledger: Path
     ) -> None:
-        """A worker that Redis fails leaves its horse behind, in a program that may live on."""
+        """A horse takes over the beats if its worker leaves after an error of Redis."""
 
         class Quitting(Worker):
             def monitor_work_horse(self, *args: Any, **kwargs: Any) -> Any:
@@ -295,14 +295,14 @@ class TestHorse:
     def test_a_horse_whose_worker_lives_is_no_orphan(
         self, queue: Queue, tracker: FakeTracker, ledger: Path
     ) -> None:
-        """Nobody takes over while the worker waits for its horse, nor when both are done."""
+        """A horse does not take over while its worker waits, nor after both are done."""
         queue.enqueue(tasks.say, str(ledger))
         work(Worker, queue)
 
         assert not tracker.notes("orphaned")
 
     def test_long_error(self, queue: Queue, tracker: FakeTracker) -> None:
-        """An error of a megabyte neither blocks the horse nor is lost."""
+        """An error text of a megabyte does not block the horse and is not lost."""
         queue.enqueue(tasks.fail_at_length)
         work(Worker, queue)
 
@@ -326,13 +326,13 @@ class TestHorse:
     VERSION_OF_RQ < (3, 0), reason="before RQ 3.0 the horse is always a plain Worker"
 )
 class TestSpawnedHorse:
-    """A horse that is a fresh interpreter."""
+    """A horse that is a new interpreter."""
 
     @pytest.mark.parametrize(
         ("task", "outcome"), [("add", "completed"), ("fail", "failed"), ("die", "failed")]
     )
     def test_end(self, task: str, outcome: str, queue: Queue, tracker: FakeTracker) -> None:
-        """It finds its run, and reports through the same pipe."""
+        """A spawned horse finds its run, and reports through the same pipe."""
         from jobguard.adapters.rq import SpawnWorker
 
         args = (1,) if task == "add" else ()
@@ -345,7 +345,7 @@ class TestSpawnedHorse:
 
 
 class TestSkip:
-    """What a worker does with a job that it may not run."""
+    """The handling of a job that a worker must not run."""
 
     @pytest.mark.parametrize(
         ("outcome", "status"),
@@ -365,7 +365,7 @@ class TestSkip:
         tracker: FakeTracker,
         ledger: Path,
     ) -> None:
-        """A job that ended is put right in Redis and not run, nor retried by RQ's maintenance."""
+        """A job that ended does not run, gets its status in Redis, and RQ does not retry it."""
         job = queue.enqueue(tasks.say, str(ledger), retry=Retry(max=3))
         token = tracker.recorded[0].token
         tracker.close(token, outcome)
@@ -386,7 +386,7 @@ class TestSkip:
     def test_children_of_a_finished_parent(
         self, queue: Queue, tracker: FakeTracker, ledger: Path
     ) -> None:
-        """A parent that finished before a rollback of Redis still releases its child."""
+        """A parent that finished before a rollback of Redis releases its child."""
         parent = queue.enqueue(tasks.fail)
         queue.enqueue(tasks.say, str(ledger), depends_on=parent)
         tracker.close(tracker.recorded[0].token, Outcome.COMPLETED)
@@ -395,7 +395,7 @@ class TestSkip:
         assert ran(ledger) == 1
 
     def test_newer_life(self, queue: Queue, tracker: FakeTracker, ledger: Path) -> None:
-        """The same id twice in the list runs once: the second pop finds what has ended."""
+        """An id that is in the list twice runs once: the second start finds the end."""
         queue.enqueue(tasks.say, str(ledger), job_id="same")
         queue.enqueue(tasks.say, str(ledger), job_id="same")
         work(SimpleWorker, queue)
@@ -405,7 +405,7 @@ class TestSkip:
 
 
 def test_abandoned_job_with_retry(queue: Queue, tracker: FakeTracker, ledger: Path) -> None:
-    """A job that RQ itself retries, its worker being dead, supersedes what nobody holds."""
+    """A job of a dead worker that RQ itself retries supersedes the delivery without a claim."""
     job = queue.enqueue(tasks.say, str(ledger), retry=Retry(max=1))
     queue.connection.lpop(queue.key)
     queue.connection.hset(job.key, "status", "started")
@@ -422,7 +422,7 @@ def test_abandoned_job_with_retry(queue: Queue, tracker: FakeTracker, ledger: Pa
 def test_what_ended_is_not_moved_from_a_delay_queue_that_went_back_in_time(
     ended: Outcome, queue: Queue, tracker: FakeTracker, ledger: Path
 ) -> None:
-    """An id whose job has ended, by RQ's own word as well, leaves the delay queue and does not run."""
+    """If a job has ended, also in RQ, its id leaves the delay queue and does not run."""
     job = queue.enqueue_in(timedelta(seconds=-5), tasks.say, str(ledger))
     move_scheduled(queue)
     delay = queue.connection.zadd
@@ -451,7 +451,7 @@ def test_one_refused_job_does_not_hold_up_the_scheduler(queue: Queue, tracker: F
 
 
 def test_a_custom_description_does_not_hide_the_task(queue: Queue, tracker: FakeTracker) -> None:
-    """A job with a description of its own is moved under its function's name, never unpickled."""
+    """A job with a custom description is moved with its function's name, and is not unpickled."""
     queue.enqueue_in(timedelta(seconds=-5), tasks.add, 1, description="the daily report")
     move_scheduled(queue)
 
@@ -462,7 +462,7 @@ def test_a_custom_description_does_not_hide_the_task(queue: Queue, tracker: Fake
     "how", [["--worker-class", "jobguard.adapters.rq.Worker"], ["-c", "jobguard.adapters.rq"]]
 )
 def test_rq_worker_commands(how: list[str], redis_url: str) -> None:
-    """The commands of the manual start a worker whose classes are hooked."""
+    """The commands of the manual start a worker with hooked classes."""
     probe = (
         "import sys, rq.cli, rq.worker.base as b\n"
         "try:\n    rq.cli.main()\nexcept SystemExit: pass\n"
@@ -486,15 +486,15 @@ def test_rq_worker_commands(how: list[str], redis_url: str) -> None:
 
 
 def test_the_worker_changes_nothing_else(queue: Queue, tracker: FakeTracker) -> None:
-    """After a run the keyspace holds what RQ's own worker leaves, and our field."""
+    """After a run, the keyspace has the keys that RQ's own worker leaves, and the token's field."""
     job = queue.enqueue(tasks.add, 1, job_id="job")
     work(SimpleWorker, queue)
     guarded = keyspace(queue.connection)
     queue.connection.flushdb()
-    adapter.unregister(tracker)
+    registry.unregister(tracker)
     queue.enqueue(tasks.add, 1, job_id="job")
     work(SimpleWorker, queue)
-    adapter.register(tracker)
+    registry.register(tracker)
     bare = keyspace(queue.connection)
 
     def names(keys: dict[str, object]) -> set[str]:
@@ -508,7 +508,7 @@ def test_the_worker_changes_nothing_else(queue: Queue, tracker: FakeTracker) -> 
 
 
 def test_fetch_knows_the_token(queue: Queue, tracker: FakeTracker) -> None:
-    """A job fetched anew is cancelled by its token."""
+    """A job that was fetched from Redis is cancelled by its token."""
     job = queue.enqueue(tasks.add, 1)
     Job.fetch(job.id, connection=queue.connection).cancel()
 

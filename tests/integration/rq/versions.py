@@ -1,4 +1,4 @@
-"""Which RQ is tried."""
+"""The version of RQ under test."""
 
 from __future__ import annotations
 

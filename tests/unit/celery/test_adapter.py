@@ -1,4 +1,4 @@
-"""What of Celery can be guarded, and what it is called; nothing is ever connected to."""
+"""Which Celery targets can be guarded, and their addresses; no test connects to a server."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from jobguard.errors import UnsupportedTarget
 
 @pytest.fixture(autouse=True)
 def no_connections(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever connects fails."""
+    """Make every connection attempt fail."""
 
     def connect(*_: Any) -> None:
         raise AssertionError("a connection was made")
@@ -26,7 +26,7 @@ def no_connections(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def sources(url: str | None, **conf: Any) -> Guarded:
-    """Return what guarding a configured app on this broker means."""
+    """Return what the guard of a configured app on this broker covers."""
     app = celery.Celery("app", set_as_current=False)
     app.conf.update(broker_url=url, **conf)
     assert app.conf.broker_url == url
@@ -63,7 +63,7 @@ MASTER = {"master_name": "mymaster"}
     ],
 )
 def test_addresses(url: str, conf: dict[str, Any], address: str) -> None:
-    """Every way to name a Redis has its address, without a password."""
+    """Every form of a Redis URL gives its address, without a password."""
     found = sources(url, **conf)
     assert found.source.address == address
     assert found.source.prefix == ""
@@ -72,7 +72,7 @@ def test_addresses(url: str, conf: dict[str, Any], address: str) -> None:
 
 
 def test_client() -> None:
-    """A client of our own is made as kombu would make one."""
+    """A client of our own has the parameters that kombu would use."""
     app = celery.Celery("app", broker="rediss://u:secret@r:6380/1", set_as_current=False)
     app.conf.broker_use_ssl = {"ssl_ca_certs": "/ca"}
     kwargs = client_of(app.connection_for_write()).connection_pool.connection_kwargs
@@ -81,7 +81,7 @@ def test_client() -> None:
 
 
 def test_prefix_names_the_layout() -> None:
-    """What lies elsewhere than usual is another source; where results are is not."""
+    """An unusual place of the keys makes another source; another place of the results does not."""
     options = {"global_keyprefix": "me:", "priority_steps": [0, 5], "sep": ":"}
     found = sources("redis://r/0", broker_transport_options=options)
     assert found.source.prefix == "global_keyprefix=me%3A&sep=%3A&priority_steps=0.5"
@@ -89,7 +89,7 @@ def test_prefix_names_the_layout() -> None:
 
 
 @pytest.mark.parametrize(
-    ("url", "says"),
+    ("url", "message"),
     [
         ("amqp://guest@rabbit//", "RabbitMQ"),
         ("pyamqp://guest@rabbit//", "RabbitMQ"),
@@ -101,9 +101,9 @@ def test_prefix_names_the_layout() -> None:
         ("redis://r/no-number", "Database"),
     ],
 )
-def test_what_cannot_be_guarded(url: str | None, says: str) -> None:
-    """It is an error that tells the next step."""
-    with pytest.raises(UnsupportedTarget, match=says):
+def test_unsupported_targets(url: str | None, message: str) -> None:
+    """The error of an unsupported target names the next step."""
+    with pytest.raises(UnsupportedTarget, match=message):
         sources(url)
 
 
@@ -116,32 +116,32 @@ def test_what_cannot_be_guarded(url: str | None, says: str) -> None:
     ],
 )
 def test_doubles(url: str, conf: dict[str, Any]) -> None:
-    """In a user's tests there is nothing to guard, and the reason is told."""
+    """A user's test doubles are not guarded, and the reason is reported."""
     found = sources(url, **conf)
     assert found.inert and found.client is None
 
 
 def test_other_targets() -> None:
-    """What is no Celery app is none of ours."""
+    """An object that is no Celery app is not accepted."""
     assert CeleryAdapter().sources(object(), namespace="n", name=None) is None
 
 
 class TestLazy:
-    """An app is not configured before its time."""
+    """The guard of an app that is not configured yet."""
 
     def test_guard_does_not_configure(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """guard(app) leaves the next lines to say what they want."""
+        """guard(app) does not configure the app, so the next lines can still change its settings."""
         app = celery.Celery("app", set_as_current=False)
         guard = jobguard.guard(app, postgres="postgresql://localhost/nowhere")
         try:
             assert not app.configured and "amqp" not in vars(app)
-            app.conf.broker_url = "memory://"  # as a line below may do
+            app.conf.broker_url = "memory://"  # a later line may do this
             assert guard.inert and "memory" in guard.inert
         finally:
             guard.close()
 
     def test_later(self) -> None:
-        """The answer comes with the first push, once."""
+        """The app is guarded at its first push, once."""
         app = celery.Celery("app", broker="memory://", set_as_current=False)
         later = CeleryAdapter().sources(app, namespace="n", name=None)
         assert isinstance(later, DeferredTarget)
@@ -153,7 +153,7 @@ class TestLazy:
         assert called == [True]
 
     def test_asked_before(self) -> None:
-        """Who asks the guard itself has the app configured."""
+        """A question to the guard itself configures the app."""
         app = celery.Celery("app", broker="redis://localhost/0", set_as_current=False)
         again = [jobguard.guard(app, postgres="postgresql://localhost/nowhere") for _ in range(2)]
         assert not app.configured
@@ -163,7 +163,7 @@ class TestLazy:
             guard.close()
 
     def test_refused_later(self, caplog: pytest.LogCaptureFixture) -> None:
-        """What turns out to be no Redis is said in the log, and tasks are sent as ever."""
+        """A broker that turns out to be no Redis is logged, and tasks are sent as before."""
         app = celery.Celery("app", broker="memory://", set_as_current=False)
         guard = jobguard.guard(app, postgres="postgresql://localhost/nowhere")
         app.send_task("nobody.knows")

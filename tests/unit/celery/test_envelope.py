@@ -11,15 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobguard.adapters.celery.envelope import (
+    PART,
     Routing,
     UnknownEnvelope,
     as_part,
     decode,
     encode,
     fresh,
+    holder_in,
     renewed,
+    token_in,
+    token_of,
 )
-from jobguard.adapters.celery.header import PART, holder_in, token_in, token_of
 from jobguard.model import new_token
 
 TOKEN = new_token()
@@ -42,12 +45,12 @@ RAW = json.dumps(MESSAGE).encode()
     st.binary(min_size=1),
 )
 def test_round_trip(routing: Routing, message: bytes) -> None:
-    """What goes in comes out."""
+    """A decoded envelope equals the encoded input."""
     assert decode(encode(routing, message)) == (routing, message)
 
 
 def test_usual_queue_is_small() -> None:
-    """What is usual is not told."""
+    """The header of the default queue contains no default values."""
     assert len(encode(Routing("celery"), RAW)) == len(RAW) + 5 + len('{"queue":"celery"}')
 
 
@@ -55,13 +58,13 @@ def test_usual_queue_is_small() -> None:
     "damaged", [b"", b"\x09", b"\x01", b"\x01\x00\x00\x00\xffxx", b"\x01\x00\x00\x00\x02{}x"]
 )
 def test_damaged(damaged: bytes) -> None:
-    """What cannot be read is said so."""
+    """A damaged envelope raises an error."""
     with pytest.raises(UnknownEnvelope):
         decode(damaged)
 
 
 def test_cut_short() -> None:
-    """An envelope without its message is none."""
+    """An envelope without its message is not accepted."""
     whole = encode(Routing("celery"), RAW)
     with pytest.raises(UnknownEnvelope):
         decode(whole[: -len(RAW)])
@@ -80,17 +83,17 @@ def test_fresh() -> None:
 
 
 def test_as_part() -> None:
-    """The last part of a chord carries what it left."""
+    """The message of a chord's last part carries the part's result."""
     message = json.loads(as_part(RAW, b"\x00left"))
     assert base64.b64decode(message["headers"].pop(PART)) == b"\x00left"
     assert message == MESSAGE
 
 
 class TestHeaders:
-    """The token is found in whatever stands in Redis."""
+    """The token is found in every form in which Redis stores a message."""
 
     def test_waiting_and_taken(self) -> None:
-        """In a list, and in what a worker has taken, which names the worker."""
+        """The token is found in a list and in ``unacked``, where the message also names its worker."""
         assert token_in(RAW) == TOKEN.hex.encode() and holder_in(RAW) == ""
         worker = uuid4().hex
         headers = {**MESSAGE["headers"], "redelivered": True, "jobguard-worker": worker}  # type: ignore[dict-item]
@@ -98,7 +101,7 @@ class TestHeaders:
         assert token_in(taken) == TOKEN.hex.encode() and holder_in(taken) == worker
 
     def test_somebody_elses(self) -> None:
-        """What looks like ours inside of a user's value is not."""
+        """A value of a user that resembles our header is not taken for it."""
         other = new_token().hex
         quoted = {"name": f'"jobguard": "{other}"', **MESSAGE["headers"]}  # type: ignore[dict-item]
         nested = {"mine": {"jobguard": other}, **MESSAGE["headers"]}  # type: ignore[dict-item]
@@ -107,7 +110,7 @@ class TestHeaders:
             assert token_in(raw) == TOKEN.hex.encode()
 
     def test_none(self) -> None:
-        """An unguarded message has none."""
+        """An unguarded message has no token."""
         assert token_in(b'{"headers": {}}') is None
         assert token_of({}) is None and token_of(None) is None
         assert token_of({"jobguard": "what"}) is None and token_of({"jobguard": 7}) is None
@@ -115,8 +118,8 @@ class TestHeaders:
         assert token_of({"jobguard": TOKEN.hex}) == TOKEN
 
 
-def test_what_a_person_requeues_has_all_its_retries() -> None:
-    """The rest of it is as it was."""
+def test_a_requeued_delivery_has_all_its_retries() -> None:
+    """A delivery that a person requeues has all its retries again, and is otherwise unchanged."""
     headers = {**MESSAGE["headers"], "retries": 3}  # type: ignore[dict-item]
     spent = encode(Routing("mail"), json.dumps({**MESSAGE, "headers": headers}).encode())
     routing, message = decode(renewed(spent))

@@ -1,4 +1,4 @@
-"""Names of keys, and the words of a source's prefix."""
+"""Names of keys, and the options in a source's prefix."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jobguard.adapters.celery.layout import Layout
 
 
 def test_defaults_are_kombus() -> None:
-    """What a prefix does not name is as kombu has it."""
+    """An option that a prefix does not name has kombu's default."""
     usual = Layout()
     assert str(usual) == "" and Layout.parse("") == usual
     assert usual.sep == Channel.sep
@@ -31,12 +31,12 @@ def test_defaults_are_kombus() -> None:
     )
 )
 def test_round_trip(layout: Layout) -> None:
-    """Whatever a layout is, its prefix names it."""
+    """Every layout can be written as a prefix and read again."""
     assert Layout.parse(str(layout)) == layout
 
 
 def test_a_newer_word_is_passed_over() -> None:
-    """What a later jobguard adds does not keep this one from reading the rest."""
+    """An option of a later jobguard does not keep this one from reading the rest."""
     assert Layout.parse("global_keyprefix=a&colour=red") == Layout(global_keyprefix="a")
 
 
@@ -47,7 +47,7 @@ def test_lists(step: int, key: str) -> None:
 
 
 def test_all_lists_of_a_queue() -> None:
-    """One for every step."""
+    """A queue has one list for every step."""
     assert Layout(priority_steps=(0, 5)).lists_of(["a", "b"]) == [
         *("a", "a\x06\x165", "b", "b\x06\x165")
     ]

@@ -1,4 +1,4 @@
-"""What a worker says of itself, when it consumes other queues than it began with."""
+"""The announcement of a worker that consumes other queues than at its start."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.fakes.adapters import FakeSession, FakeTracker
 
 
 class Redis:
-    """What the announcement reaches, if it is there."""
+    """The receiver of the announcement, which can be away."""
 
     def __init__(self) -> None:
         self.there = True
@@ -26,7 +26,7 @@ class Redis:
     def announcement(
         self, app: object, *, name: str, queues: Sequence[str]
     ) -> Callable[[UUID], bool]:
-        """As that of the adapter."""
+        """Return an announcement function as the adapter does."""
 
         def again(session: UUID) -> bool:
             if self.there:
@@ -38,10 +38,9 @@ class Redis:
 
 @pytest.fixture
 def redis(monkeypatch: pytest.MonkeyPatch) -> Redis:
-    """Give a Redis that hears what workers say."""
+    """Give a Redis that records the announcements of workers."""
     redis = Redis()
     monkeypatch.setattr(sessions, "announcement", redis.announcement)
-    monkeypatch.setattr(sessions, "Unacked", lambda *_, **__: None)
     return redis
 
 
@@ -56,49 +55,49 @@ def working(redis: Redis, tmp_path: Path) -> sessions.Working:
     return working
 
 
-def listed(working: sessions.Working) -> list[str]:
+def queues_in_beat(working: sessions.Working) -> list[str]:
     """Return the queues of its next beat."""
     working.lists()
     return cast(FakeSession, working.session).queues
 
 
 def test_it_follows_what_it_consumes(redis: Redis, working: sessions.Working) -> None:
-    """At once, long before it would say again that it is there."""
+    """A change of queues is announced at once, long before the next regular announcement."""
     queues = working.controller.app.amqp.queues
-    assert listed(working) == redis.named == ["celery"]
+    assert queues_in_beat(working) == redis.named == ["celery"]
 
     queues.select_add("added")
     working.follow()
-    assert listed(working) == redis.named == ["celery", "added"]
+    assert queues_in_beat(working) == redis.named == ["celery", "added"]
 
     queues.deselect("added")
     working.follow()
-    assert listed(working) == redis.named == ["celery"]
+    assert queues_in_beat(working) == redis.named == ["celery"]
 
 
-def test_a_queue_that_it_leaves_is_on_its_list_until_redis_has_heard(
+def test_a_queue_that_it_leaves_stays_in_its_beats_until_redis_drops_it(
     redis: Redis, working: sessions.Working, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Named there and not in its beats, it would be an unguarded worker: nobody recovers such a queue."""
+    """A queue stays in the beats while Redis names it; else the worker would count as unguarded."""
     queues = working.controller.app.amqp.queues
     queues.select_add("added")
     working.follow()
-    listed(working)
+    queues_in_beat(working)
 
     redis.there = False
     queues.deselect("added")
     working.follow()
-    assert set(redis.named) <= set(listed(working))
+    assert set(redis.named) <= set(queues_in_beat(working))
 
     redis.there = True
     monkeypatch.setattr(sessions, "_ANNOUNCE", 0.0)
-    assert listed(working) == redis.named == ["celery"]
+    assert queues_in_beat(working) == redis.named == ["celery"]
 
 
 def test_it_follows_although_its_connection_broke(
     redis: Redis, working: sessions.Working, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Celery consumes what was added as soon as it has connected again; its error stays its own."""
+    """A queue added during a connection error is announced: Celery consumes it after the reconnect."""
     app = working.controller.app
     monkeypatch.setattr(sessions, "working_for", lambda _: working)
 
@@ -107,17 +106,17 @@ def test_it_follows_although_its_connection_broke(
         raise ConnectionError("as it must")
 
     with pytest.raises(ConnectionError):
-        worker.consumes_others(add)(working.controller, "added")
-    assert listed(working) == redis.named == ["celery", "added"]
+        worker.queues_changed(add)(working.controller, "added")
+    assert queues_in_beat(working) == redis.named == ["celery", "added"]
 
 
-def test_what_goes_wrong_with_us_is_not_the_hosts(
+def test_our_failure_does_not_reach_the_host(
     working: sessions.Working, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The queue is consumed all the same."""
+    """Celery consumes the queue even if our announcement fails."""
 
     def broken(_: Any) -> None:
         raise RuntimeError("a fault of ours")
 
     monkeypatch.setattr(sessions, "working_for", broken)
-    assert worker.consumes_others(lambda _, queue: queue)(working.controller, "added") == "added"
+    assert worker.queues_changed(lambda _, queue: queue)(working.controller, "added") == "added"

@@ -31,12 +31,12 @@ def a_broker(**options: Any) -> RedisBroker:
 
 
 def guarded(target: object) -> Any:
-    """Return what guarding it means."""
+    """Return how the adapter guards this target."""
     return DramatiqAdapter().sources(target, namespace="n", name=None)
 
 
 class TestSources:
-    """What may be guarded."""
+    """Targets that can be guarded, and others."""
 
     @pytest.mark.parametrize(
         ("options", "address"),
@@ -54,20 +54,20 @@ class TestSources:
     def test_a_redis_broker_with_all_its_queues(
         self, options: dict[str, Any], address: str
     ) -> None:
-        """However it was told where its Redis is; never with a password."""
+        """The source has the address of the Redis, in whichever way it was given, and never a password."""
         found = guarded(a_broker(**options))
         assert found.source.address == address
         assert (found.source.library, found.source.one_body) == ("dramatiq", False)
         assert found.queues is None
         assert found.client is not None
 
-    def test_a_namespace_is_told_apart(self) -> None:
-        """The usual one has no name, and none at all is another."""
+    def test_each_namespace_is_a_source(self) -> None:
+        """Each namespace is a source of its own; the default one has no prefix."""
         prefixes = [guarded(a_broker(namespace=n)).source.prefix for n in ("dramatiq", "other", "")]
         assert prefixes == ["", "other", "="]
 
     def test_rabbitmq_is_refused_with_the_next_step(self) -> None:
-        """Or any other broker that is none of Redis."""
+        """A broker that is not on Redis is refused with an advice."""
 
         class RabbitmqBroker(Broker):
             pass
@@ -76,31 +76,31 @@ class TestSources:
             guarded(RabbitmqBroker())
 
     def test_what_dramatiq_could_not_read_itself_is_refused(self) -> None:
-        """And what is no single Redis."""
+        """A Redis client with decode_responses is refused, because Dramatiq cannot read its answers."""
         client: Any = redis.Redis(decode_responses=True)
         with pytest.raises(UnsupportedTarget, match="decode_responses"):
             guarded(a_broker(client=client))
 
     def test_test_doubles_are_inert(self) -> None:
-        """So that users' tests run."""
+        """Test doubles are inert, so that users' tests run."""
         fake: Any = fakeredis.FakeRedis()
         assert guarded(StubBroker()).inert
         assert guarded(a_broker(client=fake)).inert
 
     def test_other_things_are_not_ours(self) -> None:
-        """Another adapter may know them."""
+        """The adapter ignores other objects, which another adapter may know."""
         assert guarded(object()) is None
         assert guarded(redis.Redis()) is None
 
 
 @pytest.fixture
 def tracker(tmp_path: Any) -> FakeTracker:
-    """Give a tracker in memory."""
+    """Return a tracker in memory."""
     return FakeTracker(Source("n", "dramatiq", "localhost:6390/0"), tmp_path / "calls")
 
 
 def hooked(broker: RedisBroker) -> tuple[dict[str, Any], list[Any], Any, list[dict[str, Any]]]:
-    """Return whatever of it may be hooked."""
+    """Return all parts of a broker that may be hooked."""
     own = {name: value for name, value in broker.__dict__.items() if name != "middleware"}
     return (
         own,
@@ -111,10 +111,10 @@ def hooked(broker: RedisBroker) -> tuple[dict[str, Any], list[Any], Any, list[di
 
 
 class TestHooks:
-    """They go on, and off again."""
+    """The hooks are installed and removed."""
 
     def test_installing_and_removing_are_mirror_images(self, tracker: Any) -> None:
-        """On two brokers of one source, and the same again changes nothing."""
+        """Removal restores two brokers of one source exactly; a second installation changes nothing."""
         brokers = [a_broker(), a_broker()]
         barriers: Any = RedisBackend
         brokers[0].add_middleware(GroupCallbacks(barriers(client=redis.Redis(port=6390))))
@@ -133,7 +133,7 @@ class TestHooks:
     def test_a_class_that_is_hooked_later_is_called_all_the_same(
         self, tracker: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """By somebody who measures, say."""
+        """A method that another library patches on the class after us is still called."""
         broker = a_broker()
         patches.install(tracker, broker)
         seen: list[str] = []
@@ -143,7 +143,7 @@ class TestHooks:
         assert seen == ["mail"]
 
     def test_what_others_put_over_ours_stays(self, tracker: Any) -> None:
-        """It calls ours, which passes everything on."""
+        """A hook that another library put over ours stays after the removal."""
         broker: Any = a_broker()
         patches.install(tracker, broker)
         theirs = broker.enqueue = lambda message, *, delay=None: message
@@ -151,7 +151,7 @@ class TestHooks:
         assert broker.__dict__["enqueue"] is theirs
 
     def test_a_dramatiq_that_is_not_known_is_left_alone(self, tracker: Any) -> None:
-        """All or nothing."""
+        """If one method has an unknown signature, no hook is installed."""
 
         class Strange(RedisBroker):
             def enqueue(self, envelope: Any) -> Any:  # type: ignore[override]
@@ -165,12 +165,12 @@ class TestHooks:
         assert hooked(broker) == before
 
     def test_ours_stands_last_when_a_worker_begins(self, tracker: Any) -> None:
-        """Also behind what was added since; every other middleware hears of the beginning."""
-        heard: list[str] = []
+        """Our middleware is the last one when a worker starts, and all others are still called."""
+        called: list[str] = []
 
         class Other(Middleware):
             def before_worker_boot(self, broker: Any, worker: Any) -> None:
-                heard.append("other")
+                called.append("other")
 
         broker: Any = a_broker()
         patches.install(tracker, broker)
@@ -180,11 +180,11 @@ class TestHooks:
         guard = patches.guard_of(broker)
         assert guard is not None
         assert broker.middleware[-1] is guard._middleware
-        assert heard == ["other"]
+        assert called == ["other"]
         patches.uninstall(tracker)
 
     def test_a_barrier_elsewhere_is_counted_as_ever(self, tracker: Any) -> None:
-        """Only the ledger hears of it."""
+        """A barrier that is not in Redis is counted by its own backend."""
         broker = a_broker()
         barriers: Any = StubBackend
         middleware = GroupCallbacks(barriers())
@@ -200,9 +200,9 @@ class TestHooks:
 
 
 def test_the_reconcilers_half_imports_no_dramatiq() -> None:
-    """It runs where there is none."""
+    """The broker module does not import Dramatiq, because a reconciler runs without it."""
     program = (
         "import sys, jobguard.adapters.dramatiq.broker, jobguard.adapters.dramatiq\n"
         "assert 'dramatiq' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=30)
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)

@@ -28,7 +28,7 @@ class Process:
         self.pool = ThreadPoolExecutor(8)
 
     def soon(self, call: Callable[[UUID], object], token: UUID) -> threading.Event:
-        """Do this in a thread; return what is set when it is done."""
+        """Call this in a thread; return the event that is set at its end."""
         result = threading.Event()
 
         def do() -> None:
@@ -41,12 +41,12 @@ class Process:
 
 @pytest.fixture
 def tokens() -> list[UUID]:
-    """Give some deliveries."""
+    """Return some tokens."""
     return [new_token() for _ in range(4)]
 
 
 def test_nothing_starts_beside_it(tokens: list[UUID]) -> None:
-    """Until it has ended."""
+    """Nothing starts beside the suspect until the suspect has ended."""
     process, (suspect, other, *_) = Process(), tokens
     process.alone.enter(suspect)
     assert process.alone.take(suspect)
@@ -58,7 +58,7 @@ def test_nothing_starts_beside_it(tokens: list[UUID]) -> None:
 
 
 def test_it_waits_for_what_runs(tokens: list[UUID]) -> None:
-    """Nothing else starts while it waits, so that its turn comes."""
+    """Nothing else starts while the suspect waits, so that its turn comes."""
     process, (suspect, running, fresh, _) = Process(), tokens
     process.alone.enter(running)
     process.alone.enter(suspect)
@@ -76,7 +76,7 @@ def test_it_waits_for_what_runs(tokens: list[UUID]) -> None:
 
 
 def test_one_suspect_after_the_other(tokens: list[UUID]) -> None:
-    """Those of one death never run beside each other."""
+    """The suspects of one death never run beside each other."""
     process = Process()
     inside: list[int] = []
 
@@ -93,7 +93,7 @@ def test_one_suspect_after_the_other(tokens: list[UUID]) -> None:
 
 
 def test_a_long_job_does_not_keep_it_for_ever(tokens: list[UUID]) -> None:
-    """After a while it runs in company, and others start again."""
+    """After a time limit the suspect runs beside others, and others start again."""
     process, (suspect, running, fresh, _) = Process(drain=0.1), tokens
     process.alone.enter(running)
     process.alone.enter(suspect)
@@ -102,8 +102,8 @@ def test_a_long_job_does_not_keep_it_for_ever(tokens: list[UUID]) -> None:
     assert process.soon(process.alone.enter, fresh).wait(10)
 
 
-def test_a_run_whose_end_nobody_told_does_not_stop_the_process(tokens: list[UUID]) -> None:
-    """Others wait for it only so long; so does the next that is to run alone."""
+def test_a_run_without_a_reported_end_does_not_stop_the_process(tokens: list[UUID]) -> None:
+    """Other jobs, and the next job that is to run alone, wait only for a limited time."""
     process, (suspect, other, next_one, _) = Process(patience=0.1, drain=0.1), tokens
     process.alone.enter(suspect)
     assert process.alone.take(suspect)
@@ -112,11 +112,11 @@ def test_a_run_whose_end_nobody_told_does_not_stop_the_process(tokens: list[UUID
     assert process.soon(process.alone.wait, next_one).wait(10)
 
 
-# -- as a session uses it ----------------------------------------------------------------------------
+# -- used by a session -----------------------------------------------------------------------------
 
 
 def crashed(worker: Worker, job_id: str) -> Delivery:
-    """Owe a job that is charged with one death."""
+    """Record a job that is charged with one death."""
     job = worker.owe(job_id)
     store, term = lead(worker.ledger)
     claim = worker.run(job)
@@ -127,7 +127,7 @@ def crashed(worker: Worker, job_id: str) -> Delivery:
 
 
 def test_a_charged_job_starts_without_company() -> None:
-    """It holds no claim while it waits, and its time limit does not pass."""
+    """A charged job has no claim while it waits, and its time limit does not run."""
     worker = Worker().begin()
     suspect = crashed(worker, "suspect")
     fresh = worker.owe("fresh")
@@ -145,32 +145,32 @@ def test_a_charged_job_starts_without_company() -> None:
             lambda: worker.session.start(suspect.token, lambda: suspect, idle=idle)
         )
         eventually(lambda: log == ["idle"] and worker.claimed_by(suspect) is None)
-        assert suspect.token in worker.listed
+        assert suspect.token in worker.in_flight
         worker.end(running)
         claim = starts.result(10)
     assert isinstance(claim, Claim) and claim.crashes == 1 and claim.number > 0
     assert log == ["idle", "runs"]
-    # What ended beside it is committed: at the next death it is seen to have been alone.
+    # The end of the other job is committed, so the next death shows that the suspect was alone.
     assert worker.outcome(fresh) is not None
     assert worker.claimed_by(suspect) == worker.session.id
 
 
 def test_a_fresh_job_waits_without_a_claim() -> None:
-    """Else the job that runs alone would look as if it had company."""
+    """A fresh job has no claim while it waits, so the suspect does not seem to run beside it."""
     worker = Worker().begin()
     suspect, fresh = crashed(worker, "suspect"), worker.owe("fresh")
     claim = worker.run(suspect)
 
     with ThreadPoolExecutor(1) as pool:
         starts = pool.submit(worker.start, fresh)
-        eventually(lambda: fresh.token in worker.listed)
+        eventually(lambda: fresh.token in worker.in_flight)
         assert worker.claimed_by(fresh) is None
         worker.end(claim)
         assert isinstance(starts.result(10), Claim)
 
 
 def test_a_refused_start_leaves_no_trace() -> None:
-    """What has ended does not count as running."""
+    """A start that was refused because its job has ended does not count as running."""
     worker = Worker().begin()
     job = worker.owe()
     worker.tracker.cancel(tokens=[job.token])
@@ -182,7 +182,7 @@ def test_a_refused_start_leaves_no_trace() -> None:
 
 
 def test_without_postgres_nothing_waits_for_a_claim() -> None:
-    """A start in an outage is counted, and let go of at its end."""
+    """A start in an outage is counted, and removed at its end."""
     worker = Worker(MemoryLedger()).begin()
     job = worker.owe()
     with outage(worker.ledger):

@@ -7,11 +7,14 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, cast
 from uuid import UUID
 
 import pytest
 
-from jobguard.host.batch import batch, defer
+from jobguard.host import batch as batches
+from jobguard.host.batch import defer
 from jobguard.model import Delivery, Parent, Recorded, new_token
 from tests.support import eventually
 
@@ -19,7 +22,7 @@ SOURCE = 7
 
 
 class Recorder:
-    """A tracker of which only what a batch needs is there."""
+    """A tracker with only the parts that a batch needs."""
 
     def __init__(self) -> None:
         self.push_deadline = 60.0
@@ -29,39 +32,44 @@ class Recorder:
         self.outbox: list[UUID] = []
 
     def record(self, deliveries: Sequence[Delivery], *, outbox: bool = False) -> Recorded:
-        """Note them."""
+        """Note the deliveries."""
         self.batches.append([delivery.job_id for delivery in deliveries])
         return self.answer
 
     def withdraw(self, deliveries: Sequence[Delivery]) -> None:
-        """Note them."""
+        """Note the deliveries."""
         self.withdrawn += [delivery.job_id for delivery in deliveries]
 
     def leave_to_outbox(self, tokens: Sequence[UUID]) -> None:
-        """Note them."""
+        """Note the tokens."""
         self.outbox += tokens
 
 
+def batch(source: int, recorder: Recorder, **options: Any) -> AbstractContextManager[None]:
+    """Open a batch with this recorder as its tracker."""
+    return batches.batch(source, cast(Any, recorder), **options)
+
+
 def delivery(job_id: str, *, parent: Parent | None = None) -> Delivery:
-    """Make one."""
+    """Return a delivery."""
     return Delivery(new_token(), job_id, "mail", "task", b"", parent=parent)
 
 
 def send(job_id: str, pushed: list[str]) -> bool:
-    """Send a job as an adapter does; False: there is no batch."""
+    """Send a job as an adapter does; return False if there is no batch."""
     return hand_over([delivery(job_id)], lambda _: pushed.append(job_id))
 
 
 def hand_over(deliveries: Sequence[Delivery], push: Callable[[Recorded], None]) -> bool:
-    """Do what is left to do now."""
+    """Defer the deliveries, and do the work that is left now."""
     now = defer(SOURCE, deliveries, push)
     if now is not None:
         now()
     return now is not None
 
 
-def test_nothing_is_held_outside() -> None:
-    """The adapter records and pushes by itself."""
+def test_nothing_is_deferred_outside() -> None:
+    """Without a batch, the adapter records and pushes by itself."""
     recorder, pushed = Recorder(), list[str]()
     assert not send("a", pushed)
     with batch(SOURCE + 1, recorder):
@@ -70,7 +78,7 @@ def test_nothing_is_held_outside() -> None:
 
 
 def test_all_are_recorded_at_once_and_then_pushed_in_order() -> None:
-    """Nothing of it before the end of the outermost block."""
+    """Nothing is recorded or pushed before the end of the outermost block."""
     recorder, pushed = Recorder(), list[str]()
     with batch(SOURCE, recorder):
         assert send("a", pushed)
@@ -84,7 +92,7 @@ def test_all_are_recorded_at_once_and_then_pushed_in_order() -> None:
 
 
 def test_a_thousand_are_not_kept_waiting() -> None:
-    """However long the loop is."""
+    """After 1,000 deliveries the batch sends, even if the loop goes on."""
     recorder, pushed = Recorder(), list[str]()
     with batch(SOURCE, recorder):
         for n in range(1001):
@@ -94,7 +102,7 @@ def test_a_thousand_are_not_kept_waiting() -> None:
 
 
 def test_what_was_sent_before_an_error_is_sent() -> None:
-    """As it would have been without a batch."""
+    """Deliveries that were sent before an error are still sent."""
     recorder, pushed = Recorder(), list[str]()
     with pytest.raises(KeyError), batch(SOURCE, recorder):
         send("a", pushed)
@@ -103,7 +111,7 @@ def test_what_was_sent_before_an_error_is_sent() -> None:
 
 
 def test_an_empty_batch_asks_nothing() -> None:
-    """Nor is anything recorded."""
+    """An empty batch records nothing."""
     recorder = Recorder()
     with batch(SOURCE, recorder):
         pass
@@ -111,7 +119,7 @@ def test_an_empty_batch_asks_nothing() -> None:
 
 
 def test_a_push_that_fails_takes_back_what_comes_after_it() -> None:
-    """Whoever sent them hears of it; what has superseded something cannot be taken back."""
+    """A failed push withdraws the later deliveries; those that superseded another go to the outbox."""
     recorder, pushed = Recorder(), list[str]()
 
     def refuse(_: Recorded) -> None:
@@ -128,8 +136,8 @@ def test_a_push_that_fails_takes_back_what_comes_after_it() -> None:
     assert recorder.outbox == [retry.token]
 
 
-def test_where_nobody_hears_of_an_error_the_leader_pushes_the_rest() -> None:
-    """The first has gone: what waits for it in Redis does not come again."""
+def test_where_no_caller_gets_the_error_the_leader_pushes_the_rest() -> None:
+    """If no caller receives the error, the leader pushes the rest, as the first one is already in Redis."""
     recorder = Recorder()
 
     def refuse(_: Recorded) -> None:
@@ -145,7 +153,7 @@ def test_where_nobody_hears_of_an_error_the_leader_pushes_the_rest() -> None:
 
 
 def test_what_is_too_late_to_take_back_is_left_to_the_leader() -> None:
-    """It may have pushed it while an earlier push hung."""
+    """Deliveries that the leader may have pushed while an earlier push hung stay in the outbox."""
     recorder = Recorder()
 
     def hang(_: Recorded) -> None:
@@ -161,7 +169,7 @@ def test_what_is_too_late_to_take_back_is_left_to_the_leader() -> None:
 
 
 def test_what_is_sent_after_the_end_by_a_task_that_began_inside() -> None:
-    """It has a copy of the context, and the batch in it is over."""
+    """A task that began inside has a copy of the context, but its batch is over, so it sends by itself."""
     recorder, pushed = Recorder(), list[str]()
     with batch(SOURCE, recorder):
         send("a", pushed)
@@ -178,7 +186,7 @@ def test_what_is_sent_after_the_end_by_a_task_that_began_inside() -> None:
 
 
 def test_a_generator_that_is_closed_in_another_context() -> None:
-    """As asyncio closes one that was left early: what was sent goes out, and no error comes of it."""
+    """If asyncio closes a generator in another context, its deliveries are sent without an error."""
     recorder, pushed = Recorder(), list[str]()
 
     def batched() -> Iterator[None]:
@@ -194,7 +202,7 @@ def test_a_generator_that_is_closed_in_another_context() -> None:
 
 
 def test_a_forked_child_sends_by_itself() -> None:
-    """What it sends is its own, and what its parent holds is its parent's."""
+    """A forked child sends by itself, and the parent's batch keeps only the parent's deliveries."""
     recorder, pushed = Recorder(), list[str]()
     with batch(SOURCE, recorder):
         send("a", pushed)
@@ -210,7 +218,7 @@ def test_a_forked_child_sends_by_itself() -> None:
 
 
 def test_threads_that_share_a_batch_lose_nothing() -> None:
-    """A thread that is given a copy of the context, as by asyncio.to_thread, holds into the same."""
+    """A thread with a copy of the context, as from asyncio.to_thread, uses the same batch."""
     recorder, pushed, alone = Recorder(), list[str](), list[str]()
 
     def sends(name: int) -> None:
@@ -231,8 +239,8 @@ def test_threads_that_share_a_batch_lose_nothing() -> None:
     assert sum(map(len, recorder.batches)) == len(pushed)
 
 
-def test_what_fails_before_the_end_is_heard_at_once() -> None:
-    """By whoever made the batch too long; what was taken back is no longer held."""
+def test_what_fails_before_the_end_is_raised_at_once() -> None:
+    """An error of a full batch reaches its sender at once, and withdrawn deliveries leave the batch."""
     recorder, pushed = Recorder(), list[str]()
 
     def refuse(_: Recorded) -> None:
@@ -248,7 +256,7 @@ def test_what_fails_before_the_end_is_heard_at_once() -> None:
 
 
 def test_what_is_late_is_left_to_the_leader() -> None:
-    """It may have pushed it already; but not what Postgres does not have."""
+    """The leader may have pushed late deliveries already, but not those that Postgres does not have."""
     recorder, pushed = Recorder(), list[str]()
     recorder.push_deadline = -1.0
     with batch(SOURCE, recorder):
@@ -262,7 +270,7 @@ def test_what_is_late_is_left_to_the_leader() -> None:
 
 
 def test_a_batch_is_that_of_its_thread() -> None:
-    """What others send meanwhile goes out at once."""
+    """Another thread's deliveries are sent at once."""
     recorder, pushed = Recorder(), list[str]()
     answers: list[bool] = []
     with batch(SOURCE, recorder):
@@ -271,7 +279,7 @@ def test_a_batch_is_that_of_its_thread() -> None:
 
 
 def test_what_comes_slowly_goes_out_as_it_comes() -> None:
-    """Where the library sends from a generator; what comes at one go waits for its end."""
+    """With ``patience``, slow deliveries are sent as they come, and fast ones wait for the end."""
     for patience, at_once in ((0.0, ["a", "b"]), (60.0, [])):
         recorder, pushed = Recorder(), list[str]()
         with batch(SOURCE, recorder, patience=patience):
@@ -284,7 +292,7 @@ def test_what_comes_slowly_goes_out_as_it_comes() -> None:
 
 
 def test_the_first_may_go_out_at_once() -> None:
-    """Where the library has waited for it already; the others, if they come at one go, wait."""
+    """With ``first_at_once``, the first delivery is sent at once, and the fast ones after it wait."""
     recorder, pushed = Recorder(), list[str]()
     with batch(SOURCE, recorder, patience=60.0, first_at_once=True):
         for job_id in "abc":

@@ -1,4 +1,4 @@
-"""What children have not written, as their worker sees it."""
+"""The reports that children have not written, as their worker sees them."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from jobguard.host.child_slots import ChildSlots
 
 
 def child(work: ChildSlots, since: float | None, *ran: UUID | None) -> int:
-    """Fork a child that says so and lives on."""
-    said, says = os.pipe()
+    """Fork a child that notes this and stays alive."""
+    reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
         work.note(since)
         for token in ran:
             work.runs(token)
-        os.write(says, b".")
+        os.write(writer, b".")
         signal.pause()
         os._exit(0)
-    os.close(says)
-    assert os.read(said, 1) == b"."
-    os.close(said)
+    os.close(writer)
+    assert os.read(reader, 1) == b"."
+    os.close(reader)
     return pid
 
 
 def end(pid: int) -> None:
-    """End it."""
+    """End a child."""
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
 
 
 def test_the_oldest_of_all_children_counts_as_long_as_it_lives() -> None:
-    """What a dead child had is lost with it, and nobody waits for that."""
+    """The oldest report of live children counts; the reports of a dead child are lost with it."""
     work = ChildSlots()
     assert work.oldest() is None
     first, second, third = child(work, 20.0), child(work, 10.0), child(work, None)
@@ -51,7 +51,7 @@ def test_the_oldest_of_all_children_counts_as_long_as_it_lives() -> None:
 
 
 def test_what_is_written_waits_no_more() -> None:
-    """Also of this very process."""
+    """A report of this process that is written does not wait any more."""
     work = ChildSlots()
     work.note(5.0)
     assert work.oldest() == 5.0
@@ -60,17 +60,17 @@ def test_what_is_written_waits_no_more() -> None:
 
 
 def test_what_children_run_is_known_while_they_run_it() -> None:
-    """The last that each has begun; not what a dead one ran, nor a process that is no child of ours."""
+    """The last delivery of each live child counts, but not those of dead children or other processes."""
     work = ChildSlots()
     tokens = [uuid4() for _ in range(4)]
     first, second = child(work, None, tokens[0], tokens[1]), child(work, 10.0, tokens[2])
     third = child(work, None, tokens[3], None)
-    work.runs(uuid4())  # of this process, which lists its own
+    work.runs(uuid4())  # a delivery of this process, which is in its own list
     try:
         assert work.running() == {tokens[1], tokens[2]}
         os.kill(first, signal.SIGKILL)
         os.waitid(os.P_PID, first, os.WEXITED | os.WNOWAIT)
-        assert work.running() == {tokens[2]}, "though nobody has reaped it yet"
+        assert work.running() == {tokens[2]}, "although it is not reaped yet"
         assert work.oldest() == 10.0
     finally:
         for pid in (first, second, third):
@@ -79,7 +79,7 @@ def test_what_children_run_is_known_while_they_run_it() -> None:
 
 
 def test_nothing_is_left_of_a_dead_one_with_its_number() -> None:
-    """Wherever that one had its place: what it ran would seem to run as long as this one lives."""
+    """A dead child's slot with the same pid is cleared, wherever it was: its delivery no longer runs."""
     work = ChildSlots()
     place = child_slots._at((os.getpid() + 5) % child_slots._SLOTS)
     child_slots._SLOT.pack_into(work._memory, place, os.getpid(), 1.0, uuid4().bytes)
@@ -90,7 +90,7 @@ def test_nothing_is_left_of_a_dead_one_with_its_number() -> None:
 
 
 def test_every_child_has_a_place_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever their numbers, as long as there are places; a dead one's is given to another."""
+    """Children with any pids get different slots, and a dead child's slot is reused."""
     monkeypatch.setattr(child_slots, "_SLOTS", 8)
     work = ChildSlots()
     tokens = [uuid4() for _ in range(8)]
@@ -98,9 +98,7 @@ def test_every_child_has_a_place_of_its_own(monkeypatch: pytest.MonkeyPatch) -> 
     try:
         for token in tokens:
             children.append(child(work, None, token))
-            end(
-                child(ChildSlots(), None)
-            )  # takes a number, so that every other of ours is left out
+            end(child(ChildSlots(), None))  # takes a pid, so that the pids differ by two
         assert work.running() == frozenset(tokens)
         end(children.pop(0))
         last = uuid4()

@@ -14,7 +14,7 @@ RETRY = 1.0
 
 
 class Stage:
-    """A circuit, and a Postgres that answers or does not."""
+    """A circuit, and a Postgres that answers or does not answer."""
 
     def __init__(self) -> None:
         self.clock = Clock()
@@ -22,7 +22,7 @@ class Stage:
         self.probes = 0
         self.changes: list[bool] = []
         self.chance = 1.0
-        self.standing: Callable[[], bool] = lambda: True
+        self.probe_answer: Callable[[], bool] = lambda: True
         self.circuit = Circuit(
             self._probe,
             retry_interval=RETRY,
@@ -33,10 +33,10 @@ class Stage:
 
     def _probe(self) -> bool:
         self.probes += 1
-        return self.standing()
+        return self.probe_answer()
 
     def call(self, error: Exception | None = None) -> None:
-        """Make a call that succeeds, or fails like this."""
+        """Make a call that succeeds, or fails with this error."""
         with self.circuit.calling():
             self.calls += 1
             if error is not None:
@@ -49,12 +49,12 @@ class Stage:
 
 
 def away() -> bool:
-    """Answer as a Postgres that refuses connections."""
+    """Refuse the connection."""
     raise StoreUnavailable
 
 
 def test_opens_at_the_first_failure() -> None:
-    """One call that Postgres did not answer is enough, and its error comes through as it was."""
+    """One unanswered call opens the circuit, and its error is raised unchanged."""
     stage = Stage()
     error = NotMigrated()
 
@@ -68,7 +68,7 @@ def test_opens_at_the_first_failure() -> None:
 
 @pytest.mark.parametrize("error", [BadRow("bad"), ValueError("a bug"), KeyError("another")])
 def test_stays_closed_for_what_is_not_postgres_absence(error: Exception) -> None:
-    """Bad data and our own mistakes never open it, however many."""
+    """Bad data and errors of jobguard never open the circuit, however many they are."""
     stage = Stage()
 
     for _ in range(20):
@@ -80,7 +80,7 @@ def test_stays_closed_for_what_is_not_postgres_absence(error: Exception) -> None
 
 
 def test_the_last_failure_says_why() -> None:
-    """Of a call, and later of a look."""
+    """The circuit keeps the text of the last failure, of a call and later of a check."""
     stage = Stage()
     with pytest.raises(StoreUnavailable):
         stage.call(StoreUnavailable("no connection left"))
@@ -89,15 +89,15 @@ def test_the_last_failure_says_why() -> None:
     def refused() -> bool:
         raise StoreUnavailable("refused")
 
-    stage.standing = refused
+    stage.probe_answer = refused
     stage.circuit.check()
     assert stage.circuit.why == "refused"
 
 
 def test_no_call_while_open() -> None:
-    """While it is open, calls fail at once and are not made; Postgres is looked for once an interval."""
+    """While it is open, calls fail at once without a call, and Postgres is checked once per interval."""
     stage = Stage()
-    stage.standing = away
+    stage.probe_answer = away
     stage.fail()
 
     for _ in range(100):
@@ -108,7 +108,7 @@ def test_no_call_while_open() -> None:
 
 
 def test_a_hiccup_is_over_at_once() -> None:
-    """After one slow call of a Postgres that stands, the very next call goes through."""
+    """After one slow call of a healthy Postgres, the next call is made."""
     stage = Stage()
     stage.fail()
 
@@ -118,7 +118,7 @@ def test_a_hiccup_is_over_at_once() -> None:
 
 
 def test_a_postgres_that_lets_one_in_and_does_not_answer_is_given_time() -> None:
-    """It costs its one wait an interval, not one with every call."""
+    """A Postgres that accepts connections but does not answer costs one wait per interval, not per call."""
     stage = Stage()
     stage.fail()
     stage.fail()
@@ -133,7 +133,7 @@ def test_a_postgres_that_lets_one_in_and_does_not_answer_is_given_time() -> None
 
 
 def test_threads_that_fail_together_are_one_outage() -> None:
-    """The second of two calls that were under way does not put the first look off."""
+    """The second of two concurrent failed calls does not delay the first check."""
     stage = Stage()
     with pytest.raises(StoreUnavailable), stage.circuit.calling():
         stage.fail()
@@ -144,8 +144,8 @@ def test_threads_that_fail_together_are_one_outage() -> None:
     assert stage.circuit.closed
 
 
-def looks(stage: Stage, seconds: float) -> list[float]:
-    """Let calls come all the time, for so long; return when Postgres was looked for."""
+def checks(stage: Stage, seconds: float) -> list[float]:
+    """Make calls continuously for this long; return the times of the checks."""
     began, found = stage.clock(), []
     while stage.clock() - began < seconds:
         before = stage.probes
@@ -157,13 +157,13 @@ def looks(stage: Stage, seconds: float) -> list[float]:
     return found
 
 
-def test_looks_more_and_more_seldom() -> None:
+def test_checks_more_and_more_seldom() -> None:
     """The pause doubles while Postgres stays away, up to eight intervals."""
     stage = Stage()
-    stage.standing = away
+    stage.probe_answer = away
     stage.fail()
 
-    found = looks(stage, 40 * RETRY)
+    found = checks(stage, 40 * RETRY)
 
     pauses = [round(later - sooner) for sooner, later in pairwise(found)]
     assert pauses[:3] == [1, 2, 4]
@@ -171,22 +171,22 @@ def test_looks_more_and_more_seldom() -> None:
     assert stage.calls == 1
 
 
-def test_processes_do_not_look_in_step() -> None:
-    """A part of each pause is left to chance, half of it at least is not."""
+def test_processes_do_not_check_in_step() -> None:
+    """Half of each pause is fixed at least, and the rest is random."""
     stages = [Stage() for _ in range(3)]
     for stage, chance in zip(stages, (0.0, 0.5, 1.0), strict=True):
         stage.chance = chance
-        stage.standing = away
+        stage.probe_answer = away
         stage.fail()
 
-    firsts = [looks(stage, 3 * RETRY)[1] for stage in stages]
+    firsts = [checks(stage, 3 * RETRY)[1] for stage in stages]
 
     assert firsts[0] < firsts[1] < firsts[2]
     assert firsts[0] >= RETRY / 2
 
 
 def test_one_that_lets_us_in_and_never_answers_is_left_alone_as_well() -> None:
-    """Its connections stand at each look, its calls fail: the pause grows all the same."""
+    """The pause also grows if connections succeed at each check but calls fail."""
     stage = Stage()
     for _ in range(5):
         stage.fail()
@@ -200,38 +200,38 @@ def test_one_that_lets_us_in_and_never_answers_is_left_alone_as_well() -> None:
     assert stage.clock() - began >= 7 * RETRY
 
 
-def test_a_process_that_ends_looks_once_more() -> None:
-    """It does not wait for the end of a pause that is longer than its life."""
+def test_a_process_that_ends_checks_once_more() -> None:
+    """A process that ends checks once more, without waiting for the end of the pause."""
     stage = Stage()
-    stage.standing = away
+    stage.probe_answer = away
     stage.fail()
-    looks(stage, 20 * RETRY)
-    stage.standing = lambda: True
+    checks(stage, 20 * RETRY)
+    stage.probe_answer = lambda: True
     assert not stage.circuit.check()
 
-    stage.circuit.beat_now()
+    stage.circuit.end_pause()
 
     assert stage.circuit.check()
 
 
-def test_begins_anew_after_a_time_without_failures() -> None:
-    """An outage long ago makes the next one's first looks no later."""
+def test_starts_again_after_a_time_without_failures() -> None:
+    """After a long time without failures, the first checks of a new outage come as early as ever."""
     stage = Stage()
-    stage.standing = away
+    stage.probe_answer = away
     stage.fail()
-    looks(stage, 20 * RETRY)
-    stage.standing = lambda: True
+    checks(stage, 20 * RETRY)
+    stage.probe_answer = lambda: True
     while not stage.circuit.check():
         stage.clock.advance(RETRY)
     stage.clock.advance(100 * RETRY)
 
     stage.fail()
-    stage.standing = away
-    assert looks(stage, 3 * RETRY)[:2] == pytest.approx([0.0, RETRY], abs=RETRY / 5)
+    stage.probe_answer = away
+    assert checks(stage, 3 * RETRY)[:2] == pytest.approx([0.0, RETRY], abs=RETRY / 5)
 
 
 def test_closes_when_the_probe_stands() -> None:
-    """When the look shows that Postgres answers, the very call that looked goes through."""
+    """When the check shows that Postgres answers, the call that checked is made."""
     stage = Stage()
     stage.fail()
     stage.clock.advance(RETRY)
@@ -244,10 +244,10 @@ def test_closes_when_the_probe_stands() -> None:
 
 
 def test_a_probe_under_way_is_carried_on_by_the_next() -> None:
-    """A connection that is not there yet keeps it open, and whoever comes by carries it on at once."""
+    """An incomplete connection keeps the circuit open, and the next caller advances it at once."""
     stage = Stage()
     steps = iter([False, False, True])
-    stage.standing = lambda: next(steps)
+    stage.probe_answer = lambda: next(steps)
     stage.fail()
     stage.clock.advance(RETRY)
 
@@ -260,22 +260,22 @@ def test_a_probe_under_way_is_carried_on_by_the_next() -> None:
     assert stage.circuit.closed
 
 
-def test_one_looks_and_the_others_do_not_wait() -> None:
-    """While one thread's look is under way, others are turned away at once."""
+def test_one_checks_and_the_others_do_not_wait() -> None:
+    """While one thread checks, other calls fail at once."""
     stage = Stage()
-    looking, go_on = threading.Event(), threading.Event()
+    checking, go_on = threading.Event(), threading.Event()
 
     def slowly() -> bool:
-        looking.set()
+        checking.set()
         return go_on.wait(10)
 
-    stage.standing = slowly
+    stage.probe_answer = slowly
     stage.fail()
     stage.clock.advance(RETRY)
     first = threading.Thread(target=stage.call)
     first.start()
     try:
-        assert looking.wait(10)
+        assert checking.wait(10)
         for _ in range(10):
             with pytest.raises(BreakerOpen):
                 stage.call()
@@ -287,8 +287,8 @@ def test_one_looks_and_the_others_do_not_wait() -> None:
     assert stage.calls == 2
 
 
-def test_a_look_that_fails_by_our_own_mistake_lets_the_next_look() -> None:
-    """An unforeseen error of the probe is raised, and blocks no later look."""
+def test_a_check_that_fails_unexpectedly_allows_the_next_check() -> None:
+    """An unexpected error of the probe is raised, and blocks no later check."""
     stage = Stage()
     stage.fail()
     stage.clock.advance(RETRY)
@@ -296,16 +296,16 @@ def test_a_look_that_fails_by_our_own_mistake_lets_the_next_look() -> None:
     def broken() -> bool:
         raise RuntimeError("a bug")
 
-    stage.standing = broken
+    stage.probe_answer = broken
     with pytest.raises(RuntimeError):
         stage.circuit.check()
 
-    stage.standing = lambda: True
+    stage.probe_answer = lambda: True
     assert stage.circuit.check()
 
 
-def test_an_answer_to_somebody_else_closes_it() -> None:
-    """A worker's beat, which no breaker holds back, closes it; twice is once."""
+def test_an_answer_to_another_caller_closes_it() -> None:
+    """A worker's beat that Postgres received closes the circuit; a second one changes nothing."""
     stage = Stage()
     stage.fail()
 
@@ -317,7 +317,7 @@ def test_an_answer_to_somebody_else_closes_it() -> None:
 
 
 def test_opens_again() -> None:
-    """A closed circuit that fails again opens again at the first failure."""
+    """A closed circuit opens again at the first failure."""
     stage = Stage()
     for _ in range(3):
         stage.fail()
@@ -328,7 +328,7 @@ def test_opens_again() -> None:
 
 
 def test_a_child_begins_as_its_parent_left_off() -> None:
-    """The circuit of a forked child is open where the parent's was, and closed where it was."""
+    """The circuit of a forked child is open if the parent's was open, and closed if it was closed."""
     parent, child, other = Stage(), Stage(), Stage()
     other.circuit.copy_state(parent.circuit)
     assert other.circuit.closed
@@ -337,13 +337,13 @@ def test_a_child_begins_as_its_parent_left_off() -> None:
     child.circuit.copy_state(parent.circuit)
 
     assert not child.circuit.closed
-    child.call()  # its life may be short: it looks at once, and Postgres is back for it
+    child.call()  # its life may be short: it checks at once, and Postgres is back
     assert child.circuit.closed
     assert not parent.circuit.closed
 
 
 def test_an_outage_is_announced_once() -> None:
-    """Calls that were all under way when Postgres went away make one change of state."""
+    """Calls that were all under way when Postgres went away cause one change of state."""
     stage = Stage()
 
     with pytest.raises(StoreUnavailable), stage.circuit.calling():

@@ -16,7 +16,7 @@ LONG = 10.0
 
 
 class Stage:
-    """A store whose first commit can be held up, so that the others gather behind it."""
+    """A store whose first commit can be blocked, so that other callers gather behind it."""
 
     def __init__(self, timeout: float = LONG) -> None:
         self.writes: list[list[UUID]] = []
@@ -41,7 +41,7 @@ class Stage:
         return Recorded(leader_live=True)
 
     def submit(self, *rows: Delivery) -> None:
-        """Submit in a thread of its own, and keep what it answers."""
+        """Submit in a separate thread, and keep the answer."""
 
         def run() -> None:
             try:
@@ -54,7 +54,7 @@ class Stage:
         thread.start()
 
     def hold(self) -> Delivery:
-        """Begin a commit that stays under way until release()."""
+        """Start a commit that stays under way until release()."""
         self.gate.clear()
         self.begun.clear()
         first = delivery("first")
@@ -63,11 +63,11 @@ class Stage:
         return first
 
     def gathered(self, parts: int) -> None:
-        """Wait until so many callers stand in the open batch."""
+        """Wait until this many callers are in the open batch."""
         eventually(lambda: self.commit._open is not None and len(self.commit._open.parts) >= parts)
 
     def release(self) -> None:
-        """Let everything run to its end."""
+        """Let everything finish."""
         self.gate.set()
         for thread in self.threads:
             thread.join(LONG)
@@ -86,7 +86,7 @@ def test_a_lone_caller_pays_one_commit() -> None:
 
 
 def test_followers_share_one_commit() -> None:
-    """Whoever comes while a commit is under way shares the next one, in the order of coming."""
+    """Callers that come while a commit is under way share the next one, in their order."""
     stage = Stage()
     first = stage.hold()
     others = [delivery(str(n)) for n in range(8)]
@@ -100,8 +100,8 @@ def test_followers_share_one_commit() -> None:
     assert all(isinstance(answer, Recorded) for answer in stage.answers.values())
 
 
-def test_nobody_returns_before_the_commit() -> None:
-    """A follower that joined is not told anything while its batch is under way."""
+def test_no_caller_returns_before_the_commit() -> None:
+    """A caller that joined gets no answer while its batch is under way."""
     stage = Stage()
     stage.hold()
     follower = delivery("follower")
@@ -114,8 +114,8 @@ def test_nobody_returns_before_the_commit() -> None:
     assert follower.token in stage.answers
 
 
-def test_a_bad_row_hurts_its_owner_alone() -> None:
-    """A batch with one bad row is written caller by caller: the others are recorded."""
+def test_a_bad_row_affects_only_its_caller() -> None:
+    """A batch with one bad row is written caller by caller, so the other rows are recorded."""
     stage = Stage()
     stage.hold()
     good, bad, fine = delivery("good"), delivery("bad"), delivery("fine")
@@ -131,7 +131,7 @@ def test_a_bad_row_hurts_its_owner_alone() -> None:
 
 
 def test_a_bad_row_alone() -> None:
-    """A lone caller's bad row is its own error, and is not tried twice."""
+    """A lone caller's bad row is that caller's error, and is not tried twice."""
     stage = Stage()
     bad = delivery()
     stage.bad = {bad.token}
@@ -144,7 +144,7 @@ def test_a_bad_row_alone() -> None:
 
 
 def test_postgres_goes_away_under_a_batch() -> None:
-    """What the commit raises is raised to everyone who shared it, and the next batch is tried anew."""
+    """Every caller that shared a failed commit gets its error, and the next batch is tried again."""
     stage = Stage()
     stage.hold()
     rows = [delivery(str(n)) for n in range(4)]
@@ -168,7 +168,7 @@ def test_postgres_goes_away_under_a_batch() -> None:
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(1)])
 def test_an_exception_in_the_leader_releases_its_followers(error: BaseException) -> None:
-    """A signal's exception in the leader is the leader's; followers are told at once, not left hanging."""
+    """A signal's exception in the leader stays in the leader; its followers get an error at once."""
     stage = Stage()
     stage.hold()
     leader, follower = delivery("leader"), delivery("follower")
@@ -191,7 +191,7 @@ def test_an_exception_in_the_leader_releases_its_followers(error: BaseException)
 
 
 def test_a_follower_waits_no_longer_than_its_timeout() -> None:
-    """A batch that hangs costs its followers the timeout, and StoreUnavailable."""
+    """A batch that hangs costs its followers the timeout, and raises StoreUnavailable."""
     stage = Stage(timeout=0.05)
     first = stage.hold()
     leader, follower = delivery("leader"), delivery("follower")
@@ -209,7 +209,7 @@ def test_a_follower_waits_no_longer_than_its_timeout() -> None:
 
 
 def test_a_batch_is_capped() -> None:
-    """Whoever does not fit into a batch begins another; none is larger than the cap."""
+    """A caller that does not fit into a batch opens another; no batch is larger than the limit."""
     stage = Stage()
     stage.hold()
     most = [delivery(f"most-{n}") for n in range(_LARGEST - 1)]
@@ -228,7 +228,7 @@ def test_a_batch_is_capped() -> None:
 
 
 def test_more_than_a_batch_from_one_caller() -> None:
-    """One caller's many rows are not torn apart."""
+    """One caller's many rows are not split."""
     stage = Stage()
     rows = [delivery(str(n)) for n in range(_LARGEST * 2)]
 
@@ -238,7 +238,7 @@ def test_more_than_a_batch_from_one_caller() -> None:
 
 
 def test_many_threads() -> None:
-    """Under many threads every row is committed once, in fewer commits than rows."""
+    """With many threads, every row is committed once, in fewer commits than rows."""
     stage = Stage()
     stage.hold()
     rows = [delivery(str(n)) for n in range(64)]

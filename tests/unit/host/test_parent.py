@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -17,7 +16,7 @@ from tests.support import eventually
 
 
 class Worker:
-    """Answers as it is told."""
+    """A worker that answers as the test sets it up."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, Sequence[Any], Mapping[str, Any]]] = []
@@ -26,7 +25,7 @@ class Worker:
         self.goes_on.set()
 
     def for_child(self, name: str, arguments: Sequence[Any], options: Mapping[str, Any]) -> Any:
-        """Remember the call, and answer it when it may."""
+        """Note the call, and answer it when the test allows it."""
         self.asked.append((name, arguments, options))
         self.goes_on.wait(30)
         if isinstance(self.answer, Exception):
@@ -36,14 +35,14 @@ class Worker:
 
 @pytest.fixture
 def worker() -> Worker:
-    """Return what serves the calls."""
+    """Return the worker that serves the calls."""
     return Worker()
 
 
 @pytest.fixture
 def store(worker: Worker) -> ParentStore:
     """Return a child's store."""
-    door = Door(worker)
+    door = Door(cast(Any, worker))
     door.open()
     return ParentStore(door, timeout=10.0)
 
@@ -54,7 +53,7 @@ def an_end() -> End:
 
 
 def test_a_call_is_made_in_the_worker(worker: Worker, store: ParentStore) -> None:
-    """With its arguments, of any size."""
+    """A call reaches the worker with its arguments, of any size."""
     worker.answer = Claim(new_token(), 7)
     big = b"x" * 3_000_000
     assert store.claim(1, big, namespace="n") == worker.answer
@@ -65,14 +64,14 @@ def test_a_call_is_made_in_the_worker(worker: Worker, store: ParentStore) -> Non
 def test_it_raises_what_the_worker_raised(
     worker: Worker, store: ParentStore, error: JobguardError
 ) -> None:
-    """In its own kind and words."""
+    """The child raises the worker's error with its class and text."""
     worker.answer = error
     with pytest.raises(type(error), match=str(error)):
         store.tombstones(1, [])
 
 
 def test_an_error_of_ours_is_no_error_of_the_store(worker: Worker, store: ParentStore) -> None:
-    """The circuit of the child stays closed."""
+    """An error of jobguard in the worker does not open the circuit of the child."""
     worker.answer = ValueError("a fault of ours")
     with pytest.raises(JobguardError, match="a fault of ours") as raised:
         store.tombstones(1, [])
@@ -80,7 +79,7 @@ def test_an_error_of_ours_is_no_error_of_the_store(worker: Worker, store: Parent
 
 
 def test_a_worker_that_does_not_answer_is_left_in_time(worker: Worker, store: ParentStore) -> None:
-    """And its late answer is not taken for that of the next call."""
+    """A worker without an answer costs the timeout, and its late answer is not taken for the next one."""
     store._timeout = 0.3
     worker.goes_on.clear()
     worker.answer = "late"
@@ -93,8 +92,8 @@ def test_a_worker_that_does_not_answer_is_left_in_time(worker: Worker, store: Pa
 
 
 def test_several_children_are_served_at_once(worker: Worker) -> None:
-    """One that waits keeps nobody waiting."""
-    door = Door(worker)
+    """A child that waits does not delay other children."""
+    door = Door(cast(Any, worker))
     door.open()
     worker.goes_on.clear()
     calls = [
@@ -110,7 +109,7 @@ def test_several_children_are_served_at_once(worker: Worker) -> None:
 
 
 def test_what_postgres_cannot_take_waits_in_the_worker(worker: Worker, store: ParentStore) -> None:
-    """And in the child if the worker has no room, or does not answer; ends go their own way."""
+    """Entries wait in the worker, and in the child if the worker has no room; ends go another way."""
     own = MemorySpool(10)
     spool = ParentSpool(store, own)
     worker.answer = True
@@ -127,11 +126,9 @@ def test_what_postgres_cannot_take_waits_in_the_worker(worker: Worker, store: Pa
 
 
 def test_a_worker_that_is_gone_is_no_wait(worker: Worker) -> None:
-    """Its socket says so at once."""
-    door = Door(worker)
+    """A worker that is gone closes the socket, so the child does not wait."""
+    door = Door(cast(Any, worker))
     door.open()
     door.close()
-    began = time.monotonic()
     with pytest.raises(StoreUnavailable):
-        ParentStore(door, timeout=20.0).now()
-    assert time.monotonic() - began < 10
+        ParentStore(door, timeout=3600.0).now()

@@ -1,4 +1,4 @@
-"""A push: in which order what is asked, recorded, sent and left to the leader."""
+"""The order in which a push asks Redis, records, sends, and leaves deliveries to the leader."""
 
 from __future__ import annotations
 
@@ -18,91 +18,91 @@ PARENT = Parent(new_token(), claim=1, worker=new_token())
 
 
 class Away(Exception):
-    """The library's word for a Redis that is away."""
+    """The library's error for a Redis that is away."""
 
 
 class Tracker:
-    """Notes what is asked of it, in one journal with the library."""
+    """A tracker that notes each call in one journal with the library."""
 
     def __init__(self) -> None:
         self.journal: list[str] = []
         self.answer: Recorded | Exception = LED
         self.accepting = True
-        self.in_doubt = False
+        self.is_away = False
         self.push_deadline = 3600.0  # LED is as old as this module
         self.deferred: list[Callable[[Recorded], None]] | None = None
 
     def defer(
         self, deliveries: Sequence[Delivery], push: Callable[[Recorded], None]
     ) -> Callable[[], None] | None:
-        """Within a batch, keep it."""
+        """Keep the push if a batch is open."""
         if self.deferred is None:
             return None
         self.deferred.append(push)
-        return lambda: self.journal.append("held")
+        return lambda: self.journal.append("deferred")
 
     def record(self, deliveries: Sequence[Delivery], *, outbox: bool = False) -> Recorded:
-        """Answer as told."""
+        """Return the prepared answer."""
         self.journal.append("record for the leader" if outbox else "record")
         if isinstance(self.answer, Exception):
             raise self.answer
         return self.answer
 
     def broker_in_doubt(self) -> bool:
-        """As told."""
-        return self.in_doubt
+        """Return the prepared answer."""
+        return self.is_away
 
     def broker_failed(self) -> None:
-        """Note it."""
+        """Note the call."""
         self.journal.append("broker failed")
 
     def accepts_without_broker(self, recorded: Recorded) -> bool:
-        """As told."""
+        """Return the prepared answer."""
         return self.accepting and recorded.leader_live and not recorded.lost
 
     def withdraw(self, deliveries: Sequence[Delivery]) -> None:
-        """Note it."""
+        """Note the call."""
         self.journal.append(f"withdraw {' '.join(each.job_id for each in deliveries)}")
 
     def leave_to_outbox(self, tokens: Sequence[UUID]) -> None:
-        """Note it."""
+        """Note the call."""
         self.journal.append(f"leave {len(tokens)}")
 
 
 @dataclass
 class Sent(Push):
-    """What a library sends, which notes what is asked of it."""
+    """A push of a library that notes each call."""
 
     sent: list[Delivery]
     answers: list[BaseException | None] = field(default_factory=list)
-    """What comes of each attempt to reach Redis, and then of the sending; None: it is well."""
+    """The results of the attempts to reach Redis, and then of the send; None means success."""
     broker_down = (Away,)
 
     @property
     def deliveries(self) -> Sequence[Delivery]:
-        """What it sends."""
+        """Return the deliveries that it sends."""
         return self.sent
 
     def reach(self) -> None:
-        """Answer as told."""
+        """Return or raise the prepared answer."""
         self._answer("reach")
 
     def send(self) -> str:
-        """Answer as told."""
+        """Return or raise the prepared answer."""
         self._answer("send")
         return "sent"
 
     def undo(self) -> None:
-        """Note it."""
+        """Note the call."""
         self.journal.append("undo")
 
     def release(self) -> None:
-        """Note it."""
+        """Note the call."""
         self.journal.append("release")
 
     @property
     def journal(self) -> list[str]:
-        """Of both sides."""
+        """Return the journal of tracker and library."""
         tracker: Any = self.tracker
         journal: list[str] = tracker.journal
         return journal
@@ -115,55 +115,55 @@ class Sent(Push):
 
 
 def delivery(job_id: str = "a", *, parent: Parent | None = None) -> Delivery:
-    """Make one."""
+    """Return a delivery."""
     return Delivery(new_token(), job_id, "mail", "task", b"", parent=parent)
 
 
 def push(tracker: Any, *answers: BaseException | None, parent: Parent | None = None) -> Sent:
-    """Make a push of one job."""
+    """Return a push of one job."""
     return Sent(tracker, [delivery(parent=parent)], list(answers))
 
 
 @pytest.fixture
 def tracker() -> Tracker:
-    """Give a tracker whose Postgres is well, and somebody leads."""
+    """Return a tracker with a healthy Postgres and a live leader."""
     return Tracker()
 
 
 class TestRedisIsThere:
-    """Reached, recorded, sent; in this order."""
+    """Redis is reached, the delivery recorded and then sent, in this order."""
 
     def test_sent(self, tracker: Tracker) -> None:
-        """What the library returns is returned."""
+        """The push returns the library's result."""
         assert push(tracker).make() == "sent"
         assert tracker.journal == ["reach", "record", "send", "release"]
 
     def test_refused(self, tracker: Tracker) -> None:
-        """What has ended or moved on is not sent."""
+        """A delivery that has ended or was superseded is not sent."""
         late = push(tracker)
         tracker.answer = Recorded(frozenset({late.sent[0].token}))
         assert late.make() is None
         assert tracker.journal == ["reach", "record", "release"]
 
     def test_another_of_its_batch_is_refused(self, tracker: Tracker) -> None:
-        """That is no business of this one."""
+        """A refusal of another delivery of the batch does not change this push."""
         tracker.answer = Recorded(frozenset({new_token()}))
         assert push(tracker).make() == "sent"
 
     def test_too_late(self, tracker: Tracker) -> None:
-        """A leader may have pushed it by now: a second copy would be ours."""
+        """After the push deadline a leader may have pushed it, so sending would make a second copy."""
         tracker.push_deadline = -1.0
         assert push(tracker).make() is None
         assert tracker.journal == ["reach", "record", "leave 1", "release"]
 
     @pytest.mark.parametrize("unwritten", [Recorded(spooled=True), Recorded(lost=True)])
     def test_late_but_unknown_to_any_leader(self, tracker: Tracker, unwritten: Recorded) -> None:
-        """Nobody else can have pushed what Postgres does not have."""
+        """A delivery that Postgres does not have is sent late as well, because no leader can push it."""
         tracker.push_deadline, tracker.answer = -1.0, unwritten
         assert push(tracker).make() == "sent"
 
     def test_postgres_is_away_and_the_user_hears_it(self, tracker: Tracker) -> None:
-        """Nothing is sent, and nothing remembers it."""
+        """If the user gets the error of Postgres, nothing is sent, and nothing remembers the push."""
         tracker.answer = OSError("no Postgres")
         with pytest.raises(OSError, match="no Postgres"):
             push(tracker).make()
@@ -171,7 +171,7 @@ class TestRedisIsThere:
 
 
 class TestRedisIsAway:
-    """The record alone is kept, and the leader pushes; or the sender hears of it, and it is taken back."""
+    """The record is kept and the leader pushes, or the sender gets an error and it is withdrawn."""
 
     def test_seen_before_the_record(self, tracker: Tracker) -> None:
         """It is recorded for the leader in the same statement."""
@@ -179,20 +179,20 @@ class TestRedisIsAway:
         assert tracker.journal == ["reach", "broker failed", "record for the leader", "release"]
 
     def test_known_before(self, tracker: Tracker) -> None:
-        """Nobody waits for it again."""
-        tracker.in_doubt = True
+        """If Redis is known to be away, the push does not wait for it again."""
+        tracker.is_away = True
         assert push(tracker).make() is None
         assert tracker.journal == ["record for the leader", "release"]
 
-    def test_known_but_nobody_would_push(self, tracker: Tracker) -> None:
-        """Then it is worth an attempt."""
-        tracker.in_doubt = True
+    def test_known_but_no_leader_would_push(self, tracker: Tracker) -> None:
+        """If no leader would push it, the push makes one attempt."""
+        tracker.is_away = True
         tracker.accepting = False
         assert push(tracker).make() == "sent"
         assert tracker.journal == ["record for the leader", "reach", "send", "release"]
 
     def test_not_accepted(self, tracker: Tracker) -> None:
-        """Its sender hears what the library says, and no leader will push it."""
+        """Its sender gets the library's error, and no leader will push it."""
         tracker.accepting = False
         with pytest.raises(Away):
             push(tracker, Away()).make()
@@ -202,7 +202,7 @@ class TestRedisIsAway:
         ]
 
     def test_not_accepted_but_too_late_to_take_back(self, tracker: Tracker) -> None:
-        """A leader may have pushed it while its sender waited: its record stays, and it says so."""
+        """If a leader may have pushed it in between, its record stays, and the error says so."""
         tracker.accepting, tracker.push_deadline = False, -1.0
         with pytest.raises(Away) as raised:
             push(tracker, Away()).make()
@@ -211,36 +211,36 @@ class TestRedisIsAway:
         assert "withdraw a" not in tracker.journal
 
     def test_what_takes_the_place_of_another_is_not_taken_back(self, tracker: Tracker) -> None:
-        """Its parent was superseded in the same transaction: it would be lost."""
+        """A delivery whose parent was superseded in the same transaction would be lost by a withdrawal."""
         tracker.accepting = False
         with pytest.raises(Away):
             push(tracker, Away(), parent=PARENT).make()
         assert tracker.journal[-3:] == ["leave 1", "undo", "release"]
 
     def test_it_breaks_off_while_it_is_sent(self, tracker: Tracker) -> None:
-        """It may have arrived: it stays recorded, and the leader looks."""
+        """A delivery that may have arrived stays recorded, and the leader checks it."""
         assert push(tracker, None, Away()).make() is None
         assert tracker.journal == [
             *("reach", "record", "send", "broker failed", "leave 1", "release"),
         ]
 
-    def test_it_breaks_off_and_nobody_would_push(self, tracker: Tracker) -> None:
-        """Its sender hears it, and that it may have arrived."""
+    def test_it_breaks_off_and_no_leader_would_push(self, tracker: Tracker) -> None:
+        """Its sender gets the error, with a note that the delivery may have arrived."""
         tracker.accepting = False
         with pytest.raises(Away) as raised:
             push(tracker, None, Away()).make()
         assert "may have reached Redis, and stays recorded: job a" in raised.value.__notes__[0]
         assert "withdraw a" not in tracker.journal
 
-    def test_what_is_no_word_of_redis_is_raised(self, tracker: Tracker) -> None:
-        """An interrupt in the middle of it: in the dark as well, but nobody swallows it."""
+    def test_an_error_that_is_not_of_redis_is_raised(self, tracker: Tracker) -> None:
+        """An interrupt during the send is raised, and the delivery stays recorded."""
         with pytest.raises(KeyboardInterrupt):
             push(tracker, None, KeyboardInterrupt()).make()
         assert tracker.journal == ["reach", "record", "send", "leave 1", "release"]
 
 
 class TestInABatch:
-    """Nothing is asked before its end; then the same, but for the record."""
+    """Nothing is asked before the end of the batch; the rest is the same without the record."""
 
     @pytest.fixture
     def deferred(self, tracker: Tracker) -> list[Callable[[Recorded], None]]:
@@ -249,56 +249,56 @@ class TestInABatch:
         return tracker.deferred
 
     def test_sent(self, tracker: Tracker, deferred: list[Callable[[Recorded], None]]) -> None:
-        """When all of it is recorded."""
+        """It is sent when the whole batch is recorded."""
         assert push(tracker).make() is None
-        assert tracker.journal == ["held"]
+        assert tracker.journal == ["deferred"]
         deferred[0](LED)
-        assert tracker.journal == ["held", "reach", "send", "release"]
+        assert tracker.journal == ["deferred", "reach", "send", "release"]
 
     def test_it_may_not_wait(
         self, tracker: Tracker, deferred: list[Callable[[Recorded], None]]
     ) -> None:
-        """Its sender waits for what becomes of it."""
+        """A push whose sender waits for the result is not deferred."""
         alone = push(tracker)
         alone.may_wait = lambda: False  # type: ignore[method-assign]
         assert alone.make() == "sent"
         assert deferred == []
 
     def test_refused(self, tracker: Tracker, deferred: list[Callable[[Recorded], None]]) -> None:
-        """It is not sent."""
+        """A refused delivery is not sent."""
         late = push(tracker)
         late.make()
         deferred[0](Recorded(frozenset({late.sent[0].token})))
-        assert tracker.journal == ["held", "release"]
+        assert tracker.journal == ["deferred", "release"]
 
     def test_known_to_be_away(
         self, tracker: Tracker, deferred: list[Callable[[Recorded], None]]
     ) -> None:
-        """Nobody waits for it, nor for anything to send it by."""
+        """The push does not wait for a Redis that is away, nor for a connection to it."""
         push(tracker).make()
-        tracker.in_doubt = True
+        tracker.is_away = True
         deferred[0](LED)
-        assert tracker.journal == ["held", "leave 1", "release"]
+        assert tracker.journal == ["deferred", "leave 1", "release"]
 
     def test_interrupted_before_it_is_sent(
         self, tracker: Tracker, deferred: list[Callable[[Recorded], None]]
     ) -> None:
-        """It is recorded, but surely not sent, and its sender hears an error: it is taken back."""
+        """A recorded delivery that was surely not sent is withdrawn, as its sender gets an error."""
         push(tracker, KeyboardInterrupt()).make()
         with pytest.raises(KeyboardInterrupt):
             deferred[0](LED)
-        assert tracker.journal == ["held", "reach", "withdraw a", "undo", "release"]
+        assert tracker.journal == ["deferred", "reach", "withdraw a", "undo", "release"]
 
     def test_away(self, tracker: Tracker, deferred: list[Callable[[Recorded], None]]) -> None:
-        """It was not recorded for the leader: that is said now."""
+        """It was not recorded for the leader, so it is left to the outbox now."""
         push(tracker, Away()).make()
         deferred[0](LED)
-        assert tracker.journal == ["held", "reach", "broker failed", "leave 1", "release"]
+        assert tracker.journal == ["deferred", "reach", "broker failed", "leave 1", "release"]
 
     def test_not_accepted(
         self, tracker: Tracker, deferred: list[Callable[[Recorded], None]]
     ) -> None:
-        """It is taken back, and whoever ends the batch hears it."""
+        """It is withdrawn, and the end of the batch raises the error."""
         tracker.accepting = False
         push(tracker, Away()).make()
         with pytest.raises(Away):
@@ -307,7 +307,7 @@ class TestInABatch:
 
 
 class TestRefusals:
-    """Redis answered: surely nothing of it is there."""
+    """Redis answered with an error, so surely nothing of the push is there."""
 
     LOADING = exceptions.BusyLoadingError("Redis is loading the dataset in memory")
     FULL = exceptions.OutOfMemoryError("command not allowed when used memory > 'maxmemory'.")
@@ -316,33 +316,33 @@ class TestRefusals:
 
     @pytest.mark.parametrize("answer", [LOADING, FULL, ALONE])
     def test_it_may_take_it_later(self, tracker: Tracker, answer: BaseException) -> None:
-        """Accepted: the leader pushes it."""
+        """If Redis may accept it later and the job is accepted, the leader pushes it."""
         assert push(tracker, None, answer).make() is None
         assert tracker.journal[-3:] == ["broker failed", "leave 1", "release"]
 
     @pytest.mark.parametrize("answer", [LOADING, FULL, ALONE])
     def test_the_sender_wants_to_hear_it(self, tracker: Tracker, answer: BaseException) -> None:
-        """Withdrawn, so that what raised does not run."""
+        """If the sender wants the error, the delivery is withdrawn, so it does not run."""
         tracker.accepting = False
         with pytest.raises(type(answer)):
             push(tracker, None, answer).make()
         assert tracker.journal[-3:] == ["withdraw a", "undo", "release"]
 
     def test_a_person_has_to_mend_it(self, tracker: Tracker) -> None:
-        """Withdrawn; Redis is not away."""
+        """An error that a person must correct withdraws it, and Redis does not count as away."""
         with pytest.raises(type(self.RIGHTS)):
             push(tracker, None, self.RIGHTS).make()
         assert tracker.journal == ["reach", "record", "send", "withdraw a", "undo", "release"]
 
     def test_what_goes_on_from_a_job_is_never_withdrawn(self, tracker: Tracker) -> None:
-        """Its parent has ended: the leader pushes it, though the worker hears the error."""
+        """A delivery with an ended parent is left to the leader, although the worker gets the error."""
         with pytest.raises(type(self.RIGHTS)):
             push(tracker, None, self.RIGHTS, parent=PARENT).make()
         assert tracker.journal[-3:] == ["leave 1", "undo", "release"]
 
     def test_inside_what_a_library_made_of_it(self, tracker: Tracker) -> None:
-        """It is found by its cause."""
-        wrapped = OSError("the transport says")
+        """The error of Redis is found as the cause of the library's error."""
+        wrapped = OSError("the transport failed")
         wrapped.__cause__ = self.FULL
         tracker.accepting = False
         with pytest.raises(OSError):
@@ -350,7 +350,7 @@ class TestRefusals:
         assert "withdraw a" in tracker.journal
 
     def test_a_lost_connection_after_an_answer(self, tracker: Tracker) -> None:
-        """After NOSCRIPT the script was sent again, and nobody knows what became of that."""
+        """After NOSCRIPT the script was sent again, and the result of a lost connection is unknown."""
         lost = exceptions.ConnectionError("closed")
         lost.__context__ = exceptions.NoScriptError("no matching script")
         with pytest.raises(exceptions.ConnectionError):

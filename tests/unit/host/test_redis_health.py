@@ -13,7 +13,7 @@ from tests.support import eventually
 
 
 class Pinged:
-    """A Redis that can only be asked whether it is there."""
+    """A Redis that only answers a ping."""
 
     def __init__(self) -> None:
         self.pings = 0
@@ -21,7 +21,7 @@ class Pinged:
         self.meanwhile: Callable[[], object] = lambda: None
 
     def ping(self) -> bool:
-        """Answer, or fail as told."""
+        """Answer, or raise the prepared error."""
         self.pings += 1
         self.meanwhile()
         if self.error is not None:
@@ -30,13 +30,13 @@ class Pinged:
 
 
 class Stage:
-    """A doubt, its Redis and its clock."""
+    """A health check, its Redis and its clock."""
 
     def __init__(self) -> None:
         self.clock = Clock()
         self.redis = Pinged()
         self.made = 0
-        self.doubt = RedisHealth(self._client, self.clock, lambda work: work())
+        self.health = RedisHealth(self._client, self.clock, lambda work: work())
 
     def _client(self) -> redis.Redis:
         self.made += 1
@@ -44,27 +44,27 @@ class Stage:
 
 
 def test_an_answer_is_proof_for_a_moment() -> None:
-    """A Redis that answered a tenth of a second ago is not asked again; later it is."""
+    """A Redis that answered a tenth of a second ago is not asked again, but later it is."""
     stage = Stage()
-    assert not stage.doubt()
+    assert not stage.health()
 
     stage.clock.advance(0.05)
-    assert not stage.doubt()
+    assert not stage.health()
     assert stage.redis.pings == 1
 
     stage.clock.advance(0.06)
-    assert not stage.doubt()
+    assert not stage.health()
     assert stage.redis.pings == 2
     assert stage.made == 1
 
 
 @pytest.mark.parametrize("error", [redis.ConnectionError(), redis.TimeoutError()])
-def test_no_answer_is_doubt(error: Exception) -> None:
-    """A Redis that cannot be reached is in doubt."""
+def test_no_answer_means_away(error: Exception) -> None:
+    """A Redis that cannot be reached is away."""
     stage = Stage()
     stage.redis.error = error
 
-    assert stage.doubt()
+    assert stage.health()
 
 
 @pytest.mark.parametrize(
@@ -72,76 +72,76 @@ def test_no_answer_is_doubt(error: Exception) -> None:
     [redis.ResponseError("LOADING"), redis.exceptions.NoPermissionError(), redis.ReadOnlyError()],
 )
 def test_a_refusal_is_an_answer(error: Exception) -> None:
-    """A Redis that refuses us does answer: it is the host's to deal with."""
+    """A Redis that refuses access does answer, so it is not away."""
     stage = Stage()
     stage.redis.error = error
 
-    assert not stage.doubt()
+    assert not stage.health()
 
 
-def test_in_doubt_nobody_asks() -> None:
-    """While in doubt, calls are answered without a word to Redis."""
+def test_while_away_no_caller_asks() -> None:
+    """While Redis is away, calls return without a request to it."""
     stage = Stage()
     stage.redis.error = redis.TimeoutError()
-    stage.doubt()
+    stage.health()
 
     for _ in range(100):
         stage.clock.advance(0.004)
-        assert stage.doubt()
+        assert stage.health()
 
     assert stage.redis.pings == 1
 
 
-def test_in_doubt_one_asks_again_now_and_then() -> None:
-    """Every half second one caller asks again; an answer ends the doubt."""
+def test_while_away_one_asks_again_now_and_then() -> None:
+    """Every half second one caller asks again, and an answer ends the outage."""
     stage = Stage()
     stage.redis.error = redis.TimeoutError()
-    stage.doubt()
+    stage.health()
 
     stage.clock.advance(0.5)
-    assert stage.doubt()
+    assert stage.health()
     assert stage.redis.pings == 2
 
     stage.redis.error = None
-    assert stage.doubt()
+    assert stage.health()
     stage.clock.advance(0.5)
-    assert not stage.doubt()
+    assert not stage.health()
     assert stage.redis.pings == 3
 
 
 def test_no_caller_waits_a_second_time() -> None:
-    """In doubt, Redis is asked again by a thread: a caller has its answer before that has one."""
+    """While Redis is away, a thread asks it again, and the caller returns before the answer."""
     stage = Stage()
-    doubt = RedisHealth(stage._client, stage.clock)
-    doubt.failed()
+    health = RedisHealth(stage._client, stage.clock)
+    health.failed()
     stage.clock.advance(0.5)
     go_on = threading.Event()
     stage.redis.meanwhile = lambda: go_on.wait(10)
     try:
         for _ in range(20):
             stage.clock.advance(0.5)
-            assert doubt()
+            assert health()
         assert stage.redis.pings <= 1
     finally:
         go_on.set()
-    eventually(lambda: not doubt())
+    eventually(lambda: not health())
 
 
-def test_the_hosts_failure_is_doubt_at_once() -> None:
-    """A Redis that failed the host a moment after it answered us is in doubt, and not asked."""
+def test_the_hosts_failure_means_away_at_once() -> None:
+    """A Redis that failed the host just after an answer is away, and is not asked."""
     stage = Stage()
-    assert not stage.doubt()
+    assert not stage.health()
 
-    stage.doubt.failed()
+    stage.health.failed()
 
-    assert stage.doubt()
+    assert stage.health()
     assert stage.redis.pings == 1
 
 
-def test_while_one_asks_in_doubt_the_others_do_not_wait() -> None:
-    """In doubt, a question under way keeps nobody else."""
+def test_while_one_asks_again_the_others_do_not_wait() -> None:
+    """While Redis is away, a request under way delays no other caller."""
     stage = Stage()
-    stage.doubt.failed()
+    stage.health.failed()
     stage.clock.advance(0.5)
     asking, go_on = threading.Event(), threading.Event()
 
@@ -151,11 +151,11 @@ def test_while_one_asks_in_doubt_the_others_do_not_wait() -> None:
 
     stage.redis.meanwhile = slowly
     answers: list[bool] = []
-    thread = threading.Thread(target=lambda: answers.append(stage.doubt()))
+    thread = threading.Thread(target=lambda: answers.append(stage.health()))
     thread.start()
     try:
         assert asking.wait(10)
-        assert stage.doubt()
+        assert stage.health()
         assert stage.redis.pings == 1
     finally:
         go_on.set()
@@ -164,7 +164,7 @@ def test_while_one_asks_in_doubt_the_others_do_not_wait() -> None:
 
 
 def two_ask_at_once(stage: Stage, error: Exception | None) -> list[bool]:
-    """Let a second thread come while the first one's question is under way."""
+    """Let a second thread call while the first thread's request is under way."""
     asking, go_on = threading.Event(), threading.Event()
 
     def slowly() -> None:
@@ -174,11 +174,11 @@ def two_ask_at_once(stage: Stage, error: Exception | None) -> list[bool]:
 
     stage.redis.meanwhile = slowly
     answers: list[bool] = []
-    threads = [threading.Thread(target=lambda: answers.append(stage.doubt())) for _ in range(2)]
+    threads = [threading.Thread(target=lambda: answers.append(stage.health())) for _ in range(2)]
     threads[0].start()
     assert asking.wait(10)
-    lock = Waited(stage.doubt._asking)
-    stage.doubt._asking = cast(threading.Lock, lock)
+    lock = Waited(stage.health._asking)
+    stage.health._asking = cast(threading.Lock, lock)
     threads[1].start()
     eventually(lambda: lock.waiting)
     go_on.set()
@@ -188,7 +188,7 @@ def two_ask_at_once(stage: Stage, error: Exception | None) -> list[bool]:
 
 
 class Waited:
-    """A lock that tells when somebody comes to it."""
+    """A lock that signals when a thread waits for it."""
 
     def __init__(self, lock: threading.Lock) -> None:
         self._lock = lock
@@ -200,12 +200,12 @@ class Waited:
         return self._lock.acquire(blocking, timeout)
 
     def release(self) -> None:
-        """Let go of the lock."""
+        """Release the lock."""
         self._lock.release()
 
 
 def test_an_answer_serves_all_who_waited_for_it() -> None:
-    """Two who come at once ask once."""
+    """Two callers at the same time send one request."""
     stage = Stage()
 
     assert two_ask_at_once(stage, None) == [False, False]
@@ -213,7 +213,7 @@ def test_an_answer_serves_all_who_waited_for_it() -> None:
 
 
 def test_a_silence_serves_all_who_waited_for_it() -> None:
-    """Two who come at once to a Redis that does not answer wait for one timeout between them."""
+    """Two callers of a Redis that does not answer wait for one timeout together."""
     stage = Stage()
 
     assert two_ask_at_once(stage, redis.TimeoutError()) == [True, True]
@@ -221,16 +221,16 @@ def test_a_silence_serves_all_who_waited_for_it() -> None:
 
 
 def test_a_child_asks_on_a_client_of_its_own() -> None:
-    """After a fork the parent's client is left alone, and what is known is kept."""
+    """After a fork the child uses its own client, and keeps the known state."""
     stage = Stage()
     stage.redis.error = redis.TimeoutError()
-    stage.doubt()
+    stage.health()
 
-    stage.doubt.after_fork()
+    stage.health.after_fork()
 
-    assert stage.doubt()
+    assert stage.health()
     assert stage.made == 1
     stage.redis.error = None
     stage.clock.advance(0.5)
-    assert not stage.doubt()
+    assert not stage.health()
     assert stage.made == 2

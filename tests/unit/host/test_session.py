@@ -35,7 +35,7 @@ from tests.support import eventually
 
 
 class Worker:
-    """A worker process whose threads do nothing by themselves: the tests beat and flush."""
+    """A worker process without running threads: the tests call beat and flush."""
 
     def __init__(self, ledger: MemoryLedger | None = None, **settings: Any) -> None:
         self.clock = Clock()
@@ -50,20 +50,20 @@ class Worker:
         self.tracker._session = self.session
 
     def begin(self) -> Worker:
-        """Introduce itself."""
+        """Introduce the worker to Postgres."""
         assert self.session._beats.beat()
         return self
 
     def back(self) -> None:
-        """Let the time pass after which Postgres is looked for again."""
+        """Let the time pass after which the circuit checks Postgres again."""
         self.clock.advance(self.settings.retry_interval)
 
     def start(self, of: Delivery) -> Claim | Refused:
-        """Take a job."""
+        """Start a job."""
         return self.session.start(of.token, lambda: of)
 
     def run(self, of: Delivery) -> Claim:
-        """Take a job that must be granted, or run unclaimed."""
+        """Start a job that must be granted, or run unclaimed."""
         claim = self.start(of)
         assert isinstance(claim, Claim)
         return claim
@@ -80,32 +80,32 @@ class Worker:
         return job
 
     @property
-    def listed(self) -> set[UUID]:
-        """What the next beat lists."""
+    def in_flight(self) -> set[UUID]:
+        """Return the deliveries that the next beat will list."""
         return set(self.session._beats._snapshot().claims)
 
     @property
     def unflushed(self) -> float | None:
-        """Since when, the next beat says, reports wait."""
+        """Return since when reports wait, as the next beat will report it."""
         return self.session._beats._snapshot().unflushed_since
 
     @property
     def leader(self) -> LeaderStore:
-        """The ledger, for somebody who wants to know."""
+        """Return a leader's view of the ledger."""
         return leader_store(self.ledger)
 
     def outcome(self, of: Delivery) -> Outcome | None:
-        """How a delivery ended, if it has."""
+        """Return how a delivery has ended, or None."""
         return self.leader.tombstones(SOURCE.id, [of.token]).get(of.token)
 
     def claimed_by(self, of: Delivery) -> UUID | None:
-        """Who holds a delivery."""
+        """Return the worker that has the claim of a delivery."""
         page = self.leader.page(SOURCE.id, after=None, limit=999)
         return next((owed.claim_worker for owed in page if owed.token == of.token), None)
 
 
 class Beats:
-    """A store of beats that notes what was listed, whether or not Postgres is there."""
+    """A store of beats that notes each list, even if Postgres is away."""
 
     def __init__(self, inner: HostStore) -> None:
         self._inner = inner
@@ -116,14 +116,14 @@ class Beats:
         return getattr(self._inner, name)
 
     def beat(self, source: int, beat: Beat, *, namespace: str) -> BeatReply:
-        """Take a beat."""
+        """Note a beat and pass it on."""
         self.lists.append(set(beat.claims))
         self.queues.append(tuple(beat.queues))
         return self._inner.beat(source, beat, namespace=namespace)
 
 
 def lead(ledger: MemoryLedger) -> tuple[LeaderStore, int]:
-    """Let somebody lead for ever."""
+    """Make a leader whose lease never ends."""
     store = leader_store(ledger)
     term = store.elect(lease=FOR_EVER)
     assert term is not None
@@ -138,16 +138,16 @@ def declared_dead(worker: Worker) -> tuple[LeaderStore, int]:
 
 
 @pytest.fixture(autouse=True)
-def heard(caplog: pytest.LogCaptureFixture) -> None:
-    """Hear everything."""
+def all_logs(caplog: pytest.LogCaptureFixture) -> None:
+    """Capture all log levels."""
     caplog.set_level(logging.DEBUG, "jobguard")
 
 
-# -- starts ------------------------------------------------------------------------------------------
+# -- starts ----------------------------------------------------------------------------------------
 
 
 def test_a_start_is_claimed() -> None:
-    """A recorded job's start is granted a claim in this worker's name."""
+    """The start of a recorded job gets a claim of this worker."""
     worker = Worker().begin()
     job = worker.owe()
 
@@ -156,7 +156,7 @@ def test_a_start_is_claimed() -> None:
 
 
 def test_a_worker_introduces_itself_before_its_first_claim() -> None:
-    """A claim belongs to a worker that Postgres knows: a start waits for its beat."""
+    """A start waits for the first beat, because a claim needs a worker that Postgres knows."""
     worker = Worker(record_timeout=10.0)
     worker.session.open()
     beats = Beats(worker.ledger.host())
@@ -170,17 +170,17 @@ def test_a_worker_introduces_itself_before_its_first_claim() -> None:
 
 
 def test_what_has_ended_is_refused() -> None:
-    """The start of an ended delivery is to be skipped, with the outcome; it is not listed."""
+    """The start of an ended delivery is refused with its outcome, and the delivery is not in flight."""
     worker = Worker().begin()
     job = worker.owe()
     worker.tracker.cancel(tokens=[job.token])
 
     assert worker.start(job) == Refused(job.token, Refusal.ENDED, Outcome.CANCELLED)
-    assert worker.listed == set()
+    assert worker.in_flight == set()
 
 
 def test_what_another_live_worker_runs_is_refused() -> None:
-    """The start of a delivery that another live worker holds is to be skipped."""
+    """The start of a delivery that another live worker has claimed is refused."""
     first = Worker().begin()
     second = Worker(first.ledger).begin()
     job = first.owe()
@@ -188,12 +188,12 @@ def test_what_another_live_worker_runs_is_refused() -> None:
     first.session._beats.beat()
 
     assert second.start(job) == Refused(job.token, Refusal.CLAIMED)
-    assert second.listed == set()
+    assert second.in_flight == set()
     assert first.claimed_by(job) == first.session.id
 
 
 def test_skipping_without_a_leader_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
-    """B4: who skips a start while nobody leads says so."""
+    """A start that is skipped while no reconciler leads is logged with a warning."""
     worker = Worker().begin()
     job = worker.owe()
     worker.tracker.cancel(tokens=[job.token])
@@ -209,7 +209,7 @@ def test_skipping_without_a_leader_is_warned_of(caplog: pytest.LogCaptureFixture
 
 
 def test_a_refused_second_start_keeps_the_listing_of_the_first() -> None:
-    """A job that runs in one thread stays listed when another thread's start of it is refused."""
+    """A job that runs in one thread stays in flight when another thread's start of it is refused."""
     worker = Worker().begin()
     job = worker.owe()
     worker.run(job)
@@ -217,13 +217,13 @@ def test_a_refused_second_start_keeps_the_listing_of_the_first() -> None:
 
     assert isinstance(worker.start(job), Refused)
 
-    assert worker.listed == {job.token}
+    assert worker.in_flight == {job.token}
 
 
 def test_a_copy_that_starts_while_the_first_one_ends_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Its place on the list is its own: the end of the other must not take it away under its feet."""
+    """Each start has its own count: the end of the first one does not remove the second."""
     worker = Worker().begin()
     job = worker.owe()
     claim = worker.run(job)
@@ -232,16 +232,16 @@ def test_a_copy_that_starts_while_the_first_one_ends_is_refused(
     def ends_meanwhile(*given: Any) -> Any:
         worker.end(claim)
         worker.session.flush()
-        assert worker.listed == {job.token}
+        assert worker.in_flight == {job.token}
         return request(*given)
 
     monkeypatch.setattr(worker.session, "_claim", ends_meanwhile)
     assert worker.start(job) == Refused(job.token, Refusal.ENDED, Outcome.COMPLETED)
-    assert worker.listed == set()
+    assert worker.in_flight == set()
 
 
 def test_an_unknown_delivery_is_recorded_and_claimed() -> None:
-    """B3: what nobody recorded is recorded by the worker that starts it."""
+    """A delivery without a record is recorded by the worker that starts it."""
     worker = Worker().begin()
     job = delivery()
 
@@ -250,7 +250,7 @@ def test_an_unknown_delivery_is_recorded_and_claimed() -> None:
 
 
 def test_an_outage_is_no_line_for_every_start(caplog: pytest.LogCaptureFixture) -> None:
-    """A worker that starts 100 jobs while Postgres is away writes no line for each of their claims."""
+    """A worker that starts 100 jobs while Postgres is away does not log each missing claim."""
     worker = Worker(record_timeout=0.01).begin()
     jobs = [worker.owe() for _ in range(100)]
     with outage(worker.ledger):
@@ -261,7 +261,7 @@ def test_an_outage_is_no_line_for_every_start(caplog: pytest.LogCaptureFixture) 
 
 
 def test_describe_is_asked_only_for_the_unknown() -> None:
-    """A known delivery need not be described."""
+    """A known delivery is not described."""
     worker = Worker().begin()
     job = worker.owe()
 
@@ -272,7 +272,7 @@ def test_describe_is_asked_only_for_the_unknown() -> None:
 
 
 def test_a_description_that_fails_costs_no_run(caplog: pytest.LogCaptureFixture) -> None:
-    """R7: a job that cannot be described runs, unclaimed."""
+    """A job whose description fails runs without a claim."""
     worker = Worker().begin()
 
     def broken() -> Delivery:
@@ -284,7 +284,7 @@ def test_a_description_that_fails_costs_no_run(caplog: pytest.LogCaptureFixture)
 
 
 def test_observe_runs_what_would_be_skipped(caplog: pytest.LogCaptureFixture) -> None:
-    """mode="observe" has no effect on a job, and says so."""
+    """With mode="observe" a job that would be skipped runs, and this is logged."""
     first = Worker().begin()
     second = Worker(first.ledger, mode="observe").begin()
     job = first.owe()
@@ -295,15 +295,15 @@ def test_observe_runs_what_would_be_skipped(caplog: pytest.LogCaptureFixture) ->
     assert "start_unfenced" in events(caplog.records)
     second.end(Claim(job.token, 0), Outcome.FAILED)
     second.session.flush()
-    assert worker_holds(first, job)
+    assert has_claim(first, job)
 
 
-def worker_holds(worker: Worker, job: Delivery) -> bool:
-    """Whether this worker's claim still stands."""
+def has_claim(worker: Worker, job: Delivery) -> bool:
+    """Return True if this worker's claim is still valid."""
     return worker.claimed_by(job) == worker.session.id and worker.outcome(job) is None
 
 
-# -- Postgres away -----------------------------------------------------------------------------------
+# -- Postgres away ---------------------------------------------------------------------------------
 
 
 def test_fail_open_and_late_claim() -> None:
@@ -312,7 +312,7 @@ def test_fail_open_and_late_claim() -> None:
     job = worker.owe()
     with outage(worker.ledger):
         assert worker.start(job) == Claim(job.token, 0)
-        assert worker.listed == {job.token}
+        assert worker.in_flight == {job.token}
     worker.back()
     assert worker.claimed_by(job) is None
 
@@ -326,7 +326,7 @@ def test_fail_open_and_late_claim() -> None:
 
 
 def test_a_postgres_that_was_slow_once_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the same start, which would else run without a claim, and beside any copy of its job."""
+    """A start asks a slow Postgres again, so the job does not run without a claim beside a copy."""
     worker = Worker(record_timeout=10.0).begin()
     job = worker.owe()
     request, slow = worker.tracker.circuit.calling, [StoreUnavailable()]
@@ -343,7 +343,7 @@ def test_a_postgres_that_was_slow_once_is_asked_again(monkeypatch: pytest.Monkey
 
 
 def test_a_late_claim_of_what_another_runs(caplog: pytest.LogCaptureFixture) -> None:
-    """A late claim that another worker has got is told, and asked for no more."""
+    """If another worker has the claim, this is logged, and the claim is not requested again."""
     first = Worker().begin()
     second = Worker(first.ledger).begin()
     job = first.owe()
@@ -357,12 +357,12 @@ def test_a_late_claim_of_what_another_runs(caplog: pytest.LogCaptureFixture) -> 
     first.session._late_claims()
 
     assert "claim_lost" in events(caplog.records)
-    assert first.session._listed.unclaimed() == []
-    assert worker_holds(second, job)
+    assert first.session._in_flight.unclaimed() == []
+    assert has_claim(second, job)
 
 
 def test_a_late_claim_of_what_still_waits_in_a_spool() -> None:
-    """A run whose record is still in its producer's spool stays listed, and is claimed once it is there."""
+    """A run whose record waits in its producer's spool stays in flight, and is claimed later."""
     worker = Worker().begin()
     job = delivery()
     with outage(worker.ledger):
@@ -370,16 +370,16 @@ def test_a_late_claim_of_what_still_waits_in_a_spool() -> None:
     worker.back()
     worker.session._beats.beat()
     worker.session._late_claims()
-    assert worker.listed == {job.token}
-    assert job.token in dict(worker.session._listed.unclaimed())
+    assert worker.in_flight == {job.token}
+    assert job.token in dict(worker.session._in_flight.unclaimed())
 
     worker.ledger.host().record(SOURCE.id, [job], namespace=NAMESPACE, replay=True)
     worker.session._late_claims()
     assert worker.claimed_by(job) == worker.session.id
 
 
-def test_an_end_ends_the_wish_for_a_claim() -> None:
-    """What has ended before Postgres was back is reported, and not claimed any more."""
+def test_an_end_cancels_the_request_for_a_claim() -> None:
+    """A job that ended before Postgres was back is reported, and no claim is requested."""
     worker = Worker().begin()
     job = worker.owe()
     with outage(worker.ledger):
@@ -394,11 +394,11 @@ def test_an_end_ends_the_wish_for_a_claim() -> None:
 
     assert worker.outcome(job) is Outcome.COMPLETED
     assert worker.claimed_by(job) is None
-    assert worker.listed == set()
+    assert worker.in_flight == set()
 
 
 def test_the_wrong_installation_runs_unguarded() -> None:
-    """A worker at another installation's database runs its jobs, and writes nothing there."""
+    """A worker with another installation's database runs its jobs, and writes nothing there."""
     worker = Worker(installation="production")
     job = delivery()
 
@@ -411,8 +411,8 @@ def test_the_wrong_installation_runs_unguarded() -> None:
     assert worker.outcome(job) is None
 
 
-def test_a_heard_beat_closes_the_circuit() -> None:
-    """Beats go past the breaker, and the first that is heard closes it."""
+def test_a_received_beat_closes_the_circuit() -> None:
+    """Beats ignore the circuit, and the first beat that Postgres received closes it."""
     worker = Worker().begin()
     with outage(worker.ledger):
         worker.run(worker_job := delivery())
@@ -422,21 +422,21 @@ def test_a_heard_beat_closes_the_circuit() -> None:
     assert worker.session._beats.beat()
 
     assert worker.tracker.circuit.closed
-    assert worker_job.token in worker.listed
+    assert worker_job.token in worker.in_flight
 
 
-# -- lists and ends ----------------------------------------------------------------------------------
+# -- lists and ends --------------------------------------------------------------------------------
 
 
-def test_listed_before_the_claim_is_asked_for() -> None:
-    """A beat in the very moment of the claim lists the delivery already."""
+def test_in_flight_before_the_claim_is_requested() -> None:
+    """A beat during the request of the claim lists the delivery already."""
     worker = Worker().begin()
     job = worker.owe()
     seen: list[set[UUID]] = []
     call = worker.tracker.call
 
     def observe(work: Any) -> Any:
-        seen.append(worker.listed)
+        seen.append(worker.in_flight)
         return call(work)
 
     worker.tracker.call = observe  # type: ignore[method-assign]
@@ -445,47 +445,47 @@ def test_listed_before_the_claim_is_asked_for() -> None:
     assert seen == [{job.token}]
 
 
-def test_listed_until_its_end_is_committed() -> None:
-    """An end that waits for company leaves its delivery on the list; a committed one takes it off."""
+def test_in_flight_until_its_end_is_committed() -> None:
+    """A delivery stays in flight while its end waits for a batch, until the end is committed."""
     worker = Worker().begin()
     job = worker.owe()
     claim = worker.run(job)
     worker.end(claim)
-    assert worker.listed == {job.token}
+    assert worker.in_flight == {job.token}
     assert worker.outcome(job) is None
 
     worker.session.flush()
 
-    assert worker.listed == set()
+    assert worker.in_flight == set()
     assert worker.outcome(job) is Outcome.COMPLETED
 
 
-def test_listed_while_its_end_is_in_the_spool() -> None:
-    """An end in the spool leaves its delivery on the list until it is replayed."""
+def test_in_flight_while_its_end_is_in_the_spool() -> None:
+    """A delivery stays in flight while its end is in the spool, until the end is replayed."""
     worker = Worker().begin()
     job = worker.owe()
     claim = worker.run(job)
     with outage(worker.ledger):
         worker.end(claim)
         worker.session.flush()
-        assert worker.listed == {job.token}
+        assert worker.in_flight == {job.token}
         assert len(worker.tracker.spool) == 1
     worker.back()
 
     worker.tracker.connect()
 
     assert worker.outcome(job) is Outcome.COMPLETED
-    assert worker.listed == set()
+    assert worker.in_flight == set()
 
 
-def test_a_released_delivery_is_off_the_list() -> None:
-    """A delivery whose place a retry has taken is listed no more."""
+def test_a_superseded_delivery_is_not_in_flight() -> None:
+    """A superseded delivery is no longer in flight."""
     worker = Worker().begin()
     job = worker.owe()
 
     worker.session.mark_superseded(worker.run(job))
 
-    assert worker.listed == set()
+    assert worker.in_flight == set()
 
 
 def test_ends_of_one_batch_in_order() -> None:
@@ -509,7 +509,7 @@ def test_ends_of_one_batch_in_order() -> None:
 
 
 def test_durable_ends_are_committed_at_once() -> None:
-    """ends="durable" commits an end before end() returns."""
+    """With ends="durable", end() commits before it returns."""
     worker = Worker(ends="durable").begin()
     job = worker.owe()
 
@@ -519,7 +519,7 @@ def test_durable_ends_are_committed_at_once() -> None:
 
 
 def test_unflushed_since_the_oldest_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A beat says since when reports wait: in the spool at once, in the batch only when they are old."""
+    """A beat reports waiting reports: those in the spool at once, those in the batch when they are old."""
     worker = Worker().begin()
     assert worker.unflushed is None
     claim = worker.run(worker.owe())
@@ -540,7 +540,7 @@ def test_unflushed_since_the_oldest_report(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_bad_end_is_quarantined_and_the_rest_written() -> None:
-    """Of a batch with a bad end the others are written whole, and the bad one, counted, bare."""
+    """In a batch with a bad end, the others are written whole, and the bad one without its texts."""
     worker = Worker().begin()
     good, bad, fine = (worker.owe(name) for name in ("good", "bad", "fine"))
     for job in (good, bad, fine):
@@ -550,23 +550,23 @@ def test_a_bad_end_is_quarantined_and_the_rest_written() -> None:
 
     assert worker.outcome(good) is worker.outcome(fine) is Outcome.COMPLETED
     assert worker.outcome(bad) is Outcome.COMPLETED
-    assert worker.ledger._tables.history[SOURCE.id, bad.token].task == "send"  # of its record
+    assert worker.ledger._tables.history[SOURCE.id, bad.token].task == "send"  # from its record
     assert worker.tracker.spool.counts.quarantined == 1
 
 
 def test_a_job_whose_end_was_refused_is_not_run_again() -> None:
-    """A completed job whose end Postgres refuses for its text is ended without the text."""
+    """A completed job is ended without the text that Postgres refused, so it does not run again."""
     worker = Worker().begin()
     job = worker.owe()
     worker.end(worker.run(job), task="t\x00", error="what went wrong")
     worker.session.flush()
 
     assert worker.outcome(job) is Outcome.COMPLETED
-    assert worker.listed == set()
+    assert worker.in_flight == set()
 
 
-def test_listed_while_its_end_of_a_bad_batch_is_in_the_spool() -> None:
-    """An end that was spooled while its batch was taken apart leaves its delivery on the list."""
+def test_in_flight_while_its_end_of_a_bad_batch_is_in_the_spool() -> None:
+    """An end that was spooled while its batch was written one by one keeps its delivery in flight."""
     worker = Worker().begin()
     good, bad = worker.owe("good"), worker.owe("bad")
     for job in (good, bad):
@@ -579,11 +579,11 @@ def test_listed_while_its_end_of_a_bad_batch_is_in_the_spool() -> None:
     worker.session.flush()
 
     assert len(worker.tracker.spool) == 2
-    assert worker.listed == {good.token, bad.token}
+    assert worker.in_flight == {good.token, bad.token}
 
 
 def test_ends_that_find_no_place_are_counted(caplog: pytest.LogCaptureFixture) -> None:
-    """Ends that neither Postgres nor the spool took are counted and said."""
+    """Ends that neither Postgres nor the spool took are counted and logged."""
     worker = Worker(spool_size=1).begin()
     claims = [worker.run(worker.owe(str(n))) for n in range(2)]
     with outage(worker.ledger):
@@ -596,7 +596,7 @@ def test_ends_that_find_no_place_are_counted(caplog: pytest.LogCaptureFixture) -
 
 
 def test_errors_are_redacted() -> None:
-    """What is kept of an error names no secret."""
+    """The kept text of an error contains no secret."""
     worker = Worker().begin()
     job = worker.owe()
     worker.end(worker.run(job), Outcome.FAILED, error="password='hunter2'")
@@ -607,11 +607,11 @@ def test_errors_are_redacted() -> None:
     assert "hunter2" not in error
 
 
-# -- death and rebirth -------------------------------------------------------------------------------
+# -- death and new registration --------------------------------------------------------------------
 
 
-def test_declared_dead_it_goes_on_as_another(caplog: pytest.LogCaptureFixture) -> None:
-    """A worker that learns of its own death begins anew under another id, with all it still runs."""
+def test_declared_dead_it_registers_again(caplog: pytest.LogCaptureFixture) -> None:
+    """A worker that was declared dead registers under another id, with all its deliveries."""
     worker = Worker().begin()
     job = worker.owe()
     worker.run(job)
@@ -628,10 +628,11 @@ def test_declared_dead_it_goes_on_as_another(caplog: pytest.LogCaptureFixture) -
     assert "worker_renewed" in events(caplog.records)
 
 
-def test_declared_dead_unawares_it_claims_as_another() -> None:
-    """What it claimed by the dead one's name, waking faster than its beat, would be taken away at once.
+def test_declared_dead_without_notice_it_claims_under_a_new_id() -> None:
+    """A start that finds its worker declared dead before the next beat claims under the new id.
 
-    All its threads claim at that moment: they are one worker still.
+    Claims under the old id would be void at once. All threads claim at that moment, and stay one
+    worker.
     """
     worker = Worker(MemoryLedger(), record_timeout=10.0)
     worker.session.open()
@@ -649,7 +650,7 @@ def test_declared_dead_unawares_it_claims_as_another() -> None:
 
 
 def test_it_is_declared_dead_once() -> None:
-    """A beat in the dead one's name that is answered late does not end its new life."""
+    """A late answer to a beat with the old id does not change the new id."""
     worker = Worker().begin()
     late = worker.session._beats._snapshot()
     declared_dead(worker)
@@ -661,7 +662,7 @@ def test_it_is_declared_dead_once() -> None:
 
 
 def test_a_beat_in_the_old_name_does_not_introduce_the_new() -> None:
-    """Sent before it began anew and answered after: a claim must still wait for a beat of its own name."""
+    """A beat with the old id that is answered late does not make the new id known."""
     worker = Worker().begin()
     late, job = worker.session._beats._snapshot(), worker.owe()
     worker.session._beats.register_again(worker.session.id)
@@ -671,7 +672,7 @@ def test_a_beat_in_the_old_name_does_not_introduce_the_new() -> None:
 
 
 def test_a_start_just_after_a_long_outage_waits_for_its_workers_beat() -> None:
-    """Postgres was away when the worker began: it is introduced as soon as Postgres is back."""
+    """A worker that started in an outage becomes known as soon as Postgres is back."""
     worker = Worker(record_timeout=10.0)
     job = worker.owe()
     worker.session._beats.named_at -= 60
@@ -688,7 +689,7 @@ def test_a_start_just_after_a_long_outage_waits_for_its_workers_beat() -> None:
 
 
 def test_a_connection_of_many_steps_is_carried_on_by_the_beat() -> None:
-    """An idle worker has nobody else to look how far it has come."""
+    """The beat advances the connection of an idle worker, which has no other caller."""
     worker = Worker(record_timeout=10.0)
     with outage(worker.ledger), pytest.raises(StoreUnavailable):
         worker.tracker.connect()
@@ -701,18 +702,18 @@ def test_a_connection_of_many_steps_is_carried_on_by_the_beat() -> None:
 
 
 def test_a_child_waits_until_its_worker_is_introduced() -> None:
-    """It beats in nobody's stead: what its siblings run would be missing from the list."""
+    """A child does not beat for its worker, because its list lacks the deliveries of other children."""
     worker = Worker()
     beats = Beats(worker.ledger.host())
     worker.session._beats._store = cast(HostStore, beats)
-    (asked, requests), (heard, hears) = os.pipe(), os.pipe()
+    (asked, requests), (resumed, go_on) = os.pipe(), os.pipe()
     child = os.fork()
     if child == 0:
         beat_sender, code = worker.session._beats, 1
         with suppress(BaseException):
             before = beat_sender.introduced()
             os.write(requests, b"x")
-            os.read(heard, 1)
+            os.read(resumed, 1)
             code = (
                 0
                 if (before, beat_sender.introduced()) == (None, beat_sender.id) and not beats.lists
@@ -722,13 +723,13 @@ def test_a_child_waits_until_its_worker_is_introduced() -> None:
     os.close(requests)
     os.read(asked, 1)
     worker.begin()
-    os.write(hears, b"x")
+    os.write(go_on, b"x")
 
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_the_child_of_a_worker_that_was_declared_dead_leaves_what_another_runs() -> None:
-    """It cannot have a claim, but it can be told who has."""
+    """The child gets no claim, but its start is refused if another worker has the claim."""
     parent = Worker().begin()
     other = Worker(parent.ledger).begin()
     child = Worker(parent.ledger)
@@ -744,7 +745,7 @@ def test_the_child_of_a_worker_that_was_declared_dead_leaves_what_another_runs()
 
 
 def test_the_child_of_a_worker_that_is_another_now_runs_unclaimed() -> None:
-    """It knows its worker by the dead one's name only; its worker lists what it runs."""
+    """The child knows only the old id, so it runs unclaimed, and its worker lists its delivery."""
     parent = Worker().begin()
     child = Worker(parent.ledger, record_timeout=FOR_EVER)
     inherited = (parent.session.id, os.getpid() + 1)
@@ -758,8 +759,8 @@ def test_the_child_of_a_worker_that_is_another_now_runs_unclaimed() -> None:
     assert child.claimed_by(job) is None
 
 
-def test_a_reborn_workers_old_failure_changes_nothing() -> None:
-    """B2: what a zombie reports of a job that another worker has got is late."""
+def test_an_old_failure_after_a_new_registration_changes_nothing() -> None:
+    """The report of a worker declared dead is late if another worker has the claim."""
     zombie = Worker().begin()
     other = Worker(zombie.ledger).begin()
     job = zombie.owe()
@@ -772,14 +773,14 @@ def test_a_reborn_workers_old_failure_changes_nothing() -> None:
     zombie.end(old, Outcome.FAILED)
     zombie.session.flush()
 
-    assert worker_holds(other, job)
+    assert has_claim(other, job)
     other.end(new)
     other.session.flush()
     assert zombie.outcome(job) is Outcome.COMPLETED
 
 
-def test_an_unclaimed_run_of_a_reborn_worker() -> None:
-    """A claim asked for after the rebirth is in the new name."""
+def test_a_run_after_a_new_registration() -> None:
+    """A claim after the new registration has the new id."""
     worker = Worker().begin()
     declared_dead(worker)
     worker.session._beats.beat()
@@ -790,8 +791,8 @@ def test_an_unclaimed_run_of_a_reborn_worker() -> None:
     assert worker.claimed_by(job) == worker.session.id
 
 
-def test_the_ledger_in_memory_tells_what_workers_list() -> None:
-    """A leader over the ledger in memory sees what a worker's last beat listed."""
+def test_the_ledger_in_memory_returns_what_workers_list() -> None:
+    """A leader of the memory ledger reads the list of a worker's last beat."""
     worker = Worker().begin()
     job = worker.owe()
     worker.run(job)
@@ -803,7 +804,7 @@ def test_the_ledger_in_memory_tells_what_workers_list() -> None:
 
 
 def test_a_beat_names_the_queues_that_are_consumed_now() -> None:
-    """A leader trusts only a queue of which a worker has said that it takes from it."""
+    """A beat names the queues that the worker takes jobs from now, as a leader trusts only those."""
     worker = Worker().begin()
     (before,) = worker.leader.workers(SOURCE.id)
 
@@ -821,12 +822,12 @@ def test_a_beat_names_the_queues_that_are_consumed_now() -> None:
     ]
 
 
-# -- forks -------------------------------------------------------------------------------------------
+# -- forks -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_work_horse_shares_no_lock() -> None:
-    """A child forked while the parent's threads hold the locks reports its end at once, by itself."""
+    """A child that was forked while the parent's threads had the locks reports its end at once."""
     worker = Worker().begin()
     job, waiting = worker.owe("job"), worker.owe("waiting")
     claim = worker.run(job)
@@ -841,10 +842,10 @@ def test_a_work_horse_shares_no_lock() -> None:
                 worker.end(claim)
                 good = (
                     worker.outcome(job) is Outcome.COMPLETED
-                    and worker.outcome(waiting) is None  # the parent's to tell
+                    and worker.outcome(waiting) is None  # the parent reports it
                     and not session.is_mine
                 )
-                session.close()  # it is not the child's to close
+                session.close()  # the child must not close it
                 good = good and not worker.leader.workers(SOURCE.id)[0].left
             finally:
                 os._exit(0 if good else 1)
@@ -859,7 +860,7 @@ def test_a_work_horse_shares_no_lock() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_its_worker_lists_what_a_child_runs() -> None:
-    """Though the library's own books say nothing of it; and no longer than it runs it."""
+    """A worker lists the delivery of a child while it runs, even if the library has lost it."""
     worker = Worker().begin()
     job = worker.owe("job")
     session = worker.session
@@ -881,24 +882,24 @@ def test_its_worker_lists_what_a_child_runs() -> None:
     watchdog = threading.Timer(20, os.kill, (pid, 9))
     watchdog.start()
     os.read(begun[0], 1)
-    listed = [session._beats._snapshot().claims]
+    in_flight = [session._beats._snapshot().claims]
     os.write(go_on[1], b".")
     os.read(begun[0], 1)
-    listed.append(session._beats._snapshot().claims)
+    in_flight.append(session._beats._snapshot().claims)
     os.write(go_on[1], b".")
     _, status = os.waitpid(pid, 0)
     watchdog.cancel()
 
     assert os.waitstatus_to_exitcode(status) == 0
-    assert listed == [(job.token,), ()]
+    assert in_flight == [(job.token,), ()]
 
 
-# -- for real: threads -------------------------------------------------------------------------------
+# -- with real threads -----------------------------------------------------------------------------
 
 
 @pytest.fixture
 def lively() -> Iterator[Worker]:
-    """Give a worker whose own threads beat and flush, quickly."""
+    """Start a worker whose own threads beat and flush at short intervals."""
     worker = Worker(
         MemoryLedger(),
         beat_interval=0.02,
@@ -913,7 +914,7 @@ def lively() -> Iterator[Worker]:
 
 
 def test_it_beats_by_itself(lively: Worker) -> None:
-    """An open session beats without being told."""
+    """An open session beats by itself."""
 
     def beat() -> int:
         return lively.leader.workers(SOURCE.id)[0].beat
@@ -923,7 +924,7 @@ def test_it_beats_by_itself(lively: Worker) -> None:
 
 
 def test_a_worker_introduces_itself_with_patience() -> None:
-    """A Postgres that is slow to accept the first beat has still heard of it when the session is open."""
+    """A worker is known when its session is open, even if Postgres accepts the first beat late."""
     worker = Worker(record_timeout=10.0)
     tries = iter([StoreUnavailable(), StoreUnavailable()])
 
@@ -941,7 +942,7 @@ def test_a_worker_introduces_itself_with_patience() -> None:
 
 
 def test_it_flushes_by_itself(lively: Worker) -> None:
-    """An open session commits ends without being told."""
+    """An open session commits ends by itself."""
     job = lively.owe()
     lively.end(lively.run(job))
 
@@ -949,7 +950,7 @@ def test_it_flushes_by_itself(lively: Worker) -> None:
 
 
 def test_it_claims_late_by_itself(lively: Worker) -> None:
-    """After an outage an open session claims what it runs, without being told."""
+    """After an outage an open session claims its running jobs by itself."""
     job = lively.owe()
     with outage(lively.ledger):
         assert lively.run(job).number == 0
@@ -958,7 +959,7 @@ def test_it_claims_late_by_itself(lively: Worker) -> None:
 
 
 def test_close_flushes_and_leaves() -> None:
-    """close() commits what waits, says goodbye, and ends its threads; twice is once."""
+    """close() commits waiting ends, deregisters and ends the threads; a second call does nothing."""
     worker = Worker()
     worker.session.open()
     job = worker.owe()
@@ -976,8 +977,8 @@ def test_close_flushes_and_leaves() -> None:
 
 
 @pytest.mark.parametrize("what", ["start", "end"])
-def test_what_postgres_missed_is_listed_at_once(what: str) -> None:
-    """A start or an end that Postgres did not take is on a beat's list long before the next is due."""
+def test_what_postgres_missed_is_in_flight_at_once(what: str) -> None:
+    """A start or an end that Postgres did not take is on the list of a beat before the next is due."""
     worker = Worker()
     worker.session.open()
     job = worker.owe()
@@ -995,8 +996,8 @@ def test_what_postgres_missed_is_listed_at_once(what: str) -> None:
     worker.session.close()
 
 
-def test_another_queue_is_told_at_once() -> None:
-    """Long before a beat is due: if the worker died until then, nobody would vouch for the queue."""
+def test_another_queue_is_reported_at_once() -> None:
+    """A new queue is reported at once: if the worker died before, no beat would name the queue."""
     worker = Worker()
     worker.session.open()
     beats = Beats(worker.ledger.host())
@@ -1009,7 +1010,7 @@ def test_another_queue_is_told_at_once() -> None:
 
 
 def test_close_waits_for_postgres() -> None:
-    """A worker that ends during an outage reports what it ran when Postgres is back, then leaves."""
+    """A worker that ends in an outage reports its ends when Postgres is back, and then deregisters."""
     worker = Worker(retry_interval=0.01).begin()
     worker.tracker.circuit._clock = time.monotonic
     job = worker.owe()
@@ -1026,8 +1027,8 @@ def test_close_waits_for_postgres() -> None:
     assert [row.left for row in worker.leader.workers(SOURCE.id)] == [True]
 
 
-def test_no_goodbye_with_unwritten_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker that cannot report what it ran falls silent: after a goodbye it would run at once."""
+def test_no_deregistration_with_unwritten_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that cannot report its ends does not deregister, as the jobs would run again at once."""
     worker = Worker().begin()
     worker.tracker._patience = 0.0
     monkeypatch.setattr(worker.tracker._store, "probe", lambda: False)
@@ -1047,7 +1048,7 @@ def test_no_goodbye_with_unwritten_ends(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_the_same_session_again_until_it_is_closed() -> None:
-    """A worker process has one session; a closed one is followed by another."""
+    """A worker process has one session; after it is closed, a new one can be opened."""
     worker = Worker()
     first = worker.tracker.open_session(name="w", queues=["mail"])
     assert worker.tracker.open_session(name="w", queues=["mail"]) is first
@@ -1060,8 +1061,8 @@ def test_the_same_session_again_until_it_is_closed() -> None:
     second.close()
 
 
-def test_a_goodbye_gives_its_claims_back() -> None:
-    """What a departed worker held is nobody's: another may claim it at once, and it is no crash."""
+def test_a_deregistration_releases_its_claims() -> None:
+    """Claims of a worker that deregistered are free at once, and count as no crash."""
     first = Worker().begin()
     second = Worker(first.ledger).begin()
     job = first.owe()

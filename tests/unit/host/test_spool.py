@@ -13,17 +13,17 @@ from tests.fakes.world import delivery, token
 
 
 def end() -> End:
-    """Describe an end."""
+    """Return an end."""
     return End(token(), 1, Outcome.COMPLETED, uuid4())
 
 
 def cancelled() -> Cancelled:
-    """Describe an intent."""
+    """Return a cancel."""
     return Cancelled((token(),), (), None)
 
 
 def test_empty() -> None:
-    """A spool with nothing in it has nothing to say."""
+    """An empty spool returns no entries."""
     spool = MemorySpool(10)
 
     assert len(spool) == 0
@@ -32,7 +32,7 @@ def test_empty() -> None:
 
 
 def test_in_order_until_dropped() -> None:
-    """What is peeked at stays until it is dropped, oldest first."""
+    """Entries stay, oldest first, until they are dropped."""
     spool = MemorySpool(10)
     first, second, third = delivery("1"), delivery("2"), delivery("3")
     assert spool.put([first, second])
@@ -47,7 +47,7 @@ def test_in_order_until_dropped() -> None:
 
 
 def test_one_kind_at_a_time() -> None:
-    """A peek gives a run of one kind, so that order between kinds is kept."""
+    """A peek returns entries of one kind, so that the order between kinds is kept."""
     spool = MemorySpool(10)
     entries: list[Entry] = [delivery(), delivery(), end(), cancelled(), end()]
     spool.put(entries)
@@ -61,7 +61,7 @@ def test_one_kind_at_a_time() -> None:
 
 
 def test_full() -> None:
-    """What does not fit is refused whole, and counted."""
+    """Entries that do not all fit are refused together, and counted."""
     spool = MemorySpool(3)
     assert spool.put([delivery(), delivery()])
 
@@ -75,7 +75,7 @@ def test_full() -> None:
 
 
 def test_room_again() -> None:
-    """What was replayed makes room."""
+    """A replayed entry makes room."""
     spool = MemorySpool(1)
     one = delivery()
     spool.put([one])
@@ -85,7 +85,7 @@ def test_room_again() -> None:
 
 
 def test_dropping_what_is_not_at_the_head_drops_nothing() -> None:
-    """Only the very entries that stand first can be dropped, and each once."""
+    """Only the first entries can be dropped, and each once."""
     spool = MemorySpool(10)
     first, second = delivery(), delivery()
     spool.put([first, second])
@@ -100,7 +100,7 @@ def test_dropping_what_is_not_at_the_head_drops_nothing() -> None:
 
 
 def test_who_waits() -> None:
-    """It tells which records of an id, or of a queue, wait in it, in order."""
+    """The spool returns the waiting records of an id or of a queue, in order."""
     spool = MemorySpool(10)
     first, other, again = delivery("a"), delivery("b", queue="film"), delivery("a", queue="film")
     spool.put([first, end(), other, cancelled(), again])
@@ -112,7 +112,7 @@ def test_who_waits() -> None:
 
 
 def test_an_intent_knows_when_it_was_made() -> None:
-    """What this process sends later sorts behind it, and it gets older."""
+    """Later tokens of this process sort after a cancel, and its age grows."""
     earlier = new_token()
     intent = cancelled()
 
@@ -121,7 +121,7 @@ def test_an_intent_knows_when_it_was_made() -> None:
 
 
 def test_oldest() -> None:
-    """It tells since when a report waits; a record alone is no report."""
+    """The oldest report counts; a record alone is no report."""
     spool = MemorySpool(10)
     before = time.time()
     record, first = delivery(), end()
@@ -141,7 +141,7 @@ def test_oldest() -> None:
 
 
 def test_bound_in_bytes() -> None:
-    """At the bound, records of jobs that are in Redis give up their envelopes, oldest first."""
+    """At the bound, records of jobs that are in Redis lose their envelopes, oldest first."""
     reported: list[int] = []
     spool = MemorySpool(1_000, most_bytes=1_000_000, lightened=reported.append)
     follows = delivery("retry", parent=Parent(token()), envelope=b"x" * 100_000)
@@ -166,7 +166,7 @@ def test_bound_in_bytes() -> None:
 
 
 def test_what_cannot_give_up_its_envelope_finds_no_room() -> None:
-    """It is counted; and what is larger than the spool leaves its id alone."""
+    """An entry without room is counted; a record larger than the spool leaves only its id."""
     spool = MemorySpool(1_000, most_bytes=100_000)
     ends = [
         End(
@@ -182,7 +182,7 @@ def test_what_cannot_give_up_its_envelope_finds_no_room() -> None:
 
 
 def test_a_peek_is_bounded_in_bytes() -> None:
-    """One entry at least, however large."""
+    """A peek returns at least one entry, even if it is large."""
     spool = MemorySpool(10)
     large = [delivery(envelope=b"x" * 1_000) for _ in range(3)]
     spool.put(large)
@@ -191,7 +191,7 @@ def test_a_peek_is_bounded_in_bytes() -> None:
 
 
 def test_set_aside() -> None:
-    """It is out of the way, and neither forgotten nor without a bound."""
+    """An entry that was set aside does not block others, is kept, and counts against a bound."""
     spool = MemorySpool(5_000)
     odd, good = end(), delivery()
     spool.put([odd, good])
@@ -213,7 +213,7 @@ def test_set_aside() -> None:
 
 @given(st.lists(st.integers(0, 4)), st.integers(1, 8), st.integers(1, 5))
 def test_nothing_is_dropped_silently(puts: list[int], size: int, limit: int) -> None:
-    """Everything put in is kept and comes out in order, or is counted as lost."""
+    """Every entry comes out in order, or is counted as lost."""
     spool = MemorySpool(size)
     kept: list[Entry] = []
     for count in puts:

@@ -33,7 +33,7 @@ from tests.fakes.world import (
 
 
 class Store:
-    """A host's store that counts its calls and may fail as told."""
+    """A host's store that counts its calls and may raise a prepared error."""
 
     def __init__(self, inner: HostStore) -> None:
         self._inner = inner
@@ -54,18 +54,18 @@ class Store:
         return call
 
     def probe(self) -> bool:
-        """Answer as the calls do; it is none."""
+        """Answer as the calls do, without counting as one."""
         if self.error is not None:
             raise self.error
         return self._inner.probe()
 
     def close(self) -> None:
-        """Let go, and note it."""
+        """Close the store, and note it."""
         self.closed = True
 
 
-class SessionTracker:
-    """A process of the user's application, over a ledger in memory."""
+class HostProcess:
+    """A process of the user's application, with a ledger in memory."""
 
     def __init__(self, ledger: MemoryLedger | None = None, **settings: Any) -> None:
         self.ledger = ledger or MemoryLedger()
@@ -75,7 +75,7 @@ class SessionTracker:
         self.tracker = HostTracker(SOURCE, self.settings, self._make)
         self.clock = Clock()
         self.tracker.circuit._clock = self.clock
-        # Each test says itself when it is replayed.
+        # Each test calls the replay itself.
         self.tracker._replay.drain = lambda: None  # type: ignore[method-assign]
 
     def _make(self) -> HostStore:
@@ -85,27 +85,27 @@ class SessionTracker:
 
     @property
     def store(self) -> Store:
-        """The one that records go through."""
+        """Return the store that records go through."""
         return self.stores[0]
 
     def back(self) -> None:
-        """Let the time pass after which the tracker looks for Postgres again."""
+        """Let the time pass after which the circuit checks Postgres again."""
         self.clock.advance(self.settings.retry_interval)
 
     @property
     def owed(self) -> dict[str, UUID]:
-        """What the ledger owes: tokens by job id."""
+        """Return the owed tokens of the ledger by job id."""
         page = leader_store(self.ledger).page(SOURCE.id, after=None, limit=10_000)
         return {owed.job_id: owed.token for owed in page}
 
     def outcome(self, token: UUID) -> Outcome | None:
-        """How a delivery ended, if it has."""
+        """Return how a delivery has ended, or None."""
         return leader_store(self.ledger).tombstones(SOURCE.id, [token]).get(token)
 
 
 def test_record() -> None:
-    """A delivery is owed when record() returns, and says whether somebody leads."""
-    host = SessionTracker()
+    """A delivery is owed when record() returns, and the answer says whether a reconciler leads."""
+    host = HostProcess()
     first, second = delivery("first"), delivery("second")
 
     assert host.tracker.record([first]) == Recorded()
@@ -117,20 +117,20 @@ def test_record() -> None:
 
 def test_nothing_to_record_is_no_call() -> None:
     """An empty list opens no connection."""
-    host = SessionTracker()
+    host = HostProcess()
 
     assert host.tracker.record([]) == Recorded()
     assert host.store.calls == []
 
 
 def test_no_call_before_the_first_need() -> None:
-    """A tracker that was made has asked nothing of Postgres."""
-    assert SessionTracker().store.calls == []
+    """A new tracker makes no call to Postgres."""
+    assert HostProcess().store.calls == []
 
 
 def test_a_large_bulk_is_one_statement() -> None:
-    """A bulk larger than a replay's share goes by itself, whole."""
-    host = SessionTracker()
+    """A bulk larger than a replay batch is one statement of its own."""
+    host = HostProcess()
 
     host.tracker.record([delivery(str(n)) for n in range(1000)])
 
@@ -140,7 +140,7 @@ def test_a_large_bulk_is_one_statement() -> None:
 
 def test_outbox() -> None:
     """A record may leave its push to the leader."""
-    host = SessionTracker()
+    host = HostProcess()
     job = delivery()
 
     host.tracker.record([job], outbox=True)
@@ -151,15 +151,15 @@ def test_outbox() -> None:
 
 @pytest.mark.parametrize("settings", [{"when_redis_down": "raise"}, {"mode": "observe"}])
 def test_no_outbox_for_what_is_not_accepted(settings: dict[str, Any]) -> None:
-    """A leader would push what its sender is told has failed."""
-    host = SessionTracker(**settings)
+    """Without accept, a record is not left to the leader, because its sender receives the error."""
+    host = HostProcess(**settings)
     host.tracker.record([delivery()], outbox=True)
     assert not leader_store(host.ledger).watched(SOURCE.id, limit=9)
 
 
 def test_refused_are_my_own() -> None:
-    """A caller hears of its own refused deliveries."""
-    host = SessionTracker()
+    """A caller gets only its own refused deliveries."""
+    host = HostProcess()
     parent = delivery("job")
     host.tracker.record([parent])
     host.tracker.cancel(tokens=[parent.token])
@@ -169,7 +169,7 @@ def test_refused_are_my_own() -> None:
 
 
 def test_guards() -> None:
-    """A tracker guards the queues it was told, and those it is told of later."""
+    """A tracker guards the queues of its construction, and those that are added later."""
     one = HostTracker(SOURCE, Settings(), MemoryLedger().host, queues=frozenset({"mail"}))
     assert one.guards("mail")
     assert not one.guards("video")
@@ -182,12 +182,12 @@ def test_guards() -> None:
     assert one.guards("film")
 
 
-# -- Postgres away -----------------------------------------------------------------------------------
+# -- Postgres away ---------------------------------------------------------------------------------
 
 
 def test_spooled_and_replayed_in_order() -> None:
-    """What Postgres could not take is owed, in order, after the first call that reaches it again."""
-    host = SessionTracker()
+    """Deliveries that Postgres could not take are recorded in order by the first call that reaches it."""
+    host = HostProcess()
     early = [delivery(f"early-{n}") for n in range(3)]
     with outage(host.ledger):
         for one in early:
@@ -203,8 +203,8 @@ def test_spooled_and_replayed_in_order() -> None:
 
 
 def test_one_call_an_outage() -> None:
-    """While Postgres is away one record finds out, and the others make no call."""
-    host = SessionTracker()
+    """While Postgres is away, one record finds out, and the others make no call."""
+    host = HostProcess()
     host.tracker.record([delivery("before")])
     host.store.error = StoreUnavailable()
     before = len(host.store.calls)
@@ -216,8 +216,8 @@ def test_one_call_an_outage() -> None:
 
 
 def test_raise() -> None:
-    """when_postgres_down="raise": enqueue says so, and nothing is spooled."""
-    host = SessionTracker(when_postgres_down="raise")
+    """With when_postgres_down="raise", enqueue raises, and no record is spooled."""
+    host = HostProcess(when_postgres_down="raise")
     with outage(host.ledger):
         with pytest.raises(StoreUnavailable):
             host.tracker.record([delivery()])
@@ -229,11 +229,11 @@ def test_raise() -> None:
     assert len(host.tracker.spool) == 1, "an intent to cancel what may have been recorded"
 
 
-def test_what_was_recorded_though_its_sender_heard_an_error(
+def test_what_was_recorded_although_its_sender_got_an_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """when_postgres_down="raise", and only the answer was lost: nobody expects it to run."""
-    host = SessionTracker(when_postgres_down="raise")
+    """With "raise", a record whose answer was lost is cancelled, because its sender got an error."""
+    host = HostProcess(when_postgres_down="raise")
     first, second = delivery("first"), delivery("second")
     host.tracker.record([first])
     with monkeypatch.context() as patch:
@@ -253,8 +253,8 @@ def test_what_was_recorded_though_its_sender_heard_an_error(
 
 
 def test_what_was_not_sent_need_not_be_cancelled() -> None:
-    """when_postgres_down="raise": a process that was refused is not kept from its end for that."""
-    host = SessionTracker(when_postgres_down="raise")
+    """With "raise", a delivery that was surely not written needs no cancel in the spool."""
+    host = HostProcess(when_postgres_down="raise")
     host.store.error = NotWritten("connection refused")
     with pytest.raises(NotWritten):
         host.tracker.record([delivery()])
@@ -264,8 +264,8 @@ def test_what_was_not_sent_need_not_be_cancelled() -> None:
 def test_of_many_of_which_one_is_bad_all_or_none_are_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """when_postgres_down="raise": one by one, and Postgres goes; to their sender none is recorded."""
-    host = SessionTracker(when_postgres_down="raise")
+    """With "raise", if Postgres goes away in a bulk written one by one, all its records are cancelled."""
+    host = HostProcess(when_postgres_down="raise")
     first, second = delivery("first"), delivery("second")
     with monkeypatch.context() as patch:
 
@@ -287,8 +287,8 @@ def test_of_many_of_which_one_is_bad_all_or_none_are_refused(
 
 
 def test_a_cancel_means_what_was_there_when_it_was_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A network that keeps the statement brings it to a queue that has gone on."""
-    host = SessionTracker()
+    """A cancel does not mean deliveries that were recorded while the network delayed the statement."""
+    host = HostProcess()
     before, since = delivery("before"), delivery("since")
     host.tracker.record([before])
 
@@ -303,9 +303,9 @@ def test_a_cancel_means_what_was_there_when_it_was_made(monkeypatch: pytest.Monk
     assert host.outcome(before.token) is Outcome.CANCELLED
 
 
-def test_what_a_run_sends_is_spooled_all_the_same() -> None:
-    """when_postgres_down="raise" is for whoever can send it again: a run that is over cannot."""
-    host = SessionTracker(when_postgres_down="raise")
+def test_what_a_run_sends_is_spooled_with_raise() -> None:
+    """With "raise", deliveries of a run that is over are spooled, because the run cannot send again."""
+    host = HostProcess(when_postgres_down="raise")
     parent = delivery()
     host.tracker.record([parent])
     retry = delivery(parent=Parent(parent.token))
@@ -319,8 +319,8 @@ def test_what_a_run_sends_is_spooled_all_the_same() -> None:
 
 
 def test_skip(caplog: pytest.LogCaptureFixture) -> None:
-    """when_postgres_down="skip": the job goes unrecorded, which is counted and said."""
-    host = SessionTracker(when_postgres_down="skip")
+    """With when_postgres_down="skip", the job goes unrecorded, and this is counted and logged."""
+    host = HostProcess(when_postgres_down="skip")
     with outage(host.ledger):
         assert host.tracker.record([delivery(), delivery()]) == Recorded(lost=True)
 
@@ -330,8 +330,8 @@ def test_skip(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_a_full_spool_is_counted(caplog: pytest.LogCaptureFixture) -> None:
-    """What finds no place in the spool goes unrecorded, which is counted and said."""
-    host = SessionTracker(spool_size=2)
+    """A record without room in the spool is lost, and this is counted and logged."""
+    host = HostProcess(spool_size=2)
     with outage(host.ledger):
         assert host.tracker.record([delivery("a"), delivery("b")]).spooled
         assert host.tracker.record([delivery("c")]) == Recorded(lost=True)
@@ -343,9 +343,9 @@ def test_a_full_spool_is_counted(caplog: pytest.LogCaptureFixture) -> None:
     assert set(host.owed) == {"a", "b"}
 
 
-def test_an_outage_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
-    """A busy producer does not fill its log with one outage."""
-    host = SessionTracker()
+def test_an_outage_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    """One outage does not fill the log of a busy producer."""
+    host = HostProcess()
     for _ in range(2):
         with outage(host.ledger):
             for n in range(20):
@@ -358,8 +358,8 @@ def test_an_outage_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_a_full_spool_is_no_line_for_every_job(caplog: pytest.LogCaptureFixture) -> None:
-    """A producer that goes on with a full spool writes one line, and its count when that is over."""
-    host = SessionTracker(spool_size=2)
+    """A producer with a full spool logs one line, and the count when the spool has room again."""
+    host = HostProcess(spool_size=2)
     with outage(host.ledger):
         for n in range(1000):
             host.tracker.record([delivery(str(n))])
@@ -368,9 +368,9 @@ def test_a_full_spool_is_no_line_for_every_job(caplog: pytest.LogCaptureFixture)
     assert events(caplog.records).count("spool_full") == 1
 
 
-def test_not_migrated_is_told(caplog: pytest.LogCaptureFixture) -> None:
-    """A schema that is not there is a state of its own, with the command in the log."""
-    host = SessionTracker()
+def test_not_migrated_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """A missing schema has a log line of its own, with the command to run."""
+    host = HostProcess()
     host.store.error = NotMigrated()
 
     assert host.tracker.record([delivery()]).spooled
@@ -379,8 +379,8 @@ def test_not_migrated_is_told(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_a_replay_that_is_cut_short_goes_on_later() -> None:
-    """Postgres away again in the middle of a replay leaves the rest in the spool, and nothing twice."""
-    host = SessionTracker()
+    """If Postgres goes away during a replay, the rest stays in the spool, and nothing is written twice."""
+    host = HostProcess()
     with outage(host.ledger):
         for n in range(600):
             host.tracker.record([delivery(str(n))])
@@ -399,9 +399,9 @@ def test_a_replay_that_is_cut_short_goes_on_later() -> None:
     assert list(host.owed) == [str(n) for n in range(600)]
 
 
-def test_old_news_is_not_owed_again() -> None:
-    """G1: a spooled record of what has ended meanwhile stays ended."""
-    host = SessionTracker()
+def test_an_ended_delivery_is_not_owed_again() -> None:
+    """A spooled record of a delivery that has ended in between stays ended."""
+    host = HostProcess()
     job = delivery()
     with outage(host.ledger):
         host.tracker.record([job])
@@ -416,8 +416,8 @@ def test_old_news_is_not_owed_again() -> None:
 
 
 def test_a_cancellation_is_spooled_after_its_record() -> None:
-    """R8: a job that was recorded and cancelled during an outage is cancelled after it."""
-    host = SessionTracker()
+    """A job that was recorded and cancelled in an outage is cancelled after it."""
+    host = HostProcess()
     job = delivery()
     with outage(host.ledger):
         host.tracker.record([job])
@@ -430,8 +430,8 @@ def test_a_cancellation_is_spooled_after_its_record() -> None:
 
 
 def test_the_younger_life_of_an_id_wins() -> None:
-    """An id enqueued in an outage and again after it is owed as it was enqueued last."""
-    host = SessionTracker()
+    """A job id enqueued in an outage and again after it is owed as the last one."""
+    host = HostProcess()
     older, younger = delivery("job"), delivery("job")
     with outage(host.ledger):
         host.tracker.record([older])
@@ -444,8 +444,8 @@ def test_the_younger_life_of_an_id_wins() -> None:
 
 
 def test_a_cancellation_right_after_the_outage() -> None:
-    """R8: a job enqueued in an outage, and cancelled by the call that ends it, stays cancelled."""
-    host = SessionTracker()
+    """A job enqueued in an outage, and cancelled by the call that ends it, stays cancelled."""
+    host = HostProcess()
     with outage(host.ledger):
         host.tracker.record([delivery("job")])
     host.back()
@@ -456,17 +456,17 @@ def test_a_cancellation_right_after_the_outage() -> None:
 
 
 _LATE = pytest.mark.parametrize("waiting", [0, 300])
-"""A call carries along less than the larger number: the cancellation is replayed by a later one."""
+"""One call writes fewer entries than the larger number, so a later call replays the cancel."""
 _WHAT = pytest.mark.parametrize(
     "what", [{"job_ids": ["job"]}, {"queue": "mail"}], ids=["id", "queue"]
 )
 
 
-def _fill(host: SessionTracker, waiting: int) -> None:
+def _fill(host: HostProcess, waiting: int) -> None:
     host.tracker.record([delivery(f"other-{n}", queue="film") for n in range(waiting)])
 
 
-def _drain(host: SessionTracker) -> None:
+def _drain(host: HostProcess) -> None:
     while len(host.tracker.spool):
         host.tracker.connect()
 
@@ -476,8 +476,8 @@ def _drain(host: SessionTracker) -> None:
 def test_a_late_cancellation_spares_what_is_recorded_after_the_outage(
     what: dict[str, Any], waiting: int
 ) -> None:
-    """R8: who enqueues an id, or to a queue, after it was cancelled means a new life of it."""
-    host = SessionTracker()
+    """A job with the id or queue of an earlier cancel that is enqueued after it is a new life."""
+    host = HostProcess()
     old = delivery("job")
     host.tracker.record([old])
     with outage(host.ledger):
@@ -499,8 +499,8 @@ def test_a_late_cancellation_spares_what_is_recorded_after_the_outage(
 def test_a_late_cancellation_spares_what_was_enqueued_behind_it(
     what: dict[str, Any], waiting: int
 ) -> None:
-    """R8: also while the outage lasts; what waited before it is cancelled, and nothing else."""
-    host = SessionTracker()
+    """A job enqueued after the cancel within the outage stays; only those before it are cancelled."""
+    host = HostProcess()
     old, new = delivery("job"), delivery("job")
     with outage(host.ledger):
         _fill(host, waiting)
@@ -520,8 +520,8 @@ def test_a_late_cancellation_spares_what_was_enqueued_behind_it(
 def test_a_late_cancellation_finds_what_was_recorded_or_waited_before_it(
     what: dict[str, Any], waiting: int
 ) -> None:
-    """R8: what stood in the ledger before the outage ends with what was enqueued in it."""
-    host = SessionTracker()
+    """A cancel ends a job recorded before the outage, and one enqueued in it before the cancel."""
+    host = HostProcess()
     recorded, kept = delivery("job", fresh=True), delivery("job", fresh=True)
     host.tracker.record([recorded])
     with outage(host.ledger):
@@ -537,9 +537,9 @@ def test_a_late_cancellation_finds_what_was_recorded_or_waited_before_it(
 
 
 @_WHAT
-def test_a_cancellation_told_twice_spares_what_came_between(what: dict[str, Any]) -> None:
-    """R8: one that is told at once, and again after what waited, means the same both times."""
-    host = SessionTracker()
+def test_a_cancellation_written_twice_spares_what_came_between(what: dict[str, Any]) -> None:
+    """A cancel that is written at once and again after the spool means the same both times."""
+    host = HostProcess()
     old = delivery("job")
     with outage(host.ledger):
         _fill(host, 600)
@@ -558,10 +558,10 @@ def test_a_cancellation_told_twice_spares_what_came_between(what: dict[str, Any]
 
 @_WHAT
 def test_a_late_cancellation_spares_what_others_recorded_since(what: dict[str, Any]) -> None:
-    """R8: another process, whose clock may be behind, is known by when its record came."""
+    """The record time of the ledger counts for other processes, whose clocks may be behind."""
     clock = Clock()
-    host = SessionTracker(MemoryLedger(clock=clock.wall))
-    other = SessionTracker(host.ledger)
+    host = HostProcess(MemoryLedger(clock=clock.wall))
+    other = HostProcess(host.ledger)
     old, new = delivery("job", fresh=True), delivery("job", fresh=True)
     other.tracker.record([old])
     clock.advance(10)
@@ -581,9 +581,9 @@ def test_a_late_cancellation_spares_what_others_recorded_since(what: dict[str, A
 def test_a_late_cancellation_that_is_long_on_its_way_spares_what_its_process_sent(
     what: dict[str, Any],
 ) -> None:
-    """R8: its age does not tell how long it was on its way; the tokens of this process do."""
+    """The tokens of this process show what came after a cancel that took long to arrive."""
     clock = Clock()
-    host = SessionTracker(MemoryLedger(clock=clock.wall))
+    host = HostProcess(MemoryLedger(clock=clock.wall))
     old = delivery("job", fresh=True)
     host.tracker.record([old])
     with outage(host.ledger):
@@ -601,8 +601,8 @@ def test_a_late_cancellation_that_is_long_on_its_way_spares_what_its_process_sen
 
 
 def test_a_late_cancellation_of_a_delivery_finds_it_whenever_it_was_recorded() -> None:
-    """R8: a token means one delivery, and none that could be taken for it."""
-    host = SessionTracker()
+    """A cancel by token ends that delivery, even if it was recorded later."""
+    host = HostProcess()
     job = delivery("job")
     with outage(host.ledger):
         _fill(host, 300)
@@ -615,12 +615,12 @@ def test_a_late_cancellation_of_a_delivery_finds_it_whenever_it_was_recorded() -
     assert len(host.owed) == 300
 
 
-# -- bad rows ----------------------------------------------------------------------------------------
+# -- bad rows --------------------------------------------------------------------------------------
 
 
 def test_a_bad_row_is_quarantined_and_the_rest_recorded(caplog: pytest.LogCaptureFixture) -> None:
-    """Of a bulk with a bad row the others are recorded; the circuit stays closed."""
-    host = SessionTracker()
+    """Of a bulk with a bad row the others are recorded, and the circuit stays closed."""
+    host = HostProcess()
     rows = [delivery("a"), delivery("b\x00d"), delivery("c")]
 
     recorded = host.tracker.record(rows)
@@ -634,7 +634,7 @@ def test_a_bad_row_is_quarantined_and_the_rest_recorded(caplog: pytest.LogCaptur
 
 def test_a_bad_row_in_the_spool() -> None:
     """A bad row among spooled records is quarantined at the replay; the others are recorded."""
-    host = SessionTracker()
+    host = HostProcess()
     with outage(host.ledger):
         for job_id in ("a", "b\x00d", "c"):
             host.tracker.record([delivery(job_id)])
@@ -647,8 +647,8 @@ def test_a_bad_row_in_the_spool() -> None:
 
 
 def test_a_bad_end_in_the_spool() -> None:
-    """A bad end among spooled entries is quarantined, and does not block what stands behind it."""
-    host = SessionTracker()
+    """A bad end among spooled entries is quarantined, and does not block the entries after it."""
+    host = HostProcess()
     bad = End(new_token(), 0, Outcome.COMPLETED, new_token(), job_id="b\x00d")
     with outage(host.ledger):
         host.tracker.record([delivery("a")])
@@ -661,12 +661,12 @@ def test_a_bad_end_in_the_spool() -> None:
     assert len(host.tracker.spool) == 0
 
 
-# -- the host goes on --------------------------------------------------------------------------------
+# -- the host goes on ------------------------------------------------------------------------------
 
 
 def test_an_unforeseen_error_is_not_the_hosts(caplog: pytest.LogCaptureFixture) -> None:
-    """R7: whatever goes wrong in a record, the host's enqueue goes on, and it is counted."""
-    host = SessionTracker()
+    """An unexpected error in a record is counted, and the host's enqueue goes on."""
+    host = HostProcess()
     host.store.error = RuntimeError("a bug of ours")
 
     assert host.tracker.record([delivery()]) == Recorded(lost=True)
@@ -680,8 +680,8 @@ def test_an_unforeseen_error_is_not_the_hosts(caplog: pytest.LogCaptureFixture) 
 
 
 def test_another_installation_is_refused(caplog: pytest.LogCaptureFixture) -> None:
-    """A database of another name is not written to, the host goes on, and the log says why."""
-    host = SessionTracker(installation="production")
+    """A database of another installation is not written to; the host goes on and the reason is logged."""
+    host = HostProcess(installation="production")
     host.store.installation = "staging"
 
     for _ in range(3):
@@ -694,8 +694,8 @@ def test_another_installation_is_refused(caplog: pytest.LogCaptureFixture) -> No
 
 
 def test_the_right_installation_is_not() -> None:
-    """A database of the name that was asked for is used."""
-    host = SessionTracker(installation="production")
+    """A database of the configured installation is used."""
+    host = HostProcess(installation="production")
     host.store.installation = "production"
 
     host.tracker.record([delivery("job")])
@@ -703,10 +703,10 @@ def test_the_right_installation_is_not() -> None:
     assert set(host.owed) == {"job"}
 
 
-def test_settings_that_disagree_are_said(caplog: pytest.LogCaptureFixture) -> None:
-    """A process whose settings differ from those of who came first says both, once, and works on."""
+def test_settings_that_disagree_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """A process whose settings differ from those of the first process logs both, once, and works on."""
     ledger = MemoryLedger()
-    first, second = SessionTracker(ledger), SessionTracker(ledger, mode="observe")
+    first, second = HostProcess(ledger), HostProcess(ledger, mode="observe")
     first.tracker.record([delivery("a")])
     assert events(caplog.records) == []
 
@@ -719,8 +719,8 @@ def test_settings_that_disagree_are_said(caplog: pytest.LogCaptureFixture) -> No
 
 
 def test_withdraw() -> None:
-    """A first delivery that was surely not pushed can be taken back."""
-    host = SessionTracker()
+    """A first delivery that was surely not pushed can be withdrawn."""
+    host = HostProcess()
     job = delivery()
     host.tracker.record([job])
 
@@ -744,13 +744,13 @@ def test_withdraw() -> None:
 def test_accepting_without_redis(
     settings: dict[str, Any], recorded: Recorded, accepted: bool
 ) -> None:
-    """A job is accepted while Redis is away only if it is recorded and somebody leads who will push."""
-    assert SessionTracker(**settings).tracker.accepts_without_broker(recorded) is accepted
+    """While Redis is away, a job is accepted only if it is recorded and a leader will push it."""
+    assert HostProcess(**settings).tracker.accepts_without_broker(recorded) is accepted
 
 
-def test_no_client_no_doubt() -> None:
-    """A tracker without a Redis client of its own has no doubts."""
-    host = SessionTracker()
+def test_no_client_never_away() -> None:
+    """A tracker without a Redis client never reports that Redis is away."""
+    host = HostProcess()
     host.tracker.broker_failed()
 
     assert not host.tracker.broker_in_doubt()
@@ -758,7 +758,7 @@ def test_no_client_no_doubt() -> None:
 
 def test_heartbeat() -> None:
     """A running job's progress is noted; unknown ids are ignored."""
-    host = SessionTracker()
+    host = HostProcess()
     job = delivery("job")
     host.tracker.record([job])
     worker = new_token()
@@ -768,11 +768,11 @@ def test_heartbeat() -> None:
     assert not host.tracker.heartbeat("unknown", progress=0.5)
 
 
-# -- forks and threads -------------------------------------------------------------------------------
+# -- forks and threads -----------------------------------------------------------------------------
 
 
 def in_a_child(work: Callable[[], bool]) -> None:
-    """Fork, and have the child do this; fails unless it answers True within a few seconds."""
+    """Fork, and call this in the child; fail unless it returns True within a few seconds."""
     pid = os.fork()
     if pid == 0:
         good = False
@@ -791,8 +791,8 @@ def in_a_child(work: Callable[[], bool]) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_child_shares_no_lock_and_no_connection() -> None:
-    """A child forked while a thread of the parent holds every lock records on a store of its own."""
-    host = SessionTracker()
+    """A child that was forked while a thread had every lock records with its own store."""
+    host = HostProcess()
     host.tracker.record([delivery("parent")])
     stores = len(host.stores)
 
@@ -818,8 +818,8 @@ def test_a_child_shares_no_lock_and_no_connection() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_child_knows_of_the_outage_and_leaves_the_parents_spool() -> None:
-    """A child begins with its parent's open circuit, and replays nothing of its parent's."""
-    host = SessionTracker()
+    """A child starts with its parent's open circuit, and replays nothing of its parent's spool."""
+    host = HostProcess()
     with outage(host.ledger):
         host.tracker.record([delivery("parent")])
 
@@ -828,7 +828,7 @@ def test_a_child_knows_of_the_outage_and_leaves_the_parents_spool() -> None:
             mine = list(host.tracker.spool.peek(9))
             return (
                 answer == Recorded(spooled=True)
-                and len(host.stores[-1].calls) <= 1  # a short life looks at once
+                and len(host.stores[-1].calls) <= 1  # a short life checks at once
                 and [entry.job_id for entry in mine if isinstance(entry, Delivery)] == ["child"]
             )
 
@@ -837,8 +837,8 @@ def test_a_child_knows_of_the_outage_and_leaves_the_parents_spool() -> None:
 
 
 def test_many_threads_through_an_outage() -> None:
-    """Of what many threads record while Postgres comes and goes, nothing is lost."""
-    host = SessionTracker()
+    """No record of many threads is lost while Postgres goes away and comes back."""
+    host = HostProcess()
     started = threading.Barrier(9)
 
     def produce(name: int) -> None:
@@ -865,12 +865,12 @@ def test_many_threads_through_an_outage() -> None:
     assert host.tracker.spool.counts.lost == 0
 
 
-# -- the end -----------------------------------------------------------------------------------------
+# -- the end ---------------------------------------------------------------------------------------
 
 
 def test_close_replays() -> None:
-    """close() writes what waits, and lets go of the store."""
-    host = SessionTracker()
+    """close() writes waiting entries, and closes the store."""
+    host = HostProcess()
     with outage(host.ledger):
         host.tracker.record([delivery("job")])
     host.back()
@@ -882,8 +882,8 @@ def test_close_replays() -> None:
 
 
 def test_close_in_an_outage_says_what_is_left(caplog: pytest.LogCaptureFixture) -> None:
-    """close() does not hang on an outage: it says how much is lost with this process."""
-    host = SessionTracker()
+    """close() does not hang in an outage, and logs how many entries are lost with this process."""
+    host = HostProcess()
     with outage(host.ledger):
         host.tracker.record([delivery("job")])
         host.tracker.close()
@@ -892,8 +892,8 @@ def test_close_in_an_outage_says_what_is_left(caplog: pytest.LogCaptureFixture) 
 
 
 def test_the_source_is_registered_once() -> None:
-    """A process makes its source known once, with its fingerprint."""
-    host = SessionTracker()
+    """A process registers its source once, with its fingerprint."""
+    host = HostProcess()
     for n in range(3):
         host.tracker.record([delivery(str(n))])
 
@@ -904,8 +904,8 @@ def test_the_source_is_registered_once() -> None:
 
 
 def test_a_write_that_only_fails_in_company() -> None:
-    """A BadRow for a batch of threads is pinned on the bad one, whoever leads."""
-    host = SessionTracker()
+    """A BadRow for a batch of several threads reaches only the caller of the bad row."""
+    host = HostProcess()
     begun, go_on = threading.Event(), threading.Event()
     real = host.tracker._commit._write
 
@@ -936,7 +936,7 @@ def test_a_write_that_only_fails_in_company() -> None:
 
 def test_bad_rows_are_no_outage() -> None:
     """BadRow never opens the circuit."""
-    host = SessionTracker()
+    host = HostProcess()
     for _ in range(10):
         host.tracker.record([delivery("b\x00d")])
     assert host.tracker.circuit.closed
@@ -945,6 +945,6 @@ def test_bad_rows_are_no_outage() -> None:
 
 
 @pytest.fixture(autouse=True)
-def heard(caplog: pytest.LogCaptureFixture) -> None:
-    """Hear warnings and worse."""
+def warnings(caplog: pytest.LogCaptureFixture) -> None:
+    """Capture warnings and errors."""
     caplog.set_level(logging.WARNING, "jobguard")

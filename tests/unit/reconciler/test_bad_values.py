@@ -1,4 +1,4 @@
-"""One value in Redis that cannot be read stops nothing but itself."""
+"""An unreadable value in Redis affects nothing else."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BAD = [b"oops", b"\xff\xfe", b"", b"9" * 6000, b"[" * 100_000, b"999999999999999
 
 @pytest.mark.parametrize("value", BAD, ids=range(len(BAD)))
 def test_a_beat_that_is_no_number(value: bytes, caplog: pytest.LogCaptureFixture) -> None:
-    """It is skipped and said once; the worker is alive by Postgres, and what was lost goes back."""
+    """An unreadable beat is skipped and logged once; the worker is alive, and lost jobs are restored."""
     world = World()
     worker = world.trusted()
     worker.sees_redis = False
@@ -36,7 +36,7 @@ def test_a_beat_that_is_no_number(value: bytes, caplog: pytest.LogCaptureFixture
 @pytest.mark.parametrize("value", BAD, ids=range(len(BAD)))
 @pytest.mark.parametrize("name", ["epoch", "n", "source", "installation"])
 def test_a_pulse_that_cannot_be_read_is_a_loss(name: str, value: bytes) -> None:
-    """Everything is verified, and the pulse is made anew in its place."""
+    """An unreadable pulse counts as a loss: all deliveries are verified, and a new pulse replaces it."""
     world = World()
     world.trusted()
     world.enqueue("a")
@@ -51,15 +51,15 @@ def test_a_pulse_that_cannot_be_read_is_a_loss(name: str, value: bytes) -> None:
 
 @pytest.mark.parametrize("value", BAD, ids=range(len(BAD)))
 def test_no_answer_breaks_the_parser(value: bytes) -> None:
-    """Workers read the pulse as well."""
+    """The parser returns None for every unreadable answer, because workers read the pulse as well."""
     assert parse_pulse([value] * 4) is None
     assert parse_pulse(ValueError("WRONGTYPE")) is None
 
 
-def test_a_job_that_cannot_be_read_keeps_no_other_from_its_look(
+def test_a_job_that_cannot_be_read_does_not_stop_the_others(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Of 50 lost jobs beside one whose hash is broken, 50 are back."""
+    """Of 50 lost jobs beside one whose hash is broken, all 50 are restored."""
     world = World()
     world.trusted()
     names = [f"job-{n:02}" for n in range(50)]
@@ -78,10 +78,10 @@ def test_a_job_that_cannot_be_read_keeps_no_other_from_its_look(
     assert events(caplog.records).count("value_unreadable") == 1
 
 
-def test_consumers_that_cannot_be_read_keep_no_job_from_its_look(
+def test_consumers_that_cannot_be_read_do_not_stop_the_jobs(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """A registry of workers that is broken is said once, and what was lost before is restored."""
+    """A broken registry of workers is logged once, and jobs lost before are restored."""
     world = World()
     world.trusted()
     world.enqueue("a", "b")
@@ -98,14 +98,14 @@ def test_consumers_that_cannot_be_read_keep_no_job_from_its_look(
 
 
 def test_names_reach_postgres_as_it_can_take_them() -> None:
-    """A name of a worker may be anything."""
+    """A worker name may be anything; it is made storable in Postgres."""
     assert name_in(b"\xff\x00a" + b"x" * 10_000).startswith("\ufffd\ufffda")
     assert len(name_in("x" * 10_000)) == 200
     assert name_in("\ud800") == "?"
 
 
 def test_deep_json_is_no_json() -> None:
-    """It is a ValueError, as for everything that is none."""
+    """JSON that is nested too deeply raises ValueError, as other invalid JSON does."""
     with pytest.raises(ValueError, match="deep"):
         json_in("[" * 100_000)
     assert number_in(b"12") == 12

@@ -13,36 +13,36 @@ from jobguard.reconciler.decision import Action, Decision, Holder, Situation, de
 P, H, C, V, O = Presence, Holder, Cause, Action, Outcome  # noqa: E741
 PUTS_BACK = (Action.RESTORE, Action.REQUEUE)
 
-# What is said of the case, beyond an untroubled one (its queue trusted, nothing held, all reports
-# written); then the verdict, the outcome, and what else is to be done: "suspect" or "clear".
+# The fields that differ from a normal situation (trusted queue, no hold, all reports written); then
+# the action, the outcome, and the note: "suspect" or "clear".
 TABLE: list[tuple[str, dict[str, Any], Action, Outcome | None, str]] = [
-    # History wins over everything.
+    # The history has its end.
     ("ended", {"presence": P.ABSENT, "tombstone": O.COMPLETED}, V.CLOSE, O.COMPLETED, ""),
     ("ended, waiting", {"presence": P.WAITING, "tombstone": O.CANCELLED}, V.CLOSE, O.CANCELLED, ""),
     ("ended, run", {"presence": P.RUNNING, "holder": H.LIVE, "tombstone": O.SUPERSEDED}, V.CLOSE,
      O.SUPERSEDED, ""),
-    # A live holder.
+    # Its worker is alive.
     ("live, absent", {"presence": P.ABSENT, "holder": H.LIVE}, V.WAIT, None, "clear"),
     ("live, overwritten", {"presence": P.OVERWRITTEN, "holder": H.LIVE}, V.WAIT, None, "clear"),
     ("live, finished", {"presence": P.FINISHED, "holder": H.LIVE}, V.WAIT, None, "clear"),
-    # The library knows its end.
+    # The library has its end.
     ("finished", {"presence": P.FINISHED}, V.CLOSE, O.COMPLETED, ""),
     ("failed", {"presence": P.FAILED}, V.CLOSE, O.FAILED, ""),
     ("cancelled", {"presence": P.CANCELLED}, V.CLOSE, O.CANCELLED, ""),
     ("finished, died", {"presence": P.FINISHED, "holder": H.DEAD}, V.CLOSE, O.COMPLETED, ""),
-    # Another life of its id.
+    # Another delivery of its id is in its place.
     ("overwritten once", {"presence": P.OVERWRITTEN}, V.WAIT, None, "suspect"),
     ("overwritten, young", {"presence": P.OVERWRITTEN, "seen_for": 9.9}, V.WAIT, None, "suspect"),
     ("overwritten twice", {"presence": P.OVERWRITTEN, "seen_for": 10.0}, V.CLOSE, O.SUPERSEDED, ""),
-    # Listed, though not claimed.
-    ("listed", {"presence": P.ABSENT, "listed": True, "seen_for": 99.0}, V.WAIT, None, "clear"),
-    ("listed, dead claim", {"presence": P.ABSENT, "listed": True, "holder": H.DEAD}, V.WAIT, None,
+    # Listed by a live worker, but not claimed.
+    ("listed", {"presence": P.ABSENT, "in_flight": True, "seen_for": 99.0}, V.WAIT, None, "clear"),
+    ("listed, dead claim", {"presence": P.ABSENT, "in_flight": True, "holder": H.DEAD}, V.WAIT, None,
      "clear"),
-    # Where it belongs.
+    # Redis has it in its place.
     ("waiting", {"presence": P.WAITING}, V.WAIT, None, "clear"),
     ("scheduled", {"presence": P.SCHEDULED}, V.WAIT, None, "clear"),
     ("waiting again", {"presence": P.WAITING, "holder": H.DEAD}, V.WAIT, None, "clear"),
-    # Left behind by a dead worker.
+    # Its worker is dead.
     ("died", {"presence": P.RUNNING, "holder": H.DEAD}, V.REQUEUE, None, ""),
     ("died, absent", {"presence": P.ABSENT, "holder": H.DEAD}, V.REQUEUE, None, ""),
     ("died, untrusted", {"presence": P.RUNNING, "holder": H.DEAD, "trusted": False}, V.HOLD, None,
@@ -89,7 +89,7 @@ TABLE: list[tuple[str, dict[str, Any], Action, Outcome | None, str]] = [
     ids=[row[0] for row in TABLE],
 )
 def test_table(fields: dict[str, Any], action: Action, outcome: Outcome | None, note: str) -> None:
-    """Each case has its verdict, its outcome, and says whether to suspect or to clear."""
+    """Each situation has its action, its outcome, and says whether to suspect or to clear."""
     decision = decide(Situation(**fields))
 
     assert (decision.action, decision.outcome) == (action, outcome)
@@ -98,7 +98,7 @@ def test_table(fields: dict[str, Any], action: Action, outcome: Outcome | None, 
 
 
 def seconds() -> st.SearchStrategy[float]:
-    """Durations around the ones that matter."""
+    """Return durations around the ones that matter."""
     return st.floats(0, 100)
 
 
@@ -107,7 +107,7 @@ CASES = st.builds(
     presence=st.sampled_from(Presence),
     holder=st.sampled_from(Holder),
     tombstone=st.none() | st.sampled_from(Outcome),
-    listed=st.booleans(),
+    in_flight=st.booleans(),
     cause=st.sampled_from(Cause),
     seen_for=st.none() | seconds(),
     grace=seconds(),
@@ -126,7 +126,7 @@ OWED = CASES.map(lambda situation: replace(situation, tombstone=None))
 
 @given(CASES, st.sampled_from(Outcome))
 def test_a_tombstone_always_closes(situation: Situation, outcome: Outcome) -> None:
-    """Whatever else is seen, a delivery that history knows is closed as history says."""
+    """A delivery that the history has ended is closed with the outcome in the history."""
     decision = decide(replace(situation, tombstone=outcome))
 
     assert (decision.action, decision.outcome) == (Action.CLOSE, outcome)
@@ -134,7 +134,7 @@ def test_a_tombstone_always_closes(situation: Situation, outcome: Outcome) -> No
 
 @given(OWED)
 def test_a_live_holder_is_left_alone(situation: Situation) -> None:
-    """A delivery whose worker beats and lists it is waited for, and its suspicion is forgotten."""
+    """A delivery whose worker is alive and lists it waits, and its suspicion is cleared."""
     decision = decide(replace(situation, holder=Holder.LIVE))
 
     assert decision.action is Action.WAIT
@@ -143,8 +143,8 @@ def test_a_live_holder_is_left_alone(situation: Situation) -> None:
 
 @given(OWED)
 def test_a_listed_delivery_is_never_put_back(situation: Situation) -> None:
-    """A delivery that a beating worker lists is neither put back nor buried, claimed or not."""
-    decision = decide(replace(situation, listed=True))
+    """A delivery that a live worker lists is neither restored nor buried, claimed or not."""
+    decision = decide(replace(situation, in_flight=True))
 
     assert decision.action in (Action.WAIT, Action.CLOSE)
 
@@ -159,13 +159,13 @@ def test_what_is_where_it_belongs_is_not_pushed_again(
 
 @given(OWED)
 def test_untrusted_is_never_put_back(situation: Situation) -> None:
-    """What an unguarded worker may have run goes back for no reason."""
+    """A delivery that an unguarded worker may have run is never put back."""
     assert decide(replace(situation, trusted=False)).action not in PUTS_BACK
 
 
 @given(OWED)
 def test_a_suspect_from_before_the_trust_is_never_restored(situation: Situation) -> None:
-    """What was absent before its queue was trusted is not restored while nobody has claimed it."""
+    """A delivery that was absent before its queue was trusted is not restored while it has no claim."""
     decision = decide(replace(situation, cause=Cause.UNTRUSTED, holder=Holder.NONE))
 
     assert decision.action not in PUTS_BACK
@@ -173,13 +173,13 @@ def test_a_suspect_from_before_the_trust_is_never_restored(situation: Situation)
 
 @given(OWED)
 def test_held_is_never_put_back(situation: Situation) -> None:
-    """Nothing of a held queue goes back."""
+    """No delivery of a held queue is put back."""
     assert decide(replace(situation, held=True)).action not in PUTS_BACK
 
 
 @given(OWED)
-def test_a_restore_needs_two_looks_a_grace_apart(situation: Situation) -> None:
-    """Only what was seen absent a grace ago, unchanged, is restored; or at once with no grace."""
+def test_a_restore_needs_two_inspections_a_grace_apart(situation: Situation) -> None:
+    """Only a delivery seen absent a grace ago, unchanged, is restored; without a grace, at once."""
     if decide(situation).action is Action.RESTORE:
         assert situation.grace == 0 or (
             situation.seen_for is not None and situation.seen_for >= situation.grace
@@ -188,7 +188,7 @@ def test_a_restore_needs_two_looks_a_grace_apart(situation: Situation) -> None:
 
 @given(OWED)
 def test_a_restore_needs_written_reports_or_a_dead_worker(situation: Situation) -> None:
-    """While a worker has unwritten reports, only a dead worker's job is restored."""
+    """While a worker has unwritten reports, only the job of a dead worker is restored."""
     decision = decide(replace(situation, reports_complete=False))
 
     assert decision.action is not Action.RESTORE or situation.cause is Cause.WORKER
@@ -196,7 +196,7 @@ def test_a_restore_needs_written_reports_or_a_dead_worker(situation: Situation) 
 
 @given(CASES)
 def test_an_end_has_an_outcome_and_nothing_else_has(situation: Situation) -> None:
-    """CLOSE and BURY say how it ended; no other verdict does; clearing and suspecting are for waits."""
+    """Only CLOSE and BURY have an outcome; only WAIT clears; only WAIT and HOLD suspect."""
     decision: Decision = decide(situation)
 
     ends = decision.action in (Action.CLOSE, Action.BURY)
@@ -207,8 +207,11 @@ def test_an_end_has_an_outcome_and_nothing_else_has(situation: Situation) -> Non
 
 
 @given(OWED)
-def test_what_a_living_worker_let_go_waits_for_all_reports(situation: Situation) -> None:
-    """Its end, or the retry that took its place, may be among those that are not written yet."""
+def test_a_delivery_that_a_live_worker_dropped_waits_for_all_reports(situation: Situation) -> None:
+    """A delivery that its live worker dropped waits for all reports.
+
+    Its end, or the retry that replaced it, may be among the reports that are not written yet.
+    """
     decision = decide(replace(situation, holder=Holder.DROPPED, reports_complete=False))
 
     assert decision.action in (Action.WAIT, Action.CLOSE)
@@ -216,7 +219,7 @@ def test_what_a_living_worker_let_go_waits_for_all_reports(situation: Situation)
 
 @given(OWED)
 def test_only_a_dead_workers_unannounced_claim_is_buried(situation: Situation) -> None:
-    """A job is buried only for deaths: its holder, or who ran it, is dead and the budget overdrawn."""
+    """A job is buried only for worker deaths: the worker that ran it is dead and the budget is spent."""
     if decide(situation).action is Action.BURY:
         assert situation.holder in (Holder.DEAD, Holder.DROPPED)
         assert situation.crashes + 1 >= situation.crash_budget
@@ -225,7 +228,10 @@ def test_only_a_dead_workers_unannounced_claim_is_buried(situation: Situation) -
 
 @given(OWED)
 def test_a_death_in_company_is_charged_once(situation: Situation) -> None:
-    """Nobody knows which of them caused it: later deaths count only where the job was alone."""
+    """A death of a worker with several jobs is charged once.
+
+    The job that caused it is unknown: later deaths count only for a job that ran alone.
+    """
     decision = decide(replace(situation, alone=False, announced=False))
 
     if decision.action is Action.REQUEUE:
@@ -236,7 +242,10 @@ def test_a_death_in_company_is_charged_once(situation: Situation) -> None:
 
 @pytest.mark.parametrize("presence", [Presence.FINISHED, Presence.FAILED, Presence.CANCELLED])
 def test_an_end_that_only_redis_knows_waits_for_the_workers_own_word(presence: Presence) -> None:
-    """It says more: the error, and what the job is to a join."""
+    """An end that only Redis knows waits for the report of the worker.
+
+    The report says more: the error, and the part of the job in a join.
+    """
     situation = Situation(presence, reports_complete=False)
     decision = decide(situation)
     assert (decision.action, decision.suspect) == (Action.WAIT, False)

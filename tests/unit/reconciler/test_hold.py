@@ -6,12 +6,12 @@ from tests.fakes.world import Clock
 
 
 def hold(clock: Clock | None = None, *, count: int = 100, share: float = 0.01) -> AutomaticHold:
-    """Make one with the default thresholds."""
+    """Make an automatic hold with the default thresholds."""
     return AutomaticHold(count=count, share=share, clock=clock or Clock())
 
 
 def test_more_than_a_hundred() -> None:
-    """A hundred unexplained absences are borne, one more is not."""
+    """A hundred unexplained absences do not hold the queue; one more does."""
     automatic = hold()
 
     assert not automatic.exceeded("mail", 100, owed=1_000_000)
@@ -19,19 +19,19 @@ def test_more_than_a_hundred() -> None:
 
 
 def test_more_than_a_share() -> None:
-    """More than one percent of a queue holds it, though they are few."""
+    """More than one percent of a queue holds it, even if these are few."""
     assert not hold().exceeded("mail", 20, owed=2000)
     assert hold().exceeded("mail", 21, owed=2000)
 
 
-def test_a_share_of_little_says_nothing() -> None:
-    """In a small queue ten absences are no percentage to speak of."""
+def test_a_share_of_a_small_queue_is_not_counted() -> None:
+    """In a small queue the share only counts above ten absences."""
     assert not hold().exceeded("mail", 10, owed=20)
     assert hold().exceeded("mail", 11, owed=20)
 
 
 def test_only_the_last_minute_counts() -> None:
-    """Absences that are spread over hours hold nothing."""
+    """Absences that are spread over hours do not hold the queue."""
     clock = Clock()
     automatic = hold(clock)
 
@@ -40,8 +40,8 @@ def test_only_the_last_minute_counts() -> None:
         clock.advance(61)
 
 
-def test_a_minute_of_looks_is_added_up() -> None:
-    """Many looks within a minute count together."""
+def test_the_inspections_of_a_minute_are_added_up() -> None:
+    """All inspections within a minute are added up."""
     clock = Clock()
     automatic = hold(clock)
 
@@ -51,7 +51,7 @@ def test_a_minute_of_looks_is_added_up() -> None:
 
 
 def test_each_queue_for_itself() -> None:
-    """One queue's absences do not hold another."""
+    """The absences of one queue do not hold another one."""
     automatic = hold()
 
     assert not automatic.exceeded("mail", 100, owed=1_000_000)
@@ -59,7 +59,7 @@ def test_each_queue_for_itself() -> None:
 
 
 def test_forgotten() -> None:
-    """A queue that was held or resumed is counted anew."""
+    """The count starts again after a queue was held or resumed."""
     automatic = hold()
     automatic.exceeded("mail", 100, owed=1_000_000)
 
@@ -70,7 +70,7 @@ def test_forgotten() -> None:
 
 
 def test_what_a_brake_holds() -> None:
-    """A pause holds all; a hold holds one queue of one source, or the whole source."""
+    """A pause holds all queues; a hold applies to one queue of one source, or to the whole source."""
     assert not Brake().holds(1, "mail")
     assert Brake(paused=True).holds(1, "mail")
 

@@ -37,7 +37,7 @@ ENDED = {outcome: LastOutcome(outcome=outcome) for outcome in Outcome}
 def test_what_is_waited_for(
     last_outcomes: Mapping[str, LastOutcome], failure_will_do: bool, answer: Met
 ) -> None:
-    """A job goes on when all have ended as it wants; one that is to come, or ended badly, holds it."""
+    """A job is released when all dependencies have ended as it requires, and not before."""
     assert met(Join(tuple(last_outcomes), failure_will_do), last_outcomes, {}) is answer
 
 
@@ -46,14 +46,14 @@ def test_what_is_waited_for(
     [(Outcome.COMPLETED, Met.YES), (Outcome.FAILED, Met.NOT_YET), (None, Met.NOT_YET)],
 )
 def test_what_the_library_takes_for_running(outcome: Outcome | None, answer: Met) -> None:
-    """A parent that Redis shows as running or failed has completed only if the ledger says so of it."""
+    """A dependency that Redis shows as running or failed has completed only if the ledger says so."""
     token = new_token()
     ended = {} if outcome is None else {token: outcome}
     assert met(Join(doubtful=(token,)), {}, ended) is answer
 
 
 class Stage:
-    """Jobs that wait, and a ledger that knows of others."""
+    """Waiting jobs, and a ledger that knows of other jobs."""
 
     def __init__(self) -> None:
         self.clock = Clock()
@@ -70,14 +70,14 @@ class Stage:
     def observe(
         self, token: UUID, join: Join | None, *, reports_complete: bool = True, recoveries: int = 0
     ) -> bool:
-        """See one of them, and tell whether it goes on."""
+        """Inspect one of them, and return True if it is released."""
         owed = replace(newly_owed(token, job_id="child", queue="q"), recoveries=recoveries)
         seen = Observation(Presence.SCHEDULED, "deferred", joins=join)
         return list(self.joins.over([(owed, seen)], reports_complete=reports_complete)) == [token]
 
 
-def test_two_looks_a_grace_apart() -> None:
-    """The library needs a moment for the move itself."""
+def test_two_inspections_a_grace_apart() -> None:
+    """A job is released after two inspections a grace apart, because the library needs a moment itself."""
     stage, token, join = Stage(), new_token(), Join(("parent",))
     stage.last_outcomes["parent"] = ENDED[Outcome.COMPLETED]
 
@@ -90,8 +90,8 @@ def test_two_looks_a_grace_apart() -> None:
     assert not stage.joins.pending
 
 
-def test_what_moved_on_begins_anew() -> None:
-    """One that the library has to wait for again was not seen to wait in vain."""
+def test_a_job_that_moved_on_starts_again() -> None:
+    """A job that the library has moved meanwhile must be seen twice again."""
     stage, token, join = Stage(), new_token(), Join(("parent",))
     stage.last_outcomes["parent"] = ENDED[Outcome.COMPLETED]
 
@@ -109,8 +109,8 @@ def test_what_moved_on_begins_anew() -> None:
 
 
 def test_the_unknown_needs_patience_and_drained_reports() -> None:
-    """What nobody ever heard of counts as ended after a sweep in which nothing was left to be told."""
-    stage, token, join = Stage(), new_token(), Join(("stranger",))
+    """A dependency that was never recorded counts as ended after a sweep with all reports written."""
+    stage, token, join = Stage(), new_token(), Join(("unknown",))
 
     assert not stage.observe(token, join)
     assert not stage.joins.pending, "one pass does not wait for it"
@@ -122,24 +122,30 @@ def test_the_unknown_needs_patience_and_drained_reports() -> None:
     assert stage.observe(token, join)
 
 
-def test_the_unknown_may_be_lost_with_what_was_put_back(caplog: pytest.LogCaptureFixture) -> None:
-    """A job must not run without another that was never recorded, and never ran. One line says so."""
-    stage, token, join = Stage(), new_token(), Join(("stranger", "parent"))
+def test_an_unknown_dependency_of_a_restored_job_may_be_lost(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A restored job does not run before a dependency that was never recorded, and one log line says so."""
+    stage, token, join = Stage(), new_token(), Join(("unknown", "parent"))
     stage.last_outcomes["parent"] = ENDED[Outcome.COMPLETED]
 
     for _ in range(4):
         assert not stage.observe(token, join, recoveries=1)
         stage.clock.advance(PATIENCE)
-    (said,) = [record for record in caplog.records if "nobody recorded" in record.getMessage()]
-    assert "stranger" in said.getMessage() and "parent" not in said.getMessage()
-    stage.last_outcomes["stranger"] = ENDED[Outcome.COMPLETED]
+    (line,) = [
+        fields
+        for record in caplog.records
+        if (fields := vars(record)["jobguard"])["event"] == "job_waits_for_unknown"
+    ]
+    assert line["waits_for"] == ["unknown"]
+    stage.last_outcomes["unknown"] = ENDED[Outcome.COMPLETED]
     assert not stage.observe(token, join, recoveries=1)
     stage.clock.advance(GRACE)
     assert stage.observe(token, join, recoveries=1)
 
 
-def test_nothing_is_asked_of_those_that_wait_rightly() -> None:
-    """The ledger is asked only for what the library has forgotten."""
+def test_jobs_that_wait_rightly_cost_no_query() -> None:
+    """The ledger is only asked about dependencies that the library has forgotten."""
     stage = Stage()
     stage.observe(new_token(), None)
     stage.observe(new_token(), Join(()))

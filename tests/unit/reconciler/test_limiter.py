@@ -8,7 +8,7 @@ from tests.fakes.world import Clock
 
 
 def test_a_second_worth_at_once() -> None:
-    """A fresh bucket grants what a second brings, and then no more."""
+    """A new bucket grants the permits of one second, and then no more."""
     bucket = TokenBucket(10, Clock())
 
     assert bucket.take(100) == 10
@@ -16,7 +16,7 @@ def test_a_second_worth_at_once() -> None:
 
 
 def test_fills_with_time() -> None:
-    """An empty bucket fills at its rate, and never beyond a second's worth."""
+    """An empty bucket fills at its rate, up to the permits of one second."""
     clock = Clock()
     bucket = TokenBucket(10, clock)
     bucket.take(10)
@@ -29,7 +29,7 @@ def test_fills_with_time() -> None:
 
 
 def test_no_more_than_wanted() -> None:
-    """What is not wanted stays in the bucket."""
+    """Permits that were not wanted stay in the bucket."""
     bucket = TokenBucket(10, Clock())
 
     assert bucket.take(4) == 4
@@ -41,7 +41,7 @@ def test_no_more_than_wanted() -> None:
     pauses=st.lists(st.tuples(st.floats(0, 5), st.integers(0, 2000)), max_size=30),
 )
 def test_never_faster_than_the_rate(rate: float, pauses: list[tuple[float, int]]) -> None:
-    """Over any stretch of time no more is granted than the rate allows, and one second's worth."""
+    """In any period no more is granted than the rate allows, plus the permits of one second."""
     clock = Clock()
     bucket = TokenBucket(rate, clock)
     granted = 0
@@ -57,7 +57,7 @@ def test_never_faster_than_the_rate(rate: float, pauses: list[tuple[float, int]]
 
 
 def test_less_than_one_a_second() -> None:
-    """A rate of one job in two seconds lets one job go every two seconds."""
+    """A rate of one job in two seconds grants one job every two seconds."""
     clock = Clock()
     bucket = TokenBucket(0.5, clock)
     granted = bucket.take(1)
@@ -70,20 +70,20 @@ def test_less_than_one_a_second() -> None:
 
 
 def test_round_robin_deals_by_queue() -> None:
-    """No queue waits behind a longer one, and each keeps its order."""
+    """No queue waits behind a longer one, and each queue keeps its order."""
     dealt = round_robin(["a1", "a2", "a3", "a4", "b1", "c1", "c2"], lambda item: item[0])
 
     assert list(dealt) == ["a1", "b1", "c1", "a2", "c2", "a3", "a4"]
 
 
 def test_round_robin_of_nothing() -> None:
-    """Nothing dealt is nothing."""
+    """No items give no items."""
     assert list(round_robin([], str)) == []
 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers())))
 def test_round_robin_loses_nothing_and_keeps_order(items: list[tuple[str, int]]) -> None:
-    """Every item is dealt once, in the order of its queue."""
+    """Every item is yielded once, in the order of its queue."""
     dealt = list(round_robin(items, lambda item: item[0]))
 
     assert sorted(dealt) == sorted(items)

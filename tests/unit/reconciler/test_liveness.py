@@ -22,11 +22,11 @@ class Stage:
         self.rows: dict[UUID, WorkerRow] = {}
         self.redis: dict[UUID, int] | None = {}
         self.died: dict[UUID, float] = {}
-        """When each was judged dead, in seconds since the beginning."""
+        """When each worker was judged dead, in seconds since the beginning."""
         self.last: Judgement | None = None
 
     def worker(self, host: str = "h1", **fields: object) -> UUID:
-        """Let a worker appear."""
+        """Add a worker."""
         row = WorkerRow(
             id=token(),
             name="w",
@@ -45,7 +45,7 @@ class Stage:
         return row.id
 
     def set(self, worker: UUID, **fields: object) -> None:
-        """Change what the database says of a worker."""
+        """Change the row of a worker."""
         self.rows[worker] = replace(self.rows[worker], **fields)  # type: ignore[arg-type]
 
     def beat(self, *workers: UUID) -> None:
@@ -59,16 +59,16 @@ class Stage:
         self.redis[worker] = self.redis.get(worker, 0) + 1
 
     def poll(self, after: float = POLL) -> Judgement:
-        """Let time pass, and poll."""
+        """Advance the time, and poll."""
         self.at += after
         self.last = self.liveness.poll(self.at, list(self.rows.values()), self.redis)
         for worker in self.last.dead:
             self.died[worker] = self.at - 1000.0
-            self.set(worker, dead=True)  # as declare_dead does
+            self.set(worker, dead=True)  # As declare_dead does.
         return self.last
 
     def poll_until(self, second: float) -> Judgement:
-        """Poll steadily until that many seconds since the beginning."""
+        """Poll regularly until that many seconds since the beginning."""
         judgement = self.poll(0.0)
         while self.at < 1000.0 + second - 1e-9:
             judgement = self.poll()
@@ -76,7 +76,7 @@ class Stage:
 
 
 def test_an_only_worker_is_dead_after_the_timeout() -> None:
-    """A single worker that falls silent is dead at T, not before, and never waited for longer."""
+    """A single worker that becomes silent is dead at T, neither earlier nor later."""
     stage = Stage()
     worker = stage.worker()
 
@@ -89,8 +89,8 @@ def test_an_only_worker_is_dead_after_the_timeout() -> None:
     assert worker not in after.live
 
 
-def test_the_dead_are_told_once() -> None:
-    """What was declared dead is not judged again."""
+def test_the_dead_are_reported_once() -> None:
+    """A worker that was declared dead is not judged again."""
     stage = Stage()
     stage.worker()
     stage.poll_until(T)
@@ -100,7 +100,7 @@ def test_the_dead_are_told_once() -> None:
 
 @pytest.mark.parametrize("store", ["postgres", "redis"])
 def test_a_beat_in_either_store_keeps_alive(store: str) -> None:
-    """A worker cut off from one store lives on by the other."""
+    """A worker that is cut off from one store stays alive by its beats in the other one."""
     stage = Stage()
     worker = stage.worker()
 
@@ -115,7 +115,7 @@ def test_a_beat_in_either_store_keeps_alive(store: str) -> None:
 
 
 def test_it_is_the_counter_that_counts() -> None:
-    """A beat that stands in Redis unchanged is silence, and so is one that ran out."""
+    """A beat in Redis that does not change is silence, and so is one that has expired."""
     stage = Stage()
     worker = stage.worker()
     stage.beat_in_redis(worker)
@@ -139,8 +139,8 @@ def test_silence_counts_from_the_last_beat() -> None:
     assert stage.died == {worker: 10.0 + T}
 
 
-def test_a_gap_in_our_own_polls_begins_the_window_anew() -> None:
-    """A leader that did not look for more than a fifth of T has seen no silence."""
+def test_a_gap_in_our_own_polls_starts_the_window_again() -> None:
+    """A leader that did not poll for more than a fifth of T starts the window again."""
     stage = Stage()
     worker = stage.worker()
     stage.poll_until(T - POLL)
@@ -156,7 +156,7 @@ def test_a_gap_in_our_own_polls_begins_the_window_anew() -> None:
 
 
 def test_a_small_gap_does_not() -> None:
-    """A gap of a fifth of T is borne."""
+    """A gap of a fifth of T does not start the window again."""
     stage = Stage()
     worker = stage.worker()
     stage.poll_until(T - 3)
@@ -164,8 +164,8 @@ def test_a_small_gap_does_not() -> None:
     assert stage.poll(after=T / 5).dead == [worker]
 
 
-def test_an_incident_of_redis_begins_the_window_anew() -> None:
-    """After Redis lost data, its silence about beats proves nothing for T seconds."""
+def test_an_incident_of_redis_starts_the_window_again() -> None:
+    """After Redis lost data, missing beats prove nothing for T seconds."""
     stage = Stage()
     worker = stage.worker()
     stage.poll_until(10)
@@ -178,8 +178,8 @@ def test_an_incident_of_redis_begins_the_window_anew() -> None:
     assert worker in stage.died
 
 
-def test_a_redis_that_cannot_be_asked_begins_the_window_anew() -> None:
-    """While one of the two stores cannot be asked nobody is judged dead."""
+def test_a_redis_that_cannot_be_asked_starts_the_window_again() -> None:
+    """While one of the two stores cannot be asked, no worker is judged dead."""
     stage = Stage()
     worker = stage.worker()
     stage.redis = None
@@ -194,7 +194,7 @@ def test_a_redis_that_cannot_be_asked_begins_the_window_anew() -> None:
 
 
 def test_all_hosts_silent_together_have_double_the_time_once() -> None:
-    """Two hosts that fall silent as one are rather cut off than dead: 2T, and never longer."""
+    """If two hosts become silent together, the network is the likely cause: 2T, and never longer."""
     stage = Stage()
     workers = [stage.worker("h1"), stage.worker("h2")]
 
@@ -206,7 +206,7 @@ def test_all_hosts_silent_together_have_double_the_time_once() -> None:
 
 
 def test_all_of_one_host_have_not() -> None:
-    """All the workers of one host may die with it: dead at T."""
+    """All workers of one host may die with it: they are dead at T."""
     stage = Stage()
     workers = [stage.worker("h1"), stage.worker("h1")]
 
@@ -216,7 +216,7 @@ def test_all_of_one_host_have_not() -> None:
 
 
 def test_one_of_two_hosts_is_dead_at_the_timeout() -> None:
-    """While another host is heard, a silent one is dead at T."""
+    """While another host is heard, a silent worker is dead at T."""
     stage = Stage()
     silent, heard = stage.worker("h1"), stage.worker("h2")
     stage.poll(0.0)
@@ -228,8 +228,8 @@ def test_one_of_two_hosts_is_dead_at_the_timeout() -> None:
     assert stage.died == {silent: T}
 
 
-def test_a_survivor_ends_the_doubt() -> None:
-    """When one of the silent hosts is heard again the others are judged at once."""
+def test_a_survivor_ends_the_double_time() -> None:
+    """When one of the silent hosts is heard again, the others are judged at once."""
     stage = Stage()
     silent, back = stage.worker("h1"), stage.worker("h2")
     stage.poll_until(T + 3)
@@ -256,7 +256,7 @@ def test_all_hosts_silent_together_though_their_beats_were_not_simultaneous() ->
 
 
 def test_goodbye_needs_no_silence() -> None:
-    """A worker that left is neither live nor to be declared dead: its claims are nobody's already."""
+    """A worker that left is neither live nor to be declared dead: its claims are free already."""
     stage = Stage()
     worker = stage.worker()
     stage.poll_until(2)
@@ -270,7 +270,7 @@ def test_goodbye_needs_no_silence() -> None:
 
 
 def test_a_goodbye_does_not_silence_the_others() -> None:
-    """A host that left in order does not count among those that fell silent together."""
+    """A host that left in order does not count among those that became silent together."""
     stage = Stage()
     gone, silent = stage.worker("h1"), stage.worker("h2")
     stage.set(gone, left=True)
@@ -280,8 +280,8 @@ def test_a_goodbye_does_not_silence_the_others() -> None:
     assert stage.died == {silent: T}
 
 
-def test_who_stood_there_before_us_is_silent_until_heard() -> None:
-    """Of a worker that this leader has not heard yet, reports may still wait somewhere."""
+def test_an_earlier_worker_is_silent_until_its_first_beat() -> None:
+    """The reports of a worker that this leader has not heard yet may still be unwritten."""
     stage = Stage()
     old = stage.worker()
 
@@ -292,8 +292,8 @@ def test_who_stood_there_before_us_is_silent_until_heard() -> None:
     assert stage.poll().silent == frozenset()
 
 
-def test_a_newcomer_is_heard_by_its_coming() -> None:
-    """A worker whose row appears between two polls has just spoken."""
+def test_a_new_row_counts_as_a_beat() -> None:
+    """A worker whose row appears between two polls has just beaten."""
     stage = Stage()
     stage.poll(0.0)
     stage.poll()
@@ -305,8 +305,8 @@ def test_a_newcomer_is_heard_by_its_coming() -> None:
     assert judgement.silent == frozenset()
 
 
-def test_after_a_gap_everybody_is_silent_again() -> None:
-    """A leader that did not look has to hear every worker anew."""
+def test_after_a_gap_every_worker_is_silent_again() -> None:
+    """After a gap in its polls, a leader has to hear every worker again."""
     stage = Stage()
     worker = stage.worker()
     stage.poll(0.0)
@@ -317,7 +317,7 @@ def test_after_a_gap_everybody_is_silent_again() -> None:
 
 
 def test_an_incident_leaves_the_introductions() -> None:
-    """A loss in Redis does not make those silent who were heard: their reports go to Postgres."""
+    """A loss in Redis does not make heard workers silent: their reports go to Postgres."""
     stage = Stage()
     worker = stage.worker()
     stage.poll(0.0)
@@ -330,7 +330,7 @@ def test_an_incident_leaves_the_introductions() -> None:
 
 
 def test_the_dead_are_not_silent() -> None:
-    """Who is dead has nothing more to say: nobody waits for it."""
+    """A dead worker has no more reports: the leader does not wait for it."""
     stage = Stage()
     stage.worker()
 
@@ -338,7 +338,7 @@ def test_the_dead_are_not_silent() -> None:
 
 
 def test_unflushed_reports_of_the_living() -> None:
-    """A live worker with unwritten reports says so; a dead or departed one is not waited for."""
+    """A live worker with unwritten reports counts as unflushed; a dead or departed one does not."""
     stage = Stage()
     assert not stage.poll(0.0).unflushed
 

@@ -9,26 +9,10 @@ import redis
 
 from jobguard.errors import NotLeading, StoreUnavailable
 from jobguard.model import Cause
-from jobguard.pulse import (
-    ACCEPTED,
-    RESET,
-    Reading,
-    Standing,
-    judge_pulse,
-    parse_pulse,
-    pulse_key,
-)
+from jobguard.pulse import ACCEPTED, RESET, Reading, Standing, judge_pulse, parse_pulse, pulse_key
 from jobguard.reconciler.pulse import Health, IdentityConfirmed, PulseKeeper
 from tests.fakes.store import MemoryLedger
-from tests.fakes.world import (
-    FOR_EVER,
-    SOURCE,
-    Clock,
-    FakeRedis,
-    leader_store,
-    outage,
-    source_row,
-)
+from tests.fakes.world import FOR_EVER, SOURCE, Clock, FakeRedis, leader_store, outage, source_row
 
 OURS, THEIRS = uuid4(), uuid4()
 E1, E2 = uuid4(), uuid4()
@@ -54,7 +38,7 @@ E1, E2 = uuid4(), uuid4()
 def test_judge_pulse(
     standing: tuple[UUID, int] | None, epoch: UUID | None, n: int | None, reading: Reading
 ) -> None:
-    """What Redis has is steady, lost, ahead or new against what Postgres acknowledged."""
+    """The pulse in Redis is steady, lost, ahead or new, compared with the acknowledged one."""
     seen = None if standing is None else Standing(*standing, source=1, installation=OURS)
 
     assert judge_pulse(seen, epoch=epoch, n=n, installation=OURS) is reading
@@ -62,14 +46,14 @@ def test_judge_pulse(
 
 @pytest.mark.parametrize(("epoch", "n"), [(None, None), (E1, 7), (E2, 3)])
 def test_judge_a_foreign_pulse(epoch: UUID | None, n: int | None) -> None:
-    """Another installation's pulse is foreign, whatever it counts."""
+    """The pulse of another installation is foreign, with any count."""
     seen = Standing(E1, 7, source=1, installation=THEIRS)
 
     assert judge_pulse(seen, epoch=epoch, n=n, installation=OURS) is Reading.FOREIGN
 
 
 def test_parse_pulse() -> None:
-    """An answer is a pulse only if all of its fields are there and can be read."""
+    """An answer is a pulse only if all of its fields are there and readable."""
     whole = [str(E1).encode(), b"7", b"-3", str(OURS).encode()]
 
     assert parse_pulse(whole) == Standing(E1, 7, -3, OURS)
@@ -80,16 +64,16 @@ def test_parse_pulse() -> None:
 
 
 class Killed(BaseException):
-    """The leader's process ends here."""
+    """Ends the process of the leader here."""
 
 
 def unasked(_since: float, /, *, own: bool) -> bool | None:
-    """Fail: nobody should be in doubt about the place."""
+    """Fail: the identity of this Redis must not be in question."""
     raise AssertionError("the place is beyond doubt")
 
 
 def sure(answer: bool | None, asked: list[tuple[float, bool]] | None = None) -> IdentityConfirmed:
-    """Answer so whoever asks for the place, and keep what was asked."""
+    """Return a check that gives this answer, and keep its arguments."""
 
     def place(since: float, /, *, own: bool) -> bool | None:
         if asked is not None:
@@ -100,7 +84,7 @@ def sure(answer: bool | None, asked: list[tuple[float, bool]] | None = None) -> 
 
 
 class Stage:
-    """A source's Redis, the ledger, and whoever keeps the pulse."""
+    """The Redis of a source, the ledger, and the process that keeps the pulse."""
 
     def __init__(self) -> None:
         self.clock = Clock()
@@ -115,19 +99,19 @@ class Stage:
         self.keeper = self.another()
 
     def another(self) -> PulseKeeper:
-        """Let another process keep the pulse, which knows only what Postgres has."""
+        """Let another process keep the pulse, which knows only the rows in Postgres."""
         (row,) = self.store.sources()
         self.keeper = PulseKeeper(self.redis.client, self.store, row, self.installation)
         return self.keeper
 
     def tick(self, place: IdentityConfirmed = unasked) -> Health:
-        """Let half a second pass, and look."""
+        """Advance the time by half a second, and read the pulse."""
         self.clock.advance(0.5)
         return self.keeper.tick(self.term, identity_confirmed=place, now=self.clock())
 
     @property
     def acknowledged(self) -> tuple[str, int] | None:
-        """The pulse that Postgres holds."""
+        """The pulse that Postgres has."""
         (row,) = self.store.sources()
         if row.pulse_epoch is None or row.pulse_n is None:
             return None
@@ -135,13 +119,13 @@ class Stage:
 
     @property
     def incidents(self) -> list[Cause]:
-        """The causes of the incidents that are open."""
+        """The causes of the open incidents."""
         return [incident.cause for incident in self.store.incidents(SOURCE.id)]
 
     @property
-    def doubts(self) -> list[Cause]:
-        """The doubts so far."""
-        return self.keeper.doubts
+    def to_verify(self) -> list[Cause]:
+        """The reasons so far to verify all deliveries."""
+        return self.keeper.to_verify
 
 
 def started() -> Stage:
@@ -153,7 +137,7 @@ def started() -> Stage:
 
 
 def test_a_first_start_makes_the_pulse() -> None:
-    """Where neither store has a pulse there is nothing to have been lost."""
+    """If neither store has a pulse, nothing can have been lost."""
     stage = Stage()
 
     assert stage.tick() is Health.STEADY
@@ -165,7 +149,7 @@ def test_a_first_start_makes_the_pulse() -> None:
 
 
 def test_the_pulse_names_its_source_and_installation() -> None:
-    """What stands in Redis tells whose it is."""
+    """The pulse in Redis names the source and the installation that it belongs to."""
     stage = started()
 
     fields = stage.redis.hashes[pulse_key(SOURCE)]
@@ -175,7 +159,7 @@ def test_the_pulse_names_its_source_and_installation() -> None:
 
 
 def test_it_ticks() -> None:
-    """Each look moves the counter by one, in Redis and then in Postgres."""
+    """Each step moves the counter by one, in Redis and then in Postgres."""
     stage = started()
     before = stage.redis.pulse()
     assert before is not None
@@ -186,7 +170,7 @@ def test_it_ticks() -> None:
 
 
 def test_the_next_tick_waits_for_the_acknowledgement() -> None:
-    """While Postgres has not taken the last tick the counter stands still."""
+    """While Postgres has not taken the last tick, the counter does not move."""
     stage = started()
     before = stage.redis.pulse()
     assert before is not None
@@ -205,7 +189,7 @@ def test_the_next_tick_waits_for_the_acknowledgement() -> None:
 
 
 def test_a_lost_answer_to_a_tick_is_no_loss() -> None:
-    """A tick that Redis did, but could not say so, is acknowledged at the next look."""
+    """A tick that Redis did, but whose answer was lost, is acknowledged at the next step."""
     stage = started()
 
     def silent(_text: str) -> None:
@@ -240,7 +224,7 @@ def test_a_leader_killed_between_tick_and_acknowledgement() -> None:
 
 
 def test_a_missing_pulse_is_a_loss() -> None:
-    """FLUSHALL is seen at the next look: an incident, and a pulse of a new epoch."""
+    """A FLUSHALL is found at the next step: an incident, and a pulse of a new epoch."""
     stage = started()
     before = stage.redis.pulse()
     assert before is not None
@@ -258,7 +242,7 @@ def test_a_missing_pulse_is_a_loss() -> None:
 
 
 def test_a_lower_counter_is_a_loss() -> None:
-    """An old snapshot carries an old counter."""
+    """An old snapshot has an old counter."""
     stage = started()
     stage.redis.set_pulse(n=1)
 
@@ -268,7 +252,7 @@ def test_a_lower_counter_is_a_loss() -> None:
 
 
 def test_another_epoch_is_a_loss() -> None:
-    """A snapshot from before an earlier incident is an old one, however high it had counted."""
+    """A snapshot from before an earlier incident is old, however high its counter is."""
     stage = started()
     stage.redis.set_pulse(epoch=uuid4(), n=999)
 
@@ -277,7 +261,7 @@ def test_another_epoch_is_a_loss() -> None:
 
 
 def test_the_incident_is_written_before_the_pulse_is_made() -> None:
-    """E3: a leader killed while it makes the pulse anew has written the incident down already."""
+    """A leader killed while it makes the new pulse has already recorded the incident."""
     stage = started()
     before = stage.acknowledged
     stage.redis.flushall()
@@ -301,7 +285,7 @@ def test_the_incident_is_written_before_the_pulse_is_made() -> None:
 
 
 def test_a_leader_killed_after_the_pulse_was_made() -> None:
-    """The new epoch is in Redis and not in Postgres: the next leader sees a loss, and an incident."""
+    """If the new epoch is in Redis and not in Postgres, the next leader finds a loss, and an incident."""
     stage = started()
     stage.redis.flushall()
 
@@ -321,7 +305,7 @@ def test_a_leader_killed_after_the_pulse_was_made() -> None:
 
 
 def test_no_incident_row_no_new_pulse() -> None:
-    """While Postgres cannot take the incident the loss stays to be seen in Redis."""
+    """While Postgres cannot take the incident, the loss stays visible in Redis."""
     stage = started()
     stage.redis.flushall()
     with outage(stage.ledger), pytest.raises(StoreUnavailable):
@@ -333,7 +317,7 @@ def test_no_incident_row_no_new_pulse() -> None:
 
 
 def test_one_loss_is_one_incident_though_the_acknowledgement_failed() -> None:
-    """A second look at the same loss by the same leader writes no second row."""
+    """A second reading of the same loss by the same leader writes no second row."""
     stage = started()
     stage.redis.flushall()
 
@@ -352,7 +336,7 @@ def test_one_loss_is_one_incident_though_the_acknowledgement_failed() -> None:
 
 
 def test_two_losses_are_two_incidents() -> None:
-    """Redis flushed again is another loss."""
+    """A second flush of Redis is a second loss."""
     stage = started()
     for _ in range(2):
         stage.redis.flushall()
@@ -363,7 +347,7 @@ def test_two_losses_are_two_incidents() -> None:
 
 
 def test_a_counter_too_far_ahead_stops() -> None:
-    """E5: Redis more than one ahead means that Postgres forgot: touch nothing, ask a person."""
+    """A counter more than one ahead means that Postgres lost data: change nothing, ask a person."""
     stage = started()
     ahead = stage.redis.pulse()
     assert ahead is not None
@@ -378,7 +362,7 @@ def test_a_counter_too_far_ahead_stops() -> None:
 
 
 def test_a_ledger_that_knows_of_no_pulse_stops() -> None:
-    """A pulse that Postgres never acknowledged was made by a ledger that has been forgotten."""
+    """A pulse that Postgres never acknowledged was made by a ledger that was lost."""
     stage = Stage()
     stage.redis.set_pulse(epoch=E1, n=7, source=SOURCE.id, installation=OURS)
 
@@ -387,7 +371,7 @@ def test_a_ledger_that_knows_of_no_pulse_stops() -> None:
 
 
 def test_a_first_acknowledgement_that_failed() -> None:
-    """A short outage of Postgres at the very first tick does not stop everything for ever."""
+    """A short outage of Postgres at the very first tick does not stop the reconciler for ever."""
     stage = Stage()
 
     def outage_after(_text: str) -> None:
@@ -402,16 +386,16 @@ def test_a_first_acknowledgement_that_failed() -> None:
     assert stage.tick() is Health.STEADY
 
 
-@pytest.mark.parametrize("anew", [False, True], ids=["same leader", "next leader"])
-def test_a_person_may_accept_what_stands(anew: bool) -> None:
-    """After `resume --moved` the pulse goes on from where it stands in Redis."""
+@pytest.mark.parametrize("new_leader", [False, True], ids=["same leader", "next leader"])
+def test_a_person_may_accept_the_pulse_in_redis(new_leader: bool) -> None:
+    """After `resume --moved` the pulse continues from its value in Redis."""
     stage = started()
     stage.redis.set_pulse(n=99)
     assert stage.tick() is Health.STOP
 
     sources = stage.ledger._tables.sources
     sources[SOURCE.id] = replace(sources[SOURCE.id], pulse_epoch=None, pulse_n=ACCEPTED)
-    if anew:
+    if new_leader:
         stage.another()
 
     assert stage.tick() is Health.STEADY
@@ -419,7 +403,7 @@ def test_a_person_may_accept_what_stands(anew: bool) -> None:
 
 
 def test_a_foreign_pulse_stops() -> None:
-    """E4: two ledgers that share one Redis do not move each other's counter."""
+    """Two ledgers that share one Redis do not move the counter of each other."""
     stage = started()
     stage.redis.set_pulse(installation=THEIRS)
     there = stage.redis.pulse()
@@ -432,7 +416,7 @@ def test_a_foreign_pulse_stops() -> None:
 
 
 def test_a_replica_is_down() -> None:
-    """What is not on a replica may be on its master: that is never a loss."""
+    """A key that is missing on a replica may be on its master: that is never a loss."""
     stage = started()
     stage.redis.role = "slave"
     stage.redis.flushall()
@@ -455,7 +439,7 @@ def test_a_replica_is_down() -> None:
     ids=lambda error: type(error).__name__,
 )
 def test_a_redis_that_cannot_answer_is_down(error: redis.RedisError) -> None:
-    """Loading, read-only, refused: Redis is down, never "missing"; its return is a doubt."""
+    """Loading, read-only, refused: Redis is down, its pulse is not missing; later all is verified."""
     stage = started()
     stage.redis.error = error
 
@@ -464,45 +448,45 @@ def test_a_redis_that_cannot_answer_is_down(error: redis.RedisError) -> None:
 
     stage.redis.error = None
     assert stage.tick() is Health.STEADY
-    assert stage.doubts == [Cause.TOPOLOGY]
+    assert stage.to_verify == [Cause.TOPOLOGY]
 
 
 def test_a_restart_that_kept_its_data() -> None:
-    """Another run id under the same pulse is a doubt, and no loss."""
+    """Another run id with the same pulse is a reason to verify, and no loss."""
     stage = started()
     stage.redis.run_id = "another"
 
     assert stage.tick() is Health.STEADY
-    assert stage.doubts == [Cause.TOPOLOGY]
+    assert stage.to_verify == [Cause.TOPOLOGY]
     assert stage.incidents == []
 
 
 def test_a_restart_between_two_leaders() -> None:
-    """A new leader compares the run id with the one that Postgres holds."""
+    """A new leader compares the run id with the one that Postgres has."""
     stage = started()
     stage.redis.run_id = "another"
     stage.another()
 
     assert stage.tick() is Health.STEADY
-    assert stage.doubts == [Cause.TOPOLOGY]
+    assert stage.to_verify == [Cause.TOPOLOGY]
 
 
 def test_evictions() -> None:
-    """Keys that Redis evicted are a doubt; what it evicted before we looked is not."""
+    """Keys that Redis evicted are a reason to verify; earlier evictions are not."""
     stage = Stage()
     stage.redis.evicted = 5
     stage.tick()
     stage.tick()
-    assert stage.doubts == []
+    assert stage.to_verify == []
 
     stage.redis.evicted = 6
     stage.tick()
 
-    assert stage.doubts == [Cause.EVICTION]
+    assert stage.to_verify == [Cause.EVICTION]
 
 
 def test_a_redis_that_forbids_info() -> None:
-    """Without INFO the pulse does its work alone."""
+    """Without INFO the pulse finds a loss alone."""
     stage = Stage()
     stage.redis.info_error = redis.exceptions.NoPermissionError("NOPERM")
     assert stage.tick() is Health.STEADY
@@ -513,7 +497,7 @@ def test_a_redis_that_forbids_info() -> None:
 
 
 def lost_at_a_new_leader() -> Stage:
-    """Let Redis come back empty as another process, before a leader that has never seen it."""
+    """Begin with a Redis that is empty and another process, before a leader that has never seen it."""
     stage = started()
     stage.redis.restart()
     stage.another()
@@ -521,7 +505,7 @@ def lost_at_a_new_leader() -> Stage:
 
 
 def test_the_same_server_process_is_the_right_place() -> None:
-    """A new leader that finds the run id Postgres holds need not ask where it is."""
+    """A new leader that finds the run id that Postgres has needs no confirmation."""
     stage = started()
     stage.redis.flushall()
     stage.another()
@@ -530,7 +514,7 @@ def test_the_same_server_process_is_the_right_place() -> None:
 
 
 def test_a_place_that_is_sure() -> None:
-    """Somebody vouches for the place: what is missing was lost."""
+    """If the identity of the Redis is confirmed, a missing pulse is a loss."""
     stage = lost_at_a_new_leader()
 
     assert stage.tick(sure(True)) is Health.LOST
@@ -539,7 +523,7 @@ def test_a_place_that_is_sure() -> None:
 
 
 def test_a_place_that_is_wrong() -> None:
-    """Somebody sees the pulse elsewhere: touch nothing here."""
+    """If a worker reads the pulse in another Redis, nothing is changed here."""
     stage = lost_at_a_new_leader()
 
     for _ in range(3):
@@ -550,7 +534,7 @@ def test_a_place_that_is_wrong() -> None:
 
 
 def test_a_place_that_is_not_known_yet() -> None:
-    """While nobody can say, nothing is done; who is asked is told since when the pulse is missed."""
+    """While the identity is not known, nothing is done; the check gets the time of the first miss."""
     stage = lost_at_a_new_leader()
     asked: list[tuple[float, bool]] = []
     unknown = sure(None, asked)
@@ -566,7 +550,7 @@ def test_a_place_that_is_not_known_yet() -> None:
 
 
 def test_a_pulse_that_comes_back_is_not_missed_any_more() -> None:
-    """The time a pulse is missed counts from the last look at it."""
+    """The time of a missing pulse counts from its last reading."""
     stage = lost_at_a_new_leader()
     stage.tick(sure(None))
     acknowledged = stage.acknowledged
@@ -584,7 +568,7 @@ def test_a_pulse_that_comes_back_is_not_missed_any_more() -> None:
     assert asked == [(stage.clock(), False)]
 
 
-def test_a_broken_pulse_is_made_anew() -> None:
+def test_a_broken_pulse_is_replaced() -> None:
     """A pulse of which a field is missing or unreadable is a loss once, and then steady again."""
     stage = started()
     del stage.redis.hashes[pulse_key(SOURCE)]["source"]
@@ -594,7 +578,7 @@ def test_a_broken_pulse_is_made_anew() -> None:
 
 
 def test_somebody_else_moved_it() -> None:
-    """A counter that moved between look and tick is left alone; the next look says what it means."""
+    """A counter that another process moved between reading and tick is not changed in this step."""
     stage = started()
 
     def intrude(_text: str) -> None:
@@ -634,7 +618,7 @@ def test_a_stale_leader_moves_nothing_in_postgres() -> None:
     "other", [{"namespace": "another"}, {"library": "celery"}, {"prefix": "p"}]
 )
 def test_two_sources_two_pulses(other: dict[str, Any]) -> None:
-    """A source of another namespace, library or prefix keeps its pulse beside ours."""
+    """A source of another namespace, library or prefix has its own pulse."""
     row = replace(source_row(), **other)
     stage = started()
     keeper = PulseKeeper(stage.redis.client, stage.store, row, OURS)
@@ -646,5 +630,5 @@ def test_two_sources_two_pulses(other: dict[str, Any]) -> None:
 
 
 def test_one_redis_by_two_addresses_has_one_pulse() -> None:
-    """So that whoever takes it for another source sees whose it is."""
+    """The key of the pulse is the same for every address, so that a second source with it is found."""
     assert pulse_key(source_row()) == pulse_key(replace(source_row(), address="other:1/0"))

@@ -36,7 +36,7 @@ def lost(count: int, **fields: Any) -> World:
     ],
 )
 def test_states_of_a_server_are_known_by_their_words(error: Exception, words: str) -> None:
-    """Redis' own words are kept, with the code that the client cuts off."""
+    """The words of Redis are kept, with the code that the client cuts off."""
     reported = refusal_of(error)
     assert reported is not None and words in reported
 
@@ -51,14 +51,14 @@ def test_states_of_a_server_are_known_by_their_words(error: Exception, words: st
     ],
 )
 def test_other_errors_are_no_state_of_the_server(error: Exception) -> None:
-    """What is wrong with one key, and a server that is away, are not refusals."""
+    """An error of one key, and a server that is away, are not refusals."""
     assert refusal_of(error) is None
 
 
 def test_a_full_redis_is_one_line_one_incident_and_a_probe_a_second(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """400 jobs that find no room cost one line a minute and one try of one job a second."""
+    """400 jobs without room in Redis cost one log line a minute and one try of one job a second."""
     caplog.set_level("INFO", logger="jobguard")
     world = lost(400)
     world.broker.full = 0
@@ -78,7 +78,7 @@ def test_a_full_redis_is_one_line_one_incident_and_a_probe_a_second(
 
 
 def test_restores_go_on_when_there_is_room(caplog: pytest.LogCaptureFixture) -> None:
-    """Every job is back in order a few seconds after the room is; the state ends with a line."""
+    """Every job is restored in order a few seconds after there is room; one log line ends the state."""
     caplog.set_level("INFO", logger="jobguard")
     world = lost(400)
     world.broker.full = 10
@@ -95,7 +95,7 @@ def test_restores_go_on_when_there_is_room(caplog: pytest.LogCaptureFixture) -> 
 
 
 def test_joins_that_find_no_room_are_the_same_state(caplog: pytest.LogCaptureFixture) -> None:
-    """What is counted of joins goes back first: a refusal there is a probe a second as well."""
+    """The counts of joins are restored first: a refusal there is also one probe a second."""
     world = lost(5)
     world.host.open_join(SOURCE.id, "chord", size=2, state=b"", namespace=NAMESPACE)
     rejoin, tries = world.broker.rejoin, []
@@ -115,7 +115,7 @@ def test_joins_that_find_no_room_are_the_same_state(caplog: pytest.LogCaptureFix
 
 
 def test_another_leader_ends_what_the_first_wrote_down() -> None:
-    """The incident of a full Redis is no other leader's for ever."""
+    """A new leader closes the incident of a full Redis that an earlier leader opened."""
     world = lost(3)
     world.broker.full = 0
     world.run(5)
@@ -127,7 +127,7 @@ def test_another_leader_ends_what_the_first_wrote_down() -> None:
 
 
 def test_a_pulse_that_cannot_be_moved_is_no_outage(caplog: pytest.LogCaptureFixture) -> None:
-    """A Redis that is full to the last byte is read on: nothing is down, and nothing is lost."""
+    """A Redis that is full is still read: it is not down, and nothing is lost."""
     caplog.set_level("INFO", logger="jobguard")
     world = World()
     world.trusted()
@@ -149,7 +149,7 @@ def test_a_pulse_that_cannot_be_moved_is_no_outage(caplog: pytest.LogCaptureFixt
 
 
 def test_a_job_that_cannot_go_back_is_tried_later_each_time() -> None:
-    """Ten jobs whose restore fails are tried a few times a minute, and keep no other from its turn."""
+    """Ten jobs whose restore fails are tried a few times a minute, and do not delay others."""
     world = lost(10)
     tried: list[str] = []
 
@@ -167,7 +167,7 @@ def test_a_job_that_cannot_go_back_is_tried_later_each_time() -> None:
 
 
 def test_big_jobs_go_back_in_slices_that_fit_the_deadline() -> None:
-    """600 jobs of 300 kB over 30 MB/s: nothing comes too late for ever, and the pulse has its turns."""
+    """600 jobs of 300 kB over 30 MB/s are restored in time, and the pulse is checked in between."""
     world = lost(600, envelope=bytes(300_000))
     rate = 30e6
     restore = world.broker.restore
@@ -186,7 +186,7 @@ def test_big_jobs_go_back_in_slices_that_fit_the_deadline() -> None:
 
 
 def test_a_slice_that_came_too_late_is_followed_by_a_smaller_one() -> None:
-    """A network of 200 kB/s gets its jobs back one by one."""
+    """Over a network of 200 kB/s the jobs are restored one by one."""
     world = lost(20, envelope=bytes(100_000))
     restore = world.broker.restore
 
@@ -199,7 +199,7 @@ def test_a_slice_that_came_too_late_is_followed_by_a_smaller_one() -> None:
 
 
 def test_slices_shrink_and_grow() -> None:
-    """Smaller after a miss, larger again after what was fast and nearly full."""
+    """A slice is smaller after a miss, and larger after one that was fast and nearly full."""
     slice_ = Slice()
     begin = slice_.most_bytes
     slice_.missed()

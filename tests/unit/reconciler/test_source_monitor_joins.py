@@ -4,13 +4,13 @@ from typing import Any
 
 import pytest
 
-from jobguard.model import Claim, Delivery, Join, Presence
+from jobguard.model import Claim, Delivery, End, Join, Outcome, Part, Presence
 from jobguard.store.protocols import Brake
-from tests.fakes.world import SOURCE, FakeWorker, World
+from tests.fakes.world import NAMESPACE, SOURCE, FakeWorker, World, calm
 
 
 def waiting_for(world: World, *parents: str) -> Delivery:
-    """Enqueue a job that the library holds back for others that it has forgotten."""
+    """Enqueue a job that the library keeps waiting for others that it has forgotten."""
     (child,) = world.enqueue("child")
     world.broker.put(child, Presence.SCHEDULED)
     world.broker.joins["child"] = Join(parents)
@@ -18,14 +18,14 @@ def waiting_for(world: World, *parents: str) -> Delivery:
 
 
 def run(worker: FakeWorker, job: Delivery) -> Claim:
-    """Start a job that is surely granted."""
+    """Start a job whose claim is surely granted."""
     claim = worker.start(job)
     assert isinstance(claim, Claim)
     return claim
 
 
-def test_what_waits_in_vain_goes_on() -> None:
-    """A7: its parent completed, which only the ledger knows: it goes on, a grace after it was seen."""
+def test_a_job_with_ended_dependencies_is_released() -> None:
+    """A job whose parent completed, as only the ledger knows, is released a grace after it was seen."""
     world = World()
     worker = world.trusted()
     (parent,) = world.enqueue("parent")
@@ -43,11 +43,11 @@ def test_what_waits_in_vain_goes_on() -> None:
     assert world.broker.pushed == []
 
 
-def test_what_waits_for_a_stranger_goes_on_after_a_sweep() -> None:
-    """Of a parent that nobody ever recorded it is believed that it has ended, but not at once."""
+def test_a_job_with_an_unknown_dependency_is_released_after_a_sweep() -> None:
+    """A parent that was never recorded counts as ended, but only after a sweep."""
     world = World()
     world.trusted()
-    waiting_for(world, "stranger")
+    waiting_for(world, "unknown")
 
     took = world.run_until(lambda: world.broker.released == ["child"], within=300)
 
@@ -58,7 +58,7 @@ def test_what_waits_for_a_stranger_goes_on_after_a_sweep() -> None:
     ("settings", "brake"), [({}, Brake(paused=True)), ({"mode": "observe"}, Brake())]
 )
 def test_nothing_goes_on_while_it_is_held(settings: dict[str, Any], brake: Brake) -> None:
-    """A pause holds what waits in vain, and observation pushes nothing."""
+    """A pause stops the release of waiting jobs, and observe mode pushes nothing."""
     world = World(**settings)
     world.trusted()
     waiting_for(world)
@@ -70,7 +70,7 @@ def test_nothing_goes_on_while_it_is_held(settings: dict[str, Any], brake: Brake
 
 
 def test_one_pass_sees_a_join_twice() -> None:
-    """A single pass is not over before what waits in vain was looked at again."""
+    """A single pass is not finished before a waiting job was inspected again."""
     world = World()
     world.trusted()
     waiting_for(world)
@@ -82,7 +82,7 @@ def test_one_pass_sees_a_join_twice() -> None:
 
 
 def test_a_running_job_is_shown_again_after_a_loss() -> None:
-    """What a live worker runs has a body again before anything that waits for it, and is not pushed."""
+    """A job that a live worker runs has a body again before any waiting job, and is not pushed."""
     world = World()
     worker = world.trusted()
     (parent,) = world.enqueue("parent")
@@ -99,7 +99,7 @@ def test_a_running_job_is_shown_again_after_a_loss() -> None:
 
 
 def test_what_was_shown_and_ended_unseen_is_hidden() -> None:
-    """A body that was put back for a running job does not outlive it."""
+    """A body that was restored for a running job is removed when the job has ended."""
     world = World()
     worker = world.trusted()
     (job,) = world.enqueue("job")
@@ -114,7 +114,7 @@ def test_what_was_shown_and_ended_unseen_is_hidden() -> None:
 
 
 def test_a_unique_job_that_was_refused_unseen() -> None:
-    """A9: recorded, and its producer died before Redis could refuse it: it is closed, never pushed."""
+    """A unique job whose producer died before Redis could refuse it is closed and never pushed."""
     world = World()
     world.trusted()
     (twin,) = world.enqueue("job")
@@ -126,3 +126,53 @@ def test_a_unique_job_that_was_refused_unseen() -> None:
 
     assert world.owed()["job"].token == twin.token
     assert world.broker.pushed == []
+
+
+def test_joins_are_restored_before_their_members() -> None:
+    """After a loss the counts of joins are restored before the members; without a loss nothing is done."""
+    world = calm()
+    world.enqueue("member")
+    world.host.open_join(SOURCE.id, "chord", size=2, state=b"", namespace=NAMESPACE)
+    world.run(70)
+    assert world.broker.rejoined == []
+    seen: list[list[tuple[str, bool]]] = []
+    world.broker.before_restore = lambda: seen.append(list(world.broker.rejoined))
+    world.flushall()
+    world.run_until(lambda: world.broker.pushed == ["member"], within=10)
+    assert seen[0] == [("chord", False)]
+
+
+def test_a_complete_join_is_reported_until_its_body_is_recorded() -> None:
+    """A complete join is reported again after the grace, with growing waits, until its body is recorded."""
+    world = World()
+    worker = world.trusted()
+    (member,) = world.enqueue("member")
+    world.host.open_join(SOURCE.id, "chord", size=1, state=b"", namespace=NAMESPACE)
+    claim = worker.start(member)
+    assert isinstance(claim, Claim)
+    end = End(member.token, claim.number, Outcome.COMPLETED, worker.id, part=Part("chord"))
+    world.host.end(SOURCE.id, [end])
+    world.run(world.settings.grace - 1)
+    assert world.broker.rejoined == []
+    world.run(5)
+    assert world.broker.rejoined == [("chord", True)]
+    world.run(100)
+    assert world.broker.rejoined == [("chord", True)] * 3
+    world.record(world.describe("body", closes="chord"))
+    world.run(300)
+    assert world.broker.rejoined == [("chord", True)] * 3
+
+
+def test_a_paused_leader_finishes_no_join() -> None:
+    """A paused leader finishes no join, because that would push a job."""
+    world = World()
+    worker = world.trusted()
+    (member,) = world.enqueue("member")
+    world.host.open_join(SOURCE.id, "chord", size=1, state=b"", namespace=NAMESPACE)
+    claim = worker.start(member)
+    assert isinstance(claim, Claim)
+    end = End(member.token, claim.number, Outcome.COMPLETED, worker.id, part=Part("chord"))
+    world.host.end(SOURCE.id, [end])
+    world.brake = Brake(paused=True)
+    world.run(60)
+    assert world.broker.rejoined == []

@@ -6,21 +6,21 @@ from jobguard.store.protocols import QueueRow
 SOURCE = 7
 NOW = 10_000.0
 QUIET = 30.0
-SETTLE_AFTER_LOSS = 600.0
+QUIET_AFTER_LOSS = 600.0
 GUARDED = frozenset({"ours"})
-MIXED = frozenset({"ours", "stranger"})
+MIXED = frozenset({"ours", "unguarded"})
 
 
 class Stage:
-    """A leader that looks at one queue every two seconds."""
+    """A leader that inspects the consumers of one queue every two seconds."""
 
     def __init__(self, *rows: QueueRow) -> None:
         self.now = NOW
         self.stored = {row.queue: row for row in rows}
-        self.lead_anew()
+        self.replace_leader()
 
-    def lead_anew(self, *, after: float = 0.0) -> None:
-        """Let another leader take over with what is stored, so many seconds later."""
+    def replace_leader(self, *, after: float = 0.0) -> None:
+        """Replace the leader by another one with the stored rows, so many seconds later."""
         watched = self.now if self.stored else None
         self.now += after
         self.trust = Trust(SOURCE, watching_since=self.now, watched_until=watched)
@@ -32,27 +32,27 @@ class Stage:
         guarded: frozenset[str] = GUARDED,
         *,
         after: float = 2.0,
-        vouch: bool = True,
+        check_backlog: bool = True,
         counted: bool = True,
     ) -> list[QueueRow]:
-        """Let time pass, look who consumes, and vouch where that is asked."""
+        """Advance the time, inspect the consumers, and check the backlog where that is asked."""
         self.now += after
         changed = self.trust.observe(
             self.now, {"mail": consumers}, {"mail": guarded}, ["mail"], counted=counted
         )
         self.stored.update((row.queue, row) for row in changed)
-        for queue in self.trust.backlogs_to_check() if vouch else ():
+        for queue in self.trust.backlogs_to_check() if check_backlog else ():
             self.stored[queue] = self.trust.backlog_checked(queue)
         return changed
 
     def trusts(self, recorded_at: float | None = None, *, lost: bool = False) -> bool:
-        """Whether what was recorded then (default: now) is trusted."""
+        """Return True if a delivery recorded then (default: now) is trusted."""
         at = self.now if recorded_at is None else recorded_at
         return self.trust.trusts("mail", at, lost=lost)
 
 
 def test_only_guarded_consumers() -> None:
-    """A queue all of whose consumers are guarded is trusted as soon as it was vouched for."""
+    """A queue all of whose consumers are guarded is trusted as soon as its backlog was checked."""
     stage = Stage()
     assert not stage.trusts()
 
@@ -61,10 +61,10 @@ def test_only_guarded_consumers() -> None:
     assert stage.trusts()
 
 
-def test_vouching_covers_what_was_recorded_before() -> None:
-    """Once its older deliveries have been looked at, all of a queue is trusted."""
+def test_the_backlog_check_covers_older_deliveries() -> None:
+    """After the check of its older deliveries, all of a queue is trusted."""
     stage = Stage()
-    stage.poll(vouch=False)
+    stage.poll(check_backlog=False)
     assert stage.trust.backlogs_to_check() == ["mail"]
     assert not stage.trusts(NOW - 3600)
 
@@ -75,37 +75,37 @@ def test_vouching_covers_what_was_recorded_before() -> None:
 
 
 def test_a_queue_without_any_consumer_is_trusted_from_the_first_record() -> None:
-    """Where the consumers were counted and no unguarded one was ever seen, no worker need be there."""
+    """If the consumers were counted and no unguarded one was ever seen, no worker needs to be there."""
     stage = Stage()
-    nobody: frozenset[str] = frozenset()
+    no_worker: frozenset[str] = frozenset()
 
-    stage.poll(nobody, nobody)
+    stage.poll(no_worker, no_worker)
 
     assert stage.trusts(NOW - 3600)
 
 
 def test_where_consumers_are_not_counted_a_guarded_worker_must_be_seen() -> None:
-    """Names alone do not prove that no unguarded worker is there."""
+    """Names alone do not prove that there is no unguarded worker."""
     stage = Stage()
-    nobody: frozenset[str] = frozenset()
+    no_worker: frozenset[str] = frozenset()
 
     for _ in range(100):
-        stage.poll(nobody, nobody, counted=False)
+        stage.poll(no_worker, no_worker, counted=False)
 
     assert not stage.trusts()
     stage.poll(counted=False)
     assert stage.trusts()
 
 
-def test_where_a_stranger_was_seen_a_guarded_worker_must_be_seen() -> None:
-    """A queue that had an unguarded worker, and now has none at all, is not yet trusted."""
+def test_after_an_unguarded_worker_a_guarded_one_must_be_seen() -> None:
+    """A queue that had an unguarded worker, and now has no worker at all, is not trusted yet."""
     stage = Stage()
-    nobody: frozenset[str] = frozenset()
+    no_worker: frozenset[str] = frozenset()
     stage.poll(MIXED)
     stage.poll(MIXED)
 
     for _ in range(100):
-        stage.poll(nobody, nobody)
+        stage.poll(no_worker, no_worker)
 
     assert not stage.trusts()
     stage.poll()
@@ -115,14 +115,14 @@ def test_where_a_stranger_was_seen_a_guarded_worker_must_be_seen() -> None:
 # -- gaps ------------------------------------------------------------------------------------------
 
 
-def test_after_a_gap_what_is_older_is_vouched_for_again() -> None:
-    """A rollback may have run the older deliveries while no leader looked."""
+def test_after_a_gap_the_backlog_is_checked_again() -> None:
+    """After a gap the older deliveries are checked again, because a rollback may have run them."""
     stage = Stage()
     stage.poll()
     before = stage.now
 
-    stage.lead_anew(after=60)
-    stage.poll(vouch=False)
+    stage.replace_leader(after=60)
+    stage.poll(check_backlog=False)
 
     assert stage.trust.backlogs_to_check() == ["mail"]
     assert stage.trusts()
@@ -132,31 +132,34 @@ def test_after_a_gap_what_is_older_is_vouched_for_again() -> None:
 
 
 def test_a_change_of_leaders_within_seconds_is_no_gap() -> None:
-    """The next leader goes on where the last one stopped."""
+    """The next leader continues where the last one stopped."""
     stage = Stage()
     stage.poll()
 
-    stage.lead_anew(after=1)
-    stage.poll(vouch=False)
+    stage.replace_leader(after=1)
+    stage.poll(check_backlog=False)
 
     assert stage.trust.backlogs_to_check() == []
     assert stage.trusts(NOW)
 
 
 def test_what_redis_lost_is_trusted_across_a_gap() -> None:
-    """The computer was restarted with all that was on it; no unguarded worker was ever seen there."""
+    """A lost delivery is trusted across a gap if no unguarded worker was ever seen.
+
+    The computer may have been restarted with all processes on it.
+    """
     stage = Stage()
     stage.poll()
 
-    stage.lead_anew(after=600)
-    stage.poll(vouch=False)
+    stage.replace_leader(after=600)
+    stage.poll(check_backlog=False)
 
     assert stage.trusts(NOW, lost=True)
     assert not stage.trusts(NOW)
 
 
-def test_after_a_long_gap_a_loss_proves_nothing_where_strangers_were_seen() -> None:
-    """An unguarded worker that was there before may have been there in the gap; not in a short one."""
+def test_after_a_long_gap_a_loss_proves_nothing_if_unguarded_workers_were_seen() -> None:
+    """An unguarded worker that was seen before may have run in a long gap, but not in a short one."""
     for gap, trusted in ((600.0, False), (12.0, True)):
         stage = Stage()
         stage.poll(MIXED)
@@ -165,25 +168,25 @@ def test_after_a_long_gap_a_loss_proves_nothing_where_strangers_were_seen() -> N
             stage.poll()
         assert stage.trusts(NOW)
 
-        stage.lead_anew(after=gap)
-        stage.poll(vouch=False)
+        stage.replace_leader(after=gap)
+        stage.poll(check_backlog=False)
 
         assert stage.trusts(NOW, lost=True) is trusted, gap
 
 
-def test_a_leader_that_could_not_look_for_long_leaves_a_gap() -> None:
-    """Workers may have reached the Redis that the leader could not reach."""
+def test_a_leader_that_could_not_inspect_for_long_leaves_a_gap() -> None:
+    """A leader that could not inspect for long leaves a gap: workers may have reached the Redis."""
     stage = Stage()
     stage.poll()
 
-    stage.poll(after=600, vouch=False)
+    stage.poll(after=600, check_backlog=False)
 
     assert not stage.trusts(NOW)
     assert stage.trust.backlogs_to_check() == ["mail"]
 
 
-def test_a_stranger_takes_the_trust_away() -> None:
-    """I1: while a stranger consumes a queue, nothing of it is trusted, however old."""
+def test_an_unguarded_worker_ends_the_trust() -> None:
+    """While an unguarded worker consumes a queue, none of its deliveries is trusted, however old."""
     stage = Stage()
     stage.poll()
     stage.poll(MIXED)
@@ -191,13 +194,13 @@ def test_a_stranger_takes_the_trust_away() -> None:
 
     assert not stage.trusts()
     assert not stage.trusts(NOW)
-    assert stage.stored["mail"].unguarded == ("stranger",)
+    assert stage.stored["mail"].unguarded == ("unguarded",)
 
 
-def test_one_look_may_err() -> None:
-    """A worker is in the library's registry a moment before its first beat: it takes two looks.
+def test_one_inspection_may_err() -> None:
+    """A worker is in the library's registry a moment before its first beat: two inspections decide.
 
-    Until the second look nothing is restored.
+    Until the second inspection nothing is restored.
     """
     stage = Stage()
     stage.poll()
@@ -212,8 +215,8 @@ def test_one_look_may_err() -> None:
     assert stage.trusts(NOW)
 
 
-def test_two_strangers_seen_once_each() -> None:
-    """Two workers that come up one after the other are each given their moment."""
+def test_two_unknown_workers_seen_once_each() -> None:
+    """Two workers that start one after the other each have the time of two inspections."""
     stage = Stage()
     stage.poll()
 
@@ -224,8 +227,8 @@ def test_two_strangers_seen_once_each() -> None:
     assert stage.trusts()
 
 
-def test_a_first_look_at_a_stranger_trusts_nothing() -> None:
-    """Where a stranger was seen once, a queue not yet trusted does not become so."""
+def test_an_unguarded_worker_seen_once_prevents_trust() -> None:
+    """An unguarded worker that was seen once keeps an untrusted queue untrusted."""
     stage = Stage()
 
     stage.poll(MIXED)
@@ -234,8 +237,8 @@ def test_a_first_look_at_a_stranger_trusts_nothing() -> None:
     assert not stage.trusts()
 
 
-def test_it_settles_before_it_is_trusted_again() -> None:
-    """After the last look at a stranger a queue stays untrusted for the settling time."""
+def test_the_quiet_time_before_trust_returns() -> None:
+    """After the last sight of an unguarded worker a queue stays untrusted for the quiet time."""
     stage = Stage()
     stage.poll(MIXED)
     stage.poll(MIXED)
@@ -250,8 +253,8 @@ def test_it_settles_before_it_is_trusted_again() -> None:
     assert stage.stored["mail"].unguarded == ()
 
 
-def test_a_stranger_that_stays_keeps_it_unsettled() -> None:
-    """The settling time counts from the last look at a stranger, not from the first."""
+def test_an_unguarded_worker_that_stays_prevents_trust() -> None:
+    """The quiet time counts from the last sight of an unguarded worker, not from the first."""
     stage = Stage()
     for _ in range(60):
         stage.poll(MIXED)
@@ -261,15 +264,15 @@ def test_a_stranger_that_stays_keeps_it_unsettled() -> None:
     assert not stage.trusts()
 
 
-def test_after_a_loss_it_settles_for_longer() -> None:
-    """A registry of workers that was lost may hide a stranger for ten minutes."""
+def test_after_a_loss_the_quiet_time_is_longer() -> None:
+    """A registry of workers that was lost may hide an unguarded worker for ten minutes."""
     stage = Stage()
     stage.poll(MIXED)
     stage.poll(MIXED)
     stage.trust.registry_lost(stage.now)
     lost_at = stage.now
 
-    while stage.now + 2 - lost_at < SETTLE_AFTER_LOSS:
+    while stage.now + 2 - lost_at < QUIET_AFTER_LOSS:
         stage.poll()
         assert not stage.trusts()
     stage.poll()
@@ -278,7 +281,7 @@ def test_after_a_loss_it_settles_for_longer() -> None:
 
 
 def test_a_loss_takes_no_trust_away() -> None:
-    """A queue that was trusted when Redis lost data stays so, or nothing would ever be restored."""
+    """A queue that was trusted when Redis lost data stays trusted; otherwise nothing would be restored."""
     stage = Stage()
     stage.poll()
 
@@ -289,7 +292,7 @@ def test_a_loss_takes_no_trust_away() -> None:
 
 
 def test_trust_outlives_the_workers() -> None:
-    """I2: a queue scaled to zero stays trusted, for this leader and for the next."""
+    """A queue scaled to zero stays trusted, for this leader and for the next."""
     stage = Stage()
     stage.poll()
 
@@ -297,49 +300,49 @@ def test_trust_outlives_the_workers() -> None:
         stage.poll(frozenset(), frozenset())
     assert stage.trusts()
 
-    stage.lead_anew()
+    stage.replace_leader()
     assert stage.trusts()
     assert stage.trusts(NOW - 3600)
 
 
 def test_a_new_leader_takes_over_what_is_known() -> None:
-    """A stranger of yesterday is not forgotten by a change of leaders."""
+    """A new leader knows the unguarded worker that an earlier leader saw."""
     stage = Stage()
     stage.poll(MIXED)
     stage.poll(MIXED)
 
-    stage.lead_anew()
+    stage.replace_leader()
     stage.poll()
 
     assert not stage.trusts()
 
 
-def test_a_new_leader_lets_it_settle_anew() -> None:
-    """A stranger seen until the change of leaders is waited for as if there had been no change."""
+def test_a_new_leader_waits_the_quiet_time() -> None:
+    """A new leader waits as long for an unguarded worker as the old one would have."""
     stage = Stage()
     for _ in range(100):
         stage.poll(MIXED)
 
-    stage.lead_anew()
+    stage.replace_leader()
     stage.poll()
 
     assert not stage.trusts()
 
 
-def test_only_changes_are_told() -> None:
-    """A look that shows nothing new is no news to write."""
+def test_only_changed_rows_are_returned() -> None:
+    """An inspection without news changes no row."""
     stage = Stage()
     assert len(stage.poll()) == 1
 
     assert stage.poll() == []
 
     assert stage.poll(MIXED) == []
-    assert [row.unguarded for row in stage.poll(MIXED)] == [("stranger",)]
+    assert [row.unguarded for row in stage.poll(MIXED)] == [("unguarded",)]
     assert stage.poll(MIXED) == []
 
 
 def test_queues_do_not_answer_for_each_other() -> None:
-    """A stranger on one queue leaves the trust in another."""
+    """An unguarded worker on one queue does not affect the trust in another queue."""
     trust = Trust(SOURCE, watching_since=NOW)
     for _ in range(2):
         trust.observe(

@@ -1,4 +1,4 @@
-"""Who counts as gone: what a leader may take out of the hands of a worker, and what it may not."""
+"""Which workers count as gone, so that a leader may take over the deliveries that they had taken."""
 
 from __future__ import annotations
 
@@ -20,25 +20,23 @@ class Store:
         self.rows: list[WorkerRow] = []
 
     def workers(self, source: int) -> list[WorkerRow]:
-        """Give them."""
+        """Return them."""
         return self.rows
 
     def forget(self, term: int, workers: list[UUID]) -> None:
-        """Forget nobody."""
+        """Delete no row."""
 
 
 class Redis:
     """A Redis without any beat."""
 
     def mget(self, keys: list[str]) -> list[None]:
-        """Answer nothing."""
+        """Return no beats."""
         return [None for _ in keys]
 
 
-def test_an_id_that_the_ledger_does_not_know_is_not_gone_before_it_had_time_to_introduce_itself() -> (
-    None
-):
-    """It may have booted while Postgres was away, and be running what it took."""
+def test_an_unknown_id_is_not_gone_before_it_had_time_to_register() -> None:
+    """An unknown worker may have started while Postgres was away, and run the deliveries that it took."""
     time = [100.0]
     store: Any = Store()
     client: Any = Redis()
@@ -46,7 +44,7 @@ def test_an_id_that_the_ledger_does_not_know_is_not_gone_before_it_had_time_to_i
     workers = Workers(client, store, 1, settings, clock=lambda: time[0])
     unknown = new_token().hex
 
-    assert not workers.gone(unknown)  # nothing is known yet
+    assert not workers.gone(unknown)  # Nothing is known yet.
     workers.poll(1, time[0], ask_redis=True)
     assert not workers.gone(unknown)
     time[0] += TIMEOUT - 1
@@ -56,11 +54,11 @@ def test_an_id_that_the_ledger_does_not_know_is_not_gone_before_it_had_time_to_i
     assert not workers.gone("an unguarded worker's name")
 
 
-def test_what_a_living_worker_has_let_go_of_has_no_holder() -> None:
-    """At once, and though no worker of that name ever died."""
+def test_a_dropped_delivery_has_no_holder() -> None:
+    """This is true at once, and without the death of any worker of that name."""
     store: Any = Store()
     client: Any = Redis()
     workers = Workers(client, store, 1, Settings(worker_timeout=TIMEOUT), clock=lambda: 100.0)
-    assert not workers.gone(DROPPED_BY_LIVE_WORKER)  # who is alive is not known yet
+    assert not workers.gone(DROPPED_BY_LIVE_WORKER)  # The live workers are not known yet.
     workers.poll(1, 100.0, ask_redis=True)
     assert workers.gone(DROPPED_BY_LIVE_WORKER)

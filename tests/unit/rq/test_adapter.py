@@ -37,7 +37,7 @@ def client() -> redis.Redis:
 
 @pytest.fixture
 def bare() -> Iterator[None]:
-    """Take the hooks off, whoever put them on."""
+    """Remove the hooks of every holder."""
     holders = set(patches._holders)
     for holder in holders:
         patches.uninstall(holder)
@@ -47,12 +47,12 @@ def bare() -> Iterator[None]:
 
 
 def snapshot() -> list[dict[str, Any]]:
-    """Return what stands in RQ's classes."""
+    """Return the attributes of RQ's classes."""
     return [dict(kind.__dict__) for kind in CLASSES if kind is not object]
 
 
 def test_installing_and_removing_are_mirror_images(bare: None) -> None:
-    """After the last guard is gone RQ's classes are what they were, entry for entry."""
+    """After the last guard is removed, RQ's classes have exactly their old attributes."""
     before = snapshot()
     patches.install("a")
     patches.install("a")
@@ -66,7 +66,7 @@ def test_installing_and_removing_are_mirror_images(bare: None) -> None:
     assert snapshot() == before
 
 
-def test_hooks_look_like_what_they_hook(bare: None) -> None:
+def test_hooks_keep_name_and_signature(bare: None) -> None:
     """A hooked method keeps its name and its signature."""
     import inspect
 
@@ -84,10 +84,10 @@ def test_hooks_look_like_what_they_hook(bare: None) -> None:
 
 
 def test_an_unknown_rq_is_left_alone(bare: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If one method is missing, or is another one by its arguments, nothing is hooked."""
+    """If one method is missing or has other arguments, nothing is hooked."""
 
     def retry(self: Job, other: object) -> None:
-        """Not what RQ has."""
+        """Have other arguments than RQ's method."""
 
     with monkeypatch.context() as other:
         other.setattr(Job, "retry", retry)
@@ -99,12 +99,12 @@ def test_an_unknown_rq_is_left_alone(bare: None, monkeypatch: pytest.MonkeyPatch
 
 
 def test_what_others_put_over_ours_stays(bare: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A method that was wrapped again after us is not torn out from under its wrapper."""
+    """If another tool wraps a hooked method, removing the hooks keeps that wrapper in place."""
     original = Job.__dict__["save"]
     patches.install("a")
 
     def over(self: Job, *args: Any, **kwargs: Any) -> None:
-        """Somebody else's."""
+        """Wrap the method as another tool does."""
 
     Job.save = over  # type: ignore[method-assign]
     try:
@@ -115,10 +115,10 @@ def test_what_others_put_over_ours_stays(bare: None, monkeypatch: pytest.MonkeyP
 
 
 class TestSources:
-    """What guarding a target means."""
+    """The source and the queues of a guarded target."""
 
     def test_queue(self, client: redis.Redis) -> None:
-        """A queue is itself on its Redis."""
+        """A queue means this queue on its Redis."""
         guarded = RQAdapter().sources(Queue("q", connection=client), namespace="n", name=None)
 
         assert guarded is not None
@@ -130,7 +130,7 @@ class TestSources:
         assert own.connection_pool.connection_kwargs["socket_timeout"] <= 5
 
     def test_list(self, client: redis.Redis) -> None:
-        """A list of queues is all of them."""
+        """A list of queues means all of them."""
         queues = [Queue("a", connection=client), Queue("b", connection=client)]
         guarded = RQAdapter().sources(queues, namespace="n", name="named")
 
@@ -139,21 +139,21 @@ class TestSources:
         assert guarded.source.name == "named"
 
     def test_redis(self, client: redis.Redis) -> None:
-        """A Redis is every RQ queue on it."""
+        """A Redis means every RQ queue on it."""
         guarded = RQAdapter().sources(client, namespace="n", name=None)
 
         assert guarded is not None
         assert guarded.queues is None
 
     def test_two_servers(self, client: redis.Redis) -> None:
-        """Queues on two servers are two guards."""
+        """Queues on two servers need two guards."""
         queues = [Queue("a", connection=client), Queue("b", connection=redis.Redis(port=1))]
 
         with pytest.raises(UnsupportedTarget, match="once for each"):
             RQAdapter().sources(queues, namespace="n", name=None)
 
     def test_decode_responses(self) -> None:
-        """A client that RQ's own workers cannot use is an error at once, with the next step."""
+        """A client that RQ's own workers cannot use is an error at once; the error names the next step."""
         queue = Queue("q", connection=redis.Redis(decode_responses=True))
 
         with pytest.raises(UnsupportedTarget, match="without it"):
@@ -161,7 +161,7 @@ class TestSources:
 
     @pytest.mark.parametrize("target", [None, "redis://", object(), [], {}, [1]])
     def test_not_ours(self, target: object) -> None:
-        """Anything else belongs to another adapter."""
+        """Every other target belongs to another adapter."""
         assert RQAdapter().sources(target, namespace="n", name=None) is None
 
     def test_test_double(self) -> None:
@@ -174,7 +174,7 @@ class TestSources:
             assert guarded.client is None
 
     def test_eager(self, client: redis.Redis) -> None:
-        """A queue that runs its jobs at once keeps nothing that could be lost."""
+        """A queue that runs its jobs at once stores nothing that can be lost."""
         queue = Queue("q", connection=client, is_async=False)
         guarded = RQAdapter().sources(queue, namespace="n", name=None)
 
@@ -183,7 +183,7 @@ class TestSources:
 
 
 def test_a_reconciler_needs_no_rq() -> None:
-    """The adapter is imported, and gives its broker, where RQ is not installed."""
+    """The adapter can be imported and returns its broker without RQ installed."""
     code = (
         "import sys; sys.modules['rq'] = None\n"
         "import redis\n"
@@ -192,16 +192,16 @@ def test_a_reconciler_needs_no_rq() -> None:
         "RQAdapter().broker(Source('n', 'rq', 'a', 'rq'), redis.Redis())\n"
     )
     root = str(Path(__file__).parents[3])
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=root, timeout=30)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=root, timeout=120)
 
 
 @pytest.mark.parametrize("layout", [Layout(), Layout("a:b", "x:", "y:", "z")])
 def test_a_layout_is_its_prefix(layout: Layout) -> None:
-    """A source's prefix says where all keys are."""
+    """The prefix of a source determines all keys."""
     assert Layout.parse(str(layout)) == layout
 
 
 def test_a_usual_layout_is_one_word() -> None:
-    """RQ's own layout is the prefix that RQ_KEY_PREFIX names."""
+    """The prefix of RQ's own layout is the value of RQ_KEY_PREFIX."""
     assert str(Layout.parse("{rq}")) == "{rq}"
     assert Layout.parse("").job("1") == "rq:job:1"

@@ -30,7 +30,7 @@ FIELDS = some.dictionaries(NAMES, some.binary(max_size=300), max_size=30)
 
 @given(ROUTINGS, FIELDS)
 def test_round_trip(routing: Routing, fields: dict[str, bytes]) -> None:
-    """Whatever goes into an envelope comes out of it, byte for byte and in its order."""
+    """Decoding an envelope returns the same fields, byte for byte and in the same order."""
     read, raw = decode(encode(routing, fields))
 
     assert read == routing
@@ -39,7 +39,7 @@ def test_round_trip(routing: Routing, fields: dict[str, bytes]) -> None:
 
 @given(FIELDS, some.integers(0, 255).filter(lambda version: version != VERSION))
 def test_other_versions(fields: dict[str, bytes], version: int) -> None:
-    """An envelope of another version is refused, never guessed at."""
+    """An envelope of another version is refused."""
     envelope = bytes([version]) + encode(Routing(), fields)[1:]
 
     with pytest.raises(UnknownEnvelope):
@@ -48,7 +48,7 @@ def test_other_versions(fields: dict[str, bytes], version: int) -> None:
 
 @given(some.data())
 def test_cut_short(data: some.DataObject) -> None:
-    """An envelope that lost its tail inside a field is refused."""
+    """An envelope that is cut off inside a field is refused."""
     envelope = encode(Routing(), {"data": b"x" * 20})
     end = data.draw(some.integers(0, len(envelope) - 1).filter(lambda at: at != 7))
 
@@ -57,5 +57,5 @@ def test_cut_short(data: some.DataObject) -> None:
 
 
 def test_a_plain_push_has_no_header() -> None:
-    """What is usual takes no room: version, length, an empty object, then the fields."""
+    """Default routing needs no space: version, length, an empty object, then the fields."""
     assert encode(Routing(), {"a": b"b"}) == b"\x01\x00\x00\x00\x02{}\x00\x01a\x00\x00\x00\x01b"

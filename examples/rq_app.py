@@ -1,0 +1,21 @@
+"""RQ with jobguard.
+
+Start a worker:  rq worker mail --worker-class jobguard.adapters.rq.Worker --path examples
+Send a job:      python examples/rq_app.py
+"""
+
+import os
+
+import redis
+import rq
+from rq_tasks import send_mail
+
+import jobguard
+
+client = redis.Redis.from_url(os.environ.get("JOBGUARD_REDIS_URL", "redis://localhost:6379/0"))
+queue = rq.Queue("mail", connection=client)
+guard = jobguard.guard(queue)
+
+if __name__ == "__main__":
+    job = queue.enqueue(send_mail, "ada@example.org")
+    print("sent", job.id)

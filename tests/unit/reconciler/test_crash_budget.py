@@ -1,0 +1,97 @@
+"""The crash budget of a job, and its wait after a death."""
+
+from __future__ import annotations
+
+from jobguard.model import Outcome
+from jobguard.store.protocols import Brake
+from tests.fakes.world import SOURCE, World, running
+
+
+def test_the_crash_budget() -> None:
+    """A job whose worker dies for the third time is dead, and never restored."""
+    world = World(crash_backoff=(0.0,))
+    world.trusted()
+    (job,) = world.enqueue("job")
+    for death in range(1, 4):
+        worker = world.worker(f"victim-{death}")
+        world.run(4)
+        running(world, worker)
+        worker.kill()
+        if death < 3:
+            world.run_until(lambda n=death: len(world.broker.pushed) == n, within=30)  # type: ignore[misc]
+
+    world.run_until(lambda: world.outcome(job) is Outcome.DEAD, within=30)
+    world.run(70)
+
+    assert len(world.broker.pushed) == 2
+    assert world.broker.buried == ["job"]
+    assert world.broker.reported == [("job", job.envelope)]  # It is reported whole, and once.
+
+
+def test_poison_beside_innocents() -> None:
+    """If a worker with several jobs dies repeatedly, only the job that runs alone then is charged again."""
+    world = World(crash_backoff=(0.0,))
+    world.trusted()
+    world.enqueue("poison", "innocent")
+    for _ in range(6):
+        worker = world.worker()
+        world.run(4)
+        running(world, worker, "innocent")
+        running(world, worker, "poison")
+        worker.kill()
+        pushed = len(world.broker.pushed)
+        world.run_until(lambda n=pushed: len(world.broker.pushed) == n + 2, within=60)  # type: ignore[misc]
+        assert {owed.crashes for owed in world.owed().values()} == {1}
+    for alone in (2, 3):
+        worker = world.worker()
+        world.run(4)
+        running(world, worker, "poison")
+        worker.kill()
+        world.run_until(
+            lambda n=alone: "poison" not in world.owed() or world.owed()["poison"].crashes == n,  # type: ignore[misc]
+            within=60,
+        )
+        world.run(2)
+    assert world.broker.buried == ["poison"]
+    assert world.owed()["innocent"].crashes == 1
+
+
+def test_the_crash_of_a_held_queue_waits() -> None:
+    """A dead worker's job of a paused queue is restored after the resume."""
+    world = World()
+    worker = world.trusted()
+    running(world, worker)
+    world.brake = Brake(paused=True)
+    worker.kill()
+    world.run(40)
+    assert world.broker.pushed == []
+    assert world.owed()["job"].crashes == 0
+
+    world.brake = Brake()
+    world.run_until(lambda: world.broker.pushed == ["job"], within=3)
+
+
+def test_a_job_that_backs_off_is_no_suspect() -> None:
+    """A job that waits after its worker's death is not among the suspects."""
+    world = World(crash_backoff=(30.0,))
+    worker = world.trusted()
+    running(world, worker)
+    worker.kill()
+    world.run_until(lambda: world.owed()["job"].crashes == 1, within=30)
+
+    assert world.store.watched(SOURCE.id, limit=9) == []
+    assert world.owed()["job"].backoff > 25
+
+
+def test_backoff() -> None:
+    """A job whose worker died waits 30 s before it is restored."""
+    world = World(crash_backoff=(30.0,))
+    worker = world.trusted()
+    running(world, worker)
+    worker.kill()
+    world.run_until(lambda: world.owed()["job"].crashes == 1, within=30)
+    died_at = world.clock()
+
+    world.run_until(lambda: world.broker.pushed, within=40)
+
+    assert world.clock() - died_at >= 29.5

@@ -1,0 +1,159 @@
+"""The identity check: at the wrong Redis nothing is restored."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from uuid import uuid4
+
+from jobguard.pulse import ACCEPTED
+from tests.fakes.world import SOURCE, World, calm, ids, resume
+
+
+def moved(world: World, *, named: bool = False) -> None:
+    """Let a new leader start at a Redis that is empty and another server process."""
+    world.flushall()
+    world.redis.restart()
+    world.new_leader(named=named)
+
+
+def test_an_unnamed_ledger_without_workers_asks_a_person() -> None:
+    """Without a worker to confirm the Redis, all queues are held until a person resumes them."""
+    world = World()
+    world.trusted().leave()
+    world.enqueue("job")
+    world.run(20)
+    moved(world)
+
+    world.run(9)
+    assert not world.store.brake(world.term).held
+    world.run(60)
+    assert f"{SOURCE.id}/*" in world.store.brake(world.term).held
+    assert world.redis.pulse() is None
+    assert world.broker.pushed == []
+
+    resume(world)
+    world.run_until(lambda: world.broker.pushed == ["job"], within=20)
+
+
+def test_a_worker_confirms_the_redis() -> None:
+    """A worker that misses the pulse as the leader does confirms the Redis."""
+    world = calm()
+    world.enqueue("job")
+    world.run(6)
+    moved(world)
+
+    world.run_until(lambda: world.broker.pushed == ["job"], within=15)
+
+
+def test_a_worker_that_sees_the_pulse_elsewhere() -> None:
+    """If workers read the pulse in another Redis, the leader never changes this one."""
+    world = World()
+    worker = world.trusted()
+    world.enqueue("job")
+    world.run(6)
+    worker.sees_redis = False  # It goes on to report the pulse of the right Redis.
+    moved(world)
+
+    world.run(60)
+
+    assert world.redis.pulse() is None
+    assert world.broker.pushed == []
+    assert world.store.incidents(SOURCE.id) == []
+
+
+def test_a_named_ledger_listens_to_its_workers_as_well() -> None:
+    """A named ledger at the wrong Redis changes nothing, if its workers read the pulse elsewhere."""
+    world = World()
+    worker = world.trusted()
+    world.enqueue("job")
+    world.run(6)
+    worker.sees_redis = False
+    moved(world, named=True)
+
+    world.run(60)
+
+    assert world.redis.pulse() is None
+    assert world.broker.pushed == []
+
+
+def test_one_worker_that_sees_the_pulse_elsewhere_is_enough() -> None:
+    """A worker that reads no pulse does not outvote one that reads it."""
+    world = World()
+    blind = world.trusted()
+    seeing = world.worker("w2")
+    world.enqueue("job")
+    world.run(6)
+    assert blind.id < seeing.id
+    blind.sees_redis, blind.pulse = False, None
+    seeing.sees_redis = False
+    moved(world)
+
+    world.run(60)
+
+    assert world.redis.pulse() is None
+    assert world.broker.pushed == []
+
+
+def test_an_old_master_is_not_the_right_place() -> None:
+    """A leader at a master from before a failover stops, because its workers read the new pulse."""
+    world = World()
+    worker = world.trusted()
+    world.enqueue("job")
+    world.run(6)
+    pulse = world.redis.pulse()
+    assert pulse is not None
+    worker.sees_redis = False  # It reads the pulse of the new master.
+    world.redis.set_pulse(n=pulse[1] - 10)
+    world.redis.run_id = "the old master"
+    world.broker.bodies.clear()
+    world.new_leader()
+
+    world.run(60)
+
+    assert world.broker.pushed == []
+    assert world.redis.pulse() == (pulse[0], pulse[1] - 10)
+
+
+def test_a_ledger_that_forgot_touches_nothing() -> None:
+    """A pulse that is ahead of Postgres stops the monitor, even if jobs are absent."""
+    world = calm()
+    world.enqueue("job")
+    world.run(6)
+    pulse = world.redis.pulse()
+    assert pulse is not None
+    world.redis.set_pulse(n=pulse[1] + 50)
+    world.broker.bodies.clear()
+
+    world.run(100)
+
+    assert world.broker.pushed == []
+    assert world.suspects() == {}
+
+
+def test_a_loss_behind_an_accepted_move() -> None:
+    """A Redis that is empty at `resume --moved` has lost the owed jobs."""
+    world = calm()
+    world.enqueue(*ids(150))
+    world.run(80)
+    sources = world.ledger._tables.sources
+    sources[SOURCE.id] = replace(
+        sources[SOURCE.id], pulse_epoch=None, pulse_n=ACCEPTED, run_id=None
+    )
+    moved(world)
+
+    world.run(120)
+
+    assert len(world.broker.pushed) == 150
+
+
+def test_another_ledgers_redis_is_left_alone() -> None:
+    """A pulse of another installation stops the monitor."""
+    world = calm()
+    world.enqueue("job")
+    world.run(6)
+    world.redis.set_pulse(installation=uuid4())
+    world.broker.bodies.clear()
+
+    world.run(100)
+
+    assert world.broker.pushed == []
