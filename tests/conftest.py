@@ -46,6 +46,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("acceptance") is None)
 
 
+_DATABASES = 5_000
+"""Logical databases of the Redis of a run: more than tests."""
+
+
 @pytest.fixture(autouse=True)
 def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Remove the settings of the person who runs the tests from the environment."""
@@ -112,13 +116,17 @@ def redis_server() -> Iterator[NamedRedis]:
     if named:
         yield NamedRedis(named)
         return
-    with RedisServer() as server:
+    with RedisServer(config={"databases": str(_DATABASES)}) as server:
         yield server
 
 
 @pytest.fixture(scope="session")
 def redis_databases(redis_server: NamedRedis) -> Iterator[int]:
-    """Return the numbers of the logical databases that this run may flush, in an endless cycle."""
+    """Return the numbers of the logical databases that this run may flush.
+
+    On a server of our own no number comes twice: a consumer that an earlier test left behind would take
+    the jobs of a later one.
+    """
     worker = os.environ.get("PYTEST_XDIST_WORKER", "")
     if not isinstance(redis_server, RedisServer):
         mine = [1 + int(worker.removeprefix("gw")) % 15] if worker else range(1, 16)
@@ -130,7 +138,7 @@ def redis_databases(redis_server: NamedRedis) -> Iterator[int]:
                         "flush it: empty it, or name another server"
                     )
         return itertools.cycle(mine)
-    return itertools.cycle(range(1, 16))
+    return itertools.cycle(range(1, _DATABASES))
 
 
 @pytest.fixture
