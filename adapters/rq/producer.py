@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import calendar
 import math
+import multiprocessing
 import time
 from collections.abc import Callable, Iterable
 from datetime import datetime as DateTime
@@ -213,7 +214,7 @@ def work_as_scheduler(original: Hook) -> Hook:
     """Wrap RQScheduler.work: wait for Redis in an outage.
 
     Without this, an outage ends the scheduler's process, and its worker checks it only after 10
-    minutes.
+    minutes. A scheduler whose worker is gone ends: no process would end it later.
     """
 
     @wraps(original)
@@ -224,6 +225,9 @@ def work_as_scheduler(original: Hook) -> Hook:
                 return original(self)
             except _NOT_SERVING as error:
                 if self._stop_requested or not any(known.mends_library for known in trackers()):
+                    raise
+                worker = multiprocessing.parent_process()
+                if worker is not None and not worker.is_alive():
                     raise
                 if time.monotonic() - failed_at > _QUIET_TIME:
                     wait = 0.5

@@ -114,3 +114,26 @@ def test_a_scheduler_outlives_an_outage(
         return
     scheduler.work()
     assert queue.get_job_ids() == [job.id]
+
+
+def test_a_scheduler_whose_worker_is_gone_ends(
+    queue: Queue, tracker: FakeTracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does not wait for Redis for ever: no process is left that would stop it."""
+
+    class Gone:
+        def is_alive(self) -> bool:
+            return False
+
+    class Scheduler(RQScheduler):
+        def _install_signal_handlers(self) -> None:
+            """Keep the signal handlers of the tests."""
+
+        def heartbeat(self) -> None:
+            raise redis.ConnectionError("gone")
+
+    monkeypatch.setattr("multiprocessing.parent_process", Gone)
+    scheduler: Any = Scheduler([queue.name], connection=queue.connection, interval=1)
+    scheduler.acquire_locks()
+    with pytest.raises(redis.ConnectionError):
+        scheduler.work()
