@@ -12,10 +12,13 @@ from __future__ import annotations
 import base64
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
+from jobguard.adapters.celery.envelope import holder_in
 from jobguard.adapters.celery.layout import Layout
 from jobguard.adapters.celery.results import Results
 from jobguard.client_list import Consumers, Listeners
@@ -32,6 +35,8 @@ _REMEMBER = 120.0
 """Seconds for which the name of a guarded worker is remembered: Redis may have lost its announcement."""
 _ASK_AGAIN = 5.0
 _POP = "brpop"
+_MOST_UNACKED = 2_000
+"""Unacknowledged messages that are read to find one of an unguarded worker."""
 _QUIET = 3
 """Seconds after which an idle consumer counts as quiet: kombu sends its BRPOP each second."""
 _PIDBOX = ".pidbox"
@@ -90,7 +95,7 @@ class Workers:
         kombu takes messages through a connection that does nothing else. So the last command of
         such a connection is a BRPOP, also while the worker is busy. A program that waits for
         replies of workers does the same for a moment, and may leave the connection open. But a
-        worker that fetches nothing has an unacknowledged message.
+        worker that fetches nothing has an unacknowledged message, without the mark of a guarded one.
         """
         unguarded = [
             client
@@ -98,9 +103,17 @@ class Workers:
             if client.here and client.command == _POP and not client.ours
         ]
         quiet = [client for client in unguarded if not client.blocked and client.idle > _QUIET]
-        if quiet and not self._client.exists(self._layout.unacked):
+        if quiet and not self._has_unmarked_messages():
             unguarded = [client for client in unguarded if client not in quiet]
         return frozenset(client.text for client in unguarded)
+
+    def _has_unmarked_messages(self) -> bool:
+        """Return True if a worker that is not guarded may have a message of the first some thousand."""
+        entries: Iterator[tuple[bytes, bytes]] = self._client.hscan_iter(
+            self._layout.unacked, count=500
+        )
+        several = list(islice(entries, _MOST_UNACKED))
+        return len(several) == _MOST_UNACKED or any(not holder_in(raw) for _, raw in several)
 
     def results(self) -> tuple[Results, ...]:
         """Return where guarded workers keep their results, as last announced; rarely several places."""
