@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -14,7 +14,7 @@ from uuid import UUID
 import click
 
 from jobguard.conninfo import postgres_conninfo
-from jobguard.errors import ConfigurationError
+from jobguard.errors import ConfigurationError, JobguardError, StoreUnavailable
 from jobguard.redis_urls import split_urls
 from jobguard.settings import Settings, settings_from, unknown_variables
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from jobguard.store.ledger import PostgresLedger
+    from jobguard.store.protocols import Ledger
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -120,3 +121,32 @@ def _plain(value: Any) -> Any:
     if isinstance(value, UUID):
         return str(value)
     raise TypeError(f"{type(value).__name__} has no JSON form")
+
+
+def requeue_each(ledger: Ledger, namespace: str, rows: Iterable[Any], *, as_json: bool) -> None:
+    """Requeue each delivery and report it; a row may be the error that explains why there is none.
+
+    Raises Exit with 1 if a row is an error or could not be requeued, and StoreUnavailable.
+    """
+    done: list[dict[str, Any]] = []
+    problems = 0
+    for row in rows:
+        try:
+            if isinstance(row, JobguardError):
+                raise row
+            token = ledger.requeue(namespace, row["token"])
+        except StoreUnavailable:
+            raise
+        except JobguardError as error:
+            problems += 1
+            click.echo(f"error: {error}", err=True)
+            continue
+        done.append({"job_id": row["job_id"], "queue": row["queue"], "token": token})
+        if not as_json:
+            click.echo(f"requeued {row['job_id']} in {row['queue']}")
+    if as_json:
+        print_json(done)
+    elif not done and not problems:
+        click.echo("none")
+    if problems:
+        raise click.exceptions.Exit(1)

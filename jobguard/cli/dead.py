@@ -16,8 +16,9 @@ from jobguard.cli.common import (
     open_ledger,
     postgres_option,
     print_json,
+    requeue_each,
 )
-from jobguard.errors import JobguardError, StoreUnavailable
+from jobguard.errors import JobguardError
 from jobguard.model import Outcome
 from jobguard.store.protocols import Ledger
 
@@ -102,34 +103,13 @@ def requeue(
         raise click.UsageError("give job ids or --all")
     if job_ids and (queue or failed):
         raise click.UsageError("--queue and --failed need --all")
-    done: list[dict[str, Any]] = []
-    problems = 0
     with open_ledger(postgres, namespace) as (ledger, tenant):
         rows = (
             _everything(ledger, tenant, _outcomes(failed), queue)
             if everything
             else (_given_up(ledger, tenant, job_id) for job_id in job_ids)
         )
-        for row in rows:
-            try:
-                if isinstance(row, JobguardError):
-                    raise row
-                token = ledger.requeue(tenant, row["token"])
-            except StoreUnavailable:
-                raise
-            except JobguardError as error:
-                problems += 1
-                click.echo(f"error: {error}", err=True)
-                continue
-            done.append({"job_id": row["job_id"], "queue": row["queue"], "token": token})
-            if not as_json:
-                click.echo(f"requeued {row['job_id']} in {row['queue']}")
-    if as_json:
-        print_json(done)
-    elif not done and not problems:
-        click.echo("none")
-    if problems:
-        raise click.exceptions.Exit(1)
+        requeue_each(ledger, tenant, rows, as_json=as_json)
 
 
 def _outcomes(failed: bool) -> list[Outcome]:

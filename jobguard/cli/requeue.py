@@ -13,10 +13,10 @@ from jobguard.cli.common import (
     namespace_option,
     open_ledger,
     postgres_option,
-    print_json,
+    requeue_each,
 )
 from jobguard.cli.dead import queue_option
-from jobguard.errors import JobguardError, StoreUnavailable
+from jobguard.errors import JobguardError
 from jobguard.model import Outcome
 from jobguard.store.protocols import Ledger
 
@@ -48,8 +48,6 @@ def command(
         raise click.UsageError("give job ids or --all")
     if queue and not everything:
         raise click.UsageError("--queue needs --all")
-    done: list[dict[str, Any]] = []
-    problems = 0
     with open_ledger(postgres, namespace) as (ledger, tenant):
         rows: Sequence[Any] = (
             ledger.absent(tenant, queue=queue)
@@ -61,26 +59,7 @@ def command(
             click.echo(line, err=as_json)
         if found and not yes:
             click.confirm(f"Put {len(found)} jobs back?", abort=True, err=as_json)
-        for row in rows:
-            try:
-                if isinstance(row, JobguardError):
-                    raise row
-                token = ledger.requeue(tenant, row["token"])
-            except StoreUnavailable:
-                raise
-            except JobguardError as error:
-                problems += 1
-                click.echo(f"error: {error}", err=True)
-                continue
-            done.append({"job_id": row["job_id"], "queue": row["queue"], "token": token})
-            if not as_json:
-                click.echo(f"requeued {row['job_id']} in {row['queue']}")
-    if as_json:
-        print_json(done)
-    elif not rows:
-        click.echo("none")
-    if problems:
-        raise click.exceptions.Exit(1)
+        requeue_each(ledger, tenant, rows, as_json=as_json)
 
 
 def _named(ledger: Ledger, namespace: str, job_id: str) -> Any:
