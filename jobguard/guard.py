@@ -29,8 +29,11 @@ from jobguard.settings import Settings, disabled, settings_from, unknown_variabl
 from jobguard.store.protocols import Counts
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from jobguard.host.tracker import HostTracker
-    from jobguard.store.protocols import Ledger
+    from jobguard.operations.job import Job
+    from jobguard.operations.read import Page, ReadModel
 
 Postgres = str | Mapping[str, Any] | Callable[[], Any] | None
 
@@ -114,15 +117,52 @@ class JobGuard:
             spool=self._tracker.spooled(),
         )
 
-    def job(self, job_id: str) -> Sequence[Mapping[str, Any]]:
-        """Return every delivery of a job that is owed or in the history, newest first.
+    def job(self, job_id: str) -> Job:
+        """Return a job: the sequence of its deliveries that are owed or in the history, newest first.
 
-        The result is a list, because a job has one delivery for each push: a retry supersedes the delivery
-        before it. The first item shows the state of the job. Empty: the id is unknown.
+        A job has one delivery for each push: a retry supersedes the delivery before it. ``state`` and
+        ``why`` are those of the newest one; Redis is asked where each owed delivery is now. An unknown id
+        gives an empty one. Raises StoreUnavailable.
         """
+        from jobguard.operations.brokers import Brokers
+        from jobguard.operations.job import Job, read_job
+
+        tracker = self._tracker
+        if tracker is None:
+            return Job(job_id)
+        brokers = None
+        if tracker.client is not None:
+            brokers = Brokers(clients={tracker.source.address: tracker.client})
+        return read_job(self._ledger(), self.settings.namespace, job_id, self.settings, brokers)
+
+    def jobs(
+        self,
+        *,
+        state: str | Sequence[str] = (),
+        queue: str | None = None,
+        task: str | None = None,
+        worker: str | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        error: str | None = None,
+        limit: int = 100,
+        after: str | None = None,
+    ) -> Page:
+        """Return one page of deliveries, newest first; ``page.rows`` are mappings.
+
+        ``state``: one or several of pending, scheduled, processing, stuck, completed, failed, dead,
+        cancelled, superseded; none: all but superseded. ``since`` and ``until``: when it was recorded.
+        ``error``: a part of its error. ``after``: ``page.after`` of the page before. A page reads a bounded
+        number of rows, so that it may be short and yet not be the last. Raises ConfigurationError for an
+        unknown state, and StoreUnavailable.
+        """
+        from jobguard.operations.read import JobFilter, Page
+
+        states = (state,) if isinstance(state, str) else tuple(state)
+        wanted = JobFilter(states, queue, task, worker, since, until, error)
         if self._tracker is None:
-            return []
-        return self._ledger().job(self.settings.namespace, job_id)
+            return Page((), None)
+        return self._ledger().list_jobs(self.settings.namespace, wanted, limit=limit, after=after)
 
     def heartbeat(
         self, job_id: str, *, progress: float | None = None, attrs: Mapping[str, Any] | None = None
@@ -206,11 +246,11 @@ class JobGuard:
     ) -> None:
         self.close()
 
-    def _ledger(self) -> Ledger:
-        from jobguard.store.ledger import PostgresLedger
+    def _ledger(self) -> ReadModel:
+        from jobguard.operations.read import ReadModel
 
         assert self._conninfo is not None
-        return PostgresLedger(self._conninfo)
+        return ReadModel(self._conninfo)
 
 
 _guards: dict[int, JobGuard] = {}

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import zlib
 from typing import Any
 
 _LONGEST = 200
 _MOST = (1 << 63) - 1
+_INFLATED = 64 << 20
+"""Bytes that a compressed body may have: a small one may inflate to any size."""
 
 
 def number_in(raw: object) -> int | None:
@@ -24,6 +27,15 @@ def json_in(raw: bytes | str) -> Any:
         return json.loads(raw)
     except RecursionError:
         raise ValueError("nested too deep") from None
+
+
+def inflated(raw: bytes) -> bytes:
+    """Decompress a body. Raises zlib.error if it is not compressed, ValueError if it is too large."""
+    stream = zlib.decompressobj()
+    body = stream.decompress(raw, _INFLATED)
+    if stream.unconsumed_tail:
+        raise ValueError("too large")
+    return body
 
 
 def name_in(raw: bytes | str) -> str:

@@ -26,7 +26,7 @@ _OTHER_VARIABLES = frozenset(
 )
 # Options of single commands and of tests, and variables that Kubernetes sets for a service of that name.
 _NOT_SETTINGS = re.compile(
-    rf"{PREFIX}(?:BENCH|DEAD|DEMO|DOCTOR|MIGRATE|PAUSE|RECONCILE|RESUME|RQ|RUN|STATS|TEST)_"
+    rf"{PREFIX}(?:BENCH|CANCEL|DASHBOARD|DEAD|DEMO|DOCTOR|DRIFT|FORGET|INCIDENTS|JOBS|MIGRATE|PAUSE|PURGE|RECONCILE|REPLAY|RESUME|RQ|RUN|STATS|TEST|TOP|WORKERS)_"
     rf"|{PREFIX}(?:.+_)?(?:SERVICE_(?:HOST|PORT)|PORT)(?:_|$)"
 )
 
@@ -125,6 +125,10 @@ class Settings:
     )
     brake_share: float = _setting(0.01, "or above this share of the queue's owed jobs")
     retention: float = _setting(7 * 86400.0, "time that ended deliveries stay in the history")
+    redact_arguments: bool = _setting(
+        False,
+        "commands and pages show no arguments of jobs (JSON ones are shown, pickled ones never)",
+    )
     page: int = _setting(2000, "number of owed deliveries that are inspected in one page")
 
     def fingerprint(self) -> str:

@@ -519,15 +519,30 @@ select i.job_id,
 from unnest(%(job_ids)b::text[]) i(job_id)
 
 -- name: restored
+-- Count a restore of each delivery, and delete its suspicion. "cause" is null where a delivery was not lost:
+-- its dependencies have ended, and the library did not release it.
 with lease as (
   select from jobguard.leader where namespace = %(namespace)s and term = %(term)s for share
 ), locked as materialized (
-  select j.token from jobguard.jobs j
+  select j.token, j.queue from jobguard.jobs j
   where j.source + 0 = %(source)s and j.token = any (%(tokens)b::uuid[])
   order by j.token for no key update
 ), counted as (
   update jobguard.jobs j set recoveries = j.recoveries + 1, not_before = null from lease, locked l
   where j.source + 0 = %(source)s and j.token = l.token and j.token = any (%(tokens)b::uuid[])
+), noted as (
+  insert into jobguard.recoveries (source, token, cause)
+  select %(source)s, c.token, c.cause::jobguard.cause
+  from lease, unnest(%(tokens)b::uuid[], %(causes)b::text[]) c(token, cause)
+  where c.cause is not null
+), active as (
+  insert into jobguard.activity as a (minute, source, queue, what, count)
+  select date_trunc('minute', now()), %(source)s,
+         case when octet_length(l.queue) <= 1000 then l.queue
+              else left(l.queue, 40) || '#' || encode(sha256(convert_to(l.queue, 'UTF8')), 'hex') end,
+         'restored', count(*)
+  from lease, locked l group by 3
+  on conflict (minute, source, queue, what) do update set count = a.count + excluded.count
 ), unboxed as (
   delete from jobguard.outbox b using lease
   where b.source = %(source)s and b.token = any (%(tokens)b::uuid[])
@@ -670,3 +685,72 @@ select jobguard.rotate_step(make_interval(secs => %(retention)s))
 select relname, n_dead_tup from pg_stat_user_tables
 where schemaname = 'jobguard' and relname in ('jobs', 'running', 'suspects', 'outbox', 'workers')
   and n_dead_tup > %(least)s
+
+-- name: count_owed
+-- Count what is owed, for people who look. It is a read of its own, because it takes long when much is owed.
+select j.source, j.queue,
+       count(*) filter (where r.token is null and coalesce(j.due_at <= now(), true)),
+       count(*) filter (where r.token is null and j.due_at > now()),
+       count(*) filter (where r.token is not null),
+       count(*) filter (where u.token is not null
+                           or (r.token is not null
+                               and (w.id is null or w.dead_at is not null or w.left_at is not null))),
+       extract(epoch from now() - min(greatest(j.recorded_at, j.due_at))
+                 filter (where r.token is null and coalesce(j.due_at <= now(), true)))::float8
+from jobguard.sources s
+join jobguard.jobs j on j.source = s.id
+left join jobguard.running r on r.source = j.source and r.token = j.token
+left join jobguard.workers w on w.id = r.worker
+left join jobguard.suspects u on u.source = j.source and u.token = j.token
+where s.namespace = %(namespace)s
+group by j.source, j.queue
+
+-- name: store_counts
+with lease as (
+  select from jobguard.leader where namespace = %(namespace)s and term = %(term)s for share
+), stored as (
+  insert into jobguard.owed_counts (source, counts)
+  select s.id, coalesce(u.counts::jsonb, '[]')
+  from lease, jobguard.sources s
+  left join unnest(%(source)s::bigint[], %(counts)s::text[]) u(source, counts) on u.source = s.id
+  where s.namespace = %(namespace)s
+  on conflict (source) do update set counts = excluded.counts, counted_at = excluded.counted_at
+)
+select true from lease
+
+-- name: count_ended
+-- Count the ends of each minute that began within these seconds.
+select h.source, h.queue, h.outcome::text, extract(epoch from date_trunc('minute', h.ended_at))::float8,
+       count(*)
+from jobguard.history h join jobguard.sources s on s.id = h.source
+where s.namespace = %(namespace)s
+  and h.ended_at >= date_trunc('minute', now() - make_interval(secs => %(seconds)s))
+group by 1, 2, 3, 4
+
+-- name: store_activity
+with lease as (
+  select from jobguard.leader where namespace = %(namespace)s and term = %(term)s for share
+), stored as (
+  insert into jobguard.activity (minute, source, queue, what, count)
+  select to_timestamp(u.minute), u.source, u.queue, u.what, u.count
+  from lease, unnest(%(minute)s::float8[], %(source)s::bigint[], %(queue)s::text[], %(what)s::text[],
+                     %(count)s::bigint[]) u(minute, source, queue, what, count)
+  on conflict (minute, source, queue, what) do update set count = excluded.count
+)
+select true from lease
+
+-- name: forget_recoveries
+-- Delete what is older than history. Return how many recoveries were deleted, of at most 5,000.
+with oldest as materialized (
+  select now() - jobguard.longest_retention(make_interval(secs => %(retention)s)) as at
+), inactive as (
+  delete from jobguard.activity a using oldest o where a.minute < o.at
+), undone as (
+  delete from jobguard.actions a where a.at < now() - interval '1 year'
+), gone as (
+  delete from jobguard.recoveries r
+  where r.ctid = any (array(select r.ctid from jobguard.recoveries r, oldest o
+                            where r.restored_at < o.at limit 5000))
+  returning true
+)
+select count(*) from gone

@@ -12,10 +12,12 @@ from uuid import UUID
 
 from jobguard.adapter import Broker, DeferredTarget, Guarded, Source, Tracker
 from jobguard.adapters.celery.broker import CeleryBroker
-from jobguard.adapters.celery.envelope import UnknownEnvelope, renewed
+from jobguard.adapters.celery.envelope import UnknownEnvelope, arguments_in, renewed
 from jobguard.errors import UnsupportedTarget
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import redis
 
 LIBRARY = "celery"
@@ -75,6 +77,13 @@ class CeleryAdapter:
         try:
             return renewed(envelope)
         except (UnknownEnvelope, TypeError, KeyError) as error:
+            raise ValueError(str(error)) from error
+
+    def arguments(self, envelope: bytes) -> Mapping[str, Any]:
+        """Return args and kwargs of a job, if they are JSON. Raise ValueError."""
+        try:
+            return arguments_in(envelope)
+        except (UnknownEnvelope, TypeError, KeyError, IndexError) as error:
             raise ValueError(str(error)) from error
 
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import UUID, uuid4
 
-from jobguard.redis_values import json_in
+from jobguard.redis_values import inflated, json_in
 
 VERSION = 1
 _HEAD = struct.Struct(">BI")
@@ -185,8 +185,31 @@ def has_listeners(envelope: bytes) -> bool:
     return found is None or bool(found[1].get("errbacks") or found[1].get("chord"))
 
 
+def arguments_in(envelope: bytes) -> dict[str, Any]:
+    """Return args and kwargs of a task whose body is JSON. Raise ValueError for another one."""
+    found = _body(envelope)
+    if found is None:
+        raise ValueError("the body is not JSON")
+    body = found[1]
+    if isinstance(body, dict):  # protocol 1
+        return {"args": body["args"], "kwargs": body["kwargs"]}
+    return {"args": body[0], "kwargs": body[1]}
+
+
 def _read(envelope: bytes) -> tuple[dict[str, Any], dict[str, Any]] | None:
     """Return a message's headers, and the options in its body that name other tasks; None if not JSON."""
+    found = _body(envelope)
+    try:
+        if found is None:
+            return None
+        headers, (_, _, embedded) = found
+        return dict(headers), dict(embedded)
+    except (ValueError, TypeError):
+        return None
+
+
+def _body(envelope: bytes) -> tuple[dict[str, Any], Any] | None:
+    """Return a message's headers and its body; None if the body is not JSON."""
     try:
         _, raw = decode(envelope)
         message = json_in(raw)
@@ -197,7 +220,6 @@ def _read(envelope: bytes) -> tuple[dict[str, Any], dict[str, Any]] | None:
         if message["properties"].get("body_encoding") == "base64":
             body = base64.b64decode(body)
         deflated = headers.get("compression") == _DEFLATED
-        _, _, embedded = json_in(zlib.decompress(body) if deflated else body)
-        return dict(headers), dict(embedded)
+        return headers, json_in(inflated(body) if deflated else body)
     except (UnknownEnvelope, ValueError, KeyError, TypeError, AttributeError, zlib.error):
         return None

@@ -14,12 +14,14 @@ import redis
 
 from jobguard.adapter import Broker, Guarded, Source, Tracker
 from jobguard.adapters.dramatiq.broker import DramatiqBroker
-from jobguard.adapters.dramatiq.envelope import UnknownEnvelope, decode
+from jobguard.adapters.dramatiq.envelope import UnknownEnvelope, arguments_in, decode
 from jobguard.adapters.dramatiq.layout import Layout
 from jobguard.clients import address_of, is_test_double, own_client
 from jobguard.errors import UnsupportedTarget
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from dramatiq.brokers.redis import RedisBroker
 
 LIBRARY = "dramatiq"
@@ -69,6 +71,13 @@ class DramatiqAdapter:
         try:
             return decode(envelope).renewed(token).encode()
         except UnknownEnvelope as error:
+            raise ValueError(str(error)) from error
+
+    def arguments(self, envelope: bytes) -> Mapping[str, Any]:
+        """Return args and kwargs of a job, if they are JSON. Raise ValueError."""
+        try:
+            return arguments_in(envelope)
+        except (UnknownEnvelope, TypeError, KeyError, IndexError) as error:
             raise ValueError(str(error)) from error
 
 

@@ -11,7 +11,10 @@ from __future__ import annotations
 import json
 import struct
 from dataclasses import dataclass
+from typing import Any
 from uuid import UUID
+
+from jobguard.redis_values import json_in
 
 VERSION = 1
 _HEAD = struct.Struct(">B16sH")
@@ -84,3 +87,9 @@ def decode(envelope: bytes) -> Envelope:
         return Envelope(UUID(bytes=rid), envelope[_HEAD.size : end].decode(), envelope[end:])
     except (struct.error, ValueError) as error:
         raise UnknownEnvelope("a damaged Dramatiq envelope") from error
+
+
+def arguments_in(envelope: bytes) -> dict[str, Any]:
+    """Return args and kwargs of a message in JSON, Dramatiq's usual encoder. Raise ValueError."""
+    message = json_in(decode(envelope).data)
+    return {"args": message["args"], "kwargs": message["kwargs"]}

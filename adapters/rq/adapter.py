@@ -13,11 +13,12 @@ import redis
 
 from jobguard.adapter import Broker, Guarded, Source, Tracker
 from jobguard.adapters.rq.broker import RQBroker
+from jobguard.adapters.rq.envelope import UnknownEnvelope, arguments_in
 from jobguard.clients import address_of, is_test_double, own_client
 from jobguard.errors import UnsupportedTarget
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from rq.queue import Queue
 
@@ -64,6 +65,13 @@ class RQAdapter:
     def broker(self, source: Source, client: redis.Redis) -> Broker:
         """Return the reconciler's view of a source."""
         return RQBroker(source, client)
+
+    def arguments(self, envelope: bytes) -> Mapping[str, Any]:
+        """Return args and kwargs of a job, if they are JSON. Raise ValueError."""
+        try:
+            return arguments_in(envelope)
+        except (UnknownEnvelope, TypeError, KeyError, IndexError) as error:
+            raise ValueError(str(error)) from error
 
 
 def _queues(target: object) -> list[Queue]:

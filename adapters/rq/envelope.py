@@ -9,10 +9,15 @@ from __future__ import annotations
 
 import json
 import struct
+import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from functools import lru_cache
+from typing import Any
+
+from jobguard.redis_values import inflated, json_in
 
 VERSION = 1
 _HEAD = struct.Struct(">BI")
@@ -112,3 +117,15 @@ def _slice(envelope: bytes, start: int, end: int) -> bytes:
     if end > len(envelope):
         raise ValueError("cut short")
     return envelope[start:end]
+
+
+def arguments_in(envelope: bytes) -> dict[str, Any]:
+    """Return args and kwargs of a job with a JSON serializer. Raise ValueError or UnknownEnvelope.
+
+    Pickled data is no JSON, and stays unread.
+    """
+    data = decode(envelope)[1].get(b"data", b"")
+    with suppress(zlib.error):  # RQ before 1.0 did not compress it
+        data = inflated(data)
+    _, _, args, kwargs = json_in(data)
+    return {"args": args, "kwargs": kwargs}

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import UUID
 
@@ -20,8 +21,10 @@ from jobguard.settings import Settings, settings_from, unknown_variables
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
 
-    from jobguard.store.ledger import PostgresLedger
+    from jobguard.operations.read import ReadModel
     from jobguard.store.protocols import Ledger
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -78,24 +81,87 @@ def redis_urls_from(given: tuple[str, ...], environ: Mapping[str, str] | None = 
 
 
 @contextmanager
-def open_ledger(
-    postgres: str | None, namespace: str | None
-) -> Iterator[tuple[PostgresLedger, str]]:
+def open_ledger(postgres: str | None, namespace: str | None) -> Iterator[tuple[ReadModel, str]]:
     """Give the ledger and the namespace that the command line or the environment names.
 
     Raise WrongInstallation if JOBGUARD_INSTALLATION names another database than this one.
     """
-    from jobguard.store.ledger import PostgresLedger
+    from jobguard.operations.read import ReadModel
 
     settings = settings_of(namespace)
-    with closing(PostgresLedger(postgres_conninfo(postgres))) as ledger:
+    with closing(ReadModel(postgres_conninfo(postgres))) as ledger:
         ledger.require_installation(settings.installation)
         yield ledger, settings.namespace
 
 
+_HOSTILE = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]"
+)
+"""Characters that move the cursor, change colours or the direction of a text, or cannot be encoded."""
+
+
+def safe(text: object) -> str:
+    """Return a text for a terminal: queue names, ids and errors may contain what it would obey."""
+    return _HOSTILE.sub(
+        lambda found: (
+            f"\\x{ord(found[0]):02x}" if ord(found[0]) < 256 else f"\\u{ord(found[0]):04x}"
+        ),
+        str(text),
+    )
+
+
 def print_json(value: Any) -> None:
     """Print one JSON value, with times in ISO 8601."""
-    click.echo(json.dumps(value, default=_plain, ensure_ascii=False, indent=2))
+    text = json.dumps(value, default=_plain, ensure_ascii=False, indent=2)
+    lines = (
+        _HOSTILE.sub(lambda found: f"\\u{ord(found[0]):04x}", line) for line in text.split("\n")
+    )
+    click.echo("\n".join(lines))
+
+
+class Moment(click.ParamType):  # type: ignore[type-arg,unused-ignore] # generic since click 8.4
+    """A time: ISO 8601, or how long ago: 30s, 10m, 2h, 3d."""
+
+    name = "time"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> datetime:
+        """Return the time; without an offset, it is local."""
+        if isinstance(value, datetime):
+            return value
+        if found := re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|m|min|h|d)", value.strip()):
+            size = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}[found[2]]
+            return datetime.now(UTC) - timedelta(seconds=float(found[1]) * size)
+        try:
+            return datetime.fromisoformat(value.strip()).astimezone()
+        except (ValueError, OverflowError):
+            self.fail(f"{value!r} is no time: give 2026-01-31T14:00, or 10m for ten minutes ago")
+
+
+MOMENT = Moment()
+
+
+def table_of(columns: Mapping[str, str]) -> Table:
+    """Return an empty table: the title of each column, and "right" or "left". Texts are not folded."""
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for title, side in columns.items():
+        table.add_column(title, justify="right" if side == "right" else "left", overflow="fold")
+    return table
+
+
+def cell(text: object) -> Text:
+    """Return the cell of a table: no markup, no control characters."""
+    from rich.text import Text
+
+    return Text(safe("" if text is None else text))
+
+
+def age(at: datetime | None) -> str:
+    """Return how long ago a time was."""
+    return "" if at is None else ago((datetime.now(UTC) - at).total_seconds())
 
 
 def console() -> Console:
@@ -139,11 +205,11 @@ def requeue_each(ledger: Ledger, namespace: str, rows: Iterable[Any], *, as_json
             raise
         except JobguardError as error:
             problems += 1
-            click.echo(f"error: {error}", err=True)
+            click.echo(safe(f"error: {error}"), err=True)
             continue
         done.append({"job_id": row["job_id"], "queue": row["queue"], "token": token})
         if not as_json:
-            click.echo(f"requeued {row['job_id']} in {row['queue']}")
+            click.echo(safe(f"requeued {row['job_id']} in {row['queue']}"))
     if as_json:
         print_json(done)
     elif not done and not problems:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from datetime import UTC, datetime
 from typing import Any
 
 import click
 
 from jobguard.cli.common import (
-    ago,
+    age,
+    cell,
     console,
     json_option,
     namespace_option,
@@ -17,6 +17,7 @@ from jobguard.cli.common import (
     postgres_option,
     print_json,
     requeue_each,
+    table_of,
 )
 from jobguard.errors import JobguardError
 from jobguard.model import Outcome
@@ -145,21 +146,17 @@ def _everything(
 
 
 def _print_table(rows: Sequence[Any]) -> None:
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(box=None, header_style="bold")
-    for name in ("job", "queue", "task", "state", "ended", "attempt", "crashes", "last error"):
-        table.add_column(name, justify="right" if name in ("attempt", "crashes") else "left")
-    now = datetime.now(UTC)
+    numbers = ("attempt", "crashes")
+    names = ("job", "queue", "task", "state", "ended", "attempt", "crashes", "last error")
+    table = table_of({name: "right" if name in numbers else "left" for name in names})
     for row in rows:
         errors = row["errors"] or [""]
         last = (errors[-1] or "").strip().splitlines() or [""]
         table.add_row(
-            *map(escape, (row["job_id"], row["queue"], row["task"], row["state"])),
-            f"{ago((now - row['ended_at']).total_seconds())} ago",
+            *map(cell, (row["job_id"], row["queue"], row["task"], row["state"])),
+            f"{age(row['ended_at'])} ago",
             str(row["attempt"]),
             str(row["crashes"]),
-            escape(last[-1][:100]),
+            cell(last[-1][:100]),
         )
     console().print(table)

@@ -12,13 +12,16 @@ import click
 
 from jobguard.cli.common import (
     ago,
+    cell,
     console,
     json_option,
     namespace_option,
     open_ledger,
     postgres_option,
     print_json,
+    safe,
 )
+from jobguard.operations.read import total_of
 from jobguard.store.protocols import Counts
 
 if TYPE_CHECKING:
@@ -45,13 +48,7 @@ def command(postgres: str | None, namespace: str | None, as_json: bool) -> None:
     out = console()
     out.print(_table(counts))
     for line in chain(_lines(overview), _trust(overview), _legend(total_of(counts.values()))):
-        out.print(line, markup=False)
-
-
-def total_of(counts: Iterable[Counts]) -> Counts:
-    """Return the sum of the counts of several queues."""
-    every = list(counts)
-    return Counts(**{state: sum(getattr(one, state) for one in every) for state in STATES})
+        out.print(safe(line), markup=False)
 
 
 def _report(
@@ -72,7 +69,6 @@ def _with_total(counts: Counts) -> dict[str, int]:
 
 
 def _table(counts: Mapping[tuple[str, str], Counts]) -> Table:
-    from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=None, show_footer=len(counts) > 1, header_style="bold", footer_style="bold")
@@ -84,7 +80,7 @@ def _table(counts: Mapping[tuple[str, str], Counts]) -> Table:
     for (source, queue), one in counts.items():
         numbers = _with_total(one)
         table.add_row(
-            escape(source), escape(queue), *(f"{numbers[state]:,}" for state in (*STATES, "total"))
+            cell(source), cell(queue), *(f"{numbers[state]:,}" for state in (*STATES, "total"))
         )
     return table
 

@@ -208,7 +208,8 @@ class Restorer:
         there = [token for token, answer in answers.items() if answer is Restored.PRESENT]
         expired = [token for token, answer in answers.items() if answer is Restored.EXPIRED]
         failpoint.hit("after_restore", when=bool(back))
-        self._store.restored(term, self._source, back)
+        causes = {token: lost[token].cause for token in back}
+        self._store.restored(term, self._source, back, causes=causes)
         self._store.clear(term, self._source, there)
         self._store.close_owed(
             term,

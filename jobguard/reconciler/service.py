@@ -47,6 +47,12 @@ _LEFT_BEHIND = 8
 more."""
 _HOUSEKEEPING = 5.0
 _ROTATE = 3600.0
+_COUNT = 10.0
+"""Seconds between two counts."""
+_COUNTED = 90.0
+"""Seconds whose ends each count includes."""
+_RECOUNT, _RECOUNTED = 600.0, 3700.0
+"""The same for a count of a longer time."""
 _JOIN = 3.0
 """Seconds that the end waits for the present steps."""
 
@@ -339,10 +345,26 @@ class Service:
                 dropped = 0
             if dropped:
                 log_event("rotated", dropped=dropped)
+        if now >= self._due.get("count", 0.0):
+            self._count(now)
         if now >= self._due.get("vacuum", 0.0):
             self._due["vacuum"] = now + _HOUSEKEEPING
             if tables := self._store.vacuum():
                 log_event("vacuumed", tables=list(tables))
+
+    def _count(self, now: float) -> None:
+        """Count jobs for people who look. It takes at most a twentieth of the time."""
+        seconds = _COUNTED
+        if now >= self._due.get("recount", 0.0):  # Ends that were spooled come with their own time.
+            self._due["recount"], seconds = now + _RECOUNT, _RECOUNTED
+        try:
+            self._store.count_up(self._leadership.term, seconds=seconds)
+        except NotLeading:
+            raise
+        except JobguardError as error:
+            log_event("step_failed", part="count", error=str(error))
+        took = time.monotonic() - now
+        self._due["count"] = now + max(_COUNT, 20 * took)
 
     def _stand_down(self, *, wait: bool = False) -> None:
         stopped = self._stop_runners()

@@ -6,6 +6,7 @@ and a leader whose term is over changes no row.
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
@@ -34,6 +35,8 @@ _FIRST = token_at(0)
 _NO_BOUND = 1 << 62
 _CALL_TIMEOUT = 5.0
 """A leader may wait longer than a host, but not longer than half its lease."""
+_COUNTING = 30.0
+"""Seconds for a count of all rows, which decides nothing."""
 _STEPS = 100
 """Largest number of retention steps in one call, each a transaction of its own. The next call does the
 rest.
@@ -304,10 +307,19 @@ class PostgresLeaderStore:
             for key, (id, size, state) in zip(keys, rows, strict=True)
         ]
 
-    def restored(self, term: int, source: int, tokens: Sequence[UUID]) -> None:
+    def restored(
+        self,
+        term: int,
+        source: int,
+        tokens: Sequence[UUID],
+        *,
+        causes: Mapping[UUID, Cause] | None = None,
+    ) -> None:
         """Store that these were restored; see LeaderStore."""
-        if tokens:
-            self._led(self._write("restored", term, source=source, tokens=list(tokens)))
+        if not tokens:
+            return
+        why = [causes[token].value if causes and token in causes else None for token in tokens]
+        self._led(self._write("restored", term, source=source, tokens=list(tokens), causes=why))
 
     def restores(self, source: int, tokens: Sequence[UUID]) -> Mapping[UUID, int]:
         """Return how often each of these deliveries itself was restored; see LeaderStore."""
@@ -386,7 +398,39 @@ class PostgresLeaderStore:
                 break
             done.append(step)
         self._db.execute(self._sql["forget_locks"])
+        for _ in range(_STEPS):
+            if self._db.execute(self._sql["forget_recoveries"], values)[0][0] == 0:
+                break
         return done.count("dropped")
+
+    def count_up(self, term: int, *, seconds: float) -> None:
+        """Count what is owed, and what ended in the last seconds; see LeaderStore."""
+        of = {"namespace": self._namespace}
+        owed: dict[int, list[list[Any]]] = {}
+        for source, *row in self._db.execute(self._sql["count_owed"], of, timeout=_COUNTING):
+            owed.setdefault(source, []).append(row)
+        self._led(
+            self._write(
+                "store_counts",
+                term,
+                source=list(owed),
+                counts=[json.dumps(rows) for rows in owed.values()],
+            )
+        )
+        ended = self._db.execute(
+            self._sql["count_ended"], {**of, "seconds": seconds}, timeout=_COUNTING
+        )
+        self._led(
+            self._write(
+                "store_activity",
+                term,
+                minute=[minute for *_, minute, _ in ended],
+                source=[source for source, *_ in ended],
+                queue=[texts.key(queue) for _, queue, *_ in ended],
+                what=[outcome for _, _, outcome, *_ in ended],
+                count=[count for *_, count in ended],
+            )
+        )
 
     def vacuum(self, least: int = 10_000) -> Sequence[str]:
         """Vacuum the small tables that need it; see LeaderStore."""

@@ -318,7 +318,7 @@ class PostgresLedger:
         """Return the number of jobs by (label of the source, queue); see Ledger."""
         found: dict[tuple[str, str], dict[str, int]] = {}
         with self._begin(snapshot=True) as connection:
-            names = _names(_rows(connection, _SOURCES, namespace=namespace))
+            names = labels(rows(connection, _SOURCES, namespace=namespace))
             for id, queue, state, *counts in connection.execute(
                 _STATS, {"namespace": namespace, "source": source}
             ):
@@ -333,14 +333,14 @@ class PostgresLedger:
     def job(self, namespace: str, job_id: str) -> Sequence[Row]:
         """Return every delivery of this job id, newest first; see Ledger."""
         with self._begin(snapshot=True) as connection:
-            return _rows(connection, _JOB, namespace=namespace, job_id=job_id)
+            return rows(connection, _JOB, namespace=namespace, job_id=job_id)
 
     def dead(
         self, namespace: str, *, outcomes: Sequence[Outcome], queue: str | None, limit: int
     ) -> Sequence[Row]:
         """Return jobs that were given up and not requeued since, newest first; see Ledger."""
         with self._begin(snapshot=True) as connection:
-            return _rows(
+            return rows(
                 connection,
                 _DEAD,
                 namespace=namespace,
@@ -389,7 +389,7 @@ class PostgresLedger:
     def absent(self, namespace: str, *, queue: str | None) -> Sequence[Row]:
         """Return owed deliveries that a leader saw absent from Redis; see Ledger."""
         with self._begin(snapshot=True) as connection:
-            return _rows(connection, _ABSENT, namespace=namespace, queue=queue)
+            return rows(connection, _ABSENT, namespace=namespace, queue=queue)
 
     def pause(self, namespace: str, *, queue: str | None) -> None:
         """Stop all restores until they are resumed; see Ledger.
@@ -423,10 +423,10 @@ class PostgresLedger:
             else:
                 connection.execute(_RELEASE, {"namespace": namespace, "queue": queue})
 
-    def overview(self, namespace: str) -> Row:
+    def overview(self, namespace: str, *, sources: sa.TextClause = _SOURCES) -> Row:
         """Return the leader, brake, sources, workers, open incidents and queues; see Ledger."""
         with self._begin(snapshot=True) as connection:
-            leader = next(iter(_rows(connection, _LEADER, namespace=namespace)), None)
+            leader = next(iter(rows(connection, _LEADER, namespace=namespace)), None)
             paused_at = leader.pop("paused_at") if leader else None
             held = leader.pop("held") if leader else {}
             return {
@@ -434,16 +434,16 @@ class PostgresLedger:
                 "installation": _installation(connection),
                 "leader": leader if leader and leader["term"] > 0 else None,
                 "brake": {"paused_at": paused_at, "held": held},
-                "sources": _rows(connection, _SOURCES, namespace=namespace),
-                "workers": _rows(connection, _WORKERS, namespace=namespace)[0],
-                "incidents": _rows(connection, _INCIDENTS, namespace=namespace),
-                "queues": _rows(connection, _QUEUES, namespace=namespace),
+                "sources": rows(connection, sources, namespace=namespace),
+                "workers": rows(connection, _WORKERS, namespace=namespace)[0],
+                "incidents": rows(connection, _INCIDENTS, namespace=namespace),
+                "queues": rows(connection, _QUEUES, namespace=namespace),
             }
 
     def idle(self, namespace: str, *, seconds: float) -> Sequence[Row]:
         """Return queues with jobs that have waited for ``seconds`` while their workers run nothing."""
         with self._begin(snapshot=True) as connection:
-            return _rows(connection, _IDLE, namespace=namespace, seconds=seconds)
+            return rows(connection, _IDLE, namespace=namespace, seconds=seconds)
 
     def require_installation(self, name: str | None) -> None:
         """Raise WrongInstallation unless the database has this name; None accepts any name."""
@@ -499,11 +499,12 @@ class PostgresLedger:
         return StoreUnavailable(f"Postgres at {place}: {text}")
 
 
-def _rows(connection: sa.Connection, query: sa.TextClause, **values: Any) -> list[Row]:
+def rows(connection: sa.Connection, query: sa.TextClause, **values: Any) -> list[Row]:
+    """Return the rows of a query as dicts."""
     return [dict(row._mapping) for row in connection.execute(query, values)]
 
 
-def _names(sources: Sequence[Row]) -> dict[int, str]:
+def labels(sources: Sequence[Row]) -> dict[int, str]:
     """Return a label for each source: its name or address, and more where that is not unique."""
     forms = (
         lambda s: s["name"] or s["address"],
@@ -532,7 +533,7 @@ def _supersede(connection: sa.Connection, namespace: str, token: UUID) -> UUID:
 
 
 def _installation(connection: sa.Connection) -> Row:
-    row = _rows(connection, _INSTALLATION)[0]
+    row = rows(connection, _INSTALLATION)[0]
     try:
         with connection.begin_nested():
             row["system_now"] = connection.execute(_SYSTEM).scalar()

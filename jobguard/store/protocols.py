@@ -431,8 +431,15 @@ class LeaderStore(Protocol):
     def complete_joins(self, source: int, *, quiet: float, limit: int) -> Sequence[OpenJoin]:
         """Return open joins whose members have all ended, the last one at least ``quiet`` seconds ago."""
 
-    def restored(self, term: int, source: int, tokens: Sequence[UUID]) -> None:
-        """Store that these were restored: count it, and delete their suspicion."""
+    def restored(
+        self,
+        term: int,
+        source: int,
+        tokens: Sequence[UUID],
+        *,
+        causes: Mapping[UUID, Cause] | None = None,
+    ) -> None:
+        """Store that these were restored, and why: count it, and delete their suspicion."""
 
     def restores(self, source: int, tokens: Sequence[UUID]) -> Mapping[UUID, int]:
         """Return how often each of these owed deliveries was restored, without those it superseded."""
@@ -457,6 +464,9 @@ class LeaderStore(Protocol):
 
         All namespaces share history: rows that another namespace wants to keep stay.
         """
+
+    def count_up(self, term: int, *, seconds: float) -> None:
+        """Count what is owed, and the ends of each minute of the last seconds, for people who look."""
 
     def vacuum(self) -> Sequence[str]:
         """Vacuum the small tables that need it. Return their names."""

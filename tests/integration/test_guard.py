@@ -158,7 +158,8 @@ def zero(guard: jobguard.JobGuard) -> bool:
     return (
         stats.total == 0
         and not stats.queues
-        and guard.job("a") == []
+        and not guard.job("a")
+        and not guard.jobs().rows
         and not guard.heartbeat("a", progress=0.5)
         and guard.requeue("0" * 32) is None
         and guard.reconcile() == {}

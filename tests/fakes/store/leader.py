@@ -403,7 +403,14 @@ class MemoryLeaderStore:
         parts = sorted(row.parts.values(), key=lambda part: (part[0], part[1].token))
         return OpenJoin(id, row.size, row.state, tuple(part for _, part in parts))
 
-    def restored(self, term: int, source: int, tokens: Sequence[UUID]) -> None:
+    def restored(
+        self,
+        term: int,
+        source: int,
+        tokens: Sequence[UUID],
+        *,
+        causes: Mapping[UUID, Cause] | None = None,
+    ) -> None:
         with self._leading(term):
             for key in self._tables.owed(source, tokens):
                 self._tables.jobs[key].recoveries += 1
@@ -494,6 +501,10 @@ class MemoryLeaderStore:
                 if (join.closed_at or join.opened_at) >= now - retention
             }
             return len(old)
+
+    def count_up(self, term: int, *, seconds: float) -> None:
+        with self._leading(term):
+            pass  # only people read the counts, and nobody looks at this ledger
 
     def vacuum(self) -> Sequence[str]:
         with self._tables.open():

@@ -1,0 +1,147 @@
+"""The state of a namespace at one moment, as `jobguard top` and the page show it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from typing import Any
+
+from jobguard.operations.explain import duration
+from jobguard.operations.read import Counted, ReadModel
+from jobguard.store.protocols import Counts
+
+_MINUTES = 60
+_RECENT = 5
+"""Minutes over which a rate is averaged."""
+
+
+@dataclass(frozen=True, slots=True)
+class QueueNow:
+    """One queue of one source."""
+
+    source: str
+    queue: str
+    counts: Counts
+    oldest: float | None
+    """Seconds since its oldest pending job was due."""
+    ended_a_minute: float
+    restored_a_minute: float
+
+    @property
+    def owed(self) -> int:
+        """The number of owed jobs."""
+        return self.counts.pending + self.counts.scheduled + self.counts.processing
+
+
+@dataclass(frozen=True, slots=True)
+class Overview:
+    """Everything that a first look asks."""
+
+    namespace: str
+    state: Mapping[str, Any]
+    """Leader, brake, sources, installation and queues: see ReadModel.state."""
+    counted: Counted
+    queues: Sequence[QueueNow]
+    workers: Sequence[Mapping[str, Any]]
+    open_incidents: Sequence[Mapping[str, Any]]
+    activity: Sequence[Mapping[str, Any]]
+    """What ended and was restored in each of the last minutes."""
+
+    def lines(self) -> Iterator[str]:
+        """Yield what a person must know first, a sentence each."""
+        leader, brake = self.state["leader"], self.state["brake"]
+        if leader is None:
+            yield "leader: none yet; run `jobguard reconcile`"
+        elif not leader["live"]:
+            yield f"leader: NONE; {leader['host']} pid {leader['pid']} led last (term {leader['term']})"
+        else:
+            yield f"leader: {leader['host']} pid {leader['pid']}, term {leader['term']}"
+        if brake["paused_at"]:
+            yield f"PAUSED since {brake['paused_at']:%Y-%m-%d %H:%M:%S}: `jobguard resume`"
+        names = {str(source["id"]): source["address"] for source in self.state["sources"]}
+        for key, why in brake["held"].items():
+            source, _, queue = key.partition("/")
+            name = "every queue" if queue == "*" else f"queue {queue}"
+            yield f"HELD: {name} of {names.get(source, source)}: {why.get('reason', '')}"
+        for source in self.state["sources"]:
+            if source["watched_seconds"] is None:
+                yield f"{source['library']} at {source['address']} was never watched"
+            elif source["watched_seconds"] > 10:
+                ago = duration(source["watched_seconds"])
+                yield f"{source['library']} at {source['address']} was last watched {ago} ago"
+        for queue in self.state["queues"]:
+            if queue["unguarded"]:
+                yield (
+                    f"NOT TRUSTED: queue {queue['queue']} has unguarded workers, and nothing goes back: "
+                    f"{', '.join(queue['unguarded'])}"
+                )
+        total = self.counted.total
+        when = f", as counted {self.counted.at:%H:%M:%S}" if self.counted.at else ""
+        yield (
+            f"owed: {total.pending:,} pending, {total.scheduled:,} scheduled, {total.processing:,} "
+            f"processing, {total.stuck:,} of them stuck{when}"
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything as plain data, for JSON."""
+        return {
+            **self.state,
+            "counted_at": self.counted.at,
+            "total": asdict(self.counted.total),
+            "counts": [
+                {
+                    "source": one.source,
+                    "queue": one.queue,
+                    **asdict(one.counts),
+                    "oldest_pending_seconds": one.oldest,
+                    "ended_a_minute": one.ended_a_minute,
+                    "restored_a_minute": one.restored_a_minute,
+                }
+                for one in self.queues
+            ],
+            "workers": list(self.workers),
+            "incidents": list(self.open_incidents),
+            "activity": list(self.activity),
+        }
+
+
+def overview_of(model: ReadModel, namespace: str) -> Overview:
+    """Read the state of a namespace. Raises StoreUnavailable."""
+    counted = model.counts(namespace)
+    activity = model.activity(namespace, minutes=_MINUTES)
+    return Overview(
+        namespace,
+        model.state(namespace),
+        counted,
+        _queues(counted, activity),
+        model.workers(namespace),
+        model.incidents(namespace, still_open=True),
+        activity,
+    )
+
+
+def _queues(counted: Counted, activity: Sequence[Mapping[str, Any]]) -> list[QueueNow]:
+    minutes = sorted({row["minute"] for row in activity})[-_RECENT:]
+    spread: dict[tuple[str, str], int] = {}
+    for row in activity:
+        if row["minute"] in minutes:
+            what = "restored" if row["what"] == "restored" else "ended"
+            key = (row["queue"], what)
+            spread[key] = spread.get(key, 0) + row["count"]
+    span = max(1, _span(minutes))
+    return [
+        QueueNow(
+            source,
+            queue,
+            counts,
+            counted.oldest.get((source, queue)),
+            spread.get((queue, "ended"), 0) / span,
+            spread.get((queue, "restored"), 0) / span,
+        )
+        for (source, queue), counts in counted.counts.items()
+    ]
+
+
+def _span(minutes: Sequence[datetime]) -> int:
+    return round((minutes[-1] - minutes[0]).total_seconds() / 60) + 1 if minutes else 1
