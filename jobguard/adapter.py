@@ -334,6 +334,13 @@ class Broker(Protocol):
     def hide(self, page: Sequence[Owed]) -> None:
         """Undo a restore with ``running`` of these deliveries: they have ended meanwhile."""
 
+    def discard(self, page: Sequence[Owed], *, erase: bool = False) -> None:
+        """Delete these from the places where they wait: a person cancelled them, and they have tombstones.
+
+        Those that a worker has taken stay, and those in a very long list: workers skip them. ``erase``:
+        delete everything that Redis has of them, with their results as far as they are in this Redis.
+        """
+
     def rejoin(self, joins: Sequence[OpenJoin], *, finish: bool, deadline: float) -> None:
         """Restore the library's own counters of these joins where they are missing.
 

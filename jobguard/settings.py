@@ -125,6 +125,10 @@ class Settings:
     )
     brake_share: float = _setting(0.01, "or above this share of the queue's owed jobs")
     retention: float = _setting(7 * 86400.0, "time that ended deliveries stay in the history")
+    keep_envelopes: bool = _setting(
+        False,
+        "the reconciler's: history keeps completed jobs whole, so that `jobguard replay` runs them",
+    )
     redact_arguments: bool = _setting(
         False,
         "commands and pages show no arguments of jobs (JSON ones are shown, pickled ones never)",

@@ -672,10 +672,13 @@ update jobguard.installation i
 set system_identifier = %(system_identifier)s, database_oid = %(database_oid)s::oid
 
 -- name: retain
--- Store the retention that this namespace wants; see jobguard.longest_retention.
-update jobguard.leader set retention = make_interval(secs => %(retention)s)
+-- Store the retention that this namespace wants, and whether history keeps all envelopes; see
+-- jobguard.longest_retention and jobguard.end.
+update jobguard.leader
+set retention = make_interval(secs => %(retention)s), keep_envelopes = %(keep_envelopes)s
 where namespace = %(namespace)s and holder = %(holder)s
-  and retention is distinct from make_interval(secs => %(retention)s)
+  and (retention is distinct from make_interval(secs => %(retention)s)
+       or keep_envelopes <> %(keep_envelopes)s)
 
 -- name: rotate
 select jobguard.rotate_step(make_interval(secs => %(retention)s))

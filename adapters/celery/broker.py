@@ -22,14 +22,15 @@ from jobguard.adapters.celery.envelope import (
     fresh,
     group_of,
     has_listeners,
+    token_in,
 )
 from jobguard.adapters.celery.layout import Layout
 from jobguard.adapters.celery.results import Rejoin, Results, ends_of, part_of, read
-from jobguard.adapters.celery.scan import Scan, read_broker
+from jobguard.adapters.celery.scan import Scan, messages_in, read_broker
 from jobguard.client_list import Consumers
 from jobguard.clients import own_client
 from jobguard.model import Observation, OpenJoin, Owed, Part, Presence, Restorable, Restored
-from jobguard.scripts import Script, is_past, restored_by
+from jobguard.scripts import SEARCHED, Script, is_past, restored_by
 
 if TYPE_CHECKING:
     import redis
@@ -133,6 +134,27 @@ class CeleryBroker:
 
     def hide(self, page: Sequence[Owed]) -> None:
         """Do nothing: a running task leaves no trace in the broker that other programs would look for."""
+
+    def discard(self, page: Sequence[Owed], *, erase: bool = False) -> None:
+        """Delete these messages from their lists; ``erase``: also where a worker took them."""
+        client: Any = self._client
+        wanted = {owed.token.hex.encode() for owed in page}
+        with client.pipeline() as pipe:
+            for key in self._layout.lists_of(sorted({owed.queue for owed in page})):
+                if erase or client.llen(key) <= SEARCHED:
+                    for raw in messages_in(client, [key]):
+                        if token_in(raw) in wanted:
+                            pipe.lrem(key, 1, raw)
+            if erase:
+                taken = read_broker(self._client, self._layout, ()).taken
+                tags = [taken[token].tag for token in wanted if token in taken]
+                if tags:
+                    pipe.hdel(self._layout.unacked, *tags)
+                    pipe.zrem(self._layout.unacked_index, *tags)
+            pipe.execute()
+        if erase:
+            for results in self._workers.results():
+                self._in(results).delete(*(results.tasks + owed.job_id for owed in page))
 
     def rejoin(self, joins: Sequence[OpenJoin], *, finish: bool, deadline: float) -> None:
         """Put back the counters of these chords, where they are missing."""

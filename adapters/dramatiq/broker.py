@@ -37,7 +37,7 @@ from jobguard.model import (
     Restorable,
     Restored,
 )
-from jobguard.scripts import RESTORES_A_TRIP, Script, chunks, restored_by
+from jobguard.scripts import RESTORES_A_TRIP, SEARCHED, Script, chunks, restored_by
 
 if TYPE_CHECKING:
     import redis
@@ -67,6 +67,7 @@ class DramatiqBroker:
         self._abandon = Script(client, __package__, "abandon.lua")
         self._bury = Script(client, __package__, "bury.lua")
         self._rejoin = Script(client, __package__, "rejoin.lua")
+        self._discard = Script(client, __package__, "discard.lua")
         self._heartbeats: dict[str, tuple[float, float]] | None = None
         """By worker: its last heartbeat, and the time (by our clock) when that heartbeat was first seen."""
 
@@ -147,6 +148,16 @@ class DramatiqBroker:
 
     def hide(self, page: Sequence[Owed]) -> None:
         """Do nothing: nothing of a running delivery is restored."""
+
+    def discard(self, page: Sequence[Owed], *, erase: bool = False) -> None:
+        """Delete these messages, except those that a worker has fetched; ``erase``: those too."""
+        layout = self._layout
+        calls: list[tuple[list[Any], list[Any]]] = []
+        for owed in page:
+            args = [str(owed.token), layout.acks_prefix, owed.queue, "1" if erase else "", SEARCHED]
+            calls.append((self._lists_of(owed.queue), args))
+        for batch in chunks(calls, RESTORES_A_TRIP):
+            _raise_error(self._discard.run(batch))
 
     def parts(self, ended: Sequence[Restorable]) -> Mapping[UUID, Part]:
         """Return nothing: Redis keeps nothing of a completed message, so an inspection cannot see it."""

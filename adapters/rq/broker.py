@@ -21,7 +21,7 @@ from jobguard.adapters.rq.layout import FIELD, KEPT, SPENT, Layout
 from jobguard.client_list import Consumers, Listeners
 from jobguard.client_names import nameable
 from jobguard.model import Join, Observation, OpenJoin, Owed, Part, Presence, Restorable, Restored
-from jobguard.scripts import RESTORES_A_TRIP, Script, chunks, is_past, restored_by
+from jobguard.scripts import RESTORES_A_TRIP, SEARCHED, Script, chunks, is_past, restored_by
 
 if TYPE_CHECKING:
     import redis
@@ -56,6 +56,7 @@ class RQBroker:
         self._skip = Script(client, __package__, "skip.lua")
         self._hide = Script(client, __package__, "hide.lua")
         self._report = Script(client, __package__, "report.lua")
+        self._discard = Script(client, __package__, "discard.lua")
         self._in_lists: set[tuple[str, str]] = set()
         """Each (queue, id) that the last inspection found in a list, with or without a hash."""
 
@@ -134,6 +135,20 @@ class RQBroker:
             ([self._layout.job(owed.job_id)], [owed.token.hex]) for owed in page
         ]
         self._hide.run(calls)
+
+    def discard(self, page: Sequence[Owed], *, erase: bool = False) -> None:
+        """Cancel these as RQ cancels a job; ``erase``: delete them, with their results."""
+        calls: list[tuple[list[Any], list[Any]]] = [
+            (
+                self._layout.places(owed.job_id, owed.queue),
+                [owed.job_id, owed.token.hex, "1" if erase else "", SEARCHED],
+            )
+            for owed in page
+        ]
+        for batch in chunks(calls, RESTORES_A_TRIP):
+            for answer in self._discard.run(batch):
+                if isinstance(answer, RedisError):
+                    raise answer
 
     def rejoin(self, joins: Sequence[OpenJoin], *, finish: bool, deadline: float) -> None:
         """Do nothing: RQ has no counter for joins, because a dependent stores the ids of its parents."""

@@ -95,6 +95,19 @@ class Layout:
             f"{self.base}:failed:{name}",
         ]
 
+    def places(self, job_id: str, name: str) -> list[str]:
+        """Return the keys in which a job may be, as discard.lua expects them."""
+        return [
+            self.job(job_id),
+            self.queue(name),
+            *(
+                f"{self.base}:{kind}:{name}"
+                for kind in ("scheduled", "deferred", "ready", "canceled")
+            ),
+            f"{self.base}:results:{job_id}",
+            *(f"{self.base}:{kind}:{name}" for kind in ("finished", "failed")),
+        ]
+
     def workers(self, name: str) -> str:
         """Return the key of the set of workers that listen to a queue."""
         return f"{self.base}:workers:{name}"

@@ -37,6 +37,7 @@ def pause(
     with open_ledger(postgres, namespace) as (ledger, tenant):
         if queue is not None and not force:
             _require_known(queue, ledger, tenant)
+        ledger.note(tenant, "pause", "" if queue is None else f"queue {queue}")
         ledger.pause(tenant, queue=queue)
         brake = ledger.overview(tenant)["brake"]
     if as_json:
@@ -64,6 +65,8 @@ def resume(
     with open_ledger(postgres, namespace) as (ledger, tenant):
         if queue is not None:
             _require_known(queue, ledger, tenant)
+        what = "--moved" if moved else "" if queue is None else f"queue {queue}"
+        ledger.note(tenant, "resume", what)
         ledger.resume(tenant, queue=queue, moved=moved)
         brake = ledger.overview(tenant)["brake"]
     if as_json:

@@ -24,8 +24,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-    from jobguard.operations.read import ReadModel
-    from jobguard.store.protocols import Ledger
+    from jobguard.operations.act import Operations
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -81,15 +80,15 @@ def redis_urls_from(given: tuple[str, ...], environ: Mapping[str, str] | None = 
 
 
 @contextmanager
-def open_ledger(postgres: str | None, namespace: str | None) -> Iterator[tuple[ReadModel, str]]:
+def open_ledger(postgres: str | None, namespace: str | None) -> Iterator[tuple[Operations, str]]:
     """Give the ledger and the namespace that the command line or the environment names.
 
     Raise WrongInstallation if JOBGUARD_INSTALLATION names another database than this one.
     """
-    from jobguard.operations.read import ReadModel
+    from jobguard.operations.act import Operations
 
     settings = settings_of(namespace)
-    with closing(ReadModel(postgres_conninfo(postgres))) as ledger:
+    with closing(Operations(postgres_conninfo(postgres), keep=True)) as ledger:
         ledger.require_installation(settings.installation)
         yield ledger, settings.namespace
 
@@ -189,13 +188,16 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} has no JSON form")
 
 
-def requeue_each(ledger: Ledger, namespace: str, rows: Iterable[Any], *, as_json: bool) -> None:
+def requeue_each(
+    ledger: Operations, namespace: str, rows: Iterable[Any], action: str, *, as_json: bool
+) -> None:
     """Requeue each delivery and report it; a row may be the error that explains why there is none.
 
     Raises Exit with 1 if a row is an error or could not be requeued, and StoreUnavailable.
     """
     done: list[dict[str, Any]] = []
     problems = 0
+    note = ledger.note(namespace, action, "")
     for row in rows:
         try:
             if isinstance(row, JobguardError):
@@ -210,6 +212,7 @@ def requeue_each(ledger: Ledger, namespace: str, rows: Iterable[Any], *, as_json
         done.append({"job_id": row["job_id"], "queue": row["queue"], "token": token})
         if not as_json:
             click.echo(safe(f"requeued {row['job_id']} in {row['queue']}"))
+    ledger.noted(note, len(done))
     if as_json:
         print_json(done)
     elif not done and not problems:

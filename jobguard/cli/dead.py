@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from jobguard.cli.bulk import confirm, described, dry_run_option, report, yes_option
 from jobguard.cli.common import (
     age,
     cell,
@@ -110,7 +111,73 @@ def requeue(
             if everything
             else (_given_up(ledger, tenant, job_id) for job_id in job_ids)
         )
-        requeue_each(ledger, tenant, rows, as_json=as_json)
+        requeue_each(ledger, tenant, rows, "dead requeue", as_json=as_json)
+
+
+@command.command()
+@postgres_option
+@namespace_option
+@click.argument("job_id")
+@json_option
+@click.pass_context
+def show(
+    ctx: click.Context, postgres: str | None, namespace: str | None, job_id: str, as_json: bool
+) -> None:
+    """Tell everything about one job that was given up: `jobguard jobs show` without Redis."""
+    from jobguard.cli.jobs import show as show_job
+
+    ctx.invoke(
+        show_job,
+        postgres=postgres,
+        namespace=namespace,
+        redis_urls=(),
+        job_id=job_id,
+        no_redis=True,
+        as_json=as_json,
+    )
+
+
+@command.command()
+@postgres_option
+@namespace_option
+@click.argument("job_ids", metavar="[JOB_ID]...", nargs=-1)
+@click.option("--all", "everything", is_flag=True, help="All jobs that `list` shows.")
+@queue_option
+@failed_option
+@yes_option
+@dry_run_option
+@json_option
+def purge(
+    postgres: str | None,
+    namespace: str | None,
+    job_ids: tuple[str, ...],
+    everything: bool,
+    queue: str | None,
+    failed: bool,
+    yes: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Drop jobs that were given up: they count as cancelled, and cannot be requeued any more."""
+    if everything == bool(job_ids):
+        raise click.UsageError("give job ids or --all")
+    if job_ids and (queue or failed):
+        raise click.UsageError("--queue and --failed need --all")
+    with open_ledger(postgres, namespace) as (ledger, tenant):
+        given: Iterable[Any] = (
+            _everything(ledger, tenant, _outcomes(failed), queue)
+            if everything
+            else (_given_up(ledger, tenant, job_id) for job_id in job_ids)
+        )
+        rows = list(given)
+        found = [row for row in rows if not isinstance(row, JobguardError)]
+        problems = [str(row) for row in rows if isinstance(row, JobguardError)]
+        done = 0
+        if confirm("Drop", found, yes=yes, dry_run=dry_run, as_json=as_json):
+            words = described({"ids": job_ids, "queue": queue, "failed": failed})
+            done = ledger.purge_dead(tenant, found, words)
+        if problems or (found and not dry_run):
+            report("dropped", done, problems, as_json=as_json)
 
 
 def _outcomes(failed: bool) -> list[Outcome]:

@@ -59,7 +59,7 @@ def command(
             click.echo(line, err=as_json)
         if found and not yes:
             click.confirm(f"Put {len(found)} jobs back?", abort=True, err=as_json)
-        requeue_each(ledger, tenant, rows, as_json=as_json)
+        requeue_each(ledger, tenant, rows, "requeue", as_json=as_json)
 
 
 def _named(ledger: Ledger, namespace: str, job_id: str) -> Any:

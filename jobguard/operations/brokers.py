@@ -125,12 +125,15 @@ def arguments_of(library: str, envelope: bytes) -> Mapping[str, Any] | None:
     Nothing is ever unpickled.
     """
     for entry in entry_points(group="jobguard.adapters"):
-        if entry.name == library:
-            read: Any = getattr(entry.load()(), "arguments", None)
-            try:
-                return None if read is None else read(envelope)
-            except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-                return None
+        if entry.name != library:
+            continue
+        read: Any = getattr(entry.load()(), "arguments", None)
+        try:
+            found = None if read is None else read(envelope)
+        except (ValueError, AttributeError):
+            return None
+        usual = found and isinstance(found["args"], list) and isinstance(found["kwargs"], dict)
+        return found if usual else None
     return None
 
 

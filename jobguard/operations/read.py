@@ -119,7 +119,7 @@ def total_of(counts: Any) -> Counts:
 
 # Rows of workers are joined by their id. ``due``: the time until which it may not go back.
 _OWED_COLUMNS = """
-  j.token, j.job_id, j.queue, j.task, s.library, s.address,
+  j.source, j.token, j.job_id, j.queue, j.task, s.library, s.address,
   case when r.token is not null then 'processing'
        when j.due_at > now() then 'scheduled' else 'pending' end as state,
   (u.token is not null or (r.token is not null
@@ -183,7 +183,7 @@ with scanned as materialized (
   from jobguard.history h where h.token < :before and h.token >= :since {rare}
   order by h.token desc limit :budget
 ), found as (
-  select h.token, h.job_id, h.queue, h.task, s.library, s.address, h.outcome::text as state,
+  select h.source, h.token, h.job_id, h.queue, h.task, s.library, s.address, h.outcome::text as state,
          false as stuck, null::text as suspected, null::smallint as priority, h.attempt, h.recoveries,
          h.crashes, h.recorded_at, null::timestamptz as due_at, h.claimed_at, null::real as progress,
          h.ended_at, h.worker, w.name as worker_name, w.host as worker_host,
@@ -497,6 +497,11 @@ class ReadModel(PostgresLedger):
             return people.rows(
                 connection, _ERRORS, namespace=namespace, queue=queue, limit=limit, budget=_BUDGET
             )
+
+    def sources(self, namespace: str) -> list[Row]:
+        """Return the guarded brokers of the namespace."""
+        with self._begin(snapshot=True) as connection:
+            return people.rows(connection, _SOURCES, namespace=namespace, most=_SMALL)
 
     def standing(self, namespace: str, tokens: Sequence[UUID]) -> list[Row]:
         """Return what explains where each of these owed deliveries stands."""

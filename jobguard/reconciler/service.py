@@ -338,7 +338,10 @@ class Service:
         if now >= self._due.get("rotate", 0.0):
             self._due["rotate"] = now + _ROTATE
             try:
-                dropped = self._store.rotate(retention=self._settings.retention)
+                dropped = self._store.rotate(
+                    retention=self._settings.retention,
+                    keep_envelopes=self._settings.keep_envelopes,
+                )
             except JobguardError as error:  # A backup reads the history: try again later.
                 self._due["rotate"] = now + _ROTATE / 60
                 log_event("step_failed", part="rotate", error=str(error))

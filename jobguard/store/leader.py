@@ -380,12 +380,13 @@ class PostgresLeaderStore:
         """Hold a queue until a person resumes it; see LeaderStore."""
         self._led(self._write("hold", term, key=f"{source}/{queue}", reason=reason))
 
-    def rotate(self, *, retention: float) -> int:
+    def rotate(self, *, retention: float, keep_envelopes: bool = False) -> int:
         """Create the coming partitions of history and drop the old ones; see LeaderStore."""
         values = {
             "namespace": self._namespace,
             "holder": self._holder,
             "retention": retention,
+            "keep_envelopes": keep_envelopes,
         }
         self._db.execute(self._sql["retain"], values)
         done: list[str] = []

@@ -1,7 +1,7 @@
 """The ledger as people read and control it: stats, dead jobs, the brake.
 
-It uses SQLAlchemy, which is never in the path of a job: each call makes a connection, reads one
-snapshot or writes one transaction, and closes the connection.
+It uses SQLAlchemy, which is never in the path of a job: each call reads one snapshot or writes one
+transaction.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ group by 1, 2, 3
 
 _JOB = sa.text("""
 select * from (
-  select j.token, j.job_id, j.queue, j.task, s.library, s.address,
+  select j.source, j.token, j.job_id, j.queue, j.task, s.library, s.address,
          case when r.token is not null then 'processing'
               when j.due_at > now() then 'scheduled' else 'pending' end as state,
          u.cause::text as suspected, j.attempt, j.recoveries, j.crashes, j.recorded_at, j.due_at,
@@ -77,7 +77,7 @@ select * from (
   left join jobguard.suspects u on u.source = j.source and u.token = j.token
   where s.namespace = :namespace and j.job_id = :job_id
   union all
-  select h.token, h.job_id, h.queue, h.task, s.library, s.address, h.outcome::text,
+  select h.source, h.token, h.job_id, h.queue, h.task, s.library, s.address, h.outcome::text,
          null, h.attempt, h.recoveries, h.crashes, h.recorded_at, null,
          h.claimed_at, null, null, null, h.ended_at,
          h.worker, w.name, h.next, h.errors, h.envelope is not null
@@ -92,9 +92,9 @@ order by token desc, ended_at
 # A job is given up if its last outcome is failed or dead: no later delivery of the same id is owed
 # or in history. If one delivery has several tombstones, the first one counts.
 _DEAD = sa.text("""
-select h.token, h.job_id, h.queue, h.task, s.library, s.address, h.outcome::text as state,
-       h.attempt, h.recoveries, h.crashes, h.recorded_at, h.claimed_at, h.ended_at, h.worker,
-       h.errors, h.envelope is not null as kept
+select h.source, h.token, h.job_id, h.queue, h.task, s.library, s.address,
+       h.outcome::text as state, h.attempt, h.recoveries, h.crashes, h.recorded_at, h.claimed_at,
+       h.ended_at, h.worker, h.errors, h.envelope is not null as kept
 from jobguard.sources s
 join jobguard.history h on h.source = s.id
 where s.namespace = :namespace and h.outcome::text = any (:outcomes)
@@ -300,17 +300,33 @@ where s.namespace = :namespace order by s.address, q.queue
 """)
 
 
+_KEPT = 4
+"""Connections of a program that makes many calls."""
+
+
+class NotRequeued(JobguardError):
+    """A delivery was not sent again; the text says why, and the others are not concerned."""
+
+
 class PostgresLedger:
     """The ledger in PostgreSQL; see Ledger. Every method may raise StoreUnavailable or a subclass."""
 
-    def __init__(self, conninfo: Callable[[], str], *, connect_timeout: float = 5.0) -> None:
+    def __init__(
+        self, conninfo: Callable[[], str], *, connect_timeout: float = 5.0, keep: bool = False
+    ) -> None:
         self._conninfo = conninfo
         self._timeout = connect_timeout
-        # The creator is a callable, because passwords rotate. There is no pool, because calls are
-        # rare.
-        self._engine = sa.create_engine(
-            "postgresql+psycopg://", creator=self._connect, poolclass=sa.NullPool
-        )
+        # The creator is a callable, because passwords rotate. Only a program that makes many calls
+        # keeps connections, and closes this.
+        pool: dict[str, Any] = {"poolclass": sa.NullPool}
+        if keep:
+            pool = {
+                "pool_size": _KEPT,
+                "max_overflow": 0,
+                "pool_pre_ping": True,
+                "pool_recycle": 300,
+            }
+        self._engine = sa.create_engine("postgresql+psycopg://", creator=self._connect, **pool)
 
     def stats(
         self, namespace: str, *, source: int | None = None
@@ -349,31 +365,40 @@ class PostgresLedger:
                 limit=limit,
             )
 
-    def requeue(self, namespace: str, token: UUID) -> UUID:
-        """Create a new delivery of a failed, dead or owed one; see Ledger."""
+    def requeue(
+        self,
+        namespace: str,
+        token: UUID,
+        *,
+        outcomes: Sequence[Outcome] = (Outcome.FAILED, Outcome.DEAD),
+    ) -> UUID:
+        """Create a new delivery of a failed, dead or owed one; see Ledger.
+
+        ``outcomes``: the ends after which a delivery is sent again.
+        """
         with self._begin() as connection:
             # The row is locked: if two people requeue the same delivery, the second one gets an
             # error.
             row = connection.execute(_TOMBSTONE, {"namespace": namespace, "token": token}).first()
             if row is None:
                 return _supersede(connection, namespace, token)
-            if row.outcome not in (Outcome.FAILED, Outcome.DEAD):
-                raise JobguardError(
+            if row.outcome not in outcomes:
+                raise NotRequeued(
                     f"job {row.job_id} is {row.outcome}: only failed and dead jobs are requeued"
                 )
             if row.next is not None:
-                raise JobguardError(f"job {row.job_id} was requeued already, as {row.next}")
+                raise NotRequeued(f"job {row.job_id} was requeued already, as {row.next}")
             if row.owed is not None:
-                raise JobguardError(f"job {row.job_id} is owed again already, as {row.owed}")
+                raise NotRequeued(f"job {row.job_id} is owed again already, as {row.owed}")
             if row.envelope is None:
-                raise JobguardError(
+                raise NotRequeued(
                     f"job {row.job_id} cannot be requeued: its envelope was never recorded"
                 )
             fresh = new_token(after=token)
             try:
                 envelope = renewed(row.library, bytes(row.envelope), fresh)
             except JobguardError as error:
-                raise JobguardError(f"job {row.job_id} cannot be requeued: {error}") from error
+                raise NotRequeued(f"job {row.job_id} cannot be requeued: {error}") from error
             connection.execute(
                 _OWE_AGAIN,
                 {
@@ -524,9 +549,9 @@ def _supersede(connection: sa.Connection, namespace: str, token: UUID) -> UUID:
     """Create a new delivery of an owed one. The old one becomes a tombstone, so copies are skipped."""
     row = connection.execute(_OWED, {"namespace": namespace, "token": token}).first()
     if row is None:
-        raise JobguardError(f"no delivery {token} is known in the namespace {namespace!r}")
+        raise NotRequeued(f"no delivery {token} is known in the namespace {namespace!r}")
     if row.runs:
-        raise JobguardError(f"job {row.job_id} runs: its worker is alive")
+        raise NotRequeued(f"job {row.job_id} runs: its worker is alive")
     fresh = new_token(after=token)
     connection.execute(_SUPERSEDE, {"source": row.source, "token": token, "fresh": fresh})
     return fresh

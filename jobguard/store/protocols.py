@@ -459,8 +459,10 @@ class LeaderStore(Protocol):
     def hold(self, term: int, source: int, queue: str, reason: str) -> None:
         """Hold a queue until a person resumes it."""
 
-    def rotate(self, *, retention: float) -> int:
+    def rotate(self, *, retention: float, keep_envelopes: bool = False) -> int:
         """Create the coming partitions of history and drop the old ones. Return how many were dropped.
+
+        ``keep_envelopes``: from now on, history keeps the envelopes of completed deliveries too.
 
         All namespaces share history: rows that another namespace wants to keep stay.
         """

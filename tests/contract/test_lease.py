@@ -98,6 +98,7 @@ _WRITES: dict[str, Callable[[LeaderStore, int], object]] = {
         term, SOURCE, [Closing(_TOKEN, Outcome.DEAD)]
     ),
     "trust": lambda leader, term: leader.trust(term, [QueueRow(SOURCE, "default", 1.0)]),
+    "count_up": lambda leader, term: leader.count_up(term, seconds=60),
     "hold": lambda leader, term: leader.hold(term, SOURCE, "default", "too many"),
 }
 

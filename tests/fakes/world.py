@@ -393,6 +393,10 @@ class FakeBroker:
         for owed in page:
             self.bodies.pop(owed.job_id, None)
 
+    def discard(self, page: Sequence[Owed], *, erase: bool = False) -> None:
+        """Remove the bodies of cancelled jobs."""
+        self.hide(page)
+
     def rejoin(self, joins: Sequence[OpenJoin], *, finish: bool, deadline: float) -> None:
         """Restore the counts of joins; see Broker."""
         self.redis._up()

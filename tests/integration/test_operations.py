@@ -327,6 +327,76 @@ def test_jobs_are_listed_by_the_command(rows: Rows, jobguard_: Callable[..., Res
     assert result.exit_code == 1 and "no job missing" in result.output
 
 
+def test_commands_that_change_jobs_count_and_ask_first(rows: Rows) -> None:
+    """Bulk commands count by queue and state, ask, and note who did what; --dry-run changes nothing."""
+
+    def run(*words: str, **how: Any) -> Result:
+        place = 2 if words[0] == "dead" else 1
+        url: tuple[str, ...] = ("--postgres", rows.url, "--redis", "redis://127.0.0.1:1/9")
+        url = url[:2] if words[0] in ("dead", "replay", "incidents") else url
+        return CliRunner().invoke(main, [*words[:place], *url, *words[place:]], **how)
+
+    def owed() -> set[Any]:
+        return {job_id for (job_id,) in rows.ask("select job_id from jobguard.jobs")}
+
+    worker = rows.worker()
+    for n in range(3):
+        rows.owed(f"m{n}")
+    rows.owed("s", queue="sms", due_at=datetime.now(UTC) + timedelta(hours=1))
+    rows.run(rows.owed("runs"), worker)
+    everything = owed()
+
+    assert run("cancel").exit_code == 2 and run("cancel", "m0", "--all").exit_code == 2
+    result = run("cancel", "--queue", "mail", "--dry-run")
+    assert result.exit_code == 0 and result.output == "3 of queue mail: pending\n"
+    result = run("cancel", "--queue", "mail", input="n\n")
+    assert "Cancel 3 jobs?" in result.output and result.exit_code == 1
+    assert owed() == everything
+    result = run(
+        "cancel", "m0"
+    )  # one that is named needs no question; its Redis is not the given one
+    assert "cancelled: 1" in result.output and "no --redis URL" in result.output
+    assert owed() == everything - {"m0"}
+    assert "is not owed" in run("cancel", "m0").output
+    assert "cancelled: 2" in run("purge", "mail", "--yes").output
+    assert owed() == {"s", "runs"}
+    run("cancel", "--due-before", "2999-01-01", "--yes")
+    assert owed() == {"runs"}
+    assert "its worker is alive" not in run("forget", "m1", "--yes").output
+
+    rows.ended("f", "failed", envelope=b"x", errors=["e"])
+    rows.ended("d", "dead", envelope=b"x")
+    assert run("dead", "show", "d").exit_code == 0
+    assert run("dead", "purge", "--all", "--failed", "--dry-run").output.count(": ") == 2
+    assert "dropped: 2" in run("dead", "purge", "--all", "--failed", "--yes").output
+    assert run("dead", "list", "--failed").output == "none\n"
+    assert (
+        rows.ask("select outcome::text, envelope from jobguard.history where job_id in ('f', 'd')")
+        == [("cancelled", None)] * 2
+    )
+
+    rows.ended("c", "completed", envelope=b"x")
+    rows.ended("gone", "completed")
+    result = run("replay", "--since", "10m", "--dry-run")
+    assert "1 of queue mail: completed" in result.output and "1 more jobs ended" in result.output
+    assert "sent again: 1" in run("replay", "--since", "10m", "--rate", "100", "--yes").output
+    assert "none" in run("replay", "--since", "10m", "--yes").output
+    assert rows.ask("select unsent from jobguard.outbox") == [(True,)]
+
+    notes = json.loads(run("incidents", "--json").output)
+    assert [(note["cause"], note["restored"]) for note in notes][::-1] == [
+        *(
+            ("cancel", 1),
+            ("cancel", 2),
+            ("cancel", 1),
+            ("forget", 1),
+            ("dead purge", 2),
+            ("replay", 1),
+        )
+    ]
+    assert all("@" in note["actor"] for note in notes)
+
+
 def test_outcomes_are_known_states() -> None:
     """The read model knows every outcome of a delivery."""
     assert set(read.ENDED_STATES) == set(Outcome)

@@ -482,11 +482,12 @@ class MemoryLeaderStore:
             since = datetime.fromtimestamp(now, UTC).isoformat()
             self._lease(term).held[f"{source}/{queue}"] = {"since": since, "reason": reason}
 
-    def rotate(self, *, retention: float) -> int:
+    def rotate(self, *, retention: float, keep_envelopes: bool = False) -> int:
         if retention < 3600:
             raise ConfigurationError(f"retention must be an hour at least, not {retention} s")
         with self._tables.open() as now:
             self._tables.retentions[self._namespace] = retention
+            self._tables.keep_envelopes = keep_envelopes
             # History that the other namespaces want is not dropped.
             others = {row.namespace for row in self._tables.sources.values()}
             wishes = self._tables.retentions

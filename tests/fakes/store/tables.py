@@ -131,6 +131,7 @@ class Tables:
         """Simulates a database that refuses a row for its content."""
         self.lock = threading.RLock()
         self.installation = str(uuid4())
+        self.keep_envelopes = False
         self.jobs: dict[Key, Job] = {}
         self.running: dict[Key, Run] = {}
         self.history: dict[Key, Tombstone] = {}
@@ -219,7 +220,7 @@ class Tables:
             worker=worker,
             next=next,
             error=error,
-            envelope=job.delivery.envelope if outcome in _KEPT else None,
+            envelope=job.delivery.envelope if outcome in _KEPT or self.keep_envelopes else None,
             recorded_at=job.recorded_at,
             claimed=run is not None,
         )

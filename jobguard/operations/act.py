@@ -1,0 +1,391 @@
+"""What people do to jobs: cancel, requeue, purge, forget, replay. Each act is noted: who, when and what.
+
+The ledger is changed first, then Redis: a delivery with a tombstone is skipped by every guarded worker
+and never restored, whether or not Redis could be asked to delete it.
+"""
+
+from __future__ import annotations
+
+import getpass
+import os
+import socket
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+import redis
+import sqlalchemy as sa
+
+from jobguard.errors import JobguardError
+from jobguard.model import Outcome, Owed
+from jobguard.operations.brokers import Brokers, NoRedis
+from jobguard.operations.read import OWED_STATES, JobFilter, ReadModel, Row
+from jobguard.scripts import chunks
+from jobguard.store import ledger as people
+
+_AT_ONCE = 500
+"""Deliveries that one transaction changes: hosts wait for its row locks."""
+WAITING = tuple(state for state in OWED_STATES if state != "processing")
+"""The states that a bulk cancel ends unless it is told otherwise: no worker runs these."""
+
+_NOTE = sa.text("""
+insert into jobguard.actions (namespace, actor, action, detail, jobs)
+values (:namespace, :actor, :action, :detail, :jobs) returning id
+""")
+_NOTED = sa.text("update jobguard.actions set jobs = :jobs where id = :id")
+
+_CANCEL = sa.text("""
+select jobguard.cancel(:source, cast(:tokens as uuid[]), '{}', null, null, null, '{}')
+""")
+
+_ERASE = sa.text("""
+with ended as (
+  update jobguard.history h set envelope = null, errors = null
+  from jobguard.sources s
+  where s.namespace = :namespace and h.source + 0 = s.id and h.job_id = :job_id
+    and (h.envelope is not null or h.errors is not null)
+  returning h.token
+), parts as (
+  update jobguard.join_parts p set envelope = '', state = ''
+  from jobguard.sources s
+  where s.namespace = :namespace and p.source = s.id and p.job_id = :job_id
+    and (p.envelope <> '' or p.state <> '')
+    and exists (select from jobguard.joins x where x.source = p.source and x.id = p.join_id
+                and x.closed_at is not null)
+  returning p.token
+)
+select (select count(*) from ended) + (select count(*) from parts)
+""")
+_OPEN_PARTS = sa.text("""
+select count(*) from jobguard.join_parts p join jobguard.sources s on s.id = p.source
+where s.namespace = :namespace and p.job_id = :job_id and (p.envelope <> '' or p.state <> '')
+""")
+
+_PURGE_DEAD = sa.text("""
+update jobguard.history h set outcome = 'cancelled', envelope = null
+from jobguard.sources s
+where s.namespace = :namespace and h.source = s.id and h.token = any (cast(:tokens as uuid[]))
+  and h.outcome in ('failed', 'dead') and h.next is null
+""")
+
+# A job of which a later delivery is owed or has ended was sent again already.
+_ENDED_IN = sa.text("""
+select h.token, h.job_id, h.queue, h.task, h.outcome::text as state, h.ended_at,
+       h.envelope is not null as kept
+from jobguard.history h
+join jobguard.sources s on s.id = h.source
+where s.namespace = :namespace and h.ended_at >= :since and h.ended_at < :until
+  and (h.ended_at, h.token) > (:at, :after)
+  and h.outcome::text = any (:outcomes) and h.next is null
+  and (cast(:queue as text) is null or h.queue = :queue)
+  and (cast(:task as text) is null or h.task = :task)
+  and not exists (select from jobguard.jobs j where j.source + 0 = h.source and j.job_id = h.job_id)
+  and not exists (select from jobguard.history l
+                  where l.source + 0 = h.source and l.job_id = h.job_id and l.token > h.token)
+order by h.ended_at, h.token limit :limit
+""")
+
+
+class Operations(ReadModel):
+    """The read model, and what people do. ``actor``: who acts, for the notes."""
+
+    actor: str = ""
+
+    # -- notes ---------------------------------------------------------------------------------
+
+    def note(self, namespace: str, action: str, detail: str, jobs: int = 0) -> int:
+        """Note what somebody does, before it is done; return the note's number."""
+        with self._begin() as connection:
+            values = {
+                "namespace": namespace,
+                "actor": self.actor or actor(),
+                "action": action,
+                "detail": detail[:1000],
+                "jobs": jobs,
+            }
+            return int(connection.execute(_NOTE, values).scalar_one())
+
+    def noted(self, note: int, jobs: int) -> None:
+        """Complete a note with the number of jobs that were changed."""
+        with self._begin() as connection:
+            connection.execute(_NOTED, {"id": note, "jobs": jobs})
+
+    # -- cancel --------------------------------------------------------------------------------
+
+    def owed_of(self, namespace: str, wanted: JobFilter) -> list[Row]:
+        """Return every owed delivery that fits: what a cancel would end."""
+        return [row for row in self.each_job(namespace, wanted) if row["state"] in OWED_STATES]
+
+    def owed_named(self, namespace: str, job_id: str) -> list[Row]:
+        """Return the owed deliveries of one job id."""
+        tokens = [row["token"] for row in self.job(namespace, job_id) if row["ended_at"] is None]
+        return [{**row, "state": _state(row)} for row in self.standing(namespace, tokens)]
+
+    def cancel(
+        self, namespace: str, rows: Sequence[Row], brokers: Brokers | None, detail: str
+    ) -> tuple[int, list[str]]:
+        """End these owed deliveries; return how many were ended, and the problems with Redis.
+
+        A job that a worker runs is not stopped: its end comes late. With a problem, guarded workers skip
+        what Redis still has.
+        """
+        note = self.note(namespace, "cancel", detail)
+        problems: list[str] = []
+        done = 0
+        try:
+            for source, few in _by_source(rows):
+                done += self._cancel(source, few)
+                problems += self.discard(namespace, few, brokers)
+        finally:
+            self.noted(note, done)
+        return done, sorted(set(problems))
+
+    def _cancel(self, source: int, rows: Sequence[Row]) -> int:
+        tokens = [row["token"] for row in rows]
+        with self._begin() as connection:
+            return int(
+                connection.execute(_CANCEL, {"source": source, "tokens": tokens}).scalar_one()
+            )
+
+    def discard(
+        self,
+        namespace: str,
+        rows: Sequence[Row],
+        brokers: Brokers | None,
+        *,
+        erase: bool = False,
+    ) -> list[str]:
+        """Delete ended deliveries from Redis; return the problems."""
+        if brokers is None or not rows:
+            return []
+        sources = {row["id"]: row for row in self.sources(namespace)}
+        problems: list[str] = []
+        for source, few in _by_source(rows):
+            try:
+                brokers.of(sources[source]).discard([_owed(row) for row in few], erase=erase)
+            except NoRedis as error:
+                problems.append(str(error))
+            except redis.RedisError as error:
+                problems.append(f"Redis at {sources[source]['address']}: {error}")
+        return problems
+
+    # -- given up, forgotten -------------------------------------------------------------------
+
+    def purge_dead(self, namespace: str, rows: Sequence[Row], detail: str) -> int:
+        """Count these given-up jobs as cancelled, and drop their envelopes. Return how many there were."""
+        note = self.note(namespace, "dead purge", detail)
+        done = 0
+        try:
+            for few in chunks(rows, _AT_ONCE):
+                tokens = [row["token"] for row in few]
+                with self._begin() as connection:
+                    values = {"namespace": namespace, "tokens": tokens}
+                    done += connection.execute(_PURGE_DEAD, values).rowcount
+        finally:
+            self.noted(note, done)
+        return done
+
+    def forget(self, namespace: str, job_id: str, brokers: Brokers | None) -> tuple[int, list[str]]:
+        """Erase the arguments, errors and envelopes of a job, here and in Redis.
+
+        Return the number of its deliveries, and what is still there. What is owed is cancelled. Its id,
+        queue, task and times stay: without the tombstone it could run again. Raises JobguardError for an
+        unknown job and for one that a worker runs.
+        """
+        rows = self.job(namespace, job_id)
+        if not rows:
+            raise JobguardError(f"no job {job_id} is known in the namespace {namespace!r}")
+        owed = self.owed_named(namespace, job_id)
+        if any(row["runs"] for row in owed):
+            raise JobguardError(
+                f"job {job_id} runs: its worker is alive; forget it when it has ended"
+            )
+        note = self.note(namespace, "forget", job_id)
+        for source, few in _by_source(owed):
+            self._cancel(source, few)
+        values = {"namespace": namespace, "job_id": job_id}
+        with self._begin() as connection:
+            connection.execute(_ERASE, values)
+            waits = connection.execute(_OPEN_PARTS, values).scalar_one()
+        problems = self.discard(namespace, rows, brokers, erase=True)
+        if brokers is None:
+            problems.append("Redis was not asked")
+        if waits:
+            problems.append(
+                "its result waits in an unfinished group or chord; forget it again later"
+            )
+        self.noted(note, len(rows))
+        return len(rows), problems
+
+    # -- replay --------------------------------------------------------------------------------
+
+    def ended_in(
+        self,
+        namespace: str,
+        since: datetime,
+        until: datetime,
+        *,
+        outcomes: Sequence[Outcome],
+        queue: str | None = None,
+        task: str | None = None,
+    ) -> Iterator[Row]:
+        """Yield the jobs that ended in a window and were not sent again since, oldest first."""
+        at, after = since, UUID(int=0)
+        while True:
+            with self._begin(snapshot=True) as connection:
+                rows = people.rows(
+                    connection,
+                    _ENDED_IN,
+                    namespace=namespace,
+                    since=since,
+                    until=until,
+                    at=at,
+                    after=after,
+                    outcomes=[outcome.value for outcome in outcomes],
+                    queue=queue,
+                    task=task,
+                    limit=_AT_ONCE,
+                )
+            yield from rows
+            if len(rows) < _AT_ONCE:
+                return
+            at, after = rows[-1]["ended_at"], rows[-1]["token"]
+
+    def replay(
+        self,
+        namespace: str,
+        rows: Iterable[Row],
+        detail: str,
+        *,
+        pace: Callable[[], None] = lambda: None,
+    ) -> tuple[int, list[str]]:
+        """Send these ended jobs again, as new deliveries that the leader pushes; return count and problems.
+
+        ``pace`` is called before each one. A replay that was interrupted can be given again: what it sent
+        is not sent twice.
+        """
+        note = self.note(namespace, "replay", detail)
+        done = 0
+        problems: list[str] = []
+        try:
+            for row in rows:
+                pace()
+                try:
+                    self.requeue(namespace, row["token"], outcomes=REPLAYED)
+                except NotSent as error:
+                    problems.append(str(error))
+                else:
+                    done += 1
+        finally:
+            self.noted(note, done)
+        return done, problems
+
+    # -- drift ---------------------------------------------------------------------------------
+
+    def drift(self, namespace: str, brokers: Brokers) -> Drift:
+        """Compare the ledger with Redis, and change nothing. Raises NoRedis."""
+        found = Drift()
+        for rows in self._owed_pages(namespace):
+            for source in {row["source"] for row in rows}:
+                here = [row for row in rows if row["source"] == source]
+                seen = brokers.presence(here)
+                for row in here:
+                    presence = (
+                        seen[row["token"]].presence.value if row["token"] in seen else "unknown"
+                    )
+                    found.add(row, presence)
+        return found
+
+    def _owed_pages(self, namespace: str) -> Iterator[list[Row]]:
+        after = None
+        wanted = JobFilter(OWED_STATES)
+        while True:
+            page = self.list_jobs(namespace, wanted, limit=_AT_ONCE, after=after)
+            if page.rows:
+                yield self.standing(namespace, [row["token"] for row in page.rows])
+            if page.after is None:
+                return
+            after = page.after
+
+
+REPLAYED = (Outcome.COMPLETED, Outcome.FAILED, Outcome.DEAD)
+"""Outcomes of jobs that can be replayed."""
+NotSent = people.NotRequeued
+
+
+@dataclass(slots=True)
+class Drift:
+    """Where the owed deliveries are in Redis."""
+
+    places: Counter[tuple[str, str, str]] = field(default_factory=Counter)
+    """By address, queue and presence."""
+    unrecorded: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """By address and kind: what Redis has and the ledger does not owe."""
+    absent: list[Row] = field(default_factory=list)
+    """Owed, and in no place where a worker would find it, oldest last; at most 1,000."""
+
+    def add(self, row: Row, presence: str) -> None:
+        """Count one owed delivery."""
+        self.places[row["address"], row["queue"], presence] += 1
+        lost = presence == "absent" and row["claim_number"] is None and not row["in_outbox"]
+        if lost and len(self.absent) < 1000:
+            self.absent.append(row)
+
+    @property
+    def differs(self) -> bool:
+        """True if the ledger and Redis do not agree."""
+        return bool(self.absent or self.unrecorded)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything as plain data, for JSON."""
+        return {
+            "owed": [
+                {"source": address, "queue": queue, "redis": place, "jobs": count}
+                for (address, queue, place), count in sorted(self.places.items())
+            ],
+            "unrecorded": [
+                {"source": address, "what": what, "jobs": count}
+                for (address, what), count in sorted(self.unrecorded.items())
+            ],
+            "absent": self.absent,
+        }
+
+
+def actor() -> str:
+    """Return who runs this program: the login name and the host."""
+    try:
+        name = getpass.getuser()
+    except (KeyError, OSError):  # a container without a passwd entry
+        name = f"uid {os.getuid()}"
+    return f"{name}@{socket.gethostname()}"
+
+
+def _by_source(rows: Sequence[Row]) -> Iterator[tuple[int, Sequence[Row]]]:
+    for source in sorted({row["source"] for row in rows}):
+        for few in chunks([row for row in rows if row["source"] == source], _AT_ONCE):
+            yield source, few
+
+
+def _state(row: Row) -> str:
+    if row["claim_number"] is not None:
+        return "processing"
+    return "scheduled" if row["due_in"] > 0 else "pending"
+
+
+def _owed(row: Row) -> Owed:
+    return Owed(
+        token=row["token"],
+        job_id=row["job_id"],
+        queue=row["queue"],
+        task=row["task"],
+        age=0.0,
+        due_in=0.0,
+        expired=False,
+        crashes=0,
+        recoveries=0,
+        claims=0,
+        backoff=0.0,
+    )
