@@ -61,6 +61,10 @@ class NoRights(NotWritten):
     """The role may not use the schema. See "Roles and grants" in the README."""
 
 
+class NotTransactional(NotWritten):
+    """This cannot be sent as a part of a transaction: nothing was sent."""
+
+
 class TooManyConnections(NotWritten):
     """Postgres has no free connection for this role or for any role."""
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import atexit
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import EntryPoint, entry_points
 from types import TracebackType
@@ -31,6 +32,7 @@ from jobguard.store.protocols import Counts
 if TYPE_CHECKING:
     from datetime import datetime
 
+    from jobguard.host.callers import Caller
     from jobguard.host.tracker import HostTracker
     from jobguard.operations.job import Job
     from jobguard.operations.read import Page, ReadModel
@@ -96,6 +98,36 @@ class JobGuard:
         error are pushed as well. No job of the block is in Redis before the block ends.
         """
         return nullcontext() if self._tracker is None else self._tracker.batch()
+
+    def transaction(self, connection: Any) -> AbstractContextManager[None]:
+        """Record all jobs sent inside the block in the transaction of ``connection``.
+
+        ``connection`` is the application's own connection to the database of the ledger: a psycopg
+        connection or cursor, a SQLAlchemy Connection or Session, or a Django connection. If no transaction
+        is open on it, the block opens one and commits it at its end; otherwise the block is a savepoint in
+        it. An error in the block rolls it back. The jobs are pushed after the commit, by this process or by
+        the leader. Jobs of a transaction or savepoint that is rolled back are never sent.
+
+        Raises NotTransactional for a job that needs a read of Redis (unique jobs, dependencies, chords, a
+        pipeline) or has a key; UnsupportedTarget for an unknown connection; ConfigurationError for a
+        connection to another database; StoreUnavailable.
+        """
+        from jobguard.host.callers import caller_of
+
+        return transaction_of([self], caller_of(connection))
+
+    def atransaction(self, connection: Any) -> AbstractAsyncContextManager[None]:
+        """Do the same for asyncio: ``async with guard.atransaction(connection):``.
+
+        ``connection`` is a psycopg AsyncConnection, a SQLAlchemy AsyncConnection or AsyncSession, or an
+        asyncpg Connection. The jobs are recorded at the end of the block. Open a block inside the block for
+        jobs that belong to a savepoint.
+        """
+        from jobguard.host.callers import async_caller_of
+        from jobguard.host.transaction import atransaction
+
+        caller = async_caller_of(connection)
+        return atransaction(_transactional([self]), caller)
 
     def stats(self) -> Stats:
         """Count the jobs of this source by state and queue. Raises StoreUnavailable."""
@@ -253,6 +285,32 @@ class JobGuard:
         return ReadModel(self._conninfo)
 
 
+def transaction_of(guards: Sequence[JobGuard], caller: Caller) -> AbstractContextManager[None]:
+    """Record all jobs of these guards that are sent inside in the transaction of the caller."""
+    from jobguard.host.transaction import transaction
+
+    return transaction(_transactional(guards), caller)
+
+
+def _transactional(guards: Sequence[JobGuard]) -> list[HostTracker]:
+    trackers = [guard._tracker for guard in guards if guard._tracker is not None]
+    if any(tracker.settings.mode != "guard" for tracker in trackers):
+        raise ConfigurationError(
+            "transaction() needs the mode 'guard': in the mode 'observe' no leader pushes the jobs of a "
+            "process that died after its commit"
+        )
+    return trackers
+
+
+def known_guards() -> list[JobGuard]:
+    """Return the guards of this process, and configure the applications that some of them wait for."""
+    found = [*_guards.values(), *_deferred]
+    by_source = {id(one._tracker): one for one in found if one._tracker is not None}
+    return list(by_source.values())
+
+
+_deferred: weakref.WeakSet[JobGuard] = weakref.WeakSet()
+"""The guards whose targets were known only later."""
 _guards: dict[int, JobGuard] = {}
 _warned: set[str] = set()
 
@@ -421,6 +479,7 @@ def _guard_deferred(
         complete()
 
     made = JobGuard(chosen, later=resolve)
+    _deferred.add(made)
     later.when(complete)
     return made
 

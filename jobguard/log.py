@@ -148,6 +148,9 @@ EVENTS: Mapping[str, Event] = {
         "Redis refuses CLIENT SETNAME: a leader cannot tell this worker from an unguarded one, and "
         "recovers nothing; grant +client|setname",
     ),  # error
+    "push_left": Event(
+        WARNING, "a committed job could not be pushed now; the leader pushes it"
+    ),  # source, error
     "push_skipped": Event(INFO, "a job has ended or moved on: it is not pushed"),  # job_id
     "job_skipped": Event(WARNING, "a worker skips a job that it must not run"),  # job_id, reason
     "run_killed": Event(

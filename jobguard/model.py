@@ -173,6 +173,9 @@ class Recorded:
     """Postgres did not take the batch; the spool has it."""
     lost: bool = False
     """Neither Postgres nor the spool took the batch. This is already counted and logged."""
+    committed: bool = False
+    """A transaction of the application has recorded them: they are never withdrawn, and their sender is
+    no longer there to receive an error."""
     at: float = field(default_factory=time.monotonic, compare=False)
     """When the answer came, by the monotonic clock of this process."""
 

@@ -57,8 +57,23 @@ select jobguard.record(
   %(error)s::text[]),
   jobguard.led(%(namespace)s)
 
+-- name: installation_id
+select i.id::text from jobguard.installation i
+
+-- name: record_in_transaction
+-- Record deliveries in a transaction of the application, on its connection. The driver may be any one, so that
+-- each parameter is a text.
+select jobguard.record_in_transaction(cast(cast(%(source)s as text) as bigint), cast(%(rows)s as text))
+
+-- name: take_committed
+-- Take the push of deliveries that this process recorded in a transaction; return the committed ones.
+select jobguard.take_committed(%(source)s, %(tokens)b::uuid[], %(deadline)s::float8)
+
+-- name: see_committed
+select jobguard.see_committed(%(namespace)s, %(term)s, %(source)s, %(wait)s::float8)
+
 -- name: withdraw
--- Delete deliveries that were never pushed.
+-- Delete deliveries that were never pushed. One that was recorded in a transaction of the application stays.
 with locked as materialized (
   select j.token from jobguard.jobs j
   where j.source + 0 = %(source)s and j.token = any (%(tokens)b::uuid[]) order by j.token for update
@@ -67,6 +82,8 @@ with locked as materialized (
   where j.source + 0 = %(source)s and j.token = l.token and j.claims = 0
     and j.token = any (%(tokens)b::uuid[])
     and not exists (select from jobguard.running r where r.source = j.source and r.token = j.token)
+    and not exists (select from jobguard.outbox b where b.source + 0 = %(source)s
+                      and b.token = j.token and b.not_before is not null)
   returning j.token
 ), unboxed as (
   delete from jobguard.outbox b using gone g where b.source + 0 = %(source)s and b.token = g.token
@@ -77,10 +94,10 @@ delete from jobguard.suspects s using gone g where s.source + 0 = %(source)s and
 
 -- name: outbox
 -- Leave the push of owed deliveries to the leader.
-insert into jobguard.outbox (source, token, unsent)
+insert into jobguard.outbox as b (source, token, unsent)
 select j.source, j.token, false from jobguard.jobs j
 where j.source + 0 = %(source)s and j.token = any (%(tokens)b::uuid[])
-on conflict do nothing
+on conflict (token, source) do update set not_before = now() where b.not_before is not null
 
 -- name: claim
 select verdict, number, crashes, outcome::text
@@ -341,7 +358,7 @@ with lease as (
 select true from lease
 
 -- name: page
--- Return owed deliveries in the order of their tokens.
+-- Return owed deliveries in the order of their tokens, except for those that their processes push now.
 select j.token, j.job_id, j.queue, j.task, extract(epoch from now() - j.recorded_at)::float8,
        coalesce(extract(epoch from j.due_at - now()), 0)::float8,
        coalesce(j.expires_at <= now(), false), j.crashes, j.recoveries, j.claims,
@@ -354,6 +371,8 @@ left join jobguard.running r on r.source = j.source and r.token = j.token
 left join jobguard.workers w on w.id = r.worker
 left join jobguard.suspects s on s.source = j.source and s.token = j.token
 where j.source = %(source)s and j.token > %(after)s
+  and not exists (select from jobguard.outbox o where o.source = j.source and o.token = j.token
+                    and o.not_before > now())
 order by j.token limit %(limit)s
 
 -- name: watched
@@ -380,6 +399,7 @@ where j.source + 0 = %(source)s and j.token = any (array(
   where r.source = %(source)s and jobguard.holds(w, r) is not true
 ))
   and j.token > %(after)s and coalesce(j.not_before, now()) <= now()
+  and coalesce(o.not_before, now()) <= now()
   and (not %(urgent)s or r.token is not null or o.token is not null
        or (s.cause = 'worker' and s.mark = ''))
 order by j.token limit %(limit)s

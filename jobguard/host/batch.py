@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from jobguard.fork import OwnerProcess
 from jobguard.host.push import take_back
@@ -27,6 +27,24 @@ _MOST = 1_000
 """The maximum number of deliveries in a batch; deliveries beyond it start the next batch."""
 
 
+class Collector(Protocol):
+    """An open block that takes the deliveries of its source."""
+
+    over: bool
+    takes_all: bool
+    """True: also a batch that is apart joins the block."""
+
+    @property
+    def is_mine(self) -> bool:
+        """Return True if this process opened the block; a forked child has a copy of it."""
+
+    def defer(self, deliveries: Sequence[Delivery], push: Push) -> Callable[[], None] | None:
+        """Take these deliveries; see the function `defer`."""
+
+    def refuse(self, what: str) -> None:
+        """Raise NotTransactional if the block must not let this pass."""
+
+
 @dataclass(slots=True)
 class _Batch:
     """The deferred deliveries, in order."""
@@ -38,6 +56,7 @@ class _Batch:
     """The time of the last deferred delivery, or of the start of the batch."""
     over: bool = False
     """True after the end of the block; a task that was started inside then sends by itself."""
+    takes_all: bool = False
     _deferred: list[tuple[Sequence[Delivery], Push]] = field(default_factory=list)
     _count: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -68,6 +87,9 @@ class _Batch:
             deferred, self._deferred, self._count = self._deferred, [], 0
         return deferred
 
+    def refuse(self, what: str) -> None:
+        """Let everything pass."""
+
     def close(self) -> None:
         """Accept no more deliveries, and send the deferred ones."""
         with self._lock:
@@ -75,7 +97,7 @@ class _Batch:
         _send(self)
 
 
-_open: ContextVar[Mapping[int, _Batch]] = ContextVar("jobguard_batches", default={})  # noqa: B039
+_open: ContextVar[Mapping[int, Collector]] = ContextVar("jobguard_batches", default={})  # noqa: B039
 """The open batches by source; never changed in place, so a copied context opens its own batches."""
 
 
@@ -87,6 +109,29 @@ def defer(source: int, deliveries: Sequence[Delivery], push: Push) -> Callable[[
     """
     batch = _open.get().get(source)
     return None if batch is None else batch.defer(deliveries, push)
+
+
+def refuse(source: int, what: str) -> None:
+    """Raise NotTransactional if a transaction is open, and ``what`` cannot be part of it."""
+    block = _open.get().get(source)
+    if block is not None:
+        block.refuse(what)
+
+
+@contextmanager
+def collecting(source: int, block: Collector) -> Iterator[None]:
+    """Give all deliveries to this source inside the block to ``block``."""
+    before = _open.set({**_open.get(), source: block})
+    try:
+        yield
+    finally:
+        if block.is_mine:
+            block.over = True
+            # A generator may be closed in a context other than the one in which it started. Then
+            # there is nothing to restore, and a context that still knows this block sees that it is
+            # over.
+            with suppress(ValueError):
+                _open.reset(before)
 
 
 def _wait() -> None:
@@ -114,22 +159,18 @@ def batch(
     a batch.
     """
     around = _open.get().get(source)
-    if not apart and around is not None and around.is_mine and not around.over:
+    joins = around is not None and around.is_mine and not around.over
+    if around is not None and joins and (not apart or around.takes_all):
         yield
         return
     mine = _Batch(tracker, patience, unheard)
     if first_at_once:
         mine.last = float("-inf")
-    before = _open.set({**_open.get(), source: mine})
     try:
-        yield
+        with collecting(source, mine):
+            yield
     finally:
         if mine.is_mine:
-            # A generator may be closed in a context other than the one in which it started. Then
-            # there is nothing to restore, and a context that still knows this batch sees that it is
-            # over.
-            with suppress(ValueError):
-                _open.reset(before)
             mine.close()
 
 

@@ -218,7 +218,7 @@ class Push(ABC):
 
         Its sender receives the error.
         """
-        if self._recorded.may_be_pushed(self.tracker.push_deadline):
+        if self._recorded.committed or self._recorded.may_be_pushed(self.tracker.push_deadline):
             self.failed(error)
             return
         take_back(self.tracker, self.deliveries)

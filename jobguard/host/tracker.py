@@ -83,6 +83,7 @@ class HostTracker:
         self._door: Door | None = None
         self._parent: ParentStore | None = None
         self._refusal: str | None = None
+        self._installation: str | None = None
         self.circuit: Circuit
         self._owner = OwnerProcess()
         self._start()
@@ -223,6 +224,8 @@ class HostTracker:
         if not deliveries:
             return Recorded()
         self._mine()
+        if any(one.parent is None and one.closes is None for one in deliveries):
+            batches.refuse(self.source.id, f"job {deliveries[0].job_id}")
         deliveries = _with_errors(deliveries)
         # Otherwise a leader might push a delivery whose sender receives an error.
         outbox = outbox and self._accepts
@@ -296,6 +299,7 @@ class HostTracker:
 
     def open_join(self, join: str, size: int, state: bytes = b"") -> Recorded:
         """Record that a continuation waits for this many jobs; see Tracker."""
+        batches.refuse(self.source.id, "a group of jobs with a continuation")
         return self._record_intent(JoinOpened(join, size, state), "open_join")
 
     def close_join(self, join: str) -> None:
@@ -370,6 +374,22 @@ class HostTracker:
         self.spool.remove(tokens)
         self._try_call("withdraw", lambda store: store.withdraw(self.source.id, tokens))
 
+    def installation_id(self) -> str:
+        """Return the identity of the ledger. Raises StoreUnavailable or a subclass."""
+        self._mine()
+        if self._installation is None:
+            self._installation = self.call(lambda store: store.installation_id())
+        return str(self._installation)
+
+    def take_committed(self, tokens: Sequence[UUID]) -> frozenset[UUID]:
+        """Take the push of deliveries that a transaction recorded; return the committed ones."""
+        source, deadline = self.source.id, self.push_deadline
+        taken = self._try_call(
+            "take_committed",
+            lambda store: store.take_committed(source, tokens, deadline=deadline),
+        )
+        return frozenset(taken or ())
+
     def leave_to_outbox(self, tokens: Sequence[UUID]) -> None:
         """Leave the push to the leader; see Tracker."""
         # If this fails, the sweep still finds the deliveries absent, only later.
@@ -387,7 +407,8 @@ class HostTracker:
 
     def accepts_without_broker(self, recorded: Recorded) -> bool:
         """Return True if a recorded job may be accepted although Redis is away; see Tracker."""
-        return self._accepts and recorded.leader_live and not recorded.refused and not recorded.lost
+        accepts = recorded.committed or self._accepts
+        return accepts and recorded.leader_live and not recorded.refused and not recorded.lost
 
     @property
     def _accepts(self) -> bool:

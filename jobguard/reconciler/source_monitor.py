@@ -38,6 +38,8 @@ _FRESH = 5.0
 _YOUNG_PAGES = 10
 _URGENT = 0.25
 """Seconds between two inspections of deliveries whose absence was reported."""
+_PUSHED_AFTER = 1.0
+"""Seconds that a process has for the push after the commit of its transaction."""
 _WATCHED = 1000
 """Suspects that are inspected in one step."""
 _VERIFY_AGAIN = (10.0, 60.0)
@@ -128,6 +130,9 @@ class SourceMonitor:
         self._watched_after: UUID | None = None
         self._watched_took = 0.0  # Seconds of the present round over all suspects.
         self._pending = 0
+        self._committed_until = (
+            0.0  # Before this, it waits for processes to push what they committed.
+        )
         self.result = PassResult()
         self._resume_incidents()
 
@@ -159,6 +164,7 @@ class SourceMonitor:
             and self._workers.polled
             and not self._workers.may_be_dead()
             and not self._pending
+            and self._clock() >= self._committed_until
             and not self._inspector.restorer.has_joins_to_see_again
         )
 
@@ -188,6 +194,7 @@ class SourceMonitor:
                 "backlog",
                 partial(self._backlog_trust.step, term, in_incident=self._incident_at is not None),
             )
+            self._part("committed", partial(self._see_committed, term, now))
             self._part("urgent", partial(self._inspect_urgent, term, now))
             self._part("watched", partial(self._inspect_watched, term, now))
             self._part("young", partial(self._inspect_young, term, now))
@@ -346,6 +353,14 @@ class SourceMonitor:
             self._walk_at_once = False
             self._lap = _Lap(running=True, began=now, brisk=True)
             self._due["page"] = now
+
+    def _see_committed(self, term: int, now: float) -> None:
+        """Give the processes a moment to push what their transactions have committed."""
+        if now >= self._due.get("committed", 0.0):
+            self._due["committed"] = now + _URGENT
+            if self._store.see_committed(term, self.source.id, wait=_PUSHED_AFTER):
+                self._committed_until = now + _PUSHED_AFTER + _URGENT
+                self._due["watched"] = min(self._due.get("watched", 0.0), self._committed_until)
 
     def _inspect_urgent(self, term: int, now: float) -> None:
         """Inspect deliveries whose absence was reported.

@@ -118,6 +118,20 @@ class PostgresStore:
             led = rows[0][1]
         return Recorded(refused=frozenset(refused), leader_live=led)
 
+    def installation_id(self) -> str:
+        """Return the identity of this ledger; see HostStore."""
+        return str(self._db.execute(self._sql["installation_id"])[0][0])
+
+    def take_committed(
+        self, source: int, tokens: Sequence[UUID], *, deadline: float
+    ) -> frozenset[UUID]:
+        """Take the push of deliveries that were recorded in a transaction; see HostStore."""
+        rows = self._db.execute(
+            self._sql["take_committed"],
+            {"source": source, "tokens": list(tokens), "deadline": deadline},
+        )
+        return frozenset(rows[0][0])
+
     def withdraw(self, source: int, tokens: Sequence[UUID]) -> None:
         """Delete deliveries that were never pushed; see HostStore."""
         self._db.execute(self._sql["withdraw"], {"source": source, "tokens": list(tokens)})

@@ -210,6 +210,13 @@ class PostgresLeaderStore:
         rows = self._ask("page", source=source, after=after or _FIRST, limit=limit)
         return [_owed(row) for row in rows]
 
+    def see_committed(self, term: int, source: int, *, wait: float) -> int:
+        """See what transactions of the application have committed; see LeaderStore."""
+        seen = self._write("see_committed", term, source=source, wait=wait)[0][0]
+        if seen is None:
+            raise NotLeading("the term is over: nothing was changed")
+        return int(seen)
+
     def watched(
         self, source: int, *, limit: int, after: UUID | None = None, urgent: bool = False
     ) -> Sequence[Owed]:

@@ -116,8 +116,24 @@ class HostStore(Protocol):
         for the library these deliveries replace all other deliveries of their job ids.
         """
 
+    def installation_id(self) -> str:
+        """Return the identity of this ledger."""
+
+    def take_committed(
+        self, source: int, tokens: Sequence[UUID], *, deadline: float
+    ) -> frozenset[UUID]:
+        """Take the push of deliveries that this process recorded in a transaction of the application.
+
+        Return those that are committed and that no leader pushes. They supersede all other unclaimed
+        deliveries of their job ids, if Redis keeps one body per job id. The leader pushes them if they are
+        still not in Redis after ``deadline`` seconds.
+        """
+
     def withdraw(self, source: int, tokens: Sequence[UUID]) -> None:
-        """Delete deliveries that were never pushed, except those that are or were claimed."""
+        """Delete deliveries that were never pushed.
+
+        Those that are or were claimed, or were recorded in a transaction of the application, stay.
+        """
 
     def outbox(self, source: int, tokens: Sequence[UUID]) -> None:
         """Leave the push of owed deliveries to the leader."""
@@ -382,6 +398,13 @@ class LeaderStore(Protocol):
 
     def page(self, source: int, *, after: UUID | None, limit: int) -> Sequence[Owed]:
         """Return owed deliveries in the order of their tokens."""
+
+    def see_committed(self, term: int, source: int, *, wait: float) -> int:
+        """See deliveries that were recorded in transactions of the application and are committed.
+
+        The leader pushes them after ``wait`` seconds, unless their processes take them before. They
+        supersede others as in ``take_committed``. Return how many were seen.
+        """
 
     def watched(
         self, source: int, *, limit: int, after: UUID | None = None, urgent: bool = False

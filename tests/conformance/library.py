@@ -92,6 +92,10 @@ class Library(ABC):
         pytest.skip("the library cannot begin a push without completing it")
 
     @abstractmethod
+    def send_with_read(self) -> None:
+        """Send a job whose push reads Redis."""
+
+    @abstractmethod
     def work(self, queue: str = QUEUE) -> None:
         """Run all waiting jobs on a guarded worker in this process, and return when none is left."""
 

@@ -116,6 +116,12 @@ class OnCelery(Library):
         self.app.control.revoke(job_id)
         self._revoked.add(job_id)
 
+    def send_with_read(self) -> None:
+        """Send a chord, whose members are counted in Redis."""
+        say = self.app.tasks[celery_app.name_of("say")]
+        one = say.si(str(self.ledger)).set(queue=QUEUE)
+        chord([one, one], one, app=self.app)()
+
     def work(self, queue: str = QUEUE) -> None:
         """Run the solo worker in this thread until no due job waits."""
         worker: Any = WorkController(

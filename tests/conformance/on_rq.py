@@ -98,6 +98,12 @@ class OnRQ(Library):
         with self.client.pipeline() as pipe:
             self._queue().enqueue("tests.conformance.tasks.say", str(self.ledger), pipeline=pipe)
 
+    def send_with_read(self) -> None:
+        """Enqueue a job on a pipeline of the application, as RQ does for dependencies."""
+        with self.client.pipeline() as pipe:
+            self._queue().enqueue("tests.conformance.tasks.say", str(self.ledger), pipeline=pipe)
+            pipe.execute()
+
     def work(self, queue: str = QUEUE) -> None:
         """Run the worker that does not fork, in burst mode."""
         SimpleWorker([self._queue(queue)], connection=self.client).work(burst=True)

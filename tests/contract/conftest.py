@@ -18,6 +18,7 @@ import psycopg
 import pytest
 from psycopg import sql
 
+from jobguard.host.transaction import rows_of
 from jobguard.model import (
     Beat,
     Claim,
@@ -33,12 +34,13 @@ from jobguard.model import (
     Refused,
     new_token,
 )
+from jobguard.schema import statements
 from jobguard.settings import Settings
 from jobguard.store.protocols import BeatReply, ClaimRequest, HostStore, LeaderStore
 from tests.fakes.store import MemoryLedger
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
 NAMESPACE = "tests"
 SOURCE = 7
@@ -58,6 +60,9 @@ class Backend(Protocol):
 
     def leader(self, namespace: str, holder: UUID) -> LeaderStore:
         """Return a store for a reconciler."""
+
+    def commit(self, deliveries: Sequence[Delivery]) -> None:
+        """Record deliveries in a transaction of the application, and commit it."""
 
     def advance(self, seconds: float) -> None:
         """Make time pass."""
@@ -90,6 +95,10 @@ class InMemory:
         self.ledger = MemoryLedger(clock=self.clock)
         self.host = self.ledger.host
         self.leader = self.ledger.leader
+
+    def commit(self, deliveries: Sequence[Delivery]) -> None:
+        """Record deliveries as a committed transaction."""
+        self.ledger.host().record_in_transaction(SOURCE, deliveries)
 
     def advance(self, seconds: float) -> None:
         """Make time pass."""
@@ -150,6 +159,14 @@ class InPostgres:
         store = cast(LeaderStore, made)
         self._opened.append(store)
         return store
+
+    def commit(self, deliveries: Sequence[Delivery]) -> None:
+        """Record deliveries on a connection of the application, and commit."""
+        with psycopg.connect(self._database) as connection:
+            for rows in rows_of(deliveries):
+                connection.execute(
+                    statements()["record_in_transaction"], {"source": str(SOURCE), "rows": rows}
+                )
 
     def advance(self, seconds: float) -> None:
         """Make time pass: the clock of a server cannot be moved, so all stored times are moved back."""

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from uuid import UUID
 
-from jobguard.store.protocols import HostStore, LeaderStore
+from jobguard.store.protocols import LeaderStore
 from tests.fakes.store.host import MemoryHostStore
 from tests.fakes.store.leader import MemoryLeaderStore
 from tests.fakes.store.tables import Tables
@@ -46,7 +46,7 @@ class MemoryLedger:
         """Refuse rows with certain texts from now on, as PostgreSQL refuses rows for their content."""
         self._tables.refuses = refuses
 
-    def host(self) -> HostStore:
+    def host(self) -> MemoryHostStore:
         """Return the ledger as producers and workers use it."""
         return MemoryHostStore(self._tables)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -29,6 +30,8 @@ from tests.fakes.store.tables import Job, Key, Run, Suspect, Tables, Tombstone, 
 
 _WATCHED = 300.0
 """Seconds after a leader's last tick in a source during which the source counts as watched."""
+_MARGIN = 0.25
+"""Seconds before the leader's turn in which a process no longer takes a push."""
 _SMALLINT = range(-(2**15), 2**15)
 
 
@@ -189,9 +192,40 @@ class MemoryHostStore:
                 job.carry_counts(tables.jobs[key])
                 tables.bury(key, Outcome.SUPERSEDED, ended_at=now, next=delivery.token)
 
+    def installation_id(self) -> str:
+        return self._tables.installation
+
+    def record_in_transaction(self, source: int, deliveries: Sequence[Delivery]) -> None:
+        """Record deliveries as a transaction of the application does that is committed."""
+        tables = self._tables
+        with tables.open() as now:
+            for delivery in deliveries:
+                key = (source, delivery.token)
+                if key in tables.jobs or (delivery.derived and key in tables.history):
+                    continue
+                tables.jobs[key] = Job(delivery, recorded_at=now)
+                tables.outbox[key], tables.unseen[key] = (now, True), math.inf
+
+    def take_committed(
+        self, source: int, tokens: Sequence[UUID], *, deadline: float
+    ) -> frozenset[UUID]:
+        tables = self._tables
+        with tables.open() as now:
+            keys = [(source, token) for token in tokens]
+            keys = [key for key in keys if tables.unseen.get(key, 0.0) > now + _MARGIN]
+            for key in keys:
+                tables.supersede_others(key)
+            taken = [key for key in keys if key in tables.unseen]
+            for key in taken:
+                tables.outbox[key] = (tables.outbox[key][0], False)
+                tables.unseen[key] = now + deadline
+            return frozenset(token for _, token in taken)
+
     def withdraw(self, source: int, tokens: Sequence[UUID]) -> None:
         with self._tables.open():
             for key in self._tables.owed(source, tokens):
+                if key in self._tables.unseen:
+                    continue
                 if key not in self._tables.running and not self._tables.jobs[key].claims:
                     self._tables.drop(key)
 
@@ -199,6 +233,8 @@ class MemoryHostStore:
         with self._tables.open() as now:
             for key in self._tables.owed(source, tokens):
                 self._tables.outbox.setdefault(key, (now, False))
+                if key in self._tables.unseen:
+                    self._tables.unseen[key] = now
 
     def claim(self, source: int, request: ClaimRequest) -> ClaimAnswer:
         tables, key = self._tables, (source, request.token)

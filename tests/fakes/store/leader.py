@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -192,7 +193,22 @@ class MemoryLeaderStore:
 
     def page(self, source: int, *, after: UUID | None, limit: int) -> Sequence[Owed]:
         with self._tables.open() as now:
-            return [self._owed(key, now) for key in self._after(source, after)[:limit]]
+            keys = [key for key in self._after(source, after) if not self._is_pushed_now(key, now)]
+            return [self._owed(key, now) for key in keys[:limit]]
+
+    def see_committed(self, term: int, source: int, *, wait: float) -> int:
+        with self._leading(term) as now:
+            unseen = self._tables.unseen
+            seen = sorted(k for k, until in unseen.items() if k[0] == source and until == math.inf)
+            for key in seen:
+                if key in unseen:
+                    self._tables.supersede_others(key)
+                    unseen[key] = now + wait
+            return len(seen)
+
+    def _is_pushed_now(self, key: Key, now: float) -> bool:
+        """Return True if the process that recorded it pushes it, and not the leader."""
+        return self._tables.unseen.get(key, 0.0) > now
 
     def _after(self, source: int, after: UUID | None) -> list[Key]:
         jobs = self._tables.jobs
@@ -214,7 +230,7 @@ class MemoryLeaderStore:
 
     def _is_watched(self, key: Key, now: float) -> bool:
         not_before = self._tables.jobs[key].not_before
-        if not_before is not None and not_before > now:
+        if (not_before is not None and not_before > now) or self._is_pushed_now(key, now):
             return False
         suspect, run = self._tables.suspects.get(key), self._tables.running.get(key)
         return (

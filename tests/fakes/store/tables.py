@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -140,6 +141,8 @@ class Tables:
         self.locks: dict[tuple[int, str], tuple[Key, int]] = {}  # by name: the claim and its number
         self.outbox: dict[Key, tuple[float, bool]] = {}
         """When it was left there, and whether it is certain that nothing was sent."""
+        self.unseen: dict[Key, float] = {}
+        """Of the outbox: until then its process pushes it; infinity: no process has seen its commit."""
         self.leases: dict[str, Lease] = {}
         self.sources: dict[int, SourceRow] = {}
         self.watched_at: dict[int, float] = {}
@@ -236,6 +239,18 @@ class Tables:
         """Delete the suspicion and the outbox row."""
         self.suspects.pop(key, None)
         self.outbox.pop(key, None)
+        self.unseen.pop(key, None)
+
+    def supersede_others(self, key: Key) -> None:
+        """Supersede the other unclaimed deliveries of its job id, if there is one body per job id."""
+        if not self.one_body(key[0]):
+            return
+        job = self.jobs[key]
+        for other in self.of_job(key[0], [job.delivery.job_id]):
+            later = self.unseen.get(other) == math.inf and other[1] > key[1]
+            if other != key and other not in self.running and not later:
+                job.carry_counts(self.jobs[other])
+                self.bury(other, Outcome.SUPERSEDED, ended_at=self.clock(), next=key[1])
 
     def one_body(self, source: int) -> bool:
         """Return True if the library keeps one body per job id."""
