@@ -237,11 +237,13 @@ class Session(Protocol):
         describe: Callable[[], Delivery],
         *,
         idle: Callable[[], AbstractContextManager[None]] = nullcontext,
+        patience: float | None = None,
     ) -> Claim | Refused:
         """Ask for the claim to run a delivery. ``describe`` builds the record of an unrecorded delivery.
 
         A job that is charged with a worker's death runs alone in its process, so that a start may have
-        to wait. It waits inside ``idle()``: there the library's own time limit must not run.
+        to wait. It waits inside ``idle()``: there the library's own time limit must not run. Where that
+        limit cannot be stopped, ``patience`` is the longest single wait, in seconds.
         """
 
     def end(

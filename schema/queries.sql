@@ -335,6 +335,13 @@ select w.id, w.name, w.host, w.pid, w.queues, w.beat, extract(epoch from w.start
        w.claims
 from jobguard.workers w where w.source = %(source)s order by w.id
 
+-- name: charges
+-- Return how often the claimed jobs of these workers are charged: the two highest numbers for each.
+select r.worker, (array_agg(j.crashes::int order by j.crashes desc))[1:2]
+from jobguard.running r join jobguard.jobs j on j.source = r.source and j.token = r.token
+where r.source = %(source)s and r.worker = any (%(workers)b::uuid[])
+group by r.worker
+
 -- name: declare_dead
 with lease as (
   select from jobguard.leader where namespace = %(namespace)s and term = %(term)s for share

@@ -56,6 +56,8 @@ Hook = Callable[..., Any]
 
 OURS = (TOKEN, WORKER, CONTENT, QUEUE, PART, DEAD)
 """Our headers, as the request of a task has them."""
+_WAITS = 8
+"""A start waits for this part of its time limit at most, up to three times."""
 _CLAIMED = "_jobguard_asked"
 _RUN = "_jobguard_run"
 _OURS = "_jobguard_fence"
@@ -153,7 +155,9 @@ def _begin(task: Any, request: Any) -> Refused | None:
         ended = refuse_ended_member(tracker, token)
         if ended is not None:
             return ended
-    answer = session.start(token, lambda: _describe(task, request, token))
+    answer = session.start(
+        token, lambda: _describe(task, request, token), patience=_patience(task, request)
+    )
     if isinstance(answer, Refused):
         return answer
     for name in OURS:  # otherwise a message that inherits this task's headers takes them along
@@ -175,6 +179,13 @@ def _begin(task: Any, request: Any) -> Refused | None:
     run.enter()
     failpoint.hit("after_claim")
     return None
+
+
+def _patience(task: Any, request: Any) -> float | None:
+    """Return how long one wait of a start may be: the time limits of the task run already."""
+    hard, soft = (request.timelimit or (None, None))[:2]
+    limits = [limit for limit in (hard or task.time_limit, soft or task.soft_time_limit) if limit]
+    return min(limits) / _WAITS if limits else None
 
 
 def queue_of(request: Any) -> str:

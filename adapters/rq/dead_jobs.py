@@ -7,6 +7,9 @@ the leader for this purpose, or its claim was refused because this start spent t
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rq.job import Job
@@ -17,12 +20,11 @@ from jobguard.model import Outcome, Refusal, Refused
 
 REPORT_FIELD = "jg_report"
 _DEAD = "_jobguard_dead"
+_VARIABLE = "JOBGUARD_DEAD_JOB"
 
 
 def is_to_report(worker: Any, job: Job, refused: Refused) -> bool:
     """Return True if this worker must report the dead job to RQ; at most one worker does."""
-    if any(kind.__name__ == "SpawnWorker" for kind in type(worker).__mro__):
-        return False  # its horse is a new interpreter and cannot know this
     mine = False
     with contain_errors("see whether a dead job must be reported", job_id=job.id):
         if refused.reason is Refusal.SPENT:
@@ -31,9 +33,29 @@ def is_to_report(worker: Any, job: Job, refused: Refused) -> bool:
             dead = refused.outcome is Outcome.DEAD
             mine = dead and bool(worker.connection.hdel(job.key, REPORT_FIELD))
     if mine:
-        job.__dict__[_DEAD] = True
-        job.retries_left = 0  # the failure is final
+        _mark(job)
     return mine
+
+
+def _mark(job: Job) -> None:
+    job.__dict__[_DEAD] = True
+    job.retries_left = 0  # the failure is final
+
+
+@contextmanager
+def known_to_horse(job: Job) -> Iterator[None]:
+    """Tell a horse that is started inside the block, as a new interpreter, that its job is dead."""
+    os.environ[_VARIABLE] = job.id
+    try:
+        yield
+    finally:
+        del os.environ[_VARIABLE]
+
+
+def learn_from_parent(job: Job) -> None:
+    """Mark the job of a spawned horse as dead if its parent says so."""
+    if os.environ.pop(_VARIABLE, None) == job.id:
+        _mark(job)
 
 
 def is_dead(job: Job) -> bool:

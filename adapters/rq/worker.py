@@ -24,7 +24,13 @@ from rq.worker import SimpleWorker
 
 from jobguard import failpoint
 from jobguard.adapter import running_job
-from jobguard.adapters.rq.dead_jobs import is_dead, is_to_report, raise_if_dead
+from jobguard.adapters.rq.dead_jobs import (
+    is_dead,
+    is_to_report,
+    known_to_horse,
+    learn_from_parent,
+    raise_if_dead,
+)
 from jobguard.adapters.rq.envelope import Mode
 from jobguard.adapters.rq.killed_runs import forget_orders, is_left_to_the_leader, was_ordered
 from jobguard.adapters.rq.layout import FIELD, SPENT
@@ -191,6 +197,9 @@ def _with_pipe(original: Hook, *, for_spawn: bool) -> Hook:
     @wraps(original)
     def hook(self: Any, job: Job, queue: Queue) -> Any:
         run = run_of(job)
+        if run is None and for_spawn and is_dead(job):
+            with _hooked_interpreter(), known_to_horse(job):
+                return original(self, job, queue)
         if run is None:
             return original(self, job, queue)
         forget_orders(self)
@@ -210,6 +219,7 @@ def main_work_horse(original: Hook) -> Hook:
     @wraps(original)
     def hook(self: Any, job: Job, queue: Queue) -> Any:
         with contain_errors("find the run of a horse", job_id=job.id):
+            learn_from_parent(job)
             run = run_of(job) or _inherit(self, job, queue)
             if run is not None:
                 set_run(job, run)

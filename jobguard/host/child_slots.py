@@ -16,6 +16,8 @@ import struct
 from uuid import UUID
 
 _WORKER = 16
+_HEAD = 32
+"""The bytes before the slots: the id of the worker, and the delivery that runs alone."""
 _SLOTS = 1024
 _SLOT = struct.Struct("=qd16s")
 _SINCE = struct.Struct("=d")
@@ -31,7 +33,7 @@ class ChildSlots:
     """
 
     def __init__(self) -> None:
-        self._memory = mmap.mmap(-1, _WORKER + _SLOTS * _SLOT.size)
+        self._memory = mmap.mmap(-1, _HEAD + _SLOTS * _SLOT.size)
         self._own: tuple[int, int] | None = None
         """The pid of the slot's owner, and the position: a child inherits the value of its parent."""
 
@@ -43,6 +45,15 @@ class ChildSlots:
         """Return the id by which Postgres knows the worker; None if it knows none yet."""
         name = self._memory[:_WORKER]
         return UUID(bytes=name) if name != _NOTHING else None
+
+    def set_only(self, token: UUID | None) -> None:
+        """Store, in the worker, the delivery that runs alone among its children; None if there is none."""
+        self._memory[_WORKER:_HEAD] = token.bytes if token is not None else _NOTHING
+
+    def only(self) -> UUID | None:
+        """Return the delivery that runs alone, or None."""
+        token = self._memory[_WORKER:_HEAD]
+        return UUID(bytes=token) if token != _NOTHING else None
 
     def note(self, since: float | None) -> None:
         """Note that this process has waiting reports since then; None if it has none any more."""
@@ -89,11 +100,11 @@ class ChildSlots:
         return owner not in (0, os.getpid()) and _lives(owner)
 
     def _slots(self) -> list[tuple[int, float, bytes]]:
-        return list(_SLOT.iter_unpack(self._memory[_WORKER:]))
+        return list(_SLOT.iter_unpack(self._memory[_HEAD:]))
 
 
 def _at(slot: int) -> int:
-    return _WORKER + slot * _SLOT.size
+    return _HEAD + slot * _SLOT.size
 
 
 def _lives(pid: int) -> bool:

@@ -25,7 +25,7 @@ from uuid import UUID
 from jobguard import failpoint, os_threads
 from jobguard.errors import BadRow, JobguardError, StoreUnavailable, is_host_interrupt
 from jobguard.fork import OwnerProcess
-from jobguard.host.alone import Alone
+from jobguard.host.alone import Alone, AloneAmongChildren, AloneInChild
 from jobguard.host.beats import BeatSender
 from jobguard.host.in_flight import InFlight
 from jobguard.host_safety import contain_errors
@@ -76,6 +76,7 @@ class WorkerSession:
         inherited: tuple[UUID, int] | None = None,
         lists: Callable[[], Iterable[UUID]] | None = None,
         apart: bool = False,
+        serves: bool = False,
     ) -> None:
         self.closed = False
         self._tracker = tracker
@@ -93,7 +94,8 @@ class WorkerSession:
         )
         if apart:
             self._beats.start_beat_process()
-        self._alone = Alone()
+        self._serves = serves
+        self._alone = self._new_alone()
         self._lock = os_threads.lock()
         self._owner = OwnerProcess()
         self._pending: deque[End] = deque()
@@ -116,10 +118,24 @@ class WorkerSession:
         """Reset the state in a forked child: create new locks, and drop the parent's reports."""
         if self._owner.take_over():
             self._in_flight.after_fork()
-            self._alone.after_fork()
+            self._serves = False
+            self._alone = self._new_alone()
             self._lock = os_threads.lock()
             self._flushing = threading.Lock()
             self._pending = deque()
+
+    def _new_alone(self) -> Alone:
+        parent = self._tracker.parent
+        if parent is not None:
+            return AloneInChild(self._in_flight.children, parent)
+        return AloneAmongChildren(self._in_flight.children) if self._serves else Alone()
+
+    def step_of_child(self, step: str, token: UUID, **options: bool) -> bool:
+        """Make one step of Alone for a child of this worker."""
+        done: bool = getattr(self._alone, step)(token, **options)
+        if done:
+            self.flush()  # to a leader, a claim without an end looks like a job beside this one
+        return done
 
     def open(self) -> None:
         """Beat once, so that claims have a known worker, and continue to beat."""
@@ -139,6 +155,7 @@ class WorkerSession:
         describe: Callable[[], Delivery],
         *,
         idle: Callable[[], AbstractContextManager[None]] = nullcontext,
+        patience: float | None = None,
     ) -> Claim | Refused:
         """Ask for the claim to run a delivery; see Session."""
         self._mine()
@@ -147,10 +164,10 @@ class WorkerSession:
         try:
             if not self._alone.enters(token):
                 with idle():
-                    self._alone.enter(token)
+                    self._alone.enter(token, patience)
             answer = self._started(token, describe)
             if isinstance(answer, Claim) and answer.crashes:
-                answer = self._start_alone(answer, describe, idle)
+                answer = self._start_alone(answer, describe, idle, patience)
         except BaseException:
             self._in_flight.remove((token,))
             raise
@@ -164,6 +181,7 @@ class WorkerSession:
         claim: Claim,
         describe: Callable[[], Delivery],
         idle: Callable[[], AbstractContextManager[None]],
+        patience: float | None,
     ) -> Claim | Refused:
         """Start a job that is charged with a worker's death when no other job runs here.
 
@@ -176,7 +194,7 @@ class WorkerSession:
             self._beats.beat_now()  # it has no claim now, and must be on the beat's list
             log_event("start_waits", token=claim.token)
             with idle():
-                self._alone.wait(claim.token)
+                self._alone.wait(claim.token, patience)
             self.flush()
             return self._started(claim.token, describe)
         self.flush()
@@ -477,6 +495,7 @@ class WorkerSession:
     def share(self, other: WorkerSession) -> None:
         """Share, in a child, the memory of the worker's session: the worker reads reports there."""
         self._in_flight.children = other._in_flight.children
+        self._alone = self._new_alone()
 
     def consumes(self, queues: Sequence[str]) -> None:
         """Report from the next beat on that the worker takes jobs from these queues; see Session."""

@@ -552,10 +552,21 @@ class HostTracker:
             if serves and hasattr(socket, "send_fds") and not os_threads.is_patched():
                 self._serve_children()
             self._session = WorkerSession(
-                self, self._new_store(), name=name, queues=queues, lists=lists, apart=apart
+                self,
+                self._new_store(),
+                name=name,
+                queues=queues,
+                lists=lists,
+                apart=apart,
+                serves=self._door is not None and self._door.owner.is_current,
             )
             self._session.open()
         return self._session
+
+    @property
+    def parent(self) -> ParentStore | None:
+        """Return the way to the worker, in a child that its worker serves."""
+        return self._mine()._parent
 
     def _serve_children(self) -> None:
         if self._door is None or not self._door.owner.is_current:
@@ -568,6 +579,8 @@ class HostTracker:
         """Make a call for a child of this worker, together with the calls of others."""
         if name == "end":
             return [] if self._session is None else self._session.take(arguments[1])
+        if name == "alone":
+            return self._session is None or self._session.step_of_child(*arguments, **options)
         if name == "spool":
             return self.spool.put(*arguments)
         if name == "probe":

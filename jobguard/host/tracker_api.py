@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
     from jobguard.adapter import Source
     from jobguard.host.circuit import Circuit
+    from jobguard.host.parent import ParentStore
     from jobguard.host.spool import Spool
     from jobguard.model import ClaimAnswer, End, Ended
     from jobguard.settings import Settings
@@ -25,6 +26,10 @@ class TrackerApi(Protocol):
     circuit: Circuit
     spool: Spool
     client: Callable[[], redis.Redis] | None
+
+    @property
+    def parent(self) -> ParentStore | None:
+        """The way to the worker, in a child that its worker serves; else None."""
 
     def connect(self) -> None:
         """Reach Postgres now, or raise the reason why it cannot be used."""

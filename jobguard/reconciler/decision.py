@@ -73,7 +73,8 @@ class Situation:
     announced: bool = False
     """The dead worker had signed off before: its end is no crash."""
     alone: bool = True
-    """The dead worker had no other claim: this job caused the death."""
+    """The dead worker had no other claim, or none of a job that is charged as often: this job caused
+    the death."""
     crashes: int = 0
     crash_budget: int = 3
 
@@ -153,8 +154,8 @@ def _is_charged(situation: Situation) -> bool:
     """Return True if the death is charged to this job.
 
     If the worker had several claims, its first death is charged to all of these jobs, because it is
-    unknown which of them caused it. From then on each of them runs alone, and only a death of a
-    worker that ran nothing else is charged again.
+    unknown which of them caused it. From then on each of them runs alone, and a death is charged
+    again only to the job that was charged more often than all others of its worker.
     """
     return not situation.announced and (situation.alone or situation.crashes == 0)
 

@@ -271,7 +271,7 @@ class Inspector:
             announced=owed.claim_announced,
             alone=holder is not Holder.DEAD
             or owed.claim_worker is None
-            or self._workers.died_alone(owed.claim_worker),
+            or self._workers.is_cause(owed.claim_worker, owed.crashes),
             crashes=owed.crashes,
             crash_budget=self._settings.crash_budget,
         )

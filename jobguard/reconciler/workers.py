@@ -47,6 +47,8 @@ class Workers:
         self._gone: set[UUID] = set()
         # For each dead worker: its number of claims when it was found dead.
         self._claims_at_death: dict[UUID, int] = {}
+        # And how often its jobs were charged by then: the two highest numbers.
+        self._charges_at_death: dict[UUID, Sequence[int]] = {}
         self._timeout = settings.worker_timeout
         # Ids that the ledger does not know, and since when.
         self._unknown_ids: dict[str, float] = {}
@@ -80,9 +82,9 @@ class Workers:
             self._forget_at = now + _FORGET
             self._store.forget(term, [row.id for row in self.rows if row.left or row.dead])
             known = {row.id.hex for row in self.rows}
-            self._claims_at_death = {
-                id: claims for id, claims in self._claims_at_death.items() if id.hex in known
-            }
+            for memory in (self._claims_at_death, self._charges_at_death):
+                for id in [id for id in memory if id.hex not in known]:
+                    del memory[id]
             self._unknown_ids = {id: at for id, at in self._unknown_ids.items() if id not in known}
         self.polled = True
         return missed
@@ -111,6 +113,8 @@ class Workers:
                 continue
             self._gone.add(row.id)
             self._claims_at_death[row.id] = row.claims
+            if row.claims > 1 and not row.left:
+                self._charges_at_death.update(self._store.charges(self._source, [row.id]))
             missed = True
             if self.polled:  # Otherwise it was gone before this leader began, at an unknown time.
                 self.deaths.update((queue, now) for queue in row.queues)
@@ -166,12 +170,16 @@ class Workers:
         dead = frozenset(self.judgement.dead)
         return all(row.left or row.dead or row.id in dead for row in rows)
 
-    def died_alone(self, worker: UUID) -> bool:
-        """Return True if this worker had no more than one claim when it was found dead.
+    def is_cause(self, worker: UUID, crashes: int) -> bool:
+        """Return True if a job that is charged this often has caused the death of its worker.
 
-        Its claims are voided page by page, so that a later count would be too low.
+        The worker had no other claim when it was found dead, or only claims of jobs that are charged
+        less often. Its claims are voided page by page, so that a later count would be too low.
         """
-        return self._claims_at_death.get(worker, 2) <= 1
+        if self._claims_at_death.get(worker, 2) <= 1:
+            return True
+        highest, second = (*self._charges_at_death.get(worker, ()), crashes, crashes)[:2]
+        return second < crashes == highest
 
     def _is_unknown_for_long(self, name: str) -> bool:
         now = self._clock()

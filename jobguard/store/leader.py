@@ -197,6 +197,10 @@ class PostgresLeaderStore:
             ) in self._ask("workers", source=source)
         ]  # fmt: skip
 
+    def charges(self, source: int, workers: Sequence[UUID]) -> Mapping[UUID, Sequence[int]]:
+        """Return how often the jobs of these workers are charged; see LeaderStore."""
+        return dict(self._ask("charges", source=source, workers=list(workers)))
+
     def declare_dead(self, term: int, workers: Sequence[UUID]) -> None:
         """Declare these workers dead: their claims are void from now on; see LeaderStore."""
         self._led(self._write("declare_dead", term, workers=list(workers)))

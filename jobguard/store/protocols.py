@@ -390,6 +390,9 @@ class LeaderStore(Protocol):
     def workers(self, source: int) -> Sequence[WorkerRow]:
         """Return the workers that have not been forgotten, with the number of claims of each."""
 
+    def charges(self, source: int, workers: Sequence[UUID]) -> Mapping[UUID, Sequence[int]]:
+        """Return how often the claimed jobs of each worker are charged: the two highest numbers."""
+
     def declare_dead(self, term: int, workers: Sequence[UUID]) -> None:
         """Declare these workers dead: their claims are void from now on."""
 

@@ -234,6 +234,26 @@ def test_a_spent_crash_budget_buries_the_delivery(ledger: Contract) -> None:
     assert refused(other.claim(it.token)) == (Refusal.ENDED, Outcome.DEAD)
 
 
+def test_the_charges_of_a_workers_claims_are_known(ledger: Contract) -> None:
+    """For each worker the two highest numbers of deaths with which its claimed jobs are charged."""
+    term = ledger.elected()
+    poison, first, second = (ledger.recorded(name) for name in ("poison", "first", "second"))
+    victim = ledger.working()
+    claim = victim.start(poison.token)
+    ledger.leader.declare_dead(term, [victim.id])
+    ledger.leader.void(term, SOURCE, [Void(poison.token, claim.number, charge=True, backoff=0)])
+    worker, idle, other = ledger.working(), ledger.working(), ledger.working()
+    for it in (poison, first):
+        worker.start(it.token)
+    other.start(second.token)
+    charges = ledger.leader.charges(SOURCE, [worker.id, idle.id, other.id])
+    assert {worker: list(two) for worker, two in charges.items()} == {
+        worker.id: [1, 0],
+        other.id: [0],
+    }
+    assert ledger.leader.charges(SOURCE + 1, [worker.id]) == {}
+
+
 def test_a_claim_after_a_void_has_the_next_number(ledger: Contract) -> None:
     """After a void the next claim has the next number."""
     term, it = ledger.elected(), ledger.recorded()

@@ -173,6 +173,14 @@ class MemoryLeaderStore:
                 if row.source == source
             ]
 
+    def charges(self, source: int, workers: Sequence[UUID]) -> Mapping[UUID, Sequence[int]]:
+        with self._tables.open():
+            found: dict[UUID, list[int]] = {}
+            for (of, token), run in self._tables.running.items():
+                if of == source and run.worker in workers:
+                    found.setdefault(run.worker, []).append(self._tables.jobs[of, token].crashes)
+            return {worker: sorted(many, reverse=True)[:2] for worker, many in found.items()}
+
     def declare_dead(self, term: int, workers: Sequence[UUID]) -> None:
         with self._leading(term) as now:
             for worker in workers:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import redis
+from billiard import process as multiprocessing
 from celery import Celery, Task, chord, group
 from celery.exceptions import Ignore, Reject
 from kombu.common import Broadcast
@@ -191,6 +192,16 @@ def die_always(word: object = "die_always") -> None:
     """Be killed at every run."""
     write(word)
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+@task()
+def die_with_the_worker(word: object = "die_with_the_worker") -> None:
+    """Kill the main process of this worker, when the other tasks have begun."""
+    write(word)
+    time.sleep(1)
+    in_a_child = multiprocessing.current_process().name != "MainProcess"
+    os.kill(os.getppid() if in_a_child else os.getpid(), signal.SIGKILL)
+    time.sleep(60)
 
 
 def _die_once(word: object) -> None:

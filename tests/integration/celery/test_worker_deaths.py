@@ -193,6 +193,27 @@ class TestWorker:
         rig.until(lambda: all(rig.ended(job_id) == ["completed"] for job_id in taken))
         assert [rig.written()[f"taken-{n}"] for n in range(4)] == [1] * 4
 
+    @pytest.mark.parametrize("pool", ["prefork", "threads"])
+    def test_a_task_that_kills_it_is_dead_and_its_siblings_run_once(
+        self, rig: Rig, pool: str
+    ) -> None:
+        """A task that kills the main process is dead after three deaths; tasks beside it complete once."""
+        workers = [rig.worker(pool, concurrency=3)]
+        rig.until(rig.trusted)
+        poison = rig.send("die_with_the_worker")
+        beside = [rig.send("slow", f"w{n}", 3.0) for n in range(4)]
+
+        def over() -> bool:
+            if workers[-1].ended:
+                workers.append(rig.worker(pool, concurrency=3))
+            return not rig.owed()
+
+        rig.until(over)
+        assert rig.ended(poison) == ["dead"]
+        assert rig.written()["die_with_the_worker"] == 3
+        assert [rig.ended(job_id) for job_id in beside] == [["completed"]] * 4
+        assert [rig.written()[f"w{n}"] for n in range(4)] == [1] * 4
+
     @pytest.mark.parametrize("pool", ["prefork", *IN_ONE_PROCESS])
     def test_a_task_of_a_queue_that_was_added_runs_again(self, rig: Rig, pool: str) -> None:
         """Tasks of a queue run again that both workers began to consume at run time."""

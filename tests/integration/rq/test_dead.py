@@ -10,6 +10,7 @@ import pytest
 from rq import Callback, Queue, Retry, SimpleWorker, Worker
 from rq.job import Job
 
+from jobguard.adapters.rq import SpawnWorker
 from jobguard.adapters.rq.broker import RQBroker
 from jobguard.model import Outcome, Refusal, Refused
 from tests.fakes.adapters import FakeSession, FakeTracker, lost
@@ -40,7 +41,7 @@ def bury(tracker: FakeTracker, queue: Queue) -> None:
     broker.report([lost(delivery)], deadline=time.time() + 60)
 
 
-@pytest.mark.parametrize("kind", [Worker, SimpleWorker])
+@pytest.mark.parametrize("kind", [Worker, SimpleWorker, SpawnWorker])
 def test_its_failure_callback_runs_once(
     kind: Any, queue: Queue, tracker: FakeTracker, ledger: Path
 ) -> None:

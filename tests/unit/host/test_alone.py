@@ -6,12 +6,16 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
+from unittest.mock import Mock
 from uuid import UUID
 
 import pytest
 
-from jobguard.host.alone import Alone
+from jobguard.errors import StoreUnavailable
+from jobguard.host.alone import Alone, AloneAmongChildren, AloneInChild
+from jobguard.host.child_slots import ChildSlots
+from jobguard.host.parent import ParentStore
 from jobguard.model import Claim, Delivery, Refused, new_token
 from jobguard.store.protocols import Void
 from tests.fakes.store import MemoryLedger
@@ -102,14 +106,99 @@ def test_a_long_job_does_not_keep_it_for_ever(tokens: list[UUID]) -> None:
     assert process.soon(process.alone.enter, fresh).wait(10)
 
 
+def test_a_long_suspect_does_not_stop_the_process(tokens: list[UUID]) -> None:
+    """Beside a suspect that runs for long, fresh jobs start again, and no other suspect does."""
+    process, (suspect, fresh, second, _) = Process(shut=0.1), tokens
+    process.alone.enter(suspect)
+    assert process.alone.take(suspect)
+    assert process.soon(process.alone.enter, fresh).wait(10)
+    process.alone.enter(second)
+    assert not process.alone.take(second)
+    assert not process.alone.reserves(second)
+
+
+def test_a_wait_has_the_bound_of_its_caller(tokens: list[UUID]) -> None:
+    """A start whose time limit runs waits for no longer than its caller allows."""
+    process, (suspect, other, *_) = Process(), tokens
+    process.alone.enter(suspect)
+    assert process.alone.take(suspect)
+    assert process.soon(lambda token: process.alone.enter(token, 0.1), other).wait(10)
+    assert process.soon(lambda token: process.alone.wait(token, 0.1), other).wait(10)
+
+
 def test_a_run_without_a_reported_end_does_not_stop_the_process(tokens: list[UUID]) -> None:
     """Other jobs, and the next job that is to run alone, wait only for a limited time."""
-    process, (suspect, other, next_one, _) = Process(patience=0.1, drain=0.1), tokens
+    process, (suspect, other, next_one, _) = Process(patience=0.1, drain=0.1, shut=0.1), tokens
     process.alone.enter(suspect)
     assert process.alone.take(suspect)
 
     assert process.soon(process.alone.enter, other).wait(10)
     assert process.soon(process.alone.wait, next_one).wait(10)
+
+
+# -- children of one worker ------------------------------------------------------------------------
+
+
+class Children:
+    """The children of one worker: they share its life, and the worker decides which of them start."""
+
+    def __init__(self) -> None:
+        self.slots = Mock(wraps=ChildSlots())
+        self.running: set[UUID] = set()
+        self.slots.running = lambda: frozenset(self.running)
+        self.worker = AloneAmongChildren(self.slots)
+        self.asked: list[str] = []
+
+    def call(self, name: str, step: str, token: UUID, **options: bool) -> Any:
+        """Answer a child, as the worker does."""
+        assert name == "alone"
+        self.asked.append(step)
+        return getattr(self.worker, step)(token, **options)
+
+    def child(self, token: UUID) -> AloneInChild:
+        """Begin to start a delivery in a child."""
+        self.running.add(token)
+        return AloneInChild(self.slots, cast(ParentStore, self))
+
+
+def test_children_start_without_a_question(tokens: list[UUID]) -> None:
+    """While no charged job runs, a start in a child costs no call to the worker."""
+    children, (one, two, *_) = Children(), tokens
+    assert children.child(one).enters(one)
+    assert children.child(two).enters(two)
+    assert children.asked == []
+
+
+def test_a_charged_job_runs_alone_among_the_children(tokens: list[UUID]) -> None:
+    """A charged job of a child waits until its siblings have ended, and no sibling starts beside it."""
+    children, (suspect, running, fresh, second) = Children(), tokens
+    assert children.child(running).enters(running)
+    charged = children.child(suspect)
+    assert charged.enters(suspect)
+    assert not charged.take(suspect)
+    assert charged.reserves(suspect)
+    assert not charged.takes_over(suspect, late=False)
+    late = children.child(fresh)
+    assert not late.enters(fresh)
+    other = children.child(second)
+    assert not other.reserves(second)
+
+    children.running.remove(running)  # it has ended, or its child is dead
+    assert charged.takes_over(suspect, late=False)
+    assert not late.enters(fresh)
+    assert not other.reserves(second)
+    children.running.remove(suspect)
+    assert late.enters(fresh)
+    assert other.reserves(second)
+    assert not other.takes_over(second, late=False)  # beside the fresh one
+
+
+def test_a_worker_that_does_not_answer_stops_no_child(tokens: list[UUID]) -> None:
+    """A child starts if its worker does not answer."""
+    children, (suspect, fresh, *_) = Children(), tokens
+    assert children.child(suspect).take(suspect)
+    children.call = Mock(side_effect=StoreUnavailable)  # type: ignore[method-assign]
+    children.child(fresh).enter(fresh)
 
 
 # -- used by a session -----------------------------------------------------------------------------

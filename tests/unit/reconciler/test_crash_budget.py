@@ -56,6 +56,29 @@ def test_poison_beside_innocents() -> None:
     assert world.owed()["innocent"].crashes == 1
 
 
+def test_poison_beside_fresh_jobs() -> None:
+    """A worker's death is charged again to its only job that was charged before, and once to the others."""
+    world = World(crash_backoff=(0.0,))
+    world.trusted()
+    for death in range(1, 4):
+        world.enqueue("poison", f"fresh-{death}") if death == 1 else world.enqueue(f"fresh-{death}")
+        worker = world.worker()
+        world.run(4)
+        running(world, worker, "poison")
+        running(world, worker, f"fresh-{death}")
+        worker.kill()
+        world.run_until(
+            lambda n=death: (  # type: ignore[misc]
+                world.owed()[f"fresh-{n}"].crashes == 1
+                and ("poison" not in world.owed() or world.owed()["poison"].crashes == n)
+            ),
+            within=60,
+        )
+        world.run(2)
+    assert world.broker.buried == ["poison"]
+    assert {owed.crashes for owed in world.owed().values()} == {1}
+
+
 def test_the_crash_of_a_held_queue_waits() -> None:
     """A dead worker's job of a paused queue is restored after the resume."""
     world = World()
