@@ -140,6 +140,9 @@ class Tracker(Protocol):
     def broker_in_doubt(self) -> bool:
         """Return True if Redis did not answer a moment ago. Asks on jobguard's client, in bounded time."""
 
+    def broker_error(self) -> Exception | None:
+        """Return the error of a Redis that does not answer, or None. Asks as ``broker_in_doubt`` does."""
+
     def broker_failed(self) -> None:
         """Report that Redis failed for the host: Redis is in doubt until it answers jobguard."""
 

@@ -78,19 +78,21 @@ def take_connection(pool: redis.ConnectionPool, command: str) -> Any:
 
 
 @contextmanager
-def bounded(connection: Any, seconds: float | None) -> Iterator[None]:
-    """Limit the wait of commands on a host's connection to ``seconds`` inside; None: change nothing.
+def bounded(connection: Any, seconds: float, *, again: bool = False) -> Iterator[None]:
+    """Limit the wait of commands on a host's connection to ``seconds`` inside.
 
-    There is no retry. After this time a command fails with a timeout error.
+    After this time a command fails with a timeout error, and is not repeated. ``again``: a command on
+    a connection that was closed is repeated once.
     """
     before = getattr(connection, "socket_timeout", None)
-    if seconds is None or (before is not None and before <= seconds):
+    if before is not None and before <= seconds:
         yield
         return
     names = ("socket_timeout", "socket_connect_timeout", "retry")
     kept = {name: getattr(connection, name) for name in names if hasattr(connection, name)}
     for name in kept:
-        setattr(connection, name, Retry(NoBackoff(), 0) if name == "retry" else seconds)
+        retry = Retry(NoBackoff(), int(again), supported_errors=(redis.ConnectionError,))
+        setattr(connection, name, retry if name == "retry" else seconds)
     _set_timeout(connection, seconds)
     try:
         yield
@@ -101,18 +103,24 @@ def bounded(connection: Any, seconds: float | None) -> Iterator[None]:
 
 
 @contextmanager
-def bounded_pool(pool: Any, command: str, seconds: float | None) -> Iterator[None]:
+def bounded_pool(pool: Any, command: str, seconds: float, *, again: bool = False) -> Iterator[None]:
     """Limit the wait on the connection that a pool gives next. Raises RedisError if it cannot connect."""
-    if seconds is None:
-        yield
-        return
     connection = take_connection(pool, command)
     pool.release(connection)  # the pool gives out the last released connection first
-    with bounded(connection, seconds):
+    with bounded(connection, seconds, again=again):
         yield
 
 
 def _set_timeout(connection: Any, seconds: float | None) -> None:
+    # A pool that gives out a connection looks for unread data, and its parser then sets the timeout
+    # again that the connection had when it was opened.
+    parser = getattr(connection, "_parser", None)
+    for place, name in (
+        (getattr(parser, "_buffer", None), "socket_timeout"),
+        (parser, "_socket_timeout"),
+    ):
+        if hasattr(place, name):
+            setattr(place, name, seconds)
     sock = getattr(connection, "_sock", None)
     if sock is not None:
         with suppress(OSError):

@@ -149,6 +149,7 @@ class _Tracker(SafeProxy):
         "leave_to_outbox": _nothing,
         "drain_spool": _nothing,
         "broker_in_doubt": _no,
+        "broker_error": _nothing,
         "broker_failed": _nothing,
         "accepts_without_broker": _no,
         "cancel": _nothing,

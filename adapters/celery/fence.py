@@ -34,7 +34,7 @@ from jobguard.adapters.celery import chords, killed_runs, lookup, message, sessi
 from jobguard.adapters.celery.chords import OVER, REDIS_FAILED, part_made_of
 from jobguard.adapters.celery.envelope import DEAD, PART, TOKEN, WORKER, token_of
 from jobguard.adapters.celery.run import Run
-from jobguard.adapters.celery.sessions import CONTENT, QUEUE
+from jobguard.adapters.celery.sessions import CONTENT, QUEUE, queue_of
 from jobguard.host_safety import contain_errors
 from jobguard.log import log_event
 from jobguard.model import Delivery, Outcome, Refusal, Refused, new_token
@@ -186,11 +186,6 @@ def _patience(task: Any, request: Any) -> float | None:
     hard, soft = (request.timelimit or (None, None))[:2]
     limits = [limit for limit in (hard or task.time_limit, soft or task.soft_time_limit) if limit]
     return min(limits) / _WAITS if limits else None
-
-
-def queue_of(request: Any) -> str:
-    """Return the queue of a task, from its worker's header, or else from its message."""
-    return request.get(QUEUE) or (request.delivery_info or {}).get("routing_key") or ""
 
 
 def _describe(task: Any, request: Any, token: UUID) -> Delivery:

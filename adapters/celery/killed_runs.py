@@ -23,7 +23,7 @@ from celery.worker.state import task_ready
 from jobguard.adapters.celery import sessions
 from jobguard.adapters.celery.chords import REDIS_FAILED, part_made_of, part_of
 from jobguard.adapters.celery.results import done_at
-from jobguard.adapters.celery.sessions import Working, snapshot, token_of_request
+from jobguard.adapters.celery.sessions import Working, queue_of, snapshot, token_of_request
 from jobguard.errors import StoreUnavailable
 from jobguard.host_safety import contain_errors
 from jobguard.log import log_event
@@ -329,15 +329,15 @@ def report(
     error: str | None = None,
     part: Part | None = None,
     job_id: str = "",
+    queue: str = "",
 ) -> None:
     """Report an end that the main process knows, without a claim at hand."""
     with contain_errors("report the end of a task"):
-        info = getattr(request, "delivery_info", None) or {}
         working.session.end(
             Claim(token, 0),
             outcome,
             job_id=job_id or getattr(request, "id", None) or "",
-            queue=info.get("routing_key") or "",
+            queue=queue or ("" if request is None else queue_of(request)),
             task=getattr(request, "task", None) or "",
             error=error,
             part=part or (None if request is None else part_of(request)),

@@ -31,7 +31,9 @@ BROKER_DOWN = (
 """Errors that show that Redis is away."""
 TIMEOUT = 1.0
 """Seconds that a client of ours waits for Redis at most."""
-_PATIENCE = ("max_retries", "interval_start", "interval_step", "interval_max")
+_REFUSED = (redis.ConnectionError, redis.exceptions.ReadOnlyError, OperationalError)
+"""Errors after which the library tries again. A Redis that is silent keeps silent for a while."""
+_POLICY = ("max_retries", "interval_start", "interval_step", "interval_max")
 
 
 @dataclass
@@ -68,22 +70,29 @@ class TaskPush(Push):
         reach(self.producer)
 
     def wait(self, down: BaseException | None) -> None:
-        """Wait as long as the library would, but on a client of our own."""
-        patience = {k: v for k, v in (self.policy or {}).items() if k in _PATIENCE}
-        connection = self.producer.connection
-        if self.retry:
-            retry_over_time(lambda: ping(connection), BROKER_DOWN, **patience)
-        else:
-            ping(connection)
+        """Reach Redis as often as the library would, on a client of our own; once if it is silent."""
+        down = down or self.tracker.broker_error()
+        if isinstance(down, redis.TimeoutError):
+            raise down
+        self._retried(lambda: ping(self.producer.connection))
 
     def send(self) -> Any:
         """Have the producer publish it; try only once if a leader pushes an unsent message."""
-        patience = self.patience
-        pool = getattr(self.producer.channel, "pool", None) if patience is not None else None
+        pool = getattr(self.producer.channel, "pool", None)
         if pool is None:
             return self.publish(self.producer)
-        with bounded_pool(pool, "LPUSH", patience):
+        return self._publish(pool) if self.is_kept else self._retried(lambda: self._publish(pool))
+
+    def _publish(self, pool: Any) -> Any:
+        with bounded_pool(pool, "LPUSH", self.patience, again=not self.is_kept):
             return self.publish(self.producer, retry=False)
+
+    def _retried(self, work: Callable[[], Any]) -> Any:
+        """Do this as often as the library's retry policy says, while Redis refuses connections."""
+        if not self.retry:
+            return work()
+        policy = {k: v for k, v in (self.policy or {}).items() if k in _POLICY}
+        return retry_over_time(work, _REFUSED, **policy)
 
     @contextmanager
     def borrowed(self) -> Iterator[None]:

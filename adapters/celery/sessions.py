@@ -272,6 +272,11 @@ def token_of_request(request: Any) -> UUID | None:
     return token_of(request.request_dict) or token_of(getattr(request.message, "headers", None))
 
 
+def queue_of(request: Any) -> str:
+    """Return the queue of a task, from its worker's header, or else from its message."""
+    return request.get(QUEUE) or (request.delivery_info or {}).get("routing_key") or ""
+
+
 def _slots_of(controller: Any) -> bool:
     """Return True if tasks run in children; without children, a C call of one task can stop every beat."""
     pool = get_implementation(controller.pool_cls)

@@ -84,7 +84,8 @@ def _report_failed(consumer: Any, message: Any, error: str) -> None:
     working, token = sessions.working_for(consumer.app), token_of(message.headers)
     if working is not None and token is not None:
         job_id = str((message.headers or {}).get("id") or "")
-        killed_runs.report(working, token, Outcome.FAILED, job_id=job_id, error=error)
+        queue = vars(message).get(sessions.QUEUE) or ""
+        killed_runs.report(working, token, Outcome.FAILED, job_id=job_id, error=error, queue=queue)
 
 
 def _named(message: Any) -> tuple[str, str]:

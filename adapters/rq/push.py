@@ -62,7 +62,7 @@ class _Push(Push):
 
     def send(self) -> None:
         """Execute the pipeline."""
-        with bounded(self.pipe.connection, self.patience):
+        with bounded(self.pipe.connection, self.patience, again=not self.is_kept):
             self.pipe.execute()
 
     def apply_refusals(self, recorded: Recorded) -> bool:

@@ -60,22 +60,26 @@ class Push(ABC):
         """Push the deliveries that are left, as the library does."""
 
     @property
-    def patience(self) -> float | None:
-        """Return the seconds that a send may wait for Redis; None: as long as the library waits.
+    def patience(self) -> float:
+        """Return the seconds that a send may wait for Redis.
 
-        None is for a push that no leader would do.
+        The sender of a push that no leader would do gets the library's error after that time.
         """
-        if not self._recorded.written or not self.accepts(self._recorded):
-            return None
         size = sum(len(delivery.envelope) for delivery in self.deliveries)
-        return _SEND + size / _SLOWEST
+        return (_SEND if self.is_kept else self.tracker.push_deadline) + size / _SLOWEST
+
+    @property
+    def is_kept(self) -> bool:
+        """Return True if a leader pushes the deliveries if this push cannot be sent."""
+        return self._recorded.written and self.accepts(self._recorded)
 
     def apply_refusals(self, recorded: Recorded) -> bool:
         """Remove the refused deliveries after the record; return False if no delivery is left to push."""
         return any(delivery.token not in recorded.refused for delivery in self.deliveries)
 
     def wait(self, down: BaseException | None) -> None:
-        """Reach Redis with the library's own patience: no leader would push. Raises as the library does."""
+        """Reach Redis, in bounded time: no leader would push. Raises as the library does."""
+        down = down or self.tracker.broker_error()
         if down is not None:
             raise down
         self.reach()

@@ -20,6 +20,8 @@ _PROOF = 0.1
 """Seconds for which an answer counts as proof."""
 _ASK_AGAIN = 0.5
 """Seconds between two requests while Redis does not answer."""
+_OLD = 1.0
+"""Seconds after which the last answer says nothing any more: no caller had Redis asked since."""
 
 
 def _in_a_thread(work: Callable[[], None]) -> None:
@@ -43,7 +45,9 @@ class RedisHealth:
         self._asking = threading.Lock()
         self._proved = -1e9
         self._ask_at = -1e9
+        self._asked_at = -1e9
         self._is_away = False
+        self._error: redis.RedisError | None = None
 
     def __call__(self) -> bool:
         """Return True if Redis does not answer; wait one short timeout at most, and once an outage."""
@@ -64,6 +68,19 @@ class RedisHealth:
             return self._ask()
         finally:
             self._asking.release()
+
+    def error(self) -> redis.RedisError | None:
+        """Return why Redis does not answer; None: it answers.
+
+        Ask again if the last question is old, and wait one short timeout at most.
+        """
+        is_old = self._is_away and self._clock() - self._asked_at > _OLD
+        if is_old and self._asking.acquire(timeout=1):
+            try:
+                self._ask()
+            finally:
+                self._asking.release()
+        return self._error if self._is_away else None
 
     def _ask_aside(self, now: float) -> None:
         """Ask again in a thread, so that no caller waits for the answer; one thread at a time."""
@@ -93,8 +110,12 @@ class RedisHealth:
             # A Redis that is loading or refuses access is the host's problem; it does answer.
             if isinstance(error, redis.ConnectionError | redis.TimeoutError):
                 self.failed()
+                self._error = error.with_traceback(None)
                 return True
+        finally:
+            self._asked_at = self._clock()
         self._is_away = False
+        self._error = None
         self._proved = self._clock()
         return False
 

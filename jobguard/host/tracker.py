@@ -400,6 +400,11 @@ class HostTracker:
         self._mine()
         return self._redis_health is not None and self._redis_health()
 
+    def broker_error(self) -> Exception | None:
+        """Return why Redis does not answer, or None; see Tracker."""
+        self._mine()
+        return None if self._redis_health is None else self._redis_health.error()
+
     def broker_failed(self) -> None:
         """Note that Redis just failed the host; see Tracker."""
         if self._redis_health is not None:

@@ -258,6 +258,10 @@ class FakeTracker:
         """Return the value that the test has set."""
         return self.in_doubt
 
+    def broker_error(self) -> Exception | None:
+        """Return None: the fake cannot know it."""
+        return None
+
     def broker_failed(self) -> None:
         """Note that Redis failed in the host."""
         self.note("broker_failed")

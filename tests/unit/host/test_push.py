@@ -29,6 +29,7 @@ class Tracker:
         self.answer: Recorded | Exception = LED
         self.accepting = True
         self.is_away = False
+        self.error: Exception | None = None
         self.push_deadline = 3600.0  # LED is as old as this module
         self.deferred: list[Callable[[Recorded], None]] | None = None
 
@@ -51,6 +52,10 @@ class Tracker:
     def broker_in_doubt(self) -> bool:
         """Return the prepared answer."""
         return self.is_away
+
+    def broker_error(self) -> Exception | None:
+        """Return the prepared answer."""
+        return self.error
 
     def broker_failed(self) -> None:
         """Note the call."""
@@ -190,6 +195,24 @@ class TestRedisIsAway:
         tracker.accepting = False
         assert push(tracker).make() == "sent"
         assert tracker.journal == ["record for the leader", "reach", "send", "release"]
+
+    def test_known_to_be_silent_and_no_leader_would_push(self, tracker: Tracker) -> None:
+        """Its sender gets the error at once, and the host's client does not wait for Redis."""
+        tracker.is_away, tracker.error, tracker.answer = True, Away(), Recorded(spooled=True)
+        with pytest.raises(Away):
+            push(tracker).make()
+        assert tracker.journal == [
+            *("record for the leader", "broker failed", "withdraw a", "undo", "release"),
+        ]
+
+    @pytest.mark.parametrize("answer", [LED, Recorded(spooled=True), Recorded(lost=True)])
+    def test_every_send_has_a_bound(self, tracker: Tracker, answer: Recorded) -> None:
+        """A send that no leader would repeat has a bound as well, and a longer one."""
+        tracker.answer = answer
+        it = push(tracker)
+        it.make()
+        assert it.is_kept == answer.written
+        assert (it.patience > 4) != it.is_kept
 
     def test_not_accepted(self, tracker: Tracker) -> None:
         """Its sender gets the library's error, and no leader will push it."""

@@ -234,3 +234,19 @@ def test_a_child_asks_on_a_client_of_its_own() -> None:
     stage.clock.advance(0.5)
     assert not stage.health()
     assert stage.made == 2
+
+
+def test_the_error_is_known_without_a_wait() -> None:
+    """A caller that needs the error gets it without a wait, and a fresh one if it is old."""
+    stage = Stage()
+    assert stage.health.error() is None
+    stage.redis.error = redis.TimeoutError("no answer")
+    assert stage.health()
+    pings = stage.redis.pings
+    assert stage.health.error() is stage.redis.error
+    assert stage.redis.pings == pings
+
+    stage.clock.advance(5)
+    stage.redis.error = None
+    assert stage.health.error() is None
+    assert not stage.health()
