@@ -328,11 +328,11 @@ from lease where i.id = %(incident)s
 returning true
 
 -- name: workers
+-- Claims are counted up to two: that shows whether a worker has none, one or more.
 select w.id, w.name, w.host, w.pid, w.queues, w.beat, extract(epoch from w.started_at)::float8,
        extract(epoch from w.unflushed_since)::float8, w.pulse_epoch, w.pulse_n,
        w.left_at is not null, w.dead_at is not null,
-       (select count(*) from jobguard.running r where r.worker = w.id)::int,
-       w.claims
+       (select count(*) from (select from jobguard.running r where r.worker = w.id limit 2) c)::int
 from jobguard.workers w where w.source = %(source)s order by w.id
 
 -- name: charges
@@ -342,14 +342,26 @@ from jobguard.running r join jobguard.jobs j on j.source = r.source and j.token 
 where r.source = %(source)s and r.worker = any (%(workers)b::uuid[])
 group by r.worker
 
+-- name: listed
+-- Return those of these tokens that a worker lists that has neither left nor died, and whether such a worker
+-- has reports that are not written yet.
+with live as (
+  select w.claims, w.unflushed_since from jobguard.workers w
+  where w.source = %(source)s and w.left_at is null and w.dead_at is null
+)
+select array(select unnest(l.claims) from live l intersect select unnest(%(tokens)b::uuid[])),
+       exists (select from live l where l.unflushed_since is not null)
+
 -- name: declare_dead
 with lease as (
   select from jobguard.leader where namespace = %(namespace)s and term = %(term)s for share
 ), declared as (
   update jobguard.workers w set dead_at = now() from lease
   where w.id = any (%(workers)b::uuid[]) and w.dead_at is null
+  returning w.id
 )
-select true from lease
+select d.id, (select count(*) from jobguard.running r where r.worker = d.id)
+from lease left join declared d on true
 
 -- name: forget
 with lease as (
@@ -366,53 +378,89 @@ select true from lease
 
 -- name: page
 -- Return owed deliveries in the order of their tokens, except for those that their processes push now.
-select j.token, j.job_id, j.queue, j.task, extract(epoch from now() - j.recorded_at)::float8,
-       coalesce(extract(epoch from j.due_at - now()), 0)::float8,
-       coalesce(j.expires_at <= now(), false), j.crashes, j.recoveries, j.claims,
-       coalesce(extract(epoch from j.not_before - now()), 0)::float8,
-       r.number, r.worker, coalesce(jobguard.holds(w, r), false), coalesce(w.left_at is not null, false),
-       s.cause::text, coalesce(extract(epoch from now() - s.seen_at), 0)::float8, coalesce(s.mark, ''),
-       false
-from jobguard.jobs j
-left join jobguard.running r on r.source = j.source and r.token = j.token
-left join jobguard.workers w on w.id = r.worker
-left join jobguard.suspects s on s.source = j.source and s.token = j.token
-where j.source = %(source)s and j.token > %(after)s
-  and not exists (select from jobguard.outbox o where o.source = j.source and o.token = j.token
-                    and o.not_before > now())
-order by j.token limit %(limit)s
+select o.* from jobguard.owed(%(source)s, array(
+  select j.token from jobguard.jobs j
+  left join lateral (
+    select o.token from jobguard.outbox o
+    where o.token = j.token and o.source = %(source)s and o.not_before > now() offset 0
+  ) o on true
+  where j.source = %(source)s and j.token > %(after)s and o.token is null
+  order by j.token limit %(limit)s), false) o
+
+-- name: tally
+-- Count a slice of the owed deliveries by queue. The last column is the last token of the slice.
+with slice as materialized (
+  select token, queue from jobguard.jobs where source = %(source)s and token > %(after)s
+  order by token limit %(limit)s
+)
+select queue, count(*), (select token from slice order by token desc limit 1)
+from slice group by queue
 
 -- name: watched
 -- Return the deliveries of every inspection: suspects, the outbox, and the claims of dead workers.
-select j.token, j.job_id, j.queue, j.task, extract(epoch from now() - j.recorded_at)::float8,
-       coalesce(extract(epoch from j.due_at - now()), 0)::float8,
-       coalesce(j.expires_at <= now(), false), j.crashes, j.recoveries, j.claims,
-       coalesce(extract(epoch from j.not_before - now()), 0)::float8,
-       r.number, r.worker, coalesce(jobguard.holds(w, r), false), coalesce(w.left_at is not null, false),
-       coalesce(s.cause::text, case when o.token is not null then 'push' end),
-       coalesce(extract(epoch from now() - coalesce(s.seen_at, o.created_at)), 0)::float8,
-       coalesce(s.mark, ''), coalesce(o.unsent, false)
-from jobguard.jobs j
-left join jobguard.running r on r.source = j.source and r.token = j.token
-left join jobguard.workers w on w.id = r.worker
-left join jobguard.suspects s on s.source = j.source and s.token = j.token
-left join jobguard.outbox o on o.source = j.source and o.token = j.token
-where j.source + 0 = %(source)s and j.token = any (array(
-  select token from jobguard.suspects where source = %(source)s and cause <> 'untrusted'
-  union
-  select token from jobguard.outbox where source = %(source)s
-  union
-  select r.token from jobguard.running r left join jobguard.workers w on w.id = r.worker
-  where r.source = %(source)s and jobguard.holds(w, r) is not true
-))
-  and j.token > %(after)s and coalesce(j.not_before, now()) <= now()
-  and coalesce(o.not_before, now()) <= now()
-  and (not %(urgent)s or r.token is not null or o.token is not null
-       or (s.cause = 'worker' and s.mark = ''))
-order by j.token limit %(limit)s
+-- Each branch is bounded, and in the order of the tokens.
+select o.* from jobguard.owed(%(source)s, array(
+  select token from (
+    (select s.token from jobguard.suspects s
+     left join lateral (
+       select j.not_before from jobguard.jobs j
+       where j.token = s.token and j.source = %(source)s offset 0
+     ) j on true
+     left join lateral (
+       select o.not_before from jobguard.outbox o
+       where o.token = s.token and o.source = %(source)s offset 0
+     ) o on true
+     where s.source = %(source)s and s.token > %(after)s and s.cause <> 'untrusted' and not %(urgent)s
+       and coalesce(j.not_before, now()) <= now() and coalesce(o.not_before, now()) <= now()
+     order by s.token limit %(limit)s)
+    union all
+    (select s.token from jobguard.suspects s
+     left join lateral (
+       select j.not_before from jobguard.jobs j
+       where j.token = s.token and j.source = %(source)s offset 0
+     ) j on true
+     where s.source + 0 = %(source)s and s.token > %(after)s and s.cause = 'worker' and s.mark = ''
+       and %(urgent)s and coalesce(j.not_before, now()) <= now()
+     order by s.token limit %(limit)s)
+    union all
+    (select o.token from jobguard.outbox o
+     where o.source = %(source)s and o.token > %(after)s and coalesce(o.not_before, now()) <= now()
+     order by o.token limit %(limit)s)
+    union all
+    (select r.token from jobguard.workers w
+     cross join lateral (
+       select r.token from jobguard.running r
+       where r.worker = w.id and r.source + 0 = %(source)s offset 0
+     ) r
+     where (w.left_at is not null or w.dead_at is not null) and r.token > %(after)s
+     order by r.token limit %(limit)s)
+  ) t group by token order by token limit %(limit)s), true) o
+where o.backoff <= 0
 
--- name: count
-select queue, count(*) from jobguard.jobs where source = %(source)s group by queue
+-- name: claimants
+-- Return the next workers that have claims, in the order of their ids. Each one costs one search of the index.
+with recursive claimant as (
+  (select r.worker from jobguard.running r where r.worker > %(after)s order by r.worker limit 1)
+  union all
+  select (select r.worker from jobguard.running r where r.worker > c.worker order by r.worker limit 1)
+  from claimant c where c.worker is not null
+)
+select worker from claimant where worker is not null limit %(limit)s
+
+-- name: unheld
+-- Return the claims of these workers that they do not hold, though they have neither left nor died: a worker
+-- dropped it, or never registered. See jobguard.holds; here no two lists are compared element by element.
+select o.* from jobguard.owed(%(source)s, array(
+  select token from (
+    select r.worker, r.token from jobguard.running r
+    left join jobguard.workers w on w.id = r.worker
+    where r.worker = any (%(workers)b::uuid[]) and r.source + 0 = %(source)s
+      and w.left_at is null and w.dead_at is null
+      and (w.id is null or r.claimed_at < w.previous_beat_at)
+    except
+    select w.id, unnest(w.claims) from jobguard.workers w where w.id = any (%(workers)b::uuid[])
+  ) u order by token limit %(limit)s), true) o
+where o.backoff <= 0
 
 -- name: suspect
 -- Store suspects. The time of the first inspection is kept as long as the observation does not change.
@@ -555,8 +603,9 @@ with lease as (
   where j.source + 0 = %(source)s and j.token = any (%(tokens)b::uuid[])
   order by j.token for no key update
 ), counted as (
-  update jobguard.jobs j set recoveries = j.recoveries + 1, not_before = null from lease, locked l
-  where j.source + 0 = %(source)s and j.token = l.token and j.token = any (%(tokens)b::uuid[])
+  -- No join with the locked rows: a wrong estimate would compare each row with each row.
+  update jobguard.jobs j set recoveries = j.recoveries + 1, not_before = null from lease
+  where j.source + 0 = %(source)s and j.token = any (array(select token from locked))
 ), noted as (
   insert into jobguard.recoveries (source, token, cause)
   select %(source)s, c.token, c.cause::jobguard.cause
@@ -678,15 +727,18 @@ from jobguard.queues where source = %(source)s order by queue
 -- name: trust
 with lease as (
   select from jobguard.leader where namespace = %(namespace)s and term = %(term)s for share
+), added as (
+  insert into jobguard.queues (source, queue, name, trusted_since, clean_since, unguarded, unguarded_at)
+  select %(source)s, u.queue, u.name, to_timestamp(u.trusted), to_timestamp(u.clean),
+         array(select jsonb_array_elements_text(u.unguarded::jsonb)), to_timestamp(u.unguarded_at)
+  from lease, unnest(%(queue)b::text[], %(full)s::text[], %(trusted)s::float8[], %(clean)s::float8[],
+                     %(unguarded)b::text[], %(unguarded_at)s::float8[])
+    u(queue, name, trusted, clean, unguarded, unguarded_at)
+  on conflict (source, queue) do update
+  set trusted_since = excluded.trusted_since, clean_since = excluded.clean_since,
+      unguarded = excluded.unguarded, unguarded_at = excluded.unguarded_at
 )
-insert into jobguard.queues (source, queue, name, trusted_since, clean_since, unguarded, unguarded_at)
-select %(source)s, %(queue)s, %(full)s, to_timestamp(%(trusted)s::float8), to_timestamp(%(clean)s::float8),
-       %(unguarded)b::text[], to_timestamp(%(unguarded_at)s::float8)
-from lease
-on conflict (source, queue) do update
-set trusted_since = excluded.trusted_since, clean_since = excluded.clean_since,
-    unguarded = excluded.unguarded, unguarded_at = excluded.unguarded_at
-returning true
+select true from lease
 
 -- name: hold
 update jobguard.leader

@@ -8,7 +8,8 @@ leader saw absent before the gap in which no leader watched.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from uuid import UUID
 
@@ -18,20 +19,26 @@ from jobguard.model import Cause, Owed, Presence
 from jobguard.reconciler.pulse import PulseKeeper
 from jobguard.reconciler.result import reported_absent
 from jobguard.reconciler.trust import Trust
+from jobguard.scripts import chunks
 from jobguard.store.protocols import LeaderStore
 
 
 @dataclass(slots=True)
 class _Walk:
-    queue: str
+    clean_since: Mapping[str, float | None]
+    """The queues that this walk checks, and since when each had no unguarded consumer."""
     epoch: UUID | None
     unpushed: set[UUID]
     after: UUID | None = None
     absent: list[tuple[UUID, Cause, str]] = field(default_factory=list)
+    absent_of: Counter[str] = field(default_factory=Counter)
 
 
 class BacklogTrust:
-    """Checks the older deliveries of newly trusted queues, one page in each step."""
+    """Checks the older deliveries of newly trusted queues, one page in each step.
+
+    One walk serves all queues that are waiting when it begins.
+    """
 
     def __init__(
         self,
@@ -60,7 +67,8 @@ class BacklogTrust:
             queues = self._trust.backlogs_to_check()
             if not queues:
                 return
-            self._walk = _Walk(queues[0], self._pulse.epoch, self._unpushed())
+            clean = {queue: self._trust.rows[queue].clean_since for queue in queues}
+            self._walk = _Walk(clean, self._pulse.epoch, self._unpushed())
         walk = self._walk
         if in_incident or walk.epoch != self._pulse.epoch:
             self._walk = None
@@ -75,23 +83,23 @@ class BacklogTrust:
     def _inspect_page(self, walk: _Walk) -> bool:
         """Check the next page; return True if it was the last one."""
         page = self._store.page(self._source, after=walk.after, limit=self._page)
-        watched_for = self._store.now() - (self._trust.rows[walk.queue].clean_since or 0.0)
+        now = self._store.now()
+        watched_for = {queue: now - (clean or 0.0) for queue, clean in walk.clean_since.items()}
         old = [
             owed
             for owed in page
-            if owed.queue == walk.queue
-            and owed.age > watched_for
+            if owed.queue in watched_for
+            and owed.age > watched_for[owed.queue]
             and owed.claim_number is None
             and owed.token not in walk.unpushed
-            and not self._was_absent(owed, watched_for)
+            and not self._was_absent(owed, watched_for[owed.queue])
             and not self._lost(owed.queue, owed.age)
         ]
         seen = self._broker.presence(old) if old else {}
-        walk.absent += [
-            (owed.token, Cause.UNTRUSTED, seen[owed.token].mark)
-            for owed in old
-            if seen[owed.token].presence is Presence.ABSENT
-        ]
+        for owed in old:
+            if seen[owed.token].presence is Presence.ABSENT:
+                walk.absent.append((owed.token, Cause.UNTRUSTED, seen[owed.token].mark))
+                walk.absent_of[owed.queue] += 1
         if len(page) < self._page:
             return True
         walk.after = page[-1].token
@@ -106,11 +114,20 @@ class BacklogTrust:
         )
 
     def _conclude(self, term: int, walk: _Walk) -> None:
-        self._store.suspect(term, self._source, walk.absent)
-        self._store.trust(term, [self._trust.backlog_checked(walk.queue)])
-        log_event("queue_trusted", queue=walk.queue)
-        if walk.absent:
-            log_event("jobs_untrusted", queue=walk.queue, count=len(walk.absent))
+        for some in chunks(walk.absent, self._page):
+            self._store.suspect(term, self._source, some)
+        # If an unguarded consumer was seen meanwhile, the next walk checks that queue again.
+        queues = [
+            queue
+            for queue in self._trust.backlogs_to_check()
+            if queue in walk.clean_since
+            and walk.clean_since[queue] == self._trust.rows[queue].clean_since
+        ]
+        self._store.trust(term, [self._trust.backlog_checked(queue) for queue in queues])
+        for queue in queues:
+            log_event("queue_trusted", queue=queue)
+            if walk.absent_of[queue]:
+                log_event("jobs_untrusted", queue=queue, count=walk.absent_of[queue])
 
     def _unpushed(self) -> set[UUID]:
         """Return the deliveries whose push was left to the leader: no worker can have run them yet."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from uuid import UUID
 
 from jobguard.model import Cause, Owed
 from jobguard.reconciler.result import reported_absent
@@ -23,8 +22,6 @@ class InspectionContext:
     """The moment, in seconds since the epoch, by the database clock."""
     reports_complete: bool
     """Every live worker has flushed its reports to Postgres."""
-    in_flight: Collection[UUID]
-    """Deliveries that live workers list."""
     brake: Brake
     incident_age: float | None
     """The age of the open incident, if there is one."""

@@ -31,6 +31,7 @@ from jobguard.store.protocols import Closing, LeaderStore, SourceRow, Void
 
 _DEADLINE = 5.0
 """Seconds of the Redis clock from the inspection to the push, at most."""
+_IN_PLACE = (Presence.WAITING, Presence.SCHEDULED)
 _UNDECIDED = Decision(Action.WAIT, "not decided yet")
 
 
@@ -49,6 +50,8 @@ class Inspected:
     takeover: bool = False
     """No live worker lists that older delivery."""
     replaced_by_unrecorded: bool = False
+    in_flight: bool = False
+    """A live worker lists it, with or without a claim."""
     tombstone: Outcome | None = None
     decision: Decision = _UNDECIDED
 
@@ -127,7 +130,7 @@ class Inspector:
         if not page:
             return Inspection(result)
         deadline = self._redis_time() + _DEADLINE
-        rows = self._classify(page, now)
+        rows, now = self._classify(page, now)
         result.failed += len(page) - len(rows)
         for row in rows:
             row.decision = decide(self._situation(row, now))
@@ -142,20 +145,27 @@ class Inspector:
 
     # -- classify ------------------------------------------------------------------------------
 
-    def _classify(self, page: Sequence[Owed], now: InspectionContext) -> list[Inspected]:
-        """Read where these are, in Redis and in the ledger. Unreadable ones are left out."""
+    def _classify(
+        self, page: Sequence[Owed], now: InspectionContext
+    ) -> tuple[list[Inspected], InspectionContext]:
+        """Read where these are, in Redis and in the ledger. Unreadable ones are left out.
+
+        The second result is the context with what the workers' beats say now.
+        """
         seen = self._presence(page)
         rows = [
             Inspected(owed, seen[owed.token], now.cause_of(owed, self._settings))
             for owed in page
             if owed.token in seen
         ]
+        if self._find_listed(rows):
+            now = replace(now, reports_complete=False)
         self._find_taken(rows, now)
         self._find_shared_ends(rows)
-        self._find_older(rows, now)
+        self._find_older(rows)
         self._find_unrecorded(rows)
         self._find_tombstones(rows)
-        return rows
+        return rows, now
 
     def _find_taken(self, rows: Sequence[Inspected], now: InspectionContext) -> None:
         """Find deliveries that a dead or departed worker took: no other worker will run them."""
@@ -177,7 +187,31 @@ class Inspector:
             if row.owed.token in shared:
                 row.seen = Observation(Presence.ABSENT, "end of a job with the same id")
 
-    def _find_older(self, rows: Sequence[Inspected], now: InspectionContext) -> None:
+    def _find_listed(self, rows: Sequence[Inspected]) -> bool:
+        """Find deliveries that live workers list: these may run, with or without a claim.
+
+        Those are not asked for whose place or claim decides without it. Return True if a worker has
+        reports that are not written yet. One statement reads both: a beat that lists a delivery no more
+        says whether its end is still to come.
+        """
+        doubtful = [
+            row
+            for row in rows
+            if not row.owed.claim_live
+            and (
+                row.owed.claim_number is not None
+                or row.seen.taken_by
+                or row.seen.presence not in _IN_PLACE
+            )
+        ]
+        if not doubtful:
+            return False
+        listed, unflushed = self._store.listed(self._source, [row.owed.token for row in doubtful])
+        for row in doubtful:
+            row.in_flight = row.owed.token in listed
+        return unflushed
+
+    def _find_older(self, rows: Sequence[Inspected]) -> None:
         """Find deliveries whose place is taken by an older delivery of their id that has ended.
 
         A younger delivery is never replaced, even if it has ended by now.
@@ -189,6 +223,9 @@ class Inspector:
         ]
         others = [other for _, other in older]
         ended = self._store.tombstones(self._source, others) if others else {}
+        listed, _ = (
+            self._store.listed(self._source, list(ended)) if ended else (frozenset[UUID](), False)
+        )
         for row, other in older:
             if other not in ended:
                 continue
@@ -196,7 +233,7 @@ class Inspector:
             # The library may believe that the older delivery still runs, for the whole timeout of
             # the job: its worker died after it had reported the end, or recorded the next delivery,
             # and before the library had the end.
-            row.takeover = other not in now.in_flight
+            row.takeover = other not in listed
             row.seen = Observation(Presence.ABSENT, f"older:{other}")
 
     def _find_unrecorded(self, rows: Sequence[Inspected]) -> None:
@@ -248,7 +285,7 @@ class Inspector:
 
     def _situation(self, row: Inspected, now: InspectionContext) -> Situation:
         owed = row.owed
-        holder = self._holder(owed, now)
+        holder = self._holder(row)
         unchanged = owed.suspected is not None and (
             owed.suspected_mark == row.seen.mark or reported_absent(owed)
         )
@@ -257,7 +294,7 @@ class Inspector:
             replaced_by_unrecorded=row.replaced_by_unrecorded,
             holder=holder,
             tombstone=row.tombstone,
-            in_flight=owed.token in now.in_flight,
+            in_flight=row.in_flight,
             cause=row.cause,
             seen_for=owed.suspected_for if unchanged else None,
             grace=0.0 if row.taken_by else self._grace(row.cause, owed),
@@ -276,10 +313,11 @@ class Inspector:
             crash_budget=self._settings.crash_budget,
         )
 
-    def _holder(self, owed: Owed, now: InspectionContext) -> Holder:
+    def _holder(self, row: Inspected) -> Holder:
+        owed = row.owed
         if owed.claim_number is None:
             return Holder.NONE
-        if owed.claim_live or owed.token in now.in_flight:
+        if owed.claim_live or row.in_flight:
             return Holder.LIVE
         if owed.claim_worker is not None and not self._workers.gone(owed.claim_worker.hex):
             return Holder.DROPPED

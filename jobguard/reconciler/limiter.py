@@ -10,6 +10,9 @@ T = TypeVar("T")
 _BEGIN = 1 << 20
 _LEAST = 1 << 10
 _MOST = 8 << 20
+_SHORT = 0.01
+_LONG = 0.04
+"""Seconds of one statement: the pulse, the beats and the urgent inspections wait for it."""
 _FAST = 0.25
 _SLOW = 1.0
 """Seconds for one slice: the deadline of a push and the timeout of the Redis client are little
@@ -56,6 +59,21 @@ class Slice:
             self.missed()
         elif seconds < _FAST and size >= self.most_bytes // 4:
             self.most_bytes = min(_MOST, 2 * self.most_bytes)
+
+
+class RowSlice:
+    """The number of rows in one statement: more after a fast one, fewer after a slow one."""
+
+    def __init__(self, *, begin: int, most: int) -> None:
+        self.rows = begin
+        self._most = most
+
+    def took(self, seconds: float) -> None:
+        """Adapt the number after a statement took so many seconds."""
+        if seconds > _LONG:
+            self.rows = max(1, self.rows // 2)
+        elif seconds < _SHORT:
+            self.rows = min(self._most, 2 * self.rows)
 
 
 def round_robin(items: Iterable[T], queue_of: Callable[[T], str]) -> Iterator[T]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from uuid import UUID
@@ -20,8 +20,10 @@ from jobguard.reconciler.evidence import lost_since
 from jobguard.reconciler.hold import AutomaticHold
 from jobguard.reconciler.identity import RedisIdentityCheck
 from jobguard.reconciler.inspection import Inspector
+from jobguard.reconciler.limiter import RowSlice
 from jobguard.reconciler.pulse import Health, PulseKeeper
 from jobguard.reconciler.result import PassResult
+from jobguard.reconciler.tally import Tally
 from jobguard.reconciler.trust import Trust
 from jobguard.reconciler.workers import Workers
 from jobguard.redis_refusal import refusal_of
@@ -33,6 +35,8 @@ _DOWN = 0.05
 """Seconds between two checks whether Redis is back."""
 _CONSUMERS = 2.0
 """Seconds between two reads of the consumers of each queue."""
+_CONSUMERS_LATEST = 4.0
+"""The same, if a read takes long: a gap of more than some seconds would count as unwatched."""
 _FRESH = 5.0
 """Seconds between two inspections of deliveries recorded in the last minute."""
 _YOUNG_PAGES = 10
@@ -117,7 +121,7 @@ class SourceMonitor:
         self._lost_at: float | None = None
         self._uncounted = ""
         self._brake = Brake()
-        self._owed: Mapping[str, int] = {}
+        self._tally = Tally(store, source.id, clock)
         self._lap = _Lap()
         self._laps_done = 0
         self._due: dict[str, float] = {}
@@ -133,6 +137,10 @@ class SourceMonitor:
         self._committed_until = (
             0.0  # Before this, it waits for processes to push what they committed.
         )
+        self._unheld_after: UUID | None = None  # The last worker whose claims were checked.
+        self._unheld_slice = RowSlice(begin=100, most=1_000)
+        self._unheld_checked = False
+        self._unheld_waiting = 0
         self.result = PassResult()
         self._resume_incidents()
 
@@ -165,6 +173,8 @@ class SourceMonitor:
             and not self._workers.may_be_dead()
             and not self._pending
             and self._clock() >= self._committed_until
+            and self._unheld_checked
+            and not self._unheld_waiting
             and not self._inspector.restorer.has_joins_to_see_again
         )
 
@@ -189,6 +199,7 @@ class SourceMonitor:
             if health in (Health.DOWN, Health.UNSURE, Health.STOP):
                 return
             self._begin_verification(now)
+            self._part("tally", self._tally.step)
             self._part("consumers", partial(self._consumers, term, now))
             self._part(
                 "backlog",
@@ -227,8 +238,11 @@ class SourceMonitor:
             )
 
     def _see_brake(self, brake: Brake) -> None:
-        released = {queue for queue in self._owed if self._brake.holds(self.source.id, queue)} - {
-            queue for queue in self._owed if brake.holds(self.source.id, queue)
+        if (brake.paused, brake.held) == (self._brake.paused, self._brake.held):
+            return
+        queues = self._tally.queues
+        released = {queue for queue in queues if self._brake.holds(self.source.id, queue)} - {
+            queue for queue in queues if brake.holds(self.source.id, queue)
         }
         for queue in released:
             self._auto.forget(queue)
@@ -262,9 +276,7 @@ class SourceMonitor:
     def _consumers(self, term: int, now: float) -> None:
         if now < self._due.get("consumers", 0.0):
             return
-        self._due["consumers"] = now + _CONSUMERS
         self._inspector.restorer.hide_ended()
-        self._owed = self._store.count(self.source.id)
         if self._never_inspected:
             self._never_inspected = False
             age = lost_since(self._client)
@@ -275,7 +287,7 @@ class SourceMonitor:
             self._store.now(),
             consumers,
             self._workers.names(),
-            self._owed,
+            self._tally.queues,
             counted=not uncounted,
         )
         if uncounted and not self._uncounted:
@@ -290,11 +302,15 @@ class SourceMonitor:
                     queue=row_changed.queue,
                     workers=list(row_changed.unguarded),
                 )
+        # With thousands of queues this takes long, and it must not take all of the time.
+        took = self._clock() - now
+        self._due["consumers"] = now + max(_CONSUMERS, min(_CONSUMERS_LATEST, 20 * took))
 
     # -- inspections ----------------------------------------------------------------------------
 
     def _inspect(self, term: int, page: Sequence[Owed], now: float) -> PassResult:
         """Inspect a page, hold queues with too many unexplained absences, and restore the rest."""
+        self._tally.saw(owed.queue for owed in page)
         inspection = self._inspector.inspect(term, page, self._context(now))
         for queue, absent in inspection.unexplained().items():
             if self._are_too_many(queue, absent):
@@ -306,7 +322,6 @@ class SourceMonitor:
         return InspectionContext(
             at=self._store.now(),
             reports_complete=self._workers.have_reported(),
-            in_flight=self._workers.in_flight(),
             brake=self._brake,
             incident_age=None if self._incident_at is None else now - self._incident_at,
             losses=self._loss_ages(now),
@@ -331,7 +346,7 @@ class SourceMonitor:
         released = self._clock() - self._released.get(queue, float("-inf"))
         fresh = {owed.token for owed in absent if owed.suspected_for < released} - self._counted
         self._counted |= fresh
-        return self._auto.exceeded(queue, len(fresh), self._owed.get(queue, 0))
+        return self._auto.exceeded(queue, len(fresh), self._tally.of(queue))
 
     def _hold(self, term: int, queue: str) -> None:
         reason = "too many jobs are absent without a cause"
@@ -369,12 +384,31 @@ class SourceMonitor:
         """
         if now < self._due.get("urgent", 0.0):
             return
-        page = self._store.watched(self.source.id, limit=_WATCHED, urgent=True)
+        page = [*self._store.watched(self.source.id, limit=_WATCHED, urgent=True)]
+        unheld = self._unheld()
+        known = {owed.token for owed in page}
+        page += [owed for owed in unheld if owed.token not in known]
         result = self._inspect(term, page, now) if page else PassResult()
         self.result += result
+        self._unheld_waiting += result.waiting if unheld else 0
         took = self._clock() - now
         acted = result.requeued or result.restored
         self._due["urgent"] = now if acted else now + max(_URGENT, 4 * took)
+
+    def _unheld(self) -> Sequence[Owed]:
+        """Return claims that their live workers dropped: of some workers now, of others next time."""
+        first, began = self._unheld_after is None, self._clock()
+        if first:
+            self._unheld_waiting = 0
+        found, self._unheld_after = self._store.unheld(
+            self.source.id,
+            after=self._unheld_after,
+            workers=self._unheld_slice.rows,
+            limit=_WATCHED,
+        )
+        self._unheld_slice.took(self._clock() - began)
+        self._unheld_checked = self._unheld_checked or self._unheld_after is None
+        return found
 
     def _inspect_watched(self, term: int, now: float) -> None:
         if now < self._due.get("watched", 0.0):
@@ -454,7 +488,7 @@ class SourceMonitor:
         self._pending += result.waiting  # The second inspections are still to come; see finished.
         if self._incidents:
             self._progress(term, missing=result.absent, restored=result.restored[Cause.INCIDENT])
-        pages = max(1, sum(self._owed.values()) // self._settings.page + 1)
+        pages = self._tally.total // self._settings.page + 1
         took = self._clock() - now
         spread = 0.0 if self._lap.brisk else self._settings.sweep_interval / pages / 2
         self._due["page"] = now + max(spread, 5 * took)

@@ -45,7 +45,7 @@ class Workers:
         self._beats: Mapping[UUID, int] = {}  # In this Redis.
         self._first_beats: dict[UUID, int] = {}  # The beats that this leader found first.
         self._gone: set[UUID] = set()
-        # For each dead worker: its number of claims when it was found dead.
+        # For each dead worker: its number of claims when it was found dead, counted up to two.
         self._claims_at_death: dict[UUID, int] = {}
         # And how often its jobs were charged by then: the two highest numbers.
         self._charges_at_death: dict[UUID, Sequence[int]] = {}
@@ -75,9 +75,10 @@ class Workers:
         self._beats = beats or {}
         for id in present:
             self._first_beats.setdefault(id, self._beats.get(id, -1))
+        declared: Mapping[UUID, int] = {}
         if self.judgement.dead:
-            self._store.declare_dead(term, self.judgement.dead)
-        missed = self._record_deaths(now)
+            declared = self._store.declare_dead(term, self.judgement.dead)
+        missed = self._record_deaths(now, declared)
         if now >= self._forget_at:
             self._forget_at = now + _FORGET
             self._store.forget(term, [row.id for row in self.rows if row.left or row.dead])
@@ -105,7 +106,7 @@ class Workers:
                 log_event("value_unreadable", source=self._source, key=beat_key(id))
         return beats
 
-    def _record_deaths(self, now: float) -> bool:
+    def _record_deaths(self, now: float, claims: Mapping[UUID, int]) -> bool:
         dead = frozenset(self.judgement.dead)
         missed = False
         for row in self.rows:
@@ -125,7 +126,7 @@ class Workers:
                     name=row.name,
                     host=row.host,
                     pid=row.pid,
-                    claims=row.claims,
+                    claims=claims.get(row.id, row.claims),
                 )
         return missed
 
@@ -140,10 +141,6 @@ class Workers:
     def beats_here(self, row: WorkerRow) -> bool:
         """Return True if it beats into this Redis; an old master has an old beat of it."""
         return self._beats.get(row.id, -1) > self._first_beats.get(row.id, -1)
-
-    def in_flight(self) -> set[UUID]:
-        """Return the deliveries that live workers list: these may run, with or without a claim."""
-        return {token for row in self.alive() for token in row.lists}
 
     def have_reported(self) -> bool:
         """Return True if every live worker has flushed its reports."""

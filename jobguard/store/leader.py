@@ -26,13 +26,21 @@ from jobguard.model import (
     token_at,
 )
 from jobguard.schema import statements
+from jobguard.scripts import chunks
 from jobguard.settings import Settings
 from jobguard.store import texts
 from jobguard.store.connection import Database, Row
 from jobguard.store.protocols import Brake, Closing, Incident, QueueRow, SourceRow, Void, WorkerRow
 
 _FIRST = token_at(0)
+_LEAST = UUID(int=0)
 _NO_BOUND = 1 << 62
+_JOINED = 250
+"""Rows of one statement that joins them with what it locked. If the planner is wrong about their number,
+it compares each with each.
+"""
+_TRUSTED = 500
+"""Queues of one statement."""
 _CALL_TIMEOUT = 5.0
 """A leader may wait longer than a host, but not longer than half its lease."""
 _COUNTING = 30.0
@@ -190,10 +198,9 @@ class PostgresLeaderStore:
                 left=left,
                 dead=dead,
                 claims=claims,
-                lists=lists,
             )
             for (
-                id, name, host, pid, queues, beat, started, unflushed, epoch, n, left, dead, claims, lists,
+                id, name, host, pid, queues, beat, started, unflushed, epoch, n, left, dead, claims,
             ) in self._ask("workers", source=source)
         ]  # fmt: skip
 
@@ -201,9 +208,15 @@ class PostgresLeaderStore:
         """Return how often the jobs of these workers are charged; see LeaderStore."""
         return dict(self._ask("charges", source=source, workers=list(workers)))
 
-    def declare_dead(self, term: int, workers: Sequence[UUID]) -> None:
+    def listed(self, source: int, tokens: Sequence[UUID]) -> tuple[frozenset[UUID], bool]:
+        """Return those that a live worker lists; see LeaderStore."""
+        listed, unflushed = self._ask("listed", source=source, tokens=list(tokens))[0]
+        return frozenset(listed), unflushed
+
+    def declare_dead(self, term: int, workers: Sequence[UUID]) -> Mapping[UUID, int]:
         """Declare these workers dead: their claims are void from now on; see LeaderStore."""
-        self._led(self._write("declare_dead", term, workers=list(workers)))
+        rows = self._led(self._write("declare_dead", term, workers=list(workers)))
+        return {worker: int(claims) for worker, claims in rows if worker is not None}
 
     def forget(self, term: int, workers: Sequence[UUID]) -> None:
         """Delete rows of workers that have no claims; see LeaderStore."""
@@ -230,9 +243,22 @@ class PostgresLeaderStore:
         )
         return [_owed(row) for row in rows]
 
-    def count(self, source: int) -> Mapping[str, int]:
-        """Return the number of owed deliveries by queue; see LeaderStore."""
-        return {queue: int(n) for queue, n in self._ask("count", source=source)}
+    def unheld(
+        self, source: int, *, after: UUID | None, workers: int, limit: int
+    ) -> tuple[Sequence[Owed], UUID | None]:
+        """Return claims that their workers do not hold; see LeaderStore."""
+        found = self._ask("claimants", after=after or _LEAST, limit=workers)
+        ids = [worker for (worker,) in found]
+        rows = self._ask("unheld", source=source, workers=ids, limit=limit) if ids else []
+        return [_owed(row) for row in rows], ids[-1] if len(ids) == workers else None
+
+    def tally(
+        self, source: int, *, after: UUID | None, limit: int
+    ) -> tuple[Mapping[str, int], UUID | None]:
+        """Count a slice of the owed deliveries by queue; see LeaderStore."""
+        rows = self._ask("tally", source=source, after=after or _FIRST, limit=limit)
+        counts = {queue: int(n) for queue, n, _ in rows}
+        return counts, rows[0][2] if sum(counts.values()) == limit else None
 
     def suspect(self, term: int, source: int, seen: Sequence[tuple[UUID, Cause, str]]) -> None:
         """Store that these were seen absent; see LeaderStore."""
@@ -339,32 +365,36 @@ class PostgresLeaderStore:
 
     def void(self, term: int, source: int, voids: Sequence[Void]) -> Sequence[UUID]:
         """Remove claims of dead workers; see LeaderStore."""
-        rows = self._write(
-            "void",
-            term,
-            source=source,
-            token=[v.token for v in voids],
-            number=[v.number for v in voids],
-            charge=[v.charge for v in voids],
-            backoff=[v.backoff for v in voids],
-        )
-        return list(self._led(rows)[0][0])
+        voided: list[UUID] = []
+        for some in chunks(voids, _JOINED):
+            rows = self._write(
+                "void",
+                term,
+                source=source,
+                token=[v.token for v in some],
+                number=[v.number for v in some],
+                charge=[v.charge for v in some],
+                backoff=[v.backoff for v in some],
+            )
+            voided += self._led(rows)[0][0]
+        return voided
 
     def close_owed(self, term: int, source: int, closings: Sequence[Closing]) -> Sequence[UUID]:
         """End these on behalf of the leader; see LeaderStore."""
-        if not closings:
-            return []
-        rows = self._write(
-            "close_owed",
-            term,
-            source=source,
-            token=[c.token for c in closings],
-            outcome=[c.outcome.value for c in closings],
-            error=[c.error for c in closings],
-            join=[texts.key(c.part.join) if c.part else None for c in closings],
-            part=[c.part.state if c.part else None for c in closings],
-        )
-        return list(self._led(rows)[0][0])
+        closed: list[UUID] = []
+        for some in chunks(closings, _JOINED):
+            rows = self._write(
+                "close_owed",
+                term,
+                source=source,
+                token=[c.token for c in some],
+                outcome=[c.outcome.value for c in some],
+                error=[c.error for c in some],
+                join=[texts.key(c.part.join) if c.part else None for c in some],
+                part=[c.part.state if c.part else None for c in some],
+            )
+            closed += self._led(rows)[0][0]
+        return closed
 
     def queues(self, source: int) -> Sequence[QueueRow]:
         """Return what is known about the consumers of each queue; see LeaderStore."""
@@ -372,18 +402,18 @@ class PostgresLeaderStore:
 
     def trust(self, term: int, rows: Sequence[QueueRow]) -> None:
         """Store what is known about the consumers of these queues; see LeaderStore."""
-        for row in rows:
+        for some in chunks(rows, _TRUSTED):
             self._led(
                 self._write(
                     "trust",
                     term,
-                    source=row.source,
-                    queue=texts.key(row.queue),
-                    full=texts.name(row.queue),
-                    trusted=row.trusted_since,
-                    clean=row.clean_since,
-                    unguarded=list(row.unguarded),
-                    unguarded_at=row.unguarded_at,
+                    source=some[0].source,
+                    queue=[texts.key(row.queue) for row in some],
+                    full=[texts.name(row.queue) for row in some],
+                    trusted=[row.trusted_since for row in some],
+                    clean=[row.clean_since for row in some],
+                    unguarded=[json.dumps([*row.unguarded]) for row in some],
+                    unguarded_at=[row.unguarded_at for row in some],
                 )
             )
 

@@ -283,9 +283,7 @@ class WorkerRow:
     left: bool
     dead: bool
     claims: int
-    """Number of claims of this worker."""
-    lists: Sequence[UUID] = ()
-    """The deliveries that its last beat listed, claimed or not."""
+    """Number of claims of this worker, counted up to 2."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -388,13 +386,23 @@ class LeaderStore(Protocol):
         """Add to an incident's counts; close it after a full pass."""
 
     def workers(self, source: int) -> Sequence[WorkerRow]:
-        """Return the workers that have not been forgotten, with the number of claims of each."""
+        """Return the workers that have not been forgotten."""
 
     def charges(self, source: int, workers: Sequence[UUID]) -> Mapping[UUID, Sequence[int]]:
         """Return how often the claimed jobs of each worker are charged: the two highest numbers."""
 
-    def declare_dead(self, term: int, workers: Sequence[UUID]) -> None:
-        """Declare these workers dead: their claims are void from now on."""
+    def listed(self, source: int, tokens: Sequence[UUID]) -> tuple[frozenset[UUID], bool]:
+        """Return those that the last beat of a worker lists which has neither left nor died.
+
+        A worker also lists deliveries that it has not claimed yet. The second result: such a worker has
+        reports that are not written yet.
+        """
+
+    def declare_dead(self, term: int, workers: Sequence[UUID]) -> Mapping[UUID, int]:
+        """Declare these workers dead: their claims are void from now on. Return how many each has.
+
+        A worker that was dead before is not in the result.
+        """
 
     def forget(self, term: int, workers: Sequence[UUID]) -> None:
         """Delete rows of workers that have been gone for 15 minutes and have no claims."""
@@ -414,12 +422,26 @@ class LeaderStore(Protocol):
     ) -> Sequence[Owed]:
         """Return the deliveries that every inspection includes.
 
-        These are the suspects, the outbox, and the claims of dead workers. ``urgent`` selects only
-        those that were reported absent and need no second inspection.
+        These are the suspects, the outbox, and the claims of workers that have left or died. ``urgent``
+        selects only those that were reported absent and need no second inspection.
         """
 
-    def count(self, source: int) -> Mapping[str, int]:
-        """Return the number of owed deliveries by queue."""
+    def unheld(
+        self, source: int, *, after: UUID | None, workers: int, limit: int
+    ) -> tuple[Sequence[Owed], UUID | None]:
+        """Return claims whose workers dropped them or never registered, though they did not leave or die.
+
+        The claims of the next ``workers`` workers after the worker ``after`` are checked. The second
+        result is the last of these workers; None: these were the last ones.
+        """
+
+    def tally(
+        self, source: int, *, after: UUID | None, limit: int
+    ) -> tuple[Mapping[str, int], UUID | None]:
+        """Count the next ``limit`` owed deliveries after this token, by queue.
+
+        The second result is the last token of these; None: these were the last ones.
+        """
 
     def suspect(self, term: int, source: int, seen: Sequence[tuple[UUID, Cause, str]]) -> None:
         """Store that these were seen absent; keep the time of the first inspection with the same mark."""

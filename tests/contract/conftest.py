@@ -332,7 +332,9 @@ class Contract:
 
     def watched(self) -> dict[UUID, Owed]:
         """Return the deliveries of every inspection by token."""
-        return {row.token: row for row in self.leader.watched(self.source, limit=100_000)}
+        rows = [*self.leader.watched(self.source, limit=100_000)]
+        rows += self.leader.unheld(self.source, after=None, workers=100, limit=100_000)[0]
+        return {row.token: row for row in rows}
 
     def outcome(self, token: UUID) -> Outcome | None:
         """Return the outcome of a delivery, or None if it has not ended."""

@@ -42,7 +42,6 @@ from jobguard.store.protocols import (
     HostStore,
     LeaderStore,
     SourceRow,
-    WorkerRow,
 )
 from tests.fakes.store import MemoryLedger
 
@@ -128,27 +127,9 @@ def source_row(source: Source = SOURCE, **fields: Any) -> SourceRow:
     return replace(row, **fields)
 
 
-class _Leader:
-    """The leader's store in memory, which also shows the deliveries that workers list."""
-
-    def __init__(self, ledger: MemoryLedger, inner: LeaderStore) -> None:
-        self._ledger = ledger
-        self._inner = inner
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
-
-    def workers(self, source: int) -> Sequence[WorkerRow]:
-        known = self._ledger._tables.workers
-        return [
-            replace(row, lists=tuple(known[row.id].beat.claims))
-            for row in self._inner.workers(source)
-        ]
-
-
 def leader_store(ledger: MemoryLedger, holder: UUID | None = None) -> LeaderStore:
     """Return the ledger as a reconciler uses it."""
-    return cast(LeaderStore, _Leader(ledger, ledger.leader(NAMESPACE, holder or uuid4())))
+    return ledger.leader(NAMESPACE, holder or uuid4())
 
 
 class FakeRedis:

@@ -14,7 +14,7 @@ from uuid import UUID
 from jobguard.errors import ConfigurationError, NotLeading
 from jobguard.model import Cause, LastOutcome, OpenJoin, Outcome, Owed, Restorable
 from jobguard.store.protocols import Brake, Closing, Incident, QueueRow, SourceRow, Void, WorkerRow
-from tests.fakes.store.tables import Key, Lease, Loss, Suspect, Tables
+from tests.fakes.store.tables import Key, Lease, Loss, Run, Suspect, Tables
 
 _DAY = 86400.0
 _RETENTION = 7 * _DAY
@@ -166,8 +166,7 @@ class MemoryLeaderStore:
                     pulse=row.beat.pulse,
                     left=row.left_at is not None,
                     dead=row.dead_at is not None,
-                    claims=claims[worker],
-                    lists=tuple(row.beat.claims),
+                    claims=min(2, claims[worker]),
                 )
                 for worker, row in rows
                 if row.source == source
@@ -181,12 +180,23 @@ class MemoryLeaderStore:
                     found.setdefault(run.worker, []).append(self._tables.jobs[of, token].crashes)
             return {worker: sorted(many, reverse=True)[:2] for worker, many in found.items()}
 
-    def declare_dead(self, term: int, workers: Sequence[UUID]) -> None:
+    def listed(self, source: int, tokens: Sequence[UUID]) -> tuple[frozenset[UUID], bool]:
+        with self._tables.open():
+            workers = self._tables.workers.values()
+            live = [row for row in workers if row.source == source and not row.gone]
+            listed = {token for row in live for token in row.claims if token in tokens}
+            return frozenset(listed), any(row.beat.unflushed_since is not None for row in live)
+
+    def declare_dead(self, term: int, workers: Sequence[UUID]) -> Mapping[UUID, int]:
         with self._leading(term) as now:
+            claims = Counter(run.worker for run in self._tables.running.values())
+            declared = {}
             for worker in workers:
                 row = self._tables.workers.get(worker)
                 if row is not None and row.dead_at is None:
                     row.dead_at = now
+                    declared[worker] = claims[worker]
+            return declared
 
     def forget(self, term: int, workers: Sequence[UUID]) -> None:
         with self._leading(term) as now:
@@ -234,7 +244,9 @@ class MemoryLeaderStore:
     def _is_urgent(self, key: Key) -> bool:
         suspect = self._tables.suspects.get(key)
         delivery_like = suspect is not None and suspect.cause is Cause.WORKER and not suspect.mark
-        return delivery_like or key in self._tables.running or key in self._tables.outbox
+        run = self._tables.running.get(key)
+        gone = run is not None and self._is_gone(run)
+        return delivery_like or gone or key in self._tables.outbox
 
     def _is_watched(self, key: Key, now: float) -> bool:
         not_before = self._tables.jobs[key].not_before
@@ -244,8 +256,31 @@ class MemoryLeaderStore:
         return (
             (suspect is not None and suspect.cause is not Cause.UNTRUSTED)
             or key in self._tables.outbox
-            or (run is not None and not self._tables.lives(key, run))
+            or (run is not None and self._is_gone(run))
         )
+
+    def _is_gone(self, run: Run) -> bool:
+        worker = self._tables.workers.get(run.worker)
+        return worker is not None and worker.gone
+
+    def unheld(
+        self, source: int, *, after: UUID | None, workers: int, limit: int
+    ) -> tuple[Sequence[Owed], UUID | None]:
+        tables = self._tables
+        with tables.open() as now:
+            claimants = sorted({run.worker for run in tables.running.values()})
+            some = [id for id in claimants if after is None or id > after][:workers]
+            keys = [
+                key
+                for key in self._after(source, None)
+                if (run := tables.running.get(key)) is not None
+                and run.worker in some
+                and not self._is_gone(run)
+                and not tables.lives(key, run)
+            ]
+            rows = [self._pushed(self._owed(key, now), key, now) for key in keys]
+            left = [row for row in rows if row.backoff <= 0]
+            return left[:limit], some[-1] if len(some) == workers else None
 
     def _pushed(self, owed: Owed, key: Key, now: float) -> Owed:
         """Give a delivery of the outbox the cause PUSH, unless it has another suspicion."""
@@ -290,10 +325,13 @@ class MemoryLeaderStore:
             )
         return owed
 
-    def count(self, source: int) -> Mapping[str, int]:
+    def tally(
+        self, source: int, *, after: UUID | None, limit: int
+    ) -> tuple[Mapping[str, int], UUID | None]:
         with self._tables.open():
-            jobs = self._tables.jobs.items()
-            return dict(Counter(job.delivery.queue for key, job in jobs if key[0] == source))
+            keys = self._after(source, after)[:limit]
+            counts = Counter(self._tables.jobs[key].delivery.queue for key in keys)
+            return dict(counts), keys[-1][1] if len(keys) == limit else None
 
     def suspect(self, term: int, source: int, seen: Sequence[tuple[UUID, Cause, str]]) -> None:
         with self._leading(term) as now:

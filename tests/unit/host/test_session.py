@@ -624,7 +624,7 @@ def test_declared_dead_it_registers_again(caplog: pytest.LogCaptureFixture) -> N
     rows = {row.id: row for row in worker.leader.workers(SOURCE.id)}
     assert rows[before].dead
     assert not rows[worker.session.id].dead
-    assert rows[worker.session.id].lists == (job.token,)
+    assert worker.leader.listed(SOURCE.id, [job.token]) == (frozenset([job.token]), False)
     assert "worker_renewed" in events(caplog.records)
 
 
@@ -798,9 +798,8 @@ def test_the_ledger_in_memory_returns_what_workers_list() -> None:
     worker.run(job)
     worker.session._beats.beat()
 
-    (row,) = worker.ledger.leader(NAMESPACE, new_token()).workers(SOURCE.id)
-
-    assert tuple(row.lists) == (job.token,)
+    leader = worker.ledger.leader(NAMESPACE, new_token())
+    assert leader.listed(SOURCE.id, [job.token]) == (frozenset([job.token]), False)
 
 
 def test_a_beat_names_the_queues_that_are_consumed_now() -> None:
