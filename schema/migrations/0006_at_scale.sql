@@ -18,23 +18,24 @@ select j.token, j.job_id, j.queue, j.task, extract(epoch from now() - j.recorded
        coalesce(extract(epoch from j.due_at - now()), 0)::float8,
        coalesce(j.expires_at <= now(), false), j.crashes, j.recoveries, j.claims,
        coalesce(extract(epoch from j.not_before - now()), 0)::float8,
-       r.number, r.worker, coalesce(r.live, false), coalesce(r.announced, false),
+       r.number, r.worker,
+       r.token is not null and coalesce(jobguard.holds((w.*)::jobguard.workers, (r.*)::jobguard.running), false),
+       coalesce(w.left_at is not null, false),
        coalesce(s.cause::text, case when o.created_at is not null then 'push' end),
        coalesce(extract(epoch from now() - coalesce(s.seen_at, o.created_at)), 0)::float8,
        coalesce(s.mark, ''), coalesce(o.unsent, false)
 from jobguard.jobs j
 left join lateral (
-  select r.number, r.worker, jobguard.holds(w, r) as live, w.left_at is not null as announced
-  from jobguard.running r left join jobguard.workers w on w.id = r.worker
-  where r.token = j.token and r.source + 0 = p_source offset 0
+  select * from jobguard.running r where r.token = j.token and r.source = p_source offset 0
 ) r on true
+left join lateral (select * from jobguard.workers w where w.id = r.worker offset 0) w on true
 left join lateral (
   select s.cause, s.seen_at, s.mark from jobguard.suspects s
-  where s.token = j.token and s.source + 0 = p_source offset 0
+  where s.token = j.token and s.source = p_source offset 0
 ) s on true
 left join lateral (
   select o.created_at, o.unsent from jobguard.outbox o
-  where p_outbox and o.token = j.token and o.source + 0 = p_source offset 0
+  where p_outbox and o.token = j.token and o.source = p_source offset 0
 ) o on true
 where j.source + 0 = p_source and j.token = any (p_tokens)
 order by j.token

@@ -21,7 +21,7 @@ from jobguard.model import Claim, Delivery, End, Outcome, Parent, new_token
 from jobguard.settings import Settings
 from jobguard.store.host import PostgresStore
 from jobguard.store.leader import PostgresLeaderStore
-from jobguard.store.protocols import ClaimRequest, Closing, Void
+from jobguard.store.protocols import ClaimRequest, Closing, QueueRow, Void
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -44,10 +44,12 @@ insert into jobguard.jobs (source, token, job_id, queue, task, envelope)
 insert into jobguard.history (source, token, job_id, queue, task, outcome, ended_at)
   select 7, gen_random_uuid(), 'old-' || n, 'mail', 'send', 'completed', now() - (n % 3) * interval '1 hour'
   from generate_series(1, 50000) n;
-insert into jobguard.workers (id, source) values ('00000000-0000-0000-0000-000000000001', 7);
+insert into jobguard.workers (id, source)
+  select ('00000000-0000-0000-0000-' || lpad(n::text, 12, '0'))::uuid, 7 from generate_series(1, 50) n;
 insert into jobguard.running (source, token, number, nonce, worker, pid)
-  select source, token, 1, gen_random_uuid(), '00000000-0000-0000-0000-000000000001', 1
-  from jobguard.jobs order by token limit 200;
+  select source, token, 1, gen_random_uuid(),
+         ('00000000-0000-0000-0000-' || lpad((1 + row_number() over () % 50)::text, 12, '0'))::uuid, 1
+  from jobguard.jobs order by token limit 5000;
 insert into jobguard.suspects (source, token, cause)
   select source, token, 'unexplained' from jobguard.jobs order by token desc limit 50;
 insert into jobguard.outbox (source, token)
@@ -260,6 +262,10 @@ def test_leader_statements_read_no_whole_table(
         leader.void(term, SOURCE, [Void(token, 1, True, 0.0) for token in some])
         leader.incidents(SOURCE)
         leader.workers(SOURCE)
+        leader.listed(SOURCE, some)
+        leader.unheld(SOURCE, after=None, workers=5, limit=100)
+        leader.tally(SOURCE, after=owed[n], limit=500)
+        leader.trust(term, [QueueRow(SOURCE, f"queue-{n}", 1.0) for n in range(20)])
     assert not plans.whole_reads(), plans.whole_reads()[0]
 
 
@@ -293,6 +299,11 @@ def test_leader_statements_after_a_queue_was_drained(drained: str) -> None:
     plans = Plans(leader)
     for _ in range(OFTEN):
         some = [one.token for one in leader.page(SOURCE, after=None, limit=100)[:20]]
+        leader.watched(SOURCE, limit=200)
+        leader.watched(SOURCE, limit=200, urgent=True)
+        leader.listed(SOURCE, some)
+        leader.unheld(SOURCE, after=None, workers=5, limit=100)
+        leader.tally(SOURCE, after=None, limit=500)
         leader.envelopes(SOURCE, some)
         leader.known(SOURCE, some)
         leader.sharing_job_id(SOURCE, some)
