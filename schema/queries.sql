@@ -680,10 +680,12 @@ with lease as (
 ), locked as (
   select j.token, r.number, r.worker, r.claimed_at
   from jobguard.jobs j
-  join said u on u.token = j.token
-  left join jobguard.running r on r.source = j.source and r.token = j.token
-  left join jobguard.workers w on w.id = r.worker
-  where j.source + 0 = %(source)s and jobguard.holds(w, r) is not true
+  left join lateral (
+    select * from jobguard.running r where r.token = j.token and r.source = %(source)s offset 0
+  ) r on true
+  left join lateral (select * from jobguard.workers w where w.id = r.worker offset 0) w on true
+  where j.source + 0 = %(source)s and exists (select from lease)
+    and jobguard.holds((w.*)::jobguard.workers, (r.*)::jobguard.running) is not true
     and j.token = any (%(token)b::uuid[])
   order by j.token for update of j
 ), gone as (
