@@ -58,7 +58,7 @@ class NotMigrated(NotWritten):
 
 
 class NoRights(NotWritten):
-    """The role may not use the schema. See "Roles and grants" in the README."""
+    """The role may not use the schema. Run `jobguard migrate --roles`, and grant it one of these roles."""
 
 
 class NotTransactional(NotWritten):

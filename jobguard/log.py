@@ -40,7 +40,9 @@ EVENTS: Mapping[str, Event] = {
     ),  # error
     "postgres_back": Event(INFO, "Postgres answers again"),  # seconds
     "not_migrated": Event(ERROR, "the schema does not exist: run `jobguard migrate`"),  # place
-    "no_rights": Event(ERROR, "the role may not use the schema: see schema/grants.sql"),  # error
+    "no_rights": Event(
+        ERROR, "the role may not use the schema: see `jobguard migrate --roles`"
+    ),  # error
     "wrong_installation": Event(
         ERROR, "this database belongs to another installation"
     ),  # has, wants

@@ -16,9 +16,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from jobguard.schema.migrator import accept_move, check, latest, migrate, sql
+from jobguard.schema.migrator import GRANT_A_ROLE, accept_move, check, latest, migrate, sql
+from jobguard.schema.roles import roles_sql
 
-__all__ = ["accept_move", "check", "latest", "migrate", "parse", "sql", "statements"]
+__all__ = [
+    "GRANT_A_ROLE",
+    "accept_move",
+    "check",
+    "latest",
+    "migrate",
+    "parse",
+    "roles_sql",
+    "sql",
+    "statements",
+]
 
 
 @functools.cache

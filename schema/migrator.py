@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,11 +26,17 @@ from jobguard.errors import (
     StoreUnavailable,
     WrongInstallation,
 )
+from jobguard.schema.roles import ROLES, roles_sql
 
 if TYPE_CHECKING:
     import psycopg
 
 OLDEST_SERVER: Final = 140000
+
+GRANT_A_ROLE: Final = (
+    "run `jobguard migrate --roles` as the owner, and grant it jobguard_app (producers and workers), "
+    "jobguard_reconciler or jobguard_reader"
+)
 
 LOCK: Final = "select pg_advisory_xact_lock(hashtextextended('jobguard.migrate', 0))"
 
@@ -94,18 +100,19 @@ def latest() -> int:
     return len(migrations())
 
 
-def sql() -> str:
-    """Return all migrations as one script, for a DBA or for another tool's migration.
+def sql(*, after: int = 0) -> str:
+    """Return the migrations as one script, for a DBA or for a migration of Alembic or Django.
 
-    It contains neither ``begin`` nor ``commit``: run it in one transaction, on an empty database.
+    ``after`` leaves out the first ones: a later migration of yours brings the schema from there to this
+    version of jobguard. The script contains neither ``begin`` nor ``commit``: run it in one transaction.
     """
     parts = [
-        f"-- The schema of jobguard, migrations 1..{latest()}. Run it in one transaction.",
+        f"-- The schema of jobguard, migrations {after + 1}..{latest()}. Run it in one transaction.",
         f"{LOCK};",
-        "create schema if not exists jobguard;",
-        f"{BOOKKEEPING};",
     ]
-    for migration in migrations():
+    if not after:
+        parts += ["create schema if not exists jobguard;", f"{BOOKKEEPING};"]
+    for migration in migrations()[after:]:
         claim = (
             "insert into jobguard.migrations (number, name, checksum)\n"
             f"values ({migration.number}, '{migration.name}', '{migration.checksum}');"
@@ -115,11 +122,12 @@ def sql() -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def migrate(url: str, *, installation: str | None = None) -> list[str]:
+def migrate(url: str, *, installation: str | None = None, roles: bool = False) -> list[str]:
     """Bring the database up to date; return the names of the migrations applied now.
 
     ``installation`` names the database, so that processes set to another name refuse it. An existing
-    name is not changed.
+    name is not changed. ``roles`` creates the roles of jobguard and gives them their rights; roles that
+    have rights already get those of new tables without it.
 
     Raise SchemaMismatch, WrongInstallation, NoRights, StoreUnavailable or ConfigurationError.
     """
@@ -150,6 +158,8 @@ def migrate(url: str, *, installation: str | None = None) -> list[str]:
                 connection.execute(LOCK)
                 connection.execute(_accept_move_once())
                 _name(connection, installation)
+            if roles or applied:
+                _grant(connection, ROLES if roles else _granted_roles(connection))
             return applied
     except psycopg.errors.InsufficientPrivilege as error:
         raise NoRights(
@@ -158,6 +168,32 @@ def migrate(url: str, *, installation: str | None = None) -> list[str]:
         ) from error
     except psycopg.OperationalError as error:
         raise StoreUnavailable(f"Postgres at {describe(conninfo)}: {_first_line(error)}") from error
+
+
+def _granted_roles(connection: psycopg.Connection[Any]) -> list[str]:
+    rows = connection.execute(
+        "select rolname from pg_roles where rolname = any (%s)"
+        " and has_schema_privilege(oid, 'jobguard', 'usage') and not rolsuper",
+        [list(ROLES)],
+    )
+    return [str(name) for (name,) in rows]
+
+
+def _grant(connection: psycopg.Connection[Any], roles: Sequence[str]) -> None:
+    import psycopg
+
+    if not roles:
+        return
+    try:
+        with _transaction(connection):
+            connection.execute(LOCK)
+            connection.execute(roles_sql(roles).encode())
+    except psycopg.errors.InsufficientPrivilege as error:
+        raise NoRights(
+            f"{_first_line(error)}: creating the roles {', '.join(roles)} and granting them rights needs "
+            "CREATEROLE and the ownership of the schema; give a DBA the output of "
+            "`jobguard migrate --roles --sql`"
+        ) from error
 
 
 def check(connection: psycopg.Connection[Any]) -> JobguardError | None:
@@ -170,7 +206,7 @@ def check(connection: psycopg.Connection[Any]) -> JobguardError | None:
     row = connection.execute(
         "select count(c.oid), bool_or(c.relname = 'migrations'),"
         " bool_or(has_schema_privilege(n.oid, 'usage')),"
-        " bool_or(c.relname = 'migrations' and has_table_privilege(c.oid, 'select'))"
+        " bool_or(c.relname = 'migrations' and has_any_column_privilege(c.oid, 'select'))"
         " from pg_namespace n"
         " left join pg_class c on c.relnamespace = n.oid and c.relkind in ('r', 'p')"
         " where n.nspname = 'jobguard'"
@@ -183,7 +219,7 @@ def check(connection: psycopg.Connection[Any]) -> JobguardError | None:
     if not (usable and readable):
         return NoRights(
             f"the role {connection.info.user} may not read the schema jobguard in "
-            f"{_place(connection)}: grant it what schema/grants.sql lists"
+            f"{_place(connection)}: {GRANT_A_ROLE}"
         )
     return _mismatch(_applied(connection), complete=True)
 

@@ -8,6 +8,7 @@ from jobguard import schema
 from jobguard.cli.common import json_option, postgres_option, print_json
 from jobguard.conninfo import describe, postgres_conninfo
 from jobguard.errors import JobguardError, StoreUnavailable
+from jobguard.schema.roles import ROLES
 
 
 @click.command()
@@ -21,18 +22,29 @@ from jobguard.errors import JobguardError, StoreUnavailable
     show_envvar=True,
     help="Name this database; processes set to another name refuse it.",
 )
+@click.option(
+    "--roles",
+    is_flag=True,
+    help="Create jobguard_app, jobguard_reconciler and jobguard_reader, and give them their rights.",
+)
 @json_option
 def command(
-    postgres: str | None, sql: bool, check: bool, installation: str | None, as_json: bool
+    postgres: str | None,
+    sql: bool,
+    check: bool,
+    installation: str | None,
+    roles: bool,
+    as_json: bool,
 ) -> None:
     """Bring the database's schema up to date.
 
     It is safe to run this on two machines at once, and to run it again at any time.
     """
-    if sql and check:
-        raise click.UsageError("--sql and --check exclude each other")
+    if check and (sql or roles):
+        raise click.UsageError("--check excludes --sql and --roles")
     if sql:
-        click.echo(f"begin;\n\n{schema.sql()}\ncommit;")
+        grants = f"\n{schema.roles_sql()}\n" if roles else ""
+        click.echo(f"begin;\n\n{schema.sql()}{grants}\ncommit;")
         return
     conninfo = postgres_conninfo(postgres)()
     place = describe(conninfo)
@@ -43,10 +55,12 @@ def command(
         applied = []
         done = f"{place} is up to date: migration {schema.latest()}"
     else:
-        applied = schema.migrate(conninfo, installation=installation or None)
+        applied = schema.migrate(conninfo, installation=installation or None, roles=roles)
         done = (
             f"{place} now has {', '.join(applied)}" if applied else f"{place} is up to date already"
         )
+        if roles:
+            done += f"; grant {', '.join(ROLES)} to your logins"
     if as_json:
         print_json({"postgres": place, "applied": applied, "migration": schema.latest()})
     else:

@@ -35,6 +35,7 @@ from jobguard.errors import (
 from jobguard.fork import OwnerProcess
 from jobguard.log import log_event
 from jobguard.postgres_hosts import PRIMARY, PostgresHost, hosts_of, is_address
+from jobguard.schema import GRANT_A_ROLE
 from jobguard.store import texts
 from jobguard.store.names import names
 from jobguard.store.wire import (
@@ -482,7 +483,7 @@ class Database:
         if state in _NOT_MIGRATED:
             return NotMigrated(f"{text} — run `jobguard migrate`")
         if state in _NO_RIGHTS:
-            return NoRights(f'{text} — see "Roles and grants" in the README')
+            return NoRights(f"{text}: {GRANT_A_ROLE}")
         if state[:2] in _ROW_CLASSES or state in _ROW_STATES:
             return BadRow(text)
         if not state and isinstance(error, psycopg.DataError | psycopg.ProgrammingError):

