@@ -73,6 +73,14 @@ class SchemaMismatch(JobguardError):
     """The schema of the database has another version. Run `jobguard migrate` with this version."""
 
 
+class KeysUnavailable(NotWritten):
+    """The keys of the setting encrypt cannot be read: nothing was written."""
+
+
+class Unsealable(JobguardError):
+    """It is sealed, and this process has no key for it. Set JOBGUARD_ENCRYPT to the file of keys."""
+
+
 class BadRow(JobguardError):
     """Postgres refuses this row because of its content. It would refuse the row again."""
 

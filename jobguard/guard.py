@@ -282,7 +282,7 @@ class JobGuard:
         from jobguard.operations.read import ReadModel
 
         assert self._conninfo is not None
-        return ReadModel(self._conninfo)
+        return ReadModel(self._conninfo, encrypt=self.settings.encrypt)
 
 
 def transaction_of(guards: Sequence[JobGuard], caller: Caller) -> AbstractContextManager[None]:
@@ -335,6 +335,10 @@ def guard(
     guarded with other settings; with ``connect="require"`` also StoreUnavailable or NoPostgres.
     """
     chosen = settings_from({**settings, "namespace": namespace})
+    if chosen.encrypt is not None:
+        from jobguard.sealing import Sealer
+
+        Sealer(chosen.encrypt).check()
     for variable in unknown_variables():
         if variable not in _warned:
             _warned.add(variable)

@@ -93,6 +93,15 @@ EVENTS: Mapping[str, Event] = {
         "Postgres is behind a pooler: jobguard prepares no statements and sets its session settings in "
         "each transaction",
     ),
+    "keys_unreadable": Event(
+        ERROR, "the keys of the setting encrypt cannot be read again: the ones before are used"
+    ),  # error
+    "envelopes_sealed": Event(
+        ERROR, "envelopes are sealed, and this reconciler has no key: it cannot put these jobs back"
+    ),  # source, error, waiting
+    "envelopes_unsealed": Event(
+        INFO, "the sealed envelopes can be read again"
+    ),  # source, seconds, refused
     "settings_reduced": Event(
         INFO, "this Postgres does not know all settings of jobguard's sessions"
     ),  # error

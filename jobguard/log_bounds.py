@@ -84,6 +84,7 @@ ENDS: Mapping[str, tuple[str, ...]] = {
     "spool_replayed": ("spool_full",),
     "redis_back": ("redis_away",),
     "redis_accepts": ("redis_refuses",),
+    "envelopes_unsealed": ("envelopes_sealed",),
 }
 """Events that mean that the states of other events are over."""
 

@@ -419,6 +419,8 @@ class Restorable:
     """Its dependencies have ended: it does not wait any longer."""
     taken_by: str = ""
     """The dead worker that has taken it according to Redis: take it back from there."""
+    sealed: bool = False
+    """The envelope is empty: it is sealed in the ledger, and this process has no key for it."""
 
 
 class Restored(StrEnum):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -26,9 +26,12 @@ _OTHER_VARIABLES = frozenset(
 )
 # Options of single commands and of tests, and variables that Kubernetes sets for a service of that name.
 _NOT_SETTINGS = re.compile(
-    rf"{PREFIX}(?:BENCH|CANCEL|DASHBOARD|DEAD|DEMO|DOCTOR|DRIFT|FORGET|INCIDENTS|JOBS|MIGRATE|PAUSE|PURGE|RECONCILE|REPLAY|RESUME|RQ|RUN|STATS|TEST|TOP|WORKERS)_"
+    rf"{PREFIX}(?:BENCH|CANCEL|DASHBOARD|DEAD|DEMO|DOCTOR|DRIFT|ENCRYPT|FORGET|INCIDENTS|JOBS|MIGRATE|PAUSE"
+    r"|PURGE|RECONCILE|REPLAY|RESUME|RQ|RUN|STATS|TEST|TOP|WORKERS)_"
     rf"|{PREFIX}(?:.+_)?(?:SERVICE_(?:HOST|PORT)|PORT)(?:_|$)"
 )
+
+_KEY = re.compile(r"[\w=-]{43,44}")
 
 
 def _setting(default: Any, meaning: str, *, host: bool = False) -> Any:
@@ -65,6 +68,11 @@ class Settings:
     when_redis_down: Literal["accept", "raise"] = _setting(
         "accept",
         "accept: enqueue succeeds while a reconciler leads; the job is pushed when Redis is back",
+    )
+    encrypt: str | Callable[[], Any] | None = _setting(  # noqa: RUF009 - a field
+        None,
+        "a file of Fernet keys, the newest first, or a callable that returns them: envelopes and errors "
+        "are sealed in Postgres",
     )
     pooler: bool = _setting(False, "Postgres is behind pgbouncer: prepare no statements")
     connect_timeout: float = _setting(0.5, "limit of a connect to Postgres")
@@ -248,6 +256,8 @@ def _coerce(given: Any, kind: Any) -> Any:
             return tuple(float(part) for part in parts)
         except (TypeError, ValueError):
             raise ValueError("must be numbers, separated by commas") from None
+    if callable(given) and any(get_origin(one) is Callable for one in get_args(kind)):
+        return given
     if kind in (int, float):
         try:
             return kind(given)
@@ -270,6 +280,11 @@ def _nonsense(settings: Settings, places: Mapping[str, str]) -> list[str]:
             f"{places.get('worker_timeout', 'worker_timeout')} ({settings.worker_timeout}) must be at "
             f"least twice {places.get('beat_interval', 'beat_interval')} ({settings.beat_interval}), "
             "otherwise one late beat looks like a death"
+        )
+    given = settings.encrypt
+    if isinstance(given, str) and _KEY.fullmatch(given):
+        problems.append(
+            f"{places.get('encrypt', 'encrypt')} is a key: put it into a file, and give the path"
         )
     if not settings.namespace.strip():
         problems.append(f"{places.get('namespace', 'namespace')} must not be empty")

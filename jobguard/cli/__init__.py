@@ -36,6 +36,7 @@ COMMANDS = {
     "pause": ("jobguard.cli.brake:pause", "Stop putting jobs back until `resume`."),
     "resume": ("jobguard.cli.brake:resume", "Continue after `pause`, or after a hold."),
     "doctor": ("jobguard.cli.doctor:command", "Check everything that jobguard relies on."),
+    "encrypt": ("jobguard.cli.encrypt:command", "Make keys, and seal stored jobs with them."),
     "demo": ("jobguard.demo:command", "Kill Redis and workers, and count lost jobs."),
 }
 

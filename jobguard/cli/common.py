@@ -88,7 +88,8 @@ def open_ledger(postgres: str | None, namespace: str | None) -> Iterator[tuple[O
     from jobguard.operations.act import Operations
 
     settings = settings_of(namespace)
-    with closing(Operations(postgres_conninfo(postgres), keep=True)) as ledger:
+    made = Operations(postgres_conninfo(postgres), keep=True, encrypt=settings.encrypt)
+    with closing(made) as ledger:
         ledger.require_installation(settings.installation)
         yield ledger, settings.namespace
 

@@ -17,6 +17,7 @@ from jobguard.cli.common import (
 from jobguard.conninfo import postgres_conninfo
 from jobguard.errors import ConfigurationError
 from jobguard.reconciler import service
+from jobguard.sealing import Sealer
 
 
 @click.command()
@@ -59,6 +60,7 @@ def command(
     urls = redis_urls_from(redis_urls)
     if not urls:
         raise ConfigurationError("no Redis URL: give --redis URL, or set JOBGUARD_REDIS_URL")
+    Sealer(settings.encrypt).check()
     counts = service.run(settings, postgres_conninfo(postgres), urls, once=once)
     if once and as_json:
         print_json(counts)

@@ -46,6 +46,7 @@ from jobguard.host_safety import contain_errors, safe_tracker
 from jobguard.log import log_event
 from jobguard.model import Claim, ClaimAnswer, Delivery, End, Ended, Outcome, Recorded
 from jobguard.redact import redact
+from jobguard.sealing import Sealer
 from jobguard.settings import Settings
 from jobguard.store.protocols import ClaimRequest, HostStore, SourceRow
 
@@ -74,6 +75,7 @@ class HostTracker:
     ) -> None:
         self.source = source
         self.settings = settings
+        self.seal = Sealer(settings.encrypt).seal
         self.spool: Spool = self._memory_spool() if spool is None else spool
         self._make_store = store
         self._queues = queues

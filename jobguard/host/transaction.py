@@ -61,6 +61,9 @@ class TransactionTracker(Protocol):
     def leave_to_outbox(self, tokens: Sequence[UUID]) -> None:
         """Leave the push to the leader."""
 
+    def seal(self, envelope: bytes) -> bytes:
+        """Return the form in which the ledger stores an envelope. Raises KeysUnavailable."""
+
 
 @dataclass(slots=True)
 class _Sent:
@@ -169,17 +172,19 @@ def write_all(
     deliveries: Sequence[Delivery],
 ) -> None:
     """Record deliveries on the application's connection. Raises as its driver does."""
-    for rows in rows_of(deliveries):
+    for rows in rows_of(deliveries, tracker.seal):
         write(str(tracker.source.id), rows)
 
 
-def rows_of(deliveries: Sequence[Delivery]) -> Iterator[str]:
+def rows_of(
+    deliveries: Sequence[Delivery], seal: Callable[[bytes], bytes] = bytes
+) -> Iterator[str]:
     """Return the deliveries as texts for the statement that records them."""
     for at in range(0, len(deliveries), _STATEMENT):
-        yield json.dumps([_row(one) for one in deliveries[at : at + _STATEMENT]])
+        yield json.dumps([_row(one, seal) for one in deliveries[at : at + _STATEMENT]])
 
 
-def _row(one: Delivery) -> dict[str, Any]:
+def _row(one: Delivery, seal: Callable[[bytes], bytes]) -> dict[str, Any]:
     return {
         "token": str(one.token),
         "job_id": texts.escaped(one.job_id),
@@ -191,7 +196,7 @@ def _row(one: Delivery) -> dict[str, Any]:
         "expires": one.expires_at,
         "trace": one.trace,
         "derived": one.derived,
-        "envelope": base64.b64encode(one.envelope).decode(),
+        "envelope": base64.b64encode(seal(one.envelope)).decode(),
     }
 
 
@@ -237,7 +242,7 @@ async def atransaction(
         with _opened(mine):
             yield
         for one in mine:
-            for rows in rows_of(one.unwritten):
+            for rows in rows_of(one.unwritten, one.tracker.seal):
                 await caller.record(str(one.tracker.source.id), rows)
     _after(mine, caller, owns=owns)
     if owns:

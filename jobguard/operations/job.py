@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, overload
 from uuid import UUID
 
+from jobguard.errors import KeysUnavailable, NoRights, Unsealable
 from jobguard.model import Presence
 from jobguard.operations.brokers import LARGEST_ENVELOPE, Brokers, NoRedis, arguments_of
 from jobguard.operations.explain import why_ended, why_owed
@@ -125,7 +126,10 @@ def _arguments(
     if settings.redact_arguments:
         return None, "redacted (redact_arguments)"
     for row in rows:
-        kept = model.envelope(namespace, row["token"], most=LARGEST_ENVELOPE)
+        try:
+            kept = model.envelope(namespace, row["token"], most=LARGEST_ENVELOPE)
+        except (NoRights, Unsealable, KeysUnavailable) as error:
+            return None, f"not readable here: {error}"
         if kept is not None:
             arguments = arguments_of(*kept)
             note = "" if arguments is not None else "not JSON: only the application can read them"

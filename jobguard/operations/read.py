@@ -187,7 +187,9 @@ with scanned as materialized (
          false as stuck, null::text as suspected, null::smallint as priority, h.attempt, h.recoveries,
          h.crashes, h.recorded_at, null::timestamptz as due_at, h.claimed_at, null::real as progress,
          h.ended_at, h.worker, w.name as worker_name, w.host as worker_host,
-         left(h.errors[cardinality(h.errors)], 500) as error
+         case when h.errors[cardinality(h.errors)] like 'sealed:1:%'
+              then h.errors[cardinality(h.errors)]
+              else left(h.errors[cardinality(h.errors)], 500) end as error
   from scanned h
   join jobguard.sources s on s.id = h.source and s.namespace = :namespace
   left join jobguard.workers w on w.id = h.worker
@@ -310,7 +312,8 @@ with few as materialized (
   order by h.token desc limit :budget
 )
 select f.outcome::text as state, f.queue, f.task,
-       regexp_replace(split_part(coalesce(f.error, ''), chr(10), 1),
+       regexp_replace(case when f.error like 'sealed:1:%' then '(sealed)'
+                           else split_part(coalesce(f.error, ''), chr(10), 1) end,
                       '0x[0-9a-f]+|[0-9a-f]{8}-[0-9a-f-]{27}|\\d+', '#', 'gi') as error,
        count(*) as count, min(f.ended_at) as first_at, max(f.ended_at) as last_at,
        (array_agg(f.job_id order by f.token desc))[1] as job_id
@@ -402,6 +405,9 @@ class ReadModel(PostgresLedger):
                 if len(here) > limit:
                     reached = max(reached, here[limit - 1]["token"])
                 found += here
+        for row in found:
+            if row["error"]:
+                row["error"] = self._sealer.unseal_text(row["error"])[:500]
         return _page(found, reached, limit)
 
     def each_job(
@@ -518,7 +524,7 @@ class ReadModel(PostgresLedger):
         with self._begin(snapshot=True) as connection:
             values = {"namespace": namespace, "token": token, "most": most}
             row = connection.execute(_ENVELOPE, values).first()
-        return None if row is None else (row.library, bytes(row.envelope))
+        return None if row is None else (row.library, self._sealer.unseal(bytes(row.envelope)))
 
 
 def _queries(wanted: JobFilter) -> Iterator[tuple[sa.TextClause, frozenset[str], Row]]:

@@ -427,7 +427,10 @@ class Inspector:
             self._broker.bury(buried, deadline=deadline)
             deadline = self._redis_time() + _DEADLINE
             try:
-                self._broker.report([one for one in dead if one.token in closed], deadline=deadline)
+                self._broker.report(
+                    [one for one in dead if one.token in closed and not one.sealed],
+                    deadline=deadline,
+                )
             except RedisRefuses as error:  # They are dead in any case, and kept for a person.
                 log_event(
                     "job_not_restored", answer="not reported", error=str(error), count=len(dead)
@@ -455,7 +458,9 @@ class Inspector:
     def _with_parts(self, closings: Sequence[Closing]) -> list[Closing]:
         """Add the part of a completed job in a join, if its worker died before it reported the part."""
         result = [c.token for c in closings if c.outcome is Outcome.COMPLETED]
-        parts = self._broker.parts(self._store.envelopes(self._source, result)) if result else {}
+        known = self._store.envelopes(self._source, result) if result else ()
+        readable = [one for one in known if not one.sealed]
+        parts = self._broker.parts(readable) if readable else {}
         return [replace(c, part=parts.get(c.token)) for c in closings]
 
     def _void(

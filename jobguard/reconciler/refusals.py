@@ -1,4 +1,6 @@
-"""A Redis that takes no writes: one state, with one log line, one incident, and one probe a second.
+"""Jobs that cannot be put back: one state, with one log line, one incident, and one probe a second.
+
+Redis takes no writes, or this reconciler cannot unseal the envelopes.
 
 During this state one job is tried each second. After each job that is stored, twice as many are
 tried. The state ends when nothing was refused for a while, or when no job is left to restore.
@@ -7,6 +9,7 @@ tried. The state ends when nothing was refused for a while, or when no job is le
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 from jobguard.log import log_event
 from jobguard.model import Cause
@@ -16,18 +19,36 @@ _PROBE = 1.0
 """Seconds from a refusal to the next try."""
 _QUIET = 5.0
 """Seconds without a refusal after which the state ends, if a job was stored."""
-_FORGET = 60.0
-"""Seconds without a refusal after which the state ends, if no job was tried."""
 _ALL = 1 << 30
-_DETAIL = "Redis refuses to store jobs: "
+
+
+class Kind(NamedTuple):
+    """Why jobs cannot be put back, in the incident and in the log."""
+
+    detail: str
+    begins: str
+    ends: str
+    forget: float
+    """Seconds without a refusal after which the state ends, if no job was tried."""
+
+
+REFUSED = Kind("Redis refuses to store jobs: ", "redis_refuses", "redis_accepts", 60.0)
+# Longer than the time between two tries of one job; see restore.py.
+SEALED = Kind("envelopes cannot be unsealed: ", "envelopes_sealed", "envelopes_unsealed", 150.0)
 
 
 class Refusals:
     """The state of one source."""
 
     def __init__(
-        self, store: LeaderStore, source: int, address: str, clock: Callable[[], float]
+        self,
+        store: LeaderStore,
+        source: int,
+        address: str,
+        clock: Callable[[], float],
+        kind: Kind = REFUSED,
     ) -> None:
+        self._kind = kind
         self._store = store
         self._source = source
         self._address = address
@@ -42,10 +63,10 @@ class Refusals:
     def _resume(self) -> None:
         """Continue from the incident that an earlier leader recorded."""
         for incident in self._store.incidents(self._source):
-            if incident.cause is Cause.PUSH and incident.detail.startswith(_DETAIL):
+            if incident.cause is Cause.PUSH and incident.detail.startswith(self._kind.detail):
                 self._incident = incident.id
                 self._since = self._clock() - incident.age
-                self._last = self._clock() - _FORGET / 2
+                self._last = self._clock() - self._kind.forget / 2
                 self._most = 1
 
     @property
@@ -64,12 +85,12 @@ class Refusals:
         now = self._clock()
         self._last, self._most = now, 1
         self._count += 1
-        log_event("redis_refuses", source=self._address, error=reason, waiting=waiting)
+        log_event(self._kind.begins, source=self._address, error=reason, waiting=waiting)
         if self._since is None:
             self._since, self._count = now, 1
         if self._incident is None:
             self._incident = self._store.open_incident(
-                term, self._source, Cause.PUSH, f"{_DETAIL}{reason}", None
+                term, self._source, Cause.PUSH, f"{self._kind.detail}{reason}", None
             )
             self._store.progress(term, self._incident, missing=waiting, restored=0, close=False)
 
@@ -88,13 +109,17 @@ class Refusals:
 
         ``waits``: jobs are left to try.
         """
-        if self._since is not None and not waits and self._clock() - self._last >= _FORGET:
+        if (
+            self._since is not None
+            and not waits
+            and self._clock() - self._last >= self._kind.forget
+        ):
             self._over(term)
 
     def _over(self, term: int) -> None:
         assert self._since is not None
         log_event(
-            "redis_accepts",
+            self._kind.ends,
             source=self._address,
             seconds=round(self._clock() - self._since, 1),
             refused=self._count,

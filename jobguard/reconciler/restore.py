@@ -14,12 +14,12 @@ import redis
 
 from jobguard import failpoint
 from jobguard.adapter import Broker
-from jobguard.errors import StoreUnavailable
+from jobguard.errors import StoreUnavailable, Unsealable
 from jobguard.log import log_event
 from jobguard.model import Observation, Outcome, Owed, Restorable, Restored
 from jobguard.reconciler.joins import Joins
 from jobguard.reconciler.limiter import Slice, TokenBucket, round_robin
-from jobguard.reconciler.refusals import Refusals
+from jobguard.reconciler.refusals import SEALED, Refusals
 from jobguard.reconciler.rejoin import Rejoiner
 from jobguard.reconciler.result import LOSSES, Lost, PassResult
 from jobguard.redis_refusal import RedisRefuses, refusal_of
@@ -64,6 +64,7 @@ class Restorer:
         self._rejoiner = Rejoiner(broker, store, source, grace=settings.grace, clock=clock)
         self._clock = clock
         self.refusals = Refusals(store, source, address, clock)
+        self.sealed = Refusals(store, source, address, clock, SEALED)
         self._slice = Slice()
         # When to try again, and the wait that was used.
         self._failing: dict[UUID, tuple[float, float]] = {}
@@ -259,6 +260,10 @@ class Restorer:
                 break
             # Deliveries before the last one that have no envelope any more have ended.
             left = left[left.index(ready[-1].token) + 1 :]
+            self._set_sealed_aside(term, [given for given in ready if given.sealed])
+            ready = [given for given in ready if not given.sealed]
+            if not ready:
+                continue
             refused, result = self._restore_slice(
                 term, [prepared(given) for given in ready], deadline, waiting=len(left) + len(ready)
             )
@@ -272,6 +277,13 @@ class Restorer:
             if self._clock() >= until:
                 break
         return answers
+
+    def _set_sealed_aside(self, term: int, sealed: Sequence[Restorable]) -> None:
+        """Report jobs whose envelopes cannot be read here, and try them again later."""
+        for given in sealed:
+            self._try_later(given.token)
+        if sealed:
+            self.sealed.refused(term, str(Unsealable()), len(sealed))
 
     def _fetched(self, tokens: Sequence[UUID]) -> Sequence[Restorable]:
         try:

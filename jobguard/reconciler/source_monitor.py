@@ -213,6 +213,7 @@ class SourceMonitor:
             if not self._brake.paused:
                 self._part("joins", self._inspector.finish_joins)
             self._refusals.step(term, waits=self._pending > 0)
+            self._inspector.restorer.sealed.step(term, waits=False)
         except redis.RedisError as error:
             if now >= self._due.get("failed", 0.0):
                 self._due["failed"] = now + _LOG_AGAIN

@@ -28,6 +28,7 @@ from jobguard.model import (
     WorkerDeclaredDead,
 )
 from jobguard.schema import statements
+from jobguard.sealing import Sealer
 from jobguard.settings import Settings
 from jobguard.store import texts
 from jobguard.store.connection import Database
@@ -52,6 +53,7 @@ class PostgresStore:
             call_timeout=settings.call_timeout,
             pooler=settings.pooler,
         )
+        self._sealer = Sealer(settings.encrypt)
         self._sql = statements()
         self.installation: str | None = None
 
@@ -97,21 +99,23 @@ class PostgresStore:
         if plain and len(deliveries) == 1:
             rows = self._db.execute(
                 self._sql["record_one"],
-                common | _row(deliveries[0]),
+                common | self._row(deliveries[0]),
                 payload=len(deliveries[0].envelope),
             )
             return Recorded(leader_live=rows[0][0])
         refused: set[UUID] = set()
         led = False
         for batch in _batches(deliveries):
-            columns = common | _columns(batch)
+            columns = common | self._columns(batch)
             payload = sum(len(d.envelope) for d in batch)
             if plain:
                 led = self._db.execute(self._sql["record_fresh"], columns, payload=payload)[0][0]
                 continue
             rows = self._db.execute(
                 self._sql["record"],
-                columns | _lineage(batch) | {"outbox": outbox, "replay": replay, "newest": newest},
+                columns
+                | self._lineage(batch)
+                | {"outbox": outbox, "replay": replay, "newest": newest},
                 payload=payload,
             )
             refused.update(rows[0][0])
@@ -218,9 +222,9 @@ class PostgresStore:
                 "job_id": [e.job_id for e in ends],
                 "queue": [e.queue for e in ends],
                 "task": [e.task for e in ends],
-                "error": [e.error for e in ends],
+                "error": [self._sealer.seal_text(e.error) for e in ends],
                 "join": [texts.key(e.part.join) if e.part else None for e in ends],
-                "part": [e.part.state if e.part else None for e in ends],
+                "part": [self._sealer.seal(e.part.state) if e.part else None for e in ends],
             },
             payload=sum(len(e.error or "") + len(e.part.state if e.part else b"") for e in ends),
         )
@@ -293,7 +297,7 @@ class PostgresStore:
                 "join": texts.key(join),
                 "name": texts.name(join),
                 "size": size,
-                "state": state,
+                "state": self._sealer.seal(state),
                 "namespace": namespace,
             },
             payload=len(state),
@@ -308,7 +312,13 @@ class PostgresStore:
         """Put a delivery back after a delay, or bury it in the end; see HostStore."""
         rows = self._db.execute(
             self._sql["decline"],
-            {"source": source, "token": token, "most": most, "wait": wait, "error": error},
+            {
+                "source": source,
+                "token": token,
+                "most": most,
+                "wait": wait,
+                "error": self._sealer.seal_text(error),
+            },
         )
         return int(rows[0][0])
 
@@ -357,9 +367,10 @@ class PostgresStore:
             rows = self._db.execute(self._sql["envelope_of"], key)
             if not rows:
                 return False
-            before = bytes(rows[0][0])
+            stored = bytes(rows[0][0])
+            before = self._sealer.unseal(stored)
             after = change(before)
-            changed = {**key, "before": before, "envelope": after}
+            changed = {**key, "before": stored, "envelope": self._sealer.seal(after)}
             if after == before or self._db.execute(self._sql["amend"], changed):
                 return True
         return False
@@ -395,6 +406,41 @@ class PostgresStore:
     def close(self) -> None:
         """Close the connection."""
         self._db.close()
+
+    def _row(self, delivery: Delivery) -> dict[str, Any]:
+        if not -32768 <= delivery.priority <= 32767:
+            raise BadRow(f"priority {delivery.priority} is out of range")
+        return {
+            "token": delivery.token,
+            "job_id": delivery.job_id,
+            "queue": delivery.queue,
+            "task": delivery.task,
+            "priority": delivery.priority,
+            "attempt": min(delivery.attempt, 32767),
+            "due": delivery.due_at,
+            "expires": delivery.expires_at,
+            "key": delivery.key,
+            "trace": delivery.trace,
+            "envelope": self._sealer.seal(delivery.envelope),
+        }
+
+    def _columns(self, batch: Sequence[Delivery]) -> dict[str, Any]:
+        rows = [self._row(d) for d in batch]
+        return {name: [row[name] for row in rows] for name in rows[0]}
+
+    def _lineage(self, batch: Sequence[Delivery]) -> dict[str, Any]:
+        seal = self._sealer.seal_text
+        return {
+            "parent": [d.parent.token if d.parent else None for d in batch],
+            "speaker": [d.parent.worker if d.parent else None for d in batch],
+            # 0: the run was started while PostgreSQL was away, and has no claim.
+            "claim": [d.parent.claim or None if d.parent else None for d in batch],
+            "outcome": [d.parent.outcome.value if d.parent else None for d in batch],
+            "fresh": [d.fresh for d in batch],
+            "derived": [d.derived for d in batch],
+            "error": [seal(d.parent.error) if d.parent else None for d in batch],
+            "closes": [d.closes and texts.key(d.closes) for d in batch],
+        }
 
 
 def _claim_answer(
@@ -434,40 +480,3 @@ def _batches(deliveries: Sequence[Delivery]) -> Iterator[Sequence[Delivery]]:
         ids.add(delivery.job_id)
     if batch:
         yield batch
-
-
-def _row(delivery: Delivery) -> dict[str, Any]:
-    if not -32768 <= delivery.priority <= 32767:
-        raise BadRow(f"priority {delivery.priority} is out of range")
-    return {
-        "token": delivery.token,
-        "job_id": delivery.job_id,
-        "queue": delivery.queue,
-        "task": delivery.task,
-        "priority": delivery.priority,
-        "attempt": min(delivery.attempt, 32767),
-        "due": delivery.due_at,
-        "expires": delivery.expires_at,
-        "key": delivery.key,
-        "trace": delivery.trace,
-        "envelope": delivery.envelope,
-    }
-
-
-def _columns(batch: Sequence[Delivery]) -> dict[str, Any]:
-    rows = [_row(d) for d in batch]
-    return {name: [row[name] for row in rows] for name in rows[0]}
-
-
-def _lineage(batch: Sequence[Delivery]) -> dict[str, Any]:
-    return {
-        "parent": [d.parent.token if d.parent else None for d in batch],
-        "speaker": [d.parent.worker if d.parent else None for d in batch],
-        # 0: the run was started while PostgreSQL was away, and has no claim.
-        "claim": [d.parent.claim or None if d.parent else None for d in batch],
-        "outcome": [d.parent.outcome.value if d.parent else None for d in batch],
-        "fresh": [d.fresh for d in batch],
-        "derived": [d.derived for d in batch],
-        "error": [d.parent.error if d.parent else None for d in batch],
-        "closes": [d.closes and texts.key(d.closes) for d in batch],
-    }

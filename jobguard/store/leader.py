@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from uuid import UUID
 
-from jobguard.errors import BadRow, NotLeading, NotWritten
+from jobguard.errors import BadRow, KeysUnavailable, NotLeading, NotWritten, Unsealable
 from jobguard.log import log_event
 from jobguard.model import (
     Cause,
@@ -27,6 +27,7 @@ from jobguard.model import (
 )
 from jobguard.schema import statements
 from jobguard.scripts import chunks
+from jobguard.sealing import Sealer
 from jobguard.settings import Settings
 from jobguard.store import texts
 from jobguard.store.connection import Database, Row
@@ -64,6 +65,7 @@ class PostgresLeaderStore:
             pooler=settings.pooler,
             application_name="jobguard reconciler",
         )
+        self._sealer = Sealer(settings.encrypt)
         self._sql = statements()
         self._namespace = namespace
         self._holder = holder
@@ -289,7 +291,21 @@ class PostgresLeaderStore:
             {"source": source, "tokens": list(tokens), "most": most},
             timeout=_CALL_TIMEOUT,
         )
-        return [Restorable(*row) for row in rows]
+        found = []
+        for token, job_id, queue, stored, due_at, expires_at in rows:
+            plain = self._unsealed(stored)
+            found.append(
+                Restorable(
+                    *(token, job_id, queue, plain or b"", due_at, expires_at), sealed=plain is None
+                )
+            )
+        return found
+
+    def _unsealed(self, stored: bytes) -> bytes | None:
+        try:
+            return self._sealer.unseal(bytes(stored))
+        except (Unsealable, KeysUnavailable):
+            return None
 
     def tombstones(self, source: int, tokens: Sequence[UUID]) -> Mapping[UUID, Outcome]:
         """Return the outcome of each delivery that has ended; see LeaderStore."""
@@ -337,12 +353,23 @@ class PostgresLeaderStore:
             return []
         parts: dict[str, list[EndedPart]] = {}
         keys = [texts.key(row[0]) for row in rows]
-        for join, *part in self._ask("join_parts", source=source, joins=keys):
-            parts.setdefault(join, []).append(EndedPart(*part))
-        return [
-            OpenJoin(id, size, state, tuple(parts.get(key, ())))
-            for key, (id, size, state) in zip(keys, rows, strict=True)
-        ]
+        sealed: set[str] = set()
+        for key, token, job_id, queue, *stored in self._ask(
+            "join_parts", source=source, joins=keys
+        ):
+            state, envelope = map(self._unsealed, stored)
+            if state is None or envelope is None:
+                sealed.add(key)
+            else:
+                parts.setdefault(key, []).append(EndedPart(token, job_id, queue, state, envelope))
+        found = []
+        for key, (id, size, stored) in zip(keys, rows, strict=True):
+            state = self._unsealed(stored)
+            if state is None or key in sealed:
+                # The jobs of this join are sealed, too: the restorer reports it.
+                continue
+            found.append(OpenJoin(id, size, state, tuple(parts.get(key, ()))))
+        return found
 
     def restored(
         self,
@@ -389,9 +416,9 @@ class PostgresLeaderStore:
                 source=source,
                 token=[c.token for c in some],
                 outcome=[c.outcome.value for c in some],
-                error=[c.error for c in some],
+                error=[self._sealer.seal_text(c.error) for c in some],
                 join=[texts.key(c.part.join) if c.part else None for c in some],
-                part=[c.part.state if c.part else None for c in some],
+                part=[self._sealer.seal(c.part.state) if c.part else None for c in some],
             )
             closed += self._led(rows)[0][0]
         return closed

@@ -28,6 +28,7 @@ from jobguard.model import Outcome, new_token
 from jobguard.postgres_hosts import writable
 from jobguard.pulse import ACCEPTED
 from jobguard.schema import GRANT_A_ROLE, accept_move
+from jobguard.sealing import Encrypt, Sealer
 from jobguard.store import texts
 from jobguard.store.protocols import Counts
 
@@ -313,9 +314,15 @@ class PostgresLedger:
     """The ledger in PostgreSQL; see Ledger. Every method may raise StoreUnavailable or a subclass."""
 
     def __init__(
-        self, conninfo: Callable[[], str], *, connect_timeout: float = 5.0, keep: bool = False
+        self,
+        conninfo: Callable[[], str],
+        *,
+        connect_timeout: float = 5.0,
+        keep: bool = False,
+        encrypt: Encrypt = None,
     ) -> None:
         self._conninfo = conninfo
+        self._sealer = Sealer(encrypt)
         self._timeout = connect_timeout
         # The creator is a callable, because passwords rotate. Only a program that makes many calls
         # keeps connections, and closes this.
@@ -350,14 +357,14 @@ class PostgresLedger:
     def job(self, namespace: str, job_id: str) -> Sequence[Row]:
         """Return every delivery of this job id, newest first; see Ledger."""
         with self._begin(snapshot=True) as connection:
-            return rows(connection, _JOB, namespace=namespace, job_id=job_id)
+            return self._unsealed(rows(connection, _JOB, namespace=namespace, job_id=job_id))
 
     def dead(
         self, namespace: str, *, outcomes: Sequence[Outcome], queue: str | None, limit: int
     ) -> Sequence[Row]:
         """Return jobs that were given up and not requeued since, newest first; see Ledger."""
         with self._begin(snapshot=True) as connection:
-            return rows(
+            found = rows(
                 connection,
                 _DEAD,
                 namespace=namespace,
@@ -365,6 +372,16 @@ class PostgresLedger:
                 queue=queue,
                 limit=limit,
             )
+            return self._unsealed(found)
+
+    def _unsealed(self, found: list[Row]) -> list[Row]:
+        """Return the rows with errors that can be read."""
+        for row in found:
+            if row["errors"]:
+                row["errors"] = [
+                    error and self._sealer.unseal_text(error) for error in row["errors"]
+                ]
+        return found
 
     def requeue(
         self,
@@ -397,7 +414,8 @@ class PostgresLedger:
                 )
             fresh = new_token(after=token)
             try:
-                envelope = renewed(row.library, bytes(row.envelope), fresh)
+                stored = self._sealer.unseal(bytes(row.envelope))
+                envelope = self._sealer.seal(renewed(row.library, stored, fresh))
             except JobguardError as error:
                 raise NotRequeued(f"job {row.job_id} cannot be requeued: {error}") from error
             connection.execute(

@@ -455,7 +455,7 @@ class LeaderStore(Protocol):
         """Return the data to restore these, in the given order, without those that have ended.
 
         ``most_bytes`` limits the result to the first deliveries whose envelopes together are not
-        larger; the result has at least one.
+        larger; the result has at least one. Those whose envelope this process cannot unseal are marked.
         """
 
     def tombstones(self, source: int, tokens: Sequence[UUID]) -> Mapping[UUID, Outcome]:
