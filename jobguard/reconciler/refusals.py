@@ -9,6 +9,7 @@ tried. The state ends when nothing was refused for a while, or when no job is le
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 from jobguard.log import log_event
@@ -26,15 +27,25 @@ class Kind(NamedTuple):
     """Why jobs cannot be put back, in the incident and in the log."""
 
     detail: str
-    begins: str
-    ends: str
+    begins: Callable[..., None]
+    ends: Callable[..., None]
     forget: float
     """Seconds without a refusal after which the state ends, if no job was tried."""
 
 
-REFUSED = Kind("Redis refuses to store jobs: ", "redis_refuses", "redis_accepts", 60.0)
+REFUSED = Kind(
+    "Redis refuses to store jobs: ",
+    partial(log_event, "redis_refuses"),
+    partial(log_event, "redis_accepts"),
+    60.0,
+)
 # Longer than the time between two tries of one job; see restore.py.
-SEALED = Kind("envelopes cannot be unsealed: ", "envelopes_sealed", "envelopes_unsealed", 150.0)
+SEALED = Kind(
+    "envelopes cannot be unsealed: ",
+    partial(log_event, "envelopes_sealed"),
+    partial(log_event, "envelopes_unsealed"),
+    150.0,
+)
 
 
 class Refusals:
@@ -85,7 +96,7 @@ class Refusals:
         now = self._clock()
         self._last, self._most = now, 1
         self._count += 1
-        log_event(self._kind.begins, source=self._address, error=reason, waiting=waiting)
+        self._kind.begins(source=self._address, error=reason, waiting=waiting)
         if self._since is None:
             self._since, self._count = now, 1
         if self._incident is None:
@@ -118,8 +129,7 @@ class Refusals:
 
     def _over(self, term: int) -> None:
         assert self._since is not None
-        log_event(
-            self._kind.ends,
+        self._kind.ends(
             source=self._address,
             seconds=round(self._clock() - self._since, 1),
             refused=self._count,

@@ -73,9 +73,14 @@ def test_three_roles_do_the_whole_work(
         eventually(lambda: host.waiting() == 3, 30)
     assert guard.heartbeat("nobody") is False
     guard.cancel("nobody")
-    for words in (["stats"], ["dead", "list"]):
+    job_id = rows(database, "select job_id from jobguard.jobs limit 1")[0][0]
+    for words in (
+        *(["stats"], ["dead", "list"], ["jobs"], ["incidents"], ["workers"]),
+        ["jobs", "show", job_id, "--redis", redis_url],
+    ):
         done = CliRunner().invoke(main, [*words, "--json", "--postgres", logins[READER]])
         assert done.exit_code == 0, done.output
+    assert "not readable here" in done.output
 
 
 def test_the_app_may_use_all_that_a_host_calls(logins: Mapping[str, str], database: str) -> None:
