@@ -25,14 +25,9 @@ ROLES: Final = (APP, RECONCILER, READER)
 _READ = ("select",)
 _ALL = ("select", "insert", "update", "delete")
 
-# Tables that are not named here give the app nothing, the reconciler everything, and the reader
-# their rows.
+# The app reads all tables, and writes these. The reconciler writes all.
 _OF_THE_APP: Final = MappingProxyType(
     {
-        "migrations": _READ,
-        "installation": _READ,
-        "leader": _READ,
-        "queues": _READ,
         "sources": ("select", "insert"),
         "history": ("select", "insert", "update"),
         "jobs": _ALL,
@@ -65,7 +60,7 @@ _VACUUMED: Final = (
 def rights(role: str, tables: Iterable[str]) -> Mapping[str, tuple[str, ...]]:
     """Return the rights of a role by table; the reader's are for the readable columns."""
     if role == APP:
-        return {table: _OF_THE_APP[table] for table in tables if table in _OF_THE_APP}
+        return {table: _OF_THE_APP.get(table, _READ) for table in tables}
     if role == READER:
         return dict.fromkeys(tables, _READ)
     # The list of migrations belongs to the migrator alone.
@@ -101,6 +96,7 @@ $$;""",
         _FUNCTIONS.format(role=role, owners="true" if role == RECONCILER else "false"),
     ]
     if role == APP:
+        parts.append(f"grant select on all tables in schema jobguard to {role};")
         parts += [
             f"grant {', '.join(given)} on jobguard.{table} to {role};"
             for table, given in _OF_THE_APP.items()
