@@ -15,7 +15,7 @@ and unpickles nothing.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -23,6 +23,7 @@ from uuid import UUID
 
 from jobguard.current import CurrentJob, running
 from jobguard.model import (
+    Backlog,
     Claim,
     Delivery,
     Observation,
@@ -359,6 +360,17 @@ class Broker(Protocol):
 
     def consumers(self) -> Mapping[str, frozenset[str]]:
         """Return the library's own names of the workers that Redis knows, by queue."""
+
+    def backlog(
+        self, queues: Collection[str], *, after: str = "", limit: int, mark: bool
+    ) -> Backlog:
+        """Return a page of the deliveries that wait in these queues, at once or for their time.
+
+        A job whose push was not guarded has no token. ``mark`` writes a new token into its data in
+        Redis, atomically and only if the job still waits there without one; otherwise such jobs are
+        only counted. ``after``: where the page before said that the next one begins. Jobs that move
+        during the walk may be returned twice. ``limit``: about the number of jobs on a page.
+        """
 
 
 class Adapter(Protocol):

@@ -423,6 +423,20 @@ class Restorable:
     """The envelope is empty: it is sealed in the ledger, and this process has no key for it."""
 
 
+@dataclass(frozen=True, slots=True)
+class Backlog:
+    """A page of the deliveries that wait in Redis, whether or not the ledger knows them."""
+
+    deliveries: Sequence[Delivery] = ()
+    """Deliveries whose token is in Redis, with everything that their records need."""
+    unmarked: int = 0
+    """The number of jobs on this page that have no token; with ``mark``, none is left."""
+    unreadable: int = 0
+    """The number of jobs on this page of which no record can be made."""
+    after: str | None = None
+    """Where the next page begins; None: this was the last page."""
+
+
 class Restored(StrEnum):
     """The result of the atomic restore of one delivery."""
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, cast
 from uuid import UUID
 
 from jobguard.adapter import Source
+from jobguard.adapters.celery.backlog import BacklogReader
 from jobguard.adapters.celery.consumers import Workers
 from jobguard.adapters.celery.envelope import (
     UnknownEnvelope,
@@ -29,7 +30,16 @@ from jobguard.adapters.celery.results import Rejoin, Results, ends_of, part_of, 
 from jobguard.adapters.celery.scan import Scan, messages_in, read_broker
 from jobguard.client_list import Consumers
 from jobguard.clients import own_client
-from jobguard.model import Observation, OpenJoin, Owed, Part, Presence, Restorable, Restored
+from jobguard.model import (
+    Backlog,
+    Observation,
+    OpenJoin,
+    Owed,
+    Part,
+    Presence,
+    Restorable,
+    Restored,
+)
 from jobguard.scripts import SEARCHED, Script, is_past, restored_by
 
 if TYPE_CHECKING:
@@ -52,6 +62,7 @@ class CeleryBroker:
 
     def __init__(self, source: Source, client: redis.Redis):
         self._layout = Layout.parse(source.prefix)
+        self._backlog = BacklogReader(client, self._layout)
         self._client = client
         self._restore = Script(client, __package__, "restore.lua")
         self._workers = Workers(client, source, self._layout, db=_db_of(client))
@@ -172,6 +183,12 @@ class CeleryBroker:
                 if part is not None:
                     found[token] = part
         return found
+
+    def backlog(
+        self, queues: Collection[str], *, after: str = "", limit: int, mark: bool
+    ) -> Backlog:
+        """Return a page of the deliveries that wait in these queues; see Broker."""
+        return self._backlog.page(queues, after=after, limit=limit, mark=mark)
 
     def consumers(self) -> Consumers:
         """Return Celery's names of the workers by queue, and the connections that are not guarded."""

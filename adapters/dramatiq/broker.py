@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import chain
 from typing import TYPE_CHECKING, Any, cast
@@ -16,6 +16,7 @@ from uuid import UUID
 from redis.exceptions import RedisError
 
 from jobguard.adapter import Source
+from jobguard.adapters.dramatiq.backlog import BacklogReader
 from jobguard.adapters.dramatiq.envelope import UnknownEnvelope, decode
 from jobguard.adapters.dramatiq.layout import (
     Layout,
@@ -28,6 +29,7 @@ from jobguard.adapters.dramatiq.layout import (
     worker_of,
 )
 from jobguard.model import (
+    Backlog,
     EndedPart,
     Observation,
     OpenJoin,
@@ -59,6 +61,7 @@ class DramatiqBroker:
 
     def __init__(self, source: Source, client: redis.Redis):
         self._layout = Layout.parse(source.prefix)
+        self._backlog = BacklogReader(client, self._layout)
         self._address = source.address
         self._client = cast(Any, client)
         self._presence = Script(client, __package__, "presence.lua")
@@ -198,6 +201,12 @@ class DramatiqBroker:
             for _, part in parts_counted
         ]
         self.restore(again, deadline=deadline)
+
+    def backlog(
+        self, queues: Collection[str], *, after: str = "", limit: int, mark: bool
+    ) -> Backlog:
+        """Return a page of the deliveries that wait in these queues; see Broker."""
+        return self._backlog.page(queues, after=after, limit=limit, mark=mark)
 
     def consumers(self) -> Mapping[str, frozenset[str]]:
         """Return the workers that may consume without a guard, for any queue.

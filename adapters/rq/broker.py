@@ -7,7 +7,7 @@ unchanged.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import chain
 from typing import TYPE_CHECKING, Any, cast
@@ -16,11 +16,22 @@ from uuid import UUID
 from redis.exceptions import RedisError, ResponseError
 
 from jobguard.adapter import Source
+from jobguard.adapters.rq.backlog import BacklogReader
 from jobguard.adapters.rq.envelope import Mode, UnknownEnvelope, decode
 from jobguard.adapters.rq.layout import FIELD, KEPT, SPENT, Layout
 from jobguard.client_list import Consumers, Listeners
 from jobguard.client_names import nameable
-from jobguard.model import Join, Observation, OpenJoin, Owed, Part, Presence, Restorable, Restored
+from jobguard.model import (
+    Backlog,
+    Join,
+    Observation,
+    OpenJoin,
+    Owed,
+    Part,
+    Presence,
+    Restorable,
+    Restored,
+)
 from jobguard.scripts import RESTORES_A_TRIP, SEARCHED, Script, chunks, is_past, restored_by
 
 if TYPE_CHECKING:
@@ -48,6 +59,7 @@ class RQBroker:
 
     def __init__(self, source: Source, client: redis.Redis):
         self._layout = Layout.parse(source.prefix)
+        self._backlog = BacklogReader(client, self._layout)
         self._client = client
         self._listeners = Listeners(client, source)
         self._presence = Script(client, __package__, "presence.lua")
@@ -156,6 +168,12 @@ class RQBroker:
     def parts(self, ended: Sequence[Restorable]) -> Mapping[UUID, Part]:
         """Return nothing: RQ has no counter for joins."""
         return {}
+
+    def backlog(
+        self, queues: Collection[str], *, after: str = "", limit: int, mark: bool
+    ) -> Backlog:
+        """Return a page of the deliveries that wait in these queues; see Broker."""
+        return self._backlog.page(queues, after=after, limit=limit, mark=mark)
 
     def consumers(self) -> Consumers:
         """Return RQ's names of the workers by queue, and the connections of no known worker."""

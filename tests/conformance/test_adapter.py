@@ -24,6 +24,7 @@ an error that the user asked for; a hook that stays; a broker that unpickles.
 from __future__ import annotations
 
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -46,7 +47,15 @@ from jobguard.host.tracker import HostTracker
 from jobguard.model import Ended, Presence, Restored, new_token
 from tests.conformance import tasks
 from tests.conformance.library import OTHER, Library
-from tests.conformance.words import BRISK, ROOT, Leader, Records, another_worker, environ
+from tests.conformance.words import (
+    BRISK,
+    ROOT,
+    Leader,
+    Records,
+    another_worker,
+    environ,
+    filler,
+)
 from tests.support import eventually, keyspace, newly_owed
 
 HOUR = 3600.0
@@ -121,6 +130,49 @@ class TestRecord:
                 assert library.waiting() == [job_id]
                 library.work()
                 assert library.said() == ["ran"]
+
+
+class TestBacklog:
+    """A leader records what waits in Redis and is not in the ledger."""
+
+    def test_jobs_that_were_pushed_without_a_record_are_recorded_and_come_back_unchanged(
+        self, library: Library, source: Source, records: Records, database: str
+    ) -> None:
+        """Jobs of an unguarded program are recorded from Redis, and a restore changes nothing of them."""
+        with library.bare():
+            sent = [library.send(), library.send("fail", retries=2), library.send(delay=HOUR)]
+        with filler(library, source, database) as fill:
+            counts = fill(mark=False, dry=True)
+            assert counts.waiting == 3 and records.owed() == []
+            assert fill(page=1).recorded == 3
+            assert fill().recorded == 0  # All of them are known now.
+        owed = {one.job_id: one for one in records.owed()}
+        assert set(owed) == set(sent)
+        due = owed[sent[2]].due_at
+        assert due is not None and abs(due - time.time() - HOUR) < 60
+        before = library.jobs()
+        with redis.Redis.from_url(library.redis_url) as client:
+            leader = Leader(library.adapter.broker(source, client))
+            seen = [leader.observe(owed[job_id]).presence for job_id in sent]
+            client.flushdb()
+            leader = Leader(library.adapter.broker(source, client))  # Its scans are of now.
+            assert leader.restore(*(owed[job_id] for job_id in sent)) == [Restored.RESTORED] * 3
+        assert seen[0] is seen[1] is Presence.WAITING
+        assert seen[2] in (Presence.WAITING, Presence.SCHEDULED)
+        assert without_tags(library.jobs()) == without_tags(before)
+        library.work()
+        assert "ran" in library.said()
+
+    def test_a_job_whose_record_was_lost_is_recorded_under_its_own_token(
+        self, library: Library, source: Source, records: Records, database: str
+    ) -> None:
+        """A guarded push that no record followed has its token in Redis, and keeps it."""
+        with jobguard.guard(library.target(), postgres=UNREACHABLE):
+            job_id = library.send()
+        token = library.token(job_id)
+        with filler(library, source, database) as fill:
+            assert fill().recorded == 1
+        assert [one.token for one in records.owed()] == [token]
 
 
 class TestPresence:
@@ -730,6 +782,15 @@ assert broker.presence(page)[token].presence is Presence.WAITING
 broker.consumers()
 broker.abandon(page, deadline=time.time() + 60)
 """
+
+
+def without_tags(jobs: dict[str, Any]) -> dict[str, Any]:
+    """Return these without the tags that Celery draws anew at every push."""
+    tag = re.compile(rb'("delivery_tag": ")[^"]*')
+    return {
+        key: [tag.sub(rb"\1", one) for one in value] if isinstance(value, list) else value
+        for key, value in jobs.items()
+    }
 
 
 def dump(client: redis.Redis) -> dict[bytes, tuple[int, bytes]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -26,9 +26,12 @@ from jobguard.model import (
     Restored,
     new_token,
 )
+from jobguard.reconciler.backfill import Backfill, BackfillCounts
 from jobguard.settings import Settings
 from jobguard.store.host import PostgresStore
-from jobguard.store.protocols import ClaimRequest
+from jobguard.store.leader import PostgresLeaderStore
+from jobguard.store.protocols import ClaimRequest, SourceRow
+from tests.conformance.library import QUEUE, Library
 from tests.support import newly_owed
 
 BRISK: dict[str, Any] = {
@@ -134,6 +137,41 @@ def another_worker(database: str, source: Source, claimed: Restorable) -> Iterat
     try:
         yield AnotherWorker(store, source, claimed)
     finally:
+        store.close()
+
+
+@contextmanager
+def filler(
+    library: Library, source: Source, database: str
+) -> Iterator[Callable[..., BackfillCounts]]:
+    """Yield a function that makes one walk over the waiting jobs of QUEUE, as a leader does."""
+    settings = Settings(call_timeout=10, connect_timeout=10)
+    host = PostgresStore(lambda: database, settings)
+    row = host.register(
+        SourceRow(
+            source.id,
+            source.namespace,
+            source.library,
+            source.address,
+            source.prefix,
+            source.name,
+            settings.fingerprint(),
+            source.one_body,
+        )
+    )
+    store = PostgresLeaderStore(lambda: database, source.namespace, new_token(), settings)
+
+    def walk(*, page: int = 100, mark: bool = True, dry: bool = False) -> BackfillCounts:
+        broker = library.adapter.broker(source, library.client)
+        fill = Backfill(broker, store, host, row, [QUEUE], page=page, mark=mark, dry=dry)
+        while not fill.finished:
+            fill.step()
+        return fill.counts
+
+    try:
+        yield walk
+    finally:
+        host.close()
         store.close()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -15,6 +15,7 @@ import redis
 
 from jobguard.adapter import Source
 from jobguard.model import (
+    Backlog,
     Beat,
     Cause,
     Claim,
@@ -289,6 +290,8 @@ class FakeBroker:
     """The joins that were restored, in order, and whether they were reported again."""
     reported: list[tuple[str, bytes]] = field(default_factory=list)
     """Dead jobs that a worker is to report to the library, with their envelopes."""
+    readable: list[Delivery] = field(default_factory=list)
+    """The deliveries whose records can be made from Redis, while they wait there."""
     full: int | None = None
     """Redis has room for only so many jobs; None: there is no limit."""
     tries: list[int] = field(default_factory=list)
@@ -388,6 +391,20 @@ class FakeBroker:
         return {
             given.token: self.left[given.job_id] for given in ended if given.job_id in self.left
         }
+
+    def backlog(
+        self, queues: Collection[str], *, after: str = "", limit: int, mark: bool
+    ) -> Backlog:
+        """Return the waiting jobs that the test has set as readable; see Broker."""
+        self.redis._up()
+        waiting = [
+            given
+            for given in self.readable
+            if given.queue in queues and self.bodies.get(given.job_id, ("",))[0] == given.token
+        ]
+        at = int(after or 0)
+        rest = len(waiting) > at + limit
+        return Backlog(waiting[at : at + limit], after=str(at + limit) if rest else None)
 
     def consumers(self) -> Mapping[str, frozenset[str]]:
         """Return the workers that the library knows; see Broker."""
