@@ -113,6 +113,22 @@ EVENTS: Mapping[str, Event] = {
         "the spool has reached its limit in bytes: it drops the envelopes of jobs that are in Redis; "
         "the workers that start these jobs record them",
     ),  # count, bytes
+    "stream_refused": Event(
+        WARNING, "Redis refuses to keep the reports that Postgres cannot take"
+    ),  # error
+    "stream_full": Event(
+        ERROR,
+        "the stream of reports in Redis is full: reports stay in the memory of their processes",
+    ),  # bytes
+    "stream_drained": Event(
+        INFO, "the reports that waited in Redis were written to Postgres"
+    ),  # source, count, seconds
+    "stream_left": Event(
+        WARNING, "reports in Redis cannot be read or written, and stay there"
+    ),  # source, count, error
+    "backlog_recorded": Event(
+        INFO, "jobs that wait in Redis without a record were recorded"
+    ),  # source, recorded, waiting, unreadable
     "spool_has_room": Event(INFO, "the spool is empty again"),  # lost
     "entry_set_aside": Event(
         WARNING,

@@ -89,6 +89,11 @@ class Settings:
     spool_bytes: int = _setting(
         64 << 20, "the same limit in bytes; above it, workers record the jobs that they start"
     )
+    stream_bytes: int = _setting(
+        256 << 20,
+        "limit of the reports kept in Redis while Postgres is away; above it, records without their "
+        "envelopes; above twice the limit, nothing",
+    )
     ends_interval: float = _setting(
         0.05, "longest time that an end waits for others, to be committed together"
     )

@@ -148,4 +148,12 @@ class Circuit:
     def copy_state(self, other: Circuit) -> None:
         """Start with the state of the parent process: a child need not discover the outage again."""
         if not other.closed:
-            self._breaker.open()  # but its life may be short: it checks at once
+            self.open()
+
+    def open(self) -> None:
+        """Open the circuit without a failed call: another process knows of an outage.
+
+        That may be over, and the life of this process may be short, so that the first check comes at
+        once.
+        """
+        self._breaker.open()

@@ -82,6 +82,12 @@ class RedisHealth:
                 self._asking.release()
         return self._error if self._is_away else None
 
+    def is_known_away(self) -> bool:
+        """Return True if Redis failed to answer and has not answered since; wait for nothing."""
+        if self._is_away:
+            self._ask_aside(self._clock())
+        return self._is_away
+
     def _ask_aside(self, now: float) -> None:
         """Ask again in a thread, so that no caller waits for the answer; one thread at a time."""
         if now < self._ask_at or self._again:

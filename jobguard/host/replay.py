@@ -17,10 +17,11 @@ from jobguard.errors import (
     is_host_interrupt,
 )
 from jobguard.host.session import bare_end
-from jobguard.host.spool import Cancelled, Entry, JoinOpened, Spool, size_of
+from jobguard.host.spool import Cancelled, Entry, JoinOpened, Released, Spool, size_of
 from jobguard.host_safety import contain_errors
 from jobguard.log import log_event
 from jobguard.model import Delivery, End, Recorded
+from jobguard.store.protocols import ClaimRequest
 
 if TYPE_CHECKING:
     from jobguard.adapter import Source
@@ -54,7 +55,8 @@ class Replay:
         ready: Callable[[], HostStore],
         *,
         retry_interval: float,
-        ended: Callable[[Sequence[End]], None],
+        ended: Callable[[Sequence[End]], None] = lambda _ends: None,
+        announces: bool = True,
     ) -> None:
         self._source = source
         self._spool = spool
@@ -62,6 +64,7 @@ class Replay:
         self._ready = ready
         self._retry_interval = retry_interval
         self._ended = ended
+        self._announces = announces  # each batch in the log
         self._replaying = threading.Lock()
         self._draining = threading.Lock()
         self._failing = False
@@ -90,7 +93,7 @@ class Replay:
                 done += self._retry_set_aside()
             self._failing = False
         except (StoreUnavailable, WrongInstallation):
-            pass
+            self._spool.copy()
         except Exception as error:
             if is_host_interrupt(error):
                 raise
@@ -99,7 +102,7 @@ class Replay:
             self._failing = True
         finally:
             self._replaying.release()
-        if done:
+        if done and self._announces:
             log_event("spool_replayed", count=done, left=self._spool.pending)
         if aside and not self._spool.aside():
             log_event("aside_written")
@@ -179,7 +182,8 @@ class Replay:
             patience = min(patience, _LEAST)
         until = time.monotonic() + patience
         self._circuit.end_pause()
-        while len(self._spool):
+        # What the stream has is safe: a process that ends need not wait for Postgres.
+        while len(self._spool) and (self._circuit.closed or not self._spool.copy()):
             replayed = self.some(BATCH)
             if time.monotonic() >= until:
                 break
@@ -212,6 +216,7 @@ class Replay:
         while self._spool.pending:
             time.sleep(pause)
             if not self._circuit.check():
+                self._spool.copy()
                 continue
             if self.some(BATCH):
                 pause = self._retry_interval / 4
@@ -249,6 +254,10 @@ class Replay:
         for entry in entries:
             if isinstance(entry, Cancelled | JoinOpened):
                 write_cancellation(store, source, self._with_set_aside_tokens(entry), replay=True)
+            elif isinstance(entry, Released):
+                store.release(source.id, entry.token, entry.worker, number=entry.number)
+            elif isinstance(entry, ClaimRequest):
+                store.claim(source.id, entry)
         if deliveries:
             store.record(source.id, deliveries, namespace=source.namespace, replay=True)
         if ends:

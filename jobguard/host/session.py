@@ -28,6 +28,7 @@ from jobguard.fork import OwnerProcess
 from jobguard.host.alone import Alone, AloneAmongChildren, AloneInChild
 from jobguard.host.beats import BeatSender
 from jobguard.host.in_flight import InFlight
+from jobguard.host.spool import Released
 from jobguard.host_safety import contain_errors
 from jobguard.log import log_event
 from jobguard.model import (
@@ -37,6 +38,7 @@ from jobguard.model import (
     Ended,
     Outcome,
     Part,
+    Refusal,
     Refused,
     Unknown,
     WorkerDeclaredDead,
@@ -207,11 +209,7 @@ class WorkerSession:
             with contain_errors("claim", let_pass=StoreUnavailable):
                 answer = self._claim_patiently(token, nonce, describe)
         except StoreUnavailable as error:
-            # Fail open: the job runs, and is claimed as soon as Postgres answers again.
-            log_event("start_unclaimed", error=str(error))
-            self._in_flight.without_claim(token, nonce)
-            self._beats.beat_now()
-            return Claim(token, 0)
+            return self._start_unclaimed(token, nonce, error)
         if isinstance(answer, Claim):
             return answer
         if isinstance(answer, WorkerDeclaredDead):
@@ -230,6 +228,35 @@ class WorkerSession:
         if not self._beats.leader_live:
             log_event("nobody_leads")
         return answer
+
+    def _start_unclaimed(self, token: UUID, nonce: UUID, error: Exception) -> Claim | Refused:
+        """Fail open: the job runs, and is claimed as soon as Postgres answers again.
+
+        If its end is in the stream, another worker ran it while Postgres was away, and died before
+        the library's acknowledgement.
+        """
+        ended = None
+        with contain_errors("start"):
+            ended = self._tracker.start_unclaimed(self._request(token, nonce, self._beats.id))
+        if ended is not None and self._settings.mode == "guard":
+            self._in_flight.skip(token)
+            log_event("start_skipped", reason=Refusal.ENDED.value, outcome=ended.value)
+            return Refused(token, Refusal.ENDED, ended)
+        log_event("start_unclaimed", error=str(error))
+        self._in_flight.without_claim(token, nonce)
+        self._beats.beat_now()
+        return Claim(token, 0)
+
+    def _request(self, token: UUID, nonce: UUID, worker: UUID) -> ClaimRequest:
+        return ClaimRequest(
+            token=token,
+            nonce=nonce,
+            worker=worker,
+            pid=os.getpid(),
+            namespace=self._tracker.source.namespace,
+            worker_timeout=self._settings.worker_timeout,
+            crash_budget=self._settings.crash_budget,
+        )
 
     def _claim_patiently(
         self, token: UUID, nonce: UUID, describe: Callable[[], Delivery]
@@ -265,15 +292,7 @@ class WorkerSession:
         if worker is None:
             self._tracker.circuit.check()  # the outage in which the worker started may just be over
             raise StoreUnavailable("Postgres does not know this worker yet")
-        request = ClaimRequest(
-            token=token,
-            nonce=nonce,
-            worker=worker,
-            pid=os.getpid(),
-            namespace=self._tracker.source.namespace,
-            worker_timeout=self._settings.worker_timeout,
-            crash_budget=self._settings.crash_budget,
-        )
+        request = self._request(token, nonce, worker)
         answer = self._tracker.claim(request)
         if isinstance(answer, Unknown):
             if describe is None:
@@ -383,11 +402,8 @@ class WorkerSession:
         self._alone.leave(claim.token)
 
     def _released(self, claim: Claim) -> bool:
-        source = self._tracker.source.id
         try:
-            self._tracker.call(
-                lambda store: store.release(source, claim.token, self.id, number=claim.number)
-            )
+            self._tracker.release(Released(claim.token, self.id, claim.number))
         except Exception as failure:
             if is_host_interrupt(failure):
                 raise
@@ -533,7 +549,7 @@ class WorkerSession:
             self._beats.ended.wait(self._settings.record_timeout)
         self.flush()
         self._tracker.drain_spool(last=True)
-        if running or self._tracker.spool.pending:
+        if running or self._tracker.spool.left():
             # A job that still runs must stay claimed until no beat has come for long enough. And
             # after a deregistration, jobs that ran but could not be reported would run again at
             # once.

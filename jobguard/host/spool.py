@@ -1,7 +1,9 @@
 """Entries that Postgres could not take, until it can: one class behind one interface.
 
-This class keeps them in memory, up to a bound, so they are lost with the process. Every entry is
-counted, and an entry without room is counted and logged: nothing is dropped silently.
+This class keeps them in memory, up to a bound, and in the stream of the guarded Redis (stream.py),
+so that they outlive the process. What the stream does not take is only in memory, until the stream
+or Postgres takes it. Every entry is counted, and an entry without room is counted and logged:
+nothing is dropped silently.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from typing import Protocol
 from uuid import UUID
 
 from jobguard.model import Delivery, End, new_token
+from jobguard.store.protocols import ClaimRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +65,23 @@ class Adoptable:
     queue: str
 
 
-Entry = Delivery | End | Cancelled | JoinOpened | Adoptable
+@dataclass(frozen=True, slots=True)
+class Released:
+    """A claim that its worker gave up, so that any worker can start the delivery again."""
+
+    token: UUID
+    worker: UUID
+    number: int
+
+
+Entry = Delivery | End | Cancelled | JoinOpened | Adoptable | Released | ClaimRequest
+"""A ClaimRequest is a start while Postgres is away. It is only in the stream, because the worker
+that lives claims again by itself."""
 
 _OVERHEAD = 500
 """Bytes that an entry takes in addition to its content."""
+_COPIED_AT_ONCE = 250
+"""The maximum number of entries that are copied to the stream in one call."""
 _ASIDE = 1000
 """The maximum number of entries that are set aside; the oldest is given up for one more."""
 
@@ -82,7 +98,9 @@ def size_of(entry: Entry) -> int:
         return _OVERHEAD + ids + 100 * (len(entry.tokens) + len(entry.waiting))
     if isinstance(entry, JoinOpened):
         return _OVERHEAD + len(entry.state) + len(entry.join)
-    return _OVERHEAD + len(entry.job_id) + len(entry.queue)
+    if isinstance(entry, Adoptable):
+        return _OVERHEAD + len(entry.job_id) + len(entry.queue)
+    return _OVERHEAD
 
 
 def is_adoptable(entry: Entry) -> bool:
@@ -100,6 +118,13 @@ def is_report(entry: Entry) -> bool:
     if isinstance(entry, Delivery):
         return entry.parent is not None
     return isinstance(entry, End | Cancelled)
+
+
+def depends_on_order(entry: Entry) -> bool:
+    """Return True if it has another effect when it is written before the entries before it."""
+    if isinstance(entry, Cancelled):
+        return bool(entry.job_ids) or entry.queue is not None
+    return isinstance(entry, Released)
 
 
 @dataclass(slots=True)
@@ -141,10 +166,13 @@ class Spool(Protocol):
         """Remove an entry that was set aside: Postgres has it, or it is ``lost``."""
 
     def left(self) -> Sequence[Entry]:
-        """Return all waiting entries, those that were set aside first."""
+        """Return the entries that would be lost with this process, those that were set aside first."""
 
     def only_adoptable(self) -> bool:
-        """Return True if all waiting entries are records of jobs that are in Redis."""
+        """Return True if all of these are records of jobs that are in Redis."""
+
+    def copy(self) -> bool:
+        """Copy to the stream what is only in memory, oldest first; return True if nothing is."""
 
     @property
     def pending(self) -> int:
@@ -154,8 +182,11 @@ class Spool(Protocol):
     def size(self) -> int:
         """Return how many bytes wait."""
 
-    def remove(self, tokens: Sequence[UUID]) -> None:
-        """Remove the records of these deliveries, which are withdrawn."""
+    def remove(self, tokens: Sequence[UUID]) -> bool:
+        """Remove the records of these deliveries, which are withdrawn.
+
+        Return False if the stream may still have one of them, or a leader may have written it.
+        """
 
     def waiting(self, job_ids: Sequence[str], queue: str | None) -> Sequence[UUID]:
         """Return the deliveries with these ids, or to this queue, that wait for their record."""
@@ -167,11 +198,27 @@ class Spool(Protocol):
         """Return how many entries wait for their turn, without those that were set aside."""
 
 
+class Stream(Protocol):
+    """The stream as a spool uses it; see jobguard.host.stream.ReportStream."""
+
+    def append(self, entries: Sequence[Entry]) -> Sequence[bytes] | None:
+        """Add these entries; return their ids, or None if not all of them are surely there."""
+
+    def forget(self, ids: Sequence[bytes]) -> int:
+        """Delete these entries; return how many were surely deleted now."""
+
+
 @dataclass(slots=True)
 class _Slot:
     at: float
     entry: Entry
     size: int
+    id: bytes | None = None
+    """Its id in the stream; None: it is only here."""
+    gone: bool = False
+
+    def is_record(self) -> bool:
+        return isinstance(self.entry, Delivery | Adoptable)
 
 
 class MemorySpool:
@@ -184,12 +231,22 @@ class MemorySpool:
         *,
         most_bytes: int = 64 << 20,
         lightened: Callable[[int], None] = lambda _count: None,
+        stream: Stream | None = None,
+        left_to_stream: Callable[[Sequence[Entry]], None] = lambda _entries: None,
     ) -> None:
-        """Create the spool; call ``lightened`` with the number of records that lost their envelopes."""
+        """Create the spool.
+
+        ``lightened`` is called with the number of records that lost their envelopes.
+        ``left_to_stream`` is called with entries that only the stream has, for want of room here.
+        """
         self._most = size
         self._most_bytes = most_bytes
         self._changed = changed
         self._lightened = lightened
+        self._stream = stream
+        self._left_to_stream = left_to_stream
+        self._copying = threading.Lock()
+        self._uncopied = 0
         self._lock = threading.Lock()
         self._slots: deque[_Slot] = deque()
         self._aside: deque[_Slot] = deque()
@@ -199,35 +256,110 @@ class MemorySpool:
 
     def put(self, entries: Sequence[Entry]) -> bool:
         """Keep all of these entries or none; see Spool."""
+        ids = self._append(entries)
         at = time.time()
-        slots = [_Slot(at, entry, size_of(entry)) for entry in entries]
+        slots = [
+            _Slot(at, entry, size_of(entry), id) for entry, id in zip(entries, ids, strict=True)
+        ]
+        copied = None not in ids
         with self._lock:
-            lightened = 0
-            more = self._bytes + sum(slot.size for slot in slots) - self._most_bytes
-            fits = len(self._slots) + len(self._aside) + len(slots) <= self._most
-            if fits and more > 0:
-                # Free an eighth of the bound more than is needed, so that the next calls need not
-                # search again.
-                freed, lightened = self._lighten(self._slots, more + self._most_bytes // 8)
-                if freed < more:
-                    freed_here, here = self._lighten(slots, more - freed)
-                    freed, lightened = freed + freed_here, lightened + here
-                fits = freed >= more
-            if not fits:
-                self.counts.lost += len(entries)
-            else:
+            fits, lightened = self._make_room(slots)
+            if fits:
                 for slot in slots:
-                    self._append(slot)
+                    self._append_slot(slot)
+            if fits or copied:
                 self.counts.taken += len(slots)
+            else:
+                self.counts.lost += len(slots)
         if lightened:
             self._lightened(lightened)
         if fits:
             self._changed()
-        return fits
+        elif copied:
+            self._left_to_stream(entries)
+        return fits or copied
 
-    def _append(self, slot: _Slot) -> None:
+    def _append(self, entries: Sequence[Entry]) -> Sequence[bytes | None]:
+        """Add these to the stream, after the entries before them; return their ids there."""
+        if self._stream is not None and self.copy():
+            ids = self._stream.append(entries)
+            if ids is not None:
+                return ids
+        return [None] * len(entries)
+
+    def copy(self) -> bool:
+        """Copy to the stream what is only in memory; see Spool."""
+        if not self._uncopied:
+            return True
+        if self._stream is None:
+            return False
+        with self._copying:
+            while True:
+                with self._lock:
+                    waiting = (*self._aside, *self._slots)
+                    batch = [slot for slot in waiting if slot.id is None][:_COPIED_AT_ONCE]
+                if not batch:
+                    return True
+                ids = self._stream.append([slot.entry for slot in batch])
+                if ids is None:
+                    return False
+                with self._lock:
+                    for slot, id in zip(batch, ids, strict=True):
+                        slot.id = id
+                        self._uncopied -= not slot.gone
+                    late = [slot for slot in batch if slot.gone]
+                self._forget(late)
+
+    def _forget(self, slots: Iterable[_Slot]) -> bool:
+        """Delete the copies of these in the stream; return True if surely none is left of any.
+
+        What depends on the order stays. Records that a cancel means, or the claim that was released,
+        may be before it in the stream, and only the leader writes it after them.
+        """
+        ids = [
+            slot.id for slot in slots if slot.id is not None and not depends_on_order(slot.entry)
+        ]
+        return not ids or (self._stream is not None and self._stream.forget(ids) == len(ids))
+
+    def _make_room(self, slots: Sequence[_Slot]) -> tuple[bool, int]:
+        """Return whether these fit, and how many records lost their envelopes for that."""
+        size = sum(slot.size for slot in slots)
+        if not self._fit(len(slots), size):
+            self._leave_records_to_stream(len(slots), size)
+        more, lightened = self._bytes + size - self._most_bytes, 0
+        fits = self._fit(len(slots), 0)
+        if fits and more > 0:
+            # Free an eighth of the bound more than is needed, so that the next calls need not
+            # search again.
+            freed, lightened = self._lighten(self._slots, more + self._most_bytes // 8)
+            if freed < more:
+                freed_here, here = self._lighten(slots, more - freed)
+                freed, lightened = freed + freed_here, lightened + here
+            fits = freed >= more
+        return fits, lightened
+
+    def _fit(self, count: int, size: int) -> bool:
+        waiting = len(self._slots) + len(self._aside)
+        return waiting + count <= self._most and self._bytes + size <= self._most_bytes
+
+    def _leave_records_to_stream(self, count: int, size: int) -> None:
+        """Drop the oldest records that the stream has, and an eighth of the bounds more than needed."""
+        entries = len(self._slots) + len(self._aside) + count - self._most + self._most // 8
+        freed = self._bytes + size - self._most_bytes + self._most_bytes // 8
+        for slot in self._slots:
+            if entries <= 0 and freed <= 0:
+                break
+            if slot.id is not None and slot.is_record():
+                slot.gone = True
+                entries, freed = entries - 1, freed - slot.size
+        self._slots = deque(slot for slot in self._slots if not slot.gone)
+        self._reports = deque(slot for slot in self._reports if not slot.gone)
+        self._bytes = sum(slot.size for slot in (*self._aside, *self._slots))
+
+    def _append_slot(self, slot: _Slot) -> None:
         self._slots.append(slot)
         self._bytes += slot.size
+        self._uncopied += slot.id is None
         if is_report(slot.entry):
             self._reports.append(slot)
 
@@ -269,11 +401,15 @@ class MemorySpool:
 
     def drop(self, entries: Sequence[Entry]) -> None:
         """Remove these entries, which Postgres now has; see Spool."""
+        dropped = []
         with self._lock:
             for entry in entries:
                 if self._slots and self._slots[0].entry is entry:
-                    self._pop()
+                    slot = self._pop()
+                    self._let_go(slot)
+                    dropped.append(slot)
                     self.counts.replayed += 1
+        self._forget(dropped)
         self._changed()
 
     def _pop(self) -> _Slot:
@@ -283,6 +419,10 @@ class MemorySpool:
             self._reports.popleft()
         return slot
 
+    def _let_go(self, slot: _Slot) -> None:
+        slot.gone = True
+        self._uncopied -= slot.id is None
+
     def set_aside(self, entry: Entry) -> None:
         """Move the first entry out of the way; see Spool."""
         with self._lock:
@@ -291,8 +431,10 @@ class MemorySpool:
                 self._bytes += slot.size
                 self._aside.append(slot)
                 if len(self._aside) > _ASIDE:
-                    self._bytes -= self._aside.popleft().size
-                    self.counts.lost += 1
+                    given_up = self._aside.popleft()
+                    self._bytes -= given_up.size
+                    self._let_go(given_up)
+                    self.counts.lost += given_up.id is None
         self._changed()
 
     def aside(self) -> Sequence[Entry]:
@@ -303,22 +445,24 @@ class MemorySpool:
     def drop_aside(self, entry: Entry, *, lost: bool) -> None:
         """Remove an entry that was set aside; see Spool."""
         with self._lock:
-            for slot in self._aside:
-                if slot.entry is entry:
-                    self._aside.remove(slot)
-                    self._bytes -= slot.size
-                    self.counts.lost += lost
-                    self.counts.replayed += not lost
-                    break
+            found = next((slot for slot in self._aside if slot.entry is entry), None)
+            if found is not None:
+                self._aside.remove(found)
+                self._bytes -= found.size
+                self._let_go(found)
+                self.counts.lost += lost
+                self.counts.replayed += not lost
+        if found is not None:
+            self._forget([found])
         self._changed()
 
     def left(self) -> Sequence[Entry]:
-        """Return all waiting entries; see Spool."""
+        """Return the entries that would be lost with this process; see Spool."""
         with self._lock:
-            return [slot.entry for slot in (*self._aside, *self._slots)]
+            return [slot.entry for slot in (*self._aside, *self._slots) if slot.id is None]
 
     def only_adoptable(self) -> bool:
-        """Return True if all waiting entries are records of jobs that are in Redis; see Spool."""
+        """Return True if all of these are records of jobs that are in Redis; see Spool."""
         return all(isinstance(one, Adoptable) or is_adoptable(one) for one in self.left())
 
     @property
@@ -331,19 +475,22 @@ class MemorySpool:
         """Return how many bytes wait; see Spool."""
         return self._bytes
 
-    def remove(self, tokens: Sequence[UUID]) -> None:
+    def remove(self, tokens: Sequence[UUID]) -> bool:
         """Remove the records of these deliveries; see Spool."""
         gone = frozenset(tokens)
-
-        def stays(slot: _Slot) -> bool:
-            return not (isinstance(slot.entry, Delivery | Adoptable) and slot.entry.token in gone)
-
+        removed = []
         with self._lock:
-            self._slots = deque(filter(stays, self._slots))
-            self._aside = deque(filter(stays, self._aside))
-            self._reports = deque(filter(stays, self._reports))
+            for slot in (*self._slots, *self._aside):
+                if isinstance(slot.entry, Delivery | Adoptable) and slot.entry.token in gone:
+                    self._let_go(slot)
+                    removed.append(slot)
+            self._slots = deque(slot for slot in self._slots if not slot.gone)
+            self._aside = deque(slot for slot in self._aside if not slot.gone)
+            self._reports = deque(slot for slot in self._reports if not slot.gone)
             self._bytes = sum(slot.size for slot in (*self._slots, *self._aside))
         self._changed()
+        # A record that is not here may be in the stream alone, for want of room.
+        return self._forget(removed) and (self._stream is None or len(removed) == len(gone))
 
     def waiting(self, job_ids: Sequence[str], queue: str | None) -> Sequence[UUID]:
         """Return the waiting deliveries with these ids, or to this queue; see Spool."""

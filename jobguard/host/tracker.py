@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, replace
 from typing import Any, cast
 from uuid import UUID
@@ -41,7 +41,16 @@ from jobguard.host.parent import Door, ParentSpool, ParentStore
 from jobguard.host.redis_health import RedisHealth
 from jobguard.host.replay import BATCH, Replay, write_cancellation
 from jobguard.host.session import WorkerSession
-from jobguard.host.spool import Cancelled, Entry, JoinOpened, MemorySpool, Spool
+from jobguard.host.spool import (
+    Cancelled,
+    Entry,
+    JoinOpened,
+    MemorySpool,
+    Released,
+    Spool,
+    depends_on_order,
+)
+from jobguard.host.stream import ReportStream
 from jobguard.host_safety import contain_errors, safe_tracker
 from jobguard.log import log_event
 from jobguard.model import Claim, ClaimAnswer, Delivery, End, Ended, Outcome, Recorded
@@ -76,11 +85,12 @@ class HostTracker:
         self.source = source
         self.settings = settings
         self.seal = Sealer(settings.encrypt).seal
-        self.spool: Spool = self._memory_spool() if spool is None else spool
         self._make_store = store
         self._queues = queues
         self.client = client
         self._redis_health = None if client is None else RedisHealth(client)
+        self.stream = self._new_stream()
+        self.spool: Spool = self._memory_spool() if spool is None else spool
         self._session: WorkerSession | None = None
         self._door: Door | None = None
         self._parent: ParentStore | None = None
@@ -100,7 +110,7 @@ class HostTracker:
     def _start(self, parent_circuit: Circuit | None = None) -> None:
         """Make the parts that a forked child must not share with its parent."""
         self._store = self._new_store()
-        self._registered = False
+        self._registered = self._asked_others = False
         self._warned = self._logged_full = self._logged_light = self._logged_left = False
         self._patience = _PATIENCE
         self._registering = threading.Lock()
@@ -112,6 +122,7 @@ class HostTracker:
         if parent_circuit is not None:
             self.circuit.copy_state(parent_circuit)
             # The parent replays the entries of its own spool.
+            self.stream = self._new_stream()
             self.spool = self._memory_spool()
             if self._parent is not None:
                 self.spool = ParentSpool(self._parent, self.spool)
@@ -135,7 +146,24 @@ class HostTracker:
             self._spool_changed,
             most_bytes=self.settings.spool_bytes,
             lightened=self._spool_lightened,
+            stream=self.stream,
+            left_to_stream=self._left_to_stream,
         )
+
+    def _new_stream(self) -> ReportStream | None:
+        if self.client is None or self._redis_health is None:
+            return None
+        health = self._redis_health
+        return ReportStream(
+            self.source,
+            self.client,
+            bound=self.settings.stream_bytes,
+            away=health.is_known_away,
+            failed=health.failed,
+        )
+
+    def _left_to_stream(self, entries: Sequence[Entry]) -> None:
+        self._ended([entry for entry in entries if isinstance(entry, End)])
 
     def _new_store(self) -> HostStore:
         """Return a store of this process; in a worker's child, a store that calls the worker."""
@@ -154,6 +182,8 @@ class HostTracker:
         if closed:
             self._warned = False
             log_event("postgres_back", to_replay=self.spool.pending)
+            if self.stream is not None and self._parent is None:
+                self.stream.postgres_is_back()
         else:
             log_event("postgres_away", error=self.circuit.why)
 
@@ -199,10 +229,22 @@ class HostTracker:
         Raises BreakerOpen, StoreUnavailable, BadRow, WrongInstallation.
         """
         self._mine()
+        self._ask_others()
         if len(self.spool):
             self.replay()
         with self.circuit.calling():
             return work(self._ready())
+
+    def _ask_others(self) -> None:
+        """Before the first call, learn from other processes of this host that Postgres is away.
+
+        Otherwise each script and each short-lived worker would wait to find it out.
+        """
+        if self._asked_others or self._registered:
+            return
+        self._asked_others = True
+        if self._parent is None and self.stream is not None and self.stream.postgres_is_away():
+            self.circuit.open()
 
     def connect(self) -> None:
         """Reach Postgres now. Raises the reason why it cannot be used."""
@@ -373,8 +415,19 @@ class HostTracker:
     def withdraw(self, deliveries: Sequence[Delivery]) -> None:
         """Withdraw deliveries that were surely not pushed; see Tracker."""
         tokens = [d.token for d in deliveries]
-        self.spool.remove(tokens)
-        self._try_call("withdraw", lambda store: store.withdraw(self.source.id, tokens))
+        surely_removed = self.spool.remove(tokens)
+        withdrawn = self._try_call("withdraw", lambda store: self._withdraw(store, tokens))
+        if surely_removed or withdrawn:
+            return
+        # A record may be in the stream, for the leader to write. A derived delivery gets no tombstone:
+        # the run that sends it may send it again under the same token.
+        final = tuple(d.token for d in deliveries if not d.derived)
+        if final:
+            self.spool.put([Cancelled(final, (), None)])
+
+    def _withdraw(self, store: HostStore, tokens: Sequence[UUID]) -> bool:
+        store.withdraw(self.source.id, tokens)
+        return True
 
     def installation_id(self) -> str:
         """Return the identity of the ledger. Raises StoreUnavailable or a subclass."""
@@ -451,8 +504,8 @@ class HostTracker:
                 recorded: Recorded = self.call(
                     lambda store: write_cancellation(store, self.source, entry)
                 )
-                if isinstance(entry, Cancelled) and self.spool.pending:
-                    # Its record may still wait in the spool: the cancel must also come after it.
+                if isinstance(entry, Cancelled) and self._records_may_wait(entry):
+                    # The cancel must also come after them.
                     self.spool.put([entry])
                 return recorded
         except StoreUnavailable as error:
@@ -460,6 +513,15 @@ class HostTracker:
                 raise
             return self._overflow([entry], error)
         return Recorded(lost=True)
+
+    def _records_may_wait(self, cancelled: Cancelled) -> bool:
+        """Return True if records that this cancel means may wait in a spool, in memory or in Redis."""
+        if self.spool.pending:
+            return True
+        if self.stream is None or not depends_on_order(cancelled):
+            return False
+        length = self.stream.length()
+        return length is not None and length[0] > 0
 
     def heartbeat(
         self,
@@ -590,6 +652,8 @@ class HostTracker:
             return self._session is None or self._session.step_of_child(*arguments, **options)
         if name == "spool":
             return self.spool.put(*arguments)
+        if name == "start_unclaimed":
+            return self.start_unclaimed(*arguments)
         if name == "probe":
             return self.circuit.check()
         if name == "register":
@@ -634,6 +698,37 @@ class HostTracker:
         )
         return answers[request.nonce]
 
+    def start_unclaimed(self, request: ClaimRequest) -> Outcome | None:
+        """Report a start without a claim, because Postgres is away, to the stream.
+
+        Return the outcome of the delivery if the stream has its end: then it must not start.
+        """
+        self._mine()
+        if self._parent is not None:
+            with suppress(JobguardError):
+                outcome: Outcome | None = self._parent.call("start_unclaimed", request)
+                return outcome
+        if self.stream is None:
+            return None
+        ended = self.stream.outcome_of(request.token)
+        if ended is None and self.spool.copy():
+            self.stream.append([request])
+        return ended
+
+    def release(self, released: Released) -> None:
+        """Release a claim, now or when Postgres is back. Raises StoreUnavailable if it was not released."""
+        source = self.source.id
+        try:
+            self.call(
+                lambda store: store.release(
+                    source, released.token, released.worker, number=released.number
+                )
+            )
+        except StoreUnavailable:
+            if self.stream is not None:  # a leader must not find the claim that is in the stream
+                self.spool.put([released])
+            raise
+
     def _write_claims(self, requests: Sequence[ClaimRequest]) -> Mapping[UUID, ClaimAnswer]:
         if not self.circuit.closed:  # it opened while these waited: one wait is enough
             raise BreakerOpen
@@ -659,7 +754,15 @@ class HostTracker:
         """Return the counts of entries that wait in this process, and of the rest."""
         counts = asdict(self.spool.counts)
         aside = len(self.spool.aside())
-        return {"waiting": len(self.spool), "aside": aside, "bytes": self.spool.size, **counts}
+        entries, size = (self.stream and self.stream.length()) or (0, 0)
+        return {
+            "waiting": len(self.spool),
+            "aside": aside,
+            "bytes": self.spool.size,
+            "stream": entries,
+            "stream_bytes": size,
+            **counts,
+        }
 
     def _ended(self, ends: Sequence[End]) -> None:
         if self._session is not None:

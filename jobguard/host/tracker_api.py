@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from jobguard.adapter import Source
     from jobguard.host.circuit import Circuit
     from jobguard.host.parent import ParentStore
-    from jobguard.host.spool import Spool
-    from jobguard.model import ClaimAnswer, End, Ended
+    from jobguard.host.spool import Released, Spool
+    from jobguard.model import ClaimAnswer, End, Ended, Outcome
     from jobguard.settings import Settings
     from jobguard.store.protocols import ClaimRequest, HostStore
 
@@ -39,6 +39,12 @@ class TrackerApi(Protocol):
 
     def claim(self, request: ClaimRequest) -> ClaimAnswer:
         """Ask for a claim. Raises as the store does."""
+
+    def start_unclaimed(self, request: ClaimRequest) -> Outcome | None:
+        """Report a start while Postgres is away; return the outcome if the delivery has ended."""
+
+    def release(self, released: Released) -> None:
+        """Release a claim. Raises as the store does; then it is released when Postgres is back."""
 
     def end(self, ends: Sequence[End]) -> Sequence[Ended]:
         """Commit ends. Raises as the store does."""

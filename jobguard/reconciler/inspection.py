@@ -319,7 +319,10 @@ class Inspector:
             return Holder.NONE
         if owed.claim_live or row.in_flight:
             return Holder.LIVE
-        if owed.claim_worker is not None and not self._workers.gone(owed.claim_worker.hex):
+        worker = owed.claim_worker
+        if worker is not None and self._workers.is_unregistered(worker):
+            return Holder.LIVE
+        if worker is not None and not self._workers.gone(worker.hex):
             return Holder.DROPPED
         return Holder.DEAD
 

@@ -95,6 +95,8 @@ class Runner:
                 self._since = None
             self._stop.wait(pause)
         with suppress(Exception):
+            if self.monitor is not None:
+                self.monitor.close()
             self._store.close()
             self._client.connection_pool.disconnect()
 

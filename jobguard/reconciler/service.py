@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import entry_points
 from typing import Any
@@ -17,21 +18,26 @@ import tenacity
 from jobguard.adapter import Adapter, Source
 from jobguard.clients import address_of, client_from_url
 from jobguard.errors import JobguardError, NotLeading, StoreUnavailable, WrongInstallation
+from jobguard.host.stream import ReportStream
 from jobguard.log import log_event
 from jobguard.model import new_token
 from jobguard.reconciler.leader import Leadership
 from jobguard.reconciler.result import PassResult
 from jobguard.reconciler.runner import Runner
 from jobguard.reconciler.source_monitor import SourceMonitor
+from jobguard.reconciler.stream_drain import StreamDrain
 from jobguard.redis_urls import parse
 from jobguard.settings import Settings
+from jobguard.store.host import PostgresStore
 from jobguard.store.leader import PostgresLeaderStore
-from jobguard.store.protocols import LeaderStore, SourceRow
+from jobguard.store.protocols import HostStore, LeaderStore, SourceRow
 
 Clients = Mapping[str, Callable[[], redis.Redis]]
 """Functions that make a client for each Redis, by its address."""
 
 _CLIENT_TIMEOUT = 1.0
+_CALL_TIMEOUT = 5.0
+"""Seconds of one write of reports that waited in Redis, at most."""
 _STEP = 0.1
 """Seconds between two checks of the threads of the sources."""
 _SOURCES = 1.0
@@ -67,7 +73,9 @@ class Service:
         clients: Clients,
         *,
         store: Callable[[UUID], LeaderStore] | None = None,
+        host_store: Callable[[], HostStore] | None = None,
     ) -> None:
+        self._make_host_store = host_store or partial(_host_store, conninfo, settings)
         self._settings = settings
         self._clients = clients
         self._holder = new_token()
@@ -292,6 +300,8 @@ class Service:
         broker = adapter.broker(source, client)
 
         def monitor(store: LeaderStore) -> SourceMonitor:
+            host = self._make_host_store()
+            stream = ReportStream(source, lambda: client, bound=self._settings.stream_bytes)
             return SourceMonitor(
                 client,
                 broker,
@@ -300,6 +310,8 @@ class Service:
                 installation,
                 self._settings,
                 named=self._settings.installation is not None,
+                drain=StreamDrain(stream, host, source),
+                host=host,
             )
 
         self._runners[row.id] = Runner(
@@ -389,6 +401,16 @@ class Service:
         self._store.close()
         self._lease_store.close()
         log_event("reconciler_stopped", namespace=self._settings.namespace)
+
+
+def _host_store(conninfo: Callable[[], str], settings: Settings) -> HostStore:
+    """Return a store that writes what host processes could not write, with the patience of a leader."""
+    patient = replace(
+        settings,
+        connect_timeout=max(2.0, settings.connect_timeout),
+        call_timeout=min(_CALL_TIMEOUT, settings.lease / 2),
+    )
+    return PostgresStore(conninfo, patient)
 
 
 def clients_from_urls(urls: Sequence[str]) -> Clients:

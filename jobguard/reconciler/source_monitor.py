@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from uuid import UUID
 
@@ -14,6 +14,7 @@ from jobguard.adapter import Broker
 from jobguard.errors import JobguardError
 from jobguard.log import log_event
 from jobguard.model import Cause, Owed, token_at
+from jobguard.reconciler.backfill import Backfill
 from jobguard.reconciler.backlog_trust import BacklogTrust
 from jobguard.reconciler.context import YOUNG, InspectionContext
 from jobguard.reconciler.evidence import lost_since
@@ -23,13 +24,14 @@ from jobguard.reconciler.inspection import Inspector
 from jobguard.reconciler.limiter import RowSlice
 from jobguard.reconciler.pulse import Health, PulseKeeper
 from jobguard.reconciler.result import PassResult
+from jobguard.reconciler.stream_drain import StreamDrain
 from jobguard.reconciler.tally import Tally
 from jobguard.reconciler.trust import Trust
 from jobguard.reconciler.workers import Workers
 from jobguard.redis_refusal import refusal_of
 from jobguard.redis_values import name_in
 from jobguard.settings import Settings
-from jobguard.store.protocols import Brake, LeaderStore, SourceRow
+from jobguard.store.protocols import Brake, HostStore, LeaderStore, SourceRow
 
 _DOWN = 0.05
 """Seconds between two checks whether Redis is back."""
@@ -48,6 +50,8 @@ _WATCHED = 1000
 """Suspects that are inspected in one step."""
 _VERIFY_AGAIN = (10.0, 60.0)
 """Seconds after a change of topology at which all owed deliveries are inspected again."""
+_FILL = 500
+"""The number of waiting jobs that one step of the backfill reads."""
 _RETRY = 1.0
 """Seconds until a failed part of a step is tried again."""
 _LOG_AGAIN = 30.0
@@ -80,7 +84,19 @@ class SourceMonitor:
         *,
         named: bool,
         clock: Callable[[], float] = time.monotonic,
+        drain: StreamDrain | None = None,
+        host: HostStore | None = None,
     ) -> None:
+        """Create the monitor.
+
+        ``drain``: writes what processes left in Redis while Postgres was away. ``host``: records
+        what waits in Redis without a record.
+        """
+        self._drain = drain
+        self._host = host
+        self._drained = drain is None
+        self._backfill: Backfill | None = None
+        self._filled: set[str] = set()  # Queues whose backlog was recorded since this leader began.
         self._client = client
         self._broker = broker
         self._store = store
@@ -161,13 +177,19 @@ class SourceMonitor:
     @property
     def busy(self) -> bool:
         """True if the next step should follow at once."""
-        return self._lap.running and self._incident_at is not None
+        return not self._drained or (self._lap.running and self._incident_at is not None)
+
+    def close(self) -> None:
+        """Close the connections that belong to this monitor alone."""
+        if self._host is not None:
+            self._host.close()
 
     @property
     def finished(self) -> bool:
         """True if all owed deliveries were inspected and none waits for another inspection."""
         return (
             self._laps_done > 0
+            and self._drained
             and self._incident_at is None
             and self._workers.polled
             and not self._workers.may_be_dead()
@@ -198,6 +220,10 @@ class SourceMonitor:
                 self._walk_at_once = True
             if health in (Health.DOWN, Health.UNSURE, Health.STOP):
                 return
+            if self._drain is not None:
+                self._drained = self._drain.step()
+                if not self._drained:
+                    return  # Nothing is judged before the reports are known.
             self._begin_verification(now)
             self._part("tally", self._tally.step)
             self._part("consumers", partial(self._consumers, term, now))
@@ -210,6 +236,7 @@ class SourceMonitor:
             self._part("watched", partial(self._inspect_watched, term, now))
             self._part("young", partial(self._inspect_young, term, now))
             self._part("walk", partial(self._walk, term, now))
+            self._part("backfill", partial(self._fill, now))
             if not self._brake.paused:
                 self._part("joins", self._inspector.finish_joins)
             self._refusals.step(term, waits=self._pending > 0)
@@ -306,6 +333,41 @@ class SourceMonitor:
         # With thousands of queues this takes long, and it must not take all of the time.
         took = self._clock() - now
         self._due["consumers"] = now + max(_CONSUMERS, min(_CONSUMERS_LATEST, 20 * took))
+
+    def _fill(self, now: float) -> None:
+        """Record one page of what waits in Redis without a record.
+
+        There is one walk over each queue after a leader began or found the queue, and one after
+        references to jobs were drained. The rate is bounded, so that a queue of a million jobs does
+        not delay other work.
+        """
+        if self._host is None or now < self._due.get("fill", 0.0):
+            return
+        if self._drain is not None and self._drain.take_references():
+            self._filled.clear()
+        if self._backfill is None:
+            queues = {*self._tally.queues, *self._workers.names(), *self._trust.rows} - self._filled
+            if not queues:
+                self._due["fill"] = now + _CONSUMERS
+                return
+            self._filled |= queues
+            self._backfill = Backfill(
+                self._broker,
+                self._store,
+                self._host,
+                self.source,
+                queues,
+                page=min(self._settings.page, _FILL),
+                mark=self._settings.mode == "guard",
+            )
+        read = self._backfill.step()
+        self._due["fill"] = now + max(
+            read / self._settings.recovery_rate, 2 * (self._clock() - now)
+        )
+        if self._backfill.finished:
+            counts, self._backfill = self._backfill.counts, None
+            if counts.recorded or counts.unreadable:
+                log_event("backlog_recorded", source=self.source.address, **asdict(counts))
 
     # -- inspections ----------------------------------------------------------------------------
 

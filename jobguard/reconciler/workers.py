@@ -167,6 +167,13 @@ class Workers:
         dead = frozenset(self.judgement.dead)
         return all(row.left or row.dead or row.id in dead for row in rows)
 
+    def is_unregistered(self, worker: UUID) -> bool:
+        """Return True if this worker is not in the ledger, and may be alive and register soon.
+
+        It started while Postgres was away, and its claim was in the stream.
+        """
+        return all(row.id != worker for row in self.rows) and not self.gone(worker.hex)
+
     def is_cause(self, worker: UUID, crashes: int) -> bool:
         """Return True if a job that is charged this often has caused the death of its worker.
 

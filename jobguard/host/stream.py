@@ -1,0 +1,178 @@
+"""The stream of a source in its guarded Redis: what Postgres could not take, safe from the process.
+
+Every process that cannot reach Postgres adds its entries here, and the leader writes them to
+Postgres in order (`jobguard.reconciler.stream_drain`). A process that outlives the outage also
+writes its own entries itself, and deletes them here; an entry that is written twice changes nothing.
+
+Keys, in the source's own db:
+
+- ``jobguard:spool:<namespace>:<library>[:<prefix>]`` (stream): the entries; ``c`` is the content
+  (see stream_entries.py), ``t`` the token of an end.
+- ``….bytes`` (string): its size. ``….ended`` (hash): the deliveries whose ends are in it, with their
+  outcomes. A worker asks it before a start while Postgres is away.
+- ``….away:<host>`` (string, some seconds): Postgres is away for that host. A process that starts
+  there need not find out by a wait.
+
+The stream is bounded. At its bound, new records become references: the leader makes the records
+from the jobs in Redis. At twice the bound it takes no more, and entries stay in the memory of their
+processes.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
+from uuid import UUID
+
+import redis
+
+from jobguard.fork import OwnerProcess
+from jobguard.host.spool import Adoptable, Entry, is_adoptable
+from jobguard.host.stream_entries import encode
+from jobguard.host_safety import contain_errors
+from jobguard.log import log_event
+from jobguard.model import Delivery, End, Outcome
+from jobguard.scripts import Script
+
+if TYPE_CHECKING:
+    from jobguard.pulse import Kept
+
+_AWAY = 10_000
+"""Milliseconds after the last entry of a host for which a new process there expects an outage."""
+_OVERHEAD = 100
+"""Bytes that Redis needs for an entry beside its content, about."""
+_AT_ONCE = 500
+"""The maximum number of entries in one call."""
+
+
+def stream_key(source: Kept) -> str:
+    """Return the key of a source's stream. It has no address, as the key of the pulse."""
+    key = f"jobguard:spool:{source.namespace}:{source.library}"
+    return f"{key}:{source.prefix}" if source.prefix else key
+
+
+class ReportStream:
+    """One source's stream. No method raises; what could not be done is in the answer."""
+
+    def __init__(
+        self,
+        source: Kept,
+        client: Callable[[], redis.Redis],
+        *,
+        bound: int,
+        away: Callable[[], bool] = lambda: False,
+        failed: Callable[[], None] = lambda: None,
+    ) -> None:
+        """``away``: return True if Redis is known not to answer; ``failed``: note that it did not."""
+        self._key = stream_key(source)
+        self._make = client
+        self._bound = bound
+        self._is_away = away
+        self._failed = failed
+        self._owner = OwnerProcess()
+        self._client: Any = None
+        self._full = False
+
+    def append(self, entries: Sequence[Entry]) -> list[bytes] | None:
+        """Add these entries; return their ids, or None if not all of them are surely there."""
+        ids: list[bytes] = []
+        for start in range(0, len(entries), _AT_ONCE):
+            some = entries[start : start + _AT_ONCE]
+            args: list[Any] = [self._bound, _AWAY, _OVERHEAD]
+            for entry in some:
+                args += (encode(entry), *_shorter(entry))
+            found = self._ask(partial(self._run, "stream_append.lua", args))
+            if not isinstance(found, list) or len(found) != len(some):
+                self._note_full(found == [])
+                return None
+            ids += found
+        self._note_full(False)
+        return ids
+
+    def forget(self, ids: Sequence[bytes]) -> int:
+        """Delete these entries, which Postgres has; return how many were surely deleted now."""
+        deleted = 0
+        for start in range(0, len(ids), _AT_ONCE):
+            args = [_OVERHEAD, *ids[start : start + _AT_ONCE]]
+            found = self._ask(partial(self._run, "stream_forget.lua", args))
+            deleted += found if isinstance(found, int) else 0
+        return deleted
+
+    def outcome_of(self, token: UUID) -> Outcome | None:
+        """Return how this delivery ended, if its end is in the stream; None also if Redis is away."""
+        found = self._ask(lambda: self._redis().hget(f"{self._key}.ended", token.hex))
+        return Outcome(found.decode()) if isinstance(found, bytes) else None
+
+    def length(self) -> tuple[int, int] | None:
+        """Return the number of entries and their bytes; None: Redis does not answer."""
+        found = self._ask(self._length)
+        return cast("tuple[int, int] | None", found)
+
+    def postgres_is_away(self) -> bool:
+        """Return True if another process of this host found Postgres away, some seconds ago at most."""
+        return bool(self._ask(lambda: self._redis().exists(self._away_key)))
+
+    def postgres_is_back(self) -> None:
+        """Note that a process of this host reaches Postgres."""
+        self._ask(lambda: self._redis().delete(self._away_key))
+
+    def read(self, after: bytes, limit: int) -> Sequence[tuple[bytes, bytes]]:
+        """Return the ids and contents of the entries after this one. Raises RedisError."""
+        start = b"(" + after if after else b"-"
+        entries = self._redis().xrange(self._key, min=start, count=limit)
+        return [(id, fields[b"c"]) for id, fields in entries]
+
+    @property
+    def _away_key(self) -> str:
+        return f"{self._key}.away:{socket.gethostname()}"
+
+    def _length(self) -> tuple[int, int]:
+        with self._redis().pipeline(transaction=False) as pipe:
+            pipe.xlen(self._key)
+            pipe.get(f"{self._key}.bytes")
+            entries, size = pipe.execute()
+        return int(entries), int(size or 0)
+
+    def _run(self, name: str, args: Sequence[Any]) -> Any:
+        self._redis()
+        keys = [self._key, f"{self._key}.bytes", f"{self._key}.ended", self._away_key]
+        (answer,) = self._scripts[name].run([(keys, args)])
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def _redis(self) -> Any:
+        if self._owner.take_over() or self._client is None:
+            self._client = self._make()
+            names = ("stream_append.lua", "stream_forget.lua")
+            self._scripts = {name: Script(self._client, __package__, name) for name in names}
+        return self._client
+
+    def _ask(self, work: Callable[[], Any]) -> Any:
+        """Return the answer of Redis; None if it does not answer, or refuses."""
+        if self._is_away():
+            return None
+        with contain_errors("stream", let_pass=redis.RedisError):
+            try:
+                return work()
+            except (redis.ConnectionError, redis.TimeoutError):
+                self._failed()
+            except redis.RedisError as error:  # it is full, read-only, or refuses access
+                log_event("stream_refused", error=str(error))
+        return None
+
+    def _note_full(self, full: bool) -> None:
+        if full and not self._full:
+            log_event("stream_full", bytes=2 * self._bound)
+        self._full = full
+
+
+def _shorter(entry: Entry) -> Iterator[bytes | str]:
+    """Yield the reference that stands for a record past the bound, and the token and outcome of an end."""
+    if isinstance(entry, Delivery) and is_adoptable(entry):
+        yield encode(Adoptable(entry.token, entry.job_id, entry.queue))
+    else:
+        yield b""
+    yield from (entry.token.hex, entry.outcome.value) if isinstance(entry, End) else ("", "")
