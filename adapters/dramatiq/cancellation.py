@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterable
 from functools import wraps
@@ -9,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from jobguard.adapters.dramatiq.layout import Layout, canonical, token_of
+from jobguard.host_safety import contain_errors
+from jobguard.patching import Hooks
 
 if TYPE_CHECKING:
     from dramatiq.brokers.redis import RedisBroker
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
     from jobguard.adapter import Tracker
 
 _ABORTS = "dramatiq_abort."
+_DASHBOARD = "dramatiq_dashboard.interface"
 _CHUNK = 1_000
 
 
@@ -28,6 +32,9 @@ class Cancellation:
         self._layout = Layout(broker.namespace)
         self._flushing = threading.local()
         self._watched: list[tuple[Any, Any]] = []
+        self._on = Hooks()
+        self._pages: Any = None
+        """The class of the dashboard that is hooked."""
 
     def flush(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap RedisBroker.flush, which empties a queue and its delay queue; flush_all calls it too."""
@@ -72,8 +79,46 @@ class Cancellation:
 
         return hook
 
+    def register_script(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap the client's register_script, which dramatiq-dashboard calls when its pages are made.
+
+        It deletes messages by a script of its own. A message that it requeues it deletes first.
+        """
+        self._hook_dashboard()
+
+        @wraps(original)
+        def hook(*args: Any, **kwargs: Any) -> Any:
+            self._hook_dashboard()
+            return original(*args, **kwargs)
+
+        return hook
+
+    def _hook_dashboard(self) -> None:
+        pages = getattr(sys.modules.get(_DASHBOARD), "RedisInterface", None)
+        if pages is None or pages is self._pages:
+            return
+        self._pages = pages
+        with contain_errors("hook dramatiq-dashboard"):
+            self._on.put(pages, "delete_message", self._delete_message)
+
+    def _delete_message(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(original)
+        def hook(pages: Any, queue_name: str, message_id: str) -> Any:
+            token = token_of(message_id)
+            if (
+                pages.broker is self._broker
+                and token is not None
+                and self._tracker.guards(canonical(queue_name))
+            ):
+                self._tracker.cancel(tokens=[token])
+            return original(pages, queue_name, message_id)
+
+        return hook
+
     def release(self) -> None:
-        """Remove the hooks from the middleware."""
+        """Remove the hooks from the middleware and the dashboard."""
+        self._on.take_off()
+        self._pages = None
         while self._watched:
             middleware, hook = self._watched.pop()
             if vars(middleware).get("abort") is hook:

@@ -75,6 +75,7 @@ class BrokerGuard:
         """Install the hooks on the broker."""
         for name, make in self._hooks.items():
             self._on.put(self.broker, name, make)
+        self._on.put(self.broker.client, "register_script", self.cancellation.register_script)
         self.broker.broker_id = str(new_short_lived())
         self.broker.add_middleware(self._middleware)
         setattr(self.broker, _GUARD, self)

@@ -219,12 +219,7 @@ class WorkerSession:
         if self._settings.mode == "observe":
             log_event("start_unfenced", reason=answer.reason.value)
             return Claim(token, 0)
-        self._in_flight.skip(token)
-        log_event(
-            "start_skipped",
-            reason=answer.reason.value,
-            outcome=answer.outcome.value if answer.outcome else None,
-        )
+        self._in_flight.skip(token)  # the adapter logs the skip
         if not self._beats.leader_live:
             log_event("nobody_leads")
         return answer

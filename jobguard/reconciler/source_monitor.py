@@ -35,6 +35,8 @@ from jobguard.store.protocols import Brake, HostStore, LeaderStore, SourceRow
 
 _DOWN = 0.05
 """Seconds between two checks whether Redis is back."""
+_COMPARE_CLOCKS = 1.0
+"""Seconds for which the difference between our clock and that of the database is known."""
 _CONSUMERS = 2.0
 """Seconds between two reads of the consumers of each queue."""
 _CONSUMERS_LATEST = 4.0
@@ -136,6 +138,8 @@ class SourceMonitor:
         # Before this time, Redis lost all data; see evidence.py.
         self._lost_at: float | None = None
         self._uncounted = ""
+        self._clocks_compared_at = float("-inf")
+        self._clock_behind = 0.0
         self._brake = Brake()
         self._tally = Tally(store, source.id, clock)
         self._lap = _Lap()
@@ -401,7 +405,15 @@ class SourceMonitor:
         """Return True if Redis lost a delivery of this age, and no unguarded worker can have run it."""
         if not any(age > loss for loss in self._loss_ages(self._clock())):
             return False
-        return self._trust.trusts(queue, self._store.now() - age, lost=True)
+        return self._trust.trusts(queue, self._database_time() - age, lost=True)
+
+    def _database_time(self) -> float:
+        """Return the time of the database; ask it once a second at most."""
+        now = self._clock()
+        if now - self._clocks_compared_at >= _COMPARE_CLOCKS:
+            self._clocks_compared_at = now
+            self._clock_behind = self._store.now() - now
+        return now + self._clock_behind
 
     def _are_too_many(self, queue: str, absent: Sequence[Owed]) -> bool:
         # Each job counts once, however often it is inspected while it waits for the limiter. Jobs

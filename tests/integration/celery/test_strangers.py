@@ -135,6 +135,22 @@ def test_a_rollback(rig: Rig) -> None:
     rig.until(lambda: rig.owed() == len(WORDS) - 1)
 
 
+def test_what_an_unguarded_worker_stored_is_closed(rig: Rig) -> None:
+    """In a rolling restart, tasks that an unguarded worker ran are closed by their stored results."""
+    rig.reconciler()
+    guarded = rig.worker(concurrency=1)
+    trusted(rig)
+    bare = rig.worker("solo", guarded=False)
+    guarded.stop()
+    sent = [rig.send("ok", word) for word in WORDS]
+    rig.until(lambda: rig.written().keys() >= set(WORDS))
+    rig.worker(concurrency=1)
+    bare.stop()
+    rig.until(lambda: not rig.owed())
+    assert [rig.ended(job_id) for job_id in sent] == [["completed"]] * len(WORDS)
+    assert {rig.written()[word] for word in WORDS} == {1}
+
+
 @pytest.mark.parametrize("pool", ["prefork", "threads"])
 def test_a_message_of_a_named_exchange_belongs_to_its_queue(rig: Rig, pool: str) -> None:
     """A message of a named exchange belongs to the queue that it came from, not to its routing key."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import dramatiq
@@ -273,6 +275,72 @@ class TestIntent:
         delayed = stage.actor("say").send_with_options(args=("b",), delay=HOUR)
         stage.broker.do_purge("default")
         assert [owed.job_id for owed in records.owed()] == [delayed.message_id]
+
+
+class Pages:
+    """What dramatiq-dashboard does with a broker: it deletes messages by a script of its own."""
+
+    DELETE = """
+    redis.call(redis.call('type', KEYS[1])['ok'] == 'zset' and 'zrem' or 'lrem', KEYS[1],
+               unpack(redis.call('type', KEYS[1])['ok'] == 'zset' and {ARGV[1]} or {0, ARGV[1]}))
+    redis.call('hdel', KEYS[1] .. '.msgs', ARGV[1])
+    """
+
+    def __init__(self, broker: Any) -> None:
+        self.broker = broker
+        self._delete = broker.client.register_script(self.DELETE)
+
+    def delete_message(self, queue_name: str, message_id: str) -> None:
+        """Delete a message of one list."""
+        self._delete(keys=[f"{self.broker.namespace}:{queue_name}"], args=[message_id])
+
+    def requeue_message(self, queue_name: str, message_id: str) -> Any:
+        """Send a copy of a message, with its old ids, and delete the message before."""
+        raw = self.broker.client.hget(f"{self.broker.namespace}:{queue_name}.msgs", message_id)
+        message: Any = dramatiq.Message.decode(raw)
+        self.delete_message(queue_name, message_id)
+        return self.broker.enqueue(message.copy(queue_name="default", options={"retries": 0}))
+
+
+@pytest.mark.parametrize("made", ["before the guard", "after the guard"])
+class TestDashboard:
+    """dramatiq-dashboard in a guarded process."""
+
+    @pytest.fixture
+    def pages(
+        self, stage: Stage, database: str, made: str, monkeypatch: pytest.MonkeyPatch
+    ) -> Iterator[Any]:
+        """Return its pages, made before or after the guard."""
+        module: Any = ModuleType("dramatiq_dashboard.interface")
+        module.RedisInterface = type("RedisInterface", (Pages,), {})
+        monkeypatch.setitem(sys.modules, "dramatiq_dashboard.interface", module)
+        before = module.RedisInterface(stage.broker) if made == "before the guard" else None
+        with jobguard.guard(stage.broker, postgres=database, **BRISK):
+            yield before or module.RedisInterface(stage.broker)
+        assert module.RedisInterface.delete_message is Pages.delete_message
+
+    def test_a_deleted_message_stays_deleted(
+        self, stage: Stage, pages: Any, records: Records
+    ) -> None:
+        """The tombstone of a deleted message is written first, so that no leader restores it."""
+        kept, deleted = stage.actor("say").send("a"), stage.actor("say").send("b")
+        pages.delete_message("default", deleted.options["redis_message_id"])
+        assert records.ended(deleted.message_id) == [("cancelled", 1)]
+        assert [owed.job_id for owed in records.owed()] == [kept.message_id]
+
+    def test_a_requeued_message_is_a_new_delivery(
+        self, stage: Stage, pages: Any, records: Records
+    ) -> None:
+        """A copy with the old ids is a new life of the job, and only this one is owed."""
+        sent = stage.actor("say").send("a")
+        copy = pages.requeue_message("default", sent.options["redis_message_id"])
+        assert copy.message_id == sent.message_id
+        (owed,) = records.owed()
+        assert str(owed.token) == copy.options["redis_message_id"]
+        assert str(owed.token) != sent.options["redis_message_id"]
+        stage.work()
+        assert stage.said() == ["a"]
+        assert records.ended(sent.message_id) == [("cancelled", 1), ("completed", 1)]
 
 
 class TestAbort:

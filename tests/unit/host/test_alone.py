@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ from jobguard.host.parent import ParentStore
 from jobguard.model import Claim, Delivery, Refused, new_token
 from jobguard.store.protocols import Void
 from tests.fakes.store import MemoryLedger
-from tests.fakes.world import SOURCE, outage
+from tests.fakes.world import SOURCE, events, outage
 from tests.support import eventually
 from tests.unit.host.test_session import Worker, lead
 
@@ -258,12 +259,14 @@ def test_a_fresh_job_waits_without_a_claim() -> None:
         assert isinstance(starts.result(10), Claim)
 
 
-def test_a_refused_start_leaves_no_trace() -> None:
-    """A start that was refused because its job has ended does not count as running."""
+def test_a_refused_start_leaves_no_trace(caplog: pytest.LogCaptureFixture) -> None:
+    """A refused start does not count as running, and only the adapter logs the skip."""
+    caplog.set_level(logging.INFO, "jobguard")
     worker = Worker().begin()
     job = worker.owe()
     worker.tracker.cancel(tokens=[job.token])
     assert isinstance(worker.start(job), Refused)
+    assert "start_skipped" not in events(caplog.records)
 
     suspect = crashed(worker, "suspect")
     assert isinstance(worker.start(suspect), Claim)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import pytest
 
@@ -57,6 +58,33 @@ def test_a_loss_before_the_first_inspection(kind: str) -> None:
 
     assert world.broker.pushed == ([] if kind == "taken" else ids(3))
     assert set(world.suspects()) == (set(ids(3)) if kind == "taken" else set())
+
+
+def test_the_database_is_not_asked_for_its_time_for_each_delivery(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The number of questions does not grow with the deliveries that are checked after a gap."""
+
+    def asked(count: int) -> int:
+        world = World()
+        world.enqueue(*ids(count))
+        world.clock.advance(20)
+        world.flushall()
+        world.new_leader()
+        kind: Any = type(world.store)
+        now = kind.now
+        questions: list[float] = []
+
+        def counted(self: Any) -> float:
+            questions.append(now(self))
+            return questions[-1]
+
+        with monkeypatch.context() as patch:
+            patch.setattr(kind, "now", counted)
+            world.run(10)
+        return len(questions)
+
+    assert asked(60) - asked(6) < 27
 
 
 def test_a_rollback(caplog: pytest.LogCaptureFixture) -> None:
