@@ -10,12 +10,16 @@ Importing this package opens no connection, reads no environment variable and pr
 """
 
 from jobguard.current import CurrentJob, current, lock
+from jobguard.effects import aonce, once
 from jobguard.errors import (
     BreakerOpen,
     ConfigurationError,
     ConflictingGuard,
+    EffectInDoubt,
+    EffectInProgress,
     JobguardError,
     NotMigrated,
+    NotTransactional,
     StoreUnavailable,
     UnsupportedTarget,
 )
@@ -28,13 +32,18 @@ __all__ = [
     "ConfigurationError",
     "ConflictingGuard",
     "CurrentJob",
+    "EffectInDoubt",
+    "EffectInProgress",
     "JobGuard",
     "JobguardError",
     "NotMigrated",
+    "NotTransactional",
     "StoreUnavailable",
     "UnsupportedTarget",
     "__version__",
+    "aonce",
     "current",
     "guard",
     "lock",
+    "once",
 ]

@@ -186,6 +186,29 @@ class Tracker(Protocol):
     def unlock(self, name: str, claim: Claim) -> None:
         """Release a lock of this claim."""
 
+    def begin_effect(
+        self, name: str, job_id: str | None, claim: Claim, *, again: bool
+    ) -> tuple[str, str | None]:
+        """Begin an effect of a run; see jobguard.once. Raises StoreUnavailable."""
+
+    def finish_effect(self, name: str, claim: Claim, result: str | None) -> None:
+        """Store that an effect is done. Raises StoreUnavailable."""
+
+    def forget_effect(self, name: str, claim: Claim) -> None:
+        """Delete an effect that is not done. Raises StoreUnavailable."""
+
+    def effect_values(self, name: str, job_id: str | None, claim: Claim) -> dict[str, str]:
+        """Return the parameters of an effect for the application's connection."""
+
+    def seal_result(self, result: str | None) -> str | None:
+        """Return the result of an effect as it is stored."""
+
+    def unseal_result(self, stored: str | None) -> str | None:
+        """Return the result of an effect as it was given."""
+
+    def installation_id(self) -> str:
+        """Return the identity of the ledger. Raises StoreUnavailable."""
+
     def recovers(self, tokens: Sequence[UUID], *, began: bool = True) -> frozenset[UUID] | None:
         """Return those that the leader restores if their run was killed or was lost with its worker.
 
@@ -441,6 +464,7 @@ def running_job(
             attrs=attrs or None,
         )
 
+    claimed = _Claimed(tracker, claim)
     return running(
         CurrentJob(
             job_id,
@@ -448,14 +472,15 @@ def running_job(
             report,
             recovered=claim.number > 1,
             crashes=claim.crashes,
-            _claim=_Claimed(tracker, claim),
+            _claim=claimed,
+            _effects=claimed,
         )
     )
 
 
 @dataclass(frozen=True, slots=True)
 class _Claimed:
-    """The claim of a running job; see jobguard.current.Claimed."""
+    """The claim of a running job; see Claimed and EffectLedger in jobguard.current."""
 
     tracker: Tracker
     claim: Claim
@@ -471,6 +496,34 @@ class _Claimed:
     def unlock(self, name: str) -> None:
         """Release a lock in the ledger."""
         self.tracker.unlock(name, self.claim)
+
+    def begin_effect(self, name: str, job_id: str | None, *, again: bool) -> tuple[str, str | None]:
+        """Begin an effect in the ledger."""
+        return self.tracker.begin_effect(name, job_id, self.claim, again=again)
+
+    def finish_effect(self, name: str, result: str | None) -> None:
+        """Store in the ledger that the effect is done."""
+        self.tracker.finish_effect(name, self.claim, result)
+
+    def forget_effect(self, name: str) -> None:
+        """Delete the effect in the ledger."""
+        self.tracker.forget_effect(name, self.claim)
+
+    def seal_result(self, result: str | None) -> str | None:
+        """Return the result of an effect as it is stored."""
+        return self.tracker.seal_result(result)
+
+    def unseal_result(self, stored: str | None) -> str | None:
+        """Return the result of an effect as it was given."""
+        return self.tracker.unseal_result(stored)
+
+    def installation_id(self) -> str:
+        """Return the identity of the ledger."""
+        return self.tracker.installation_id()
+
+    def effect_values(self, name: str, job_id: str | None) -> dict[str, str]:
+        """Return the parameters of the effect for the application's connection."""
+        return self.tracker.effect_values(name, job_id, self.claim)
 
 
 def refuse_ended_member(tracker: Tracker, token: UUID) -> Refused | None:

@@ -29,6 +29,31 @@ class Claimed(Protocol):
         """Release the lock."""
 
 
+class EffectLedger(Protocol):
+    """The effects of a running job. Each method raises StoreUnavailable: no effect without the ledger."""
+
+    def begin_effect(self, name: str, job_id: str | None, *, again: bool) -> tuple[str, str | None]:
+        """Begin an effect; return the verdict and the stored result, see jobguard.once."""
+
+    def finish_effect(self, name: str, result: str | None) -> None:
+        """Store that the effect is done."""
+
+    def forget_effect(self, name: str) -> None:
+        """Delete an effect that was begun and is not done."""
+
+    def seal_result(self, result: str | None) -> str | None:
+        """Return a result as it is stored."""
+
+    def unseal_result(self, stored: str | None) -> str | None:
+        """Return a result as it was given."""
+
+    def installation_id(self) -> str:
+        """Return the identity of the ledger."""
+
+    def effect_values(self, name: str, job_id: str | None) -> dict[str, str]:
+        """Return the parameters with which the application's connection begins an effect."""
+
+
 @dataclass(frozen=True, slots=True)
 class CurrentJob:
     """The job that runs in this context; outside of a job, an empty one."""
@@ -41,6 +66,7 @@ class CurrentJob:
     crashes: int = 0
     """The number of workers that died while they ran this job."""
     _claim: Claimed | None = field(default=None, repr=False)
+    _effects: EffectLedger | None = field(default=None, repr=False)
     _locks: dict[str, int] = field(default_factory=dict, repr=False, compare=False)
 
     def __bool__(self) -> bool:

@@ -65,6 +65,18 @@ class NotTransactional(NotWritten):
     """This cannot be sent as a part of a transaction: nothing was sent."""
 
 
+class EffectInProgress(JobguardError):
+    """Another run does this effect at this moment. The job may try again later."""
+
+
+class EffectInDoubt(JobguardError):
+    """An earlier run began this effect and did not report its end: it may have happened."""
+
+
+class EffectResultRefused(ConfigurationError):
+    """The result of an effect is no JSON or too large. The effect itself has happened."""
+
+
 class TooManyConnections(NotWritten):
     """Postgres has no free connection for this role or for any role."""
 

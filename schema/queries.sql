@@ -153,6 +153,37 @@ returning true
 delete from jobguard.locks l
 where l.source = %(source)s and l.name = %(name)s and l.token = %(token)s
 
+-- name: begin_effect
+select verdict, result
+from jobguard.begin_effect(%(source)s, %(key)s, %(job_id)s, %(token)s, %(number)s::int, %(again)s, false)
+
+-- name: begin_effect_in_transaction
+-- The same as a part of a transaction of the application, on its connection: each parameter is a text.
+select verdict, result
+from jobguard.begin_effect(
+  cast(cast(%(source)s as text) as bigint), cast(%(key)s as text), nullif(cast(%(job_id)s as text), ''),
+  cast(cast(%(token)s as text) as uuid), cast(cast(%(number)s as text) as int),
+  cast(cast(%(again)s as text) as bool), true)
+
+-- name: finish_effect
+update jobguard.effects e set done_at = now(), result = %(result)s::text
+where e.key = %(key)s and e.source = %(source)s and e.token = %(token)s
+  and %(number)s::int in (0, e.number) and e.done_at is null
+
+-- name: store_effect
+-- Store the result of an effect of the application's transaction, on its connection.
+update jobguard.effects e set result = cast(%(result)s as text)
+where e.key = cast(%(key)s as text) and e.source = cast(cast(%(source)s as text) as bigint)
+returning e.key
+
+-- name: forget_effect
+delete from jobguard.effects e
+where e.key = %(key)s and e.source = %(source)s and e.token = %(token)s
+  and %(number)s::int in (0, e.number) and e.done_at is null
+
+-- name: forget_effects
+select jobguard.forget_effects(now() - jobguard.longest_retention(make_interval(secs => %(retention)s)))
+
 -- name: forget_locks
 -- Delete old locks of runs that were killed.
 delete from jobguard.locks l

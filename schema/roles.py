@@ -38,6 +38,7 @@ _OF_THE_APP: Final = MappingProxyType(
         "joins": _ALL,
         "join_parts": _ALL,
         "locks": _ALL,
+        "effects": _ALL,
     }
 )
 _SEALED_FROM_THE_READER: Final = ("envelope", "state")

@@ -69,7 +69,7 @@ def unreadable(error: Exception) -> Exception:
     """Return the error for a ledger that the connection cannot read."""
     return ConfigurationError(
         f"this connection cannot read the ledger of jobguard: {str(error).strip()}. The ledger must be in "
-        "the same database (`jobguard migrate`), and the role needs its rights (grants.sql)"
+        "the same database (`jobguard migrate`), and the role needs the rights of jobguard_app"
     )
 
 

@@ -57,6 +57,7 @@ from jobguard.model import Claim, ClaimAnswer, Delivery, End, Ended, Outcome, Re
 from jobguard.redact import redact
 from jobguard.sealing import Sealer
 from jobguard.settings import Settings
+from jobguard.store import texts
 from jobguard.store.protocols import ClaimRequest, HostStore, SourceRow
 
 _UNSHARED = ("outbox", "replay", "newest")
@@ -84,7 +85,8 @@ class HostTracker:
     ) -> None:
         self.source = source
         self.settings = settings
-        self.seal = Sealer(settings.encrypt).seal
+        self._sealer = Sealer(settings.encrypt)
+        self.seal = self._sealer.seal
         self._make_store = store
         self._queues = queues
         self.client = client
@@ -570,6 +572,53 @@ class HostTracker:
         # If this fails, the lock ends with the claim.
         source = self.source.id
         self._try_call("unlock", lambda store: store.unlock(source, name, token=claim.token))
+
+    def begin_effect(
+        self, name: str, job_id: str | None, claim: Claim, *, again: bool
+    ) -> tuple[str, str | None]:
+        """Begin an effect of a run; see Tracker."""
+        source = self.source.id
+        answer: tuple[str, str | None] = self.call(
+            lambda store: store.begin_effect(
+                source, name, job_id=job_id, token=claim.token, number=claim.number, again=again
+            )
+        )
+        verdict, result = answer
+        return verdict, self.unseal_result(result)
+
+    def seal_result(self, result: str | None) -> str | None:
+        """Return the result of an effect as it is stored."""
+        return self._sealer.seal_text(result)
+
+    def unseal_result(self, stored: str | None) -> str | None:
+        """Return the result of an effect as it was given."""
+        return None if stored is None else self._sealer.unseal_text(stored)
+
+    def finish_effect(self, name: str, claim: Claim, result: str | None) -> None:
+        """Store that an effect is done; see Tracker."""
+        source, stored = self.source.id, self.seal_result(result)
+        self.call(
+            lambda store: store.finish_effect(
+                source, name, token=claim.token, number=claim.number, result=stored
+            )
+        )
+
+    def forget_effect(self, name: str, claim: Claim) -> None:
+        """Delete an effect that is not done; see Tracker."""
+        source = self.source.id
+        self.call(
+            lambda store: store.forget_effect(source, name, token=claim.token, number=claim.number)
+        )
+
+    def effect_values(self, name: str, job_id: str | None, claim: Claim) -> dict[str, str]:
+        """Return the parameters of an effect for the application's connection; see Tracker."""
+        return {
+            "source": str(self.source.id),
+            "key": texts.escaped(texts.key(name)),
+            "job_id": texts.escaped(job_id or ""),
+            "token": str(claim.token),
+            "number": str(claim.number),
+        }
 
     def recovers(self, tokens: Sequence[UUID], *, began: bool = True) -> frozenset[UUID] | None:
         """Return the deliveries that the leader restores if their run is killed; see Tracker."""

@@ -220,7 +220,7 @@ def transaction(trackers: Sequence[TransactionTracker], caller: Caller) -> Itera
     if caller.is_idle:
         push_committed(caller.connection)  # of transactions that have ended without a hook
     with caller.begin() as owns:
-        _verify(trackers, caller)
+        _verify([tracker.installation_id for tracker in trackers], caller)
         mine = [Transaction(tracker, caller.record) for tracker in trackers]
         with _opened(mine):
             yield
@@ -237,7 +237,7 @@ async def atransaction(
     if caller.is_idle:
         await asyncio.to_thread(push_committed, caller.connection)
     async with caller.begin() as owns:
-        await _averify(trackers, caller)
+        await _averify([tracker.installation_id for tracker in trackers], caller)
         mine = [Transaction(tracker, None) for tracker in trackers]
         with _opened(mine):
             yield
@@ -247,6 +247,22 @@ async def atransaction(
     _after(mine, caller, owns=owns)
     if owns:
         await asyncio.to_thread(push_committed, caller.connection)
+
+
+@contextmanager
+def begun(ledger: Callable[[], str], caller: Caller) -> Iterator[None]:
+    """Open a transaction or a savepoint on a connection that reaches this ledger."""
+    with caller.begin():
+        _verify([ledger], caller)
+        yield
+
+
+@asynccontextmanager
+async def abegun(ledger: Callable[[], str], caller: AsyncCaller) -> AsyncIterator[None]:
+    """Do the same for asyncio."""
+    async with caller.begin():
+        await _averify([ledger], caller)
+        yield
 
 
 @contextmanager
@@ -274,33 +290,33 @@ def _push_soon(connection: Any) -> None:
         loop.run_in_executor(None, push_committed, connection)
 
 
-def _known(trackers: Sequence[TransactionTracker], caller: Caller | AsyncCaller) -> str | None:
+def _known(asked: Sequence[Callable[[], str]], caller: Caller | AsyncCaller) -> str | None:
     """Return the ledger that the connection must reach; None if that is known."""
     if caller.autocommits:
         raise ConfigurationError(
             "the connection is in autocommit mode, and its driver opens no transaction in it: turn "
             "autocommit off for transaction()"
         )
-    ledgers = {tracker.installation_id() for tracker in trackers}
+    ledgers = {ask() for ask in asked}
     if len(ledgers) > 1:
         raise ConfigurationError("the guards have ledgers in different databases")
     known = _verified.setdefault(caller.connection, set())
     return next((ledger for ledger in ledgers if ledger not in known), None)
 
 
-def _verify(trackers: Sequence[TransactionTracker], caller: Caller) -> None:
+def _verify(asked: Sequence[Callable[[], str]], caller: Caller) -> None:
     """Check once for each connection that it reaches the ledger of these guards.
 
     It is called inside the block's own transaction or savepoint, which an error ends.
     """
-    ledger = _known(trackers, caller)
+    ledger = _known(asked, caller)
     if ledger is not None:
         _check(ledger, caller.installation())
         _verified[caller.connection].add(ledger)
 
 
-async def _averify(trackers: Sequence[TransactionTracker], caller: AsyncCaller) -> None:
-    ledger = _known(trackers, caller)
+async def _averify(asked: Sequence[Callable[[], str]], caller: AsyncCaller) -> None:
+    ledger = _known(asked, caller)
     if ledger is not None:
         _check(ledger, await caller.installation())
         _verified[caller.connection].add(ledger)

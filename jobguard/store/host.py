@@ -199,6 +199,45 @@ class PostgresStore:
             self._sql["unlock"], {"source": source, "name": texts.key(name), "token": token}
         )
 
+    def begin_effect(
+        self, source: int, name: str, *, job_id: str | None, token: UUID, number: int, again: bool
+    ) -> tuple[str, str | None]:
+        """Begin an effect on behalf of a claim; see HostStore."""
+        rows = self._db.execute(
+            self._sql["begin_effect"],
+            {
+                "source": source,
+                "key": texts.key(name),
+                "job_id": job_id,
+                "token": token,
+                "number": number,
+                "again": again,
+            },
+        )
+        return rows[0][0], rows[0][1]
+
+    def finish_effect(
+        self, source: int, name: str, *, token: UUID, number: int, result: str | None
+    ) -> None:
+        """Store that an effect is done; see HostStore."""
+        self._db.execute(
+            self._sql["finish_effect"],
+            {
+                "source": source,
+                "key": texts.key(name),
+                "token": token,
+                "number": number,
+                "result": result,
+            },
+        )
+
+    def forget_effect(self, source: int, name: str, *, token: UUID, number: int) -> None:
+        """Delete an effect that is not done; see HostStore."""
+        self._db.execute(
+            self._sql["forget_effect"],
+            {"source": source, "key": texts.key(name), "token": token, "number": number},
+        )
+
     def release(self, source: int, token: UUID, worker: UUID, *, number: int) -> None:
         """Remove this worker's claim; see HostStore."""
         self._db.execute(

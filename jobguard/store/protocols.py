@@ -249,6 +249,24 @@ class HostStore(Protocol):
     def unlock(self, source: int, name: str, *, token: UUID) -> None:
         """Release a lock if it belongs to this delivery."""
 
+    def begin_effect(
+        self, source: int, name: str, *, job_id: str | None, token: UUID, number: int, again: bool
+    ) -> tuple[str, str | None]:
+        """Begin an effect on behalf of a claim; return the verdict, and the result of a done one.
+
+        The verdict is "first", "done", "busy" (the claim of another live worker does it), "left" (a claim
+        that has ended left it behind, and ``again`` is false) or "unclaimed" (this claim does not exist).
+        ``job_id``: it is an effect of this job, which ends with the completion of the job.
+        """
+
+    def finish_effect(
+        self, source: int, name: str, *, token: UUID, number: int, result: str | None
+    ) -> None:
+        """Store that an effect of this claim is done."""
+
+    def forget_effect(self, source: int, name: str, *, token: UUID, number: int) -> None:
+        """Delete an effect of this claim that is not done."""
+
     def close(self) -> None:
         """Close the connection."""
 

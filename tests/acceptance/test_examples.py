@@ -24,6 +24,7 @@ WORKERS = {
     "rq_app": RQ_WORKER,
     "fastapi_app": RQ_WORKER,
     "transactions_app": RQ_WORKER,
+    "once_app": RQ_WORKER,
     "django_rq_app": (sys.executable, str(EXAMPLES / "django_rq_app.py"), "rqworker", "mail"),
     "celery_app": (
         *(str(BIN / "celery"), "-A", "celery_app", "--workdir", str(EXAMPLES)),

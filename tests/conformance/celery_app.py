@@ -25,7 +25,7 @@ def make(redis_url: str) -> Celery:
         worker_send_task_events=False,
         broker_connection_retry_on_startup=True,
     )
-    for plain in (tasks.say, tasks.fail, tasks.probe, tasks.nap, tasks.die, tasks.hold):
+    for plain in (tasks.say, tasks.fail, tasks.pay, tasks.probe, tasks.nap, tasks.die, tasks.hold):
         app.task(_retried(plain), bind=True, shared=False, name=name_of(plain.__name__))
     app.finalize()
     return app

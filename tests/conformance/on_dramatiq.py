@@ -28,7 +28,9 @@ from tests.conformance.library import QUEUE, Library
 from tests.support import eventually
 
 MINUTE = 60_000
-_TASKS = {name: getattr(tasks, name) for name in ("say", "fail", "probe", "nap", "die", "hold")}
+_TASKS = {
+    name: getattr(tasks, name) for name in ("say", "fail", "pay", "probe", "nap", "die", "hold")
+}
 _NO_JOBS = ("dramatiq:__heartbeats__", "dramatiq:__acks__", "jobguard:")
 
 

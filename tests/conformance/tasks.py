@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+import psycopg
 
 import jobguard
 
@@ -24,6 +27,31 @@ def fail(ledger: str, word: object = "ran") -> None:
     """Fail."""
     say(ledger, word)
     raise ValueError("fails on purpose")
+
+
+def pay(ledger: str, database: str) -> None:
+    """Do two effects once, and fail in the first attempt."""
+    with psycopg.connect(database) as connection, jobguard.once("pay", conn=connection) as first:
+        if first:
+            connection.execute("insert into public.payments default values")
+            first.result = "paid"
+    jobguard.once("mail", lambda: say(ledger, f"mail:{first.result}"))
+    asyncio.run(_pay(ledger, database))
+    if jobguard.current().attempt == 1:
+        raise ValueError("fails on purpose")
+
+
+async def _pay(ledger: str, database: str) -> None:
+    async def mail() -> None:
+        say(ledger, "sms")
+
+    async with (
+        await psycopg.AsyncConnection.connect(database) as connection,
+        jobguard.aonce("pay by phone", conn=connection) as first,
+    ):
+        if first:
+            await connection.execute("insert into public.payments default values")
+    await jobguard.aonce("sms", mail)
 
 
 def probe(ledger: str, word: object = "ran") -> None:

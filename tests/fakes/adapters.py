@@ -150,6 +150,32 @@ class FakeTracker:
     def unlock(self, name: str, claim: Claim) -> None:
         """Release no lock, because none is kept."""
 
+    def begin_effect(
+        self, name: str, job_id: str | None, claim: Claim, *, again: bool
+    ) -> tuple[str, str | None]:
+        """Begin every effect."""
+        return "first", None
+
+    def finish_effect(self, name: str, claim: Claim, result: str | None) -> None:
+        """Keep nothing."""
+
+    def forget_effect(self, name: str, claim: Claim) -> None:
+        """Keep nothing."""
+
+    def effect_values(self, name: str, job_id: str | None, claim: Claim) -> dict[str, str]:
+        """Return no parameters: no connection of an application is used."""
+        return {}
+
+    def seal_result(self, result: str | None) -> str | None:
+        """Return the result unchanged."""
+        return result
+
+    unseal_result = seal_result
+
+    def installation_id(self) -> str:
+        """Return an identity."""
+        return "fake"
+
     # The members that tests read.
 
     @property

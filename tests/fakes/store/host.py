@@ -26,7 +26,7 @@ from jobguard.model import (
     WorkerDeclaredDead,
 )
 from jobguard.store.protocols import BeatReply, ClaimRequest, SourceRow
-from tests.fakes.store.tables import Job, Key, Run, Suspect, Tables, Tombstone, Worker
+from tests.fakes.store.tables import Effect, Job, Key, Run, Suspect, Tables, Tombstone, Worker
 
 _WATCHED = 300.0
 """Seconds after a leader's last tick in a source during which the source counts as watched."""
@@ -308,6 +308,55 @@ class MemoryHostStore:
             lock = self._tables.locks.get((source, name))
             if lock is not None and lock[0] == (source, token):
                 del self._tables.locks[source, name]
+
+    def begin_effect(
+        self, source: int, name: str, *, job_id: str | None, token: UUID, number: int, again: bool
+    ) -> tuple[str, str | None]:
+        tables = self._tables
+        with tables.open():
+            run = tables.running.get((source, token))
+            if run is None or number not in (0, run.number):
+                return "unclaimed", None
+            mine = Effect(token, run.number, job_id)
+            effect = tables.effects.setdefault((source, name), mine)
+            if effect is mine:
+                return "first", None
+            over = (Outcome.COMPLETED, Outcome.CANCELLED)
+            another_job = job_id is not None and any(
+                key[0] == source
+                and stone.job_id == job_id
+                and stone.outcome in over
+                and token != key[1] >= effect.token
+                for key, stone in tables.history.items()
+            )
+            if not another_job:
+                if effect.done:
+                    return "done", effect.result
+                theirs = tables.running.get((source, effect.token))
+                stands = theirs is not None and theirs.number == effect.number
+                other = (effect.token, effect.number) != (token, run.number)
+                held = theirs is not None and tables.lives((source, effect.token), theirs)
+                if other and stands and held:
+                    return "busy", None
+                if not again:
+                    return "left", None
+            tables.effects[source, name] = mine
+            return "first", None
+
+    def finish_effect(
+        self, source: int, name: str, *, token: UUID, number: int, result: str | None
+    ) -> None:
+        with self._tables.open():
+            effect = self._tables.effects.get((source, name))
+            if effect is not None and effect.token == token and number in (0, effect.number):
+                effect.done, effect.result = True, result
+
+    def forget_effect(self, source: int, name: str, *, token: UUID, number: int) -> None:
+        with self._tables.open():
+            effect = self._tables.effects.get((source, name))
+            mine = effect is not None and (effect.token, effect.done) == (token, False)
+            if effect is not None and mine and number in (0, effect.number):
+                del self._tables.effects[source, name]
 
     def release(self, source: int, token: UUID, worker: UUID, *, number: int) -> None:
         with self._tables.open():

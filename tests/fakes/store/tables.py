@@ -92,6 +92,15 @@ class Suspect:
 
 
 @dataclass(slots=True)
+class Effect:
+    token: UUID
+    number: int
+    job_id: str | None
+    done: bool = False
+    result: str | None = None
+
+
+@dataclass(slots=True)
 class Join:
     size: int = 0
     state: bytes = b""
@@ -139,6 +148,7 @@ class Tables:
         self.workers: dict[UUID, Worker] = {}
         self.suspects: dict[Key, Suspect] = {}
         self.locks: dict[tuple[int, str], tuple[Key, int]] = {}  # by name: the claim and its number
+        self.effects: dict[tuple[int, str], Effect] = {}
         self.outbox: dict[Key, tuple[float, bool]] = {}
         """When it was left there, and whether it is certain that nothing was sent."""
         self.unseen: dict[Key, float] = {}
