@@ -35,10 +35,15 @@ COMMANDS = {
     "requeue": ("jobguard.cli.requeue:command", "Put back owed jobs that are not recovered."),
     "pause": ("jobguard.cli.brake:pause", "Stop putting jobs back until `resume`."),
     "resume": ("jobguard.cli.brake:resume", "Continue after `pause`, or after a hold."),
+    "dashboard": ("jobguard.cli.dashboard:command", "Show and do all this in a browser."),
     "doctor": ("jobguard.cli.doctor:command", "Check everything that jobguard relies on."),
     "encrypt": ("jobguard.cli.encrypt:command", "Make keys, and seal stored jobs with them."),
     "demo": ("jobguard.demo:command", "Kill Redis and workers, and count lost jobs."),
 }
+
+
+_EXTRAS = {"dashboard": "dashboard"}
+"""Commands that need another extra than `demo` does."""
 
 
 class _Commands(click.Group):
@@ -59,7 +64,7 @@ class _Commands(click.Group):
                 raise
             raise click.ClickException(
                 f"`jobguard {cmd_name}` needs the package {missing}: "
-                "pip install 'jobguard[rq,embedded]'"
+                f"pip install 'jobguard[{_EXTRAS.get(cmd_name, 'rq,embedded')}]'"
             ) from error
         assert isinstance(command, click.Command)
         return command

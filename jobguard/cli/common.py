@@ -16,6 +16,7 @@ import click
 
 from jobguard.conninfo import postgres_conninfo
 from jobguard.errors import ConfigurationError, JobguardError, StoreUnavailable
+from jobguard.operations.text import HOSTILE, visible
 from jobguard.redis_urls import split_urls
 from jobguard.settings import Settings, settings_from, unknown_variables
 
@@ -94,27 +95,16 @@ def open_ledger(postgres: str | None, namespace: str | None) -> Iterator[tuple[O
         yield ledger, settings.namespace
 
 
-_HOSTILE = re.compile(
-    "[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]"
-)
-"""Characters that move the cursor, change colours or the direction of a text, or cannot be encoded."""
-
-
 def safe(text: object) -> str:
     """Return a text for a terminal: queue names, ids and errors may contain what it would obey."""
-    return _HOSTILE.sub(
-        lambda found: (
-            f"\\x{ord(found[0]):02x}" if ord(found[0]) < 256 else f"\\u{ord(found[0]):04x}"
-        ),
-        str(text),
-    )
+    return visible(text)
 
 
 def print_json(value: Any) -> None:
     """Print one JSON value, with times in ISO 8601."""
     text = json.dumps(value, default=_plain, ensure_ascii=False, indent=2)
     lines = (
-        _HOSTILE.sub(lambda found: f"\\u{ord(found[0]):04x}", line) for line in text.split("\n")
+        HOSTILE.sub(lambda found: f"\\u{ord(found[0]):04x}", line) for line in text.split("\n")
     )
     click.echo("\n".join(lines))
 

@@ -30,7 +30,10 @@ STATES = (*OWED_STATES, *ENDED_STATES)
 USUAL = tuple(state for state in STATES if state != "superseded")
 """The states of a list for which none is named: a superseded delivery was replaced by another one."""
 
-_BUDGET = 10_000
+_BUDGET = 5_000
+"""Rows that one query reads, beside each other in the table."""
+_SCATTERED = 1_000
+"""Rows that one query reads where each is in another place of the table: the few that were given up."""
 _SMALL = 20_000
 """Number of rows up to which rows are counted at once, instead of taken from the leader's count."""
 _RARE = frozenset(("failed", "dead", "cancelled"))
@@ -67,6 +70,14 @@ class JobFilter:
         for name in ("since", "until", "due_before"):
             if isinstance(at := getattr(self, name), datetime) and at.tzinfo is None:
                 object.__setattr__(self, name, at.astimezone())
+
+    @property
+    def is_plain(self) -> bool:
+        """True if nothing but times selects: then the rows of a page are beside each other."""
+        return self.states == () and all(
+            getattr(self, name) is None
+            for name in ("queue", "task", "worker", "error", "priority", "due_before")
+        )
 
     @property
     def owed(self) -> frozenset[str]:
@@ -189,7 +200,7 @@ with scanned as materialized (
          h.ended_at, h.worker, w.name as worker_name, w.host as worker_host,
          case when h.errors[cardinality(h.errors)] like 'sealed:1:%'
               then h.errors[cardinality(h.errors)]
-              else left(h.errors[cardinality(h.errors)], 500) end as error
+              else right(h.errors[cardinality(h.errors)], 500) end as error
   from scanned h
   join jobguard.sources s on s.id = h.source and s.namespace = :namespace
   left join jobguard.workers w on w.id = h.worker
@@ -302,18 +313,19 @@ where s.namespace = :namespace and (:gone or (w.dead_at is null and w.left_at is
 order by w.dead_at is null and w.left_at is null desc, s.library, w.host, w.name, w.id limit :limit
 """)
 
-# Numbers, ids and addresses differ between errors of one kind.
+# Numbers, ids and addresses differ between errors of one kind. The last line of a traceback is the error.
 _ERRORS = sa.text("""
 with few as materialized (
   select h.token, h.source, h.job_id, h.queue, h.task, h.outcome, h.ended_at,
-         left(h.errors[cardinality(h.errors)], 300) as error
+         case when h.errors[cardinality(h.errors)] like 'sealed:1:%' then 'sealed:1:'
+              else right(h.errors[cardinality(h.errors)], 1000) end as error
   from jobguard.history h
   where h.outcome in ('failed', 'dead', 'cancelled') and h.token >= '00000000-0000-0000-0000-000000000000'
   order by h.token desc limit :budget
 )
 select f.outcome::text as state, f.queue, f.task,
        regexp_replace(case when f.error like 'sealed:1:%' then '(sealed)'
-                           else split_part(coalesce(f.error, ''), chr(10), 1) end,
+                           else regexp_replace(rtrim(coalesce(f.error, ''), E' \n'), '^.*\n', '', 's') end,
                       '0x[0-9a-f]+|[0-9a-f]{8}-[0-9a-f-]{27}|\\d+', '#', 'gi') as error,
        count(*) as count, min(f.ended_at) as first_at, max(f.ended_at) as last_at,
        (array_agg(f.job_id order by f.token desc))[1] as job_id
@@ -388,7 +400,6 @@ class ReadModel(PostgresLedger):
             "namespace": namespace,
             "before": before,
             "since": since,
-            "budget": max(_BUDGET, limit + 1),
             "limit": limit + 1,
             "queue": wanted.queue,
             "task": wanted.task,
@@ -398,8 +409,13 @@ class ReadModel(PostgresLedger):
         reached = _FIRST
         with self._begin(snapshot=True) as connection:
             for query, states, more in _queries(wanted):
-                rows = people.rows(connection, query, **values, **more, states=list(states))
-                if rows[0]["scanned"] >= values["budget"]:
+                most = max(more.pop("budget"), limit + 1)
+                if wanted.is_plain:  # nearly every row fits
+                    most = min(most, 2 * (limit + 1))
+                rows = people.rows(
+                    connection, query, **values, **more, states=list(states), budget=most
+                )
+                if rows[0]["scanned"] >= most:
                     reached = max(reached, rows[0]["last"])
                 here = [row for row in rows if row["token"] is not None]
                 if len(here) > limit:
@@ -407,7 +423,7 @@ class ReadModel(PostgresLedger):
                 found += here
         for row in found:
             if row["error"]:
-                row["error"] = self._sealer.unseal_text(row["error"])[:500]
+                row["error"] = self._sealer.unseal_text(row["error"])[-500:]
         return _page(found, reached, limit)
 
     def each_job(
@@ -498,10 +514,15 @@ class ReadModel(PostgresLedger):
             return people.rows(connection, _WORKERS, namespace=namespace, gone=gone, limit=limit)
 
     def errors(self, namespace: str, *, queue: str | None = None, limit: int = 50) -> list[Row]:
-        """Return the latest failed and dead jobs, grouped by queue, task and first line of the error."""
+        """Return the latest failed and dead jobs, grouped by queue, task and last line of the error."""
         with self._begin(snapshot=True) as connection:
             return people.rows(
-                connection, _ERRORS, namespace=namespace, queue=queue, limit=limit, budget=_BUDGET
+                connection,
+                _ERRORS,
+                namespace=namespace,
+                queue=queue,
+                limit=limit,
+                budget=_SCATTERED,
             )
 
     def sources(self, namespace: str) -> list[Row]:
@@ -530,21 +551,22 @@ class ReadModel(PostgresLedger):
 def _queries(wanted: JobFilter) -> Iterator[tuple[sa.TextClause, frozenset[str], Row]]:
     """Yield the query of the owed and of the ended, if any of them may fit, with the states and values."""
     if owed := wanted.owed:
-        scanned = _ALL_OWED
+        scanned, budget = _ALL_OWED, _BUDGET
         if owed == {"processing"}:
-            scanned = _OF.format(suspects="")
+            scanned, budget = _OF.format(suspects=""), _SCATTERED
         elif owed <= {"processing", "stuck"}:
-            scanned = _OF.format(suspects=_SUSPECTS)
+            scanned, budget = _OF.format(suspects=_SUSPECTS), _SCATTERED
         query = _OWED.format(scanned=scanned, columns=_OWED_COLUMNS)
         yield (
             sa.text(query),
             owed,
-            {"priority": wanted.priority, "due_before": wanted.due_before},
+            {"priority": wanted.priority, "due_before": wanted.due_before, "budget": budget},
         )
     if ended := wanted.ended:
         # The words of the index, or the planner does not see that it serves.
         rare = "and h.outcome in ('failed', 'dead', 'cancelled')" if ended <= _RARE else ""
-        yield sa.text(_ENDED.format(rare=rare)), ended, {"error": wanted.error}
+        budget = _SCATTERED if rare else _BUDGET
+        yield sa.text(_ENDED.format(rare=rare)), ended, {"error": wanted.error, "budget": budget}
 
 
 def _bounds(wanted: JobFilter, after: str | None) -> tuple[UUID, UUID]:

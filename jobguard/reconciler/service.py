@@ -370,7 +370,12 @@ class Service:
     def _count(self, now: float) -> None:
         """Count jobs for people who look. It takes at most a twentieth of the time."""
         seconds = _COUNTED
-        if now >= self._due.get("recount", 0.0):  # Ends that were spooled come with their own time.
+        recount = self._due.get("recount")
+        if (
+            recount is None
+        ):  # The leader before may have counted nothing, or be of an older version.
+            self._due["recount"], seconds = now + _RECOUNT, self._settings.retention
+        elif now >= recount:  # Ends that were spooled come with their own time.
             self._due["recount"], seconds = now + _RECOUNT, _RECOUNTED
         try:
             self._store.count_up(self._leadership.term, seconds=seconds)

@@ -267,7 +267,7 @@ def test_incidents_show_losses_and_what_was_put_back(
 def test_errors_are_grouped_by_their_kind(rows: Rows, model: ReadModel) -> None:
     """Failed and dead jobs whose errors differ in numbers and ids alone are one group."""
     for n in range(3):
-        rows.ended(f"a{n}", "failed", errors=[f"KeyError: {n} at 0x7f{n}\nmore"])
+        rows.ended(f"a{n}", "failed", errors=[f"Traceback\nKeyError: {n} at 0x7f{n}\n"])
     rows.ended("b", "dead", errors=["3 worker deaths"])
     rows.ended("ok", "completed")
     groups = model.errors(HERE)

@@ -11,13 +11,18 @@ from __future__ import annotations
 import re
 import time
 import uuid
+from contextlib import closing
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import psycopg
 import pytest
+import sqlalchemy as sa
 
 import jobguard.store.connection
 from jobguard.model import Claim, Delivery, End, Outcome, Parent, new_token
+from jobguard.operations import read
+from jobguard.operations.read import JobFilter, ReadModel
 from jobguard.settings import Settings
 from jobguard.store.host import PostgresStore
 from jobguard.store.leader import PostgresLeaderStore
@@ -315,6 +320,33 @@ def test_leader_statements_after_a_queue_was_drained(drained: str) -> None:
         leader.close_owed(term, SOURCE, [Closing(token, Outcome.COMPLETED) for token in some[:2]])
     leader.close()
     assert not plans.whole_reads(), plans.whole_reads()[0]
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        JobFilter(),
+        JobFilter(queue="none"),
+        JobFilter(("failed", "dead"), error="x"),
+        JobFilter(("stuck",)),
+        JobFilter(("processing",), worker="w"),
+        JobFilter(until=datetime.now(UTC)),
+    ],
+    ids=["all", "queue", "error", "stuck", "processing", "until"],
+)
+def test_lists_for_people_read_no_whole_table(much: str, wanted: JobFilter) -> None:
+    """A list is read in the order of the tokens, by an index, and stops at its bound."""
+    before, since = read._bounds(wanted, None)
+    with closing(ReadModel(lambda: much)) as model, model._begin() as connection:
+        for query, states, more in read._queries(wanted):
+            values = {name: getattr(wanted, name) for name in ("queue", "task", "worker")} | more
+            values |= {"namespace": "default", "before": before, "since": since, "limit": 51}
+            values |= {"states": list(states), "budget": 1000}
+            plan = connection.execute(sa.text(f"explain {query.text}"), values).scalars().all()
+            # A partition that is still empty is read at no cost.
+            scan = r"Seq Scan on (?:jobs|history).*\.\.\d{3,}\.\d\d rows"
+            whole = [line for line in plan if re.search(scan, line)]
+            assert not whole, "\n".join(plan)
 
 
 def test_a_whole_read_is_detected(host: PostgresStore) -> None:
