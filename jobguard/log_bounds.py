@@ -46,6 +46,7 @@ LIMITED: Mapping[str, tuple[str, ...]] = {
     "row_refused": (),
     "spool_full": (),
     "spool_replayed": (),
+    "stream_drained": ("source",),
     "stream_refused": (),
     "stream_full": (),
     "stream_left": ("source",),

@@ -87,6 +87,9 @@ class Workers:
             {queue: frozenset(names) for queue, names in by_queue.items()},
             frozenset(alive) | self._unexplained(),
             self._listeners.refused,
+            # Only guarded workers announce themselves, and a worker of another ledger has a connection
+            # that is not ours.
+            proved=frozenset(worker.name for worker in announced),
         )
 
     def _unexplained(self) -> frozenset[str]:

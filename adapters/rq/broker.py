@@ -200,7 +200,9 @@ class RQBroker:
         }
         registered = frozenset(chain.from_iterable(by_queue.values()))
         strangers = self._unexplained(registered)
-        return Consumers(by_queue, strangers, self._listeners.refused)
+        named = {c.mark.name for c in self._listeners.inspect() if c.ours and c.mark is not None}
+        proved = frozenset(name for name in registered if nameable(name) in named)
+        return Consumers(by_queue, strangers, self._listeners.refused, proved)
 
     def _unexplained(self, registered: frozenset[str]) -> frozenset[str]:
         """Return the connections of workers that are neither guarded nor registered.

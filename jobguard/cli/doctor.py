@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from enum import StrEnum
+from functools import partial
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ from jobguard.cli.rights import acl_line, missing_commands, missing_keys, user_o
 from jobguard.cli.stats import trusted_since, why_not_trusted
 from jobguard.conninfo import describe, postgres_conninfo
 from jobguard.errors import JobguardError
+from jobguard.host.stream import ReportStream
 from jobguard.model import Owed, Presence
 from jobguard.redact import redact
 from jobguard.redis_urls import parse
@@ -140,6 +142,7 @@ def examine(
             yield from judge(settings, overview)
             yield from judge_sources(settings, overview["sources"], reached)
             yield from _judge_rights(overview, reached)
+            yield from _judge_streams(settings, overview["sources"], reached)
             yield from _judge_idle(ledger, settings, overview["sources"], reached)
         except JobguardError as error:
             yield _problem("ledger", str(error))
@@ -299,6 +302,36 @@ def _judge_rights(overview: dict[str, Any], reached: Sequence[Reached]) -> Itera
             )
         else:
             yield _ok(one.about, f"the user {user} has all rights that a reconciler needs")
+
+
+def _judge_streams(
+    settings: Settings, sources: Sequence[dict[str, Any]], reached: Sequence[Reached]
+) -> Iterator[Finding]:
+    """Find reports that wait in Redis, because PostgreSQL was away and no leader has written them yet."""
+    for source in sources:
+        for one in reached:
+            if not {source["address"], source["name"]} & one.names:
+                continue
+            known = Source(
+                settings.namespace,
+                source["library"],
+                source["address"],
+                source["prefix"],
+                source["name"],
+            )
+            stream = ReportStream(known, partial(_same, one.client), bound=settings.stream_bytes)
+            length = stream.length()
+            if length is not None and length[0]:
+                entries, size = length
+                yield _note(
+                    one.about,
+                    f"{entries} reports ({size} bytes) that PostgreSQL could not take wait in {known}; a "
+                    "reconciler that leads writes them within seconds",
+                )
+
+
+def _same(client: redis.Redis) -> redis.Redis:
+    return client
 
 
 def _keys_of(source: dict[str, Any], queues: Sequence[str], rest: str) -> list[str]:

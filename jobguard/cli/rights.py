@@ -35,6 +35,9 @@ _COMMANDS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("+lrem", ("LREM", _PROBE, "0", "x")),
     ("+srem", ("SREM", _PROBE, "x")),
     ("+zrem", ("ZREM", _PROBE, "x")),
+    ("+xrange", ("XRANGE", _PROBE, "-", "-", "COUNT", "1")),
+    ("+xlen", ("XLEN", _PROBE)),
+    ("+xdel", ("XDEL", _PROBE, "0-1")),
     ("+script|load", ("SCRIPT", "LOAD", "return 1")),
     ("+eval", ("EVAL", "return 1", "0")),
     ("+evalsha", ("EVALSHA", "e0e1f9fabfc9d4800c877a703b823ac0578ff8db", "0")),  # return 1

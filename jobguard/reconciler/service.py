@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import entry_points
@@ -15,7 +16,7 @@ from uuid import UUID
 import redis
 import tenacity
 
-from jobguard.adapter import Adapter, Source
+from jobguard.adapter import Adapter, Broker, Source
 from jobguard.clients import address_of, client_from_url
 from jobguard.errors import JobguardError, NotLeading, StoreUnavailable, WrongInstallation
 from jobguard.host.stream import ReportStream
@@ -26,6 +27,7 @@ from jobguard.reconciler.result import PassResult
 from jobguard.reconciler.runner import Runner
 from jobguard.reconciler.source_monitor import SourceMonitor
 from jobguard.reconciler.stream_drain import StreamDrain
+from jobguard.reconciler.vigil import Vigil
 from jobguard.redis_urls import parse
 from jobguard.settings import Settings
 from jobguard.store.host import PostgresStore
@@ -51,6 +53,8 @@ _LOOP_STUCK = 120.0
 _LEFT_BEHIND = 8
 """Number of stuck threads that may be abandoned; with more of them alive, this process leads no
 more."""
+_VIGIL = 5.0
+"""Seconds between two searches for new sources while this process does not lead."""
 _HOUSEKEEPING = 5.0
 _ROTATE = 3600.0
 _COUNT = 10.0
@@ -90,6 +94,8 @@ class Service:
             self._lease_store, lease=settings.lease, healthy=self._is_healthy
         )
         self._runners: dict[int, Runner] = {}
+        self._rows: dict[int, SourceRow] = {}
+        self._vigil = Vigil(self._broker_of, longest=2 * settings.lease)
         self._left_behind: list[Runner] = []
         self._turn_at: float | None = None
         self._unreachable: set[int] = set()
@@ -153,6 +159,7 @@ class Service:
             self._turn_at = time.monotonic()
             if not self._leadership.wait(timeout=1.0):
                 self._stand_down()
+                self._keep_vigil()
                 continue
             try:
                 self.step()
@@ -312,8 +319,10 @@ class Service:
                 named=self._settings.installation is not None,
                 drain=StreamDrain(stream, host, source),
                 host=host,
+                vouches=lambda gap: self._vigil.vouches(row.id, gap),
             )
 
+        self._rows[row.id] = row
         self._runners[row.id] = Runner(
             str(source),
             self._leadership.term,
@@ -323,6 +332,23 @@ class Service:
             monitor,
         )
         log_event("watching", source=str(source))
+
+    def _keep_vigil(self) -> None:
+        """Watch the consumers in Redis while another process, or nobody, leads."""
+        now = time.monotonic()
+        if now >= self._due.get("vigil", 0.0):
+            self._due["vigil"] = now + _VIGIL
+            with suppress(JobguardError):  # The sources that are known are enough.
+                self._vigil.watch(self._store.sources())
+        self._vigil.look()
+
+    def _broker_of(self, row: SourceRow) -> Broker | None:
+        """Return a broker with a client of its own, to read with; None: this process has no client."""
+        adapter, client = self._adapter(row.library), self._client(row)
+        if adapter is None or client is None:
+            return None
+        source = Source(row.namespace, row.library, row.address, row.prefix, row.name)
+        return adapter.broker(source, client)
 
     def _adapter(self, library: str) -> Adapter | None:
         if library not in self._adapters:
@@ -396,6 +422,7 @@ class Service:
 
     def _stop_runners(self) -> list[Runner]:
         stopped = list(self._runners.values())
+        self._vigil.watch(self._rows[id] for id in self._runners)
         self._runners.clear()
         for runner in stopped:
             runner.stop()

@@ -88,9 +88,11 @@ class SourceMonitor:
         clock: Callable[[], float] = time.monotonic,
         drain: StreamDrain | None = None,
         host: HostStore | None = None,
+        vouches: Callable[[float], bool] = lambda _gap: False,
     ) -> None:
         """Create the monitor.
 
+        ``vouches``: whether no unguarded consumer was there in a gap of so many seconds that ends now.
         ``drain``: writes what processes left in Redis while Postgres was away. ``host``: records
         what waits in Redis without a record.
         """
@@ -114,10 +116,14 @@ class SourceMonitor:
         # Unexplained absences that the automatic hold has counted.
         self._counted: set[UUID] = set()
         self._released: dict[str, float] = {}  # For each queue: when a person last resumed it.
+        now = store.now()
+        watched_until = source.watched_at
+        if watched_until is not None and vouches(now - watched_until):
+            watched_until = now
         self._trust = Trust(
             source.id,
-            watching_since=store.now(),
-            watched_until=source.watched_at,
+            watching_since=now,
+            watched_until=watched_until,
             change_of_leaders=2 * settings.lease,
         )
         self._trust.load(store.queues(source.id))
@@ -315,10 +321,14 @@ class SourceMonitor:
             self._lost_at = None if age is None else now - age
         consumers = self._broker.consumers()
         uncounted = str(getattr(consumers, "uncounted", ""))
+        proved: frozenset[str] = getattr(consumers, "proved", frozenset())
+        guarded = {queue: names | proved for queue, names in self._workers.names().items()}
+        for queue in consumers:
+            guarded.setdefault(queue, consumers[queue] & proved)
         changed = self._trust.observe(
             self._store.now(),
             consumers,
-            self._workers.names(),
+            guarded,
             self._tally.queues,
             counted=not uncounted,
         )

@@ -430,7 +430,9 @@ class World:
         self._holders: list[LeaderStore] = []
         self.new_leader()
 
-    def new_leader(self, *, named: bool = False) -> None:
+    def new_leader(
+        self, *, named: bool = False, vouches: Callable[[float], bool] = lambda _gap: False
+    ) -> None:
         """Replace the leader by another reconciler, which knows only the rows of the ledger."""
         if self._holders:
             self._holders[-1].resign(self.term)
@@ -449,6 +451,7 @@ class World:
             self.settings,
             named=named,
             clock=self.clock,
+            vouches=vouches,
         )
 
     @property

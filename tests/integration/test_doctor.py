@@ -14,6 +14,8 @@ from click.testing import CliRunner
 
 from jobguard.cli import main
 from jobguard.demo.servers import RedisServer
+from jobguard.host.spool import Released
+from jobguard.model import new_token
 from tests.integration.hosts import Host, leading, rows
 from tests.support import eventually
 
@@ -162,3 +164,18 @@ def test_unknown_options_and_variables_are_noted(database: str, redis_url: str) 
     done = CliRunner().invoke(main, words, env={"JOBGUARD_NAMSPACE": "x"})
     assert "protcol" in done.stdout
     assert "did you mean JOBGUARD_NAMESPACE?" in done.stdout
+
+
+def test_reports_that_wait_in_redis_are_noted(
+    database: str, redis_url: str, stack: ExitStack
+) -> None:
+    """The doctor says how many reports no reconciler has written yet; that is no problem by itself."""
+    host = Host("rq", redis_url)
+    guard: Any = host.guard(stack, database)
+    host.send()
+    tracker = guard._tracker
+    assert tracker.stream.append([Released(new_token(), new_token(), 1)])
+    words = ["doctor", "--json", "--postgres", database, "--redis", redis_url]
+    done = CliRunner().invoke(main, words, catch_exceptions=False)
+    details = [one["detail"] for one in json.loads(done.stdout)]
+    assert any(detail.startswith("1 reports (") for detail in details), details

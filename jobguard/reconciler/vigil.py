@@ -1,0 +1,103 @@
+"""Watch the consumers of each source in Redis while this process does not lead.
+
+A time in which nobody led is a time for which nobody can say that no unguarded worker ran a job. An
+outage of Postgres is such a time for the ledger, but Redis answered, and this process saw its
+consumers: whoever leads next, after its own watch, need not distrust the jobs of that time.
+
+The proof needs Redis alone. Workers that started meanwhile are not in the ledger yet, and show by
+their connections that they are guarded (Consumers.proved). Where connections cannot be counted,
+there is no proof.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import redis
+
+from jobguard.errors import JobguardError
+
+if TYPE_CHECKING:
+    from jobguard.adapter import Broker
+    from jobguard.store.protocols import SourceRow
+
+_EVERY = 2.0
+"""Seconds between two inspections."""
+
+
+@dataclass(slots=True)
+class _Watch:
+    row: SourceRow
+    broker: Broker
+    began: float | None = None
+    """Since when no unguarded consumer was seen, without a pause."""
+    seen_at: float = 0.0
+    seen_once: frozenset[str] = field(default_factory=frozenset)
+
+
+class Vigil:
+    """The watches of one process over all of its sources; ``longest``: the longest pause of a watch."""
+
+    def __init__(
+        self,
+        broker: Callable[[SourceRow], Broker | None],
+        *,
+        longest: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._broker = broker
+        self._longest = longest
+        self._clock = clock
+        self._watches: dict[int, _Watch] = {}
+        self._due = 0.0
+
+    def watch(self, rows: Iterable[SourceRow]) -> None:
+        """Watch these sources from now on, beside the others."""
+        for row in rows:
+            if row.id not in self._watches and (broker := self._broker(row)) is not None:
+                self._watches[row.id] = _Watch(row, broker)
+
+    def look(self) -> None:
+        """Inspect the consumers of each source, if it is time. Raises nothing."""
+        now = self._clock()
+        if now < self._due:
+            return
+        self._due = now + _EVERY
+        for watch in self._watches.values():
+            self._inspect(watch)
+
+    def _inspect(self, watch: _Watch) -> None:
+        now = self._clock()
+        try:
+            unguarded = _unguarded(watch.broker.consumers())
+        except (redis.RedisError, JobguardError, OSError, ValueError):
+            return  # A long silence ends the watch by itself.
+        if watch.began is None or now - watch.seen_at > self._longest:
+            watch.began = now
+        # A worker registers a moment before or after its connection has its name: one inspection
+        # may err.
+        if unguarded is None or unguarded & watch.seen_once:
+            watch.began = None
+        watch.seen_at, watch.seen_once = now, unguarded or frozenset()
+
+    def vouches(self, source: int, gap: float) -> bool:
+        """Return True if no unguarded consumer took jobs in a gap of this many seconds that ends now.
+
+        The last leader watched for the first seconds of it, up to a change of leaders.
+        """
+        watch = self._watches.get(source)
+        if watch is None or watch.began is None or watch.seen_once:
+            return False
+        now = self._clock()
+        return now - watch.seen_at <= self._longest and now - watch.began >= gap - self._longest
+
+
+def _unguarded(consumers: Mapping[str, frozenset[str]]) -> frozenset[str] | None:
+    """Return the consumers that do not prove that they are guarded; None: they cannot be counted."""
+    if getattr(consumers, "uncounted", ""):
+        return None
+    names = frozenset().union(*consumers.values(), consumers.get("", frozenset()))
+    return names - getattr(consumers, "proved", frozenset())
