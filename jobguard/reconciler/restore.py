@@ -304,6 +304,9 @@ class Restorer:
             return True, error.result
         except redis.TimeoutError:
             self._slice.missed()
+            if len(ready) == 1:  # it is too large for this network: others must not wait behind it
+                self._try_later(ready[0].token)
+                log_event("job_not_restored", job_id=ready[0].job_id, answer="no answer in time")
             raise
         except redis.RedisError as error:
             reason = refusal_of(error)

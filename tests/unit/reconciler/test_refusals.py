@@ -185,6 +185,30 @@ def test_big_jobs_go_back_in_slices_that_fit_the_deadline() -> None:
     assert world.broker.pushed == sorted(world.broker.pushed)
 
 
+def test_a_job_that_redis_cannot_take_in_time_delays_no_other(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A job that takes longer than the client waits is tried later each time, with a line in the log."""
+    world = lost(1, envelope=bytes(60_000_000))
+    world.enqueue(*[f"small-{n}" for n in range(20)], push=False)
+    restore, tried = world.broker.restore, []
+
+    def slow(deliveries: Any, *, deadline: float) -> Any:
+        if any(len(given.envelope) > 30_000_000 for given in deliveries):
+            tried.append(len(deliveries))
+            world.clock.advance(1.0)
+            raise redis.TimeoutError("it takes longer than the client waits")
+        return restore(deliveries, deadline=deadline)
+
+    world.broker.restore = slow  # type: ignore[method-assign]
+    world.run_until(lambda: len(world.broker.pushed) == 20, within=120)
+    world.run(60)
+    assert len(tried) < 20
+    assert "no answer in time" in caplog.text or any(
+        "no answer in time" in str(getattr(record, "jobguard", "")) for record in caplog.records
+    )
+
+
 def test_a_slice_that_came_too_late_is_followed_by_a_smaller_one() -> None:
     """Over a network of 200 kB/s the jobs are restored one by one."""
     world = lost(20, envelope=bytes(100_000))
