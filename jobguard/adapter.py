@@ -34,6 +34,7 @@ from jobguard.model import (
     Recorded,
     Refusal,
     Refused,
+    Request,
     Restorable,
     Restored,
 )
@@ -60,6 +61,8 @@ class Source:
     name: str | None = None
     one_body: bool = True
     """True if Redis keeps one body for each job id: a new delivery replaces any other of the same id."""
+    serializer: str = field(default="", compare=False)
+    """How messages are serialized, as far as the adapter knows; see model.Request."""
     id: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -395,6 +398,12 @@ class Broker(Protocol):
         during the walk may be returned twice. ``limit``: about the number of jobs on a page.
         """
 
+    def render(self, request: Request, token: UUID) -> Delivery:
+        """Return the delivery of a job that SQL or a schedule asked for, as the library would send it.
+
+        Asks neither Redis nor the application. Raises CannotRender with the reason and the next step.
+        """
+
 
 class Adapter(Protocol):
     """A queue library as guard() sees it. Found by the entry point ``jobguard.adapters``."""
@@ -417,6 +426,12 @@ class Adapter(Protocol):
 
     def uninstall(self, tracker: Tracker) -> None:
         """Undo install for all targets of this tracker."""
+
+    def task_of(self, task: object) -> tuple[str, str | None]:
+        """Return the name of a task object, and the queue that it names; None: it names no queue.
+
+        Raises TypeError if the object is no task of this library.
+        """
 
     def broker(self, source: Source, client: redis.Redis) -> Broker:
         """Return the broker of a source for the reconciler; ``client`` is jobguard's own, returns bytes."""

@@ -97,6 +97,10 @@ class BadRow(JobguardError):
     """Postgres refuses this row because of its content. It would refuse the row again."""
 
 
+class CannotRender(JobguardError):
+    """The message of this job cannot be made without the application."""
+
+
 class WrongInstallation(JobguardError):
     """This database belongs to another installation than JOBGUARD_INSTALLATION names."""
 

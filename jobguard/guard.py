@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from jobguard.host.tracker import HostTracker
     from jobguard.operations.job import Job
     from jobguard.operations.read import Page, ReadModel
+    from jobguard.schedules import NoSchedules, Schedules
 
 Postgres = str | Mapping[str, Any] | Callable[[], Any] | None
 
@@ -203,6 +204,22 @@ class JobGuard:
         if self._tracker is None:
             return False
         return self._tracker.heartbeat(job_id, progress=progress, attrs=attrs)
+
+    @property
+    def schedules(self) -> Schedules | NoSchedules:
+        """The schedules of this namespace; see jobguard.schedules."""
+        # Imported here: a process without schedules needs no time zones.
+        from jobguard.schedules import NoSchedules, Schedules
+
+        if self._tracker is None or self._adapter is None:
+            return NoSchedules()
+        return Schedules(
+            self._ledger,
+            self.settings.namespace,
+            self._tracker.source,
+            self._adapter,
+            self._tracker.connect,
+        )
 
     def lock(self, name: str, *, wait: float = 0.0) -> AbstractContextManager[bool]:
         """Take a lock for the running job; see jobguard.lock."""

@@ -267,6 +267,17 @@ EVENTS: Mapping[str, Event] = {
     "step_stuck": Event(
         ERROR, "a step takes too long; its connections are closed"
     ),  # source, seconds
+    "sql_warning": Event(WARNING, "Postgres warns"),  # warning, hint
+    "request_held": Event(
+        WARNING,
+        "a job that SQL or a schedule asked for cannot be sent: it is kept, with the reason",
+    ),  # job_id, error
+    "schedule_wrong": Event(
+        ERROR, "a schedule cannot be planned: change it, or remove it"
+    ),  # schedule, error
+    "slots_skipped": Event(
+        WARNING, "slots of a schedule were missed and are not made up for"
+    ),  # schedule, count
     "watching": Event(INFO, "a source is watched"),  # source
     "source_unwatched": Event(
         ERROR, "no Redis URL was given for a source: add it to --redis or JOBGUARD_REDIS_URL"

@@ -14,9 +14,10 @@ import hashlib
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 from uuid import UUID
 
 
@@ -159,6 +160,29 @@ class Delivery:
     """Its token is derived from the run that sends it: if it has ended already, it is refused."""
     closes: str | None = None
     """The join that this delivery continues. Of several, the first is recorded; the others are refused."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A job that SQL or a schedule asked for, before the leader has rendered its message."""
+
+    id: int
+    source: int
+    job_id: str
+    queue: str
+    task: str
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+    requested_at: float
+    """Seconds since the epoch, by the clock of the database."""
+    due_at: float | None = None
+    """Seconds since the epoch; None: at once."""
+    priority: int = 0
+    key: str | None = None
+    max_attempts: int | None = None
+    """How often the library may run the job in all; None: the library's own default."""
+    serializer: str = ""
+    """How the processes of its source serialize messages; empty: not known."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ _OTHER_VARIABLES = frozenset(
 # Options of single commands and of tests, and variables that Kubernetes sets for a service of that name.
 _NOT_SETTINGS = re.compile(
     rf"{PREFIX}(?:BENCH|CANCEL|DASHBOARD|DEAD|DEMO|DOCTOR|DRIFT|ENCRYPT|FORGET|INCIDENTS|JOBS|MIGRATE|PAUSE"
-    r"|PURGE|RECONCILE|REPLAY|RESUME|RQ|RUN|STATS|TEST|TOP|WORKERS)_"
+    r"|PURGE|RECONCILE|REPLAY|RESUME|RQ|RUN|SCHEDULES|STATS|TEST|TOP|WORKERS)_"
     rf"|{PREFIX}(?:.+_)?(?:SERVICE_(?:HOST|PORT)|PORT)(?:_|$)"
 )
 
@@ -116,7 +116,9 @@ class Settings:
     lease: float = _setting(
         9.0, "length of a leader's lease; the leader renews it three times in this time"
     )
-    recovery_rate: float = _setting(2000.0, "jobs restored each second after a loss")
+    recovery_rate: float = _setting(
+        2000.0, "jobs restored each second after a loss, and first pushes by the leader"
+    )
     repair_rate: float = _setting(200.0, "jobs restored each second for all other causes")
     crash_budget: int = _setting(
         3, "number of worker deaths after which a job is dead and not restored again"

@@ -2,12 +2,15 @@
 -- Statements that find rows by job id, or by the tokens of a join, use "source + 0": see migration 0003.
 
 -- name: register
--- Register a source. The row of the first process stays.
+-- Register a source. The row of the first process stays, except for the serializer: the last one that is
+-- known counts.
 with added as (
-  insert into jobguard.sources (id, namespace, library, address, prefix, name, settings, one_body)
+  insert into jobguard.sources as s (id, namespace, library, address, prefix, name, settings, one_body,
+                                     serializer)
   values (%(id)s, %(namespace)s, %(library)s, %(address)s, %(prefix)s, %(name)s, %(settings)s,
-          %(one_body)s)
-  on conflict (id) do nothing
+          %(one_body)s, %(serializer)s)
+  on conflict (id) do update set serializer = excluded.serializer
+  where excluded.serializer not in ('', s.serializer)
 )
 select s.settings, s.pulse_epoch, s.pulse_n, s.run_id, i.name
 from jobguard.installation i left join jobguard.sources s on s.id = %(id)s
@@ -869,3 +872,111 @@ with oldest as materialized (
   returning true
 )
 select count(*) from gone
+
+-- name: know_tasks
+-- Remember tasks that a worker has completed.
+insert into jobguard.tasks (source, task, queue)
+select %(source)s, u.task, u.queue from unnest(%(task)b::text[], %(queue)b::text[]) u(task, queue)
+on conflict do nothing
+
+-- name: requests
+-- Return waiting requests in their order, up to the limit in bytes, but at least the first one.
+select f.id, f.source, f.job_id, f.queue, f.task, f.args, f.kwargs,
+       extract(epoch from f.requested_at)::float8, extract(epoch from f.due_at)::float8, f.priority, f.key,
+       f.max_attempts, f.serializer
+from (
+  select r.*, row_number() over (order by r.id) as place,
+         sum(pg_column_size(r.args) + pg_column_size(r.kwargs)) over (order by r.id) as bytes
+  from (
+    select q.*, s.serializer from jobguard.requests q join jobguard.sources s on s.id = q.source
+    where q.error is null and q.source = any (%(sources)b::bigint[])
+    order by q.id limit %(limit)s
+  ) r
+) f
+where f.bytes <= %(most)s or f.place = 1
+order by f.id
+
+-- name: accept
+-- Take requests and record their deliveries, for the leader to push. Nothing was sent to Redis so far.
+with lease as (
+  select from jobguard.leader where namespace = %(namespace)s and term = %(term)s for share
+), taken as (
+  delete from jobguard.requests r using lease
+  where r.id = any (%(id)b::bigint[]) and r.error is null
+  returning r.id
+), given as (
+  select f.* from taken t
+  join unnest(%(id)b::bigint[], %(token)b::uuid[], %(job_id)b::text[], %(queue)b::text[],
+              %(task)b::text[], %(priority)b::int[], %(due)s::float8[], %(key)s::text[],
+              %(envelope)b::bytea[])
+    f(id, token, job_id, queue, task, priority, due, key, envelope) on f.id = t.id
+), added as (
+  insert into jobguard.jobs (source, token, job_id, queue, task, priority, due_at, key, envelope)
+  select %(source)s, g.token, g.job_id, g.queue, g.task, g.priority, to_timestamp(g.due), g.key,
+         g.envelope
+  from given g
+), boxed as (
+  insert into jobguard.outbox (source, token, unsent) select %(source)s, g.token, true from given g
+)
+select (select count(*) from taken) from lease
+
+-- name: hold_request
+-- Keep a request that cannot be rendered, with the reason.
+with lease as (
+  select from jobguard.leader where namespace = %(namespace)s and term = %(term)s for share
+), held as (
+  update jobguard.requests r set error = %(error)s from lease where r.id = %(id)s
+)
+select true from lease
+
+-- name: due_schedules
+-- Return schedules that have a slot to fire, or that are not planned yet.
+select s.name, s.cron, s.every, s.rule, s.timezone, extract(epoch from s.created_at)::float8,
+       extract(epoch from s.starts_at)::float8, extract(epoch from s.ends_at)::float8, s.jitter, s.catch_up,
+       s.version, extract(epoch from s.next_at)::float8
+from jobguard.schedules s
+where s.namespace = %(namespace)s and s.paused_at is null and s.error is null and not s.finished
+  and coalesce(s.fire_at <= now(), true)
+order by s.fire_at nulls first limit %(limit)s
+
+-- name: fire
+-- Fire slots of a schedule and plan the next one, unless another plan was made or the schedule has changed.
+with lease as (
+  select from jobguard.leader where namespace = %(namespace)s and term = %(term)s for share
+), planned as (
+  select s.* from lease, jobguard.schedules s
+  where s.namespace = %(namespace)s and s.name = %(schedule)s and s.version = %(version)s
+    and s.paused_at is null and s.next_at is not distinct from to_timestamp(%(planned)s::float8)
+  for update of s
+), fired as (
+  insert into jobguard.slots (namespace, schedule, slot_at, job_id)
+  select p.namespace, p.name, to_timestamp(f.slot), gen_random_uuid()::text
+  from planned p, unnest(%(slots)b::float8[]) f(slot)
+  on conflict do nothing
+  returning slot_at, job_id
+), requested as (
+  insert into jobguard.requests (source, job_id, queue, task, args, kwargs, priority, max_attempts)
+  select p.source, f.job_id, p.queue, p.task, p.args, p.kwargs, p.priority, p.max_attempts
+  from planned p, fired f order by f.slot_at
+), moved as (
+  update jobguard.schedules s
+  set next_at = to_timestamp(%(next)s::float8), fire_at = to_timestamp(%(fire)s::float8),
+      finished = %(next)s::float8 is null, skipped = s.skipped + %(skipped)s,
+      last_at = coalesce((select max(slot_at) from fired), s.last_at)
+  from planned p where s.namespace = p.namespace and s.name = p.name
+)
+select (select count(*) from fired) from lease
+
+-- name: fail_schedule
+-- Store why a schedule cannot be planned, unless it has changed.
+with lease as (
+  select from jobguard.leader where namespace = %(namespace)s and term = %(term)s for share
+), failed as (
+  update jobguard.schedules s set error = %(error)s from lease
+  where s.namespace = %(namespace)s and s.name = %(schedule)s and s.version = %(version)s
+)
+select true from lease
+
+-- name: forget_slots
+-- Delete old slots. No slot before the planned one is ever fired again.
+delete from jobguard.slots where fired_at < now() - interval '7 days'

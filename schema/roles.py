@@ -1,14 +1,15 @@
-"""The three roles of jobguard in PostgreSQL, and the rights of each.
+"""The roles of jobguard in PostgreSQL, and the rights of each.
 
 =====================  ============================================================================
 ``jobguard_app``       producers and workers: record, claim, end, beat
 ``jobguard_reconciler`` the reconciler and the commands that change something: all rows of all tables
-``jobguard_reader``    ``jobguard stats`` and dashboards: all rows, without envelopes
+``jobguard_reader``    ``jobguard stats`` and dashboards: all rows, without envelopes and arguments
+``jobguard_enqueue``   SQL callers: jobguard.enqueue, jobguard.cancel_job and jobguard.job, nothing else
 =====================  ============================================================================
 
 They are groups without a login: ``grant jobguard_app to shop``. None of them creates, alters or drops
 anything; retention is a function that runs as the owner. A role that may write ``jobs.envelope`` decides
-what the workers run.
+what the workers run, and so does a role that may call ``jobguard.enqueue``.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from typing import Final
 APP: Final = "jobguard_app"
 RECONCILER: Final = "jobguard_reconciler"
 READER: Final = "jobguard_reader"
-ROLES: Final = (APP, RECONCILER, READER)
+ENQUEUE: Final = "jobguard_enqueue"
+ROLES: Final = (APP, RECONCILER, READER, ENQUEUE)
 
 _READ = ("select",)
 _ALL = ("select", "insert", "update", "delete")
@@ -39,10 +41,14 @@ _OF_THE_APP: Final = MappingProxyType(
         "join_parts": _ALL,
         "locks": _ALL,
         "effects": _ALL,
+        "tasks": ("select", "insert"),
+        "requests": ("select", "insert"),
+        "schedules": _ALL,
     }
 )
-_SEALED_FROM_THE_READER: Final = ("envelope", "state")
+_SEALED_FROM_THE_READER: Final = ("envelope bytea", "state bytea", "args jsonb", "kwargs jsonb")
 """Columns that hold messages, and with them the arguments of jobs."""
+_FOR_SQL_CALLERS: Final = "jobguard.enqueue, jobguard.cancel_job, jobguard.job"
 
 # The leader vacuums the small tables itself. Before PostgreSQL 17 only an owner may, and autovacuum
 # has to do.
@@ -64,6 +70,8 @@ def rights(role: str, tables: Iterable[str]) -> Mapping[str, tuple[str, ...]]:
         return {table: _OF_THE_APP.get(table, _READ) for table in tables}
     if role == READER:
         return dict.fromkeys(tables, _READ)
+    if role == ENQUEUE:
+        return {}
     # The list of migrations belongs to the migrator alone.
     return {table: _READ if table == "migrations" else _ALL for table in tables}
 
@@ -94,14 +102,20 @@ $$;""",
         f"revoke all on all tables in schema jobguard from {role};",
         f"revoke all on all functions in schema jobguard from {role};",
         f"grant usage on schema jobguard to {role};",
-        _FUNCTIONS.format(role=role, owners="true" if role == RECONCILER else "false"),
     ]
+    if role != READER:
+        parts.append(f"grant execute on function {_FOR_SQL_CALLERS} to {role};")
+    if role == ENQUEUE:
+        return "\n".join(parts)
+    parts.append(_FUNCTIONS.format(role=role, owners="true" if role == RECONCILER else "false"))
     if role == APP:
         parts.append(f"grant select on all tables in schema jobguard to {role};")
         parts += [
             f"grant {', '.join(given)} on jobguard.{table} to {role};"
             for table, given in _OF_THE_APP.items()
         ]
+        # A process that knows the serializer writes it into the row of the first process.
+        parts.append(f"grant update (serializer) on jobguard.sources to {role};")
     elif role == READER:
         columns = ", ".join(f"'{column}'" for column in _SEALED_FROM_THE_READER)
         parts.append(_COLUMNS.format(role=role, columns=columns))
@@ -143,7 +157,7 @@ begin
     from pg_class c
     join pg_attribute a on a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped
     where c.relnamespace = 'jobguard'::regnamespace and c.relkind in ('r', 'p')
-      and not c.relispartition and not (a.attname in ({columns}) and a.atttypid = 'bytea'::regtype)
+      and not c.relispartition and not a.attname || ' ' || a.atttypid::regtype in ({columns})
     group by c.oid
   loop
     execute format('grant select (%s) on %s to {role}', readable, t);

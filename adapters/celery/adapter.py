@@ -68,6 +68,15 @@ class CeleryAdapter:
         """Guard workers and beats whose app calls no guard(): ``jobguard run -- celery worker``."""
         importlib.import_module("jobguard.adapters.celery.patches").prepare()
 
+    def task_of(self, task: object) -> tuple[str, str | None]:
+        """Return the name of a task of Celery, and the queue that it names or its app's default queue."""
+        celery = importlib.import_module("celery.app.task")
+        if not isinstance(task, celery.Task):
+            raise TypeError(f"{task!r} is no task of Celery")
+        found: Any = task
+        queue = getattr(found, "queue", None) or found.app.conf.task_default_queue
+        return str(found.name), str(queue)
+
     def broker(self, source: Source, client: redis.Redis) -> Broker:
         """Return the reconciler's view of a source."""
         return CeleryBroker(source, client)
@@ -111,9 +120,21 @@ def _guarded(app: Any, namespace: str, name: str | None) -> Guarded:
             "redis:// URL, or take the guard away."
         )
     source = Source(
-        namespace, LIBRARY, broker_address.address, str(broker_address.layout), name, one_body=False
+        namespace,
+        LIBRARY,
+        broker_address.address,
+        str(broker_address.layout),
+        name,
+        one_body=False,
+        serializer=_accepted(app.conf.accept_content),
     )
     return Guarded(source, None, lambda: connection_module.client_of(connection))
+
+
+def _accepted(contents: Any) -> str:
+    """Return "json" if workers accept JSON, else what they accept."""
+    names = sorted(map(str, contents or ("json",)))
+    return "json" if {"json", "application/json"} & set(names) else ",".join(names)
 
 
 def _inert(namespace: str, name: str | None, why: str) -> Guarded:

@@ -26,17 +26,20 @@ from jobguard.adapters.celery.envelope import (
     token_in,
 )
 from jobguard.adapters.celery.layout import Layout
+from jobguard.adapters.celery.render import render
 from jobguard.adapters.celery.results import Rejoin, Results, ends_of, part_of, read
 from jobguard.adapters.celery.scan import Scan, messages_in, read_broker
 from jobguard.client_list import Consumers
 from jobguard.clients import own_client
 from jobguard.model import (
     Backlog,
+    Delivery,
     Observation,
     OpenJoin,
     Owed,
     Part,
     Presence,
+    Request,
     Restorable,
     Restored,
 )
@@ -193,6 +196,10 @@ class CeleryBroker:
     def consumers(self) -> Consumers:
         """Return Celery's names of the workers by queue, and the connections that are not guarded."""
         return self._workers.consumers()
+
+    def render(self, request: Request, token: UUID) -> Delivery:
+        """Return the delivery of a task that SQL or a schedule asked for."""
+        return render(request, token, layout=self._layout)
 
     def _scan_for(self, page: Sequence[Owed]) -> Scan:
         """Return a scan that has not answered for these deliveries yet: the last one, if it is still young.

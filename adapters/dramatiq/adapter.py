@@ -62,6 +62,13 @@ class DramatiqAdapter:
         """Guard the broker of a worker whose modules call no guard(): ``jobguard run -- dramatiq``."""
         importlib.import_module("jobguard.adapters.dramatiq.patches").guard_workers()
 
+    def task_of(self, task: object) -> tuple[str, str | None]:
+        """Return the name and the queue of an actor."""
+        if not isinstance(task, importlib.import_module("dramatiq").Actor):
+            raise TypeError(f"{task!r} is no actor of Dramatiq")
+        found: Any = task
+        return str(found.actor_name), str(found.queue_name)
+
     def broker(self, source: Source, client: redis.Redis) -> Broker:
         """Return the reconciler's view of a source."""
         return DramatiqBroker(source, client)
@@ -96,8 +103,22 @@ def _guarded(target: RedisBroker, *, namespace: str, name: str | None) -> Guarde
             "read messages: give the broker a client without it."
         )
     prefix = Layout(target.namespace).prefix
-    source = Source(namespace, LIBRARY, address_of(client), prefix, name, one_body=False)
+    source = Source(
+        namespace,
+        LIBRARY,
+        address_of(client),
+        prefix,
+        name,
+        one_body=False,
+        serializer=_encoder(),
+    )
     return Guarded(source, None, lambda: own_client(client, timeout=CLIENT_TIMEOUT))
+
+
+def _encoder() -> str:
+    """Return "json" for Dramatiq's own encoder, else the name of the application's encoder."""
+    encoder = importlib.import_module("dramatiq").get_encoder()
+    return "json" if type(encoder).__name__ == "JSONEncoder" else type(encoder).__name__
 
 
 def _inert(namespace: str, name: str | None, why: str) -> Guarded:

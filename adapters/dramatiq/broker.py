@@ -28,14 +28,17 @@ from jobguard.adapters.dramatiq.layout import (
     name_of,
     worker_of,
 )
+from jobguard.adapters.dramatiq.render import render
 from jobguard.model import (
     Backlog,
+    Delivery,
     EndedPart,
     Observation,
     OpenJoin,
     Owed,
     Part,
     Presence,
+    Request,
     Restorable,
     Restored,
 )
@@ -236,6 +239,10 @@ class DramatiqBroker:
             worker for worker, (_, at) in self._heartbeats.items() if now - at < _CONSUMER_SECONDS
         ]
         return _AnyQueue(frozenset(filter(is_stranger, active)))
+
+    def render(self, request: Request, token: UUID) -> Delivery:
+        """Return the delivery of a message that SQL or a schedule asked for."""
+        return render(request, token)
 
     def _places(self, page: Sequence[Owed]) -> Iterator[str]:
         for owed in chunks(page, IDS_A_CALL):

@@ -62,6 +62,13 @@ class RQAdapter:
         importlib.import_module("jobguard.adapters.rq.patches").install("jobguard run")
         importlib.import_module("jobguard.adapters.rq.lookup").guard_all_by_environment()
 
+    def task_of(self, task: object) -> tuple[str, str | None]:
+        """Return the import path of a function. A function of RQ names no queue."""
+        name = getattr(task, "__qualname__", "<none>")
+        if "<" in name:  # a lambda, or a function inside of another one
+            raise TypeError(f"{task!r} is no function that a worker of RQ can import")
+        return f"{task.__module__}.{name}", None
+
     def broker(self, source: Source, client: redis.Redis) -> Broker:
         """Return the reconciler's view of a source."""
         return RQBroker(source, client)
@@ -111,8 +118,20 @@ def _guarded(
             "these queues are on more than one Redis or key prefix: call guard() once for each."
         )
     ((address, prefix),) = places
-    source = Source(namespace, LIBRARY, address, prefix, name)
+    serializer = _serializer_of(queues)
+    source = Source(namespace, LIBRARY, address, prefix, name, serializer=serializer)
     return Guarded(source, names, lambda: own_client(connection, timeout=CLIENT_TIMEOUT))
+
+
+def _serializer_of(queues: Sequence[Any]) -> str:
+    """Return the name of the serializer of these queues; empty if they have none, or several."""
+    serializers = importlib.import_module("rq.serializers")
+    usual = {serializers.DefaultSerializer: "pickle", serializers.JSONSerializer: "json"}
+    used = {getattr(queue, "serializer", None) for queue in queues}
+    (one,) = used if len(used) == 1 else (None,)
+    if one is None:
+        return ""
+    return usual.get(one) or str(getattr(one, "__qualname__", None) or type(one).__qualname__)
 
 
 def _inert(namespace: str, name: str | None, why: str) -> Guarded:

@@ -18,17 +18,20 @@ from redis.exceptions import RedisError, ResponseError
 from jobguard.adapter import Source
 from jobguard.adapters.rq.backlog import BacklogReader
 from jobguard.adapters.rq.envelope import Mode, UnknownEnvelope, decode
-from jobguard.adapters.rq.layout import FIELD, KEPT, SPENT, Layout
+from jobguard.adapters.rq.layout import FIELD, KEPT, SPENT, TIMESTAMP, Layout
+from jobguard.adapters.rq.render import render
 from jobguard.client_list import Consumers, Listeners
 from jobguard.client_names import nameable
 from jobguard.model import (
     Backlog,
+    Delivery,
     Join,
     Observation,
     OpenJoin,
     Owed,
     Part,
     Presence,
+    Request,
     Restorable,
     Restored,
 )
@@ -43,8 +46,6 @@ IDS_A_CALL = 1_000
 LIST_CHUNK = 10_000
 _POPS = frozenset({"blmove", "blpop", "brpoplpush"})
 """The commands with which RQ's workers wait for a job."""
-_TIMESTAMP = "%Y-%m-%dT%H:%M:%S.%fZ"
-"""The format of RQ's timestamps."""
 
 _ENDED = {
     "finished": Presence.FINISHED,
@@ -204,6 +205,10 @@ class RQBroker:
         proved = frozenset(name for name in registered if nameable(name) in named)
         return Consumers(by_queue, strangers, self._listeners.refused, proved)
 
+    def render(self, request: Request, token: UUID) -> Delivery:
+        """Return the delivery of a job that SQL or a schedule asked for."""
+        return render(request, token)
+
     def _unexplained(self, registered: frozenset[str]) -> frozenset[str]:
         """Return the connections of workers that are neither guarded nor registered.
 
@@ -315,7 +320,7 @@ class RQBroker:
             *older,
             len(routing.parents),
             *routing.parents,
-            datetime.now(UTC).strftime(_TIMESTAMP),
+            datetime.now(UTC).strftime(TIMESTAMP),
             *chain.from_iterable(fields.items()),
         ]
 

@@ -29,6 +29,8 @@ FIELD = "jg"
 ATTEMPT_FIELD = "jg_attempt"
 TASK_FIELD = "jg_task"
 SPENT = "!"
+TIMESTAMP = "%Y-%m-%dT%H:%M:%S.%fZ"
+"""The format of RQ's timestamps."""
 KEPT = (500, 31_536_000)
 """Seconds for which RQ keeps finished and failed jobs, unless the job has other values."""
 

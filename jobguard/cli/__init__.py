@@ -33,6 +33,7 @@ COMMANDS = {
     "replay": ("jobguard.cli.replay:command", "Run again what ran in a window of time."),
     "drift": ("jobguard.cli.drift:command", "Compare PostgreSQL and Redis, and change nothing."),
     "requeue": ("jobguard.cli.requeue:command", "Put back owed jobs that are not recovered."),
+    "schedules": ("jobguard.cli.schedules:command", "Send jobs at given times."),
     "pause": ("jobguard.cli.brake:pause", "Stop putting jobs back until `resume`."),
     "resume": ("jobguard.cli.brake:resume", "Continue after `pause`, or after a hold."),
     "dashboard": ("jobguard.cli.dashboard:command", "Show and do all this in a browser."),

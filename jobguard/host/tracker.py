@@ -211,6 +211,7 @@ class HostTracker:
                 name=self.source.name,
                 settings=mine,
                 one_body=self.source.one_body,
+                serializer=self.source.serializer,
             )
         )
         name = self._store.installation

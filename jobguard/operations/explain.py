@@ -19,6 +19,13 @@ def duration(seconds: float) -> str:
     return f"{max(0.0, seconds):.0f} s"
 
 
+def why_requested(row: Mapping[str, Any]) -> str:
+    """Return why a job that SQL or a schedule asked for has no delivery yet."""
+    if row["state"] == "held":
+        return f"it cannot be sent: {row['errors'][-1]}"
+    return "it was requested; the reconciler that leads sends it within a second"
+
+
 def why_ended(row: Mapping[str, Any]) -> str:
     """Return the sentence for a delivery that has ended. ``row``: a row of the history."""
     state = row["state"]

@@ -10,7 +10,7 @@ from uuid import UUID
 from jobguard.errors import KeysUnavailable, NoRights, Unsealable
 from jobguard.model import Presence
 from jobguard.operations.brokers import LARGEST_ENVELOPE, Brokers, NoRedis, arguments_of
-from jobguard.operations.explain import why_ended, why_owed
+from jobguard.operations.explain import why_ended, why_owed, why_requested
 from jobguard.operations.read import ReadModel
 from jobguard.settings import Settings
 
@@ -79,7 +79,8 @@ def read_job(
     rows = model.job(namespace, job_id)
     if not rows:
         return Job(job_id)
-    owed = [row["token"] for row in rows if row["ended_at"] is None]
+    requested = [row for row in rows if row["token"] is None]
+    owed = [row["token"] for row in rows if row["ended_at"] is None and row not in requested]
     standing = {row["token"]: row for row in model.standing(namespace, owed)} if owed else {}
     found, problem = _presence(list(standing.values()), brokers)
     recoveries: dict[UUID, list[Row]] = {}
@@ -96,6 +97,8 @@ def read_job(
             added["presence_error"] = problem
             place: Presence | None = seen.presence if seen is not None else None
             added["why"] = why_owed(standing[token], place, settings)
+        elif row in requested:
+            added["why"] = why_requested(row)
         elif row["ended_at"] is None:
             added["why"] = "it ended at this moment"
         else:

@@ -73,6 +73,8 @@ class Restorer:
         # A million lost jobs must not delay the job of one killed worker.
         self._losses = TokenBucket(settings.recovery_rate)
         self._repairs = TokenBucket(settings.repair_rate)
+        # A push that was never tried is the usual work of SQL callers and schedules, and no repair.
+        self._first_pushes = TokenBucket(settings.recovery_rate)
 
     def show_running(self, term: int, hidden: Sequence[Owed], deadline: float) -> None:
         """Restore the lost entries of running jobs, because the jobs that depend on them look for these.
@@ -155,8 +157,14 @@ class Restorer:
             result.waiting += len(lost)
             result.throttled += len(lost)
             return
-        repairs = [one for one in lost if one.cause not in LOSSES]
-        for bucket, wanted in ((self._repairs, repairs), (self._losses, losses)):
+        others = [one for one in lost if one.cause not in LOSSES]
+        repairs = [one for one in others if not one.owed.unsent]
+        unsent = [one for one in others if one.owed.unsent]
+        for bucket, wanted in (
+            (self._first_pushes, unsent),
+            (self._repairs, repairs),
+            (self._losses, losses),
+        ):
             granted = bucket.take(min(len(wanted), _SLICE))
             result.waiting += len(wanted) - granted
             result.throttled += len(wanted) - granted

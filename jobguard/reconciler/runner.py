@@ -1,4 +1,4 @@
-"""Run one source in its own thread, with its own connections, for one term.
+"""Run the work of one source, or the requests, in its own thread, with its own connections, for one term.
 
 A Redis that does not answer blocks neither the other sources nor the lease. The term fences the
 writes of this thread: when the term ends, a stuck thread is abandoned.
@@ -10,13 +10,14 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Protocol
 
 import redis
 
 from jobguard.errors import NotLeading, StoreUnavailable
 from jobguard.log import log_event
-from jobguard.reconciler.source_monitor import SourceMonitor
-from jobguard.store.protocols import LeaderStore
+from jobguard.reconciler.result import PassResult
+from jobguard.store.protocols import Brake, LeaderStore
 
 _STEP = 0.05
 """Seconds between two steps when nothing is urgent."""
@@ -25,8 +26,28 @@ _LONGEST_PAUSE = 5.0
 """Seconds between two tries while Postgres is away, at most."""
 
 
+class Work(Protocol):
+    """What a runner does, step by step: a SourceMonitor, or the requests of the namespace."""
+
+    result: PassResult
+
+    @property
+    def busy(self) -> bool:
+        """True if the next step should follow at once."""
+
+    @property
+    def finished(self) -> bool:
+        """True if nothing is left to do in one pass."""
+
+    def step(self, term: int, brake: Brake) -> None:
+        """Do all due work of one step. Raises NotLeading and StoreUnavailable."""
+
+    def close(self) -> None:
+        """Close the connections that belong to this work alone."""
+
+
 class Runner:
-    """Does the steps of one source until it is stopped, or until its term ends."""
+    """Does the steps of one piece of work until it is stopped, or until its term ends."""
 
     def __init__(
         self,
@@ -34,11 +55,13 @@ class Runner:
         term: int,
         leads: Callable[[], int],
         store: LeaderStore,
-        client: redis.Redis,
-        make: Callable[[LeaderStore], SourceMonitor],
+        client: redis.Redis | None,
+        make: Callable[[LeaderStore], Work],
+        pause: float = _STEP,
     ) -> None:
         self.name = name
-        self.monitor: SourceMonitor | None = None
+        self.monitor: Work | None = None
+        self._pause = pause
         self._term = term
         self._leads = leads
         self._store = store
@@ -56,7 +79,7 @@ class Runner:
 
     @property
     def finished(self) -> bool:
-        """True if all owed deliveries have been inspected; see SourceMonitor."""
+        """True if nothing is left to do in one pass."""
         return self.monitor is not None and self.monitor.finished
 
     def stuck_for(self) -> float:
@@ -66,7 +89,8 @@ class Runner:
 
     def cut(self) -> None:
         """Close the connections to Redis, so that a step that hangs fails."""
-        self._client.connection_pool.disconnect(inuse_connections=True)
+        if self._client is not None:
+            self._client.connection_pool.disconnect(inuse_connections=True)
 
     def stop(self) -> None:
         """Begin no further step."""
@@ -77,12 +101,12 @@ class Runner:
         self._thread.join(timeout)
 
     def _run(self) -> None:
-        pause = _STEP
+        pause = self._pause
         while not self._stop.is_set():
             self._since = time.monotonic()
             try:
                 busy = self._step()
-                pause = 0.0 if busy else _STEP
+                pause = 0.0 if busy else self._pause
             except NotLeading:
                 break
             except StoreUnavailable as error:
@@ -98,7 +122,8 @@ class Runner:
             if self.monitor is not None:
                 self.monitor.close()
             self._store.close()
-            self._client.connection_pool.disconnect()
+            if self._client is not None:
+                self._client.connection_pool.disconnect()
 
     def _step(self) -> bool:
         if self._leads() != self._term:

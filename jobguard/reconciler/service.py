@@ -22,6 +22,7 @@ from jobguard.errors import JobguardError, NotLeading, StoreUnavailable, WrongIn
 from jobguard.host.stream import ReportStream
 from jobguard.log import log_event
 from jobguard.model import new_token
+from jobguard.reconciler import requests
 from jobguard.reconciler.leader import Leadership
 from jobguard.reconciler.result import PassResult
 from jobguard.reconciler.runner import Runner
@@ -63,6 +64,8 @@ _COUNTED = 90.0
 """Seconds whose ends each count includes."""
 _RECOUNT, _RECOUNTED = 600.0, 3700.0
 """The same for a count of a longer time."""
+_REQUESTS = "requests"
+"""The name of the runner that is of no single source."""
 _JOIN = 3.0
 """Seconds that the end waits for the present steps."""
 
@@ -93,9 +96,10 @@ class Service:
         self._leadership = Leadership(
             self._lease_store, lease=settings.lease, healthy=self._is_healthy
         )
-        self._runners: dict[int, Runner] = {}
+        self._runners: dict[int | str, Runner] = {}
         self._rows: dict[int, SourceRow] = {}
         self._vigil = Vigil(self._broker_of, longest=2 * settings.lease)
+        self._brokers: dict[int, Broker] = {}
         self._left_behind: list[Runner] = []
         self._turn_at: float | None = None
         self._unreachable: set[int] = set()
@@ -270,6 +274,8 @@ class Service:
         for row in self._store.sources():
             if row.id not in self._runners:
                 self._add_monitor(row, installation)
+        if self._settings.mode == "guard" and self._brokers and _REQUESTS not in self._runners:
+            self._add_requests()
 
     def _require_installation(self) -> None:
         """Raise WrongInstallation before the lease is taken: it belongs to the other installation."""
@@ -304,7 +310,7 @@ class Service:
         if adapter is None or client is None:
             return
         source = Source(row.namespace, row.library, row.address, row.prefix, row.name)
-        broker = adapter.broker(source, client)
+        broker = self._brokers[row.id] = adapter.broker(source, client)
 
         def monitor(store: LeaderStore) -> SourceMonitor:
             host = self._make_host_store()
@@ -349,6 +355,18 @@ class Service:
             return None
         source = Source(row.namespace, row.library, row.address, row.prefix, row.name)
         return adapter.broker(source, client)
+
+    def _add_requests(self) -> None:
+        brokers = self._brokers
+        self._runners[_REQUESTS] = Runner(
+            _REQUESTS,
+            self._leadership.term,
+            lambda: self._leadership.term,
+            self._make_store(),
+            None,
+            lambda store: requests.Requests(store, self._settings.namespace, brokers),
+            requests.INTERVAL,
+        )
 
     def _adapter(self, library: str) -> Adapter | None:
         if library not in self._adapters:
@@ -422,7 +440,7 @@ class Service:
 
     def _stop_runners(self) -> list[Runner]:
         stopped = list(self._runners.values())
-        self._vigil.watch(self._rows[id] for id in self._runners)
+        self._vigil.watch(row for id, row in self._rows.items() if id in self._runners)
         self._runners.clear()
         for runner in stopped:
             runner.stop()

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 from uuid import UUID
 
-from jobguard.errors import BadRow
+from jobguard.errors import BadRow, JobguardError
 from jobguard.model import (
     Beat,
     Claim,
@@ -34,7 +35,12 @@ from jobguard.store import texts
 from jobguard.store.connection import Database
 from jobguard.store.protocols import BeatReply, ClaimRequest, SourceRow
 
-_SOURCE = ("id", "namespace", "library", "address", "prefix", "name", "settings", "one_body")
+_SOURCE = (
+    *("id", "namespace", "library", "address", "prefix"),
+    *("name", "settings", "one_body", "serializer"),
+)
+_TASKS = 1_000
+"""Largest number of tasks that a process remembers to have reported."""
 _BATCH = 250
 """Largest number of deliveries in one statement: a larger one saves nothing and keeps its locks longer.
 """
@@ -56,6 +62,7 @@ class PostgresStore:
         self._sealer = Sealer(settings.encrypt)
         self._sql = statements()
         self.installation: str | None = None
+        self._tasks: set[tuple[int, str, str]] = set()
 
     def conninfo(self) -> str | None:
         """Return the conninfo for another process; see HostStore."""
@@ -268,6 +275,7 @@ class PostgresStore:
             payload=sum(len(e.error or "") + len(e.part.state if e.part else b"") for e in ends),
         )
         answers = [Ended(answer) for answer in rows[0][0]]
+        self._know_tasks(source, ends)
         late = [
             end
             for end, answer in zip(ends, answers, strict=True)
@@ -280,6 +288,24 @@ class PostgresStore:
             Ended.ENDED if end in late and end.token in completed else answer
             for end, answer in zip(ends, answers, strict=True)
         ]
+
+    def _know_tasks(self, source: int, ends: Sequence[End]) -> None:
+        """Remember the tasks that completed, once for each process: SQL callers are warned of others."""
+        done = {(source, e.task, e.queue) for e in ends if e.outcome is Outcome.COMPLETED}
+        fresh = sorted(done - self._tasks)
+        if not fresh or len(self._tasks) >= _TASKS:
+            return
+        self._tasks |= done
+        # The ends are committed: an error here must not make the caller report them again.
+        with suppress(JobguardError):
+            self._db.execute(
+                self._sql["know_tasks"],
+                {
+                    "source": source,
+                    "task": [texts.key(task) for _, task, _ in fresh],
+                    "queue": [texts.key(queue) for _, _, queue in fresh],
+                },
+            )
 
     def _completed_after_all(self, source: int, ends: Sequence[End]) -> set[UUID]:
         """Change tombstones from cancelled to completed for runs that were cancelled but completed."""

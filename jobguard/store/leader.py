@@ -17,11 +17,13 @@ from jobguard.errors import BadRow, KeysUnavailable, NotLeading, NotWritten, Uns
 from jobguard.log import log_event
 from jobguard.model import (
     Cause,
+    Delivery,
     EndedPart,
     LastOutcome,
     OpenJoin,
     Outcome,
     Owed,
+    Request,
     Restorable,
     token_at,
 )
@@ -31,7 +33,17 @@ from jobguard.sealing import Sealer
 from jobguard.settings import Settings
 from jobguard.store import texts
 from jobguard.store.connection import Database, Row
-from jobguard.store.protocols import Brake, Closing, Incident, QueueRow, SourceRow, Void, WorkerRow
+from jobguard.store.protocols import (
+    Brake,
+    Closing,
+    Incident,
+    Plan,
+    QueueRow,
+    ScheduleRow,
+    SourceRow,
+    Void,
+    WorkerRow,
+)
 
 _FIRST = token_at(0)
 _LEAST = UUID(int=0)
@@ -447,6 +459,71 @@ class PostgresLeaderStore:
     def hold(self, term: int, source: int, queue: str, reason: str) -> None:
         """Hold a queue until a person resumes it; see LeaderStore."""
         self._led(self._write("hold", term, key=f"{source}/{queue}", reason=reason))
+
+    def requests(self, sources: Sequence[int], *, limit: int, most_bytes: int) -> Sequence[Request]:
+        """Return waiting requests in their order; see LeaderStore."""
+        rows = self._ask("requests", sources=list(sources), limit=limit, most=most_bytes)
+        return [Request(*row) for row in rows]
+
+    def accept(self, term: int, source: int, rendered: Sequence[tuple[int, Delivery]]) -> int:
+        """Take requests and record their deliveries; see LeaderStore."""
+        ids = [id for id, _ in rendered]
+        deliveries = [delivery for _, delivery in rendered]
+        rows = self._write(
+            "accept",
+            term,
+            payload=sum(len(d.envelope) for d in deliveries),
+            source=source,
+            id=ids,
+            token=[d.token for d in deliveries],
+            job_id=[d.job_id for d in deliveries],
+            queue=[d.queue for d in deliveries],
+            task=[d.task for d in deliveries],
+            priority=[d.priority for d in deliveries],
+            due=[d.due_at for d in deliveries],
+            key=[d.key for d in deliveries],
+            envelope=[self._sealer.seal(d.envelope) for d in deliveries],
+        )
+        return int(self._led(rows)[0][0])
+
+    def hold_request(self, term: int, request: int, error: str) -> None:
+        """Keep a request that cannot be rendered; see LeaderStore."""
+        self._led(self._write("hold_request", term, id=request, error=error))
+
+    def due_schedules(self, *, limit: int) -> Sequence[ScheduleRow]:
+        """Return schedules to fire or to plan; see LeaderStore."""
+        rows = self._ask("due_schedules", namespace=self._namespace, limit=limit)
+        return [ScheduleRow(*row) for row in rows]
+
+    def fire(self, term: int, schedule: ScheduleRow, plan: Plan) -> int:
+        """Fire the slots of a plan; see LeaderStore."""
+        rows = self._write(
+            "fire",
+            term,
+            schedule=schedule.name,
+            version=schedule.version,
+            planned=schedule.next_at,
+            slots=list(plan.slots),
+            next=plan.next_at,
+            fire=plan.fire_at,
+            skipped=plan.skipped,
+        )
+        return int(self._led(rows)[0][0])
+
+    def fail_schedule(self, term: int, schedule: ScheduleRow, error: str) -> None:
+        """Store why a schedule cannot be planned; see LeaderStore."""
+        rows = self._write(
+            "fail_schedule",
+            term,
+            schedule=schedule.name,
+            version=schedule.version,
+            error=error,
+        )
+        self._led(rows)
+
+    def forget_slots(self) -> None:
+        """Delete old slots; see LeaderStore."""
+        self._ask("forget_slots")
 
     def rotate(self, *, retention: float, keep_envelopes: bool = False) -> int:
         """Create the coming partitions of history and drop the old ones; see LeaderStore."""

@@ -6,6 +6,7 @@ transaction.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,12 +19,14 @@ import sqlalchemy as sa
 from jobguard.conninfo import describe
 from jobguard.envelopes import renewed
 from jobguard.errors import (
+    ConfigurationError,
     JobguardError,
     NoRights,
     NotMigrated,
     StoreUnavailable,
     WrongInstallation,
 )
+from jobguard.log import log_event
 from jobguard.model import Outcome, new_token
 from jobguard.postgres_hosts import writable
 from jobguard.pulse import ACCEPTED
@@ -78,6 +81,14 @@ select * from (
   left join jobguard.suspects u on u.source = j.source and u.token = j.token
   where s.namespace = :namespace and j.job_id = :job_id
   union all
+  select s.id, null, q.job_id, q.queue, q.task, s.library, s.address,
+         case when q.error is null then 'requested' else 'held' end,
+         null, 1, 0, 0, q.requested_at, q.due_at, null, null, null, null, null,
+         null, null, null, case when q.error is not null then array[q.error] end, false
+  from jobguard.sources s
+  join jobguard.requests q on q.source = s.id
+  where s.namespace = :namespace and q.job_id = :job_id
+  union all
   select h.source, h.token, h.job_id, h.queue, h.task, s.library, s.address, h.outcome::text,
          null, h.attempt, h.recoveries, h.crashes, h.recorded_at, null,
          h.claimed_at, null, null, null, h.ended_at,
@@ -109,6 +120,39 @@ where s.namespace = :namespace and h.outcome::text = any (:outcomes)
       and (l.token > h.token or (l.token = h.token and l.ended_at < h.ended_at)))
 order by h.ended_at desc, h.token desc
 limit :limit
+""")
+
+_ADD_SCHEDULE = sa.text("""
+select jobguard.add_schedule(
+  name => :name, library => :library, queue => :queue, task => :task, args => cast(:args as jsonb),
+  kwargs => cast(:kwargs as jsonb), cron => :cron, every => make_interval(secs => :every),
+  rule => cast(:rule as jsonb), timezone => :timezone, starts_at => :starts_at, ends_at => :ends_at,
+  jitter => make_interval(secs => :jitter), catch_up => :catch_up, priority => :priority,
+  max_attempts => :max_attempts, source => :source, namespace => :namespace, unknown => :unknown)
+""")
+
+_SCHEDULES = sa.text("""
+select c.name, case when c.error is not null then 'failed' when c.paused_at is not null then 'paused'
+                    when c.finished then 'finished' else 'active' end as state,
+       s.library, coalesce(s.name, s.address) as source, c.queue, c.task, c.args, c.kwargs, c.cron,
+       c.every, c.rule, c.timezone, c.starts_at, c.ends_at, c.jitter, c.catch_up, c.priority,
+       c.max_attempts, c.next_at, c.last_at, c.skipped, c.error
+from jobguard.schedules c left join jobguard.sources s on s.id = c.source
+where c.namespace = :namespace order by c.name
+""")
+
+_CHANGE_SCHEDULE = {
+    change: sa.text(f"select jobguard.{change}_schedule(:name, :namespace)")
+    for change in ("remove", "pause", "resume", "run")
+}
+
+_END_OF = sa.text("""
+select exists (select from jobguard.jobs j where j.source + 0 = :source and j.job_id = :job_id)
+    or exists (select from jobguard.requests r where r.source + 0 = :source and r.job_id = :job_id)
+         as owed,
+       (select h.outcome::text from jobguard.history h
+        where h.source + 0 = :source and h.job_id = :job_id and h.outcome <> 'superseded'
+        order by h.ended_at desc limit 1) as outcome
 """)
 
 _TOMBSTONE = sa.text("""
@@ -430,6 +474,37 @@ class PostgresLedger:
             )
             return fresh
 
+    def add_schedule(self, namespace: str, definition: Mapping[str, Any]) -> bool:
+        """Add a schedule, or change the one of its name; return whether anything changed; see Ledger."""
+        usual = {
+            **dict.fromkeys(("cron", "every", "rule", "starts_at", "ends_at", "source", "library")),
+            **{"args": [], "kwargs": {}, "timezone": "UTC", "jitter": 0.0, "catch_up": "one"},
+            **{"priority": 0, "max_attempts": None, "unknown": "warn", "namespace": namespace},
+        }
+        values = usual | dict(definition)
+        for name in ("args", "kwargs", "rule"):
+            values[name] = None if values[name] is None else json.dumps(values[name])
+        with self._begin() as connection:
+            return bool(connection.execute(_ADD_SCHEDULE, values).scalar())
+
+    def schedules(self, namespace: str) -> Sequence[Row]:
+        """Return the schedules by name; see Ledger."""
+        with self._begin(snapshot=True) as connection:
+            return rows(connection, _SCHEDULES, namespace=namespace)
+
+    def change_schedule(self, namespace: str, name: str, change: str) -> str | None:
+        """Remove, pause, resume or run a schedule; see Ledger."""
+        with self._begin() as connection:
+            values = {"namespace": namespace, "name": name}
+            answer = connection.execute(_CHANGE_SCHEDULE[change], values).scalar()
+        return str(answer) if change == "run" else None
+
+    def end_of(self, source: int, job_id: str) -> Outcome | None:
+        """Return the last outcome of a job that is not owed any more; see Ledger."""
+        with self._begin(snapshot=True) as connection:
+            row = connection.execute(_END_OF, {"source": source, "job_id": job_id}).one()
+        return None if row.owed or row.outcome is None else Outcome(row.outcome)
+
     def absent(self, namespace: str, *, queue: str | None) -> Sequence[Row]:
         """Return owed deliveries that a leader saw absent from Redis; see Ledger."""
         with self._begin(snapshot=True) as connection:
@@ -512,6 +587,7 @@ class PostgresLedger:
             application_name="jobguard ledger",
         )
         texts.register(connection)
+        connection.add_notice_handler(_log_warning)
         return connection
 
     @contextmanager
@@ -536,11 +612,19 @@ class PostgresLedger:
             return NotMigrated(f"{text}: run `jobguard migrate`")
         if state == "42501":
             return NoRights(f"{text}: {GRANT_A_ROLE}")
+        if state[:2] in ("22", "23"):
+            hint = getattr(getattr(error.orig, "diag", None), "message_hint", None)
+            return ConfigurationError(text.splitlines()[0] + (f" ({hint})" if hint else ""))
         try:
             place = describe(self._conninfo())
         except JobguardError as unknown:
             return StoreUnavailable(str(unknown))
         return StoreUnavailable(f"Postgres at {place}: {text}")
+
+
+def _log_warning(notice: Any) -> None:
+    if notice.severity_nonlocalized == "WARNING":
+        log_event("sql_warning", warning=notice.message_primary, hint=notice.message_hint)
 
 
 def rows(connection: sa.Connection, query: sa.TextClause, **values: Any) -> list[Row]:

@@ -24,6 +24,7 @@ from jobguard.model import (
     Owed,
     Part,
     Recorded,
+    Request,
     Restorable,
 )
 
@@ -72,6 +73,8 @@ class SourceRow:
     run_id: str | None = None
     watched_at: float | None = None
     """When a leader last advanced the pulse, in seconds since the epoch."""
+    serializer: str = ""
+    """How messages are serialized, as far as the registering process knows."""
 
 
 class HostStore(Protocol):
@@ -331,6 +334,38 @@ class QueueRow:
 
 
 @dataclass(frozen=True, slots=True)
+class ScheduleRow:
+    """A schedule that is due, or not planned yet. Times are seconds since the epoch."""
+
+    name: str
+    cron: str | None
+    every: float | None
+    rule: Mapping[str, Any] | None
+    timezone: str
+    created_at: float
+    starts_at: float | None
+    ends_at: float | None
+    jitter: float
+    catch_up: str
+    version: UUID
+    """New with each change of the schedule."""
+    next_at: float | None
+    """The next slot; None: not planned yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What the leader does about a due schedule: the slots to fire now, and the next one."""
+
+    slots: Sequence[float] = ()
+    next_at: float | None = None
+    """None: no further slot will come."""
+    fire_at: float | None = None
+    """When the next slot is fired: with its jitter."""
+    skipped: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Void:
     """A dead worker's claim that is removed, so that its delivery can be restored."""
 
@@ -525,6 +560,34 @@ class LeaderStore(Protocol):
     def hold(self, term: int, source: int, queue: str, reason: str) -> None:
         """Hold a queue until a person resumes it."""
 
+    def requests(self, sources: Sequence[int], *, limit: int, most_bytes: int) -> Sequence[Request]:
+        """Return waiting requests of these sources in their order; at least one, if there is one."""
+
+    def accept(self, term: int, source: int, rendered: Sequence[tuple[int, Delivery]]) -> int:
+        """Take these requests and record their deliveries, with outbox rows; return how many there were.
+
+        A request that was cancelled or taken meanwhile is left out.
+        """
+
+    def hold_request(self, term: int, request: int, error: str) -> None:
+        """Keep a request that cannot be rendered, with the reason."""
+
+    def due_schedules(self, *, limit: int) -> Sequence[ScheduleRow]:
+        """Return schedules that have a slot to fire, or that are not planned yet."""
+
+    def fire(self, term: int, schedule: ScheduleRow, plan: Plan) -> int:
+        """Fire the slots of a plan as requests, and plan the next slot; return how many were fired.
+
+        Nothing happens if the schedule has changed or was planned again since the row was read, and a
+        slot is never fired twice.
+        """
+
+    def fail_schedule(self, term: int, schedule: ScheduleRow, error: str) -> None:
+        """Store why a schedule cannot be planned: it rests until a person changes or resumes it."""
+
+    def forget_slots(self) -> None:
+        """Delete the rows of slots that were fired more than 7 days ago."""
+
     def rotate(self, *, retention: float, keep_envelopes: bool = False) -> int:
         """Create the coming partitions of history and drop the old ones. Return how many were dropped.
 
@@ -597,6 +660,25 @@ class Ledger(Protocol):
         skipped. Raise JobguardError if there is no such delivery, if its envelope is gone, or if its
         worker is running it.
         """
+
+    def add_schedule(self, namespace: str, definition: Mapping[str, Any]) -> bool:
+        """Add a schedule, or change the one of its name; return whether anything changed.
+
+        ``definition`` has the arguments of the SQL function jobguard.add_schedule, with durations in
+        seconds. Raises ConfigurationError.
+        """
+
+    def schedules(self, namespace: str) -> Sequence[Mapping[str, Any]]:
+        """Return the schedules of the namespace by name."""
+
+    def change_schedule(self, namespace: str, name: str, change: str) -> str | None:
+        """Remove, pause, resume or run a schedule: the word for it. Return the job id of a run.
+
+        Raises ConfigurationError if there is no such schedule.
+        """
+
+    def end_of(self, source: int, job_id: str) -> Outcome | None:
+        """Return the last outcome of a job; None: it is owed, requested or unknown."""
 
     def absent(self, namespace: str, *, queue: str | None) -> Sequence[Mapping[str, Any]]:
         """Return owed deliveries that a leader saw absent from Redis and that are not restored yet."""

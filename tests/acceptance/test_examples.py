@@ -20,6 +20,8 @@ RQ_WORKER = (
     *(str(BIN / "rq"), "worker", "mail", "--worker-class", "jobguard.adapters.rq.Worker"),
     *("--path", str(EXAMPLES), "--url", "{redis}"),
 )
+REQUESTED = ("rq_schedules", "rq_sql")
+"""Examples whose job the reconciler sends."""
 WORKERS = {
     "rq_app": RQ_WORKER,
     "fastapi_app": RQ_WORKER,
@@ -52,7 +54,7 @@ def site(tmp_path: Path, database: str, redis_url: str) -> Iterator[Site]:
 def test_every_example_has_a_test() -> None:
     """Every example has a test; an example is a module that sends a job when it is run."""
     programs = {path.stem for path in EXAMPLES.glob("*.py") if "__main__" in path.read_text()}
-    assert programs == set(WORKERS)
+    assert programs == {*WORKERS, *REQUESTED}
 
 
 @pytest.mark.parametrize("name", WORKERS)
@@ -68,5 +70,23 @@ def test_an_example(site: Site, name: str) -> None:
         lambda: site.ask("select outcome::text from jobguard.history") == ["completed"],
         60,
         message=f"the job completes:\n{worker.log}",
+    )
+    worker.stop()
+
+
+def test_the_examples_whose_jobs_the_reconciler_sends(site: Site) -> None:
+    """The reconciler sends the jobs that a schedule and a trigger ask for, and a worker runs each once."""
+    path = os.pathsep.join((str(REPOSITORY), str(EXAMPLES)))
+    for name in REQUESTED:
+        sender = site.start(name, sys.executable, str(EXAMPLES / f"{name}.py"), PYTHONPATH=path)
+        assert sender.ends() == 0, sender.log
+    assert site.ask("select task from jobguard.requests") == 2 * ["rq_tasks.send_mail"]
+    site.reconciler()
+    command = [part.replace("{redis}", site.redis_url) for part in RQ_WORKER]
+    worker = site.start("worker", *command, PYTHONPATH=path)
+    eventually(
+        lambda: site.ask("select outcome::text from jobguard.history") == 2 * ["completed"],
+        60,
+        message=f"the jobs complete:\n{worker.log}",
     )
     worker.stop()

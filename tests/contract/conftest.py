@@ -17,6 +17,7 @@ from uuid import UUID, uuid4
 import psycopg
 import pytest
 from psycopg import sql
+from psycopg.types.json import Jsonb
 
 from jobguard.host.transaction import rows_of
 from jobguard.model import (
@@ -32,12 +33,14 @@ from jobguard.model import (
     Recorded,
     Refusal,
     Refused,
+    Request,
     new_token,
 )
 from jobguard.schema import statements
 from jobguard.settings import Settings
-from jobguard.store.protocols import BeatReply, ClaimRequest, HostStore, LeaderStore
+from jobguard.store.protocols import BeatReply, ClaimRequest, HostStore, LeaderStore, ScheduleRow
 from tests.fakes.store import MemoryLedger
+from tests.fakes.store.tables import Schedule
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -66,6 +69,12 @@ class Backend(Protocol):
 
     def advance(self, seconds: float) -> None:
         """Make time pass."""
+
+    def ask(self, task: str, **more: Any) -> str:
+        """Request a job as SQL does; return its id."""
+
+    def schedule(self, name: str, **more: Any) -> None:
+        """Add a schedule."""
 
     def close(self) -> None:
         """Close all connections."""
@@ -103,6 +112,27 @@ class InMemory:
     def advance(self, seconds: float) -> None:
         """Make time pass."""
         self.clock.advance(seconds)
+
+    def ask(self, task: str, **more: Any) -> str:
+        """Request a job as SQL does; return its id."""
+        tables = self.ledger._tables
+        id, job_id = len(tables.requests) + 1, str(uuid4())
+        given: dict[str, Any] = {"queue": "default", "args": [], "kwargs": {}, **more}
+        with tables.open() as now:
+            tables.requests[id] = Request(
+                id=id, source=SOURCE, job_id=job_id, task=task, requested_at=now, **given
+            )
+        return job_id
+
+    def schedule(self, name: str, **more: Any) -> None:
+        """Add a schedule."""
+        given: dict[str, Any] = {
+            **dict.fromkeys(("cron", "every", "rule", "starts_at", "ends_at", "next_at")),
+            **{"timezone": "UTC", "jitter": 0.0, "catch_up": "one", "version": uuid4()},
+        }
+        with self.ledger._tables.open() as now:
+            row = ScheduleRow(name, **{**given, "created_at": now, **more})
+            self.ledger._tables.schedules[NAMESPACE, name] = Schedule(NAMESPACE, SOURCE, row)
 
     def close(self) -> None:
         """Do nothing: there is no connection."""
@@ -183,6 +213,29 @@ class InPostgres:
                         sql.Identifier(table), sql.SQL(", ").join(shifts)
                     )
                 )
+
+    def ask(self, task: str, **more: Any) -> str:
+        """Request a job as SQL does; return its id."""
+        given: dict[str, Any] = {"queue": "default", "args": [], "kwargs": {}, **more}
+        with psycopg.connect(self._database) as connection:
+            ((job_id,),) = connection.execute(
+                "insert into jobguard.requests (source, job_id, task, queue, args, kwargs)"
+                " values (%s, gen_random_uuid()::text, %s, %s, %s, %s) returning job_id",
+                (SOURCE, task, given["queue"], Jsonb(given["args"]), Jsonb(given["kwargs"])),
+            ).fetchall()
+        return str(job_id)
+
+    def schedule(self, name: str, **more: Any) -> None:
+        """Add a schedule."""
+        columns = {"namespace": NAMESPACE, "name": name, "source": SOURCE, **more}
+        columns |= {"queue": "default", "task": "app.task"}
+        with psycopg.connect(self._database) as connection:
+            connection.execute(
+                sql.SQL("insert into jobguard.schedules ({}) values ({})").format(
+                    sql.SQL(", ").join(map(sql.Identifier, columns)),
+                    sql.SQL(", ").join(map(sql.Literal, columns.values())),
+                )
+            )
 
     @contextmanager
     def commits_held_back(self) -> Iterator[Callable[[], int]]:

@@ -14,6 +14,7 @@ from uuid import UUID, uuid4
 import redis
 
 from jobguard.adapter import Source
+from jobguard.errors import CannotRender
 from jobguard.model import (
     Backlog,
     Beat,
@@ -30,6 +31,7 @@ from jobguard.model import (
     Owed,
     Part,
     Presence,
+    Request,
     Restorable,
     Restored,
 )
@@ -316,6 +318,12 @@ class FakeBroker:
         join = self.joins.get(owed.job_id) if found[1] is Presence.SCHEDULED else None
         holder = self.taken.get(owed.job_id, "")
         return Observation(found[1], found[1].value, joins=join, taken_by=holder)
+
+    def render(self, request: Request, token: UUID) -> Delivery:
+        """Return the delivery of a request; a task named "wrong" cannot be rendered."""
+        if request.task == "wrong":
+            raise CannotRender("a wrong task")
+        return Delivery(token, request.job_id, request.queue, request.task, b"rendered")
 
     def restore(
         self, deliveries: Sequence[Restorable], *, deadline: float

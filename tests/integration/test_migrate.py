@@ -397,6 +397,7 @@ def _insert_defaults(connection: psycopg.Connection[Any], table: str) -> None:
         "timestamp with time zone": "now()",
         "bytea": "''::bytea",
         "text": "'x'",
+        "jsonb": "'{}'",
     }
     columns = ", ".join(name for name, _, _ in needed)
     values = ", ".join(

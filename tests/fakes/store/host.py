@@ -51,7 +51,10 @@ class MemoryHostStore:
 
     def register(self, source: SourceRow) -> SourceRow:
         with self._tables.open():
-            return self._tables.sources.setdefault(source.id, source)
+            row = self._tables.sources.setdefault(source.id, source)
+            if source.serializer:
+                row = self._tables.sources[source.id] = replace(row, serializer=source.serializer)
+            return row
 
     def record(
         self,
@@ -370,6 +373,9 @@ class MemoryHostStore:
         with self._tables.open() as now:
             for end in ends:
                 self._tables.check(end.job_id, end.queue, end.task, end.error)
+            self._tables.tasks |= {
+                (source, end.task, end.queue) for end in ends if end.outcome is Outcome.COMPLETED
+            }
             return [self._end((source, end.token), end, now=now) for end in ends]
 
     def _end(self, key: Key, end: End, *, now: float) -> Ended:

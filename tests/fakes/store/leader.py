@@ -9,12 +9,31 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import accumulate
-from uuid import UUID
+from uuid import UUID, uuid4
 
 from jobguard.errors import ConfigurationError, NotLeading
-from jobguard.model import Cause, LastOutcome, OpenJoin, Outcome, Owed, Restorable
-from jobguard.store.protocols import Brake, Closing, Incident, QueueRow, SourceRow, Void, WorkerRow
-from tests.fakes.store.tables import Key, Lease, Loss, Run, Suspect, Tables
+from jobguard.model import (
+    Cause,
+    Delivery,
+    LastOutcome,
+    OpenJoin,
+    Outcome,
+    Owed,
+    Request,
+    Restorable,
+)
+from jobguard.store.protocols import (
+    Brake,
+    Closing,
+    Incident,
+    Plan,
+    QueueRow,
+    ScheduleRow,
+    SourceRow,
+    Void,
+    WorkerRow,
+)
+from tests.fakes.store.tables import Job, Key, Lease, Loss, Run, Suspect, Tables
 
 _DAY = 86400.0
 _RETENTION = 7 * _DAY
@@ -543,6 +562,74 @@ class MemoryLeaderStore:
         with self._leading(term) as now:
             since = datetime.fromtimestamp(now, UTC).isoformat()
             self._lease(term).held[f"{source}/{queue}"] = {"since": since, "reason": reason}
+
+    def requests(self, sources: Sequence[int], *, limit: int, most_bytes: int) -> Sequence[Request]:
+        with self._tables.open():
+            waiting = [
+                replace(request, serializer=self._tables.sources[request.source].serializer)
+                for id, request in sorted(self._tables.requests.items())
+                if request.source in sources and id not in self._tables.held_requests
+            ]
+        sizes = accumulate(len(repr(r.args)) + len(repr(r.kwargs)) for r in waiting)
+        fits = [r for r, size in zip(waiting, sizes, strict=True) if size <= most_bytes]
+        return (fits or waiting[:1])[:limit]
+
+    def accept(self, term: int, source: int, rendered: Sequence[tuple[int, Delivery]]) -> int:
+        tables = self._tables
+        with self._leading(term) as now:
+            for _, delivery in rendered:
+                tables.check(delivery.job_id, delivery.queue, delivery.task)
+            taken = [(id, d) for id, d in rendered if tables.requests.pop(id, None) is not None]
+            for _, delivery in taken:
+                tables.jobs[source, delivery.token] = Job(delivery, now)
+                tables.outbox[source, delivery.token] = (now, True)
+            return len(taken)
+
+    def hold_request(self, term: int, request: int, error: str) -> None:
+        with self._leading(term):
+            if request in self._tables.requests:
+                self._tables.held_requests[request] = error
+
+    def due_schedules(self, *, limit: int) -> Sequence[ScheduleRow]:
+        with self._tables.open() as now:
+            due = [
+                schedule
+                for schedule in self._tables.schedules.values()
+                if schedule.namespace == self._namespace
+                and not (schedule.finished or schedule.paused or schedule.error)
+                and (schedule.fire_at is None or schedule.fire_at <= now)
+            ]
+            return [s.row for s in sorted(due, key=lambda s: s.fire_at or 0.0)][:limit]
+
+    def fire(self, term: int, schedule: ScheduleRow, plan: Plan) -> int:
+        tables = self._tables
+        with self._leading(term) as now:
+            held = tables.schedules.get((self._namespace, schedule.name))
+            if held is None or held.paused or held.row != schedule:
+                return 0
+            fired = 0
+            for slot in plan.slots:
+                key = (self._namespace, schedule.name, slot)
+                if key not in tables.slots:
+                    id = len(tables.slots) + 1_000_000
+                    tables.slots[key] = job_id = str(uuid4())
+                    tables.requests[id] = Request(
+                        id, held.source, job_id, held.queue, held.task, [], {}, now
+                    )
+                    fired += 1
+            held.row = replace(schedule, next_at=plan.next_at)
+            held.fire_at, held.finished = plan.fire_at, plan.next_at is None
+            held.skipped += plan.skipped
+            return fired
+
+    def fail_schedule(self, term: int, schedule: ScheduleRow, error: str) -> None:
+        with self._leading(term):
+            held = self._tables.schedules.get((self._namespace, schedule.name))
+            if held is not None and held.row.version == schedule.version:
+                held.error = error
+
+    def forget_slots(self) -> None:
+        pass
 
     def rotate(self, *, retention: float, keep_envelopes: bool = False) -> int:
         if retention < 3600:

@@ -11,8 +11,8 @@ from typing import Any
 from uuid import UUID, uuid4
 
 from jobguard.errors import BadRow, StoreUnavailable
-from jobguard.model import Beat, Cause, Delivery, EndedPart, Outcome, Part
-from jobguard.store.protocols import QueueRow, SourceRow
+from jobguard.model import Beat, Cause, Delivery, EndedPart, Outcome, Part, Request
+from jobguard.store.protocols import QueueRow, ScheduleRow, SourceRow
 
 Key = tuple[int, UUID]
 """(source, token), as in every table."""
@@ -131,6 +131,21 @@ class Loss:
     closed: bool = False
 
 
+@dataclass(slots=True)
+class Schedule:
+    namespace: str
+    source: int
+    row: ScheduleRow
+    """As it is planned now; ``next_at`` is the next slot."""
+    queue: str = "default"
+    task: str = "app.task"
+    fire_at: float | None = None
+    finished: bool = False
+    error: str | None = None
+    skipped: int = 0
+    paused: bool = False
+
+
 class Tables:
     """The tables, and the queries that several statements share. Use them only inside ``open()``."""
 
@@ -159,6 +174,15 @@ class Tables:
         self.incidents: dict[int, Loss] = {}
         self.queues: dict[tuple[int, str], QueueRow] = {}
         self.joins: dict[tuple[int, str], Join] = {}
+        self.requests: dict[int, Request] = {}
+        self.held_requests: dict[int, str] = {}
+        """Why a request cannot be rendered."""
+        self.schedules: dict[tuple[str, str], Schedule] = {}
+        """By namespace and name."""
+        self.slots: dict[tuple[str, str, float], str] = {}
+        """The job id of each slot that was fired, by namespace, schedule and time."""
+        self.tasks: set[tuple[int, str, str]] = set()
+        """(source, task, queue) of completed runs."""
         self.retentions: dict[str, float] = {}
         """The wanted retention by namespace."""
 
