@@ -310,3 +310,15 @@ def test_the_worker_of_a_voided_claim_is_known_to_the_next_run(ledger: Contract)
     ledger.leader.void(term, SOURCE, [Void(it.token, claim.number, charge=True, backoff=0)])
     assert ledger.store.predecessor(SOURCE, it.token) == worker.id
     assert ledger.store.predecessor(SOURCE, new_token()) is None
+
+
+def test_the_worker_of_a_claim_that_was_taken_over_is_known_to_the_next_run(
+    ledger: Contract,
+) -> None:
+    """A start that takes over the claim of a dead worker itself knows that worker."""
+    term, it = ledger.elected(), ledger.recorded()
+    victim, other = ledger.working(), ledger.working()
+    victim.start(it.token)
+    ledger.leader.declare_dead(term, [victim.id])
+    assert other.start(it.token).number == 2
+    assert ledger.store.predecessor(SOURCE, it.token) == victim.id

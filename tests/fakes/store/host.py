@@ -285,6 +285,7 @@ class MemoryHostStore:
         if job.crashes >= request.crash_budget:
             self._tables.bury(key, Outcome.DEAD, ended_at=now)
             return Refused(request.token, Refusal.SPENT)
+        job.last_worker = run.worker
         return self._grant(key, request, job, number=run.number + 1, now=now)
 
     def predecessor(self, source: int, token: UUID) -> UUID | None:

@@ -22,7 +22,7 @@ import pytest
 
 import jobguard.schema
 from jobguard.demo.servers import PostgresServer
-from jobguard.errors import NotWritten, StoreUnavailable, TooManyConnections
+from jobguard.errors import BadRow, NotWritten, StoreUnavailable, TooManyConnections
 from jobguard.model import Claim, Delivery, End, Ended, Outcome, new_token
 from jobguard.settings import settings_from
 from jobguard.store import wire
@@ -598,3 +598,22 @@ def test_people_and_migrations_rely_on_no_default(empty_database: str) -> None:
     ledger.pause("d", queue=None)
     assert ledger.overview("d")["brake"]["paused_at"] is not None
     ledger.close()
+
+
+@pytest.mark.parametrize(
+    ("state", "kind"),
+    [
+        *((state, BadRow) for state in ("22001", "23514", "54000", "P0001", "42804")),
+        *((state, StoreUnavailable) for state in ("53100", "57014", "55000", "58030")),
+    ],
+)
+def test_what_postgres_refuses_for_a_rows_own_sake(
+    database: str, state: str, kind: type[Exception]
+) -> None:
+    """Only an error of the row itself sets the row aside; others mean that PostgreSQL is away."""
+    db = Database(lambda: database, connect_timeout=LONG, call_timeout=LONG)
+    text = f"do $$ begin raise exception 'no' using errcode = '{state}'; end $$"
+    with pytest.raises(kind) as raised:
+        db.execute(text)
+    assert isinstance(raised.value, BadRow) == (kind is BadRow)
+    db.close()
