@@ -13,6 +13,9 @@ Keys, in the source's own db:
 - ``….away:<host>`` (string, some seconds): Postgres is away for that host. A process that starts
   there need not find out by a wait.
 
+- ``jobguard:spool-sources`` (hash, a week): the sources that have a stream, by their ids. A source
+  whose first process started in an outage is not in the ledger: the leader registers it from here.
+
 The stream is bounded. At its bound, new records become references: the leader makes the records
 from the jobs in Redis. At twice the bound it takes no more, and entries stay in the memory of their
 processes.
@@ -20,25 +23,31 @@ processes.
 
 from __future__ import annotations
 
+import json
 import socket
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 from uuid import UUID
 
 import redis
 
+from jobguard.adapter import Source
 from jobguard.fork import OwnerProcess
 from jobguard.host.spool import Adoptable, Entry, is_adoptable
 from jobguard.host.stream_entries import encode
 from jobguard.host_safety import contain_errors
 from jobguard.log import log_event
 from jobguard.model import Delivery, End, Outcome
+from jobguard.redis_values import json_in, number_in
 from jobguard.scripts import Script
+from jobguard.store.protocols import SourceRow
 
 if TYPE_CHECKING:
     from jobguard.pulse import Kept
 
+_SOURCES = "jobguard:spool-sources"
 _AWAY = 10_000
 """Milliseconds after the last entry of a host for which a new process there expects an outage."""
 _OVERHEAD = 100
@@ -58,15 +67,22 @@ class ReportStream:
 
     def __init__(
         self,
-        source: Kept,
+        source: Source,
         client: Callable[[], redis.Redis],
         *,
         bound: int,
+        settings: str = "",
         away: Callable[[], bool] = lambda: False,
         failed: Callable[[], None] = lambda: None,
     ) -> None:
-        """``away``: return True if Redis is known not to answer; ``failed``: note that it did not."""
+        """Create the stream.
+
+        ``settings``: what the source's processes must agree on. ``away``: return True if Redis is known
+        not to answer; ``failed``: note that it did not.
+        """
         self._key = stream_key(source)
+        self._id = str(source.id)
+        self._description = json.dumps({**_described(source), "settings": settings})
         self._make = client
         self._bound = bound
         self._is_away = away
@@ -80,7 +96,7 @@ class ReportStream:
         ids: list[bytes] = []
         for start in range(0, len(entries), _AT_ONCE):
             some = entries[start : start + _AT_ONCE]
-            args: list[Any] = [self._bound, _AWAY, _OVERHEAD]
+            args: list[Any] = [self._bound, _AWAY, _OVERHEAD, self._id, self._description]
             for entry in some:
                 args += (encode(entry), *_shorter(entry))
             found = self._ask(partial(self._run, "stream_append.lua", args))
@@ -137,7 +153,7 @@ class ReportStream:
 
     def _run(self, name: str, args: Sequence[Any]) -> Any:
         self._redis()
-        keys = [self._key, f"{self._key}.bytes", f"{self._key}.ended", self._away_key]
+        keys = [self._key, f"{self._key}.bytes", f"{self._key}.ended", self._away_key, _SOURCES]
         (answer,) = self._scripts[name].run([(keys, args)])
         if isinstance(answer, Exception):
             raise answer
@@ -167,6 +183,27 @@ class ReportStream:
         if full and not self._full:
             log_event("stream_full", bytes=2 * self._bound)
         self._full = full
+
+
+def _described(source: Source) -> dict[str, Any]:
+    names = ("namespace", "library", "address", "prefix", "name", "one_body")
+    return {name: getattr(source, name) for name in names}
+
+
+def sources_with_streams(client: Any) -> list[SourceRow]:
+    """Return the sources that have, or had, a stream in this Redis. Raises RedisError.
+
+    A description that does not fit its id, or that a later version wrote, is left out.
+    """
+    found = []
+    for id, description in client.hgetall(_SOURCES).items():
+        with suppress(ValueError, TypeError, KeyError, AttributeError):
+            fields = json_in(description)
+            settings = str(fields.pop("settings"))
+            source = Source(**fields)
+            if source.id == number_in(id):
+                found.append(SourceRow(source.id, **_described(source), settings=settings))
+    return found
 
 
 def _shorter(entry: Entry) -> Iterator[bytes | str]:

@@ -160,6 +160,7 @@ class HostTracker:
             self.source,
             self.client,
             bound=self.settings.stream_bytes,
+            settings=self.settings.fingerprint(),
             away=health.is_known_away,
             failed=health.failed,
         )

@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import entry_points
@@ -19,7 +19,7 @@ import tenacity
 from jobguard.adapter import Adapter, Broker, Source
 from jobguard.clients import address_of, client_from_url
 from jobguard.errors import JobguardError, NotLeading, StoreUnavailable, WrongInstallation
-from jobguard.host.stream import ReportStream
+from jobguard.host.stream import ReportStream, sources_with_streams
 from jobguard.log import log_event
 from jobguard.model import new_token
 from jobguard.reconciler import requests
@@ -56,6 +56,8 @@ _LEFT_BEHIND = 8
 more."""
 _VIGIL = 5.0
 """Seconds between two searches for new sources while this process does not lead."""
+_STREAMS = 5.0
+"""Seconds between two searches for streams of unknown sources."""
 _HOUSEKEEPING = 5.0
 _ROTATE = 3600.0
 _COUNT = 10.0
@@ -98,6 +100,7 @@ class Service:
         )
         self._runners: dict[int | str, Runner] = {}
         self._rows: dict[int, SourceRow] = {}
+        self._readers: dict[str, redis.Redis] = {}
         self._vigil = Vigil(self._broker_of, longest=2 * settings.lease)
         self._brokers: dict[int, Broker] = {}
         self._left_behind: list[Runner] = []
@@ -271,11 +274,39 @@ class Service:
         if self._wrong_place:
             return
         installation = UUID(str(identity["id"]))
+        self._register_sources()
         for row in self._store.sources():
             if row.id not in self._runners:
                 self._add_monitor(row, installation)
         if self._settings.mode == "guard" and self._brokers and _REQUESTS not in self._runners:
             self._add_requests()
+
+    def _register_sources(self) -> None:
+        """Register sources whose first process started while Postgres was away, and left a stream."""
+        now = time.monotonic()
+        if now < self._due.get("streams", 0.0):
+            return
+        self._due["streams"] = now + _STREAMS
+        known = {row.id for row in self._store.sources()}
+        for address, make in self._clients.items():
+            try:
+                if address not in self._readers:
+                    self._readers[address] = make()
+                found = sources_with_streams(self._readers[address])
+            except redis.RedisError:
+                self._due["streams"] = (
+                    now + 6 * _STREAMS
+                )  # Its clients wait for a timeout each time.
+                continue
+            unknown = [
+                row
+                for row in found
+                if row.id not in known and row.namespace == self._settings.namespace
+            ]
+            if unknown:
+                with closing(self._make_host_store()) as host:
+                    for row in unknown:
+                        host.register(row)
 
     def _require_installation(self) -> None:
         """Raise WrongInstallation before the lease is taken: it belongs to the other installation."""

@@ -23,6 +23,7 @@ from jobguard.host.stream import ReportStream, stream_key
 from jobguard.host.stream_entries import encode
 from jobguard.host.tracker import HostTracker
 from jobguard.model import Claim, Delivery, End, Ended, Outcome, Owed, Refused, new_token
+from jobguard.reconciler.service import Service
 from jobguard.reconciler.stream_drain import StreamDrain
 from jobguard.settings import Settings
 from tests.fakes.store import MemoryLedger
@@ -316,6 +317,25 @@ def test_a_new_process_of_the_host_knows_of_the_outage(site: Site) -> None:
         script.drain_spool(last=True)
         assert time.monotonic() - began < 2
         assert set(calls) <= {"probe"}
+
+
+def test_a_source_that_started_in_the_outage_is_registered_by_the_leader(site: Site) -> None:
+    """A source that no process could register is known from its stream; a damaged one is left out."""
+    site.ledger = MemoryLedger()
+    with outage(site.ledger):
+        site.process().record([delivery()])
+    for id, description in (("1", "{}"), (str(SOURCE.id + 1), "x"), ("x", '{"settings": ""}')):
+        site.redis.hset("jobguard:spool-sources", id, description)
+    service = Service(
+        Settings(namespace=NAMESPACE),
+        str,
+        {SOURCE.address: lambda: site.redis},
+        store=lambda holder: leader_store(site.ledger, holder),
+        host_store=site.ledger.host,
+    )
+    service._register_sources()
+    (row,) = leader_store(site.ledger).sources()
+    assert (row.id, row.library, row.address) == (SOURCE.id, SOURCE.library, SOURCE.address)
 
 
 def test_an_entry_of_a_later_version_stays(site: Site) -> None:
