@@ -7,12 +7,13 @@ failure (threads); `when_postgres_down` is ignored (raise; skip); ends do not en
 working worker); the broker is never in doubt (a stopped Redis); jobs are accepted without a leader,
 with any `when_redis_down` (no leader; raise); a refused record is not withdrawn (raise); an
 ambiguous error has no note; the push deadline applies to spooled records (written nowhere); a
-returned job is not completed (Redis gone at the end).
+returned job is not completed (Redis gone at the end); no copy in the stream (what dies).
 """
 
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import time
 import uuid
@@ -160,6 +161,44 @@ def test_killed_postgres_stops_neither_enqueue_nor_work(
         site.swept(queue)
         assert site.outcomes(*(job.id for job in jobs)) == ["completed"] * 6
     assert words(site.ledger).total() == 7, late.log
+
+
+def test_what_dies_while_postgres_is_away_loses_nothing(
+    site: Site, own_postgres: PostgresServer, own_redis: RedisServer
+) -> None:
+    """The producer ends, the worker is killed, and later Redis is: every job runs, and completes once."""
+    site.reconciler()
+    worker = site.worker()
+    site.trusted()
+    own_postgres.kill()
+    send = f"""
+import jobguard, redis, rq
+from tests.acceptance import roads
+client = redis.Redis.from_url({site.redis_url!r})
+queue = rq.Queue(roads.QUEUE, connection=client)
+with jobguard.guard(client):
+    for n in range(40):
+        queue.enqueue(roads.say_slowly, {str(site.ledger)!r}, f"w{{n}}", 0.05)
+"""
+    began = time.monotonic()
+    assert site.start("producer", sys.executable, "-c", send).ends() == 0
+    assert time.monotonic() - began < BOUNDED
+    site.wait_for_runs(12)
+    time.sleep(0.02)
+    worker.close()  # SIGKILL; the ends of its last twentieth of a second may go with it
+    ran = words(site.ledger)
+    assert ran.total() == len(ran) < 40
+    own_postgres.start()
+    with site.client() as client:
+        stream = "jobguard:spool:default:rq:rq"
+        eventually(lambda: len(site.owed()) >= 40 - len(ran) and not client.exists(stream), 60)
+    own_redis.restart(keep_data=False)
+    site.worker()
+    eventually(lambda: len(words(site.ledger)) == 40, 60)
+    site.nothing_is_owed(60)
+    again = [word for word, count in words(site.ledger).items() if count > 1]
+    # What it ran when it was killed, and what it may have ended less than 100 ms before.
+    assert set(again) <= set(list(ran)[-3:]), again
 
 
 def test_spooled_records_of_a_producer_are_written_when_postgres_is_back(
