@@ -18,7 +18,7 @@ import hashlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from uuid import UUID
 
 from jobguard.current import CurrentJob, running
@@ -448,6 +448,15 @@ class Guarded:
     """Makes jobguard's own client for the target's Redis, with short timeouts; None: a test double."""
     inert: str | None = None
     """The reason not to guard anything here (a test double, an eager mode); None: guard it."""
+
+
+class Advice(NamedTuple):
+    """A setting of the application that loses or doubles jobs, or makes its producer wait."""
+
+    detail: str
+    consequence: str
+    fix: str
+    """The line to change."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,11 @@ from jobguard.redis_urls import parse
 _LOOPBACK = {"localhost", "127.0.0.1", "::1", ""}
 
 
+def waits_forever(client: redis.Redis) -> bool:
+    """Return True if a command of this client waits without a limit for a Redis that does not answer."""
+    return getattr(client.connection_pool.make_connection(), "socket_timeout", 0) is None
+
+
 def is_test_double(client: object) -> bool:
     """Return True for a client of fakeredis: its data ends with the process, so nothing is guarded."""
     return any(kind.__module__.split(".")[0] == "fakeredis" for kind in type(client).__mro__)

@@ -102,6 +102,17 @@ EVENTS: Mapping[str, Event] = {
     "envelopes_unsealed": Event(
         INFO, "the sealed envelopes can be read again"
     ),  # source, seconds, refused
+    "http_serves": Event(INFO, "the reconciler answers HTTP"),  # address
+    "http_failed": Event(ERROR, "an HTTP request failed"),  # path, error
+    "metrics_unread": Event(
+        WARNING, "the metrics of the ledger cannot be read: Postgres is away"
+    ),  # error
+    "notices_unread": Event(
+        WARNING, "the ledger cannot be read for notices: Postgres is away"
+    ),  # error
+    "notice_lost": Event(
+        ERROR, "a notice could not be delivered and is dropped"
+    ),  # receiver, id, error
     "settings_reduced": Event(
         INFO, "this Postgres does not know all settings of jobguard's sessions"
     ),  # error

@@ -21,7 +21,8 @@ PREFIX = "JOBGUARD_"
 _OTHER_VARIABLES = frozenset(
     """
     DISABLED FAILPOINT FAILPOINT_LOGS FENCE LOG_JSON LOG_LEVEL POSTGRES_URL POSTGRES_URL_FILE
-    REDIS_URL REDIS_URL_FILE TESTING
+    NOTIFY_COMMAND NOTIFY_URL NOTIFY_URL_FILE REDIS_URL REDIS_URL_FILE TESTING TICK_SECRET
+    TICK_SECRET_FILE
     """.split()  # noqa: SIM905 - a list would need 12 lines
 )
 # Options of single commands and of tests, and variables that Kubernetes sets for a service of that name.

@@ -10,13 +10,13 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from jobguard.adapter import Broker, DeferredTarget, Guarded, Source, Tracker
+from jobguard.adapter import Advice, Broker, DeferredTarget, Guarded, Source, Tracker
 from jobguard.adapters.celery.broker import CeleryBroker
 from jobguard.adapters.celery.envelope import UnknownEnvelope, arguments_in, renewed
 from jobguard.errors import UnsupportedTarget
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     import redis
 
@@ -76,6 +76,49 @@ class CeleryAdapter:
         found: Any = task
         queue = getattr(found, "queue", None) or found.app.conf.task_default_queue
         return str(found.name), str(queue)
+
+    def advice(self, target: object) -> Sequence[Advice]:
+        """Return the settings of this application that lose or double tasks, or block a producer."""
+        app: Any = target
+        conf = app.conf
+        found = []
+        if not conf.task_acks_late and (conf.task_ignore_result or not conf.result_backend):
+            found.append(
+                Advice(
+                    "tasks are acknowledged before they run, and their results are not kept",
+                    "the report of the worker is the only evidence of an end: of a worker that is killed "
+                    "within ends_interval after a return, the task runs again",
+                    'app.conf.task_acks_late = True, or jobguard.guard(app, ends="durable")',
+                )
+            )
+        if conf.task_acks_late and conf.task_acks_on_failure_or_timeout is False:
+            found.append(
+                Advice(
+                    "task_acks_on_failure_or_timeout is off",
+                    "a task that fails stays unacknowledged and is delivered again, without a limit",
+                    "app.conf.task_acks_on_failure_or_timeout = True",
+                )
+            )
+        options = conf.broker_transport_options or {}
+        if options.get("socket_timeout") is None:
+            found.append(
+                Advice(
+                    "the broker's transport has no socket_timeout",
+                    "while Redis is frozen, delay and apply_async wait until it answers",
+                    'app.conf.broker_transport_options = {"socket_timeout": 5}',
+                )
+            )
+        seconds = options.get("visibility_timeout", 3600)
+        if seconds < 600:
+            found.append(
+                Advice(
+                    f"visibility_timeout is {seconds} s",
+                    "a task with a later ETA, or one that runs longer with late acknowledgement, is "
+                    "delivered to a second worker; an unguarded one runs it",
+                    'app.conf.broker_transport_options = {"visibility_timeout": 3600}',
+                )
+            )
+        return found
 
     def broker(self, source: Source, client: redis.Redis) -> Broker:
         """Return the reconciler's view of a source."""

@@ -12,15 +12,15 @@ from uuid import UUID
 
 import redis
 
-from jobguard.adapter import Broker, Guarded, Source, Tracker
+from jobguard.adapter import Advice, Broker, Guarded, Source, Tracker
 from jobguard.adapters.dramatiq.broker import DramatiqBroker
 from jobguard.adapters.dramatiq.envelope import UnknownEnvelope, arguments_in, decode
 from jobguard.adapters.dramatiq.layout import Layout
-from jobguard.clients import address_of, is_test_double, own_client
+from jobguard.clients import address_of, is_test_double, own_client, waits_forever
 from jobguard.errors import UnsupportedTarget
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from dramatiq.brokers.redis import RedisBroker
 
@@ -68,6 +68,28 @@ class DramatiqAdapter:
             raise TypeError(f"{task!r} is no actor of Dramatiq")
         found: Any = task
         return str(found.actor_name), str(found.queue_name)
+
+    def advice(self, target: object) -> Sequence[Advice]:
+        """Return the settings of this broker that block a producer or lose a message."""
+        broker: Any = target
+        found = []
+        if waits_forever(broker.client):
+            found.append(
+                Advice(
+                    "the client of the broker has no socket_timeout",
+                    "while Redis is frozen, send waits until it answers",
+                    "RedisBroker(url=…, socket_timeout=5, socket_connect_timeout=5)",
+                )
+            )
+        if not any(type(one).__name__ == "Retries" for one in broker.middleware):
+            found.append(
+                Advice(
+                    "the middleware Retries is missing",
+                    "an actor that raises, also at a shutdown, loses its message",
+                    "broker.add_middleware(dramatiq.middleware.Retries())",
+                )
+            )
+        return found
 
     def broker(self, source: Source, client: redis.Redis) -> Broker:
         """Return the reconciler's view of a source."""

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import redis
 
-from jobguard.adapter import Broker, Guarded, Source, Tracker
+from jobguard.adapter import Advice, Broker, Guarded, Source, Tracker
 from jobguard.adapters.rq.broker import RQBroker
 from jobguard.adapters.rq.envelope import UnknownEnvelope, arguments_in
-from jobguard.clients import address_of, is_test_double, own_client
+from jobguard.clients import address_of, is_test_double, own_client, waits_forever
 from jobguard.errors import UnsupportedTarget
 
 if TYPE_CHECKING:
@@ -68,6 +68,21 @@ class RQAdapter:
         if "<" in name:  # a lambda, or a function inside of another one
             raise TypeError(f"{task!r} is no function that a worker of RQ can import")
         return f"{task.__module__}.{name}", None
+
+    def advice(self, target: object) -> Sequence[Advice]:
+        """Return the settings of these queues that block a producer or hide a job."""
+        clients = {id(queue.connection): queue.connection for queue in _queues(target)}
+        if isinstance(target, redis.Redis):
+            clients = {id(target): target}
+        return [
+            Advice(
+                "the client of the queue has no socket_timeout",
+                "while Redis is frozen, enqueue waits until it answers",
+                "redis.Redis(…, socket_timeout=5, socket_connect_timeout=5)",
+            )
+            for client in clients.values()
+            if waits_forever(client)
+        ]
 
     def broker(self, source: Source, client: redis.Redis) -> Broker:
         """Return the reconciler's view of a source."""

@@ -68,16 +68,20 @@ def redis_urls_from(given: tuple[str, ...], environ: Mapping[str, str] | None = 
     environ = os.environ if environ is None else environ
     if given:
         return [url for urls in given for url in split_urls(urls)]
-    if path := environ.get("JOBGUARD_REDIS_URL_FILE", "").strip():
+    named = secret_from("REDIS_URL", environ) or environ.get("REDIS_URL", "")
+    return split_urls(named)
+
+
+def secret_from(name: str, environ: Mapping[str, str] | None = None) -> str | None:
+    """Return the secret of JOBGUARD_<name>_FILE or JOBGUARD_<name>; None if there is none."""
+    environ = os.environ if environ is None else environ
+    if path := environ.get(f"JOBGUARD_{name}_FILE", "").strip():
         try:
             with open(path, encoding="utf-8") as file:
-                return split_urls(file.read())
+                return file.read().strip() or None
         except OSError as error:
-            raise ConfigurationError(f"JOBGUARD_REDIS_URL_FILE: {error}") from error
-    for variable in ("JOBGUARD_REDIS_URL", "REDIS_URL"):
-        if urls := split_urls(environ.get(variable, "")):
-            return urls
-    return []
+            raise ConfigurationError(f"JOBGUARD_{name}_FILE: {error}") from error
+    return environ.get(f"JOBGUARD_{name}", "").strip() or None
 
 
 @contextmanager

@@ -52,6 +52,7 @@ class Leadership:
         self._term: int | None = None
         self._trusted_until = float("-inf")
         self._away = False
+        self._answered_at: float | None = None
         self._healthy = healthy
         self._not_before = float("-inf")
         self._stop = threading.Event()
@@ -103,7 +104,12 @@ class Leadership:
         self._trusted_until = asked + self._lease * (1 - _MARGIN)
         self._changed.set()
 
+    def silent_for(self) -> float | None:
+        """Return the seconds since Postgres last answered; None: it never has."""
+        return None if self._answered_at is None else self._clock() - self._answered_at
+
     def _answered(self) -> None:
+        self._answered_at = self._clock()
         if self._away:
             self._away = False
             log_event("postgres_back")

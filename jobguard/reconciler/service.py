@@ -112,6 +112,42 @@ class Service:
         self._due: dict[str, float] = {}
         self._wrong_place: str | None = None
         self._term_watched: int | None = None
+        self._earlier = PassResult()  # of the threads that ended
+
+    # -- as others see it --------------------------------------------------------------------------
+
+    @property
+    def leads(self) -> bool:
+        """True if this process surely leads now."""
+        return self._leadership.leads
+
+    def stuck(self) -> str | None:
+        """Return why this process must be restarted; None: it works."""
+        turn = self._turn_at
+        if turn is not None and time.monotonic() - turn >= _LOOP_STUCK:
+            return "the main loop is stuck"
+        for runner in (*self._runners.copy().values(), *self._left_behind):
+            if runner.alive and runner.stuck_for() >= _GIVE_UP:
+                return f"a step of {runner.name} has been stuck for {runner.stuck_for():.0f} s"
+        return None
+
+    def unready(self) -> str | None:
+        """Return why this process could neither lead nor take over now; None: it could."""
+        silent = self._leadership.silent_for()
+        if silent is None:
+            return "Postgres has not answered yet"
+        if silent > self._settings.lease:
+            return f"Postgres has not answered for {silent:.0f} s"
+        return None
+
+    def totals(self) -> PassResult:
+        """Return what this process has done since it started."""
+        total = PassResult()
+        total += self._earlier
+        for runner in self._runners.copy().values():
+            if runner.monitor is not None:
+                total += runner.monitor.result
+        return total
 
     # -- for ever, or once -------------------------------------------------------------------------
 
@@ -258,6 +294,7 @@ class Service:
                 self._leadership.give_up()
                 raise NotLeading(f"a step of {runner.name} has been stuck for {stuck:.0f} s")
             if not runner.alive:
+                self._retire(runner)
                 del self._runners[id]  # The next search for sources starts it again.
 
     def _is_healthy(self) -> bool:
@@ -475,8 +512,13 @@ class Service:
         self._runners.clear()
         for runner in stopped:
             runner.stop()
+            self._retire(runner)
         self._left_behind += stopped
         return stopped
+
+    def _retire(self, runner: Runner) -> None:
+        if runner.monitor is not None:
+            self._earlier += runner.monitor.result
 
     def _close(self) -> None:
         self._store.close()
@@ -517,15 +559,7 @@ def run_once(settings: Settings, conninfo: Callable[[], str], clients: Clients) 
     return Service(settings, conninfo, clients).once()
 
 
-def run(
-    settings: Settings, conninfo: Callable[[], str], redis_urls: Sequence[str], *, once: bool
-) -> dict[str, Any]:
-    """Run a reconciler in this process: one pass, or until SIGTERM or SIGINT."""
-    service = Service(settings, conninfo, clients_from_urls(redis_urls))
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda _number, _frame: service.stop())
-    if once:
-        return service.once()
-    service.run()
-    return {}
+def stop_on_signals(service: Service) -> None:
+    """Let SIGTERM and SIGINT stop the service. Call it in the main thread."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda _number, _frame: service.stop())

@@ -31,7 +31,8 @@ def problems(database: str, *urls: str, **environ: str) -> list[str]:
     found = json.loads(done.stdout)
     wrong = [f"{one['about']}: {one['detail']}" for one in found if one["verdict"] == "problem"]
     assert done.exit_code == (1 if wrong else 0), done.output
-    return wrong
+    # The servers of the tests run without fsync, for speed.
+    return [one for one in wrong if one != "postgres: fsync is off"]
 
 
 def about(found: list[str], word: str) -> str:
@@ -113,7 +114,7 @@ def test_a_queue_whose_live_workers_take_no_job(
     redis_url: str, database: str, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A queue whose live workers take no job is reported; a deferred job does not count."""
-    monkeypatch.setattr("jobguard.cli.doctor._IDLE_SECONDS", 0.5)
+    monkeypatch.setattr("jobguard.cli.doctor.sources._IDLE_SECONDS", 0.5)
     host = Host("rq", redis_url)
     guard = host.guard(stack, database)
     first = host.target.enqueue("builtins.print", "x")

@@ -14,9 +14,12 @@ from click.testing import CliRunner
 
 import jobguard
 from jobguard import cli
-from jobguard.cli import doctor, run
+from jobguard.cli import run
 from jobguard.cli.common import ago, redis_urls_from
-from jobguard.cli.doctor import CheckResult
+from jobguard.cli.doctor import redis_server
+from jobguard.cli.doctor import sources as doctor_sources
+from jobguard.cli.doctor.finding import CheckResult
+from jobguard.cli.doctor.ledger import judge_ledger
 from jobguard.errors import ConfigurationError
 from jobguard.settings import Settings
 
@@ -297,7 +300,7 @@ def test_the_doctor_finds_each_problem_of_the_ledger(changed: dict[str, Any], wo
     settings = Settings(installation="prod")
 
     def problems(of: dict[str, Any]) -> list[str]:
-        found = doctor.judge(settings, of)
+        found = judge_ledger(settings, of)
         return [finding.detail for finding in found if finding.verdict is CheckResult.PROBLEM]
 
     assert problems(overview()) == []
@@ -323,7 +326,7 @@ def test_a_replica_and_an_evicting_redis_are_problems(monkeypatch: pytest.Monkey
     monkeypatch.setattr("jobguard.clients.address_of", lambda client: "h:1/0")
 
     def problems() -> list[str]:
-        found = doctor._check_redis("redis://h:1", [])
+        found = redis_server.check_redis("redis://h:1", [])
         return [finding.detail for finding in found if finding.verdict is CheckResult.PROBLEM]
 
     assert problems() == []
@@ -376,9 +379,9 @@ def test_a_source_that_no_reconciler_watches_is_a_problem(
     sources: list[dict[str, Any]], word: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The problem names the remedy; one Redis by two addresses is found by its run id."""
-    monkeypatch.setattr(doctor, "_ask_at", lambda address, like: None)
-    reached: Any = [doctor.Reached("redis h:1/0", None, "h:1/0", "", "r")]  # type: ignore[arg-type]
-    found = doctor.judge_sources(Settings(), sources, reached)
+    monkeypatch.setattr(doctor_sources, "_ask_at", lambda address, like: None)
+    reached: Any = [redis_server.Reached("redis h:1/0", None, "h:1/0", "", "r")]  # type: ignore[arg-type]
+    found = doctor_sources.judge_sources(Settings(), sources, reached)
     (problem,) = [finding.detail for finding in found if finding.verdict is CheckResult.PROBLEM]
     assert re.search(word, problem), problem
 
@@ -391,7 +394,7 @@ def test_sources_that_are_watched_or_owe_nothing_are_no_problem() -> None:
         a_source(3, "a:1/0", run_id="x", library="celery"),
         a_source(4, "old:1/0", watched_seconds=None),
     ]
-    found = list(doctor.judge_sources(Settings(), sources, []))
+    found = list(doctor_sources.judge_sources(Settings(), sources, []))
     assert [finding.verdict for finding in found] == [*[CheckResult.OK] * 3, CheckResult.NOTE]
 
 

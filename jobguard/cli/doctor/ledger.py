@@ -1,0 +1,76 @@
+"""What the ledger says: installation, leader, brake, incidents, settings, trust."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from jobguard.cli.doctor.finding import Finding, note, ok, problem
+from jobguard.cli.stats import trusted_since, why_not_trusted
+from jobguard.settings import Settings
+
+
+def judge_ledger(settings: Settings, overview: dict[str, Any]) -> Iterator[Finding]:
+    """Return the findings in the ledger's overview."""
+    yield from _judge_installation(settings, overview["installation"])
+    yield from _judge_leader(overview)
+    for source in overview["sources"]:
+        if source["settings"] and source["settings"] != settings.fingerprint():
+            yield problem(
+                f"source {source['address']}",
+                f"was set up with {source['settings']!r}, here it is {settings.fingerprint()!r}",
+                "processes that disagree record in one tenant and look in another, or one puts back what "
+                "another only observes",
+                "set JOBGUARD_NAMESPACE and JOBGUARD_MODE alike in every process, and in this command",
+            )
+    if not overview["sources"]:
+        yield note("sources", f"nothing has been guarded yet in the namespace {settings.namespace}")
+    for queue in overview["queues"]:
+        about = f"queue {queue['queue']}"
+        if queue["trusted_since"] is not None:
+            yield ok(about, trusted_since(queue["trusted_since"]))
+        elif queue["unguarded"]:
+            names = ", ".join(queue["unguarded"])
+            yield problem(
+                about, f"unguarded workers consume it, so its jobs are not put back: {names}"
+            )
+        else:
+            why = why_not_trusted(queue)
+            yield problem(about, f"not trusted yet, so its jobs are not put back: {why}")
+
+
+def _judge_installation(settings: Settings, installation: dict[str, Any]) -> Iterator[Finding]:
+    about, name = "installation", installation["name"]
+    if settings.installation is not None and name != settings.installation:
+        yield problem(
+            about, f"the database is {name!r}, JOBGUARD_INSTALLATION is {settings.installation!r}"
+        )
+    elif name is None:
+        yield note(about, "the database has no name: `jobguard migrate --installation NAME`")
+    else:
+        yield ok(about, name)
+    if installation["moved"]:
+        yield problem(
+            about,
+            "this database is a copy, or was moved: if it is the right one, run "
+            "`jobguard resume --moved`",
+        )
+
+
+def _judge_leader(overview: dict[str, Any]) -> Iterator[Finding]:
+    leader, brake, workers = overview["leader"], overview["brake"], overview["workers"]
+    if leader is not None and leader["live"]:
+        yield ok("leader", f"{leader['host']} pid {leader['pid']}, term {leader['term']}")
+    else:
+        yield problem("leader", "no reconciler leads: run `jobguard reconcile`")
+    if brake["paused_at"]:
+        yield problem("brake", f"paused since {brake['paused_at']:%Y-%m-%d %H:%M:%S}")
+    for key, why in brake["held"].items():
+        yield problem("brake", f"{key} is held: {why.get('reason', '')}; `jobguard resume`")
+    yield ok("workers", f"{workers['alive']} alive")
+    for incident in overview["incidents"]:
+        # Redis is full or lacks a right: a person must repair it.
+        refuses = incident["cause"] == "push"
+        yield (problem if refuses else note)(
+            "incident", f"{incident['cause']} at {incident['address']}: {incident['detail']}"
+        )
