@@ -25,6 +25,7 @@ REQUESTED = ("rq_schedules", "rq_sql")
 WORKERS = {
     "rq_app": RQ_WORKER,
     "fastapi_app": RQ_WORKER,
+    "flask_app": RQ_WORKER,
     "transactions_app": RQ_WORKER,
     "once_app": RQ_WORKER,
     "django_rq_app": (sys.executable, str(EXAMPLES / "django_rq_app.py"), "rqworker", "mail"),
