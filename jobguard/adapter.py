@@ -24,6 +24,7 @@ from uuid import UUID
 from jobguard.current import CurrentJob, running
 from jobguard.model import (
     Backlog,
+    Beside,
     Claim,
     Delivery,
     Observation,
@@ -90,6 +91,13 @@ class Tracker(Protocol):
         Raises StoreUnavailable if Postgres did not take them and ``when_postgres_down="raise"``.
         """
 
+    def record_beside(self, deliveries: Sequence[Delivery]) -> Beside | None:
+        """Send the record of deliveries that are pushed meanwhile; None: record them first.
+
+        This is possible for a single delivery that nothing can refuse, if its sender never receives an
+        error because of Postgres. A worker that takes the job before its record records it.
+        """
+
     def withdraw(self, deliveries: Sequence[Delivery]) -> None:
         """Delete the records of first deliveries that were certainly not pushed and will not be pushed."""
 
@@ -146,6 +154,9 @@ class Tracker(Protocol):
 
     def broker_error(self) -> Exception | None:
         """Return the error of a Redis that does not answer, or None. Asks as ``broker_in_doubt`` does."""
+
+    def broker_answered(self) -> None:
+        """Note that Redis has just taken a push of the host, so that it need not be asked."""
 
     def broker_failed(self) -> None:
         """Report that Redis failed for the host: Redis is in doubt until it answers jobguard."""

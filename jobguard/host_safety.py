@@ -76,27 +76,35 @@ class SafeProxy:
     def __init__(self, proxied: Any) -> None:
         self._proxied = proxied
 
+    def __init_subclass__(cls) -> None:
+        # Made once for a class: these methods are called several times for each job.
+        for name, fallback in cls._answers.items():
+            if name not in vars(cls):
+                setattr(cls, name, _contained(name, fallback))
+
     def __getattr__(self, name: str) -> Any:
-        fallback = self._answers.get(name)
-        if fallback is None:
-            return getattr(self._proxied, name)
+        return getattr(self._proxied, name)
 
-        def call(*args: Any, **kwargs: Any) -> Any:
-            try:
-                return getattr(self._proxied, name)(*args, **kwargs)
-            except NotTransactional:
-                raise  # an error in the user's program: to send it anyway would be wrong
-            except StoreUnavailable:
-                if name == "record":  # the user asked to get this error
-                    raise
-                return fallback(*args, **kwargs)
-            except Exception as error:
-                if is_host_interrupt(error):
-                    raise
-                log_event("guest_failed", where=name, error=str(error), exc_info=True)
-                return fallback(*args, **kwargs)
 
-        return call
+def _contained(name: str, fallback: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a method that calls the method of this name, and the fallback if that raises."""
+
+    def call(self: SafeProxy, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return getattr(self._proxied, name)(*args, **kwargs)
+        except NotTransactional:
+            raise  # an error in the user's program: to send it anyway would be wrong
+        except StoreUnavailable:
+            if name == "record":  # the user asked to get this error
+                raise
+            return fallback(*args, **kwargs)
+        except Exception as error:
+            if is_host_interrupt(error):
+                raise
+            log_event("guest_failed", where=name, error=str(error), exc_info=True)
+            return fallback(*args, **kwargs)
+
+    return call
 
 
 def _nothing(*_: Any, **__: Any) -> None:
@@ -141,6 +149,7 @@ class _Tracker(SafeProxy):
     _answers: ClassVar = {
         "guards": _no,
         "record": lambda deliveries, **_: Recorded(lost=True),
+        "record_beside": _nothing,
         "withdraw": _nothing,
         "defer": _nothing,
         "batch": lambda **_: nullcontext(),
@@ -150,6 +159,7 @@ class _Tracker(SafeProxy):
         "drain_spool": _nothing,
         "broker_in_doubt": _no,
         "broker_error": _nothing,
+        "broker_answered": _nothing,
         "broker_failed": _nothing,
         "accepts_without_broker": _no,
         "cancel": _nothing,
@@ -166,11 +176,13 @@ class _Tracker(SafeProxy):
 
     def open_session(self, **what: Any) -> Session:
         """Open a session, and return it behind a proxy."""
-        return _safe_session(self.__getattr__("open_session")(**what))
+        call = _contained("open_session", self._answers["open_session"])
+        return _safe_session(call(self, **what))
 
     def inherit_session(self, worker: UUID, pid: int, **what: Any) -> Session:
         """Return the session of the parent process behind a proxy."""
-        return _safe_session(self.__getattr__("inherit_session")(worker, pid, **what))
+        call = _contained("inherit_session", self._answers["inherit_session"])
+        return _safe_session(call(self, worker, pid, **what))
 
 
 def _safe_session(session: Any) -> Session:

@@ -14,7 +14,7 @@ import hashlib
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -161,6 +161,11 @@ class Delivery:
     closes: str | None = None
     """The join that this delivery continues. Of several, the first is recorded; the others are refused."""
 
+    @property
+    def is_plain(self) -> bool:
+        """Return True if no rule can refuse it: it concerns no other delivery."""
+        return self.fresh and self.parent is None and not self.derived and self.closes is None
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -211,6 +216,16 @@ class Recorded:
     def may_be_pushed(self, deadline: float) -> bool:
         """Return True if more than ``deadline`` seconds have passed, so that a leader may have pushed."""
         return self.written and self.leader_live and time.monotonic() - self.at > deadline
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """A record that is under way while its delivery is pushed."""
+
+    expected: Recorded
+    """The likely result."""
+    result: Callable[[], Recorded]
+    """Waits for the commit. Must be called once, after the push, also if the push failed."""
 
 
 class Refusal(StrEnum):

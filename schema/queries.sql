@@ -31,6 +31,14 @@ with calm as materialized (
 )
 select jobguard.led(%(namespace)s)
 
+-- name: record_beside
+-- Record one such delivery while its push is under way. It may have ended already: then it is not owed.
+select jobguard.record_beside(
+         %(source)s, %(token)s, %(job_id)s, %(queue)s, %(task)s, %(priority)s::int,
+         %(attempt)s::int, %(due)s::float8, %(expires)s::float8, %(key)s, %(trace)s, %(envelope)s,
+         %(commit)s),
+       jobguard.led(%(namespace)s)
+
 -- name: record_fresh
 -- Record many such deliveries.
 with calm as materialized (

@@ -111,6 +111,11 @@ def defer(source: int, deliveries: Sequence[Delivery], push: Push) -> Callable[[
     return None if batch is None else batch.defer(deliveries, push)
 
 
+def is_open(source: int) -> bool:
+    """Return True inside a batch or a transaction of this source."""
+    return source in _open.get()
+
+
 def refuse(source: int, what: str) -> None:
     """Raise NotTransactional if a transaction is open, and ``what`` cannot be part of it."""
     block = _open.get().get(source)

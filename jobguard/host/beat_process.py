@@ -25,6 +25,7 @@ import select
 import signal
 import sys
 import time
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -53,19 +54,28 @@ class BeatProcess:
     """The worker's end."""
 
     def __init__(self, spec: dict[str, Any]) -> None:
+        # Imported here, because this file is also the other process's program.
+        from jobguard import os_threads
+
+        self._os = os_threads
         self._spec = {**spec, "path": sys.path, "parent": os.getpid()}
         self._owner_pid = os.getpid()
         self.pid = 0
         self._pipe = -1
         self._tried_at = float("-inf")
+        self._lines: deque[str] = deque()
+        self._writing = os_threads.lock()
 
     def begins(self, claim: str) -> None:
-        """Report that the worker may run this from now on. Call it under the lock of the in-flight list."""
-        self._report(_CLAIM + claim)
+        """Report that the worker may run this from now on. Call it under the lock of the in-flight list.
+
+        The caller then calls `flush`, without that lock, before the worker runs it.
+        """
+        self._add(_CLAIM + claim)
 
     def ends(self, claim: str) -> None:
-        """Report that the worker no longer runs this."""
-        self._report(_END + claim)
+        """Report, with the next report, that the worker no longer runs this. Needs the same lock."""
+        self._add(_END + claim)
 
     def counts(self, counter: int) -> None:
         """Report that the list of this beat is complete, so later reports are newer. Needs the same lock.
@@ -133,22 +143,34 @@ class BeatProcess:
         os.set_blocking(writer, False)
         with contextlib.suppress(AttributeError, OSError):  # only Linux has this option
             fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, _PIPE)
+        self._lines.clear()
         self._pipe = writer
         self._report(_SPEC + json.dumps(self._spec))
 
     def _report(self, line: str) -> None:
+        self._add(line)
+        self.flush()
+
+    def _add(self, line: str) -> None:
+        if self._pipe >= 0 and os.getpid() == self._owner_pid:
+            self._lines.append(line)
+
+    def flush(self) -> None:
+        """Write the reports so far. Threads that come meanwhile share the next write."""
         if self._pipe < 0 or os.getpid() != self._owner_pid:
             return
-        # Imported here, because this file is also the other process's program.
-        from jobguard import os_threads
-
-        data = f"{line}\n".encode()
-        try:
-            sent = os_threads.write(self._pipe, data)
-        except OSError:  # the process has ended, or is too slow
-            sent = 0
-        if sent < len(data):
-            self._close_pipe()  # its information is incomplete: the next beat starts another process
+        with self._writing:
+            lines = [self._lines.popleft() for _ in range(len(self._lines))]
+            if not lines or self._pipe < 0:
+                return
+            data = "".join(f"{line}\n" for line in lines).encode()
+            try:
+                sent = self._os.write(self._pipe, data)
+            except OSError:  # the process has ended, or is too slow
+                sent = 0
+            if sent < len(data):
+                # Its information is incomplete: the next beat starts another process.
+                self._close_pipe()
 
     def _close_pipe(self) -> None:
         pipe, self._pipe = self._pipe, -1

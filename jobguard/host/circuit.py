@@ -21,12 +21,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import pybreaker
-
 from jobguard.errors import BreakerOpen, StoreUnavailable
 
-_NEVER = 10.0 * 365 * 86400
-"""Seconds; pybreaker's own trial, which this disables, would be a call that waits."""
 _MOST = 3
 """How often the pause is doubled."""
 _STEADY = 10
@@ -57,18 +53,8 @@ class Circuit:
         self._opened_at = self._closed_at = -1e9
         self._reported_open = False
         self._checking = threading.Lock()
-        self._breaker = pybreaker.CircuitBreaker(
-            fail_max=1,
-            reset_timeout=_NEVER,
-            # Only a Postgres that cannot be reached opens the circuit; bad data never does.
-            exclude=[lambda error: not isinstance(error, StoreUnavailable)],
-            throw_new_error_on_trip=False,
-        )
-
-    @property
-    def closed(self) -> bool:
-        """Return True if calls may pass, as far as is known."""
-        return self._breaker.current_state == pybreaker.STATE_CLOSED
+        self.closed = True
+        """Whether calls may pass, as far as is known."""
 
     def open_for(self) -> float:
         """Return the seconds since the circuit last opened."""
@@ -87,12 +73,10 @@ class Circuit:
         if not self.closed and not self.check():
             raise BreakerOpen
         try:
-            with self._breaker.calling():
-                yield
+            yield
             self._failures = 0
-        except pybreaker.CircuitBreakerError as error:
-            raise BreakerOpen from error
-        except StoreUnavailable as error:
+        except StoreUnavailable as error:  # bad data never opens the circuit
+            self.closed = False
             self.why = str(error)
             self._opened()
             raise
@@ -128,7 +112,7 @@ class Circuit:
     def answered(self) -> None:
         """Close the circuit: Postgres has just answered a call."""
         if not self.closed:
-            self._breaker.close()
+            self.closed = True
             self._closed_at = self._clock()
             self._reported_open = False
             self._on_change(True)
@@ -156,4 +140,4 @@ class Circuit:
         That may be over, and the life of this process may be short, so that the first check comes at
         once.
         """
-        self._breaker.open()
+        self.closed = False

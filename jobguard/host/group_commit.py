@@ -57,6 +57,11 @@ class GroupCommit(Generic[Row, Answer]):
         self._usual = 0.0  # seconds of a commit, smoothed
         self._last = 0  # parts in the batch before
 
+    @property
+    def is_idle(self) -> bool:
+        """Return True if a caller would find no other caller here, as far as is known."""
+        return self._last <= 1 and self._open is None and not self._committing.locked()
+
     def submit(self, rows: Sequence[Row]) -> Answer:
         """Return when these rows are committed, with or without the rows of other callers.
 

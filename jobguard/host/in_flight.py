@@ -38,8 +38,11 @@ class InFlight:
             self._starts[token] = self._starts.get(token, 0) + 1
             if self._is_child():
                 self.children.runs(token)
-            if self.beat_process is not None:
-                self.beat_process.begins(token.hex)
+            beat_process = self.beat_process
+            if beat_process is not None:
+                beat_process.begins(token.hex)
+        if beat_process is not None:
+            beat_process.flush()
 
     def remove(self, tokens: Iterable[UUID]) -> None:
         """Count one start less of each delivery, because its reports are written."""

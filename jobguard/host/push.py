@@ -114,6 +114,11 @@ class Push(ABC):
         try:
             # Redis is reached before the record: if this fails, surely nothing was sent.
             away, down = self._check_redis()
+            beside = None if away else self.tracker.record_beside(self.deliveries)
+            if beside is not None:
+                self._recorded = beside.expected
+                self.apply_refusals(beside.expected)  # there are none
+                return self._send(beside.expected, beside.result)
             begun = time.monotonic()
             try:
                 recorded = self.tracker.record(self.deliveries, outbox=away)
@@ -185,12 +190,16 @@ class Push(ABC):
             self.give_up(error)
             raise
 
-    def _send(self, recorded: Recorded) -> Any:
+    def _send(self, recorded: Recorded, result: Callable[[], Recorded] | None = None) -> Any:
+        """Push. ``result``: waits for the commit of the record, which is under way meanwhile."""
         moves = any(delivery.parent is not None for delivery in self.deliveries)
-        failpoint.hit("after_move_record" if moves else "after_record", when=recorded.written)
+        place = "after_move_record" if moves else "after_record"
+        failpoint.hit("record_under_way" if result else place, when=recorded.written)
         try:
             sent = self.send()
         except BaseException as error:
+            if result is not None:
+                self._recorded = recorded = result()
             down = self.is_down(error)
             if down:
                 self.tracker.broker_failed()
@@ -204,6 +213,10 @@ class Push(ABC):
             if down and self.accepts(recorded):
                 return None
             raise
+        self.tracker.broker_answered()
+        if result is not None:
+            failpoint.hit("pushed_before_record")
+            self._recorded = recorded = result()
         failpoint.hit("after_push", when=recorded.written)
         return sent
 

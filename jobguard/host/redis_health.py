@@ -120,10 +120,14 @@ class RedisHealth:
                 return True
         finally:
             self._asked_at = self._clock()
+        self.answered()
+        return False
+
+    def answered(self) -> None:
+        """Note that Redis has just answered a caller."""
         self._is_away = False
         self._error = None
         self._proved = self._clock()
-        return False
 
     def failed(self) -> None:
         """Note that Redis has just failed to answer a caller."""

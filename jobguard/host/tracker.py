@@ -53,7 +53,7 @@ from jobguard.host.spool import (
 from jobguard.host.stream import ReportStream
 from jobguard.host_safety import contain_errors, safe_tracker
 from jobguard.log import log_event
-from jobguard.model import Claim, ClaimAnswer, Delivery, End, Ended, Outcome, Recorded
+from jobguard.model import Beside, Claim, ClaimAnswer, Delivery, End, Ended, Outcome, Recorded
 from jobguard.redact import redact
 from jobguard.sealing import Sealer
 from jobguard.settings import Settings
@@ -115,6 +115,8 @@ class HostTracker:
         self._registered = self._asked_others = False
         self._warned = self._logged_full = self._logged_light = self._logged_left = False
         self._patience = _PATIENCE
+        self._led = False  # by the last record
+        self._beside_until = 0.0
         self._registering = threading.Lock()
         self.circuit = Circuit(
             self._probe,
@@ -277,11 +279,62 @@ class HostTracker:
         deliveries = _with_errors(deliveries)
         # Otherwise a leader might push a delivery whose sender receives an error.
         outbox = outbox and self._accepts
-        try:
+
+        def work() -> Recorded:
+            recorded: Recorded
             if outbox or len(deliveries) > BATCH:
                 recorded = self.call(lambda store: self._send(store, deliveries, outbox=outbox))
             else:
                 recorded = self.call(lambda _store: self._commit.submit(deliveries))
+            return recorded
+
+        return self._recorded(deliveries, work, outbox=outbox)
+
+    def record_beside(self, deliveries: Sequence[Delivery]) -> Beside | None:
+        """Send a record whose commit and push can overlap; see Tracker."""
+        self._mine()
+        now = time.monotonic()
+        if (
+            len(deliveries) != 1
+            or not deliveries[0].is_plain
+            or self.settings.when_postgres_down == "raise"
+            or self._parent is not None
+            or not (self._registered and self.circuit.closed)
+            or len(self.spool)
+            or batches.is_open(self.source.id)
+            # Callers that come meanwhile share the next commit.
+            or now < self._beside_until
+            or not self._commit.is_idle
+        ):
+            return None
+        self._beside_until = now + self.settings.record_timeout
+        try:
+            with self.circuit.calling():
+                read = self._ready().record_beside(
+                    self.source.id,
+                    deliveries[0],
+                    namespace=self.source.namespace,
+                    relaxed=self.settings.durability == "relaxed",
+                )
+        except JobguardError:  # nothing is pushed yet: the caller records first, and sees the error
+            self._beside_until = 0.0
+            return None
+
+        def work() -> Recorded:
+            self._beside_until = 0.0
+            with self.circuit.calling():
+                return read()
+
+        return Beside(
+            Recorded(leader_live=self._led), lambda: self._recorded(deliveries, work, outbox=False)
+        )
+
+    def _recorded(
+        self, deliveries: Sequence[Delivery], work: Callable[[], Recorded], *, outbox: bool
+    ) -> Recorded:
+        """Return the result of a record; the spool takes what Postgres does not take."""
+        try:
+            recorded = work()
         except BadRow as error:
             return self._record_alone(deliveries, error, outbox=outbox)
         except StoreUnavailable as error:
@@ -296,6 +349,7 @@ class HostTracker:
             log_event("record_lost", count=len(deliveries), error=str(error))
             self.spool.counts.lost += len(deliveries)
             return Recorded(lost=True)
+        self._led = recorded.leader_live
         mine = frozenset(d.token for d in deliveries)
         return Recorded(refused=recorded.refused & mine, leader_live=recorded.leader_live)
 
@@ -463,6 +517,11 @@ class HostTracker:
         """Return why Redis does not answer, or None; see Tracker."""
         self._mine()
         return None if self._redis_health is None else self._redis_health.error()
+
+    def broker_answered(self) -> None:
+        """Note that Redis has just answered the host; see Tracker."""
+        if self._redis_health is not None:
+            self._redis_health.answered()
 
     def broker_failed(self) -> None:
         """Note that Redis just failed the host; see Tracker."""

@@ -42,6 +42,7 @@ from jobguard.store.wire import (
     READ,
     WRITE,
     DeadlinePassed,
+    Exchange,
     Row,
     Session,
     Steps,
@@ -86,6 +87,8 @@ _MOST_FOR_PAYLOAD = 5.0
 """Largest number of extra seconds for a payload."""
 _STUCK = 5.0
 """Seconds after which an unfinished login is given up."""
+_SHORT = 0.02
+"""Seconds in which an answer that is here already is read, after its deadline."""
 _NEXT = 2.0
 """The same limit when another server is left to try."""
 
@@ -287,13 +290,15 @@ class Database:
         self._servers: list[PostgresHost] = []
         self._connection: Session | None = None
         self._connecting: Approach | None = None
+        self._flight: Flight | None = None
 
     def _after_fork(self) -> None:
-        _inherited.append((self._connection, self._connecting, self._lock))
+        _inherited.append((self._connection, self._connecting, self._flight, self._lock))
         self._owner = OwnerProcess()
         self._lock = threading.RLock()
         self._connection = None
         self._connecting = None
+        self._flight = None
 
     @contextmanager
     def _mine(self) -> Iterator[None]:
@@ -326,9 +331,9 @@ class Database:
         statements. Raise StoreUnavailable or a subclass (NotWritten if it is certain that nothing was
         written), BadRow, or JobguardError.
         """
-        budget = self._call_timeout if timeout is None else timeout
-        budget += min(payload / self._rate, _MOST_FOR_PAYLOAD)
+        budget = self._budget(timeout, payload)
         with self._mine():
+            self._collect()
             try:
                 began = time.monotonic()
                 rows = self._attempt(query, parameters, budget, alone)
@@ -351,11 +356,62 @@ class Database:
                     raise
                 raise StoreUnavailable(str(error)) from first
 
+    def begin(self, query: str, parameters: Parameters, *, payload: int = 0) -> Flight:
+        """Send one statement and return before its answer comes, so that the caller can work meanwhile.
+
+        Another call reads the answer first if it needs the connection. The rest is as in `execute`: the
+        statement must be safe to run twice, also after a while. Raises the same errors.
+        """
+        budget = self._budget(None, payload)
+        with self._mine():
+            self._collect()
+            session = self._connected()
+            with self._translating(session):
+                exchange = session.begin(
+                    query, parameters, budget=budget, prepare=self._prepare, plans=PLANS_SECONDS
+                )
+            self._flight = Flight(self, session, exchange, query, parameters, payload)
+            return self._flight
+
+    def read(self, flight: Flight) -> list[Row]:
+        """Wait for the answer to this statement; see `begin`."""
+        with self._mine():
+            if flight is self._flight:
+                self._collect()
+            error = flight.error
+        if isinstance(error, _Lost):
+            # The answer is lost, and perhaps the statement.
+            return self.execute(flight.query, flight.parameters, payload=flight.payload)
+        if error is not None:
+            raise error
+        return flight.rows
+
+    def _collect(self) -> None:
+        """Read the answer to the statement that is under way, and keep it for its caller."""
+        flight, self._flight = self._flight, None
+        if flight is None:
+            return
+        exchange = flight.exchange
+        # The answer came in time if it is here already, however late its caller reads it.
+        exchange.deadline = max(exchange.deadline, time.monotonic() + _SHORT)
+        try:
+            with self._translating(flight.session):
+                flight.rows = flight.session.finish(exchange)
+        except (_Lost, JobguardError) as error:
+            flight.error = error
+        except BaseException as error:  # a signal raised it in this thread
+            flight.error = StoreUnavailable(f"the answer was not read: {error!r}")
+            raise
+
+    def _budget(self, timeout: float | None, payload: int) -> float:
+        budget = self._call_timeout if timeout is None else timeout
+        return budget + min(payload / self._rate, _MOST_FOR_PAYLOAD)
+
     def _attempt(
         self, query: str, parameters: Parameters, budget: float, alone: bool = False
     ) -> list[Row]:
         session = self._connected()
-        try:
+        with self._translating(session):
             return session.call(
                 query,
                 parameters,
@@ -364,6 +420,12 @@ class Database:
                 plans=PLANS_SECONDS,
                 alone=alone,
             )
+
+    @contextmanager
+    def _translating(self, session: Session) -> Iterator[None]:
+        """Raise the errors of a call as those of the store, and drop a connection that is lost."""
+        try:
+            yield
         except DeadlinePassed as error:
             # A second try would wait as long again. One outage causes one wait.
             self._drop(elsewhere=True)
@@ -473,6 +535,7 @@ class Database:
     def close(self) -> None:
         """Close the connection; the next call makes a new one."""
         with self._mine():
+            self._collect()
             self._drop()
             self._abandon_connecting()
 
@@ -494,6 +557,40 @@ class Database:
                 "process holds one connection, a worker two"
             )
         return NotWritten(text)
+
+
+class Flight:
+    """A statement that was sent; its answer is still to be read."""
+
+    __slots__ = (
+        "_database",
+        "error",
+        "exchange",
+        "parameters",
+        "payload",
+        "query",
+        "rows",
+        "session",
+    )
+
+    def __init__(
+        self,
+        database: Database,
+        session: Session,
+        exchange: Exchange,
+        query: str,
+        parameters: Parameters,
+        payload: int,
+    ) -> None:
+        self._database = database
+        self.session, self.exchange = session, exchange
+        self.query, self.parameters, self.payload = query, parameters, payload
+        self.rows: list[Row] = []
+        self.error: Exception | None = None
+
+    def read(self) -> list[Row]:
+        """Wait for the answer and return its rows. Raises the errors of `Database.execute`."""
+        return self._database.read(self)
 
 
 class _Lost(Exception):

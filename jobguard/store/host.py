@@ -32,7 +32,7 @@ from jobguard.schema import statements
 from jobguard.sealing import Sealer
 from jobguard.settings import Settings
 from jobguard.store import texts
-from jobguard.store.connection import Database
+from jobguard.store.connection import Database, Flight
 from jobguard.store.protocols import BeatReply, ClaimRequest, SourceRow
 
 _SOURCE = (
@@ -102,7 +102,7 @@ class PostgresStore:
             "namespace": namespace,
             "commit": "off" if relaxed and not outbox else None,
         }
-        plain = not outbox and not replay and all(map(_is_plain, deliveries))
+        plain = not outbox and not replay and all(delivery.is_plain for delivery in deliveries)
         if plain and len(deliveries) == 1:
             rows = self._db.execute(
                 self._sql["record_one"],
@@ -110,14 +110,13 @@ class PostgresStore:
                 payload=len(deliveries[0].envelope),
             )
             return Recorded(leader_live=rows[0][0])
+        if plain:
+            return self._record_fresh(deliveries, common)
         refused: set[UUID] = set()
         led = False
         for batch in _batches(deliveries):
             columns = common | self._columns(batch)
             payload = sum(len(d.envelope) for d in batch)
-            if plain:
-                led = self._db.execute(self._sql["record_fresh"], columns, payload=payload)[0][0]
-                continue
             rows = self._db.execute(
                 self._sql["record"],
                 columns
@@ -142,6 +141,33 @@ class PostgresStore:
             {"source": source, "tokens": list(tokens), "deadline": deadline},
         )
         return frozenset(rows[0][0])
+
+    def _record_fresh(self, deliveries: Sequence[Delivery], common: dict[str, Any]) -> Recorded:
+        """Record deliveries that nothing can refuse; one statement commits while the next is made."""
+        flight: Flight | None = None
+        led = False
+        for batch in _batches(deliveries):
+            columns = common | self._columns(batch)
+            payload = sum(len(d.envelope) for d in batch)
+            before, flight = (
+                flight,
+                self._db.begin(self._sql["record_fresh"], columns, payload=payload),
+            )
+            if before is not None:
+                before.read()
+        if flight is not None:
+            led = flight.read()[0][0]
+        return Recorded(leader_live=led)
+
+    def record_beside(
+        self, source: int, delivery: Delivery, *, namespace: str, relaxed: bool = False
+    ) -> Callable[[], Recorded]:
+        """Send the record of a delivery, and return a function that waits for its commit; see HostStore."""
+        common = {"source": source, "namespace": namespace, "commit": "off" if relaxed else None}
+        flight = self._db.begin(
+            self._sql["record_beside"], common | self._row(delivery), payload=len(delivery.envelope)
+        )
+        return lambda: Recorded(leader_live=flight.read()[0][1])
 
     def withdraw(self, source: int, tokens: Sequence[UUID]) -> None:
         """Delete deliveries that were never pushed; see HostStore."""
@@ -518,16 +544,6 @@ def _claim_answer(
     if kind == "disowned":
         return WorkerDeclaredDead(token)
     return Refused(token, Refusal(kind), Outcome(outcome) if outcome else None)
-
-
-def _is_plain(delivery: Delivery) -> bool:
-    """Return True if no rule can refuse this delivery, so that the short statement is enough."""
-    return (
-        delivery.fresh
-        and delivery.parent is None
-        and not delivery.derived
-        and delivery.closes is None
-    )
 
 
 def _batches(deliveries: Sequence[Delivery]) -> Iterator[Sequence[Delivery]]:

@@ -132,6 +132,15 @@ class HostStore(Protocol):
         still not in Redis after ``deadline`` seconds.
         """
 
+    def record_beside(
+        self, source: int, delivery: Delivery, *, namespace: str, relaxed: bool = False
+    ) -> Callable[[], Recorded]:
+        """Send the record of a plain delivery; the returned function waits until it is committed.
+
+        The delivery may be pushed meanwhile, so it may have ended before the record comes. Then it is
+        not owed.
+        """
+
     def withdraw(self, source: int, tokens: Sequence[UUID]) -> None:
         """Delete deliveries that were never pushed.
 

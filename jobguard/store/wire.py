@@ -18,6 +18,7 @@ import select
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import psycopg
@@ -71,6 +72,25 @@ _logger = logging.getLogger(__name__)
 _PIPELINES = psycopg.capabilities.has_pipeline()
 _BEGIN_ANY = b"begin isolation level read committed"
 _BEGIN = b"begin isolation level read committed read write"
+
+
+@dataclass(slots=True)
+class Exchange:
+    """A statement that was sent and whose answer was not read yet."""
+
+    steps: Steps
+    wanted: int
+    """What the next step waits for."""
+    deadline: float
+    at: int
+    """The position of its result among the results."""
+    length: int
+    """The number of its commands: with or without a prepare."""
+    name: bytes | None
+    limit: int | None
+    """The new time limit of the session, if it changes."""
+    planned_at: float | None
+    """When the plans were discarded, if they were."""
 
 
 class DeadlinePassed(Exception):
@@ -177,8 +197,22 @@ class Session:
         cannot be part of a transaction with others. Raise psycopg.Error if the server answers with an
         error (``failed_at`` is the position of the failed command), or DeadlinePassed.
         """
+        return self.finish(
+            self.begin(query, parameters, budget=budget, prepare=prepare, plans=plans, alone=alone)
+        )
+
+    def begin(
+        self,
+        query: str,
+        parameters: Mapping[str, Any] | None,
+        *,
+        budget: float,
+        prepare: bool,
+        plans: float,
+        alone: bool = False,
+    ) -> Exchange:
+        """Send a statement, and do not wait for its answer; no other call may come before `finish`."""
         now = time.monotonic()
-        deadline = now + budget
         limit = _milliseconds(budget)
         name, statement = self._statement(query, parameters, prepare and not self.pooled)
         replan = now - self._planned_at > plans and not (self.pooled and alone)
@@ -194,22 +228,41 @@ class Session:
             before += [self._plain(f"select {timeout}".encode()), None]
         if replan:
             before += [self._plain(b"discard plans"), *([] if self.pooled else [None])]
-        results = self.run(self.exchange([*before, *statement, *after]), deadline)
-        at = sum(send is not None for send in before)
-        prepared = len(statement) == 2 and at < len(results) and results[at] is not None
-        if name is not None and prepared and results[at].status == pq.ExecStatus.COMMAND_OK:
-            self._prepared.add(name)  # this holds even if its first use failed
+        steps = self.exchange([*before, *statement, *after])
+        try:
+            wanted = next(steps)
+        except BaseException as error:
+            self._broken(error)
+            raise
+        return Exchange(
+            steps=steps,
+            wanted=wanted,
+            deadline=now + budget,
+            at=sum(send is not None for send in before),
+            length=len(statement),
+            name=name,
+            limit=limit if relimit else None,
+            planned_at=now if replan else None,
+        )
+
+    def finish(self, begun: Exchange) -> list[Row]:
+        """Wait for the answer to a statement and return its rows; see `call`."""
+        results = self.run(begun.steps, begun.deadline, begun.wanted)
+        at = begun.at
+        prepared = begun.length == 2 and at < len(results) and results[at] is not None
+        if begun.name is not None and prepared and results[at].status == pq.ExecStatus.COMMAND_OK:
+            self._prepared.add(begun.name)  # this holds even if its first use failed
         self.failed_at = next((n for n, r in enumerate(results) if _is_error(r)), None)
         if self.failed_at is not None:
             if self.pgconn.transaction_status == pq.TransactionStatus.INERROR:
                 rollback = self.exchange([self._plain(b"rollback"), None])
-                self.run(rollback, max(deadline, time.monotonic() + 0.05))
+                self.run(rollback, max(begun.deadline, time.monotonic() + 0.05))
             raise error_from_result(results[self.failed_at])
-        if relimit:
-            self._limit = limit
-        if replan:
-            self._planned_at = now
-        result = results[at + len(statement) - 1]
+        if begun.limit is not None:
+            self._limit = begun.limit
+        if begun.planned_at is not None:
+            self._planned_at = begun.planned_at
+        result = results[at + begun.length - 1]
         if result.status != pq.ExecStatus.TUPLES_OK:
             return []
         self._transformer.set_pgresult(result)
@@ -254,24 +307,30 @@ class Session:
 
     # -- the wire ----------------------------------------------------------------------------------
 
-    def run(self, steps: Steps, deadline: float) -> list[Any]:
-        """Take all steps. Raise DeadlinePassed and give the connection up if they take too long."""
+    def run(self, steps: Steps, deadline: float, wanted: int | None = None) -> list[Any]:
+        """Take all steps. Raise DeadlinePassed and give the connection up if they take too long.
+
+        ``wanted``: what the next step waits for, if the first one is taken already.
+        """
         try:
-            wanted = next(steps)
+            if wanted is None:
+                wanted = next(steps)
             while ready(self.pgconn.socket, wanted, deadline - time.monotonic()):
                 wanted = next(steps)
             raise DeadlinePassed
         except StopIteration as stop:
             results: list[Any] = stop.value
             return results
-        except psycopg.Error:
+        except BaseException as error:
+            self._broken(error)
+            raise
+
+    def _broken(self, error: BaseException) -> None:
+        """Give the connection up: an exchange with the server stopped in the middle."""
+        if isinstance(error, psycopg.Error):
             self.pgconn.finish()
-            raise
-        except BaseException:
-            # A deadline passed, or a signal raised an exception in this thread (RQ's time limit):
-            # the exchange with the server stops in the middle.
+        else:  # a deadline passed, or a signal raised an exception in this thread (RQ's time limit)
             give_up(self.pgconn)
-            raise
 
     def exchange(self, sends: Sequence[Send]) -> Steps:
         """Send all commands and return their results in order.

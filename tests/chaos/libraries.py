@@ -44,7 +44,12 @@ class Library:
     layout: Layout
 
 
-_PRODUCER = {"after_record": 0.03, "after_push": 0.03}
+_PRODUCER = {
+    "after_record": 0.03,
+    "record_under_way": 0.02,
+    "pushed_before_record": 0.02,
+    "after_push": 0.03,
+}
 _WORKER = {
     "after_claim": 0.01,
     "after_return": 0.01,

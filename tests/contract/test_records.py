@@ -7,8 +7,17 @@ from uuid import uuid4
 import pytest
 
 from jobguard.errors import BadRow
+from jobguard.model import Claim
 from jobguard.store.protocols import SourceRow
-from tests.contract.conftest import LONG, NAMESPACE, SOURCE, Contract, delivery
+from tests.contract.conftest import (
+    ENDED_COMPLETED,
+    LONG,
+    NAMESPACE,
+    SOURCE,
+    Contract,
+    delivery,
+    refused,
+)
 
 if TYPE_CHECKING:
     pass
@@ -132,3 +141,25 @@ def test_a_priority_out_of_range_is_a_bad_row(ledger: Contract) -> None:
     """A priority out of range is refused, because the ledger stores a smallint."""
     with pytest.raises(BadRow):
         ledger.record(delivery(priority=40_000))
+
+
+def test_a_record_beside_its_push_is_owed(ledger: Contract) -> None:
+    """A delivery that is recorded while it is pushed is owed, and a second time changes nothing."""
+    it = delivery(fresh=True)
+    for _ in range(2):
+        assert ledger.store.record_beside(SOURCE, it, namespace=NAMESPACE)().refused == frozenset()
+        assert set(ledger.owed()) == {it.token}
+
+
+@pytest.mark.parametrize("how", ["recorded by its worker", "unknown"])
+def test_a_record_that_comes_after_its_end_is_not_owed(ledger: Contract, how: str) -> None:
+    """A worker may record, run and end a delivery before the record of its producer comes."""
+    it, worker = delivery(fresh=True), ledger.working()
+    if how == "unknown":
+        worker.end(Claim(it.token, 0))
+    else:
+        ledger.record(it, replay=True, newest=True)
+        worker.end(worker.start(it.token))
+    ledger.store.record_beside(SOURCE, it, namespace=NAMESPACE)()
+    assert ledger.owed() == {}
+    assert refused(worker.claim(it.token)) == ENDED_COMPLETED

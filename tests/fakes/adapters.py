@@ -16,6 +16,7 @@ from uuid import UUID, uuid4
 from jobguard.adapter import Broker, Session, Source
 from jobguard.host import batch as batches
 from jobguard.model import (
+    Beside,
     Claim,
     Delivery,
     Observation,
@@ -287,6 +288,13 @@ class FakeTracker:
     def broker_error(self) -> Exception | None:
         """Return None: the fake cannot know it."""
         return None
+
+    def record_beside(self, deliveries: Sequence[Delivery]) -> Beside | None:
+        """Return None: the tests of adapters rely on the order of record and push."""
+        return None
+
+    def broker_answered(self) -> None:
+        """Do nothing."""
 
     def broker_failed(self) -> None:
         """Note that Redis failed in the host."""

@@ -100,6 +100,12 @@ class MemoryHostStore:
                     refused.add(delivery.token)
             return Recorded(frozenset(refused), leader_live=tables.led(namespace, now))
 
+    def record_beside(
+        self, source: int, delivery: Delivery, *, namespace: str, relaxed: bool = False
+    ) -> Callable[[], Recorded]:
+        recorded = self.record(source, [delivery], namespace=namespace, replay=True, newest=True)
+        return lambda: recorded
+
     def _is_excluded(self, source: int, delivery: Delivery, *, now: float) -> bool:
         """Return True if it must not be owed, whether or not a worker has a claim; close its join."""
         tables = self._tables

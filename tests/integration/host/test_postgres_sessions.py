@@ -617,3 +617,44 @@ def test_what_postgres_refuses_for_a_rows_own_sake(
         db.execute(text)
     assert isinstance(raised.value, BadRow) == (kind is BadRow)
     db.close()
+
+
+def test_an_answer_is_read_by_another_call_if_it_comes_first(database: str) -> None:
+    """A statement whose caller does other work does not block the connection for other callers."""
+    db = database_of(database)
+    flight = db.begin("select 1", None)
+    assert db.execute("select 2") == [(2,)]
+    assert flight.read() == [(1,)]
+    db.close()
+
+
+def test_a_lost_answer_is_asked_again(database: str) -> None:
+    """A statement whose connection broke before its answer was read is sent again."""
+    db = database_of(database)
+    (pid,) = db.execute("select pg_backend_pid()")[0]
+    with psycopg.connect(database, autocommit=True) as other:
+        flight = db.begin("select pg_sleep(0.3), 1", None)
+        other.execute("select pg_terminate_backend(%s)", (pid,))
+        assert flight.read()[0][1] == 1
+    db.close()
+
+
+def test_a_record_waits_for_an_end_that_deletes_its_row(database: str) -> None:
+    """A late record that meets the end of its delivery is not owed after the end is committed."""
+    records, it = store(database), delivery(fresh=True)
+    records.record(1, [it], namespace="d")
+    with psycopg.connect(database) as other:
+        other.execute("delete from jobguard.jobs where token = %s", (it.token,))
+        other.execute(
+            "insert into jobguard.history (source, token, job_id, queue, task, outcome)"
+            " values (1, %s, 'j', 'q', 't', 'completed')",
+            (it.token,),
+        )
+        result = records.record_beside(1, it, namespace="d")
+        blocked = "select from pg_locks where not granted"
+        with psycopg.connect(database, autocommit=True) as watcher:
+            eventually(lambda: watcher.execute(blocked).fetchone() is not None)
+        other.commit()
+        assert result().written
+        assert other.execute("select count(*) from jobguard.jobs").fetchone() == (0,)
+    records.close()

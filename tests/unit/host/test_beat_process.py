@@ -67,6 +67,7 @@ class TestWorkerEnd:
         os.kill(first, signal.SIGKILL)
         eventually(lambda: not is_alive(first))
         process.begins("a")
+        process.flush()
         process.beat(ME, "")
         assert process.pid not in (0, first)
 
@@ -75,13 +76,34 @@ class TestWorkerEnd:
         os.kill(process.pid, signal.SIGSTOP)
         for _ in range(10_000):  # a call that waited would never return
             process.begins("f" * 32)
+            process.flush()
         os.kill(process.pid, signal.SIGCONT)
+
+    def test_an_end_is_written_with_the_next_start(
+        self, process: BeatProcess, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Ends wait for the next start, so that a job costs one write; the order stays."""
+        written: list[bytes] = []
+
+        def write(descriptor: int, data: bytes) -> int:
+            written.append(data)
+            return os.write(descriptor, data)
+
+        monkeypatch.setattr(process._os, "write", write)
+        process.begins("a")
+        process.flush()
+        process.ends("a")
+        process.begins("b")
+        process.flush()
+        process.flush()
+        assert written == [b"+a\n", b"-a\n+b\n"]
 
     def test_a_fork_of_the_worker_has_none(self, process: BeatProcess) -> None:
         """A fork of the worker neither reports to the parent's beat process nor ends it."""
         child = os.fork()
         if child == 0:
             process.begins("a")
+            process.flush()
             process.close()
             os._exit(0)
         os.waitpid(child, 0)

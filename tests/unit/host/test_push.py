@@ -11,7 +11,7 @@ import pytest
 from redis import exceptions
 
 from jobguard.host.push import Push
-from jobguard.model import Delivery, Parent, Recorded, new_token
+from jobguard.model import Beside, Delivery, Parent, Recorded, new_token
 
 LED = Recorded(leader_live=True)
 PARENT = Parent(new_token(), claim=1, worker=new_token())
@@ -32,6 +32,7 @@ class Tracker:
         self.error: Exception | None = None
         self.push_deadline = 3600.0  # LED is as old as this module
         self.deferred: list[Callable[[Recorded], None]] | None = None
+        self.overlaps = False
 
     def defer(
         self, deliveries: Sequence[Delivery], push: Callable[[Recorded], None]
@@ -48,6 +49,16 @@ class Tracker:
         if isinstance(self.answer, Exception):
             raise self.answer
         return self.answer
+
+    def record_beside(self, deliveries: Sequence[Delivery]) -> Beside | None:
+        """Return a record under way if the test wants the record and the push to overlap."""
+        if not self.overlaps:
+            return None
+        self.journal.append("record under way")
+        return Beside(LED, lambda: self.record(deliveries))
+
+    def broker_answered(self) -> None:
+        """Do nothing."""
 
     def broker_in_doubt(self) -> bool:
         """Return the prepared answer."""
@@ -142,6 +153,33 @@ class TestRedisIsThere:
         """The push returns the library's result."""
         assert push(tracker).make() == "sent"
         assert tracker.journal == ["reach", "record", "send", "release"]
+
+    def test_sent_while_its_record_is_committed(self, tracker: Tracker) -> None:
+        """A push that overlaps its record returns when both are done."""
+        tracker.overlaps = True
+        assert push(tracker).make() == "sent"
+        assert tracker.journal == ["reach", "record under way", "send", "record", "release"]
+
+    @pytest.mark.parametrize(
+        ("answer", "after"),
+        [
+            (LED, ["broker failed", "leave 1"]),
+            (Recorded(spooled=True), ["broker failed", "leave 1"]),
+        ],
+    )
+    def test_a_failed_push_waits_for_its_record(
+        self, tracker: Tracker, answer: Recorded, after: list[str]
+    ) -> None:
+        """A push that fails beside its record is treated as after it: by the result of the record."""
+        tracker.overlaps, tracker.answer = True, answer
+        it = push(tracker, None, Away())
+        if answer.leader_live:
+            assert it.make() is None
+        else:
+            with pytest.raises(Away):
+                it.make()
+        sent = ["reach", "record under way", "send", "record"]
+        assert tracker.journal == [*sent, *after, "release"]
 
     def test_refused(self, tracker: Tracker) -> None:
         """A delivery that has ended or was superseded is not sent."""

@@ -948,3 +948,58 @@ def test_bad_rows_are_no_outage() -> None:
 def warnings(caplog: pytest.LogCaptureFixture) -> None:
     """Capture warnings and errors."""
     caplog.set_level(logging.WARNING, "jobguard")
+
+
+def test_a_record_and_its_push_overlap() -> None:
+    """The record of a plain delivery is under way while it is pushed, once the source is registered."""
+    process = HostProcess()
+    first, it = delivery("first", fresh=True), delivery("a", fresh=True)
+    assert process.tracker.record_beside([first]) is None
+    process.tracker.record([first])
+    beside = process.tracker.record_beside([it])
+    assert beside is not None
+    # Others share the next commit.
+    assert process.tracker.record_beside([delivery("b", fresh=True)]) is None
+    assert beside.result().written
+    assert set(process.owed) == {"first", "a"}
+    assert process.tracker.record_beside([delivery("b", fresh=True)]) is not None
+
+
+@pytest.mark.parametrize(
+    ("what", "settings"),
+    [
+        ([delivery("a")], {}),
+        ([delivery("a", fresh=True, parent=Parent(new_token()))], {}),
+        ([delivery("a", fresh=True, derived=True)], {}),
+        ([delivery("a", fresh=True, closes="j")], {}),
+        ([delivery("a", fresh=True), delivery("b", fresh=True)], {}),
+        ([delivery("a", fresh=True)], {"when_postgres_down": "raise"}),
+    ],
+)
+def test_a_record_that_may_be_refused_comes_first(
+    what: list[Delivery], settings: dict[str, Any]
+) -> None:
+    """Nothing is pushed before its record if the record may be refused or its sender may get an error."""
+    process = HostProcess(**settings)
+    process.tracker.record([delivery("first", fresh=True)])
+    assert process.tracker.record_beside(what) is None
+
+
+def test_a_record_that_fails_beside_its_push_is_spooled() -> None:
+    """The delivery is pushed already, so its record waits in the spool, and is not owed if it ended."""
+    process = HostProcess()
+    process.tracker.record([delivery("first", fresh=True)])
+    it = delivery("a", fresh=True)
+
+    def fails(*_: Any, **__: Any) -> Callable[[], Recorded]:
+        def read() -> Recorded:
+            raise StoreUnavailable("gone")
+
+        return read
+
+    process.tracker._ready().record_beside = fails  # type: ignore[method-assign]
+    beside = process.tracker.record_beside([it])
+    assert beside is not None and beside.result().spooled
+    assert not process.tracker.circuit.closed
+    assert process.tracker.record_beside([delivery("b", fresh=True)]) is None
+    assert [entry for entry in process.tracker.spool.left()] == [it]
