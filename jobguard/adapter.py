@@ -15,12 +15,14 @@ and unpickles nothing.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from uuid import UUID
 
+from jobguard import hooks
 from jobguard.current import CurrentJob, running
 from jobguard.model import (
     Backlog,
@@ -485,32 +487,51 @@ class DeferredTarget:
     """Configures the application now, because the user calls the guard. Then ``sources`` can answer."""
 
 
+@contextmanager
 def running_job(
-    tracker: Tracker, claim: Claim, job_id: str, *, attempt: int
-) -> AbstractContextManager[None]:
-    """Make ``jobguard.current()`` return this job inside. Nothing is sent before the job reports."""
+    tracker: Tracker, claim: Claim, job_id: str, *, attempt: int, limit: float | None = None
+) -> Iterator[None]:
+    """Make ``jobguard.current()`` return this job inside, and call the functions of its events.
+
+    Nothing is sent before the job reports. ``limit``: the seconds after which the library stops the run.
+    An exception that leaves the block is the error of the job.
+    """
+    source = tracker.source.id
 
     def report(done: float | None, attrs: dict[str, Any]) -> bool:
-        return tracker.heartbeat(
+        recorded = tracker.heartbeat(
             job_id,
             token=claim.token,
             number=claim.number or None,
             progress=done,
             attrs=attrs or None,
         )
+        hooks.reported(source, job, done, attrs)
+        return recorded
 
     claimed = _Claimed(tracker, claim)
-    return running(
-        CurrentJob(
-            job_id,
-            attempt,
-            report,
-            recovered=claim.number > 1,
-            crashes=claim.crashes,
-            _claim=claimed,
-            _effects=claimed,
-        )
+    job = CurrentJob(
+        job_id,
+        attempt,
+        report,
+        recovered=claim.number > 1,
+        crashes=claim.crashes,
+        deadline=time.time() + limit if limit and limit > 0 else None,
+        _claim=claimed,
+        _effects=claimed,
     )
+    with running(job):
+        if job.recovered or job.crashes:
+            hooks.fire(source, "recovered", job)
+        hooks.fire(source, "start", job)
+        try:
+            yield
+        except GeneratorExit:  # the run was dropped without an end
+            raise
+        except BaseException as error:
+            hooks.fire(source, "error", job, error=error)
+            raise
+        hooks.fire(source, "finish", job)
 
 
 @dataclass(frozen=True, slots=True)

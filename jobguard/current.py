@@ -65,6 +65,10 @@ class CurrentJob:
     """True if an earlier run of the same delivery began and did not end."""
     crashes: int = 0
     """The number of workers that died while they ran this job."""
+    attrs: dict[str, Any] = field(default_factory=dict, compare=False)
+    """What this run has reported with ``progress``."""
+    deadline: float | None = None
+    """When the library stops this run, in seconds since the epoch; None: never, or not known."""
     _claim: Claimed | None = field(default=None, repr=False)
     _effects: EffectLedger | None = field(default=None, repr=False)
     _locks: dict[str, int] = field(default_factory=dict, repr=False, compare=False)
@@ -75,7 +79,13 @@ class CurrentJob:
 
     def progress(self, done: float | None = None, **attrs: Any) -> bool:
         """Record the progress of the job (0 to 1) and attributes; return False if it was not recorded."""
+        self.attrs.update(attrs)
         return self._report is not None and self._report(done, attrs)
+
+    @property
+    def previous_attempts(self) -> int:
+        """The number of attempts of this job before this one, as its library counts them."""
+        return max(0, self.attempt - 1)
 
     @property
     def predecessor(self) -> UUID | None:

@@ -97,6 +97,10 @@ class BadRow(JobguardError):
     """Postgres refuses this row because of its content. It would refuse the row again."""
 
 
+class NotEnded(JobguardError, TimeoutError):
+    """The job has not ended in this time."""
+
+
 class CannotRender(JobguardError):
     """The message of this job cannot be made without the application."""
 

@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import atexit
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import EntryPoint, entry_points
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 from uuid import UUID
 
 from jobguard.adapter import Adapter, DeferredTarget, Guarded, Tracker
 from jobguard.conninfo import describe, postgres_conninfo
-from jobguard.current import current
+from jobguard.current import CurrentJob, current
 from jobguard.errors import (
     ConfigurationError,
     ConflictingGuard,
     JobguardError,
     NoPostgres,
+    NotEnded,
+    StoreUnavailable,
     UnsupportedTarget,
 )
+from jobguard.hooks import EVENTS, Hook, remove_all, reported
+from jobguard.hooks import add as add_hook
 from jobguard.log import log_event
+from jobguard.model import Outcome
 from jobguard.redact import redact
 from jobguard.registry import on_unguarded_worker, register, registered_tracker, unregister
 from jobguard.settings import Settings, disabled, settings_from, unknown_variables
@@ -37,6 +43,10 @@ if TYPE_CHECKING:
     from jobguard.operations.job import Job
     from jobguard.operations.read import Page, ReadModel
     from jobguard.schedules import NoSchedules, Schedules
+
+H = TypeVar("H", bound=Hook)
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 1.0
+"""Seconds between two looks for the end of a job."""
 
 Postgres = str | Mapping[str, Any] | Callable[[], Any] | None
 
@@ -203,7 +213,63 @@ class JobGuard:
         """Record the progress (0 to 1) and attributes of a running job. Unknown ids are ignored."""
         if self._tracker is None:
             return False
-        return self._tracker.heartbeat(job_id, progress=progress, attrs=attrs)
+        recorded = self._tracker.heartbeat(job_id, progress=progress, attrs=attrs)
+        reported(self._tracker.source.id, CurrentJob(job_id), progress, attrs)
+        return recorded
+
+    def on(self, event: str) -> Callable[[H], H]:
+        """Call the decorated function at an event of this source's jobs: ``@guard.on("error")``.
+
+        The events: ``start``, ``finish``, ``error`` (each failed run, also if the library tries again),
+        ``recovered`` (a run begins again after a worker's death), ``heartbeat`` and ``update`` (the job
+        reported). It gets a jobguard.hooks.JobEvent, in the process and thread where the event happens. Its
+        errors are logged and contained. Raises ConfigurationError for another event.
+        """
+
+        def decorate(hook: H) -> H:
+            if self._tracker is not None:
+                add_hook(self._tracker.source.id, event, hook)
+            elif event not in EVENTS:
+                raise ConfigurationError(f"there is no event {event!r}")
+            return hook
+
+        return decorate
+
+    def wait(self, job_id: str, timeout: float) -> Outcome:
+        """Wait until a job has ended, and return its outcome.
+
+        A retry is no end. Postgres is asked at growing intervals, up to a second; while it is away, the
+        wait goes on. Raises NotEnded (a TimeoutError) after ``timeout`` seconds, also for an unknown id.
+        """
+        until, pause = time.monotonic() + timeout, _FIRST_PAUSE
+        while (outcome := self._end_of(job_id)) is None:
+            left = until - time.monotonic()
+            if left <= 0:
+                raise NotEnded(f"job {job_id} has not ended in {timeout:g} s")
+            time.sleep(min(pause, left))
+            pause = min(_LONGEST_PAUSE, 1.5 * pause)
+        return outcome
+
+    async def await_job(self, job_id: str, timeout: float) -> Outcome:
+        """Do the same as ``wait`` for asyncio."""
+        import asyncio  # not for the processes that do not use it
+
+        until, pause = time.monotonic() + timeout, _FIRST_PAUSE
+        while (outcome := await asyncio.to_thread(self._end_of, job_id)) is None:
+            left = until - time.monotonic()
+            if left <= 0:
+                raise NotEnded(f"job {job_id} has not ended in {timeout:g} s")
+            await asyncio.sleep(min(pause, left))
+            pause = min(_LONGEST_PAUSE, 1.5 * pause)
+        return outcome
+
+    def _end_of(self, job_id: str) -> Outcome | None:
+        if self._tracker is None:
+            return None
+        try:
+            return self._ledger().end_of(self._tracker.source.id, job_id)
+        except StoreUnavailable:
+            return None
 
     @property
     def schedules(self) -> Schedules | NoSchedules:
@@ -279,6 +345,7 @@ class JobGuard:
             return
         self._inert = "closed"
         unregister(cast(Tracker, tracker))
+        remove_all(tracker.source.id)
         _guards.pop(tracker.source.id, None)
         if self._adapter is not None:
             self._adapter.uninstall(cast(Tracker, tracker))

@@ -278,6 +278,8 @@ EVENTS: Mapping[str, Event] = {
     "step_stuck": Event(
         ERROR, "a step takes too long; its connections are closed"
     ),  # source, seconds
+    "hook_failed": Event(ERROR, "a function of guard.on() failed"),  # hook, error
+    "hook_slow": Event(WARNING, "a function of guard.on() delays jobs"),  # hook, seconds
     "sql_warning": Event(WARNING, "Postgres warns"),  # warning, hint
     "request_held": Event(
         WARNING,

@@ -256,7 +256,8 @@ def run_ended(sender: Any = None, retval: Any = None, state: str | None = None, 
     vars(request).pop(_RUN, None)
     _runs.pop(run.claim.token, None)
     vars(request)[OVER] = run
-    run.leave()
+    failed = state not in (states.SUCCESS, states.IGNORED) and isinstance(retval, BaseException)
+    run.leave(retval if failed else None)
     if state == states.SUCCESS:
         failpoint.hit("after_return")
     thrown = sys.exc_info()[1]

@@ -100,13 +100,13 @@ class Run:
         self._inside = running_job(self.tracker, self.claim, self.job_id, attempt=self._attempt)
         self._inside.__enter__()
 
-    def leave(self) -> None:
-        """Leave the run in this thread."""
+    def leave(self, error: BaseException | None = None) -> None:
+        """Leave the run in this thread; ``error``: what the task raised."""
         _current.set(None)
         inside, self._inside = self._inside, None
         if inside is not None:
             with suppress(ValueError):  # it may have been entered in the context of another thread
-                inside.__exit__(None, None, None)
+                inside.__exit__(type(error) if error else None, error, None)
 
     def finish(self) -> None:
         """Finish the run after its end was reported."""

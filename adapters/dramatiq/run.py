@@ -77,7 +77,8 @@ class Run:
         """Mark that this thread no longer runs it."""
         current, self.current = self.current, None
         if current is not None:
-            current.__exit__(None, None, None)
+            error = self.error
+            current.__exit__(type(error) if error else None, error, None)
 
     def end(self, *, failed: bool) -> None:
         """Report the end, unless it is reported already; ``failed`` means it goes to the dead letters."""

@@ -304,7 +304,9 @@ def perform(original: Hook) -> Hook:
         if tracker is None:
             result = original(self)
         else:
-            with running_job(tracker, run.claim, self.id, attempt=attempt_of(self)):
+            with running_job(
+                tracker, run.claim, self.id, attempt=attempt_of(self), limit=self.timeout
+            ):
                 result = original(self)
         run.returned = True
         failpoint.hit("after_return")

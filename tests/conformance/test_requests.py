@@ -12,7 +12,7 @@ import pytest
 
 from jobguard.adapter import Source
 from jobguard.guard import JobGuard
-from jobguard.model import Restored, new_token
+from jobguard.model import Outcome, Restored, new_token
 from jobguard.reconciler.requests import Requests
 from jobguard.settings import Settings
 from jobguard.store.leader import PostgresLeaderStore
@@ -139,3 +139,19 @@ def test_a_job_that_sql_asks_for_later_waits_in_the_library(
     assert sql.ask("select jobguard.cancel_job(%(id)s)", id=job_id) == 1
     assert sql.ask("select state from jobguard.job(%(id)s)", id=job_id) == "cancelled"
     assert records.owed() == []
+
+
+def test_the_application_learns_of_the_runs_of_its_jobs(library: Library, guard: JobGuard) -> None:
+    """A run that returns starts and finishes, one that raises has its error, and its end can be awaited."""
+    seen: list[tuple[str, str | None, str]] = []
+    for event in ("start", "finish", "error"):
+        guard.on(event)(lambda e: seen.append((e.name, e.job.id, repr(e.error))))
+    first = library.send("say")
+    library.work()
+    second = library.send("fail")
+    library.work()
+    names = [(name, job_id) for name, job_id, _ in seen]
+    assert names[:2] == [("start", first), ("finish", first)]
+    assert names[2:4] == [("start", second), ("error", second)]
+    assert "fails on purpose" in seen[3][2]
+    assert guard.wait(first, 60) is Outcome.COMPLETED
