@@ -460,6 +460,8 @@ class Restorable:
     """The dead worker that has taken it according to Redis: take it back from there."""
     sealed: bool = False
     """The envelope is empty: it is sealed in the ledger, and this process has no key for it."""
+    trace: str | None = None
+    """The context of the span that sent it; see Delivery."""
 
 
 @dataclass(frozen=True, slots=True)

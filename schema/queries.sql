@@ -550,9 +550,9 @@ select true from lease
 -- name: envelopes
 -- Return envelopes in the given order, up to the limit in bytes, but at least the first one.
 select f.token, f.job_id, f.queue, f.envelope, extract(epoch from f.due_at)::float8,
-       extract(epoch from f.expires_at)::float8
+       extract(epoch from f.expires_at)::float8, f.trace
 from (
-  select w.nth, j.token, j.job_id, j.queue, j.envelope, j.due_at, j.expires_at,
+  select w.nth, j.token, j.job_id, j.queue, j.envelope, j.due_at, j.expires_at, j.trace,
          row_number() over (order by w.nth) as place,
          sum(octet_length(j.envelope)) over (order by w.nth) as bytes
   from unnest(%(tokens)b::uuid[]) with ordinality as w (token, nth)

@@ -22,6 +22,7 @@ from jobguard.adapters.celery.connection import offline_channel
 from jobguard.adapters.celery.envelope import DEAD, PART, TOKEN, WORKER, Routing, encode
 from jobguard.errors import is_host_interrupt
 from jobguard.model import Delivery
+from jobguard.tracing import current_trace
 
 if TYPE_CHECKING:
     from jobguard.model import Parent
@@ -102,6 +103,7 @@ class Wire:
             due_at=_epoch(self.app, self.task.get("eta")),
             # The worker must revoke an expired task, because it informs the result and the chord.
             expires_at=None,
+            trace=current_trace(),
             parent=parent,
             fresh=True,
             derived=derived,

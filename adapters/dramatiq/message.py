@@ -10,6 +10,7 @@ from dramatiq.middleware import AgeLimit
 from jobguard.adapters.dramatiq.envelope import Envelope
 from jobguard.adapters.dramatiq.layout import canonical
 from jobguard.model import Delivery, Parent
+from jobguard.tracing import current_trace
 
 if TYPE_CHECKING:
     from dramatiq import Message
@@ -40,6 +41,7 @@ def deliver(
         attempt=_attempt(message),
         due_at=eta / 1000 if isinstance(eta, int | float) else None,
         expires_at=expires_at(broker, message),
+        trace=current_trace(),
         parent=parent,
         fresh=True,
         derived=derived,

@@ -22,6 +22,7 @@ from rq.job import Job, JobStatus
 from jobguard.adapters.rq.envelope import Mode, Routing, encode
 from jobguard.adapters.rq.layout import ATTEMPT_FIELD, FIELD, SPENT, TASK_FIELD
 from jobguard.model import Delivery, Outcome, Parent, new_token
+from jobguard.tracing import current_trace
 
 if TYPE_CHECKING:
     from jobguard.adapters.rq.run import Run
@@ -324,6 +325,7 @@ def deliver(job: Job, push: Draft, *, queue: str) -> Delivery:
         attempt=push.attempt,
         due_at=push.due_at,
         expires_at=time.time() + job.ttl if job.ttl and push.expires else None,
+        trace=current_trace(),
         parent=push.parent,
         fresh=push.fresh,
     )

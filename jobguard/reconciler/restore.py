@@ -25,6 +25,7 @@ from jobguard.reconciler.result import LOSSES, Lost, PassResult
 from jobguard.redis_refusal import RedisRefuses, refusal_of
 from jobguard.settings import Settings
 from jobguard.store.protocols import Closing, LeaderStore
+from jobguard.tracing import add_span
 
 _SLICE = 500
 """Jobs that are restored in one go. After that the pulse is read and the lease is checked again."""
@@ -203,8 +204,11 @@ class Restorer:
         result.closed[Outcome.SUPERSEDED] += len(overtaken)
         lost = {one.owed.token: one for one in chosen if one.owed.token not in overtaken}
 
+        traces: dict[UUID, str | None] = {}
+
         def prepared(given: Restorable) -> Restorable:
             one = lost[given.token]
+            traces[given.token] = given.trace
             return replace(
                 given,
                 replaces=frozenset() if one.replaces is None else frozenset([one.replaces]),
@@ -235,6 +239,18 @@ class Restorer:
                 if answer is not Restored.TOO_LATE:
                     self._try_later(token)
                 log_event("job_not_restored", job_id=lost[token].owed.job_id, answer=answer.value)
+        for token in back:
+            owed = lost[token].owed
+            add_span(
+                f"jobguard recover {owed.queue}",
+                traces[token],
+                {
+                    "messaging.system": "redis",
+                    "messaging.destination.name": owed.queue,
+                    "messaging.message.id": owed.job_id,
+                    "jobguard.cause": lost[token].cause.value,
+                },
+            )
         if back:
             log_event(
                 "jobs_restored",

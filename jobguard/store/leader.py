@@ -304,11 +304,13 @@ class PostgresLeaderStore:
             timeout=_CALL_TIMEOUT,
         )
         found = []
-        for token, job_id, queue, stored, due_at, expires_at in rows:
+        for token, job_id, queue, stored, due_at, expires_at, trace in rows:
             plain = self._unsealed(stored)
             found.append(
                 Restorable(
-                    *(token, job_id, queue, plain or b"", due_at, expires_at), sealed=plain is None
+                    *(token, job_id, queue, plain or b"", due_at, expires_at),
+                    sealed=plain is None,
+                    trace=trace,
                 )
             )
         return found

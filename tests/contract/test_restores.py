@@ -73,12 +73,14 @@ def test_an_envelope_comes_back_as_it_was_given(ledger: Contract) -> None:
     """An envelope comes back byte for byte, with its times, in the given order."""
     due, expires = float(int(time.time()) + 60), float(int(time.time()) + 120)
     envelope = bytes(range(256))
-    first = ledger.recorded("a", envelope=envelope, queue="mail", due_at=due, expires_at=expires)
+    first = ledger.recorded(
+        "a", envelope=envelope, queue="mail", due_at=due, expires_at=expires, trace="00-a"
+    )
     second = ledger.recorded("b", envelope=b"")
     two, one = ledger.leader.envelopes(SOURCE, [second.token, first.token, new_token()])
     assert (one.token, two.token) == (first.token, second.token)
     assert (one.job_id, one.queue, one.envelope) == ("a", "mail", envelope)
-    assert (one.due_at, one.expires_at) == (due, expires)
+    assert (one.due_at, one.expires_at, one.trace) == (due, expires, "00-a")
     assert (two.envelope, two.due_at, two.expires_at) == (b"", None, None)
 
 

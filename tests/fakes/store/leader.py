@@ -386,6 +386,7 @@ class MemoryLeaderStore:
                     envelope=delivery.envelope,
                     due_at=delivery.due_at,
                     expires_at=delivery.expires_at,
+                    trace=delivery.trace,
                 )
                 for delivery in found
             ]
