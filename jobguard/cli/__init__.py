@@ -32,6 +32,7 @@ COMMANDS = {
     "forget": ("jobguard.cli.cancel:forget", "Erase the arguments and errors of a job."),
     "replay": ("jobguard.cli.replay:command", "Run again what ran in a window of time."),
     "drift": ("jobguard.cli.drift:command", "Compare PostgreSQL and Redis, and change nothing."),
+    "adopt": ("jobguard.cli.drift:adopt", "Record what waits in Redis and is not in PostgreSQL."),
     "requeue": ("jobguard.cli.requeue:command", "Put back owed jobs that are not recovered."),
     "schedules": ("jobguard.cli.schedules:command", "Send jobs at given times."),
     "pause": ("jobguard.cli.brake:pause", "Stop putting jobs back until `resume`."),

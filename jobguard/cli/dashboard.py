@@ -25,7 +25,13 @@ from jobguard.errors import ConfigurationError
 @namespace_option
 @redis_option
 @click.option("--host", default="127.0.0.1", help="Address to listen at.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8797, help="Port to listen at.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8797,
+    allow_from_autoenv=False,  # Kubernetes sets that variable for a service of this name
+    help="Port to listen at.",
+)
 @click.option("--token", help="Needed to see the page.  [env: JOBGUARD_DASHBOARD_TOKEN]")
 @click.option(
     "--token-file",

@@ -1,10 +1,10 @@
-"""``jobguard drift``: compare the ledger with Redis, and change nothing."""
+"""``jobguard drift`` and ``adopt``: where PostgreSQL and Redis differ, and what to record."""
 
 from __future__ import annotations
 
 import click
 
-from jobguard.cli.bulk import brokers_from
+from jobguard.cli.bulk import brokers_from, dry_run_option, report, yes_option
 from jobguard.cli.common import (
     cell,
     console,
@@ -14,6 +14,8 @@ from jobguard.cli.common import (
     postgres_option,
     print_json,
     redis_option,
+    safe,
+    settings_of,
     table_of,
 )
 
@@ -32,7 +34,7 @@ def command(
     it puts a job back.
     """
     with open_ledger(postgres, namespace) as (ledger, tenant):
-        found = ledger.drift(tenant, brokers_from(redis_urls))
+        found = ledger.drift(tenant, brokers_from(redis_urls), settings_of(namespace))
     if as_json:
         print_json(found.as_dict())
     else:
@@ -48,3 +50,58 @@ def command(
             click.echo("more of them: jobguard jobs --state stuck")
     if found.differs:
         raise click.exceptions.Exit(1)
+
+
+@click.command()
+@postgres_option
+@namespace_option
+@redis_option
+@click.option(
+    "--queue",
+    "queues",
+    metavar="NAME",
+    multiple=True,
+    help="Also this queue, which no recorded job and no guarded worker has named; may be repeated.",
+)
+@yes_option
+@dry_run_option
+@json_option
+def adopt(
+    postgres: str | None,
+    namespace: str | None,
+    redis_urls: tuple[str, ...],
+    queues: tuple[str, ...],
+    yes: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Record the jobs that wait in Redis and are not in PostgreSQL, so that they are guarded too.
+
+    An unguarded program sent them, or they are older than the guard. Each gets a token in its data in
+    Redis.
+    """
+    settings = settings_of(namespace)
+    brokers = brokers_from(redis_urls)
+    with open_ledger(postgres, namespace) as (ledger, tenant):
+        found = ledger.adopt(tenant, brokers, settings, queues=queues, dry=True)
+        for row in found:
+            click.echo(
+                safe(
+                    f"{row['library']} at {row['address']}: {row['waiting']} jobs wait, "
+                    f"{row['recorded']} of them are not in PostgreSQL"
+                ),
+                err=as_json,
+            )
+        total = sum(row["recorded"] for row in found)
+        if total and not dry_run:
+            if not yes:
+                click.confirm(f"Record {total} jobs?", abort=True, err=as_json)
+            found = ledger.adopt(tenant, brokers, settings, queues=queues)
+            total = sum(row["recorded"] for row in found)
+    problems = [row["problem"] for row in found if row["problem"]]
+    problems += [
+        f"{row['unreadable']} jobs of {row['address']} cannot be read, and are not guarded"
+        for row in found
+        if row["unreadable"]
+    ]
+    report("to record" if dry_run else "recorded", total, problems, as_json=as_json)

@@ -20,11 +20,16 @@ import redis
 import sqlalchemy as sa
 
 from jobguard.errors import JobguardError
-from jobguard.model import Outcome, Owed
+from jobguard.model import Outcome, Owed, new_token
 from jobguard.operations.brokers import Brokers, NoRedis
 from jobguard.operations.read import OWED_STATES, JobFilter, ReadModel, Row
+from jobguard.reconciler.backfill import Backfill, BackfillCounts
+from jobguard.redact import redact
 from jobguard.scripts import chunks
+from jobguard.settings import Settings
 from jobguard.store import ledger as people
+from jobguard.store.host import PostgresStore
+from jobguard.store.leader import PostgresLeaderStore
 
 _AT_ONCE = 500
 """Deliveries that one transaction changes: hosts wait for its row locks."""
@@ -62,6 +67,15 @@ select (select count(*) from ended) + (select count(*) from parts)
 _OPEN_PARTS = sa.text("""
 select count(*) from jobguard.join_parts p join jobguard.sources s on s.id = p.source
 where s.namespace = :namespace and p.job_id = :job_id and (p.envelope <> '' or p.state <> '')
+""")
+
+_QUEUES_OF = sa.text("""
+select coalesce(q.name, q.queue) from jobguard.queues q where q.source = :source
+union select c.counts ->> 0 from jobguard.owed_counts o, jsonb_array_elements(o.counts) c(counts)
+where o.source = :source
+union select unnest(w.queues) from jobguard.workers w where w.source = :source
+union select queue from (select j.queue from jobguard.jobs j where j.source + 0 = :source
+                         order by j.token desc limit 5000) newest
 """)
 
 _PURGE_DEAD = sa.text("""
@@ -169,7 +183,7 @@ class Operations(ReadModel):
             except NoRedis as error:
                 problems.append(str(error))
             except redis.RedisError as error:
-                problems.append(f"Redis at {sources[source]['address']}: {error}")
+                problems.append(f"Redis at {sources[source]['address']}: {redact(str(error))}")
         return problems
 
     # -- given up, forgotten -------------------------------------------------------------------
@@ -285,9 +299,70 @@ class Operations(ReadModel):
 
     # -- drift ---------------------------------------------------------------------------------
 
-    def drift(self, namespace: str, brokers: Brokers) -> Drift:
-        """Compare the ledger with Redis, and change nothing. Raises NoRedis."""
+    def adopt(
+        self,
+        namespace: str,
+        brokers: Brokers,
+        settings: Settings,
+        *,
+        queues: Sequence[str] = (),
+        dry: bool = False,
+    ) -> list[Row]:
+        """Record what waits in Redis and is not in the ledger; ``dry``: only count it.
+
+        Return for each source: address, waiting, recorded (``dry``: that would be recorded), unreadable,
+        and ``problem``, the reason why its Redis could not be read. ``queues``: also these, which no job
+        and no worker has named yet.
+        """
+        note = None if dry else self.note(namespace, "adopt", ", ".join(queues))
+        leader = PostgresLeaderStore(self._conninfo, namespace, new_token(), settings)
+        host = PostgresStore(self._conninfo, settings)
+        found: list[Row] = []
+        try:
+            for source in leader.sources():
+                counts = BackfillCounts()
+                row = {"address": source.address, "library": source.library, "problem": None}
+                place = {"id": source.id, "prefix": source.prefix, "name": source.name} | row
+                try:
+                    broker = brokers.of(place)
+                    names = self._queues_of(source.id) | set(queues) | set(broker.consumers())
+                    walk = Backfill(broker, leader, host, source, names, page=_AT_ONCE, dry=dry)
+                    while not walk.finished:
+                        walk.step()
+                        counts = walk.counts
+                except NoRedis as error:
+                    row["problem"] = str(error)
+                except redis.RedisError as error:
+                    row["problem"] = f"Redis at {source.address}: {redact(str(error))}"
+                found.append(
+                    {
+                        **row,
+                        "waiting": counts.waiting,
+                        "recorded": counts.recorded + counts.unmarked,
+                        "unreadable": counts.unreadable,
+                    }
+                )
+        finally:
+            leader.close()
+            host.close()
+            if note is not None:
+                self.noted(note, sum(row["recorded"] for row in found))
+        return found
+
+    def _queues_of(self, source: int) -> set[str]:
+        with self._begin(snapshot=True) as connection:
+            return set(connection.execute(_QUEUES_OF, {"source": source}).scalars())
+
+    def drift(self, namespace: str, brokers: Brokers, settings: Settings) -> Drift:
+        """Compare the ledger with Redis, in both directions, and change nothing. Raises NoRedis."""
         found = Drift()
+        for one in self.adopt(namespace, brokers, settings, dry=True):
+            for count, what in (
+                (one["recorded"], "waits in Redis; not in PostgreSQL: `jobguard adopt`"),
+                (one["unreadable"], "waits in Redis; its data cannot be read"),
+            ):
+                if count:
+                    found.unrecorded[one["address"], what] += count
         for rows in self._owed_pages(namespace):
             for source in {row["source"] for row in rows}:
                 here = [row for row in rows if row["source"] == source]

@@ -201,7 +201,7 @@ def test_a_pause_stops_the_restores_and_resume_continues_them(
 def test_many_jobs_absent_without_a_cause_hold_their_queue(
     tmp_path: Path, database: str, own_redis: RedisServer
 ) -> None:
-    """DEL of 300 waiting jobs holds the queue and logs it; resume puts the jobs back."""
+    """DEL of 300 waiting jobs holds the queue until `resume`. A FLUSHALL does not, but for a `pause`."""
     rig = Rig(tmp_path, database, own_redis, JOBGUARD_GRACE="1", JOBGUARD_SWEEP_INTERVAL="2")
     try:
         reconciler = rig.reconciler()
@@ -224,6 +224,19 @@ def test_many_jobs_absent_without_a_cause_hold_their_queue(
         eventually(lambda: len(rig.waiting()) == 300, 30)
         print(f"300 jobs back {time.monotonic() - at:.2f} s after resume")
         assert sorted(rig.waiting()) == sorted(labels)
+
+        rig.redis.flushall()  # the cause is known: no hold
+        eventually(lambda: len(rig.waiting()) == 300, 30)
+        assert len(reconciler.events("queue_held")) == 1
+
+        assert rig.jobguard("pause").returncode == 0
+        rig.redis.flushall()
+        inspected = "select count(*) from jobguard.suspects where seen_at < now() - interval '3 s'"
+        eventually(lambda: rig.ask(inspected)[0][0] >= 300, 60)  # three times the grace
+        assert rig.waiting() == []
+        assert "recoveries are paused" in rig.jobguard("jobs", "show", labels[0]).stdout
+        assert rig.jobguard("resume").returncode == 0
+        eventually(lambda: len(rig.waiting()) == 300, 30)
         rig.open("busy", 1)
         rig.all_ended([*labels, "busy"])
         rig.nothing_is_owed()

@@ -207,7 +207,31 @@ def test_a_person_sees_where_redis_has_a_job_and_its_arguments_if_they_are_json(
     library.client.flushdb()
     lost = read_job(people, HERE, job_id, Settings(), brokers)
     assert lost[0]["presence"] == "absent" and "absent from Redis" in lost.why
-    found = people.drift(HERE, brokers)
+    found = people.drift(HERE, brokers, Settings())
     assert found.differs and [row["job_id"] for row in found.absent] == [job_id]
     nowhere = read_job(people, HERE, job_id, Settings(), Brokers(["redis://127.0.0.1:1/0"]))
     assert nowhere[0]["presence"] is None and "no --redis URL" in nowhere[0]["presence_error"]
+
+
+def test_what_waits_without_a_record_is_seen_and_adopted(
+    library: Library, database: str, records: Records, people: Operations, brokers: Brokers
+) -> None:
+    """Drift counts jobs of unguarded programs; adopt records them, and a lost Redis gets them back."""
+    settings = Settings(**BRISK)
+    with library.bare():
+        unguarded = library.send("say", "unguarded")
+    with jobguard.guard(library.target(), postgres=database, **BRISK) as guard:
+        library.send("say", "guarded")
+        assert sum(people.drift(HERE, brokers, settings).unrecorded.values()) == 1
+        assert len(records.owed()) == 1
+        (found,) = people.adopt(HERE, brokers, settings)
+        assert (found["waiting"], found["recorded"], found["problem"]) == (2, 1, None)
+        assert not people.drift(HERE, brokers, settings).differs
+        assert {owed.job_id for owed in records.owed()} > {unguarded}
+        (again,) = people.adopt(HERE, brokers, settings)
+        assert again["recorded"] == 0
+        assert guard.reconcile()["leads"]
+        library.client.flushdb()
+        eventually(lambda: guard.reconcile() and len(library.waiting()) == 2)
+        library.work()
+    assert sorted(library.said()) == ["guarded", "unguarded"]
