@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 import uvicorn
@@ -20,6 +21,21 @@ from jobguard.dashboard.access import is_loopback
 from jobguard.errors import ConfigurationError
 
 
+_PORT = 8797
+
+
+class _Port(click.IntRange):
+    """A port. Kubernetes sets JOBGUARD_DASHBOARD_PORT to a URL for a service of that name: it is ignored."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | float:
+        """Return the number."""
+        if isinstance(value, str) and value.startswith("tcp://"):
+            value = _PORT
+        return super().convert(value, param, ctx)
+
+
 @click.command()
 @postgres_option
 @namespace_option
@@ -27,9 +43,8 @@ from jobguard.errors import ConfigurationError
 @click.option("--host", default="127.0.0.1", help="Address to listen at.")
 @click.option(
     "--port",
-    type=click.IntRange(0, 65535),
-    default=8797,
-    allow_from_autoenv=False,  # Kubernetes sets that variable for a service of this name
+    type=_Port(0, 65535),
+    default=_PORT,
     help="Port to listen at.",
 )
 @click.option("--token", help="Needed to see the page.  [env: JOBGUARD_DASHBOARD_TOKEN]")
