@@ -44,6 +44,7 @@ LIMITED: Mapping[str, tuple[str, ...]] = {
     "record_lost": (),
     "record_skipped": (),
     "row_refused": (),
+    "envelopes_sealed": (),
     "spool_full": (),
     "spool_replayed": (),
     "stream_drained": ("source",),

@@ -20,16 +20,13 @@ from jobguard.dashboard import app
 from jobguard.dashboard.access import is_loopback
 from jobguard.errors import ConfigurationError
 
-
 _PORT = 8797
 
 
 class _Port(click.IntRange):
-    """A port. Kubernetes sets JOBGUARD_DASHBOARD_PORT to a URL for a service of that name: it is ignored."""
+    """A port. The URL that Kubernetes sets as JOBGUARD_DASHBOARD_PORT for a service is ignored."""
 
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int | float:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Return the number."""
         if isinstance(value, str) and value.startswith("tcp://"):
             value = _PORT
