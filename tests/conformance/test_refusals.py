@@ -16,6 +16,7 @@ from typing import Any
 import psycopg
 import pytest
 import redis
+from kombu.exceptions import OperationalError
 
 import jobguard
 from jobguard.demo.servers import RedisServer
@@ -114,6 +115,20 @@ def test_what_raises_does_not_run(
         assert_all_run(library, records, guard, before + (not raised))
     library.client.close()
     client.close()
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_with_both_stores_away_nothing_is_accepted(tmp_path: Path, name: str) -> None:
+    """Without PostgreSQL and Redis the library's own error is raised, and nothing of the job is kept."""
+    kind: type[Library] = pkgutil.resolve_name(LIBRARIES[name])
+    library = kind("redis://127.0.0.1:1/0", tmp_path / "ledger")
+    nowhere = "postgresql://nobody@127.0.0.1:1/nothing"
+    with jobguard.guard(library.target(), postgres=nowhere, **BRISK) as guard:
+        tracker: Any = guard._tracker
+        with pytest.raises((redis.ConnectionError, OSError, OperationalError)):
+            library.send()
+        assert tracker.spool.pending == 0
+    library.client.close()
 
 
 def assert_all_run(library: Library, records: Records, guard: JobGuard, count: int) -> None:
