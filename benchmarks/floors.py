@@ -65,14 +65,20 @@ def _run(at: Site, clients: int) -> tuple[float, float]:
 def tables(at: Site) -> list[Table]:
     """Return the floors."""
     client = redis.Redis.from_url(at.broker)
-    times = [Case(f"pgbench, {n} clients", lambda n=n: insert_us(at, n)) for n in (1, 4, 16)]
+    times = [
+        Case(f"pgbench, {n} client{'s' * (n > 1)}", lambda n=n: insert_us(at, n))
+        for n in (1, 4, 16)
+    ]
     times.append(Case("Redis PING", lambda: median_us(client.ping, 300)))
     return [
         Table("Floors, time", "us", times, rounds=5),
         Table(
             "Floors, rate",
             "inserts/s",
-            [Case(f"pgbench, {n} clients", lambda n=n: insert_rate(at, n)) for n in (1, 4, 16)],
+            [
+                Case(f"pgbench, {n} client{'s' * (n > 1)}", lambda n=n: insert_rate(at, n))
+                for n in (1, 4, 16)
+            ],
             rounds=5,
             is_rate=True,
         ),
