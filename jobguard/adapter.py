@@ -348,6 +348,12 @@ class Session(Protocol):
 class Broker(Protocol):
     """A source as the reconciler sees it. Methods may raise redis.RedisError; the caller tries later."""
 
+    def pause_with(self, work: Callable[[], None]) -> None:
+        """Call this between two pieces of a long read, each some milliseconds long.
+
+        The caller watches the pulse and the beats meanwhile. ``work`` may raise, and ends the read so.
+        """
+
     def presence(self, page: Sequence[Owed]) -> Mapping[UUID, Observation]:
         """Return where Redis has each delivery. The mark of an ABSENT one describes the state of Redis."""
 

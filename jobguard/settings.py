@@ -107,7 +107,9 @@ class Settings:
         5.0, "a push that comes later than this after its record is left to the leader"
     )
     pulse_interval: float = _setting(0.5, "time between two ticks of the pulse")
-    sweep_interval: float = _setting(60.0, "every owed job is inspected once in this time")
+    sweep_interval: float = _setting(
+        60.0, "every owed job is inspected once in this time; longer with several 100,000 of them"
+    )
     grace: float = _setting(
         10.0, "time between the two inspections of an absent job, without a confirmed loss"
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, cast
@@ -28,9 +28,10 @@ from jobguard.adapters.celery.envelope import (
 from jobguard.adapters.celery.layout import Layout
 from jobguard.adapters.celery.render import render
 from jobguard.adapters.celery.results import Rejoin, Results, ends_of, part_of, read
-from jobguard.adapters.celery.scan import Scan, messages_in, read_broker
+from jobguard.adapters.celery.scan import Scan, messages_in, read_again, read_broker
 from jobguard.client_list import Consumers
 from jobguard.clients import own_client
+from jobguard.members import nothing
 from jobguard.model import (
     Backlog,
     Delivery,
@@ -51,6 +52,10 @@ if TYPE_CHECKING:
 
 _KEPT = 1.0
 """Seconds after its end for which a scan serves other pages too; a shorter scan: for its own length."""
+_LARGE = 20_000
+"""Messages of a scan that is too long to be made for each page: it is kept, and read on at the ends."""
+_SHARE = 20
+"""Such scans take at most one part in this many of the time."""
 _USABLE = 5.0
 """Seconds for which a scan is proof enough to restore the deliveries that it did not see."""
 _KEEP_FAILURE = 86_400
@@ -72,6 +77,11 @@ class CeleryBroker:
         self._rejoin = Rejoin(client, self._layout, db=_db_of(client))
         self._clients: dict[int, redis.Redis] = {}
         self._scan: Scan | None = None
+        self._pause: Callable[[], None] = nothing
+
+    def pause_with(self, work: Callable[[], None]) -> None:
+        """Call this between two pieces of a long read; see Broker."""
+        self._pause = work
 
     def presence(self, page: Sequence[Owed]) -> Mapping[UUID, Observation]:
         """Return where Redis has each of these deliveries."""
@@ -210,6 +220,18 @@ class CeleryBroker:
         """
         queues = {owed.queue for owed in page}
         scan = self._scan
+        if scan is not None and self._is_kept(scan, queues):
+            tokens = [owed.token.hex.encode() for owed in page]
+            if all(token in scan.waiting or token in scan.taken for token in tokens):
+                return scan
+            age = time.monotonic() - scan.begun
+            if (
+                age >= scan.cost + min(_KEPT, scan.cost)
+                or age >= min(owed.age for owed in page)
+                or not scan.asked_for.isdisjoint(tokens)
+            ):
+                read_again(self._client, self._layout, scan, self._pause)
+            return scan
         if scan is not None:
             age = time.monotonic() - scan.begun
             if (
@@ -220,8 +242,17 @@ class CeleryBroker:
             ):
                 return scan
             queues |= scan.queues  # the next call will ask for the queues of the other pages
-        scan = self._scan = read_broker(self._client, self._layout, queues)
+        scan = self._scan = read_broker(self._client, self._layout, queues, self._pause)
         return scan
+
+    @staticmethod
+    def _is_kept(scan: Scan, queues: set[str]) -> bool:
+        """Return True if this scan is so long that it is only read on, and still young enough for that."""
+        return (
+            len(scan.waiting) >= _LARGE
+            and time.monotonic() - scan.full_begun < _SHARE * scan.full_cost
+            and scan.queues.issuperset(queues)
+        )
 
     def _proof(self, deliveries: Sequence[Restorable]) -> Scan:
         scan = self._scan
@@ -232,7 +263,10 @@ class CeleryBroker:
             and scan.queues.issuperset(queues)
         ):
             return scan
-        scan = self._scan = read_broker(self._client, self._layout, queues)
+        if scan is not None and self._is_kept(scan, queues):
+            read_again(self._client, self._layout, scan, self._pause)
+            return scan
+        scan = self._scan = read_broker(self._client, self._layout, queues, self._pause)
         return scan
 
     def _call(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import chain
 from typing import TYPE_CHECKING, Any, cast
@@ -29,6 +29,7 @@ from jobguard.adapters.dramatiq.layout import (
     worker_of,
 )
 from jobguard.adapters.dramatiq.render import render
+from jobguard.members import ListReader
 from jobguard.model import (
     Backlog,
     Delivery,
@@ -50,7 +51,6 @@ if TYPE_CHECKING:
 
 IDS_A_CALL = 1_000
 """Number of ids in one script call. Redis is blocked during a script: 1,000 ids take about 2 ms."""
-LIST_CHUNK = 10_000
 _SILENT = 10_000
 """Milliseconds of silence after which a worker, which polls every second, has made its last fetch."""
 _CONSUMER_SECONDS = 15.0
@@ -74,6 +74,7 @@ class DramatiqBroker:
         self._bury = Script(client, __package__, "bury.lua")
         self._rejoin = Script(client, __package__, "rejoin.lua")
         self._discard = Script(client, __package__, "discard.lua")
+        self._reader = ListReader(self._client)
         self._heartbeats: dict[str, tuple[float, float]] | None = None
         """By worker: its last heartbeat, and the time (by our clock) when that heartbeat was first seen."""
 
@@ -87,14 +88,23 @@ class DramatiqBroker:
         places = dict(zip((owed.token for owed in page), self._places(page), strict=True))
         names = {owed.token: _list_of(owed.queue, places[owed.token]) for owed in page}
         there = {token: name for token, name in names.items() if name}
-        lists = {name: self._read_list(name) for name in set(there.values())}
+        ages = {owed.token: owed.age for owed in page}
+        wanted: dict[str, dict[bytes, float]] = {}
+        for token, name in there.items():
+            wanted.setdefault(self._layout.key(name), {})[str(token).encode()] = ages[token]
+        lists = self._reader.find(wanted)
         holders = self._holders(
-            {t: name for t, name in there.items() if str(t).encode() not in lists[name]}
+            {
+                t: name
+                for t, name in there.items()
+                if str(t).encode() not in lists[self._layout.key(name)]
+            }
         )
         return {
             owed.token: _observe(
                 places[owed.token],
-                in_list=str(owed.token).encode() in lists.get(names[owed.token], ()),
+                in_list=str(owed.token).encode()
+                in lists.get(self._layout.key(names[owed.token]), ()),
                 holder=holders.get(owed.token),
             )
             for owed in page
@@ -248,17 +258,12 @@ class DramatiqBroker:
         for owed in chunks(page, IDS_A_CALL):
             pairs = chain.from_iterable((str(one.token), one.queue) for one in owed)
             (answer,) = _raise_error(self._presence.run([([], [self._layout.key(""), *pairs])]))
+            self._reader.pause()
             yield from answer.decode()
 
-    def _read_list(self, name: str) -> set[bytes]:
-        """Return the ids in a list, read from the tail: workers take from the head, so no id is missed."""
-        key, end, found = self._layout.key(name), -1, set[bytes]()
-        while True:
-            chunk: list[bytes] = self._client.lrange(key, end - LIST_CHUNK + 1, end)
-            found.update(chunk)
-            if len(chunk) < LIST_CHUNK:
-                return found
-            end -= LIST_CHUNK
+    def pause_with(self, work: Callable[[], None]) -> None:
+        """Call this between two pieces of a long read; see Broker."""
+        self._reader.pause = work
 
     def _holders(self, unlisted: Mapping[UUID, str]) -> dict[UUID, str]:
         """Return the worker that has fetched each of these (token, list) pairs."""

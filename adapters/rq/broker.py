@@ -7,7 +7,7 @@ unchanged.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import chain
 from typing import TYPE_CHECKING, Any, cast
@@ -22,6 +22,7 @@ from jobguard.adapters.rq.layout import FIELD, KEPT, SPENT, TIMESTAMP, Layout
 from jobguard.adapters.rq.render import render
 from jobguard.client_list import Consumers, Listeners
 from jobguard.client_names import nameable
+from jobguard.members import ListReader
 from jobguard.model import (
     Backlog,
     Delivery,
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
 
 IDS_A_CALL = 1_000
 """The number of ids in one call of a script. A script blocks Redis: 1,000 ids take about 5 ms."""
-LIST_CHUNK = 10_000
 _POPS = frozenset({"blmove", "blpop", "brpoplpush"})
 """The commands with which RQ's workers wait for a job."""
 
@@ -70,15 +70,22 @@ class RQBroker:
         self._hide = Script(client, __package__, "hide.lua")
         self._report = Script(client, __package__, "report.lua")
         self._discard = Script(client, __package__, "discard.lua")
+        self._reader = ListReader(client)
         self._in_lists: set[tuple[str, str]] = set()
         """Each (queue, id) that the last inspection found in a list, with or without a hash."""
 
     def presence(self, page: Sequence[Owed]) -> Mapping[UUID, Observation]:
         """Return where Redis has each of these deliveries."""
         seen = dict(zip((owed.token for owed in page), self._inspect(page), strict=True))
-        lists = self._read_lists({owed.queue for owed in page if seen[owed.token][1] == "queued"})
+        lists = self._find_in_lists([owed for owed in page if seen[owed.token][1] == "queued"])
         self._in_lists = {
-            (owed.queue, owed.job_id) for owed in page if owed.job_id in lists.get(owed.queue, ())
+            (owed.queue, owed.job_id)
+            for owed in page
+            if owed.queue in lists
+            and (
+                owed.job_id in lists[owed.queue]
+                or self._reader.has(self._layout.queue(owed.queue), owed.job_id.encode())
+            )
         }
         return {
             owed.token: _observe(owed, *seen[owed.token], lists.get(owed.queue, {}))
@@ -253,36 +260,36 @@ class RQBroker:
             (answers,) = self._presence.run([([], args)])
             if isinstance(answers, RedisError):
                 raise answers
+            self._reader.pause()
             for answer in answers:
                 texts = (part.decode(errors="replace") for part in answer[:4])
                 jg, status, enqueued_at, place = texts
                 yield jg, status, enqueued_at, place, _join(*answer[4:])
 
-    def _read_lists(self, queues: set[str]) -> dict[str, dict[str, str]]:
-        """Return for each queue the ids in its lists, and the list of each id.
-
-        Read from the tail to the head. Workers take from the head, so an id can be seen twice, but
-        it is never skipped because the ids before it were taken.
-        """
-        lists: dict[str, dict[str, str]] = {}
-        for queue in queues:
-            found = lists[queue] = {}
-            for key, name in (
-                (self._layout.queue(queue), "list"),
-                (self._layout.intermediate(queue), "intermediate"),
-            ):
-                for job_id in self._from_the_tail(key):
-                    found.setdefault(job_id.decode(errors="replace"), name)
+    def _find_in_lists(self, queued: Sequence[Owed]) -> dict[str, dict[str, str]]:
+        """Return for each queue which of these ids are in its lists, and in which one."""
+        wanted: dict[str, dict[bytes, float]] = {}
+        for owed in queued:
+            wanted.setdefault(owed.queue, {})[owed.job_id.encode()] = owed.age
+        keys = {queue: self._layout.queue(queue) for queue in wanted}
+        found = self._reader.find({keys[queue]: ids for queue, ids in wanted.items()})
+        lists = {
+            queue: dict.fromkeys((id.decode() for id in found[key]), "list")
+            for queue, key in keys.items()
+        }
+        # What is starting now is there, and what a worker had taken when it died.
+        unlisted = [queue for queue, key in keys.items() if len(found[key]) < len(wanted[queue])]
+        with self._client.pipeline(transaction=False) as pipe:
+            for queue in unlisted:
+                pipe.lrange(self._layout.intermediate(queue), 0, -1)
+            for queue, ids in zip(unlisted, pipe.execute() if unlisted else (), strict=True):
+                for job_id in ids:
+                    lists[queue].setdefault(job_id.decode(errors="replace"), "intermediate")
         return lists
 
-    def _from_the_tail(self, key: str) -> Iterator[bytes]:
-        end = -1
-        while True:
-            chunk: list[bytes] = cast(Any, self._client).lrange(key, end - LIST_CHUNK + 1, end)
-            yield from chunk
-            if len(chunk) < LIST_CHUNK:
-                return
-            end -= LIST_CHUNK
+    def pause_with(self, work: Callable[[], None]) -> None:
+        """Call this between two pieces of a long read; see Broker."""
+        self._reader.pause = work
 
     def _call(self, delivery: Restorable, deadline: float) -> tuple[list[Any], list[Any]]:
         routing, fields = decode(delivery.envelope)

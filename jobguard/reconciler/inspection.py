@@ -16,6 +16,7 @@ import redis
 
 from jobguard import failpoint
 from jobguard.adapter import Broker
+from jobguard.errors import JobguardError
 from jobguard.log import log_event
 from jobguard.model import DROPPED_BY_LIVE_WORKER, Cause, Observation, Outcome, Owed, Presence
 from jobguard.reconciler.bypass import Bypass
@@ -257,7 +258,7 @@ class Inspector:
         """
         try:
             return dict(self._broker.presence(page))
-        except (redis.ConnectionError, redis.TimeoutError):
+        except (JobguardError, redis.ConnectionError, redis.TimeoutError):
             raise
         except Exception as error:
             if refusal_of(error) is not None:

@@ -29,6 +29,10 @@ class TokenBucket:
         self._level = self._burst
         self._at = clock()
 
+    def available(self) -> int:
+        """Return how many permits could be granted now."""
+        return int(min(self._burst, self._level + (self._clock() - self._at) * self._rate))
+
     def take(self, wanted: int) -> int:
         """Grant the available permits, ``wanted`` at most."""
         now = self._clock()

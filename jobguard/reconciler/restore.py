@@ -27,7 +27,7 @@ from jobguard.settings import Settings
 from jobguard.store.protocols import Closing, LeaderStore
 from jobguard.tracing import add_span
 
-_SLICE = 500
+_SLICE = 1_000
 """Jobs that are restored in one go. After that the pulse is read and the lease is checked again."""
 _TURN = 0.3
 """Seconds after which no further slice is begun."""
@@ -104,6 +104,11 @@ class Restorer:
         """Let the library continue with joins whose members have all ended."""
         if not self._observes:
             self._rejoiner.finish(deadline)
+
+    @property
+    def room(self) -> int:
+        """How many lost deliveries the limiter would restore now."""
+        return min(self._losses.available(), _SLICE)
 
     @property
     def has_joins_to_see_again(self) -> bool:

@@ -43,6 +43,8 @@ _CONSUMERS_LATEST = 4.0
 """The same, if a read takes long: a gap of more than some seconds would count as unwatched."""
 _FRESH = 5.0
 """Seconds between two inspections of deliveries recorded in the last minute."""
+_REST = 24
+"""A lap without a cause takes at most one part in so many of the time."""
 _YOUNG_PAGES = 10
 _URGENT = 0.25
 """Seconds between two inspections of deliveries whose absence was reported."""
@@ -50,6 +52,9 @@ _PUSHED_AFTER = 1.0
 """Seconds that a process has for the push after the commit of its transaction."""
 _WATCHED = 1000
 """Suspects that are inspected in one step."""
+_WATCHED_LEAST = 100
+_THROTTLED = 0.1
+"""Seconds after which the limiter is asked again."""
 _VERIFY_AGAIN = (10.0, 60.0)
 """Seconds after a change of topology at which all owed deliveries are inspected again."""
 _FILL = 500
@@ -163,6 +168,9 @@ class SourceMonitor:
         self._committed_until = (
             0.0  # Before this, it waits for processes to push what they committed.
         )
+        self._term = 0
+        self._lost = False  # Redis was found to have lost data, since the last step.
+        broker.pause_with(self._keep_watch_beside)
         self._unheld_after: UUID | None = None  # The last worker whose claims were checked.
         self._unheld_slice = RowSlice(begin=100, most=1_000)
         self._unheld_checked = False
@@ -187,7 +195,9 @@ class SourceMonitor:
     @property
     def busy(self) -> bool:
         """True if the next step should follow at once."""
-        return not self._drained or (self._lap.running and self._incident_at is not None)
+        restoring = self._incident_at is not None and self._due.get("watched", 0.0) <= self._clock()
+        walking = self._lap.running and self._lap.brisk
+        return self._lost or not self._drained or restoring or walking
 
     def close(self) -> None:
         """Close the connections that belong to this monitor alone."""
@@ -218,16 +228,13 @@ class SourceMonitor:
         Raises NotLeading and StoreUnavailable. Errors of Redis are a state, and are not raised.
         """
         self._see_brake(brake)
+        self._term = term
+        health = self._keep_watch()
         now = self._clock()
-        health = self._tick(term, now)
-        if health is Health.LOST:
+        if self._lost:
+            self._lost = False
             self._loss(now)
         try:
-            asks = health not in (Health.DOWN, Health.STOP)
-            if self._workers.poll(term, now, ask_redis=asks):
-                self._due["urgent"] = 0.0
-                # Find the deliveries that these workers had taken and not started.
-                self._walk_at_once = True
             if health in (Health.DOWN, Health.UNSURE, Health.STOP):
                 return
             if self._drain is not None:
@@ -255,6 +262,26 @@ class SourceMonitor:
             if now >= self._due.get("failed", 0.0):
                 self._due["failed"] = now + _LOG_AGAIN
                 log_event("redis_away", source=self.source.address, error=str(error))
+
+    def _keep_watch(self) -> Health:
+        """Check the pulse and the beats, if it is time.
+
+        Called in each step, and between the pieces of every long read, so that neither waits for a walk
+        over long queues. A loss is acted on in the next step.
+        """
+        now = self._clock()
+        health = self._tick(self._term, now)
+        self._lost = self._lost or health is Health.LOST
+        asks = health not in (Health.DOWN, Health.STOP)
+        if self._workers.poll(self._term, now, ask_redis=asks):
+            self._due["urgent"] = 0.0
+            # Find the deliveries that these workers had taken and not started.
+            self._walk_at_once = True
+        return health
+
+    def _keep_watch_beside(self) -> None:
+        """Do the same in the middle of a read."""
+        self._keep_watch()
 
     def _part(self, name: str, work: Callable[[], None]) -> None:
         """Do one part of a step. A value that this part cannot read does not stop the other parts."""
@@ -498,9 +525,13 @@ class SourceMonitor:
     def _inspect_watched(self, term: int, now: float) -> None:
         if now < self._due.get("watched", 0.0):
             return
-        page = self._store.watched(self.source.id, after=self._watched_after, limit=_WATCHED)
+        limit = _WATCHED
+        if self._incident_at is not None and self._settings.mode == "guard":
+            # More than the limiter lets through would only be inspected again.
+            limit = max(_WATCHED_LEAST, min(_WATCHED, self._inspector.restorer.room))
+        page = self._store.watched(self.source.id, after=self._watched_after, limit=limit)
         result = self._inspect(term, page, now)
-        first, last = self._watched_after is None, len(page) < _WATCHED
+        first, last = self._watched_after is None, len(page) < limit
         if first and not page:
             self._counted.clear()
         if not result.throttled and not (result.in_grace and self._incident_at is not None):
@@ -510,8 +541,10 @@ class SourceMonitor:
         self._pending = result.waiting + (0 if last else 1)
         self._count(term, result, first and last)
         self._watched_took += self._clock() - now
-        if result.requeued or result.restored:
+        if (result.requeued or result.restored) and not result.throttled:
             self._due["watched"] = now
+        elif result.throttled:
+            self._due["watched"] = now + _THROTTLED
         else:
             # Many deliveries that cannot be restored now (of a held queue) must not delay the
             # others.
@@ -564,7 +597,8 @@ class SourceMonitor:
         if not self._lap.running:
             if now < self._due.get("lap", 0.0):
                 return
-            self._lap = _Lap(running=True, began=now)
+            # A new leader inspects all of it at once: nobody did so in the time without a leader.
+            self._lap = _Lap(running=True, began=now, brisk=not self._laps_done)
         if self._incident_at is None and now < self._due.get("page", 0.0):
             return
         page = self._store.page(self.source.id, after=self._lap.after, limit=self._settings.page)
@@ -575,8 +609,8 @@ class SourceMonitor:
             self._progress(term, missing=result.absent, restored=result.restored[Cause.INCIDENT])
         pages = self._tally.total // self._settings.page + 1
         took = self._clock() - now
-        spread = 0.0 if self._lap.brisk else self._settings.sweep_interval / pages / 2
-        self._due["page"] = now + max(spread, 5 * took)
+        spread = self._settings.sweep_interval / pages / 2
+        self._due["page"] = now + (0.0 if self._lap.brisk else max(spread, _REST * took))
         if len(page) < self._settings.page:
             self._lap.running = False
             self._lap.after = None

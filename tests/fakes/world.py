@@ -299,6 +299,13 @@ class FakeBroker:
     tries: list[int] = field(default_factory=list)
     """How many jobs were tried at each restore."""
     before_restore: Callable[[], None] = lambda: None
+    reading: Callable[[], None] = lambda: None
+    """Called while this is asked for a presence: Redis takes its time."""
+    _pause: Callable[[], None] = lambda: None
+
+    def pause_with(self, work: Callable[[], None]) -> None:
+        """Call this in the middle of a read; see Broker."""
+        self._pause = work
 
     def put(self, given: Delivery, presence: Presence = Presence.WAITING) -> None:
         """Push a delivery, as the host does."""
@@ -307,6 +314,8 @@ class FakeBroker:
     def presence(self, page: Sequence[Owed]) -> Mapping[UUID, Observation]:
         """Return where these are; see Broker."""
         self.redis._up()
+        self.reading()
+        self._pause()
         return {owed.token: self._sight(owed) for owed in page}
 
     def _sight(self, owed: Owed) -> Observation:

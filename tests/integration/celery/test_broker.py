@@ -6,6 +6,7 @@ import json
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -71,6 +72,35 @@ class TestPresence:
         assert observe(broker, delivery).presence is Presence.WAITING
         client.delete("celery")
         assert observe(broker, delivery).presence is Presence.ABSENT
+
+    def test_a_long_scan_is_read_on_at_the_ends(
+        self,
+        app: celery.Celery,
+        tracker: FakeTracker,
+        broker: CeleryBroker,
+        client: redis.Redis,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """A scan of a long queue is kept; what came to either end, and what came back, is read on."""
+        monkeypatch.setattr("jobguard.adapters.celery.broker._LARGE", 1)
+        monkeypatch.setattr("jobguard.adapters.celery.scan.CHUNK", 3)
+        for n in range(10):
+            app.tasks["add"].delay(n)
+        take(client, worker=new_token().hex)
+        deliveries = list(tracker.recorded)
+        assert observe(broker, deliveries[0]).mark.startswith("unacked")
+        kept = broker._scan
+        assert kept is not None
+        kept.full_cost = 60.0
+        for n in range(7):
+            app.tasks["add"].delay(n)
+        new = tracker.recorded[10:]
+        seen = broker.presence([aged(delivery, 0) for delivery in (*deliveries[1:], *new)])
+        assert {one.presence for one in seen.values()} == {Presence.WAITING}
+        assert broker._scan is kept
+        lost = replace(new[0], token=new_token())
+        assert observe(broker, lost).presence is Presence.ABSENT
+        assert broker._scan is kept
 
     def test_one_scan_serves_several_pages(
         self,

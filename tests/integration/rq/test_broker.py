@@ -33,7 +33,7 @@ class TestPresence:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         """A waiting job is found in a list that is longer than one read."""
-        monkeypatch.setattr(broker_module, "LIST_CHUNK", 7)
+        monkeypatch.setattr("jobguard.members.CHUNK", 7)
         monkeypatch.setattr(broker_module, "IDS_A_CALL", 5)
         for length in (13, 1):  # 13, then 14: with and without a remainder
             queue.enqueue_many(Queue.prepare_data(tasks.add, (n,)) for n in range(length))
