@@ -1,8 +1,8 @@
 """What the leader does when much is owed: all lost and restored, then one lap, then a quiet minute.
 
 One delivery of the library is recorded, and copied as often as LAP_JOBS says, in LAP_QUEUES queues.
-Redis has none of them, which is the loss. The leader is a monitor of this process, so that its time and memory can be
-measured. Prints Markdown, and one line of JSON for each size.
+Redis has none of them, which is the loss. The leader is a monitor of this process, so that its time and
+memory can be measured. Prints Markdown, and one line of JSON for each size.
 """
 
 from __future__ import annotations
@@ -72,13 +72,14 @@ def main() -> None:
     for library in LIBRARIES:
         for jobs in JOBS:
             it = _measure(library, jobs)
-            print(
-                f"| {it.library} | {it.jobs:,} | {it.queues:,} | {it.restored:.1f} s | {it.restored_cpu:.1f} s "
-                f"| {it.lap:.1f} s | {it.lap_cpu:.1f} s | {it.longest_without_pulse:.2f} s "
-                f"| {it.slowest_redis_command_ms:.1f} ms | {it.quiet_cpu_share:.1%} "
-                f"| {it.rss_mb:.0f} MB |",
-                flush=True,
-            )
+            cells = [
+                it.library, f"{it.jobs:,}", f"{it.queues:,}",
+                f"{it.restored:.1f} s", f"{it.restored_cpu:.1f} s",
+                f"{it.lap:.1f} s", f"{it.lap_cpu:.1f} s",
+                f"{it.longest_without_pulse:.2f} s", f"{it.slowest_redis_command_ms:.1f} ms",
+                f"{it.quiet_cpu_share:.1%}", f"{it.rss_mb:.0f} MB",
+            ]  # fmt: skip
+            print("|", " | ".join(cells), "|", flush=True)
             lines.append(json.dumps(asdict(it)))
     print("", *lines, sep="\n")
 
