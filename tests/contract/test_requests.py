@@ -55,6 +55,17 @@ def test_a_held_request_is_kept_and_not_taken_again(ledger: Contract) -> None:
     assert [r.job_id for r in waiting(ledger)] == [right]
 
 
+def test_of_several_requests_those_that_still_wait_are_accepted(ledger: Contract) -> None:
+    """A request that was held or cancelled after it was read gets no delivery."""
+    term = ledger.elected()
+    gone, right = ledger.backend.ask("app.task"), ledger.backend.ask("app.task")
+    first, second = waiting(ledger)
+    ledger.leader.hold_request(term, first.id, "not any more")
+    rendered = [(first.id, delivery(gone)), (second.id, delivery(right))]
+    assert ledger.leader.accept(term, SOURCE, rendered) == 1
+    assert [owed.job_id for owed in ledger.owed().values()] == [right]
+
+
 def test_a_leader_whose_term_is_over_accepts_nothing(ledger: Contract) -> None:
     """With a stale term, no request is taken, held or fired."""
     term = ledger.elected()
@@ -87,6 +98,7 @@ def test_a_slot_is_fired_once_and_the_next_one_is_planned(ledger: Contract) -> N
     plan = Plan([slot], slot + 60, slot + 60, skipped=2)
     assert ledger.leader.fire(term, due, plan) == 1
     assert ledger.leader.fire(term, due, plan) == 0
+    assert ledger.leader.fire(term, unplanned, Plan([slot - 60], slot, slot)) == 0  # an old plan
     assert [(r.task, r.queue) for r in waiting(ledger)] == [("app.task", "default")]
     assert ledger.leader.due_schedules(limit=9) == []
     again = replace(due, next_at=slot + 60)

@@ -580,7 +580,10 @@ class MemoryLeaderStore:
         with self._leading(term) as now:
             for _, delivery in rendered:
                 tables.check(delivery.job_id, delivery.queue, delivery.task)
-            taken = [(id, d) for id, d in rendered if tables.requests.pop(id, None) is not None]
+            waiting = tables.requests.keys() - tables.held_requests.keys()
+            taken = [(id, d) for id, d in rendered if id in waiting]
+            for id, _ in taken:
+                del tables.requests[id]
             for _, delivery in taken:
                 tables.jobs[source, delivery.token] = Job(delivery, now)
                 tables.outbox[source, delivery.token] = (now, True)
