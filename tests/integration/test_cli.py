@@ -257,9 +257,12 @@ def test_requeue_of_owed_jobs(database: str) -> None:
 
 
 def test_the_doctor_finds_no_problem_in_a_healthy_installation(
-    database: str, redis_url: str
+    database: str, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In a healthy installation the exit code is 0, and every finding is printed."""
+    # The servers of the tests run without fsync, for speed.
+    judged = "jobguard.cli.doctor.postgres._judge_durability"
+    monkeypatch.setattr(judged, lambda connection: iter(()))
     know_source(database)
     lead(database)
     call("resume", "--moved", "--postgres", database)
@@ -324,22 +327,24 @@ def test_reconcile_passes_the_command_line_on(
     """`reconcile` passes on the settings, PostgreSQL and every Redis; --once prints the result."""
     seen: dict[str, Any] = {}
 
-    def run(settings: Settings, conninfo: Any, redis_urls: list[str], *, once: bool) -> Any:
-        seen.update(settings=settings, conninfo=conninfo(), redis=redis_urls, once=once)
-        return {"restored": 3}
+    counts = {"leads": True, "unfinished": [], "restored": 3}
+
+    def service(settings: Settings, conninfo: Any, clients: Any) -> Any:
+        seen.update(settings=settings, conninfo=conninfo(), redis=list(clients))
+        return SimpleNamespace(once=lambda: counts)
 
     from jobguard.cli import reconcile
 
-    monkeypatch.setattr(reconcile, "service", SimpleNamespace(run=run))
+    monkeypatch.setattr(reconcile, "Service", service)
+    monkeypatch.setattr(reconcile, "stop_on_signals", lambda service: None)
     monkeypatch.setattr("jobguard.log.configure", lambda level, json: None)
     words = ["reconcile", "--once", "--namespace", "n", "--postgres", database]
     done = call(*words, JOBGUARD_REDIS_URL="redis://a redis://b", JOBGUARD_LEASE="20")
-    assert done.exit_code == 0 and done.stdout.split() == ["restored", "3"]
+    assert done.exit_code == 0 and done.stdout.split()[-2:] == ["restored", "3"]
     assert (seen["settings"].namespace, seen["settings"].lease) == ("n", 20.0)
-    assert (seen["conninfo"], seen["redis"]) == (database, ["redis://a", "redis://b"])
-    assert seen["once"] is True
-    assert json.loads(call(*words, "--json", "--redis", "redis://c").stdout) == {"restored": 3}
-    assert seen["redis"] == ["redis://c"]
+    assert (seen["conninfo"], seen["redis"]) == (database, ["a:6379/0", "b:6379/0"])
+    assert json.loads(call(*words, "--json", "--redis", "redis://c").stdout) == counts
+    assert seen["redis"] == ["c:6379/0"]
     nowhere = call("reconcile", "--postgres", database)
     assert nowhere.exit_code == 1 and "no Redis URL" in nowhere.stderr
 

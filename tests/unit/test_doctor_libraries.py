@@ -7,6 +7,7 @@ untrusted queue that is no reason, a missing leader that is no reason.
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import celery
@@ -18,6 +19,7 @@ from dramatiq.brokers.redis import RedisBroker
 
 from jobguard.cli.doctor.finding import CheckResult, Finding
 from jobguard.cli.doctor.libraries import judge_app, judge_target
+from jobguard.cli.doctor.postgres import _judge_durability
 from jobguard.cli.doctor.rollout import judge_rollout
 
 URL = "redis://localhost:1/0"
@@ -135,3 +137,22 @@ def test_what_would_go_back_is_counted() -> None:
     """Absent jobs are named before they go back."""
     source = {"settings": "mode=observe", "suspects": 7}
     assert any("7 owed jobs are absent" in one.detail for one in rollout(sources=[source]))
+
+
+@pytest.mark.parametrize(
+    ("row", "found"),
+    [
+        (("on", "on", "on", "", 0), []),
+        (("off", "on", "on", "", 0), [("problem", "fsync is off")]),
+        (("on", "off", "on", "", 0), [("problem", "synchronous_commit is off for this role")]),
+        (("on", "on", "off", "", 0), [("note", "autovacuum is off")]),
+        (("on", "on", "on", "", 2), [("note", "2 replicas follow asynchronously")]),
+        (("on", "on", "on", "ANY 1 (*)", 2), [("ok", "2 replicas, synchronous: ANY 1 (*)")]),
+    ],
+)
+def test_a_server_that_may_forget(row: tuple[Any, ...], found: list[tuple[str, str]]) -> None:
+    """Settings of PostgreSQL that forget commits are named, with the consequence and the line to change."""
+    connection: Any = SimpleNamespace(execute=lambda _: SimpleNamespace(fetchone=lambda: row))
+    judged = list(_judge_durability(connection))
+    assert [(one.verdict.value, one.detail) for one in judged] == found
+    assert all(one.consequence and one.fix for one in judged if one.verdict is not CheckResult.OK)
