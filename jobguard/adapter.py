@@ -452,6 +452,21 @@ class Adapter(Protocol):
         Raises TypeError if the object is no task of this library.
         """
 
+    def send(
+        self,
+        target: object,
+        task: Any,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        *,
+        delay: float | None,
+        queue: str | None,
+    ) -> tuple[str, Any]:
+        """Send a task by the library's own call; return the job's id and what the library returned.
+
+        Raises UnsupportedTarget for a task that the library does not know.
+        """
+
     def broker(self, source: Source, client: redis.Redis) -> Broker:
         """Return the broker of a source for the reconciler; ``client`` is jobguard's own, returns bytes."""
 

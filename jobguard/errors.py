@@ -65,6 +65,14 @@ class NotTransactional(NotWritten):
     """This cannot be sent as a part of a transaction: nothing was sent."""
 
 
+class InvalidKey(ConfigurationError):
+    """The key of a job, or the rule for it, is invalid: nothing was sent."""
+
+
+class KeyHeld(NotWritten):
+    """Another job holds the key: nothing was sent."""
+
+
 class EffectInProgress(JobguardError):
     """Another run does this effect at this moment. The job may try again later."""
 

@@ -28,6 +28,7 @@ from jobguard.errors import (
 )
 from jobguard.hooks import EVENTS, Hook, remove_all, reported
 from jobguard.hooks import add as add_hook
+from jobguard.job_keys import KeyRule, OnConflict, Sent, keyed
 from jobguard.log import log_event
 from jobguard.model import Outcome
 from jobguard.redact import redact
@@ -79,6 +80,7 @@ class JobGuard:
         self._adapter = adapter
         self._conninfo = conninfo
         self._later = later
+        self._target: object = None
 
     def __repr__(self) -> str:
         if self._later is not None:
@@ -109,6 +111,45 @@ class JobGuard:
         error are pushed as well. No job of the block is in Redis before the block ends.
         """
         return nullcontext() if self._tracker is None else self._tracker.batch()
+
+    def send(
+        self,
+        task: Any,
+        *args: Any,
+        key: str,
+        on_conflict: OnConflict = "ignore",
+        throttle: float = 0.0,
+        debounce: float = 0.0,
+        delay: float | None = None,
+        queue: str | None = None,
+        **kwargs: Any,
+    ) -> Sent:
+        """Send a job with a key: at most one job of a key is owed in this source.
+
+        ``task``: a function for RQ, a task or its name for Celery, an actor or its name for Dramatiq.
+        ``on_conflict``: what happens if another job of the key waits or runs. "ignore": nothing is sent;
+        "raise": raise KeyHeld; "replace": the new job takes the place of one that waits, and waits beside
+        one that runs.
+        ``throttle``: accept no other job of the key for so many seconds, even if this one has ended.
+        ``debounce``: start so many seconds after the last send of the key, with its arguments.
+        ``delay``: seconds until the job is due. ``queue``: the queue, if it is not the usual one.
+
+        Raises KeyHeld, InvalidKey, StoreUnavailable while Postgres is away (nothing is sent), and the
+        errors of the library.
+        """
+        if self._tracker is None or self._adapter is None:
+            raise ConfigurationError(
+                f"send() needs a guarded source, and nothing is guarded here: {self._inert}"
+            )
+        if debounce:
+            on_conflict, delay = "replace", debounce
+        with keyed(KeyRule(key, on_conflict, throttle)) as sent:
+            job_id, result = self._adapter.send(
+                self._target, task, args, kwargs, delay=delay, queue=queue
+            )
+        if sent.sent:
+            sent.job_id, sent.result = job_id, result
+        return sent
 
     def transaction(self, connection: Any) -> AbstractContextManager[None]:
         """Record all jobs sent inside the block in the transaction of ``connection``.
@@ -510,6 +551,7 @@ def _guard_now(
         unregister(cast(Tracker, tracker))
         raise
     made = JobGuard(chosen, tracker=tracker, adapter=adapter, conninfo=conninfo)
+    made._target = target
     _guards[guarded.source.id] = made
     log_event(
         "guarded",
@@ -561,6 +603,7 @@ def _guard_deferred(
                 return
             made._known, made._inert = real._known, real._inert
             made._adapter, made._conninfo = real._adapter, real._conninfo
+            made._target = real._target
 
     def resolve() -> None:
         later.resolve()

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 from uuid import UUID
 
-from jobguard.errors import NotTransactional, StoreUnavailable, is_host_interrupt
+from jobguard.errors import InvalidKey, NotTransactional, StoreUnavailable, is_host_interrupt
 from jobguard.log import log_event
 from jobguard.model import Claim, Recorded, new_token
 
@@ -60,7 +60,7 @@ class contain_errors:
     ) -> bool:
         if not isinstance(error, Exception) or isinstance(error, self._let_pass):
             return False
-        if is_host_interrupt(error) or isinstance(error, NotTransactional):
+        if is_host_interrupt(error) or isinstance(error, NotTransactional | InvalidKey):
             return False
         self.failed = True
         log_event(self._event, error=str(error), exc_info=error, **self._fields)

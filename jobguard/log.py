@@ -189,6 +189,7 @@ EVENTS: Mapping[str, Event] = {
     "push_left": Event(
         WARNING, "a committed job could not be pushed now; the leader pushes it"
     ),  # source, error
+    "key_held": Event(INFO, "a job is not sent: another one holds its key"),  # job_id, key, holder
     "push_skipped": Event(INFO, "a job has ended or moved on: it is not pushed"),  # job_id
     "job_skipped": Event(WARNING, "a worker skips a job that it must not run"),  # job_id, reason
     "run_killed": Event(

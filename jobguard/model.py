@@ -17,8 +17,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import UUID
+
+if TYPE_CHECKING:
+    from jobguard.job_keys import KeyRule
 
 
 class Outcome(StrEnum):
@@ -152,6 +155,8 @@ class Delivery:
     expires_at: float | None = None
     """Seconds since the epoch after which the library would drop it without a run; None: never."""
     key: str | None = None
+    rule: KeyRule | None = None
+    """With a key: what happens if another job holds it."""
     trace: str | None = None
     parent: Parent | None = None
     fresh: bool = False
@@ -164,7 +169,8 @@ class Delivery:
     @property
     def is_plain(self) -> bool:
         """Return True if no rule can refuse it: it concerns no other delivery."""
-        return self.fresh and self.parent is None and not self.derived and self.closes is None
+        first = self.fresh and self.parent is None and not self.derived
+        return first and self.closes is None and self.rule is None
 
 
 @dataclass(frozen=True, slots=True)

@@ -83,6 +83,26 @@ select jobguard.take_committed(%(source)s, %(tokens)b::uuid[], %(deadline)s::flo
 -- name: see_committed
 select jobguard.see_committed(%(namespace)s, %(term)s, %(source)s, %(wait)s::float8)
 
+-- name: record_keyed
+-- Record one delivery if its key is free, or in the place of the waiting one that holds the key.
+select k.verdict, k.job_id,
+       case when k.verdict in ('free', 'replaced') then jobguard.record(
+         %(source)s, array[%(token)s::uuid], array[%(job_id)s::text], array[%(queue)s::text],
+         array[%(task)s::text], array[%(priority)s::int], array[%(attempt)s::int],
+         array[%(due)s::float8], array[%(expires)s::float8], array[%(key)s::text],
+         array[%(trace)s::text], array[%(envelope)s::bytea], array[k.holder], array[null::int],
+         array['superseded'], array[null::uuid], array[%(fresh)s::bool],
+         array[%(derived)s::bool], array[null::text], false, false, false, array[null::text]) end,
+       jobguard.led(%(namespace)s)
+from (
+  select verdict, job_id, case when verdict = 'replaced' then holder end as holder
+  from jobguard.take_key(%(source)s, %(key)s, %(token)s, %(replace)s, %(window)s::float8,
+                         %(deadline)s::float8)
+) k
+
+-- name: forget_keys
+select jobguard.forget_keys()
+
 -- name: withdraw
 -- Delete deliveries that were never pushed. One that was recorded in a transaction of the application stays.
 with locked as materialized (

@@ -44,6 +44,7 @@ _OF_THE_APP: Final = MappingProxyType(
         "tasks": ("select", "insert"),
         "requests": ("select", "insert"),
         "schedules": _ALL,
+        "job_keys": _ALL,
     }
 )
 _SEALED_FROM_THE_READER: Final = ("envelope bytea", "state bytea", "args jsonb", "kwargs jsonb")

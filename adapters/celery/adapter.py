@@ -60,6 +60,27 @@ class CeleryAdapter:
         """Connect this app to this tracker. Raise UnsupportedTarget if this Celery is not supported."""
         importlib.import_module("jobguard.adapters.celery.patches").install(tracker, target)
 
+    def send(
+        self,
+        target: object,
+        task: Any,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        *,
+        delay: float | None,
+        queue: str | None,
+    ) -> tuple[str, Any]:
+        """Send a task of the app, or the task of a name; see Adapter."""
+        app: Any = target
+        how: dict[str, Any] = {"countdown": delay or None, "queue": queue}
+        if isinstance(task, str):
+            sent = app.send_task(task, tuple(args), dict(kwargs), **how)
+        elif hasattr(task, "apply_async"):
+            sent = task.apply_async(tuple(args), dict(kwargs), **how)
+        else:
+            raise UnsupportedTarget(f"{task!r} is no Celery task, and no name of one")
+        return str(sent.id), sent
+
     def uninstall(self, tracker: Tracker) -> None:
         """Disconnect all apps from this tracker. Remove the hooks with the last guard."""
         importlib.import_module("jobguard.adapters.celery.patches").uninstall(tracker)

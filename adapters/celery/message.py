@@ -21,6 +21,7 @@ from kombu.utils.json import dumps
 from jobguard.adapters.celery.connection import offline_channel
 from jobguard.adapters.celery.envelope import DEAD, PART, TOKEN, WORKER, Routing, encode
 from jobguard.errors import is_host_interrupt
+from jobguard.job_keys import rule_of
 from jobguard.model import Delivery
 from jobguard.tracing import current_trace
 
@@ -108,6 +109,7 @@ class Wire:
             fresh=True,
             derived=derived,
             closes=closes,
+            rule=rule_of(self.headers),
         )
 
 

@@ -54,6 +54,27 @@ class DramatiqAdapter:
         """Install the hooks on this broker; raise UnsupportedTarget if this Dramatiq is unknown."""
         importlib.import_module("jobguard.adapters.dramatiq.patches").install(tracker, target)
 
+    def send(
+        self,
+        target: object,
+        task: Any,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        *,
+        delay: float | None,
+        queue: str | None,
+    ) -> tuple[str, Any]:
+        """Send a message of an actor, or of the actor of a name; see Adapter."""
+        broker: Any = target
+        actor: Any = broker.get_actor(task) if isinstance(task, str) else task
+        if not hasattr(actor, "message_with_options"):
+            raise UnsupportedTarget(f"{task!r} is no Dramatiq actor, and no name of one")
+        message = actor.message_with_options(args=tuple(args), kwargs=dict(kwargs))
+        if queue is not None:
+            message = message.copy(queue_name=queue)
+        sent = broker.enqueue(message, delay=int(delay * 1000) if delay else None)
+        return str(message.message_id), sent
+
     def uninstall(self, tracker: Tracker) -> None:
         """Remove the hooks from every broker of this tracker."""
         importlib.import_module("jobguard.adapters.dramatiq.patches").uninstall(tracker)

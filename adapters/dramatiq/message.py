@@ -9,6 +9,7 @@ from dramatiq.middleware import AgeLimit
 
 from jobguard.adapters.dramatiq.envelope import Envelope
 from jobguard.adapters.dramatiq.layout import canonical
+from jobguard.job_keys import rule_of
 from jobguard.model import Delivery, Parent
 from jobguard.tracing import current_trace
 
@@ -46,6 +47,7 @@ def deliver(
         fresh=True,
         derived=derived,
         closes=closes,
+        rule=rule_of(message.options),
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import redis
@@ -52,6 +53,31 @@ class RQAdapter:
     def install(self, tracker: Tracker, target: object) -> None:
         """Install the hooks on RQ's classes; raise UnsupportedTarget for an unknown version of RQ."""
         importlib.import_module("jobguard.adapters.rq.patches").install(tracker.source.id)
+
+    def send(
+        self,
+        target: object,
+        task: Any,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        *,
+        delay: float | None,
+        queue: str | None,
+    ) -> tuple[str, Any]:
+        """Enqueue a function on a queue of the target; see Adapter."""
+        queue_class: type[Queue] = importlib.import_module("rq.queue").Queue
+        several = target if isinstance(target, list | tuple) else (target,)
+        queues = [one for one in several if isinstance(one, queue_class)]
+        chosen = next((one for one in queues if queue in (None, one.name)), None)
+        if chosen is None:
+            connection: Any = queues[0].connection if queues else target
+            chosen = queue_class(queue or "default", connection=connection)
+        call = {"args": tuple(args), "kwargs": dict(kwargs)}
+        if delay:
+            job = chosen.enqueue_in(timedelta(seconds=delay), task, **call)
+        else:
+            job = chosen.enqueue(task, **call)
+        return job.id, job
 
     def uninstall(self, tracker: Tracker) -> None:
         """Remove the hooks when the last guard is removed."""

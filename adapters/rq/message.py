@@ -21,6 +21,7 @@ from rq.job import Job, JobStatus
 
 from jobguard.adapters.rq.envelope import Mode, Routing, encode
 from jobguard.adapters.rq.layout import ATTEMPT_FIELD, FIELD, SPENT, TASK_FIELD
+from jobguard.job_keys import rule_of
 from jobguard.model import Delivery, Outcome, Parent, new_token
 from jobguard.tracing import current_trace
 
@@ -328,6 +329,7 @@ def deliver(job: Job, push: Draft, *, queue: str) -> Delivery:
         trace=current_trace(),
         parent=push.parent,
         fresh=push.fresh,
+        rule=rule_of(job.meta),
     )
 
 

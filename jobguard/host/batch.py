@@ -69,7 +69,8 @@ class _Batch:
 
     def defer(self, deliveries: Sequence[Delivery], push: Push) -> Callable[[], None] | None:
         """Keep these deliveries; see the function `defer`."""
-        if not self.is_mine:
+        # A job with a key is sent at once: its sender waits for the answer.
+        if not self.is_mine or any(one.rule for one in deliveries):
             return None
         with self._lock:
             if self.over:

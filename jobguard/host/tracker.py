@@ -15,17 +15,19 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any, cast
 from uuid import UUID
 
 import redis
 
-from jobguard import os_threads
+from jobguard import job_keys, os_threads
 from jobguard.adapter import Source
 from jobguard.errors import (
     BadRow,
     BreakerOpen,
     JobguardError,
+    KeyHeld,
     NoRights,
     NotMigrated,
     NotWritten,
@@ -276,6 +278,8 @@ class HostTracker:
         self._mine()
         if any(one.parent is None and one.closes is None for one in deliveries):
             batches.refuse(self.source.id, f"job {deliveries[0].job_id}")
+        if any(map(_is_keyed, deliveries)):
+            return self._record_keyed(deliveries)
         deliveries = _with_errors(deliveries)
         # Otherwise a leader might push a delivery whose sender receives an error.
         outbox = outbox and self._accepts
@@ -352,6 +356,31 @@ class HostTracker:
         self._led = recorded.leader_live
         mine = frozenset(d.token for d in deliveries)
         return Recorded(refused=recorded.refused & mine, leader_live=recorded.leader_live)
+
+    def _record_keyed(self, deliveries: Sequence[Delivery]) -> Recorded:
+        """Record deliveries of which some have keys. Without Postgres, their senders get an error."""
+        refused: set[UUID] = set()
+        led = False
+        for one in deliveries:
+            if not _is_keyed(one):
+                recorded = self.record([one])
+                refused |= recorded.refused
+                led = recorded.leader_live
+                continue
+            assert one.rule is not None
+            verdict, holder, led = self.call(
+                partial(_send_keyed, self.source, one, self.push_deadline)
+            )
+            taken = verdict in ("free", "replaced")
+            if not taken and one.rule.on_conflict == "raise":
+                raise KeyHeld(
+                    f"the key {one.rule.key!r} is held by job {holder or 'of a moment ago'}"
+                )
+            job_keys.report(sent=taken, job_id=one.job_id if taken else holder)
+            if not taken:
+                refused.add(one.token)
+                log_event("key_held", job_id=one.job_id, key=one.rule.key, holder=holder)
+        return Recorded(refused=frozenset(refused), leader_live=led)
 
     def _cancel_unanswered(self, error: StoreUnavailable, deliveries: Sequence[Delivery]) -> None:
         """Cancel deliveries that may be recorded although their sender receives an error."""
@@ -939,6 +968,17 @@ def _with_errors(deliveries: Sequence[Delivery]) -> Sequence[Delivery]:
         else one
         for one in deliveries
     ]
+
+
+def _is_keyed(delivery: Delivery) -> bool:
+    """Return True if it must take a key; a retry keeps the key of its parent."""
+    return delivery.rule is not None and delivery.parent is None
+
+
+def _send_keyed(
+    source: Source, delivery: Delivery, deadline: float, store: HostStore
+) -> tuple[str, str | None, bool]:
+    return store.record_keyed(source.id, delivery, namespace=source.namespace, deadline=deadline)
 
 
 def _goes_on(delivery: Delivery) -> bool:

@@ -109,7 +109,7 @@ class Transaction:
         return lambda: self._record(deliveries, push)
 
     def _record(self, deliveries: Sequence[Delivery], push: batches.Push) -> None:
-        if any(one.key is not None for one in deliveries):
+        if any(one.rule is not None for one in deliveries):
             raise NotTransactional(
                 "a job with a key cannot be sent inside transaction(): other producers of the key would "
                 "wait for the commit. Send it after the commit"

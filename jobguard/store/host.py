@@ -128,6 +128,29 @@ class PostgresStore:
             led = rows[0][1]
         return Recorded(refused=frozenset(refused), leader_live=led)
 
+    def record_keyed(
+        self, source: int, delivery: Delivery, *, namespace: str, deadline: float
+    ) -> tuple[str, str | None, bool]:
+        """Commit a delivery if its key allows it; see HostStore."""
+        assert delivery.rule is not None
+        rows = self._db.execute(
+            self._sql["record_keyed"],
+            self._row(delivery)
+            | {
+                "source": source,
+                "namespace": namespace,
+                "key": texts.key(delivery.rule.key),
+                "replace": delivery.rule.on_conflict == "replace",
+                "window": delivery.rule.throttle,
+                "deadline": deadline,
+                "fresh": delivery.fresh,
+                "derived": delivery.derived,
+            },
+            payload=len(delivery.envelope),
+        )
+        verdict, holder, refused, led = rows[0]
+        return "ended" if refused else verdict, holder, led
+
     def installation_id(self) -> str:
         """Return the identity of this ledger; see HostStore."""
         return str(self._db.execute(self._sql["installation_id"])[0][0])

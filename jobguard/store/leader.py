@@ -547,6 +547,9 @@ class PostgresLeaderStore:
             done.append(step)
         self._db.execute(self._sql["forget_locks"])
         for _ in range(_STEPS):
+            if self._db.execute(self._sql["forget_keys"])[0][0] == 0:
+                break
+        for _ in range(_STEPS):
             if self._db.execute(self._sql["forget_effects"], values)[0][0] == 0:
                 break
         for _ in range(_STEPS):

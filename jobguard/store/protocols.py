@@ -119,6 +119,16 @@ class HostStore(Protocol):
         for the library these deliveries replace all other deliveries of their job ids.
         """
 
+    def record_keyed(
+        self, source: int, delivery: Delivery, *, namespace: str, deadline: float
+    ) -> tuple[str, str | None, bool]:
+        """Commit a delivery if its key allows it; return the verdict, the holder's id, and if one leads.
+
+        The verdict is "free" or "replaced" (it is owed now), "held" (another job of the key is owed),
+        "throttled", or "ended" (its run has sent it before). A delivery that replaced another one is not
+        withdrawn; the leader pushes it after ``deadline`` seconds if Redis does not have it.
+        """
+
     def installation_id(self) -> str:
         """Return the identity of this ledger."""
 

@@ -28,6 +28,7 @@ WORKERS = {
     "flask_app": RQ_WORKER,
     "transactions_app": RQ_WORKER,
     "once_app": RQ_WORKER,
+    "keys_app": RQ_WORKER,
     "django_rq_app": (sys.executable, str(EXAMPLES / "django_rq_app.py"), "rqworker", "mail"),
     "celery_app": (
         *(str(BIN / "celery"), "-A", "celery_app", "--workdir", str(EXAMPLES)),

@@ -16,9 +16,11 @@ from tests.support import keyspace
 
 if TYPE_CHECKING:
     import subprocess
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from jobguard.adapter import Adapter
+    from jobguard.guard import JobGuard
+    from jobguard.job_keys import Sent
 
 QUEUE = "mail"
 OTHER = "other"
@@ -94,6 +96,22 @@ class Library(ABC):
     @abstractmethod
     def send_with_read(self) -> None:
         """Send a job whose push reads Redis."""
+
+    @abstractmethod
+    def task(self) -> object:
+        """Return the task ``say`` as JobGuard.send takes it."""
+
+    @abstractmethod
+    def send_with_options(self, options: Mapping[str, object]) -> None:
+        """Send the task ``say`` by the library's own call, with options of jobguard."""
+
+    def keyed(self, guard: JobGuard) -> Callable[..., Sent]:
+        """Return a function that sends the task ``say`` with a word and a key."""
+
+        def send(word: str, **options: Any) -> Sent:
+            return guard.send(self.task(), str(self.ledger), word, queue=QUEUE, **options)
+
+        return send
 
     @abstractmethod
     def work(self, queue: str = QUEUE) -> None:

@@ -122,6 +122,15 @@ class OnCelery(Library):
         one = say.si(str(self.ledger)).set(queue=QUEUE)
         chord([one, one], one, app=self.app)()
 
+    def task(self) -> object:
+        """Return the task."""
+        return self.app.tasks[celery_app.name_of("say")]
+
+    def send_with_options(self, options: Mapping[str, object]) -> None:
+        """Send with the options in the headers."""
+        say = self.app.tasks[celery_app.name_of("say")]
+        say.apply_async((str(self.ledger),), queue=QUEUE, headers=dict(options))
+
     def work(self, queue: str = QUEUE) -> None:
         """Run the solo worker in this thread until no due job waits."""
         worker: Any = WorkController(

@@ -139,6 +139,17 @@ class OnDramatiq(Library):
         """Send a group with a callback, whose members are counted in Redis."""
         pytest.skip("tests/integration/dramatiq sends a group with a callback")
 
+    def task(self) -> object:
+        """Return the name of the actor."""
+        return "say"
+
+    def send_with_options(self, options: Mapping[str, object]) -> None:
+        """Send with the options of the message."""
+        actor: Any = self.broker.actors["say"]
+        self.broker.enqueue(
+            actor.message_with_options(args=(str(self.ledger),), **options).copy(queue_name=QUEUE)
+        )
+
     def work(self, queue: str = QUEUE) -> None:
         """Run a worker until no due message waits."""
         self.broker.declare_queue(queue)

@@ -104,6 +104,14 @@ class OnRQ(Library):
             self._queue().enqueue("tests.conformance.tasks.say", str(self.ledger), pipeline=pipe)
             pipe.execute()
 
+    def task(self) -> object:
+        """Return the name of the function."""
+        return "tests.conformance.tasks.say"
+
+    def send_with_options(self, options: Mapping[str, object]) -> None:
+        """Enqueue with the options in the meta."""
+        self._queue().enqueue("tests.conformance.tasks.say", str(self.ledger), meta=dict(options))
+
     def work(self, queue: str = QUEUE) -> None:
         """Run the worker that does not fork, in burst mode."""
         SimpleWorker([self._queue(queue)], connection=self.client).work(burst=True)

@@ -7,8 +7,11 @@ pushes what its process is about to push; a withdrawal after the commit; a send 
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -16,12 +19,14 @@ import pytest
 from psycopg.rows import dict_row
 
 import jobguard
+from jobguard import failpoint
 from jobguard.adapter import Source
 from jobguard.errors import ConfigurationError, NotTransactional, UnsupportedTarget
 from jobguard.guard import JobGuard
 from jobguard.host.tracker import HostTracker
 from tests.conformance.library import Library
 from tests.conformance.words import BRISK, Records
+from tests.support import eventually
 
 
 @pytest.fixture
@@ -232,6 +237,48 @@ def test_a_record_that_passes_the_transaction_is_refused(
     with pytest.raises(NotTransactional), guard.transaction(connection):
         library.send_with_read()
     assert library.waiting() == []
+
+
+PLACES = ("in_transaction", "after_commit", "after_take", "after_record", "after_push", "nowhere")
+
+
+def test_a_producer_that_is_killed_anywhere(
+    library: Library,
+    database: str,
+    records: Records,
+    connection: psycopg.Connection[Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A job runs exactly once if its transaction is committed, and never if it is not."""
+    monkeypatch.setenv("JOBGUARD_FAILPOINT_LOGS", str(tmp_path))
+    quick = {**BRISK, "push_deadline": 0.5}
+    with jobguard.guard(library.target(), postgres=database, **quick) as guard:
+        for number, place in enumerate(PLACES):
+            (tmp_path / place).touch()
+            child = os.fork()
+            if not child:
+                monkeypatch.setattr(failpoint, "_armed", {place: 1.0})
+                with psycopg.connect(database) as own, guard.transaction(own):
+                    own.execute("insert into public.orders values (%s)", [number])
+                    library.send("say", place)
+                os._exit(0)
+            status = os.waitpid(child, 0)[1]
+            expected = 0 if place == "nowhere" else signal.SIGKILL
+            assert (place, os.WTERMSIG(status)) == (place, expected)
+        ordered = connection.execute("select id from public.orders order by id").fetchall()
+        assert [row["id"] for row in ordered] == [1, 2, 3, 4, 5]
+
+        def all_pushed() -> bool:
+            guard.reconcile()
+            return len(library.waiting()) >= 5
+
+        eventually(all_pushed, 30)
+        guard.reconcile()
+        assert len(library.waiting()) == 5
+        library.work()
+        assert sorted(library.said()) == sorted(PLACES[1:])
+        assert records.owed() == []
 
 
 def test_an_inert_guard_keeps_the_transaction(

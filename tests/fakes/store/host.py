@@ -201,6 +201,40 @@ class MemoryHostStore:
                 job.carry_counts(tables.jobs[key])
                 tables.bury(key, Outcome.SUPERSEDED, ended_at=now, next=delivery.token)
 
+    def record_keyed(
+        self, source: int, delivery: Delivery, *, namespace: str, deadline: float
+    ) -> tuple[str, str | None, bool]:
+        tables, rule = self._tables, delivery.rule
+        assert rule is not None
+        with tables.open() as now:
+            led = tables.led(namespace, now)
+            taken, until = tables.keys.get((source, rule.key), (delivery.token, 0.0))
+            holder = None if taken == delivery.token else self._holder(source, taken)
+            verdict, parent = "free", None
+            if holder is not None:
+                owner = tables.jobs[source, holder].delivery.job_id
+                if rule.on_conflict != "replace":
+                    return "held", owner, led
+                if (source, holder) not in tables.running:
+                    verdict, parent = "replaced", Parent(holder)
+                    tables.outbox[source, delivery.token] = (now, False)
+                    tables.unseen[source, delivery.token] = now + deadline
+            elif taken != delivery.token and until > now:
+                return "throttled", None, led
+            tables.keys[source, rule.key] = (delivery.token, now + rule.throttle)
+            made = replace(delivery, parent=parent)
+            if self.record(source, [made], namespace=namespace).refused:
+                return "ended", None, led
+            return verdict, None if holder is None else owner, led
+
+    def _holder(self, source: int, token: UUID) -> UUID | None:
+        """Return the owed delivery that took a key, or that replaced the one that took it."""
+        seen: UUID | None = token
+        while seen is not None and (source, seen) not in self._tables.jobs:
+            stone = self._tables.history.get((source, seen))
+            seen = None if stone is None else stone.next
+        return seen
+
     def installation_id(self) -> str:
         return self._tables.installation
 

@@ -163,6 +163,8 @@ class Tables:
         self.workers: dict[UUID, Worker] = {}
         self.suspects: dict[Key, Suspect] = {}
         self.locks: dict[tuple[int, str], tuple[Key, int]] = {}  # by name: the claim and its number
+        self.keys: dict[tuple[int, str], tuple[UUID, float]] = {}
+        """The delivery that took a key last, and until when the key is throttled."""
         self.effects: dict[tuple[int, str], Effect] = {}
         self.outbox: dict[Key, tuple[float, bool]] = {}
         """When it was left there, and whether it is certain that nothing was sent."""
