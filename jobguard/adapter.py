@@ -312,10 +312,12 @@ class Session(Protocol):
     def mark_superseded(self, claim: Claim) -> None:
         """Drop this claim without a report: a new delivery replaced its delivery by ``Delivery.parent``."""
 
-    def release(self, claim: Claim) -> None:
+    def release(self, claim: Claim, *, interrupted: bool = False) -> None:
         """Release the claim: the library pushes this same delivery again, for any worker to start.
 
         This counts as no crash. It is committed at once, because it comes before the push.
+        ``interrupted``: its run began, and neither the library nor the user decided to repeat it. A run
+        that must not be repeated keeps its claim: the next start is refused, and the delivery is dead.
         """
 
     def abandon(self, claim: Claim) -> None:

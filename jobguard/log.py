@@ -158,6 +158,9 @@ EVENTS: Mapping[str, Event] = {
     ),  # worker, name
     "worker_left": Event(INFO, "a guarded worker left"),  # worker, name
     "start_skipped": Event(INFO, "a start was skipped"),  # job_id, queue, reason, outcome
+    "start_not_allowed": Event(
+        WARNING, "a start was refused: Postgres is away, and the task must not be repeated"
+    ),  # recover
     "start_unclaimed": Event(WARNING, "a job starts without a claim"),  # job_id
     "start_waits": Event(
         INFO, "a job that may have caused a worker's death waits until it can run alone"
@@ -370,8 +373,8 @@ EVENTS: Mapping[str, Event] = {
         INFO, "the last members of joins whose members had all ended were pushed again"
     ),  # count
     "job_buried": Event(
-        ERROR, "a job is dead: its crash budget is spent"
-    ),  # job_id, queue, crashes
+        ERROR, "a job is dead: its crash budget is spent, or its task must not be repeated"
+    ),  # job_id, queue, reason
     "job_closed": Event(INFO, "a job was closed because Redis shows its end"),  # job_id, outcome
     "would_restore": Event(INFO, "a job would have been restored (mode=observe)"),  # job_id, cause
     # Housekeeping.

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from uuid import UUID
 
 if TYPE_CHECKING:
@@ -37,6 +37,11 @@ class Outcome(StrEnum):
     """The job was cancelled, deleted or purged, or its time to live ended."""
     SUPERSEDED = "superseded"
     """Another delivery of the same job replaced it: a retry, a repeat, or a new job with the same id."""
+
+
+RecoverRule = Literal["dead", "never"]
+"""What happens to a job whose effects must not repeat. ``dead``: a run that was lost is not repeated.
+``never``: nor is a delivery restored that Redis lost. What is lost is dead, and kept for a person."""
 
 
 class Presence(StrEnum):
@@ -158,6 +163,8 @@ class Delivery:
     rule: KeyRule | None = None
     """With a key: what happens if another job holds it."""
     trace: str | None = None
+    recover: RecoverRule | None = None
+    """None: it is restored whenever it is lost."""
     parent: Parent | None = None
     fresh: bool = False
     """The job id is new, so that no older delivery of it can exist. This saves a query."""
@@ -168,9 +175,9 @@ class Delivery:
 
     @property
     def is_plain(self) -> bool:
-        """Return True if no rule can refuse it: it concerns no other delivery."""
+        """Return True if it has no rule, and concerns no other delivery."""
         first = self.fresh and self.parent is None and not self.derived
-        return first and self.closes is None and self.rule is None
+        return first and self.closes is None and self.rule is None and self.recover is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,7 +249,7 @@ class Refusal(StrEnum):
     CLAIMED = "held"
     """Another live worker runs it. Skip it, and change nothing of the live run."""
     SPENT = "spent"
-    """Its crash budget is spent with this start. It is buried; skip it."""
+    """Its crash budget is spent with this start, or its rule forbids another run. It is buried; skip it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from jobguard.errors import ConfigurationError
+from jobguard.model import RecoverRule
 
 PREFIX = "JOBGUARD_"
 
@@ -132,6 +133,11 @@ class Settings:
     recover_killed: bool = _setting(
         True, "a run that was killed, not failed, goes back within the crash budget"
     )
+    recover: Mapping[str, RecoverRule] | None = _setting(
+        None,
+        "rules for tasks whose effects must not repeat, by name of the task: dead (a lost run is not "
+        "repeated) or never (nor is a lost job restored)",
+    )
     mend_library: bool = _setting(
         True, "repair faults of the queue library that end a worker or run a job twice"
     )
@@ -152,6 +158,10 @@ class Settings:
         "commands and pages show no arguments of jobs (JSON ones are shown, pickled ones never)",
     )
     page: int = _setting(2000, "number of owed deliveries that are inspected in one page")
+
+    def recover_rule(self, task: str) -> RecoverRule | None:
+        """Return the rule for the recovery of a task; None: it is restored whenever it is lost."""
+        return None if self.recover is None else self.recover.get(task)
 
     def fingerprint(self) -> str:
         """Return the settings that must be equal in all processes of one source, as readable text."""
@@ -260,6 +270,8 @@ def _coerce(given: Any, kind: Any) -> Any:
         if word not in ("1", "0", "true", "false", "yes", "no", "on", "off"):
             raise ValueError("must be true or false")
         return word in ("1", "true", "yes", "on")
+    if kind == Mapping[str, RecoverRule] | None:
+        return _rules(given)
     if get_origin(kind) is tuple:
         parts = given.split(",") if isinstance(given, str) else given
         try:
@@ -274,6 +286,19 @@ def _coerce(given: Any, kind: Any) -> Any:
         except (TypeError, ValueError):
             raise ValueError(f"must be a number of type {kind.__name__}") from None
     return str(given)
+
+
+def _rules(given: Any) -> Mapping[str, RecoverRule]:
+    if isinstance(given, str):
+        given = dict(part.strip().rpartition("=")[::2] for part in given.split(","))
+    if not isinstance(given, Mapping):
+        raise ValueError("must be rules by task: {'app.charge': 'dead'}, or app.charge=dead,…")
+    for task, rule in given.items():
+        if not (isinstance(task, str) and task and rule in get_args(RecoverRule)):
+            raise ValueError(
+                f"the rule of the task {task!r} is {rule!r}: write task=dead or task=never"
+            )
+    return dict(given)
 
 
 def _nonsense(settings: Settings, places: Mapping[str, str]) -> list[str]:

@@ -58,15 +58,16 @@ with calm as materialized (
 select jobguard.led(%(namespace)s)
 
 -- name: record
--- Record deliveries that may supersede others.
-select jobguard.record(
+-- Record deliveries that may supersede others, or that have a rule for their recovery.
+select r.refused, jobguard.led(%(namespace)s),
+       case when %(ruled)s then jobguard.set_rules(%(source)s, %(token)b::uuid[], %(recover)s::text[]) end
+from (select jobguard.record(
   %(source)s, %(token)b::uuid[], %(job_id)b::text[], %(queue)b::text[], %(task)b::text[],
   %(priority)b::int[], %(attempt)b::int[], %(due)s::float8[], %(expires)s::float8[],
   %(key)s::text[], %(trace)s::text[], %(envelope)b::bytea[], %(parent)s::uuid[], %(claim)s::int[],
   %(outcome)s::text[], %(speaker)s::uuid[], %(fresh)b::bool[],
   %(derived)b::bool[], %(closes)s::text[], %(outbox)s, %(replay)s, %(newest)s,
-  %(error)s::text[]),
-  jobguard.led(%(namespace)s)
+  %(error)s::text[]) as refused) r
 
 -- name: installation_id
 select i.id::text from jobguard.installation i
@@ -85,6 +86,10 @@ select jobguard.see_committed(%(namespace)s, %(term)s, %(source)s, %(wait)s::flo
 
 -- name: record_keyed
 -- Record one delivery if its key is free, or in the place of the waiting one that holds the key.
+select k.verdict, k.job_id, k.refused, jobguard.led(%(namespace)s),
+       case when %(recover)s::text is not null then
+         jobguard.set_rules(%(source)s, array[%(token)s::uuid], array[%(recover)s::text]) end
+from (
 select k.verdict, k.job_id,
        case when k.verdict in ('free', 'replaced') then jobguard.record(
          %(source)s, array[%(token)s::uuid], array[%(job_id)s::text], array[%(queue)s::text],
@@ -92,12 +97,13 @@ select k.verdict, k.job_id,
          array[%(due)s::float8], array[%(expires)s::float8], array[%(key)s::text],
          array[%(trace)s::text], array[%(envelope)s::bytea], array[k.holder], array[null::int],
          array['superseded'], array[null::uuid], array[%(fresh)s::bool],
-         array[%(derived)s::bool], array[null::text], false, false, false, array[null::text]) end,
-       jobguard.led(%(namespace)s)
+         array[%(derived)s::bool], array[null::text], false, false, false, array[null::text]) end
+         as refused
 from (
   select verdict, job_id, case when verdict = 'replaced' then holder end as holder
   from jobguard.take_key(%(source)s, %(key)s, %(token)s, %(replace)s, %(window)s::float8,
                          %(deadline)s::float8)
+) k
 ) k
 
 -- name: forget_keys
@@ -133,24 +139,29 @@ on conflict (token, source) do update set not_before = now() where b.not_before 
 -- name: claim
 select verdict, number, crashes, outcome::text
 from jobguard.claim(%(source)s, %(token)s, %(nonce)s, %(worker)s, %(pid)s::int, %(namespace)s,
-                    %(timeout)s::float8, %(budget)s::int)
+                    %(timeout)s::float8, %(budget)s::int, %(recover)s::text)
 
 -- name: claims
 -- Answer several claim requests of one process. Rows of jobs are locked in the order of their tokens.
 select a.nonce, a.token, c.verdict, c.number, c.crashes, c.outcome::text
 from (
-  select u.token, u.nonce, u.worker
-  from unnest(%(token)b::uuid[], %(nonce)b::uuid[], %(worker)b::uuid[]) u(token, nonce, worker)
+  select u.token, u.nonce, u.worker, u.recover
+  from unnest(%(token)b::uuid[], %(nonce)b::uuid[], %(worker)b::uuid[], %(recover)s::text[])
+    u(token, nonce, worker, recover)
   order by u.token
 ) a
 cross join lateral jobguard.claim(%(source)s, a.token, a.nonce, a.worker, %(pid)s::int,
-                                  %(namespace)s, %(timeout)s::float8, %(budget)s::int) c
+                                  %(namespace)s, %(timeout)s::float8, %(budget)s::int,
+                                  a.recover) c
 
 -- name: release
--- Remove a claim on behalf of its own worker, so that any worker may start the delivery again.
+-- Remove a claim on behalf of its own worker, so that any worker may start the delivery again. The claim of an
+-- interrupted run stays if its rule forbids another run.
 with locked as (
   select j.token from jobguard.jobs j
-  where j.source + 0 = %(source)s and j.token = %(token)s for update
+  where j.source + 0 = %(source)s and j.token = %(token)s
+    and not (%(interrupted)s and j.recover is not null)
+  for update
 ), gone as (
   delete from jobguard.running r using locked l
   where r.source + 0 = %(source)s and r.token = l.token and r.worker = %(worker)s
@@ -610,6 +621,11 @@ select distinct on (h.token) h.token, h.outcome::text from jobguard.history h
 where h.source = %(source)s and h.token = any (%(tokens)b::uuid[])
 order by h.token, h.ended_at
 
+-- name: rules
+-- Return the rules for the recovery of those owed deliveries that have one.
+select j.token, j.recover from jobguard.jobs j
+where j.source + 0 = %(source)s and j.token = any (%(tokens)b::uuid[]) and j.recover is not null
+
 -- name: known
 -- Return those tokens that the ledger knows.
 select j.token from jobguard.jobs j
@@ -731,8 +747,8 @@ with lease as (
 select array(select token from charged) from lease
 
 -- name: close_owed
--- End deliveries that no worker runs, on behalf of the leader. A dead delivery has caused one more death than
--- was charged.
+-- End deliveries that no worker runs, on behalf of the leader. A dead delivery with a claim has caused one more
+-- death than was charged.
 with lease as (
   select from jobguard.leader where namespace = %(namespace)s and term = %(term)s for share
 ), said as (
@@ -773,7 +789,7 @@ with lease as (
   insert into jobguard.history (source, token, job_id, queue, task, outcome, attempt, recoveries,
                                 crashes, number, worker, recorded_at, claimed_at, errors, envelope)
   select g.source, g.token, g.job_id, g.queue, g.task, g.outcome::jobguard.outcome, g.attempt,
-         g.recoveries, g.crashes + (g.outcome = 'dead')::int, g.number, g.worker, g.recorded_at,
+         g.recoveries, g.crashes + (g.outcome = 'dead' and g.number is not null)::int, g.number, g.worker, g.recorded_at,
          g.claimed_at,
          case when g.error is not null then array[g.error] end,
          case when g.outcome in ('failed', 'dead') then g.envelope end

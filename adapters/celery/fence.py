@@ -325,7 +325,7 @@ def _report_interrupted(run: Run, thrown: BaseException, *, acks_late: bool) -> 
             run.end(Outcome.FAILED, repr(thrown))
     elif not killed_runs.is_reported_elsewhere(run.session, run.claim.token, thrown):
         if acks_late and not killed_runs.is_acknowledged_after(thrown):
-            run.release()
+            run.release(interrupted=True)
             killed_runs.stop_renewing(run.session, run.claim.token)
         else:
             run.end(Outcome.FAILED, repr(thrown))

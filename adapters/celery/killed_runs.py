@@ -191,7 +191,7 @@ def _is_timeout(thrown: BaseException) -> bool:
 def _release(request: Any) -> None:
     working, token = sessions.working_for(request.app), token_of_request(request)
     if working is not None and token is not None:
-        working.session.release(Claim(token, 0))
+        working.session.release(Claim(token, 0), interrupted=True)
 
 
 def _keep_until_leave(request: Any) -> None:

@@ -129,11 +129,11 @@ class Run:
             part=self.part,
         )
 
-    def release(self) -> None:
-        """Release the claim: the library puts this same delivery back into its queue."""
+    def release(self, *, interrupted: bool = False) -> None:
+        """Release the claim: the library puts this same delivery back into its queue; see Session."""
         if not self.reported:
             self.reported = True
-            self.session.release(self.claim)
+            self.session.release(self.claim, interrupted=interrupted)
 
 
 def current_run() -> Run | None:

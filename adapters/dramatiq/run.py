@@ -90,7 +90,7 @@ class Run:
             self.session.mark_superseded(self.claim)
         elif self.broken and not (failed or self.superseded):
             log_event("continuation_lost", job_id=self.job_id)
-            self.session.release(self.claim)
+            self.session.release(self.claim, interrupted=True)
             self.tracker.leave_to_outbox([self.token])
         else:
             outcome = self._outcome(failed)

@@ -255,7 +255,13 @@ class Replay:
             if isinstance(entry, Cancelled | JoinOpened):
                 write_cancellation(store, source, self._with_set_aside_tokens(entry), replay=True)
             elif isinstance(entry, Released):
-                store.release(source.id, entry.token, entry.worker, number=entry.number)
+                store.release(
+                    source.id,
+                    entry.token,
+                    entry.worker,
+                    number=entry.number,
+                    interrupted=entry.interrupted,
+                )
             elif isinstance(entry, ClaimRequest):
                 store.claim(source.id, entry)
         if deliveries:

@@ -38,6 +38,7 @@ from jobguard.model import (
     Ended,
     Outcome,
     Part,
+    RecoverRule,
     Refusal,
     Refused,
     Unknown,
@@ -204,12 +205,20 @@ class WorkerSession:
 
     def _started(self, token: UUID, describe: Callable[[], Delivery]) -> Claim | Refused:
         nonce = new_token()
+        rule = self._rule(describe)
         answer: Claim | Refused | WorkerDeclaredDead = Claim(token, 0)
         try:
             with contain_errors("claim", let_pass=StoreUnavailable):
-                answer = self._claim_patiently(token, nonce, describe)
+                answer = self._claim_patiently(token, nonce, describe, rule)
         except StoreUnavailable as error:
-            return self._start_unclaimed(token, nonce, error)
+            if rule is None or self._settings.mode == "observe":
+                return self._start_unclaimed(token, nonce, error)
+        unclaimed = isinstance(answer, WorkerDeclaredDead) or answer == Claim(token, 0)
+        if rule is not None and unclaimed and self._settings.mode == "guard":
+            # Fail closed: only the ledger knows whether an earlier run began.
+            self._in_flight.skip(token)
+            log_event("start_not_allowed", recover=rule)
+            return Refused(token, Refusal.CLAIMED)
         if isinstance(answer, Claim):
             return answer
         if isinstance(answer, WorkerDeclaredDead):
@@ -242,7 +251,15 @@ class WorkerSession:
         self._beats.beat_now()
         return Claim(token, 0)
 
-    def _request(self, token: UUID, nonce: UUID, worker: UUID) -> ClaimRequest:
+    def _rule(self, describe: Callable[[], Delivery]) -> RecoverRule | None:
+        if self._settings.recover:
+            with contain_errors("describe"):
+                return self._settings.recover_rule(describe().task)
+        return None
+
+    def _request(
+        self, token: UUID, nonce: UUID, worker: UUID, rule: RecoverRule | None = None
+    ) -> ClaimRequest:
         return ClaimRequest(
             token=token,
             nonce=nonce,
@@ -251,10 +268,15 @@ class WorkerSession:
             namespace=self._tracker.source.namespace,
             worker_timeout=self._settings.worker_timeout,
             crash_budget=self._settings.crash_budget,
+            recover=rule,
         )
 
     def _claim_patiently(
-        self, token: UUID, nonce: UUID, describe: Callable[[], Delivery]
+        self,
+        token: UUID,
+        nonce: UUID,
+        describe: Callable[[], Delivery],
+        rule: RecoverRule | None,
     ) -> Claim | Refused | WorkerDeclaredDead:
         """Claim, and claim again if Postgres was only slow: without claims, copies of one job could run.
 
@@ -265,7 +287,7 @@ class WorkerSession:
         until: float | None = None
         while True:
             try:
-                return self._claim(token, nonce, describe)
+                return self._claim(token, nonce, describe, rule)
             except StoreUnavailable:
                 circuit = self._tracker.circuit
                 if until is None:
@@ -281,13 +303,17 @@ class WorkerSession:
                     raise
 
     def _claim(
-        self, token: UUID, nonce: UUID, describe: Callable[[], Delivery] | None
+        self,
+        token: UUID,
+        nonce: UUID,
+        describe: Callable[[], Delivery] | None,
+        rule: RecoverRule | None = None,
     ) -> Claim | Refused | WorkerDeclaredDead:
         worker = self._beats.introduced()
         if worker is None:
             self._tracker.circuit.check()  # the outage in which the worker started may just be over
             raise StoreUnavailable("Postgres does not know this worker yet")
-        request = self._request(token, nonce, worker)
+        request = self._request(token, nonce, worker, rule)
         answer = self._tracker.claim(request)
         if isinstance(answer, Unknown):
             if describe is None:
@@ -387,18 +413,18 @@ class WorkerSession:
         self._in_flight.remove((claim.token,))
         self._alone.leave(claim.token)
 
-    def release(self, claim: Claim) -> None:
+    def release(self, claim: Claim, *, interrupted: bool = False) -> None:
         """Release the claim, so that any worker can start the delivery again; see Session."""
         self._mine()
         # If this fails, other starts are refused until a leader has seen that no worker lists the
         # delivery.
-        self._released(claim)
+        self._released(claim, interrupted=interrupted)
         self._in_flight.remove((claim.token,))
         self._alone.leave(claim.token)
 
-    def _released(self, claim: Claim) -> bool:
+    def _released(self, claim: Claim, *, interrupted: bool = False) -> bool:
         try:
-            self._tracker.release(Released(claim.token, self.id, claim.number))
+            self._tracker.release(Released(claim.token, self.id, claim.number, interrupted))
         except Exception as failure:
             if is_host_interrupt(failure):
                 raise

@@ -72,6 +72,8 @@ class Released:
     token: UUID
     worker: UUID
     number: int
+    interrupted: bool = False
+    """Its run began."""
 
 
 Entry = Delivery | End | Cancelled | JoinOpened | Adoptable | Released | ClaimRequest

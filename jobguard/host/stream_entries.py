@@ -61,6 +61,7 @@ def _of_delivery(entry: Delivery) -> _Written:
         "expires_at": entry.expires_at,
         "key": entry.key,
         "trace": entry.trace,
+        "recover": entry.recover,
         "parent": None
         if parent is None
         else [
@@ -167,7 +168,12 @@ def _claim(fields: dict[str, Any], _: bytes) -> ClaimRequest:
 
 
 def _of_released(entry: Released) -> _Written:
-    fields = {"token": entry.token.hex, "worker": entry.worker.hex, "number": entry.number}
+    fields = {
+        "token": entry.token.hex,
+        "worker": entry.worker.hex,
+        "number": entry.number,
+        "interrupted": entry.interrupted or None,
+    }
     return "release", fields, b""
 
 

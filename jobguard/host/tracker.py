@@ -279,8 +279,8 @@ class HostTracker:
         if any(one.parent is None and one.closes is None for one in deliveries):
             batches.refuse(self.source.id, f"job {deliveries[0].job_id}")
         if any(map(_is_keyed, deliveries)):
-            return self._record_keyed(deliveries)
-        deliveries = _with_errors(deliveries)
+            return self._record_keyed(self._with_rules(deliveries))
+        deliveries = self._with_rules(_with_errors(deliveries))
         # Otherwise a leader might push a delivery whose sender receives an error.
         outbox = outbox and self._accepts
 
@@ -294,9 +294,17 @@ class HostTracker:
 
         return self._recorded(deliveries, work, outbox=outbox)
 
+    def _with_rules(self, deliveries: Sequence[Delivery]) -> Sequence[Delivery]:
+        """Add the rules of their tasks, which the reconciler finds in the ledger alone."""
+        rule = self.settings.recover_rule
+        if not self.settings.recover:
+            return deliveries
+        return [replace(one, recover=rule(one.task)) for one in deliveries]
+
     def record_beside(self, deliveries: Sequence[Delivery]) -> Beside | None:
         """Send a record whose commit and push can overlap; see Tracker."""
         self._mine()
+        deliveries = self._with_rules(deliveries)
         now = time.monotonic()
         if (
             len(deliveries) != 1
@@ -407,7 +415,7 @@ class HostTracker:
         self, deliveries: Sequence[Delivery], push: Callable[[Recorded], None]
     ) -> Callable[[], None] | None:
         """Keep these until the end of the batch, if there is one; see Tracker."""
-        return batches.defer(self.source.id, deliveries, push)
+        return batches.defer(self.source.id, self._with_rules(deliveries), push)
 
     def batch(
         self,
@@ -860,7 +868,11 @@ class HostTracker:
         try:
             self.call(
                 lambda store: store.release(
-                    source, released.token, released.worker, number=released.number
+                    source,
+                    released.token,
+                    released.worker,
+                    number=released.number,
+                    interrupted=released.interrupted,
                 )
             )
         except StoreUnavailable:

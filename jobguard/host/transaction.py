@@ -195,6 +195,7 @@ def _row(one: Delivery, seal: Callable[[bytes], bytes]) -> dict[str, Any]:
         "due": one.due_at,
         "expires": one.expires_at,
         "trace": one.trace,
+        "recover": one.recover,
         "derived": one.derived,
         "envelope": base64.b64encode(seal(one.envelope)).decode(),
     }

@@ -34,7 +34,7 @@ def why_ended(row: Mapping[str, Any]) -> str:
     return {
         "completed": "it ran to its end",
         "failed": "its library gave it up; `jobguard dead requeue` sends it again",
-        "dead": f"given up: its worker died {row['crashes']} times; `jobguard dead requeue` sends it again",
+        "dead": f"given up, after {row['crashes']} worker deaths; `jobguard dead requeue` sends it again",
         "cancelled": "cancelled: it does not run again",
         "superseded": "a later delivery of the same job replaced it",
     }[state]

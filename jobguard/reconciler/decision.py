@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from jobguard.model import Cause, Outcome, Presence
+from jobguard.model import Cause, Outcome, Presence, RecoverRule
 
 
 class Action(StrEnum):
@@ -24,7 +24,7 @@ class Action(StrEnum):
     CLOSE = "close"
     """Record the end that Redis or the history knows."""
     BURY = "bury"
-    """Mark it as dead, because its crash budget is spent."""
+    """Mark it as dead: its crash budget is spent, or its rule forbids its recovery."""
     HOLD = "hold"
     """Do not restore it: a person, the automatic hold, or a queue that is not yet trusted forbids
     it."""
@@ -77,6 +77,7 @@ class Situation:
     the death."""
     crashes: int = 0
     crash_budget: int = 3
+    recover: RecoverRule | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +143,12 @@ def _overwritten(situation: Situation) -> Decision:
 def _left_behind(situation: Situation) -> Decision:
     if not situation.trusted:
         return Decision(Action.HOLD, "its queue is not trusted", suspect=True)
+    if situation.recover is not None:
+        return Decision(
+            Action.BURY,
+            f"its run was lost with its worker, and recover={situation.recover!r} forbids another run",
+            Outcome.DEAD,
+        )
     charge = _is_charged(situation)
     if charge and situation.alone and situation.crashes + 1 >= situation.crash_budget:
         return Decision(Action.BURY, "its crash budget is spent", Outcome.DEAD)
@@ -177,4 +184,8 @@ def _absent(situation: Situation) -> Decision:
         return Decision(Action.HOLD, "its queue is held")
     if situation.cause is Cause.UNEXPLAINED and situation.hold_unexplained:
         return Decision(Action.HOLD, "absent without a cause", suspect=True)
+    was_pushed = not situation.unsent and situation.cause is not Cause.PUSH
+    if situation.recover == "never" and was_pushed:
+        why = f"lost before its run ({situation.cause.value}), and recover='never' forbids its recovery"
+        return Decision(Action.BURY, why, Outcome.DEAD)
     return Decision(Action.RESTORE, f"lost: {situation.cause.value}")

@@ -18,7 +18,15 @@ from jobguard import failpoint
 from jobguard.adapter import Broker
 from jobguard.errors import JobguardError
 from jobguard.log import log_event
-from jobguard.model import DROPPED_BY_LIVE_WORKER, Cause, Observation, Outcome, Owed, Presence
+from jobguard.model import (
+    DROPPED_BY_LIVE_WORKER,
+    Cause,
+    Observation,
+    Outcome,
+    Owed,
+    Presence,
+    RecoverRule,
+)
 from jobguard.reconciler.bypass import Bypass
 from jobguard.reconciler.context import InspectionContext
 from jobguard.reconciler.decision import ENDS, Action, Decision, Holder, Situation, decide
@@ -54,6 +62,7 @@ class Inspected:
     in_flight: bool = False
     """A live worker lists it, with or without a claim."""
     tombstone: Outcome | None = None
+    recover: RecoverRule | None = None
     decision: Decision = _UNDECIDED
 
     @property
@@ -166,6 +175,7 @@ class Inspector:
         self._find_older(rows)
         self._find_unrecorded(rows)
         self._find_tombstones(rows)
+        self._find_rules(rows)
         return rows, now
 
     def _find_taken(self, rows: Sequence[Inspected], now: InspectionContext) -> None:
@@ -251,6 +261,19 @@ class Inspector:
         for row in rows:
             row.tombstone = ended.get(row.owed.token)
 
+    def _find_rules(self, rows: Sequence[Inspected]) -> None:
+        """Find the rules of deliveries that may be lost."""
+        lost = [
+            row.owed.token
+            for row in rows
+            if row.tombstone is None
+            and not row.owed.claim_live
+            and (row.owed.claim_number is not None or row.seen.presence not in _IN_PLACE)
+        ]
+        rules = self._store.rules(self._source, lost)
+        for row in rows:
+            row.recover = rules.get(row.owed.token)
+
     def _presence(self, page: Sequence[Owed]) -> dict[UUID, Observation]:
         """Read the presence of these.
 
@@ -312,6 +335,7 @@ class Inspector:
             or self._workers.is_cause(owed.claim_worker, owed.crashes),
             crashes=owed.crashes,
             crash_budget=self._settings.crash_budget,
+            recover=row.recover,
         )
 
     def _holder(self, row: Inspected) -> Holder:
@@ -443,9 +467,7 @@ class Inspector:
             owed, decision = row.owed, row.decision
             if decision.action is Action.BURY:
                 result.buried += 1
-                log_event(
-                    "job_buried", job_id=owed.job_id, queue=owed.queue, crashes=owed.crashes + 1
-                )
+                log_event("job_buried", job_id=owed.job_id, queue=owed.queue, reason=_why(row))
             elif (
                 decision.action is Action.CLOSE
                 and decision.outcome is not None
@@ -498,6 +520,6 @@ class Inspector:
 def _why(row: Inspected) -> str | None:
     if row.decision.outcome is Outcome.COMPLETED:
         return None
-    if row.decision.action is Action.BURY:
+    if row.decision.action is Action.BURY and row.recover is None:
         return f"{row.decision.reason}: {row.owed.crashes + 1} worker deaths"
     return row.decision.reason

@@ -121,7 +121,12 @@ class PostgresStore:
                 self._sql["record"],
                 columns
                 | self._lineage(batch)
-                | {"outbox": outbox, "replay": replay, "newest": newest},
+                | {
+                    "outbox": outbox,
+                    "replay": replay,
+                    "newest": newest,
+                    "ruled": any(d.recover for d in batch),
+                },
                 payload=payload,
             )
             refused.update(rows[0][0])
@@ -148,7 +153,7 @@ class PostgresStore:
             },
             payload=len(delivery.envelope),
         )
-        verdict, holder, refused, led = rows[0]
+        verdict, holder, refused, led, _ = rows[0]
         return "ended" if refused else verdict, holder, led
 
     def installation_id(self) -> str:
@@ -213,6 +218,7 @@ class PostgresStore:
                 "namespace": request.namespace,
                 "timeout": request.worker_timeout,
                 "budget": request.crash_budget - 1,  # number of deaths that a delivery survives
+                "recover": request.recover,
             },
         )
         return _claim_answer(request.token, *rows[0])
@@ -231,6 +237,7 @@ class PostgresStore:
                 "namespace": one.namespace,
                 "timeout": one.worker_timeout,
                 "budget": one.crash_budget - 1,
+                "recover": [request.recover for request in requests],
             },
         )
         return {nonce: _claim_answer(token, *found) for nonce, token, *found in rows}
@@ -294,11 +301,19 @@ class PostgresStore:
             {"source": source, "key": texts.key(name), "token": token, "number": number},
         )
 
-    def release(self, source: int, token: UUID, worker: UUID, *, number: int) -> None:
+    def release(
+        self, source: int, token: UUID, worker: UUID, *, number: int, interrupted: bool = False
+    ) -> None:
         """Remove this worker's claim; see HostStore."""
         self._db.execute(
             self._sql["release"],
-            {"source": source, "token": token, "worker": worker, "number": number},
+            {
+                "source": source,
+                "token": token,
+                "worker": worker,
+                "number": number,
+                "interrupted": interrupted,
+            },
         )
 
     def end(self, source: int, ends: Sequence[End]) -> Sequence[Ended]:
@@ -535,6 +550,7 @@ class PostgresStore:
             "expires": delivery.expires_at,
             "key": delivery.key,
             "trace": delivery.trace,
+            "recover": delivery.recover,
             "envelope": self._sealer.seal(delivery.envelope),
         }
 

@@ -23,6 +23,7 @@ from jobguard.model import (
     OpenJoin,
     Outcome,
     Owed,
+    RecoverRule,
     Request,
     Restorable,
     token_at,
@@ -327,6 +328,10 @@ class PostgresLeaderStore:
             return {}
         rows = self._ask("tombstones", source=source, tokens=list(tokens))
         return {token: Outcome(outcome) for token, outcome in rows}
+
+    def rules(self, source: int, tokens: Sequence[UUID]) -> Mapping[UUID, RecoverRule]:
+        """Return the rules of those owed deliveries that have one; see LeaderStore."""
+        return dict(self._ask("rules", source=source, tokens=list(tokens)) if tokens else ())
 
     def known(self, source: int, tokens: Sequence[UUID]) -> frozenset[UUID]:
         """Return those deliveries that are owed or ended; see LeaderStore."""

@@ -210,9 +210,9 @@ with run as (
   delete from jobguard.outbox where source = :source and token = :token
 ), owed as (
   insert into jobguard.jobs (source, token, job_id, queue, task, priority, attempt, recoveries, due_at,
-                             expires_at, key, trace, envelope)
+                             expires_at, key, trace, recover, envelope)
   select source, :fresh, job_id, queue, task, priority, attempt, recoveries, due_at, expires_at, key, trace,
-         envelope
+         recover, envelope
   from old
 )
 insert into jobguard.outbox (source, token, unsent) select source, :fresh, true from old

@@ -24,6 +24,7 @@ from jobguard.model import (
     Owed,
     Part,
     Recorded,
+    RecoverRule,
     Request,
     Restorable,
 )
@@ -44,6 +45,8 @@ class ClaimRequest:
     dead.
     """
     crash_budget: int
+    recover: RecoverRule | None = None
+    """The rule of the task, as this worker knows it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,10 +179,13 @@ class HostStore(Protocol):
         A process that was declared dead may use two worker ids in one call.
         """
 
-    def release(self, source: int, token: UUID, worker: UUID, *, number: int) -> None:
+    def release(
+        self, source: int, token: UUID, worker: UUID, *, number: int, interrupted: bool = False
+    ) -> None:
         """Remove this worker's claim, so that any worker may start the delivery again.
 
-        This counts as no crash. ``number`` 0 means any claim number of this worker.
+        This counts as no crash. ``number`` 0 means any claim number of this worker. ``interrupted``: the
+        run began; its claim stays if its rule forbids another run.
         """
 
     def end(self, source: int, ends: Sequence[End]) -> Sequence[Ended]:
@@ -532,6 +538,9 @@ class LeaderStore(Protocol):
 
     def tombstones(self, source: int, tokens: Sequence[UUID]) -> Mapping[UUID, Outcome]:
         """Return the outcome of each delivery that has ended."""
+
+    def rules(self, source: int, tokens: Sequence[UUID]) -> Mapping[UUID, RecoverRule]:
+        """Return the rules for the recovery of those owed deliveries that have one."""
 
     def known(self, source: int, tokens: Sequence[UUID]) -> frozenset[UUID]:
         """Return those deliveries that the ledger knows, owed or ended."""

@@ -53,6 +53,7 @@ from tests.conformance.words import (
     Leader,
     Records,
     another_worker,
+    end,
     environ,
     filler,
 )
@@ -803,9 +804,3 @@ def load(client: redis.Redis, dumped: dict[bytes, tuple[int, bytes]]) -> None:
     client.flushdb()
     for key, (ttl, value) in dumped.items():
         client.restore(key, ttl, value)
-
-
-def end(worker: subprocess.Popen[bytes]) -> None:
-    """End a worker, if it still runs."""
-    worker.kill()
-    worker.wait(10)

@@ -1,9 +1,4 @@
-"""What is sent inside ``guard.transaction()`` exists if, and only if, the transaction commits.
-
-Each of these faults was once planted and made a test fail: a record on a connection of jobguard; a push
-before the commit; a push of a rolled back savepoint; a push by the process and by the leader; a leader that
-pushes what its process is about to push; a withdrawal after the commit; a send in another context.
-"""
+"""What is sent inside ``guard.transaction()`` exists if, and only if, the transaction commits."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -185,3 +186,9 @@ def environ(database: str, redis_url: str) -> Mapping[str, str]:
     }
     urls = {"JOBGUARD_POSTGRES_URL": database, "JOBGUARD_REDIS_URL": redis_url}
     return {**os.environ, **brisk, **urls, "PYTHONPATH": str(ROOT)}
+
+
+def end(worker: subprocess.Popen[bytes]) -> None:
+    """End a worker, if it still runs."""
+    worker.kill()
+    worker.wait(10)

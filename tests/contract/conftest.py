@@ -31,6 +31,7 @@ from jobguard.model import (
     Owed,
     Parent,
     Recorded,
+    RecoverRule,
     Refusal,
     Refused,
     Request,
@@ -268,7 +269,12 @@ class Worker:
     beats: int = 0
 
     def request(
-        self, token: UUID, *, nonce: UUID | None = None, budget: int = CRASH_BUDGET
+        self,
+        token: UUID,
+        *,
+        nonce: UUID | None = None,
+        budget: int = CRASH_BUDGET,
+        recover: RecoverRule | None = None,
     ) -> ClaimRequest:
         """Return a request for a claim."""
         return ClaimRequest(
@@ -279,14 +285,20 @@ class Worker:
             namespace=self.ledger.namespace,
             worker_timeout=WORKER_TIMEOUT,
             crash_budget=budget,
+            recover=recover,
         )
 
     def claim(
-        self, token: UUID, *, nonce: UUID | None = None, budget: int = CRASH_BUDGET
+        self,
+        token: UUID,
+        *,
+        nonce: UUID | None = None,
+        budget: int = CRASH_BUDGET,
+        recover: RecoverRule | None = None,
     ) -> ClaimAnswer:
         """Ask for a claim and, if it is granted, list it from the next beat on."""
         answer = self.ledger.store.claim(
-            self.ledger.source, self.request(token, nonce=nonce, budget=budget)
+            self.ledger.source, self.request(token, nonce=nonce, budget=budget, recover=recover)
         )
         if isinstance(answer, Claim):
             self.holds.add(token)

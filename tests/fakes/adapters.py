@@ -80,7 +80,7 @@ class FakeSession:
         """Decline the claim."""
         self.tracker.note("decline", job_id, error)
 
-    def release(self, claim: Claim) -> None:
+    def release(self, claim: Claim, *, interrupted: bool = False) -> None:
         """Drop the claim."""
         self.tracker.note("give_back", claim.token.hex)
         self.deferred.discard(claim.token)

@@ -85,6 +85,29 @@ def test_the_fingerprint_has_the_settings_that_must_be_equal() -> None:
     assert Settings(mode="observe").fingerprint() != Settings().fingerprint()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "environ"),
+    [
+        ({"recover": {"app.charge": "dead", "app.report": "never"}}, {}),
+        ({}, {"JOBGUARD_RECOVER": "app.charge=dead, app.report=never"}),
+    ],
+)
+def test_rules_for_tasks(arguments: dict[str, object], environ: dict[str, str]) -> None:
+    """A task without a rule has none."""
+    rule = settings_from(arguments, environ).recover_rule
+    assert [rule("app.charge"), rule("app.report"), rule("app.mail")] == ["dead", "never", None]
+    assert Settings().recover_rule("app.charge") is None
+
+
+@pytest.mark.parametrize(
+    "given", [{"app.charge": "no"}, "app.charge", "=dead", ["app.charge"], {1: "dead"}]
+)
+def test_a_wrong_rule_is_refused(given: object) -> None:
+    """The error says what to write."""
+    with pytest.raises(ConfigurationError, match=r"recover=.*dead"):
+        settings_from({"recover": given}, {})
+
+
 @pytest.mark.parametrize("word", ["0", "false", "off", "perhaps"])
 def test_the_fence_cannot_be_switched_off(word: str) -> None:
     """JOBGUARD_FENCE was a setting once; JOBGUARD_FENCE=0 is an error that names mode='observe'."""

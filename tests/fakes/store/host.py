@@ -288,6 +288,7 @@ class MemoryHostStore:
                 if tombstone is None:
                     return Unknown(request.token)
                 return Refused(request.token, Refusal.ENDED, tombstone.outcome)
+            job.recover = request.recover or job.recover
             asker, run = tables.workers.get(request.worker), tables.running.get(key)
             dead = asker is not None and asker.dead_at is not None
             if run is None:
@@ -322,7 +323,7 @@ class MemoryHostStore:
         self, key: Key, request: ClaimRequest, job: Job, run: Run, *, now: float
     ) -> Claim | Refused:
         job.crashes += 0 if self._tables.announced(run) else 1
-        if job.crashes >= request.crash_budget:
+        if job.crashes >= request.crash_budget or job.recover is not None:
             self._tables.bury(key, Outcome.DEAD, ended_at=now)
             return Refused(request.token, Refusal.SPENT)
         job.last_worker = run.worker
@@ -402,11 +403,15 @@ class MemoryHostStore:
             if effect is not None and mine and number in (0, effect.number):
                 del self._tables.effects[source, name]
 
-    def release(self, source: int, token: UUID, worker: UUID, *, number: int) -> None:
+    def release(
+        self, source: int, token: UUID, worker: UUID, *, number: int, interrupted: bool = False
+    ) -> None:
         with self._tables.open():
             run = self._tables.running.get((source, token))
             if run is not None and run.worker == worker and number in (0, run.number):
                 job = self._tables.jobs[source, token]
+                if interrupted and job.recover is not None:
+                    return
                 job.claims = max(job.claims, run.number)
                 del self._tables.running[source, token]
 

@@ -19,6 +19,7 @@ from jobguard.model import (
     OpenJoin,
     Outcome,
     Owed,
+    RecoverRule,
     Request,
     Restorable,
 )
@@ -391,6 +392,11 @@ class MemoryLeaderStore:
                 for delivery in found
             ]
 
+    def rules(self, source: int, tokens: Sequence[UUID]) -> Mapping[UUID, RecoverRule]:
+        with self._tables.open():
+            jobs = {t: self._tables.jobs.get((source, t)) for t in tokens}
+            return {t: job.recover for t, job in jobs.items() if job and job.recover}
+
     def tombstones(self, source: int, tokens: Sequence[UUID]) -> Mapping[UUID, Outcome]:
         return self._tables.outcomes(source, tokens)
 
@@ -544,7 +550,9 @@ class MemoryLeaderStore:
             return False
         if closing.part is not None:
             tables.count(key, tables.jobs[key].delivery, closing.part, now=now)
-        if closing.outcome is Outcome.DEAD:  # it has caused one more death than was charged
+        if (
+            closing.outcome is Outcome.DEAD and run is not None
+        ):  # it has caused one more death than was charged
             tables.jobs[key].crashes += 1
         tables.bury(key, closing.outcome, ended_at=now, error=closing.error)
         return True

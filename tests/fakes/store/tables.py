@@ -11,7 +11,16 @@ from typing import Any
 from uuid import UUID, uuid4
 
 from jobguard.errors import BadRow, StoreUnavailable
-from jobguard.model import Beat, Cause, Delivery, EndedPart, Outcome, Part, Request
+from jobguard.model import (
+    Beat,
+    Cause,
+    Delivery,
+    EndedPart,
+    Outcome,
+    Part,
+    RecoverRule,
+    Request,
+)
 from jobguard.store.protocols import QueueRow, ScheduleRow, SourceRow
 
 Key = tuple[int, UUID]
@@ -31,6 +40,10 @@ class Job:
     not_before: float | None = None
     declined: int = 0
     last_worker: UUID | None = None
+    recover: RecoverRule | None = None
+
+    def __post_init__(self) -> None:
+        self.recover = self.delivery.recover
 
     def carry_counts(self, older: Job) -> None:
         self.recoveries = max(self.recoveries, older.recoveries)

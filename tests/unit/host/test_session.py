@@ -249,6 +249,37 @@ def test_an_unknown_delivery_is_recorded_and_claimed() -> None:
     assert worker.claimed_by(job) == worker.session.id
 
 
+def test_a_task_that_must_not_repeat_does_not_start_without_a_claim(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """While Postgres is away it is skipped; with Postgres, the claim carries the rule."""
+    worker = Worker(record_timeout=0.01, recover={"send": "dead"}).begin()
+    ruled = replace(worker.owe("a"), task="send")
+    free = replace(worker.owe("b"), task="other")
+    with outage(worker.ledger):
+        assert worker.start(ruled) == Refused(ruled.token, Refusal.CLAIMED)
+        assert worker.run(free) == Claim(free.token, 0)
+    assert worker.in_flight == {free.token}
+    assert "start_not_allowed" in events(caplog.records)
+    worker.back()
+    assert worker.run(ruled) == Claim(ruled.token, 1)
+    assert worker.leader.rules(SOURCE.id, [ruled.token, free.token]) == {ruled.token: "dead"}
+
+
+def test_a_child_without_a_worker_starts_no_task_that_must_not_repeat() -> None:
+    """Its worker was declared dead, so that it gets no claim."""
+    parent = Worker().begin()
+    child = Worker(parent.ledger, record_timeout=FOR_EVER, recover={"send": "dead"})
+    inherited = (parent.session.id, os.getpid() + 1)
+    child.session = WorkerSession(
+        child.tracker, child.ledger.host(), name="w1", queues=["mail"], inherited=inherited
+    )
+    declared_dead(parent)
+    job = replace(child.owe(), task="send")
+
+    assert child.start(job) == Refused(job.token, Refusal.CLAIMED)
+
+
 def test_an_outage_is_no_line_for_every_start(caplog: pytest.LogCaptureFixture) -> None:
     """A worker that starts 100 jobs while Postgres is away does not log each missing claim."""
     worker = Worker(record_timeout=0.01).begin()

@@ -57,6 +57,15 @@ TABLE: list[tuple[str, dict[str, Any], Action, Outcome | None, str]] = [
      V.REQUEUE, None, ""),
     ("spent, held", {"presence": P.RUNNING, "holder": H.DEAD, "crashes": 3, "held": True}, V.BURY,
      O.DEAD, ""),
+    ("died, dead rule", {"presence": P.RUNNING, "holder": H.DEAD, "recover": "dead"}, V.BURY, O.DEAD, ""),
+    ("left, dead rule", {"presence": P.ABSENT, "holder": H.DEAD, "announced": True, "recover": "dead"},
+     V.BURY, O.DEAD, ""),
+    ("dropped, never rule", {"presence": P.ABSENT, "holder": H.DROPPED, "alone": False,
+     "recover": "never"}, V.BURY, O.DEAD, ""),
+    ("died, dead rule, untrusted", {"presence": P.RUNNING, "holder": H.DEAD, "trusted": False,
+     "recover": "dead"}, V.HOLD, None, "suspect"),
+    ("live, dead rule", {"presence": P.RUNNING, "holder": H.LIVE, "recover": "dead"}, V.WAIT, None,
+     "clear"),
     # Running without a claim.
     ("unclaimed run", {"presence": P.RUNNING}, V.WAIT, None, "clear"),
     ("run of the dead", {"presence": P.RUNNING, "cause": C.WORKER, "seen_for": 10.0}, V.RESTORE,
@@ -79,6 +88,15 @@ TABLE: list[tuple[str, dict[str, Any], Action, Outcome | None, str]] = [
     ("explained, hold", {"presence": P.ABSENT, "seen_for": 10.0, "hold_unexplained": True,
      "cause": C.EVICTION}, V.RESTORE, None, ""),
     ("lost", {"presence": P.ABSENT, "seen_for": 10.0}, V.RESTORE, None, ""),
+    ("lost, dead rule", {"presence": P.ABSENT, "seen_for": 10.0, "recover": "dead"}, V.RESTORE, None, ""),
+    ("lost, never rule", {"presence": P.ABSENT, "seen_for": 10.0, "recover": "never"}, V.BURY, O.DEAD, ""),
+    ("once, never rule", {"presence": P.ABSENT, "recover": "never"}, V.WAIT, None, "suspect"),
+    ("held, never rule", {"presence": P.ABSENT, "seen_for": 10.0, "held": True, "recover": "never"},
+     V.HOLD, None, ""),
+    ("not sent, never rule", {"presence": P.ABSENT, "seen_for": 10.0, "unsent": True,
+     "recover": "never"}, V.RESTORE, None, ""),
+    ("push failed, never rule", {"presence": P.ABSENT, "seen_for": 10.0, "cause": C.PUSH,
+     "recover": "never"}, V.RESTORE, None, ""),
     ("lost, no grace", {"presence": P.ABSENT, "grace": 0.0}, V.RESTORE, None, ""),
 ]  # fmt: skip
 
@@ -120,8 +138,20 @@ CASES = st.builds(
     alone=st.booleans(),
     crashes=st.integers(0, 5),
     crash_budget=st.integers(0, 5),
+    recover=st.sampled_from([None, "dead", "never"]),
 )
 OWED = CASES.map(lambda situation: replace(situation, tombstone=None))
+
+
+@given(OWED)
+def test_a_run_that_must_not_be_repeated_never_is(situation: Situation) -> None:
+    """With a rule, no claim is voided and nothing that was claimed is restored."""
+    decision = decide(situation)
+
+    if situation.recover is not None:
+        assert decision.action is not Action.REQUEUE
+        if situation.holder is not Holder.NONE:
+            assert decision.action is not Action.RESTORE
 
 
 @given(CASES, st.sampled_from(Outcome))
