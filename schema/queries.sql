@@ -941,26 +941,40 @@ where f.bytes <= %(most)s or f.place = 1
 order by f.id
 
 -- name: accept
--- Take requests and record their deliveries, for the leader to push. Nothing was sent to Redis so far.
+-- Take requests and record their deliveries, for the leader to push. Nothing was sent to Redis so far. One whose
+-- key is held by now is cancelled.
 with lease as (
   select from jobguard.leader where namespace = %(namespace)s and term = %(term)s for share
 ), taken as (
   delete from jobguard.requests r using lease
   where r.id = any (%(id)b::bigint[]) and r.error is null
-  returning r.id
+  returning r.id, r.requested_at
 ), given as (
-  select f.* from taken t
+  select f.*, t.requested_at from taken t
   join unnest(%(id)b::bigint[], %(token)b::uuid[], %(job_id)b::text[], %(queue)b::text[],
               %(task)b::text[], %(priority)b::int[], %(due)s::float8[], %(key)s::text[],
               %(envelope)b::bytea[])
     f(id, token, job_id, queue, task, priority, due, key, envelope) on f.id = t.id
+), held as materialized (
+  select h.token, h.holder
+  from (select array_agg(g.token order by g.id) as token, array_agg(g.job_id order by g.id) as job_id,
+               array_agg(g.key order by g.id) as key
+        from given g where g.key is not null) k
+  cross join lateral jobguard.take_keys(%(source)s, k.token, k.job_id, k.key) h
+), cancelled as (
+  insert into jobguard.history (source, token, job_id, queue, task, outcome, recorded_at, errors)
+  select %(source)s, g.token, g.job_id, g.queue, g.task, 'cancelled', g.requested_at,
+         array['its key is held' || coalesce(' by job ' || h.holder, '')]
+  from given g join held h on h.token = g.token
 ), added as (
   insert into jobguard.jobs (source, token, job_id, queue, task, priority, due_at, key, envelope)
   select %(source)s, g.token, g.job_id, g.queue, g.task, g.priority, to_timestamp(g.due), g.key,
          g.envelope
-  from given g
+  from given g where not exists (select from held h where h.token = g.token)
 ), boxed as (
-  insert into jobguard.outbox (source, token, unsent) select %(source)s, g.token, true from given g
+  insert into jobguard.outbox (source, token, unsent)
+  select %(source)s, g.token, true
+  from given g where not exists (select from held h where h.token = g.token)
 )
 select (select count(*) from taken) from lease
 

@@ -594,7 +594,8 @@ class LeaderStore(Protocol):
     def accept(self, term: int, source: int, rendered: Sequence[tuple[int, Delivery]]) -> int:
         """Take these requests and record their deliveries, with outbox rows; return how many there were.
 
-        A request that was cancelled or taken meanwhile is left out.
+        A request that was cancelled or taken meanwhile is left out. One whose key another job holds is
+        cancelled.
         """
 
     def hold_request(self, term: int, request: int, error: str) -> None:

@@ -217,12 +217,19 @@ class InPostgres:
 
     def ask(self, task: str, **more: Any) -> str:
         """Request a job as SQL does; return its id."""
-        given: dict[str, Any] = {"queue": "default", "args": [], "kwargs": {}, **more}
+        given: dict[str, Any] = {"queue": "default", "args": [], "kwargs": {}, "key": None, **more}
         with psycopg.connect(self._database) as connection:
             ((job_id,),) = connection.execute(
-                "insert into jobguard.requests (source, job_id, task, queue, args, kwargs)"
-                " values (%s, gen_random_uuid()::text, %s, %s, %s, %s) returning job_id",
-                (SOURCE, task, given["queue"], Jsonb(given["args"]), Jsonb(given["kwargs"])),
+                "insert into jobguard.requests (source, job_id, task, queue, args, kwargs, key)"
+                " values (%s, gen_random_uuid()::text, %s, %s, %s, %s, %s) returning job_id",
+                (
+                    SOURCE,
+                    task,
+                    given["queue"],
+                    Jsonb(given["args"]),
+                    Jsonb(given["kwargs"]),
+                    given["key"],
+                ),
             ).fetchall()
         return str(job_id)
 

@@ -6,7 +6,8 @@ from uuid import uuid4
 import pytest
 
 from jobguard.errors import NotLeading
-from jobguard.model import Cause, Claim, Ended, Request
+from jobguard.job_keys import KeyRule
+from jobguard.model import Cause, Claim, Delivery, Ended, Outcome, Request, new_token
 from jobguard.store.protocols import Plan, SourceRow
 from tests.contract.conftest import NAMESPACE, SOURCE, Contract, delivery
 
@@ -44,6 +45,37 @@ def test_requests_are_taken_in_their_order_and_in_bounded_pages(ledger: Contract
     assert [r.job_id for r in waiting(ledger, limit=2)] == ids[:2]
     assert [r.job_id for r in waiting(ledger, most_bytes=1)] == ids[:1]
     assert ledger.leader.requests([8], limit=9, most_bytes=9) == []
+
+
+def test_a_request_takes_its_key(ledger: Contract) -> None:
+    """Of requests of one key the first is owed, and the others are cancelled until it has ended."""
+    term = ledger.elected()
+    store = ledger.store
+
+    def accept(*keys: str | None) -> list[Delivery]:
+        rendered = [
+            delivery(ledger.backend.ask("app.task", key=key), key=key, token=new_token())
+            for key in keys
+        ]
+        ids = [request.id for request in waiting(ledger)]
+        assert ledger.leader.accept(term, SOURCE, list(zip(ids, rendered, strict=True))) == len(
+            keys
+        )
+        return rendered
+
+    first, second, other, free = accept("k", "k", "x" * 900, None)
+    assert ledger.outcome(second.token) is Outcome.CANCELLED
+    assert set(ledger.owed()) == {first.token, other.token, free.token}
+    assert set(ledger.watched()) == {first.token, other.token, free.token}
+    (third,) = accept("k")
+    assert ledger.outcome(third.token) is Outcome.CANCELLED
+    sent = delivery("python", rule=KeyRule("k"))
+    held = store.record_keyed(SOURCE, sent, namespace=NAMESPACE, deadline=5.0)
+    assert held[:2] == ("held", first.job_id)
+    worker = ledger.working()
+    worker.end(worker.start(first.token))
+    (fourth,) = accept("k")
+    assert fourth.token in ledger.owed()
 
 
 def test_a_held_request_is_kept_and_not_taken_again(ledger: Contract) -> None:

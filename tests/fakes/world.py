@@ -332,7 +332,9 @@ class FakeBroker:
         """Return the delivery of a request; a task named "wrong" cannot be rendered."""
         if request.task == "wrong":
             raise CannotRender("a wrong task")
-        return Delivery(token, request.job_id, request.queue, request.task, b"rendered")
+        return Delivery(
+            token, request.job_id, request.queue, request.task, b"rendered", key=request.key
+        )
 
     def restore(
         self, deliveries: Sequence[Restorable], *, deadline: float

@@ -147,6 +147,32 @@ def test_a_job_is_asked_for_in_the_transaction_of_the_caller(sql: Session) -> No
     assert sql.ask("select count(*) from jobguard.requests") == [0]
 
 
+def test_a_key_is_kept_between_sql_callers(sql: Session, leader: PostgresLeaderStore) -> None:
+    """A second call gets the id of the job that holds the key, or an error; a race is decided later."""
+    call = "select jobguard.enqueue('rq', 'mail', 'app.send', key => 'k'{})"
+    other = Session(sql.url)
+    other.ask("begin")
+    (late,) = other.ask(call.format(""))
+    (first,) = sql.ask(call.format(""))
+    other.ask("commit")
+    other.close()
+    assert late != first
+    assert sql.ask(call.format("")) in ([first], [late])
+    assert "is held by job" in sql.error(call.format(", on_conflict => 'raise'"))
+    accept(leader)
+    (holder,) = sql.ask("select job_id from jobguard.jobs")
+    assert sql.ask(call.format("")) == [holder]
+    (loser,) = {first, late} - {holder}
+    assert sql.ask("select state from jobguard.job(%s)", loser) == ["cancelled"]
+    assert sql.ask("select error from jobguard.job(%s)", loser) == [
+        f"its key is held by job {holder}"
+    ]
+    assert holder in sql.error(call.format(", on_conflict => 'raise'"))
+    sql.ask("select jobguard.cancel_job(%s)", holder)
+    assert sql.ask(call.format(", on_conflict => 'raise'")) != [holder]
+    assert "one of: ignore, raise" in sql.error(call.format(", on_conflict => 'replace'"))
+
+
 def test_a_trigger_that_asks_for_many_jobs_gets_each_once(
     sql: Session, leader: PostgresLeaderStore
 ) -> None:

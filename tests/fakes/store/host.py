@@ -209,7 +209,7 @@ class MemoryHostStore:
         with tables.open() as now:
             led = tables.led(namespace, now)
             taken, until = tables.keys.get((source, rule.key), (delivery.token, 0.0))
-            holder = None if taken == delivery.token else self._holder(source, taken)
+            holder = None if taken == delivery.token else tables.key_holder(source, taken)
             verdict, parent = "free", None
             if holder is not None:
                 owner = tables.jobs[source, holder].delivery.job_id
@@ -226,14 +226,6 @@ class MemoryHostStore:
             if self.record(source, [made], namespace=namespace).refused:
                 return "ended", None, led
             return verdict, None if holder is None else owner, led
-
-    def _holder(self, source: int, token: UUID) -> UUID | None:
-        """Return the owed delivery that took a key, or that replaced the one that took it."""
-        seen: UUID | None = token
-        while seen is not None and (source, seen) not in self._tables.jobs:
-            stone = self._tables.history.get((source, seen))
-            seen = None if stone is None else stone.next
-        return seen
 
     def installation_id(self) -> str:
         return self._tables.installation

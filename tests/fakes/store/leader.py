@@ -34,7 +34,7 @@ from jobguard.store.protocols import (
     Void,
     WorkerRow,
 )
-from tests.fakes.store.tables import Job, Key, Lease, Loss, Run, Suspect, Tables
+from tests.fakes.store.tables import Job, Key, Lease, Loss, Run, Suspect, Tables, Tombstone
 
 _DAY = 86400.0
 _RETENTION = 7 * _DAY
@@ -593,6 +593,11 @@ class MemoryLeaderStore:
             for id, _ in taken:
                 del tables.requests[id]
             for _, delivery in taken:
+                if not tables.take_key(source, delivery, now):
+                    tables.history[source, delivery.token] = Tombstone(
+                        Outcome.CANCELLED, ended_at=now, job_id=delivery.job_id
+                    )
+                    continue
                 tables.jobs[source, delivery.token] = Job(delivery, now)
                 tables.outbox[source, delivery.token] = (now, True)
             return len(taken)

@@ -201,6 +201,24 @@ class Tables:
         self.retentions: dict[str, float] = {}
         """The wanted retention by namespace."""
 
+    def key_holder(self, source: int, token: UUID) -> UUID | None:
+        """Return the owed delivery that took a key, or that replaced the one that took it."""
+        seen: UUID | None = token
+        while seen is not None and (source, seen) not in self.jobs:
+            stone = self.history.get((source, seen))
+            seen = None if stone is None else stone.next
+        return seen
+
+    def take_key(self, source: int, delivery: Delivery, now: float) -> bool:
+        """Take the key of a requested delivery; False: it is held or throttled."""
+        if delivery.key is None:
+            return True
+        taken, until = self.keys.get((source, delivery.key), (delivery.token, 0.0))
+        if self.key_holder(source, taken) is not None or until > now:
+            return False
+        self.keys[source, delivery.key] = (delivery.token, now)
+        return True
+
     @contextmanager
     def open(self) -> Iterator[float]:
         """Run one transaction; give its time. Errors are raised before anything is changed."""
