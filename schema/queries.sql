@@ -195,6 +195,19 @@ returning true
 delete from jobguard.locks l
 where l.source = %(source)s and l.name = %(name)s and l.token = %(token)s
 
+-- name: refuse
+with alone as materialized (select jobguard.alone_with(%(token)b::uuid[]))
+insert into jobguard.history (source, token, job_id, queue, task, outcome, attempt)
+select %(source)s, f.token, f.job_id, f.queue, f.task,
+       (case when exists (select from jobguard.history h where h.source + 0 = %(source)s
+                            and h.token = f.parent and h.outcome = 'cancelled')
+        then 'cancelled' else 'superseded' end)::jobguard.outcome, f.attempt
+from alone, unnest(%(token)b::uuid[], %(parent)b::uuid[], %(job_id)b::text[], %(queue)b::text[],
+                   %(task)b::text[], %(attempt)b::int[]) f(token, parent, job_id, queue, task, attempt)
+where not exists (select from jobguard.jobs j where j.source + 0 = %(source)s and j.token = f.token)
+  and not exists (select from jobguard.history h where h.source + 0 = %(source)s
+                    and h.token = f.token)
+
 -- name: begin_effect
 select verdict, result
 from jobguard.begin_effect(%(source)s, %(key)s, %(job_id)s, %(token)s, %(number)s::int, %(again)s, false)

@@ -265,7 +265,7 @@ class Replay:
             elif isinstance(entry, ClaimRequest):
                 store.claim(source.id, entry)
         if deliveries:
-            store.record(source.id, deliveries, namespace=source.namespace, replay=True)
+            write_late(store, source, deliveries)
         if ends:
             store.end(source.id, ends)
             self._ended(ends)
@@ -277,6 +277,18 @@ class Replay:
         aside = {one.token for one in self._spool.aside() if isinstance(one, Delivery)}
         meant = aside.intersection(entry.waiting)
         return replace(entry, tokens=(*entry.tokens, *meant)) if meant else entry
+
+
+def write_late(
+    store: HostStore, source: Source, deliveries: Sequence[Delivery], *, newest: bool = False
+) -> None:
+    """Record deliveries that were pushed before. A refused one gets a tombstone and does not run."""
+    recorded = store.record(
+        source.id, deliveries, namespace=source.namespace, replay=True, newest=newest
+    )
+    refused = [delivery for delivery in deliveries if delivery.token in recorded.refused]
+    if refused:
+        store.refuse(source.id, refused)
 
 
 def write_cancellation(

@@ -330,13 +330,12 @@ class WorkerSession:
         return answer
 
     def _adopt(self, delivery: Delivery) -> None:
-        """Record a delivery that has no record: its producer is unguarded, or its record is in a spool."""
-        source = self._tracker.source
-        self._tracker.call(
-            lambda store: store.record(
-                source.id, [delivery], namespace=source.namespace, replay=True, newest=True
-            )
-        )
+        """Record a delivery that has no record: its producer is unguarded, or its record is in a spool.
+
+        If it replaces a delivery that ended otherwise (it was cancelled), it gets a tombstone.
+        """
+        parent = delivery.parent or self._tracker.parent_of(delivery.token)
+        self._tracker.record_late(replace(delivery, parent=parent))
 
     def _after_beat(self) -> None:
         # A claim takes locks that greenlets wait for, so it must not be made in a thread of the

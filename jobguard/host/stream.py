@@ -7,12 +7,13 @@ writes its own entries itself, and deletes them here; an entry that is written t
 Keys, in the source's own db:
 
 - ``jobguard:spool:<namespace>:<library>[:<prefix>]`` (stream): the entries; ``c`` is the content
-  (see stream_entries.py), ``t`` the token of an end.
-- ``….bytes`` (string): its size. ``….ended`` (hash): the deliveries whose ends are in it, with their
-  outcomes. A worker asks it before a start while Postgres is away.
+  (see stream_entries.py), ``t`` the field of its note.
+- ``….bytes`` (string): its size. ``….ended`` (hash): notes about the entries. An end notes its
+  outcome under the token of its delivery; a worker asks for it before a start while Postgres is away.
+  A record notes its parent under ``after:<token>``; a worker that starts the delivery before the
+  record is written asks for it, because what follows a cancelled delivery must not run.
 - ``….away:<host>`` (string, some seconds): Postgres is away for that host. A process that starts
   there need not find out by a wait.
-
 - ``jobguard:spool-sources`` (hash, a week): the sources that have a stream, by their ids. A source
   whose first process started in an outage is not in the ledger: the leader registers it from here.
 
@@ -36,10 +37,10 @@ import redis
 from jobguard.adapter import Source
 from jobguard.fork import OwnerProcess
 from jobguard.host.spool import Adoptable, Entry, is_adoptable
-from jobguard.host.stream_entries import encode
+from jobguard.host.stream_entries import decode_parent, encode, encode_parent
 from jobguard.host_safety import contain_errors
 from jobguard.log import log_event
-from jobguard.model import Delivery, End, Outcome
+from jobguard.model import Delivery, End, Outcome, Parent
 from jobguard.redis_values import json_in, number_in
 from jobguard.scripts import Script
 from jobguard.store.protocols import SourceRow
@@ -120,6 +121,11 @@ class ReportStream:
         """Return how this delivery ended, if its end is in the stream; None also if Redis is away."""
         found = self._ask(lambda: self._redis().hget(f"{self._key}.ended", token.hex))
         return Outcome(found.decode()) if isinstance(found, bytes) else None
+
+    def parent_of(self, token: UUID) -> Parent | None:
+        """Return the delivery that this one replaces, if a record in the stream names it."""
+        found = self._ask(lambda: self._redis().hget(f"{self._key}.ended", f"after:{token.hex}"))
+        return decode_parent(found) if isinstance(found, bytes) else None
 
     def length(self) -> tuple[int, int] | None:
         """Return the number of entries and their bytes; None: Redis does not answer."""
@@ -207,9 +213,14 @@ def sources_with_streams(client: Any) -> list[SourceRow]:
 
 
 def _shorter(entry: Entry) -> Iterator[bytes | str]:
-    """Yield the reference that stands for a record past the bound, and the token and outcome of an end."""
+    """Yield the reference that stands for a record past the bound, and the field and text of its note."""
     if isinstance(entry, Delivery) and is_adoptable(entry):
         yield encode(Adoptable(entry.token, entry.job_id, entry.queue))
     else:
         yield b""
-    yield from (entry.token.hex, entry.outcome.value) if isinstance(entry, End) else ("", "")
+    if isinstance(entry, End):
+        yield from (entry.token.hex, entry.outcome.value)
+    elif isinstance(entry, Delivery) and entry.parent is not None:
+        yield from (f"after:{entry.token.hex}", encode_parent(entry.parent))
+    else:
+        yield from ("", "")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 from uuid import UUID
 
@@ -62,15 +62,7 @@ def _of_delivery(entry: Delivery) -> _Written:
         "key": entry.key,
         "trace": entry.trace,
         "recover": entry.recover,
-        "parent": None
-        if parent is None
-        else [
-            parent.token.hex,
-            parent.claim,
-            parent.outcome.value,
-            parent.worker and parent.worker.hex,
-            parent.error,
-        ],
+        "parent": None if parent is None else _of_parent(parent),
         "fresh": entry.fresh or None,
         "derived": entry.derived or None,
         "closes": entry.closes,
@@ -81,10 +73,32 @@ def _of_delivery(entry: Delivery) -> _Written:
 def _delivery(fields: dict[str, Any], envelope: bytes) -> Delivery:
     parent = fields.pop("parent", None)
     if parent is not None:
-        token, claim, outcome, worker, error = parent
-        parent = Parent(UUID(token), claim, Outcome(outcome), worker and UUID(worker), error)
+        parent = _parent(parent)
     token = UUID(fields.pop("token"))
     return Delivery(token=token, envelope=envelope, parent=parent, **fields)
+
+
+def _of_parent(parent: Parent) -> list[Any]:
+    worker = parent.worker and parent.worker.hex
+    return [parent.token.hex, parent.claim, parent.outcome.value, worker, parent.error]
+
+
+def _parent(values: Sequence[Any]) -> Parent:
+    token, claim, outcome, worker, error = values
+    return Parent(UUID(token), claim, Outcome(outcome), worker and UUID(worker), error)
+
+
+def encode_parent(parent: Parent) -> bytes:
+    """Return the note of a record that replaces this delivery."""
+    return json.dumps(_of_parent(parent)).encode()
+
+
+def decode_parent(note: bytes) -> Parent | None:
+    """Return the delivery that a record replaces; None: the note is damaged or of a later version."""
+    try:
+        return _parent(json.loads(note))
+    except (ValueError, TypeError):
+        return None
 
 
 def _of_end(entry: End) -> _Written:

@@ -1,6 +1,6 @@
 -- Delete entries that Postgres has.
 --
--- KEYS: 1 stream  2 its size in bytes  3 hash of the deliveries whose ends are in it
+-- KEYS: 1 stream  2 its size in bytes  3 hash of notes about deliveries
 -- ARGV: 1 bytes that an entry takes beside its content; then the ids of the entries
 -- Returns how many were there.
 local deleted, freed = 0, 0

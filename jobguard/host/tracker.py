@@ -41,7 +41,7 @@ from jobguard.host.circuit import Circuit
 from jobguard.host.group_commit import GroupCommit
 from jobguard.host.parent import Door, ParentSpool, ParentStore
 from jobguard.host.redis_health import RedisHealth
-from jobguard.host.replay import BATCH, Replay, write_cancellation
+from jobguard.host.replay import BATCH, Replay, write_cancellation, write_late
 from jobguard.host.session import WorkerSession
 from jobguard.host.spool import (
     Cancelled,
@@ -55,7 +55,17 @@ from jobguard.host.spool import (
 from jobguard.host.stream import ReportStream
 from jobguard.host_safety import contain_errors, safe_tracker
 from jobguard.log import log_event
-from jobguard.model import Beside, Claim, ClaimAnswer, Delivery, End, Ended, Outcome, Recorded
+from jobguard.model import (
+    Beside,
+    Claim,
+    ClaimAnswer,
+    Delivery,
+    End,
+    Ended,
+    Outcome,
+    Parent,
+    Recorded,
+)
 from jobguard.redact import redact
 from jobguard.sealing import Sealer
 from jobguard.settings import Settings
@@ -861,6 +871,15 @@ class HostTracker:
         if ended is None and self.spool.copy():
             self.stream.append([request])
         return ended
+
+    def record_late(self, delivery: Delivery) -> None:
+        """Record a delivery that is in Redis already. Raises as the store does."""
+        self.call(lambda store: write_late(store, self.source, [delivery], newest=True))
+
+    def parent_of(self, token: UUID) -> Parent | None:
+        """Return the delivery that this one replaces, if its record waits in the stream."""
+        self._mine()
+        return None if self.stream is None else self.stream.parent_of(token)
 
     def release(self, released: Released) -> None:
         """Release a claim, now or when Postgres is back. Raises StoreUnavailable if it was not released."""

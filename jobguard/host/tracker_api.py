@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from uuid import UUID
 
     import redis
 
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from jobguard.host.circuit import Circuit
     from jobguard.host.parent import ParentStore
     from jobguard.host.spool import Released, Spool
-    from jobguard.model import ClaimAnswer, End, Ended, Outcome
+    from jobguard.model import ClaimAnswer, Delivery, End, Ended, Outcome, Parent
     from jobguard.settings import Settings
     from jobguard.store.protocols import ClaimRequest, HostStore
 
@@ -42,6 +43,12 @@ class TrackerApi(Protocol):
 
     def start_unclaimed(self, request: ClaimRequest) -> Outcome | None:
         """Report a start while Postgres is away; return the outcome if the delivery has ended."""
+
+    def record_late(self, delivery: Delivery) -> None:
+        """Record a delivery that is in Redis already. Raises as the store does."""
+
+    def parent_of(self, token: UUID) -> Parent | None:
+        """Return the delivery that this one replaces, if its record waits in the stream."""
 
     def release(self, released: Released) -> None:
         """Release a claim. Raises as the store does; then it is released when Postgres is back."""

@@ -201,6 +201,18 @@ class PostgresStore:
         """Delete deliveries that were never pushed; see HostStore."""
         self._db.execute(self._sql["withdraw"], {"source": source, "tokens": list(tokens)})
 
+    def refuse(self, source: int, deliveries: Sequence[Delivery]) -> None:
+        """Write tombstones for pushed deliveries whose records were refused; see HostStore."""
+        columns = {
+            "token": [one.token for one in deliveries],
+            "parent": [one.parent and one.parent.token for one in deliveries],
+            "job_id": [one.job_id for one in deliveries],
+            "queue": [one.queue for one in deliveries],
+            "task": [one.task for one in deliveries],
+            "attempt": [one.attempt for one in deliveries],
+        }
+        self._db.execute(self._sql["refuse"], {"source": source, **columns})
+
     def outbox(self, source: int, tokens: Sequence[UUID]) -> None:
         """Leave the push to the leader; see HostStore."""
         self._db.execute(self._sql["outbox"], {"source": source, "tokens": list(tokens)})

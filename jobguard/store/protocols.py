@@ -160,6 +160,13 @@ class HostStore(Protocol):
         Those that are or were claimed, or were recorded in a transaction of the application, stay.
         """
 
+    def refuse(self, source: int, deliveries: Sequence[Delivery]) -> None:
+        """Write tombstones for deliveries that were pushed before their records were refused.
+
+        Their outcome is that of a cancelled parent, else superseded. Deliveries that are owed or have
+        ended stay as they are.
+        """
+
     def outbox(self, source: int, tokens: Sequence[UUID]) -> None:
         """Leave the push of owed deliveries to the leader."""
 

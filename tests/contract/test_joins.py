@@ -20,6 +20,7 @@ from jobguard.model import (
     Refusal,
     Refused,
     Unknown,
+    new_token,
     derived_token,
     new_token,
 )
@@ -465,3 +466,18 @@ def test_several_claims_are_asked_for_in_one_call(ledger: Contract) -> None:
     ]
     copies = [answers[request.nonce] for request in requests[0:3:2]]
     assert sorted(type(answer) is Claim for answer in copies) == [False, True]
+
+
+def test_a_late_cancel_means_what_came_of_its_job(bodies: Contract) -> None:
+    """A late cancel ends the retry of its job that was recorded since, and spares a new job."""
+    first, until = bodies.recorded("j"), new_token()
+    bodies.advance(20)
+    moved = delivery("j", parent=Parent(first.token))
+    again = delivery("j", parent=Parent(moved.token))
+    other = delivery("j")
+    bodies.record(moved)
+    bodies.record(again)
+    bodies.record(other)
+    assert bodies.cancel(job_ids=["j"], ago=10, until=until) == 1
+    assert set(bodies.owed()) == {other.token}
+    assert bodies.outcome(again.token) is Outcome.CANCELLED

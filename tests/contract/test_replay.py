@@ -149,3 +149,28 @@ def test_an_ended_job_runs_again_only_as_a_new_delivery(ledger: Contract) -> Non
     new = ledger.recorded()
     assert worker.start(new.token).number == 1
     assert ledger.outcome(old.token) is Outcome.FAILED
+
+
+@pytest.mark.parametrize("cancelled", [True, False], ids=["cancelled", "replaced"])
+def test_a_refused_replay_gets_a_tombstone(ledger: Contract, cancelled: bool) -> None:
+    """A delivery that was pushed before its record is refused is known as ended, and does not run."""
+    parent = ledger.recorded()
+    if cancelled:
+        ledger.cancel(tokens=[parent.token])
+    else:
+        ledger.record(delivery(parent.job_id, parent=Parent(parent.token)))
+    child = delivery(parent.job_id, parent=Parent(parent.token))
+    assert ledger.record(child, replay=True).refused == frozenset([child.token])
+    ledger.store.refuse(ledger.source, [child])
+    expected = Outcome.CANCELLED if cancelled else Outcome.SUPERSEDED
+    assert ledger.outcome(child.token) is expected
+    assert refused(ledger.working().claim(child.token)) == (Refusal.ENDED, expected)
+
+
+def test_a_refusal_changes_nothing_that_is_known(ledger: Contract) -> None:
+    """A delivery that is owed, or has ended, stays as it is when its second record is refused."""
+    owed, ended = ledger.recorded(), delivery()
+    ledger.working().end(Claim(ended.token, 0))
+    ledger.store.refuse(ledger.source, [owed, ended])
+    assert ledger.owed().keys() == {owed.token}
+    assert ledger.outcome(ended.token) is Outcome.COMPLETED

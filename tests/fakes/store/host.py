@@ -264,6 +264,24 @@ class MemoryHostStore:
                 if key not in self._tables.running and not self._tables.jobs[key].claims:
                     self._tables.drop(key)
 
+    def refuse(self, source: int, deliveries: Sequence[Delivery]) -> None:
+        tables = self._tables
+        with tables.open() as now:
+            for delivery in deliveries:
+                key = (source, delivery.token)
+                if key in tables.jobs or key in tables.history:
+                    continue
+                parent = delivery.parent and tables.history.get((source, delivery.parent.token))
+                cancelled = parent is not None and parent.outcome is Outcome.CANCELLED
+                tables.history[key] = Tombstone(
+                    outcome=Outcome.CANCELLED if cancelled else Outcome.SUPERSEDED,
+                    ended_at=now,
+                    job_id=delivery.job_id,
+                    queue=delivery.queue,
+                    task=delivery.task,
+                    attempt=delivery.attempt,
+                )
+
     def outbox(self, source: int, tokens: Sequence[UUID]) -> None:
         with self._tables.open() as now:
             for key in self._tables.owed(source, tokens):
@@ -525,6 +543,8 @@ class MemoryHostStore:
                     and (until is None or key[1] <= until)
                 )
             ]
+            if until is not None and not tables.one_body(source):
+                named += self._successors(source, job_ids, meant, until, waiting)
             keys = {*tables.owed(source, tokens), *named}
             for key in keys:
                 tables.bury(key, Outcome.CANCELLED, ended_at=now)
@@ -532,6 +552,43 @@ class MemoryHostStore:
                 tombstone = Tombstone(outcome=Outcome.CANCELLED, ended_at=now)
                 tables.history.setdefault((source, token), tombstone)
             return len(keys)
+
+    def _successors(
+        self,
+        source: int,
+        job_ids: Sequence[str],
+        meant: float | None,
+        until: UUID,
+        waiting: Sequence[UUID],
+    ) -> list[Key]:
+        """Return what is owed now and came of deliveries that a late cancel means."""
+        tables = self._tables
+        later = {
+            stone.next
+            for (owner, token), stone in tables.history.items()
+            if owner == source
+            and stone.job_id in job_ids
+            and stone.outcome is Outcome.SUPERSEDED
+            and (
+                token in waiting
+                or (
+                    stone.recorded_at is not None
+                    and meant is not None
+                    and stone.recorded_at <= meant
+                    and token <= until
+                )
+            )
+        }
+        found: list[Key] = []
+        while later:
+            token = later.pop()
+            if token is None:
+                continue
+            found += tables.owed(source, [token])
+            stone = tables.history.get((source, token))
+            if stone is not None and stone.outcome is Outcome.SUPERSEDED:
+                later.add(stone.next)
+        return found
 
     def beat(self, source: int, beat: Beat, *, namespace: str) -> BeatReply:
         tables = self._tables
