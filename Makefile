@@ -10,13 +10,14 @@ DEMO_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?=
 CHAOS_ARGS ?=
+SIMULATE_ARGS ?=
 VERSIONS ?= rq-2.6 rq-2.12 rq-3.0 celery-5.4 celery-5.5 celery-5.6 celery-5.7 \
 	dramatiq-1.17 dramatiq-1.18 dramatiq-2.0 dramatiq-2.2
 REDIS_SERVERS ?=
 POSTGRES_BINS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test ecosystem matrix check bench bench-compare chaos fmt docs
+.PHONY: help demo test ecosystem matrix check bench bench-compare chaos simulate fmt docs
 
 help:
 	@echo "make demo    see jobs survive what kills Redis and workers     (DEMO_ARGS='--library celery')"
@@ -28,14 +29,11 @@ help:
 	@echo "make docs    build the manual into build/docs"
 	@echo "make bench   measure beside floors and peers                   (BENCH_ARGS='enqueue work')"
 	@echo "make bench-compare REV=main  measure this tree and a revision in alternation"
+	@echo "make simulate  10,000 simulated schedules of crashes and outages    (SIMULATE_ARGS='--seed 7')"
 	@echo "make chaos   3 runs a library under random faults; CHAOS=full: 20 (CHAOS_ARGS='--library rq')"
 
 demo: $(VENV)/.ready-for-demo
 	$(BIN)/jobguard demo $(DEMO_ARGS)
-
-# With bytecode, also where an image forbids it: else each of the processes compiles all tests and
-# all of jobguard again.
-test: export PYTHONDONTWRITEBYTECODE =
 
 # A test that fails on a busy machine alone is no fault: what fails is run once more, and fails then.
 test: $(VENV)/.ready
@@ -80,6 +78,9 @@ bench-compare: $(VENV)/.ready
 
 chaos: $(VENV)/.ready
 	$(BIN)/python -m tests.chaos --runs $(if $(filter full,$(CHAOS)),20,3) $(CHAOS_ARGS)
+
+simulate: $(VENV)/.ready
+	PYTHONHASHSEED=0 $(BIN)/python -m tests.simulation $(SIMULATE_ARGS)
 
 # The stamps are written last, so that an interrupted step is done again.
 

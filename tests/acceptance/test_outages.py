@@ -250,8 +250,7 @@ def test_a_stopped_postgres_is_waited_for_once(
         assert first < BOUNDED
         assert contacts.calls == 0
         assert not any(contacts.waits)  # no check has ever waited
-        # One connection in progress, which each call continues; on a busy machine it times out.
-        assert contacts.connects <= 1 + many / guard.settings.connect_timeout
+        assert contacts.connects <= 1  # one connection in progress, which each call continues
         assert many < BOUNDED
         assert len(queue.job_ids) == 201 + known
 

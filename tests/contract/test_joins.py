@@ -20,7 +20,6 @@ from jobguard.model import (
     Refusal,
     Refused,
     Unknown,
-    new_token,
     derived_token,
     new_token,
 )

@@ -219,7 +219,7 @@ def _break_off(how: str) -> None:
 
         raise Timeout(1)
     if how == "GreenletExit":
-        from greenlet import GreenletExit  # type: ignore[import-untyped]
+        from greenlet import GreenletExit
 
         raise GreenletExit
     kinds: dict[str, type[BaseException]] = {
