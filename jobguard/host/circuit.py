@@ -11,6 +11,9 @@ that answers logins and nothing else would cost a wait with every call.
 
 Each further failure doubles the pause, up to eight intervals. A part of the pause is random, so
 that processes that lost Postgres together do not return together.
+
+The state is pybreaker's. A call does not pass through pybreaker, which would take a lock: it reads a
+copy of the state, and only a failure and an answer after it change the state.
 """
 
 from __future__ import annotations
@@ -20,13 +23,29 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
+
+import pybreaker
 
 from jobguard.errors import BreakerOpen, StoreUnavailable
 
+_NEVER = 10.0 * 365 * 86400
+"""Seconds; pybreaker's own trial, which this disables, would be a call that waits."""
 _MOST = 3
 """How often the pause is doubled."""
 _STEADY = 10
 """Retry intervals after which a closed circuit counts as steady; its next failure may be a short one."""
+
+
+class _Copy(pybreaker.CircuitBreakerListener):
+    """Copies each new state to the circuit."""
+
+    def __init__(self, circuit: Circuit) -> None:
+        self._circuit = circuit
+
+    def state_change(self, _breaker: Any, _old: Any, new: Any) -> None:
+        """Copy the new state."""
+        self._circuit.closed = new.name == pybreaker.STATE_CLOSED
 
 
 class Circuit:
@@ -55,6 +74,9 @@ class Circuit:
         self._checking = threading.Lock()
         self.closed = True
         """Whether calls may pass, as far as is known."""
+        self._breaker = pybreaker.CircuitBreaker(
+            fail_max=1, reset_timeout=_NEVER, listeners=[_Copy(self)]
+        )
 
     def open_for(self) -> float:
         """Return the seconds since the circuit last opened."""
@@ -76,7 +98,7 @@ class Circuit:
             yield
             self._failures = 0
         except StoreUnavailable as error:  # bad data never opens the circuit
-            self.closed = False
+            self._breaker.open()
             self.why = str(error)
             self._opened()
             raise
@@ -112,7 +134,7 @@ class Circuit:
     def answered(self) -> None:
         """Close the circuit: Postgres has just answered a call."""
         if not self.closed:
-            self.closed = True
+            self._breaker.close()
             self._closed_at = self._clock()
             self._reported_open = False
             self._on_change(True)
@@ -140,4 +162,4 @@ class Circuit:
         That may be over, and the life of this process may be short, so that the first check comes at
         once.
         """
-        self.closed = False
+        self._breaker.open()
