@@ -131,15 +131,23 @@ select jobguard.add_schedule(
   max_attempts => :max_attempts, source => :source, namespace => :namespace, unknown => :unknown)
 """)
 
-_SCHEDULES = sa.text("""
+_MAY_READ_ARGUMENTS = sa.text(
+    "select has_column_privilege('jobguard.schedules', 'args', 'select')"
+    " and has_column_privilege('jobguard.schedules', 'kwargs', 'select')"
+)
+_SCHEDULES = """
 select c.name, case when c.error is not null then 'failed' when c.paused_at is not null then 'paused'
                     when c.finished then 'finished' else 'active' end as state,
-       s.library, coalesce(s.name, s.address) as source, c.queue, c.task, c.args, c.kwargs, c.cron,
+       s.library, coalesce(s.name, s.address) as source, c.queue, c.task, {arguments}, c.cron,
        c.every, c.rule, c.timezone, c.starts_at, c.ends_at, c.jitter, c.catch_up, c.priority,
        c.max_attempts, c.next_at, c.last_at, c.skipped, c.error
 from jobguard.schedules c left join jobguard.sources s on s.id = c.source
 where c.namespace = :namespace order by c.name
-""")
+"""
+_SCHEDULES_BY_RIGHT = {
+    True: sa.text(_SCHEDULES.format(arguments="c.args, c.kwargs")),
+    False: sa.text(_SCHEDULES.format(arguments="null as args, null as kwargs")),
+}
 
 _CHANGE_SCHEDULE = {
     change: sa.text(f"select jobguard.{change}_schedule(:name, :namespace)")
@@ -490,7 +498,8 @@ class PostgresLedger:
     def schedules(self, namespace: str) -> Sequence[Row]:
         """Return the schedules by name; see Ledger."""
         with self._begin(snapshot=True) as connection:
-            return rows(connection, _SCHEDULES, namespace=namespace)
+            readable = bool(connection.execute(_MAY_READ_ARGUMENTS).scalar())
+            return rows(connection, _SCHEDULES_BY_RIGHT[readable], namespace=namespace)
 
     def change_schedule(self, namespace: str, name: str, change: str) -> str | None:
         """Remove, pause, resume or run a schedule; see Ledger."""

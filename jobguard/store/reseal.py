@@ -44,6 +44,7 @@ _TABLES = (
         ("source", "join_id", "member"),
         ("state", "envelope"),
     ),
+    _Sealed("effects", ("source", "key"), ("key", "source"), ("result",)),
 )
 
 
@@ -105,6 +106,8 @@ def _changes(row: Mapping[str, Any], columns: Sequence[str], sealer: Sealer) -> 
             continue
         if isinstance(stored, list):
             sealed[column] = [error and sealer.reseal_text(error) for error in stored]
+        elif isinstance(stored, str):
+            sealed[column] = sealer.reseal_text(stored)
         else:
             sealed[column] = sealer.reseal(bytes(cast(bytes, stored)))
     return {column: value for column, value in sealed.items() if value != row[column]}

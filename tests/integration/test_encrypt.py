@@ -1,8 +1,4 @@
-"""Envelopes and errors are sealed in PostgreSQL: with the key jobs are restored, without it they wait.
-
-These mutations were tested once, and each made a test fail: errors not sealed, join parts not sealed, no
-incident, history left out of the rotation.
-"""
+"""Envelopes and errors are sealed in PostgreSQL: with the key jobs are restored, without it they wait."""
 
 from __future__ import annotations
 
@@ -25,7 +21,7 @@ from jobguard.settings import Settings
 from jobguard.store.host import PostgresStore
 from jobguard.store.ledger import PostgresLedger
 from jobguard.store.protocols import ClaimRequest
-from tests.integration.hosts import Host, leading, rows, trusted
+from tests.integration.hosts import QUEUE, Host, leading, rows, trusted
 from tests.support import eventually
 
 LIBRARIES = ["celery", "dramatiq", "rq"]
@@ -58,6 +54,7 @@ def everything(database: str) -> bytes:
                 ("history", "coalesce(envelope, '') || convert_to(errors::text, 'utf8')"),
                 ("joins", "state"),
                 ("join_parts", "state || envelope"),
+                ("effects", "convert_to(coalesce(result, ''), 'utf8')"),
             )
         ]
         return b"".join(connection.execute(part.encode()).fetchall()[0][0] for part in parts)
@@ -92,6 +89,9 @@ def test_a_loss_is_restored_with_the_key_and_reported_without(
         assert host.waiting() == 0
     with leading(with_keys(guard, keys), database, redis_url):
         eventually(lambda: host.waiting() == 3, 30)
+        rows(database, f"select jobguard.enqueue('{library}', '{QUEUE}', 'app.{SECRET}')")
+        eventually(lambda: host.waiting() == 4, 30)
+        assert SECRET.encode() not in everything(database)
 
 
 def test_everything_that_may_hold_arguments_is_sealed_and_rotated(database: str, keys: str) -> None:
@@ -112,8 +112,10 @@ def test_everything_that_may_hold_arguments_is_sealed_and_rotated(database: str,
         stored = connection.execute("select envelope from jobguard.jobs").fetchall()
         failed = connection.execute("select token from jobguard.history where outcome = 'failed'")
         tokens = [token for (token,) in failed.fetchall()]
+        results = connection.execute("select result from jobguard.effects").fetchall()
     sealer = Sealer(lambda: newest)
     assert {sealer.unseal(envelope) for (envelope,) in stored} == {SECRET.encode()}
+    assert [sealer.unseal_text(result) for (result,) in results] == [SECRET, SECRET]
     with closing(PostgresLedger(lambda: database, encrypt=lambda: newest)) as ledger:
         shown = ledger.dead("default", outcomes=[Outcome.FAILED], queue=None, limit=9)
         assert {error for row in shown for error in row["errors"]} == {SECRET}
@@ -142,6 +144,10 @@ def fill(database: str, settings: Settings) -> None:
         for one in (failed, tried):
             request = ClaimRequest(one.token, uuid.uuid4(), worker, 1, "default", 15.0, 3)
             host.claim(SOURCE, request)
+        key = uuid.uuid4().hex
+        claim: Any = {"token": tried.token, "number": 1}
+        host.begin_effect(SOURCE, key, job_id=None, again=False, **claim)
+        host.finish_effect(SOURCE, key, result=Sealer(settings.encrypt).seal_text(SECRET), **claim)
         host.end(SOURCE, [End(failed.token, 1, Outcome.FAILED, worker, error=SECRET)])
         parent = Parent(tried.token, 1, worker=worker, error=SECRET)
         again = replace(tried, token=new_token(), parent=parent)
