@@ -1,9 +1,7 @@
 """A connection to Redis that breaks after the write and before the reply: the job runs once.
 
 Nobody can know whether such a push arrived. It is accepted, or its error says that the job stays
-recorded; in both cases the leader looks for it, and pushes it only if it is absent. Each of these
-faults was planted and made a test fail: an ambiguous push is withdrawn; it is not left to the leader
-(a push that did not arrive); the leader pushes without a look (a push that arrived).
+recorded; in both cases the leader looks for it, and pushes it only if it is absent.
 """
 
 from __future__ import annotations

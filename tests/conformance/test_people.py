@@ -1,8 +1,4 @@
-"""What people do to jobs, with each library: cancel, forget, replay, and look.
-
-These mutations were tested once, and each made a test fail: a cancel without its tombstone; discard that
-searches no list; erase that keeps the body; a replay of what was sent again already.
-"""
+"""What people do to jobs, with each library: cancel, forget, replay, and look."""
 
 from __future__ import annotations
 

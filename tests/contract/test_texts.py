@@ -1,8 +1,4 @@
-"""Job ids, queues, tasks, workers and joins of any text and any length, in both stores.
-
-These mutations were tested once, and each made a test fail: the text adapters not registered (NUL, half
-a pair), the index jobs_by_job as a btree (long), the key of a join or of a queue not shortened (long).
-"""
+"""Job ids, queues, tasks, workers and joins of any text and any length, in both stores."""
 
 from __future__ import annotations
 

@@ -1,10 +1,4 @@
-"""Unusual input from a host: each one is recorded or clearly refused, and the next job works.
-
-These mutations were tested once, and each made a test fail: `_record_alone` not trying each delivery
-alone (a bad row in a batch), BadRow reported as StoreUnavailable (a queue's name), errors not redacted
-(NUL in an error), attempts not cut (smallint), `_replay_each` not trying each alone, UnicodeError not
-reported as BadRow (spool).
-"""
+"""Unusual input from a host: each one is recorded or clearly refused, and the next job works."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""The app jobguard.django in a project with django-rq, Celery and the admin.
-
-These mutations were tested once, and each made a test fail: no wiring in ready(), an error that stops the
-project, no warning for an unguarded worker class, an admin that staff without the right can read.
-"""
+"""The app jobguard.django in a project with django-rq, Celery and the admin."""
 
 from __future__ import annotations
 

@@ -1,11 +1,4 @@
-"""The promises of guard(), on a real PostgreSQL and a real Redis.
-
-These mutations were tested once, and each made a test fail: is_test_double False (fakeredis),
-`_is_async` not asked (is_async=False), disabled() not asked, `_same` comparing nothing (other
-settings), `connect` ignored (require), the log line written every time (one line), guard_also doing
-nothing (another queue), uninstall left out (close), a child keeping the parent's store (fork),
-running_job left out (current), a pass without the second inspection (reconcile).
-"""
+"""The promises of guard(), on a real PostgreSQL and a real Redis."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""The page /metrics on a real ledger, and the rules and the dashboard that read it.
-
-These mutations were tested once, and each made a test fail: a renamed metric, a queue label without a
-bound, totals that forget a term that is over.
-"""
+"""The page /metrics on a real ledger, and the rules and the dashboard that read it."""
 
 from __future__ import annotations
 

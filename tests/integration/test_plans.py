@@ -1,9 +1,7 @@
 """The statements in the path of a job use indexes when much is owed: none of them reads all of `jobs`.
 
 auto_explain logs the plans, including those inside functions, and after enough calls for a generic
-plan. These mutations were tested once, and each made a test fail: the index jobs_by_job dropped
-(record), history_by_token dropped (claim), jobs_pkey dropped (end), `j.token::text > …` in `page`
-(leader), and plans kept for as long as the session (a queue that was empty at first).
+plan.
 """
 
 from __future__ import annotations

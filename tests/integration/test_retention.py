@@ -1,9 +1,4 @@
-"""Retention does not block other processes: its locks are short, and its deletes are slices.
-
-These mutations were tested once, and each made a test fail: a lock timeout of 1 s (a backup), all rows
-of the default partition moved in one step (many strays), no retention stored (contract: one namespace's
-retention).
-"""
+"""Retention does not block other processes: its locks are short, and its deletes are slices."""
 
 from __future__ import annotations
 

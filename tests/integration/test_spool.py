@@ -1,8 +1,4 @@
-"""The spool on a real PostgreSQL: over a slow network, and with rows that are refused.
-
-These mutations were tested once, and each made a test fail: the rate of a payload not lowered after a
-miss (slow network), 54 taken for an outage and the index a btree (odd ids).
-"""
+"""The spool on a real PostgreSQL: over a slow network, and with rows that are refused."""
 
 from __future__ import annotations
 

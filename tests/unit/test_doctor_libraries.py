@@ -1,8 +1,4 @@
-"""The settings of an application that the doctor warns of, and the check before observe is removed.
-
-These mutations were tested once, and each made a test fail: one advice left out for each library, an
-untrusted queue that is no reason, a missing leader that is no reason.
-"""
+"""The settings of an application that the doctor warns of, and the check before observe is removed."""
 
 from __future__ import annotations
 
@@ -117,6 +113,7 @@ def test_a_namespace_that_is_ready() -> None:
     ("changed", "word"),
     [
         ({"leader": None}, "no reconciler leads"),
+        ({"leader": {"live": False}}, "no reconciler leads"),
         ({"sources": []}, "nothing is guarded"),
         ({"queues": [{"queue": "mail", "trusted_since": None}]}, "queue mail is not trusted"),
         ({"installation": {"moved": True}}, "copy"),
@@ -137,6 +134,19 @@ def test_what_would_go_back_is_counted() -> None:
     """Absent jobs are named before they go back."""
     source = {"settings": "mode=observe", "suspects": 7}
     assert any("7 owed jobs are absent" in one.detail for one in rollout(sources=[source]))
+
+
+def test_what_does_not_forbid_it_is_named() -> None:
+    """A namespace that is not in mode observe, and a queue without a worker, are notes."""
+    recovering = [{"settings": "mode=guard", "suspects": 0}]
+    idle = [{"queue": "idle", "trusted_since": "now"}]
+    for changed, word in (
+        ({"sources": recovering}, "jobs are recovered already"),
+        ({"queues": idle}, "queue idle has no guarded worker"),
+    ):
+        assert any(
+            one.verdict is CheckResult.NOTE and word in one.detail for one in rollout(**changed)
+        )
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,4 @@
-"""What is sealed can be read with a key only, and no key is shown.
-
-These mutations were tested once, and each made a test fail: the given value in the error text, only the
-first key for reading, no second try of the file.
-"""
+"""What is sealed can be read with a key only, and no key is shown."""
 
 from __future__ import annotations
 

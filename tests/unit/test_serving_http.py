@@ -1,8 +1,4 @@
-"""The answers of the reconciler's HTTP server.
-
-These mutations were tested once, and each made a test fail: no check of the secret, no lock around a
-pass, no bound on requests, readiness that only the leader has.
-"""
+"""The answers of the reconciler's HTTP server."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""A record keeps the trace of its sender, and a recovery adds a span to that trace.
-
-These mutations were tested once, and each made a test fail: a new trace for the recovery, no link, a
-context from a process without spans.
-"""
+"""A record keeps the trace of its sender, and a recovery adds a span to that trace."""
 
 from __future__ import annotations
 

@@ -1,9 +1,4 @@
-"""The reports of a worker about its taken messages: renewed, or dropped.
-
-Mutations that these tests were seen to catch: a worker that drops each message with its tag (no
-``since``), one that drops messages of another worker (no session in the pattern), and one that
-forgets a dropped message before Redis took the report.
-"""
+"""The reports of a worker about its taken messages: renewed, or dropped."""
 
 from __future__ import annotations
 

@@ -1,11 +1,4 @@
-"""The stream of reports in a real Redis, while Postgres (a ledger in memory) is away.
-
-Each test was seen to fail with one part left out: the copy in the stream (a process that dies), the
-replay mode of late records, the deletion only after the write (a leader that dies), the hash of ends
-(a second start), the second cancel, the tombstone of a withdrawn record, the reset of the position,
-references past the bound, the mark of the host (a new process), the entries that a newer version
-wrote.
-"""
+"""The stream of reports in a real Redis, while Postgres (a ledger in memory) is away."""
 
 from __future__ import annotations
 

@@ -1,9 +1,4 @@
-"""The entries of a spool reach Postgres without a call of the host, and past entries that fail.
-
-Each test was seen to fail with one part of the replay left out: the drain of producers (a quiet
-producer), the strikes (an entry that always fails), the tokens of waiting records (a cancel), the
-shorter patience for records (a short process), the age of the outage (a long outage).
-"""
+"""The entries of a spool reach Postgres without a call of the host, and past entries that fail."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""A process that does not lead watches the consumers in Redis, and can vouch for that time.
-
-Each test was seen to fail with one line left out: the two inspections, the limit of a pause, the
-length of the watch, the names that connections prove, the refusal to count.
-"""
+"""A process that does not lead watches the consumers in Redis, and can vouch for that time."""
 
 from __future__ import annotations
 
