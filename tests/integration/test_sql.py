@@ -17,6 +17,7 @@ from jobguard.cli import main
 from jobguard.errors import ConfigurationError
 from jobguard.model import new_token
 from jobguard.reconciler.requests import Requests
+from jobguard.schema.migrator import migrations
 from jobguard.schema.roles import ENQUEUE, roles_sql
 from jobguard.settings import Settings
 from jobguard.store.leader import PostgresLeaderStore
@@ -210,6 +211,24 @@ def test_a_job_is_followed_and_cancelled(sql: Session, leader: PostgresLeaderSto
     assert sql.ask("select jobguard.cancel_job(%s)", second) == [0]
     assert sql.ask("select count(*) from jobguard.jobs") == [0]
     assert sql.ask("select jobguard.cancel_job('unknown')") == [0]
+
+
+def test_a_new_signature_keeps_the_rights(empty_database: str) -> None:
+    """A role that could call enqueue before migration 16 can call it after; others cannot."""
+    role = f"caller_{uuid.uuid4().hex[:12]}"
+    with psycopg.connect(empty_database) as connection:
+        connection.execute("create schema jobguard")
+        for migration in migrations()[:15]:
+            connection.execute(migration.text.encode())
+        connection.execute(f"create role {role}".encode())
+        connection.execute(f"grant execute on function jobguard.enqueue to {role}".encode())
+        connection.execute(migrations()[15].text.encode())
+        rights = connection.execute(
+            "select a.grantee::regrole::text from pg_proc p, aclexplode(p.proacl) a"
+            " where p.proname = 'enqueue' and a.grantee <> p.proowner"
+        ).fetchall()
+        assert rights == [(role,)]
+        connection.rollback()
 
 
 def test_the_role_may_ask_for_jobs_and_do_nothing_else(sql: Session) -> None:
