@@ -314,8 +314,11 @@ update jobguard.workers set left_at = now() where id = %(worker)s and left_at is
 select j.token from jobguard.jobs j
 join jobguard.sources s on s.id = j.source
 join jobguard.queues q on q.source = j.source and coalesce(q.name, q.queue) = j.queue
+left join jobguard.running r on r.source + 0 = %(source)s and r.token = j.token
+  and r.token = any (%(tokens)b::uuid[])
 where j.source + 0 = %(source)s and j.token = any (%(tokens)b::uuid[])
-  and q.trusted_since <= j.recorded_at and s.watched_at > now() - interval '5 minutes'
+  and q.trusted_since <= case when r.token is null then j.recorded_at else now() end
+  and s.watched_at > now() - interval '5 minutes'
 
 -- name: envelope_of
 select j.envelope from jobguard.jobs j where j.source + 0 = %(source)s and j.token = %(token)s

@@ -35,6 +35,9 @@ def test_recoverable_deliveries(ledger: Contract) -> None:
     assert recoverable() == frozenset(), "an unguarded worker may run them"
     watch(ledger.leader.now() + 1)
     assert recoverable() == frozenset(), "an unguarded worker may still have older ones"
+    ledger.advance(10)
+    watch(ledger.leader.now() - 1)
+    assert recoverable() == {claimed.token}, "it runs under a guarded worker"
     watch(ledger.leader.now() - 3600)
     assert recoverable() == {waiting.token, claimed.token}
     ledger.leader.resign(term)

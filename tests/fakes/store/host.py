@@ -631,7 +631,8 @@ class MemoryHostStore:
                 for token, job in owed.items()
                 if (queue := queues[token]) is not None
                 and queue.trusted_since is not None
-                and queue.trusted_since <= job.recorded_at
+                and queue.trusted_since
+                <= (now if (source, token) in tables.running else job.recorded_at)
             )
 
     def tombstones(self, source: int, tokens: Sequence[UUID]) -> Mapping[UUID, Outcome]:
