@@ -144,10 +144,23 @@ class Rig:
         return process
 
     def add_consumer(self, worker: Process, queue: str) -> None:
-        """Have a worker consume another queue; repeat the command until the worker answers."""
+        """Have a worker consume another queue; repeat the command until the worker announces it.
+
+        A connection that waits for a reply takes messages as an unguarded worker does, and the leader
+        would distrust every queue for half a minute.
+        """
         name = f"{worker.log.name.partition('-')[0]}@{socket.gethostname()}"
-        add = self.app.control.add_consumer
-        self.until(lambda: add(queue, destination=[name], reply=True, limit=1))
+        before = sum(queue in queues for queues in self.announced())
+        again = 0.0
+
+        def added() -> bool:
+            nonlocal again
+            if time.monotonic() >= again:
+                self.app.control.add_consumer(queue, destination=[name])
+                again = time.monotonic() + 2.0
+            return sum(queue in queues for queues in self.announced()) > before
+
+        self.until(added)
 
     def reconciler(self) -> Process:
         """Start a reconciler, and wait until it leads and trusts the queue."""
