@@ -118,9 +118,11 @@ with locked as materialized (
   delete from jobguard.jobs j using locked l
   where j.source + 0 = %(source)s and j.token = l.token and j.claims = 0
     and j.token = any (%(tokens)b::uuid[])
-    and not exists (select from jobguard.running r where r.source = j.source and r.token = j.token)
+    and not exists (select from jobguard.running r where r.source + 0 = %(source)s
+                      and r.token = j.token and r.token = any (%(tokens)b::uuid[]))
     and not exists (select from jobguard.outbox b where b.source + 0 = %(source)s
-                      and b.token = j.token and b.not_before is not null)
+                      and b.token = j.token and b.token = any (%(tokens)b::uuid[])
+                      and b.not_before is not null)
   returning j.token
 ), unboxed as (
   delete from jobguard.outbox b using gone g where b.source + 0 = %(source)s and b.token = g.token

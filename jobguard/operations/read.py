@@ -178,7 +178,8 @@ _OF = """
           select source, token from jobguard.running where token < :before and token >= :since
           order by token desc limit :budget) a {suspects}
         order by token desc limit :budget) few
-  join jobguard.jobs j on j.token = few.token and j.source = few.source
+  cross join lateral (
+    select * from jobguard.jobs o where o.token = few.token and o.source = few.source limit 1) j
   where true
 """
 _SUSPECTS = """

@@ -52,7 +52,8 @@ insert into jobguard.workers (id, source)
 insert into jobguard.running (source, token, number, nonce, worker, pid)
   select source, token, 1, gen_random_uuid(),
          ('00000000-0000-0000-0000-' || lpad((1 + row_number() over () % 50)::text, 12, '0'))::uuid, 1
-  from jobguard.jobs order by token limit 5000;
+  from jobguard.jobs order by token limit 5000
+  on conflict do nothing;
 insert into jobguard.suspects (source, token, cause)
   select source, token, 'unexplained' from jobguard.jobs order by token desc limit 50;
 insert into jobguard.outbox (source, token)
