@@ -89,6 +89,8 @@ _STUCK = 5.0
 """Seconds after which an unfinished login is given up."""
 _SHORT = 0.02
 """Seconds in which an answer that is here already is read, after its deadline."""
+_SILENT = 0.25
+"""Seconds after a missed answer in which no caller waits for a new connection."""
 _NEXT = 2.0
 """The same limit when another server is left to try."""
 
@@ -291,6 +293,7 @@ class Database:
         self._connection: Session | None = None
         self._connecting: Approach | None = None
         self._flight: Flight | None = None
+        self._silent_until = 0.0
 
     def _after_fork(self) -> None:
         _inherited.append((self._connection, self._connecting, self._flight, self._lock))
@@ -429,6 +432,7 @@ class Database:
         except DeadlinePassed as error:
             # A second try would wait as long again. One outage causes one wait.
             self._drop(elsewhere=True)
+            self._silent_until = time.monotonic() + _SILENT
             raise StoreUnavailable("Postgres did not answer in time") from error
         except UnicodeError as error:  # PostgreSQL refuses one half of a surrogate pair
             raise BadRow(str(error)) from error
@@ -459,7 +463,11 @@ class Database:
         if self._connection is not None and self._connection.usable:
             return self._connection
         self._drop()
-        if not self.probe(wait=self._connect_timeout):
+        # Another caller has just waited for an answer: a wait for a connection would be a second one.
+        silent = time.monotonic() < self._silent_until
+        if not self.probe(wait=0.0 if silent else self._connect_timeout):
+            if silent:
+                raise NotWritten("Postgres did not answer a moment ago")
             late = self._connecting.late if self._connecting is not None else ""
             self._abandon_connecting()
             raise NotWritten(late or "Postgres did not accept a connection in time")

@@ -314,7 +314,7 @@ def test_the_doctor_names_missing_rights(database: str) -> None:
         url = database.replace("//postgres@", f"//{name}@")
         done = call("doctor", "--json", "--postgres", url)
         (rights,) = [f for f in json.loads(done.stdout) if f["about"] == "rights"]
-        assert rights["verdict"] == "problem" and "no delete on jobs" in rights["detail"]
+        assert rights["verdict"] == "problem" and "no insert on effects" in rights["detail"]
         assert "migrations" not in rights["detail"]
     finally:
         ask(database, f"drop owned by {name}")
