@@ -13,10 +13,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PLANTED = (
-    "absence_before_reports",
+    "absence_before_the_drain",
     "beats_list_nothing",
     "cancel_without_tombstone",
-    "claim_beside_a_live_one",
     "death_in_one_store",
     "deaths_are_not_charged",
     "delayed_message_held_twice",

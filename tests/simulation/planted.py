@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -13,8 +14,8 @@ from jobguard.host.beats import BeatSender
 from jobguard.model import Beat, Delivery, End, Outcome, Recorded
 from jobguard.reconciler.liveness import Liveness
 from jobguard.reconciler.pulse import PulseKeeper
-from jobguard.reconciler.workers import Workers
-from jobguard.store.protocols import ClaimRequest, Void
+from jobguard.reconciler.stream_drain import StreamDrain
+from jobguard.store.protocols import Void
 from tests.fakes.store import host as host_store
 from tests.fakes.store.host import MemoryHostStore
 from tests.fakes.store.leader import MemoryLeaderStore
@@ -106,10 +107,18 @@ def pulse_before_incident() -> Iterator[Any]:
     yield _patch(PulseKeeper, "_lost", made)
 
 
-@_found_by(Fault("cut_worker", 0.0, 8.0))
-def absence_before_reports() -> Iterator[Any]:
-    """Absent jobs count as lost although workers have reports that are not in the ledger."""
-    yield _patch(Workers, "have_reported", lambda _self: True)
+@_found_by(Fault("postgres_down", 0.0, 3.0), Fault("kill_worker", 2.0))
+def absence_before_the_drain() -> Iterator[Any]:
+    """Absent jobs are judged although reports wait in the stream, which is drained now and then."""
+    step = StreamDrain.step
+    calls = itertools.count()
+
+    def made(self: StreamDrain) -> bool:
+        if next(calls) % 100 == 99:
+            step(self)
+        return True
+
+    yield _patch(StreamDrain, "step", made)
 
 
 @_found_by(Fault("flush", 0.5))
@@ -121,18 +130,6 @@ def delayed_message_held_twice() -> Iterator[Any]:
             self._queues.pop(rid, None)
 
     yield _patch(InFlightMessages, "drop", made)
-
-
-@_found_by(Fault("redis_lossy", 0.0, 3.0), Fault("flush", 3.0))
-def claim_beside_a_live_one() -> Iterator[Any]:
-    """A claim is granted although a live worker has one."""
-    claim = MemoryHostStore.claim
-
-    def made(self: MemoryHostStore, source: int, request: ClaimRequest) -> Any:
-        with _patch(Tables, "lives", lambda *_: False):
-            return claim(self, source, request)
-
-    yield _patch(MemoryHostStore, "claim", made)
 
 
 @_found_by(Fault("postgres_down", 0.0, 3.0))
