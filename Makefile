@@ -35,6 +35,10 @@ help:
 demo: $(VENV)/.ready-for-demo
 	$(BIN)/jobguard demo $(DEMO_ARGS)
 
+# With bytecode, also where an image forbids it: else each of the processes compiles all tests and
+# all of jobguard again.
+test: export PYTHONDONTWRITEBYTECODE =
+
 # A test that fails on a busy machine alone is no fault: what fails is run once more, and fails then.
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n 6 --dist worksteal $(TEST_ARGS) || { \

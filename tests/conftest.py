@@ -33,17 +33,61 @@ settings.load_profile("suite")
 ROOMS = ("integration", "conformance", "acceptance")
 LONGEST = 600  # seconds of one test with real servers, on a slow and busy machine
 HERE = Path(__file__).parent
+SLOW = (
+    "acceptance/test_demo.py",
+    "test_adapter.py::TestDeath",
+    "test_adapter.py::TestInWorkerMemory",
+    "celery/test_worker_deaths.py",
+    "acceptance/test_chaos.py",
+    "acceptance/test_claims.py",
+    "celery/test_strangers.py",
+    "celery/test_ends.py",
+    "acceptance/",
+    "test_frozen_redis.py",
+    "test_sources_apart.py",
+    "integration/celery/",
+    "dramatiq/test_processes.py",
+)
+"""Parts of the ids of the slow tests, the slowest first: what --durations shows."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark each test with its folder, and run the slowest tests first."""
+    """Mark each test with its folder, and give each worker of xdist its part of the slow tests first."""
     for item in items:
         room = item.path.relative_to(HERE).parts[0] if item.path.is_relative_to(HERE) else ""
         if room in ROOMS:
             item.add_marker(room)
             if item.get_closest_marker("timeout") is None:
                 item.add_marker(pytest.mark.timeout(LONGEST))
-    items.sort(key=lambda item: item.get_closest_marker("acceptance") is None)
+    items[:] = _dealt(items, int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+
+
+def _dealt(items: list[pytest.Item], workers: int) -> list[pytest.Item]:
+    """Order the tests so that no worker has long tests left when the others are done.
+
+    With ``--dist worksteal`` each worker begins with an equal share of adjacent tests. The slow tests
+    are dealt to the shares in turn, but those of the demo stay in the first share: beside another one,
+    a demo has no full load. The others stay adjacent, and so share the fixtures of their module.
+    """
+    slow = sorted((item for item in items if _rank(item) < len(SLOW)), key=_rank)
+    quick = [item for item in items if _rank(item) == len(SLOW)]
+    if workers == 1:
+        return slow + quick
+    demos = [item for item in slow if _rank(item) == 0]
+    dealt = slow[len(demos) :]
+    others = workers - 1
+    order: list[pytest.Item] = []
+    for number, share in enumerate([demos, *(dealt[at::others] for at in range(others))]):
+        left = len(items) - len(order)
+        count = max(0, left // (workers - number) - len(share))
+        order += share + quick[:count]
+        quick = quick[count:]
+    return order + quick
+
+
+def _rank(item: pytest.Item) -> int:
+    """Return the place of a test in SLOW, or its length."""
+    return next((at for at, name in enumerate(SLOW) if name in item.nodeid), len(SLOW))
 
 
 _DATABASES = 5_000

@@ -506,10 +506,10 @@ class TestLives:
 class TestDeath:
     """If a worker is killed, its jobs are not lost."""
 
-    def test_its_lock_dies_with_it_and_the_next_run_knows(
+    def test_its_job_comes_back_and_the_next_run_gets_its_lock(
         self, library: Library, guard: JobGuard, records: Records, database: str
     ) -> None:
-        """The second run gets the lock of the first one, and knows that it is a recovery."""
+        """Another worker completes the job: the run gets the lock of the first one, and knows of it."""
         env = environ(database, library.redis_url)
         first = library.start_worker(env)
         try:
@@ -527,12 +527,13 @@ class TestDeath:
             end(second)
         known = ["True,False,0,False", "ran", "True,True,1,True", "ran"]
         assert library.said() == known
+        assert records.owed() == []
+        assert library.waiting() == []
 
-    @pytest.mark.parametrize("cured", [True, False], ids=["cured", "incurable"])
-    def test_its_job_comes_back_within_the_crash_budget(
-        self, library: Library, guard: JobGuard, records: Records, database: str, cured: bool
+    def test_its_job_is_dead_when_the_crash_budget_is_spent(
+        self, library: Library, guard: JobGuard, records: Records, database: str
     ) -> None:
-        """After one recovery another worker completes the job, or it is dead and kept for a person."""
+        """After one recovery the job kills another worker, and is dead and kept for a person."""
         env = environ(database, library.redis_url)
         first = library.start_worker(env)
         try:
@@ -542,17 +543,12 @@ class TestDeath:
             eventually(lambda: guard.reconcile() and library.waiting() == [job_id], 30)
         finally:
             end(first)
-        if cured:
-            Path(f"{library.ledger}.cured").touch()
         second = library.start_worker(env)
         try:
             eventually(lambda: library.said() == ["ran", "ran"], 30)
-            if cured:
-                eventually(lambda: records.ended(job_id) == [("completed", 1)])
-            else:
-                second.wait(120)
-                eventually(lambda: guard.reconcile() and records.owed() == [], 30)
-                assert records.ended(job_id) == [("dead", 1)]
+            second.wait(120)
+            eventually(lambda: guard.reconcile() and records.owed() == [], 30)
+            assert records.ended(job_id) == [("dead", 1)]
         finally:
             end(second)
         third = library.start_worker(env)  # may report the death; does not run it
@@ -608,13 +604,16 @@ class TestInWorkerMemory:
         try:
             eventually(lambda: guard.reconcile() and records.trusted(), 30)
             if how == "delayed":
-                job_id = library.send(delay=9.0)
+                job_id = library.send(delay=6.0)
             else:
-                job_id = library.send("fail", retries=1, retry_delay=9.0)
+                job_id = library.send("fail", retries=1, retry_delay=6.0)
                 eventually(lambda: library.said() == ["ran"], 30)
-            eventually(lambda: library.delayed_copies() == 1, 30)
+            # On a busy machine the delay may be over before the copy is seen.
+            eventually(lambda: library.delayed_copies() == 1 or not records.owed(), 30)
             library.client.flushdb()
-            eventually(lambda: guard.reconcile() and library.delayed_copies() == 1, 30)
+            eventually(
+                lambda: guard.reconcile() and (library.delayed_copies() == 1 or not records.owed())
+            )
             eventually(lambda: records.owed() == [], 60)
             last = "completed" if how == "delayed" else "failed"
             assert records.ended(job_id)[-1][0] == last

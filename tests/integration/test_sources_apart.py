@@ -11,6 +11,7 @@ import redis
 
 from jobguard.demo.servers import RedisServer
 from jobguard.reconciler import service
+from jobguard.reconciler.refusals import REFUSED, Refusals
 from jobguard.reconciler.source_monitor import SourceMonitor
 from tests.fakes.world import events
 from tests.integration.hosts import Host, leading, rows, trusted
@@ -74,10 +75,17 @@ def test_a_step_that_is_stuck_gives_the_term_up(
 
 @pytest.mark.parametrize("library", ["rq", "celery", "dramatiq"])
 def test_a_full_redis_is_one_state(
-    library: str, database: str, stack: ExitStack, caplog: pytest.LogCaptureFixture
+    library: str,
+    database: str,
+    stack: ExitStack,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Jobs wait while Redis is full, with one open incident and few log lines; then all are restored."""
     caplog.set_level("INFO", logger="jobguard")
+    monkeypatch.setattr(
+        Refusals.__init__, "__defaults__", (REFUSED._replace(forget=5.0),)
+    )  # five of its probes, not sixty
     server = stack.enter_context(RedisServer())
     url = server.database_url(0)
     host = Host(library, url)

@@ -155,7 +155,8 @@ class TestFlush:
             delayed: Any = worker.consumers["default.DQ"]
             eventually(lambda: delayed.delay_queue.qsize() == 1)
             stage.client.flushdb()
-            eventually(lambda: delayed.delay_queue.qsize() == 2)
+            # On a busy machine the first copy may be due, and end, before the second one comes.
+            eventually(lambda: delayed.delay_queue.qsize() == 2 or len(stage.said()) == 1 + retries)
             self.done(stage, records, *("aa" if retries else "a"))
             eventually(stage.is_idle)
         assert len(stage.said()) == 1 + retries
