@@ -1,4 +1,4 @@
-"""``jobguard.once()``: an effect of a job that happens at most once, whatever repeats the job.
+"""``jobguard.once()``: an effect of a job that happens at most once, even if the job runs again.
 
 Without ``conn`` the effect is announced in the ledger before it begins, and its result is stored when it
 is done. If the worker dies in between, nobody knows whether the effect happened: the policy decides. With
@@ -289,7 +289,7 @@ def once(
     left_behind: LeftBehind = "raise",
     wait: float = 0.0,
 ) -> Any:
-    """Do an effect of the running job once, whatever repeats the job.
+    """Do an effect of the running job once, even if the job runs again.
 
     ``once("mail", send)`` returns what ``send`` returned, in this run or in an earlier one (JSON, at most
     64 kB). ``with once("mail") as first:`` gives an Effect that is true if the block must do it. If the

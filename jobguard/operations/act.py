@@ -34,7 +34,7 @@ from jobguard.store.leader import PostgresLeaderStore
 _AT_ONCE = 500
 """Deliveries that one transaction changes: hosts wait for its row locks."""
 WAITING = tuple(state for state in OWED_STATES if state != "processing")
-"""The states that a bulk cancel ends unless it is told otherwise: no worker runs these."""
+"""The states that a bulk cancel ends if no state is given: no worker runs these."""
 
 _NOTE = sa.text("""
 insert into jobguard.actions (namespace, actor, action, detail, jobs)
@@ -111,7 +111,7 @@ class Operations(ReadModel):
     # -- notes ---------------------------------------------------------------------------------
 
     def note(self, namespace: str, action: str, detail: str, jobs: int = 0) -> int:
-        """Note what somebody does, before it is done; return the note's number."""
+        """Record an action of a person before it is done; return the number of the note."""
         with self._begin() as connection:
             values = {
                 "namespace": namespace,

@@ -1,8 +1,8 @@
 """The read model: which jobs there are, where each one stands, and what happened.
 
-Every query has a bound: a list reads at most ``_BUDGET`` rows in the order of the tokens, whatever it
-finds among them, and says where it stopped. So a list of a million owed and ten million ended jobs costs
-the same as a short one. Numbers of many rows come from the leader's counts.
+Every query has a bound. A list reads at most ``_BUDGET`` rows, in the order of the tokens, even if few of
+them match, and says where it stopped. So a list of a million owed and ten million ended jobs costs the
+same as a short one. Numbers of many rows come from the leader's counts.
 """
 
 from __future__ import annotations

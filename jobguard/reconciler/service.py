@@ -408,7 +408,7 @@ class Service:
         log_event("watching", source=str(source))
 
     def _keep_vigil(self) -> None:
-        """Watch the consumers in Redis while another process, or nobody, leads."""
+        """Watch the consumers in Redis while this process does not lead."""
         now = time.monotonic()
         if now >= self._due.get("vigil", 0.0):
             self._due["vigil"] = now + _VIGIL

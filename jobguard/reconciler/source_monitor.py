@@ -597,7 +597,7 @@ class SourceMonitor:
         if not self._lap.running:
             if now < self._due.get("lap", 0.0):
                 return
-            # A new leader inspects all of it at once: nobody did so in the time without a leader.
+            # A new leader inspects all of it at once: without a leader, nothing was inspected.
             self._lap = _Lap(running=True, began=now, brisk=not self._laps_done)
         if self._incident_at is None and now < self._due.get("page", 0.0):
             return

@@ -1,4 +1,4 @@
-"""The effects of a job happen once, whatever repeats the job."""
+"""An effect of a job happens once, even if the job runs again."""
 
 from __future__ import annotations
 

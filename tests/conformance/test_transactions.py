@@ -150,7 +150,7 @@ def test_a_newer_job_of_an_id_supersedes_the_older_one_at_its_commit(
     connection: psycopg.Connection[Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Where Redis keeps one body per id, the committed job replaces an older one, whoever pushes it."""
+    """With one body per id, the committed job replaces an older one, also if the leader pushes it."""
     if not library.one_body_per_id:
         pytest.skip("each delivery has a body of its own")
     library.send("say", "old", job_id="given")

@@ -1,4 +1,4 @@
-"""A run that must not be repeated is dead when it is lost, whoever recorded or claimed it."""
+"""A lost run that must not be repeated is dead, also if only its record or its claim has the rule."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The setting encrypt: what is owed is sealed, and can be unsealed here."""
+"""The setting ``encrypt``: owed envelopes are sealed, and this process has a key that opens them."""
 
 from __future__ import annotations
 
