@@ -24,17 +24,15 @@ from jobguard.model import (
     Delivery,
     Outcome,
     Parent,
-    Recorded,
     Refusal,
     Refused,
     new_token,
 )
 from jobguard.reconciler.service import Service
 from jobguard.store.protocols import HostStore, LeaderStore
-from tests.simulation.kernel import EPOCH, Process, Thread
+from tests.simulation.kernel import Process
 from tests.simulation.site import (
     ADDRESS,
-    INSTALLATION,
     NAMESPACE,
     QUEUE,
     SETTINGS,
@@ -45,6 +43,7 @@ from tests.simulation.site import (
     Library,
     Site,
     Store,
+    delivery,
 )
 
 _REDELIVERED_AFTER = 6.0
@@ -59,7 +58,8 @@ class Run:
     token: UUID
     number: int
     process: Process
-    incarnation: int
+    asked: float
+    """When its claim was asked for."""
     began: float
     completed: float | None = None
 
@@ -68,15 +68,11 @@ class Run:
 class Truth:
     """What producers were promised and what tasks did."""
 
-    accepted: dict[str, float] = field(default_factory=dict)
-    """By job id: when its enqueue returned."""
+    accepted: set[str] = field(default_factory=set)
+    """The jobs whose enqueue returned."""
     cancelled: dict[str, float] = field(default_factory=dict)
     """By job id: when its cancel returned."""
-    deadly: set[str] = field(default_factory=set)
-    """Jobs that kill their worker."""
     runs: list[Run] = field(default_factory=list)
-    asked: dict[int, float] = field(default_factory=dict)
-    """By the id of a run: when its claim was asked for."""
     frozen: set[Process] = field(default_factory=set)
     """Processes that were stopped, or cut off from a store, for longer than a worker may be silent."""
     broken: list[str] = field(default_factory=list)
@@ -211,7 +207,7 @@ class Actors:
             except Exception as error:
                 self.truth.broken.append(f"enqueue of {job.job_id} raised {error!r}")
             else:
-                self.truth.accepted[job.job_id] = kernel.now
+                self.truth.accepted.add(job.job_id)
             self.unsent -= 1
             if job.cancelled_after is not None:
                 kernel.start(process, partial(self._cancel, tracker, library, job), "cancel")
@@ -332,7 +328,7 @@ class Actors:
         kernel = self.site.kernel
         kernel.wait(entry.due_at - self.site.wall() + 0.3 * kernel.random.random())
         parent = Parent(entry.token) if rid in in_memory else None
-        moved = self._delivery(entry, parent)
+        moved = _successor(entry, parent)
         try:
             SimulatedPush(tracker, library, moved).make()
             library.ack(key, entry.token)
@@ -343,22 +339,6 @@ class Actors:
         finally:
             in_memory.drop([rid])
             self.memory[process.name].discard(key)
-
-    def _delivery(
-        self, entry: Entry, parent: Parent | None, due_at: float | None = None
-    ) -> Delivery:
-        return Delivery(
-            token=new_token(entry.token),
-            job_id=entry.job_id,
-            queue=QUEUE,
-            task=TASK,
-            envelope=b"bytes",
-            due_at=due_at,
-            parent=parent,
-        )
-
-    def _describe(self, entry: Entry) -> Delivery:
-        return replace(self._delivery(entry, None), token=entry.token)
 
     def _run(
         self,
@@ -371,13 +351,12 @@ class Actors:
     ) -> None:
         kernel, truth = self.site.kernel, self.truth
         asked = kernel.now
-        answer = session.start(entry.token, partial(self._describe, entry))
+        answer = session.start(entry.token, partial(delivery, entry))
         if isinstance(answer, Refused):
             if answer.reason is not Refusal.CLAIMED or not self.site.source.one_body:
                 library.ack(key, entry.token)
             return
-        run = Run(entry.job_id, entry.token, answer.number, process, id(tracker), began=kernel.now)
-        truth.asked[id(run)] = asked
+        run = Run(entry.job_id, entry.token, answer.number, process, asked=asked, began=kernel.now)
         truth.runs.append(run)
         job = self.jobs[entry.job_id]
         kernel.wait(job.seconds * (0.5 + kernel.random.random()))
@@ -403,10 +382,13 @@ class Actors:
     ) -> None:
         """Send the job again after a failed run, as a new delivery that supersedes this one."""
         parent = Parent(entry.token, claim.number, Outcome.SUPERSEDED, session.id, "it failed")
-        again = self._delivery(entry, parent, due_at=self.site.wall() + 0.5)
+        again = _successor(entry, parent, due_at=self.site.wall() + 0.5)
         SimulatedPush(tracker, library, again).make()
         session.mark_superseded(claim)
         library.ack(key, entry.token)
 
 
-__all__ = ["EPOCH", "INSTALLATION", "Actors", "Job", "Recorded", "Run", "Thread", "Truth"]
+def _successor(entry: Entry, parent: Parent | None, due_at: float | None = None) -> Delivery:
+    """Return a new delivery of the same job: a delayed message that is moved, or a retry."""
+    token = new_token(entry.token)
+    return replace(delivery(entry), token=token, parent=parent, due_at=due_at)

@@ -319,7 +319,7 @@ class _Scenario:
         causes = {loss.cause for loss in tables.incidents.values()}
         if self.flushed and Cause.INCIDENT not in causes:
             broken.append("silent: Redis was flushed, and no incident is on record")
-        for job_id in self.truth.accepted.keys() - unvouched:
+        for job_id in self.truth.accepted - unvouched:
             broken += self._lost(job_id)
         for job_id in {run.job_id for run in self.truth.runs}:
             broken += self._twice(job_id)
@@ -399,7 +399,7 @@ class _Scenario:
             f"cancelled: {job_id} began after its cancel had returned {_shown(run)}"
             for run in self.truth.runs
             # Without Postgres, a worker that has the message already cannot know of the cancel.
-            if run.job_id == job_id and run.number and self.truth.asked[id(run)] > at
+            if run.job_id == job_id and run.number and run.asked > at
         ]
 
 

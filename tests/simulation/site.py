@@ -30,7 +30,6 @@ from jobguard.model import (
     Restorable,
     Restored,
 )
-from jobguard.pulse import RESET, TICK
 from jobguard.settings import Settings
 from tests.fakes.store import MemoryLedger
 from tests.fakes.world import FakeRedis
@@ -88,7 +87,6 @@ class Entry:
     due_at: float | None = None
     holder: str = ""
     """The worker that has taken it."""
-    started: bool = False
 
 
 @dataclass
@@ -100,6 +98,11 @@ class Shelf:
     queue: list[object] = field(default_factory=list)
     consumers: dict[str, float] = field(default_factory=dict)
     """When each worker last took a message: its entry expires."""
+
+    def remove(self, key: object) -> None:
+        """Delete a message, wherever it is."""
+        self.entries.pop(key, None)
+        self.queue = [one for one in self.queue if one != key]
 
 
 class Site:
@@ -201,9 +204,7 @@ class Site:
         waiting = [key for key in self.shelf.queue if key in self.shelf.entries]
         if not waiting:
             return
-        key = self.kernel.random.choice(waiting)
-        self.shelf.queue.remove(key)
-        del self.shelf.entries[key]
+        self.shelf.remove(self.kernel.random.choice(waiting))
         self.redis.evicted += 1
 
 
@@ -295,16 +296,6 @@ class SimulatedRedis(FakeRedis):
     def ping(self) -> bool:
         """Answer."""
         return True
-
-    def hmget(self, key: str, fields: Sequence[str]) -> list[bytes | None]:
-        """Return these fields of a hash; the keys of the pulse differ from those of the unit tests."""
-        found = self.hashes.get(key, {})
-        return [found.get(name) for name in fields]
-
-    def eval(self, text: str, _keys: int, key: str, *arguments: str) -> int:
-        """Run one of the scripts of the pulse."""
-        scripts: dict[str, Callable[..., bool]] = {TICK: self._tick, RESET: self._reset}
-        return int(scripts[text](key, *arguments))
 
 
 class _Clock:
@@ -465,10 +456,8 @@ class Library:
 
     def push(self, token: UUID, job_id: str, due_at: float | None) -> None:
         """Push a message."""
-        self._call("push", lambda shelf: self._site_push(shelf, token, job_id, due_at))
-
-    def _site_push(self, shelf: Shelf, token: UUID, job_id: str, due_at: float | None) -> None:
-        put(shelf, self._site, Entry(token, job_id, Presence.WAITING, due_at=due_at))
+        entry = Entry(token, job_id, Presence.WAITING, due_at=due_at)
+        self._call("push", lambda shelf: put(shelf, self._site, entry))
 
     def _seen(self, shelf: Shelf) -> None:
         shelf.consumers[self._process.name] = self._site.kernel.now
@@ -508,8 +497,7 @@ class Library:
         def work(shelf: Shelf) -> None:
             for key, entry in list(shelf.entries.items()):
                 if entry.job_id == job_id and entry.place is Presence.WAITING:
-                    del shelf.entries[key]
-                    shelf.queue = [one for one in shelf.queue if one != key]
+                    shelf.remove(key)
 
         self._call("delete", work)
 
@@ -612,8 +600,7 @@ class Broker:
                 given.takeover or entry.holder == given.taken_by
             ):
                 return Restored.PRESENT
-            del shelf.entries[key]
-            shelf.queue = [one for one in shelf.queue if one != key]
+            shelf.remove(key)
         if not given.running:
             put(
                 shelf,
@@ -632,8 +619,7 @@ class Broker:
             tokens = {owed.token for owed in page}
             for key, entry in list(shelf.entries.items()):
                 if entry.token in tokens:
-                    del shelf.entries[key]
-                    shelf.queue = [one for one in shelf.queue if one != key]
+                    shelf.remove(key)
 
         self._call("bury", work)
 
