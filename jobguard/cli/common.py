@@ -193,21 +193,23 @@ def requeue_each(
     done: list[dict[str, Any]] = []
     problems = 0
     note = ledger.note(namespace, action, "")
-    for row in rows:
-        try:
-            if isinstance(row, JobguardError):
-                raise row
-            token = ledger.requeue(namespace, row["token"])
-        except StoreUnavailable:
-            raise
-        except JobguardError as error:
-            problems += 1
-            click.echo(safe(f"error: {error}"), err=True)
-            continue
-        done.append({"job_id": row["job_id"], "queue": row["queue"], "token": token})
-        if not as_json:
-            click.echo(safe(f"requeued {row['job_id']} in {row['queue']}"))
-    ledger.noted(note, len(done))
+    try:
+        for row in rows:
+            try:
+                if isinstance(row, JobguardError):
+                    raise row
+                token = ledger.requeue(namespace, row["token"])
+            except StoreUnavailable:
+                raise
+            except JobguardError as error:
+                problems += 1
+                click.echo(safe(f"error: {error}"), err=True)
+                continue
+            done.append({"job_id": row["job_id"], "queue": row["queue"], "token": token})
+            if not as_json:
+                click.echo(safe(f"requeued {row['job_id']} in {row['queue']}"))
+    finally:
+        ledger.noted(note, len(done))
     if as_json:
         print_json(done)
     elif not done and not problems:

@@ -85,7 +85,10 @@ def command(
                 err=True,
             )
         if confirm("Run again", kept, yes=yes, dry_run=dry_run, as_json=as_json):
-            done, problems = ledger.replay(tenant, kept, described(wanted), pace=_pace(rate))
+            words = described(wanted)
+            done, problems = ledger.send_again(
+                tenant, kept, "replay", words, outcomes=REPLAYED, pace=_pace(rate)
+            )
             report("sent again", done, problems, as_json=as_json)
 
 

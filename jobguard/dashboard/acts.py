@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request
@@ -15,7 +16,6 @@ from jobguard.dashboard.views import filter_of, moment_in
 from jobguard.errors import ConfigurationError, JobguardError
 from jobguard.model import Outcome
 from jobguard.operations.act import REPLAYED, WAITING, Operations, actor
-from jobguard.operations.read import JobFilter
 
 if TYPE_CHECKING:
     from jobguard.dashboard.application import Site
@@ -95,7 +95,9 @@ def _words(given: Given) -> str:
 
 def _bounded(rows: Rows) -> Rows:
     if len(rows) > _MOST:
-        raise JobguardError(f"these are {len(rows):,} jobs: do this with the command `jobguard`")
+        raise JobguardError(
+            f"these are more than {_MOST:,} jobs: do this with the command `jobguard`"
+        )
     return rows
 
 
@@ -108,13 +110,11 @@ def _owed(site: Site, given: Given) -> Rows:
     )
     if not states:
         return []
-    chosen = JobFilter(
-        states, wanted.queue, wanted.task, priority=wanted.priority, due_before=wanted.due_before
-    )
+    chosen = replace(wanted, states=states)
     if all(getattr(chosen, name) is None for name in ("queue", "task", "priority", "due_before")):
         raise ConfigurationError("name a job, or a queue, task, priority or due time")
-    rows = site.ledger.owed_of(site.namespace, chosen)
-    return _bounded(rows if wanted.states else [r for r in rows if r["state"] != "processing"])
+    rows = _bounded(site.ledger.owed_of(site.namespace, chosen, limit=_MOST + 1))
+    return rows if wanted.states else [r for r in rows if r["state"] != "processing"]
 
 
 def _cancel(site: Site, ledger: Operations, given: Given, rows: Rows) -> tuple[int, list[str]]:
@@ -141,21 +141,14 @@ def _given_up(site: Site, given: Given) -> Rows:
         site.namespace, outcomes=outcomes, queue=given.get("queue") or None, limit=_MOST + 1
     )
     task = given.get("task")
-    return _bounded([row for row in rows if not task or row["task"] == task])
+    return [row for row in _bounded(rows) if not task or row["task"] == task]
 
 
 def _send(site: Site, ledger: Operations, given: Given, rows: Rows) -> tuple[int, list[str]]:
-    note = ledger.note(site.namespace, "requeue", _words(given))
-    done, problems = 0, []
-    for row in rows:
-        try:
-            ledger.requeue(site.namespace, row["token"])
-        except JobguardError as error:
-            problems.append(str(error))
-        else:
-            done += 1
-    ledger.noted(note, done)
-    return done, problems
+    found = [dict(r) for r in rows]
+    return ledger.send_again(
+        site.namespace, found, "requeue", _words(given), outcomes=(Outcome.FAILED, Outcome.DEAD)
+    )
 
 
 def _drop(site: Site, ledger: Operations, given: Given, rows: Rows) -> tuple[int, list[str]]:
@@ -183,11 +176,12 @@ def _window(site: Site, given: Given) -> Rows:
         queue=given.get("queue") or None,
         task=given.get("task") or None,
     )
-    return _bounded([row for row in found if row["kept"]])
+    return _bounded(list(islice((row for row in found if row["kept"]), _MOST + 1)))
 
 
 def _replay(site: Site, ledger: Operations, given: Given, rows: Rows) -> tuple[int, list[str]]:
-    return ledger.replay(site.namespace, [dict(r) for r in rows], _words(given))
+    found = [dict(r) for r in rows]
+    return ledger.send_again(site.namespace, found, "replay", _words(given), outcomes=REPLAYED)
 
 
 def _pause(site: Site, ledger: Operations, given: Given, rows: Rows) -> tuple[int, list[str]]:

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from itertools import islice
 from typing import Any
 from uuid import UUID
 
@@ -129,9 +130,10 @@ class Operations(ReadModel):
 
     # -- cancel --------------------------------------------------------------------------------
 
-    def owed_of(self, namespace: str, wanted: JobFilter) -> list[Row]:
-        """Return every owed delivery that fits: what a cancel would end."""
-        return [row for row in self.each_job(namespace, wanted) if row["state"] in OWED_STATES]
+    def owed_of(self, namespace: str, wanted: JobFilter, *, limit: int | None = None) -> list[Row]:
+        """Return the owed deliveries that fit, at most ``limit``: what a cancel would end."""
+        rows = self.each_job(namespace, wanted)
+        return list(islice((row for row in rows if row["state"] in OWED_STATES), limit))
 
     def owed_named(self, namespace: str, job_id: str) -> list[Row]:
         """Return the owed deliveries of one job id."""
@@ -268,27 +270,30 @@ class Operations(ReadModel):
                 return
             at, after = rows[-1]["ended_at"], rows[-1]["token"]
 
-    def replay(
+    def send_again(
         self,
         namespace: str,
         rows: Iterable[Row],
+        action: str,
         detail: str,
         *,
+        outcomes: Sequence[Outcome],
         pace: Callable[[], None] = lambda: None,
     ) -> tuple[int, list[str]]:
-        """Send these ended jobs again, as new deliveries that the leader pushes; return count and problems.
+        """Send these jobs again, as new deliveries that the leader pushes; return count and problems.
 
-        ``pace`` is called before each one. A replay that was interrupted can be given again: what it sent
-        is not sent twice.
+        ``action``: as the note names it. ``outcomes``: the ends after which a job is sent again.
+        ``pace`` is called before each one. A call that was interrupted can be repeated: what it sent is
+        not sent twice. Raises StoreUnavailable.
         """
-        note = self.note(namespace, "replay", detail)
+        note = self.note(namespace, action, detail)
         done = 0
         problems: list[str] = []
         try:
             for row in rows:
                 pace()
                 try:
-                    self.requeue(namespace, row["token"], outcomes=REPLAYED)
+                    self.requeue(namespace, row["token"], outcomes=outcomes)
                 except NotSent as error:
                     problems.append(str(error))
                 else:
