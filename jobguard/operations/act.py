@@ -43,6 +43,7 @@ values (:namespace, :actor, :action, :detail, :jobs) returning id
 """)
 _NOTED = sa.text("update jobguard.actions set jobs = :jobs where id = :id")
 
+_CANCEL_JOB = sa.text("select jobguard.cancel_job(:job_id, :namespace)")
 _CANCEL = sa.text("""
 select jobguard.cancel(:source, cast(:tokens as uuid[]), '{}', null, null, null, '{}')
 """)
@@ -149,15 +150,16 @@ class Operations(ReadModel):
         what Redis still has.
         """
         note = self.note(namespace, "cancel", detail)
-        problems: list[str] = []
+        sources = self._by_id(namespace)
+        problems: set[str] = set()
         done = 0
         try:
             for source, few in _by_source(rows):
                 done += self._cancel(source, few)
-                problems += self.discard(namespace, few, brokers)
+                problems |= _discard(sources[source], few, brokers)
         finally:
             self.noted(note, done)
-        return done, sorted(set(problems))
+        return done, sorted(problems)
 
     def _cancel(self, source: int, rows: Sequence[Row]) -> int:
         tokens = [row["token"] for row in rows]
@@ -166,27 +168,8 @@ class Operations(ReadModel):
                 connection.execute(_CANCEL, {"source": source, "tokens": tokens}).scalar_one()
             )
 
-    def discard(
-        self,
-        namespace: str,
-        rows: Sequence[Row],
-        brokers: Brokers | None,
-        *,
-        erase: bool = False,
-    ) -> list[str]:
-        """Delete ended deliveries from Redis; return the problems."""
-        if brokers is None or not rows:
-            return []
-        sources = {row["id"]: row for row in self.sources(namespace)}
-        problems: list[str] = []
-        for source, few in _by_source(rows):
-            try:
-                brokers.of(sources[source]).discard([_owed(row) for row in few], erase=erase)
-            except NoRedis as error:
-                problems.append(str(error))
-            except redis.RedisError as error:
-                problems.append(f"Redis at {sources[source]['address']}: {redact(str(error))}")
-        return problems
+    def _by_id(self, namespace: str) -> dict[int, Row]:
+        return {row["id"]: row for row in self.sources(namespace)}
 
     # -- given up, forgotten -------------------------------------------------------------------
 
@@ -207,26 +190,28 @@ class Operations(ReadModel):
     def forget(self, namespace: str, job_id: str, brokers: Brokers | None) -> tuple[int, list[str]]:
         """Erase the arguments, errors and envelopes of a job, here and in Redis.
 
-        Return the number of its deliveries, and what is still there. What is owed is cancelled. Its id,
-        queue, task and times stay: without the tombstone it could run again. Raises JobguardError for an
-        unknown job and for one that a worker runs.
+        Return the number of its deliveries, and what is still there. What is owed or requested is
+        cancelled. Its id, queue, task and times stay: without the tombstone it could run again. Raises
+        JobguardError for an unknown job and for one that a worker runs.
         """
         rows = self.job(namespace, job_id)
         if not rows:
             raise JobguardError(f"no job {job_id} is known in the namespace {namespace!r}")
-        owed = self.owed_named(namespace, job_id)
-        if any(row["runs"] for row in owed):
+        if any(row["runs"] for row in self.owed_named(namespace, job_id)):
             raise JobguardError(
                 f"job {job_id} runs: its worker is alive; forget it when it has ended"
             )
         note = self.note(namespace, "forget", job_id)
-        for source, few in _by_source(owed):
-            self._cancel(source, few)
         values = {"namespace": namespace, "job_id": job_id}
         with self._begin() as connection:
+            connection.execute(_CANCEL_JOB, values)
             connection.execute(_ERASE, values)
             waits = connection.execute(_OPEN_PARTS, values).scalar_one()
-        problems = self.discard(namespace, rows, brokers, erase=True)
+        sources, found = self._by_id(namespace), set[str]()
+        sent = [row for row in rows if row["token"] is not None]  # the others were only requested
+        for source, few in _by_source(sent):
+            found |= _discard(sources[source], few, brokers, erase=True)
+        problems = sorted(found)
         if brokers is None:
             problems.append("Redis was not asked")
         if waits:
@@ -362,6 +347,8 @@ class Operations(ReadModel):
         """Compare the ledger with Redis, in both directions, and change nothing. Raises NoRedis."""
         found = Drift()
         for one in self.adopt(namespace, brokers, settings, dry=True):
+            if one["problem"]:
+                raise NoRedis(one["problem"])
             for count, what in (
                 (one["recorded"], "waits in Redis; not in PostgreSQL: `jobguard adopt`"),
                 (one["unreadable"], "waits in Redis; its data cannot be read"),
@@ -447,6 +434,20 @@ def _by_source(rows: Sequence[Row]) -> Iterator[tuple[int, Sequence[Row]]]:
     for source in sorted({row["source"] for row in rows}):
         for few in chunks([row for row in rows if row["source"] == source], _AT_ONCE):
             yield source, few
+
+
+def _discard(
+    source: Row, rows: Sequence[Row], brokers: Brokers | None, *, erase: bool = False
+) -> set[str]:
+    """Delete ended deliveries of one source from Redis; return the problems."""
+    try:
+        if brokers is not None:
+            brokers.of(source).discard([_owed(row) for row in rows], erase=erase)
+    except NoRedis as error:
+        return {str(error)}
+    except redis.RedisError as error:
+        return {f"Redis at {source['address']}: {redact(str(error))}"}
+    return set()
 
 
 def _state(row: Row) -> str:
