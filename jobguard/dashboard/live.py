@@ -14,7 +14,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 
-from jobguard.errors import JobguardError
+from jobguard.errors import JobguardError, StoreUnavailable
 from jobguard.operations.overview import Overview, overview_of
 from jobguard.operations.read import ReadModel
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 INTERVAL = 2.0
 """Seconds between two looks, for all browsers together."""
+_PATIENCE = 5.0
 _PING = 15.0
 _MOST = 100
 """Browsers that are served at the same time."""
@@ -38,16 +39,30 @@ class Watcher:
         self._namespace = namespace
         self._lock = threading.Lock()
         self._at = float("-inf")
-        self._seen: Overview | None = None
+        self._seen: Overview | JobguardError | None = None
         self.browsers = 0
 
     def overview(self) -> Overview:
-        """Return the state, at most INTERVAL seconds old. Raises StoreUnavailable."""
-        with self._lock:
+        """Return the state, at most INTERVAL seconds old. Raises StoreUnavailable.
+
+        A failure is kept as long as a state is, and a browser that has waited for the look of another
+        one for some seconds does not look itself.
+        """
+        if not self._lock.acquire(timeout=_PATIENCE):
+            raise StoreUnavailable("an earlier question has no answer yet")
+        try:
             if self._seen is None or time.monotonic() - self._at >= INTERVAL:
-                self._seen = overview_of(self._model, self._namespace)
+                try:
+                    self._seen = overview_of(self._model, self._namespace)
+                except JobguardError as error:
+                    self._seen = error
                 self._at = time.monotonic()
-            return self._seen
+            seen = self._seen
+        finally:
+            self._lock.release()
+        if isinstance(seen, JobguardError):
+            raise seen.with_traceback(None)
+        return seen
 
     def digest(self) -> str:
         """Return a text that differs when something has changed; "away" without PostgreSQL."""

@@ -6,8 +6,10 @@ at a time. It serves no TLS and, but for ``/tick``, asks for no password: bind i
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import json
+import socket
 import threading
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
@@ -22,6 +24,8 @@ _TIMEOUT: Final = 5.0
 """Seconds in which a client must have sent its request, and taken the answer."""
 _AT_ONCE: Final = 16
 """Requests that are answered at the same time; others are refused at once."""
+_CONNECTIONS: Final = 64
+"""Connections at the same time, with those that have not sent their request yet; others are closed."""
 _SHORTEST_SECRET: Final = 16
 
 Problem = Callable[[], str | None]
@@ -142,6 +146,28 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 32
 
+    def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
+        self._free = threading.BoundedSemaphore(_CONNECTIONS)
+        super().__init__(address, handler)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Answer in a thread of its own, if there is room for one more."""
+        if not self._free.acquire(blocking=False):
+            self.shutdown_request(request)
+            return
+        try:
+            super().process_request(request, client_address)
+        except BaseException:  # no thread can be started
+            self._free.release()
+            raise
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Answer, and make room."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._free.release()
+
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Say nothing: a client that went away is no event."""
 
@@ -152,6 +178,20 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = _TIMEOUT
     server_version = "jobguard"
     sys_version = ""
+
+    def handle(self) -> None:
+        """Answer one request. ``timeout`` bounds one read, and this bounds the whole request."""
+        self._late = threading.Timer(_TIMEOUT, self._cut)
+        self._late.daemon = True
+        self._late.start()
+        try:
+            super().handle()
+        finally:
+            self._late.cancel()
+
+    def _cut(self) -> None:
+        with contextlib.suppress(OSError):  # it is closed already
+            self.connection.shutdown(socket.SHUT_RD)
 
     def do_GET(self) -> None:
         self._answer(lambda: self.endpoints.get(self._path()))

@@ -31,6 +31,8 @@ QUEUES = 200
 """Queues that have labels of their own."""
 _FRESH = 5.0
 """Seconds for which one reading of the ledger is used."""
+_PATIENCE = 2.0
+"""Seconds for which a scrape waits for the reading of another one."""
 _SETTLED = timedelta(minutes=2)
 """Age at which the leader no longer adds to the counts of a minute."""
 _OTHER = "other"
@@ -110,7 +112,12 @@ class _Ledger(Collector):
         self._ended: Counter[tuple[str, str]] = Counter()
 
     def collect(self) -> Iterator[Metric]:
-        with self._lock:  # two scrapers at a time read once
+        # Two scrapers at a time read once. A server that does not answer holds one scrape, and not all
+        # places of the HTTP server: /livez needs one of them.
+        if not self._lock.acquire(timeout=_PATIENCE):
+            yield _gauge("jobguard_postgres_up", "The ledger answers.", False)
+            return
+        try:
             overview = self._overview()
             yield _gauge("jobguard_postgres_up", "The ledger answers.", overview is not None)
             yield _gauge("jobguard_read_seconds", "Time of the last reading.", self._seconds)
@@ -121,6 +128,8 @@ class _Ledger(Collector):
             yield info
             if overview is not None:
                 yield from self._families(overview)
+        finally:
+            self._lock.release()
 
     def _overview(self) -> Overview | None:
         now = self._clock()
