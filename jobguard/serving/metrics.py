@@ -26,6 +26,7 @@ from jobguard.log import log_event
 from jobguard.operations.overview import Overview, overview_of
 from jobguard.operations.read import ReadModel
 from jobguard.reconciler.service import Service
+from jobguard.store.ledger import labels as labels_of
 
 QUEUES = 200
 """Queues that have labels of their own."""
@@ -205,8 +206,9 @@ def _sources(state: Mapping[str, Any]) -> Iterator[Metric]:
             ("suspects", "Owed jobs that were seen absent from Redis."),
         )
     )
+    names = labels_of(state["sources"])
     for source in state["sources"][:QUEUES]:
-        labels = [source["library"], source["name"] or source["address"]]
+        labels = [source["library"], names[source["id"]]]
         seconds = source["watched_seconds"]
         watched.add_metric(labels, -1 if seconds is None else seconds)
         outbox.add_metric(labels, source["outbox"])
@@ -220,7 +222,7 @@ def _sources(state: Mapping[str, Any]) -> Iterator[Metric]:
         )
     )
     for queue in state["queues"][:QUEUES]:
-        labels = [queue["address"], queue["queue"]]
+        labels = [names[queue["source"]], queue["queue"]]
         trusted.add_metric(labels, queue["trusted_since"] is not None)
         unguarded.add_metric(labels, len(queue["unguarded"]))
     yield from (trusted, unguarded)

@@ -347,7 +347,8 @@ where s.namespace = :namespace and i.closed_at is null order by i.id
 """)
 
 _QUEUES = sa.text("""
-select s.library, s.address, coalesce(q.name, q.queue) as queue, q.trusted_since, q.clean_since,
+select s.id as source, s.library, s.address, coalesce(q.name, q.queue) as queue, q.trusted_since,
+       q.clean_since,
        q.unguarded, q.unguarded_at
 from jobguard.sources s join jobguard.queues q on q.source = s.id
 where s.namespace = :namespace order by s.address, q.queue
