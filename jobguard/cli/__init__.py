@@ -101,6 +101,7 @@ def main() -> None:
 
 
 def _one_line(error: BaseException) -> str:
+    from jobguard.operations.text import visible
     from jobguard.redact import redact
 
-    return " ".join(redact(str(error)).split())
+    return visible(" ".join(redact(str(error)).split()))

@@ -14,6 +14,7 @@ from jobguard.cli.common import (
     open_ledger,
     postgres_option,
     requeue_each,
+    safe,
 )
 from jobguard.cli.dead import queue_option
 from jobguard.errors import JobguardError
@@ -56,7 +57,7 @@ def command(
         )
         found = [row for row in rows if not isinstance(row, JobguardError)]
         for line in _counts(found):
-            click.echo(line, err=as_json)
+            click.echo(safe(line), err=as_json)
         if found and not yes:
             click.confirm(f"Put {len(found)} jobs back?", abort=True, err=as_json)
         requeue_each(ledger, tenant, rows, "requeue", as_json=as_json)

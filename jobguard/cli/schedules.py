@@ -14,12 +14,14 @@ from psycopg.rows import dict_row
 
 from jobguard.cli.common import (
     ago,
+    cell,
     console,
     json_option,
     namespace_option,
     open_ledger,
     postgres_option,
     print_json,
+    safe,
 )
 from jobguard.conninfo import postgres_conninfo
 from jobguard.errors import ConfigurationError, StoreUnavailable
@@ -190,14 +192,14 @@ def import_django_celery_beat(
                 definition = _definition(task, queue)
             except ConfigurationError as error:
                 refused += 1
-                click.echo(f"not imported: {task['name']}: {error}", err=True)
+                click.echo(safe(f"not imported: {task['name']}: {error}"), err=True)
                 continue
             if not dry_run:
                 ledger.add_schedule(tenant, {**definition, "source": source, "library": "celery"})
                 if not task["enabled"]:
                     ledger.change_schedule(tenant, definition["name"], "pause")
             click.echo(
-                f"{'would import' if dry_run else 'imported'}: {definition['name']}"
+                f"{'would import' if dry_run else 'imported'}: {safe(definition['name'])}"
                 + ("" if task["enabled"] else " (paused)")
             )
     if refused:
@@ -266,7 +268,6 @@ def _definition(task: Mapping[str, Any], queue: str) -> dict[str, Any]:
 
 
 def _print_table(rows: Sequence[Any]) -> None:
-    from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=None, header_style="bold")
@@ -276,11 +277,11 @@ def _print_table(rows: Sequence[Any]) -> None:
     for row in rows:
         last = row["last_at"]
         table.add_row(
-            *map(escape, (row["name"], row["state"], _when(row), row["queue"], row["task"])),
+            *map(cell, (row["name"], row["state"], _when(row), row["queue"], row["task"])),
             row["next_at"].isoformat(" ", "seconds") if row["next_at"] else "",
             f"{ago((now - last).total_seconds())} ago" if last else "",
             str(row["skipped"] or ""),
-            escape(row["error"] or ""),
+            cell(row["error"]),
         )
     console().print(table)
 

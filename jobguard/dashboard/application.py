@@ -218,13 +218,16 @@ def _changing(
 
 
 async def _form(request: Request) -> dict[str, str] | None:
-    """Return the fields of a form; None if it is too large."""
+    """Return the fields of a form; None if it is too large or cannot be read."""
     body = b""
     async for chunk in request.stream():
         body += chunk
         if len(body) > _LARGEST_FORM:
             return None
-    return fields_in(body.decode("latin-1"))
+    try:
+        return fields_in(body.decode("latin-1"))
+    except ConfigurationError:
+        return None
 
 
 def _contained(site: Site, request: Request, work: Callable[[], Response]) -> Response:

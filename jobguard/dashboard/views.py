@@ -95,7 +95,7 @@ def incidents(site: Site, request: Request) -> Response:
 def incident(site: Site, request: Request) -> Response:
     """Show what was put back while an incident was open."""
     number = query(request).get("id", "")
-    if not number.isdigit() or len(number) > 18:
+    if not number.isdecimal() or len(number) > 18:
         raise ConfigurationError("this is no number of an incident")
     rows = site.ledger.recovered(site.namespace, int(number), limit=500)
     return site.render(request, "incident.html", rows=rows, number=number)
@@ -124,7 +124,7 @@ def replay(site: Site, request: Request) -> Response:
 def filter_of(given: Mapping[str, str]) -> JobFilter:
     """Return the filter that a form describes. Raises ConfigurationError."""
     priority = given.get("priority") or None
-    if priority is not None and not priority.lstrip("-").isdigit():
+    if priority is not None and not priority.removeprefix("-").isdecimal():
         raise ConfigurationError(f"{priority!r} is no priority")
     return JobFilter(
         states=tuple(filter(None, given.get("state", "").split(","))),

@@ -13,6 +13,7 @@ from dataclasses import asdict
 import click
 
 from jobguard.cli.common import (
+    cell,
     console,
     json_option,
     namespace_option,
@@ -20,6 +21,7 @@ from jobguard.cli.common import (
     print_json,
     redis_option,
     redis_urls_from,
+    safe,
     settings_of,
 )
 from jobguard.cli.doctor.finding import CheckResult, Finding, note, problem
@@ -122,18 +124,19 @@ _COLOURS = {CheckResult.OK: "green", CheckResult.NOTE: "yellow", CheckResult.PRO
 
 
 def _print(findings: Sequence[Finding]) -> None:
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None, show_header=False)
     for finding in findings:
-        colour = _COLOURS[finding.verdict]
         parts = [finding.detail]
         if finding.consequence:
             parts.append(f"So: {finding.consequence}.")
         if finding.fix:
             parts.append(f"Change: {finding.fix}")
         table.add_row(
-            f"[{colour}]{finding.verdict}[/]", escape(finding.about), escape("\n".join(parts))
+            Text(str(finding.verdict), _COLOURS[finding.verdict]),
+            cell(finding.about),
+            Text("\n".join(map(safe, parts))),
         )
     console().print(table)
