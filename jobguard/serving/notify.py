@@ -117,34 +117,40 @@ class Watcher:
 
     def look(self) -> list[Notice]:
         """Return the notices since the last time, a bounded number. Raises StoreUnavailable."""
-        found = [*self._incidents(), *self._brake(), *self._dead()]
+        # Read everything first: a failure between two questions must not lose what the first one found.
+        happened = self._model.incidents(self._namespace, limit=100)
+        brake = self._model.state(self._namespace)["brake"]
+        dead = self._model.dead(
+            self._namespace, outcomes=[Outcome.DEAD], queue=None, limit=_AT_ONCE + 1
+        )
+        found = [*self._incidents(happened), *self._brake(brake), *self._dead(dead)]
         if len(found) <= _AT_ONCE:
             return found
         left = len(found) - _AT_ONCE
         more = self._notice("more", f"more-{found[-1].id}", f"{left} more notices", {"count": left})
         return [*found[:_AT_ONCE], more]
 
-    def _incidents(self) -> Iterator[Notice]:
-        page = self._model.incidents(self._namespace, limit=100)
+    def _incidents(self, page: Sequence[Mapping[str, Any]]) -> Iterator[Notice]:
         self._told &= {row["id"] for row in page}
         self._open &= self._told
         for row in reversed(page):
-            if row["kind"] != "incident" or row["opened_at"] < self._since:
+            if row["kind"] != "incident":
                 continue
             what = f"{row['cause']} at {row['address']}: {row['detail']}"
             detail = {name: row[name] for name in ("cause", "missing", "restored", "library")}
-            if row["id"] not in self._told:
-                self._told.add(row["id"])
+            first, older = row["id"] not in self._told, row["opened_at"] < self._since
+            self._told.add(row["id"])
+            if first and not older:
                 yield self._notice("incident", f"incident-{row['id']}", what, detail)
-                if row["closed_at"] is None:
-                    self._open.add(row["id"])
-            elif row["closed_at"] is not None and row["id"] in self._open:
+            # An earlier leader may have told of an older one: its end is ours.
+            if row["closed_at"] is None:
+                self._open.add(row["id"])
+            elif row["id"] in self._open or (first and older and row["closed_at"] >= self._since):
                 self._open.discard(row["id"])
                 over = f"over: {what} ({row['restored']} of {row['missing']} put back)"
                 yield self._notice("incident_over", f"incident-over-{row['id']}", over, detail)
 
-    def _brake(self) -> Iterator[Notice]:
-        brake = self._model.state(self._namespace)["brake"]
+    def _brake(self, brake: Mapping[str, Any]) -> Iterator[Notice]:
         held: Mapping[str, Mapping[str, Any]] = brake["held"]
         for key in sorted(set(held) - self._held):
             _, _, queue = key.partition("/")
@@ -159,10 +165,7 @@ class Watcher:
             yield self._notice("paused", f"paused-{brake['paused_at']}", text, {})
         self._paused = bool(brake["paused_at"])
 
-    def _dead(self) -> Iterator[Notice]:
-        rows = self._model.dead(
-            self._namespace, outcomes=[Outcome.DEAD], queue=None, limit=_AT_ONCE + 1
-        )
+    def _dead(self, rows: Sequence[Mapping[str, Any]]) -> Iterator[Notice]:
         fresh = [row for row in rows if row["ended_at"] > self._dead_since]
         for row in reversed(fresh):
             self._dead_since = row["ended_at"]
