@@ -16,6 +16,7 @@ import click
 
 from jobguard.conninfo import postgres_conninfo
 from jobguard.errors import ConfigurationError, JobguardError, StoreUnavailable
+from jobguard.operations.explain import duration
 from jobguard.operations.text import HOSTILE, visible
 from jobguard.redis_urls import split_urls
 from jobguard.settings import Settings, settings_from, unknown_variables
@@ -167,12 +168,7 @@ def console() -> Console:
 
 def ago(seconds: float | None) -> str:
     """Return an age in a short form: 5 s, 3 min, 2 h, 4 d."""
-    if seconds is None:
-        return ""
-    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{max(0, seconds):.0f} s"
+    return "" if seconds is None else duration(seconds)
 
 
 def _plain(value: Any) -> Any:

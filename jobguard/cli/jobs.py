@@ -108,10 +108,13 @@ def collect(
     """Return as many rows as there are, up to the limit: pages may be shorter than asked."""
     rows: list[Row] = []
     if offset:
-        skipped = list(islice(ledger.each_job(namespace, wanted, after=after), offset))
-        if len(skipped) < offset:
+        skipped = islice(ledger.each_job(namespace, wanted, after=after), offset)
+        count, token = 0, None
+        for row in skipped:
+            count, token = count + 1, row["token"]
+        if count < offset:
             return Page((), None)
-        after = str(skipped[-1]["token"])
+        after = str(token)
     while True:
         page = ledger.list_jobs(namespace, wanted, limit=limit - len(rows), after=after)
         rows += page.rows

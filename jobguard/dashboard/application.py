@@ -77,9 +77,7 @@ class Site:
             namespace=self.namespace,
             read_only=self.read_only,
             version=__version__,
-            person=getattr(request.state, "person", None),
             csrf=lambda: self.access.csrf_token(request),
-            now=datetime.now(UTC),
             **values,
         )
         response = HTMLResponse(text, status)

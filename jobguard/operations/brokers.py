@@ -44,15 +44,23 @@ class Brokers:
                 name, url = "", given
             client = client_from_url(url, timeout=_TIMEOUT)
             self._clients[name or address_of(client)] = _same(client)
-        self._made: dict[int, tuple[redis.Redis, Broker]] = {}
+        self._made: dict[int, Broker] = {}
 
     def of(self, source: Row) -> Broker:
         """Return the broker of a source, given as a row. Raises NoRedis."""
-        return self._of(source)[1]
-
-    def client(self, source: Row) -> redis.Redis:
-        """Return the client of a source's Redis. Raises NoRedis."""
-        return self._of(source)[0]
+        id = source.get("source", source.get("id"))
+        assert isinstance(id, int)
+        if id not in self._made:
+            library = [
+                e for e in entry_points(group="jobguard.adapters") if e.name == source["library"]
+            ]
+            if not library:
+                raise NoRedis(f"no adapter for {source['library']} is installed here")
+            given = Source(
+                "", source["library"], source["address"], source["prefix"], source["name"]
+            )
+            self._made[id] = library[0].load()().broker(given, self._client(source))
+        return self._made[id]
 
     def presence(self, rows: Sequence[Row]) -> Mapping[UUID, Observation]:
         """Return where Redis has these owed deliveries (rows of ReadModel.standing, of one source).
@@ -68,22 +76,6 @@ class Brokers:
                     f"Redis at {page[0]['address']} does not answer: {redact(str(error))}"
                 ) from error
         return found
-
-    def _of(self, source: Row) -> tuple[redis.Redis, Broker]:
-        id = source.get("source", source.get("id"))
-        assert isinstance(id, int)
-        if id not in self._made:
-            library = [
-                e for e in entry_points(group="jobguard.adapters") if e.name == source["library"]
-            ]
-            if not library:
-                raise NoRedis(f"no adapter for {source['library']} is installed here")
-            given = Source(
-                "", source["library"], source["address"], source["prefix"], source["name"]
-            )
-            client = self._client(source)
-            self._made[id] = (client, library[0].load()().broker(given, client))
-        return self._made[id]
 
     def _client(self, source: Row) -> redis.Redis:
         make = self._clients.get(source["address"]) or self._clients.get(source["name"] or "")

@@ -129,6 +129,8 @@ def _arguments(
     if settings.redact_arguments:
         return None, "redacted (redact_arguments)"
     for row in rows:
+        if not row["kept"]:
+            continue
         try:
             kept = model.envelope(namespace, row["token"], most=LARGEST_ENVELOPE)
         except (NoRights, Unsealable, KeysUnavailable) as error:
