@@ -97,7 +97,11 @@ def environment() -> dict[str, str]:
     """Return the variables that say to jobguard's commands what the setting says."""
     from jobguard.conninfo import postgres_conninfo
 
-    found = {f"JOBGUARD_{name.upper()}": str(value) for name, value in options().items()}
+    found = {
+        f"JOBGUARD_{name.upper()}": text
+        for name, value in options().items()
+        if (text := _variable(value)) is not None
+    }
     if (given := postgres()) is not None:
         found["JOBGUARD_POSTGRES_URL"] = postgres_conninfo(given)()
     urls = dict.fromkeys(filter(None, map(_redis_url, _rq_queues())))
@@ -108,6 +112,15 @@ def environment() -> dict[str, str]:
     if urls and not os.environ.get("JOBGUARD_REDIS_URL_FILE"):
         found["JOBGUARD_REDIS_URL"] = " ".join(urls)
     return {name: value for name, value in found.items() if not os.environ.get(name)}
+
+
+def _variable(value: object) -> str | None:
+    """Return a setting as its variable has it; None: it is not set, or only Python has it (a function)."""
+    if value is None or callable(value):
+        return None
+    if isinstance(value, Mapping):
+        value = [f"{name}={one}" for name, one in value.items()]
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _rq_queues() -> list[Mapping[str, Any]]:
