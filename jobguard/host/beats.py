@@ -269,12 +269,14 @@ class BeatSender:
         """Prepare the process that beats while the interpreter is blocked, if it can reach the store."""
         if self._store.conninfo() is None:
             return
+        # A beat seals nothing, and a callable that returns keys cannot go through the pipe.
+        settings = replace(self._settings, encrypt=None)
         self._in_flight.beat_process = BeatProcess(
             {
                 "source": self._tracker.source.id,
                 "namespace": self._tracker.source.namespace,
                 "interval": self._settings.beat_interval,
-                "settings": asdict(self._settings),
+                "settings": asdict(settings),
             }
         )
 

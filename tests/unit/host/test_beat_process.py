@@ -5,16 +5,21 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from jobguard.host import beat_process
 from jobguard.host.beat_process import BeatProcess, _BeatProgram
+from jobguard.host.beats import BeatSender
+from jobguard.host.in_flight import InFlight
 from jobguard.model import Beat, new_token
+from jobguard.settings import Settings
 from tests.support import eventually
 
 SPEC: dict[str, Any] = {"source": 1, "namespace": "default", "interval": 0.1, "settings": {}}
@@ -37,6 +42,40 @@ def is_alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
     except FileNotFoundError:
         return False
+
+
+class Vault:
+    """A source of keys that can be neither copied nor written as JSON."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+
+    def keys(self) -> list[str]:
+        """Return the keys."""
+        return []
+
+
+def test_a_callable_that_returns_keys_stays_in_the_worker() -> None:
+    """The settings go through the pipe without the callable of the setting encrypt."""
+    tracker: Any = SimpleNamespace(
+        source=SimpleNamespace(id=1, namespace="default"), settings=Settings(encrypt=Vault().keys)
+    )
+    store: Any = SimpleNamespace(conninfo=lambda: "")
+    in_flight = InFlight(os.getpid())
+    sender = BeatSender(
+        tracker,
+        store,
+        in_flight,
+        name="w",
+        queues=["mail"],
+        inherited=None,
+        lists=None,
+        unflushed=lambda: None,
+    )
+    sender.start_beat_process()
+    assert in_flight.beat_process is not None
+    sent = json.loads(json.dumps(in_flight.beat_process._spec))
+    assert Settings(**sent["settings"]).encrypt is None
 
 
 class TestWorkerEnd:
