@@ -208,6 +208,6 @@ _ENTRIES: dict[str, Callable[[dict[str, Any], bytes], Entry]] = {
     "reference": lambda fields, _: Adoptable(UUID(fields.pop("token")), **fields),
     "claim": _claim,
     "release": lambda fields, _: Released(
-        UUID(fields["token"]), UUID(fields["worker"]), fields["number"]
+        UUID(fields.pop("token")), UUID(fields.pop("worker")), **fields
     ),
 }

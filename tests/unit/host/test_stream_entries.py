@@ -34,6 +34,7 @@ ENTRIES: dict[str, Entry] = {
     "a reference": Adoptable(new_token(), "job", "mail"),
     "a claim": request(new_token(), new_token()),
     "a release": Released(new_token(), new_token(), 2),
+    "a release of an interrupted run": Released(new_token(), new_token(), 2, interrupted=True),
 }
 
 
