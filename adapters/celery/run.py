@@ -21,8 +21,6 @@ from jobguard.model import Claim, Outcome, Parent, Part
 if TYPE_CHECKING:
     from jobguard.adapter import Session, Tracker
 
-LONGEST_ERROR = 5_000
-
 
 @dataclass(slots=True)
 class _Joining:
@@ -125,7 +123,7 @@ class Run:
             job_id=self.job_id,
             queue=self.queue,
             task=self.task,
-            error=error[-LONGEST_ERROR:] if error else None,
+            error=error or None,
             part=self.part,
         )
 

@@ -19,10 +19,6 @@ if TYPE_CHECKING:
     from jobguard.adapter import Session, Tracker
 
 
-LONGEST_ERROR = 5_000
-"""Characters of an error text that the ledger keeps."""
-
-
 class Run:
     """The claim of a worker thread, until its end is reported once."""
 
@@ -140,4 +136,4 @@ def derive(parent: UUID, job_id: str, nth: int, *, sent_at: float) -> UUID:
 def _text(error: BaseException | None) -> str | None:
     if error is None:
         return None
-    return "".join(traceback.format_exception(error))[-LONGEST_ERROR:]
+    return "".join(traceback.format_exception(error))

@@ -19,12 +19,11 @@ from jobguard.fork import OwnerProcess
 from jobguard.host_safety import contain_errors
 from jobguard.log import log_event
 from jobguard.model import Claim, Outcome, Parent
+from jobguard.redact import redact
 
 if TYPE_CHECKING:
     from jobguard.adapter import Session
 
-LONGEST_ERROR = 5_000
-"""Characters; a report must fit into the pipe (64 kB), because the parent reads it later."""
 _VARIABLE = "JOBGUARD_RQ_RUN"
 
 
@@ -71,7 +70,7 @@ class Run:
 
     def end(self, outcome: Outcome, error: str | None = None) -> None:
         """Report the end of the run, unless it is reported already."""
-        self._report_end(outcome, error[-LONGEST_ERROR:] if error else None)
+        self._report_end(outcome, error or None)
 
     def note_raised(self) -> None:
         """Report that the function raised, before RQ handles the error: the horse may die during that."""
@@ -181,7 +180,9 @@ class Run:
 
     def _write_end(self, outcome: Outcome | None, error: str | None) -> bool:
         successor = self._successor.hex if self._successor else None
-        return self._write({"outcome": outcome, "error": error, "successor": successor})
+        # The parent reads the report later, so it must fit into the pipe (64 kB): redact cuts it.
+        text = redact(error) if error else None
+        return self._write({"outcome": outcome, "error": text, "successor": successor})
 
     def _write(self, line: dict[str, Any]) -> bool:
         """Write a line to the pipe, in the horse; return False if no parent will read it."""
