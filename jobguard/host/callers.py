@@ -137,10 +137,12 @@ class SqlalchemyCaller(Caller):
         """Open SQLAlchemy's own transaction block."""
         owns = self.is_idle
         with self.connection.begin() if owns else self.connection.begin_nested():
-            self.autocommits = bool(
-                getattr(self._core.connection.dbapi_connection, "autocommit", False)
-            )
+            self.autocommits = self.is_autocommit()
             yield owns
+
+    def is_autocommit(self) -> bool:
+        """Return True if the driver ends a transaction after each statement."""
+        return bool(getattr(self._core.connection.dbapi_connection, "autocommit", False))
 
     def execute(self, name: str, **values: str) -> Sequence[Any]:
         """Execute a statement; SQLAlchemy translates its parameters for the driver."""
@@ -206,8 +208,8 @@ class DjangoCaller(Caller):
 
     @property
     def is_idle(self) -> bool:
-        """False: Django has a hook for the end of every transaction."""
-        return False
+        """True if no block of Django is open; its hook is called only after a commit."""
+        return bool(self.connection.autocommit) and not self.connection.in_atomic_block
 
     @contextmanager
     def begin(self) -> Iterator[bool]:
@@ -332,6 +334,7 @@ class AsyncSqlalchemyCaller(AsyncCaller):
         """Open SQLAlchemy's own transaction block."""
         owns = self.is_idle
         async with self._outer.begin() if owns else self._outer.begin_nested():
+            self.autocommits = await self._outer.run_sync(lambda _sync: self._inner.is_autocommit())
             yield owns
 
     async def execute(self, name: str, **values: str) -> Sequence[Any]:

@@ -80,7 +80,7 @@ class Transaction:
     tracker: TransactionTracker
     write: Callable[[str, str], None] | None
     """Executes the statement on the application's connection, with a source and rows; None: the block
-    keeps its deliveries, and writes them at its end."""
+    keeps its deliveries, and writes them at its end. After the block it raises, and keeps no connection."""
     unwritten: list[Delivery] = field(default_factory=list)
     over: bool = False
     _sent: list[_Sent] = field(default_factory=list)
@@ -276,19 +276,29 @@ def _opened(mine: Sequence[Transaction]) -> Iterator[None]:
 
 def _after(mine: Sequence[Transaction], caller: Caller | AsyncCaller, *, owns: bool) -> None:
     """Keep the pushes for the end of the transaction."""
+    for one in mine:
+        one.write = _refuse_late  # `_waiting` must not keep the connection of a rollback alive
     _waiting.setdefault(caller.connection, []).extend(mine)
     if not owns:
-        caller.on_commit(partial(_push_soon, caller.connection))
+        caller.on_commit(partial(_push_soon, weakref.ref(caller.connection)))
 
 
-def _push_soon(connection: Any) -> None:
+def _refuse_late(_source: str, _rows: str) -> None:
+    raise NotTransactional("the block of transaction() is over: nothing was sent")
+
+
+def _push_soon(known: weakref.ref[Any]) -> None:
     """Push now, or in a thread if this one runs an event loop."""
-    try:
-        loop = asyncio.get_running_loop()
-    except RuntimeError:
-        push_committed(connection)
-    else:
-        loop.run_in_executor(None, push_committed, connection)
+    connection = known()
+    if connection is None:
+        return  # the leader pushes
+    with contain_errors("push after a commit"):  # the executor of the loop may be closed
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            push_committed(connection)
+        else:
+            loop.run_in_executor(None, push_committed, connection)
 
 
 def _known(asked: Sequence[Callable[[], str]], caller: Caller | AsyncCaller) -> str | None:

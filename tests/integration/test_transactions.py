@@ -169,6 +169,12 @@ def test_asyncio(site: Site) -> None:
             await session.commit()
         while len(site.waiting) < 3:  # a thread pushes
             await asyncio.sleep(0.01)
+        options = engine.execution_options(isolation_level="AUTOCOMMIT")
+        async with options.connect() as connection, AsyncSession(options) as session:
+            for refused in (connection, session):
+                with pytest.raises(ConfigurationError, match="autocommit"):
+                    async with site.guard.atransaction(refused):
+                        site.send()
         await engine.dispose()
 
     async def all_() -> None:
