@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from jobguard.errors import ConfigurationError, KeysUnavailable, Unsealable
+from jobguard.errors import ConfigurationError, KeysUnavailable, Unsealable, is_host_interrupt
 from jobguard.log import log_event
 
 if TYPE_CHECKING:
@@ -122,16 +122,21 @@ class Sealer:
     def _keys(self) -> MultiFernet:
         """Return the present keys. If they cannot be loaded again, the ones before are used."""
         with self._lock:
+            version: Any = None
             try:
                 version = self._present_version()
                 if self._fernet is None or version != self._version:
                     self._fernet = _fernet(self._load())
                     self._version = version
             except Exception as error:  # of the user's callable, too: its text may hold a key
+                if is_host_interrupt(error):
+                    raise
                 reason = error if isinstance(error, KeysUnavailable | OSError) else type(error)
                 if self._fernet is None:
                     raise KeysUnavailable(f"encrypt: the keys cannot be read: {reason}") from None
                 log_event("keys_unreadable", error=str(reason))
+                if not isinstance(self._source, str):
+                    self._version = version  # a callable may wait long: it is not called each time
             return self._fernet
 
     def _present_version(self) -> Any:

@@ -97,8 +97,6 @@ class HostTracker:
     ) -> None:
         self.source = source
         self.settings = settings
-        self._sealer = Sealer(settings.encrypt)
-        self.seal = self._sealer.seal
         self._make_store = store
         self._queues = queues
         self.client = client
@@ -123,6 +121,8 @@ class HostTracker:
 
     def _start(self, parent_circuit: Circuit | None = None) -> None:
         """Make the parts that a forked child must not share with its parent."""
+        self._sealer = Sealer(self.settings.encrypt)
+        self.seal = self._sealer.seal
         self._store = self._new_store()
         self._registered = self._asked_others = False
         self._warned = self._logged_full = self._logged_light = self._logged_left = False
