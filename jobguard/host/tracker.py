@@ -386,9 +386,13 @@ class HostTracker:
                 led = recorded.leader_live
                 continue
             assert one.rule is not None
-            verdict, holder, led = self.call(
-                partial(_send_keyed, self.source, one, self.push_deadline)
-            )
+            try:
+                verdict, holder, led = self.call(
+                    partial(_send_keyed, self.source, one, self.push_deadline)
+                )
+            except (BadRow, WrongInstallation) as error:
+                # Without a record nothing holds the key: it must not be pushed.
+                raise NotWritten(str(error)) from error
             taken = verdict in ("free", "replaced")
             if not taken and one.rule.on_conflict == "raise":
                 raise KeyHeld(
