@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-from jobguard.errors import BadRow, StoreUnavailable
+from jobguard.errors import BadRow, StoreUnavailable, is_host_interrupt
 
 Row = TypeVar("Row")
 Answer = TypeVar("Answer")
@@ -89,12 +89,14 @@ class GroupCommit(Generic[Row, Answer]):
         return part.answer
 
     def _lead(self, batch: _Batch[Row, Answer]) -> None:
-        queued = not self._committing.acquire(blocking=False)
-        if queued and not self._committing.acquire(timeout=self._timeout):
-            self._release(batch, StoreUnavailable("the batch before was not committed in time"))
-            self._wake(batch)
-            return
+        commits = False
         try:
+            commits = self._committing.acquire(blocking=False)
+            queued = not commits
+            if queued:
+                commits = self._committing.acquire(timeout=self._timeout)
+            if not commits:
+                raise StoreUnavailable("the batch before was not committed in time")
             self._wait_for_others(batch, queued)
             self._close(batch)
             began = time.monotonic()
@@ -104,13 +106,13 @@ class GroupCommit(Generic[Row, Answer]):
             self._last = len(batch.parts)
         except BaseException as error:
             # This includes an exception that a signal raised in this thread: the other callers must
-            # not hang because of it.
-            self._release(
-                batch, error if isinstance(error, Exception) else StoreUnavailable(str(error))
-            )
+            # neither hang because of it nor receive it.
+            is_ours = isinstance(error, Exception) and not is_host_interrupt(error)
+            self._release(batch, error if is_ours else StoreUnavailable(str(error)))
             raise
         finally:
-            self._committing.release()
+            if commits:
+                self._committing.release()
             self._wake(batch)
 
     def _wait_for_others(self, batch: _Batch[Row, Answer], queued: bool) -> None:
