@@ -167,9 +167,10 @@ class ReportStream:
 
     def _redis(self) -> Any:
         if self._owner.take_over() or self._client is None:
-            self._client = self._make()
+            client = self._make()
             names = ("stream_append.lua", "stream_forget.lua")
-            self._scripts = {name: Script(self._client, __package__, name) for name in names}
+            self._scripts = {name: Script(client, __package__, name) for name in names}
+            self._client = client  # last: another thread that finds it also finds the scripts
         return self._client
 
     def _ask(self, work: Callable[[], Any]) -> Any:
