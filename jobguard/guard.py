@@ -283,7 +283,8 @@ class JobGuard:
         wait goes on. Raises NotEnded (a TimeoutError) after ``timeout`` seconds, also for an unknown id.
         """
         until, pause = time.monotonic() + timeout, _FIRST_PAUSE
-        while (outcome := self._end_of(job_id)) is None:
+        end_of = self._end_of(job_id)
+        while (outcome := end_of()) is None:
             left = until - time.monotonic()
             if left <= 0:
                 raise NotEnded(f"job {job_id} has not ended in {timeout:g} s")
@@ -296,7 +297,8 @@ class JobGuard:
         import asyncio  # not for the processes that do not use it
 
         until, pause = time.monotonic() + timeout, _FIRST_PAUSE
-        while (outcome := await asyncio.to_thread(self._end_of, job_id)) is None:
+        end_of = self._end_of(job_id)
+        while (outcome := await asyncio.to_thread(end_of)) is None:
             left = until - time.monotonic()
             if left <= 0:
                 raise NotEnded(f"job {job_id} has not ended in {timeout:g} s")
@@ -304,13 +306,20 @@ class JobGuard:
             pause = min(_LONGEST_PAUSE, 1.5 * pause)
         return outcome
 
-    def _end_of(self, job_id: str) -> Outcome | None:
-        if self._tracker is None:
-            return None
-        try:
-            return self._ledger().end_of(self._tracker.source.id, job_id)
-        except StoreUnavailable:
-            return None
+    def _end_of(self, job_id: str) -> Callable[[], Outcome | None]:
+        """Return a function that asks for the outcome, on one ledger for the whole wait."""
+        tracker = self._tracker
+        if tracker is None:
+            return lambda: None
+        ledger = self._ledger()
+
+        def ask() -> Outcome | None:
+            try:
+                return ledger.end_of(tracker.source.id, job_id)
+            except StoreUnavailable:
+                return None
+
+        return ask
 
     @property
     def schedules(self) -> Schedules | NoSchedules:

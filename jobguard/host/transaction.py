@@ -327,7 +327,7 @@ def _verify(asked: Sequence[Callable[[], str]], caller: Caller) -> None:
 
 
 async def _averify(asked: Sequence[Callable[[], str]], caller: AsyncCaller) -> None:
-    ledger = _known(asked, caller)
+    ledger = await asyncio.to_thread(_known, asked, caller)  # the first time, this asks Postgres
     if ledger is not None:
         _check(ledger, await caller.installation())
         _verified[caller.connection].add(ledger)
