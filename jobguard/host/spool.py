@@ -296,21 +296,30 @@ class MemorySpool:
         if self._stream is None:
             return False
         with self._copying:
-            while True:
-                with self._lock:
-                    waiting = (*self._aside, *self._slots)
-                    batch = [slot for slot in waiting if slot.id is None][:_COPIED_AT_ONCE]
-                if not batch:
-                    return True
-                ids = self._stream.append([slot.entry for slot in batch])
-                if ids is None:
-                    return False
-                with self._lock:
-                    for slot, id in zip(batch, ids, strict=True):
-                        slot.id = id
-                        self._uncopied -= not slot.gone
-                    late = [slot for slot in batch if slot.gone]
-                self._forget(late)
+            while waiting := self._only_here():
+                for start in range(0, len(waiting), _COPIED_AT_ONCE):
+                    batch = [
+                        slot for slot in waiting[start : start + _COPIED_AT_ONCE] if not slot.gone
+                    ]
+                    if batch and not self._copy_these(self._stream, batch):
+                        return False
+        return True
+
+    def _only_here(self) -> list[_Slot]:
+        with self._lock:
+            return [slot for slot in (*self._aside, *self._slots) if slot.id is None]
+
+    def _copy_these(self, stream: Stream, slots: Sequence[_Slot]) -> bool:
+        ids = stream.append([slot.entry for slot in slots])
+        if ids is None:
+            return False
+        with self._lock:
+            for slot, id in zip(slots, ids, strict=True):
+                slot.id = id
+                self._uncopied -= not slot.gone
+            late = [slot for slot in slots if slot.gone]
+        self._forget(late)
+        return True
 
     def _forget(self, slots: Iterable[_Slot]) -> bool:
         """Delete the copies of these in the stream; return True if surely none is left of any.
