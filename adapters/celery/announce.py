@@ -61,13 +61,6 @@ def announcement(app: Any, *, name: str, queues: Sequence[str]) -> Callable[[UUI
     return announce_now
 
 
-def announce(app: Any, *, session: UUID, name: str, queues: Sequence[str]) -> None:
-    """Announce this worker once. Raise nothing."""
-    with contain_errors("announce this worker", event="announcement_failed"):
-        if (send := announcement(app, name=name, queues=queues)) is not None:
-            send(session)
-
-
 def leave(app: Any, *, session: UUID) -> None:
     """Remove the announcement of this worker. Raise nothing."""
     with contain_errors("remove an announcement", event="announcement_failed"):

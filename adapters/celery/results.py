@@ -7,7 +7,7 @@ the chord's parts in the ledger.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any, cast
@@ -20,7 +20,7 @@ from jobguard.clients import address_of
 from jobguard.log import log_event
 from jobguard.model import EndedPart, OpenJoin, Part, Presence
 from jobguard.redis_values import json_in
-from jobguard.scripts import Script
+from jobguard.scripts import Script, chunks
 
 _FINAL = {
     "SUCCESS": Presence.FINISHED,
@@ -116,7 +116,7 @@ def ends_of(
 def read(client: redis.Redis, results: Results, ids: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Return the stored results of these tasks, if they are JSON. Raise RedisError."""
     found: dict[str, dict[str, Any]] = {}
-    for some in _chunks(ids) if results.json else ():
+    for some in chunks(ids, _A_CALL) if results.json else ():
         values: Any = cast(Any, client).mget([results.tasks + id for id in some])
         for id, raw in zip(some, values, strict=True):
             try:
@@ -146,11 +146,6 @@ def done_at(text: object) -> float:
     return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
 
 
-def _chunks(ids: Sequence[str]) -> Iterator[Sequence[str]]:
-    for at in range(0, len(ids), _A_CALL):
-        yield ids[at : at + _A_CALL]
-
-
 class Rejoin:
     """Restore the chords of one broker."""
 
@@ -170,8 +165,8 @@ class Rejoin:
                 continue
             if call is not None:
                 calls.append(call)
-        for at in range(0, len(calls), _A_TRIP):
-            for answer in self._script.run(calls[at : at + _A_TRIP]):
+        for some in chunks(calls, _A_TRIP):
+            for answer in self._script.run(some):
                 if isinstance(answer, Exception):
                     raise answer
 

@@ -188,20 +188,23 @@ def _send(batch: _Batch) -> None:
     recorded = tracker.record([delivery for deliveries, _ in deferred for delivery in deliveries])
     for at, (_, push) in enumerate(deferred):
         if recorded.written and time.monotonic() - begun > tracker.push_deadline:
-            tokens = {
-                d.token for deferred_part, _ in deferred[at:] for d in deferred_part
-            } - recorded.refused
-            tracker.leave_to_outbox(sorted(tokens))
+            tracker.leave_to_outbox([one.token for one in _left(deferred[at:], recorded)])
             return
         try:
             push(recorded)
         except BaseException:
-            rest = [
-                delivery for deferred_part, _ in deferred[at + 1 :] for delivery in deferred_part
-            ]
-            rest = [delivery for delivery in rest if delivery.token not in recorded.refused]
+            rest = _left(deferred[at + 1 :], recorded)
             if batch.unheard or recorded.may_be_pushed(tracker.push_deadline):
                 tracker.leave_to_outbox([delivery.token for delivery in rest])
             else:  # surely not pushed, and the sender receives an error
                 take_back(tracker, rest)
             raise
+
+
+def _left(
+    deferred: Sequence[tuple[Sequence[Delivery], Push]], recorded: Recorded
+) -> list[Delivery]:
+    """Return the deliveries of these that may be pushed."""
+    return [
+        one for deliveries, _ in deferred for one in deliveries if one.token not in recorded.refused
+    ]

@@ -554,7 +554,9 @@ def make_known(app: Any, name: str, *queues: str) -> uuid.UUID:
     session = uuid.uuid4()
 
     def is_known() -> bool:
-        announce.announce(app, session=session, name=name, queues=queues)
+        send = announce.announcement(app, name=name, queues=queues)
+        assert send is not None
+        send(session)
         with redis.Redis.from_url(app.conf.broker_url) as client:
             return bool(client.hexists("jobguard:celery:about", session.hex))
 
