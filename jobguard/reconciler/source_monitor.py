@@ -104,6 +104,7 @@ class SourceMonitor:
         self._drain = drain
         self._host = host
         self._drained = drain is None
+        self._blocked = False  # A store was away in the last step: the next one needs a pause.
         self._backfill: Backfill | None = None
         self._filled: set[str] = set()  # Queues whose backlog was recorded since this leader began.
         self._client = client
@@ -197,7 +198,8 @@ class SourceMonitor:
         """True if the next step should follow at once."""
         restoring = self._incident_at is not None and self._due.get("watched", 0.0) <= self._clock()
         walking = self._lap.running and self._lap.brisk
-        return self._lost or not self._drained or restoring or walking
+        wanted = self._lost or not self._drained or restoring or walking
+        return wanted and not self._blocked
 
     def close(self) -> None:
         """Close the connections that belong to this monitor alone."""
@@ -234,12 +236,14 @@ class SourceMonitor:
         if self._lost:
             self._lost = False
             self._loss(now)
+        self._blocked = True
         try:
             if health in (Health.DOWN, Health.UNSURE, Health.STOP):
                 return
             if self._drain is not None:
                 self._drained = self._drain.step()
                 if not self._drained:
+                    self._blocked = self._drain.stalled
                     return  # Nothing is judged before the reports are known.
             self._begin_verification(now)
             self._part("tally", self._tally.step)
@@ -258,6 +262,7 @@ class SourceMonitor:
                 self._part("joins", self._inspector.finish_joins)
             self._refusals.step(term, waits=self._pending > 0)
             self._inspector.restorer.sealed.step(term, waits=False)
+            self._blocked = False
         except redis.RedisError as error:
             if now >= self._due.get("failed", 0.0):
                 self._due["failed"] = now + _LOG_AGAIN

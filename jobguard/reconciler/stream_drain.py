@@ -50,7 +50,7 @@ class StreamDrain:
         self._source = source
         self._clock = clock
         self._reader = _StreamSpool(stream, str(source))
-        self._circuit = Circuit(host.probe, retry_interval=_RETRY)
+        self._circuit = Circuit(host.probe, retry_interval=_RETRY, on_change=self._circuit_changed)
         self._replay = Replay(
             source,
             self._reader,
@@ -61,6 +61,8 @@ class StreamDrain:
         )
         self._began: float | None = None
         self._written = 0
+        self.stalled = False
+        """True if the last step wrote nothing although entries wait: Postgres is away, or refuses."""
 
     def step(self) -> bool:
         """Write entries for a bounded time; return True if all that was there at the start is written.
@@ -68,13 +70,15 @@ class StreamDrain:
         Raises RedisError. If Postgres is away, the entries stay.
         """
         began = self._clock()
+        self.stalled = False
         self._reader.read()
         while len(self._reader) and self._clock() - began < _BUDGET:
             if self._began is None:
                 self._began = began
             written = self._replay.some(BATCH)
             self._written += written
-            if not written:  # Postgres is away, or refuses: not in a loop without a pause
+            if not written:
+                self.stalled = True
                 return False
             self._reader.read()
         if not len(self._reader):
@@ -86,6 +90,10 @@ class StreamDrain:
         """Return True if references were drained since the last call: the jobs have no records yet."""
         found, self._reader.references = self._reader.references, 0
         return found > 0
+
+    def _circuit_changed(self, closed: bool) -> None:
+        if not closed:
+            log_event("postgres_away", error=self._circuit.why)
 
     def _note_drained(self) -> None:
         if self._began is not None:
