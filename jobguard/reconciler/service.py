@@ -60,6 +60,8 @@ _STREAMS = 5.0
 """Seconds between two searches for streams of unknown sources."""
 _HOUSEKEEPING = 5.0
 _ROTATE = 3600.0
+_CHORE_AGAIN = 60.0
+"""Seconds until a piece of housekeeping is tried again that failed: a backup may read the history."""
 _COUNT = 10.0
 """Seconds between two counts."""
 _COUNTED = 90.0
@@ -461,23 +463,38 @@ class Service:
     def _housekeeping(self, now: float) -> None:
         if now >= self._due.get("rotate", 0.0):
             self._due["rotate"] = now + _ROTATE
-            try:
-                dropped = self._store.rotate(
-                    retention=self._settings.retention,
-                    keep_envelopes=self._settings.keep_envelopes,
-                )
-            except JobguardError as error:  # A backup reads the history: try again later.
-                self._due["rotate"] = now + _ROTATE / 60
-                log_event("step_failed", part="rotate", error=str(error))
-                dropped = 0
-            if dropped:
-                log_event("rotated", dropped=dropped)
+            if not self._chore("rotate", self._rotate):
+                self._due["rotate"] = now + _CHORE_AGAIN
         if now >= self._due.get("count", 0.0):
             self._count(now)
         if now >= self._due.get("vacuum", 0.0):
             self._due["vacuum"] = now + _HOUSEKEEPING
-            if tables := self._store.vacuum():
-                log_event("vacuumed", tables=list(tables))
+            if not self._chore("vacuum", self._vacuum):
+                self._due["vacuum"] = now + _CHORE_AGAIN
+
+    def _chore(self, part: str, work: Callable[[], None]) -> bool:
+        """Do a piece of housekeeping; return False if it failed, which does not end the step."""
+        if self._turn_at is not None:
+            self._turn_at = time.monotonic()  # Each piece has the time of a whole turn.
+        try:
+            work()
+        except NotLeading:
+            raise
+        except JobguardError as error:
+            log_event("step_failed", part=part, error=str(error))
+            return False
+        return True
+
+    def _rotate(self) -> None:
+        dropped = self._store.rotate(
+            retention=self._settings.retention, keep_envelopes=self._settings.keep_envelopes
+        )
+        if dropped:
+            log_event("rotated", dropped=dropped)
+
+    def _vacuum(self) -> None:
+        if tables := self._store.vacuum():
+            log_event("vacuumed", tables=list(tables))
 
     def _count(self, now: float) -> None:
         """Count jobs for people who look. It takes at most a twentieth of the time."""
@@ -489,12 +506,8 @@ class Service:
             self._due["recount"], seconds = now + _RECOUNT, self._settings.retention
         elif now >= recount:  # Ends that were spooled come with their own time.
             self._due["recount"], seconds = now + _RECOUNT, _RECOUNTED
-        try:
-            self._store.count_up(self._leadership.term, seconds=seconds)
-        except NotLeading:
-            raise
-        except JobguardError as error:
-            log_event("step_failed", part="count", error=str(error))
+        count = partial(self._store.count_up, self._leadership.term, seconds=seconds)
+        self._chore("count", count)
         took = time.monotonic() - now
         self._due["count"] = now + max(_COUNT, 20 * took)
 

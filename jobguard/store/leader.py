@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from uuid import UUID
@@ -60,9 +61,11 @@ _CALL_TIMEOUT = 5.0
 _COUNTING = 30.0
 """Seconds for a count of all rows, which decides nothing."""
 _STEPS = 100
-"""Largest number of retention steps in one call, each a transaction of its own. The next call does the
-rest.
+"""Largest number of retention steps of one kind in one call, each a transaction of its own. The next call
+does the rest.
 """
+_ROTATING = 60.0
+"""Seconds after which a call begins no further retention step: its process must not look stuck."""
 
 
 class PostgresLeaderStore:
@@ -541,8 +544,9 @@ class PostgresLeaderStore:
             "keep_envelopes": keep_envelopes,
         }
         self._db.execute(self._sql["retain"], values)
+        ends = time.monotonic() + _ROTATING
         done: list[str] = []
-        while len(done) < _STEPS:
+        while len(done) < _STEPS and time.monotonic() < ends:
             step = self._db.execute(self._sql["rotate"], values, timeout=30.0)[0][0]
             if step is None:
                 break
@@ -551,15 +555,10 @@ class PostgresLeaderStore:
                 break
             done.append(step)
         self._db.execute(self._sql["forget_locks"])
-        for _ in range(_STEPS):
-            if self._db.execute(self._sql["forget_keys"])[0][0] == 0:
-                break
-        for _ in range(_STEPS):
-            if self._db.execute(self._sql["forget_effects"], values)[0][0] == 0:
-                break
-        for _ in range(_STEPS):
-            if self._db.execute(self._sql["forget_recoveries"], values)[0][0] == 0:
-                break
+        for name in ("forget_keys", "forget_effects", "forget_recoveries"):
+            for _ in range(_STEPS):
+                if time.monotonic() >= ends or not self._ask(name, retention=retention)[0][0]:
+                    break
         return done.count("dropped")
 
     def count_up(self, term: int, *, seconds: float) -> None:
