@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 from uuid import UUID
 
 import redis
@@ -82,13 +83,24 @@ class Workers:
         if now >= self._forget_at:
             self._forget_at = now + _FORGET
             self._store.forget(term, [row.id for row in self.rows if row.left or row.dead])
-            known = {row.id.hex for row in self.rows}
-            for memory in (self._claims_at_death, self._charges_at_death):
-                for id in [id for id in memory if id.hex not in known]:
-                    del memory[id]
-            self._unknown_ids = {id: at for id, at in self._unknown_ids.items() if id not in known}
+            self._forget_unlisted()
         self.polled = True
         return missed
+
+    def _forget_unlisted(self) -> None:
+        """Forget workers whose rows are deleted, and unknown ids that have a row by now."""
+        known = {row.id for row in self.rows}
+        self._gone &= known
+        memories: tuple[dict[UUID, Any], ...] = (
+            self._first_beats,
+            self._claims_at_death,
+            self._charges_at_death,
+        )
+        for memory in memories:
+            for id in memory.keys() - known:
+                del memory[id]
+        for name in self._unknown_ids.keys() & {id.hex for id in known}:
+            del self._unknown_ids[name]
 
     def _read_beats(self, present: Sequence[UUID]) -> dict[UUID, int] | None:
         if not present:
@@ -108,15 +120,18 @@ class Workers:
 
     def _record_deaths(self, now: float, claims: Mapping[UUID, int]) -> bool:
         dead = frozenset(self.judgement.dead)
-        missed = False
-        for row in self.rows:
-            if not (row.id in dead or row.dead or row.left) or row.id in self._gone:
-                continue
+        gone = [
+            row
+            for row in self.rows
+            if (row.id in dead or row.dead or row.left) and row.id not in self._gone
+        ]
+        # Ask first, because this can fail: a worker in ``_gone`` is not inspected again.
+        several = [row.id for row in gone if row.claims > 1 and not row.left]
+        if several:
+            self._charges_at_death.update(self._store.charges(self._source, several))
+        for row in gone:
             self._gone.add(row.id)
             self._claims_at_death[row.id] = row.claims
-            if row.claims > 1 and not row.left:
-                self._charges_at_death.update(self._store.charges(self._source, [row.id]))
-            missed = True
             if self.polled:  # Otherwise it was gone before this leader began, at an unknown time.
                 self.deaths.update((queue, now) for queue in row.queues)
             if row.id in dead:
@@ -128,7 +143,7 @@ class Workers:
                     pid=row.pid,
                     claims=claims.get(row.id, row.claims),
                 )
-        return missed
+        return bool(gone)
 
     def alive(self) -> list[WorkerRow]:
         """Return the workers that have neither left nor died, as far as is known."""
