@@ -454,7 +454,9 @@ class SourceMonitor:
         now = self._clock()
         if now - self._clocks_compared_at >= _COMPARE_CLOCKS:
             self._clocks_compared_at = now
-            self._clock_behind = self._store.now() - now
+            # Read our clock after the answer: a slow one must not make deliveries look younger than
+            # they are, because younger ones are trusted.
+            self._clock_behind = self._store.now() - self._clock()
         return now + self._clock_behind
 
     def _are_too_many(self, queue: str, absent: Sequence[Owed]) -> bool:
