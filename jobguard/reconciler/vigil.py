@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import redis
 
 from jobguard.errors import JobguardError
+from jobguard.log import log_event
 
 if TYPE_CHECKING:
     from jobguard.adapter import Broker
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 _EVERY = 2.0
 """Seconds between two inspections."""
+_REST = 20
+"""An inspection takes about one part in so many of the time, if it takes long."""
 
 
 @dataclass(slots=True)
@@ -65,9 +68,11 @@ class Vigil:
         now = self._clock()
         if now < self._due:
             return
-        self._due = now + _EVERY
         for watch in self._watches.values():
             self._inspect(watch)
+        # With thousands of queues this takes long; a pause of ``longest`` would end each watch.
+        pause = min(self._longest / 4, _REST * (self._clock() - now))
+        self._due = now + max(_EVERY, pause)
 
     def _inspect(self, watch: _Watch) -> None:
         now = self._clock()
@@ -75,6 +80,10 @@ class Vigil:
             unguarded = _unguarded(watch.broker.consumers())
         except (redis.RedisError, JobguardError, OSError, ValueError):
             return  # A long silence ends the watch by itself.
+        except Exception as error:  # a value that cannot be read must not delay the next election
+            part = f"vigil of {watch.row.address}"
+            log_event("step_failed", part=part, error=str(error)[:500], exc_info=True)
+            return
         if watch.began is None or now - watch.seen_at > self._longest:
             watch.began = now
         # A worker registers a moment before or after its connection has its name: one inspection
