@@ -8,7 +8,7 @@ and the push does neither.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from uuid import UUID
 
@@ -451,6 +451,7 @@ class Inspector:
         # Deliveries that have ended since the inspection are not closed: their workers have
         # reported the end.
         closed = frozenset(self._store.close_owed(term, self._source, closings))
+        buried = self._still_dead(buried, closed)
         if buried and self._settings.mode == "guard":
             self._broker.bury(buried, deadline=deadline)
             deadline = self._redis_time() + _DEADLINE
@@ -463,9 +464,10 @@ class Inspector:
                 log_event(
                     "job_not_restored", answer="not reported", error=str(error), count=len(dead)
                 )
+        tokens = [owed.token for owed in buried]
         for row in rows:
             owed, decision = row.owed, row.decision
-            if decision.action is Action.BURY:
+            if owed.token in tokens:
                 result.buried += 1
                 log_event("job_buried", job_id=owed.job_id, queue=owed.queue, reason=_why(row))
             elif (
@@ -480,6 +482,15 @@ class Inspector:
                     outcome=decision.outcome.value,
                     reason=decision.reason,
                 )
+
+    def _still_dead(self, buried: Sequence[Owed], closed: Collection[UUID]) -> list[Owed]:
+        """Leave out those that have ended in another way since the inspection, or run again."""
+        # The answer to a statement that was sent twice does not name what the first one closed.
+        others = [owed.token for owed in buried if owed.token not in closed]
+        ended = self._store.tombstones(self._source, others)
+        return [
+            owed for owed in buried if owed.token in closed or ended.get(owed.token) is Outcome.DEAD
+        ]
 
     def _with_parts(self, closings: Sequence[Closing]) -> list[Closing]:
         """Add the part of a completed job in a join, if its worker died before it reported the part."""
