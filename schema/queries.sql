@@ -844,10 +844,6 @@ set held = jsonb_set(held, array[%(key)s], jsonb_build_object('since', now(), 'r
 where namespace = %(namespace)s and term = %(term)s
 returning true
 
--- name: accept_move
-update jobguard.installation i
-set system_identifier = %(system_identifier)s, database_oid = %(database_oid)s::oid
-
 -- name: retain
 -- Store the retention that this namespace wants, and whether history keeps all envelopes; see
 -- jobguard.longest_retention and jobguard.end.

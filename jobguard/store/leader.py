@@ -144,15 +144,6 @@ class PostgresLeaderStore:
         names = ("id", "name", "system_identifier", "database_oid", "system_now", "database_now")
         return dict(zip(names, row, strict=True))
 
-    def accept_move(self) -> None:
-        """Accept the current place of this database; see LeaderStore."""
-        here = self.identity()
-        self._ask(
-            "accept_move",
-            system_identifier=here["system_now"],
-            database_oid=here["database_now"],
-        )
-
     def sources(self) -> Sequence[SourceRow]:
         """Return the sources of the namespace; see LeaderStore."""
         return [SourceRow(*row) for row in self._ask("sources", namespace=self._namespace)]

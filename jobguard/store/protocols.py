@@ -446,9 +446,6 @@ class LeaderStore(Protocol):
         The place is system_identifier and database_oid.
         """
 
-    def accept_move(self) -> None:
-        """Accept the current place of this database (after a move or an upgrade)."""
-
     def sources(self) -> Sequence[SourceRow]:
         """Return the sources of the namespace."""
 

@@ -109,10 +109,6 @@ class MemoryLeaderStore:
                 "database_now": "0",
             }
 
-    def accept_move(self) -> None:
-        with self._tables.open():
-            pass
-
     def sources(self) -> Sequence[SourceRow]:
         with self._tables.open():
             rows = self._tables.sources.values()

@@ -577,7 +577,8 @@ def test_a_server_that_refuses_its_identifier(empty_database: str, state: str) -
         lambda: empty_database, "d", uuid.uuid4(), settings_from({"connect_timeout": LONG})
     )
 
-    leader.accept_move()
+    with psycopg.connect(empty_database, autocommit=True) as connection:
+        jobguard.schema.accept_move(connection)
     known = leader.identity()
 
     assert known["system_identifier"] is known["system_now"] is None
