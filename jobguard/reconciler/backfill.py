@@ -78,7 +78,7 @@ class Backfill:
             self._queues, after=self._after, limit=self._page, mark=self._mark
         )
         found = {delivery.token: delivery for delivery in page.deliveries}
-        known = self._store.known(self._source.id, list(found)) if found else frozenset()
+        known = self._store.known(self._source.id, list(found))
         unknown = [delivery for token, delivery in found.items() if token not in known]
         recorded = len(unknown) if self._dry else self._record(unknown)
         self.counts.waiting += len(found) + page.unmarked + page.unreadable

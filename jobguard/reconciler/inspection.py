@@ -193,7 +193,7 @@ class Inspector:
     def _find_shared_ends(self, rows: Sequence[Inspected]) -> None:
         """Find ends that may belong to another job with the same id: they do not count."""
         ends = [row.owed.token for row in rows if row.seen.presence in ENDS and row.seen.by_id]
-        shared = self._store.sharing_job_id(self._source, ends) if ends else frozenset()
+        shared = self._store.sharing_job_id(self._source, ends)
         for row in rows:
             if row.owed.token in shared:
                 row.seen = Observation(Presence.ABSENT, "end of a job with the same id")
@@ -232,8 +232,7 @@ class Inspector:
             for row in rows
             if row.seen.other is not None and row.seen.other < row.owed.token
         ]
-        others = [other for _, other in older]
-        ended = self._store.tombstones(self._source, others) if others else {}
+        ended = self._store.tombstones(self._source, [other for _, other in older])
         listed, _ = (
             self._store.listed(self._source, list(ended)) if ended else (frozenset[UUID](), False)
         )
@@ -249,8 +248,8 @@ class Inspector:
 
     def _find_unrecorded(self, rows: Sequence[Inspected]) -> None:
         """Find deliveries whose place is taken by a delivery that the ledger does not know."""
-        others = [row.seen.other for row in rows if row.seen.other is not None]
-        known = self._store.known(self._source, list(set(others))) if others else frozenset()
+        others = {row.seen.other for row in rows if row.seen.other is not None}
+        known = self._store.known(self._source, list(others))
         for row in rows:
             row.replaced_by_unrecorded = row.seen.other is not None and row.seen.other not in known
 

@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, suppress
-from dataclasses import replace
 from functools import partial
 from importlib.metadata import entry_points
 from typing import Any
@@ -32,15 +31,13 @@ from jobguard.reconciler.vigil import Vigil
 from jobguard.redis_urls import parse
 from jobguard.settings import Settings
 from jobguard.store.host import PostgresStore
-from jobguard.store.leader import PostgresLeaderStore
+from jobguard.store.leader import PostgresLeaderStore, with_patience
 from jobguard.store.protocols import HostStore, LeaderStore, SourceRow
 
 Clients = Mapping[str, Callable[[], redis.Redis]]
 """Functions that make a client for each Redis, by its address."""
 
 _CLIENT_TIMEOUT = 1.0
-_CALL_TIMEOUT = 5.0
-"""Seconds of one write of reports that waited in Redis, at most."""
 _STEP = 0.1
 """Seconds between two checks of the threads of the sources."""
 _SOURCES = 1.0
@@ -375,12 +372,11 @@ class Service:
         return None
 
     def _add_monitor(self, row: SourceRow, installation: UUID) -> None:
-        adapter = self._adapter(row.library)
-        client = self._client(row)
-        if adapter is None or client is None:
+        opened = self._open(row)
+        if opened is None:
             return
-        source = Source(row.namespace, row.library, row.address, row.prefix, row.name)
-        broker = self._brokers[row.id] = adapter.broker(source, client)
+        source, client, broker = opened
+        self._brokers[row.id] = broker
 
         def monitor(store: LeaderStore) -> SourceMonitor:
             host = self._make_host_store()
@@ -419,12 +415,17 @@ class Service:
         self._vigil.look()
 
     def _broker_of(self, row: SourceRow) -> Broker | None:
-        """Return a broker with a client of its own, to read with; None: this process has no client."""
-        adapter, client = self._adapter(row.library), self._client(row)
+        opened = self._open(row)
+        return None if opened is None else opened[2]
+
+    def _open(self, row: SourceRow) -> tuple[Source, redis.Redis, Broker] | None:
+        """Return the source with a client and a broker of its own; None: this process cannot read it."""
+        adapter = self._adapter(row.library)
+        client = None if adapter is None else self._client(row)
         if adapter is None or client is None:
             return None
         source = Source(row.namespace, row.library, row.address, row.prefix, row.name)
-        return adapter.broker(source, client)
+        return source, client, adapter.broker(source, client)
 
     def _add_requests(self) -> None:
         brokers = self._brokers
@@ -541,12 +542,7 @@ class Service:
 
 def _host_store(conninfo: Callable[[], str], settings: Settings) -> HostStore:
     """Return a store that writes what host processes could not write, with the patience of a leader."""
-    patient = replace(
-        settings,
-        connect_timeout=max(2.0, settings.connect_timeout),
-        call_timeout=min(_CALL_TIMEOUT, settings.lease / 2),
-    )
-    return PostgresStore(conninfo, patient)
+    return PostgresStore(conninfo, with_patience(settings))
 
 
 def clients_from_urls(urls: Sequence[str]) -> Clients:

@@ -15,7 +15,7 @@ import re
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -50,18 +50,13 @@ from jobguard.store.wire import (
     ready,
 )
 
-__all__ = ["PLANS_SECONDS", "Connecting", "Database", "Row"]
+__all__ = ["NOT_MIGRATED", "NO_RIGHTS", "PLANS_SECONDS", "Connecting", "Database", "Row"]
 
 Parameters = Mapping[str, Any] | None
 
-_NOT_MIGRATED = {
-    "42P01",
-    "3F000",
-    "42703",
-    "42883",
-    "42704",
-}  # table, schema, column, function, type
-_NO_RIGHTS = {"42501"}
+# No such table, schema, column, function, type.
+NOT_MIGRATED = frozenset({"42P01", "3F000", "42703", "42883", "42704"})
+NO_RIGHTS = frozenset({"42501"})
 _PREPARED_LOST = {"26000", "42P05"}  # the pooler gave us another server session
 # A server refuses these because of the content or the size of a row: data, integrity, limits,
 # checks, triggers.
@@ -178,7 +173,7 @@ class Approach:
             if self.place is None:
                 if not self._left:
                     raise self._error or psycopg.OperationalError("no server is left to try")
-                share = (ends - now) / len(self._left) if self._left else 0.0
+                share = (ends - now) / len(self._left)
                 patience = _NEXT if len(self._left) > 1 else _STUCK
                 self.place = self._left.popleft()
                 self._until = now + (share if wait > 0 else patience)
@@ -233,7 +228,7 @@ class Approach:
             return self._session
         return None
 
-    def _resolved(self, place: PostgresHost, found: Iterator[str] | Any) -> None:
+    def _resolved(self, place: PostgresHost, found: Sequence[str]) -> None:
         places = [PostgresHost(place.host, place.port, address) for address in found]
         if self._last_good in places:
             places.sort(key=lambda each: each != self._last_good)
@@ -551,9 +546,9 @@ class Database:
     def _translated(error: Exception) -> JobguardError:
         state = getattr(error, "sqlstate", None) or ""
         text = str(error).strip()
-        if state in _NOT_MIGRATED:
+        if state in NOT_MIGRATED:
             return NotMigrated(f"{text} — run `jobguard migrate`")
-        if state in _NO_RIGHTS:
+        if state in NO_RIGHTS:
             return NoRights(f"{text}: {GRANT_A_ROLE}")
         if state[:2] in _ROW_CLASSES or state in _ROW_STATES:
             return BadRow(text)

@@ -11,6 +11,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 from uuid import UUID
 
@@ -74,10 +75,11 @@ class PostgresLeaderStore:
     def __init__(
         self, conninfo: Callable[[], str], namespace: str, holder: UUID, settings: Settings
     ) -> None:
+        patient = with_patience(settings)
         self._db = Database(
             conninfo,
-            connect_timeout=max(2.0, settings.connect_timeout),
-            call_timeout=min(_CALL_TIMEOUT, settings.lease / 2),
+            connect_timeout=patient.connect_timeout,
+            call_timeout=patient.call_timeout,
             pooler=settings.pooler,
             application_name="jobguard reconciler",
         )
@@ -329,17 +331,18 @@ class PostgresLeaderStore:
 
     def known(self, source: int, tokens: Sequence[UUID]) -> frozenset[UUID]:
         """Return those deliveries that are owed or ended; see LeaderStore."""
-        rows = self._ask("known", source=source, tokens=list(tokens))
-        return frozenset(token for (token,) in rows)
+        return self._chosen("known", source, tokens)
 
     def overtaken(self, source: int, tokens: Sequence[UUID]) -> frozenset[UUID]:
         """Return those after which a later delivery of the same job id began; see LeaderStore."""
-        rows = self._ask("overtaken", source=source, tokens=list(tokens))
-        return frozenset(token for (token,) in rows)
+        return self._chosen("overtaken", source, tokens)
 
     def sharing_job_id(self, source: int, tokens: Sequence[UUID]) -> frozenset[UUID]:
         """Return those that share their job id with another delivery; see LeaderStore."""
-        rows = self._ask("sharing_job_id", source=source, tokens=list(tokens))
+        return self._chosen("sharing_job_id", source, tokens)
+
+    def _chosen(self, name: str, source: int, tokens: Sequence[UUID]) -> frozenset[UUID]:
+        rows = self._ask(name, source=source, tokens=list(tokens)) if tokens else ()
         return frozenset(token for (token,) in rows)
 
     def last_outcomes(self, source: int, job_ids: Sequence[str]) -> Mapping[str, LastOutcome]:
@@ -591,6 +594,15 @@ class PostgresLeaderStore:
     def close(self) -> None:
         """Close the connection."""
         self._db.close()
+
+
+def with_patience(settings: Settings) -> Settings:
+    """Return these settings with the time limits of a leader."""
+    return replace(
+        settings,
+        connect_timeout=max(2.0, settings.connect_timeout),
+        call_timeout=min(_CALL_TIMEOUT, settings.lease / 2),
+    )
 
 
 def _owed(row: Row) -> Owed:

@@ -33,6 +33,7 @@ from jobguard.pulse import ACCEPTED
 from jobguard.schema import GRANT_A_ROLE, accept_move
 from jobguard.sealing import Encrypt, Sealer
 from jobguard.store import texts
+from jobguard.store.connection import NO_RIGHTS, NOT_MIGRATED
 from jobguard.store.protocols import Counts
 
 Row: TypeAlias = dict[str, Any]
@@ -618,9 +619,9 @@ class PostgresLedger:
     def _translated(self, error: sa.exc.DBAPIError) -> JobguardError:
         state = getattr(error.orig, "sqlstate", None) or ""
         text = (str(error.orig).strip() or "no answer").splitlines()[0]
-        if state in ("42P01", "3F000", "42703", "42883", "42704"):
+        if state in NOT_MIGRATED:
             return NotMigrated(f"{text}: run `jobguard migrate`")
-        if state == "42501":
+        if state in NO_RIGHTS:
             return NoRights(f"{text}: {GRANT_A_ROLE}")
         if state[:2] in ("22", "23"):
             hint = getattr(getattr(error.orig, "diag", None), "message_hint", None)
