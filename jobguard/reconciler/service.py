@@ -271,8 +271,8 @@ class Service:
             self._due.clear()
             self._term_watched = term
         now = time.monotonic()
-        self._store.brake(term)  # Raises if the term is over.
         if now >= self._due.get("sources", 0.0):
+            self._store.brake(term)  # Raises if the term is over.
             self._due["sources"] = now + _SOURCES
             self._find_sources()
         if self._wrong_place:
