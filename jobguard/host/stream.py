@@ -144,7 +144,7 @@ class ReportStream:
         """Return the ids and contents of the entries after this one. Raises RedisError."""
         start = b"(" + after if after else b"-"
         entries = self._redis().xrange(self._key, min=start, count=limit)
-        return [(id, fields[b"c"]) for id, fields in entries]
+        return [(id, fields.get(b"c", b"")) for id, fields in entries]
 
     @property
     def _away_key(self) -> str:
