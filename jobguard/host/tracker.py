@@ -343,9 +343,11 @@ class HostTracker:
             return None
 
         def work() -> Recorded:
-            self._beside_until = 0.0
-            with self.circuit.calling():
-                return read()
+            try:
+                with self.circuit.calling():
+                    return read()
+            finally:
+                self._beside_until = 0.0
 
         return Beside(
             Recorded(leader_live=self._led), lambda: self._recorded(deliveries, work, outbox=False)

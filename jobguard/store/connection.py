@@ -84,8 +84,6 @@ _STUCK = 5.0
 """Seconds after which an unfinished login is given up."""
 _SHORT = 0.02
 """Seconds in which an answer that is here already is read, after its deadline."""
-_SILENT = 0.25
-"""Seconds after a missed answer in which no caller waits for a new connection."""
 _NEXT = 2.0
 """The same limit when another server is left to try."""
 
@@ -288,7 +286,7 @@ class Database:
         self._connection: Session | None = None
         self._connecting: Approach | None = None
         self._flight: Flight | None = None
-        self._silent_until = 0.0
+        self._missed_at = 0.0
 
     def _after_fork(self) -> None:
         _inherited.append((self._connection, self._connecting, self._flight, self._lock))
@@ -310,6 +308,18 @@ class Database:
         finally:
             self._lock.release()
 
+    @contextmanager
+    def _turn(self) -> Iterator[float]:
+        """Hold the connection with no statement under way; give the seconds to wait for a new connection.
+
+        They are 0 if the statement of another caller missed its deadline while this one waited for its
+        turn: one outage causes one wait.
+        """
+        called = time.monotonic()
+        with self._mine():
+            self._collect()
+            yield 0.0 if self._missed_at > called else self._connect_timeout
+
     def execute(
         self,
         query: str,
@@ -330,11 +340,10 @@ class Database:
         written), BadRow, or JobguardError.
         """
         budget = self._budget(timeout, payload)
-        with self._mine():
-            self._collect()
+        with self._turn() as patience:
             try:
                 began = time.monotonic()
-                rows = self._attempt(query, parameters, budget, alone)
+                rows = self._attempt(query, parameters, budget, patience, alone)
                 if payload > _LARGE:
                     self._rate = min(_FAST, payload / (time.monotonic() - began) / 2)
                 return rows
@@ -345,7 +354,7 @@ class Database:
                     self._rate = max(_SLOW, self._rate / 4)
                 raise
             try:
-                return self._attempt(query, parameters, budget, alone)
+                return self._attempt(query, parameters, budget, self._connect_timeout, alone)
             except _Lost as lost:
                 kind = NotWritten if first.undone and lost.undone else StoreUnavailable
                 raise kind(str(lost)) from (lost.__cause__ or first)
@@ -361,9 +370,8 @@ class Database:
         statement must be safe to run twice, also after a while. Raises the same errors.
         """
         budget = self._budget(None, payload)
-        with self._mine():
-            self._collect()
-            session = self._connected()
+        with self._turn() as patience:
+            session = self._connected(patience)
             with self._translating(session):
                 exchange = session.begin(
                     query, parameters, budget=budget, prepare=self._prepare, plans=PLANS_SECONDS
@@ -406,9 +414,14 @@ class Database:
         return budget + min(payload / self._rate, _MOST_FOR_PAYLOAD)
 
     def _attempt(
-        self, query: str, parameters: Parameters, budget: float, alone: bool = False
+        self,
+        query: str,
+        parameters: Parameters,
+        budget: float,
+        patience: float,
+        alone: bool,
     ) -> list[Row]:
-        session = self._connected()
+        session = self._connected(patience)
         with self._translating(session):
             return session.call(
                 query,
@@ -427,7 +440,7 @@ class Database:
         except DeadlinePassed as error:
             # A second try would wait as long again. One outage causes one wait.
             self._drop(elsewhere=True)
-            self._silent_until = time.monotonic() + _SILENT
+            self._missed_at = time.monotonic()
             raise StoreUnavailable("Postgres did not answer in time") from error
         except UnicodeError as error:  # PostgreSQL refuses one half of a surrogate pair
             raise BadRow(str(error)) from error
@@ -454,15 +467,11 @@ class Database:
                 raise _Lost(str(error), undone=True) from error
             raise self._translated(error) from error
 
-    def _connected(self) -> Session:
+    def _connected(self, patience: float) -> Session:
         if self._connection is not None and self._connection.usable:
             return self._connection
         self._drop()
-        # Another caller has just waited for an answer: a wait for a connection would be a second one.
-        silent = time.monotonic() < self._silent_until
-        if not self.probe(wait=0.0 if silent else self._connect_timeout):
-            if silent:
-                raise NotWritten("Postgres did not answer a moment ago")
+        if not self.probe(wait=patience):
             late = self._connecting.late if self._connecting is not None else ""
             self._abandon_connecting()
             raise NotWritten(late or "Postgres did not accept a connection in time")
