@@ -395,6 +395,10 @@ DROPPED_BY_LIVE_WORKER = UUID(int=0).hex
 worker does not put the delivery back. If the worker runs the delivery after all, it asks for a claim."""
 
 
+RAN_BEFORE_RECORD = 1.0
+"""Seconds by which a delivery may end before its record: a single job is pushed beside its record."""
+
+
 @dataclass(frozen=True, slots=True)
 class Observation:
     """The result of an inspection of one delivery in Redis."""

@@ -669,7 +669,7 @@ where j.source + 0 = %(source)s and j.token = any (%(tokens)b::uuid[])
 
 -- name: sharing_job_id
 -- Return those for which a result that is kept by job id may belong to another delivery: another delivery of
--- the same job id is owed too, or has ended since.
+-- the same job id is owed too, or has ended since. A delivery may end "early" seconds before its record.
 select j.token from jobguard.jobs j
 where j.source + 0 = %(source)s and j.token = any (%(tokens)b::uuid[])
   and (exists (
@@ -678,7 +678,8 @@ where j.source + 0 = %(source)s and j.token = any (%(tokens)b::uuid[])
     or exists (
          select from jobguard.history h
          where h.source + 0 = j.source and h.job_id = j.job_id and h.token <> j.token
-           and h.outcome <> 'superseded' and h.ended_at > j.recorded_at))
+           and h.outcome <> 'superseded'
+           and h.ended_at > j.recorded_at - make_interval(secs => %(early)s)))
 
 -- name: last_outcomes
 -- Return for each job id whether it is owed, and its last outcome. A superseded delivery is no outcome.

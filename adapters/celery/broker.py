@@ -33,6 +33,7 @@ from jobguard.client_list import Consumers
 from jobguard.clients import own_client
 from jobguard.members import nothing
 from jobguard.model import (
+    RAN_BEFORE_RECORD,
     Backlog,
     Delivery,
     Observation,
@@ -60,8 +61,6 @@ _USABLE = 5.0
 """Seconds for which a scan is proof enough to restore the deliveries that it did not see."""
 _KEEP_FAILURE = 86_400
 """Seconds: as long as Celery keeps a result by default."""
-_BESIDE = 1.0
-"""Seconds for which a task may have ended before its record, because it was pushed beside it."""
 _TIMEOUT = 1.0
 _LONG_AGO = 3_600.0
 """Seconds after which a failure that an unguarded worker may have stored is believed."""
@@ -303,7 +302,7 @@ class CeleryBroker:
     def _ends(self, absent: Sequence[Owed]) -> dict[UUID, Observation]:
         """Return the ends that stored results show, without results of an earlier life of the same id."""
         now = time.time()
-        since = {owed.job_id: now - owed.age - _BESIDE for owed in absent}
+        since = {owed.job_id: now - owed.age - RAN_BEFORE_RECORD for owed in absent}
         ends: dict[str, Presence] = {}
         for results in self._workers.results() if absent else ():
             ends.update(ends_of(self._in(results), results, since))

@@ -18,6 +18,7 @@ from uuid import UUID
 from jobguard.errors import BadRow, KeysUnavailable, NotLeading, NotWritten, Unsealable
 from jobguard.log import log_event
 from jobguard.model import (
+    RAN_BEFORE_RECORD,
     Cause,
     Delivery,
     EndedPart,
@@ -339,10 +340,12 @@ class PostgresLeaderStore:
 
     def sharing_job_id(self, source: int, tokens: Sequence[UUID]) -> frozenset[UUID]:
         """Return those that share their job id with another delivery; see LeaderStore."""
-        return self._chosen("sharing_job_id", source, tokens)
+        return self._chosen("sharing_job_id", source, tokens, early=RAN_BEFORE_RECORD)
 
-    def _chosen(self, name: str, source: int, tokens: Sequence[UUID]) -> frozenset[UUID]:
-        rows = self._ask(name, source=source, tokens=list(tokens)) if tokens else ()
+    def _chosen(
+        self, name: str, source: int, tokens: Sequence[UUID], **more: float
+    ) -> frozenset[UUID]:
+        rows = self._ask(name, source=source, tokens=list(tokens), **more) if tokens else ()
         return frozenset(token for (token,) in rows)
 
     def last_outcomes(self, source: int, job_ids: Sequence[str]) -> Mapping[str, LastOutcome]:

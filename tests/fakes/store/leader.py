@@ -13,6 +13,7 @@ from uuid import UUID, uuid4
 
 from jobguard.errors import ConfigurationError, NotLeading
 from jobguard.model import (
+    RAN_BEFORE_RECORD,
     Cause,
     Delivery,
     LastOutcome,
@@ -438,7 +439,7 @@ class MemoryLeaderStore:
                     and owner == source
                     and token != key[1]
                     and stone.outcome is not Outcome.SUPERSEDED
-                    and stone.ended_at > job.recorded_at
+                    and stone.ended_at > job.recorded_at - RAN_BEFORE_RECORD
                     for (owner, token), stone in tables.history.items()
                 )
                 if ended or tables.of_job(source, [id]) != [key]:
