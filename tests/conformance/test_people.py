@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 
 import psycopg
@@ -15,7 +16,7 @@ import pytest
 import jobguard
 from jobguard.guard import JobGuard
 from jobguard.model import Outcome
-from jobguard.operations.act import Operations
+from jobguard.operations.act import REPLAYED, Operations
 from jobguard.operations.brokers import Brokers
 from jobguard.operations.job import read_job
 from jobguard.operations.read import JobFilter
@@ -169,9 +170,10 @@ def test_completed_jobs_of_a_window_run_again(
         found = ended_now(people)
         assert [row["kept"] for row in found] == [False, True, True]
         kept = [row for row in found if row["kept"]]
-        assert people.replay(HERE, kept, "again") == (2, [])
+        again = partial(people.send_again, HERE, kept, "replay", "again", outcomes=REPLAYED)
+        assert again() == (2, [])
         assert not [row for row in ended_now(people) if row["kept"]]
-        assert people.replay(HERE, kept, "again")[0] == 0
+        assert again()[0] == 0
         eventually(lambda: guard.reconcile() and sorted(library.waiting()) == sorted(jobs))
         library.work()
         assert library.said() == ["before", "one", "two", "one", "two"]
