@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import sys
 import uuid
 from contextlib import ExitStack
 from pathlib import Path
@@ -108,6 +109,15 @@ def own_log() -> None:
     """Reset the log, so that events of an earlier test neither suppress nor add lines in this test."""
     log._undelivered.clear()
     LINE_BOUNDS.reset()
+
+
+@pytest.fixture(autouse=True)
+def own_dramatiq_encoder() -> Iterator[None]:
+    """Set Dramatiq's own encoder after a test: a source of another encoder renders no message of SQL."""
+    yield
+    if "dramatiq" in sys.modules:
+        dramatiq = sys.modules["dramatiq"]
+        dramatiq.set_encoder(dramatiq.JSONEncoder())
 
 
 @pytest.fixture(scope="session")

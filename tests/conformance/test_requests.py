@@ -60,16 +60,11 @@ class Sql:
 
 
 @pytest.fixture
-def json_messages(library: Library) -> Iterator[None]:
+def json_messages(library: Library) -> None:
     """Let Dramatiq write JSON; the suite has another encoder, whose messages cannot be rendered."""
-    if library.adapter.library != "dramatiq":
-        yield
-        return
-    dramatiq = importlib.import_module("dramatiq")
-    before = dramatiq.get_encoder()
-    dramatiq.set_encoder(dramatiq.JSONEncoder())
-    yield
-    dramatiq.set_encoder(before)
+    if library.adapter.library == "dramatiq":
+        dramatiq = importlib.import_module("dramatiq")
+        dramatiq.set_encoder(dramatiq.JSONEncoder())
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ from typing import Any
 import dramatiq
 import pytest
 import redis
-from dramatiq.encoder import JSONEncoder
 
 import jobguard
 from jobguard.adapter import Source
@@ -19,12 +18,6 @@ from jobguard.guard import JobGuard
 from tests.conformance.words import BRISK, Leader, Records, environ
 from tests.integration.dramatiq.stage import LEDGER, Stage, a_broker, program
 from tests.support import eventually
-
-
-@pytest.fixture(autouse=True)
-def encoder() -> None:
-    """Set the JSON encoder, because other tests may have set another one."""
-    dramatiq.set_encoder(JSONEncoder())
 
 
 @pytest.fixture(autouse=True)
