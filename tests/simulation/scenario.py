@@ -303,7 +303,9 @@ class _Scenario:
         )
         tables = self.site.ledger._tables
         most = max(Counter(run.job_id for run in self.truth.runs).values(), default=0)
-        return most > _MOST_RUNS or (sent and not running and not tables.jobs)
+        # The record of an accepted job may still wait in the stream: then no table has the job.
+        ended = self.truth.accepted <= {stone.job_id for stone in tables.history.values()}
+        return most > _MOST_RUNS or (sent and ended and not running and not tables.jobs)
 
     def _superseded(self, run: Run) -> bool:
         return (self.site.source.id, run.token) in self.site.ledger._tables.history
