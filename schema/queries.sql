@@ -444,11 +444,13 @@ select array(select unnest(l.claims) from live l intersect select unnest(%(token
        exists (select from live l where l.unflushed_since is not null)
 
 -- name: declare_dead
+-- The row keeps the claims of that moment: they may have caused the death; see "restores".
 with lease as (
   select from jobguard.leader where namespace = %(namespace)s and term = %(term)s for share
 ), declared as (
-  update jobguard.workers w set dead_at = now() from lease
-  where w.id = any (%(workers)b::uuid[]) and w.dead_at is null
+  update jobguard.workers w
+  set dead_at = now(), claims = array(select r.token from jobguard.running r where r.worker = w.id)
+  from lease where w.id = any (%(workers)b::uuid[]) and w.dead_at is null
   returning w.id
 )
 select d.id, (select count(*) from jobguard.running r where r.worker = d.id)
@@ -728,11 +730,18 @@ with lease as (
 select true from lease
 
 -- name: restores
--- Return how often each delivery itself was restored. A new delivery continues the count of the one that it
--- supersedes, so the count of that one is subtracted.
-select j.token, j.recoveries - coalesce(
-         (select max(h.recoveries) from jobguard.history h
-          where h.source = j.source and h.job_id = j.job_id and h.next = j.token), 0)
+-- Return how often each delivery itself was restored, without a death that explains why it is absent again. A
+-- new delivery continues the count of the one that it supersedes, so the count of that one is subtracted. A
+-- death explains it if the worker ran a job: then it may have had this delivery beside it, without a claim.
+select j.token, j.recoveries
+  - coalesce((select max(h.recoveries) from jobguard.history h
+              where h.source = j.source and h.job_id = j.job_id and h.next = j.token), 0)
+  - (select count(*)
+     from (select r.restored_at, lead(r.restored_at, 1, now()) over (order by r.restored_at) as absent_at
+           from jobguard.recoveries r where r.source = j.source and r.token = j.token) r
+     where exists (select from jobguard.workers w
+                   where w.source = j.source and j.queue = any (w.queues) and w.claims <> '{}'
+                     and w.dead_at > r.restored_at and w.beat_at < r.absent_at))
 from jobguard.jobs j
 where j.source + 0 = %(source)s and j.token = any (%(tokens)b::uuid[])
 

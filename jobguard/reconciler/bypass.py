@@ -7,7 +7,10 @@ without a claim is held, and an incident names its queue and task. A person deci
 requeue`` or ``guard.cancel``.
 
 The bound does not apply to a delivery whose absence has a known cause: Redis lost data, or a dead
-worker had taken it.
+worker had taken it. A restore is not counted if after it a worker of the queue died that ran a job:
+the delivery may have waited in that worker for its claim, above all while a job ran alone that had
+killed a worker before. The crash budgets of the jobs that ran bound the number of such deaths. The
+death of a worker that ran no job explains nothing: the delivery itself may have caused it.
 """
 
 from __future__ import annotations

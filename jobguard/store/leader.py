@@ -405,7 +405,7 @@ class PostgresLeaderStore:
         self._led(self._write("restored", term, source=source, tokens=list(tokens), causes=why))
 
     def restores(self, source: int, tokens: Sequence[UUID]) -> Mapping[UUID, int]:
-        """Return how often each of these deliveries itself was restored; see LeaderStore."""
+        """Return how often each of these was restored and no death explains it; see LeaderStore."""
         rows = self._ask("restores", source=source, tokens=list(tokens)) if tokens else []
         return {token: int(count) for token, count in rows}
 

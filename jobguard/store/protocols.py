@@ -575,7 +575,10 @@ class LeaderStore(Protocol):
         """Store that these were restored, and why: count it, and delete their suspicion."""
 
     def restores(self, source: int, tokens: Sequence[UUID]) -> Mapping[UUID, int]:
-        """Return how often each of these owed deliveries was restored, without those it superseded."""
+        """Return how often each of these owed deliveries was restored, without those it superseded.
+
+        A restore is not counted if after it a worker of the queue died that had claims.
+        """
 
     def void(self, term: int, source: int, voids: Sequence[Void]) -> Sequence[UUID]:
         """Remove these claims if they still have that number, and make suspects with the cause worker."""

@@ -192,3 +192,41 @@ def test_a_void_begins_a_new_suspicion(ledger: Contract) -> None:
     ledger.leader.void(term, SOURCE, [Void(it.token, claim.number, charge=True, backoff=0)])
     row = ledger.watched()[it.token]
     assert (row.suspected, row.suspected_mark) == (Cause.WORKER, "")
+
+
+def test_a_restore_that_a_death_explains_is_not_counted(ledger: Contract) -> None:
+    """After a restore a worker of the queue died that ran a job: it may have had the delivery beside it."""
+    term, waits = ledger.elected(), ledger.recorded("waits")
+
+    def restore() -> None:
+        ledger.leader.restored(term, SOURCE, [waits.token], causes={waits.token: Cause.WORKER})
+        ledger.advance(1)
+
+    def die(queue: str, *, runs: bool = True) -> None:
+        worker = ledger.worker()
+        beside = ledger.recorded(str(uuid4()), queue=queue).token
+        worker.beat(queues=(queue,), claims={waits.token, beside})
+        claim = worker.start(beside) if runs else None
+        ledger.advance(1)
+        ledger.leader.declare_dead(term, [worker.id])
+        if claim is not None:
+            ledger.leader.void(term, SOURCE, [Void(beside, claim.number, charge=True, backoff=0)])
+        ledger.advance(1)
+
+    def counted() -> int:
+        return ledger.leader.restores(SOURCE, [waits.token])[waits.token]
+
+    die("default")
+    restore()
+    assert counted() == 1, "the worker died before the restore"
+    die("other")
+    die("default", runs=False)
+    assert counted() == 1, "the delivery itself may have caused the death"
+    restore()
+    assert counted() == 2
+    die("default")
+    assert counted() == 1
+    die("default")
+    restore()
+    assert counted() == 2, "one restore is explained, by two deaths"
+    assert ledger.owed()[waits.token].recoveries == 3

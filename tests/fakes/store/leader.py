@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from uuid import UUID, uuid4
 
 from jobguard.errors import ConfigurationError, NotLeading
@@ -206,13 +206,14 @@ class MemoryLeaderStore:
 
     def declare_dead(self, term: int, workers: Sequence[UUID]) -> Mapping[UUID, int]:
         with self._leading(term) as now:
-            claims = Counter(run.worker for run in self._tables.running.values())
             declared = {}
             for worker in workers:
                 row = self._tables.workers.get(worker)
                 if row is not None and row.dead_at is None:
                     row.dead_at = now
-                    declared[worker] = claims[worker]
+                    running = self._tables.running.items()
+                    row.claims = frozenset(key[1] for key, run in running if run.worker == worker)
+                    declared[worker] = len(row.claims)
             return declared
 
     def forget(self, term: int, workers: Sequence[UUID]) -> None:
@@ -496,9 +497,11 @@ class MemoryLeaderStore:
         *,
         causes: Mapping[UUID, Cause] | None = None,
     ) -> None:
-        with self._leading(term):
+        with self._leading(term) as now:
             for key in self._tables.owed(source, tokens):
                 self._tables.jobs[key].recoveries += 1
+                if causes and key[1] in causes:
+                    self._tables.recoveries.setdefault(key, []).append(now)
                 self._tables.jobs[key].not_before = None
                 self._tables.clear_marks(key)
 
@@ -510,8 +513,26 @@ class MemoryLeaderStore:
                 before = (
                     s.recoveries for (of, _), s in stones if of == source and s.next == key[1]
                 )
-                found[key[1]] = self._tables.jobs[key].recoveries - max(before, default=0)
+                count = self._tables.jobs[key].recoveries - max(before, default=0)
+                found[key[1]] = count - self._followed_by_deaths(key)
             return found
+
+    def _followed_by_deaths(self, key: Key) -> int:
+        """Return after how many restores of this delivery a worker of its queue died that had claims."""
+        queue = self._tables.jobs[key].delivery.queue
+        dead = [
+            (row.beat_at, row.dead_at)
+            for row in self._tables.workers.values()
+            if row.dead_at is not None
+            and row.claims
+            and row.source == key[0]
+            and queue in row.beat.queues
+        ]
+        restored = self._tables.recoveries.get(key, [])
+        return sum(
+            any(died > since and beat < absent for beat, died in dead)
+            for since, absent in pairwise([*restored, self._tables.clock()])
+        )
 
     def void(self, term: int, source: int, voids: Sequence[Void]) -> Sequence[UUID]:
         with self._leading(term) as now:

@@ -175,6 +175,8 @@ class Tables:
         self.history: dict[Key, Tombstone] = {}
         self.workers: dict[UUID, Worker] = {}
         self.suspects: dict[Key, Suspect] = {}
+        self.recoveries: dict[Key, list[float]] = {}
+        """When each delivery was restored because it was lost."""
         self.locks: dict[tuple[int, str], tuple[Key, int]] = {}  # by name: the claim and its number
         self.keys: dict[tuple[int, str], tuple[UUID, float]] = {}
         """The delivery that took a key last, and until when the key is throttled."""

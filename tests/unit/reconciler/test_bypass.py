@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.fakes.world import SOURCE, calm, events
+from tests.fakes.world import SOURCE, World, calm, events, running
 
 
 def test_a_job_that_is_taken_again_and_again_is_held(caplog: pytest.LogCaptureFixture) -> None:
@@ -40,3 +40,24 @@ def test_a_waiting_job_may_be_lost_with_redis_however_often() -> None:
         world.run(20)
         world.flushall()
         world.run_until(lambda n=n: world.broker.pushed == ["job"] * n, within=20)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(("runs", "restores"), [(True, 5), (False, 2)])
+def test_a_job_that_waited_in_workers_that_died(*, runs: bool, restores: int) -> None:
+    """A job beside others that kill their workers is restored each time; one that was alone is held."""
+    world = calm()
+    world.enqueue("waits")
+    for n in range(1, 6):
+        worker = world.worker(f"crowded-{n}")
+        if runs:
+            running(world, worker, f"killer-{n}")
+        world.broker.bodies.pop("waits", None)  # acknowledged, and not claimed yet
+        worker.kill()
+        world.new_leader()  # it knows nothing of earlier deaths
+        world.run(200)
+        assert restored(world) == min(n, restores)
+
+
+def restored(world: World) -> int:
+    """Return how often the job that waits was pushed again."""
+    return world.broker.pushed.count("waits")
