@@ -13,8 +13,9 @@ The detailed rules:
 
 - If no unguarded consumer was ever seen, and the consumers can be counted, a queue is clean from
   the first inspection, with or without a guarded worker.
-- A time without a leader is a gap. After a gap of more than some seconds a trusted queue is trusted
-  for deliveries that are recorded from then on, and the older deliveries are checked as above.
+- A time without a leader is a gap, unless it is as short as the time between two inspections: an
+  unguarded worker may have started, run jobs and stopped. After a gap a trusted queue is trusted for
+  deliveries that are recorded from then on, and the older deliveries are checked as above.
 - A gap does not matter for data that Redis itself lost: a delivery that is absent after a confirmed
   loss is restored if no unguarded consumer was ever seen, or if the gap was no longer than a change
   of leaders.
@@ -34,8 +35,9 @@ _QUIET = 30.0
 _QUIET_AFTER_LOSS = 600.0
 """Seconds after Redis lost its registry of workers, in which an unguarded worker could be unseen:
 RQ registers a worker only at its start, and the entry would have lived this long."""
-_GAP = 5.0
-"""Seconds without a leader after which the older deliveries are checked again."""
+_GAP = 3.0
+"""Seconds without an inspection after which a new leader checks the older deliveries again: a leader
+inspects the consumers every two seconds, and begins within one after an orderly change."""
 
 
 @dataclass(slots=True)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import pytest
+
 from jobguard.reconciler.trust import Trust
 from jobguard.store.protocols import QueueRow
 
@@ -115,13 +117,14 @@ def test_after_an_unguarded_worker_a_guarded_one_must_be_seen() -> None:
 # -- gaps ------------------------------------------------------------------------------------------
 
 
-def test_after_a_gap_the_backlog_is_checked_again() -> None:
+@pytest.mark.parametrize("away", [2.0, 60.0])
+def test_after_a_gap_the_backlog_is_checked_again(away: float) -> None:
     """After a gap the older deliveries are checked again, because a rollback may have run them."""
     stage = Stage()
     stage.poll()
     before = stage.now
 
-    stage.replace_leader(after=60)
+    stage.replace_leader(after=away)
     stage.poll(check_backlog=False)
 
     assert stage.trust.backlogs_to_check() == ["mail"]
