@@ -142,7 +142,7 @@ class Watcher:
             self._told.add(row["id"])
             if first and not older:
                 yield self._notice("incident", f"incident-{row['id']}", what, detail)
-            # An earlier leader may have told of an older one: its end is ours.
+            # An earlier leader may have reported an older incident: this one reports its end.
             if row["closed_at"] is None:
                 self._open.add(row["id"])
             elif row["id"] in self._open or (first and older and row["closed_at"] >= self._since):
