@@ -35,11 +35,11 @@ class Worker:
 
 
 WORKERS = (
-    Worker("rq", "RQ Worker", 250, 150),
-    Worker("rq-simple", "RQ SimpleWorker", 500, 200),
-    Worker("celery-prefork", "Celery prefork, 4", 1500, 800),
-    Worker("celery-threads", "Celery threads, 8", 1500, 1200),
-    Worker("dramatiq", "Dramatiq, 8 threads", 2500, 1500),
+    Worker("rq", "RQ Worker", 500, 200),
+    Worker("rq-simple", "RQ SimpleWorker", 2000, 500),
+    Worker("celery-prefork", "Celery prefork, 4", 4000, 1500),
+    Worker("celery-threads", "Celery threads, 8", 4000, 2500),
+    Worker("dramatiq", "Dramatiq, 8 threads", 8000, 3000),
 )
 
 

@@ -46,8 +46,9 @@ def tracker_for_queue(queue: Queue) -> Tracker | None:
         return None
     with contain_errors("find the tracker of a queue", queue=queue.name):
         prefix = prefix_for(queue, queue.job_class)
-        tracker = _find(known, queue.connection, prefix)
-        return tracker if tracker is not None and tracker.guards(queue.name) else None
+        return next(
+            (one for one in _with(known, queue.connection, prefix) if one.guards(queue.name)), None
+        )
     return None
 
 
@@ -81,19 +82,35 @@ def tracker_for_registry(registry: Any) -> Tracker | None:
 
 
 def tracker_for(worker: Any) -> Tracker | None:
-    """Return the tracker of a worker's Redis; create it from the environment if there is none."""
+    """Return the tracker of a worker's Redis; create it from the environment if there is none.
+
+    Each namespace has a tracker. A worker reports to the one that guards the most of its queues.
+    """
     with contain_errors("find the tracker of a worker", worker=worker.name):
         prefix = prefix_for(worker.queue_class, worker.job_class)
-        found = _find(trackers(), worker.connection, prefix)
-        return found if found is not None else tracker_for_worker(worker.connection)
+        found = _with(trackers(), worker.connection, prefix)
+        if not found:
+            return tracker_for_worker(worker.connection)
+        return max(found, key=lambda one: sum(map(one.guards, worker.queue_names())))
     return None
+
+
+def guarded_elsewhere(worker: Any, tracker: Tracker) -> list[str]:
+    """Return the queues of a worker that another namespace guards, and not this tracker."""
+    prefix = prefix_for(worker.queue_class, worker.job_class)
+    others = [one for one in _with(trackers(), worker.connection, prefix) if one is not tracker]
+    return [
+        name
+        for name in worker.queue_names()
+        if not tracker.guards(name) and any(one.guards(name) for one in others)
+    ]
 
 
 def tracker_for_program(connection: Any) -> Tracker | None:
     """Return the tracker of an RQ program that enqueues; create it from the environment if needed."""
     with contain_errors("find the tracker of a program"):
-        found = _find(trackers(), connection, prefix_for(Queue, Job))
-        return found if found is not None else tracker_for_worker(connection)
+        found = _with(trackers(), connection, prefix_for(Queue, Job))
+        return found[0] if found else tracker_for_worker(connection)
     return None
 
 
@@ -112,11 +129,8 @@ def _known(connection: redis.Redis) -> Any:
     return known
 
 
-def _find(known: Any, connection: redis.Redis, prefix: str) -> Tracker | None:
-    for tracker in _at(known, connection):
-        if tracker.source.prefix == prefix:
-            return tracker
-    return None
+def _with(known: Any, connection: redis.Redis, prefix: str) -> list[Tracker]:
+    return [one for one in _at(known, connection) if one.source.prefix == prefix]
 
 
 def _at(known: Any, connection: redis.Redis) -> list[Tracker]:

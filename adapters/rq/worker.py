@@ -34,7 +34,7 @@ from jobguard.adapters.rq.dead_jobs import (
 from jobguard.adapters.rq.envelope import Mode
 from jobguard.adapters.rq.killed_runs import forget_orders, is_left_to_the_leader, was_ordered
 from jobguard.adapters.rq.layout import FIELD, SPENT
-from jobguard.adapters.rq.lookup import tracker_for, tracker_for_job
+from jobguard.adapters.rq.lookup import guarded_elsewhere, tracker_for, tracker_for_job
 from jobguard.adapters.rq.message import (
     BROKER_DOWN,
     attempt_of,
@@ -452,6 +452,14 @@ def _log_whether_guarded(worker: Any, session: Session | None) -> None:
     else:
         source, names = tracker.source, ", ".join(queues)
         worker.log.info("Worker %s: guarded by jobguard: %s of %s", worker.name, names, source)
+        with contain_errors("compare namespaces", worker=worker.name):
+            if others := guarded_elsewhere(worker, tracker):
+                worker.log.warning(
+                    "Worker %s: not guarded here, because another namespace guards them: %s. Start one "
+                    "worker for each namespace",
+                    worker.name,
+                    ", ".join(others),
+                )
 
 
 def _inherit(worker: Any, job: Job, queue: Queue) -> Run | None:

@@ -32,16 +32,18 @@ class Host:
         *,
         client: redis.Redis | None = None,
         conf: Mapping[str, Any] | None = None,
+        queue: str = QUEUE,
     ) -> None:
         """Create the application; ``client`` (``conf`` for Celery) has options that a URL cannot have."""
         self.client = client or redis.Redis.from_url(url)
         self._library = library
+        self._queue = queue
         self.target: Any
         if library == "rq":
-            self.target = Queue(QUEUE, connection=self.client)
+            self.target = Queue(queue, connection=self.client)
         elif library == "celery":
             self.target = celery.Celery("app", broker=url, set_as_current=False)
-            self.target.conf.update(task_default_queue=QUEUE, **(conf or {}))
+            self.target.conf.update(task_default_queue=queue, **(conf or {}))
         else:
             by: dict[str, Any] = {"client": client} if client else {"url": url}
             self.target = cast(Any, RedisBroker)(**by)
@@ -52,7 +54,7 @@ class Host:
         guard = stack.enter_context(jobguard.guard(self.target, **given))
         assert guard.inert is None
         assert guard._tracker is not None
-        session = guard._tracker.open_session(name=f"worker {id(self)}", queues=[QUEUE])
+        session = guard._tracker.open_session(name=f"worker {id(self)}", queues=[self._queue])
         stack.callback(session.close)
         stack.callback(self.client.close)
         return guard
@@ -64,14 +66,15 @@ class Host:
         elif self._library == "celery":
             job_id = self.target.send_task("app.task", args=["x"]).id
         else:
-            message: Message[Any] = Message(QUEUE, "actor", ("x",), {}, {})
-            self.target.declare_queue(QUEUE)
+            message: Message[Any] = Message(self._queue, "actor", ("x",), {}, {})
+            self.target.declare_queue(self._queue)
             job_id = self.target.enqueue(message).message_id
         return job_id
 
     def waiting(self) -> int:
         """Return the number of waiting jobs."""
-        key = {"rq": f"rq:queue:{QUEUE}", "celery": QUEUE, "dramatiq": f"dramatiq:{QUEUE}"}
+        queue = self._queue
+        key = {"rq": f"rq:queue:{queue}", "celery": queue, "dramatiq": f"dramatiq:{queue}"}
         return int(self.client.llen(key[self._library]))
 
 

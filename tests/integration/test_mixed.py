@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import redis
+from rq import SimpleWorker
 
 import jobguard
 from jobguard.demo.servers import RedisServer
@@ -128,6 +130,38 @@ def test_two_namespaces_on_one_redis_and_one_library(
     other.send()
     one.client.flushdb()
     eventually(lambda: all_waiting(one, other) == [1, 1], 30)
+
+
+@pytest.mark.parametrize("library", ["celery", "dramatiq", "rq"])
+def test_two_namespaces_of_one_process_on_one_redis(
+    library: str, redis_url: str, database: str, stack: ExitStack
+) -> None:
+    """Two namespaces guard different queues of one Redis: each records the jobs of its own queue."""
+    one, other = Host(library, redis_url), Host(library, redis_url, queue="bulk")
+    one.guard(stack, database, namespace="one")
+    other.guard(stack, database, namespace="other")
+    sent = {"one": one.send(), "other": other.send()}
+    found = rows(
+        database,
+        "select s.namespace, j.job_id from jobguard.jobs j join jobguard.sources s on s.id = j.source",
+    )
+    assert dict(found) == sent and len(found) == 2
+
+
+def test_an_rq_worker_of_two_namespaces_names_the_queues_that_it_does_not_guard(
+    redis_url: str, database: str, stack: ExitStack, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It reports to the namespace of most of its queues, and says which queues are of another one."""
+    hosts = [Host("rq", redis_url, queue=name) for name in ("mail", "bulk", "press")]
+    for host, namespace in zip(hosts, ("one", "other", "other"), strict=True):
+        host.guard(stack, database, namespace=namespace)
+    worker: Any = SimpleWorker([host.target for host in hosts], connection=hosts[0].client)
+    with caplog.at_level("INFO", logger="rq"):
+        worker.register_birth()
+    worker.register_death()
+    text = "\n".join(record.getMessage() for record in caplog.records)
+    assert "guarded by jobguard: bulk, press of rq at" in text
+    assert "another namespace guards them: mail." in text
 
 
 def test_two_redis_servers_and_one_reconciler(
