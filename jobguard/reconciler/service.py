@@ -392,6 +392,7 @@ class Service:
                 drain=StreamDrain(stream, host, source),
                 host=host,
                 vouches=lambda gap: self._vigil.vouches(row.id, gap),
+                saw=lambda consumers: self._vigil.saw(row, consumers),
             )
 
         self._rows[row.id] = row

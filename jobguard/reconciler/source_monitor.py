@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from uuid import UUID
@@ -94,13 +94,16 @@ class SourceMonitor:
         drain: StreamDrain | None = None,
         host: HostStore | None = None,
         vouches: Callable[[float], bool] = lambda _gap: False,
+        saw: Callable[[Mapping[str, frozenset[str]]], None] = lambda _consumers: None,
     ) -> None:
         """Create the monitor.
 
         ``vouches``: whether no unguarded consumer was there in a gap of so many seconds that ends now.
+        ``saw``: called with the consumers of each inspection.
         ``drain``: writes what processes left in Redis while Postgres was away. ``host``: records
         what waits in Redis without a record.
         """
+        self._saw = saw
         self._drain = drain
         self._host = host
         self._drained = drain is None
@@ -352,6 +355,7 @@ class SourceMonitor:
             age = lost_since(self._client)
             self._lost_at = None if age is None else now - age
         consumers = self._broker.consumers()
+        self._saw(consumers)
         uncounted = str(getattr(consumers, "uncounted", ""))
         proved: frozenset[str] = getattr(consumers, "proved", frozenset())
         guarded = {queue: names | proved for queue, names in self._workers.names().items()}

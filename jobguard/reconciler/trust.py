@@ -35,7 +35,7 @@ _QUIET = 30.0
 _QUIET_AFTER_LOSS = 600.0
 """Seconds after Redis lost its registry of workers, in which an unguarded worker could be unseen:
 RQ registers a worker only at its start, and the entry would have lived this long."""
-_GAP = 3.0
+GAP = 3.0
 """Seconds without an inspection after which a new leader checks the older deliveries again: a leader
 inspects the consumers every two seconds, and begins within one after an orderly change."""
 
@@ -152,7 +152,7 @@ class Trust:
         if self.watched_until is None:
             return False
         self._long_gap = now - self.watched_until > self.change_of_leaders
-        return now - self.watched_until > _GAP
+        return now - self.watched_until > GAP
 
     def _clean(self, row: QueueRow, now: float) -> QueueRow:
         """Set the time from which the queue surely has no unguarded consumer."""

@@ -1,12 +1,13 @@
-"""Watch the consumers of each source in Redis while this process does not lead.
+"""Keep watch over the consumers of each source in Redis, also while this process does not lead.
 
 A time in which nobody led is a time for which nobody can say that no unguarded worker ran a job. An
 outage of Postgres is such a time for the ledger, but Redis answered, and this process saw its
-consumers: whoever leads next, after its own watch, need not distrust the jobs of that time.
+consumers: if it leads next, it need not distrust the jobs of that time.
 
 The proof needs Redis alone. Workers that started meanwhile are not in the ledger yet, and show by
 their connections that they are guarded (Consumers.proved). Where connections cannot be counted,
-there is no proof.
+there is no proof. While this process leads, its monitors report what they see (``saw``), so that the
+watch of a process that loses the lease has no hole.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import redis
 
 from jobguard.errors import JobguardError
 from jobguard.log import log_event
+from jobguard.reconciler.trust import GAP
 
 if TYPE_CHECKING:
     from jobguard.adapter import Broker
@@ -63,6 +65,12 @@ class Vigil:
             if row.id not in self._watches and (broker := self._broker(row)) is not None:
                 self._watches[row.id] = _Watch(row, broker)
 
+    def saw(self, row: SourceRow, consumers: Mapping[str, frozenset[str]]) -> None:
+        """Record what a monitor of this process saw in an inspection of its own."""
+        self.watch([row])
+        if watch := self._watches.get(row.id):
+            self._record(watch, self._clock(), consumers)
+
     def look(self) -> None:
         """Inspect the consumers of each source, if it is time. Raises nothing."""
         now = self._clock()
@@ -77,13 +85,17 @@ class Vigil:
     def _inspect(self, watch: _Watch) -> None:
         now = self._clock()
         try:
-            unguarded = _unguarded(watch.broker.consumers())
+            consumers = watch.broker.consumers()
         except (redis.RedisError, JobguardError, OSError, ValueError):
             return  # A long silence ends the watch by itself.
         except Exception as error:  # a value that cannot be read must not delay the next election
             part = f"vigil of {watch.row.address}"
             log_event("step_failed", part=part, error=str(error)[:500], exc_info=True)
             return
+        self._record(watch, now, consumers)
+
+    def _record(self, watch: _Watch, now: float, consumers: Mapping[str, frozenset[str]]) -> None:
+        unguarded = _unguarded(consumers)
         if watch.began is None or now - watch.seen_at > self._longest:
             watch.began = now
         # A worker registers a moment before or after its connection has its name: one inspection
@@ -95,13 +107,13 @@ class Vigil:
     def vouches(self, source: int, gap: float) -> bool:
         """Return True if no unguarded consumer took jobs in a gap of this many seconds that ends now.
 
-        The last leader watched for the first seconds of it, up to a change of leaders.
+        The watch must have begun before the gap, or no longer after it than two inspections are apart.
         """
         watch = self._watches.get(source)
         if watch is None or watch.began is None or watch.seen_once:
             return False
         now = self._clock()
-        return now - watch.seen_at <= self._longest and now - watch.began >= gap - self._longest
+        return now - watch.seen_at <= self._longest and now - watch.began >= gap - GAP
 
 
 def _unguarded(consumers: Mapping[str, frozenset[str]]) -> frozenset[str] | None:

@@ -450,7 +450,11 @@ class World:
         self.new_leader()
 
     def new_leader(
-        self, *, named: bool = False, vouches: Callable[[float], bool] = lambda _gap: False
+        self,
+        *,
+        named: bool = False,
+        vouches: Callable[[float], bool] = lambda _gap: False,
+        saw: Callable[[Mapping[str, frozenset[str]]], None] = lambda _consumers: None,
     ) -> None:
         """Replace the leader by another reconciler, which knows only the rows of the ledger."""
         if self._holders:
@@ -471,6 +475,7 @@ class World:
             named=named,
             clock=self.clock,
             vouches=vouches,
+            saw=saw,
         )
 
     @property

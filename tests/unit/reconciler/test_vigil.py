@@ -1,4 +1,4 @@
-"""A process that does not lead watches the consumers in Redis, and can vouch for that time."""
+"""A process watches the consumers in Redis, also while it does not lead, and can vouch for that time."""
 
 from __future__ import annotations
 
@@ -56,13 +56,41 @@ def always(*, answer: bool) -> Callable[[float], bool]:
 
 @pytest.mark.parametrize("consumers", [NOBODY, GUARDED])
 def test_it_vouches_for_the_time_of_its_watch(consumers: Consumers) -> None:
-    """A watch without unguarded consumers covers its length, and a change of leaders before it."""
+    """A watch without unguarded consumers covers its length, and not the time before it."""
     watched = Watched()
     assert not watched.vouches(1)
     watched.watch(60, consumers)
-    assert watched.vouches(70)
-    assert not watched.vouches(90)
+    assert watched.vouches(60)
+    assert not watched.vouches(70)
     assert not watched.vigil.vouches(SOURCE.id + 1, 10)
+
+
+def test_a_process_that_started_in_the_gap_does_not_vouch_for_its_beginning() -> None:
+    """A lone reconciler that was killed and started again has not seen who consumed meanwhile."""
+    watched = Watched()
+    watched.watch(4, NOBODY)
+    assert not watched.vouches(12)
+
+
+def test_a_process_that_led_vouches_for_the_time_since_it_lost_the_lease() -> None:
+    """What its monitors saw while it led is the beginning of the watch that it goes on with."""
+    watched = Watched()
+    for _ in range(10):
+        watched.vigil.saw(source_row(), NOBODY)
+        watched.clock.advance(2)
+    watched.watch(30, NOBODY)
+    assert watched.vouches(40)
+    watched.vigil.saw(source_row(), STRANGER)
+    assert not watched.vouches(1)
+
+
+def test_a_monitor_reports_the_consumers_that_it_sees() -> None:
+    """Each inspection of the consumers by a leading process continues the watch of the process."""
+    seen: list[Mapping[str, frozenset[str]]] = []
+    world = calm()
+    world.new_leader(saw=seen.append)
+    world.run(10)
+    assert len(seen) > 1
 
 
 @pytest.mark.parametrize("consumers", [UNGUARDED, STRANGER, UNCOUNTED])
