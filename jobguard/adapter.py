@@ -24,6 +24,7 @@ from uuid import UUID
 
 from jobguard import hooks
 from jobguard.current import CurrentJob, running
+from jobguard.errors import WorkersDied
 from jobguard.model import (
     Backlog,
     Beside,
@@ -377,11 +378,14 @@ class Broker(Protocol):
         Nothing is changed once the clock of Redis is past ``deadline``.
         """
 
-    def report(self, dead: Sequence[Restorable], *, deadline: float) -> None:
+    def report(
+        self, dead: Sequence[Restorable], *, deadline: float, all_of_them: bool = False
+    ) -> None:
         """Push these dead deliveries once more, so that a worker reports the failure through the library.
 
-        Only those are pushed for which the library would run a handler. The worker's claim is refused as
-        ended, and the worker does not call the function.
+        Only those are pushed for which the library would run a handler, unless ``all_of_them``: a worker
+        calls a function of the application for each. The worker's claim is refused as ended, and the worker
+        does not call the function of the job. It calls ``report_dead``.
         """
 
     def hide(self, page: Sequence[Owed]) -> None:
@@ -555,6 +559,16 @@ def running_job(
             hooks.fire(source, "error", job, error=error)
             raise
         hooks.fire(source, "finish", job)
+
+
+def report_dead(tracker: Tracker, job_id: str, *, attempt: int) -> None:
+    """Call the functions of the event "dead", in the worker that reports the dead job to the library."""
+    hooks.fire(tracker.source.id, "dead", CurrentJob(job_id, attempt), error=WorkersDied())
+
+
+def hears_dead(tracker: Tracker) -> bool:
+    """Return True if this process calls a function for each dead job of this source."""
+    return hooks.heard(tracker.source.id, "dead")
 
 
 @dataclass(frozen=True, slots=True)

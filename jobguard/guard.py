@@ -26,8 +26,9 @@ from jobguard.errors import (
     StoreUnavailable,
     UnsupportedTarget,
 )
-from jobguard.hooks import EVENTS, Hook, remove_all, reported
+from jobguard.hooks import Hook, remove_all, reported
 from jobguard.hooks import add as add_hook
+from jobguard.hooks import check as check_event
 from jobguard.job_keys import KeyRule, OnConflict, Sent, keyed
 from jobguard.log import log_event
 from jobguard.model import Outcome
@@ -263,15 +264,15 @@ class JobGuard:
 
         The events: ``start``, ``finish``, ``error`` (each failed run, also if the library tries again),
         ``recovered`` (a run begins again after a worker's death), ``heartbeat`` and ``update`` (the job
-        reported). It gets a jobguard.hooks.JobEvent, in the process and thread where the event happens. Its
-        errors are logged and contained. Raises ConfigurationError for another event.
+        reported), ``dead`` (a worker tells the library that jobguard gave the job up). The function gets a
+        jobguard.hooks.JobEvent, in the process and thread where the event happens. Its errors are logged
+        and contained. Raises ConfigurationError for another event.
         """
 
         def decorate(hook: H) -> H:
+            check_event(event)
             if self._tracker is not None:
                 add_hook(self._tracker.source.id, event, hook)
-            elif event not in EVENTS:
-                raise ConfigurationError(f"there is no event {event!r}")
             return hook
 
         return decorate

@@ -16,7 +16,12 @@ from jobguard.errors import ConfigurationError
 from jobguard.host_safety import contain_errors
 from jobguard.log import log_event
 
-EVENTS = ("start", "finish", "error", "recovered", "heartbeat", "update")
+EVENTS = ("start", "finish", "error", "recovered", "heartbeat", "update", "dead")
+_HELD = (
+    "a hold is no event of a process of the application: the leader holds a queue, and the leader runs no "
+    "code of the application. Set JOBGUARD_NOTIFY_URL or --notify-command of `jobguard reconcile` to learn "
+    "of holds"
+)
 _SLOW = 1.0
 """Seconds after which a function is reported as slow."""
 
@@ -29,7 +34,7 @@ class JobEvent:
     job: CurrentJob
     """The running job. For a heartbeat by ``guard.heartbeat`` only its id is known."""
     error: BaseException | None = None
-    """With ``error``: what the function raised."""
+    """With ``error``: what the function raised. With ``dead``: the error that the library was given."""
     progress: float | None = None
     attrs: Mapping[str, Any] = field(default_factory=dict)
     """With ``heartbeat`` and ``update``: what was reported."""
@@ -42,9 +47,21 @@ _hooks: dict[tuple[int, str], list[Hook]] = {}
 
 def add(source: int, event: str, hook: Hook) -> None:
     """Call this function at an event of a source from now on. Raises ConfigurationError."""
+    check(event)
+    _hooks.setdefault((source, event), []).append(hook)
+
+
+def check(event: str) -> None:
+    """Raise ConfigurationError if there is no event of this name in a process of the application."""
+    if event == "held":
+        raise ConfigurationError(_HELD)
     if event not in EVENTS:
         raise ConfigurationError(f"there is no event {event!r}; there are {', '.join(EVENTS)}")
-    _hooks.setdefault((source, event), []).append(hook)
+
+
+def heard(source: int, event: str) -> bool:
+    """Return True if this process calls any function at this event of this source."""
+    return (source, event) in _hooks
 
 
 def remove_all(source: int) -> None:

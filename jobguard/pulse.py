@@ -6,6 +6,8 @@ Layout in Redis, in the source's own db:
   incident), ``n`` (the counter), ``source`` (the id of the source that the leader takes this Redis for),
   ``installation`` (the uuid of the ledger). Only the leader writes it.
 - ``jobguard:beat:<worker id>`` (string): a worker's beat counter, with a time to live.
+- ``jobguard:hears_dead:<source id>`` (string): a worker of this source has a function for the event "dead".
+  It has the same time to live.
 
 The leader moves ``n`` to ``n + 1`` by compare-and-set, and only after Postgres has the last value. So Redis
 can be one ahead of Postgres (the leader died between the two writes), never two, and never behind. A pulse
@@ -59,6 +61,11 @@ def pulse_key(source: Kept) -> str:
 def beat_key(worker: UUID) -> str:
     """Return the key of a worker's beat."""
     return f"jobguard:beat:{worker.hex}"
+
+
+def hears_dead_key(source: int) -> str:
+    """Return the key that shows that a worker of this source calls a function for each dead job."""
+    return f"jobguard:hears_dead:{source}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -143,14 +143,17 @@ class CeleryBroker:
             if results.json:
                 self._fail(page, results)
 
-    def report(self, dead: Sequence[Restorable], *, deadline: float) -> None:
+    def report(
+        self, dead: Sequence[Restorable], *, deadline: float, all_of_them: bool = False
+    ) -> None:
         """Push those again that have error callbacks or a chord, so that a worker runs these."""
         seconds, micros = cast(Any, self._client).time()
         nowhere = Scan(frozenset(), int(seconds) * 1_000_000 + int(micros))
         calls: list[tuple[UUID, list[Any], list[Any]]] = []
         for one in dead:
             with suppress(UnknownEnvelope):
-                call = self._call(one, deadline, nowhere) if has_listeners(one.envelope) else None
+                wanted = all_of_them or has_listeners(one.envelope)
+                call = self._call(one, deadline, nowhere) if wanted else None
                 if call is not None:
                     keys, args = call
                     args[2] = as_dead(args[2])

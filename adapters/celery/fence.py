@@ -29,7 +29,7 @@ from celery.exceptions import Ignore, WorkerLostError
 from celery.worker.consumer import consumer
 
 from jobguard import failpoint
-from jobguard.adapter import refuse_ended_member
+from jobguard.adapter import refuse_ended_member, report_dead
 from jobguard.adapters.celery import chords, killed_runs, lookup, message, sessions
 from jobguard.adapters.celery.chords import OVER, REDIS_FAILED, part_made_of
 from jobguard.adapters.celery.envelope import DEAD, PART, TOKEN, WORKER, token_of
@@ -349,13 +349,12 @@ def skip(task: Any, refused: Refused) -> Ignore:
     why = refused.outcome or refused.reason
     log_event("task_skipped", job_id=request.id, task=task.name, reason=why.value)
     with contain_errors("restore the result of a skipped task", job_id=request.id):
-        if refused.outcome is Outcome.DEAD and request.get(DEAD) is not None:
+        reported = refused.outcome is Outcome.DEAD and request.get(DEAD) is not None
+        if reported or refused.reason is Refusal.SPENT:
             _fail(task)
         elif refused.reason is Refusal.ENDED:
             _put_back(task)
             chords.finish(task, request)
-        elif refused.reason is Refusal.SPENT:
-            _fail(task)
     return Ignore(f"jobguard: {why}")
 
 
@@ -377,6 +376,9 @@ def _put_back(task: Any) -> None:
 def _fail(task: Any) -> None:
     """Fail a task whose crash budget is spent, and so inform its callers, error callbacks and chord."""
     request = task.request
+    tracker = lookup.tracker_for(task.app)
+    if tracker is not None:
+        report_dead(tracker, request.id, attempt=(request.retries or 0) + 1)
     task.backend.mark_as_failure(
         request.id,
         WorkerLostError("jobguard: too many workers died while they ran this task"),

@@ -149,7 +149,9 @@ class DramatiqBroker:
             ]
         )
 
-    def report(self, dead: Sequence[Restorable], *, deadline: float) -> None:
+    def report(
+        self, dead: Sequence[Restorable], *, deadline: float, all_of_them: bool = False
+    ) -> None:
         """Push these once more: only a worker knows whether their actors have a failure callback."""
         calls: list[tuple[list[Any], list[Any]]] = []
         for one in dead:

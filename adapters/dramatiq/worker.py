@@ -23,7 +23,7 @@ from dramatiq.errors import DecodeError
 from dramatiq.middleware import Callbacks, Interrupt, SkipMessage, TimeLimit
 
 from jobguard import failpoint
-from jobguard.adapter import running_job
+from jobguard.adapter import report_dead, running_job
 from jobguard.adapters.dramatiq.consumer import GuardedConsumer, InFlightMessages
 from jobguard.adapters.dramatiq.joins import Joins
 from jobguard.adapters.dramatiq.layout import (
@@ -216,10 +216,12 @@ class WorkerHooks:
             return False
 
     def _report(self, message: MessageProxy) -> None:
-        """Have Dramatiq call the failure callbacks of this message."""
+        """Call the functions of the event "dead", and have Dramatiq call the failure callbacks."""
         run = current_run()
         set_run(None)  # messages that are sent now come from no run
         try:
+            attempt = 1 + message.options.get("retries", 0)
+            report_dead(self._tracker, message.message_id, attempt=attempt)
             middlewares: list[Any] = self._broker.middleware
             job_id = message.message_id
             with contain_errors("failure_callback", event="callback_failed", job_id=job_id):

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import chain
 from typing import TYPE_CHECKING, Any, cast
@@ -127,6 +129,9 @@ class RQBroker:
         if is_past(self._client, deadline):
             return
         self.abandon(page, deadline=deadline)
+        self._show_failed(page)
+
+    def _show_failed(self, page: Sequence[Owed | Restorable]) -> None:
         calls: list[tuple[list[Any], list[Any]]] = [
             (
                 [*self._layout.ending(owed.job_id, owed.queue)],
@@ -137,14 +142,20 @@ class RQBroker:
         for batch in chunks(calls, RESTORES_A_TRIP):
             self._skip.run(batch)
 
-    def report(self, dead: Sequence[Restorable], *, deadline: float) -> None:
-        """Push jobs with a failure callback once more: the worker calls only the callback."""
+    def report(
+        self, dead: Sequence[Restorable], *, deadline: float, all_of_them: bool = False
+    ) -> None:
+        """Push those with a failure callback once more: the worker calls the callback, and not the job."""
+        wanted = [one for one in dead if all_of_them or _has_failure_callback(one)]
+        # A job that vanished needs its hash again. A restore of a running job writes nothing else.
+        done = self.restore([replace(one, running=True) for one in wanted], deadline=deadline)
+        self._show_failed([one for one in wanted if done.get(one.token) is Restored.RESTORED])
         reports: list[tuple[list[Any], list[Any]]] = [
             (
                 [self._layout.job(one.job_id), self._layout.queue(one.queue)],
                 [one.job_id, one.token.hex, repr(deadline)],
             )
-            for one in dead
+            for one in wanted
         ]
         for batch in chunks(reports, RESTORES_A_TRIP):
             self._report.run(batch)
@@ -330,6 +341,12 @@ class RQBroker:
             datetime.now(UTC).strftime(TIMESTAMP),
             *chain.from_iterable(fields.items()),
         ]
+
+
+def _has_failure_callback(dead: Restorable) -> bool:
+    with suppress(UnknownEnvelope):
+        return bool(decode(dead.envelope)[1].get(b"failure_callback_name"))
+    return False
 
 
 def _known(delivery: Restorable) -> str:

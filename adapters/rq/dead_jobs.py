@@ -14,6 +14,9 @@ from typing import Any
 
 from rq.job import Job
 
+from jobguard.adapter import hears_dead, report_dead
+from jobguard.adapters.rq.lookup import tracker_for_job
+from jobguard.adapters.rq.message import attempt_of
 from jobguard.errors import WorkersDied
 from jobguard.host_safety import contain_errors
 from jobguard.model import Outcome, Refusal, Refused
@@ -28,7 +31,8 @@ def is_to_report(worker: Any, job: Job, refused: Refused) -> bool:
     mine = False
     with contain_errors("see whether a dead job must be reported", job_id=job.id):
         if refused.reason is Refusal.SPENT:
-            mine = bool(job._failure_callback_name)
+            tracker = tracker_for_job(job)
+            mine = bool(job._failure_callback_name) or (tracker is not None and hears_dead(tracker))
         else:
             dead = refused.outcome is Outcome.DEAD
             mine = dead and bool(worker.connection.hdel(job.key, REPORT_FIELD))
@@ -65,5 +69,9 @@ def is_dead(job: Job) -> bool:
 
 def raise_if_dead(job: Job) -> None:
     """Raise WorkersDied instead of calling the function of a dead job."""
-    if is_dead(job):
-        raise WorkersDied
+    if not is_dead(job):
+        return
+    tracker = tracker_for_job(job)
+    if tracker is not None:
+        report_dead(tracker, job.id, attempt=attempt_of(job))
+    raise WorkersDied

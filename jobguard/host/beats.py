@@ -15,13 +15,13 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from jobguard import os_threads
+from jobguard import hooks, os_threads
 from jobguard.errors import JobguardError
 from jobguard.host.beat_process import BeatProcess
 from jobguard.host_safety import contain_errors
 from jobguard.log import log_event, remind
 from jobguard.model import Beat, new_token
-from jobguard.pulse import beat_key, parse_pulse, read_pulse
+from jobguard.pulse import beat_key, hears_dead_key, parse_pulse, read_pulse
 
 if TYPE_CHECKING:
     import redis
@@ -245,6 +245,8 @@ class BeatSender:
             seconds = int(4 * self._settings.worker_timeout)
             pipe.set(beat_key(self.id), counter, ex=seconds)
             read_pulse(pipe, self._tracker.source)
+            if hooks.heard(self._tracker.source.id, "dead"):
+                pipe.set(hears_dead_key(self._tracker.source.id), 1, ex=seconds)
             answers: list[Any] = pipe.execute(raise_on_error=False)
             if isinstance(answers[0], Exception):  # a full Redis still shows its pulse
                 log_event("beat_unheard", store="redis", error=str(answers[0]))

@@ -27,6 +27,7 @@ from jobguard.model import (
     Presence,
     RecoverRule,
 )
+from jobguard.pulse import hears_dead_key
 from jobguard.reconciler.bypass import Bypass
 from jobguard.reconciler.context import InspectionContext
 from jobguard.reconciler.decision import ENDS, Action, Decision, Holder, Situation, decide
@@ -458,6 +459,7 @@ class Inspector:
                 self._broker.report(
                     [one for one in dead if one.token in closed and not one.sealed],
                     deadline=deadline,
+                    all_of_them=bool(self._client.exists(hears_dead_key(self._source))),
                 )
             except RedisRefuses as error:  # They are dead in any case, and kept for a person.
                 log_event(

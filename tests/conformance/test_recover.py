@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jobguard
+from jobguard.hooks import JobEvent
 from tests.conformance.library import Library
 from tests.conformance.words import BRISK, Records, end, environ
 from tests.support import eventually
@@ -17,7 +18,7 @@ RULES = {
 def test_a_killed_run_is_dead_and_ran_once(
     library: Library, records: Records, database: str
 ) -> None:
-    """Its worker was killed in the run: no worker runs it again. What Redis lost is not restored."""
+    """A killed or lost job runs no more, and a worker calls the function for dead jobs once for each."""
     given = ",".join(f"{task}={rule}" for task, rule in RULES.items())
     env = {**environ(database, library.redis_url), "JOBGUARD_RECOVER": given}
     with jobguard.guard(library.target(), postgres=database, recover=RULES, **BRISK) as guard:
@@ -29,13 +30,20 @@ def test_a_killed_run_is_dead_and_ran_once(
         finally:
             end(first)
         eventually(lambda: guard.reconcile() and records.ended(job_id) == [("dead", 1)], 30)
+        dead: list[tuple[str | None, str]] = []
+
+        @guard.on("dead")
+        def note(event: JobEvent) -> None:
+            dead.append((event.job.id, type(event.error).__name__))
+            raise RuntimeError("a wrong hook")
+
         lost = library.send("say")
         library.client.flushall()
+        library.work()  # Its beats say that it is to learn of each dead job.
         eventually(lambda: guard.reconcile() and records.ended(lost) == [("dead", 1)], 30)
-        second = library.start_worker(env)  # may report the death; runs nothing
-        try:
-            eventually(lambda: library.waiting() == [], 30)
-        finally:
-            end(second)
+        library.work()
+        library.work()
+        assert dead[-1] == (lost, "WorkersDied")
+        assert [job_id for job_id, _ in dead].count(lost) == 1
         assert library.said() == ["ran"]
-        assert records.owed() == []
+        assert (records.owed(), library.waiting()) == ([], [])

@@ -196,6 +196,11 @@ class FakeRedis:
         self._up()
         return [self.strings.get(key) for key in keys]
 
+    def exists(self, key: str) -> int:
+        """Return 1 if there is this string."""
+        self._up()
+        return int(key in self.strings)
+
     def time(self) -> tuple[int, int]:
         """Return the time in seconds and microseconds."""
         self._up()
@@ -387,7 +392,9 @@ class FakeBroker:
         """Show these as failed for good."""
         self.buried += [owed.job_id for owed in page]
 
-    def report(self, dead: Sequence[Restorable], *, deadline: float) -> None:
+    def report(
+        self, dead: Sequence[Restorable], *, deadline: float, all_of_them: bool = False
+    ) -> None:
         """Give these to a worker to report; see Broker."""
         self.reported += [(one.job_id, one.envelope) for one in dead]
 

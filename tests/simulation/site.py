@@ -623,7 +623,9 @@ class Broker:
 
         self._call("bury", work)
 
-    def report(self, dead: Sequence[Restorable], *, deadline: float) -> None:
+    def report(
+        self, dead: Sequence[Restorable], *, deadline: float, all_of_them: bool = False
+    ) -> None:
         """Tell no worker: this library has no failure handlers."""
 
     def hide(self, page: Sequence[Owed]) -> None:

@@ -11,8 +11,8 @@ import pytest
 
 import jobguard
 from jobguard import hooks
-from jobguard.adapter import running_job
-from jobguard.errors import ConfigurationError, NotEnded, StoreUnavailable
+from jobguard.adapter import hears_dead, report_dead, running_job
+from jobguard.errors import ConfigurationError, NotEnded, StoreUnavailable, WorkersDied
 from jobguard.guard import JobGuard
 from jobguard.model import Claim, Outcome
 from jobguard.settings import Settings
@@ -102,6 +102,24 @@ def test_an_unknown_event_is_an_error(guard: JobGuard) -> None:
     for each in (guard, JobGuard(Settings(), inert="a test")):
         with pytest.raises(ConfigurationError, match="no event 'begin'"):
             each.on("begin")(print)
+        with pytest.raises(ConfigurationError, match="JOBGUARD_NOTIFY_URL"):
+            each.on("held")(print)
+
+
+def test_a_dead_job_is_reported_to_its_source_alone(guard: JobGuard) -> None:
+    """The functions of "dead" get the id and the error that the library gets; errors are contained."""
+
+    @guard.on("dead")
+    def fails(event: hooks.JobEvent) -> None:
+        raise RuntimeError("a wrong hook")
+
+    seen = watch(guard)
+    assert hears_dead(tracker())
+    assert not hears_dead(tracker(OTHER))
+    report_dead(tracker(OTHER), "other", attempt=1)
+    report_dead(tracker(), "j", attempt=2)
+    assert [(event.name, event.job.id, event.job.attempt) for event in seen] == [("dead", "j", 2)]
+    assert isinstance(seen[0].error, WorkersDied)
 
 
 def test_a_wait_ends_with_the_outcome(guard: JobGuard, monkeypatch: pytest.MonkeyPatch) -> None:

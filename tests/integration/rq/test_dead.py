@@ -30,7 +30,7 @@ def enqueued(queue: Queue, ledger: Path, **options: Any) -> Job:
     return queue.enqueue(tasks.say, str(ledger), meta=meta, retry=Retry(max=3), **options)
 
 
-def bury(tracker: FakeTracker, queue: Queue) -> None:
+def bury(tracker: FakeTracker, queue: Queue, *, all_of_them: bool = False) -> None:
     """Bury a job as the leader does."""
     (delivery,) = tracker.recorded
     tracker.close(delivery.token, Outcome.DEAD)
@@ -38,7 +38,7 @@ def bury(tracker: FakeTracker, queue: Queue) -> None:
     owed = newly_owed(delivery.token, job_id=delivery.job_id, queue=delivery.queue)
     broker = RQBroker(tracker.source, queue.connection)
     broker.bury([owed], deadline=time.time() + 60)
-    broker.report([lost(delivery)], deadline=time.time() + 60)
+    broker.report([lost(delivery)], deadline=time.time() + 60, all_of_them=all_of_them)
 
 
 @pytest.mark.parametrize("kind", [Worker, SimpleWorker, SpawnWorker])
@@ -62,6 +62,24 @@ def test_its_failure_callback_runs_once(
     queue.connection.rpush(queue.key, job.id)  # its id is pushed once more
     work(kind, queue)
     assert written(ledger) == ["failed"]
+    assert not queue.job_ids
+
+
+@pytest.mark.parametrize("callback", [Callback(tasks.note_failure), None])
+def test_a_dead_job_that_vanished_is_reported(
+    queue: Queue, tracker: FakeTracker, ledger: Path, callback: Callback | None
+) -> None:
+    """RQ shows a job as failed that it had lost; without a callback, only where a worker asks for it."""
+    job = enqueued(queue, ledger, on_failure=callback)
+    queue.connection.delete(job.key)
+    bury(tracker, queue, all_of_them=callback is None)
+    assert queue.job_ids == [job.id]
+
+    work(SimpleWorker, queue)
+    assert written(ledger) == ["failed"] * (callback is not None)
+    assert queue.failed_job_registry.get_job_ids() == [job.id]
+    result = Job.fetch(job.id, connection=queue.connection).latest_result()
+    assert result is not None and "WorkersDied" in str(result.exc_string)
     assert not queue.job_ids
 
 
