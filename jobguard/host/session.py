@@ -464,12 +464,16 @@ class WorkerSession:
         """Commit every end reported so far, or put it into the spool; see Session."""
         self._mine()
         with self._flushing:
-            while batch := self._take():
+            # Ends that are reported meanwhile wait for the next flush: committed at once, they
+            # would be many small batches, and each keeps claims from the connection.
+            left = len(self._pending)
+            while batch := self._take(left):
+                left -= len(batch)
                 self._commit(batch)
 
-    def _take(self) -> list[End]:
+    def _take(self, most: int) -> list[End]:
         with self._lock:
-            count = min(len(self._pending), self._settings.ends_batch)
+            count = min(len(self._pending), self._settings.ends_batch, most)
             return [self._pending.popleft() for _ in range(count)]
 
     def _commit(self, batch: Sequence[End]) -> None:

@@ -539,6 +539,27 @@ def test_ends_of_one_batch_in_order() -> None:
     assert [token for batch in batches for token in batch] == [job.token for job in jobs]
 
 
+def test_a_flush_leaves_what_is_reported_meanwhile_to_the_next() -> None:
+    """An end that is reported while a batch is committed waits for the next batch."""
+    worker = Worker().begin()
+    jobs = [worker.owe(str(n)) for n in range(3)]
+    claims = [worker.run(job) for job in jobs]
+    end = worker.tracker.end
+
+    def report_another(ends: Any) -> Any:
+        if claims:
+            worker.end(claims.pop())
+        return end(ends)
+
+    worker.tracker.end = report_another  # type: ignore[method-assign]
+    worker.end(claims.pop(0))
+    worker.session.flush()
+    assert [worker.outcome(job) for job in jobs] == [Outcome.COMPLETED, None, None]
+
+    worker.session.flush()
+    assert [worker.outcome(job) for job in jobs] == [Outcome.COMPLETED, None, Outcome.COMPLETED]
+
+
 def test_durable_ends_are_committed_at_once() -> None:
     """With ends="durable", end() commits before it returns."""
     worker = Worker(ends="durable").begin()
