@@ -194,6 +194,33 @@ class NotedBeatProgram(_BeatProgram):
         return self._is_due()
 
 
+def test_reports_of_a_busy_worker_wait_in_the_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The program rests after a read, so that it is not woken for each job; it misses no report."""
+    reader, writer = os.pipe()
+    program, reads = NotedBeatProgram(), []
+    program._pipe = reader
+
+    def read(descriptor: int, most: int) -> bytes:
+        reads.append(data := os.read(descriptor, most))
+        return data
+
+    def rest(_: float) -> None:
+        if len(reads) == 1:
+            os.write(writer, b"-a\n+b\n")
+            os.write(writer, b"+c\n")
+            os.close(writer)
+
+    monkeypatch.setattr(beat_process, "os", SimpleNamespace(read=read, getppid=os.getppid))
+    monkeypatch.setattr(beat_process, "time", SimpleNamespace(sleep=rest, monotonic=time.monotonic))
+    monkeypatch.setattr(program, "_wait", lambda: 0.0)
+    os.write(writer, b"+a\n")
+    program.run()
+    os.close(reader)
+
+    assert reads == [b"+a\n", b"-a\n+b\n+c\n", b""]
+    assert program._claims == {"b", "c"}
+
+
 def beat(*claims: str) -> str:
     """Return a beat as the worker reports it."""
     return "b" + json.dumps({"beat": {"counter": 1, "claims": claims}, "conninfo": ""})
