@@ -7,8 +7,7 @@ of a source. Therefore it is made only here, and it contains no password.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import cache
 from typing import Any, cast
 
@@ -18,6 +17,7 @@ from redis.retry import Retry
 
 from jobguard.redis_urls import parse
 
+_RETRIES = [Retry(NoBackoff(), n, supported_errors=(redis.ConnectionError,)) for n in (0, 1)]
 _LOOPBACK = {"localhost", "127.0.0.1", "::1", ""}
 
 
@@ -82,38 +82,37 @@ def take_connection(pool: redis.ConnectionPool, command: str) -> Any:
     return get(command) if _wants_command(type(pool)) else get()
 
 
-@contextmanager
-def bounded(connection: Any, seconds: float, *, again: bool = False) -> Iterator[None]:
+class bounded:
     """Limit the wait of commands on a host's connection to ``seconds`` inside.
 
     After this time a command fails with a timeout error, and is not repeated. ``again``: a command on
     a connection that was closed is repeated once.
     """
-    before = getattr(connection, "socket_timeout", None)
-    if before is not None and before <= seconds:
-        yield
-        return
-    names = ("socket_timeout", "socket_connect_timeout", "retry")
-    kept = {name: getattr(connection, name) for name in names if hasattr(connection, name)}
-    for name in kept:
-        retry = Retry(NoBackoff(), int(again), supported_errors=(redis.ConnectionError,))
-        setattr(connection, name, retry if name == "retry" else seconds)
-    _set_timeout(connection, seconds)
-    try:
-        yield
-    finally:
-        for name, value in kept.items():
-            setattr(connection, name, value)
-        _set_timeout(connection, before)
 
+    __slots__ = ("_again", "_connection", "_kept", "seconds")
 
-@contextmanager
-def bounded_pool(pool: Any, command: str, seconds: float, *, again: bool = False) -> Iterator[None]:
-    """Limit the wait on the connection that a pool gives next. Raises RedisError if it cannot connect."""
-    connection = take_connection(pool, command)
-    pool.release(connection)  # the pool gives out the last released connection first
-    with bounded(connection, seconds, again=again):
-        yield
+    def __init__(self, connection: Any, seconds: float, *, again: bool = False) -> None:
+        self._connection, self.seconds, self._again = connection, seconds, again
+        self._kept: dict[str, Any] | None = None
+
+    def __enter__(self) -> None:
+        connection, seconds = self._connection, self.seconds
+        before = getattr(connection, "socket_timeout", None)
+        if before is not None and before <= seconds:
+            return
+        names = ("socket_timeout", "socket_connect_timeout", "retry")
+        self._kept = {
+            name: getattr(connection, name) for name in names if hasattr(connection, name)
+        }
+        for name in self._kept:
+            setattr(connection, name, _RETRIES[self._again] if name == "retry" else seconds)
+        _set_timeout(connection, seconds)
+
+    def __exit__(self, *error: object) -> None:
+        if self._kept is not None:
+            for name, value in self._kept.items():
+                setattr(self._connection, name, value)
+            _set_timeout(self._connection, self._kept.get("socket_timeout"))
 
 
 def _set_timeout(connection: Any, seconds: float | None) -> None:

@@ -11,10 +11,10 @@ import redis
 from kombu.exceptions import OperationalError
 from kombu.utils.functional import retry_over_time
 
-from jobguard.adapters.celery.connection import check_out, client_of
+from jobguard.adapters.celery.connection import client_of
 from jobguard.adapters.celery.run import Run
-from jobguard.clients import bounded_pool, own_client
-from jobguard.host.push import Push
+from jobguard.clients import own_client
+from jobguard.host.push import PoolPush
 from jobguard.log import log_event
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ _POLICY = ("max_retries", "interval_start", "interval_step", "interval_max")
 
 
 @dataclass
-class TaskPush(Push):
+class TaskPush(PoolPush):
     """One message that is about to be sent."""
 
     app: Any
@@ -54,6 +54,7 @@ class TaskPush(Push):
     """The library's retry policy while Redis is away."""
     begun: bool = False
     """True once it is recorded: the library may send it again without further checks."""
+    command = "LPUSH"
     broker_down = BROKER_DOWN
 
     @property
@@ -65,9 +66,15 @@ class TaskPush(Push):
         """Return False if a group does not wait for this push."""
         return not self.alone
 
+    @property
+    def pool(self) -> Any:
+        """The pool of the producer's channel."""
+        return getattr(self.producer.channel, "pool", None)
+
     def reach(self) -> None:
         """Check the connection of the producer, if it has one."""
-        reach(self.producer)
+        if self.producer.connection.connected:
+            super().reach()
 
     def wait(self, down: BaseException | None) -> None:
         """Reach Redis as often as the library would, on a client of our own; once if it is silent."""
@@ -78,14 +85,12 @@ class TaskPush(Push):
 
     def send(self) -> Any:
         """Have the producer publish it; try only once if a leader pushes an unsent message."""
-        pool = getattr(self.producer.channel, "pool", None)
-        if pool is None:
+        if self.pool is None:
             return self.publish(self.producer)
-        return self._publish(pool) if self.is_kept else self._retried(lambda: self._publish(pool))
+        return self._publish() if self.is_kept else self._retried(self._publish)
 
-    def _publish(self, pool: Any) -> Any:
-        with bounded_pool(pool, "LPUSH", self.patience, again=not self.is_kept):
-            return self.publish(self.producer, retry=False)
+    def _publish(self) -> Any:
+        return self.on_bounded(lambda: self.publish(self.producer, retry=False))
 
     def _retried(self, work: Callable[[], Any]) -> Any:
         """Do this as often as the library's retry policy says, while Redis refuses connections."""
@@ -120,12 +125,6 @@ class TaskPush(Push):
     def undo(self) -> None:
         """Forget the record of a push that supersedes no run: it was never recorded."""
         self.begun = self.begun and self.delivery.parent is not None
-
-
-def reach(producer: Any) -> None:
-    """Check the connection of this producer, if it has one. Raise RedisError."""
-    if producer.connection.connected:
-        check_out(producer.channel.pool)
 
 
 def ping(connection: Any) -> None:

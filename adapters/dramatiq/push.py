@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 import redis
 
 from jobguard.adapters.dramatiq.run import Run
-from jobguard.clients import bounded_pool, take_connection
-from jobguard.host.push import Push
+from jobguard.host.push import PoolPush
 from jobguard.log import log_event
 
 if TYPE_CHECKING:
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class MessagePush(Push):
+class MessagePush(PoolPush):
     """One message that is being sent."""
 
     delivery: Delivery
@@ -33,6 +32,7 @@ class MessagePush(Push):
     """The run that sends the message."""
     supersedes: bool = False
     """True if the message supersedes that run."""
+    command = "EVALSHA"
     broker_down = (redis.ConnectionError, redis.TimeoutError, redis.exceptions.ReadOnlyError)
 
     @property
@@ -40,20 +40,14 @@ class MessagePush(Push):
         """The message."""
         return [self.delivery]
 
-    def reach(self) -> None:
-        """Connect, if no connection is open."""
-        pool = getattr(self.client, "connection_pool", None)
-        if pool is not None:
-            pool.release(take_connection(pool, "EVALSHA"))
+    @property
+    def pool(self) -> Any:
+        """The pool of the broker's client."""
+        return getattr(self.client, "connection_pool", None)
 
     def send(self) -> None:
         """Send the message to Redis."""
-        pool = getattr(self.client, "connection_pool", None)
-        if pool is None:  # a user's test double
-            self.enqueue()
-            return
-        with bounded_pool(pool, "EVALSHA", self.patience, again=not self.is_kept):
-            self.enqueue()
+        self.on_bounded(self.enqueue)
 
     def apply_refusals(self, recorded: Recorded) -> bool:
         """Note that the recorded message supersedes its parent."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from jobguard.adapters.rq.message import BROKER_DOWN, set_token
 from jobguard.adapters.rq.pipeline import Batch, Staged, apply_refusals, not_pushed, surely_failed
-from jobguard.clients import bounded, take_connection
+from jobguard.clients import take_connection
 from jobguard.host.push import Push
 from jobguard.log import log_event
 
@@ -62,7 +62,7 @@ class _Push(Push):
 
     def send(self) -> None:
         """Execute the pipeline."""
-        with bounded(self.pipe.connection, self.patience, again=not self.is_kept):
+        with self.in_bounded_time(self.pipe.connection):
             self.pipe.execute()
 
     def apply_refusals(self, recorded: Recorded) -> bool:

@@ -21,8 +21,7 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pybreaker
@@ -86,22 +85,26 @@ class Circuit:
         """Return the seconds since the circuit last closed."""
         return self._clock() - self._closed_at
 
-    @contextmanager
-    def calling(self) -> Iterator[None]:
-        """Make a call inside the block; StoreUnavailable from the call opens the circuit.
+    def calling(self) -> Circuit:
+        """Return a block to make a call in; StoreUnavailable from the call opens the circuit.
 
         Raises BreakerOpen at once, without any call, while the circuit is open.
         """
+        return self
+
+    def __enter__(self) -> None:
         if not self.closed and not self.check():
             raise BreakerOpen
-        try:
-            yield
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: object
+    ) -> None:
+        if error is None:
             self._failures = 0
-        except StoreUnavailable as error:  # bad data never opens the circuit
+        elif isinstance(error, StoreUnavailable):  # bad data never opens the circuit
             self._breaker.open()
             self.why = str(error)
             self._opened()
-            raise
 
     def check(self) -> bool:
         """Check, without waiting, whether Postgres is back; only one thread checks at a time."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from jobguard import failpoint
+from jobguard.clients import bounded, take_connection
 from jobguard.model import Delivery, Recorded
 from jobguard.redis_refusal import answer_in, takes_no_writes
 
@@ -59,14 +60,16 @@ class Push(ABC):
     def send(self) -> Any:
         """Push the deliveries that are left, as the library does."""
 
-    @property
-    def patience(self) -> float:
-        """Return the seconds that a send may wait for Redis.
+    def in_bounded_time(self, connection: Any) -> bounded:
+        """Return a block in which this connection is waited for in bounded time.
 
-        The sender of a push that no leader would do gets the library's error after that time.
+        The sender of a push that no leader would do gets the library's error after that time. A push
+        that no leader would do is repeated on a connection that Redis had closed.
         """
-        size = sum(len(delivery.envelope) for delivery in self.deliveries)
-        return (_SEND if self.is_kept else self.tracker.push_deadline) + size / _SLOWEST
+        size = sum([len(delivery.envelope) for delivery in self.deliveries])
+        kept = self.is_kept
+        seconds = (_SEND if kept else self.tracker.push_deadline) + size / _SLOWEST
+        return bounded(connection, seconds, again=not kept)
 
     @property
     def is_kept(self) -> bool:
@@ -95,6 +98,9 @@ class Push(ABC):
     def undo(self) -> None:  # noqa: B027 - few subclasses need it
         """Remove all memory of the push: nothing of it is in Redis, and its sender receives an error."""
 
+    def before_record(self) -> None:  # noqa: B027 - few subclasses need it
+        """Release what other threads may need while Postgres is waited for."""
+
     def release(self) -> None:  # noqa: B027 - few subclasses need it
         """Release the resources of this push, which is over."""
 
@@ -119,6 +125,7 @@ class Push(ABC):
                 self._recorded = beside.expected
                 self.apply_refusals(beside.expected)  # there are none
                 return self._send(beside.expected, beside.result)
+            self.before_record()
             begun = time.monotonic()
             try:
                 recorded = self.tracker.record(self.deliveries, outbox=away)
@@ -262,3 +269,44 @@ class Push(ABC):
             self.tracker.broker_failed()
             return error
         return None
+
+
+@dataclass
+class PoolPush(Push):
+    """A push by a client that takes a connection of its pool for its one command."""
+
+    command: ClassVar[str]
+    _connection: Any = field(default=None, init=False)
+    """The connection that Redis was reached by."""
+
+    @property
+    @abstractmethod
+    def pool(self) -> Any:
+        """Return the pool of the client; None for a test double."""
+
+    def reach(self) -> None:
+        """Take a connection, and connect if necessary. Raises as the library does."""
+        if self._connection is None and (pool := self.pool) is not None:
+            self._connection = take_connection(pool, self.command)
+
+    def on_bounded(self, call: Callable[[], Any]) -> Any:
+        """Call the client, and wait for its connection in bounded time."""
+        pool = self.pool
+        if pool is None:
+            return call()
+        if self._connection is None:
+            self._connection = take_connection(pool, self.command)
+        connection = self._connection
+        self.release()  # the pool gives out the last released connection first
+        with self.in_bounded_time(connection):
+            return call()
+
+    def before_record(self) -> None:
+        """Give the connection back: the pool may be small."""
+        self.release()
+
+    def release(self) -> None:
+        """Give the connection back."""
+        if self._connection is not None:
+            connection, self._connection = self._connection, None
+            self.pool.release(connection)

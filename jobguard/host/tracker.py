@@ -374,6 +374,8 @@ class HostTracker:
             self.spool.counts.lost += len(deliveries)
             return Recorded(lost=True)
         self._led = recorded.leader_live
+        if not recorded.refused:
+            return recorded
         mine = frozenset(d.token for d in deliveries)
         return Recorded(refused=recorded.refused & mine, leader_live=recorded.leader_live)
 

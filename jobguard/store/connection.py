@@ -15,9 +15,8 @@ import re
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
 
 import psycopg
 from psycopg import pq
@@ -82,6 +81,8 @@ _MOST_FOR_PAYLOAD = 5.0
 """Largest number of extra seconds for a payload."""
 _STUCK = 5.0
 """Seconds after which an unfinished login is given up."""
+_TRANSLATED = (DeadlinePassed, UnicodeError, psycopg.Error)
+"""Errors of a session that are raised as errors of the store."""
 _SHORT = 0.02
 """Seconds in which an answer that is here already is read, after its deadline."""
 _NEXT = 2.0
@@ -296,29 +297,16 @@ class Database:
         self._connecting = None
         self._flight = None
 
-    @contextmanager
-    def _mine(self) -> Iterator[None]:
+    def __enter__(self) -> None:
+        """Hold the connection inside the block, for one thread of this process."""
         if not self._owner.is_current:
             self._after_fork()
         # Other threads may be waiting for the same stopped server; limit the sum of these waits.
         if not self._lock.acquire(timeout=self._connect_timeout + self._call_timeout):
             raise NotWritten("another call to Postgres is still under way")
-        try:
-            yield
-        finally:
-            self._lock.release()
 
-    @contextmanager
-    def _turn(self) -> Iterator[float]:
-        """Hold the connection with no statement under way; give the seconds to wait for a new connection.
-
-        They are 0 if the statement of another caller missed its deadline while this one waited for its
-        turn: one outage causes one wait.
-        """
-        called = time.monotonic()
-        with self._mine():
-            self._collect()
-            yield 0.0 if self._missed_at > called else self._connect_timeout
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
 
     def execute(
         self,
@@ -340,7 +328,9 @@ class Database:
         written), BadRow, or JobguardError.
         """
         budget = self._budget(timeout, payload)
-        with self._turn() as patience:
+        called = time.monotonic()
+        with self:
+            patience = self._turn(called)
             try:
                 began = time.monotonic()
                 rows = self._attempt(query, parameters, budget, patience, alone)
@@ -370,18 +360,21 @@ class Database:
         statement must be safe to run twice, also after a while. Raises the same errors.
         """
         budget = self._budget(None, payload)
-        with self._turn() as patience:
-            session = self._connected(patience)
-            with self._translating(session):
+        called = time.monotonic()
+        with self:
+            session = self._connected(self._turn(called))
+            try:
                 exchange = session.begin(
                     query, parameters, budget=budget, prepare=self._prepare, plans=PLANS_SECONDS
                 )
+            except _TRANSLATED as error:
+                self._fail(session, error)
             self._flight = Flight(self, session, exchange, query, parameters, payload)
             return self._flight
 
     def read(self, flight: Flight) -> list[Row]:
         """Wait for the answer to this statement; see `begin`."""
-        with self._mine():
+        with self:
             if flight is self._flight:
                 self._collect()
             error = flight.error
@@ -401,13 +394,25 @@ class Database:
         # The answer came in time if it is here already, however late its caller reads it.
         exchange.deadline = max(exchange.deadline, time.monotonic() + _SHORT)
         try:
-            with self._translating(flight.session):
+            try:
                 flight.rows = flight.session.finish(exchange)
+            except _TRANSLATED as error:
+                self._fail(flight.session, error)
         except (_Lost, JobguardError) as error:
             flight.error = error
         except BaseException as error:  # a signal raised it in this thread
             flight.error = StoreUnavailable(f"the answer was not read: {error!r}")
             raise
+
+    def _turn(self, called: float) -> float:
+        """Read the answer that is due, and return the seconds to wait for a new connection.
+
+        They are 0 if the statement of another caller missed its deadline while this one, which called
+        at ``called``, waited for its turn: one outage causes one wait.
+        """
+        if self._flight is not None:
+            self._collect()
+        return 0.0 if self._missed_at > called else self._connect_timeout
 
     def _budget(self, timeout: float | None, payload: int) -> float:
         budget = self._call_timeout if timeout is None else timeout
@@ -422,7 +427,7 @@ class Database:
         alone: bool,
     ) -> list[Row]:
         session = self._connected(patience)
-        with self._translating(session):
+        try:
             return session.call(
                 query,
                 parameters,
@@ -431,41 +436,37 @@ class Database:
                 plans=PLANS_SECONDS,
                 alone=alone,
             )
+        except _TRANSLATED as error:
+            self._fail(session, error)
 
-    @contextmanager
-    def _translating(self, session: Session) -> Iterator[None]:
-        """Raise the errors of a call as those of the store, and drop a connection that is lost."""
-        try:
-            yield
-        except DeadlinePassed as error:
+    def _fail(self, session: Session, error: Exception) -> NoReturn:
+        """Raise the error of a call as one of the store, and drop a connection that is lost."""
+        if isinstance(error, DeadlinePassed):
             # A second try would wait as long again. One outage causes one wait.
             self._drop(elsewhere=True)
             self._missed_at = time.monotonic()
             raise StoreUnavailable("Postgres did not answer in time") from error
-        except UnicodeError as error:  # PostgreSQL refuses one half of a surrogate pair
+        if isinstance(error, UnicodeError):  # PostgreSQL refuses one half of a surrogate pair
             raise BadRow(str(error)) from error
-        except psycopg.Error as error:
-            state = error.sqlstate or ""
-            if not session.usable:
-                self._drop()
-                raise _Lost(str(error)) from error
-            if state in _PREPARED_LOST and self._prepare:
-                log_event("pooler_found")
-                self._prepare = False
-                self._drop()
-                raise _Lost(str(error), undone=True) from error
-            if state in _READ_ONLY or (
-                session.failed_at == 0 and session.pooled and state[:2] == "0A"
-            ):
-                self._drop(elsewhere=True)
-                raise _Lost(str(error), undone=True) from error
-            if session.failed_at == 2 and session.pooled and state[:2] in _NOT_SUPPORTED:
-                self._reduce(error)
-                self._drop()
-                raise _Lost(str(error), undone=True) from error
-            if state in _AGAIN:
-                raise _Lost(str(error), undone=True) from error
-            raise self._translated(error) from error
+        state = getattr(error, "sqlstate", None) or ""
+        if not session.usable:
+            self._drop()
+            raise _Lost(str(error)) from error
+        if state in _PREPARED_LOST and self._prepare:
+            log_event("pooler_found")
+            self._prepare = False
+            self._drop()
+            raise _Lost(str(error), undone=True) from error
+        if state in _READ_ONLY or (session.failed_at == 0 and session.pooled and state[:2] == "0A"):
+            self._drop(elsewhere=True)
+            raise _Lost(str(error), undone=True) from error
+        if session.failed_at == 2 and session.pooled and state[:2] in _NOT_SUPPORTED:
+            self._reduce(error)
+            self._drop()
+            raise _Lost(str(error), undone=True) from error
+        if state in _AGAIN:
+            raise _Lost(str(error), undone=True) from error
+        raise self._translated(error) from error
 
     def _connected(self, patience: float) -> Session:
         if self._connection is not None and self._connection.usable:
@@ -484,7 +485,7 @@ class Database:
         With ``wait=0`` this method never blocks: a producer without threads can find out, call by call,
         whether PostgreSQL is back. Raise StoreUnavailable if the attempt failed.
         """
-        with self._mine():
+        with self:
             if self._connection is not None and self._connection.usable:
                 return True
             try:
@@ -546,7 +547,7 @@ class Database:
 
     def close(self) -> None:
         """Close the connection; the next call makes a new one."""
-        with self._mine():
+        with self:
             self._collect()
             self._drop()
             self._abandon_connecting()

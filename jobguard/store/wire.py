@@ -344,13 +344,16 @@ class Session:
                     self.pgconn.pipeline_sync()
                 else:
                     send()
-            yield from self._flush()
-            syncs = sum(send is None for send in sends)
+            if self.pgconn.flush():
+                yield from self._flush()
+            syncs = sends.count(None)
             while syncs:
-                result = yield from self._result()
+                # A result that is here needs no generator of its own.
+                busy = self.pgconn.is_busy()
+                result = (yield from self._result()) if busy else self.pgconn.get_result()
                 if result is None:
-                    continue
-                if result.status == pq.ExecStatus.PIPELINE_SYNC:
+                    self._check_open()
+                elif result.status == pq.ExecStatus.PIPELINE_SYNC:
                     syncs -= 1
                 else:
                     results.append(result)
@@ -363,6 +366,7 @@ class Session:
             last = None
             while (result := (yield from self._result())) is not None:
                 last = result
+            self._check_open()
             results.append(last)
             if _is_error(last):
                 break
@@ -377,10 +381,11 @@ class Session:
         while self.pgconn.is_busy():
             yield READ
             self.pgconn.consume_input()
-        result = self.pgconn.get_result()
-        if result is None and self.pgconn.status != pq.ConnStatus.OK:
+        return self.pgconn.get_result()
+
+    def _check_open(self) -> None:
+        if self.pgconn.status != pq.ConnStatus.OK:
             raise psycopg.OperationalError(message(self.pgconn))
-        return result
 
 
 def message(pgconn: pq.abc.PGconn) -> str:

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 import pytest
 import redis
 
-from jobguard.clients import bounded_pool
+from jobguard.clients import bounded, take_connection
 from jobguard.demo.servers import PostgresServer, RedisServer
 from tests.integration.hosts import Host, leading, rows, trusted
 from tests.support import eventually
@@ -56,13 +56,14 @@ def test_a_frozen_redis_costs_one_bound(stack: ExitStack) -> None:
     client.ping()
     server.pause()
     try:
-        with bounded_pool(client.connection_pool, "PING", 0.3):
+        connection = take_connection(client.connection_pool, "PING")
+        client.connection_pool.release(connection)
+        with bounded(connection, 0.3):
             silence = ThreadPoolExecutor(1).submit(client.ping).exception(30)
         assert isinstance(silence, redis.TimeoutError)
     finally:
         server.resume()
     assert client.ping()
-    (connection,) = client.connection_pool._available_connections
     assert connection._sock.gettimeout() is None, "the host's own timeout is back"
 
 

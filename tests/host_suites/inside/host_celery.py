@@ -19,7 +19,6 @@ def guard_here() -> None:
     if _RECORDER:
         after_import("jobguard.adapters.celery", _take_any_broker)
         after_import("jobguard.adapters.celery.connection", _see_redis)
-        after_import("jobguard.adapters.celery.push", _reach)
 
 
 def _guard_each(module: Any) -> None:
@@ -81,11 +80,6 @@ def _see_redis(module: Any) -> None:
     for name in ("broker_address_of", "client_of", "on_paper"):
         asked = getattr(module, name)
         setattr(module, name, lambda connection, asked=asked: asked(on_redis(connection)))
-
-
-def _reach(module: Any) -> None:
-    """Do nothing: a broker in memory can always be reached."""
-    module.reach = lambda producer: None
 
 
 def finish() -> None:
