@@ -189,13 +189,22 @@ class Site:
         return child
 
     def worker(self, *options: str, kind: str = "SimpleWorker", queue: str = QUEUE) -> Child:
-        """Start a guarded worker, and wait until it beats."""
-        before = self.ask("select id from jobguard.workers where left_at is null")
-        child = self.start(
-            "worker",
+        """Start a guarded worker of RQ, and wait until it beats."""
+        return self._worker(
             *(str(BIN / "rq"), "worker", "--url", self.redis_url),
             *("--worker-class", f"jobguard.adapters.rq.{kind}", *options, queue),
         )
+
+    def celery_worker(self) -> Child:
+        """Start a guarded worker of Celery that runs two tasks at once, and wait until it beats."""
+        return self._worker(
+            *(str(BIN / "celery"), "-A", "tests.acceptance.roads_celery", "worker"),
+            *("--pool", "threads", "--concurrency", "2", "--loglevel", "INFO"),
+        )
+
+    def _worker(self, *command: str) -> Child:
+        before = self.ask("select id from jobguard.workers where left_at is null")
+        child = self.start("worker", *command)
         eventually(
             lambda: self.ask("select id from jobguard.workers where left_at is null") != before,
             30,

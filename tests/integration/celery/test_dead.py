@@ -50,6 +50,11 @@ def test_tasks_with_a_callback_or_a_chord_are_pushed_again(
         delivery.token.hex for delivery in tracker.recorded[1:]
     }
 
+    alone = lost(tracker.recorded[0])  # a worker is to learn of each dead task
+    broker.report([alone], deadline=time.time() + 60, all_of_them=True)
+    pushed.append(alone.job_id)
+    assert {message["headers"]["id"] for message in waiting(client)} == set(pushed)
+
 
 def test_too_late_is_not_at_all(
     app: celery.Celery, tracker: FakeTracker, broker: CeleryBroker, client: redis.Redis
