@@ -310,6 +310,12 @@ from (select set_config('synchronous_commit', 'off', true)) calm
 -- name: leave
 update jobguard.workers set left_at = now() where id = %(worker)s and left_at is null
 
+-- name: report_death
+-- The same as declare_dead, by a process on the worker's host that has proved the death.
+update jobguard.workers w
+set dead_at = now(), claims = array(select r.token from jobguard.running r where r.worker = w.id)
+where w.id = %(worker)s and w.dead_at is null and w.left_at is null
+
 -- name: recoverable
 -- Return those deliveries that a leader will restore: of a trusted queue, in a source that is watched. A source
 -- that was watched within the last five minutes counts too: its leader may have died, and the next one takes over.

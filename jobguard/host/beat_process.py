@@ -6,9 +6,11 @@ interpreter that waits at the end of a pipe. The worker reports to it each beat,
 starts or ends between beats. If the beat process receives no beat for a while, it beats itself,
 with the claims that were last reported: while the GIL is blocked they cannot have changed.
 
-The beat process never beats for a dead worker. It ends when the pipe closes, or when its parent is
-another process, even if a further process keeps the pipe open. It also does not beat for a stopped
-worker (SIGSTOP).
+The beat process never beats for a dead worker, nor for a stopped one (SIGSTOP). It ends when the pipe
+closes, or when its parent is another process, even if a further process keeps the pipe open. A new
+parent is the proof that the worker's process is gone, and with it all jobs that ran in it: then the beat
+process reports the death, so that no leader must wait for ``worker_timeout``. A closed pipe alone
+proves nothing.
 
 This file is the program of both ends. The worker imports it. The beat process runs it by its path,
 and imports the rest of jobguard only when it must beat, so that it uses no more memory than a bare
@@ -26,12 +28,13 @@ import signal
 import sys
 import time
 from collections import deque
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jobguard.model import Beat
 
-_BEAT, _COUNT, _CLAIM, _END, _SPEC = "b", "n", "+", "-", "s"
+_BEAT, _COUNT, _CLAIM, _END, _SPEC, _QUIT = "b", "n", "+", "-", "s", "q"
 _PATIENCE = 1.5
 """Beat intervals without a beat after which the worker's interpreter counts as blocked."""
 _CHECK_EVERY = 1.0
@@ -44,6 +47,10 @@ _REST = 0.05
 times a second, and not once for each job.
 """
 _TO_END = 1.0
+_TO_EXIT = 0.5
+"""Seconds between the end of the pipe and the end of the process that had it, if it dies."""
+_REPORT_AGAIN = 0.5
+"""Seconds between two attempts to report a death."""
 _AGAIN = 5.0
 """Seconds between two attempts to start a beat process."""
 _IGNORED_SIGNALS = (
@@ -63,7 +70,9 @@ class BeatProcess:
         from jobguard import os_threads
 
         self._os = os_threads
-        self._spec = {**spec, "path": sys.path, "parent": os.getpid()}
+        # A bare interpreter has no finder of an editable installation: it needs our own folder as well.
+        path = [*sys.path, str(Path(__file__).parents[2])]
+        self._spec = {**spec, "path": path, "parent": os.getpid()}
         self._owner_pid = os.getpid()
         self.pid = 0
         self._pipe = -1
@@ -114,6 +123,7 @@ class BeatProcess:
         """End the beat process."""
         if os.getpid() != self._owner_pid:
             return
+        self._report(_QUIT)
         self._close_pipe()
         until = time.monotonic() + _TO_END
         while self.pid and not self._reap():
@@ -207,22 +217,49 @@ class _BeatProgram:
         self._beat_at = float("-inf")
         self._beats = 0
         self._store: Any = None
+        self._quits = False
 
     def run(self) -> None:
-        """Listen until the worker is gone."""
+        """Listen until the worker is gone; report its death, unless it has ended this process itself."""
         poller = select.poll()
         poller.register(self._pipe, select.POLLIN)
-        while os.getppid() == self._parent:
+        while os.getppid() == self._parent and not self._quits:
             if poller.poll(self._wait() * 1000):
                 data = os.read(self._pipe, _READ)
                 if not data:
-                    return
+                    break
                 self._receive(data)
                 if len(data) < _READ:
                     time.sleep(_REST)
             elif os.getppid() == self._parent and self._is_due():
                 self._beat_at = time.monotonic()
                 self._beat()
+        if self._is_orphan():
+            self._report_death()
+
+    def _is_orphan(self) -> bool:
+        """Return True if the process that this one was started for is gone."""
+        if self._quits or self._received is None:
+            return False
+        worker: int = self._spec["parent"]
+        until = time.monotonic() + _TO_EXIT
+        while os.getppid() == worker and time.monotonic() < until:
+            time.sleep(0.01)
+        return os.getppid() not in (worker, 0)  # 0: a process of another PID namespace
+
+    def _report_death(self) -> None:
+        """Report that the worker is dead, unless a leader has found that out by then."""
+        assert self._received is not None
+        from uuid import UUID
+
+        worker = UUID(hex=self._received["beat"]["worker"])
+        until = time.monotonic() + self._spec["timeout"]
+        while time.monotonic() < until:
+            with contextlib.suppress(Exception):  # the store is away
+                self._open_store().report_death(worker)
+                break
+            self._rest()
+            time.sleep(_REPORT_AGAIN)
 
     def _wait(self) -> float:
         if self._received is None:
@@ -251,6 +288,8 @@ class _BeatProgram:
                 self._claims = set(self._received["beat"]["claims"]) if self._received else set()
                 self._beat_received_at = time.monotonic()
                 self._rest()
+            elif what == _QUIT:
+                self._quits = True
             elif what == _SPEC:
                 self._spec = json.loads(rest)
                 if self._spec["parent"] != self._parent:
@@ -275,13 +314,7 @@ class _BeatProgram:
 
     def _send_beat(self) -> None:
         assert self._received is not None
-        if self._store is None:
-            sys.path[:] = self._spec["path"]
-            from jobguard.settings import Settings
-            from jobguard.store.host import PostgresStore
-
-            conninfo = self._received["conninfo"]
-            self._store = PostgresStore(lambda: conninfo, Settings(**self._spec["settings"]))
+        store = self._open_store()
         from uuid import UUID
 
         from jobguard.model import Beat
@@ -291,12 +324,21 @@ class _BeatProgram:
         sent["worker"] = UUID(hex=sent["worker"])
         sent["counter"] += self._beats
         sent["claims"] = [UUID(hex=claim) for claim in self._claims]
-        reply = self._store.beat(
-            self._spec["source"], Beat(**sent), namespace=self._spec["namespace"]
-        )
+        reply = store.beat(self._spec["source"], Beat(**sent), namespace=self._spec["namespace"])
         if reply.dead:
             self._received = None
             self._rest()
+
+    def _open_store(self) -> Any:
+        if self._store is None:
+            assert self._received is not None
+            sys.path[:] = self._spec["path"]
+            from jobguard.settings import Settings
+            from jobguard.store.host import PostgresStore
+
+            conninfo = self._received["conninfo"]
+            self._store = PostgresStore(lambda: conninfo, Settings(**self._spec["settings"]))
+        return self._store
 
     def _rest(self) -> None:
         store, self._store = self._store, None

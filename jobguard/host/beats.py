@@ -278,6 +278,7 @@ class BeatSender:
                 "source": self._tracker.source.id,
                 "namespace": self._tracker.source.namespace,
                 "interval": self._settings.beat_interval,
+                "timeout": self._settings.worker_timeout,
                 "settings": asdict(settings),
             }
         )

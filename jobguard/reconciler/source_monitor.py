@@ -282,10 +282,13 @@ class SourceMonitor:
         self._lost = self._lost or health is Health.LOST
         asks = health not in (Health.DOWN, Health.STOP)
         if self._workers.poll(self._term, now, ask_redis=asks):
-            self._due["urgent"] = 0.0
-            # Find the deliveries that these workers had taken and not started.
-            self._walk_at_once = True
+            self._search_for_taken()
         return health
+
+    def _search_for_taken(self) -> None:
+        """Find the deliveries that workers who are gone had claimed, or had taken and not started."""
+        self._due["urgent"] = 0.0
+        self._walk_at_once = True
 
     def _keep_watch_beside(self) -> None:
         """Do the same in the middle of a read."""
@@ -424,6 +427,8 @@ class SourceMonitor:
     def _inspect(self, term: int, page: Sequence[Owed], now: float) -> PassResult:
         """Inspect a page, hold queues with too many unexplained absences, and restore the rest."""
         self._tally.saw(owed.queue for owed in page)
+        if self._workers.poll_for(term, self._clock(), page):
+            self._search_for_taken()
         inspection = self._inspector.inspect(term, page, self._context(now))
         for queue, absent in inspection.unexplained().items():
             if self._are_too_many(queue, absent):

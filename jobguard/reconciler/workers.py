@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 from uuid import UUID
 
 import redis
 
 from jobguard.log import log_event
-from jobguard.model import DROPPED_BY_LIVE_WORKER
+from jobguard.model import DROPPED_BY_LIVE_WORKER, Owed
 from jobguard.pulse import beat_key
 from jobguard.reconciler.liveness import Judgement, Liveness
 from jobguard.redis_values import number_in
@@ -87,6 +87,18 @@ class Workers:
         self.polled = True
         return missed
 
+    def poll_for(self, term: int, now: float, page: Iterable[Owed]) -> bool:
+        """Poll at once if a claim of this page is void that was live at the last poll; see poll.
+
+        Its worker may have died or left since then, and a death must be known with all claims that the
+        worker had, before the first of them is removed.
+        """
+        live = self.judgement.live
+        if not any(owed.claim_worker in live and not owed.claim_live for owed in page):
+            return False
+        self._poll_at = now
+        return self.poll(term, now, ask_redis=True)
+
     def _forget_unlisted(self) -> None:
         """Forget workers whose rows are deleted, and unknown ids that have a row by now."""
         known = {row.id for row in self.rows}
@@ -134,7 +146,7 @@ class Workers:
             self._claims_at_death[row.id] = row.claims
             if self.polled:  # Otherwise it was gone before this leader began, at an unknown time.
                 self.deaths.update((queue, now) for queue in row.queues)
-            if row.id in dead:
+            if row.id in dead or (row.dead and self.polled):
                 log_event(
                     "worker_dead",
                     worker=row.id,

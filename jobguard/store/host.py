@@ -489,6 +489,10 @@ class PostgresStore:
         """Store that a worker has exited regularly; see HostStore."""
         self._db.execute(self._sql["leave"], {"worker": worker})
 
+    def report_death(self, worker: UUID) -> None:
+        """Store that a worker's process is gone; see HostStore."""
+        self._db.execute(self._sql["report_death"], {"worker": worker})
+
     def recoverable(self, source: int, tokens: Sequence[UUID]) -> frozenset[UUID]:
         """Return those deliveries that a leader will restore; see HostStore."""
         rows = self._db.execute(

@@ -243,6 +243,9 @@ class HostStore(Protocol):
     def leave(self, worker: UUID) -> None:
         """Store that a worker has exited regularly."""
 
+    def report_death(self, worker: UUID) -> None:
+        """Store that a worker's process is gone, unless it has exited regularly: its claims are void."""
+
     def recoverable(self, source: int, tokens: Sequence[UUID]) -> frozenset[UUID]:
         """Return those deliveries that a leader will restore.
 

@@ -103,6 +103,28 @@ def test_a_regular_exit_is_final(ledger: Contract) -> None:
     assert not ledger.owed()[it.token].claim_live
 
 
+def test_a_death_that_is_reported_voids_the_claims(ledger: Contract) -> None:
+    """The row keeps the claims of that moment, and beats of the dead worker are ignored."""
+    it = ledger.recorded()
+    worker = ledger.working()
+    worker.start(it.token)
+    ledger.store.report_death(worker.id)
+    assert worker.beat().dead
+    (row,) = ledger.leader.workers(SOURCE)
+    assert (row.dead, row.left, row.claims) == (True, False, 1)
+    assert not ledger.owed()[it.token].claim_live
+
+
+def test_the_death_of_a_worker_that_has_left_changes_nothing(ledger: Contract) -> None:
+    """A worker that exited regularly is not dead, and an unknown one gets no row."""
+    worker = ledger.working()
+    worker.leave()
+    ledger.store.report_death(worker.id)
+    ledger.store.report_death(uuid4())
+    (row,) = ledger.leader.workers(SOURCE)
+    assert (row.dead, row.left) == (False, True)
+
+
 def test_the_exit_of_an_unknown_worker_does_nothing(ledger: Contract) -> None:
     """The exit of a worker that never beat does nothing."""
     ledger.store.leave(uuid4())

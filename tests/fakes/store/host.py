@@ -618,6 +618,12 @@ class MemoryHostStore:
             if row is not None and row.left_at is None:
                 row.left_at = now
 
+    def report_death(self, worker: UUID) -> None:
+        with self._tables.open() as now:
+            row = self._tables.workers.get(worker)
+            if row is not None and row.left_at is None and row.dead_at is None:
+                row.dead_at, row.claims = now, self._tables.claims_of(worker)
+
     def recoverable(self, source: int, tokens: Sequence[UUID]) -> frozenset[UUID]:
         with self._tables.open() as now:
             tables = self._tables

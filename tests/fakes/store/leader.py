@@ -210,9 +210,7 @@ class MemoryLeaderStore:
             for worker in workers:
                 row = self._tables.workers.get(worker)
                 if row is not None and row.dead_at is None:
-                    row.dead_at = now
-                    running = self._tables.running.items()
-                    row.claims = frozenset(key[1] for key, run in running if run.worker == worker)
+                    row.dead_at, row.claims = now, self._tables.claims_of(worker)
                     declared[worker] = len(row.claims)
             return declared
 

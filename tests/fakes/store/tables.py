@@ -246,6 +246,10 @@ class Tables:
         lease = self.leases.get(namespace)
         return lease is not None and lease.expires_at > now
 
+    def claims_of(self, worker: UUID) -> frozenset[UUID]:
+        """Return the deliveries that this worker has claimed."""
+        return frozenset(key[1] for key, run in self.running.items() if run.worker == worker)
+
     def lives(self, key: Key, run: Run) -> bool:
         """Return True if a claim is live, as long as a leader decides which workers are silent."""
         worker = self.workers.get(run.worker)

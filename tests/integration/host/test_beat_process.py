@@ -6,17 +6,17 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
 
+from jobguard.demo.servers import PostgresServer
 from tests.support import eventually
 
-ROOT = Path(__file__).parents[3]
 WORKER = """
 import ctypes, os, sys, time
 from uuid import UUID
@@ -50,7 +50,8 @@ def worker(database: str, apart: str) -> Iterator[tuple[Any, str, str]]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        cwd=ROOT,
+        # Not the folder of the source tree: an installed package must be found as well.
+        cwd=tempfile.gettempdir(),
     )
     try:
         assert process.stdout is not None
@@ -71,6 +72,15 @@ def row(database: str, me: str) -> tuple[int, list[Any]]:
         found = connection.execute(query, [me]).fetchone()
         assert found is not None
         return found[0], [str(claim) for claim in found[1]]
+
+
+def is_dead(database: str, me: str) -> bool:
+    """Return True if the ledger says that this worker is dead."""
+    with psycopg.connect(database) as connection:
+        query = "select dead_at is not null from jobguard.workers where id = %s"
+        found = connection.execute(query, [me]).fetchone()
+        assert found is not None
+        return bool(found[0])
 
 
 def connections(database: str) -> int:
@@ -129,3 +139,24 @@ def test_a_worker_that_is_killed_or_stopped_gets_no_beats(database: str, how: in
         eventually(lambda: row(database, me)[0] % (1 << 20) > 0)
         os.kill(process.pid, how)
         eventually(lambda: is_silent(database, me, other))
+
+
+def test_the_death_of_a_worker_is_reported_by_its_beat_process(database: str) -> None:
+    """No leader must wait for the worker's silence: here none runs."""
+    with worker(database, "apart") as (process, me, token):
+        assert not is_dead(database, me)
+        process.kill()
+        eventually(lambda: is_dead(database, me))
+        assert row(database, me)[1] == [token]
+
+
+def test_a_death_is_reported_when_postgres_is_back(
+    own_database: str, own_postgres: PostgresServer
+) -> None:
+    """A worker that dies while Postgres is away is reported when Postgres answers again."""
+    with worker(own_database, "apart") as (process, me, _):
+        own_postgres.kill()
+        process.kill()
+        process.wait()
+        own_postgres.start()
+        eventually(lambda: is_dead(own_database, me))

@@ -22,7 +22,13 @@ from jobguard.model import Beat, new_token
 from jobguard.settings import Settings
 from tests.support import eventually
 
-SPEC: dict[str, Any] = {"source": 1, "namespace": "default", "interval": 0.1, "settings": {}}
+SPEC: dict[str, Any] = {
+    "source": 1,
+    "namespace": "default",
+    "interval": 0.1,
+    "timeout": 0.5,
+    "settings": {},
+}
 ME = Beat(worker=new_token(), counter=3, claims=[], name="w", host="h", pid=1, queues=["mail"])
 
 
@@ -186,6 +192,8 @@ class NotedBeatProgram(_BeatProgram):
     def reported(self, *lines: str) -> None:
         """Receive these lines in two parts, as a pipe may split them."""
         data = "".join(f"{line}\n" for line in lines).encode()
+        if not data:
+            return
         self._receive(data[:5])
         self._receive(data[5:])
 
@@ -269,6 +277,30 @@ class TestProcessEnd:
         other._beat_received_at -= 1_000.0
         other.reported("+c")
         assert other.is_due()
+
+    @pytest.mark.parametrize(
+        ("parent", "lines", "is_dead"),
+        [
+            (1, (beat(),), True),
+            (os.getppid(), (beat(),), False),  # The pipe is closed, and the worker lives.
+            (0, (beat(),), False),  # The worker is in another PID namespace.
+            (1, (beat(), "q"), False),  # The worker ended this process itself.
+            (1, (), False),  # Postgres does not know the worker.
+        ],
+    )
+    def test_only_another_parent_proves_a_death(
+        self,
+        other: NotedBeatProgram,
+        monkeypatch: pytest.MonkeyPatch,
+        parent: int,
+        lines: tuple[str, ...],
+        *,
+        is_dead: bool,
+    ) -> None:
+        """A pipe that is closed proves nothing: the worker may have closed all its descriptors."""
+        other.reported(*lines)
+        monkeypatch.setattr(os, "getppid", lambda: parent)
+        assert other._is_orphan() is is_dead
 
     def test_it_does_not_beat_for_a_worker_that_is_stopped(
         self, other: NotedBeatProgram, monkeypatch: pytest.MonkeyPatch

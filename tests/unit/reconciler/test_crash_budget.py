@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import pytest
+
 from jobguard.model import Outcome
 from jobguard.store.protocols import Brake
-from tests.fakes.world import SOURCE, World, running
+from tests.fakes.world import SOURCE, FakeWorker, World, running
+
+Death = Callable[[FakeWorker], None]
 
 
-def test_the_crash_budget() -> None:
+@pytest.fixture(params=["silent", "proved"])
+def dies(request: pytest.FixtureRequest) -> Death:
+    """Return a function that kills a worker: it falls silent, or its host also proves its death.
+
+    The proof comes when the leader has just polled the workers, and inspects before it polls again.
+    """
+
+    def die(worker: FakeWorker) -> None:
+        worker.kill()
+        if request.param == "proved":
+            world = worker.world
+            world.monitor._workers._poll_at = world.clock() + world.monitor._workers._interval
+            world.host.report_death(worker.id)
+
+    return die
+
+
+def test_the_crash_budget(dies: Death) -> None:
     """A job whose worker dies for the third time is dead, and never restored."""
     world = World(crash_backoff=(0.0,))
     world.trusted()
@@ -16,7 +39,7 @@ def test_the_crash_budget() -> None:
         worker = world.worker(f"victim-{death}")
         world.run(4)
         running(world, worker)
-        worker.kill()
+        dies(worker)
         if death < 3:
             world.run_until(lambda n=death: len(world.broker.pushed) == n, within=30)  # type: ignore[misc]
 
@@ -28,7 +51,7 @@ def test_the_crash_budget() -> None:
     assert world.broker.reported == [("job", job.envelope)]  # It is reported whole, and once.
 
 
-def test_poison_beside_innocents() -> None:
+def test_poison_beside_innocents(dies: Death) -> None:
     """If a worker with several jobs dies repeatedly, only the job that runs alone then is charged again."""
     world = World(crash_backoff=(0.0,))
     world.trusted()
@@ -38,7 +61,7 @@ def test_poison_beside_innocents() -> None:
         world.run(4)
         running(world, worker, "innocent")
         running(world, worker, "poison")
-        worker.kill()
+        dies(worker)
         pushed = len(world.broker.pushed)
         world.run_until(lambda n=pushed: len(world.broker.pushed) == n + 2, within=60)  # type: ignore[misc]
         assert {owed.crashes for owed in world.owed().values()} == {1}
@@ -46,7 +69,7 @@ def test_poison_beside_innocents() -> None:
         worker = world.worker()
         world.run(4)
         running(world, worker, "poison")
-        worker.kill()
+        dies(worker)
         world.run_until(
             lambda n=alone: "poison" not in world.owed() or world.owed()["poison"].crashes == n,  # type: ignore[misc]
             within=60,
@@ -56,7 +79,7 @@ def test_poison_beside_innocents() -> None:
     assert world.owed()["innocent"].crashes == 1
 
 
-def test_poison_beside_fresh_jobs() -> None:
+def test_poison_beside_fresh_jobs(dies: Death) -> None:
     """A worker's death is charged again to its only job that was charged before, and once to the others."""
     world = World(crash_backoff=(0.0,))
     world.trusted()
@@ -66,7 +89,7 @@ def test_poison_beside_fresh_jobs() -> None:
         world.run(4)
         running(world, worker, "poison")
         running(world, worker, f"fresh-{death}")
-        worker.kill()
+        dies(worker)
         world.run_until(
             lambda n=death: (  # type: ignore[misc]
                 world.owed()[f"fresh-{n}"].crashes == 1

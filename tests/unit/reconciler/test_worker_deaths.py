@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from uuid import uuid4
 
+import pytest
+
 from jobguard.model import DROPPED_BY_LIVE_WORKER
-from tests.fakes.world import FakeWorker, World, calm, ids, running
+from tests.fakes.world import FakeWorker, World, calm, events, ids, running
 
 
 def with_reports_unwritten() -> tuple[World, FakeWorker]:
@@ -32,6 +34,24 @@ def test_a_dead_workers_job_goes_back_with_takeover() -> None:
     assert world.broker.pushed == world.broker.taken_over == ["job"]
     assert (world.owed()["job"].crashes, world.owed()["job"].recoveries) == (1, 1)
     assert world.owed()["job"].claim_number is None
+
+
+def test_a_death_that_its_host_has_proved_is_acted_on_at_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The worker's beat process reported it: nothing waits for the silence, and it is a crash."""
+    world = World()
+    worker = world.trusted()
+    running(world, worker)
+    worker.kill()
+    world.host.report_death(worker.id)
+
+    world.run_until(lambda: world.broker.pushed == ["job"], within=2, step=0.1)
+    world.run(30)
+
+    assert world.broker.taken_over == ["job"]
+    assert world.owed()["job"].crashes == 1
+    assert events(caplog.records).count("worker_dead") == 1
 
 
 def test_a_goodbye_costs_nothing_and_takes_no_time() -> None:
