@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import rq
 
@@ -29,13 +30,25 @@ def one_thread(at: Site, *, payload: str = SMALL, calls: int = CALLS) -> list[Ca
         ):
             _warm(send)
             cases.append(
-                Case(
+                _case(
+                    at,
                     f"{library}, {how}",
-                    lambda send=send: median_us(lambda: send(payload), calls),
-                    base=None if how == "bare" else f"{library}, bare",
+                    partial(median_us, partial(send, payload), calls),
+                    calls,
                 )
             )
     return cases
+
+
+def _case(at: Site, name: str, run: Callable[[], float], jobs: int) -> Case:
+    """Return a case of a library, which fails unless all of its jobs are guarded, or none of them."""
+    what, _, how = name.rpartition(", ")
+
+    def checked() -> float:
+        with at.recording(0 if how == "bare" else jobs):
+            return run()
+
+    return Case(name, checked, base=None if how == "bare" else f"{what}, bare")
 
 
 def _warm(send: Send) -> None:
@@ -59,19 +72,25 @@ def _together(work: Callable[[], object], calls: int) -> float:
 
 def _threads(at: Site) -> list[Case]:
     floor, record = "pgbench, 16 clients", recorder(at)
+
+    def recorded() -> float:
+        with at.recording(1600):
+            return _together(record, 1600)
+
     cases = [
         Case(floor, lambda: insert_rate(at, THREADS)),
-        Case("record() alone", lambda: _together(record, 1600), base=floor),
+        Case("record() alone", recorded, base=floor),
     ]
     for library, make in SENDERS.items():
         for how in ("bare", "guarded"):
             send = make(at, guard=how == "guarded")
             _warm(send)
             cases.append(
-                Case(
+                _case(
+                    at,
                     f"{library}, {how}",
-                    lambda send=send: _together(lambda: send(SMALL), 480),
-                    base=None if how == "bare" else f"{library}, bare",
+                    partial(_together, partial(send, SMALL), 480),
+                    480,
                 )
             )
     return cases
@@ -99,12 +118,8 @@ def _bulk(at: Site, size: int = 1000) -> list[Case]:
 
     bare, guarded = rq_queue(at, "bulk", guard=False), rq_queue(at, "bulk", guard=True)
     return [
-        Case("RQ enqueue_many, bare", lambda: rate(size, many(bare))),
-        Case(
-            "RQ enqueue_many, guarded",
-            lambda: rate(size, many(guarded)),
-            base="RQ enqueue_many, bare",
-        ),
+        _case(at, "RQ enqueue_many, bare", lambda: rate(size, many(bare)), size),
+        _case(at, "RQ enqueue_many, guarded", lambda: rate(size, many(guarded)), size),
     ]
 
 

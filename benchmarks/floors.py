@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import redis
@@ -66,8 +67,7 @@ def tables(at: Site) -> list[Table]:
     """Return the floors."""
     client = redis.Redis.from_url(at.broker)
     times = [
-        Case(f"pgbench, {n} client{'s' * (n > 1)}", lambda n=n: insert_us(at, n))
-        for n in (1, 4, 16)
+        Case(f"pgbench, {n} client{'s' * (n > 1)}", partial(insert_us, at, n)) for n in (1, 4, 16)
     ]
     times.append(Case("Redis PING", lambda: median_us(client.ping, 300)))
     return [
@@ -76,7 +76,7 @@ def tables(at: Site) -> list[Table]:
             "Floors, rate",
             "inserts/s",
             [
-                Case(f"pgbench, {n} client{'s' * (n > 1)}", lambda n=n: insert_rate(at, n))
+                Case(f"pgbench, {n} client{'s' * (n > 1)}", partial(insert_rate, at, n))
                 for n in (1, 4, 16)
             ],
             rounds=5,

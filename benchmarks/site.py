@@ -13,9 +13,11 @@ from urllib.parse import urlsplit, urlunsplit
 
 import celery
 import dramatiq
+import psycopg
 import redis
 import rq
 from dramatiq.brokers.redis import RedisBroker
+from psycopg import sql
 
 import jobguard
 from jobguard.demo.servers import PostgresServer, RedisServer
@@ -42,6 +44,23 @@ class Site:
     def name(self, kind: str) -> str:
         """Return a name for a queue that no other case uses."""
         return f"{kind}-{next(self._names)}"
+
+    @contextmanager
+    def recording(self, jobs: int, table: str = "jobs") -> Iterator[None]:
+        """Fail unless the ledger gets exactly so many jobs inside: in ``jobs``, or in ``history``.
+
+        Otherwise a case that guards nothing would show how cheap the guard is.
+        """
+        before = self._count(table)
+        yield
+        found = self._count(table) - before
+        if found != jobs:
+            raise SystemExit(f"jobguard.{table} has {found} jobs of a case, and must have {jobs}")
+
+    def _count(self, table: str) -> int:
+        with psycopg.connect(self.postgres) as connection:
+            query = sql.SQL("select count(*) from jobguard.{}").format(sql.Identifier(table))
+            return int(connection.execute(query).fetchall()[0][0])
 
     def behind(self, postgres: str, broker: str) -> Site:
         """Return the same servers by other addresses."""

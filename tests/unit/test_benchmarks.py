@@ -7,14 +7,16 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 import pytest
 
-from benchmarks import compare, report
+from benchmarks import compare, enqueue, report
 from benchmarks.measure import Case, Row, Table, measure
-from benchmarks.site import delayed
+from benchmarks.site import Site, delayed
 
 
 def rows() -> list[Row]:
@@ -93,3 +95,24 @@ def test_an_unknown_part_is_a_usage_error(capfd: pytest.CaptureFixture[str]) -> 
     done = subprocess.run([sys.executable, "-m", "benchmarks", "nonsense"], check=False)
     assert done.returncode == 2
     assert "latency" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "recorded", "fits"),
+    [
+        ("RQ, guarded", 60, True),
+        ("RQ, guarded", 0, False),
+        ("RQ, relaxed", 59, False),
+        ("RQ, bare", 0, True),
+        ("RQ, bare", 60, False),
+    ],
+)
+def test_a_case_that_is_not_what_its_name_says_fails(
+    monkeypatch: pytest.MonkeyPatch, name: str, recorded: int, fits: bool
+) -> None:
+    """A guarded case counts only if the ledger got all of its jobs, a bare one if it got none."""
+    counts = iter([7, 7 + recorded])
+    monkeypatch.setattr(Site, "_count", lambda _site, _table: next(counts))
+    case = enqueue._case(cast(Any, Site)("", "", None), name, lambda: 1.0, 60)
+    with nullcontext() if fits else pytest.raises(SystemExit, match="must have"):
+        assert case.run() == 1.0
