@@ -15,6 +15,7 @@ from weakref import WeakSet
 from celery import signals
 from celery.exceptions import SoftTimeLimitExceeded
 from celery.worker import WorkController
+from celery.worker.components import Pool
 from celery.worker.consumer.consumer import Consumer
 
 from jobguard.adapters.celery import (
@@ -53,6 +54,7 @@ def install(tracker: Tracker | None, app: Any) -> None:
             for part in (fence, killed_runs, unacked, chords, unknown_tasks):
                 part.put_on(_hooks)
             _hooks.put(WorkController, "_process_task", process_task)
+            _hooks.put(Pool, "start", pool_starts)
             _hooks.put(Consumer, "add_task_queue", queues_changed)
             _hooks.put(Consumer, "cancel_task_queue", queues_changed)
             for signal, receiver in RECEIVERS:
@@ -78,6 +80,20 @@ def begin(controller: Any) -> None:
     with contain_errors("open the session of a worker", let_pass=StoreUnavailable):
         if (working := sessions.begin(controller)) is not None:
             unacked.attach(working)
+
+
+def pool_starts(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Pool.start: open the session here if a receiver of worker_init, or a later one, called guard().
+
+    A signal does not call receivers that were connected while it was sent.
+    """
+
+    @wraps(original)
+    def hook(self: Any, parent: Any) -> Any:
+        begin(parent)
+        return original(self, parent)
+
+    return hook
 
 
 def process_task(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import redis
 from billiard import process as multiprocessing
-from celery import Celery, Task, chord, group
+from celery import Celery, Task, chord, group, signals
 from celery.exceptions import Ignore, Reject
 from kombu.common import Broadcast
 from kombu.entity import Queue
@@ -37,7 +37,10 @@ app.conf.update(
 )
 if os.environ.get("BROADCAST"):
     app.conf.task_queues = (Queue("celery"), Broadcast("everyone"))
-if os.environ.get("UNGUARDED") != "1":
+if os.environ.get("GUARD_AT"):
+    receiver: Any = lambda **_: jobguard.guard(app)  # noqa: E731
+    getattr(signals, os.environ["GUARD_AT"]).connect(receiver, weak=False)
+elif os.environ.get("UNGUARDED") != "1":
     jobguard.guard(app)
 
 

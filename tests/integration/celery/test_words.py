@@ -65,6 +65,16 @@ def test_jobguard_run_guards_an_app_that_calls_no_guard(rig: Rig) -> None:
     assert rig.ask("select outcome::text, number from jobguard.history") == [("completed", 1)]
 
 
+@pytest.mark.parametrize("signal", ["worker_init", "celeryd_after_setup"])
+def test_a_guard_made_while_the_worker_starts_is_in_force(rig: Rig, signal: str) -> None:
+    """A receiver of a start signal calls guard(): the worker claims its tasks and reports their ends."""
+    worker = rig.worker("solo", GUARD_AT=signal)
+    assert BEGINS in worker.text
+    job_id = rig.send("ok")
+    rig.until(lambda: rig.ended(job_id))
+    assert rig.ask("select outcome::text, number from jobguard.history") == [("completed", 1)]
+
+
 def test_jobguard_run_logs_why_it_guards_nothing(rig: Rig) -> None:
     """``jobguard run`` logs why it guards nothing, and runs the worker nevertheless."""
     worker = rig._start(
