@@ -24,7 +24,7 @@ from uuid import UUID
 
 from jobguard import hooks
 from jobguard.current import CurrentJob, running
-from jobguard.errors import WorkersDied
+from jobguard.errors import ConflictingGuard, WorkersDied
 from jobguard.model import (
     Backlog,
     Beside,
@@ -78,6 +78,18 @@ class Source:
 
     def __str__(self) -> str:
         return f"{self.library} at {self.name or self.address}"
+
+
+def second_guard(target: str, there: Source, now: Source) -> ConflictingGuard:
+    """Return the error for a target that is guarded already, as another source."""
+    names = [
+        f"namespace {one.namespace!r}" + (f", source {one.name!r}" if one.name else "")
+        for one in (there, now)
+    ]
+    return ConflictingGuard(
+        f"{target} of {there.library} at {there.address} is already guarded with {names[0]}, and a second "
+        f"guard with {names[1]} would guard nothing: call guard() once for each target"
+    )
 
 
 class Tracker(Protocol):

@@ -57,6 +57,9 @@ EVENTS: Mapping[str, Event] = {
     "guarded": Event(INFO, "a source is guarded"),  # source, queues, postgres
     "guard_inert": Event(INFO, "nothing is guarded here"),  # reason
     "guard_refused": Event(ERROR, "a target cannot be guarded"),  # error
+    "guard_late": Event(
+        ERROR, "runs are not guarded: call guard() before the worker of this process starts"
+    ),  # source
     "adapter_loaded": Event(DEBUG, "an adapter is installed"),  # library
     "adapter_failed": Event(ERROR, "an adapter could not be installed"),  # library, error
     "settings_differ": Event(

@@ -17,7 +17,7 @@ import dramatiq
 from dramatiq import Worker, group
 from dramatiq.brokers.redis import RedisBroker
 
-from jobguard.adapter import Tracker
+from jobguard.adapter import Tracker, second_guard
 from jobguard.adapters.dramatiq.cancellation import Cancellation
 from jobguard.adapters.dramatiq.consumer import InFlightMessages
 from jobguard.adapters.dramatiq.joins import Joins, run_group
@@ -27,6 +27,7 @@ from jobguard.adapters.dramatiq.producer import Producer
 from jobguard.adapters.dramatiq.worker import WorkerHooks
 from jobguard.errors import UnsupportedTarget
 from jobguard.host_safety import contain_errors
+from jobguard.log import log_event
 from jobguard.patching import Hooks
 from jobguard.registry import tracker_for_worker
 
@@ -76,7 +77,11 @@ class BrokerGuard:
         for name, make in self._hooks.items():
             self._on.put(self.broker, name, make)
         self._on.put(self.broker.client, "register_script", self.cancellation.register_script)
-        self.broker.broker_id = str(new_short_lived())
+        if _is_consuming(self.broker):
+            # Its consumers are not hooked. It keeps the id by which a leader sees it as unguarded.
+            log_event("guard_late", source=str(self.tracker.source))
+        else:
+            self.broker.broker_id = str(new_short_lived())
         self.broker.add_middleware(self._middleware)
         setattr(self.broker, _GUARD, self)
 
@@ -101,7 +106,10 @@ def guard_of(broker: Broker) -> BrokerGuard | None:
 def install(tracker: Tracker, broker: Any) -> None:
     """Install the hooks on a broker; raise UnsupportedTarget if this Dramatiq is unknown."""
     with _lock:
-        if guard_of(broker) is not None:
+        there = guard_of(broker)
+        if there is not None:
+            if there.tracker.source.id != tracker.source.id:
+                raise second_guard("this broker", there.tracker.source, tracker.source)
             return
         for problem in _unknown_parts(broker):
             raise UnsupportedTarget(
@@ -123,6 +131,17 @@ def uninstall(tracker: Tracker) -> None:
             made.remove_hooks()
         if not _guards:
             _library.take_off()
+
+
+def _is_consuming(broker: Broker) -> bool:
+    """Return True if a worker of this process takes messages from this broker."""
+    workers = [getattr(middleware, "worker", None) for middleware in broker.middleware]
+    return any(
+        consumer.is_alive()
+        for worker in workers
+        if isinstance(worker, Worker)
+        for consumer in worker.consumers.values()
+    )
 
 
 def guard_workers() -> None:

@@ -7,6 +7,7 @@ other middleware made to the message.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -142,7 +143,7 @@ class Producer:
             if not run.superseded:
                 draft.parent, draft.supersedes = run.parent(), True
             draft.token, draft.derived = run.derive(id), True
-        elif run is None and origin is not None and str(origin) in self._in_flight:
+        elif run is None and origin is not None and self._is_moving(origin):
             # Dramatiq moves it from the delay queue, or retries a message that failed before its
             # claim.
             session = self._worker.session
@@ -152,6 +153,15 @@ class Producer:
             draft.token, draft.derived = run.derive(id), True
         else:
             draft.token = new_token()
+
+    def _is_moving(self, origin: UUID) -> bool:
+        """Return True if Dramatiq sends a message that this process has fetched.
+
+        An application that sends the same message again, in another thread, means a further job.
+        """
+        kinds = type(threading.current_thread()).__mro__
+        theirs = any(kind.__module__ == "dramatiq.worker" for kind in kinds)
+        return theirs and str(origin) in self._in_flight
 
     def _prepare(self, queue_name: str, rid: str, data: bytes) -> MessagePush | None:
         token = token_of(rid)

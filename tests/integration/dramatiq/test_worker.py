@@ -14,14 +14,16 @@ import redis
 from dramatiq.middleware import Middleware, SkipMessage
 from dramatiq.results import ResultFailure
 
+import jobguard
 from jobguard import current
 from jobguard.adapter import Source
+from jobguard.adapters.dramatiq.layout import is_stranger
 from jobguard.errors import StoreUnavailable
 from jobguard.guard import JobGuard
 from jobguard.host.session import WorkerSession
 from jobguard.host.tracker import HostTracker
 from jobguard.model import Presence
-from tests.conformance.words import Leader, Records, another_worker
+from tests.conformance.words import BRISK, Leader, Records, another_worker
 from tests.integration.dramatiq.stage import KEYS, Stage, open_joins
 from tests.support import eventually
 
@@ -181,6 +183,22 @@ class TestEnds:
         stage.pipeline(steps).run()
         stage.work()
         assert order == ["record echo", "record say", "end echo", "end say"]
+
+    def test_a_message_that_is_sent_again_is_another_job(
+        self, stage: Stage, guard: JobGuard, records: Records
+    ) -> None:
+        """A message that a worker of this process holds is sent again: it runs as often as it was sent."""
+        with stage.worker():
+            stage.actor("wait").send("first")
+            eventually(lambda: stage.said() == ["first:begun"])
+            message = stage.actor("say").send("again")
+            eventually(lambda: not stage.client.exists(KEYS))  # in the memory of the worker
+            stage.broker.enqueue(message)
+            stage.broker.enqueue(message)
+            stage.gate("first").touch()
+            eventually(stage.is_idle)
+        assert stage.said().count("again") == 3
+        assert outcomes(records, message) == ["completed"] * 3
 
 
 class TestSkip:
@@ -590,6 +608,21 @@ class TestName:
         """A process that consumes without a worker counts as unguarded."""
         next(iter(stage.broker.consume("default", timeout=1)))
         assert UUID(stage.broker.broker_id).version == 4
+
+    def test_a_worker_that_started_before_the_guard_is_a_stranger(
+        self, stage: Stage, database: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Its runs are not guarded: the log says so, and its id in Redis stays that of a stranger."""
+        with stage.worker():
+            eventually(lambda: stage.client.zcard("dramatiq:__heartbeats__"))
+            mine = stage.broker.broker_id
+            with jobguard.guard(stage.broker, postgres=database, **BRISK):
+                assert stage.broker.broker_id == mine and is_stranger(mine)
+                stage.actor("say").send("a")
+                eventually(stage.is_idle)
+        assert stage.said() == ["a"]
+        assert not stage.client.keys("dramatiq:__acks__*")  # it was acknowledged under this id
+        assert "call guard() before the worker" in caplog.text
 
     def test_a_worker_may_follow_another(
         self, stage: Stage, guard: JobGuard, records: Records
