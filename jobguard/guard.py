@@ -657,6 +657,12 @@ def _same(
     ]
     assert existing._conninfo is not None and existing._tracker is not None
     assert existing._adapter is not None
+    address, other = existing._tracker.source.address, guarded.source.address
+    if address != other:
+        raise ConflictingGuard(
+            f"the source {guarded.source.name!r} is already {address} in this process, and this target is "
+            f"at {other}: give each Redis a source name of its own (source=…), or use one address for it"
+        )
     was, now = describe(existing._conninfo()), describe(conninfo())
     if was != now:
         differences.append(f"postgres is {was}, now {now}")

@@ -45,7 +45,7 @@ class CeleryAdapter:
         celery = importlib.import_module("celery")
         if not isinstance(target, celery.Celery):
             return None
-        app: Any = target
+        app = importlib.import_module("jobguard.adapters.celery.lookup").real(target)
         if not app.configured:
             patches = importlib.import_module("jobguard.adapters.celery.patches")
             return DeferredTarget(

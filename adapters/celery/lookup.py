@@ -32,6 +32,16 @@ def add(tracker: Tracker, app: Any) -> bool:
         return True
 
 
+def other_guard(tracker: Tracker, app: Any) -> Tracker | None:
+    """Return another tracker that guards this app at the same broker."""
+    place = (tracker.source.address, tracker.source.prefix)
+    for known in _guards.get(app, ()):
+        ours = known.source.id == tracker.source.id
+        if not ours and (known.source.address, known.source.prefix) == place:
+            return known
+    return None
+
+
 def remove(tracker: Tracker) -> list[Any]:
     """Disconnect all apps from this tracker. Return those that have no tracker now."""
     bare = []

@@ -13,6 +13,7 @@ import celery
 from celery.signals import beat_init, celeryd_after_setup, worker_init
 from celery.worker import WorkController
 
+from jobguard.adapter import second_guard
 from jobguard.adapters.celery import announce, backend, cancellation, lookup, worker
 from jobguard.adapters.celery.producer import hook_app, unhook_app
 from jobguard.errors import StoreUnavailable, UnsupportedTarget
@@ -33,7 +34,11 @@ _on = False
 
 def install(tracker: Tracker, app: Any) -> None:
     """Connect this app to this tracker. Raise UnsupportedTarget if this Celery is not supported."""
+    app = lookup.real(app)
     with _lock:
+        other = lookup.other_guard(tracker, app)
+        if other is not None:
+            raise second_guard("this app", other.source, tracker.source)
         _install_hooks()
         if lookup.add(tracker, app):
             hook_app(app)

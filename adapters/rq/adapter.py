@@ -45,13 +45,19 @@ class RQAdapter:
         queues = _queues(target)
         if not queues:
             return None
-        if not all(queue._is_async for queue in queues):
+        queues = [queue for queue in queues if queue._is_async]
+        if not queues:
             return _inert(namespace, name, "is_async=False runs each job at once, in the caller")
         names = frozenset(queue.name for queue in queues)
         return _guarded(queues[0].connection, queues, names, namespace=namespace, name=name)
 
     def install(self, tracker: Tracker, target: object) -> None:
-        """Install the hooks on RQ's classes; raise UnsupportedTarget for an unknown version of RQ."""
+        """Install the hooks on RQ's classes; raise UnsupportedTarget for an unknown version of RQ.
+
+        Raises ConflictingGuard for a queue that is guarded already as another source.
+        """
+        names = {queue.name for queue in _queues(target)}
+        importlib.import_module("jobguard.adapters.rq.lookup").check_overlap(tracker, names)
         importlib.import_module("jobguard.adapters.rq.patches").install(tracker.source.id)
 
     def send(

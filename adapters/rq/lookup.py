@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import rq.defaults
 from rq.job import Job
 from rq.queue import Queue
 
-from jobguard.adapter import Tracker
+from jobguard.adapter import Tracker, second_guard
 from jobguard.adapters.rq.layout import Layout, prefix_of
 from jobguard.clients import address_of
 from jobguard.host_safety import contain_errors
@@ -38,6 +39,22 @@ def prefix_for(queue_class: Any, job_class: Any) -> str:
         queue_class.redis_queue_namespace_prefix,
         queue_class.redis_queues_keys,
     )
+
+
+def check_overlap(tracker: Tracker, names: Collection[str]) -> None:
+    """Raise ConflictingGuard if an older guard has one of these queues; no names: all queues."""
+    for other in trackers():
+        one, it = other.source, tracker.source
+        if one.id == it.id or (one.library, one.address, one.prefix) != (
+            it.library,
+            it.address,
+            it.prefix,
+        ):
+            continue
+        # Only a guard of a whole Redis guards a queue without a name.
+        for name in sorted(names) or [""]:
+            if other.guards(name):
+                raise second_guard(f"the queue {name!r}" if name else "every queue", one, it)
 
 
 def tracker_for_queue(queue: Queue) -> Tracker | None:

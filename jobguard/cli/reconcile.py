@@ -65,7 +65,7 @@ from jobguard.settings import Settings
 )
 @click.option(
     "--log-level",
-    type=click.Choice(["debug", "info", "warning", "error"]),
+    type=click.Choice(["debug", "info", "warning", "error"], case_sensitive=False),
     default="info",
     envvar="JOBGUARD_LOG_LEVEL",
     show_envvar=True,

@@ -337,9 +337,11 @@ def test_reconcile_passes_the_command_line_on(
 
     monkeypatch.setattr(reconcile, "Service", service)
     monkeypatch.setattr(reconcile, "stop_on_signals", lambda service: None)
-    monkeypatch.setattr("jobguard.log.configure", lambda level, json: None)
+    monkeypatch.setattr("jobguard.log.configure", lambda level, json: seen.update(level=level))
     words = ["reconcile", "--once", "--namespace", "n", "--postgres", database]
-    done = call(*words, JOBGUARD_REDIS_URL="redis://a redis://b", JOBGUARD_LEASE="20")
+    environ = {"JOBGUARD_LEASE": "20", "JOBGUARD_LOG_LEVEL": "WARNING"}
+    done = call(*words, JOBGUARD_REDIS_URL="redis://a redis://b", **environ)
+    assert seen["level"] == "warning"
     assert done.exit_code == 0 and done.stdout.split()[-2:] == ["restored", "3"]
     assert (seen["settings"].namespace, seen["settings"].lease) == ("n", 20.0)
     assert (seen["conninfo"], seen["redis"]) == (database, ["a:6379/0", "b:6379/0"])
