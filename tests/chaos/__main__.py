@@ -55,6 +55,11 @@ from tests.chaos.site import ChaosError
     help="Run without jobguard, to see the losses of the library alone.",
 )
 @click.option(
+    "--hostile",
+    is_flag=True,
+    help="Put a pooler before PostgreSQL, whose default transactions are serializable and read-only.",
+)
+@click.option(
     "--keep",
     type=click.Path(file_okay=False, path_type=Path),
     default=None,
@@ -70,6 +75,7 @@ def main(
     path: Path | None,
     sabotage: bool,
     unguarded: bool,
+    hostile: bool,
     keep: Path | None,
 ) -> None:
     """Kill processes at random moments, and count the jobs that ran, were lost, or ran twice."""
@@ -91,6 +97,7 @@ def main(
                 hits={name: hits or math.ceil(HITS / runs) for name in places},
                 sabotage=sabotage,
                 guarded=not unguarded,
+                hostile=hostile,
                 keep=keep,
             )
             console.rule(f"{library.name}, seed {plan.seed}: {nth + 1} of {runs}")

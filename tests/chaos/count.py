@@ -34,10 +34,12 @@ class Count:
     early: tuple[int, ...] = ()  # begun before all jobs that the library had to run first had ended
 
 
-def count(ledger: Ledger, kills: Sequence[Kill]) -> Count:
-    """Count one run, after everything has ended."""
+def count(
+    ledger: Ledger, kills: Sequence[Kill], outages: Sequence[tuple[float, float]] = ()
+) -> Count:
+    """Count one run, after everything has ended; ``outages``: the times without PostgreSQL."""
     unanswered = ledger.called.keys() - ledger.enqueued.keys() - ledger.refused.keys()
-    recorded = _recorded(ledger, unanswered, kills)
+    recorded = _recorded(ledger, unanswered, kills, outages)
     again = {number: marks for number, marks in ledger.ends.items() if len(marks) > 1}
     excused = {number for number, marks in again.items() if is_excused(marks, kills)}
     return Count(
@@ -75,12 +77,21 @@ def is_excused(ends: Sequence[Mark], kills: Sequence[Kill]) -> bool:
     )
 
 
-def _recorded(ledger: Ledger, unanswered: Collection[int], kills: Sequence[Kill]) -> set[int]:
-    """Return the jobs of producers that died between the record and the answer."""
+def _recorded(
+    ledger: Ledger,
+    unanswered: Collection[int],
+    kills: Sequence[Kill],
+    outages: Sequence[tuple[float, float]],
+) -> set[int]:
+    """Return the jobs of producers that died between the record and the answer.
+
+    While PostgreSQL is away there is no record before the answer.
+    """
     deaths = {kill.pid: kill.at for kill in kills if kill.what in RECORDED}
     return {
         number
         for number in unanswered
         if (mark := ledger.called[number]).pid in deaths
         and 0 <= deaths[mark.pid] - mark.at <= _OF_THIS_CALL
+        and not any(began <= deaths[mark.pid] <= ended for began, ended in outages)
     }

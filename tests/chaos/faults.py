@@ -202,26 +202,39 @@ def leader_stop(site: Site, chance: random.Random) -> Steps:
     return f"FLUSHALL meanwhile; another led after {took:.1f} s"
 
 
-def postgres_restart(site: Site, chance: random.Random) -> Steps:
-    """Restart PostgreSQL, with no other fault until all waiting reports are written.
+def postgres_away(site: Site, chance: random.Random) -> Steps:
+    """Stop, kill or freeze PostgreSQL for some seconds, and kill a worker and a producer meanwhile.
 
-    A process that dies during the outage loses the reports that it could not write, so there must
-    be no other fault. There is also no fence during the outage. So a job that has a second copy,
-    because Redis lost the job, must have ended before, and a worker must have met its copies.
+    Redis loses nothing until all reports are written: with both stores away at once, nothing is
+    promised. There is also no fence during the outage. So a job that has a second copy, because
+    Redis lost the job, must have ended before, and a worker must have met its copies.
     """
-    site.kills.disarm()
     if not (yield from _until(lambda: _has_ended_lost_jobs(site))):
         return None
     yield from _pass(1.0)
     at = time.monotonic()
-    site.postgres.stop()
-    yield from _pass(chance.uniform(0, 3))
-    site.postgres.start()
+    how = chance.choice(("stopped", "killed", "frozen"))
+    with site.outage():
+        {
+            "stopped": site.postgres.stop,
+            "killed": site.postgres.kill,
+            "frozen": site.postgres.pause,
+        }[how]()
+        yield from _pass(chance.uniform(0.1, 2))
+        name = chance.choice(sorted(site.workers))
+        if (yield from _until(lambda: site.is_busy(site.workers[name]), patience=5.0)):
+            site.kill(site.workers[name], "worker_kill")
+        running = [child for child in site.producers if not child.ended]
+        if running:
+            site.kill(chance.choice(running), "producer_kill")
+        yield from _pass(chance.uniform(0, 2))
+        (site.postgres.resume if how == "frozen" else site.postgres.start)()
     took = time.monotonic() - at
     ((back_at,),) = site.ask("select clock_timestamp()")
     yield from _until(lambda: _is_written(site, back_at))
     yield from _pass(1.0)
-    return f"away for {took:.1f} s; all was written {time.monotonic() - at - took:.1f} s after it"
+    written = time.monotonic() - at - took
+    return f"{how} for {took:.1f} s, {name} killed; all was written {written:.1f} s after it"
 
 
 FAULTS: dict[str, Fault] = {
@@ -237,11 +250,11 @@ FAULTS: dict[str, Fault] = {
             book_deleted,
         ),
         *(worker_kill, horse_kill, worker_term, producer_kill),
-        *(leader_kill, leader_stop, postgres_restart),
+        *(leader_kill, leader_stop, postgres_away),
     )
 }
 
-_OF_JOBGUARD = {"leader_kill", "leader_stop", "postgres_restart"}
+_OF_JOBGUARD = {"leader_kill", "leader_stop", "postgres_away"}
 
 
 def faults_for(library: Library, *, guarded: bool) -> tuple[str, ...]:
@@ -259,9 +272,11 @@ def _pass(seconds: float) -> Generator[None, None, None]:
         yield
 
 
-def _until(is_so: Callable[[], bool]) -> Generator[None, None, bool]:
+def _until(
+    is_so: Callable[[], bool], *, patience: float = _PATIENCE
+) -> Generator[None, None, bool]:
     """Wait for a condition, with a deadline."""
-    until = time.monotonic() + _PATIENCE
+    until = time.monotonic() + patience
     while time.monotonic() < until:
         try:
             if is_so():

@@ -46,6 +46,7 @@ class Plan:
     hits: dict[str, int]  # failpoint -> how many deaths it shall cause in this run
     sabotage: bool = False
     guarded: bool = True
+    hostile: bool = False  # a pooler in front of a database with unusual defaults
     keep: Path | None = None
 
     @property

@@ -222,7 +222,7 @@ class _Run:
     def _result(self) -> Result:
         site = self._site
         children = (*site.reconcilers, *site.workers.values(), *site.services, *site.producers)
-        counted = count(site.reader.ledger, site.kills.all())
+        counted = count(site.reader.ledger, site.kills.all(), site.outages)
         went_wrong = dict.fromkeys((*counted.lost[:20], *counted.twice[:20], *counted.early[:20]))
         return Result(
             library=self._plan.library.name,

@@ -20,9 +20,10 @@ from jobguard.demo.servers import PostgresServer, RedisServer
 from tests.chaos.kills import KillLog
 from tests.chaos.libraries import QUEUES, RECONCILER_FAILPOINTS, REDIS_VARIABLE, failpoints
 from tests.chaos.plan import SETTINGS
+from tests.pooler import Pooler
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from tests.chaos.libraries import Role
     from tests.chaos.plan import Plan
@@ -33,6 +34,16 @@ RECONCILERS = 2
 START_SECONDS = 60.0
 BACKLOG = 300
 """Jobs in Redis that are enough for a loss; more would only make the run longer."""
+
+HOSTILE = (
+    "default_transaction_isolation = 'serializable'",
+    "default_transaction_read_only = on",
+    "search_path = nowhere",
+    "timezone = 'Asia/Kathmandu'",
+)
+"""Defaults of the database that a run with ``hostile`` has, behind a pooler."""
+POOLED = 20
+"""The sessions of the pooler, for some 40 connections of the processes."""
 
 _TABLES = (
     "select relname::text from pg_class where relnamespace = 'jobguard'::regnamespace"
@@ -68,13 +79,21 @@ class Site:
         self.kills = KillLog(folder, failpoints(plan.library))
         self.redis = stack.enter_context(RedisServer(persistence="none"))
         self.postgres = stack.enter_context(PostgresServer())
-        self._url = self.postgres.create_database("chaos")
+        self._url = self._url_of_hosts = self.postgres.create_database("chaos")
         jobguard.schema.migrate(self._url)
+        if plan.hostile:
+            with psycopg.connect(self._url, autocommit=True) as connection:
+                for setting in HOSTILE:
+                    connection.execute(f"alter database chaos set {setting}".encode())
+            pooler = stack.enter_context(Pooler(self._url, size=POOLED))
+            self._url_of_hosts = pooler.client_url
         self.client = client_from_url(self.redis.url, timeout=2.0)
         stack.callback(self.client.close)
         self._connection: psycopg.Connection[Any] | None = None
         stack.callback(self._hang_up)
         self._paused: set[int] = set()
+        self.outages: list[tuple[float, float]] = []
+        """The times in which PostgreSQL was away, by the wall clock."""
         self.lost_at = 0.0
         """The time of the last loss of data in Redis, by the wall clock."""
         stack.callback(self._end_orphans)
@@ -141,6 +160,15 @@ class Site:
         for member in family:
             wait_until_gone(member)
             self.kills.note(what, member.pid)
+
+    @contextlib.contextmanager
+    def outage(self) -> Iterator[None]:
+        """Note that PostgreSQL is away inside the block."""
+        began = time.time()
+        try:
+            yield
+        finally:
+            self.outages.append((began, time.time()))
 
     def pause(self, child: children.Child) -> None:
         """Send SIGSTOP to it."""
@@ -284,7 +312,7 @@ class Site:
         environ = children.clean_environment() | SETTINGS
         environ |= {
             "PYTHONPATH": str(ROOT),
-            "JOBGUARD_POSTGRES_URL": self._url,
+            "JOBGUARD_POSTGRES_URL": self._url_of_hosts,
         }
         if not self.plan.guarded:
             environ["JOBGUARD_DISABLED"] = "1"

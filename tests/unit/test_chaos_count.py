@@ -80,6 +80,9 @@ def test_a_committed_record_is_owed_although_the_producer_died(place: str) -> No
     assert count(ledger(*lines), kills).lost == (2, 3)
     ran = line("end", 2, 12.0), line("end", 3, 12.0)
     assert count(ledger(*lines, *ran), kills).lost == ()
+    # Without PostgreSQL there is no record before the answer.
+    assert count(ledger(*lines), kills, [(11.0, 12.0)]).lost == ()
+    assert count(ledger(*lines), kills, [(12.0, 13.0)]).lost == (2, 3)
 
 
 @pytest.mark.parametrize(
