@@ -73,6 +73,9 @@ fmt: $(VENV)/.ready
 docs: $(VENV)/.ready-for-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
+# With bytecode, as an installed jobguard has it: else an import compiles its modules again.
+bench bench-compare: export PYTHONDONTWRITEBYTECODE =
+
 bench: $(VENV)/.ready-for-bench
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from jobguard.adapter import Advice, Broker, DeferredTarget, Guarded, Source, Tracker
-from jobguard.adapters.celery.broker import CeleryBroker
 from jobguard.adapters.celery.envelope import UnknownEnvelope, arguments_in, renewed
 from jobguard.errors import UnsupportedTarget
 
@@ -143,6 +142,9 @@ class CeleryAdapter:
 
     def broker(self, source: Source, client: redis.Redis) -> Broker:
         """Return the reconciler's view of a source."""
+        # Imported here: a producer needs no broker.
+        from jobguard.adapters.celery.broker import CeleryBroker
+
         return CeleryBroker(source, client)
 
     def renew(self, envelope: bytes, token: UUID) -> bytes:

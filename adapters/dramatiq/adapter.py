@@ -13,7 +13,6 @@ from uuid import UUID
 import redis
 
 from jobguard.adapter import Advice, Broker, Guarded, Source, Tracker
-from jobguard.adapters.dramatiq.broker import DramatiqBroker
 from jobguard.adapters.dramatiq.envelope import UnknownEnvelope, arguments_in, decode
 from jobguard.adapters.dramatiq.layout import Layout
 from jobguard.clients import address_of, is_test_double, own_client, waits_forever
@@ -114,6 +113,9 @@ class DramatiqAdapter:
 
     def broker(self, source: Source, client: redis.Redis) -> Broker:
         """Return the reconciler's view of a source."""
+        # Imported here: a producer needs no broker.
+        from jobguard.adapters.dramatiq.broker import DramatiqBroker
+
         return DramatiqBroker(source, client)
 
     def renew(self, envelope: bytes, token: UUID) -> bytes:

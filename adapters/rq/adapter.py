@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import redis
 
 from jobguard.adapter import Advice, Broker, Guarded, Source, Tracker
-from jobguard.adapters.rq.broker import RQBroker
 from jobguard.adapters.rq.envelope import UnknownEnvelope, arguments_in
 from jobguard.clients import address_of, is_test_double, own_client, waits_forever
 from jobguard.errors import UnsupportedTarget
@@ -118,6 +117,9 @@ class RQAdapter:
 
     def broker(self, source: Source, client: redis.Redis) -> Broker:
         """Return the reconciler's view of a source."""
+        # Imported here: a producer needs no broker.
+        from jobguard.adapters.rq.broker import RQBroker
+
         return RQBroker(source, client)
 
     def arguments(self, envelope: bytes) -> Mapping[str, Any]:

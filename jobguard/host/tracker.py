@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 from uuid import UUID
 
 import redis
@@ -42,7 +42,6 @@ from jobguard.host.group_commit import GroupCommit
 from jobguard.host.parent import Door, ParentSpool, ParentStore
 from jobguard.host.redis_health import RedisHealth
 from jobguard.host.replay import BATCH, Replay, write_cancellation, write_late
-from jobguard.host.session import WorkerSession
 from jobguard.host.spool import (
     Cancelled,
     Entry,
@@ -71,6 +70,9 @@ from jobguard.sealing import Sealer
 from jobguard.settings import Settings
 from jobguard.store import texts
 from jobguard.store.protocols import ClaimRequest, HostStore, SourceRow
+
+if TYPE_CHECKING:
+    from jobguard.host.session import WorkerSession
 
 _UNSHARED = ("outbox", "replay", "newest")
 """The options of a record that cannot share a group commit."""
@@ -782,6 +784,8 @@ class HostTracker:
         serves: bool = False,
     ) -> WorkerSession:
         """Start to beat as a worker; see Tracker."""
+        from jobguard.host.session import WorkerSession  # a producer has none
+
         if self._session is None or not self._session.is_mine or self._session.closed:
             if serves and hasattr(socket, "send_fds") and not os_threads.is_patched():
                 self._serve_children()
@@ -835,6 +839,8 @@ class HostTracker:
         self, worker: UUID, pid: int, *, name: str, queues: Sequence[str]
     ) -> WorkerSession:
         """Continue as a child of the worker that spawned this process; see Tracker."""
+        from jobguard.host.session import WorkerSession
+
         before = self._session
         self._session = WorkerSession(
             self, self._new_store(), name=name, queues=queues, inherited=(worker, pid)

@@ -36,9 +36,28 @@ def python(code: str, *arguments: str) -> str:
 
 
 def test_import_jobguard_is_light_and_silent() -> None:
-    """The import of jobguard loads no heavy package and prints nothing."""
-    reported = python(f"import jobguard, sys; print([m for m in {HEAVY} if m in sys.modules])")
-    assert reported == "[]\n"
+    """The import of jobguard loads no other module and prints nothing; its names load no heavy package."""
+    alone = python(
+        "import importlib, sys, types; before = {*sys.modules}\n"
+        "import jobguard; print(sorted({*sys.modules} - before))"
+    )
+    assert alone == "['jobguard']\n"
+    code = f"from jobguard import *\nimport sys; print([m for m in {HEAVY} if m in sys.modules])"
+    assert python(code) == "[]\n"
+
+
+def test_a_module_hides_no_function_of_its_name() -> None:
+    """Whichever is used first, jobguard.guard and jobguard.current are the functions."""
+    code = "import jobguard.guard, jobguard.current\nfrom jobguard.current import lock\n"
+    names = (
+        "print(jobguard.guard.__name__, jobguard.current().id, jobguard.errors.KeyHeld.__name__)"
+    )
+    assert python(code + names) == "guard None KeyHeld\n"
+    assert python("import jobguard\n" + names) == "guard None KeyHeld\n"
+    assert "once" in python("import jobguard; print(dir(jobguard))")
+    wrong = "gard"
+    with pytest.raises(AttributeError, match="no attribute 'gard'"):
+        getattr(jobguard, wrong)
 
 
 @pytest.mark.parametrize("word", ["--version", "--help"])
