@@ -189,7 +189,7 @@ def _guarded(app: Any, namespace: str, name: str | None) -> Guarded:
         namespace,
         LIBRARY,
         broker_address.address,
-        str(broker_address.layout),
+        broker_address.prefix,
         name,
         one_body=False,
         serializer=_accepted(app.conf.accept_content),

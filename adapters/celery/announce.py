@@ -124,7 +124,7 @@ def _name(channel: Any) -> None:
         source = tracker.source
         there = (source.address, source.prefix) == (
             broker_address.address,
-            str(broker_address.layout),
+            broker_address.prefix,
         )
         if source.library == LIBRARY and there:
             label_pool(channel.async_pool, source)

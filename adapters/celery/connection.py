@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,6 +23,11 @@ class BrokerAddress:
 
     address: str
     layout: Layout
+    prefix: str = field(init=False)
+    """The layout as the prefix of a source."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prefix", str(self.layout))
 
 
 _known: dict[tuple[Any, ...], BrokerAddress | None] = {}
@@ -37,7 +42,7 @@ def broker_address_of(connection: Any) -> BrokerAddress | None:
     where = (
         (several,) if several else (connection.hostname, connection.port, connection.virtual_host)
     )
-    asked = (_hashable(options.get(name)) for name in _OPTIONS)
+    asked = [_hashable(options[name]) if name in options else None for name in _OPTIONS]
     key = (connection.transport_cls, *where, *asked)
     if key not in _known:
         if len(_known) > 1_000:

@@ -21,6 +21,7 @@ import zlib
 from base64 import b64encode
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -62,13 +63,18 @@ class Routing:
 
 def encode(routing: Routing, message: bytes) -> bytes:
     """Return the envelope of a push."""
+    return _head(routing) + message
+
+
+@lru_cache(maxsize=256)
+def _head(routing: Routing) -> bytes:
     fields: dict[str, object] = {"queue": routing.queue}
     if routing.step:
         fields["step"] = routing.step
     if routing.exchange:
         fields["binding"] = [routing.exchange, routing.binding]
     header = json.dumps(fields, separators=(",", ":")).encode()
-    return b"".join((_HEAD.pack(VERSION, len(header)), header, message))
+    return _HEAD.pack(VERSION, len(header)) + header
 
 
 def decode(envelope: bytes) -> tuple[Routing, bytes]:

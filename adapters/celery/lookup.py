@@ -134,5 +134,5 @@ def _is_at(tracker: Tracker, broker_address: BrokerAddress) -> bool:
     return (
         source.library == LIBRARY
         and source.address == broker_address.address
-        and source.prefix == str(broker_address.layout)
+        and source.prefix == broker_address.prefix
     )

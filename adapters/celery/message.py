@@ -8,7 +8,7 @@ drops the message without an error. So the queues that this app itself knows cou
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
@@ -53,6 +53,11 @@ class Wire:
     headers: dict[str, Any]
     properties: dict[str, Any]
     priority: int | None = 0
+    offline: Any = field(init=False, repr=False)
+    """A channel that prepares the message as a real one does."""
+
+    def __post_init__(self) -> None:
+        self.offline = offline_channel(self.connection)
 
     @property
     def job_id(self) -> str:
@@ -62,8 +67,7 @@ class Wire:
     @property
     def in_base64(self) -> bool:
         """Return True if the body is base64 in Redis: a transport option can change that."""
-        offline: Any = offline_channel(self.connection)
-        return bool(offline.body_encoding == "base64")
+        return bool(self.offline.body_encoding == "base64")
 
     def delivery(
         self,
@@ -78,7 +82,7 @@ class Wire:
         for name in (TOKEN, WORKER, PART, DEAD):  # a retry inherits them; ours stands last
             self.headers.pop(name, None)
         self.headers[TOKEN] = token.hex
-        offline: Any = offline_channel(self.connection)
+        offline = self.offline
         message = offline.prepare_message(
             self.data,
             self.priority,

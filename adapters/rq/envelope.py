@@ -12,10 +12,9 @@ import struct
 import zlib
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from enum import StrEnum
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from jobguard.redis_values import inflated, json_in
 
@@ -38,8 +37,7 @@ class Mode(StrEnum):
     RATE_LIMITED = "rate_limited"
 
 
-@dataclass(frozen=True, slots=True)
-class Routing:
+class Routing(NamedTuple):
     """The changes of a push besides the hash."""
 
     mode: Mode = Mode.QUEUED
@@ -55,7 +53,7 @@ class Routing:
 
 
 _PLAIN = Routing()
-_DEFAULT = asdict(_PLAIN)
+_DEFAULT = _PLAIN._asdict()
 
 
 def encode(routing: Routing, fields: Mapping[str, bytes]) -> bytes:

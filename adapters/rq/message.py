@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -301,12 +301,7 @@ def set_run(job: Job, run: Run | None) -> None:
 def deliver(job: Job, push: Draft, *, queue: str) -> Delivery:
     """Return the record of a push, once RQ has written it into the draft."""
     assert push.mapping is not None
-    encoder = cast(Any, job.connection).get_encoder().encode
-    fields: dict[str, bytes] = {
-        name: value if type(value) is bytes else encoder(value)
-        for name, value in push.mapping.items()
-        if value is not None
-    }
+    fields = _encoded(job, push.mapping)
     routing = Routing(
         mode=push.mode,
         at_front=push.at_front,
@@ -335,12 +330,26 @@ def deliver(job: Job, push: Draft, *, queue: str) -> Delivery:
 
 def saved(job: Job, *, include_meta: bool, only_meta: bool) -> dict[str, bytes]:
     """Return the fields that a program saved, without the fields in which RQ records its progress."""
-    encoder = cast(Any, job.connection).get_encoder().encode
     mapping = job.to_dict(include_meta=include_meta, include_result=False)
     return {
-        name: value if type(value) is bytes else encoder(value)
+        name: value
+        for name, value in _encoded(job, mapping).items()
+        if name not in _WRITTEN_BY_RQ and (name == "meta" or not only_meta)
+    }
+
+
+def _encoded(job: Job, mapping: Mapping[str, Any]) -> dict[str, bytes]:
+    """Return the fields of a hash as redis-py sends them."""
+    encoder = cast(Any, job.connection).get_encoder()
+    encoding, errors = encoder.encoding, encoder.encoding_errors
+    return {
+        name: value
+        if type(value) is bytes
+        else value.encode(encoding, errors)
+        if type(value) is str
+        else encoder.encode(value)
         for name, value in mapping.items()
-        if value is not None and name not in _WRITTEN_BY_RQ and (name == "meta" or not only_meta)
+        if value is not None
     }
 
 

@@ -19,6 +19,7 @@ import redis
 from rq.job import Job
 
 from jobguard import failpoint
+from jobguard.adapters.rq.lookup import tracker_for_queue
 from jobguard.adapters.rq.message import BROKER_DOWN, Draft, aborted, deliver, set_token
 from jobguard.host_safety import contain_errors
 from jobguard.log import log_event
@@ -26,6 +27,7 @@ from jobguard.model import Delivery, Recorded
 
 if TYPE_CHECKING:
     from redis.client import Pipeline
+    from rq.queue import Queue
 
     from jobguard.adapter import Tracker
 
@@ -49,6 +51,9 @@ class Staged:
 
 class Batch:
     """Keep the deliveries and the cancellations of one pipeline."""
+
+    guards: tuple[Queue, Tracker] | None = None
+    """The queue that a pipeline of a hook pushes to, and its tracker."""
 
     def __init__(self, pipe: Pipeline):
         self._pipe = weakref.ref(pipe)  # its __del__ returns its connection: avoid a cycle
@@ -159,6 +164,14 @@ class Batch:
             if entry.delivery.token not in pushed:
                 del pipe.command_stack[entry.start : entry.end]
         return going
+
+
+def tracker_of(pipe: Pipeline | None, queue: Queue) -> Tracker | None:
+    """Return the tracker of the queue; that of a hook's own pipeline is known."""
+    batch: Batch | None = None if pipe is None else pipe.__dict__.get(_BATCH)
+    if batch is not None and batch.guards is not None and batch.guards[0] is queue:
+        return batch.guards[1]
+    return tracker_for_queue(queue)
 
 
 def record(staged: Sequence[Staged]) -> set[UUID]:

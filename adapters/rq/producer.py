@@ -23,7 +23,14 @@ from jobguard.adapters.rq import message
 from jobguard.adapters.rq.envelope import Mode, amended
 from jobguard.adapters.rq.lookup import tracker_for_job, tracker_for_program, tracker_for_queue
 from jobguard.adapters.rq.message import BROKER_DOWN, Draft, clear_delivery, draft, drafting
-from jobguard.adapters.rq.pipeline import Batch, Staged, is_immediate, not_pushed, record
+from jobguard.adapters.rq.pipeline import (
+    Batch,
+    Staged,
+    is_immediate,
+    not_pushed,
+    record,
+    tracker_of,
+)
 from jobguard.adapters.rq.push import push
 from jobguard.current import current
 from jobguard.errors import StoreUnavailable
@@ -107,7 +114,7 @@ def _enqueue_job(original: Hook) -> Hook:
         at_front: bool = False,
         **kwargs: Any,
     ) -> Any:
-        tracker = tracker_for_queue(self)
+        tracker = tracker_of(pipeline, self)
         if tracker is None:
             return original(self, job, pipeline=pipeline, at_front=at_front, **kwargs)
         if kwargs.get("unique"):
@@ -143,7 +150,7 @@ def schedule_job(original: Hook) -> Hook:
     def hook(
         self: Queue, job: Job, datetime: DateTime, pipeline: Pipeline | None = None, **kwargs: Any
     ) -> Any:
-        tracker = tracker_for_queue(self)
+        tracker = tracker_of(pipeline, self)
         if tracker is None:
             return original(self, job, datetime, pipeline=pipeline, **kwargs)
         if not message.is_moving(job):

@@ -32,6 +32,7 @@ def push(tracker: Tracker, queue: Queue, buffer: Callable[[Pipeline], T]) -> T:
     """Push the commands that ``buffer`` adds to a pipeline, for a producer that waits for the push."""
     pipe = queue.connection.pipeline()
     batch = Batch.own(pipe)
+    batch.guards = (queue, tracker)
     push = _Push(tracker, pipe, batch.staged)
     with _version_known(push, queue):
         result = buffer(pipe)

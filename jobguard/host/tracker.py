@@ -316,19 +316,18 @@ class HostTracker:
     def record_beside(self, deliveries: Sequence[Delivery]) -> Beside | None:
         """Send a record whose commit and push can overlap; see Tracker."""
         self._mine()
-        deliveries = self._with_rules(deliveries)
         now = time.monotonic()
         if (
             len(deliveries) != 1
-            or not deliveries[0].is_plain
+            # Callers that come meanwhile share the next commit.
+            or now < self._beside_until
+            or not self._commit.is_idle
             or self.settings.when_postgres_down == "raise"
             or self._parent is not None
             or not (self._registered and self.circuit.closed)
             or len(self.spool)
             or batches.is_open(self.source.id)
-            # Callers that come meanwhile share the next commit.
-            or now < self._beside_until
-            or not self._commit.is_idle
+            or not self._with_rules(deliveries)[0].is_plain
         ):
             return None
         self._beside_until = now + self.settings.record_timeout
