@@ -58,6 +58,8 @@ class contain_errors:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> bool:
+        if error is None:
+            return False
         if not isinstance(error, Exception) or isinstance(error, self._let_pass):
             return False
         if is_host_interrupt(error) or isinstance(error, NotTransactional | InvalidKey):

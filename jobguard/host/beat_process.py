@@ -83,7 +83,7 @@ class BeatProcess:
     def begins(self, claim: str) -> None:
         """Report that the worker may run this from now on. Call it under the lock of the in-flight list.
 
-        The caller then calls `flush`, without that lock, before the worker runs it.
+        `flush` follows, without that lock, before its claim is requested and before the worker runs it.
         """
         self._add(_CLAIM + claim)
 

@@ -21,8 +21,8 @@ class InFlight:
         self.lock = os_threads.lock()
         self.children = ChildSlots()
         self.beat_process: BeatProcess | None = None
-        """The beat process; it receives each change at once, because it may beat before the next beat
-        is due.
+        """The beat process; it receives each start before the claim, because it may beat before the
+        next beat is due.
         """
         self._pid = pid  # of the worker; a child reports its delivery to it
         self._starts: dict[UUID, int] = {}
@@ -33,14 +33,17 @@ class InFlight:
         self.lock = os_threads.lock()
 
     def add(self, token: UUID) -> None:
-        """Count one more start of this delivery."""
+        """Count one more start of this delivery; `report` follows before its claim is requested."""
         with self.lock:
             self._starts[token] = self._starts.get(token, 0) + 1
             if self._is_child():
                 self.children.runs(token)
-            beat_process = self.beat_process
-            if beat_process is not None:
-                beat_process.begins(token.hex)
+            if self.beat_process is not None:
+                self.beat_process.begins(token.hex)
+
+    def report(self) -> None:
+        """Report the starts so far to the beat process, with one write for all threads."""
+        beat_process = self.beat_process
         if beat_process is not None:
             beat_process.flush()
 

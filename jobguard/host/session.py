@@ -171,6 +171,7 @@ class WorkerSession:
             answer = self._started(token, describe)
             if isinstance(answer, Claim) and answer.crashes:
                 answer = self._start_alone(answer, describe, idle, patience)
+            self._in_flight.report()  # it may run although no claim was requested
         except BaseException:
             self._in_flight.remove((token,))
             raise
@@ -178,6 +179,10 @@ class WorkerSession:
             if not isinstance(answer, Claim):
                 self._alone.leave(token)
         return answer
+
+    def report_starts(self) -> None:
+        """Report all starts to the beat process, because their claims are about to be requested."""
+        self._in_flight.report()
 
     def _start_alone(
         self,

@@ -915,6 +915,8 @@ class HostTracker:
     def _write_claims(self, requests: Sequence[ClaimRequest]) -> Mapping[UUID, ClaimAnswer]:
         if not self.circuit.closed:  # it opened while these waited: one wait is enough
             raise BreakerOpen
+        if self._session is not None:
+            self._session.report_starts()
         if len(requests) == 1:
             return {requests[0].nonce: self._store.claim(self.source.id, requests[0])}
         return self._store.claims(self.source.id, requests)

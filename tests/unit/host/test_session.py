@@ -539,6 +539,76 @@ def test_ends_of_one_batch_in_order() -> None:
     assert [token for batch in batches for token in batch] == [job.token for job in jobs]
 
 
+class NotedReports:
+    """A beat process that notes what is reported to it, and when it is written."""
+
+    def __init__(self) -> None:
+        self.known: list[UUID] = []
+        self.writes = 0
+        self._waiting: list[UUID] = []
+
+    def begins(self, claim: str) -> None:
+        """Note a start that is still to be written."""
+        self._waiting.append(UUID(hex=claim))
+
+    def ends(self, claim: str) -> None:
+        """Ignore an end."""
+
+    def flush(self) -> None:
+        """Write."""
+        self.writes += bool(self._waiting)
+        self.known += self._waiting
+        self._waiting = []
+
+
+class NotedClaims:
+    """A store that notes which requested claims the beat process knew of at that moment."""
+
+    def __init__(self, inner: HostStore, reports: NotedReports) -> None:
+        self._inner, self._reports = inner, reports
+        self.known: list[list[bool]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def claims(self, source: int, requests: Any) -> Any:
+        """Note and answer claim requests."""
+        self.known.append([request.token in self._reports.known for request in requests])
+        return self._inner.claims(source, requests)
+
+
+def test_the_beat_process_knows_a_start_before_its_claim_is_requested() -> None:
+    """Starts that share a claim statement are reported with one write, before the statement."""
+    worker = Worker(record_timeout=10.0).begin()
+    jobs = [worker.owe(str(n)) for n in range(3)]
+    worker.session.mark_superseded(worker.run(worker.owe("first")))
+    reports: Any = NotedReports()
+    worker.session._in_flight.beat_process = reports
+    store: Any = NotedClaims(worker.tracker._store, reports)
+    worker.tracker._store = store
+    claims = worker.tracker._claims
+    with ThreadPoolExecutor() as pool:
+        with claims._committing:  # the starts meet in the batch after this one
+            runs = [pool.submit(worker.run, job) for job in jobs]
+            eventually(lambda: claims._open is not None and len(claims._open.parts) == 3)
+        assert all(run.result().number for run in runs)
+
+    assert store.known == [[True, True, True]]
+    assert reports.writes == 1
+
+
+def test_the_beat_process_knows_a_start_without_a_claim() -> None:
+    """A start that no claim was requested for is reported before the job runs."""
+    worker = Worker().begin()
+    jobs = [worker.owe("opens the circuit"), worker.owe()]
+    reports: Any = NotedReports()
+    worker.session._in_flight.beat_process = reports
+    with outage(worker.ledger):
+        for job in jobs:
+            worker.run(job)
+            assert job.token in reports.known
+
+
 def test_a_flush_leaves_what_is_reported_meanwhile_to_the_next() -> None:
     """An end that is reported while a batch is committed waits for the next batch."""
     worker = Worker().begin()
