@@ -54,6 +54,8 @@ LIMITED: Mapping[str, tuple[str, ...]] = {
     "stream_left": ("source",),
     "not_written": ("what",),
     "start_skipped": ("reason", "outcome"),
+    "job_skipped": ("reason",),
+    "task_skipped": ("reason",),
     "start_unclaimed": (),
     "start_unfenced": ("reason",),
     "claim_lost": ("reason",),

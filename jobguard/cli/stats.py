@@ -21,6 +21,7 @@ from jobguard.cli.common import (
     print_json,
     safe,
 )
+from jobguard.operations.overview import holds
 from jobguard.operations.read import total_of
 from jobguard.store.protocols import Counts
 
@@ -101,11 +102,8 @@ def _lines(overview: Mapping[str, Any]) -> Iterable[str]:
     yield f"workers: {workers['alive']} alive{beat}"
     if brake["paused_at"]:
         yield f"paused since {brake['paused_at']:%Y-%m-%d %H:%M:%S}: `jobguard resume`"
-    names = {str(source["id"]): source["address"] for source in overview["sources"]}
-    for key, why in brake["held"].items():
-        source, _, queue = key.partition("/")
-        name = "every queue" if queue == "*" else f"queue {queue}"
-        yield f"held: {name} of {names.get(source, source)}: {why.get('reason', '')}"
+    for held in holds(overview):
+        yield f"held: {held.name} of {held.address}: {held.reason}"
     for incident in overview["incidents"]:
         yield (
             f"incident {incident['id']}: {incident['cause']} at {incident['address']}: "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -14,6 +15,31 @@ from jobguard.store.protocols import Counts
 _MINUTES = 60
 _RECENT = 5
 """Minutes over which a rate is averaged."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """One hold, as it is shown to a person."""
+
+    name: str
+    address: str
+    reason: str
+    command: str
+    """The command that ends it."""
+
+
+def holds(state: Mapping[str, Any]) -> Iterator[Hold]:
+    """Yield the holds of an overview of the ledger."""
+    addresses = {str(source["id"]): source["address"] for source in state["sources"]}
+    for key, why in state["brake"]["held"].items():
+        source, _, queue = key.partition("/")
+        whole = queue == "*"
+        yield Hold(
+            "every queue" if whole else f"queue {queue}",
+            addresses.get(source, source),
+            why.get("reason", ""),
+            "jobguard resume" if whole else f"jobguard resume --queue {shlex.quote(queue)}",
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +85,8 @@ class Overview:
             yield f"leader: {leader['host']} pid {leader['pid']}, term {leader['term']}"
         if brake["paused_at"]:
             yield f"PAUSED since {brake['paused_at']:%Y-%m-%d %H:%M:%S}: `jobguard resume`"
-        names = {str(source["id"]): source["address"] for source in self.state["sources"]}
-        for key, why in brake["held"].items():
-            source, _, queue = key.partition("/")
-            name = "every queue" if queue == "*" else f"queue {queue}"
-            yield f"HELD: {name} of {names.get(source, source)}: {why.get('reason', '')}"
+        for held in holds(self.state):
+            yield f"HELD: {held.name} of {held.address}: {held.reason}"
         for source in self.state["sources"]:
             if source["watched_seconds"] is None:
                 yield f"{source['library']} at {source['address']} was never watched"

@@ -7,6 +7,7 @@ from typing import Any
 
 from jobguard.cli.doctor.finding import Finding, note, ok, problem
 from jobguard.cli.stats import trusted_since, why_not_trusted
+from jobguard.operations.overview import holds
 from jobguard.settings import Settings
 
 
@@ -65,8 +66,9 @@ def _judge_leader(overview: dict[str, Any]) -> Iterator[Finding]:
         yield problem("leader", "no reconciler leads: run `jobguard reconcile`")
     if brake["paused_at"]:
         yield problem("brake", f"paused since {brake['paused_at']:%Y-%m-%d %H:%M:%S}")
-    for key, why in brake["held"].items():
-        yield problem("brake", f"{key} is held: {why.get('reason', '')}; `jobguard resume`")
+    for held in holds(overview):
+        where = f"{held.name} is held at {held.address}"
+        yield problem("brake", f"{where}: {held.reason}; `{held.command}`")
     yield ok("workers", f"{workers['alive']} alive")
     for incident in overview["incidents"]:
         # Redis is full or lacks a right: a person must repair it.
