@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from jobguard.host_safety import safe_tracker
@@ -49,5 +50,9 @@ def on_unguarded_worker(resolve: Callable[[object], Tracker | None]) -> None:
 
 def tracker_for_worker(target: object) -> Tracker | None:
     """Return the tracker of a worker's connection; make it from the environment if there is none yet."""
+    if (
+        not _resolvers
+    ):  # No name of the package was used in this process: its root is not loaded yet.
+        import_module("jobguard.guard")
     made = _resolvers[0](target) if _resolvers else None
     return _trackers.get(made.source.id) if made is not None else None

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -205,3 +206,18 @@ def test_a_usual_layout_is_one_word() -> None:
     """The prefix of RQ's own layout is the value of RQ_KEY_PREFIX."""
     assert str(Layout.parse("{rq}")) == "{rq}"
     assert Layout.parse("").job("1") == "rq:job:1"
+
+
+def test_a_worker_class_guards_a_process_that_uses_no_name_of_the_package() -> None:
+    """The import of our worker class is enough: the tracker is made from the environment."""
+    program = (
+        "from jobguard.adapters.rq import Worker; import redis, sys;"
+        "from jobguard.registry import tracker_for_worker;"
+        "assert 'jobguard.guard' not in sys.modules;"
+        "print(tracker_for_worker(redis.Redis(port=1)).source.library)"
+    )
+    environ = {**os.environ, "JOBGUARD_POSTGRES_URL": "postgresql://127.0.0.1:1/none"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environ, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.split() == ["rq"], done.stderr
