@@ -34,11 +34,14 @@ class Consumers(Mapping[str, frozenset[str]]):
         strangers: frozenset[str],
         uncounted: str = "",
         proved: frozenset[str] = frozenset(),
+        alive: frozenset[str] = frozenset(),
     ) -> None:
         self._by_queue = by_queue
         self._strangers = strangers
         self.proved = proved
         """Names whose connections show that they are guarded, also if the ledger does not know them."""
+        self.alive = alive
+        """Those of them that are alive at this moment, so that their ledger knows them."""
         self.uncounted = uncounted
         """Why the connections could not be counted; "": they were counted."""
 

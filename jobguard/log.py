@@ -341,6 +341,11 @@ EVENTS: Mapping[str, Event] = {
     "queue_untrusted": Event(
         WARNING, "unguarded workers take jobs from a queue"
     ),  # source, queue, workers
+    "worker_elsewhere": Event(
+        ERROR,
+        "a guarded worker does not report to this ledger, so its queues are not restored: give it the "
+        "JOBGUARD_POSTGRES_URL and JOBGUARD_NAMESPACE of this reconciler",
+    ),  # source, worker
     # Losses and recoveries.
     "redis_lost_data": Event(ERROR, "Redis lost data"),  # source, detail
     "redis_evicted": Event(ERROR, "Redis evicted keys: set maxmemory-policy to noeviction"),  # keys

@@ -90,6 +90,7 @@ class Workers:
             # Only guarded workers announce themselves, and a worker of another ledger has a connection
             # that is not ours.
             proved=frozenset(worker.name for worker in announced),
+            alive=frozenset(worker.name for worker in recent),
         )
 
     def _unexplained(self) -> frozenset[str]:

@@ -25,10 +25,12 @@ from jobguard.adapters.dramatiq.layout import (
     finish_key,
     is_short_lived,
     is_stranger,
+    is_worker,
     name_of,
     worker_of,
 )
 from jobguard.adapters.dramatiq.render import render
+from jobguard.client_list import Consumers
 from jobguard.members import ListReader
 from jobguard.model import (
     Backlog,
@@ -224,7 +226,7 @@ class DramatiqBroker:
         return self._backlog.page(queues, after=after, limit=limit, mark=mark)
 
     def consumers(self) -> Mapping[str, frozenset[str]]:
-        """Return the workers that may consume without a guard, for any queue.
+        """Return the workers that may consume any queue: the guarded ones, and all that may be unguarded.
 
         Redis does not know which queues an idle worker polls. It also cannot distinguish a worker
         from a producer that sends a heartbeat now and then. So every process that sends heartbeats
@@ -250,7 +252,9 @@ class DramatiqBroker:
         active = [
             worker for worker, (_, at) in self._heartbeats.items() if now - at < _CONSUMER_SECONDS
         ]
-        return _AnyQueue(frozenset(filter(is_stranger, active)))
+        guarded = frozenset(map(name_of, filter(is_worker, active)))
+        strangers = frozenset(filter(is_stranger, active))
+        return Consumers({}, strangers | guarded, proved=guarded, alive=guarded)
 
     def render(self, request: Request, token: UUID) -> Delivery:
         """Return the delivery of a message that SQL or a schedule asked for."""
@@ -308,22 +312,6 @@ class DramatiqBroker:
         names = (queue, f"{queue}.DQ", f"{queue}.XQ")
         keys = [self._layout.key(end) for name in names for end in (name, f"{name}.msgs")]
         return [*keys, self._layout.heartbeats]
-
-
-class _AnyQueue(Mapping[str, frozenset[str]]):
-    """The same workers for any queue that is asked for; iteration yields nothing."""
-
-    def __init__(self, names: frozenset[str]):
-        self._names = names
-
-    def __getitem__(self, queue: str) -> frozenset[str]:
-        return self._names
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(())
-
-    def __len__(self) -> int:
-        return 0
 
 
 def _list_of(queue: str, place: str) -> str:

@@ -117,6 +117,12 @@ def is_stranger(worker: str) -> bool:
     return token is None or token.version not in (_WORKER, _SHORT_LIVED)
 
 
+def is_worker(worker: str) -> bool:
+    """Return True if this is the id of a guarded worker."""
+    token = token_of(worker)
+    return token is not None and token.version == _WORKER
+
+
 def name_of(worker: str) -> str:
     """Return the session name of the process with this id.
 

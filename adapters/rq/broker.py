@@ -221,7 +221,7 @@ class RQBroker:
         strangers = self._unexplained(registered)
         named = {c.mark.name for c in self._listeners.inspect() if c.ours and c.mark is not None}
         proved = frozenset(name for name in registered if nameable(name) in named)
-        return Consumers(by_queue, strangers, self._listeners.refused, proved)
+        return Consumers(by_queue, strangers, self._listeners.refused, proved, proved)
 
     def render(self, request: Request, token: UUID) -> Delivery:
         """Return the delivery of a job that SQL or a schedule asked for."""

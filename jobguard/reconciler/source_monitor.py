@@ -153,6 +153,7 @@ class SourceMonitor:
         # Before this time, Redis lost all data; see evidence.py.
         self._lost_at: float | None = None
         self._uncounted = ""
+        self._foreign: frozenset[str] = frozenset()
         self._clocks_compared_at = float("-inf")
         self._clock_behind = 0.0
         self._brake = Brake()
@@ -361,6 +362,11 @@ class SourceMonitor:
         self._saw(consumers)
         uncounted = str(getattr(consumers, "uncounted", ""))
         proved: frozenset[str] = getattr(consumers, "proved", frozenset())
+        expected, foreign = self._workers.not_in_ledger(getattr(consumers, "alive", frozenset()))
+        proved -= expected | foreign
+        for name in sorted(foreign - self._foreign):
+            log_event("worker_elsewhere", source=self.source.address, worker=name)
+        self._foreign = foreign
         guarded = {queue: names | proved for queue, names in self._workers.names().items()}
         for queue in consumers:
             guarded.setdefault(queue, consumers[queue] & proved)
@@ -370,11 +376,17 @@ class SourceMonitor:
             guarded,
             self._tally.queues,
             counted=not uncounted,
+            proved=proved,
+            expected=expected,
         )
         if uncounted and not self._uncounted:
             log_event("consumers_uncounted", source=self.source.address, error=uncounted)
         self._uncounted = uncounted
-        changed = [replace(row, unguarded=[*map(name_in, row.unguarded)]) for row in changed]
+        here = " (guarded, but not in this ledger)"
+        changed = [
+            replace(row, unguarded=[name_in(n) + here * (n in foreign) for n in row.unguarded])
+            for row in changed
+        ]
         self._store.trust(term, changed)
         for row_changed in changed:
             if row_changed.unguarded:

@@ -102,11 +102,14 @@ class Trust:
         queues: Iterable[str],
         *,
         counted: bool = True,
+        proved: frozenset[str] = frozenset(),
+        expected: frozenset[str] = frozenset(),
     ) -> list[QueueRow]:
         """Compare the consumers of each queue with the guarded workers; return the rows that changed.
 
         ``consumers``: the names that the library gives all workers, by queue. ``guarded``: those
-        that beat. ``counted``: every unguarded consumer is surely among the consumers.
+        that beat. ``counted``: every unguarded consumer is surely among the consumers. ``proved``: names
+        that are guarded in any queue. ``expected``: names that may appear among these in a moment.
         """
         changed = []
         gap = self._gap(now)
@@ -119,10 +122,10 @@ class Trust:
                     row = replace(row, trusted_since=now)
                     self.regained.add(queue)
                 row = replace(row, clean_since=now)
-            unguarded = consumers.get(queue, frozenset()) - guarded.get(queue, frozenset())
+            unguarded = consumers.get(queue, frozenset()) - guarded.get(queue, frozenset()) - proved
             # A worker is registered a moment before or after its first beat: one inspection may
             # err.
-            certain = unguarded & self._seen_once.get(queue, frozenset())
+            certain = (unguarded & self._seen_once.get(queue, frozenset())) - expected
             self._seen_once[queue] = unguarded
             (self._unsure.add if unguarded else self._unsure.discard)(queue)
             known = before is not None and before.unguarded == tuple(sorted(certain))

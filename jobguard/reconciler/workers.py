@@ -20,6 +20,8 @@ _POLL = 0.5
 """Seconds between two polls of the workers' beats."""
 _FORGET = 50.0
 """Seconds between two searches for rows of workers that left or died long ago."""
+_SHOWN_AFTER_DEATH = 15.0
+"""Seconds for which Redis may show a worker as alive that has ended."""
 _NO_JUDGEMENT = Judgement(dead=(), live=frozenset(), silent=frozenset(), unflushed=False)
 
 
@@ -53,6 +55,9 @@ class Workers:
         self._timeout = settings.worker_timeout
         # Ids that the ledger does not know, and since when.
         self._unknown_ids: dict[str, float] = {}
+        # Names of live workers without a row, and since when; and all names that had one.
+        self._unlisted: dict[str, float] = {}
+        self._listed: set[str] = set()
         self.rows: Sequence[WorkerRow] = ()
         self.judgement = _NO_JUDGEMENT
         self.polled = False
@@ -215,6 +220,21 @@ class Workers:
     def _is_unknown_for_long(self, name: str) -> bool:
         now = self._clock()
         return now - self._unknown_ids.setdefault(name, now) >= self._timeout
+
+    def not_in_ledger(self, alive: frozenset[str]) -> tuple[frozenset[str], frozenset[str]]:
+        """Return the guarded workers without a row: those that may register soon, and all others.
+
+        ``alive``: the names of the guarded workers that Redis shows to be alive. One that never registers
+        reports to another ledger or namespace: here it is as good as unguarded.
+        """
+        if not self.polled:
+            return frozenset(), frozenset()
+        self._listed = (self._listed & alive) | {row.name for row in self.rows}
+        unlisted, now = alive - self._listed, self._clock()
+        self._unlisted = {name: self._unlisted.get(name, now) for name in unlisted}
+        bound = self._timeout + _SHOWN_AFTER_DEATH
+        soon = frozenset(name for name, since in self._unlisted.items() if now - since < bound)
+        return soon, unlisted - soon
 
     def names(self) -> dict[str, frozenset[str]]:
         """Return the library's names of guarded workers by queue.

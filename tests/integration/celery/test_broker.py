@@ -424,8 +424,12 @@ class TestConsumers:
     def test_one_that_left(
         self, app: celery.Celery, broker: CeleryBroker, client: redis.Redis
     ) -> None:
-        """A worker that has left takes nothing any more."""
+        """A worker that has left takes nothing any more, and one that is silent may be dead."""
         session = make_known(app, "good@h", "celery")
+        silent = make_known(app, "silent@h", "q2")
+        client.zincrby(broker._layout.workers, -60, silent.hex)
+        found = broker.consumers()
+        assert found.proved == {"good@h", "silent@h"} and found.alive == {"good@h"}
         announce.leave(app, session=session)
         assert broker.consumers()["celery"] == frozenset()
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
+from uuid import uuid4
 
 import pytest
 
 import jobguard
-from jobguard.demo.servers import PostgresServer
+from jobguard.demo.servers import NamedPostgres, PostgresServer
 from jobguard.guard import JobGuard
+from jobguard.reconciler import workers
 from tests.conformance.words import BRISK, Leader, Records
 from tests.integration.dramatiq.stage import KEYS, Stage, program
+from tests.integration.hosts import leading, rows
 from tests.support import eventually
 
 STAGE = "tests.integration.dramatiq.stage"
@@ -36,6 +39,32 @@ def test_what_an_unguarded_worker_ran_is_not_run_again(
             guard.reconcile()
     assert sorted(stage.said()) == ["a", "b", "c"]
     assert not records.trusted()
+
+
+def test_a_worker_that_reports_to_another_ledger_is_unguarded_here(
+    stage: Stage,
+    guard: JobGuard,
+    records: Records,
+    surroundings: Mapping[str, str],
+    redis_url: str,
+    database: str,
+    postgres_server: NamedPostgres,
+    template_database: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """What a worker with another database ran is not run again, and the log names the worker."""
+    monkeypatch.setattr(workers, "_SHOWN_AFTER_DEATH", 0.1)
+    other = postgres_server.create_database(f"other_{uuid4().hex}", template_database)
+    theirs = {**surroundings, "JOBGUARD_POSTGRES_URL": other}
+    with leading(guard, database, redis_url), program("-m", STAGE, "1", environ=theirs):
+        stage.actor("say").send("a")
+        eventually(lambda: stage.said() == ["a"], 30)
+        eventually(lambda: "does not report to this ledger" in caplog.text, 30)
+        unguarded = "select unguarded[1] from jobguard.queues where unguarded_at is not null"
+        eventually(lambda: "not in this ledger" in str(rows(database, unguarded)), 30)
+        assert not records.trusted()
+    assert rows(database, "select from jobguard.jobs where recoveries = 0") and records.owed()
 
 
 def test_what_an_unguarded_producer_sent_is_adopted(

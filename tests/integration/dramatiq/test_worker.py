@@ -597,10 +597,13 @@ class TestName:
         stage.broker.do_qsize("default")
         with stage.worker():
             eventually(lambda: stage.client.zcard("dramatiq:__heartbeats__") == 2)
-            assert leader.broker.consumers().get("default", frozenset()) == frozenset()
+            found: Any = leader.broker.consumers()
+            guarded = {UUID(stage.broker.broker_id).hex}
+            assert found["default"] == found.proved == found.alive == guarded
             stranger = str(uuid4())
             stage.client.zadd("dramatiq:__heartbeats__", {stranger: 1})
-            assert leader.broker.consumers().get("any", frozenset()) == {stranger}
+            found = leader.broker.consumers()
+            assert found["any"] - found.proved == {stranger}
 
     def test_a_process_that_consumes_by_hand_is_a_stranger(
         self, stage: Stage, guard: JobGuard

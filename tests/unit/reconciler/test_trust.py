@@ -36,11 +36,12 @@ class Stage:
         after: float = 2.0,
         check_backlog: bool = True,
         counted: bool = True,
+        **names: frozenset[str],
     ) -> list[QueueRow]:
         """Advance the time, inspect the consumers, and check the backlog where that is asked."""
         self.now += after
         changed = self.trust.observe(
-            self.now, {"mail": consumers}, {"mail": guarded}, ["mail"], counted=counted
+            self.now, {"mail": consumers}, {"mail": guarded}, ["mail"], counted=counted, **names
         )
         self.stored.update((row.queue, row) for row in changed)
         for queue in self.trust.backlogs_to_check() if check_backlog else ():
@@ -216,6 +217,19 @@ def test_one_inspection_may_err() -> None:
     assert stage.poll(MIXED) == []
     stage.poll()
     assert stage.trusts(NOW)
+
+
+def test_a_worker_that_may_still_register() -> None:
+    """Nothing is restored beside it, and the queue stays trusted until it is known to be unguarded."""
+    stage = Stage()
+    stage.poll()
+    for _ in range(9):
+        assert stage.poll(MIXED, expected=frozenset({"unguarded"})) == []
+        assert not stage.trusts(NOW)
+    assert stage.poll(MIXED, proved=frozenset({"unguarded"})) == []
+    assert stage.trusts(NOW)
+    stage.poll(MIXED, expected=frozenset({"unguarded"}))
+    assert [row.unguarded for row in stage.poll(MIXED)] == [("unguarded",)]
 
 
 def test_two_unknown_workers_seen_once_each() -> None:

@@ -35,6 +35,24 @@ class Redis:
         return [None for _ in keys]
 
 
+def a_row(name: str) -> WorkerRow:
+    """Return the row of a worker that beats and has no claims."""
+    return WorkerRow(
+        id=new_token(),
+        name=name,
+        host="h",
+        pid=1,
+        queues=["mail"],
+        beat=1,
+        started_at=0.0,
+        unflushed_since=None,
+        pulse=None,
+        left=False,
+        dead=False,
+        claims=0,
+    )
+
+
 def test_an_unknown_id_is_not_gone_before_it_had_time_to_register() -> None:
     """An unknown worker may have started while Postgres was away, and run the deliveries that it took."""
     time = [100.0]
@@ -62,3 +80,26 @@ def test_a_dropped_delivery_has_no_holder() -> None:
     assert not workers.gone(DROPPED_BY_LIVE_WORKER)  # The live workers are not known yet.
     workers.poll(1, 100.0, ask_redis=True)
     assert workers.gone(DROPPED_BY_LIVE_WORKER)
+
+
+def test_a_live_worker_without_a_row_reports_to_another_ledger() -> None:
+    """It has the time to register; a worker that once had a row stays ours while Redis shows it."""
+    time = [100.0]
+    store: Any = Store()
+    client: Any = Redis()
+    settings = Settings(worker_timeout=TIMEOUT)
+    workers = Workers(client, store, 1, settings, clock=lambda: time[0])
+    both, other, none = frozenset({"ours", "other"}), frozenset({"other"}), frozenset[str]()
+
+    assert workers.not_in_ledger(both) == (none, none)  # The rows are not known yet.
+    store.rows = [a_row("ours")]
+    workers.poll(1, time[0], ask_redis=True)
+    assert workers.not_in_ledger(both) == (other, none)
+    store.rows = []
+    time[0] += 2 * TIMEOUT - 1
+    workers.poll(1, time[0], ask_redis=True)
+    assert workers.not_in_ledger(both) == (other, none)
+    time[0] += 2
+    assert workers.not_in_ledger(both) == (none, other)
+    assert workers.not_in_ledger(frozenset({"ours"})) == (none, none)
+    assert workers.not_in_ledger(both) == (other, none)  # It was gone: it is another one.
