@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     )
     from jobguard.guard import JobGuard, guard
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "BreakerOpen",

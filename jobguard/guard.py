@@ -453,7 +453,7 @@ _warned: set[str] = set()
 def guard(
     target: object, *, postgres: Postgres = None, namespace: str | None = None, **settings: Any
 ) -> JobGuard:
-    """Guard a queue: from now on every job is recorded in Postgres before it goes to Redis.
+    """Guard a queue: from now on every job is recorded in Postgres before its enqueue returns.
 
     ``target`` is an ``rq.Queue``, a list of them, or a ``redis.Redis`` (every RQ queue on it); a
     ``celery.Celery``; a Dramatiq ``RedisBroker``. The target is used as before. ``postgres`` is a URL, a

@@ -29,15 +29,15 @@ _OTHER_VARIABLES = frozenset(
 # Options of single commands and of tests, and variables that Kubernetes sets for a service of that name.
 _NOT_SETTINGS = re.compile(
     rf"{PREFIX}(?:ADOPT|BENCH|CANCEL|DASHBOARD|DEAD|DEMO|DOCTOR|DRIFT|ENCRYPT|FORGET|INCIDENTS|JOBS|MIGRATE"
-    r"|PAUSE|PURGE|RECONCILE|REPLAY|RESUME|RQ|RUN|SCHEDULES|STATS|TEST|TOP|WORKERS)_"
+    r"|PAUSE|PURGE|RECONCILE|REPLAY|REQUEUE|RESUME|RQ|RUN|SCHEDULES|STATS|TEST|TOP|WORKERS)_"
     rf"|{PREFIX}(?:.+_)?(?:SERVICE_(?:HOST|PORT)|PORT)(?:_|$)"
 )
 
 _KEY = re.compile(r"[\w=-]{43,44}")
 
 
-def _setting(default: Any, meaning: str, *, host: bool = False) -> Any:
-    return field(default=default, metadata={"meaning": meaning, "host": host})
+def _setting(default: Any, meaning: str) -> Any:
+    return field(default=default, metadata={"meaning": meaning})
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,16 +112,15 @@ class Settings:
         60.0, "every owed job is inspected once in this time; longer with several 100,000 of them"
     )
     grace: float = _setting(
-        10.0, "time between the two inspections of an absent job, without a confirmed loss"
+        10.0, "time between the two inspections of an absent job; see loss_grace"
     )
-    loss_grace: float = _setting(
-        1.0, "time between the two inspections of an absent job, after a confirmed loss"
-    )
+    loss_grace: float = _setting(1.0, "the same, after the pulse showed that Redis lost its data")
     lease: float = _setting(
         9.0, "length of a leader's lease; the leader renews it three times in this time"
     )
     recovery_rate: float = _setting(
-        2000.0, "jobs restored each second after a loss, and first pushes by the leader"
+        2000.0,
+        "jobs restored each second after a loss, a failover or an eviction, and first pushes by the leader",
     )
     repair_rate: float = _setting(200.0, "jobs restored each second for all other causes")
     crash_budget: int = _setting(
@@ -147,7 +146,9 @@ class Settings:
     brake_count: int = _setting(
         100, "a queue goes on hold above this number of unexplained absences a minute"
     )
-    brake_share: float = _setting(0.01, "or above this share of the queue's owed jobs")
+    brake_share: float = _setting(
+        0.01, "or above this share of the queue's owed jobs, if more than 10 are absent"
+    )
     retention: float = _setting(7 * 86400.0, "time that ended deliveries stay in the history")
     keep_envelopes: bool = _setting(
         False,

@@ -25,7 +25,7 @@ from jobguard.schema.roles import ROLES
 @click.option(
     "--roles",
     is_flag=True,
-    help="Create jobguard_app, jobguard_reconciler and jobguard_reader, and give them their rights.",
+    help="Create jobguard_app, jobguard_reconciler, jobguard_reader, jobguard_enqueue, with their rights.",
 )
 @json_option
 def command(
