@@ -60,8 +60,9 @@ class TestEnds:
         for _ in range(4):
             rig.redis.lpush("celery", raw)
         worker = rig.worker(pool)
-        rig.until(lambda: worker.text.count("is skipped") == 4)
+        rig.until(lambda: not (rig.redis.exists("celery") or rig.redis.exists("unacked")))
         rig.until(lambda: not rig.owed())
+        assert "is skipped" in worker.text  # once for all copies: the log is bounded
         assert worker.stop() == 0
 
         assert rig.written() == {"ok": 1}
