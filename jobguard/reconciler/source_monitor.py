@@ -75,8 +75,6 @@ class _Lap:
     brisk: bool = False
     """The walk goes from page to page without a wait, because of an event; otherwise it is spread
     over sweep_interval."""
-    counts_missing: bool = False
-    """The walk is the first one of an incident: later ones see the same jobs missing."""
 
 
 class SourceMonitor:
@@ -196,7 +194,7 @@ class SourceMonitor:
         self._incident_at = at
         if incident is not None and incident not in self._incidents:
             self._incidents.append(incident)
-        self._lap = _Lap(running=True, began=self._clock(), brisk=True, counts_missing=True)
+        self._lap = _Lap(running=True, began=self._clock(), brisk=True)
         self._due["watched"] = 0.0
 
     @property
@@ -636,8 +634,7 @@ class SourceMonitor:
         self.result += result
         self._pending += result.waiting  # The second inspections are still to come; see finished.
         if self._incidents:
-            missing = result.absent if self._lap.counts_missing else 0
-            self._progress(term, missing=missing, restored=result.restored[Cause.INCIDENT])
+            self._progress(term, missing=result.absent, restored=result.restored[Cause.INCIDENT])
         pages = self._tally.total // self._settings.page + 1
         took = self._clock() - now
         spread = self._settings.sweep_interval / pages / 2
