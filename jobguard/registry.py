@@ -50,9 +50,8 @@ def on_unguarded_worker(resolve: Callable[[object], Tracker | None]) -> None:
 
 def tracker_for_worker(target: object) -> Tracker | None:
     """Return the tracker of a worker's connection; make it from the environment if there is none yet."""
-    if (
-        not _resolvers
-    ):  # No name of the package was used in this process: its root is not loaded yet.
+    if not _resolvers:
+        # No name of the package was used in this process: the module that sets the resolver is not loaded.
         import_module("jobguard.guard")
     made = _resolvers[0](target) if _resolvers else None
     return _trackers.get(made.source.id) if made is not None else None

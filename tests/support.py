@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 import time
+from contextlib import closing
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from jobguard.model import Owed
@@ -80,3 +82,10 @@ def keyspace(redis_client: redis.Redis) -> dict[str, object]:
         "stream": client.xrange,
     }
     return {key.decode(): readers[client.type(key).decode()](key) for key in client.scan_iter()}
+
+
+def free_port() -> int:
+    """Return a port that nothing listens at."""
+    with closing(socket.socket()) as taken:
+        taken.bind(("127.0.0.1", 0))
+        return int(taken.getsockname()[1])

@@ -20,7 +20,6 @@ from kombu.transport.redis import Channel
 from jobguard.adapters.celery import lookup
 from jobguard.adapters.celery.connection import broker_address_of, client_of
 from jobguard.adapters.celery.layout import Layout
-from jobguard.adapters.celery.lookup import LIBRARY
 from jobguard.adapters.celery.push import TIMEOUT
 from jobguard.adapters.celery.results import results_of
 from jobguard.client_names import label_pool
@@ -121,11 +120,6 @@ def _name(channel: Any) -> None:
     if broker_address is None:
         return
     for tracker in trackers():
-        source = tracker.source
-        there = (source.address, source.prefix) == (
-            broker_address.address,
-            broker_address.prefix,
-        )
-        if source.library == LIBRARY and there:
-            label_pool(channel.async_pool, source)
+        if lookup.is_at(tracker, broker_address):
+            label_pool(channel.async_pool, tracker.source)
             return

@@ -114,7 +114,7 @@ def tracker_for_push(app: Any, connection: Any) -> Tracker | None:
     if broker_address is None:
         return None
     known = guards if guards is not None else list(trackers())
-    return next((tracker for tracker in known if _is_at(tracker, broker_address)), None)
+    return next((tracker for tracker in known if is_at(tracker, broker_address)), None)
 
 
 def trackers_at(connection: Any) -> list[Tracker]:
@@ -125,11 +125,12 @@ def trackers_at(connection: Any) -> list[Tracker]:
     return [
         tracker
         for tracker in trackers()
-        if broker_address is not None and _is_at(tracker, broker_address)
+        if broker_address is not None and is_at(tracker, broker_address)
     ]
 
 
-def _is_at(tracker: Tracker, broker_address: BrokerAddress) -> bool:
+def is_at(tracker: Tracker, broker_address: BrokerAddress) -> bool:
+    """Return True if this tracker guards the broker at this address."""
     source = tracker.source
     return (
         source.library == LIBRARY

@@ -30,7 +30,7 @@ import jobguard.schema
 from jobguard.demo.servers import PostgresServer, RedisServer
 from tests.acceptance import roads
 from tests.acceptance.roads import BIN, QUEUE, Child, Site
-from tests.support import eventually
+from tests.support import eventually, free_port
 
 PAGE = Path(__file__).parents[2] / "docs" / "incident.md"
 IMAGES = PAGE.parent / "images"
@@ -306,7 +306,7 @@ def _plain(text: str) -> str:
 
 def by_the_page(it: Incident) -> None:
     """Find and put right all of it with the page."""
-    port = _free_port()
+    port = free_port()
     page = it.site.start(
         "page",
         str(BIN / "jobguard"),
@@ -360,11 +360,6 @@ def by_the_page(it: Incident) -> None:
 def _answers(port: int) -> bool:
     with socket.socket() as one:
         return one.connect_ex(("127.0.0.1", port)) == 0
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as one:
-        return int(one.getsockname()[1])
 
 
 HEAD = """\

@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import http.client
-import socket
 from contextlib import closing
 from functools import partial
 from typing import TYPE_CHECKING
 
 from tests.acceptance.roads import BIN, Site
-from tests.support import PATIENT, eventually
+from tests.support import PATIENT, eventually, free_port
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 SECRET = "a-secret-of-20-letters"
-
-
-def free_port() -> int:
-    """Return a port that nothing listens at."""
-    with closing(socket.socket()) as taken:
-        taken.bind(("127.0.0.1", 0))
-        return int(taken.getsockname()[1])
 
 
 def ask(port: int, method: str, path: str, secret: str = "") -> tuple[int, str]:

@@ -45,6 +45,7 @@ from jobguard.store.protocols import (
     HostStore,
     LeaderStore,
     SourceRow,
+    WorkerRow,
 )
 from tests.fakes.store import MemoryLedger
 
@@ -126,6 +127,25 @@ def source_row(source: Source = SOURCE, **fields: Any) -> SourceRow:
         prefix=source.prefix,
         name=source.name,
         settings="",
+    )
+    return replace(row, **fields)
+
+
+def worker_row(**fields: Any) -> WorkerRow:
+    """Make the row of a worker that beats and has no claims."""
+    row = WorkerRow(
+        id=token(),
+        name="w",
+        host="h1",
+        pid=1,
+        queues=("mail",),
+        beat=1,
+        started_at=0.0,
+        unflushed_since=None,
+        pulse=None,
+        left=False,
+        dead=False,
+        claims=0,
     )
     return replace(row, **fields)
 

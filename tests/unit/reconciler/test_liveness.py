@@ -7,7 +7,7 @@ import pytest
 
 from jobguard.reconciler.liveness import Judgement, Liveness
 from jobguard.store.protocols import WorkerRow
-from tests.fakes.world import token
+from tests.fakes.world import token, worker_row
 
 T = 15.0
 POLL = 0.5
@@ -27,21 +27,8 @@ class Stage:
 
     def worker(self, host: str = "h1", **fields: object) -> UUID:
         """Add a worker."""
-        row = WorkerRow(
-            id=token(),
-            name="w",
-            host=host,
-            pid=1,
-            queues=("mail",),
-            beat=1,
-            started_at=0.0,
-            unflushed_since=None,
-            pulse=None,
-            left=False,
-            dead=False,
-            claims=0,
-        )
-        self.rows[row.id] = replace(row, **fields)  # type: ignore[arg-type]
+        row = worker_row(id=token(), host=host, **fields)
+        self.rows[row.id] = row
         return row.id
 
     def set(self, worker: UUID, **fields: object) -> None:

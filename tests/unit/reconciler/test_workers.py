@@ -9,6 +9,7 @@ from jobguard.model import DROPPED_BY_LIVE_WORKER, new_token
 from jobguard.reconciler.workers import Workers
 from jobguard.settings import Settings
 from jobguard.store.protocols import WorkerRow
+from tests.fakes.world import worker_row
 
 TIMEOUT = 15.0
 
@@ -33,24 +34,6 @@ class Redis:
     def mget(self, keys: list[str]) -> list[None]:
         """Return no beats."""
         return [None for _ in keys]
-
-
-def a_row(name: str) -> WorkerRow:
-    """Return the row of a worker that beats and has no claims."""
-    return WorkerRow(
-        id=new_token(),
-        name=name,
-        host="h",
-        pid=1,
-        queues=["mail"],
-        beat=1,
-        started_at=0.0,
-        unflushed_since=None,
-        pulse=None,
-        left=False,
-        dead=False,
-        claims=0,
-    )
 
 
 def test_an_unknown_id_is_not_gone_before_it_had_time_to_register() -> None:
@@ -92,7 +75,7 @@ def test_a_live_worker_without_a_row_reports_to_another_ledger() -> None:
     both, other, none = frozenset({"ours", "other"}), frozenset({"other"}), frozenset[str]()
 
     assert workers.not_in_ledger(both) == (none, none)  # The rows are not known yet.
-    store.rows = [a_row("ours")]
+    store.rows = [worker_row(name="ours")]
     workers.poll(1, time[0], ask_redis=True)
     assert workers.not_in_ledger(both) == (other, none)
     store.rows = []
