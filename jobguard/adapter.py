@@ -96,6 +96,8 @@ class Tracker(Protocol):
     """The core as an adapter sees it. A method raises only the errors that its docstring names."""
 
     source: Source
+    client: Callable[[], redis.Redis] | None
+    """Makes a client of jobguard for the source's Redis; None: there is none."""
 
     def guards(self, queue: str) -> bool:
         """Return True if this queue of the source is guarded."""

@@ -184,6 +184,14 @@ EVENTS: Mapping[str, Event] = {
         "the reconciler knows this Redis as another source than this process does: use one address "
         "everywhere, or set JOBGUARD_SOURCE to one name",
     ),  # source
+    "redis_recognized": Event(
+        INFO, "a Redis is guarded that this process reaches by another address"
+    ),  # redis, source
+    "redis_unrecognized": Event(
+        WARNING,
+        "it is not known whether a Redis is a guarded one by another address: jobs that are sent there are "
+        "not recorded until it is; use one address everywhere, or grant +info",
+    ),  # redis, error
     "end_late": Event(
         WARNING, "a report of an end came too late and changed nothing"
     ),  # job_id, number

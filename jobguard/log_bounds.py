@@ -66,6 +66,8 @@ LIMITED: Mapping[str, tuple[str, ...]] = {
     "nobody_leads": (),
     "beat_unheard": ("store",),
     "source_differs": ("source",),
+    "redis_recognized": ("redis",),
+    "redis_unrecognized": ("redis",),
     "end_late": ("outcome",),
     "lease_unrenewed": (),
     "leader_lost": (),

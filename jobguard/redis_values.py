@@ -42,3 +42,8 @@ def name_in(raw: bytes | str) -> str:
     """Return the name cut, and with characters replaced that logs and Postgres cannot store."""
     text = raw.decode(errors="replace") if isinstance(raw, bytes) else raw
     return text[:_LONGEST].replace("\x00", "\ufffd").encode(errors="replace").decode()
+
+
+def database_of(address: str) -> str:
+    """Return the number of the database of an address."""
+    return address.rpartition("/")[2]

@@ -18,7 +18,7 @@ from celery.backends.redis import RedisBackend
 from kombu.transport.redis import Channel
 
 from jobguard.adapters.celery import lookup
-from jobguard.adapters.celery.connection import broker_address_of, client_of
+from jobguard.adapters.celery.connection import client_of
 from jobguard.adapters.celery.layout import Layout
 from jobguard.adapters.celery.push import TIMEOUT
 from jobguard.adapters.celery.results import results_of
@@ -116,10 +116,5 @@ def create_client(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _name(channel: Any) -> None:
-    broker_address = broker_address_of(channel.connection.client)
-    if broker_address is None:
-        return
-    for tracker in trackers():
-        if lookup.is_at(tracker, broker_address):
-            label_pool(channel.async_pool, tracker.source)
-            return
+    for tracker in lookup.at(trackers(), channel.connection.client)[:1]:
+        label_pool(channel.async_pool, tracker.source)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from celery.local import Proxy
 
-from jobguard.adapters.celery.connection import BrokerAddress, broker_address_of
+from jobguard import same_redis
+from jobguard.adapters.celery.connection import broker_address_of, client_of
 from jobguard.registry import trackers
 
 if TYPE_CHECKING:
@@ -110,30 +111,24 @@ def tracker_for_push(app: Any, connection: Any) -> Tracker | None:
     """
     resolve_config(app)
     guards = _guards.get(real(app))
-    broker_address = broker_address_of(connection)
-    if broker_address is None:
-        return None
-    known = guards if guards is not None else list(trackers())
-    return next((tracker for tracker in known if is_at(tracker, broker_address)), None)
+    return next(iter(at(guards if guards is not None else trackers(), connection)), None)
 
 
 def trackers_at(connection: Any) -> list[Tracker]:
     """Return all trackers of the broker that this connection leads to, for every app."""
     for app in list(_waiting):
         resolve_config(app)
-    broker_address = broker_address_of(connection)
-    return [
+    return at(trackers(), connection)
+
+
+def at(known: Iterable[Tracker], connection: Any) -> list[Tracker]:
+    """Return those of these trackers that guard the broker that this connection leads to."""
+    place = broker_address_of(connection)
+    if place is None:
+        return []
+    ours = [
         tracker
-        for tracker in trackers()
-        if broker_address is not None and is_at(tracker, broker_address)
+        for tracker in known
+        if tracker.source.library == LIBRARY and tracker.source.prefix == place.prefix
     ]
-
-
-def is_at(tracker: Tracker, broker_address: BrokerAddress) -> bool:
-    """Return True if this tracker guards the broker at this address."""
-    source = tracker.source
-    return (
-        source.library == LIBRARY
-        and source.address == broker_address.address
-        and source.prefix == broker_address.prefix
-    )
+    return same_redis.trackers_at(ours, place.address, lambda: client_of(connection))

@@ -14,6 +14,7 @@ from jobguard.adapters.rq.layout import Layout, prefix_of
 from jobguard.clients import address_of
 from jobguard.host_safety import contain_errors
 from jobguard.registry import tracker_for_worker, trackers
+from jobguard.same_redis import trackers_at
 
 if TYPE_CHECKING:
     import redis
@@ -151,9 +152,5 @@ def _with(known: Any, connection: redis.Redis, prefix: str) -> list[Tracker]:
 
 
 def _at(known: Any, connection: redis.Redis) -> list[Tracker]:
-    address = address_of(connection)
-    return [
-        tracker
-        for tracker in known
-        if tracker.source.library == LIBRARY and tracker.source.address == address
-    ]
+    ours = [tracker for tracker in known if tracker.source.library == LIBRARY]
+    return trackers_at(ours, address_of(connection), lambda: connection)

@@ -121,6 +121,7 @@ class FakeTracker:
 
     def __init__(self, source: Source, log: Path, queues: frozenset[str] | None = None):
         self.source = source
+        self.client: Callable[[], Any] | None = None
         self._log = log
         self._queues = queues
         self.owed: dict[UUID, Delivery] = {}

@@ -10,6 +10,7 @@ from jobguard.cli.doctor.finding import Finding, note, ok, problem
 from jobguard.cli.doctor.redis_rights import acl_line, missing_commands, missing_keys, user_of
 from jobguard.errors import JobguardError
 from jobguard.redis_urls import parse
+from jobguard.redis_values import database_of
 
 if TYPE_CHECKING:
     import redis
@@ -42,11 +43,6 @@ class Reached:
     def place(self) -> Place:
         """Return the run id of the Redis and the number of the database."""
         return self.run_id, database_of(self.address)
-
-
-def database_of(address: str) -> str:
-    """Return the number of the database of an address."""
-    return address.rpartition("/")[2]
 
 
 def check_redis(given: str, reached: list[Reached]) -> Iterator[Finding]:

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 from jobguard.adapter import Source
 from jobguard.cli.common import ago
 from jobguard.cli.doctor.finding import Finding, note, ok, problem
-from jobguard.cli.doctor.redis_server import Place, Reached, database_of
+from jobguard.cli.doctor.redis_server import Place, Reached
 from jobguard.host.stream import ReportStream
 from jobguard.model import Owed, Presence
+from jobguard.redis_values import database_of
 from jobguard.settings import Settings
 from jobguard.store.ledger import PostgresLedger
 
