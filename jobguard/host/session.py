@@ -49,6 +49,7 @@ from jobguard.redact import redact
 from jobguard.store.protocols import ClaimRequest, HostStore
 
 if TYPE_CHECKING:
+    from jobguard.host.stream import Notes
     from jobguard.host.tracker_api import TrackerApi
 
 _FRESH = 1.0
@@ -217,7 +218,7 @@ class WorkerSession:
                 answer = self._claim_patiently(token, nonce, describe, rule)
         except StoreUnavailable as error:
             if rule is None or self._settings.mode == "observe":
-                return self._start_unclaimed(token, nonce, error)
+                return self._start_unclaimed(token, nonce, describe, error)
         unclaimed = isinstance(answer, WorkerDeclaredDead) or answer == Claim(token, 0)
         if rule is not None and unclaimed and self._settings.mode == "guard":
             # Fail closed: only the ledger knows whether an earlier run began.
@@ -238,23 +239,33 @@ class WorkerSession:
             log_event("nobody_leads")
         return answer
 
-    def _start_unclaimed(self, token: UUID, nonce: UUID, error: Exception) -> Claim | Refused:
+    def _start_unclaimed(
+        self, token: UUID, nonce: UUID, describe: Callable[[], Delivery], error: Exception
+    ) -> Claim | Refused:
         """Fail open: the job runs, and is claimed as soon as Postgres answers again.
 
         If its end is in the stream, another worker ran it while Postgres was away, and died before
-        the library's acknowledgement.
+        the library's acknowledgement; or somebody cancelled it.
         """
-        ended = None
         with contain_errors("start"):
-            ended = self._tracker.start_unclaimed(self._request(token, nonce, self._beats.id))
-        if ended is not None and self._settings.mode == "guard":
-            self._in_flight.skip(token)
-            log_event("start_skipped", reason=Refusal.ENDED.value, outcome=ended.value)
-            return Refused(token, Refusal.ENDED, ended)
+            delivery = describe()
+            refused = self._refusal(delivery, self._tracker.notes_of(delivery))
+            if refused is not None and self._settings.mode == "guard":
+                self._in_flight.skip(token)
+                return refused
+        with contain_errors("start"):
+            self._tracker.start_unclaimed(self._request(token, nonce, self._beats.id))
         log_event("start_unclaimed", error=str(error))
         self._in_flight.without_claim(token, nonce)
         self._beats.beat_now()
         return Claim(token, 0)
+
+    def _refusal(self, delivery: Delivery, notes: Notes) -> Refused | None:
+        """Return the refusal of a delivery whose end or whose cancel is not in Postgres yet."""
+        if notes.outcome is None:
+            return None
+        log_event("start_skipped", reason=Refusal.ENDED.value, outcome=notes.outcome.value)
+        return Refused(delivery.token, Refusal.ENDED, notes.outcome)
 
     def _rule(self, describe: Callable[[], Delivery]) -> RecoverRule | None:
         if self._settings.recover:
@@ -318,12 +329,24 @@ class WorkerSession:
         if worker is None:
             self._tracker.circuit.check()  # the outage in which the worker started may just be over
             raise StoreUnavailable("Postgres does not know this worker yet")
+        if describe is not None and self._tracker.reports_may_wait:
+            delivery = describe()
+            refused = self._refusal(delivery, self._tracker.notes_of(delivery))
+            if refused is not None:
+                return refused
         request = self._request(token, nonce, worker, rule)
         answer = self._tracker.claim(request)
         if isinstance(answer, Unknown):
             if describe is None:
                 raise BadRow("this delivery has no record")
-            self._adopt(describe())
+            delivery = describe()
+            notes = self._tracker.notes_of(delivery)
+            refused = self._refusal(delivery, notes)
+            if refused is not None:
+                return refused
+            # Its producer is unguarded, or its record waits in a spool. If it replaces a delivery
+            # that ended otherwise (it was cancelled), it gets a tombstone.
+            self._tracker.record_late(replace(delivery, parent=delivery.parent or notes.parent))
             answer = self._tracker.claim(request)
         if isinstance(answer, Unknown):
             raise StoreUnavailable(
@@ -333,14 +356,6 @@ class WorkerSession:
             self._beats.register_again(worker)
             raise StoreUnavailable("this worker was declared dead")
         return answer
-
-    def _adopt(self, delivery: Delivery) -> None:
-        """Record a delivery that has no record: its producer is unguarded, or its record is in a spool.
-
-        If it replaces a delivery that ended otherwise (it was cancelled), it gets a tombstone.
-        """
-        parent = delivery.parent or self._tracker.parent_of(delivery.token)
-        self._tracker.record_late(replace(delivery, parent=parent))
 
     def _after_beat(self) -> None:
         # A claim takes locks that greenlets wait for, so it must not be made in a thread of the

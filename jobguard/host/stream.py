@@ -7,11 +7,12 @@ writes its own entries itself, and deletes them here; an entry that is written t
 Keys, in the source's own db:
 
 - ``jobguard:spool:<namespace>:<library>[:<prefix>]`` (stream): the entries; ``c`` is the content
-  (see stream_entries.py), ``t`` the field of its note.
+  (see stream_entries.py), ``t`` the field of a note.
 - ``….bytes`` (string): its size. ``….ended`` (hash): notes about the entries. An end notes its
-  outcome under the token of its delivery; a worker asks for it before a start while Postgres is away.
-  A record notes its parent under ``after:<token>``; a worker that starts the delivery before the
-  record is written asks for it, because what follows a cancelled delivery must not run.
+  outcome under the token of its delivery. A cancel notes it under the tokens that it means, and its
+  own time under ``cancelled:id:<job id>`` and ``cancelled:queue:<queue>``. A record notes its parent
+  under ``after:<token>``, because what follows a cancelled delivery must not run. A worker asks for
+  the notes before it starts what Postgres does not decide, or may not know all about yet.
 - ``….away:<host>`` (string, some seconds): Postgres is away for that host. A process that starts
   there need not find out by a wait.
 - ``jobguard:spool-sources`` (hash, a week): the sources that have a stream, by their ids. A source
@@ -26,17 +27,17 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
-from uuid import UUID
+from itertools import chain
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import redis
 
 from jobguard.adapter import Source
 from jobguard.fork import OwnerProcess
-from jobguard.host.spool import Adoptable, Entry, is_adoptable
+from jobguard.host.spool import Adoptable, Cancelled, Entry, is_adoptable
 from jobguard.host.stream_entries import decode_parent, encode, encode_parent
 from jobguard.host_safety import contain_errors
 from jobguard.log import log_event
@@ -55,12 +56,23 @@ _OVERHEAD = 100
 """Bytes that Redis needs for an entry beside its content, about."""
 _AT_ONCE = 500
 """The maximum number of entries in one call."""
+_MOST_NOTES = 1_000
+"""The maximum number of notes of one entry; a script of Redis cannot pass many more to one command."""
 
 
 def stream_key(source: Kept) -> str:
     """Return the key of a source's stream. It has no address, as the key of the pulse."""
     key = f"jobguard:spool:{source.namespace}:{source.library}"
     return f"{key}:{source.prefix}" if source.prefix else key
+
+
+class Notes(NamedTuple):
+    """What waits in the stream about a delivery, and is not in Postgres yet."""
+
+    outcome: Outcome | None = None
+    """How it ended. What replaces a cancelled delivery is cancelled as well."""
+    parent: Parent | None = None
+    """The delivery that it replaces."""
 
 
 class ReportStream:
@@ -99,7 +111,8 @@ class ReportStream:
             some = entries[start : start + _AT_ONCE]
             args: list[Any] = [self._bound, _AWAY, _OVERHEAD, self._id, self._description]
             for entry in some:
-                args += (encode(entry), *_shorter(entry))
+                notes = _notes(entry)
+                args += (encode(entry), _shorter(entry), len(notes), *chain.from_iterable(notes))
             found = self._ask(partial(self._run, "stream_append.lua", args))
             if not isinstance(found, list) or len(found) != len(some):
                 self._note_full(found == [])
@@ -117,15 +130,26 @@ class ReportStream:
             deleted += found if isinstance(found, int) else 0
         return deleted
 
-    def outcome_of(self, token: UUID) -> Outcome | None:
-        """Return how this delivery ended, if its end is in the stream; None also if Redis is away."""
-        found = self._ask(lambda: self._redis().hget(f"{self._key}.ended", token.hex))
-        return Outcome(found.decode()) if isinstance(found, bytes) else None
+    def notes_of(self, delivery: Delivery) -> Notes:
+        """Return what the entries of the stream say of this delivery; nothing if Redis is away."""
+        cancels = (("id", delivery.job_id), ("queue", delivery.queue))
+        fields: list[str | bytes] = [delivery.token.hex, _after(delivery)]
+        fields += [_cancel_field(*one) for one in cancels]
+        ended, after, *until = self._notes_in(fields)
+        parent = delivery.parent or (None if after is None else decode_parent(after))
+        before = (parent or delivery).token
+        if ended is None and parent is not None:
+            (ended,) = self._notes_in((before.hex,))
+            if ended != Outcome.CANCELLED.value.encode():
+                ended = None  # the parent has ended in order that this delivery runs
+        # A delivery that was sent after the cancel is a new life of the job.
+        if ended is None and any(one is not None and before.hex <= one.decode() for one in until):
+            return Notes(Outcome.CANCELLED, parent)
+        return Notes(None if ended is None else Outcome(ended.decode()), parent)
 
-    def parent_of(self, token: UUID) -> Parent | None:
-        """Return the delivery that this one replaces, if a record in the stream names it."""
-        found = self._ask(lambda: self._redis().hget(f"{self._key}.ended", f"after:{token.hex}"))
-        return decode_parent(found) if isinstance(found, bytes) else None
+    def _notes_in(self, fields: Sequence[str | bytes]) -> Sequence[bytes | None]:
+        found = self._ask(lambda: self._redis().hmget(f"{self._key}.ended", fields))
+        return found if isinstance(found, list) else [None] * len(fields)
 
     def length(self) -> tuple[int, int] | None:
         """Return the number of entries and their bytes; None: Redis does not answer."""
@@ -213,15 +237,35 @@ def sources_with_streams(client: Any) -> list[SourceRow]:
     return found
 
 
-def _shorter(entry: Entry) -> Iterator[bytes | str]:
-    """Yield the reference that stands for a record past the bound, and the field and text of its note."""
+def _shorter(entry: Entry) -> bytes:
+    """Return the reference that stands for a record past the bound."""
     if isinstance(entry, Delivery) and is_adoptable(entry):
-        yield encode(Adoptable(entry.token, entry.job_id, entry.queue))
-    else:
-        yield b""
+        return encode(Adoptable(entry.token, entry.job_id, entry.queue))
+    return b""
+
+
+def _notes(entry: Entry) -> list[tuple[bytes | str, bytes | str]]:
+    """Return what a worker must find by a delivery while the entry waits, as fields and texts."""
     if isinstance(entry, End):
-        yield from (entry.token.hex, entry.outcome.value)
-    elif isinstance(entry, Delivery) and entry.parent is not None:
-        yield from (f"after:{entry.token.hex}", encode_parent(entry.parent))
-    else:
-        yield from ("", "")
+        return [(entry.token.hex, entry.outcome.value)]
+    if isinstance(entry, Delivery) and entry.parent is not None:
+        return [(_after(entry), encode_parent(entry.parent))]
+    if not isinstance(entry, Cancelled):
+        return []
+    tokens = {token.hex for token in (*entry.tokens, *entry.waiting)}
+    meant = [("id", job_id) for job_id in entry.job_ids]
+    if entry.queue is not None:
+        meant.append(("queue", entry.queue))
+    notes: list[tuple[bytes | str, bytes | str]] = [
+        (token, Outcome.CANCELLED.value) for token in tokens
+    ]
+    notes += [(_cancel_field(*one), entry.until.hex) for one in meant]
+    return notes[:_MOST_NOTES]
+
+
+def _after(delivery: Delivery) -> str:
+    return f"after:{delivery.token.hex}"
+
+
+def _cancel_field(kind: str, of: str) -> bytes:
+    return f"cancelled:{kind}:{of}".encode("utf-8", "surrogatepass")

@@ -4,28 +4,31 @@
 --       4 mark that Postgres is away for this host  5 hash of the sources that have a stream
 -- ARGV: 1 bound in bytes  2 milliseconds for which the mark stays  3 bytes that an entry takes beside
 --       its content  4 id of the source  5 its description; then of each entry: content, shorter
---       content past the bound ('' none), field of its note ('' none), the note
+--       content past the bound ('' none), number of its notes, field and text of each note
 -- Returns the ids of the entries; nothing if there is no room.
 local used = redis.call('XLEN', KEYS[1]) > 0 and tonumber(redis.call('GET', KEYS[2]) or '0') or 0
-local bound, more, contents = tonumber(ARGV[1]), 0, {}
-for i = 6, #ARGV, 4 do
-  local content = ARGV[i]
+local bound, more, entries, i = tonumber(ARGV[1]), 0, {}, 6
+while i <= #ARGV do
+  local content, notes = ARGV[i], tonumber(ARGV[i + 2])
   if ARGV[i + 1] ~= '' and used + more + #content > bound then content = ARGV[i + 1] end
   more = more + #content + tonumber(ARGV[3])
-  contents[#contents + 1] = content
+  local entry = {'c', content}
+  for n = 1, notes do
+    entry[2 * n + 1], entry[2 * n + 2] = 't', ARGV[i + 2 * n + 1]
+  end
+  entries[#entries + 1] = {entry, i, notes}
+  i = i + 3 + 2 * notes
 end
 redis.call('SET', KEYS[4], '1', 'PX', ARGV[2])
 redis.call('HSET', KEYS[5], ARGV[4], ARGV[5])
 redis.call('EXPIRE', KEYS[5], 604800)
 if used + more > 2 * bound then return {} end
 local ids = {}
-for n, content in ipairs(contents) do
-  local field = ARGV[4 * n + 4]
-  if field ~= '' then
-    ids[n] = redis.call('XADD', KEYS[1], '*', 'c', content, 't', field)
-    redis.call('HSET', KEYS[3], field, ARGV[4 * n + 5])
-  else
-    ids[n] = redis.call('XADD', KEYS[1], '*', 'c', content)
+for n, found in ipairs(entries) do
+  local entry, first, notes = unpack(found)
+  ids[n] = redis.call('XADD', KEYS[1], '*', unpack(entry))
+  for note = 1, notes do
+    redis.call('HSET', KEYS[3], ARGV[first + 2 * note + 1], ARGV[first + 2 * note + 2])
   end
 end
 redis.call('SET', KEYS[2], used + more)

@@ -9,7 +9,7 @@ for i = 2, #ARGV do
   if found then
     redis.call('XDEL', KEYS[1], ARGV[i])
     deleted, freed = deleted + 1, freed + #found[2][2] + tonumber(ARGV[1])
-    if found[2][4] then redis.call('HDEL', KEYS[3], found[2][4]) end
+    for n = 4, #found[2], 2 do redis.call('HDEL', KEYS[3], found[2][n]) end
   end
 end
 if redis.call('XLEN', KEYS[1]) == 0 then

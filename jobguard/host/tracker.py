@@ -51,7 +51,7 @@ from jobguard.host.spool import (
     Spool,
     depends_on_order,
 )
-from jobguard.host.stream import ReportStream
+from jobguard.host.stream import Notes, ReportStream
 from jobguard.host_safety import contain_errors, safe_tracker
 from jobguard.log import log_event
 from jobguard.model import (
@@ -62,7 +62,6 @@ from jobguard.model import (
     End,
     Ended,
     Outcome,
-    Parent,
     Recorded,
 )
 from jobguard.redact import redact
@@ -129,6 +128,7 @@ class HostTracker:
         self._registered = self._asked_others = False
         self._warned = self._logged_full = self._logged_light = self._logged_left = False
         self._patience = _PATIENCE
+        self._reports_may_wait = self._parent is None
         self._led = False  # by the last record
         self._beside_until = 0.0
         self._registering = threading.Lock()
@@ -204,6 +204,7 @@ class HostTracker:
             if self.stream is not None and self._parent is None:
                 self.stream.postgres_is_back()
         else:
+            self._reports_may_wait = True
             log_event("postgres_away", error=self.circuit.why)
 
     def _ready(self) -> HostStore:
@@ -822,6 +823,10 @@ class HostTracker:
             return self.spool.put(*arguments)
         if name == "start_unclaimed":
             return self.start_unclaimed(*arguments)
+        if name == "notes_of":
+            return self.notes_of(*arguments)
+        if name == "reports_may_wait":
+            return self.reports_may_wait
         if name == "probe":
             return self.circuit.check()
         if name == "register":
@@ -868,31 +873,42 @@ class HostTracker:
         )
         return answers[request.nonce]
 
-    def start_unclaimed(self, request: ClaimRequest) -> Outcome | None:
-        """Report a start without a claim, because Postgres is away, to the stream.
-
-        Return the outcome of the delivery if the stream has its end: then it must not start.
-        """
+    def start_unclaimed(self, request: ClaimRequest) -> None:
+        """Report a start without a claim, because Postgres is away, to the stream."""
         self._mine()
         if self._parent is not None:
             with suppress(JobguardError):
-                outcome: Outcome | None = self._parent.call("start_unclaimed", request)
-                return outcome
-        if self.stream is None:
-            return None
-        ended = self.stream.outcome_of(request.token)
-        if ended is None and self.spool.copy():
+                self._parent.call("start_unclaimed", request)
+        elif self.stream is not None and self.spool.copy():
             self.stream.append([request])
-        return ended
+
+    @property
+    def reports_may_wait(self) -> bool:
+        """Return True from an outage on until the stream is seen empty, as far as this process knows."""
+        self._mine()
+        if not self._reports_may_wait or not self.circuit.closed:
+            return self._reports_may_wait
+        if self._parent is not None:
+            with suppress(JobguardError):
+                self._reports_may_wait = bool(self._parent.call("reports_may_wait"))
+        else:
+            length = (0, 0) if self.stream is None else self.stream.length()
+            self._reports_may_wait = length is None or length[0] > 0
+        return self._reports_may_wait
+
+    def notes_of(self, delivery: Delivery) -> Notes:
+        """Return what waits in the stream about this delivery; nothing if Redis is away."""
+        self._mine()
+        if self._parent is not None:
+            with suppress(JobguardError):
+                return Notes(*self._parent.call("notes_of", delivery))
+        elif self.stream is not None:
+            return self.stream.notes_of(delivery)
+        return Notes()
 
     def record_late(self, delivery: Delivery) -> None:
         """Record a delivery that is in Redis already. Raises as the store does."""
         self.call(lambda store: write_late(store, self.source, [delivery], newest=True))
-
-    def parent_of(self, token: UUID) -> Parent | None:
-        """Return the delivery that this one replaces, if its record waits in the stream."""
-        self._mine()
-        return None if self.stream is None else self.stream.parent_of(token)
 
     def release(self, released: Released) -> None:
         """Release a claim, now or when Postgres is back. Raises StoreUnavailable if it was not released."""

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-    from uuid import UUID
 
     import redis
 
@@ -14,7 +13,8 @@ if TYPE_CHECKING:
     from jobguard.host.circuit import Circuit
     from jobguard.host.parent import ParentStore
     from jobguard.host.spool import Released, Spool
-    from jobguard.model import ClaimAnswer, Delivery, End, Ended, Outcome, Parent
+    from jobguard.host.stream import Notes
+    from jobguard.model import ClaimAnswer, Delivery, End, Ended
     from jobguard.settings import Settings
     from jobguard.store.protocols import ClaimRequest, HostStore
 
@@ -41,14 +41,18 @@ class TrackerApi(Protocol):
     def claim(self, request: ClaimRequest) -> ClaimAnswer:
         """Ask for a claim. Raises as the store does."""
 
-    def start_unclaimed(self, request: ClaimRequest) -> Outcome | None:
-        """Report a start while Postgres is away; return the outcome if the delivery has ended."""
+    def start_unclaimed(self, request: ClaimRequest) -> None:
+        """Report a start while Postgres is away to the stream."""
+
+    def notes_of(self, delivery: Delivery) -> Notes:
+        """Return what waits in the stream about this delivery."""
+
+    @property
+    def reports_may_wait(self) -> bool:
+        """Whether reports of an outage may wait in the stream, as far as this process knows."""
 
     def record_late(self, delivery: Delivery) -> None:
         """Record a delivery that is in Redis already. Raises as the store does."""
-
-    def parent_of(self, token: UUID) -> Parent | None:
-        """Return the delivery that this one replaces, if its record waits in the stream."""
 
     def release(self, released: Released) -> None:
         """Release a claim. Raises as the store does; then it is released when Postgres is back."""

@@ -7,7 +7,7 @@ network may refuse it, delay it, execute it and lose the answer, or execute it a
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial
@@ -221,7 +221,7 @@ class SimulatedRedis(FakeRedis):
         super().__init__(_Clock(site))  # type: ignore[arg-type]
         self._site = site
         self._last_id = 0
-        self.streams: dict[str, dict[bytes, tuple[bytes, str]]] = {}
+        self.streams: dict[str, dict[bytes, tuple[bytes, list[str]]]] = {}
 
     def flushall(self) -> None:
         """Delete all data."""
@@ -243,7 +243,11 @@ class SimulatedRedis(FakeRedis):
 
     def hget(self, key: str, field: str) -> bytes | None:
         """Return one field of a hash."""
-        return self.hashes.get(key, {}).get(field)
+        return self.hmget(key, [field])[0]
+
+    def hmget(self, key: str, fields: Sequence[str | bytes]) -> list[bytes | None]:
+        """Return some fields of a hash."""
+        return [self.hashes.get(key, {}).get(_text(field)) for field in fields]
 
     def hgetall(self, key: str) -> dict[bytes, bytes]:
         """Return no hash: all sources are in the ledger from the beginning."""
@@ -269,25 +273,25 @@ class SimulatedRedis(FakeRedis):
         stream, notes, args = given[0], given[2], given[keys:]
         if sha.startswith("-- Add"):
             self.strings[given[3]] = str(self._site.wall() + float(args[1]) / 1e3).encode()
-            return [
-                self._add(stream, notes, content, field, note)
-                for content, _, field, note in zip(*[iter(args[5:])] * 4, strict=True)
-            ]
+            return list(self._added(stream, notes, list(args[5:])))
         entries = self.streams.get(stream, {})
         found = [entries.pop(id, None) for id in args[1:]]
         for entry in found:
-            if entry is not None:
-                self.hashes.get(notes, {}).pop(entry[1], None)
+            for noted in () if entry is None else entry[1]:
+                self.hashes.get(notes, {}).pop(noted, None)
         return sum(entry is not None for entry in found)
 
-    def _add(self, stream: str, notes: str, content: bytes, field: str, note: str | bytes) -> bytes:
-        self._last_id += 1
-        id = f"{self._last_id:012}".encode()
-        self.streams.setdefault(stream, {})[id] = (content, field)
-        if field:
-            note = note.encode() if isinstance(note, str) else note
-            self.hashes.setdefault(notes, {})[field] = note
-        return id
+    def _added(self, stream: str, notes: str, entries: list[Any]) -> Iterator[bytes]:
+        while entries:
+            content, _, count = entries[:3]
+            noted, entries = entries[3 : 3 + 2 * count], entries[3 + 2 * count :]
+            fields = [_text(field) for field in noted[::2]]
+            texts = [text.encode() if isinstance(text, str) else text for text in noted[1::2]]
+            self._last_id += 1
+            id = f"{self._last_id:012}".encode()
+            self.streams.setdefault(stream, {})[id] = (content, fields)
+            self.hashes.setdefault(notes, {}).update(zip(fields, texts, strict=True))
+            yield id
 
     def delete(self, *keys: str) -> int:
         """Delete keys."""
@@ -296,6 +300,10 @@ class SimulatedRedis(FakeRedis):
     def ping(self) -> bool:
         """Answer."""
         return True
+
+
+def _text(field: str | bytes) -> str:
+    return field.decode() if isinstance(field, bytes) else field
 
 
 class _Clock:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
@@ -15,7 +17,7 @@ from jobguard.errors import StoreUnavailable
 from jobguard.host.stream import ReportStream, stream_key
 from jobguard.host.stream_entries import encode
 from jobguard.host.tracker import HostTracker
-from jobguard.model import Claim, Delivery, End, Ended, Outcome, Owed, Refused, new_token
+from jobguard.model import Claim, Delivery, End, Ended, Outcome, Owed, Parent, Refused, new_token
 from jobguard.reconciler.service import Service
 from jobguard.reconciler.stream_drain import StreamDrain
 from jobguard.settings import Settings
@@ -194,6 +196,34 @@ def test_an_ended_job_is_not_started_again_in_the_outage(site: Site) -> None:
         assert session.start(other.token, lambda: other) == Claim(other.token, 0)
         session._stop.set()
         session._beats.stop()
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["recorded before", "recorded meanwhile"])
+@pytest.mark.parametrize("by", ["tokens", "job_ids", "queue"])
+def test_a_job_cancelled_in_the_outage_does_not_start(site: Site, by: str, *, known: bool) -> None:
+    """A worker that holds it in its memory skips it, in the outage and before the cancel is written."""
+    before, other = delivery("job \udcff"), delivery("other", queue="other")
+    producer, worker = site.process(), site.process(retry_interval=0.01, record_timeout=0.05)
+    if known:
+        producer.record([before])
+    with outage(site.ledger):
+        if not known:
+            producer.record([before])
+        meant = {"tokens": [before.token], "job_ids": [before.job_id], "queue": before.queue}
+        producer.cancel(**{by: meant[by]})
+        moved = replace(delivery(before.job_id), queue=before.queue, parent=Parent(before.token))
+        session = worker.open_session(name="w1", queues=["mail"])
+        held = (before, moved)
+        during = [session.start(job.token, partial(lambda job: job, job)) for job in held]
+    eventually(lambda: worker.circuit.check() and session._beats.known, 10)
+    after = [session.start(job.token, partial(lambda job: job, job)) for job in held]
+
+    assert [answer.outcome for answer in (*during, *after) if isinstance(answer, Refused)] == [
+        Outcome.CANCELLED
+    ] * 4
+    again = replace(delivery(before.job_id), token=new_token(), queue=before.queue)
+    assert isinstance(session.start(again.token, lambda: again), Claim)
+    assert isinstance(session.start(other.token, lambda: other), Claim)
 
 
 def test_a_start_in_the_outage_is_a_claim_afterwards(site: Site) -> None:
