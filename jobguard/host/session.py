@@ -49,7 +49,6 @@ from jobguard.redact import redact
 from jobguard.store.protocols import ClaimRequest, HostStore
 
 if TYPE_CHECKING:
-    from jobguard.host.stream import Notes
     from jobguard.host.tracker_api import TrackerApi
 
 _FRESH = 1.0
@@ -198,8 +197,9 @@ class WorkerSession:
         beside it.
         """
         if not self._alone.take(claim.token):
-            if not self._released(claim):
-                return claim  # Postgres is away: then no death is charged to the job either
+            failure = self._try_release(claim)
+            if failure is not None:  # it may have the release already, or gets it later
+                return self._start_unclaimed(claim.token, new_token(), describe, failure)
             self._beats.beat_now()  # it has no claim now, and must be on the beat's list
             log_event("start_waits", token=claim.token)
             with idle():
@@ -248,24 +248,17 @@ class WorkerSession:
         the library's acknowledgement; or somebody cancelled it.
         """
         with contain_errors("start"):
-            delivery = describe()
-            refused = self._refusal(delivery, self._tracker.notes_of(delivery))
-            if refused is not None and self._settings.mode == "guard":
+            ended = self._tracker.notes_of(describe()).outcome
+            if ended is not None and self._settings.mode == "guard":
                 self._in_flight.skip(token)
-                return refused
+                log_event("start_skipped", reason=Refusal.ENDED.value, outcome=ended.value)
+                return Refused(token, Refusal.ENDED, ended)
         with contain_errors("start"):
             self._tracker.start_unclaimed(self._request(token, nonce, self._beats.id))
         log_event("start_unclaimed", error=str(error))
         self._in_flight.without_claim(token, nonce)
         self._beats.beat_now()
         return Claim(token, 0)
-
-    def _refusal(self, delivery: Delivery, notes: Notes) -> Refused | None:
-        """Return the refusal of a delivery whose end or whose cancel is not in Postgres yet."""
-        if notes.outcome is None:
-            return None
-        log_event("start_skipped", reason=Refusal.ENDED.value, outcome=notes.outcome.value)
-        return Refused(delivery.token, Refusal.ENDED, notes.outcome)
 
     def _rule(self, describe: Callable[[], Delivery]) -> RecoverRule | None:
         if self._settings.recover:
@@ -330,10 +323,9 @@ class WorkerSession:
             self._tracker.circuit.check()  # the outage in which the worker started may just be over
             raise StoreUnavailable("Postgres does not know this worker yet")
         if describe is not None and self._tracker.reports_may_wait:
-            delivery = describe()
-            refused = self._refusal(delivery, self._tracker.notes_of(delivery))
-            if refused is not None:
-                return refused
+            ended = self._tracker.notes_of(describe()).outcome
+            if ended is not None:
+                return Refused(token, Refusal.ENDED, ended)
         request = self._request(token, nonce, worker, rule)
         answer = self._tracker.claim(request)
         if isinstance(answer, Unknown):
@@ -341,9 +333,8 @@ class WorkerSession:
                 raise BadRow("this delivery has no record")
             delivery = describe()
             notes = self._tracker.notes_of(delivery)
-            refused = self._refusal(delivery, notes)
-            if refused is not None:
-                return refused
+            if notes.outcome is not None:
+                return Refused(token, Refusal.ENDED, notes.outcome)
             # Its producer is unguarded, or its record waits in a spool. If it replaces a delivery
             # that ended otherwise (it was cancelled), it gets a tombstone.
             self._tracker.record_late(replace(delivery, parent=delivery.parent or notes.parent))
@@ -437,19 +428,20 @@ class WorkerSession:
         self._mine()
         # If this fails, other starts are refused until a leader has seen that no worker lists the
         # delivery.
-        self._released(claim, interrupted=interrupted)
+        self._try_release(claim, interrupted=interrupted)
         self._in_flight.remove((claim.token,))
         self._alone.leave(claim.token)
 
-    def _released(self, claim: Claim, *, interrupted: bool = False) -> bool:
+    def _try_release(self, claim: Claim, *, interrupted: bool = False) -> Exception | None:
+        """Release a claim; return the error if Postgres may not have the release."""
         try:
             self._tracker.release(Released(claim.token, self.id, claim.number, interrupted))
         except Exception as failure:
             if is_host_interrupt(failure):
                 raise
             log_event("not_written", what="release", error=str(failure))
-            return False
-        return True
+            return failure
+        return None
 
     def abandon(self, claim: Claim) -> None:
         """Give up the claim as if this worker had died; see Session."""

@@ -178,11 +178,13 @@ class _Scenario:
         if self._reports_wait():
             return
         self.site.save()
-        self._later(0.3 * fault.seconds, self._restart_if_alone)
+        self._later(0.3 * fault.seconds, partial(self._restart_if_alone, flushed=self.flushed))
 
-    def _restart_if_alone(self) -> None:
+    def _restart_if_alone(self, *, flushed: bool) -> None:
         if not self._reports_wait():
             self.site.restart()
+            # A snapshot from before a flush brings back what the flush deleted, and the pulse.
+            self.flushed = flushed
 
     def _fault_evict(self, fault: Fault) -> None:
         if not self._reports_wait():
@@ -305,7 +307,12 @@ class _Scenario:
         most = max(Counter(run.job_id for run in self.truth.runs).values(), default=0)
         # The record of an accepted job may still wait in the stream: then no table has the job.
         ended = self.truth.accepted <= {stone.job_id for stone in tables.history.values()}
-        return most > _MOST_RUNS or (sent and ended and not running and not tables.jobs)
+        quiet = sent and ended and not running and not tables.jobs
+        return most > _MOST_RUNS or (quiet and self._flush_noticed())
+
+    def _flush_noticed(self) -> bool:
+        causes = {loss.cause for loss in self.site.ledger._tables.incidents.values()}
+        return not self.flushed or Cause.INCIDENT in causes
 
     def _superseded(self, run: Run) -> bool:
         return (self.site.source.id, run.token) in self.site.ledger._tables.history
@@ -318,8 +325,7 @@ class _Scenario:
         owed = {job.delivery.job_id for job in tables.jobs.values()} - unvouched
         if owed:
             broken.append(f"still owed: {sorted(owed)}")
-        causes = {loss.cause for loss in tables.incidents.values()}
-        if self.flushed and Cause.INCIDENT not in causes:
+        if not self._flush_noticed():
             broken.append("silent: Redis was flushed, and no incident is on record")
         for job_id in self.truth.accepted - unvouched:
             broken += self._lost(job_id)

@@ -209,7 +209,11 @@ def test_a_job_cancelled_in_the_outage_does_not_start(site: Site, by: str, *, kn
     with outage(site.ledger):
         if not known:
             producer.record([before])
-        meant = {"tokens": [before.token], "job_ids": [before.job_id], "queue": before.queue}
+        meant: dict[str, Any] = {
+            "tokens": [before.token],
+            "job_ids": [before.job_id],
+            "queue": before.queue,
+        }
         producer.cancel(**{by: meant[by]})
         moved = replace(delivery(before.job_id), queue=before.queue, parent=Parent(before.token))
         session = worker.open_session(name="w1", queues=["mail"])

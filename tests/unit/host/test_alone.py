@@ -245,6 +245,25 @@ def test_a_charged_job_starts_without_company() -> None:
     assert worker.claimed_by(suspect) == worker.session.id
 
 
+@pytest.mark.parametrize("reached", [True, False], ids=["the answer is lost", "the call is lost"])
+def test_a_start_whose_release_is_in_doubt_gets_a_claim_later(*, reached: bool) -> None:
+    """It has no claim number then, and the next death of its worker is charged to it."""
+    worker = Worker().begin()
+    suspect, fresh = crashed(worker, "suspect"), worker.owe("fresh")
+    worker.run(fresh)
+    release = worker.tracker._store.release
+
+    def fails(*args: Any, **options: Any) -> None:
+        if reached:
+            release(*args, **options)
+        raise StoreUnavailable("no answer")
+
+    cast(Any, worker.tracker._store).release = fails
+    assert worker.start(suspect) == Claim(suspect.token, 0)
+    worker.session._late_claims()
+    assert worker.claimed_by(suspect) == worker.session.id
+
+
 def test_a_fresh_job_waits_without_a_claim() -> None:
     """A fresh job has no claim while it waits, so the suspect does not seem to run beside it."""
     worker = Worker().begin()
