@@ -152,14 +152,22 @@ def test_a_start_while_postgres_was_away_and_a_late_claim_are_one(ledger: Contra
     assert worker.end(Claim(it.token, 0), Outcome.FAILED) is Ended.ENDED
 
 
-def test_a_start_while_postgres_was_away_does_not_end_anothers_run(ledger: Contract) -> None:
-    """Number 0 is stale if another worker has claimed the delivery meanwhile."""
+@pytest.mark.parametrize("outcome", [Outcome.FAILED, Outcome.COMPLETED])
+@pytest.mark.parametrize("dead", [False, True], ids=["live", "dead"])
+def test_an_end_without_a_claim_while_another_worker_has_it(
+    ledger: Contract, outcome: Outcome, *, dead: bool
+) -> None:
+    """It counts if the run has completed, or if the other worker is dead: then nobody runs the job."""
     it = ledger.recorded()
     unclaimed, holder = ledger.working(), ledger.working()
     claim = holder.start(it.token)
-    for outcome in (Outcome.FAILED, Outcome.COMPLETED):
-        assert unclaimed.end(Claim(it.token, 0), outcome) is Ended.LATE
-    assert holder.end(claim) is Ended.ENDED
+    if dead:
+        ledger.leader.declare_dead(ledger.elected(), [holder.id])
+    counts = dead or outcome is Outcome.COMPLETED
+    answer = unclaimed.end(Claim(it.token, 0), outcome)
+    assert answer is (Ended.ENDED if counts else Ended.LATE)
+    assert holder.end(claim) is (Ended.LATE if counts else Ended.ENDED)
+    assert ledger.outcome(it.token) is (outcome if counts else Outcome.COMPLETED)
 
 
 def test_a_heartbeat_needs_a_current_claim(ledger: Contract) -> None:

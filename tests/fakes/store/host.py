@@ -437,7 +437,8 @@ class MemoryHostStore:
     def _end(self, key: Key, end: End, *, now: float) -> Ended:
         tables = self._tables
         if key in tables.jobs:
-            if not _counts(end, tables.running.get(key)):
+            run = tables.running.get(key)
+            if not _counts(end, run, lives=run is not None and tables.lives(key, run)):
                 return Ended.LATE
             if end.part is not None:
                 tables.count(key, tables.jobs[key].delivery, end.part, now=now)
@@ -677,10 +678,11 @@ class MemoryHostStore:
         pass
 
 
-def _counts(end: End, run: Run | None) -> bool:
-    """Return True if the reported end of an owed delivery counts."""
+def _counts(end: End, run: Run | None, *, lives: bool) -> bool:
+    """Return True if the reported end of an owed delivery counts; ``lives``: its claim is live."""
+    completed = end.outcome is Outcome.COMPLETED
+    if end.number == 0:  # it started while PostgreSQL was away
+        return completed or not lives or run is None or end.worker == run.worker
     if run is None:
-        # Number 0 started while PostgreSQL was away. A zombie's completion contradicts no other
-        # claim.
-        return end.number == 0 or end.outcome is Outcome.COMPLETED
-    return end.number == run.number or (end.number == 0 and end.worker == run.worker)
+        return completed  # a zombie's completion contradicts no other claim
+    return end.number == run.number
