@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from jobguard import errors
 from jobguard.errors import JobguardError, StoreUnavailable
 from jobguard.fork import OwnerProcess
-from jobguard.host.spool import Cancelled, Entry, JoinOpened, Released, Spool
+from jobguard.host.spool import Cancelled, Entry, JoinOpened, Released, Spool, Unsent
 from jobguard.host_safety import contain_errors
 from jobguard.log import log_event
 from jobguard.model import Delivery, End, Ended
@@ -172,7 +172,8 @@ class ParentSpool:
     def put(self, entries: Sequence[Entry]) -> bool:
         """Keep all of these entries or none; see Spool."""
         if all(
-            isinstance(entry, Delivery | Cancelled | JoinOpened | Released) for entry in entries
+            isinstance(entry, Delivery | Cancelled | JoinOpened | Released | Unsent)
+            for entry in entries
         ):
             with suppress(JobguardError):
                 if self._parent.call("spool", entries):

@@ -17,7 +17,7 @@ from jobguard.errors import (
     is_host_interrupt,
 )
 from jobguard.host.session import bare_end
-from jobguard.host.spool import Cancelled, Entry, JoinOpened, Released, Spool, size_of
+from jobguard.host.spool import Cancelled, Entry, JoinOpened, Released, Spool, Unsent, size_of
 from jobguard.host_safety import contain_errors
 from jobguard.log import log_event
 from jobguard.model import Delivery, End, Recorded
@@ -262,6 +262,8 @@ class Replay:
                     number=entry.number,
                     interrupted=entry.interrupted,
                 )
+            elif isinstance(entry, Unsent):
+                store.outbox(source.id, entry.tokens)
             elif isinstance(entry, ClaimRequest):
                 store.claim(source.id, entry)
         if deliveries:

@@ -76,7 +76,14 @@ class Released:
     """Its run began."""
 
 
-Entry = Delivery | End | Cancelled | JoinOpened | Adoptable | Released | ClaimRequest
+@dataclass(frozen=True, slots=True)
+class Unsent:
+    """Recorded deliveries that a leader has to push."""
+
+    tokens: Sequence[UUID]
+
+
+Entry = Delivery | End | Cancelled | JoinOpened | Adoptable | Released | Unsent | ClaimRequest
 """A ClaimRequest is a start while Postgres is away. It is only in the stream, because the worker
 that lives claims again by itself."""
 
@@ -98,6 +105,8 @@ def size_of(entry: Entry) -> int:
     if isinstance(entry, Cancelled):
         ids = sum(map(len, entry.job_ids))
         return _OVERHEAD + ids + 100 * (len(entry.tokens) + len(entry.waiting))
+    if isinstance(entry, Unsent):
+        return _OVERHEAD + 100 * len(entry.tokens)
     if isinstance(entry, JoinOpened):
         return _OVERHEAD + len(entry.state) + len(entry.join)
     if isinstance(entry, Adoptable):
@@ -126,7 +135,7 @@ def depends_on_order(entry: Entry) -> bool:
     """Return True if it has another effect when it is written before the entries before it."""
     if isinstance(entry, Cancelled):
         return bool(entry.job_ids) or entry.queue is not None
-    return isinstance(entry, Released)
+    return isinstance(entry, Released | Unsent)
 
 
 @dataclass(slots=True)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 from uuid import UUID
 
-from jobguard.host.spool import Adoptable, Cancelled, Entry, JoinOpened, Released
+from jobguard.host.spool import Adoptable, Cancelled, Entry, JoinOpened, Released, Unsent
 from jobguard.model import Delivery, End, Outcome, Parent, Part
 from jobguard.store.protocols import ClaimRequest
 
@@ -199,6 +199,7 @@ _FIELDS: dict[type, Callable[[Any], _Written]] = {
     Adoptable: _of_adoptable,
     ClaimRequest: _of_claim,
     Released: _of_released,
+    Unsent: lambda entry: ("unsent", {"tokens": [token.hex for token in entry.tokens]}, b""),
 }
 _ENTRIES: dict[str, Callable[[dict[str, Any], bytes], Entry]] = {
     "record": _delivery,
@@ -206,6 +207,7 @@ _ENTRIES: dict[str, Callable[[dict[str, Any], bytes], Entry]] = {
     "cancel": _cancelled,
     "join": lambda fields, state: JoinOpened(state=state, **fields),
     "reference": lambda fields, _: Adoptable(UUID(fields.pop("token")), **fields),
+    "unsent": lambda fields, _: Unsent([UUID(token) for token in fields["tokens"]]),
     "claim": _claim,
     "release": lambda fields, _: Released(
         UUID(fields.pop("token")), UUID(fields.pop("worker")), **fields

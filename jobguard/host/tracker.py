@@ -49,6 +49,7 @@ from jobguard.host.spool import (
     MemorySpool,
     Released,
     Spool,
+    Unsent,
     depends_on_order,
 )
 from jobguard.host.stream import Notes, ReportStream
@@ -562,8 +563,14 @@ class HostTracker:
 
     def leave_to_outbox(self, tokens: Sequence[UUID]) -> None:
         """Leave the push to the leader; see Tracker."""
-        # If this fails, the sweep still finds the deliveries absent, only later.
-        self._try_call("outbox", lambda store: store.outbox(self.source.id, tokens))
+        if not self._try_call("outbox", lambda store: self._outbox(store, tokens)):
+            # After the records, which may wait in the spool as well. Without it the sweep finds the
+            # deliveries absent, but only later, and only while the queue is trusted.
+            self.spool.put([Unsent(tuple(tokens))])
+
+    def _outbox(self, store: HostStore, tokens: Sequence[UUID]) -> bool:
+        store.outbox(self.source.id, tokens)
+        return True
 
     def broker_in_doubt(self) -> bool:
         """Return True if Redis did not answer a moment ago; see Tracker."""

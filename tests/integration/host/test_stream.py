@@ -275,6 +275,19 @@ def test_a_withdrawn_record_does_not_come_back(site: Site) -> None:
     assert site.outcome(other) is Outcome.CANCELLED
 
 
+@pytest.mark.parametrize("lives", [True, False])
+def test_what_a_leader_has_to_push_waits_behind_its_record(site: Site, *, lives: bool) -> None:
+    """A process that can neither push nor reach Postgres leaves the push to the leader all the same."""
+    job = delivery()
+    with outage(site.ledger):
+        process = site.process(lives=lives, retry_interval=0.01)
+        process.record([job])
+        process.leave_to_outbox([job.token])
+    assert site.leader().step()
+    eventually(lambda: not process.spool.pending or not lives, 10)
+    assert [token for _, token in site.ledger._tables.outbox] == [job.token]
+
+
 def test_the_stream_is_bounded(site: Site) -> None:
     """Past the bound records become references; at twice the bound entries stay in memory."""
     jobs = [delivery(f"job {n}", envelope=b"x" * 1000, fresh=True) for n in range(30)]

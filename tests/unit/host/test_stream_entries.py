@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from jobguard.host.spool import Adoptable, Cancelled, Entry, JoinOpened, Released
+from jobguard.host.spool import Adoptable, Cancelled, Entry, JoinOpened, Released, Unsent
 from jobguard.host.stream_entries import UnknownEntry, decode, encode
 from jobguard.model import Delivery, End, Outcome, Parent, Part, new_token
 from tests.fakes.world import delivery, request
@@ -33,6 +33,7 @@ ENTRIES: dict[str, Entry] = {
     "a closed join": JoinOpened("join", 0, closed=True),
     "a reference": Adoptable(new_token(), "job", "mail"),
     "a claim": request(new_token(), new_token()),
+    "unsent deliveries": Unsent([new_token(), new_token()]),
     "a release": Released(new_token(), new_token(), 2),
     "a release of an interrupted run": Released(new_token(), new_token(), 2, interrupted=True),
 }
