@@ -192,6 +192,11 @@ EVENTS: Mapping[str, Event] = {
         "it is not known whether a Redis is a guarded one by another address: jobs that are sent there are "
         "not recorded until it is; use one address everywhere, or grant +info",
     ),  # redis, error
+    "pulse_elsewhere": Event(
+        ERROR,
+        "the reconciler inspects another Redis for this source than this process uses, and may put jobs of "
+        "this one there: give each Redis a JOBGUARD_SOURCE of its own, or correct its address",
+    ),  # source, redis, epoch
     "end_late": Event(
         WARNING, "a report of an end came too late and changed nothing"
     ),  # job_id, number
@@ -354,6 +359,11 @@ EVENTS: Mapping[str, Event] = {
         "a guarded worker does not report to this ledger, so its queues are not restored: give it the "
         "JOBGUARD_POSTGRES_URL and JOBGUARD_NAMESPACE of this reconciler",
     ),  # source, worker
+    "worker_in_another_redis": Event(
+        ERROR,
+        "a worker of this source takes its jobs from another Redis than this reconciler inspects, so its "
+        "queues are not restored: give each Redis a JOBGUARD_SOURCE of its own, or correct its address",
+    ),  # source, worker, host, pid
     # Losses and recoveries.
     "redis_lost_data": Event(ERROR, "Redis lost data"),  # source, detail
     "redis_evicted": Event(ERROR, "Redis evicted keys: set maxmemory-policy to noeviction"),  # keys

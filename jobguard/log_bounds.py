@@ -66,6 +66,7 @@ LIMITED: Mapping[str, tuple[str, ...]] = {
     "nobody_leads": (),
     "beat_unheard": ("store",),
     "source_differs": ("source",),
+    "pulse_elsewhere": ("source",),
     "redis_recognized": ("redis",),
     "redis_unrecognized": ("redis",),
     "end_late": ("outcome",),

@@ -32,6 +32,10 @@ ACCEPTED = -1
 """Value in Postgres instead of the counter: a person has accepted the pulse that is in Redis."""
 
 
+NO_PULSE = (UUID(int=0), 0)
+"""What a worker reports instead of an epoch and a counter if its Redis answers and has no pulse."""
+
+
 class Kept(Protocol):
     """The identity of a pulse: that of a source, without the address of its Redis."""
 

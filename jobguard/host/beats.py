@@ -21,7 +21,7 @@ from jobguard.host.beat_process import BeatProcess
 from jobguard.host_safety import contain_errors
 from jobguard.log import log_event, remind
 from jobguard.model import Beat, new_token
-from jobguard.pulse import beat_key, hears_dead_key, parse_pulse, read_pulse
+from jobguard.pulse import NO_PULSE, beat_key, hears_dead_key, parse_pulse, read_pulse
 
 if TYPE_CHECKING:
     import redis
@@ -253,9 +253,11 @@ class BeatSender:
         except Exception as error:
             log_event("beat_unheard", store="redis", error=str(error))
             return None
+        if isinstance(answers[1], Exception):
+            return None
         pulse = parse_pulse(answers[1])
         if pulse is None:
-            return None
+            return NO_PULSE
         if pulse.source != self._tracker.source.id:
             log_event("source_differs", source=str(self._tracker.source))
         return pulse.epoch, pulse.n

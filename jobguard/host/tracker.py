@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, closing, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -65,6 +65,7 @@ from jobguard.model import (
     Outcome,
     Recorded,
 )
+from jobguard.pulse import parse_pulse, read_pulse
 from jobguard.redact import redact
 from jobguard.sealing import Sealer
 from jobguard.settings import Settings
@@ -80,6 +81,8 @@ _PATIENCE = 5.0
 """Seconds that a process waits in all, before it ends, for Postgres to take its reports."""
 _ADOPTABLE_PATIENCE = 0.5
 """Seconds that it waits for records of jobs that are in Redis: a worker that starts one records it."""
+_COMPARE_AGAIN = 15.0
+"""Seconds until a pulse that was not in Redis is looked for again."""
 _MOST_IDS = 20
 """The maximum number of unwritten job ids in a log line."""
 
@@ -127,6 +130,8 @@ class HostTracker:
         self.seal = self._sealer.seal
         self._store = self._new_store()
         self._registered = self._asked_others = False
+        self._pulse_missed = False
+        self._compare_at = float("inf")
         self._warned = self._logged_full = self._logged_light = self._logged_left = False
         self._patience = _PATIENCE
         self._reports_may_wait = self._parent is None
@@ -212,9 +217,9 @@ class HostTracker:
         """Return the store, and register this source on the first call. Raises as the store does."""
         if self._refusal:
             raise WrongInstallation(self._refusal)
-        if not self._registered:
+        if not self._registered or time.monotonic() >= self._compare_at:
             with self._registering:
-                if not self._registered:
+                if not self._registered or time.monotonic() >= self._compare_at:
                     self._register()
         return self._store
 
@@ -244,6 +249,36 @@ class HostTracker:
         if there.settings != mine:
             log_event("settings_differ", source=str(self.source), here=mine, there=there.settings)
         self._registered = True
+        self._compare_at = float("inf")
+        with contain_errors("compare the pulse"):
+            if self._parent is None and not self._is_compared(there.pulse_epoch):
+                self._compare_at = time.monotonic() + _COMPARE_AGAIN
+
+    def _is_compared(self, epoch: UUID | None) -> bool:
+        """Log if the reconciler inspects another Redis for this source; return False to look again later.
+
+        ``epoch``: that of the pulse in the reconciler's Redis. A pulse that was just lost is made again at
+        once, so that only a second look decides.
+        """
+        if self.client is None or self._redis_health is None:
+            return True
+        if self._redis_health.is_known_away():
+            return False
+        try:
+            with closing(self.client()) as client:
+                pulse = parse_pulse(read_pulse(client, self.source))
+        except redis.RedisError:
+            return False
+        if pulse is not None and pulse.source != self.source.id:
+            log_event("source_differs", source=str(self.source))
+        elif epoch is not None and (pulse is None or pulse.epoch != epoch):
+            if not (self._pulse_missed and self._led):
+                self._pulse_missed = True
+                return False
+            log_event(
+                "pulse_elsewhere", source=str(self.source), redis=self.source.address, epoch=epoch
+            )
+        return True
 
     def call(self, work: Callable[[HostStore], Any]) -> Any:
         """Make one call to the store, behind the circuit, after the entries that wait in the spool.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from uuid import UUID
@@ -31,7 +31,7 @@ from jobguard.reconciler.workers import Workers
 from jobguard.redis_refusal import refusal_of
 from jobguard.redis_values import name_in
 from jobguard.settings import Settings
-from jobguard.store.protocols import Brake, HostStore, LeaderStore, SourceRow
+from jobguard.store.protocols import Brake, HostStore, LeaderStore, SourceRow, WorkerRow
 
 _DOWN = 0.05
 """Seconds between two checks whether Redis is back."""
@@ -117,7 +117,7 @@ class SourceMonitor:
         self._settings = settings
         self._clock = clock
         self._pulse = PulseKeeper(client, store, source, installation)
-        self._workers = Workers(client, store, source.id, settings, clock)
+        self._workers = Workers(client, store, source.id, settings, clock, source.pulse_epoch)
         self._identity_check = RedisIdentityCheck(
             self._workers, store, source.id, source.address, named=named, clock=clock
         )
@@ -154,6 +154,7 @@ class SourceMonitor:
         self._lost_at: float | None = None
         self._uncounted = ""
         self._foreign: frozenset[str] = frozenset()
+        self._elsewhere: frozenset[UUID] = frozenset()
         self._clocks_compared_at = float("-inf")
         self._clock_behind = 0.0
         self._brake = Brake()
@@ -367,6 +368,17 @@ class SourceMonitor:
         for name in sorted(foreign - self._foreign):
             log_event("worker_elsewhere", source=self.source.address, worker=name)
         self._foreign = foreign
+        soon, elsewhere = self._workers.elsewhere(self._pulse.epoch)
+        for row in elsewhere:
+            if row.id not in self._elsewhere:
+                log_event(
+                    "worker_in_another_redis",
+                    source=self.source.address,
+                    worker=row.name,
+                    host=row.host,
+                    pid=row.pid,
+                )
+        self._elsewhere = frozenset(row.id for row in elsewhere)
         guarded = {queue: names | proved for queue, names in self._workers.names().items()}
         for queue in consumers:
             guarded.setdefault(queue, consumers[queue] & proved)
@@ -377,7 +389,8 @@ class SourceMonitor:
             self._tally.queues,
             counted=not uncounted,
             proved=proved,
-            expected=expected,
+            expected=expected | _named(soon),
+            elsewhere=_by_queue([*soon, *elsewhere]),
         )
         if uncounted and not self._uncounted:
             log_event("consumers_uncounted", source=self.source.address, error=uncounted)
@@ -651,3 +664,16 @@ class SourceMonitor:
             self._due["watched"] = 0.0
         else:
             self._lap.after = page[-1].token
+
+
+def _in_another_redis(worker: WorkerRow) -> str:
+    return f"{worker.name} (guarded, but in another Redis)"
+
+
+def _named(workers: Iterable[WorkerRow]) -> frozenset[str]:
+    return frozenset(map(_in_another_redis, workers))
+
+
+def _by_queue(workers: Sequence[WorkerRow]) -> dict[str, frozenset[str]]:
+    queues = {queue for worker in workers for queue in worker.queues}
+    return {queue: _named(one for one in workers if queue in one.queues) for queue in queues}

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 from jobguard.store.protocols import QueueRow
 
@@ -104,12 +105,14 @@ class Trust:
         counted: bool = True,
         proved: frozenset[str] = frozenset(),
         expected: frozenset[str] = frozenset(),
+        elsewhere: Mapping[str, frozenset[str]] = MappingProxyType({}),
     ) -> list[QueueRow]:
         """Compare the consumers of each queue with the guarded workers; return the rows that changed.
 
         ``consumers``: the names that the library gives all workers, by queue. ``guarded``: those
         that beat. ``counted``: every unguarded consumer is surely among the consumers. ``proved``: names
         that are guarded in any queue. ``expected``: names that may appear among these in a moment.
+        ``elsewhere``: consumers, by queue, that take the jobs of this source from another Redis.
         """
         changed = []
         gap = self._gap(now)
@@ -123,6 +126,7 @@ class Trust:
                     self.regained.add(queue)
                 row = replace(row, clean_since=now)
             unguarded = consumers.get(queue, frozenset()) - guarded.get(queue, frozenset()) - proved
+            unguarded |= elsewhere.get(queue, frozenset())
             # A worker is registered a moment before or after its first beat: one inspection may
             # err.
             certain = (unguarded & self._seen_once.get(queue, frozenset())) - expected

@@ -35,11 +35,16 @@ class Workers:
         source: int,
         settings: Settings,
         clock: Callable[[], float],
+        epoch: UUID | None = None,
     ) -> None:
+        """``epoch``: that of the pulse, as the leader before left it."""
         self._client = client
         self._store = store
         self._source = source
         self._clock = clock
+        self._epoch = epoch
+        self._epoch_at = float("-inf")  # When the pulse got its epoch, if that was since.
+        self._elsewhere: dict[UUID, float] = {}  # Workers of another pulse, and since when.
         # With more than a fifth of the timeout between two polls, no worker could be proved dead.
         self._interval = min(_POLL, settings.worker_timeout / 10)
         self._liveness = Liveness(settings.worker_timeout)
@@ -235,6 +240,22 @@ class Workers:
         bound = self._timeout + _SHOWN_AFTER_DEATH
         soon = frozenset(name for name, since in self._unlisted.items() if now - since < bound)
         return soon, unlisted - soon
+
+    def elsewhere(self, epoch: UUID | None) -> tuple[list[WorkerRow], list[WorkerRow]]:
+        """Return the live workers of another Redis: those that may see the pulse soon, and all others.
+
+        ``epoch``: that of the pulse in this Redis. A worker of another Redis reads another pulse there, or
+        none. A worker of this Redis reads a new pulse within two beats.
+        """
+        now = self._clock()
+        if epoch != self._epoch:
+            self._epoch, self._epoch_at = epoch, now
+        found = [row for row in self.alive() if row.pulse is not None and row.pulse[0] != epoch]
+        self._elsewhere = {row.id: self._elsewhere.get(row.id, now) for row in found}
+        certain = [row for row in found if now - self._elsewhere[row.id] >= self._timeout]
+        if now - self._epoch_at < self._timeout:
+            return [], certain
+        return [row for row in found if row not in certain], certain
 
     def names(self) -> dict[str, frozenset[str]]:
         """Return the library's names of guarded workers by queue.

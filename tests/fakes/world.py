@@ -35,7 +35,7 @@ from jobguard.model import (
     Restorable,
     Restored,
 )
-from jobguard.pulse import RESET, TICK, beat_key, pulse_key
+from jobguard.pulse import NO_PULSE, RESET, TICK, beat_key, pulse_key
 from jobguard.reconciler.source_monitor import SourceMonitor
 from jobguard.redis_refusal import RedisRefuses
 from jobguard.settings import Settings
@@ -629,8 +629,9 @@ class FakeWorker:
         self._next = self.world.clock() + self.world.settings.beat_interval
         if self.sees_redis:
             self.world.redis.strings[beat_key(self.id)] = str(self._counter).encode()
-        standing = self.world.redis.pulse() if self.sees_redis else None
-        self.pulse = (UUID(standing[0]), standing[1]) if standing else self.pulse
+        if self.sees_redis:
+            standing = self.world.redis.pulse()
+            self.pulse = (UUID(standing[0]), standing[1]) if standing else NO_PULSE
         self.world.host.beat(
             SOURCE.id,
             Beat(
@@ -641,7 +642,7 @@ class FakeWorker:
                 host=self.host,
                 queues=self.queues,
                 unflushed_since=self.unflushed_since,
-                pulse=self.pulse if not self.sees_redis or standing else None,
+                pulse=self.pulse,
             ),
             namespace=NAMESPACE,
         )

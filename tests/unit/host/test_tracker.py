@@ -7,11 +7,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, cast
+from unittest.mock import Mock
 from uuid import UUID, uuid4
 
 import pytest
+import redis
 
 from jobguard.errors import BadRow, BreakerOpen, NotMigrated, NotWritten, StoreUnavailable
+from jobguard.host import tracker as tracker_module
 from jobguard.host.spool import Cancelled
 from jobguard.host.tracker import HostTracker
 from jobguard.model import Delivery, End, Outcome, Parent, Recorded, new_token
@@ -1003,3 +1006,41 @@ def test_a_record_that_fails_beside_its_push_is_spooled() -> None:
     assert not process.tracker.circuit.closed
     assert process.tracker.record_beside([delivery("b", fresh=True)]) is None
     assert [entry for entry in process.tracker.spool.left()] == [it]
+
+
+def _pulse(epoch: UUID, source: int = SOURCE.id) -> list[bytes]:
+    return [str(value).encode() for value in (epoch, 7, source, uuid4())]
+
+
+_EPOCH = uuid4()
+
+
+@pytest.mark.parametrize(
+    ("looks", "logged"),
+    [
+        ([_pulse(_EPOCH, source=1)], ["source_differs"]),
+        ([[None] * 4, [None] * 4, [None] * 4], ["pulse_elsewhere"]),
+        ([_pulse(uuid4()), _pulse(uuid4())], ["pulse_elsewhere"]),
+        ([[None] * 4, _pulse(_EPOCH)], []),
+        ([redis.ConnectionError(), [None] * 4, [None] * 4], ["pulse_elsewhere"]),
+    ],
+)
+def test_a_producer_of_another_redis_says_so(
+    looks: list[Any],
+    logged: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It looks for the ledger's pulse in its Redis, and once more: the pulse may have been just lost."""
+    monkeypatch.setattr(tracker_module, "_COMPARE_AGAIN", 0.0)
+    host = HostProcess()
+    client = Mock(hmget=Mock(side_effect=looks))
+    host.tracker = HostTracker(SOURCE, host.settings, host._make, client=lambda: client)
+    leader_store(host.ledger).elect(lease=FOR_EVER)
+    settings = host.settings.fingerprint()
+    host.ledger.host().register(source_row(pulse_epoch=_EPOCH, pulse_n=7, settings=settings))
+
+    for _ in looks:
+        host.tracker.record([delivery("job")])
+
+    assert events(caplog.records) == logged

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from jobguard.reconciler.trust import Trust
@@ -36,7 +38,7 @@ class Stage:
         after: float = 2.0,
         check_backlog: bool = True,
         counted: bool = True,
-        **names: frozenset[str],
+        **names: Any,
     ) -> list[QueueRow]:
         """Advance the time, inspect the consumers, and check the backlog where that is asked."""
         self.now += after

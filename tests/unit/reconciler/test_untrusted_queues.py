@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from jobguard.model import Cause
+from jobguard.model import Cause, new_token
+from jobguard.pulse import NO_PULSE
 from tests.fakes.world import SOURCE, World, calm, events, ids
 
 
@@ -181,3 +182,27 @@ def test_the_outbox_of_before_the_trust_is_pushed() -> None:
     world.run(120)
 
     assert world.broker.pushed == ["job"]
+
+
+@pytest.mark.parametrize("pulse", [NO_PULSE, (new_token(), 7)])
+def test_the_jobs_of_a_worker_in_another_redis_are_not_put_into_this_one(
+    pulse: tuple[Any, int], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two Redises of one source name: what is absent here may wait there, from the first beat on."""
+    world = calm()
+    stray = world.worker()
+    stray.sees_redis, stray.pulse = False, pulse
+    stray.beat()
+    world.run(3)
+    world.enqueue("job")
+    world.broker.bodies.clear()
+    world.run(120)
+
+    assert world.broker.pushed == []
+    assert events(caplog.records).count("worker_in_another_redis") == 1
+    assert not world.is_trusted("mail")
+    world.flushall()  # it may wait there also after a loss here
+    world.run(30)
+    assert world.broker.pushed == []
+    stray.leave()
+    world.run_until(lambda: world.is_trusted("mail"), within=700)
