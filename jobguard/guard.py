@@ -531,8 +531,8 @@ def _refuse_cluster(target: object) -> None:
 def _adapters_for(target: object) -> Iterator[EntryPoint]:
     """Yield the adapter of the target's library, so that no other library is imported; else every one."""
     found = {entry.name: entry for entry in entry_points(group="jobguard.adapters")}
-    roots = [kind.__module__.split(".")[0] for kind in type(target).__mro__]
-    named = [name for name in found if name in roots]
+    parts = {part for kind in type(target).__mro__ for part in kind.__module__.split(".")}
+    named = [name for name in found if name in parts]
     for name in named or found:
         yield found[name]
 

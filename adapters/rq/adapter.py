@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,14 @@ CLIENT_TIMEOUT = 1.0
 """The longest time, in seconds, that jobguard's own Redis client waits for an answer."""
 
 
+@dataclass(frozen=True, slots=True)
+class AllQueues:
+    """A target: all queues of this class on a Redis. The class and its job class name their keys."""
+
+    connection: redis.Redis
+    queue_class: type[Queue]
+
+
 class RQAdapter:
     """Guard RQ queues."""
 
@@ -38,9 +47,9 @@ class RQAdapter:
             return None
         if is_test_double(target):
             return _inert(namespace, name, "fakeredis stores nothing that can be lost")
-        if isinstance(target, redis.Redis):
-            queue_module = importlib.import_module("rq.queue")
-            return _guarded(target, [queue_module.Queue], None, namespace=namespace, name=name)
+        if (whole := _whole(target)) is not None:
+            queue_class = [whole.queue_class]
+            return _guarded(whole.connection, queue_class, None, namespace=namespace, name=name)
         queues = _queues(target)
         if not queues:
             return None
@@ -70,13 +79,11 @@ class RQAdapter:
         queue: str | None,
     ) -> tuple[str, Any]:
         """Enqueue a function on a queue of the target; see Adapter."""
-        queue_class: type[Queue] = importlib.import_module("rq.queue").Queue
-        several = target if isinstance(target, list | tuple) else (target,)
-        queues = [one for one in several if isinstance(one, queue_class)]
+        queues = _queues(target)
+        whole = _whole(target) or AllQueues(queues[0].connection, _queue_class())
         chosen = next((one for one in queues if queue in (None, one.name)), None)
         if chosen is None:
-            connection: Any = queues[0].connection if queues else target
-            chosen = queue_class(queue or "default", connection=connection)
+            chosen = whole.queue_class(queue or "default", connection=whole.connection)
         call = {"args": tuple(args), "kwargs": dict(kwargs)}
         if delay:
             job = chosen.enqueue_in(timedelta(seconds=delay), task, **call)
@@ -103,8 +110,8 @@ class RQAdapter:
     def advice(self, target: object) -> Sequence[Advice]:
         """Return the settings of these queues that block a producer or hide a job."""
         clients = {id(queue.connection): queue.connection for queue in _queues(target)}
-        if isinstance(target, redis.Redis):
-            clients = {id(target): target}
+        if (whole := _whole(target)) is not None:
+            clients = {id(whole.connection): whole.connection}
         return [
             Advice(
                 "the client of the queue has no socket_timeout",
@@ -130,9 +137,21 @@ class RQAdapter:
             raise ValueError(str(error)) from error
 
 
+def _queue_class() -> type[Queue]:
+    kind: type[Queue] = importlib.import_module("rq.queue").Queue
+    return kind
+
+
+def _whole(target: object) -> AllQueues | None:
+    """Return the target if it is a whole Redis."""
+    if isinstance(target, redis.Redis):
+        return AllQueues(target, _queue_class())
+    return target if isinstance(target, AllQueues) else None
+
+
 def _queues(target: object) -> list[Queue]:
     """Return the queues of a target; an empty list if the target does not belong to RQ."""
-    kind = importlib.import_module("rq.queue").Queue
+    kind = _queue_class()
     several: list[Any] = list(target) if isinstance(target, list | tuple) else [target]
     return several if all(isinstance(one, kind) for one in several) else []
 

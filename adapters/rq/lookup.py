@@ -10,6 +10,7 @@ from rq.job import Job
 from rq.queue import Queue
 
 from jobguard.adapter import Tracker, second_guard
+from jobguard.adapters.rq.adapter import AllQueues
 from jobguard.adapters.rq.layout import Layout, prefix_of
 from jobguard.clients import address_of
 from jobguard.host_safety import contain_errors
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 LIBRARY = "rq"
 BASE: str = getattr(rq.defaults, "RQ_KEY_PREFIX", "rq")  # a constant of RQ before 3.0
 
-_asked: set[str] | None = None
-"""The addresses that were checked against the environment; None: this process uses only guard()."""
+_asked: set[tuple[str, str]] | None = None
+"""The addresses and prefixes that the environment was asked for; None: this process uses only guard()."""
 
 
 def guard_all_by_environment() -> None:
@@ -60,7 +61,7 @@ def check_overlap(tracker: Tracker, names: Collection[str]) -> None:
 
 def tracker_for_queue(queue: Queue) -> Tracker | None:
     """Return the tracker that guards this queue; None also if its jobs run in the caller."""
-    if not queue._is_async or not (known := _known(queue.connection)):
+    if not queue._is_async or not (known := _known(queue.connection, queue)):
         return None
     with contain_errors("find the tracker of a queue", queue=queue.name):
         prefix = prefix_for(queue, queue.job_class)
@@ -108,7 +109,7 @@ def tracker_for(worker: Any) -> Tracker | None:
         prefix = prefix_for(worker.queue_class, worker.job_class)
         found = _with(trackers(), worker.connection, prefix)
         if not found:
-            return tracker_for_worker(worker.connection)
+            return _by_environment(worker.connection, worker.queue_class, worker.job_class)
         return max(found, key=lambda one: sum(map(one.guards, worker.queue_names())))
     return None
 
@@ -128,23 +129,34 @@ def tracker_for_program(connection: Any) -> Tracker | None:
     """Return the tracker of an RQ program that enqueues; create it from the environment if needed."""
     with contain_errors("find the tracker of a program"):
         found = _with(trackers(), connection, prefix_for(Queue, Job))
-        return found[0] if found else tracker_for_worker(connection)
+        return found[0] if found else _by_environment(connection, Queue, Job)
     return None
 
 
-def _known(connection: redis.Redis) -> Any:
-    """Return the trackers of this process, including one that the environment gives this connection."""
+def _known(connection: redis.Redis, queue: Queue | None = None) -> Any:
+    """Return the trackers of this process, with the one that the environment gives this connection.
+
+    The tracker is for the classes of the queue; without a queue, for those of RQ.
+    """
     known = trackers()
     if _asked is None:
         return known
     with contain_errors("find the tracker of a connection"):
-        address = address_of(connection)
-        if address not in _asked:
-            _asked.add(address)
-            if not _at(known, connection):
-                tracker_for_worker(connection)
+        classes = (Queue, Job) if queue is None else (type(queue), queue.job_class)
+        place = address_of(connection), prefix_for(*classes)
+        if place not in _asked:
+            _asked.add(place)
+            if not _with(known, connection, place[1]):
+                _by_environment(connection, *classes)
                 known = trackers()
     return known
+
+
+def _by_environment(connection: redis.Redis, queue_class: Any, job_class: Any) -> Tracker | None:
+    """Guard all queues of these classes on this Redis by the environment."""
+    if queue_class.job_class is not job_class:
+        queue_class = type(queue_class.__name__, (queue_class,), {"job_class": job_class})
+    return tracker_for_worker(AllQueues(connection, queue_class))
 
 
 def _with(known: Any, connection: redis.Redis, prefix: str) -> list[Tracker]:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fakeredis
@@ -16,9 +17,11 @@ from rq.job import Job
 from rq.registry import FailedJobRegistry, ScheduledJobRegistry
 
 from jobguard.adapter import Source
-from jobguard.adapters.rq import RQAdapter, patches
+from jobguard.adapters.rq import RQAdapter, lookup, patches
+from jobguard.adapters.rq.adapter import AllQueues
 from jobguard.adapters.rq.layout import Layout
 from jobguard.errors import UnsupportedTarget
+from jobguard.guard import guard, known_guards
 
 CLASSES = [
     Queue,
@@ -221,3 +224,78 @@ def test_a_worker_class_guards_a_process_that_uses_no_name_of_the_package() -> N
         [sys.executable, "-c", program], env=environ, capture_output=True, text=True, check=False
     )
     assert done.stdout.split() == ["rq"], done.stderr
+
+
+class OwnJob(Job):
+    """A job with keys of its own."""
+
+    redis_job_namespace_prefix = "own:job:"
+
+
+class OwnQueue(Queue):
+    """A queue with keys of its own."""
+
+    job_class = OwnJob
+    redis_queue_namespace_prefix = "own:queue:"
+    redis_queues_keys = "own:queues"
+
+
+class OwnKeys(Queue):
+    """A queue with keys of its own that leaves the class of its jobs to the command line."""
+
+    redis_queue_namespace_prefix = "own:queue:"
+    redis_queues_keys = "own:queues"
+
+
+@pytest.fixture
+def by_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Give the process a Postgres by its environment, and no tracker yet."""
+    monkeypatch.setenv("JOBGUARD_POSTGRES_URL", "postgresql://127.0.0.1:1/none")
+    yield
+    for made in known_guards():
+        made.close()
+
+
+@pytest.mark.parametrize("queue_class", [OwnQueue, OwnKeys])
+def test_a_worker_of_own_classes_guards_their_keys(
+    client: redis.Redis, by_environment: None, queue_class: type[Queue]
+) -> None:
+    """The worker reports to the source of its producers, with every queue of it."""
+    producer = guard(OwnQueue("mail", connection=client))
+    worker = SimpleNamespace(
+        name="w", connection=client, queue_class=queue_class, job_class=OwnJob, queue_names=list
+    )
+    known = producer._tracker
+    assert known is not None and known.source.prefix == "rq|own:job:|own:queue:|own:queues"
+    producer.close()
+    tracker = lookup.tracker_for(worker)
+    assert tracker is not None and tracker.source.id == known.source.id
+    assert tracker.guards("mail") and tracker.guards("other")
+
+
+def test_jobguard_run_guards_queues_of_own_classes(
+    client: redis.Redis, by_environment: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each class of queues has its source, also on a Redis that has another one already."""
+    monkeypatch.setattr(lookup, "_asked", set())
+    found = {
+        tracker.source.prefix
+        for kind in (Queue, OwnQueue, OwnQueue)
+        if (tracker := lookup.tracker_for_queue(kind("mail", connection=client)))
+    }
+    assert found == {"rq", "rq|own:job:|own:queue:|own:queues"}
+
+
+def test_jobguard_sends_on_queues_of_own_classes(
+    client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job that jobguard sends for such a source has the keys of its classes."""
+    sent: list[str] = []
+
+    def enqueue(self: Queue, task: str) -> Any:
+        sent.append(self.key)
+        return SimpleNamespace(id="1")
+
+    monkeypatch.setattr(Queue, "enqueue", lambda self, task, **_: enqueue(self, task))
+    RQAdapter().send(AllQueues(client, OwnQueue), "task", (), {}, delay=None, queue="mail")
+    assert sent == ["own:queue:mail"]
