@@ -463,8 +463,12 @@ class Adapter(Protocol):
         Called for every target of a source. A second call for the same target changes nothing.
         """
 
-    def uninstall(self, tracker: Tracker) -> None:
-        """Undo install for all targets of this tracker."""
+    def uninstall(self, tracker: Tracker, deferred: object = None) -> bool:
+        """Undo install for all targets of this tracker that ``sources`` could read at once.
+
+        ``deferred``: undo it for this target alone, for which ``sources`` returned a DeferredTarget. Return
+        True if no target uses this tracker now.
+        """
 
     def task_of(self, task: object) -> tuple[str, str | None]:
         """Return the name of a task object, and the queue that it names; None: it names no queue.
@@ -515,17 +519,20 @@ class Advice(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class DeferredTarget:
-    """A target of this library that cannot be read before its application is configured.
+    """A target of this library whose application is not configured yet, or is in eager mode.
 
     Reading it would configure the application. That would be too early, because the user's next line may
-    change the configuration.
+    change the configuration. A later line may also end the eager mode.
     """
 
     when: Callable[[Callable[[], None]], None]
     """Takes a callback and calls it once, before the first push, the first job or another first use.
     By then ``sources`` can answer. The callback raises nothing."""
-    resolve: Callable[[], None]
-    """Configures the application now, because the user calls the guard. Then ``sources`` can answer."""
+    resolve: Callable[[], str | None]
+    """Configures the application now, because the user calls the guard. Then ``sources`` can answer.
+    Returns the reason why nothing is guarded yet, if the application is in eager mode."""
+    inert: str | None = None
+    """The same reason, if it is known at once."""
 
 
 @contextmanager

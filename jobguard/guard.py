@@ -74,6 +74,7 @@ class JobGuard:
         adapter: Adapter | None = None,
         conninfo: Callable[[], str] | None = None,
         later: Callable[[], None] | None = None,
+        target: object = None,
     ) -> None:
         self.settings = settings
         self._inert = inert
@@ -81,10 +82,12 @@ class JobGuard:
         self._adapter = adapter
         self._conninfo = conninfo
         self._later = later
-        self._target: object = None
+        self._target = target
+        self._deferred: object = None
+        """The target, if it was known only later: closing this guard concerns no other target."""
 
     def __repr__(self) -> str:
-        if self._later is not None:
+        if self._later is not None and self._inert is None:
             return "<JobGuard: known when its application is configured>"
         what = f"inert: {self._inert}" if self._known is None else str(self._known.source)
         return f"<JobGuard {what}>"
@@ -387,7 +390,10 @@ class JobGuard:
             self._tracker.connect()
 
     def close(self) -> None:
-        """Write all waiting reports, and remove the hooks from the library."""
+        """Write all waiting reports, and remove the hooks from the library.
+
+        An application that was configured after its ``guard()`` keeps its guard if another one is closed.
+        """
         later, self._later = self._later, None
         tracker, self._known = self._known, None
         if later is not None and tracker is None:
@@ -395,11 +401,15 @@ class JobGuard:
         if tracker is None:
             return
         self._inert = "closed"
+        adapter, source = self._adapter, tracker.source.id
+        if adapter is not None and not adapter.uninstall(cast(Tracker, tracker), self._deferred):
+            _guards[source] = JobGuard(
+                self.settings, tracker=tracker, adapter=adapter, conninfo=self._conninfo
+            )
+            return
         unregister(cast(Tracker, tracker))
-        remove_all(tracker.source.id)
-        _guards.pop(tracker.source.id, None)
-        if self._adapter is not None:
-            self._adapter.uninstall(cast(Tracker, tracker))
+        remove_all(source)
+        _guards.pop(source, None)
         tracker.close()
 
     def __enter__(self) -> Self:
@@ -560,8 +570,7 @@ def _guard_now(
     except BaseException:
         unregister(cast(Tracker, tracker))
         raise
-    made = JobGuard(chosen, tracker=tracker, adapter=adapter, conninfo=conninfo)
-    made._target = target
+    made = JobGuard(chosen, tracker=tracker, adapter=adapter, conninfo=conninfo, target=target)
     _guards[guarded.source.id] = made
     log_event(
         "guarded",
@@ -613,13 +622,18 @@ def _guard_deferred(
                 return
             made._known, made._inert = real._known, real._inert
             made._adapter, made._conninfo = real._adapter, real._conninfo
-            made._target = real._target
+            made._deferred = target
 
     def resolve() -> None:
-        later.resolve()
-        complete()
+        waits = later.resolve()
+        if waits is None:
+            complete()
+        elif made._later is not None:
+            made._inert = waits
 
-    made = JobGuard(chosen, later=resolve)
+    if later.inert is not None:
+        log_event("guard_inert", reason=later.inert)
+    made = JobGuard(chosen, later=resolve, inert=later.inert, target=target)
     _deferred.add(made)
     later.when(complete)
     return made

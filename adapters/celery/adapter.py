@@ -44,16 +44,17 @@ class CeleryAdapter:
         celery = importlib.import_module("celery")
         if not isinstance(target, celery.Celery):
             return None
-        app = importlib.import_module("jobguard.adapters.celery.lookup").real(target)
-        if not app.configured:
-            patches = importlib.import_module("jobguard.adapters.celery.patches")
-            return DeferredTarget(
-                when=lambda callback: patches.wait(app, callback),
-                resolve=lambda: patches.resolve_config(app),
-            )
-        if app.conf.task_always_eager:
-            return _inert(namespace, name, "task_always_eager runs tasks at once, in the caller")
-        return _guarded(app, namespace, name)
+        lookup = importlib.import_module("jobguard.adapters.celery.lookup")
+        app = lookup.real(target)
+        eager = lookup.eager_because(app) if app.configured else None
+        if app.configured and eager is None:
+            return _guarded(app, namespace, name)
+        patches = importlib.import_module("jobguard.adapters.celery.patches")
+        return DeferredTarget(
+            when=lambda callback: patches.wait(app, callback),
+            resolve=lambda: lookup.resolve_config(app),
+            inert=eager,
+        )
 
     def install(self, tracker: Tracker, target: object) -> None:
         """Connect this app to this tracker. Raise UnsupportedTarget if this Celery is not supported."""
@@ -80,9 +81,10 @@ class CeleryAdapter:
             raise UnsupportedTarget(f"{task!r} is no Celery task, and no name of one")
         return str(sent.id), sent
 
-    def uninstall(self, tracker: Tracker) -> None:
-        """Disconnect all apps from this tracker. Remove the hooks with the last guard."""
-        importlib.import_module("jobguard.adapters.celery.patches").uninstall(tracker)
+    def uninstall(self, tracker: Tracker, deferred: object = None) -> bool:
+        """Disconnect one or several apps from this tracker; see Adapter. Remove the hooks with the last."""
+        patches = importlib.import_module("jobguard.adapters.celery.patches")
+        return bool(patches.uninstall(tracker, deferred))
 
     def prepare_worker(self) -> None:
         """Guard workers and beats whose app calls no guard(): ``jobguard run -- celery worker``."""

@@ -145,6 +145,7 @@ def _claim(task: Any) -> None:
 
 
 def _begin(task: Any, request: Any) -> Refused | None:
+    lookup.resolve_config(task.app, acts=True)
     tracker = lookup.tracker_for(task.app)
     session = None if tracker is None else sessions.session_for(tracker, request)
     if tracker is None or session is None:

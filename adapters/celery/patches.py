@@ -14,7 +14,14 @@ from celery.signals import beat_init, celeryd_after_setup, worker_init
 from celery.worker import WorkController
 
 from jobguard.adapter import second_guard
-from jobguard.adapters.celery import announce, backend, cancellation, lookup, worker
+from jobguard.adapters.celery import (
+    announce,
+    backend,
+    cancellation,
+    lookup,
+    sessions,
+    worker,
+)
 from jobguard.adapters.celery.producer import hook_app, unhook_app
 from jobguard.errors import StoreUnavailable, UnsupportedTarget
 from jobguard.host_safety import contain_errors
@@ -45,13 +52,20 @@ def install(tracker: Tracker, app: Any) -> None:
             worker.install(tracker, app)
 
 
-def uninstall(tracker: Tracker) -> None:
-    """Disconnect all apps from this tracker, and remove the hooks with the last one."""
+def uninstall(tracker: Tracker, apart: Any = None) -> bool:
+    """Disconnect one or several apps from this tracker, and remove the hooks with the last one.
+
+    ``apart``: see ``lookup.remove``. Return True if no app uses the tracker now.
+    """
     with _lock:
-        for app in lookup.remove(tracker):
-            worker.uninstall(tracker, app)
+        for app in lookup.remove(tracker, apart):
+            worker.uninstall(app)
             unhook_app(app)
+        if lookup.is_used(tracker):
+            return False
+        sessions.forget(tracker)
         _remove_hooks()
+        return True
 
 
 def wait(app: Any, callback: Callable[[], None]) -> None:
@@ -63,11 +77,6 @@ def wait(app: Any, callback: Callable[[], None]) -> None:
         worker.install(
             None, app
         )  # a spawned child prepares its tasks before anything is configured
-
-
-def resolve_config(app: Any) -> None:
-    """Configure this app now, and call the callbacks that wait for that."""
-    lookup.resolve_config(app)
 
 
 def prepare() -> None:

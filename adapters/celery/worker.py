@@ -64,10 +64,9 @@ def install(tracker: Tracker | None, app: Any) -> None:
             kombu_fixes.put_on(_hooks)
 
 
-def uninstall(tracker: Tracker, app: Any) -> None:
+def uninstall(app: Any) -> None:
     """Remove the hooks of this app."""
     with _lock:
-        sessions.forget(tracker)
         _apps.discard(app)
         if not _apps:
             for signal, receiver in RECEIVERS:
@@ -78,6 +77,7 @@ def uninstall(tracker: Tracker, app: Any) -> None:
 def begin(controller: Any) -> None:
     """Open the session of a worker that is about to start its pool; once."""
     with contain_errors("open the session of a worker", let_pass=StoreUnavailable):
+        lookup.resolve_config(controller.app, acts=True)
         if (working := sessions.begin(controller)) is not None:
             unacked.attach(working)
 

@@ -74,9 +74,10 @@ class DramatiqAdapter:
         sent = broker.enqueue(message, delay=int(delay * 1000) if delay else None)
         return str(message.message_id), sent
 
-    def uninstall(self, tracker: Tracker) -> None:
+    def uninstall(self, tracker: Tracker, deferred: object = None) -> bool:
         """Remove the hooks from every broker of this tracker."""
         importlib.import_module("jobguard.adapters.dramatiq.patches").uninstall(tracker)
+        return True
 
     def prepare_worker(self) -> None:
         """Guard the broker of a worker whose modules call no guard(): ``jobguard run -- dramatiq``."""

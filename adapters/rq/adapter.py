@@ -91,9 +91,10 @@ class RQAdapter:
             job = chosen.enqueue(task, **call)
         return job.id, job
 
-    def uninstall(self, tracker: Tracker) -> None:
+    def uninstall(self, tracker: Tracker, deferred: object = None) -> bool:
         """Remove the hooks when the last guard is removed."""
         importlib.import_module("jobguard.adapters.rq.patches").uninstall(tracker.source.id)
+        return True
 
     def prepare_worker(self) -> None:
         """Hook RQ in a process that does not call guard(): ``jobguard run -- rq worker``."""

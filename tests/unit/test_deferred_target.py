@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -48,8 +48,9 @@ class Adapter:
         """Note the source."""
         target.installed.append(tracker.source)
 
-    def uninstall(self, tracker: Any) -> None:
+    def uninstall(self, tracker: Any, deferred: Any = None) -> bool:
         """Do nothing."""
+        return True
 
     def broker(self, source: Source, client: Any) -> Any:
         """Return nothing; no test calls this."""
@@ -63,7 +64,7 @@ def app(monkeypatch: pytest.MonkeyPatch) -> App:
     def find_adapter(target: Any, chosen: Any) -> Any:
         return found, found.sources(target, namespace=chosen.namespace, name=chosen.source)
 
-    monkeypatch.setattr(sys.modules["jobguard.guard"], "find_adapter", find_adapter)
+    monkeypatch.setattr(import_module("jobguard.guard"), "find_adapter", find_adapter)
     return App()
 
 

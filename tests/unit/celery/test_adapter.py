@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from types import SimpleNamespace
 from typing import Any
 
 import celery
@@ -10,9 +11,10 @@ import pytest
 
 import jobguard
 from jobguard.adapter import DeferredTarget, Guarded
-from jobguard.adapters.celery import CeleryAdapter
+from jobguard.adapters.celery import CeleryAdapter, lookup
 from jobguard.adapters.celery.connection import client_of
 from jobguard.errors import UnsupportedTarget
+from jobguard.registry import trackers
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +38,7 @@ def sources(url: str | None, **conf: Any) -> Guarded:
 
 
 MASTER = {"master_name": "mymaster"}
+NOWHERE = "postgresql://localhost/nowhere"
 
 
 @pytest.mark.parametrize(
@@ -112,7 +115,6 @@ def test_unsupported_targets(url: str | None, message: str) -> None:
     [
         ("memory://", {}),
         ("memory://", {"result_backend": "cache+memory://"}),
-        ("redis://localhost/0", {"task_always_eager": True}),
     ],
 )
 def test_doubles(url: str, conf: dict[str, Any]) -> None:
@@ -126,13 +128,18 @@ def test_other_targets() -> None:
     assert CeleryAdapter().sources(object(), namespace="n", name=None) is None
 
 
+def ok() -> bool:
+    """Return, as the task of that name does."""
+    return True
+
+
 class TestLazy:
     """The guard of an app that is not configured yet."""
 
     def test_guard_does_not_configure(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """guard(app) does not configure the app, so the next lines can still change its settings."""
         app = celery.Celery("app", set_as_current=False)
-        guard = jobguard.guard(app, postgres="postgresql://localhost/nowhere")
+        guard = jobguard.guard(app, postgres=NOWHERE)
         try:
             assert not app.configured and "amqp" not in vars(app)
             app.conf.broker_url = "memory://"  # a later line may do this
@@ -155,7 +162,7 @@ class TestLazy:
     def test_asked_before(self) -> None:
         """A question to the guard itself configures the app."""
         app = celery.Celery("app", broker="redis://localhost/0", set_as_current=False)
-        again = [jobguard.guard(app, postgres="postgresql://localhost/nowhere") for _ in range(2)]
+        again = [jobguard.guard(app, postgres=NOWHERE) for _ in range(2)]
         assert not app.configured
         assert [guard.inert for guard in again] == [None, None]
         assert app.configured
@@ -165,7 +172,83 @@ class TestLazy:
     def test_refused_later(self, caplog: pytest.LogCaptureFixture) -> None:
         """A broker that turns out to be no Redis is logged, and tasks are sent as before."""
         app = celery.Celery("app", broker="memory://", set_as_current=False)
-        guard = jobguard.guard(app, postgres="postgresql://localhost/nowhere")
+        guard = jobguard.guard(app, postgres=NOWHERE)
         app.send_task("nobody.knows")
         assert guard.inert == "memory:// keeps nothing that could be lost"
         guard.close()
+
+    def test_eager(self, caplog: pytest.LogCaptureFixture) -> None:
+        """An app in eager mode is inert, and the reason is logged; it is guarded when the mode ends."""
+        app = celery.Celery("app", broker="redis://localhost/0", set_as_current=False)
+        app.conf.task_always_eager = True
+        assert app.conf.task_always_eager
+        with caplog.at_level("INFO", logger="jobguard"):
+            guard = jobguard.guard(app, postgres=NOWHERE)
+        assert "task_always_eager" in caplog.text and "task_always_eager" in repr(guard)
+        assert guard.inert and "task_always_eager" in guard.inert
+        assert guard.stats().total == 0 and lookup.tracker_for(app) is None
+        app.conf.task_always_eager = False
+        assert guard.inert is None and lookup.tracker_for(app) is not None
+        guard.close()
+
+    def test_eager_and_sent_nevertheless(self) -> None:
+        """send_task sends also in eager mode, so the app is guarded from then on."""
+        app = celery.Celery("app", broker="memory://", set_as_current=False)
+        app.conf.task_always_eager = True
+        task = app.task(name="ok", shared=False)(ok)
+        assert app.conf.task_always_eager
+        later = CeleryAdapter().sources(app, namespace="n", name=None)
+        assert isinstance(later, DeferredTarget)
+        called: list[bool] = []
+        later.when(lambda: called.append(True))
+        assert task.delay().get()
+        assert later.resolve() and not called
+        app.send_task("nobody.knows")
+        assert called and later.resolve() is None
+        assert isinstance(CeleryAdapter().sources(app, namespace="n", name=None), Guarded)
+
+
+class TestShared:
+    """Several apps on one broker, which share a tracker."""
+
+    def test_the_guard_of_one_is_closed(self) -> None:
+        """Each app that was configured late keeps its guard until that guard is closed, in any order."""
+        apps = [
+            celery.Celery("app", broker="redis://localhost/0", set_as_current=False)
+            for _ in range(3)
+        ]
+        assert apps[2].conf.broker_url
+        guards = [jobguard.guard(app, postgres=NOWHERE) for app in apps]
+        assert [guard.inert for guard in guards] == [None] * 3
+        for closed in (0, 2, 1):
+            assert lookup.tracker_for(apps[closed]) is not None
+            guards[closed].close()
+            assert lookup.tracker_for(apps[closed]) is None
+        assert not list(trackers())
+
+    def test_it_is_guarded_again(self) -> None:
+        """A guard that is closed and made again shares the tracker of the others again."""
+        apps = [celery.Celery("app", broker="redis://localhost/0") for _ in range(2)]
+        assert all(app.conf.broker_url for app in apps[1:])
+        late, early = [jobguard.guard(app, postgres=NOWHERE) for app in apps]
+        assert late.inert is None
+        early.close()
+        again = jobguard.guard(apps[1], postgres=NOWHERE)
+        assert again.inert is None and lookup.tracker_for(apps[1]) is lookup.tracker_for(apps[0])
+        late.close()
+        assert lookup.tracker_for(apps[0]) is None and lookup.tracker_for(apps[1]) is not None
+        again.close()
+
+    def test_each_sends_by_its_own_app(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """guard.send() of a task's name uses the app of that guard, with its routes."""
+        apps = [
+            celery.Celery("app", broker="redis://localhost/0", set_as_current=False)
+            for _ in range(2)
+        ]
+        guards = [jobguard.guard(app, postgres=NOWHERE) for app in apps]
+        for name, app in zip("ab", apps, strict=True):
+            sent = SimpleNamespace(id=name)
+            monkeypatch.setattr(app, "send_task", lambda *_, sent=sent, **__: sent)
+        assert [guard.send("a.name", key="k").job_id for guard in guards] == ["a", "b"]
+        for guard in guards:
+            guard.close()
