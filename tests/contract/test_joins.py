@@ -475,9 +475,15 @@ def test_several_claims_are_asked_for_in_one_call(ledger: Contract) -> None:
     assert sorted(type(answer) is Claim for answer in copies) == [False, True]
 
 
-def test_a_late_cancel_means_what_came_of_its_job(bodies: Contract) -> None:
-    """A late cancel ends the retry of its job that was recorded since, and spares a new job."""
-    first, until = bodies.recorded("j"), new_token()
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_late_cancel_means_what_came_of_its_job(bodies: Contract, *, recorded: bool) -> None:
+    """A late cancel ends the retry of its job that was recorded since, and spares a new job.
+
+    Also if the job itself had no record when it was moved.
+    """
+    first, until = delivery("j"), new_token()
+    if recorded:
+        bodies.record(first)
     bodies.advance(20)
     moved = delivery("j", parent=Parent(first.token))
     again = delivery("j", parent=Parent(moved.token))

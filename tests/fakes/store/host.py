@@ -573,9 +573,8 @@ class MemoryHostStore:
             and (
                 token in waiting
                 or (
-                    stone.recorded_at is not None
-                    and meant is not None
-                    and stone.recorded_at <= meant
+                    meant is not None
+                    and (stone.recorded_at is None or stone.recorded_at <= meant)
                     and token <= until
                 )
             )
