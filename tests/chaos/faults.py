@@ -35,6 +35,8 @@ DOWN_SECONDS = 0.5
 STAKE = 25
 """Jobs that should be owed when Redis loses its data: otherwise nothing can be lost."""
 _PATIENCE = 20.0
+_LONG = 60.0
+"""Seconds within which all jobs end that are enqueued now, also delayed and retried ones."""
 _ACKS = 1.0
 """Seconds within which a worker acknowledges an ended job in Redis."""
 _FRESH = 0.3
@@ -237,6 +239,41 @@ def postgres_away(site: Site, chance: random.Random) -> Steps:
     return f"{how} for {took:.1f} s, {name} killed; all was written {written:.1f} s after it"
 
 
+def unguarded_worker(site: Site, chance: random.Random) -> Steps:
+    """Let a worker without jobguard take some jobs, and go.
+
+    Its queues must be untrusted meanwhile, and nothing that it ran may come back later, whatever
+    Redis loses. What Redis loses in this time, or has lost before, is left to a person, so that the
+    jobs from before and from this time must have ended at the beginning and at the end.
+    """
+    site.kills.disarm()  # what a killed process left behind in this time is left to a person as well
+    before = time.time()
+    if not (yield from _until(lambda: _have_ended(site, before), patience=_LONG)):
+        return None
+    stranger, at = site.stranger(), time.monotonic()
+    pids: set[int] = set()
+
+    def ran() -> set[int]:
+        pids.update(member.pid for member in site.family(stranger))
+        ends = site.reader.ledger.ends.items()
+        return {number for number, marks in ends if any(mark.pid in pids for mark in marks)}
+
+    seen = yield from _until(lambda: len(ran()) >= 3 and site.untrusted() > 0)
+    yield from _pass(chance.uniform(0, 3))
+    stranger.process.terminate()
+    yield from _until(lambda: stranger.ended)
+    site.foreign |= ran()
+    if not seen:
+        return None
+    took = time.monotonic() - at
+    yield from _until(lambda: site.untrusted() == 0, patience=_LONG)
+    again = time.monotonic() - at - took
+    gone = time.time()
+    if not (yield from _until(lambda: _have_ended(site, gone), patience=_LONG)):
+        return None
+    return f"it ran {len(ran())} jobs in {took:.1f} s; trusted again {again:.1f} s after it"
+
+
 FAULTS: dict[str, Fault] = {
     fault.__name__: fault
     for fault in (
@@ -249,12 +286,12 @@ FAULTS: dict[str, Fault] = {
             job_deleted,
             book_deleted,
         ),
-        *(worker_kill, horse_kill, worker_term, producer_kill),
+        *(worker_kill, horse_kill, worker_term, producer_kill, unguarded_worker),
         *(leader_kill, leader_stop, postgres_away),
     )
 }
 
-_OF_JOBGUARD = {"leader_kill", "leader_stop", "postgres_away"}
+_OF_JOBGUARD = {"leader_kill", "leader_stop", "postgres_away", "unguarded_worker"}
 
 
 def faults_for(library: Library, *, guarded: bool) -> tuple[str, ...]:
@@ -328,6 +365,12 @@ def _has_ended_lost_jobs(site: Site) -> bool:
     ended = {number for number, marks in counted.ends.items() if marks[0].at < time.time() - _ACKS}
     unfinished = site.library.layout.unfinished(site.client, QUEUES)
     return not any(counted.number_of.get(job_id) in ended for job_id in unfinished)
+
+
+def _have_ended(site: Site, before: float) -> bool:
+    """Return True if all jobs that were enqueued before this time have ended."""
+    counted = site.reader.ledger
+    return all(counted.enqueued[number].at >= before for number in counted.owed())
 
 
 def _is_written(site: Site, back_at: datetime) -> bool:

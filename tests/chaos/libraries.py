@@ -40,6 +40,7 @@ class Library:
     module: str
     workers: tuple[Role, ...]
     services: tuple[Role, ...]  # other processes that the library needs; only failpoints kill them
+    stranger: Role  # a worker that comes without jobguard, and goes
     producer_failpoints: Mapping[str, float]
     layout: Layout
 
@@ -68,6 +69,7 @@ RQ = Library(
         Role("fork-both", ("worker", "fork"), forks=True, failpoints=_WORKER),
     ),
     services=(Role("scheduler", ("scheduler",), failpoints={"after_move_record": 0.05}),),
+    stranger=Role("stranger", ("worker", "simple")),
     producer_failpoints=_PRODUCER,
     layout=RQLayout(),
 )
@@ -100,6 +102,7 @@ CELERY = Library(
         _celery("solo", "solo", "1", "early", queues=("image",)),
     ),
     services=(),
+    stranger=_celery("stranger", "threads", "2", "early"),
     producer_failpoints=_PRODUCER,
     layout=CeleryLayout(),
 )
@@ -115,6 +118,7 @@ DRAMATIQ = Library(
         Role("worker-image", ("worker", "2"), ("image",), failpoints=_PUBLISHER),
     ),
     services=(),
+    stranger=Role("stranger", ("worker", "2")),
     producer_failpoints=_PRODUCER,
     layout=DramatiqLayout(),
 )

@@ -215,9 +215,11 @@ class _Run:
 
     def _owes_nothing(self) -> bool:
         try:
-            return self._site.ask("select count(*) from jobguard.jobs") == [(0,)]
+            owed = self._site.ask("select job_id from jobguard.jobs")
         except psycopg.Error:
             return False
+        known = self._site.reader.ledger.number_of
+        return all(known.get(job_id) in self._site.foreign for (job_id,) in owed)
 
     def _result(self) -> Result:
         site = self._site

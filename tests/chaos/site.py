@@ -97,8 +97,11 @@ class Site:
         self.lost_at = 0.0
         """The time of the last loss of data in Redis, by the wall clock."""
         stack.callback(self._end_orphans)
+        self.foreign: set[int] = set()
+        """The jobs that a worker without jobguard has run: PostgreSQL owes them for ever."""
         # They are started in this order, and ended in the reverse order.
         self.reconcilers = self._children(stack)
+        self._strangers = self._children(stack)
         self.workers: dict[str, children.Child] = {}
         self.services: list[children.Child] = []
         self.producers: list[children.Child] = self._children(stack)
@@ -169,6 +172,17 @@ class Site:
             yield
         finally:
             self.outages.append((began, time.time()))
+
+    def stranger(self) -> children.Child:
+        """Start a worker without jobguard, which nobody starts again."""
+        self._strangers.append(self._member(self.library.stranger, JOBGUARD_DISABLED="1"))
+        return self._strangers[-1]
+
+    def untrusted(self) -> int:
+        """Return the number of queues that are not trusted now."""
+        return int(
+            self.ask("select count(*) from jobguard.queues where trusted_since is null")[0][0]
+        )
 
     def pause(self, child: children.Child) -> None:
         """Send SIGSTOP to it."""
@@ -290,8 +304,8 @@ class Site:
             log=self.folder / f"reconciler-{number}.log",
         )
 
-    def _member(self, role: Role) -> children.Child:
-        return self._host(role.name, role.arguments, role.queues, role.failpoints or {})
+    def _member(self, role: Role, **more: str) -> children.Child:
+        return self._host(role.name, role.arguments, role.queues, role.failpoints or {}, **more)
 
     def _host(
         self,
@@ -299,11 +313,12 @@ class Site:
         arguments: Sequence[str],
         queues: Sequence[str],
         places: Mapping[str, float],
+        **more: str,
     ) -> children.Child:
         reported = {ledger.VARIABLE: str(self.ledger_path), REDIS_VARIABLE: self.redis.url}
         return children.Child(
             ["-m", self.library.module, *arguments, *queues],
-            environ=self._environ(places) | reported,
+            environ=self._environ(places) | reported | more,
             log=self.folder / f"{name}.log",
         )
 
