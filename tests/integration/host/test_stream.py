@@ -221,6 +221,8 @@ def test_a_job_cancelled_in_the_outage_does_not_start(site: Site, by: str, *, kn
         during = [session.start(job.token, partial(lambda job: job, job)) for job in held]
     eventually(lambda: worker.circuit.check() and session._beats.known, 10)
     after = [session.start(job.token, partial(lambda job: job, job)) for job in held]
+    retried = replace(delivery("retried"), queue=before.queue, parent=Parent(new_token()))
+    assert worker.record([moved, retried]).refused >= {moved.token}
 
     assert [answer.outcome for answer in (*during, *after) if isinstance(answer, Refused)] == [
         Outcome.CANCELLED
