@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import psycopg
+
 import jobguard
+from jobguard.adapter import Source
 from jobguard.hooks import JobEvent
 from tests.conformance.library import Library
-from tests.conformance.words import BRISK, Records, end, environ
+from tests.conformance.words import BRISK, Records, another_worker, end, environ
 from tests.support import eventually
 
 RULES = {
@@ -47,3 +50,21 @@ def test_a_killed_run_is_dead_and_ran_once(
         assert [job_id for job_id, _ in dead].count(lost) == 1
         assert library.said() == ["ran"]
         assert (records.owed(), library.waiting()) == ([], [])
+
+
+def test_a_start_that_finds_its_run_lost_tells_the_application(
+    library: Library, records: Records, source: Source, database: str
+) -> None:
+    """A start that makes its job dead calls the function for dead jobs once, and never the job's own."""
+    rules = dict.fromkeys((name for name in RULES if name.endswith("say")), "dead")
+    with jobguard.guard(library.target(), postgres=database, recover=rules, **BRISK) as guard:
+        dead: list[str | None] = []
+        guard.on("dead")(lambda event: dead.append(event.job.id))
+        job_id = library.send("say")
+        (owed,) = records.owed()
+        with another_worker(database, source, owed):
+            with psycopg.connect(database) as connection:
+                connection.execute("update jobguard.workers set dead_at = now()")
+            library.work()
+        assert (dead, library.said()) == ([job_id], [])
+        assert records.ended(job_id) == [("dead", 1)]
