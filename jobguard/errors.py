@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import signal
+import threading
+from collections.abc import Iterator
+from functools import partial
+from types import CodeType
+from typing import Any
+
 _interrupts: set[type[BaseException]] = set()
 
 
@@ -15,7 +22,34 @@ def host_interrupts(*kinds: type[BaseException]) -> None:
 
 def is_host_interrupt(error: BaseException) -> bool:
     """Return True if the host raised this exception by a signal, so that jobguard must not catch it."""
-    return isinstance(error, tuple(_interrupts))
+    return isinstance(error, tuple(_interrupts)) or _is_of_a_signal_handler(error)
+
+
+def _is_of_a_signal_handler(error: BaseException) -> bool:
+    """Return True if a function that handles a signal raised it, as time limits made of SIGALRM do."""
+    if threading.current_thread() is not threading.main_thread():
+        return False  # signals are handled in the main thread alone
+    handlers = {_code_of(signal.getsignal(number)) for number in signal.valid_signals()} - {None}
+    return not handlers.isdisjoint(_codes_in(error))
+
+
+def _codes_in(error: BaseException) -> Iterator[CodeType]:
+    trace = error.__traceback__
+    while trace is not None:
+        yield trace.tb_frame.f_code
+        trace = trace.tb_next
+
+
+def _code_of(handler: Any) -> CodeType | None:
+    """Return the code of a Python function, method, partial function or callable object."""
+    while isinstance(handler, partial):
+        handler = handler.func
+    if not callable(handler):  # SIG_DFL, SIG_IGN, None
+        return None
+    if not hasattr(handler, "__code__") and not hasattr(handler, "__func__"):
+        handler = type(handler).__call__
+    code: CodeType | None = getattr(getattr(handler, "__func__", handler), "__code__", None)
+    return code
 
 
 class JobguardError(Exception):

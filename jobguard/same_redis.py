@@ -77,7 +77,7 @@ def _compare(
                 closing(own_client(tracker.client(), timeout=_TIMEOUT)) as there,
             ):
                 same = _is_same(here, there, tracker.source)
-        except (redis.RedisError, OSError) as error:
+        except redis.RedisError as error:
             unknown = error
             continue
         if same:

@@ -30,6 +30,7 @@ from jobguard.errors import (
     NotWritten,
     StoreUnavailable,
     TooManyConnections,
+    is_host_interrupt,
 )
 from jobguard.fork import OwnerProcess
 from jobguard.log import log_event
@@ -179,6 +180,8 @@ class Approach:
             try:
                 session = self._step(max(0.0, min(ends, self._until) - now))
             except (psycopg.Error, OSError) as error:
+                if is_host_interrupt(error):  # a TimeoutError, raised by a signal
+                    raise
                 self._leave(error)
                 continue
             if session is not None:
@@ -494,6 +497,8 @@ class Database:
                 session = self._connecting.advance(wait)
             except (psycopg.Error, OSError) as error:
                 self._abandon_connecting()
+                if is_host_interrupt(error):
+                    raise
                 state = getattr(error, "sqlstate", None) or ""
                 if state[:2] in _NOT_SUPPORTED and not self._reduced:
                     self._reduce(error)

@@ -132,6 +132,8 @@ class Session:
         self.pgconn = pgconn
         self.pooled = pooled
         self.failed_at: int | None = None
+        self._under_way = False
+        """True from the first command of an exchange to its last result."""
         self._limit = _milliseconds(limit)
         self._planned_at = time.monotonic()
         self._prepared: set[bytes] = set()
@@ -230,6 +232,10 @@ class Session:
             before += [self._plain(b"discard plans"), *([] if self.pooled else [None])]
         steps = self.exchange([*before, *statement, *after])
         try:
+            if self._under_way:
+                # A signal stopped its caller between two steps. Its results would be taken for ours.
+                raise psycopg.OperationalError("the exchange before was interrupted")
+            self._under_way = True
             wanted = next(steps)
         except BaseException as error:
             self._broken(error)
@@ -320,6 +326,7 @@ class Session:
             raise DeadlinePassed
         except StopIteration as stop:
             results: list[Any] = stop.value
+            self._under_way = False
             return results
         except BaseException as error:
             self._broken(error)

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import inspect
+import signal
+from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 from uuid import uuid4
 
@@ -30,6 +33,15 @@ class Broken:
             raise self._error
 
         return raises
+
+
+class Interrupted(Broken):
+    """A tracker whose methods are interrupted by a signal."""
+
+    def __init__(self) -> None: ...
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_: signal.raise_signal(signal.SIGUSR1)
 
 
 def broken_tracker(error: BaseException) -> Tracker:
@@ -93,6 +105,41 @@ def test_the_hosts_own_interrupts_pass() -> None:
     """An exception of the host's signal handler passes through the proxy."""
     with pytest.raises(Interrupt):
         broken_tracker(Interrupt()).guards("q")
+
+
+class TimeLimit(TimeoutError):
+    """A time limit of an application, which jobguard does not know."""
+
+
+def _raise_time_limit(number: int, frame: object) -> None:
+    raise TimeLimit
+
+
+class _Handler:
+    def method(self, number: int, frame: object) -> None:
+        """Raise a time limit, by another function."""
+        _raise_time_limit(number, frame)
+
+    __call__ = method
+
+
+@pytest.mark.parametrize(
+    "handler",
+    [_raise_time_limit, _Handler(), _Handler().method, partial(partial(_raise_time_limit))],
+    ids=["function", "object", "method", "partial"],
+)
+def test_any_exception_of_a_signal_handler_passes(handler: Callable[[int, object], None]) -> None:
+    """A time limit made of a signal reaches the application; the same error of another origin does not."""
+    before = signal.signal(signal.SIGUSR1, handler)
+    try:
+        with pytest.raises(TimeLimit), contain_errors("interrupted"):
+            signal.raise_signal(signal.SIGUSR1)
+        with pytest.raises(TimeLimit):
+            safe_tracker(cast(Tracker, Interrupted())).guards("q")
+        with contain_errors("not interrupted"):
+            raise TimeLimit
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 def test_attributes_pass_through_the_proxy() -> None:

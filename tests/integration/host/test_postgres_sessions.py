@@ -7,6 +7,7 @@ import contextlib
 import os
 import select
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -659,3 +660,45 @@ def test_a_record_waits_for_an_end_that_deletes_its_row(database: str) -> None:
         assert result().written
         assert other.execute("select count(*) from jobguard.jobs").fetchone() == (0,)
     records.close()
+
+
+def test_a_time_limit_of_the_application_ends_a_connect() -> None:
+    """The TimeoutError of its signal handler is not taken for a PostgreSQL that does not answer."""
+
+    def handler(number: int, frame: object) -> None:
+        raise TimeoutError("of the application")
+
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as silent:
+            url = f"postgresql://x@127.0.0.1:{silent.getsockname()[1]}/x"
+            signal.setitimer(signal.ITIMER_REAL, 0.1)
+            with pytest.raises(TimeoutError, match="of the application"):
+                database_of(url).execute("select 1")
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("way", ["begin", "execute"])
+def test_a_call_does_not_take_the_answer_of_an_interrupted_one(
+    database: str, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal may stop a caller after its statement was sent and before it waits for the answer."""
+    made = database_of(database)
+    assert made.execute("select 0") == [(0,)]
+    with monkeypatch.context() as patch:
+        original = wire.Session.begin
+
+        def interrupted(self: wire.Session, *args: Any, **named: Any) -> Any:
+            original(self, *args, **named)
+            raise KeyboardInterrupt
+
+        patch.setattr(wire.Session, "begin", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            if way == "begin":
+                made.begin("select 1", None)
+            else:
+                made.execute("select 1")
+    assert made.execute("select 2") == [(2,)]
+    assert made.begin("select 3", None).read() == [(3,)]
