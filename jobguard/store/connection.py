@@ -365,15 +365,28 @@ class Database:
         budget = self._budget(None, payload)
         called = time.monotonic()
         with self:
-            session = self._connected(self._turn(called))
+            patience = self._turn(called)
             try:
-                exchange = session.begin(
-                    query, parameters, budget=budget, prepare=self._prepare, plans=PLANS_SECONDS
-                )
-            except _TRANSLATED as error:
-                self._fail(session, error)
-            self._flight = Flight(self, session, exchange, query, parameters, payload)
+                self._flight = self._send(query, parameters, budget, patience, payload)
+            except _Lost as lost:
+                try:
+                    patience = self._connect_timeout
+                    self._flight = self._send(query, parameters, budget, patience, payload)
+                except _Lost:
+                    raise StoreUnavailable(str(lost)) from lost
             return self._flight
+
+    def _send(
+        self, query: str, parameters: Parameters, budget: float, patience: float, payload: int
+    ) -> Flight:
+        session = self._connected(patience)
+        try:
+            exchange = session.begin(
+                query, parameters, budget=budget, prepare=self._prepare, plans=PLANS_SECONDS
+            )
+        except _TRANSLATED as error:
+            self._fail(session, error)
+        return Flight(self, session, exchange, query, parameters, payload)
 
     def read(self, flight: Flight) -> list[Row]:
         """Wait for the answer to this statement; see `begin`."""

@@ -700,5 +700,6 @@ def test_a_call_does_not_take_the_answer_of_an_interrupted_one(
                 made.begin("select 1", None)
             else:
                 made.execute("select 1")
-    assert made.execute("select 2") == [(2,)]
-    assert made.begin("select 3", None).read() == [(3,)]
+    if way == "begin":
+        assert made.begin("select 2", None).read() == [(2,)]
+    assert made.execute("select 3") == [(3,)]
