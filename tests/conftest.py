@@ -1,7 +1,7 @@
 """Servers and databases for tests.
 
 The servers are started once for a run, or named by JOBGUARD_TEST_POSTGRES_URL and JOBGUARD_TEST_REDIS_URL.
-Every test has its own database, cloned from a migrated one.
+Every test has a database that is as new, cloned from a migrated one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import psycopg
 import pytest
 import redis
 from hypothesis import settings
@@ -23,6 +22,7 @@ import jobguard.schema
 from jobguard import log
 from jobguard.demo.servers import NamedPostgres, NamedRedis, PostgresServer, RedisServer
 from jobguard.log_bounds import LINE_BOUNDS
+from tests.databases import Databases
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -143,15 +143,20 @@ def template_database(postgres_server: NamedPostgres) -> Iterator[str]:
         postgres_server.drop_database(name)
 
 
+@pytest.fixture(scope="session")
+def databases(postgres_server: NamedPostgres, template_database: str) -> Iterator[Databases]:
+    """Return the databases of this run."""
+    made = Databases(postgres_server, template_database)
+    yield made
+    made.close()
+
+
 @pytest.fixture
-def database(postgres_server: NamedPostgres, template_database: str) -> Iterator[str]:
-    """Return the URL of a new, migrated database."""
-    name = f"jobguard_test_{uuid.uuid4().hex}"
-    url = postgres_server.create_database(name, template_database)
-    with psycopg.connect(url) as connection:
-        jobguard.schema.accept_move(connection)  # a clone is a copy, and a copy restores no jobs
+def database(databases: Databases) -> Iterator[str]:
+    """Return the URL of a migrated database that is as new."""
+    url = databases.take()
     yield url
-    postgres_server.drop_database(name)
+    databases.give_back(url)
 
 
 @pytest.fixture
