@@ -6,26 +6,30 @@ Every test has a database that is as new, cloned from a migrated one.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import sys
+import threading
+import time
 import uuid
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import redis
 from hypothesis import settings
 
 import jobguard.schema
-from jobguard import log
+from jobguard import log, registry
 from jobguard.demo.servers import NamedPostgres, NamedRedis, PostgresServer, RedisServer
 from jobguard.log_bounds import LINE_BOUNDS
 from tests.databases import Databases
+from tests.support import SLOWEST
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator, Iterator
 
 # The same examples in every run, and no time limit, which a busy machine would exceed.
 settings.register_profile("suite", derandomize=True, deadline=None)
@@ -93,6 +97,73 @@ def _rank(item: pytest.Item) -> int:
 
 _DATABASES = 5_000
 """Logical databases of the Redis of a run: more than tests."""
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left() -> Iterator[None]:
+    """Close what a test leaves of jobguard in this process, and fail the test.
+
+    A guard, a tracker or a thread of an earlier test would act in later tests and in children that they
+    fork.
+    """
+    before = set(threading.enumerate())
+    yield
+    left: list[object] = []
+    guards = sys.modules.get("jobguard.guard")  # not loaded by tests that guard nothing
+    for guard in guards.known_guards() if guards is not None else ():
+        left.append(guard)
+        guard.close()
+    for tracker in registry.trackers():
+        left.append(tracker.source)
+        registry.unregister(tracker)
+    deadline = time.monotonic() + SLOWEST
+    for thread in set(threading.enumerate()) - before:
+        if thread.name == "jobguard-drain":
+            _end_drain(thread)
+        elif thread.name.startswith("jobguard"):
+            thread.join(max(0.0, deadline - time.monotonic()))
+            if thread.is_alive():
+                left.append(thread)
+    assert not left, "close what the test opened"
+
+
+@pytest.fixture(autouse=True)
+def no_late_results() -> Iterator[None]:
+    """Keep the results of Celery of this test from connecting when they are garbage-collected.
+
+    The finalizer tries ten seconds long to reach a Redis that is gone, and does so within a later test, or
+    in a child that it forks.
+    """
+    yield
+    state = sys.modules.get("celery._state")
+    for app in [*state._get_active_apps()] if state is not None else ():
+        consumer = getattr(app._backend, "result_consumer", None)
+        if consumer is not None:
+            consumer.stop()
+            consumer.subscribed_to.clear()
+
+
+def _end_drain(thread: threading.Thread) -> None:
+    """Empty the spool of a thread that outlives its guard, until Postgres takes what was spooled."""
+    work = getattr(thread, "_target", None)  # absent when the thread has ended
+    if work is not None:
+        work.__self__._spool = sys.modules["jobguard.host.spool"].MemorySpool(0)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
+    """Collect no garbage while a failure is shown.
+
+    pytest parses the source then. In Python 3.11 a finalizer that parses another text, as the traceback
+    of a log line does, makes that a SystemError, which ends the worker of xdist.
+    """
+    if call.excinfo is None:
+        return (yield)
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
 
 
 @pytest.fixture(autouse=True)

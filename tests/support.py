@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import faulthandler
+import multiprocessing
 import socket
 import time
 from contextlib import closing
@@ -11,6 +13,7 @@ from jobguard.model import Owed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from multiprocessing.process import BaseProcess
     from uuid import UUID
 
     import redis
@@ -54,6 +57,7 @@ def eventually(
     """
     timeout = max(timeout, SLOWEST)  # a smaller one is an estimate for an idle machine
     deadline = time.monotonic() + timeout
+    pause = 0.01
     while True:
         answer: T | None = None
         not_yet: AssertionError | None = None
@@ -67,7 +71,8 @@ def eventually(
             what = message or getattr(predicate, "__qualname__", repr(predicate))
             last = not_yet if not_yet is not None else repr(answer)
             raise AssertionError(f"not within {timeout:g} s: {what} (last: {last})") from not_yet
-        time.sleep(0.01)
+        time.sleep(pause)
+        pause = min(0.05, pause * 1.2)  # what is waited for needs the processor, too
 
 
 def keyspace(redis_client: redis.Redis) -> dict[str, object]:
@@ -82,6 +87,22 @@ def keyspace(redis_client: redis.Redis) -> dict[str, object]:
         "stream": client.xrange,
     }
     return {key.decode(): readers[client.type(key).decode()](key) for key in client.scan_iter()}
+
+
+def ended_fork(work: Callable[[], object]) -> BaseProcess:
+    """Run this in a forked child, and return the child when it has ended.
+
+    A child that hangs writes the stacks of its threads to stderr, and ends with 1.
+    """
+
+    def in_child() -> None:
+        faulthandler.dump_traceback_later(SLOWEST, exit=True)
+        work()
+
+    child = multiprocessing.get_context("fork").Process(target=in_child)
+    child.start()
+    child.join(2 * SLOWEST)
+    return child
 
 
 def free_port() -> int:

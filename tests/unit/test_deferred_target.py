@@ -101,7 +101,8 @@ def test_two_guards_of_one_application_are_one(app: App) -> None:
     for complete in app.waiting:
         complete()
     assert guards[0]._tracker is guards[1]._tracker
-    guards[0].close()
+    for guard in guards:
+        guard.close()
 
 
 def test_a_target_that_cannot_be_guarded_later_is_logged(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
-import sys
 from typing import Any
 
 import pytest
@@ -34,7 +34,7 @@ def bare(monkeypatch: pytest.MonkeyPatch) -> None:
     def find_adapter(target: Any, chosen: Any) -> Any:
         return found, found.sources(target, namespace=chosen.namespace, name=chosen.source)
 
-    module = sys.modules["jobguard.guard"]
+    module = importlib.import_module("jobguard.guard")
     monkeypatch.setattr(module, "find_adapter", find_adapter)
     monkeypatch.setattr(module, "_warned", set())
     for name in ("JOBGUARD_POSTGRES_URL", "JOBGUARD_POSTGRES_URL_FILE", "DATABASE_URL"):

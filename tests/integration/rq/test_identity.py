@@ -13,7 +13,6 @@ is seen as finished.
 
 from __future__ import annotations
 
-import multiprocessing
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -40,7 +39,7 @@ from tests.fakes.adapters import FakeTracker, lost, observe, restore
 from tests.integration.rq import tasks
 from tests.integration.rq.scheduler import move_scheduled
 from tests.integration.rq.versions import VERSION_OF_RQ
-from tests.support import keyspace
+from tests.support import ended_fork, keyspace
 
 LATER = timedelta(hours=1)
 SAY = "tests.integration.rq.tasks.say"
@@ -72,9 +71,7 @@ class Bench:
 
     def work_until_killed(self) -> None:
         """Start a worker in a separate process, and let it take a job that kills it."""
-        worker = multiprocessing.get_context("fork").Process(target=self._be_a_worker)
-        worker.start()
-        worker.join(30)
+        worker = ended_fork(self._be_a_worker)
         assert worker.exitcode == -signal.SIGKILL
 
     def _be_a_worker(self) -> None:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import multiprocessing
 import os
 import re
 import signal
@@ -25,7 +24,7 @@ from tests.fakes.adapters import FakeTracker
 from tests.integration.rq import tasks
 from tests.integration.rq.scheduler import move_scheduled
 from tests.integration.rq.versions import VERSION_OF_RQ
-from tests.support import eventually, keyspace
+from tests.support import ended_fork, eventually, keyspace
 
 WORKERS = [SimpleWorker, Worker]
 needs_returned_retry = pytest.mark.skipif(VERSION_OF_RQ < (2, 1), reason="RQ 2.1 brought it")
@@ -263,10 +262,7 @@ class TestHorse:
     ) -> None:
         """A horse whose parent was killed reports its end itself, before it exits."""
         job = queue.enqueue(tasks.kill_parent, str(ledger))
-        context = multiprocessing.get_context("fork")
-        worker = context.Process(target=work, args=(Worker, queue))
-        worker.start()
-        worker.join(30)
+        worker = ended_fork(lambda: work(Worker, queue))
         assert worker.exitcode == -signal.SIGKILL
 
         eventually(lambda: tracker.notes("flush"))

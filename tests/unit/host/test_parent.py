@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import pytest
@@ -40,11 +40,20 @@ def worker() -> Worker:
 
 
 @pytest.fixture
-def store(worker: Worker) -> ParentStore:
-    """Return a child's store."""
+def door(worker: Worker) -> Iterator[Door]:
+    """Return the place where the worker serves its children."""
     door = Door(cast(Any, worker))
     door.open()
-    return ParentStore(door, timeout=10.0)
+    yield door
+    door.close()
+
+
+@pytest.fixture
+def store(door: Door) -> Iterator[ParentStore]:
+    """Return a child's store."""
+    store = ParentStore(door, timeout=10.0)
+    yield store
+    store.close()
 
 
 def an_end() -> End:
@@ -91,21 +100,19 @@ def test_a_worker_that_does_not_answer_is_left_in_time(worker: Worker, store: Pa
     assert store.now() == "in time"
 
 
-def test_several_children_are_served_at_once(worker: Worker) -> None:
+def test_several_children_are_served_at_once(worker: Worker, door: Door) -> None:
     """A child that waits does not delay other children."""
-    door = Door(cast(Any, worker))
-    door.open()
     worker.goes_on.clear()
-    calls = [
-        threading.Thread(target=ParentStore(door, timeout=10.0).call, args=("now",))
-        for _ in range(5)
-    ]
+    children = [ParentStore(door, timeout=10.0) for _ in range(5)]
+    calls = [threading.Thread(target=child.call, args=("now",)) for child in children]
     for call in calls:
         call.start()
     eventually(lambda: len(worker.asked) == 5)
     worker.goes_on.set()
     for call in calls:
         call.join(10)
+    for child in children:
+        child.close()
 
 
 def test_what_postgres_cannot_take_waits_in_the_worker(worker: Worker, store: ParentStore) -> None:
@@ -125,10 +132,8 @@ def test_what_postgres_cannot_take_waits_in_the_worker(worker: Worker, store: Pa
     assert len(worker.asked) == 3
 
 
-def test_a_worker_that_is_gone_is_no_wait(worker: Worker) -> None:
+def test_a_worker_that_is_gone_is_no_wait(door: Door) -> None:
     """A worker that is gone closes the socket, so the child does not wait."""
-    door = Door(cast(Any, worker))
-    door.open()
     door.close()
     with pytest.raises(StoreUnavailable):
         ParentStore(door, timeout=3600.0).now()
