@@ -6,7 +6,7 @@ import signal
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -23,7 +23,6 @@ from jobguard.cli.common import (
 )
 from jobguard.conninfo import postgres_conninfo
 from jobguard.errors import ConfigurationError, JobguardError
-from jobguard.operations.read import ReadModel
 from jobguard.reconciler.service import (
     Clients,
     Service,
@@ -35,6 +34,9 @@ from jobguard.sealing import Sealer
 from jobguard.serving.http import Endpoints, HttpServer
 from jobguard.serving.notify import Notifier, Watcher, receivers
 from jobguard.settings import Settings
+
+if TYPE_CHECKING:
+    from jobguard.operations.read import ReadModel
 
 
 @click.command()
@@ -121,9 +123,9 @@ def command(
         return
     service = Service(settings, conninfo, clients)
     stop_on_signals(service)
-    model = ReadModel(conninfo, encrypt=settings.encrypt)
     with ExitStack() as stack:
-        stack.enter_context(closing(model))
+        if http or told:
+            model = stack.enter_context(closing(_read_model(conninfo, settings)))
         if http:
             endpoints = Endpoints(
                 live=service.stuck,
@@ -175,7 +177,7 @@ def _serve_ticks(
             failed.append(str(error))
             raise
 
-    model = ReadModel(conninfo, encrypt=settings.encrypt)
+    model = _read_model(conninfo, settings)
     endpoints = Endpoints(
         live=lambda: None,
         ready=lambda: failed[0] if failed else None,
@@ -188,6 +190,13 @@ def _serve_ticks(
         signal.signal(number, lambda _number, _frame: stop.set())
     with closing(model), closing(HttpServer(http, endpoints)):
         stop.wait()
+
+
+def _read_model(conninfo: Callable[[], str], settings: Settings) -> ReadModel:
+    # Loaded here: SQLAlchemy takes more time and memory than all the rest, and restores no job.
+    from jobguard.operations.read import ReadModel
+
+    return ReadModel(conninfo, encrypt=settings.encrypt)
 
 
 def _metrics(

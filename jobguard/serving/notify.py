@@ -15,7 +15,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
 import tenacity
@@ -23,8 +23,10 @@ import tenacity
 from jobguard.errors import ConfigurationError, JobguardError
 from jobguard.log import log_event
 from jobguard.model import Outcome
-from jobguard.operations.read import ReadModel
 from jobguard.redact import redact
+
+if TYPE_CHECKING:
+    from jobguard.operations.read import ReadModel
 
 _EVERY: Final = 5.0
 _BACK: Final = timedelta(seconds=60)

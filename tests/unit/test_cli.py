@@ -44,6 +44,9 @@ def test_import_jobguard_is_light_and_silent() -> None:
     assert alone == "['jobguard']\n"
     code = f"from jobguard import *\nimport sys; print([m for m in {HEAVY} if m in sys.modules])"
     assert python(code) == "[]\n"
+    # A reconciler without --http reads no page of the ledger.
+    reconcile = "import jobguard.cli.reconcile, sys; print('sqlalchemy' in sys.modules)"
+    assert python(reconcile) == "False\n"
 
 
 def test_a_module_hides_no_function_of_its_name() -> None:
