@@ -31,7 +31,7 @@ def library(request: pytest.FixtureRequest, redis_url: str, tmp_path: Path) -> I
     made = kind(redis_url, tmp_path / "ledger")
     tasks.PROBES.clear()
     yield made
-    made.client.close()
+    made.close()
 
 
 @pytest.fixture
@@ -42,9 +42,11 @@ def guard(library: Library, database: str) -> Iterator[JobGuard]:
 
 
 @pytest.fixture
-def records(database: str) -> Records:
+def records(database: str) -> Iterator[Records]:
     """Return the ledger."""
-    return Records(database)
+    made = Records(database)
+    yield made
+    made.close()
 
 
 @pytest.fixture

@@ -51,6 +51,10 @@ class Library(ABC):
         self.redis_url, self.ledger = redis_url, ledger
         self.client = redis.Redis.from_url(redis_url)
 
+    def close(self) -> None:
+        """Close the connections of the test."""
+        self.client.close()
+
     # -- what is guarded ---------------------------------------------------------------------------
 
     @abstractmethod

@@ -116,13 +116,13 @@ def test_an_ambiguous_push_runs_once(
         library.work()
     assert sorted(library.said()) == sorted(sent)
     assert records.owed() == []
-    for each in (library, direct):
-        each.client.close()
+    for each in (library, direct, records):
+        each.close()
 
 
 def recovered(guard: JobGuard, direct: Library, records: Records, count: int) -> None:
     """Let a leader look for the jobs until all of them wait in Redis."""
-    with psycopg.connect(records._database, autocommit=True) as connection:
+    with psycopg.connect(records.database, autocommit=True) as connection:
         connection.execute("update jobguard.leader set expires_at = now()")
         connection.execute(
             "insert into jobguard.queues (source, queue, trusted_since)"

@@ -113,7 +113,8 @@ def test_what_raises_does_not_run(
         if state == "WRONGTYPE":
             client.delete(KEYS[name])
         assert_all_run(library, records, guard, before + (not raised))
-    library.client.close()
+    library.close()
+    records.close()
     client.close()
 
 
@@ -128,13 +129,13 @@ def test_with_both_stores_away_nothing_is_accepted(tmp_path: Path, name: str) ->
         with pytest.raises((redis.ConnectionError, OSError, OperationalError)):
             library.send()
         assert tracker.spool.pending == 0
-    library.client.close()
+    library.close()
 
 
 def assert_all_run(library: Library, records: Records, guard: JobGuard, count: int) -> None:
     """Run all jobs, and check that each accepted job ran once."""
     library.work()
-    with psycopg.connect(records._database, autocommit=True) as connection:
+    with psycopg.connect(records.database, autocommit=True) as connection:
         connection.execute(
             "insert into jobguard.queues (source, queue, trusted_since)"
             " select id, %s, '-infinity' from jobguard.sources on conflict (source, queue)"

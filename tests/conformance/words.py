@@ -52,14 +52,23 @@ class Records:
     """The content of the ledger in PostgreSQL."""
 
     def __init__(self, database: str) -> None:
-        self._database = database
+        self.database = database
+        self._opened: psycopg.Connection[Any] | None = None
+
+    @property
+    def _connection(self) -> psycopg.Connection[Any]:
+        if self._opened is None or self._opened.closed:
+            self._opened = psycopg.connect(self.database, autocommit=True)
+        return self._opened
+
+    def close(self) -> None:
+        """Close the connection."""
+        if self._opened is not None:
+            self._opened.close()
 
     def owed(self) -> list[Restorable]:
         """Return the owed deliveries as a leader restores them, in the order of recording."""
-        with (
-            psycopg.connect(self._database) as connection,
-            connection.cursor(row_factory=class_row(Restorable)) as cursor,
-        ):
+        with self._connection.cursor(row_factory=class_row(Restorable)) as cursor:
             return cursor.execute(
                 "select token, job_id, queue, envelope,"
                 " extract(epoch from due_at)::float8 as due_at,"
@@ -69,31 +78,27 @@ class Records:
 
     def ended(self, job_id: str) -> list[tuple[str, int]]:
         """Return the outcome and attempt of each delivery of a job, in the order of recording."""
-        with psycopg.connect(self._database) as connection:
-            return connection.execute(
-                "select outcome::text, attempt from jobguard.history where job_id = %s order by token",
-                [job_id],
-            ).fetchall()
+        return self._connection.execute(
+            "select outcome::text, attempt from jobguard.history where job_id = %s order by token",
+            [job_id],
+        ).fetchall()
 
     def blamed(self, job_id: str) -> set[int]:
         """Return the attempts of a job whose errors are recorded."""
-        with psycopg.connect(self._database) as connection:
-            rows = connection.execute(
-                "select attempt from jobguard.history where job_id = %s and errors <> '{}'",
-                [job_id],
-            )
-            return {int(attempt) for (attempt,) in rows}
+        rows = self._connection.execute(
+            "select attempt from jobguard.history where job_id = %s and errors <> '{}'",
+            [job_id],
+        )
+        return {int(attempt) for (attempt,) in rows}
 
     def trusted(self) -> bool:
         """Return True if a queue has only guarded workers, so that its jobs are restored."""
-        with psycopg.connect(self._database) as connection:
-            trusted = "select from jobguard.queues where trusted_since is not null"
-            return connection.execute(trusted).rowcount > 0
+        trusted = "select from jobguard.queues where trusted_since is not null"
+        return self._connection.execute(trusted).rowcount > 0
 
     def claims(self) -> list[tuple[UUID, int]]:
         """Return the claims that exist, with their numbers."""
-        with psycopg.connect(self._database) as connection:
-            return connection.execute("select token, number from jobguard.running").fetchall()
+        return self._connection.execute("select token, number from jobguard.running").fetchall()
 
 
 class Leader:

@@ -43,9 +43,11 @@ def guard(stage: Stage, database: str) -> Iterator[JobGuard]:
 
 
 @pytest.fixture
-def records(database: str) -> Records:
+def records(database: str) -> Iterator[Records]:
     """Return the ledger."""
-    return Records(database)
+    made = Records(database)
+    yield made
+    made.close()
 
 
 @pytest.fixture

@@ -126,4 +126,5 @@ def test_postgres_away_while_jobs_run(
             eventually(stage.is_idle, 30)
             own_postgres.resume()
             eventually(lambda: records.owed() == [], 30)
+    records.close()
     assert len(stage.said()) == 2

@@ -412,7 +412,7 @@ class TestRequeue:
         failed = stage.actor("fail").send_with_options(args=("a",), **options)
         stage.work()
         eventually(lambda: records.ended(failed.message_id)[-1:] == [("failed", 2)])
-        with psycopg.connect(records._database) as connection:
+        with psycopg.connect(records.database) as connection:
             (last,) = connection.execute(
                 "select token from jobguard.history where outcome = 'failed'"
             ).fetchone() or (None,)
