@@ -140,6 +140,15 @@ class CeleryAdapter:
                     'app.conf.broker_transport_options = {"visibility_timeout": 3600}',
                 )
             )
+        if _counts_elsewhere(app):
+            found.append(
+                Advice(
+                    "the results are in another Redis server than the tasks",
+                    "a chord is counted there, where no leader can put its counters back: if that server "
+                    "loses its data, chords that are under way never send their body",
+                    "app.conf.result_backend = a URL of the broker's Redis server, with any db",
+                )
+            )
         return found
 
     def broker(self, source: Source, client: redis.Redis) -> Broker:
@@ -197,6 +206,17 @@ def _guarded(app: Any, namespace: str, name: str | None) -> Guarded:
         serializer=_accepted(app.conf.accept_content),
     )
     return Guarded(source, None, lambda: connection_module.client_of(connection))
+
+
+def _counts_elsewhere(app: Any) -> bool:
+    """Return True if Redis counts this app's chords, and it is not the Redis server of the broker."""
+    backend = app.backend
+    if not isinstance(backend, importlib.import_module("celery.backends.redis").RedisBackend):
+        return False
+    connection = importlib.import_module("jobguard.adapters.celery.connection")
+    broker = connection.broker_address_of(app.connection_for_write())
+    results = importlib.import_module("jobguard.adapters.celery.results")
+    return broker is not None and results.results_of(backend, broker.address) is None
 
 
 def _accepted(contents: Any) -> str:
