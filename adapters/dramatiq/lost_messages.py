@@ -12,7 +12,7 @@ This module also restarts the thread of a consumer that an error has ended.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import redis
@@ -44,11 +44,14 @@ class LostMessages:
         worker: Any,
         in_flight: InFlightMessages,
         remove_ended: Callable[[], None],
+        *,
+        workers: Callable[[], Iterable[Any]],
     ) -> None:
         self._broker = broker
         self._worker = worker
         self._in_flight = in_flight
         self._remove_ended = remove_ended
+        self._workers = workers
         self._layout = Layout(broker.namespace)
         self._client: Any = None
         self._suspects: set[tuple[str, str]] = set()
@@ -94,10 +97,11 @@ class LostMessages:
         return lost - self._cached(queue) if lost else lost
 
     def _cached(self, queue: str) -> set[str]:
-        """Return the ids that the consumer has fetched and not yet processed."""
-        thread = self._worker.consumers.get(queue)
+        """Return the ids that the consumers of this process have fetched and not yet processed."""
+        threads = [worker.consumers.get(queue) for worker in self._workers()]
+        consumers = [getattr(thread, "consumer", None) for thread in threads]
         found = set()
-        for data in list(getattr(getattr(thread, "consumer", None), "message_cache", ())):
+        for data in [d for each in consumers for d in list(getattr(each, "message_cache", ()))]:
             try:
                 found.add(Message.decode(data).options["redis_message_id"])
             except (DecodeError, KeyError, TypeError):

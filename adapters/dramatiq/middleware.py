@@ -36,11 +36,11 @@ class GuardMiddleware(Middleware):
 
     def before_worker_shutdown(self, broker: Any, worker: Worker) -> None:
         """Note that the shutdown has begun."""
-        self._worker.stop()
+        self._worker.stop(worker)
 
     def after_worker_shutdown(self, broker: Any, worker: Worker) -> None:
         """End the session: all runs have ended, and the fetched messages are requeued."""
-        self._worker.end()
+        self._worker.end(worker)
 
     def before_process_message(self, broker: Any, message: MessageProxy) -> None:
         """Request a claim before each start."""

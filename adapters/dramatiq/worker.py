@@ -67,7 +67,8 @@ class WorkerHooks:
         self._joins = joins
         self._layout = Layout(broker.namespace)
         self._ack = broker.client.register_script(text_of(__package__, "ack.lua"))
-        self._lost_messages: LostMessages | None = None
+        self._lost_messages: dict[Any, LostMessages] = {}
+        """For each worker of this process that takes messages from the broker."""
         self._queues: frozenset[str] = frozenset()
         self._declaring = threading.Lock()  # each consumer has a thread of its own
         self._running: dict[str, Run] = {}
@@ -81,31 +82,50 @@ class WorkerHooks:
     # -- the process -------------------------------------------------------------------------------
 
     def begin(self, worker: Any) -> None:
-        """Start to beat before the first fetch, under a name that is visible in Redis."""
+        """Start to beat before the first fetch, under a name that is visible in Redis.
+
+        Several workers of this process on one broker have one id in Redis, and one session.
+        """
         self._joins.adopt()
         names = worker.consumer_whitelist or self._broker.get_declared_queues()
-        self._queues = frozenset(name for name in names if self._tracker.guards(name))
-        if not self._queues and self._broker.get_declared_queues():
+        queues = frozenset(name for name in names if self._tracker.guards(name))
+        if not queues and self._broker.get_declared_queues():
             return
-        me = new_worker()
-        self._broker.broker_id = str(me)
-        self.session = self._tracker.open_session(
-            name=me.hex, queues=sorted(self._queues), apart=True
+        if self.session is None:
+            me = new_worker()
+            self._broker.broker_id = str(me)
+            self._queues = queues
+            self.session = self._tracker.open_session(
+                name=me.hex, queues=sorted(queues), apart=True
+            )
+        for queue in queues:
+            self._announce_queue(self.session, queue)
+        checks = LostMessages(
+            self._broker,
+            worker,
+            self._in_flight,
+            self._remove_ended,
+            workers=lambda: list(self._lost_messages),
         )
-        self._lost_messages = LostMessages(
-            self._broker, worker, self._in_flight, self._remove_ended
-        )
-        self._lost_messages.start()
+        self._lost_messages[worker] = checks
+        checks.start()
 
-    def stop(self) -> None:
+    def stop(self, worker: Any) -> None:
         """Stop the checks for lost messages: consumers that end from here on are part of the shutdown."""
-        if self._lost_messages is not None:
-            self._lost_messages.stop()
+        if worker in self._lost_messages:
+            self._lost_messages[worker].stop()
 
-    def end(self) -> None:
-        """Close the session, so that messages that are still claimed are requeued at once."""
+    def end(self, worker: Any = None) -> None:
+        """Close the session, so that messages that are still claimed are requeued at once.
+
+        ``worker``: the one that has ended. The session is that of the others, if there are any.
+        """
+        for each in list(self._lost_messages) if worker is None else [worker]:
+            self.stop(each)
+            self._lost_messages.pop(each, None)
+        if self._lost_messages:
+            return
         session, self.session = self.session, None
-        self.stop()
         if session is not None:
             session.flush()
             self._remove_ended()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Mapping
 from typing import Any
@@ -25,6 +26,7 @@ from jobguard.host.tracker import HostTracker
 from jobguard.model import Presence
 from tests.conformance.words import BRISK, Leader, Records, another_worker
 from tests.integration.dramatiq.stage import KEYS, Stage, open_joins
+from tests.integration.dramatiq.test_processes import workers
 from tests.support import eventually
 
 HOUR = 3_600_000
@@ -636,3 +638,19 @@ class TestName:
             stage.work()
         assert stage.said() == ["a", "b"]
         assert records.owed() == []
+
+    def test_two_workers_may_run_beside_each_other(
+        self, stage: Stage, guard: JobGuard, records: Records, database: str
+    ) -> None:
+        """Two workers of one process on one broker are guarded, and the end of one is not that of both."""
+        declare: Any = dramatiq.actor
+        declare(stage.say, broker=stage.broker, actor_name="other", queue_name="other")
+        with stage.worker(queues={"default"}):
+            with stage.worker(queues={"other"}):
+                eventually(lambda: workers(database) == [(os.getpid(), ["default", "other"])])
+                sent = stage.actor("other").send("a")
+                eventually(lambda: records.ended(sent.message_id) == [("completed", 1)])
+            sent = stage.actor("say").send("b")
+            eventually(lambda: records.ended(sent.message_id) == [("completed", 1)])
+            assert workers(database) != []
+        assert workers(database) == []
