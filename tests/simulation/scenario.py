@@ -344,7 +344,8 @@ class _Scenario:
         kinds = {fault.kind for fault in self.schedule.faults}
         failures = (
             any(kind.startswith("postgres") for kind in kinds),
-            any(kind.startswith("redis") for kind in kinds) or bool(kinds & {"flush", "restart"}),
+            any(kind.startswith("redis") for kind in kinds)
+            or bool(kinds & {"flush", "restart", "evict"}),
             bool(kinds & {"kill_leader", "stop_leader", "die_before", "die_after"}),
         )
         tables = self.site.ledger._tables
