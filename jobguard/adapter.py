@@ -156,6 +156,9 @@ class Tracker(Protocol):
     def close_join(self, join: str) -> None:
         """Close a join that needs no continuation: the library gave it up, or has already continued it."""
 
+    def forget_spooled(self, tokens: Sequence[UUID]) -> bool:
+        """Remove the records of these from the spool; return True if none of them is in any store."""
+
     def leave_to_outbox(self, tokens: Sequence[UUID]) -> None:
         """Leave these recorded deliveries to the leader: their push failed, or its result is unknown."""
 

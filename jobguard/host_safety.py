@@ -157,6 +157,7 @@ class _Tracker(SafeProxy):
         "batch": lambda **_: nullcontext(),
         "open_join": lambda *_: Recorded(lost=True),
         "close_join": _nothing,
+        "forget_spooled": _no,
         "leave_to_outbox": _nothing,
         "drain_spool": _nothing,
         "broker_in_doubt": _no,

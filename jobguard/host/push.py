@@ -29,12 +29,15 @@ _SLOWEST = 1e6
 
 
 def take_back(tracker: Tracker, deliveries: Sequence[Delivery]) -> None:
-    """Withdraw deliveries that are surely not in Redis; leave those with a parent to the leader."""
+    """Withdraw deliveries that are surely not in Redis; leave those with a parent to the leader.
+
+    Where no store has the record, the parent is not superseded: the library has it still, and it runs.
+    """
     first = [delivery for delivery in deliveries if delivery.parent is None]
     moved = [delivery.token for delivery in deliveries if delivery.parent is not None]
     if first:
         tracker.withdraw(first)
-    if moved:
+    if moved and not tracker.forget_spooled(moved):
         tracker.leave_to_outbox(moved)
 
 

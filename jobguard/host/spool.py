@@ -196,7 +196,7 @@ class Spool(Protocol):
     def remove(self, tokens: Sequence[UUID]) -> bool:
         """Remove the records of these deliveries, which are withdrawn.
 
-        Return False if the stream may still have one of them, or a leader may have written it.
+        Return False if one of them may be in the stream or in Postgres.
         """
 
     def waiting(self, job_ids: Sequence[str], queue: str | None) -> Sequence[UUID]:
@@ -509,8 +509,8 @@ class MemorySpool:
             self._reports = deque(slot for slot in self._reports if not slot.gone)
             self._bytes = sum(slot.size for slot in (*self._slots, *self._aside))
         self._changed()
-        # A record that is not here may be in the stream alone, for want of room.
-        return self._forget(removed) and (self._stream is None or len(removed) == len(gone))
+        # A record that is not here may be in the stream alone, for want of room, or in Postgres.
+        return self._forget(removed) and len(removed) == len(gone)
 
     def waiting(self, job_ids: Sequence[str], queue: str | None) -> Sequence[UUID]:
         """Return the waiting deliveries with these ids, or to this queue; see Spool."""

@@ -610,6 +610,11 @@ class HostTracker:
         )
         return frozenset(taken or ())
 
+    def forget_spooled(self, tokens: Sequence[UUID]) -> bool:
+        """Remove the records of these from the spool; see Tracker."""
+        self._mine()
+        return self.spool.remove(tokens)
+
     def leave_to_outbox(self, tokens: Sequence[UUID]) -> None:
         """Leave the push to the leader; see Tracker."""
         if not self._try_call("outbox", lambda store: self._outbox(store, tokens)):

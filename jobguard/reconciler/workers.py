@@ -250,6 +250,7 @@ class Workers:
         now = self._clock()
         if epoch != self._epoch:
             self._epoch, self._epoch_at = epoch, now
+            self._elsewhere = {}  # None of them can have read this pulse yet.
         found = [row for row in self.alive() if row.pulse is not None and row.pulse[0] != epoch]
         self._elsewhere = {row.id: self._elsewhere.get(row.id, now) for row in found}
         certain = [row for row in found if now - self._elsewhere[row.id] >= self._timeout]

@@ -253,6 +253,10 @@ class FakeTracker:
         for delivery in deliveries:
             self.owed.pop(delivery.token, None)
 
+    def forget_spooled(self, tokens: Sequence[UUID]) -> bool:
+        """Have no spool."""
+        return False
+
     def leave_to_outbox(self, tokens: Sequence[UUID]) -> None:
         """Note the deliveries that the leader must push."""
         self.note("outbox", *(token.hex for token in tokens))

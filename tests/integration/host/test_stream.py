@@ -14,6 +14,7 @@ import pytest
 import redis
 
 from jobguard.errors import StoreUnavailable
+from jobguard.host.push import take_back
 from jobguard.host.stream import ReportStream, stream_key
 from jobguard.host.stream_entries import encode
 from jobguard.host.tracker import HostTracker
@@ -275,6 +276,22 @@ def test_a_withdrawn_record_does_not_come_back(site: Site) -> None:
         process.withdraw([other])
     assert site.leader().step()
     assert site.outcome(other) is Outcome.CANCELLED
+
+
+@pytest.mark.parametrize("redis_up", [True, False])
+def test_what_was_never_sent_nor_written_replaces_nothing(site: Site, *, redis_up: bool) -> None:
+    """The library still has the job that it should replace; that one runs, and nothing else."""
+    job = delivery()
+    process = site.process(lives=True, retry_interval=0.01)
+    process.record([job])
+    moved = delivery(parent=Parent(job.token))
+    with outage(site.ledger):
+        if not redis_up:
+            process._redis_health.failed()  # type: ignore[union-attr]
+        assert process.record([moved]).spooled
+        take_back(process, [moved])
+    assert not process.spool.pending and site.keys() == []
+    assert set(site.owed) == {job.token}
 
 
 @pytest.mark.parametrize("lives", [True, False])

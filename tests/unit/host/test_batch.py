@@ -40,6 +40,10 @@ class Recorder:
         """Note the deliveries."""
         self.withdrawn += [delivery.job_id for delivery in deliveries]
 
+    def forget_spooled(self, tokens: Sequence[UUID]) -> bool:
+        """Have no spool."""
+        return False
+
     def leave_to_outbox(self, tokens: Sequence[UUID]) -> None:
         """Note the tokens."""
         self.outbox += tokens

@@ -80,6 +80,10 @@ class Tracker:
         """Note the call."""
         self.journal.append(f"withdraw {' '.join(each.job_id for each in deliveries)}")
 
+    def forget_spooled(self, tokens: Sequence[UUID]) -> bool:
+        """Have no spool."""
+        return False
+
     def leave_to_outbox(self, tokens: Sequence[UUID]) -> None:
         """Note the call."""
         self.journal.append(f"leave {len(tokens)}")

@@ -86,3 +86,21 @@ def test_a_live_worker_without_a_row_reports_to_another_ledger() -> None:
     assert workers.not_in_ledger(both) == (none, other)
     assert workers.not_in_ledger(frozenset({"ours"})) == (none, none)
     assert workers.not_in_ledger(both) == (other, none)  # It was gone: it is another one.
+
+
+def test_a_worker_has_a_whole_timeout_to_read_a_new_pulse() -> None:
+    """A second loss starts the time again: nobody can have read the newest pulse before it existed."""
+    time = [100.0]
+    store: Any = Store()
+    client: Any = Redis()
+    workers = Workers(client, store, 1, Settings(worker_timeout=TIMEOUT), clock=lambda: time[0])
+    first, second, third = new_token(), new_token(), new_token()
+    row = worker_row(pulse=(first, 1))
+    store.rows = [row]
+    workers.poll(1, time[0], ask_redis=True)
+    assert workers.elsewhere(first) == ([], [])
+    assert workers.elsewhere(second) == ([], [])
+    time[0] += TIMEOUT + 1
+    assert workers.elsewhere(third) == ([], [])
+    time[0] += TIMEOUT + 1
+    assert workers.elsewhere(third) == ([], [row])
