@@ -31,14 +31,18 @@ _SLOWEST = 1e6
 def take_back(tracker: Tracker, deliveries: Sequence[Delivery]) -> None:
     """Withdraw deliveries that are surely not in Redis; leave those with a parent to the leader.
 
-    Where no store has the record, the parent is not superseded: the library has it still, and it runs.
+    A move out of a delay queue that no store has is forgotten: its parent is not superseded, and the
+    library moves it again. Nothing sends a retry again.
     """
     first = [delivery for delivery in deliveries if delivery.parent is None]
-    moved = [delivery.token for delivery in deliveries if delivery.parent is not None]
+    moves = [one.token for one in deliveries if one.parent and one.parent.claim is None]
+    retries = [one.token for one in deliveries if one.parent and one.parent.claim is not None]
     if first:
         tracker.withdraw(first)
-    if moved and not tracker.forget_spooled(moved):
-        tracker.leave_to_outbox(moved)
+    if moves and tracker.forget_spooled(moves):
+        moves = []
+    if moves or retries:
+        tracker.leave_to_outbox([*moves, *retries])
 
 
 @dataclass

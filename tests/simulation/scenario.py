@@ -12,7 +12,7 @@ from jobguard import model
 from jobguard.log_bounds import LINE_BOUNDS
 from jobguard.model import Cause, Outcome
 from tests.simulation.actors import Actors, Job, Run, Truth
-from tests.simulation.kernel import Kernel, Process
+from tests.simulation.kernel import EPOCH, Kernel, Process
 from tests.simulation.site import SETTINGS, Line, Site
 
 _WARM_UP = 3.0
@@ -344,8 +344,8 @@ class _Scenario:
         kinds = {fault.kind for fault in self.schedule.faults}
         failures = (
             any(kind.startswith("postgres") for kind in kinds),
-            any(kind.startswith("redis") for kind in kinds)
-            or bool(kinds & {"flush", "restart", "evict"}),
+            any(kind.startswith("redis") for kind in kinds) or bool(kinds & {"flush", "restart"}),
+            "evict" in kinds,
             bool(kinds & {"kill_leader", "stop_leader", "die_before", "die_after"}),
         )
         tables = self.site.ledger._tables
@@ -386,6 +386,9 @@ class _Scenario:
         """Return why the later run should not have begun, or an empty string."""
         if not later.number:
             return ""  # the fence needs Postgres
+        if not earlier.number and self._was_superseded(earlier):
+            # An old snapshot of Redis brought the delivery back, and only Postgres could refuse it.
+            return ""
         gone = earlier.process in self.truth.frozen or not earlier.process.alive
         if gone and (earlier.completed is None or not self._reported(earlier)):
             # Its worker died, or was rightly taken for dead: the job runs again from its beginning.
@@ -395,6 +398,15 @@ class _Scenario:
         if earlier.completed is not None and later.began <= earlier.completed:
             return "at the same time"
         return ""
+
+    def _was_superseded(self, run: Run) -> bool:
+        """Return True if another delivery had replaced this one before the run began."""
+        stone = self.site.ledger._tables.history.get((self.site.source.id, run.token))
+        return (
+            stone is not None
+            and stone.outcome is Outcome.SUPERSEDED
+            and stone.ended_at <= EPOCH + run.began
+        )
 
     def _reported(self, run: Run) -> bool:
         """Return True if the end of this run is in the ledger as its own."""
