@@ -341,7 +341,7 @@ class _Scenario:
         It takes more than one failure: a reconciler watches them through an outage of Postgres, another
         one leads after the death of a leader, and a short outage of Redis is no gap.
         """
-        kinds = {fault.kind for fault in self.schedule.faults}
+        kinds = self._kinds
         failures = (
             any(kind.startswith("postgres") for kind in kinds),
             any(kind.startswith("redis") for kind in kinds) or bool(kinds & {"flush", "restart"}),
@@ -389,6 +389,8 @@ class _Scenario:
         if not earlier.number and self._was_superseded(earlier):
             # An old snapshot of Redis brought the delivery back, and only Postgres could refuse it.
             return ""
+        if not earlier.number and "isolate_worker" in self._kinds:
+            return ""  # no store could know of the run of a worker that reached none
         gone = earlier.process in self.truth.frozen or not earlier.process.alive
         if gone and (earlier.completed is None or not self._reported(earlier)):
             # Its worker died, or was rightly taken for dead: the job runs again from its beginning.
@@ -415,7 +417,15 @@ class _Scenario:
             stone is not None and stone.outcome is Outcome.COMPLETED and stone.number == run.number
         )
 
+    @property
+    def _kinds(self) -> set[str]:
+        """Return the kinds of the faults of this schedule."""
+        return {fault.kind for fault in self.schedule.faults}
+
     def _ran_after_cancel(self, job_id: str, at: float) -> list[str]:
+        away = {kind.partition("_")[0] for kind in self._kinds}
+        if away >= {"redis", "postgres"}:
+            return []  # a cancel that reaches no store waits in the memory of its process
         return [
             f"cancelled: {job_id} began after its cancel had returned {_shown(run)}"
             for run in self.truth.runs
