@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import wraps
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 import redis
@@ -20,6 +20,9 @@ from jobguard.errors import StoreUnavailable
 from jobguard.host_safety import contain_errors
 from jobguard.patching import Hooks
 
+if TYPE_CHECKING:
+    from jobguard.adapter import Tracker
+
 Hook = Callable[..., Any]
 
 _A_CALL = 5_000
@@ -29,43 +32,61 @@ _NOT_TASKS = (".celery.pidbox", "celeryev.")
 
 def put_on(hooks: Hooks) -> None:
     """Put the hooks on. Every purge or deletion of a queue goes through its channel."""
-    hooks.put(Control, "revoke", revoke)
-    hooks.put(Control, "revoke_by_stamped_headers", revoke_by_stamped_headers)
+    hooks.put(Control, "broadcast", broadcast)
     hooks.put(Channel, "queue_purge", queue_purge)
     hooks.put(Channel, "queue_delete", queue_delete)
 
 
-def revoke(original: Hook) -> Hook:
-    """Control.revoke: AsyncResult.revoke and terminate call it as well.
+def broadcast(original: Hook) -> Hook:
+    """Control.broadcast: every revoke ends here, of the program and of the command ``celery control``.
 
-    A revoke with a destination concerns only those workers, and is not recorded.
+    A revoke for some workers only concerns those workers, and is not recorded.
     """
 
     @wraps(original)
-    def hook(self: Any, task_id: Any, destination: Any = None, *args: Any, **kwargs: Any) -> Any:
+    def hook(
+        self: Any,
+        command: str,
+        arguments: Any = None,
+        destination: Any = None,
+        *args: Any,
+        pattern: Any = None,
+        **options: Any,
+    ) -> Any:
         with contain_errors("record a revoke", let_pass=StoreUnavailable):
-            tracker = lookup.tracker_for(self.app)
-            if tracker is not None and destination is None and task_id:
-                ids = list(task_id) if isinstance(task_id, list | tuple | set) else [task_id]
-                tracker.cancel(job_ids=[str(id) for id in ids])
-        return original(self, task_id, destination, *args, **kwargs)
+            record = _RECORDS.get(command)
+            tracker = lookup.tracker_for(self.app) if record is not None else None
+            if record is not None and tracker is not None and not (destination or pattern):
+                record(tracker, self.app, {**(arguments or {}), **options})
+        if pattern is not None:
+            options["pattern"] = pattern
+        return original(self, command, arguments, destination, *args, **options)
 
     return hook
 
 
-def revoke_by_stamped_headers(original: Hook) -> Hook:
-    """Control.revoke_by_stamped_headers: the ledger has no stamps, so read the messages in Redis."""
+def _revoke(tracker: Tracker, _: Any, arguments: Mapping[str, Any]) -> None:
+    ids = arguments.get("task_id") or ()
+    several = ids if isinstance(ids, list | tuple | set) else [ids]
+    if several:
+        tracker.cancel(job_ids=[str(id) for id in several])
 
-    @wraps(original)
-    def hook(self: Any, headers: Any, destination: Any = None, *args: Any, **kwargs: Any) -> Any:
-        with contain_errors("record a revoke", let_pass=StoreUnavailable):
-            tracker = lookup.tracker_for(self.app)
-            if tracker is not None and destination is None and isinstance(headers, Mapping):
-                for tokens in _chunks(_stamped(self.app, headers)):
-                    tracker.cancel(tokens=tokens)
-        return original(self, headers, destination, *args, **kwargs)
 
-    return hook
+def _revoke_stamped(tracker: Tracker, app: Any, arguments: Mapping[str, Any]) -> None:
+    """Cancel what has these stamps: the ledger has no stamps, so read the messages in Redis."""
+    headers = arguments.get("headers")
+    if isinstance(headers, list):  # from the command line, as a worker reads it
+        headers = dict(text.split("=", 1) for text in headers)
+    if isinstance(headers, Mapping):
+        for tokens in _chunks(_stamped(app, headers)):
+            tracker.cancel(tokens=tokens)
+
+
+_RECORDS: Mapping[str, Callable[[Tracker, Any, Mapping[str, Any]], None]] = {
+    "revoke": _revoke,
+    "terminate": _revoke,
+    "revoke_by_stamped_headers": _revoke_stamped,
+}
 
 
 def queue_purge(original: Hook) -> Hook:

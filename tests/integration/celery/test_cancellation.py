@@ -9,9 +9,11 @@ import celery
 import pytest
 import redis
 from celery.bin.base import CLIContext
+from celery.bin.control import control
 from celery.bin.purge import purge as program
 from celery.canvas import StampingVisitor
 from click.testing import CliRunner
+from kombu.pidbox import Mailbox
 
 from jobguard.model import Outcome
 from tests.integration.celery.support import FakeTracker, take
@@ -39,9 +41,7 @@ class TestRevoke:
         """Our tombstone comes first."""
         result = app.tasks["add"].delay(1)
         seen = []
-        monkeypatch.setattr(
-            app.control, "broadcast", lambda *_, **__: seen.append(len(tracker.ended))
-        )
+        monkeypatch.setattr(Mailbox, "_broadcast", lambda *_, **__: seen.append(len(tracker.ended)))
         app.control.revoke(result.id)
         assert seen == [1]
 
@@ -49,7 +49,18 @@ class TestRevoke:
         """A revoke for some workers only is not recorded, because other workers may run the task."""
         result = app.tasks["add"].delay(1)
         app.control.revoke(result.id, destination=["w1@h"])
+        app.control.revoke(result.id, pattern="w1@*", matcher="pcre")
         assert not tracker.ended
+
+    @pytest.mark.parametrize("command", ["revoke a b", "terminate SIGKILL a b"])
+    def test_command(self, app: celery.Celery, tracker: FakeTracker, command: str) -> None:
+        """A revoke from the command line is recorded, although it calls no method for revokes."""
+        for job_id in "abc":
+            app.tasks["add"].apply_async((1,), task_id=job_id)
+        CliRunner().invoke(
+            control, ["-t", "0.1", *command.split()], obj=CLIContext(app, True, False)
+        )
+        assert {one.job_id for one in tracker.recorded if one.token in tracker.ended} == {"a", "b"}
 
     def test_by_stamps(self, app: celery.Celery, tracker: FakeTracker, client: redis.Redis) -> None:
         """A revoke by stamp cancels the deliveries with that stamp, waiting or taken."""
@@ -68,8 +79,11 @@ class TestRevoke:
         app.tasks["add"].delay(1)
         take(client)
         app.control.revoke_by_stamped_headers({"customer": ["a", "c"]})
-        first, _, third, _ = tracker.recorded
+        first, second, third, _ = tracker.recorded
         assert set(tracker.ended) == {first.token, third.token}
+        command = ["-t", "0.1", "revoke_by_stamped_headers", "customer=b"]
+        CliRunner().invoke(control, command, obj=CLIContext(app, True, False))
+        assert set(tracker.ended) == {first.token, second.token, third.token}
 
 
 class TestPurge:
