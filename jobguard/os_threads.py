@@ -38,6 +38,19 @@ def start(work: Callable[[], None], *, name: str) -> Event:
     return ended
 
 
+def start_beside_callers(work: Callable[[], None], *, name: str) -> None:
+    """Run ``work`` in a daemon thread, which is a greenlet after the patching.
+
+    For work on a client that callers use too: a connection of gevent belongs to the thread that made it.
+    """
+
+    def run() -> None:
+        _make_no_spans()
+        work()
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+
+
 def _make_no_spans() -> None:
     """Make OpenTelemetry ignore the traffic of this thread: beats are not the host's traffic."""
     context = sys.modules.get("opentelemetry.context")

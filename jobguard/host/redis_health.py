@@ -25,7 +25,7 @@ _OLD = 1.0
 
 
 def _in_a_thread(work: Callable[[], None]) -> None:
-    os_threads.start(work, name="jobguard-redis-health")
+    os_threads.start_beside_callers(work, name="jobguard-redis-health")
 
 
 class RedisHealth:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from typing import cast
@@ -250,3 +252,33 @@ def test_the_error_is_known_without_a_wait() -> None:
     stage.redis.error = None
     assert stage.health.error() is None
     assert not stage.health()
+
+
+GREENLETS = """
+from gevent import monkey
+monkey.patch_all()
+import gevent, redis
+from jobguard.host.redis_health import RedisHealth
+
+thread = monkey.get_original("_thread", "get_ident")
+asked = []
+
+class Pinged:
+    def ping(self):
+        asked.append(thread())
+        raise redis.ConnectionError("as it must")
+
+health = RedisHealth(Pinged)
+with gevent.Timeout(60):
+    while len(asked) < 2:
+        assert health()
+        gevent.sleep(0.01)
+assert set(asked) == {thread()}, asked
+"""
+
+
+def test_greenlets_share_a_connection_with_none_but_greenlets() -> None:
+    """A connection that gevent made in another thread fails, and Redis would seem to answer."""
+    pytest.importorskip("gevent")
+    result = subprocess.run([sys.executable, "-c", GREENLETS], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
