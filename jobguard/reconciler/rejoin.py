@@ -77,6 +77,10 @@ class Rejoiner:
             id: it for id, it in self._last_reported.items() if now - it[0] < _FORGET
         }
 
+    def forget_reports(self) -> None:
+        """Report complete joins again without a wait: Redis has lost what was pushed for them."""
+        self._last_reported.clear()
+
     def _is_due(self, join: str, now: float) -> bool:
         at, wait = self._last_reported.get(join, (now, 0.0))
         if now - at < wait:

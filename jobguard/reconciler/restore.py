@@ -105,6 +105,10 @@ class Restorer:
         if not self._observes:
             self._rejoiner.finish(deadline)
 
+    def forget_reported_joins(self) -> None:
+        """Report complete joins again: Redis has lost what was pushed for them."""
+        self._rejoiner.forget_reports()
+
     @property
     def room(self) -> int:
         """How many lost deliveries the limiter would restore now."""

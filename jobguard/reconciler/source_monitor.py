@@ -346,6 +346,7 @@ class SourceMonitor:
         )
 
     def _loss(self, now: float) -> None:
+        self._inspector.restorer.forget_reported_joins()
         self._workers.interrupted(now)
         self._trust.registry_lost(self._store.now())
         incidents = [i for i in self._store.incidents(self.source.id) if i.cause is Cause.INCIDENT]

@@ -142,9 +142,8 @@ def test_joins_are_restored_before_their_members() -> None:
     assert seen[0] == [("chord", False)]
 
 
-def test_a_complete_join_is_reported_until_its_body_is_recorded() -> None:
-    """A complete join is reported again after the grace, with growing waits, until its body is recorded."""
-    world = World()
+def complete_join(world: World) -> None:
+    """Record a join whose only member has ended, and whose body was never recorded."""
     worker = world.trusted()
     (member,) = world.enqueue("member")
     world.host.open_join(SOURCE.id, "chord", size=1, state=b"", namespace=NAMESPACE)
@@ -152,6 +151,12 @@ def test_a_complete_join_is_reported_until_its_body_is_recorded() -> None:
     assert isinstance(claim, Claim)
     end = End(member.token, claim.number, Outcome.COMPLETED, worker.id, part=Part("chord"))
     world.host.end(SOURCE.id, [end])
+
+
+def test_a_complete_join_is_reported_until_its_body_is_recorded() -> None:
+    """A complete join is reported again after the grace, with growing waits, until its body is recorded."""
+    world = World()
+    complete_join(world)
     world.run(world.settings.grace - 1)
     assert world.broker.rejoined == []
     world.run(5)
@@ -163,16 +168,20 @@ def test_a_complete_join_is_reported_until_its_body_is_recorded() -> None:
     assert world.broker.rejoined == [("chord", True)] * 3
 
 
+def test_a_complete_join_is_reported_at_once_after_a_loss() -> None:
+    """A loss takes what was pushed for a join too, so the waits between the reports begin anew."""
+    world = World()
+    complete_join(world)
+    world.run_until(lambda: world.broker.rejoined == [("chord", True)] * 2, within=60)
+    world.flushall()
+    world.run(world.settings.grace + 5)
+    assert world.broker.rejoined.count(("chord", True)) == 3
+
+
 def test_a_paused_leader_finishes_no_join() -> None:
     """A paused leader finishes no join, because that would push a job."""
     world = World()
-    worker = world.trusted()
-    (member,) = world.enqueue("member")
-    world.host.open_join(SOURCE.id, "chord", size=1, state=b"", namespace=NAMESPACE)
-    claim = worker.start(member)
-    assert isinstance(claim, Claim)
-    end = End(member.token, claim.number, Outcome.COMPLETED, worker.id, part=Part("chord"))
-    world.host.end(SOURCE.id, [end])
+    complete_join(world)
     world.brake = Brake(paused=True)
     world.run(60)
     assert world.broker.rejoined == []
