@@ -214,6 +214,9 @@ EVENTS: Mapping[str, Event] = {
     "run_killed": Event(
         WARNING, "a job was killed and has not failed: it is restored within its crash budget"
     ),  # job_id
+    "run_not_stopped": Event(
+        INFO, "a cold shutdown waits for a run, because this pool cannot stop it"
+    ),  # job_id
     "run_not_begun": Event(
         WARNING, "Redis failed before the function of a job was called: the job is restored"
     ),  # job_id

@@ -57,7 +57,7 @@ def put_on(hooks: Hooks) -> None:
     hooks.put(Request, "reject", reject)
     hooks.put(Request, "_announce_cancelled", announce_cancelled)
     hooks.put(Request, "terminate", mark_ordered)
-    hooks.put(Request, "cancel", mark_ordered)
+    hooks.put(Request, "cancel", cancel)
 
 
 def on_failure(original: Hook) -> Hook:
@@ -150,7 +150,33 @@ def mark_ordered(original: Hook) -> Hook:
     @wraps(original)
     def hook(self: Any, *args: Any, **kwargs: Any) -> Any:
         vars(self)[_ORDERED] = True
-        return original(self, *args, **kwargs)
+        try:
+            return original(self, *args, **kwargs)
+        except NotImplementedError:  # the threads and solo pools cannot stop a run
+            vars(self).pop(_ORDERED)
+            raise
+
+    return hook
+
+
+def cancel(original: Hook) -> Hook:
+    """Request.cancel: a cold shutdown stops this run.
+
+    If the pool cannot stop it, Celery raises an error in the main thread: it ends a threads worker, and
+    in a solo worker it fails the task that runs there. The fix lets the run end by itself.
+    """
+    ordered = mark_ordered(original)
+
+    @wraps(original)
+    def hook(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return ordered(self, *args, **kwargs)
+        except NotImplementedError:
+            working = sessions.working_for(self.app)
+            if working is None or not working.tracker.mends_library:
+                raise
+            log_event("run_not_stopped", job_id=self.id)
+            return None
 
     return hook
 

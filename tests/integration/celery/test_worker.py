@@ -259,6 +259,19 @@ class TestByOrder:
         assert (rig.written()[f"{task}-begins"], rig.written()[task]) == (2, 1)
         assert rig.ask("select crashes from jobguard.history") == [(0,)]
 
+    @pytest.mark.parametrize("pool", ["solo", "threads"])
+    def test_a_cold_shutdown_waits_for_a_run_that_the_pool_cannot_stop(
+        self, rig: Rig, pool: str
+    ) -> None:
+        """Celery alone fails the task of a solo worker, and ends a threads worker with an error."""
+        worker = rig.worker(pool)
+        job_id = rig.send("slow", "w", 2.0)
+        rig.until(lambda: rig.written()["w-begins"])
+        worker.signal(signal.SIGQUIT)
+        worker.wait()
+        assert rig.ended(job_id) == ["completed"]
+        assert "Unrecoverable error" not in worker.text
+
 
 def unguarded_message(rig: Rig) -> bytes:
     """Return a message as an unguarded program sends it."""
