@@ -44,6 +44,8 @@ SLOW = (
     "test_adapter.py::TestInWorkerMemory",
     "celery/test_worker_deaths.py",
     "acceptance/test_chaos.py",
+    "acceptance/test_simulation.py::test_the_rules",
+    "acceptance/test_recovery.py",
     "acceptance/test_claims.py",
     "celery/test_strangers.py",
     "celery/test_ends.py",
@@ -141,6 +143,20 @@ def no_late_results() -> Iterator[None]:
         if consumer is not None:
             consumer.stop()
             consumer.subscribed_to.clear()
+
+
+@pytest.fixture(autouse=True)
+def no_sleeping_subscriptions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a thread that receives messages notice soon that it should stop.
+
+    RQ's worker makes it sleep for a minute, waits a second for it at its own end, and leaves it.
+    """
+    run = redis.client.PubSub.run_in_thread
+
+    def run_in_thread(self: Any, sleep_time: float = 0.0, **options: Any) -> Any:
+        return run(self, sleep_time=min(sleep_time, 0.05), **options)
+
+    monkeypatch.setattr(redis.client.PubSub, "run_in_thread", run_in_thread)
 
 
 def _end_drain(thread: threading.Thread) -> None:

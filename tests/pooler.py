@@ -50,6 +50,8 @@ class Pooler:
         """Close all connections."""
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(OSError):  # a thread in accept() does not notice a close
+            self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         with self._lock:
             for one in self._open:

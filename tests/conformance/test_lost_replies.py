@@ -44,6 +44,8 @@ class Network:
 
     def close(self) -> None:
         """Accept no more connections."""
+        with suppress(OSError):  # a thread in accept() does not notice a close
+            self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
 
     def _accept(self) -> None:

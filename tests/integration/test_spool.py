@@ -8,7 +8,7 @@ import select
 import socket
 import threading
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import psycopg
@@ -72,6 +72,8 @@ class Network:
     def close(self) -> None:
         """Accept no more connections."""
         self.closed = True
+        with suppress(OSError):  # a thread in accept() does not notice a close
+            self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
 
 
