@@ -131,7 +131,7 @@ class HostTracker:
         self._store = self._new_store()
         self._registered = self._asked_others = False
         self._pulse_missed = False
-        self._compare_at = float("inf")
+        self._compare_at = 0.0
         self._warned = self._logged_full = self._logged_light = self._logged_left = False
         self._patience = _PATIENCE
         self._reports_may_wait = self._parent is None
@@ -217,27 +217,28 @@ class HostTracker:
         """Return the store, and register this source on the first call. Raises as the store does."""
         if self._refusal:
             raise WrongInstallation(self._refusal)
-        if not self._registered or time.monotonic() >= self._compare_at:
+        if not self._registered:
             with self._registering:
-                if not self._registered or time.monotonic() >= self._compare_at:
+                if not self._registered:
                     self._register()
         return self._store
 
-    def _register(self) -> None:
-        mine = self.settings.fingerprint()
-        there = self._store.register(
-            SourceRow(
-                id=self.source.id,
-                namespace=self.source.namespace,
-                library=self.source.library,
-                address=self.source.address,
-                prefix=self.source.prefix,
-                name=self.source.name,
-                settings=mine,
-                one_body=self.source.one_body,
-                serializer=self.source.serializer,
-            )
+    def _row(self) -> SourceRow:
+        return SourceRow(
+            id=self.source.id,
+            namespace=self.source.namespace,
+            library=self.source.library,
+            address=self.source.address,
+            prefix=self.source.prefix,
+            name=self.source.name,
+            settings=self.settings.fingerprint(),
+            one_body=self.source.one_body,
+            serializer=self.source.serializer,
         )
+
+    def _register(self) -> None:
+        row = self._row()
+        there = self._store.register(row)
         name = self._store.installation
         if self.settings.installation is not None and name != self.settings.installation:
             self._refusal = (
@@ -246,23 +247,29 @@ class HostTracker:
             )
             log_event("wrong_installation", has=name, wants=self.settings.installation)
             raise WrongInstallation(self._refusal)
-        if there.settings != mine:
-            log_event("settings_differ", source=str(self.source), here=mine, there=there.settings)
+        if there.settings != row.settings:
+            settings = {"here": row.settings, "there": there.settings}
+            log_event("settings_differ", source=str(self.source), **settings)
         self._registered = True
+
+    def _compare_pulse(self) -> None:
+        """Log if the reconciler inspects another Redis for this source; a worker tells it by its beats."""
         self._compare_at = float("inf")
-        with contain_errors("compare the pulse"):
-            if self._parent is None and not self._is_compared(there.pulse_epoch):
+        if self.client is None or self._session is not None or self._parent is not None:
+            return
+        with contain_errors("compare the pulse"), suppress(JobguardError):
+            there = self.call(lambda store: store.register(self._row()))
+            if not self._is_compared(there.pulse_epoch):
                 self._compare_at = time.monotonic() + _COMPARE_AGAIN
 
     def _is_compared(self, epoch: UUID | None) -> bool:
-        """Log if the reconciler inspects another Redis for this source; return False to look again later.
+        """Compare the pulse in this Redis; return False to look again later.
 
         ``epoch``: that of the pulse in the reconciler's Redis. A pulse that was just lost is made again at
         once, so that only a second look decides.
         """
-        if self.client is None or self._redis_health is None:
-            return True
-        if self._redis_health.is_known_away():
+        assert self.client is not None
+        if self._redis_health is None or self._redis_health.is_known_away():
             return False
         try:
             with closing(self.client()) as client:
@@ -426,6 +433,8 @@ class HostTracker:
             self.spool.counts.lost += len(deliveries)
             return Recorded(lost=True)
         self._led = recorded.leader_live
+        if time.monotonic() >= self._compare_at:
+            self._compare_pulse()
         if not recorded.refused:
             return recorded
         mine = frozenset(d.token for d in deliveries)
