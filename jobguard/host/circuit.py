@@ -19,7 +19,6 @@ copy of the state, and only a failure and an answer after it change the state.
 from __future__ import annotations
 
 import random
-import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -27,6 +26,7 @@ from typing import Any
 import pybreaker
 
 from jobguard.errors import BreakerOpen, StoreUnavailable
+from jobguard.locks import Turn
 
 _NEVER = 10.0 * 365 * 86400
 """Seconds; pybreaker's own trial, which this disables, would be a call that waits."""
@@ -70,7 +70,7 @@ class Circuit:
         self._next_check = 0.0
         self._opened_at = self._closed_at = -1e9
         self._reported_open = False
-        self._checking = threading.Lock()
+        self._checking = Turn()
         self.closed = True
         """Whether calls may pass, as far as is known."""
         self._breaker = pybreaker.CircuitBreaker(
@@ -110,7 +110,7 @@ class Circuit:
         """Check, without waiting, whether Postgres is back; only one thread checks at a time."""
         if self.closed:
             return True
-        if self._clock() < self._next_check or not self._checking.acquire(blocking=False):
+        if self._clock() < self._next_check or not self._checking.take(0):
             return False
         try:
             if not self._probe():
@@ -120,7 +120,7 @@ class Circuit:
             self._next_check = self._clock() + self._pause()
             return False
         finally:
-            self._checking.release()
+            self._checking.free()
         self.answered()
         return True
 

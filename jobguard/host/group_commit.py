@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from jobguard.errors import BadRow, StoreUnavailable, is_host_interrupt
+from jobguard.locks import Turn
 
 Row = TypeVar("Row")
 Answer = TypeVar("Answer")
@@ -52,7 +53,8 @@ class GroupCommit(Generic[Row, Answer]):
         self._write = write
         self._timeout = timeout
         self._joining = threading.Lock()
-        self._committing = threading.Lock()
+        self._committing = Turn()
+        self._commits = False  # a leader has the turn
         self._open: _Batch[Row, Answer] | None = None
         self._usual = 0.0  # seconds of a commit, smoothed
         self._last = 0  # parts in the batch before
@@ -60,7 +62,7 @@ class GroupCommit(Generic[Row, Answer]):
     @property
     def is_idle(self) -> bool:
         """Return True if a caller would find no other caller here, as far as is known."""
-        return self._last <= 1 and self._open is None and not self._committing.locked()
+        return self._last <= 1 and self._open is None and not self._commits
 
     def submit(self, rows: Sequence[Row]) -> Answer:
         """Return when these rows are committed, with or without the rows of other callers.
@@ -82,6 +84,7 @@ class GroupCommit(Generic[Row, Answer]):
         if leads:
             self._lead(batch)
         elif not part.done.acquire(timeout=self._timeout):
+            self._close(batch)  # a signal may have interrupted its leader before it began
             raise StoreUnavailable("the batch was not committed in time")
         if part.error is not None:
             raise part.error
@@ -91,10 +94,11 @@ class GroupCommit(Generic[Row, Answer]):
     def _lead(self, batch: _Batch[Row, Answer]) -> None:
         commits = False
         try:
-            commits = self._committing.acquire(blocking=False)
+            commits = self._committing.take(0)
             queued = not commits
             if queued:
-                commits = self._committing.acquire(timeout=self._timeout)
+                commits = self._committing.take(self._timeout)
+            self._commits = self._commits or commits
             if not commits:
                 raise StoreUnavailable("the batch before was not committed in time")
             self._wait_for_others(batch, queued)
@@ -112,7 +116,8 @@ class GroupCommit(Generic[Row, Answer]):
             raise
         finally:
             if commits:
-                self._committing.release()
+                self._commits = False
+                self._committing.free()
             self._wake(batch)
 
     def _wait_for_others(self, batch: _Batch[Row, Answer], queued: bool) -> None:

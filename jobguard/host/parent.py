@@ -22,6 +22,7 @@ from jobguard.errors import JobguardError, StoreUnavailable
 from jobguard.fork import OwnerProcess
 from jobguard.host.spool import Cancelled, Entry, JoinOpened, Released, Spool, Unsent
 from jobguard.host_safety import contain_errors
+from jobguard.locks import Turn
 from jobguard.log import log_event
 from jobguard.model import Delivery, End, Ended
 from jobguard.store.protocols import SourceRow
@@ -104,7 +105,7 @@ class ParentStore:
         self._door = door
         self._timeout = timeout
         self._link: socket.socket | None = None
-        self._lock = threading.Lock()
+        self._lock = Turn()
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         return lambda *arguments, **options: self.call(name, *arguments, **options)
@@ -122,7 +123,7 @@ class ParentStore:
     def call(self, name: str, *arguments: Any, **options: Any) -> Any:
         """Ask the worker to make a call of the store."""
         until = time.monotonic() + self._timeout
-        if not self._lock.acquire(timeout=self._timeout):
+        if not self._lock.take(self._timeout):
             raise StoreUnavailable("the worker of this child is busy with another call")
         try:
             error, answer = self._ask((name, arguments, options), until)
@@ -137,7 +138,7 @@ class ParentStore:
             self.close()
             raise
         finally:
-            self._lock.release()
+            self._lock.free()
         if error is None:
             return answer
         kind = getattr(errors, error, JobguardError)

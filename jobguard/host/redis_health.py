@@ -7,7 +7,6 @@ and no caller waits.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
 
@@ -15,6 +14,7 @@ import redis
 
 from jobguard import os_threads
 from jobguard.host_safety import contain_errors
+from jobguard.locks import Turn
 
 _PROOF = 0.1
 """Seconds for which an answer counts as proof."""
@@ -42,7 +42,7 @@ class RedisHealth:
         self._make = client
         self._client: redis.Redis | None = None
         self._clock = clock
-        self._asking = threading.Lock()
+        self._asking = Turn()
         self._proved = -1e9
         self._ask_at = -1e9
         self._asked_at = -1e9
@@ -57,7 +57,7 @@ class RedisHealth:
         if self._is_away:
             self._ask_aside(now)
             return self._is_away
-        if not self._asking.acquire(timeout=1):
+        if not self._asking.take(1):
             return self._is_away
         try:
             # A caller that waited here takes the answer that the other caller got.
@@ -67,7 +67,7 @@ class RedisHealth:
                 return False
             return self._ask()
         finally:
-            self._asking.release()
+            self._asking.free()
 
     def error(self) -> redis.RedisError | None:
         """Return why Redis does not answer; None: it answers.
@@ -75,11 +75,11 @@ class RedisHealth:
         Ask again if the last question is old, and wait one short timeout at most.
         """
         is_old = self._is_away and self._clock() - self._asked_at > _OLD
-        if is_old and self._asking.acquire(timeout=1):
+        if is_old and self._asking.take(1):
             try:
                 self._ask()
             finally:
-                self._asking.release()
+                self._asking.free()
         return self._error if self._is_away else None
 
     def is_known_away(self) -> bool:
@@ -136,6 +136,6 @@ class RedisHealth:
 
     def after_fork(self) -> None:
         """Reset locks and client in a child, and keep the known state."""
-        self._asking = threading.Lock()
+        self._asking = Turn()
         self._client = None
         self._again = False

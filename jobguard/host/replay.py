@@ -19,6 +19,7 @@ from jobguard.errors import (
 from jobguard.host.session import bare_end
 from jobguard.host.spool import Cancelled, Entry, JoinOpened, Released, Spool, Unsent, size_of
 from jobguard.host_safety import contain_errors
+from jobguard.locks import Turn
 from jobguard.log import log_event
 from jobguard.model import Delivery, End, Recorded
 from jobguard.store.protocols import ClaimRequest
@@ -65,7 +66,7 @@ class Replay:
         self._retry_interval = retry_interval
         self._ended = ended
         self._announces = announces  # each batch in the log
-        self._replaying = threading.Lock()
+        self._replaying = Turn()
         self._draining = threading.Lock()
         self._failing = False
         self._most = BATCH
@@ -76,11 +77,11 @@ class Replay:
 
     def some(self, limit: int) -> int:
         """Write at most this many entries to Postgres; return how many it took."""
-        if not self._replaying.acquire(blocking=False):
+        if not self._replaying.take(0):
             return 0
-        done = 0
-        aside = len(self._spool.aside())
         try:
+            done = 0
+            aside = len(self._spool.aside())
             began = self._spool.size
             while done < limit and began - self._spool.size < _BYTES:
                 entries = self._spool.peek(min(limit - done, self._most), _BYTES)
@@ -101,7 +102,7 @@ class Replay:
                 log_event("guest_failed", where="replay", error=str(error), exc_info=True)
             self._failing = True
         finally:
-            self._replaying.release()
+            self._replaying.free()
         if done and self._announces:
             log_event("spool_replayed", count=done, left=self._spool.pending)
         if aside and not self._spool.aside():

@@ -12,7 +12,6 @@ error.
 from __future__ import annotations
 
 import re
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -33,6 +32,7 @@ from jobguard.errors import (
     is_host_interrupt,
 )
 from jobguard.fork import OwnerProcess
+from jobguard.locks import Turn
 from jobguard.log import log_event
 from jobguard.postgres_hosts import PRIMARY, PostgresHost, hosts_of, is_address
 from jobguard.schema import GRANT_A_ROLE
@@ -283,7 +283,7 @@ class Database:
         self._application_name = application_name
         self._owner = OwnerProcess()
         self._rate = _FAST
-        self._lock = threading.RLock()
+        self._turn = Turn()
         self._reduced = False
         self._first: PostgresHost | None = None
         self._servers: list[PostgresHost] = []
@@ -293,23 +293,20 @@ class Database:
         self._missed_at = 0.0
 
     def _after_fork(self) -> None:
-        _inherited.append((self._connection, self._connecting, self._flight, self._lock))
+        _inherited.append((self._connection, self._connecting, self._flight, self._turn))
         self._owner = OwnerProcess()
-        self._lock = threading.RLock()
+        self._turn = Turn()
         self._connection = None
         self._connecting = None
         self._flight = None
 
-    def __enter__(self) -> None:
-        """Hold the connection inside the block, for one thread of this process."""
+    def _take(self) -> None:
+        """Take the turn: the connection belongs to this thread until it frees the turn."""
         if not self._owner.is_current:
             self._after_fork()
         # Other threads may be waiting for the same stopped server; limit the sum of these waits.
-        if not self._lock.acquire(timeout=self._connect_timeout + self._call_timeout):
+        if not self._turn.take(self._connect_timeout + self._call_timeout):
             raise NotWritten("another call to Postgres is still under way")
-
-    def __exit__(self, *error: object) -> None:
-        self._lock.release()
 
     def execute(
         self,
@@ -332,8 +329,9 @@ class Database:
         """
         budget = self._budget(timeout, payload)
         called = time.monotonic()
-        with self:
-            patience = self._turn(called)
+        self._take()
+        try:
+            patience = self._patience(called)
             try:
                 began = time.monotonic()
                 rows = self._attempt(query, parameters, budget, patience, alone)
@@ -355,6 +353,8 @@ class Database:
                 if first.undone:
                     raise
                 raise StoreUnavailable(str(error)) from first
+        finally:
+            self._turn.free()
 
     def begin(self, query: str, parameters: Parameters, *, payload: int = 0) -> Flight:
         """Send one statement and return before its answer comes, so that the caller can work meanwhile.
@@ -364,8 +364,9 @@ class Database:
         """
         budget = self._budget(None, payload)
         called = time.monotonic()
-        with self:
-            patience = self._turn(called)
+        self._take()
+        try:
+            patience = self._patience(called)
             try:
                 self._flight = self._send(query, parameters, budget, patience, payload)
             except _Lost as lost:
@@ -375,6 +376,8 @@ class Database:
                 except _Lost:
                     raise StoreUnavailable(str(lost)) from lost
             return self._flight
+        finally:
+            self._turn.free()
 
     def _send(
         self, query: str, parameters: Parameters, budget: float, patience: float, payload: int
@@ -390,10 +393,13 @@ class Database:
 
     def read(self, flight: Flight) -> list[Row]:
         """Wait for the answer to this statement; see `begin`."""
-        with self:
+        self._take()
+        try:
             if flight is self._flight:
                 self._collect()
             error = flight.error
+        finally:
+            self._turn.free()
         if isinstance(error, _Lost):
             # The answer is lost, and perhaps the statement.
             return self.execute(flight.query, flight.parameters, payload=flight.payload)
@@ -420,7 +426,7 @@ class Database:
             flight.error = StoreUnavailable(f"the answer was not read: {error!r}")
             raise
 
-    def _turn(self, called: float) -> float:
+    def _patience(self, called: float) -> float:
         """Read the answer that is due, and return the seconds to wait for a new connection.
 
         They are 0 if the statement of another caller missed its deadline while this one, which called
@@ -488,7 +494,7 @@ class Database:
         if self._connection is not None and self._connection.usable:
             return self._connection
         self._drop()
-        if not self.probe(wait=patience):
+        if not self._probe(patience):
             late = self._connecting.late if self._connecting is not None else ""
             self._abandon_connecting()
             raise NotWritten(late or "Postgres did not accept a connection in time")
@@ -501,35 +507,41 @@ class Database:
         With ``wait=0`` this method never blocks: a producer without threads can find out, call by call,
         whether PostgreSQL is back. Raise StoreUnavailable if the attempt failed.
         """
-        with self:
-            if self._connection is not None and self._connection.usable:
-                return True
-            try:
-                if self._connecting is None:
-                    self._connecting = Approach(self._where(), self._first, self._session)
-                session = self._connecting.advance(wait)
-            except (psycopg.Error, OSError) as error:
-                self._abandon_connecting()
-                if is_host_interrupt(error):
-                    raise
-                state = getattr(error, "sqlstate", None) or ""
-                if state[:2] in _NOT_SUPPORTED and not self._reduced:
-                    self._reduce(error)
-                    return self.probe(wait)
-                raise self._translated(error) from error
-            except BaseException:  # an exception that a signal raised in this thread
-                self._abandon_connecting()
-                raise
-            if session is None:
-                return False
-            self._first, self._servers = self._connecting.place, self._connecting.servers
-            self._connecting = None
-            if session.pooled and self._prepare:
-                log_event("pooler_found")
-                self._prepare = False
-            texts.register(session)
-            self._connection = session
+        self._take()
+        try:
+            return self._probe(wait)
+        finally:
+            self._turn.free()
+
+    def _probe(self, wait: float) -> bool:
+        if self._connection is not None and self._connection.usable:
             return True
+        try:
+            if self._connecting is None:
+                self._connecting = Approach(self._where(), self._first, self._session)
+            session = self._connecting.advance(wait)
+        except (psycopg.Error, OSError) as error:
+            self._abandon_connecting()
+            if is_host_interrupt(error):
+                raise
+            state = getattr(error, "sqlstate", None) or ""
+            if state[:2] in _NOT_SUPPORTED and not self._reduced:
+                self._reduce(error)
+                return self._probe(wait)
+            raise self._translated(error) from error
+        except BaseException:  # an exception that a signal raised in this thread
+            self._abandon_connecting()
+            raise
+        if session is None:
+            return False
+        self._first, self._servers = self._connecting.place, self._connecting.servers
+        self._connecting = None
+        if session.pooled and self._prepare:
+            log_event("pooler_found")
+            self._prepare = False
+        texts.register(session)
+        self._connection = session
+        return True
 
     def _session(self, pgconn: pq.abc.PGconn) -> Session:
         return Session(
@@ -565,10 +577,13 @@ class Database:
 
     def close(self) -> None:
         """Close the connection; the next call makes a new one."""
-        with self:
+        self._take()
+        try:
             self._collect()
             self._drop()
             self._abandon_connecting()
+        finally:
+            self._turn.free()
 
     @staticmethod
     def _translated(error: Exception) -> JobguardError:

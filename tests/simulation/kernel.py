@@ -321,6 +321,8 @@ class SimulatedRLock:
 
     def release(self) -> None:
         """Release the lock; see threading.RLock."""
+        if not self._is_owned():
+            raise RuntimeError("cannot release un-acquired lock")
         self._count -= 1
         if not self._count:
             self._owner = None

@@ -251,3 +251,15 @@ def test_many_threads() -> None:
     assert sorted(written) == sorted({row.token for row in rows} | {stage.writes[0][0]})
     assert len(stage.writes) <= 65
     assert all(isinstance(answer, Recorded) for answer in stage.answers.values())
+
+
+def test_callers_of_a_batch_without_a_leader_wait_once() -> None:
+    """A signal may interrupt the leader before it begins: the next caller leads a batch of its own."""
+    stage = Stage(timeout=0.05)
+    stage.commit._lead = lambda batch: None  # type: ignore[method-assign]
+    with pytest.raises(AssertionError):
+        stage.commit.submit([delivery("interrupted")])
+    del stage.commit._lead
+    with pytest.raises(StoreUnavailable):
+        stage.commit.submit([delivery("waits")])
+    assert stage.commit.submit([delivery("leads")]) == Recorded(leader_live=True)

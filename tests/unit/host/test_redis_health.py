@@ -10,6 +10,7 @@ import pytest
 import redis
 
 from jobguard.host.redis_health import RedisHealth
+from jobguard.locks import Turn
 from tests.fakes.world import Clock
 from tests.support import eventually
 
@@ -180,7 +181,7 @@ def two_ask_at_once(stage: Stage, error: Exception | None) -> list[bool]:
     threads[0].start()
     assert asking.wait(10)
     lock = Waited(stage.health._asking)
-    stage.health._asking = cast(threading.Lock, lock)
+    stage.health._asking = cast(Turn, lock)
     threads[1].start()
     eventually(lambda: lock.waiting)
     go_on.set()
@@ -192,18 +193,18 @@ def two_ask_at_once(stage: Stage, error: Exception | None) -> list[bool]:
 class Waited:
     """A lock that signals when a thread waits for it."""
 
-    def __init__(self, lock: threading.Lock) -> None:
+    def __init__(self, lock: Turn) -> None:
         self._lock = lock
         self.waiting = False
 
-    def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
+    def take(self, timeout: float) -> bool:
         """Take the lock."""
         self.waiting = True
-        return self._lock.acquire(blocking, timeout)
+        return self._lock.take(timeout)
 
-    def release(self) -> None:
+    def free(self) -> None:
         """Release the lock."""
-        self._lock.release()
+        self._lock.free()
 
 
 def test_an_answer_serves_all_who_waited_for_it() -> None:

@@ -588,9 +588,10 @@ def test_the_beat_process_knows_a_start_before_its_claim_is_requested() -> None:
     worker.tracker._store = store
     claims = worker.tracker._claims
     with ThreadPoolExecutor() as pool:
-        with claims._committing:  # the starts meet in the batch after this one
-            runs = [pool.submit(worker.run, job) for job in jobs]
-            eventually(lambda: claims._open is not None and len(claims._open.parts) == 3)
+        assert claims._committing.take(0)  # the starts meet in the batch after this one
+        runs = [pool.submit(worker.run, job) for job in jobs]
+        eventually(lambda: claims._open is not None and len(claims._open.parts) == 3)
+        claims._committing.free()
         assert all(run.result().number for run in runs)
 
     assert store.known == [[True, True, True]]
