@@ -75,6 +75,8 @@ class _Lap:
     brisk: bool = False
     """The walk goes from page to page without a wait, because of an event; otherwise it is spread
     over sweep_interval."""
+    absent: int = 0
+    """How many jobs it has seen absent."""
 
 
 class SourceMonitor:
@@ -167,6 +169,7 @@ class SourceMonitor:
         self._verify_until: dict[Cause, float] = {}
         self._incident_at: float | None = None
         self._incidents: list[int] = []
+        self._missing = 0  # The count of the newest of them: the most that one walk saw absent.
         self._health = Health.STEADY
         self._watched_after: UUID | None = None
         self._watched_took = 0.0  # Seconds of the present round over all suspects.
@@ -190,11 +193,13 @@ class SourceMonitor:
             if incident.cause is Cause.INCIDENT:
                 log_event("incident_resumed", incident=incident.id, detail=incident.detail)
                 self._begin_incident(self._clock() - incident.age, incident.id)
+                self._missing = incident.missing
 
     def _begin_incident(self, at: float, incident: int | None) -> None:
         self._incident_at = at
         if incident is not None and incident not in self._incidents:
             self._incidents.append(incident)
+            self._missing = 0
         self._lap = _Lap(running=True, began=self._clock(), brisk=True)
         self._due["watched"] = 0.0
 
@@ -648,7 +653,10 @@ class SourceMonitor:
         self.result += result
         self._pending += result.waiting  # The second inspections are still to come; see finished.
         if self._incidents:
-            self._progress(term, missing=result.absent, restored=result.restored[Cause.INCIDENT])
+            self._lap.absent += result.absent
+            more = max(0, self._lap.absent - self._missing)  # Walks see the same jobs again.
+            self._missing += more
+            self._progress(term, missing=more, restored=result.restored[Cause.INCIDENT])
         pages = self._tally.total // self._settings.page + 1
         took = self._clock() - now
         spread = self._settings.sweep_interval / pages / 2

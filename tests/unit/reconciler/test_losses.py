@@ -116,6 +116,21 @@ def test_an_incident_closes_only_when_all_is_back() -> None:
     assert (loss.missing, loss.restored, loss.closed) == (1200, 1200, True)
 
 
+def test_a_second_walk_during_an_incident_counts_no_job_again() -> None:
+    """A worker that leaves begins another walk while the jobs are still missing."""
+    world = calm(loss_grace=5.0)
+    world.enqueue(*ids(20))
+    worker = world.worker()
+    world.run(2)
+    world.flushall()
+    world.run_until(lambda: world.store.incidents(SOURCE.id), within=5)
+    world.run(1)
+    worker.leave()
+    world.run_until(lambda: not world.store.incidents(SOURCE.id), within=60)
+    (loss,) = world.ledger._tables.incidents.values()
+    assert (loss.missing, loss.restored) == (20, 20)
+
+
 def test_a_leader_killed_in_the_middle() -> None:
     """A new leader continues the open incident, and restores the rest."""
     world = calm()
