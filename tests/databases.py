@@ -47,10 +47,15 @@ _RESTART_SEQUENCES = """
 select setval(format('%I.%I', schemaname, sequencename)::regclass, start_value, false)
 from pg_sequences where schemaname = 'jobguard' and last_value is not null
 """
+_TABLES_OF_APPLICATIONS = """
+select relname from pg_class where relnamespace = 'public'::regnamespace and relkind in ('r', 'p')
+and not relispartition
+"""
 _END_SESSIONS = """
 select pg_terminate_backend(pid, 10000) from pg_stat_activity where datname = %s
 """
 _RENAME = sql.SQL("alter database {} rename to {}")
+_DROP_TABLE = sql.SQL("drop table {} cascade")
 _COPY_OUT, _COPY_IN = sql.SQL("copy (table {}) to stdout"), sql.SQL("copy {} from stdin")
 _MUCH = 2**20
 """Bytes of dead rows that a database which is used again may contain."""
@@ -60,7 +65,7 @@ class Databases:
     """Clones of a migrated database, each used by one test after another.
 
     Each test gets a name of its own, so that no process of an earlier test can reach the database.
-    If a test changed more than rows, its database is dropped.
+    If a test changed more than rows and tables of an application, its database is dropped.
     """
 
     def __init__(self, server: NamedPostgres, template: str) -> None:
@@ -118,6 +123,8 @@ class _AsNew:
     def restore(self, url: str) -> bool:
         """Restore the rows, and return True; or False if the definitions have changed."""
         with psycopg.connect(url) as connection:
+            for (name,) in connection.execute(_TABLES_OF_APPLICATIONS).fetchall():
+                connection.execute(_DROP_TABLE.format(sql.Identifier("public", name)))
             if connection.execute(_STATE).fetchall() != self._state:
                 return False
             if _size(connection) > self._size + _MUCH:

@@ -15,7 +15,7 @@ insert into jobguard.jobs (source, token, job_id, queue, task, envelope)
 values (1, gen_random_uuid(), 'j', 'q', 't', '')
 """
 CHANGES = {
-    "a table": "create table public.accounts (id int)",
+    "a table": "create table jobguard.accounts (id int)",
     "a function": "create or replace function jobguard.now_() returns int language sql return 1",
     "a setting": "alter role current_user in database {} set statement_timeout = 1",
     "statistics": "analyze jobguard.jobs",
@@ -51,6 +51,7 @@ def test_a_database_is_as_new_for_the_next_test(own_databases: Databases) -> Non
     before = content(first)
     with psycopg.connect(first, autocommit=True) as left_open:
         left_open.execute(RECORD)
+        left_open.execute("create table accounts (id serial primary key)")
         left_open.execute(
             "insert into jobguard.requests (source, job_id, task, queue) values (1, 'j', 't', 'q')"
         )
@@ -69,7 +70,7 @@ def test_a_database_is_as_new_for_the_next_test(own_databases: Databases) -> Non
 def test_a_database_with_another_definition_is_not_used_again(
     own_databases: Databases, postgres_server: NamedPostgres, change: str
 ) -> None:
-    """A database is dropped if a test changed more than rows in it."""
+    """A database is dropped if a test changed more than rows and tables of an application."""
     url = own_databases.take()
     ((oid,),) = content(url)[0]
     with psycopg.connect(url, autocommit=True) as connection:
