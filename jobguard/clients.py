@@ -7,7 +7,9 @@ of a source. Therefore it is made only here, and it contains no password.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from contextlib import suppress
+from contextvars import ContextVar
 from functools import cache
 from typing import Any, cast
 
@@ -83,36 +85,90 @@ def take_connection(pool: redis.ConnectionPool, command: str) -> Any:
 
 
 class bounded:
-    """Limit the wait of commands on a host's connection to ``seconds`` inside.
+    """Limit the wait of this thread's commands on connections of a host's pool to ``seconds`` inside.
 
     After this time a command fails with a timeout error, and is not repeated. ``again``: a command on
-    a connection that was closed is repeated once.
+    a connection that was closed is repeated once. ``connection`` was taken from the pool before; the pool
+    gives it out first, to this thread, unless ``used`` says that the caller has it already.
+
+    A connection is limited while this thread has it. Another thread may take it as soon as it is released,
+    and a timeout that is set then could make that thread wait for ever.
     """
 
-    __slots__ = ("_again", "_connection", "_kept", "seconds")
+    __slots__ = ("_again", "_before", "_connection", "_kept", "_used", "pool", "seconds")
 
-    def __init__(self, connection: Any, seconds: float, *, again: bool = False) -> None:
-        self._connection, self.seconds, self._again = connection, seconds, again
-        self._kept: dict[str, Any] | None = None
+    def __init__(
+        self, pool: Any, connection: Any, seconds: float, *, again: bool = False, used: bool = False
+    ) -> None:
+        self.pool, self._connection, self._used = pool, connection, used
+        self.seconds, self._again = seconds, again
+        self._kept: dict[int, tuple[Any, dict[str, Any]]] = {}
 
     def __enter__(self) -> None:
-        connection, seconds = self._connection, self.seconds
-        before = getattr(connection, "socket_timeout", None)
-        if before is not None and before <= seconds:
-            return
-        names = ("socket_timeout", "socket_connect_timeout", "retry")
-        self._kept = {
-            name: getattr(connection, name) for name in names if hasattr(connection, name)
-        }
-        for name in self._kept:
-            setattr(connection, name, _RETRIES[self._again] if name == "retry" else seconds)
-        _set_timeout(connection, seconds)
+        _hook(self.pool)
+        if self._used:
+            self.take(lambda: None)
+        self._before = _block.set(self)
 
     def __exit__(self, *error: object) -> None:
-        if self._kept is not None:
-            for name, value in self._kept.items():
-                setattr(self._connection, name, value)
-            _set_timeout(self._connection, self._kept.get("socket_timeout"))
+        _block.reset(self._before)
+        for connection, _ in list(self._kept.values()):
+            self.restore(connection)
+        if (connection := self._connection) is not None:
+            self._connection = None
+            self.pool.release(connection)
+
+    def take(self, get: Callable[[], Any]) -> Any:
+        """Return the next connection for this thread, limited."""
+        connection, self._connection = self._connection, None
+        if connection is None:
+            connection = get()
+        self._limit(connection)
+        return connection
+
+    def restore(self, connection: Any) -> None:
+        """Give a connection its own timeouts again, before it is released."""
+        _, kept = self._kept.pop(id(connection), (None, None))
+        if kept is not None:
+            for name, value in kept.items():
+                setattr(connection, name, value)
+            _set_timeout(connection, kept.get("socket_timeout"))
+
+    def _limit(self, connection: Any) -> None:
+        before = getattr(connection, "socket_timeout", None)
+        if before is not None and before <= self.seconds:
+            return
+        names = ("socket_timeout", "socket_connect_timeout", "retry")
+        kept = {name: getattr(connection, name) for name in names if hasattr(connection, name)}
+        self._kept[id(connection)] = connection, kept
+        for name in kept:
+            setattr(connection, name, _RETRIES[self._again] if name == "retry" else self.seconds)
+        _set_timeout(connection, self.seconds)
+
+
+_block: ContextVar[bounded | None] = ContextVar("jobguard_bounded", default=None)
+_HOOKED = "_jobguard_bounded"
+
+
+def _hook(pool: Any) -> None:
+    """Have a pool tell the block of a thread which connections it gives out and takes back."""
+    if pool.__dict__.setdefault(_HOOKED, mine := object()) is not mine:
+        return
+    get, put_back = pool.get_connection, pool.release
+
+    def get_connection(*args: Any, **kwargs: Any) -> Any:
+        block = _block.get()
+        if block is None or block.pool is not pool:
+            return get(*args, **kwargs)
+        return block.take(lambda: get(*args, **kwargs))
+
+    def release(connection: Any, *args: Any, **kwargs: Any) -> Any:
+        block = _block.get()
+        if block is not None:
+            block.restore(connection)
+        return put_back(connection, *args, **kwargs)
+
+    pool.get_connection, pool.release = get_connection, release
 
 
 def _set_timeout(connection: Any, seconds: float | None) -> None:

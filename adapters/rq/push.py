@@ -63,7 +63,8 @@ class _Push(Push):
 
     def send(self) -> None:
         """Execute the pipeline."""
-        with self.in_bounded_time(self.pipe.connection):
+        pipe = self.pipe
+        with self.in_bounded_time(pipe.connection_pool, pipe.connection, used=True):
             self.pipe.execute()
 
     def apply_refusals(self, recorded: Recorded) -> bool:

@@ -67,8 +67,8 @@ class Push(ABC):
     def send(self) -> Any:
         """Push the deliveries that are left, as the library does."""
 
-    def in_bounded_time(self, connection: Any) -> bounded:
-        """Return a block in which this connection is waited for in bounded time.
+    def in_bounded_time(self, pool: Any, connection: Any, *, used: bool = False) -> bounded:
+        """Return a block in which this connection is waited for in bounded time; see ``bounded``.
 
         The sender of a push that no leader would do gets the library's error after that time. A push
         that no leader would do is repeated on a connection that Redis had closed.
@@ -76,7 +76,7 @@ class Push(ABC):
         size = sum([len(delivery.envelope) for delivery in self.deliveries])
         kept = self.is_kept
         seconds = (_SEND if kept else self.tracker.push_deadline) + size / _SLOWEST
-        return bounded(connection, seconds, again=not kept)
+        return bounded(pool, connection, seconds, again=not kept, used=used)
 
     @property
     def is_kept(self) -> bool:
@@ -303,9 +303,8 @@ class PoolPush(Push):
             return call()
         if self._connection is None:
             self._connection = take_connection(pool, self.command)
-        connection = self._connection
-        self.release()  # the pool gives out the last released connection first
-        with self.in_bounded_time(connection):
+        connection, self._connection = self._connection, None
+        with self.in_bounded_time(pool, connection):
             return call()
 
     def before_record(self) -> None:

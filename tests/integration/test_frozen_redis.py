@@ -57,9 +57,12 @@ def test_a_frozen_redis_costs_one_bound(stack: ExitStack) -> None:
     server.pause()
     try:
         connection = take_connection(client.connection_pool, "PING")
-        client.connection_pool.release(connection)
-        with bounded(connection, 0.3):
-            silence = ThreadPoolExecutor(1).submit(client.ping).exception(30)
+
+        def ping() -> None:
+            with bounded(client.connection_pool, connection, 0.3):
+                client.ping()
+
+        silence = ThreadPoolExecutor(1).submit(ping).exception(30)
         assert isinstance(silence, redis.TimeoutError)
     finally:
         server.resume()

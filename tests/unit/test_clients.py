@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import pytest
 
-from jobguard.clients import address_of, client_from_url
+from jobguard.clients import address_of, bounded, client_from_url
 from jobguard.errors import ConfigurationError
+
+T = TypeVar("T")
 
 
 @pytest.mark.parametrize(
@@ -45,3 +49,57 @@ def test_an_incomplete_sentinel_url_is_an_error(url: str) -> None:
     """The error shows the complete form; nothing is connected."""
     with pytest.raises(ConfigurationError, match="sentinel://"):
         client_from_url(url, timeout=0.1)
+
+
+class _Connection:
+    """A connection of a host without timeouts."""
+
+    socket_timeout: float | None = None
+
+
+class _Pool:
+    """A pool that gives out the connection that was released last."""
+
+    def __init__(self) -> None:
+        self.idle = [_Connection(), _Connection()]
+
+    def get_connection(self) -> _Connection:
+        """Give out a connection."""
+        return self.idle.pop()
+
+    def release(self, connection: _Connection) -> None:
+        """Take a connection back."""
+        self.idle.append(connection)
+
+
+def _elsewhere(work: Callable[[], T]) -> T:
+    """Return what another thread gets."""
+    with ThreadPoolExecutor(1) as threads:
+        return threads.submit(work).result(60)
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_no_other_thread_has_a_connection_with_our_bound(used: bool) -> None:
+    """A connection has our bound while this thread has it, and its own timeout before it is released."""
+    pool = _Pool()
+    ours = pool.get_connection()
+    with bounded(pool, ours, 0.5, used=used):
+        theirs = _elsewhere(pool.get_connection)
+        assert theirs is not ours and theirs.socket_timeout is None
+        pool.release(theirs)
+        assert used or pool.get_connection() is ours
+        assert ours.socket_timeout == 0.5
+        pool.release(ours)
+        assert ours.socket_timeout is None
+        assert _elsewhere(pool.get_connection) is ours
+        assert pool.get_connection().socket_timeout == 0.5, "a second command has the bound too"
+    assert theirs.socket_timeout is None
+    assert pool.idle == []
+
+
+def test_a_connection_that_no_command_took_is_released() -> None:
+    """A push that sends nothing leaves the host's pool as it was."""
+    pool = _Pool()
+    with bounded(pool, pool.get_connection(), 0.5):
+        pass
+    assert [each.socket_timeout for each in pool.idle] == [None, None]

@@ -254,7 +254,7 @@ class TestRedisIsAway:
         it = push(tracker)
         it.make()
         assert it.is_kept == answer.written
-        assert (it.in_bounded_time(None).seconds > 4) != it.is_kept
+        assert (it.in_bounded_time(None, None).seconds > 4) != it.is_kept
 
     def test_not_accepted(self, tracker: Tracker) -> None:
         """Its sender gets the library's error, and no leader will push it."""
