@@ -519,7 +519,10 @@ class WorkerSession:
 
     def _flush_loop(self) -> None:
         while not self._stop.is_set():
-            self._wake.wait(self._settings.beat_interval)
+            pause = self._settings.beat_interval
+            if self._tracker.spool.pending:  # a store that was away may take it by now
+                pause = min(pause, self._settings.retry_interval)
+            self._wake.wait(pause)
             self._wake.clear()
             self._stop.wait(self._settings.ends_interval)
             with contain_errors("ends"):

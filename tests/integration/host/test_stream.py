@@ -356,6 +356,20 @@ def test_entries_wait_in_memory_while_redis_is_away_too(site: Site) -> None:
     assert set(site.owed) == {first.token, second.token}
 
 
+def test_an_end_reaches_the_stream_soon_after_redis_is_back(site: Site) -> None:
+    """A worker whose end neither store took does not wait for its next beat to try the stream again."""
+    job = delivery()
+    worker = site.process(lives=True, beat_interval=60.0, retry_interval=0.05, record_timeout=0.05)
+    session = worker.open_session(name="w1", queues=["mail"])
+    with outage(site.ledger):
+        worker._redis_health.failed()  # type: ignore[union-attr]
+        claim = session.start(job.token, lambda: job)
+        assert isinstance(claim, Claim)
+        names = {"job_id": job.job_id, "queue": job.queue, "task": job.task}
+        session.end(claim, Outcome.COMPLETED, **names)
+        eventually(lambda: site.redis.exists(KEY), 10)
+
+
 def test_a_new_process_of_the_host_knows_of_the_outage(site: Site) -> None:
     """A script that starts in an outage does not wait to find it out, nor at its end."""
     calls: list[str] = []
