@@ -365,8 +365,7 @@ def test_an_end_reaches_the_stream_soon_after_redis_is_back(site: Site) -> None:
         worker._redis_health.failed()  # type: ignore[union-attr]
         claim = session.start(job.token, lambda: job)
         assert isinstance(claim, Claim)
-        names = {"job_id": job.job_id, "queue": job.queue, "task": job.task}
-        session.end(claim, Outcome.COMPLETED, **names)
+        session.end(claim, Outcome.COMPLETED, job_id="job", queue="mail", task="send")
         eventually(lambda: site.redis.exists(KEY), 10)
 
 
