@@ -11,7 +11,8 @@ Keys, in the source's own db:
 - ``….bytes`` (string): its size. ``….ended`` (hash): notes about the entries. An end notes its
   outcome under the token of its delivery. A cancel notes it under the tokens that it means, and its
   own time under ``cancelled:id:<job id>`` and ``cancelled:queue:<queue>``. A record notes its parent
-  under ``after:<token>``, because what follows a cancelled delivery must not run. A worker asks for
+  under ``after:<token>``, because what follows a cancelled delivery must not run, and its own token
+  under ``replaced:<parent>``, because the parent must not run or be replaced again. A worker asks for
   the notes before it starts what Postgres does not decide, or may not know all about yet.
 - ``….away:<host>`` (string, some seconds): Postgres is away for that host. A process that starts
   there need not find out by a wait.
@@ -47,6 +48,8 @@ from jobguard.scripts import Script
 from jobguard.store.protocols import SourceRow
 
 if TYPE_CHECKING:
+    from uuid import UUID
+
     from jobguard.pulse import Kept
 
 _SOURCES = "jobguard:spool-sources"
@@ -70,7 +73,7 @@ class Notes(NamedTuple):
     """What waits in the stream about a delivery, and is not in Postgres yet."""
 
     outcome: Outcome | None = None
-    """How it ended. What replaces a cancelled delivery is cancelled as well."""
+    """How it ended. What replaces a cancelled delivery, or one that another replaced, ends so as well."""
     parent: Parent | None = None
     """The delivery that it replaces."""
 
@@ -133,19 +136,27 @@ class ReportStream:
     def notes_of(self, delivery: Delivery) -> Notes:
         """Return what the entries of the stream say of this delivery; nothing if Redis is away."""
         cancels = (("id", delivery.job_id), ("queue", delivery.queue))
-        fields: list[str | bytes] = [delivery.token.hex, _after(delivery)]
+        fields: list[str | bytes] = [
+            delivery.token.hex,
+            _replaced(delivery.token),
+            _after(delivery),
+        ]
         fields += [_cancel_field(*one) for one in cancels]
-        ended, after, *until = self._notes_in(fields)
+        ended, successor, after, *until = self._notes_in(fields)
         parent = delivery.parent or (None if after is None else decode_parent(after))
         before = (parent or delivery).token
         if ended is None and parent is not None:
-            (ended,) = self._notes_in((before.hex,))
+            ended, successor = self._notes_in((before.hex, _replaced(before)))
             if ended != Outcome.CANCELLED.value.encode():
                 ended = None  # the parent has ended in order that this delivery runs
+        if ended is not None:
+            return Notes(Outcome(ended.decode()), parent)
         # A delivery that was sent after the cancel is a new life of the job.
-        if ended is None and any(one is not None and before.hex <= one.decode() for one in until):
+        if any(one is not None and before.hex <= one.decode() for one in until):
             return Notes(Outcome.CANCELLED, parent)
-        return Notes(None if ended is None else Outcome(ended.decode()), parent)
+        if successor is not None and successor.decode() != delivery.token.hex:
+            return Notes(Outcome.SUPERSEDED, parent)
+        return Notes(None, parent)
 
     def _notes_in(self, fields: Sequence[str | bytes]) -> Sequence[bytes | None]:
         found = self._ask(lambda: self._redis().hmget(f"{self._key}.ended", fields))
@@ -249,7 +260,10 @@ def _notes(entry: Entry) -> list[tuple[bytes | str, bytes | str]]:
     if isinstance(entry, End):
         return [(entry.token.hex, entry.outcome.value)]
     if isinstance(entry, Delivery) and entry.parent is not None:
-        return [(_after(entry), encode_parent(entry.parent))]
+        return [
+            (_after(entry), encode_parent(entry.parent)),
+            (_replaced(entry.parent.token), entry.token.hex),
+        ]
     if not isinstance(entry, Cancelled):
         return []
     tokens = {token.hex for token in (*entry.tokens, *entry.waiting)}
@@ -265,6 +279,10 @@ def _notes(entry: Entry) -> list[tuple[bytes | str, bytes | str]]:
 
 def _after(delivery: Delivery) -> str:
     return f"after:{delivery.token.hex}"
+
+
+def _replaced(parent: UUID) -> str:
+    return f"replaced:{parent.hex}"
 
 
 def _cancel_field(kind: str, of: str) -> bytes:

@@ -337,11 +337,11 @@ class HostTracker:
         if any(map(_is_keyed, deliveries)):
             return self._record_keyed(self._with_rules(deliveries))
         deliveries = self._with_rules(_with_errors(deliveries))
-        cancelled = self._cancelled_before(deliveries)
-        if cancelled:
-            left = [one for one in deliveries if one.token not in cancelled]
+        ended = self._ended_before(deliveries)
+        if ended:
+            left = [one for one in deliveries if one.token not in ended]
             recorded = self.record(left, outbox=outbox)
-            return replace(recorded, refused=recorded.refused | cancelled)
+            return replace(recorded, refused=recorded.refused | ended)
         # Otherwise a leader might push a delivery whose sender receives an error.
         outbox = outbox and self._accepts
 
@@ -355,14 +355,12 @@ class HostTracker:
 
         return self._recorded(deliveries, work, outbox=outbox)
 
-    def _cancelled_before(self, deliveries: Sequence[Delivery]) -> frozenset[UUID]:
-        """Return what replaces a delivery whose cancel waits in the stream, and must not be pushed."""
+    def _ended_before(self, deliveries: Sequence[Delivery]) -> frozenset[UUID]:
+        """Return what must not be pushed: a report in the stream has cancelled or replaced its parent."""
         replacing = [one for one in deliveries if one.parent is not None]
         if not replacing or self.settings.mode != "guard" or not self.reports_may_wait:
             return frozenset()
-        return frozenset(
-            one.token for one in replacing if self.notes_of(one).outcome is Outcome.CANCELLED
-        )
+        return frozenset(one.token for one in replacing if self.notes_of(one).outcome is not None)
 
     def _with_rules(self, deliveries: Sequence[Delivery]) -> Sequence[Delivery]:
         """Add the rules of their tasks, which the reconciler finds in the ledger alone."""

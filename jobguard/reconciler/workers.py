@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
@@ -25,6 +26,25 @@ _SHOWN_AFTER_DEATH = 15.0
 _NO_JUDGEMENT = Judgement(dead=(), live=frozenset(), silent=frozenset(), unflushed=False)
 
 
+@dataclass(slots=True)
+class _Elsewhere:
+    """A worker that reads another pulse than that of this Redis."""
+
+    since: float
+    beat: int
+    beats: int = 0
+    """How often it has beaten since."""
+
+    def see(self, beat: int) -> None:
+        """Note its beat of now."""
+        if beat != self.beat:
+            self.beat, self.beats = beat, self.beats + 1
+
+    def is_certain(self, now: float, timeout: float) -> bool:
+        """Return True if it would have read the pulse of this Redis by now."""
+        return self.beats >= 2 and now - self.since >= timeout
+
+
 class Workers:
     """Polls the beats of one source's workers, and declares workers dead."""
 
@@ -44,7 +64,7 @@ class Workers:
         self._clock = clock
         self._epoch = epoch
         self._epoch_at = float("-inf")  # When the pulse got its epoch, if that was since.
-        self._elsewhere: dict[UUID, float] = {}  # Workers of another pulse, and since when.
+        self._elsewhere: dict[UUID, _Elsewhere] = {}  # Workers of another pulse.
         # With more than a fifth of the timeout between two polls, no worker could be proved dead.
         self._interval = min(_POLL, settings.worker_timeout / 10)
         self._liveness = Liveness(settings.worker_timeout)
@@ -245,15 +265,19 @@ class Workers:
         """Return the live workers of another Redis: those that may see the pulse soon, and all others.
 
         ``epoch``: that of the pulse in this Redis. A worker of another Redis reads another pulse there, or
-        none. A worker of this Redis reads a new pulse within two beats.
+        none. A worker of this Redis reads a new pulse within two beats, unless it dies before them.
         """
         now = self._clock()
         if epoch != self._epoch:
             self._epoch, self._epoch_at = epoch, now
             self._elsewhere = {}  # None of them can have read this pulse yet.
         found = [row for row in self.alive() if row.pulse is not None and row.pulse[0] != epoch]
-        self._elsewhere = {row.id: self._elsewhere.get(row.id, now) for row in found}
-        certain = [row for row in found if now - self._elsewhere[row.id] >= self._timeout]
+        self._elsewhere = {
+            row.id: self._elsewhere.get(row.id) or _Elsewhere(now, row.beat) for row in found
+        }
+        for row in found:
+            self._elsewhere[row.id].see(row.beat)
+        certain = [row for row in found if self._elsewhere[row.id].is_certain(now, self._timeout)]
         if now - self._epoch_at < self._timeout:
             return [], certain
         return [row for row in found if row not in certain], certain

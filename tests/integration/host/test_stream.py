@@ -278,6 +278,20 @@ def test_a_withdrawn_record_does_not_come_back(site: Site) -> None:
     assert site.outcome(other) is Outcome.CANCELLED
 
 
+def test_what_was_replaced_in_the_outage_is_over(site: Site) -> None:
+    """The library delivers it again: it does not run, and nothing else replaces it."""
+    job = delivery()
+    moved, again = (delivery(parent=Parent(job.token, claim)) for claim in (0, None))
+    worker = site.process(record_timeout=0.05)
+    with outage(site.ledger):
+        assert worker.record([moved]).spooled
+        session = worker.open_session(name="w1", queues=["mail"])
+        answer = session.start(job.token, lambda: job)
+        assert isinstance(answer, Refused) and answer.outcome is Outcome.SUPERSEDED
+        assert worker.record([again]).refused == {again.token}
+        assert isinstance(session.start(moved.token, lambda: moved), Claim)
+
+
 @pytest.mark.parametrize("redis_up", [True, False])
 def test_what_was_never_sent_nor_written_replaces_nothing(site: Site, *, redis_up: bool) -> None:
     """The library still has the job that it should replace; that one runs, and nothing else."""

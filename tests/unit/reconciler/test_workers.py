@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 from uuid import UUID
 
@@ -88,19 +89,24 @@ def test_a_live_worker_without_a_row_reports_to_another_ledger() -> None:
     assert workers.not_in_ledger(both) == (other, none)  # It was gone: it is another one.
 
 
-def test_a_worker_has_a_whole_timeout_to_read_a_new_pulse() -> None:
-    """A second loss starts the time again: nobody can have read the newest pulse before it existed."""
+def test_a_worker_has_two_beats_and_a_timeout_to_read_a_new_pulse() -> None:
+    """A second loss starts both again; a worker that has died reads no pulse any more."""
     time = [100.0]
     store: Any = Store()
     client: Any = Redis()
     workers = Workers(client, store, 1, Settings(worker_timeout=TIMEOUT), clock=lambda: time[0])
     first, second, third = new_token(), new_token(), new_token()
-    row = worker_row(pulse=(first, 1))
-    store.rows = [row]
+    worker = worker_row(pulse=(first, 1))
+
+    def beats(count: int) -> list[WorkerRow]:
+        store.rows = [replace(worker, beat=count)]
+        time[0] += TIMEOUT
+        workers.poll(1, time[0], ask_redis=True)
+        return workers.elsewhere(third if count > 3 else second)[1]
+
+    store.rows = [worker]
     workers.poll(1, time[0], ask_redis=True)
     assert workers.elsewhere(first) == ([], [])
-    assert workers.elsewhere(second) == ([], [])
-    time[0] += TIMEOUT + 1
-    assert workers.elsewhere(third) == ([], [])
-    time[0] += TIMEOUT + 1
-    assert workers.elsewhere(third) == ([], [row])
+    assert not beats(2) and not beats(3)
+    assert not beats(4) and not beats(5) and not beats(5)
+    assert [row.id for row in beats(6)] == [worker.id]
