@@ -92,15 +92,23 @@ def keyspace(redis_client: redis.Redis) -> dict[str, object]:
 def ended_fork(work: Callable[[], object]) -> BaseProcess:
     """Run this in a forked child, and return the child when it has ended.
 
-    A child that hangs writes the stacks of its threads to stderr, and ends with 1.
+    A child that inherits a lock which a thread of this process held may never begin: then another one is
+    forked. A child that hangs writes the stacks of its threads to stderr, and ends with 1.
     """
+    context = multiprocessing.get_context("fork")
+    begun, begins = context.Pipe(duplex=False)
 
     def in_child() -> None:
+        begins.send(None)
         faulthandler.dump_traceback_later(SLOWEST, exit=True)
         work()
 
-    child = multiprocessing.get_context("fork").Process(target=in_child)
-    child.start()
+    for _ in range(3):
+        child = context.Process(target=in_child)
+        child.start()
+        if begun.poll(SLOWEST / 3):
+            break
+        child.kill()
     child.join(2 * SLOWEST)
     return child
 

@@ -191,7 +191,8 @@ def test_a_job_that_is_killed_again_and_again_is_dead(
             eventually(lambda: len(stage.said()) == run + 1, 30)  # noqa: B023 - called at once
             os.kill(worker.pid, signal.SIGKILL)
         eventually(lambda: records.ended(sent.message_id) == [("dead", 1)], 30)
-        assert stage.client.hexists("dramatiq:default.XQ.msgs", sent.options["redis_message_id"])
+        dead = "dramatiq:default.XQ.msgs", sent.options["redis_message_id"]
+        eventually(lambda: stage.client.hexists(*dead))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("gevent") is None, reason="needs gevent")
