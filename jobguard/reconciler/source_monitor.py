@@ -287,8 +287,9 @@ class SourceMonitor:
         now = self._clock()
         health = self._tick(self._term, now)
         self._lost = self._lost or health is Health.LOST
-        asks = health not in (Health.DOWN, Health.STOP)
-        if self._workers.poll(self._term, now, ask_redis=asks):
+        # In a Redis that may be the wrong one, the beats show where the workers are, but no death.
+        asks, judges = health is not Health.DOWN, health is not Health.STOP
+        if self._workers.poll(self._term, now, ask_redis=asks, judge_redis=judges):
             self._search_for_taken()
         return health
 

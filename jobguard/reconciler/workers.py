@@ -94,15 +94,18 @@ class Workers:
         """Ignore silence before now: Redis had an incident."""
         self._liveness.interrupted(now)
 
-    def poll(self, term: int, now: float, *, ask_redis: bool) -> bool:
-        """Read the beats, if it is time; return True if a worker is newly dead or has newly left."""
+    def poll(self, term: int, now: float, *, ask_redis: bool, judge_redis: bool = True) -> bool:
+        """Read the beats, if it is time; return True if a worker is newly dead or has newly left.
+
+        ``judge_redis``: silence in this Redis may show a death; if not, nobody is declared dead.
+        """
         if now < self._poll_at:
             return False
         self._poll_at = now + self._interval
         self.rows = self._store.workers(self._source)
         present = [row.id for row in self.rows if not row.left and not row.dead]
         beats = self._read_beats(present) if ask_redis else None
-        self.judgement = self._liveness.poll(now, self.rows, beats)
+        self.judgement = self._liveness.poll(now, self.rows, beats if judge_redis else None)
         self._beats = beats or {}
         for id in present:
             self._first_beats.setdefault(id, self._beats.get(id, -1))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from uuid import uuid4
 
-from jobguard.pulse import ACCEPTED
+from jobguard.pulse import ACCEPTED, beat_key
 from tests.fakes.world import SOURCE, World, calm, ids, resume
 
 
@@ -92,6 +92,26 @@ def test_one_worker_that_sees_the_pulse_elsewhere_is_enough() -> None:
 
     assert world.redis.pulse() is None
     assert world.broker.pushed == []
+
+
+def test_a_redis_with_old_data_is_confirmed_by_its_workers() -> None:
+    """A leader that starts beside a Redis with an older pulse restores after the next beat.
+
+    It began to poll in the middle of one: Redis had that beat, and Postgres did not.
+    """
+    world = World()
+    worker = world.trusted()
+    world.enqueue("job")
+    world.run(6)
+    pulse = world.redis.pulse()
+    assert pulse is not None
+    world.redis.set_pulse(n=pulse[1] - 10)
+    world.redis.run_id = "another process"
+    world.redis.strings[beat_key(worker.id)] = str(worker._counter + 1).encode()
+    world.broker.bodies.clear()
+    world.new_leader()
+
+    world.run_until(lambda: world.broker.pushed == ["job"], within=30)
 
 
 def test_an_old_master_is_not_the_right_place() -> None:
