@@ -549,7 +549,7 @@ class SourceMonitor:
         known = {owed.token for owed in page}
         page += [owed for owed in unheld if owed.token not in known]
         result = self._inspect(term, page, now) if page else PassResult()
-        self.result += result
+        self._add(term, result)
         self._unheld_waiting += result.waiting if unheld else 0
         took = self._clock() - now
         acted = result.requeued or result.restored
@@ -602,19 +602,23 @@ class SourceMonitor:
             self._watched_took = 0.0
 
     def _count(self, term: int, result: PassResult, whole: bool) -> None:
-        self.result += result
+        self._add(term, result)
         if self._incident_at is None or self._lap.running:
             return
         # A loss is repaired when a whole walk is over and no delivery is a suspect because of it.
         over = whole and not (result.waiting or result.held or result.restored or result.requeued)
-        if self._incidents and result.restored[Cause.INCIDENT]:
-            self._progress(term, restored=result.restored[Cause.INCIDENT])
         if over:
             for incident in self._incidents:
                 self._store.progress(term, incident, missing=0, restored=0, close=True)
             self._incident_at = None
             self._incidents.clear()
             log_event("incident_closed", source=self.source.address)
+
+    def _add(self, term: int, result: PassResult) -> None:
+        """Add a result; what an inspection of any kind has restored belongs to the incident."""
+        self.result += result
+        if self._incidents and result.restored[Cause.INCIDENT]:
+            self._progress(term, restored=result.restored[Cause.INCIDENT])
 
     def _progress(self, term: int, *, missing: int = 0, restored: int = 0) -> None:
         self._store.progress(
@@ -630,7 +634,7 @@ class SourceMonitor:
         for _ in range(_YOUNG_PAGES):
             page = self._store.page(self.source.id, after=after, limit=self._settings.page)
             old_enough = [owed for owed in page if owed.age > self._settings.push_deadline]
-            self.result += self._inspect(term, old_enough, now)
+            self._add(term, self._inspect(term, old_enough, now))
             if len(page) < self._settings.page:
                 break
             after = page[-1].token
@@ -651,13 +655,13 @@ class SourceMonitor:
             return
         page = self._store.page(self.source.id, after=self._lap.after, limit=self._settings.page)
         result = self._inspect(term, page, now)
-        self.result += result
+        self._add(term, result)
         self._pending += result.waiting  # The second inspections are still to come; see finished.
         if self._incidents:
             self._lap.absent += result.absent
             more = max(0, self._lap.absent - self._missing)  # Walks see the same jobs again.
             self._missing += more
-            self._progress(term, missing=more, restored=result.restored[Cause.INCIDENT])
+            self._progress(term, missing=more)
         pages = self._tally.total // self._settings.page + 1
         took = self._clock() - now
         spread = self._settings.sweep_interval / pages / 2
