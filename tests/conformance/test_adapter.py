@@ -40,6 +40,7 @@ import redis
 
 import jobguard
 from jobguard.adapter import Session, Source, Tracker
+from jobguard.demo.children import kill_tree
 from jobguard.errors import StoreUnavailable
 from jobguard.guard import JobGuard
 from jobguard.host.session import WorkerSession
@@ -620,7 +621,8 @@ class TestInWorkerMemory:
             # A second copy comes to its end too, and must not run.
             eventually(lambda: not library.waiting() and not library.delayed_copies(), 30)
         finally:
-            end(worker)
+            kill_tree(worker.pid)  # RQ's scheduler outlives its worker
+            worker.wait(10)
         assert library.said() == ["ran"] * (1 if how == "delayed" else 2)
         assert {outcome for outcome, _ in records.ended(job_id)} <= {last, "superseded"}
 

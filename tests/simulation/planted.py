@@ -11,6 +11,8 @@ from unittest import mock
 
 from jobguard.adapters.dramatiq.consumer import InFlightMessages
 from jobguard.host.beats import BeatSender
+from jobguard.host.stream import Notes
+from jobguard.host.tracker import HostTracker
 from jobguard.model import Beat, Delivery, End, Outcome, Recorded
 from jobguard.reconciler.liveness import Liveness
 from jobguard.reconciler.pulse import PulseKeeper
@@ -109,7 +111,10 @@ def pulse_before_incident() -> Iterator[Any]:
 
 @_found_by(Fault("postgres_down", 0.0, 3.0), Fault("kill_worker", 2.0))
 def absence_before_the_drain() -> Iterator[Any]:
-    """Absent jobs are judged although reports wait in the stream, which is drained now and then."""
+    """Absent jobs are judged although reports wait in the stream, which is drained now and then.
+
+    Workers do not ask the stream either: that refuses what the early judgement puts back.
+    """
     step = StreamDrain.step
     calls = itertools.count()
 
@@ -119,6 +124,7 @@ def absence_before_the_drain() -> Iterator[Any]:
         return True
 
     yield _patch(StreamDrain, "step", made)
+    yield _patch(HostTracker, "notes_of", lambda _self, _delivery: Notes())
 
 
 @_found_by(Fault("flush", 0.5))

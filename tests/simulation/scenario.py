@@ -346,7 +346,8 @@ class _Scenario:
             any(kind.startswith("postgres") for kind in kinds),
             any(kind.startswith("redis") for kind in kinds) or bool(kinds & {"flush", "restart"}),
             "evict" in kinds,
-            bool(kinds & {"kill_leader", "stop_leader", "die_before", "die_after"}),
+            bool(kinds & {"kill_leader", "stop_leader"}),
+            bool(kinds & {"die_before", "die_after"}) or self.schedule.deadly > 0,
         )
         tables = self.site.ledger._tables
         return {
