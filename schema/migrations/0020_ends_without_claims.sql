@@ -42,8 +42,9 @@ begin
     order by e.token, e.nth
   ), valid as (
     -- A stale number changes nothing. But a completed run is completed, if no other worker runs the
-    -- delivery now. Number 0 is a run without a claim, in an outage of PostgreSQL: it has completed,
-    -- whoever holds a claim by now; in any other way it ends only what no other worker runs.
+    -- delivery now. Number 0 is a run without a claim, in an outage of PostgreSQL. If it has completed,
+    -- the delivery is completed, also if another worker has a claim now. If it ended in another way,
+    -- it ends the delivery only if no other worker runs it.
     select s.*, r.claimed_at
     from said s
     join jobguard.jobs j on j.source + 0 = p_source and j.token = s.token and j.token = any (p_token)

@@ -174,7 +174,7 @@ class Site:
             self.outages.append((began, time.time()))
 
     def stranger(self) -> children.Child:
-        """Start a worker without jobguard, which nobody starts again."""
+        """Start a worker without jobguard. The supervisor does not restart it."""
         self._strangers.append(self._member(self.library.stranger, JOBGUARD_DISABLED="1"))
         return self._strangers[-1]
 

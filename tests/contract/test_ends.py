@@ -157,7 +157,7 @@ def test_a_start_while_postgres_was_away_and_a_late_claim_are_one(ledger: Contra
 def test_an_end_without_a_claim_while_another_worker_has_it(
     ledger: Contract, outcome: Outcome, *, dead: bool
 ) -> None:
-    """It counts if the run has completed, or if the other worker is dead: then nobody runs the job."""
+    """It counts if the run has completed, or if the other worker is dead."""
     it = ledger.recorded()
     unclaimed, holder = ledger.working(), ledger.working()
     claim = holder.start(it.token)

@@ -46,7 +46,7 @@ def content(url: str) -> list[list[tuple[Any, ...]]]:
 
 
 def test_a_database_is_as_new_for_the_next_test(own_databases: Databases) -> None:
-    """The next test gets the same database with its first rows, under a name that nobody knows."""
+    """The next test gets the same database, with the rows of a new one and under a new name."""
     first = own_databases.take()
     before = content(first)
     with psycopg.connect(first, autocommit=True) as left_open:

@@ -16,6 +16,17 @@ def moved(world: World, *, named: bool = False) -> None:
     world.new_leader(named=named)
 
 
+def lead_with_old_data(world: World) -> tuple[str, int]:
+    """Let a new leader start at a Redis with an older pulse and no jobs; return the pulse before."""
+    pulse = world.redis.pulse()
+    assert pulse is not None
+    world.redis.set_pulse(n=pulse[1] - 10)
+    world.redis.run_id = "another process"
+    world.broker.bodies.clear()
+    world.new_leader()
+    return pulse
+
+
 def test_an_unnamed_ledger_without_workers_asks_a_person() -> None:
     """Without a worker to confirm the Redis, all queues are held until a person resumes them."""
     world = World()
@@ -103,13 +114,8 @@ def test_a_redis_with_old_data_is_confirmed_by_its_workers() -> None:
     worker = world.trusted()
     world.enqueue("job")
     world.run(6)
-    pulse = world.redis.pulse()
-    assert pulse is not None
-    world.redis.set_pulse(n=pulse[1] - 10)
-    world.redis.run_id = "another process"
     world.redis.strings[beat_key(worker.id)] = str(worker._counter + 1).encode()
-    world.broker.bodies.clear()
-    world.new_leader()
+    lead_with_old_data(world)
 
     world.run_until(lambda: world.broker.pushed == ["job"], within=30)
 
@@ -120,13 +126,8 @@ def test_an_old_master_is_not_the_right_place() -> None:
     worker = world.trusted()
     world.enqueue("job")
     world.run(6)
-    pulse = world.redis.pulse()
-    assert pulse is not None
     worker.sees_redis = False  # It reads the pulse of the new master.
-    world.redis.set_pulse(n=pulse[1] - 10)
-    world.redis.run_id = "the old master"
-    world.broker.bodies.clear()
-    world.new_leader()
+    pulse = lead_with_old_data(world)
 
     world.run(60)
 

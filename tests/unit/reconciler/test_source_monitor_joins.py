@@ -169,7 +169,7 @@ def test_a_complete_join_is_reported_until_its_body_is_recorded() -> None:
 
 
 def test_a_complete_join_is_reported_at_once_after_a_loss() -> None:
-    """A loss takes what was pushed for a join too, so the waits between the reports begin anew."""
+    """A loss deletes what was pushed for a join too, so that the first report comes at once again."""
     world = World()
     complete_join(world)
     world.run_until(lambda: world.broker.rejoined == [("chord", True)] * 2, within=60)
