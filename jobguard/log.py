@@ -530,7 +530,12 @@ def configure(level: str = "info", json: bool = False) -> None:
             structlog.processors.JSONRenderer(default=str, ensure_ascii=False),
         ]
     else:
-        final += [structlog.dev.ConsoleRenderer(colors=_colours(), sort_keys=False)]
+        # The usual traceback prints local variables, which may be passwords or arguments of jobs.
+        plain = structlog.dev.plain_traceback
+        renderer = structlog.dev.ConsoleRenderer(
+            colors=_colours(), sort_keys=False, exception_formatter=plain
+        )
+        final += [renderer]
     formatter = ProcessorFormatter(
         foreign_pre_chain=[
             _fields_for_machines if json else _fields_for_people,

@@ -201,6 +201,8 @@ class Request:
     """How often the library may run the job in all; None: the library's own default."""
     serializer: str = ""
     """How the processes of its source serialize messages; empty: not known."""
+    unreadable: str = ""
+    """Why Python cannot read its arguments, for example a number of 5,000 digits; empty: it can."""
 
 
 @dataclass(frozen=True, slots=True)

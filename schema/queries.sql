@@ -955,7 +955,7 @@ on conflict do nothing
 
 -- name: requests
 -- Return waiting requests in their order, up to the limit in bytes, but at least the first one.
-select f.id, f.source, f.job_id, f.queue, f.task, f.args, f.kwargs,
+select f.id, f.source, f.job_id, f.queue, f.task, f.args::text, f.kwargs::text,
        extract(epoch from f.requested_at)::float8, extract(epoch from f.due_at)::float8, f.priority, f.key,
        f.max_attempts, f.serializer
 from (
@@ -1019,7 +1019,7 @@ select true from lease
 
 -- name: due_schedules
 -- Return schedules that have a slot to fire, or that are not planned yet.
-select s.name, s.cron, s.every, s.rule, s.timezone, extract(epoch from s.created_at)::float8,
+select s.name, s.cron, s.every, s.rule::text, s.timezone, extract(epoch from s.created_at)::float8,
        extract(epoch from s.starts_at)::float8, extract(epoch from s.ends_at)::float8, s.jitter, s.catch_up,
        s.version, extract(epoch from s.next_at)::float8
 from jobguard.schedules s

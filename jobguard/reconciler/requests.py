@@ -12,13 +12,14 @@ none.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import takewhile
 
 from jobguard import failpoint
 from jobguard.adapter import Broker
-from jobguard.errors import BadRow, CannotRender, ConfigurationError
+from jobguard.errors import BadRow, JobguardError, NotLeading, StoreUnavailable
 from jobguard.log import log_event
 from jobguard.model import Delivery, Request, new_token
 from jobguard.reconciler.result import PassResult
@@ -80,12 +81,15 @@ class Requests:
     def _fire(self, term: int, schedule: ScheduleRow, now: float) -> None:
         try:
             plan = plan_for(schedule, self._namespace, now)
-        except ConfigurationError as error:
-            log_event("schedule_wrong", schedule=schedule.name, error=str(error))
-            self._store.fail_schedule(term, schedule, str(error))
+            failpoint.hit("before_fire", when=bool(plan.slots))
+            fired = self._store.fire(term, schedule, plan)
+        except (NotLeading, StoreUnavailable):
+            raise
+        except Exception as error:  # SQL takes schedules that Python, or the next slot, cannot have
+            text = _text(error)
+            log_event("schedule_wrong", schedule=schedule.name, error=text)
+            self._store.fail_schedule(term, schedule, text)
             return
-        failpoint.hit("before_fire", when=bool(plan.slots))
-        fired = self._store.fire(term, schedule, plan)
         failpoint.hit("after_fire", when=fired > 0)
         if plan.skipped:
             log_event("slots_skipped", schedule=schedule.name, count=plan.skipped)
@@ -93,12 +97,13 @@ class Requests:
     def _accept(self, term: int, waiting: Sequence[Request]) -> int:
         rendered: dict[int, list[tuple[int, Delivery]]] = {}
         for request in waiting:
+            if request.unreadable:
+                self._hold(term, request, request.unreadable)
+                continue
             try:
                 delivery = self._brokers[request.source].render(request, new_token())
-            except CannotRender as error:
-                self._hold(term, request, str(error))
             except Exception as error:
-                self._hold(term, request, f"{type(error).__name__}: {error}"[:500])
+                self._hold(term, request, _text(error))
             else:
                 rendered.setdefault(request.source, []).append((request.id, delivery))
         for source, deliveries in rendered.items():
@@ -125,11 +130,16 @@ class Requests:
         self._store.hold_request(term, request.id, error)
 
 
+def _text(error: Exception) -> str:
+    known = isinstance(error, JobguardError)
+    return (str(error) if known else f"{type(error).__name__}: {error}")[:500]
+
+
 def plan_for(schedule: ScheduleRow, namespace: str, now: float) -> Plan:
-    """Return what to do about a due schedule at this time of the database. Raises ConfigurationError."""
+    """Return what to do about a due schedule at this time of the database. Raises any error."""
     timing = Timing(
         anchor=float(int(schedule.created_at)),
-        cron=cron_of(schedule.rule) if schedule.rule is not None else schedule.cron,
+        cron=cron_of(json.loads(schedule.rule)) if schedule.rule is not None else schedule.cron,
         every=schedule.every,
         timezone=schedule.timezone,
         start=schedule.starts_at,

@@ -470,7 +470,7 @@ class PostgresLeaderStore:
     def requests(self, sources: Sequence[int], *, limit: int, most_bytes: int) -> Sequence[Request]:
         """Return waiting requests in their order; see LeaderStore."""
         rows = self._ask("requests", sources=list(sources), limit=limit, most=most_bytes)
-        return [Request(*row) for row in rows]
+        return [_request(row) for row in rows]
 
     def accept(self, term: int, source: int, rendered: Sequence[tuple[int, Delivery]]) -> int:
         """Take requests and record their deliveries; see LeaderStore."""
@@ -606,6 +606,15 @@ def with_patience(settings: Settings) -> Settings:
         connect_timeout=max(2.0, settings.connect_timeout),
         call_timeout=min(_CALL_TIMEOUT, settings.lease / 2),
     )
+
+
+def _request(row: Row) -> Request:
+    args, kwargs = row[5:7]
+    try:
+        call, problem = (json.loads(args), json.loads(kwargs)), ""
+    except (ValueError, RecursionError) as error:
+        call, problem = ([], {}), f"its arguments cannot be read: {error}"
+    return Request(*(*row[:5], *call, *row[7:], problem))
 
 
 def _owed(row: Row) -> Owed:

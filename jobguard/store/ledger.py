@@ -10,11 +10,15 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from typing import Any, TypeAlias
 from uuid import UUID
 
 import psycopg
 import sqlalchemy as sa
+from psycopg.abc import Buffer
+from psycopg.types.datetime import TimestamptzLoader
+from psycopg.types.json import JsonbLoader
 
 from jobguard.conninfo import describe
 from jobguard.envelopes import renewed
@@ -37,6 +41,9 @@ from jobguard.store.connection import NO_RIGHTS, NOT_MIGRATED
 from jobguard.store.protocols import Counts
 
 Row: TypeAlias = dict[str, Any]
+
+_EARLIEST, _LATEST = datetime(1, 1, 2, tzinfo=UTC), datetime(9999, 12, 31, tzinfo=UTC)
+"""Shown for a time that Python cannot have. Both are times in every zone."""
 
 # The counts of history. A failed or dead delivery that was requeued counts only as its new
 # delivery.
@@ -598,6 +605,8 @@ class PostgresLedger:
             application_name="jobguard ledger",
         )
         texts.register(connection)
+        connection.adapters.register_loader("timestamptz", _TimeLoader)
+        connection.adapters.register_loader("jsonb", _JsonLoader)
         connection.add_notice_handler(_log_warning)
         return connection
 
@@ -612,6 +621,11 @@ class PostgresLedger:
                 self._engine.connect().execution_options(**options) as connection,
                 connection.begin(),
             ):
+                driver = connection.connection.driver_connection
+                assert driver is not None
+                if not (driver.info.parameter_status("DateStyle") or "").startswith("ISO"):
+                    # psycopg reads no other one; a default of the role or the database may name another.
+                    connection.exec_driver_sql("set local datestyle = 'ISO'")
                 yield connection
         except sa.exc.DBAPIError as error:
             raise self._translated(error) from error
@@ -631,6 +645,29 @@ class PostgresLedger:
         except JobguardError as unknown:
             return StoreUnavailable(str(unknown))
         return StoreUnavailable(f"Postgres at {place}: {text}")
+
+
+class _TimeLoader(TimestamptzLoader):
+    """Reads a time that Python cannot have, such as infinity, as the latest or the earliest day."""
+
+    def load(self, data: Buffer) -> datetime:
+        """Return the time."""
+        try:
+            return super().load(data)
+        except psycopg.DataError:
+            is_early = bytes(data).startswith(b"-") or bytes(data).endswith(b"BC")
+            return _EARLIEST if is_early else _LATEST
+
+
+class _JsonLoader(JsonbLoader):
+    """Reads a value that Python cannot have as the reason."""
+
+    def load(self, data: Buffer) -> Any:
+        """Return the value."""
+        try:
+            return super().load(data)
+        except (ValueError, RecursionError) as error:
+            return f"not readable: {error}"
 
 
 def _log_warning(notice: Any) -> None:

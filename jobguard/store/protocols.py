@@ -375,7 +375,8 @@ class ScheduleRow:
     name: str
     cron: str | None
     every: float | None
-    rule: Mapping[str, Any] | None
+    rule: str | None
+    """As JSON: SQL takes any."""
     timezone: str
     created_at: float
     starts_at: float | None

@@ -140,6 +140,21 @@ def test_each_state_is_the_table_a_job_stands_in(rows: Rows, ledger: PostgresLed
     assert counts[MAIL, "mail"].total == 10
 
 
+def test_a_time_that_python_cannot_have_hides_no_job(rows: Rows, ledger: PostgresLedger) -> None:
+    """A job that is due in the year 12000, or never, is listed, in a database of any date style."""
+    rows.owed("far", due="10000 years")
+    token = rows.owed("never")
+    rows.ask("update jobguard.jobs set due_at = 'infinity' where token = %s", token)
+    rows.ask("update jobguard.jobs set recorded_at = '-infinity' where token = %s", token)
+    assert [ledger.job(HERE, id)[0]["due_at"].year for id in ("far", "never")] == [9999, 9999]
+    assert ledger.job(HERE, "never")[0]["recorded_at"].year == 1
+    elsewhere = psycopg.conninfo.make_conninfo(
+        rows.connection.info.dsn, options="-c datestyle=German -c timezone=Asia/Tokyo"
+    )
+    with closing(PostgresLedger(lambda: elsewhere)) as other:
+        assert other.job(HERE, "far") == ledger.job(HERE, "far")
+
+
 def test_stuck_jobs_have_no_live_worker_or_were_seen_absent(
     rows: Rows, ledger: PostgresLedger
 ) -> None:

@@ -110,6 +110,9 @@ MISTAKES = (
     ("'rq', 'mail', 'app.send', unknown => 'perhaps'", "warn, error, accept"),
     ("'rq', 'mail', 'app.send', namespace => 'two'", "2 sources of rq: name one.*a:1/0.*b:1/0"),
     ("'rq', 'mail', 'app.send', due => 'someday'", "invalid input syntax"),
+    ("'rq', 'mail', 'app.send', due => 'infinity'", "due_must_be_in_the_years_1_to_9998"),
+    ("'rq', 'mail', 'app.send', due => '12000-01-01'", "due_must_be_in_the_years_1_to_9998"),
+    ("'rq', '', 'app.send', unknown => 'accept'", "queue_must_not_be_empty"),
 )
 
 
@@ -172,6 +175,44 @@ def test_a_key_is_kept_between_sql_callers(sql: Session, leader: PostgresLeaderS
     sql.ask("select jobguard.cancel_job(%s)", holder)
     assert sql.ask(call.format(", on_conflict => 'raise'")) != [holder]
     assert "one of: ignore, raise" in sql.error(call.format(", on_conflict => 'replace'"))
+
+
+def test_arguments_that_python_cannot_read_stop_no_other_request(
+    sql: Session, leader: PostgresLeaderStore
+) -> None:
+    """A request with a number of 5,000 digits, or 3,000 nested lists, is held; the next one is recorded."""
+    unreadable = ["[1e5000]", "[" * 3000 + "]" * 3000]
+    call = "select jobguard.enqueue('rq', 'mail', 'app.send', cast(%s as jsonb))"
+    held = [sql.ask(call, args)[0] for args in unreadable]
+    sql.ask(CALL)
+    accept(leader, until_none_waits=False)
+    assert sql.ask("select count(*) from jobguard.jobs") == [1]
+    for job_id in held:
+        assert sql.ask("select state from jobguard.job(%s)", job_id) == ["held"]
+        assert "cannot be read" in sql.ask("select error from jobguard.job(%s)", job_id)[0]
+
+
+def test_a_schedule_that_cannot_be_computed_stops_no_other(
+    sql: Session, leader: PostgresLeaderStore
+) -> None:
+    """It fails with its error, which the list of schedules shows, and requests are recorded."""
+    add = "select jobguard.add_schedule({}, 'rq', 'mail', 'app.send', {})"
+    wrong = {
+        "digits": """rule => '{"minute": 1e5000}'""",
+        "number": "rule => '1'",
+        "ages": "every => '2562000000 h'",  # the next slot is a time that PostgreSQL cannot store
+    }
+    for name, timing in wrong.items():
+        sql.ask(add.format(f"'{name}'", timing))
+    for ends in ("starts_at => 'infinity'", "ends_at => 'infinity'"):
+        assert "in_the_years_1_to_9998" in sql.error(add.format("'x'", f"every => '1 min', {ends}"))
+    sql.ask(CALL)
+    accept(leader, until_none_waits=False)
+    assert sql.ask("select count(*) from jobguard.jobs") == [1]
+    ledger = PostgresLedger(lambda: sql.url)
+    found = {row["name"]: row["error"] for row in ledger.schedules("default")}
+    assert found.keys() == wrong.keys()
+    assert all(found.values()), found
 
 
 def test_a_trigger_that_asks_for_many_jobs_gets_each_once(

@@ -193,6 +193,22 @@ def test_our_command_line_logs_for_people(
     assert "tables" in reported and "_record" not in reported
 
 
+@pytest.mark.parametrize("json", [False, True])
+def test_a_traceback_shows_no_values(
+    own_logging: None, capsys: pytest.CaptureFixture[str], json: bool
+) -> None:
+    """The local variables of a failed step may be arguments of jobs or addresses with passwords."""
+    log.configure("info", json=json)
+    secret = "hunter" * 2
+    try:
+        secret.index("x")
+    except ValueError as error:
+        log_event("kettle_boils", exc_info=error)
+    written = capsys.readouterr().err
+    assert "ValueError" in written and "secret.index" in written
+    assert secret not in written
+
+
 def test_an_event_that_is_not_in_the_table_is_still_logged(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

@@ -218,6 +218,18 @@ def test_a_wrong_schedule_stops_no_other() -> None:
     assert stage.fired("right") == [1e9 + 60]
 
 
+@pytest.mark.parametrize("wrong", [{"starts_at": 1e12, "cron": "0 0 * * *"}, {"rule": "1"}])
+def test_a_schedule_that_python_cannot_compute_stops_no_other(wrong: dict[str, Any]) -> None:
+    """A start in the year 33658, or a rule that is a number, is the error of this schedule alone."""
+    stage = Stage()
+    failed = stage.schedule("wrong", **wrong)
+    stage.schedule("right", every=60.0)
+    stage.step()
+    stage.step(after=61.0)
+    assert failed.error
+    assert stage.fired("right") == [1e9 + 60]
+
+
 def test_a_request_that_cannot_be_rendered_is_held_and_stops_no_other() -> None:
     """The reason stays with the request; what comes after it is recorded."""
     stage = Stage()
