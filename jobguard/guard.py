@@ -20,6 +20,7 @@ from jobguard.current import CurrentJob, current
 from jobguard.errors import (
     ConfigurationError,
     ConflictingGuard,
+    InvalidKey,
     JobguardError,
     NoPostgres,
     NotEnded,
@@ -29,7 +30,7 @@ from jobguard.errors import (
 from jobguard.hooks import Hook, remove_all, reported
 from jobguard.hooks import add as add_hook
 from jobguard.hooks import check as check_event
-from jobguard.job_keys import KeyRule, OnConflict, Sent, keyed
+from jobguard.job_keys import KeyRule, OnConflict, Sent, check_seconds, keyed
 from jobguard.log import log_event
 from jobguard.model import Outcome
 from jobguard.redact import redact
@@ -145,7 +146,15 @@ class JobGuard:
             raise ConfigurationError(
                 f"send() needs a guarded source, and nothing is guarded here: {self._inert}"
             )
+        check_seconds("debounce", debounce)
+        if delay is not None and not delay < 0:  # a due time that has passed means at once
+            check_seconds("delay", delay)
         if debounce:
+            if on_conflict == "raise" or delay is not None:
+                raise InvalidKey(
+                    "debounce replaces the job that waits and sets its delay: give neither "
+                    "on_conflict='raise' nor delay beside it"
+                )
             on_conflict, delay = "replace", debounce
         with keyed(KeyRule(key, on_conflict, throttle)) as sent:
             job_id, result = self._adapter.send(

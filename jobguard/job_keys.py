@@ -15,6 +15,8 @@ OnConflict = Literal["ignore", "replace", "raise"]
 KEY, ON_CONFLICT, THROTTLE = "jobguard_key", "jobguard_on_conflict", "jobguard_throttle"
 """The options of a library's own call: in RQ's meta, Celery's headers, Dramatiq's options."""
 
+_LONGEST = 100 * 366 * 86400.0
+
 
 @dataclass(frozen=True, slots=True)
 class KeyRule:
@@ -32,6 +34,16 @@ class KeyRule:
             raise InvalidKey(
                 f"on_conflict is 'ignore', 'replace' or 'raise', not {self.on_conflict!r}"
             )
+        check_seconds("throttle", self.throttle)
+
+
+def check_seconds(name: str, given: Any) -> None:
+    """Raise InvalidKey if this is no number of seconds that a window can last."""
+    is_number = isinstance(given, int | float) and not isinstance(given, bool)
+    if not is_number or not 0 <= given <= _LONGEST:
+        raise InvalidKey(
+            f"{name} is a number of seconds, at least 0 and at most {_LONGEST:.0f}, not {given!r}"
+        )
 
 
 @dataclass(slots=True)
@@ -73,7 +85,7 @@ def rule_of(options: Mapping[str, Any] | None) -> KeyRule | None:
     return KeyRule(
         options[KEY],
         options.get(ON_CONFLICT, "ignore"),
-        float(options.get(THROTTLE) or 0.0),
+        options.get(THROTTLE) or 0.0,
     )
 
 

@@ -26,7 +26,7 @@ def position(places: Iterable[str], after: str) -> Position | None:
     cursor, _, at = after.partition(" ")
     for place in sorted(places):
         if place == at:
-            return Position(place, int(cursor))
+            return Position(place, int(cursor or 0))  # at the start, if a queue has the name ""
         if place > at:
             return Position(place, 0)
     return None

@@ -458,9 +458,8 @@ class HostTracker:
                 raise NotWritten(str(error)) from error
             taken = verdict in ("free", "replaced")
             if not taken and one.rule.on_conflict == "raise":
-                raise KeyHeld(
-                    f"the key {one.rule.key!r} is held by job {holder or 'of a moment ago'}"
-                )
+                held = f"held by job {holder}" if holder else "throttled after an earlier job"
+                raise KeyHeld(f"the key {one.rule.key!r} is {held}")
             job_keys.report(sent=taken, job_id=one.job_id if taken else holder)
             if not taken:
                 refused.add(one.token)

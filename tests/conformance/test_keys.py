@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import psycopg
 import pytest
 
@@ -61,6 +63,29 @@ def test_a_throttled_key_accepts_one_job_in_its_time(library: Library, guard: Jo
     assert not send("y", key="t", throttle=60).sent
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"throttle": float("nan")},
+        {"throttle": "5"},
+        {"throttle": True},
+        {"throttle": float("inf")},
+        {"debounce": -1},
+        {"delay": float("nan")},
+        {"debounce": 5, "on_conflict": "raise"},
+        {"debounce": 5, "delay": 9},
+    ],
+    ids=str,
+)
+def test_a_wrong_window_is_an_error_and_nothing_is_sent(
+    library: Library, guard: JobGuard, wrong: dict[str, Any]
+) -> None:
+    """It must not become an error of SQL, nor a job without its key."""
+    with pytest.raises(InvalidKey):
+        library.keyed(guard)("x", key="k", **wrong)
+    assert library.waiting() == []
+
+
 def test_the_librarys_own_call_takes_a_key(
     library: Library, guard: JobGuard, records: Records
 ) -> None:
@@ -70,8 +95,13 @@ def test_the_librarys_own_call_takes_a_key(
     assert len(records.owed()) == len(library.waiting()) == 1
     with pytest.raises(KeyHeld):
         library.send_with_options({"jobguard_key": "k", "jobguard_on_conflict": "raise"})
-    with pytest.raises(InvalidKey):
-        library.send_with_options({"jobguard_key": "k", "jobguard_on_conflict": "wait"})
+    for wrong in (
+        {"jobguard_key": "k", "jobguard_on_conflict": "wait"},
+        {"jobguard_key": "free", "jobguard_throttle": "soon"},
+        {"jobguard_key": "free", "jobguard_throttle": -1},
+    ):
+        with pytest.raises(InvalidKey):
+            library.send_with_options(wrong)
     assert len(records.owed()) == len(library.waiting()) == 1
 
 

@@ -7,13 +7,13 @@ from jobguard.walk import following, position
 
 def test_a_walk_visits_every_place_in_order_and_ends() -> None:
     """Each place is visited page by page, and after the last one the walk is over."""
-    places, after, seen = ["b x", "a y", "c"], "", []
+    places, after, seen = ["b x", "a y", "c", ""], "", []
     while after is not None:
         now = position(places, after)
         assert now is not None
         seen.append((now.place, now.cursor))
         after = following(places, now, 5 if now == position(places, "0 b x") else None)  # type: ignore[assignment]
-    assert seen == [("a y", 0), ("b x", 0), ("b x", 5), ("c", 0)]
+    assert seen == [("", 0), ("a y", 0), ("b x", 0), ("b x", 5), ("c", 0)]
 
 
 def test_a_place_that_is_gone_is_passed_over() -> None:
