@@ -62,7 +62,7 @@ class Effect:
 def _as_json(value: Any) -> str:
     try:
         text = json.dumps(value)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise EffectResultRefused(
             f"the result of an effect is stored as JSON, and this is none: {error}. Return None or a plain "
             "value"
@@ -314,6 +314,12 @@ def once(
     with _block(it) as first:
         if first:
             value = effect()
+            if inspect.iscoroutine(value) or inspect.isgenerator(value):
+                value.close()
+                raise ConfigurationError(
+                    f"the effect {key!r} returned a {type(value).__name__}, and nothing of it has run: use "
+                    "`await jobguard.aonce(…)` for a coroutine function, or call what it returns"
+                )
             first.result = value
             return value
     return first.result

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import pytest
@@ -51,6 +51,14 @@ class Claim:
         if self.away:
             self.away -= 1
             raise StoreUnavailable
+
+
+def nested(depth: int) -> list[Any]:
+    """Return a list in a list, and so on."""
+    found: list[Any] = []
+    for _ in range(depth):
+        found = [found]
+    return found
 
 
 @pytest.fixture
@@ -123,7 +131,7 @@ def test_an_interrupt_leaves_the_effect_in_doubt(claim: Claim) -> None:
         in_job(claim, lambda: jobguard.once("other", stop))
 
 
-@pytest.mark.parametrize("result", [object(), "x" * 64_001])
+@pytest.mark.parametrize("result", [object(), "x" * 64_001, nested(3_000)], ids=type)
 def test_a_result_that_cannot_be_kept_is_an_error_after_the_effect(
     claim: Claim, result: object
 ) -> None:
@@ -131,6 +139,22 @@ def test_a_result_that_cannot_be_kept_is_an_error_after_the_effect(
     with pytest.raises(EffectResultRefused):
         in_job(claim, lambda: jobguard.once("mail", lambda: result))
     assert in_job(claim, lambda: jobguard.once("mail", lambda: 1)) is None
+
+
+def test_an_effect_of_which_nothing_has_run_is_not_done(claim: Claim) -> None:
+    """A coroutine or a generator that nobody runs is an error, and the next run tries the effect."""
+
+    async def send() -> None:
+        raise AssertionError
+
+    def each() -> Iterator[int]:
+        yield 1
+
+    with pytest.raises(ConfigurationError, match="nothing of it has run"):
+        in_job(claim, lambda: jobguard.once("mail", send))
+    with pytest.raises(ConfigurationError, match="nothing of it has run"):
+        in_job(claim, lambda: jobguard.once("list", each))
+    assert claim.effects == {}
 
 
 def test_a_busy_effect_is_waited_for(claim: Claim) -> None:
