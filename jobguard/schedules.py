@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Any, Literal
+from types import NoneType
+from typing import TYPE_CHECKING, Any, Literal, get_args
 from zoneinfo import ZoneInfo
 
 from jobguard.adapter import Adapter, Source
@@ -16,6 +17,25 @@ if TYPE_CHECKING:
     from jobguard.store.protocols import Ledger
 
 CatchUp = Literal["one", "all", "skip"]
+
+_DAY = 86400
+_KINDS: dict[str, tuple[str, tuple[type, ...]]] = {
+    "name": ("a text", (str,)),
+    "cron": ("a text", (str, NoneType)),
+    "every": ("a number of seconds or a timedelta", (int, float, timedelta, NoneType)),
+    "rule": ("a mapping", (Mapping, NoneType)),
+    "queue": ("a text", (str, NoneType)),
+    "args": ("a list", (list, tuple)),
+    "kwargs": ("a mapping", (Mapping, NoneType)),
+    "start": ("a datetime", (datetime, NoneType)),
+    "end": ("a datetime", (datetime, NoneType)),
+    "timezone": ("a text", (str,)),
+    "catch_up": ("a text", (str,)),
+    "jitter": ("a number of seconds or a timedelta", (int, float, timedelta)),
+    "priority": ("a number", (int,)),
+    "max_attempts": ("a number", (int, NoneType)),
+}
+"""What the arguments of a schedule are: a wrong one must not become an error of SQL, or other calls."""
 
 
 class Schedules:
@@ -62,6 +82,12 @@ class Schedules:
         missed while no reconciler led: fire the last one, all of them, or none that is more than 30
         seconds late. ``args`` and ``kwargs`` must have a JSON form. Raises ConfigurationError.
         """
+        _check(
+            **{"name": name, "cron": cron, "every": every, "rule": rule, "queue": queue},
+            **{"args": args, "kwargs": kwargs, "start": start, "end": end, "timezone": timezone},
+            **{"catch_up": catch_up, "jitter": jitter, "priority": priority},
+            max_attempts=max_attempts,
+        )
         task_name, its_queue = (
             (task, None) if isinstance(task, str) else self._adapter.task_of(task)
         )
@@ -166,6 +192,20 @@ def check_timing(
 def in_zone(at: datetime | None, timezone: str) -> datetime | None:
     """Return this time; one without a zone is in that time zone."""
     return at.replace(tzinfo=ZoneInfo(timezone)) if at is not None and at.tzinfo is None else at
+
+
+def _check(**given: Any) -> None:
+    for what, value in given.items():
+        words, kinds = _KINDS[what]
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            raise ConfigurationError(f"{what} of a schedule is {words}, not {value!r}")
+    if given["catch_up"] not in get_args(CatchUp):
+        raise ConfigurationError(f"catch_up is 'one', 'all' or 'skip', not {given['catch_up']!r}")
+    if not all(isinstance(key, str) for key in given["kwargs"] or {}):
+        raise ConfigurationError("the names of kwargs are texts")
+    jitter = _seconds(given["jitter"])
+    if jitter is None or not 0 <= jitter < _DAY:
+        raise ConfigurationError(f"jitter is 0 or more, and less than a day, not {jitter} seconds")
 
 
 def _seconds(given: float | timedelta | None) -> float | None:

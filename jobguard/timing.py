@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta, tzinfo
+from string import whitespace
 from typing import Any
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
@@ -34,6 +36,7 @@ _ALIASES = {
     "@hourly": "0 * * * *",
 }
 _FIELDS = ("second", "minute", "hour", "day", "month", "weekday")
+_AROUND = re.compile(r"\s*([,/-])\s*")
 _LEAST = {"second": "0", "minute": "0", "hour": "0", "day": "1", "month": "1"}
 
 
@@ -63,7 +66,7 @@ class Timing:
         self._zone()
         if (self.cron is None) == (self.every is None):
             raise ConfigurationError("a schedule has one of cron, every and rule")
-        if self.every is not None and not self.every >= LEAST_INTERVAL:
+        if self.every is not None and not LEAST_INTERVAL <= self.every < math.inf:
             raise ConfigurationError(
                 f"every must be {LEAST_INTERVAL:.0f} second or more, not {self.every:g}"
             )
@@ -167,10 +170,15 @@ def _field(name: str, value: Any) -> str:
         raise ConfigurationError(
             f"the field {name} of a rule is a number, a text, or a list of them, not {value!r}"
         )
-    return ",".join(str(v).replace(" ", "") for v in several)
+    texts = [_AROUND.sub(r"\1", str(v).strip()) for v in several]
+    if any(set(text) & set(whitespace) for text in texts):
+        raise ConfigurationError(
+            f"the field {name} of a rule is {value!r}: separate several values by commas, or give a list"
+        )
+    return ",".join(texts)
 
 
 def jitter_of(schedule: str, slot: float, most: float) -> float:
     """Return the delay of a slot, in seconds: random, but the same for every leader."""
-    digest = hashlib.sha256(f"{schedule}\x00{slot!r}".encode()).digest()
+    digest = hashlib.sha256(f"{schedule}\x00{slot!r}".encode(errors="surrogatepass")).digest()
     return most * int.from_bytes(digest[:4]) / (1 << 32)

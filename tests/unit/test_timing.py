@@ -114,6 +114,7 @@ def test_a_wrong_time_is_an_error_that_says_what_is_wrong(
         ({"month": 5}, "0 0 1 5 *"),
         ({"month": 5, "weekday": 1}, "0 0 * 5 1"),
         ({"second": [0, 30]}, "0,30 * * * * *"),
+        ({"minute": " 0, 30 ", "hour": "9 - 17"}, "0,30 9-17 * * *"),
     ],
 )
 def test_a_rule_is_a_cron_expression(rule: dict[str, object], cron: str) -> None:
@@ -123,7 +124,15 @@ def test_a_rule_is_a_cron_expression(rule: dict[str, object], cron: str) -> None
 
 
 @pytest.mark.parametrize(
-    "wrong", [{}, {"minutes": 1}, {"minute": []}, {"minute": 1.5}, {"day": 1, "weekday": 1}]
+    "wrong",
+    [
+        {},
+        {"minutes": 1},
+        {"minute": []},
+        {"minute": 1.5},
+        {"minute": "0 30"},
+        {"day": 1, "weekday": 1},
+    ],
 )
 def test_a_wrong_rule_is_an_error(wrong: dict[str, object]) -> None:
     """A rule with an unknown field or a value that is no number or text is refused."""
@@ -135,6 +144,7 @@ def test_every_leader_gives_a_slot_the_same_jitter() -> None:
     """The jitter of a slot is within its bound, the same each time, and different for other slots."""
     drawn = [jitter_of("default/report", slot, 60.0) for slot in range(100)]
     assert drawn == [jitter_of("default/report", slot, 60.0) for slot in range(100)]
+    assert 0 <= jitter_of("half a pair: \ud800", 1.0, 60.0) < 60
     assert 0 <= min(drawn) < max(drawn) < 60 and len(set(drawn)) == 100
 
 
