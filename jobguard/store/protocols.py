@@ -118,8 +118,9 @@ class HostStore(Protocol):
         delivery of its job id. It is refused if the parent has ended or is claimed by another live
         worker, if the delivery is derived and has ended, or if another delivery has closed its join.
         ``replay`` means that the deliveries may be old, so history is checked first: a delivery is not
-        owed again if it has ended or if a younger delivery of its job id existed. ``newest`` means that
-        for the library these deliveries replace all other deliveries of their job ids.
+        owed again if it has ended or if a younger delivery of its job id existed. And the retry of a run
+        without a claim counts also while another worker has the claim. ``newest`` means that for the
+        library these deliveries replace all other deliveries of their job ids.
         """
 
     def record_keyed(

@@ -83,6 +83,21 @@ def test_a_retry_whose_worker_has_a_slower_clock_is_owed(ledger: Contract) -> No
     assert list(ledger.owed()) == [child.token]
 
 
+@pytest.mark.parametrize("replay", [True, False])
+def test_a_retry_of_a_run_without_a_claim_while_another_worker_has_it(
+    ledger: Contract, *, replay: bool
+) -> None:
+    """Its replay counts: the holder died in an outage. A retry that is not pushed yet is refused."""
+    parent = ledger.recorded()
+    holder, other = ledger.working(), ledger.working()
+    claim = holder.start(parent.token)
+    child = delivery(parent=Parent(parent.token, claim=0, worker=other.id), attempt=2)
+    answer = ledger.record(child, replay=replay)
+    assert answer.refused == (frozenset() if replay else {child.token})
+    assert list(ledger.owed()) == [child.token if replay else parent.token]
+    assert holder.end(claim) is (Ended.LATE if replay else Ended.ENDED)
+
+
 def test_a_delivery_that_a_worker_has_is_the_newest(ledger: Contract) -> None:
     """With ``newest`` a delivery is owed although its token comes from a slower clock."""
     worker = ledger.working()

@@ -180,8 +180,11 @@ class MemoryHostStore:
                 return run.number == parent.claim
             # In a replay, a voided claim counts while no other worker has got one since.
             return replay and self._tables.jobs[key].claims == parent.claim
-        # The run started while the store was away; perhaps the same worker has claimed it since.
-        own = run is not None and run.worker == parent.worker
+        # The run started while the store was away; perhaps the same worker has claimed it since. In a
+        # replay its retry is in Redis already, and the worker that has the claim is probably dead.
+        own = run is not None and (
+            run.worker == parent.worker or (replay and parent.worker is not None)
+        )
         return run is None or own or not self._tables.lives(key, run)
 
     def _owe(self, source: int, job: Job, *, now: float, outbox: bool) -> None:
