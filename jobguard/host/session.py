@@ -12,6 +12,7 @@ its job is not started a second time beside it.
 
 from __future__ import annotations
 
+import _thread
 import os
 import threading
 import time
@@ -118,14 +119,16 @@ class WorkerSession:
         return self._beats.is_mine
 
     def _mine(self) -> None:
+        self._owner.take_over(self._renew)
+
+    def _renew(self) -> None:
         """Reset the state in a forked child: create new locks, and drop the parent's reports."""
-        if self._owner.take_over():
-            self._in_flight.after_fork()
-            self._serves = False
-            self._alone = self._new_alone()
-            self._lock = os_threads.lock()
-            self._flushing = threading.Lock()
-            self._pending = deque()
+        self._in_flight.after_fork()
+        self._serves = False
+        self._alone = self._new_alone()
+        self._lock = os_threads.lock()
+        self._flushing = threading.Lock()
+        self._pending = deque()
 
     def _new_alone(self) -> Alone:
         parent = self._tracker.parent
@@ -558,15 +561,14 @@ class WorkerSession:
 
     def take_over_beats(self, claim: Claim, gone: Callable[[], bool]) -> None:
         """Take over the beats if the worker dies before this child; see Session."""
-        self._mine()
-        name = "jobguard-take-over"
-        threading.Thread(
-            target=self._beat_for_parent, args=(claim, gone), name=name, daemon=True
-        ).start()
+        # Every job of RQ passes here, in a process that was just forked. So nothing is renewed that most
+        # jobs do not need, and Thread.start(), which waits until the thread runs, is not used.
+        _thread.start_new_thread(self._beat_for_parent, (claim, gone))
 
     def _beat_for_parent(self, claim: Claim, gone: Callable[[], bool]) -> None:
         if not gone():
             return
+        self._mine()
         self._beats.take_over_beats(claim.token)
         self._tracker.replay()
         while True:

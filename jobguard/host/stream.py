@@ -201,12 +201,16 @@ class ReportStream:
         return answer
 
     def _redis(self) -> Any:
-        if self._owner.take_over() or self._client is None:
-            client = self._make()
-            names = ("stream_append.lua", "stream_forget.lua")
-            self._scripts = {name: Script(client, __package__, name) for name in names}
-            self._client = client  # last: another thread that finds it also finds the scripts
+        self._owner.take_over(self._renew)
+        if self._client is None:
+            self._renew()
         return self._client
+
+    def _renew(self) -> None:
+        client = self._make()
+        names = ("stream_append.lua", "stream_forget.lua")
+        self._scripts = {name: Script(client, __package__, name) for name in names}
+        self._client = client  # last: another thread that finds it also finds the scripts
 
     def _ask(self, work: Callable[[], Any]) -> Any:
         """Return the answer of Redis; None if it does not answer, or refuses."""

@@ -120,8 +120,7 @@ class HostTracker:
     # -- one process, one set of locks and connections --------------------------------------------
 
     def _mine(self) -> HostTracker:
-        if self._owner.take_over():
-            self._start(parent_circuit=self.circuit)
+        self._owner.take_over(lambda: self._start(parent_circuit=self.circuit))
         return self
 
     def _start(self, parent_circuit: Circuit | None = None) -> None:
@@ -1050,7 +1049,8 @@ class HostTracker:
 
         ``last``: the process is about to end, and waits for the rest of its patience.
         """
-        self._mine()
+        if not self._owner.is_current:
+            return  # a fork that has reported nothing; its parent writes what its parent has
         if not last:
             self._replay.drain_for(self.settings.record_timeout)
             return
