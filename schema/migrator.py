@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     import psycopg
 
 OLDEST_SERVER: Final = 140000
+_CONNECT_TIMEOUT = 30
+"""Seconds: long enough for a database that starts at its first connection."""
 
 GRANT_A_ROLE: Final = (
     "run `jobguard migrate --roles` as the owner, and grant it jobguard_app (producers and workers), "
@@ -141,6 +143,7 @@ def migrate(url: str, *, installation: str | None = None, roles: bool = False) -
         with psycopg.connect(
             writable(conninfo),
             autocommit=True,
+            connect_timeout=_CONNECT_TIMEOUT,
             application_name="jobguard migrate",
             prepare_threshold=None,
         ) as connection:

@@ -125,10 +125,10 @@ class Moment(click.ParamType):  # type: ignore[type-arg,unused-ignore] # generic
         """Return the time; without an offset, it is local."""
         if isinstance(value, datetime):
             return value
-        if found := re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|m|min|h|d)", value.strip()):
-            size = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}[found[2]]
-            return datetime.now(UTC) - timedelta(seconds=float(found[1]) * size)
         try:
+            if found := re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|m|min|h|d)", value.strip()):
+                size = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}[found[2]]
+                return datetime.now(UTC) - timedelta(seconds=float(found[1]) * size)
             return datetime.fromisoformat(value.strip()).astimezone()
         except (ValueError, OverflowError):
             self.fail(f"{value!r} is no time: give 2026-01-31T14:00, or 10m for ten minutes ago")

@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -478,3 +479,12 @@ def test_no_other_role_may_call_functions_that_run_as_the_owner(granted: str) ->
     ) == [(0,)]
     unset = "select count(*) from pg_proc where pronamespace = %s::regnamespace and proacl is null"
     assert ask(granted, unset, "jobguard") == [(0,)]
+
+
+def test_a_server_that_does_not_answer_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The port of another program, such as a Redis, takes the connection and says nothing."""
+    monkeypatch.setattr(migrator, "_CONNECT_TIMEOUT", 2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"postgresql://127.0.0.1:{silent.getsockname()[1]}/app"
+        with pytest.raises(StoreUnavailable, match="timeout"):
+            schema.migrate(url)

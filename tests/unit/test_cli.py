@@ -98,6 +98,7 @@ def test_every_command_is_listed_and_explains_itself() -> None:
         ["dead", "requeue", "j", "--queue", "q"],
         ["dead", "list", "--limit", "0"],
         ["resume", "--queue", "q", "--moved"],
+        ["jobs", "--since", "99999999999d"],
         ["run"],
     ],
 )
