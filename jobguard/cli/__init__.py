@@ -7,7 +7,10 @@ Each command has a module of its own that is loaded when the command is called, 
 
 from __future__ import annotations
 
+import errno
 import importlib
+import io
+import sys
 from typing import Any
 
 import click
@@ -76,9 +79,19 @@ class _Commands(click.Group):
             formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
 
     def invoke(self, ctx: click.Context) -> Any:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(
+                stream, io.TextIOWrapper
+            ):  # names of jobs that its encoding does not have
+                stream.reconfigure(errors="backslashreplace")
         try:
             return super().invoke(ctx)
         except JobguardError as error:
+            click.echo(f"error: {_one_line(error)}", err=True)
+            ctx.exit(1)
+        except OSError as error:
+            if error.errno in (None, errno.EPIPE):  # click ends quietly if nobody reads on
+                raise
             click.echo(f"error: {_one_line(error)}", err=True)
             ctx.exit(1)
 

@@ -107,7 +107,8 @@ def safe(text: object) -> str:
 
 def print_json(value: Any) -> None:
     """Print one JSON value, with times in ISO 8601."""
-    text = json.dumps(value, default=_plain, ensure_ascii=False, indent=2)
+    ascii_only = "utf" not in (getattr(sys.stdout, "encoding", None) or "utf-8").lower()
+    text = json.dumps(value, default=_plain, ensure_ascii=ascii_only, indent=2)
     lines = (
         HOSTILE.sub(lambda found: f"\\u{ord(found[0]):04x}", line) for line in text.split("\n")
     )
@@ -163,7 +164,8 @@ def console() -> Console:
     """Return rich's console. In a pipe or a file its lines are not folded."""
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else 240, highlight=False)
+    is_terminal = sys.stdout is not None and sys.stdout.isatty()
+    return Console(width=None if is_terminal else 240, highlight=False)
 
 
 def ago(seconds: float | None) -> str:

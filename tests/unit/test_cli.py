@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import re
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from click.testing import CliRunner
 import jobguard
 from jobguard import cli
 from jobguard.cli import run
-from jobguard.cli.common import ago, redis_urls_from
+from jobguard.cli.common import ago, console, print_json, redis_urls_from
 from jobguard.cli.doctor import redis_server
 from jobguard.cli.doctor import sources as doctor_sources
 from jobguard.cli.doctor.finding import CheckResult
@@ -456,3 +457,33 @@ def test_every_option_has_a_variable() -> None:
             command = cli.main.get_command(context, name)
             assert command is not None
             check(command, name)
+
+
+@click.command()
+@click.argument("what")
+def say(what: str) -> None:
+    """Print a text that few encodings have, as a table, as JSON or as an error of the disk."""
+    if what == "error":
+        raise OSError(errno.ENOSPC, "No space left on device")
+    if what == "json":
+        print_json(["🎉"])
+    else:
+        console().print("🎉")
+
+
+@pytest.mark.parametrize(
+    ("what", "code", "says"),
+    [
+        ("text", 0, "\\U0001f389"),
+        ("json", 0, '"\\ud83c\\udf89"'),
+        ("error", 1, "error: [Errno 28]"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_no_traceback(
+    what: str, code: int, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A terminal of another encoding shows escapes, JSON stays valid, and a full disk is one line."""
+    monkeypatch.setitem(cli.COMMANDS, "say", ("tests.unit.test_cli:say", ""))
+    result = CliRunner(charset="latin-1").invoke(cli.main, ["say", what])
+    assert result.exit_code == code, result.output
+    assert says in result.output
