@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 from celery.backends.redis import RedisBackend
 from kombu.transport.redis import Channel
 
-from jobguard.adapters.celery import lookup
+from jobguard.adapters.celery import late, lookup
 from jobguard.adapters.celery.connection import client_of
 from jobguard.adapters.celery.layout import Layout
 from jobguard.adapters.celery.push import TIMEOUT
@@ -117,4 +117,5 @@ def create_client(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _name(channel: Any) -> None:
     for tracker in lookup.at(trackers(), channel.connection.client)[:1]:
-        label_pool(channel.async_pool, tracker.source)
+        if not late.is_late(tracker):
+            label_pool(channel.async_pool, tracker.source)

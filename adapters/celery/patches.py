@@ -18,6 +18,7 @@ from jobguard.adapters.celery import (
     announce,
     backend,
     cancellation,
+    late,
     lookup,
     sessions,
     worker,
@@ -50,6 +51,8 @@ def install(tracker: Tracker, app: Any) -> None:
         if lookup.add(tracker, app):
             hook_app(app)
             worker.install(tracker, app)
+            if sessions.working_for(app) is None:
+                late.check(tracker, app)
 
 
 def uninstall(tracker: Tracker, apart: Any = None) -> bool:
@@ -64,6 +67,7 @@ def uninstall(tracker: Tracker, apart: Any = None) -> bool:
         if lookup.is_used(tracker):
             return False
         sessions.forget(tracker)
+        late.forget(tracker)
         _remove_hooks()
         return True
 

@@ -75,6 +75,33 @@ def test_a_guard_made_while_the_worker_starts_is_in_force(rig: Rig, signal: str)
     assert rig.ask("select outcome::text, number from jobguard.history") == [("completed", 1)]
 
 
+LATE = "runs are not guarded: call guard() before the worker"
+
+
+def test_a_guard_made_in_a_child_is_too_late(rig: Rig) -> None:
+    """A receiver of worker_process_init calls guard(): the worker is unguarded, and an error says so."""
+    worker = rig.worker("prefork", concurrency=1, GUARD_AT="worker_process_init")
+    rig.until(lambda: LATE in worker.text)
+
+
+def test_a_guard_made_after_the_start_does_not_make_the_worker_look_guarded(rig: Rig) -> None:
+    """A receiver of worker_ready calls guard(): an error, and no new connection is named as guarded."""
+    conf = {"worker_enable_remote_control": False}
+    worker = rig.worker("solo", conf=conf, GUARD_AT="worker_ready")
+    rig.until(lambda: LATE in worker.text)
+
+    def taking() -> dict[str, str]:
+        clients = rig.redis.client_list()
+        return {one["id"]: one["name"] for one in clients if one["cmd"] == "brpop"}
+
+    rig.until(taking)
+    before = taking()
+    for client in before:
+        rig.redis.client_kill_filter(_id=client)
+    rig.until(lambda: taking().keys() - before.keys())
+    assert not any("jobguard" in name for name in taking().values())
+
+
 def test_jobguard_run_logs_why_it_guards_nothing(rig: Rig) -> None:
     """``jobguard run`` logs why it guards nothing, and runs the worker nevertheless."""
     worker = rig._start(
