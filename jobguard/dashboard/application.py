@@ -115,7 +115,11 @@ def app(
         raise ConfigurationError("the token is too short to be secret: give 16 characters or more")
     chosen = settings_from({**settings, "namespace": namespace})
     ledger = Operations(
-        postgres_conninfo(postgres), connect_timeout=2.0, keep=True, encrypt=chosen.encrypt
+        postgres_conninfo(postgres),
+        connect_timeout=2.0,
+        answer_timeout=10.0,
+        keep=True,
+        encrypt=chosen.encrypt,
     )
     watcher = live.Watcher(ledger, chosen.namespace)
     site = Site(

@@ -8,6 +8,7 @@ import json
 import threading
 import time
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from starlette.concurrency import run_in_threadpool
@@ -40,6 +41,7 @@ class Watcher:
         self._lock = threading.Lock()
         self._at = float("-inf")
         self._seen: Overview | JobguardError | None = None
+        self._digest = ""
         self.browsers = 0
 
     def overview(self) -> Overview:
@@ -56,6 +58,7 @@ class Watcher:
                     self._seen = overview_of(self._model, self._namespace)
                 except JobguardError as error:
                     self._seen = error
+                self._digest = _digest_of(self._seen)
                 self._at = time.monotonic()
             seen = self._seen
         finally:
@@ -65,13 +68,22 @@ class Watcher:
         return seen
 
     def digest(self) -> str:
-        """Return a text that differs when something has changed; "away" without PostgreSQL."""
-        try:
-            facts = self.overview().as_dict()
-        except JobguardError:
-            return "away"
-        text = json.dumps(_without_ages(facts), default=str, sort_keys=True)
-        return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
+        """Return a text that differs when something has changed; "away" without PostgreSQL.
+
+        While another browser looks, it is that of the look before: many browsers must not take the threads
+        in which pages are made.
+        """
+        if not self._lock.locked():
+            with suppress(JobguardError):
+                self.overview()
+        return self._digest
+
+
+def _digest_of(seen: Overview | JobguardError) -> str:
+    if isinstance(seen, JobguardError):
+        return "away"
+    text = json.dumps(_without_ages(seen.as_dict()), default=str, sort_keys=True)
+    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
 
 
 def _without_ages(value: Any) -> Any:

@@ -7,11 +7,12 @@ transaction.
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar, cast
 from uuid import UUID
 
 import psycopg
@@ -41,6 +42,7 @@ from jobguard.store.connection import NO_RIGHTS, NOT_MIGRATED
 from jobguard.store.protocols import Counts
 
 Row: TypeAlias = dict[str, Any]
+T = TypeVar("T")
 
 _EARLIEST, _LATEST = datetime(1, 1, 2, tzinfo=UTC), datetime(9999, 12, 31, tzinfo=UTC)
 """Shown for a time that Python cannot have. Both are times in every zone."""
@@ -379,12 +381,14 @@ class PostgresLedger:
         conninfo: Callable[[], str],
         *,
         connect_timeout: float = 5.0,
+        answer_timeout: float = 300.0,
         keep: bool = False,
         encrypt: Encrypt = None,
     ) -> None:
         self._conninfo = conninfo
         self._sealer = Sealer(encrypt)
         self._timeout = connect_timeout
+        self._answer_timeout = answer_timeout
         # The creator is a callable, because passwords rotate. Only a program that makes many calls
         # keeps connections, and closes this.
         pool: dict[str, Any] = {"poolclass": sa.NullPool}
@@ -392,6 +396,7 @@ class PostgresLedger:
             pool = {
                 "pool_size": _KEPT,
                 "max_overflow": 0,
+                "pool_timeout": connect_timeout,
                 "pool_pre_ping": True,
                 "pool_recycle": 300,
             }
@@ -598,12 +603,13 @@ class PostgresLedger:
         self._engine.dispose()
 
     def _connect(self) -> psycopg.Connection[Any]:
-        connection = psycopg.connect(
+        connection = _Connection.connect(
             writable(self._conninfo()),
             connect_timeout=max(1, round(self._timeout)),
             prepare_threshold=None,  # behind a pooler the next session does not have the prepared statement
             application_name="jobguard ledger",
         )
+        connection.answer_timeout = self._answer_timeout
         texts.register(connection)
         connection.adapters.register_loader("timestamptz", _TimeLoader)
         connection.adapters.register_loader("jsonb", _JsonLoader)
@@ -629,6 +635,8 @@ class PostgresLedger:
                 yield connection
         except sa.exc.DBAPIError as error:
             raise self._translated(error) from error
+        except sa.exc.TimeoutError as error:
+            raise StoreUnavailable("the questions before this one have no answer yet") from error
 
     def _translated(self, error: sa.exc.DBAPIError) -> JobguardError:
         state = getattr(error.orig, "sqlstate", None) or ""
@@ -645,6 +653,29 @@ class PostgresLedger:
         except JobguardError as unknown:
             return StoreUnavailable(str(unknown))
         return StoreUnavailable(f"Postgres at {place}: {text}")
+
+
+class _Connection(psycopg.Connection[Any]):
+    """A connection that does not wait longer for one answer, also of a server that has stopped."""
+
+    answer_timeout: float
+
+    def wait(self, gen: Generator[Any, Any, T], *args: Any, **options: Any) -> T:
+        """Wait for the end of ``gen``, which psycopg resumes several times a second."""
+        return super().wait(self._bounded(gen), *args, **options)
+
+    def _bounded(self, gen: Generator[Any, Any, T]) -> Generator[Any, Any, T]:
+        until = time.monotonic() + self.answer_timeout
+        try:
+            waits_for = next(gen)
+            while True:
+                ready = yield waits_for
+                if time.monotonic() > until:
+                    self.pgconn.finish()
+                    raise psycopg.OperationalError(f"no answer in {self.answer_timeout:g} s")
+                waits_for = gen.send(ready)
+        except StopIteration as end:
+            return cast(T, end.value)
 
 
 class _TimeLoader(TimestamptzLoader):

@@ -4,10 +4,13 @@ import html
 import json
 import re
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 from click.testing import CliRunner
 from starlette.applications import Starlette
 from starlette.requests import HTTPConnection
@@ -17,8 +20,10 @@ from starlette.testclient import TestClient
 from jobguard import dashboard
 from jobguard.cli import main
 from jobguard.dashboard.fields import words_of
-from jobguard.errors import ConfigurationError
+from jobguard.errors import ConfigurationError, StoreUnavailable
+from jobguard.store.ledger import PostgresLedger
 from tests.integration.test_operations import HOSTILE, Rows
+from tests.support import SLOWEST
 
 TOKEN = "a-token-of-enough-characters"
 PAGES = ("/", "/jobs", "/errors", "/incidents", "/workers", "/workers?gone=1", "/replay")
@@ -281,6 +286,38 @@ def test_browsers_are_told_when_something_changes(
     watcher.overview()
     assert not looks
     model.close()
+
+
+def test_a_postgres_that_stops_answering_is_away(database: str) -> None:
+    """A page waits neither for its answer nor for those who wait already, and later pages work."""
+    ledger = PostgresLedger(lambda: database, connect_timeout=0.2, answer_timeout=0.5, keep=True)
+
+    def ask(seconds: float) -> None:
+        with ledger._begin() as connection:
+            connection.execute(sa.text("select pg_sleep(:seconds)"), {"seconds": seconds})
+
+    with closing(ledger), ExitStack() as waiting:
+        with pytest.raises(StoreUnavailable, match=r"no answer in 0\.5 s"):
+            ask(SLOWEST)  # a server that is stopped says as little
+        ask(0)
+        for _ in range(4):
+            waiting.enter_context(ledger._begin())
+        with pytest.raises(StoreUnavailable, match="before this one"):
+            ask(0)
+        waiting.close()
+        ask(0)
+
+
+def test_a_browser_does_not_wait_for_the_look_of_another_one(database: str) -> None:
+    """While one browser looks, the others get the digest from before, and keep no thread."""
+    from jobguard.dashboard import live
+    from jobguard.operations.act import Operations
+
+    with closing(Operations(lambda: database)) as model:
+        watcher = live.Watcher(model, "default")
+        known = watcher.digest()
+        with watcher._lock, ThreadPoolExecutor(1) as pool:
+            assert pool.submit(watcher.digest).result(timeout=SLOWEST) == known != ""
 
 
 def test_curves_have_a_point_for_each_minute() -> None:
