@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import sys
@@ -108,7 +109,7 @@ def safe(text: object) -> str:
 def print_json(value: Any) -> None:
     """Print one JSON value, with times in ISO 8601."""
     ascii_only = "utf" not in (getattr(sys.stdout, "encoding", None) or "utf-8").lower()
-    text = json.dumps(value, default=_plain, ensure_ascii=ascii_only, indent=2)
+    text = json.dumps(_finite(value), default=_plain, ensure_ascii=ascii_only, indent=2)
     lines = (
         HOSTILE.sub(lambda found: f"\\u{ord(found[0]):04x}", line) for line in text.split("\n")
     )
@@ -171,6 +172,15 @@ def console() -> Console:
 def ago(seconds: float | None) -> str:
     """Return an age in a short form: 5 s, 3 min, 2 h, 4 d."""
     return "" if seconds is None else duration(seconds)
+
+
+def _finite(value: Any) -> Any:
+    """Return the value with null for numbers that JSON does not have, such as a progress of NaN."""
+    if isinstance(value, Mapping):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _plain(value: Any) -> Any:

@@ -234,6 +234,6 @@ class _Handler(BaseHTTPRequestHandler):
 def parse_address(address: str) -> tuple[str, int]:
     """Return host and port of HOST:PORT, :PORT (all addresses) or [IPv6]:PORT."""
     host, colon, port = address.rpartition(":")
-    if not colon or not port.isdigit() or int(port) > 65535:
+    if not colon or not (port.isascii() and port.isdigit()) or int(port) > 65535:
         raise ConfigurationError(f"--http {address!r}: give HOST:PORT, for example 0.0.0.0:9912")
     return host.strip("[]") or "0.0.0.0", int(port)

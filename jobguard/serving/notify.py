@@ -54,7 +54,7 @@ class Notice:
 
     def body(self) -> bytes:
         """Return the JSON."""
-        return json.dumps(asdict(self), default=str, ensure_ascii=False).encode()
+        return json.dumps(asdict(self), default=str).encode()
 
 
 Send = Callable[[Notice], None]
@@ -63,8 +63,13 @@ Send = Callable[[Notice], None]
 
 def webhook(url: str) -> Send:
     """Return a function that posts to a URL. Raises ConfigurationError for another scheme than http."""
-    if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
-        raise ConfigurationError("the URL of the notices must begin with http:// or https://")
+    try:
+        parts = urlsplit(url)
+        known = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        known = False
+    if not known:
+        raise ConfigurationError("the URL of the notices is no http:// or https:// URL")
 
     def send(notice: Notice) -> None:
         request = urllib.request.Request(
@@ -80,7 +85,10 @@ def webhook(url: str) -> Send:
 
 def program(command: str) -> Send:
     """Return a function that runs a command, without a shell, with the notice as its standard input."""
-    words = shlex.split(command)
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise ConfigurationError(f"the command of the notices cannot be read: {error}") from None
     if not words:
         raise ConfigurationError("the command of the notices is empty")
 
@@ -251,7 +259,9 @@ def receivers(url: str | None, command: str | None) -> list[tuple[str, Send]]:
     """Return what was configured. Raises ConfigurationError."""
     found: list[tuple[str, Send]] = []
     if url:
-        found.append((f"webhook at {urlsplit(url).hostname}", webhook(url)))
+        send = webhook(url)
+        found.append((f"webhook at {urlsplit(url).hostname}", send))
     if command:
-        found.append((f"command {(shlex.split(command) or [''])[0]}", program(command)))
+        send = program(command)
+        found.append((f"command {shlex.split(command)[0]}", send))
     return found

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import re
 import subprocess
 import sys
@@ -466,7 +467,7 @@ def say(what: str) -> None:
     if what == "error":
         raise OSError(errno.ENOSPC, "No space left on device")
     if what == "json":
-        print_json(["🎉"])
+        print_json(["🎉", {"progress": float("nan")}])
     else:
         console().print("🎉")
 
@@ -487,3 +488,5 @@ def test_an_output_that_cannot_be_written_is_no_traceback(
     result = CliRunner(charset="latin-1").invoke(cli.main, ["say", what])
     assert result.exit_code == code, result.output
     assert says in result.output
+    if what == "json":
+        assert json.loads(result.output) == ["🎉", {"progress": None}]

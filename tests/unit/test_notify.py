@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from jobguard.errors import ConfigurationError
-from jobguard.serving.notify import Notice, Notifier, Watcher, program, receivers, webhook
+from jobguard.serving.notify import Notice, Notifier, Watcher, program, receivers
 from tests.support import eventually
 
 
@@ -104,7 +104,8 @@ def test_a_storm_is_a_bounded_number_of_notices() -> None:
 
 def notice() -> Notice:
     """Return a notice."""
-    return Notice("hold", "hold-1", "shop", "now", "queue mail is held", {"queue": "mail"})
+    detail = {"queue": "mail", "job_id": "half a pair: \ud800"}
+    return Notice("hold", "hold-1", "shop", "now", "queue mail is held", detail)
 
 
 def test_a_command_gets_the_notice_as_json(tmp_path: Path) -> None:
@@ -112,7 +113,7 @@ def test_a_command_gets_the_notice_as_json(tmp_path: Path) -> None:
     out = tmp_path / "out; rm x"
     code = "import sys; open(sys.argv[1], 'w').write(sys.stdin.read())"
     program(f"{sys.executable} -c {json.dumps(code)} '{out}'")(notice())
-    assert json.loads(out.read_text())["detail"] == {"queue": "mail"}
+    assert json.loads(out.read_text())["detail"] == notice().detail
     with pytest.raises(Exception, match="exit status"):
         program(f"{sys.executable} -c 'raise SystemExit(3)'")(notice())
 
@@ -194,9 +195,10 @@ def test_a_follower_tells_nothing(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_wrong_receivers_are_refused() -> None:
     """A URL without a host, another scheme and an empty command are errors at the start."""
-    for url in ("ftp://x/y", "http://", "no url"):
+    for url in ("ftp://x/y", "http://", "no url", "http://[::1", "http://host:port/"):
         with pytest.raises(ConfigurationError):
-            webhook(url)
-    with pytest.raises(ConfigurationError):
-        program("  ")
+            receivers(url, None)
+    for command in ("  ", "echo 'it"):
+        with pytest.raises(ConfigurationError):
+            receivers(None, command)
     assert receivers(None, None) == []

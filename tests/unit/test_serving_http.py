@@ -128,6 +128,7 @@ def test_the_server_answers_a_few_at_a_time_and_hides_errors() -> None:
         ("9912", None),
         ("host:http", None),
         ("host:70000", None),
+        ("host:²", None),
     ],
 )
 def test_an_address(given: str, found: tuple[str, int] | None) -> None:
