@@ -91,13 +91,19 @@ class CeleryAdapter:
         importlib.import_module("jobguard.adapters.celery.patches").prepare()
 
     def task_of(self, task: object) -> tuple[str, str | None]:
-        """Return the name of a task of Celery, and the queue that it names or its app's default queue."""
+        """Return the name of a task of Celery, and the queue to which its app sends it.
+
+        A task that is routed to an exchange names no queue.
+        """
         celery = importlib.import_module("celery.app.task")
         if not isinstance(task, celery.Task):
             raise TypeError(f"{task!r} is no task of Celery")
         found: Any = task
-        queue = getattr(found, "queue", None) or found.app.conf.task_default_queue
-        return str(found.name), str(queue)
+        queue = getattr(found, "queue", None)
+        if queue is None:
+            route = found.app.amqp.router.route({}, found.name, (), {}, task_type=found)
+            queue = route.get("queue")
+        return str(found.name), None if queue is None else str(getattr(queue, "name", queue))
 
     def advice(self, target: object) -> Sequence[Advice]:
         """Return the settings of this application that lose or double tasks, or block a producer."""

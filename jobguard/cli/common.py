@@ -206,7 +206,7 @@ def requeue_each(
             try:
                 if isinstance(row, JobguardError):
                     raise row
-                token = ledger.requeue(namespace, row["token"])
+                token = ledger.send_one(namespace, row)
             except StoreUnavailable:
                 raise
             except JobguardError as error:

@@ -21,7 +21,7 @@ from jobguard.cli.common import (
     print_json,
     safe,
 )
-from jobguard.operations.overview import holds
+from jobguard.operations.overview import holds, unsent
 from jobguard.operations.read import total_of
 from jobguard.store.protocols import Counts
 
@@ -104,6 +104,7 @@ def _lines(overview: Mapping[str, Any]) -> Iterable[str]:
         yield f"paused since {brake['paused_at']:%Y-%m-%d %H:%M:%S}: `jobguard resume`"
     for held in holds(overview):
         yield f"held: {held.name} of {held.address}: {held.reason}"
+    yield from unsent(overview)
     for incident in overview["incidents"]:
         yield (
             f"incident {incident['id']}: {incident['cause']} at {incident['address']}: "

@@ -48,6 +48,12 @@ _CANCEL = sa.text("""
 select jobguard.cancel(:source, cast(:tokens as uuid[]), '{}', null, null, null, '{}')
 """)
 
+_REQUEST_AGAIN = sa.text("""
+update jobguard.requests r set error = null
+from jobguard.sources s
+where s.id = r.source and s.namespace = :namespace and r.job_id = :job_id and r.error is not null
+""")
+
 _ERASE = sa.text("""
 with ended as (
   update jobguard.history h set envelope = null, errors = null
@@ -137,9 +143,12 @@ class Operations(ReadModel):
         return list(islice((row for row in rows if row["state"] in OWED_STATES), limit))
 
     def owed_named(self, namespace: str, job_id: str) -> list[Row]:
-        """Return the owed deliveries of one job id."""
-        tokens = [row["token"] for row in self.job(namespace, job_id) if row["ended_at"] is None]
-        return [{**row, "state": _state(row)} for row in self.standing(namespace, tokens)]
+        """Return the owed deliveries of one job id, and what was requested of it, with no token."""
+        found = [row for row in self.job(namespace, job_id) if row["ended_at"] is None]
+        requested = [{**row, "runs": False} for row in found if row["token"] is None]
+        tokens = [row["token"] for row in found if row["token"] is not None]
+        owed = [{**row, "state": _state(row)} for row in self.standing(namespace, tokens)]
+        return requested + owed
 
     def cancel(
         self, namespace: str, rows: Sequence[Row], brokers: Brokers | None, detail: str
@@ -153,8 +162,13 @@ class Operations(ReadModel):
         sources = self._by_id(namespace)
         problems: set[str] = set()
         done = 0
+        requested = {row["job_id"] for row in rows if row["token"] is None}
         try:
-            for source, few in _by_source(rows):
+            for job_id in sorted(requested):
+                with self._begin() as connection:
+                    values = {"namespace": namespace, "job_id": job_id}
+                    done += connection.execute(_CANCEL_JOB, values).scalar_one()
+            for source, few in _by_source([row for row in rows if row["job_id"] not in requested]):
                 done += self._cancel(source, few)
                 problems |= _discard(sources[source], few, brokers)
         finally:
@@ -255,6 +269,27 @@ class Operations(ReadModel):
                 return
             at, after = rows[-1]["ended_at"], rows[-1]["token"]
 
+    def send_one(
+        self,
+        namespace: str,
+        row: Row,
+        *,
+        outcomes: Sequence[Outcome] = (Outcome.FAILED, Outcome.DEAD),
+    ) -> UUID | None:
+        """Requeue the delivery of a row; one that was only requested and is held is tried again.
+
+        Return the token of the new delivery; None: the leader makes it. Raises NotSent.
+        """
+        if row["token"] is not None:
+            return self.requeue(namespace, row["token"], outcomes=outcomes)
+        with self._begin() as connection:
+            values = {"namespace": namespace, "job_id": row["job_id"]}
+            if connection.execute(_REQUEST_AGAIN, values).rowcount == 0:
+                raise NotSent(
+                    f"job {row['job_id']} is requested: the reconciler that leads sends it"
+                )
+        return None
+
     def send_again(
         self,
         namespace: str,
@@ -278,7 +313,7 @@ class Operations(ReadModel):
             for row in rows:
                 pace()
                 try:
-                    self.requeue(namespace, row["token"], outcomes=outcomes)
+                    self.send_one(namespace, row, outcomes=outcomes)
                 except NotSent as error:
                     problems.append(str(error))
                 else:

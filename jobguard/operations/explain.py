@@ -22,7 +22,10 @@ def duration(seconds: float) -> str:
 def why_requested(row: Mapping[str, Any]) -> str:
     """Return why a job that SQL or a schedule asked for has no delivery yet."""
     if row["state"] == "held":
-        return f"it cannot be sent: {row['errors'][-1]}"
+        return (
+            f"it cannot be sent: {row['errors'][-1]}; mend the cause and `jobguard requeue` it, or "
+            "`jobguard cancel` it"
+        )
     return "it was requested; the reconciler that leads sends it within a second"
 
 

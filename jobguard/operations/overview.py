@@ -28,6 +28,18 @@ class Hold:
     """The command that ends it."""
 
 
+def unsent(state: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a sentence for what SQL or a schedule asked for, and the leader cannot send."""
+    held = state["held_requests"]
+    if held["count"]:
+        yield (
+            f"NOT SENT: {held['count']} jobs that SQL or a schedule asked for, such as {held['job_id']}: "
+            f"{held['error']}"
+        )
+    for schedule in state["failed_schedules"]:
+        yield f"NOT PLANNED: schedule {schedule['name']}: {schedule['error']}"
+
+
 def holds(state: Mapping[str, Any]) -> Iterator[Hold]:
     """Yield the holds of an overview of the ledger."""
     addresses = {str(source["id"]): source["address"] for source in state["sources"]}
@@ -87,6 +99,7 @@ class Overview:
             yield f"PAUSED since {brake['paused_at']:%Y-%m-%d %H:%M:%S}: `jobguard resume`"
         for held in holds(self.state):
             yield f"HELD: {held.name} of {held.address}: {held.reason}"
+        yield from unsent(self.state)
         for source in self.state["sources"]:
             if source["watched_seconds"] is None:
                 yield f"{source['library']} at {source['address']} was never watched"

@@ -132,6 +132,19 @@ order by h.ended_at desc, h.token desc
 limit :limit
 """)
 
+# What SQL or a schedule asked for, and the leader cannot send.
+_HELD_REQUESTS = sa.text("""
+select count(*) as count, (array_agg(h.job_id order by h.id))[1] as job_id,
+       (array_agg(h.error order by h.id))[1] as error
+from (select r.id, r.job_id, r.error from jobguard.requests r
+      join jobguard.sources s on s.id = r.source
+      where s.namespace = :namespace and r.error is not null order by r.id limit 1000) h
+""")
+_FAILED_SCHEDULES = sa.text("""
+select c.name, c.error from jobguard.schedules c
+where c.namespace = :namespace and c.error is not null order by c.name
+""")
+
 _ADD_SCHEDULE = sa.text("""
 select jobguard.add_schedule(
   name => :name, library => :library, queue => :queue, task => :task, args => cast(:args as jsonb),
@@ -580,6 +593,8 @@ class PostgresLedger:
                 "workers": rows(connection, _WORKERS, namespace=namespace)[0],
                 "incidents": rows(connection, _INCIDENTS, namespace=namespace),
                 "queues": rows(connection, _QUEUES, namespace=namespace),
+                "held_requests": rows(connection, _HELD_REQUESTS, namespace=namespace)[0],
+                "failed_schedules": rows(connection, _FAILED_SCHEDULES, namespace=namespace),
             }
 
     def idle(self, namespace: str, *, seconds: float) -> Sequence[Row]:

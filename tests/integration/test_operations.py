@@ -400,3 +400,35 @@ def test_commands_that_change_jobs_count_and_ask_first(rows: Rows) -> None:
 def test_outcomes_are_known_states() -> None:
     """The read model knows every outcome of a delivery."""
     assert set(read.ENDED_STATES) == set(Outcome)
+
+
+def test_a_request_that_cannot_be_sent_is_found_tried_again_and_cancelled(rows: Rows) -> None:
+    """Stats and doctor count it; requeue gives it to the leader again, and cancel ends it."""
+
+    def run(*words: str, code: int = 0) -> str:
+        environ = {"JOBGUARD_POSTGRES_URL": rows.url, "JOBGUARD_REDIS_URL": ""}
+        result = CliRunner().invoke(main, words, env=environ, catch_exceptions=False)
+        assert result.exit_code == code, result.output
+        return result.output
+
+    def request(job_id: str, error: str | None) -> None:
+        row = {"source": 1, "job_id": job_id, "queue": "mail", "task": "app.send", "error": error}
+        rows._insert("requests", row)
+
+    for job_id, error in (("held", "why"), ("gone", "why"), ("waits", None)):
+        request(job_id, error)
+    assert "NOT SENT: 2 jobs that SQL or a schedule asked for, such as held: why" in run("stats")
+    found = [
+        one for one in json.loads(run("doctor", "--json", code=1)) if one["about"] == "requests"
+    ]
+    assert "such as job held: why" in found[0]["detail"]
+    assert "jobguard requeue" in run("jobs", "show", "held", "--no-redis")
+    assert "requeued held in mail" in run("requeue", "held", "--yes")
+    assert "the reconciler that leads sends it" in run("requeue", "waits", "--yes", code=1)
+    for job_id in ("gone", "waits"):
+        assert "cancelled: 1" in run("cancel", job_id)
+        assert (
+            run("jobs", "show", job_id, "--no-redis").count("cancelled: it does not run again") == 1
+        )
+    assert rows.ask("select job_id, error from jobguard.requests") == [("held", None)]
+    assert "NOT SENT" not in run("stats")

@@ -302,6 +302,8 @@ def overview(**changed: Any) -> dict[str, Any]:
         "workers": {"alive": 1, "oldest_beat_seconds": 1.0},
         "incidents": [],
         "queues": [{"queue": "q", "trusted_since": datetime.now(UTC), "unguarded": []}],
+        "held_requests": {"count": 0, "job_id": None, "error": None},
+        "failed_schedules": [],
     }
     return fine | changed
 
@@ -321,6 +323,8 @@ def overview(**changed: Any) -> dict[str, Any]:
         ({"sources": [{"id": 1, "address": "a", "settings": "mode=observe"}]}, "mode=observe"),
         ({"queues": [{"queue": "q", "trusted_since": None, "unguarded": ["w"]}]}, "unguarded.*w"),
         ({"queues": [{"queue": "q", "trusted_since": None, "unguarded": []}]}, "not trusted yet"),
+        ({"held_requests": {"count": 2, "job_id": "j", "error": "why"}}, "2 jobs.*job j: why"),
+        ({"failed_schedules": [{"name": "s", "error": "why"}]}, "cannot be planned: why"),
     ],
 )
 def test_the_doctor_finds_each_problem_of_the_ledger(changed: dict[str, Any], word: str) -> None:

@@ -26,6 +26,7 @@ def judge_ledger(settings: Settings, overview: dict[str, Any]) -> Iterator[Findi
             )
     if not overview["sources"]:
         yield note("sources", f"nothing has been guarded yet in the namespace {settings.namespace}")
+    yield from _judge_requests(overview)
     for queue in overview["queues"]:
         about = f"queue {queue['queue']}"
         if queue["trusted_since"] is not None:
@@ -38,6 +39,25 @@ def judge_ledger(settings: Settings, overview: dict[str, Any]) -> Iterator[Findi
         else:
             why = why_not_trusted(queue)
             yield problem(about, f"not trusted yet, so its jobs are not put back: {why}")
+
+
+def _judge_requests(overview: dict[str, Any]) -> Iterator[Finding]:
+    held = overview["held_requests"]
+    if held["count"]:
+        yield problem(
+            "requests",
+            f"{held['count']} jobs that SQL or a schedule asked for cannot be sent, such as job "
+            f"{held['job_id']}: {held['error']}",
+            "they wait until a person decides",
+            f"jobguard requeue {held['job_id']} when the cause is mended, or jobguard cancel",
+        )
+    for schedule in overview["failed_schedules"]:
+        yield problem(
+            f"schedule {schedule['name']}",
+            f"cannot be planned: {schedule['error']}",
+            "it sends no job",
+            "change it with `jobguard schedules add`, or remove it",
+        )
 
 
 def _judge_installation(settings: Settings, installation: dict[str, Any]) -> Iterator[Finding]:

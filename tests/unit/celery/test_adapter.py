@@ -252,3 +252,23 @@ class TestShared:
         assert [guard.send("a.name", key="k").job_id for guard in guards] == ["a", "b"]
         for guard in guards:
             guard.close()
+
+
+def test_a_schedule_goes_where_the_app_sends_its_task() -> None:
+    """The queue is that of the task, of a route, or the default one; a route to an exchange names none."""
+
+    def nothing() -> None:
+        pass
+
+    app = celery.Celery("app", set_as_current=False)
+    app.conf.task_routes = {
+        "routed": {"queue": "mail"},
+        "pre.*": {"queue": "pre"},
+        "to.exchange": {"exchange": "all", "routing_key": "k"},
+    }
+    expected = {"routed": "mail", "pre.x": "pre", "plain": "celery", "to.exchange": None}
+    for name, queue in expected.items():
+        task = app.task(name=name)(nothing)
+        assert CeleryAdapter().task_of(task) == (name, queue)
+    own = app.task(name="pre.own", queue="own")(nothing)
+    assert CeleryAdapter().task_of(own) == ("pre.own", "own")
