@@ -41,12 +41,12 @@ begin
     with namesakes as materialized (
       select f.token, f.parent, j.token as next
       from unnest(p_token, p_job_id, p_parent) f(token, job_id, parent)
-      join jobguard.jobs j on j.source + 0 = p_source and j.job_id = f.job_id
+      join jobguard.jobs j on j.source + 0 = p_source and j.job_id = f.job_id and j.job_id = any (p_job_id)
       where v_alone is not false and not p_newest
       union all
       select f.token, f.parent, h.token
       from unnest(p_token, p_job_id, p_parent) f(token, job_id, parent)
-      join jobguard.history h on h.source + 0 = p_source and h.job_id = f.job_id
+      join jobguard.history h on h.source + 0 = p_source and h.job_id = f.job_id and h.job_id = any (p_job_id)
       where v_alone is not false and not p_newest
     ), later as (
       select n.token, n.next from namesakes n

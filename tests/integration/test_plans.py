@@ -11,6 +11,7 @@ import time
 import uuid
 from contextlib import closing
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psycopg
@@ -18,9 +19,12 @@ import pytest
 import sqlalchemy as sa
 
 import jobguard.store.connection
+import jobguard.store.host
+from jobguard.host.transaction import rows_of
 from jobguard.model import Claim, Delivery, End, Outcome, Parent, new_token
 from jobguard.operations import read
 from jobguard.operations.read import JobFilter, ReadModel
+from jobguard.schema import statements
 from jobguard.settings import Settings
 from jobguard.store.host import PostgresStore
 from jobguard.store.leader import PostgresLeaderStore
@@ -208,9 +212,19 @@ def _heartbeat(store: PostgresStore, owed: list[UUID], n: int) -> None:
     store.heartbeat(SOURCE, job_id="x", token=owed[240 + n], number=1, progress=0.5)
 
 
+def _transaction(store: PostgresStore, _owed: list[UUID], n: int) -> None:
+    """Record a job of a run in a transaction of the application, and take its push."""
+    one = delivery(job_id=f"job-{40_000 + n}", derived=True)
+    for rows in rows_of([one]):
+        store._db.execute(
+            store._sql["record_in_transaction"], {"source": str(SOURCE), "rows": rows}
+        )
+    assert store.take_committed(SOURCE, [one.token], deadline=60) == {one.token}
+
+
 @pytest.mark.parametrize(
     "work",
-    [_record, _record_again, _retry, _claim, _end, _cancel, _outbox, _heartbeat],
+    [_record, _record_again, _retry, _claim, _end, _cancel, _outbox, _heartbeat, _transaction],
     ids=lambda work: work.__name__.strip("_"),
 )
 def test_host_statements_read_no_whole_table(
@@ -227,7 +241,7 @@ def test_host_statements_read_no_whole_table(
 
 def test_a_queue_that_was_empty_at_first(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Plans made while the queue was empty are replaced when it has many jobs."""
-    works = (_record, _record_again, _retry, _claim, _end)
+    works = (_record, _record_again, _retry, _claim, _end, _transaction)
     store = PostgresStore(lambda: database, Settings(call_timeout=20, connect_timeout=20))
     for n in range(OFTEN):
         for work in works:
@@ -245,6 +259,25 @@ def test_a_queue_that_was_empty_at_first(database: str, monkeypatch: pytest.Monk
             work(store, owed, n)
     store.close()
     assert not plans.whole_reads(), plans.whole_reads()[0]
+
+
+def test_the_functions_of_hosts_are_planned_once(database: str) -> None:
+    """A function that a host calls keeps its plans for the session, also after it was replaced."""
+    host = Path(jobguard.store.host.__file__).read_text(encoding="utf-8")
+    asked = [str(statements()[name]) for name in re.findall(r'_sql\["(\w+)"\]', host)]
+    called = {name for text in asked for name in re.findall(r"jobguard\.(\w+)\(", text)}
+    with psycopg.connect(database) as connection:
+        rows = connection.execute(
+            "select p.proname, p.proconfig from pg_proc p join pg_language l on l.oid = p.prolang"
+            " where p.pronamespace = 'jobguard'::regnamespace and l.lanname = 'plpgsql'"
+            " and p.proname = any (%s)",
+            [list(called)],
+        ).fetchall()
+    forgotten = {
+        name for name, config in rows if "plan_cache_mode=force_generic_plan" not in (config or [])
+    }
+    assert len(rows) > 5
+    assert not forgotten
 
 
 def test_leader_statements_read_no_whole_table(
@@ -275,7 +308,7 @@ def test_leader_statements_read_no_whole_table(
 
 @pytest.mark.parametrize(
     "work",
-    [_record, _record_again, _retry, _claim, _end, _cancel, _outbox, _heartbeat],
+    [_record, _record_again, _retry, _claim, _end, _cancel, _outbox, _heartbeat, _transaction],
     ids=lambda work: work.__name__.strip("_"),
 )
 def test_host_statements_after_a_queue_was_drained(
