@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import redis.utils
 from rq import exceptions
 from rq import worker as workers
 from rq.intermediate_queue import IntermediateQueue
@@ -147,6 +148,8 @@ def uninstall(holder: object) -> None:
 
 
 def _plan() -> Iterator[tuple[Any, str, Make]]:
+    if hasattr(redis.utils, "get_lib_version"):
+        yield redis.utils, "get_lib_version", worker.get_lib_version
     for target in (*PRODUCER, *WORKER, *_spawning(), *_cron()):
         owner = next((c for c in target.owner.__mro__ if target.name in c.__dict__), None)
         if owner is not None and _begins_with(getattr(owner, target.name), target.leading):

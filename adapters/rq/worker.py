@@ -11,10 +11,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import wraps
+from functools import cache, wraps
 from typing import TYPE_CHECKING, Any, cast
 from uuid import UUID
 
+import redis.utils
 from redis.exceptions import RedisError
 from rq.executions import ExecutionRegistry
 from rq.job import Job, JobStatus
@@ -76,6 +77,15 @@ except ImportError:
 """
 
 
+def get_lib_version(original: Hook) -> Hook:
+    """Wrap redis.utils.get_lib_version: read the version once, and not for each connection.
+
+    A horse opens a connection for its job. Measured: reading the version from a file is a third of the page
+    faults of a horse whose job does nothing.
+    """
+    return cache(original)
+
+
 def register_birth(original: Hook) -> Hook:
     """Wrap Worker.register_birth: start to beat before the worker can take its first job."""
 
@@ -83,6 +93,7 @@ def register_birth(original: Hook) -> Hook:
     def hook(self: Any) -> Any:
         # Beat before RQ registers the worker: an unknown consumer makes its queues untrusted.
         _log_whether_guarded(self, _open_session(self))
+        getattr(redis.utils, "get_lib_version", bool)()  # each horse inherits what was read
         return original(self)
 
     return hook

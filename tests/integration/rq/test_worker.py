@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import re
 import signal
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import redis
+import redis.utils
 import rq
 from rq import Queue, Retry, SimpleWorker, Worker
 from rq.job import Job
@@ -296,6 +298,30 @@ class TestHorse:
         work(Worker, queue)
 
         assert not tracker.notes("orphaned")
+
+    @pytest.mark.skipif(
+        not hasattr(redis.utils, "get_lib_version"), reason="this redis-py knows no version"
+    )
+    def test_a_horse_reads_no_version_from_files(
+        self, queue: Queue, tracker: FakeTracker, ledger: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The version that a horse's connection reports was read by its worker."""
+        real, noted = importlib.metadata.version, ledger.with_suffix(".read")
+
+        def version(name: str) -> str:
+            with noted.open("a") as file:
+                print(os.getpid(), file=file)
+            return real(name)
+
+        monkeypatch.setattr(importlib.metadata, "version", version)
+        known = queue.connection.connection_pool.connection_kwargs
+        address = f"redis://{known['host']}:{known['port']}/{known['db']}"
+        queue.enqueue(tasks.say, str(ledger))
+        Worker([queue.name], connection=redis.Redis.from_url(address)).work(burst=True)
+
+        assert ran(ledger) == 1
+        readers = noted.read_text().split() if noted.exists() else []
+        assert set(readers) <= {str(os.getpid())}
 
     def test_long_error(self, queue: Queue, tracker: FakeTracker) -> None:
         """An error text of a megabyte does not block the horse and is not lost."""
