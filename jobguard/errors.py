@@ -152,7 +152,7 @@ class WrongInstallation(JobguardError):
 
 
 class WorkersDied(JobguardError):
-    """Every worker that ran this job died. The crash budget is spent, and the job is not run again."""
+    """jobguard gave the job up: its workers died, or the rule of its task forbids another run."""
 
 
 class NotLeading(JobguardError):

@@ -86,6 +86,8 @@ class JobGuard:
         self._target = target
         self._deferred: object = None
         """The target, if it was known only later: closing this guard concerns no other target."""
+        self._by_environment = False
+        """It was made for a worker whose process had not called guard()."""
 
     def __repr__(self) -> str:
         if self._later is not None and self._inert is None:
@@ -571,14 +573,20 @@ def _guard_now(
         return _without_postgres(chosen, str(error))
     existing = _guards.get(guarded.source.id)
     if existing is not None:
-        return _same(existing, chosen, conninfo, guarded, target)
+        try:
+            return _same(existing, chosen, conninfo, guarded, target)
+        except ConflictingGuard as error:
+            return _in_worker(error, existing, existing)
     tracker = _tracker(guarded, chosen, conninfo)
     register(cast(Tracker, tracker))
     try:
         adapter.install(registered_tracker(cast(Tracker, tracker)), target)
-    except BaseException:
+    except BaseException as error:
         unregister(cast(Tracker, tracker))
-        raise
+        if not isinstance(error, ConflictingGuard):
+            raise
+        made = next((one for one in _guards.values() if one._by_environment), None)
+        return _in_worker(error, made, JobGuard(chosen, inert=str(error)))
     made = JobGuard(chosen, tracker=tracker, adapter=adapter, conninfo=conninfo, target=target)
     _guards[guarded.source.id] = made
     log_event(
@@ -593,6 +601,18 @@ def _guard_now(
             made.close()
             raise
     return made
+
+
+def _in_worker(error: ConflictingGuard, made: JobGuard | None, instead: JobGuard) -> JobGuard:
+    """Return a guard for a call that a job of a worker makes, although the worker has another guard.
+
+    ``made``: that guard. The call stands in a module that RQ imports for the job: an error would fail each
+    job of the module. Raises the error if the application itself has made the guard.
+    """
+    if made is None or not made._by_environment:
+        raise error
+    log_event("guard_differs", error=str(error))
+    return instead
 
 
 def _without_postgres(chosen: Settings, reason: str) -> JobGuard:
@@ -700,11 +720,13 @@ def _same(
 
 def _resolve_worker(target: object) -> Tracker | None:
     """Guard a worker whose process never called guard(), with the settings of the environment."""
+    before = set(_guards)
     try:
         made = guard(target)
     except (ConfigurationError, UnsupportedTarget, ConflictingGuard) as error:
         log_event("guard_refused", error=str(error))
         return None
+    made._by_environment = made._by_environment or bool(set(_guards) - before)
     return cast(Tracker, made._tracker) if made._tracker is not None else None
 
 

@@ -57,6 +57,12 @@ EVENTS: Mapping[str, Event] = {
     "guarded": Event(INFO, "a source is guarded"),  # source, queues, postgres
     "guard_inert": Event(INFO, "nothing is guarded here"),  # reason
     "guard_refused": Event(ERROR, "a target cannot be guarded"),  # error
+    "guard_differs": Event(
+        ERROR,
+        "a job called guard() with other settings than its worker has, and those of the worker hold: give "
+        "the worker the same ones by JOBGUARD_… variables, or by `rq worker -c MODULE` with a module that "
+        "calls guard()",
+    ),  # error
     "guard_late": Event(
         ERROR, "runs are not guarded: call guard() before the worker of this process starts"
     ),  # source

@@ -32,12 +32,14 @@ def why_requested(row: Mapping[str, Any]) -> str:
 def why_ended(row: Mapping[str, Any]) -> str:
     """Return the sentence for a delivery that has ended. ``row``: a row of the history."""
     state = row["state"]
+    reasons = str((row.get("errors") or [""])[-1]).strip().splitlines()
+    reason = reasons[-1][:200] if reasons else f"{row['crashes']} worker deaths"
     if row.get("next") is not None:
         return f"{state}; it was sent again as delivery {row['next']}"
     return {
         "completed": "it ran to its end",
         "failed": "its library gave it up; `jobguard dead requeue` sends it again",
-        "dead": f"given up, after {row['crashes']} worker deaths; `jobguard dead requeue` sends it again",
+        "dead": f"given up: {reason}; `jobguard dead requeue` sends it again",
         "cancelled": "cancelled: it does not run again",
         "superseded": "a later delivery of the same job replaced it",
     }[state]

@@ -26,6 +26,7 @@ from jobguard.errors import (
     StoreUnavailable,
     UnsupportedTarget,
 )
+from jobguard.registry import tracker_for_worker
 from tests.support import eventually
 
 if TYPE_CHECKING:
@@ -238,6 +239,27 @@ def test_other_settings_are_a_conflict_that_names_the_difference(
     with pytest.raises(ConfigurationError, match="did you mean 'lease'"):
         jobguard.guard(client, postgres=database, laese=8)
     assert guarded(client)
+
+
+def test_a_job_whose_module_calls_guard_does_not_fail_by_its_worker(
+    client: redis.Redis,
+    database: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The worker's guard, made from the environment, stays in force; the log names the difference."""
+    monkeypatch.setenv("JOBGUARD_POSTGRES_URL", database)
+    assert tracker_for_worker(client) is not None
+    queue = Queue("mail", connection=client)
+    again = jobguard.guard(queue, recover={"app.charge": "dead"})
+    assert again is jobguard.guard(queue) and again.inert is None
+    assert "recover is None, now {'app.charge': 'dead'}" in caplog.text
+    other = jobguard.guard(queue, namespace="other")
+    assert other.inert is not None and "namespace 'other'" in caplog.text
+    assert again.settings.recover is None and guarded(client, "mail")
+    again.close()
+    with jobguard.guard(queue, lease=8), pytest.raises(ConflictingGuard):
+        jobguard.guard(queue, lease=9)
 
 
 def test_a_list_guards_each_of_its_queues(client: redis.Redis, database: str) -> None:

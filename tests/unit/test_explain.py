@@ -114,8 +114,14 @@ def test_why_an_owed_job_stands_there(
 
 def test_why_a_job_has_ended() -> None:
     """The sentence of an ended delivery names the next step, or the delivery that came after it."""
-    assert "dead requeue" in why_ended({"state": "dead", "next": None, "crashes": 3})
-    assert why_ended({"state": "failed", "next": "t"}) == "failed; it was sent again as delivery t"
+    dead = {"state": "dead", "next": None, "crashes": 3}
+    assert why_ended(dead).startswith("given up: 3 worker deaths; `jobguard dead requeue`")
+    ruled = dead | {"crashes": 0, "errors": ["lost before its run, and recover='never' forbids it"]}
+    assert why_ended(ruled).startswith(
+        "given up: lost before its run, and recover='never' forbids it;"
+    )
+    again = {"state": "failed", "next": "t", "crashes": 0}
+    assert why_ended(again) == "failed; it was sent again as delivery t"
 
 
 def test_durations_are_short() -> None:
