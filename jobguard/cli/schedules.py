@@ -190,14 +190,15 @@ def import_django_celery_beat(
         for task in tasks:
             try:
                 definition = _definition(task, queue)
+                if not dry_run:
+                    definition |= {"source": source, "library": "celery"}
+                    ledger.add_schedule(tenant, definition)
             except ConfigurationError as error:
                 refused += 1
                 click.echo(safe(f"not imported: {task['name']}: {error}"), err=True)
                 continue
-            if not dry_run:
-                ledger.add_schedule(tenant, {**definition, "source": source, "library": "celery"})
-                if not task["enabled"]:
-                    ledger.change_schedule(tenant, definition["name"], "pause")
+            if not dry_run and not task["enabled"]:
+                ledger.change_schedule(tenant, definition["name"], "pause")
             click.echo(
                 f"{'would import' if dry_run else 'imported'}: {safe(definition['name'])}"
                 + ("" if task["enabled"] else " (paused)")

@@ -382,6 +382,7 @@ class TestCommand:
         assert "imported: every half hour\n" in output
         assert "imported: nights (paused)\n" in output
         assert "not imported: at dawn: it follows the sun" in output
+        assert "not imported: loud: the priority is 200" in output
         assert "not imported: 13th and friday: Celery wants both" in output
         rows = {row["name"]: row for row in json.loads(self.call(sql, "list", "--json"))}
         assert rows["every half hour"]["every"] == timedelta(minutes=30).total_seconds()
@@ -408,6 +409,7 @@ insert into public.django_celery_beat_crontabschedule values
   (1, '0', '2, 3', '*', '*', '*', 'Europe/Berlin'), (2, '0', '0', '13', '*', '5', 'UTC');
 insert into public.django_celery_beat_periodictask values
   ('every half hour', 't', '[]', '{}', null, null, true, false, null, null, null, null, null, 1, null),
+  ('loud', 't', '[]', '{}', null, 200, true, false, null, null, null, null, null, 1, null),
   ('nights', 't', '[]', '{"a": 1}', 'slow', 3, false, false, null, null, null, null, null, null, 1),
   ('13th and friday', 't', '[]', '{}', null, null, true, false, null, null, null, null, null, null, 2),
   ('at dawn', 't', '[]', '{}', null, null, true, false, null, null, null, 1, null, null, null);
