@@ -226,6 +226,7 @@ class JobGuard:
         from jobguard.operations.brokers import Brokers
         from jobguard.operations.job import Job, read_job
 
+        _check_ids([job_id])
         tracker = self._tracker
         if tracker is None:
             return Job(job_id)
@@ -323,6 +324,7 @@ class JobGuard:
 
     def _end_of(self, job_id: str) -> Callable[[], Outcome | None]:
         """Return a function that asks for the outcome, on one ledger for the whole wait."""
+        _check_ids([job_id])
         tracker = self._tracker
         if tracker is None:
             return lambda: None
@@ -357,7 +359,8 @@ class JobGuard:
         return current().lock(name, wait=wait)
 
     def cancel(self, *job_ids: str) -> None:
-        """Cancel these jobs: the fence skips them, and they are not restored."""
+        """Cancel these jobs: the fence skips them, and they are not restored. Raises ConfigurationError."""
+        _check_ids(job_ids)
         if self._tracker is not None:
             self._tracker.cancel(job_ids=job_ids)
 
@@ -369,7 +372,12 @@ class JobGuard:
         """
         if self._tracker is None:
             return None
-        given = token if isinstance(token, UUID) else UUID(token)
+        try:
+            given = token if isinstance(token, UUID) else UUID(token)
+        except (ValueError, AttributeError):
+            raise ConfigurationError(
+                f"{token!r} is no token of a delivery: give that of one, such as guard.job(id)[0]['token']"
+            ) from None
         return self._ledger().requeue(self.settings.namespace, given)
 
     def pause(self, queue: str | None = None) -> None:
@@ -439,6 +447,12 @@ class JobGuard:
 
         assert self._conninfo is not None
         return ReadModel(self._conninfo, encrypt=self.settings.encrypt)
+
+
+def _check_ids(job_ids: Sequence[Any]) -> None:
+    for one in job_ids:
+        if not isinstance(one, str):
+            raise ConfigurationError(f"give the id of the job, which is a text, and not {one!r}")
 
 
 def transaction_of(guards: Sequence[JobGuard], caller: Caller) -> AbstractContextManager[None]:

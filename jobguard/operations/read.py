@@ -396,6 +396,8 @@ class ReadModel(PostgresLedger):
         It reads a bounded number of rows. So a page may have fewer rows than ``limit`` and still not be
         the last. Raises ConfigurationError for an ``after`` that is none.
         """
+        if limit < 1:
+            raise ConfigurationError(f"the limit of a page is 1 or more, not {limit}")
         before, since = _bounds(wanted, after)
         values = {
             "namespace": namespace,

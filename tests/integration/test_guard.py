@@ -27,7 +27,7 @@ from jobguard.errors import (
     UnsupportedTarget,
 )
 from jobguard.registry import tracker_for_worker
-from tests.support import eventually
+from tests.support import SLOWEST, eventually
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -239,6 +239,21 @@ def test_other_settings_are_a_conflict_that_names_the_difference(
     with pytest.raises(ConfigurationError, match="did you mean 'lease'"):
         jobguard.guard(client, postgres=database, laese=8)
     assert guarded(client)
+
+
+def test_an_object_of_the_library_is_no_id(client: redis.Redis, database: str) -> None:
+    """A job that is given instead of its id is an error: it was waited for in vain, or not cancelled."""
+    queue = Queue("mail", connection=client)
+    with jobguard.guard(queue, postgres=database) as guard:
+        job: Any = queue.enqueue(add, 1)
+        for call in (guard.cancel, guard.job, lambda given: guard.wait(given, SLOWEST)):
+            with pytest.raises(ConfigurationError, match="give the id of the job"):
+                call(job)
+        with pytest.raises(ConfigurationError, match="token"):
+            guard.requeue("a job id")
+        with pytest.raises(ConfigurationError, match="1 or more"):
+            guard.jobs(limit=0)
+        assert guard.job(job.id).state == "pending"
 
 
 def test_a_job_whose_module_calls_guard_does_not_fail_by_its_worker(
