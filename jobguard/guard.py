@@ -285,7 +285,7 @@ class JobGuard:
         """
 
         def decorate(hook: H) -> H:
-            check_event(event)
+            check_event(event, hook)
             if self._tracker is not None:
                 add_hook(self._tracker.source.id, event, hook)
             return hook

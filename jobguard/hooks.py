@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from inspect import iscoroutinefunction
 from typing import Any
 
 from jobguard.current import CurrentJob
@@ -47,16 +48,22 @@ _hooks: dict[tuple[int, str], list[Hook]] = {}
 
 def add(source: int, event: str, hook: Hook) -> None:
     """Call this function at an event of a source from now on. Raises ConfigurationError."""
-    check(event)
+    check(event, hook)
     _hooks.setdefault((source, event), []).append(hook)
 
 
-def check(event: str) -> None:
-    """Raise ConfigurationError if there is no event of this name in a process of the application."""
+def check(event: str, hook: Hook) -> None:
+    """Raise ConfigurationError for an unknown event, and for what cannot be called or would not run."""
     if event == "held":
         raise ConfigurationError(_HELD)
     if event not in EVENTS:
         raise ConfigurationError(f"there is no event {event!r}; there are {', '.join(EVENTS)}")
+    call = getattr(hook, "__call__", None)  # noqa: B004 - of an object, this is the method
+    if call is None or iscoroutinefunction(hook) or iscoroutinefunction(call):
+        raise ConfigurationError(
+            f"{hook!r} cannot be called at {event!r}: give a plain function. A coroutine would never run, "
+            "because a hook is called where no event loop is"
+        )
 
 
 def heard(source: int, event: str) -> bool:

@@ -225,8 +225,9 @@ class DjangoCaller(Caller):
             return row
 
     def on_commit(self, then: Callable[[], None]) -> None:
-        """Let Django call it after the commit."""
-        self._db.on_commit(then, using=self.connection.alias, robust=True)
+        """Let Django call it after the commit; with autocommit switched off, Django has no such hook."""
+        if self.connection.in_atomic_block or self.connection.autocommit:
+            self._db.on_commit(then, using=self.connection.alias, robust=True)
 
 
 def caller_of(connection: Any, **options: Any) -> Caller:

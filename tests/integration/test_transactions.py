@@ -262,6 +262,16 @@ assert len(waiting()) == 4
 with atomic(durable=True, guards=[]):
     send()
     assert len(waiting()) == 5
+transaction.set_autocommit(False)
+with atomic():
+    by_hand = send()
+transaction.commit()
+with atomic():
+    never = send()
+transaction.rollback()
+transaction.set_autocommit(True)
+assert [guard.job(id).state for id in (by_hand, never)] == ["pending", "unknown"]
+assert len(waiting()) == 5
 """
 
 

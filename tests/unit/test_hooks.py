@@ -4,7 +4,7 @@ import asyncio
 import logging
 from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 from uuid import uuid4
 
 import pytest
@@ -14,6 +14,7 @@ from jobguard import hooks
 from jobguard.adapter import hears_dead, report_dead, running_job
 from jobguard.errors import ConfigurationError, NotEnded, StoreUnavailable, WorkersDied
 from jobguard.guard import JobGuard
+from jobguard.hooks import JobEvent
 from jobguard.model import Claim, Outcome
 from jobguard.settings import Settings
 
@@ -104,6 +105,21 @@ def test_an_unknown_event_is_an_error(guard: JobGuard) -> None:
             each.on("begin")(print)
         with pytest.raises(ConfigurationError, match="JOBGUARD_NOTIFY_URL"):
             each.on("held")(print)
+
+
+def test_a_hook_that_would_not_run_is_an_error(guard: JobGuard) -> None:
+    """A coroutine function would make a coroutine that nobody awaits."""
+
+    async def later(event: JobEvent) -> None:
+        raise AssertionError
+
+    class Later:
+        async def __call__(self, event: JobEvent) -> None:
+            raise AssertionError
+
+    for wrong in (later, Later(), "no function"):
+        with pytest.raises(ConfigurationError, match="give a plain function"):
+            guard.on("finish")(cast(Any, wrong))
 
 
 def test_a_dead_job_is_reported_to_its_source_alone(guard: JobGuard) -> None:
