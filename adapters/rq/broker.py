@@ -19,6 +19,7 @@ from redis.exceptions import RedisError, ResponseError
 
 from jobguard.adapter import Source
 from jobguard.adapters.rq.backlog import BacklogReader
+from jobguard.adapters.rq.ended_workers import EndedWorkers
 from jobguard.adapters.rq.envelope import Mode, UnknownEnvelope, decode
 from jobguard.adapters.rq.layout import FIELD, KEPT, SPENT, TIMESTAMP, Layout
 from jobguard.adapters.rq.render import render
@@ -65,6 +66,7 @@ class RQBroker:
         self._backlog = BacklogReader(client, self._layout)
         self._client = client
         self._listeners = Listeners(client, source)
+        self._ended = EndedWorkers(client, self._layout)
         self._presence = Script(client, __package__, "presence.lua")
         self._restore = Script(client, __package__, "restore.lua")
         self._abandon = Script(client, __package__, "abandon.lua")
@@ -221,6 +223,8 @@ class RQBroker:
         strangers = self._unexplained(registered)
         named = {c.mark.name for c in self._listeners.inspect() if c.ours and c.mark is not None}
         proved = frozenset(name for name in registered if nameable(name) in named)
+        for queue, ended in self._ended.find(registered).items():
+            by_queue[queue] = by_queue.get(queue, frozenset()) | ended
         return Consumers(by_queue, strangers, self._listeners.refused, proved, proved)
 
     def render(self, request: Request, token: UUID) -> Delivery:

@@ -12,12 +12,13 @@
 ``rq:scheduled:<queue>``           zset of ids by due time; ``deferred`` and ``ready`` are similar
 ``rq:rl:<key>:rate_limited``       zset of ids that wait for a slot; ``allowed``: ids that have one
 ``rq:workers:<queue>``             set of the keys of the workers that listen
+``rq:worker:<name>``               hash of a worker, for 60 s after its end
 =================================  ====================================================
 
 jobguard adds these fields to the hash: ``jg`` is the token in hex. It gets the suffix ``!`` when RQ
 itself has written the end of that delivery: a job that unguarded code requeues (for example a
 dashboard) keeps the field, and must not count as the delivery that ended. ``jg_attempt`` and
-``jg_task`` are there where they cannot be derived.
+``jg_task`` are there where they cannot be derived. The hash of a guarded worker has the field ``jg`` too.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from functools import lru_cache
 FIELD = "jg"
 ATTEMPT_FIELD = "jg_attempt"
 TASK_FIELD = "jg_task"
+WORKER_FIELD = "jg"
 SPENT = "!"
 TIMESTAMP = "%Y-%m-%dT%H:%M:%S.%fZ"
 """The format of RQ's timestamps."""

@@ -34,7 +34,7 @@ from jobguard.adapters.rq.dead_jobs import (
 )
 from jobguard.adapters.rq.envelope import Mode
 from jobguard.adapters.rq.killed_runs import forget_orders, is_left_to_the_leader, was_ordered
-from jobguard.adapters.rq.layout import FIELD, SPENT
+from jobguard.adapters.rq.layout import FIELD, SPENT, WORKER_FIELD
 from jobguard.adapters.rq.lookup import guarded_elsewhere, tracker_for, tracker_for_job
 from jobguard.adapters.rq.message import (
     BROKER_DOWN,
@@ -92,9 +92,14 @@ def register_birth(original: Hook) -> Hook:
     @wraps(original)
     def hook(self: Any) -> Any:
         # Beat before RQ registers the worker: an unknown consumer makes its queues untrusted.
-        _log_whether_guarded(self, _open_session(self))
+        session = _open_session(self)
+        _log_whether_guarded(self, session)
         getattr(redis.utils, "get_lib_version", bool)()  # each horse inherits what was read
-        return original(self)
+        result = original(self)
+        if session is not None:
+            with contain_errors("mark a worker", event="redis_call_failed", worker=self.name):
+                self.connection.hset(self.key, WORKER_FIELD, session.id.hex)
+        return result
 
     return hook
 

@@ -22,6 +22,7 @@ _COMMANDS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("+hmget", ("HMGET", _PROBE, "x")),
     ("+hgetall", ("HGETALL", _PROBE)),
     ("+hscan", ("HSCAN", _PROBE, "0")),
+    ("+scan", ("SCAN", "0", "COUNT", "1")),
     ("+lrange", ("LRANGE", _PROBE, "0", "0")),
     ("+llen", ("LLEN", _PROBE)),
     ("+smembers", ("SMEMBERS", _PROBE)),

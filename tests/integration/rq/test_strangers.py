@@ -12,6 +12,8 @@ import pytest
 import redis
 from rq import Queue, Worker
 
+from jobguard.adapter import Source
+from jobguard.adapters.rq import ended_workers
 from jobguard.adapters.rq.broker import RQBroker
 from tests.fakes.adapters import FakeTracker
 from tests.support import eventually
@@ -88,6 +90,52 @@ def test_a_stranger_that_survives_a_flush(
         eventually(lambda: any("bl" in name for name in strangers(broker)))
     client.flushdb()
     eventually(lambda: strangers(broker) == set())
+
+
+def ended(broker: RQBroker) -> set[str]:
+    """Return the names of the unguarded workers that are shown as ended."""
+    return {name.split()[0] for name in strangers(broker) if "(ended " in name}
+
+
+def test_a_stranger_that_came_and_went(
+    broker: RQBroker, client: Any, tracker: FakeTracker, redis_url: str
+) -> None:
+    """An unguarded burst worker is found by what RQ keeps of it for a minute; a guarded one is not."""
+    Worker(["default"], connection=redis.Redis.from_url(redis_url), name="ours").work(burst=True)
+    assert client.hget("rq:worker:ours", "death")
+    assert len(tracker.sessions) == 1
+    assert strangers(broker) == set()
+    burst = BARE.replace("work()", "work(burst=True)")
+    subprocess.run([sys.executable, "-c", burst, redis_url, "bare", "default", "low"], check=True)
+    assert ended(broker) == {"bare"}
+    assert [name.split()[0] for name in broker.consumers()["low"]] == ["bare"]
+    assert strangers(broker, "other") == set()
+    client.delete("rq:worker:bare")
+    assert ended(broker) == {"bare"}, "the second inspection must see it too"
+
+
+def test_a_stranger_that_came_and_went_in_a_large_redis(
+    broker: RQBroker, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several inspections share the walk over many keys."""
+    monkeypatch.setattr(ended_workers, "_COUNT", 10)
+    client.mset({f"other:{n}": 1 for n in range(1000)})
+    client.hset("rq:worker:bare", mapping={"death": "now", "queues": "default"})
+    client.zadd("rq:worker:bare:executions", {"x": 1})  # a key of another type
+    eventually(lambda: ended(broker) == {"bare"})
+
+
+def test_a_user_that_may_not_scan(broker: RQBroker, client: Any, redis_url: str) -> None:
+    """A user without the right to SCAN still gets the other consumers."""
+    client.execute_command("ACL", "SETUSER", "noscan", "on", ">pw", "~*", "&*", "+@all", "-scan")
+    try:
+        client.hset("rq:worker:bare", mapping={"death": "now", "queues": "default"})
+        narrow = redis.Redis.from_url(redis_url, username="noscan", password="pw")
+        found = RQBroker(Source("n", "rq", "a", "rq"), narrow).consumers()
+        assert found["default"] == frozenset() and found.uncounted == ""
+        narrow.close()
+    finally:
+        client.execute_command("ACL", "DELUSER", "noscan")
 
 
 def test_two_workers_of_one_name(
