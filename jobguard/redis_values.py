@@ -6,6 +6,8 @@ import json
 import zlib
 from typing import Any
 
+UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, OverflowError)
+"""What code raises that reads a value of another form than it expects."""
 _LONGEST = 200
 _MOST = (1 << 63) - 1
 _INFLATED = 64 << 20

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 from jobguard.adapters.celery.envelope import TOKEN, Routing, encode, token_of
 from jobguard.adapters.celery.layout import Layout
 from jobguard.model import Backlog, Delivery, new_token
-from jobguard.redis_values import json_in
+from jobguard.redis_values import UNREADABLE, json_in
 from jobguard.scripts import Script
 from jobguard.walk import following, position
 
@@ -101,7 +101,7 @@ def _read(raw: bytes) -> dict[str, Any] | None:
     try:
         message = json_in(raw)
         headers, properties = message["headers"], message["properties"]
-    except (ValueError, TypeError, KeyError):
+    except UNREADABLE:
         return None
     if not isinstance(headers, dict) or not isinstance(properties, dict):
         return None
@@ -120,7 +120,7 @@ def _task(message: Mapping[str, Any]) -> Mapping[str, Any] | None:
         if message["properties"].get("body_encoding") == "base64":
             body = base64.b64decode(body)
         found = json_in(body)
-    except (ValueError, TypeError, KeyError):
+    except UNREADABLE:
         return None
     return found if isinstance(found, dict) and {"task", "id"} <= found.keys() else None
 
@@ -128,14 +128,14 @@ def _task(message: Mapping[str, Any]) -> Mapping[str, Any] | None:
 def _delivery(
     raw: bytes, message: Mapping[str, Any], queue: str, step: int, bindings: _Bindings
 ) -> Delivery | None:
-    token, task = token_of(message["headers"]), _task(message)
     properties = message["properties"]
     tag = properties.get("delivery_tag")
-    if token is None or task is None or not isinstance(tag, str) or not tag:
-        return None
-    exchange = str((properties.get("delivery_info") or {}).get("exchange") or "")
-    routing = Routing(queue, step, exchange, bindings(exchange, queue))
     try:
+        token, task = token_of(message["headers"]), _task(message)
+        if token is None or task is None or not isinstance(tag, str) or not tag:
+            return None
+        exchange = str((properties.get("delivery_info") or {}).get("exchange") or "")
+        routing = Routing(queue, step, exchange, bindings(exchange, queue))
         return Delivery(
             token=token,
             job_id=str(task["id"]),
@@ -147,7 +147,7 @@ def _delivery(
             due_at=_epoch(task.get("eta")),
             fresh=True,
         )
-    except (TypeError, ValueError):
+    except UNREADABLE:
         return None
 
 

@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING, Any, cast
 from jobguard.adapters.dramatiq.envelope import Envelope
 from jobguard.adapters.dramatiq.layout import Layout, token_of
 from jobguard.model import Backlog, Delivery
-from jobguard.redis_values import json_in
+from jobguard.redis_values import UNREADABLE, json_in
 from jobguard.walk import following, position
 
 if TYPE_CHECKING:
     import redis
+
+_MOST = 1e15
+"""A number from here on is no count, and no milliseconds of a date that PostgreSQL has."""
 
 
 class BacklogReader:
@@ -52,7 +55,7 @@ def _delivery(name: str, id: bytes, data: bytes) -> Delivery | None:
         message = json_in(data)
         options = message["options"]
         known = {"id": str(message["message_id"]), "task": str(message["actor_name"])}
-    except (ValueError, TypeError, KeyError):
+    except UNREADABLE:
         options, message, known = {}, {}, {"id": str(token), "task": ""}
     delayed = name.endswith(".DQ")
     eta, retries, age = (_number(options, field) for field in ("eta", "retries", "max_age"))
@@ -72,4 +75,5 @@ def _delivery(name: str, id: bytes, data: bytes) -> Delivery | None:
 
 def _number(fields: Mapping[str, Any], name: str) -> float | None:
     value = fields.get(name) if isinstance(fields, Mapping) else None
-    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if is_number and abs(value) < _MOST else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -13,6 +12,7 @@ from uuid import UUID
 from jobguard.adapters.rq.envelope import Mode, Routing, encode
 from jobguard.adapters.rq.layout import ATTEMPT_FIELD, FIELD, TASK_FIELD, Layout
 from jobguard.model import Backlog, Delivery, new_token
+from jobguard.redis_values import UNREADABLE, json_in
 from jobguard.scripts import Script
 from jobguard.walk import following, position
 
@@ -148,14 +148,14 @@ def _delivery(waiting: _Waiting, fields: Mapping[bytes, bytes]) -> Delivery | No
             due_at=waiting.score if waiting.mode is Mode.SCHEDULED else None,
             expires_at=_expires_at(waiting, fields),
         )
-    except (ValueError, TypeError):
+    except UNREADABLE:
         return None
 
 
 def _parents(fields: Mapping[bytes, bytes]) -> Iterator[str]:
     listed = fields.get(b"dependency_ids")
     if listed:
-        yield from map(str, json.loads(listed))
+        yield from map(str, json_in(listed))
     elif b"dependency_id" in fields:
         yield _text(fields[b"dependency_id"])
 
