@@ -75,5 +75,6 @@ def _delivery(name: str, id: bytes, data: bytes) -> Delivery | None:
 
 def _number(fields: Mapping[str, Any], name: str) -> float | None:
     value = fields.get(name) if isinstance(fields, Mapping) else None
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return value if is_number and abs(value) < _MOST else None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _MOST:
+        return None
+    return value

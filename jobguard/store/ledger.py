@@ -623,6 +623,7 @@ class PostgresLedger:
             connect_timeout=max(1, round(self._timeout)),
             prepare_threshold=None,  # behind a pooler the next session does not have the prepared statement
             application_name="jobguard ledger",
+            client_encoding="utf8",  # a default of the role may name one that has fewer characters
         )
         connection.answer_timeout = self._answer_timeout
         texts.register(connection)

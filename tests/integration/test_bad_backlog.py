@@ -14,6 +14,7 @@ from jobguard.adapters.dramatiq.backlog import BacklogReader as DramatiqReader
 from jobguard.adapters.dramatiq.layout import Layout as DramatiqLayout
 from jobguard.adapters.rq.backlog import BacklogReader as RQReader
 from jobguard.adapters.rq.layout import Layout as RQLayout
+from jobguard.model import Delivery
 
 NESTED = "[" * 5000 + "]" * 5000
 ANYTHING = (b"", b"\xff\xfe", b"null", b"[]", b'"x"', b"1e400", NESTED.encode())
@@ -64,7 +65,8 @@ def test_dramatiq(redis_url: str) -> None:
     for data in (*ANYTHING, *wrong):
         client.hset("dramatiq:mail.DQ.msgs", str(uuid.uuid4()), data)
     client.hset("dramatiq:mail.DQ.msgs", "no token", b"{}")
-    reader, found, after = DramatiqReader(client, DramatiqLayout()), [], ""
+    reader, found = DramatiqReader(client, DramatiqLayout()), list[Delivery]()
+    after: str | None = ""
     while after is not None:
         page = reader.page(["mail"], after=after, limit=100, mark=False)
         found += page.deliveries
@@ -91,7 +93,8 @@ def test_rq(redis_url: str) -> None:
         else:
             client.rpush("rq:queue:mail", str(nth))
     client.rpush("rq:queue:mail", b"\xff\xfe", "no hash")
-    reader, found, unreadable, after = RQReader(client, RQLayout()), [], 0, ""
+    reader, found, unreadable = RQReader(client, RQLayout()), list[str](), 0
+    after: str | None = ""
     while after is not None:
         page = reader.page(["mail"], after=after, limit=100, mark=True)
         found += [one.job_id for one in page.deliveries]

@@ -488,3 +488,9 @@ def test_a_server_that_does_not_answer_is_an_error(monkeypatch: pytest.MonkeyPat
         url = f"postgresql://127.0.0.1:{silent.getsockname()[1]}/app"
         with pytest.raises(StoreUnavailable, match="timeout"):
             schema.migrate(url)
+
+
+def test_a_role_of_another_encoding_migrates(empty_database: str) -> None:
+    """The functions of the schema have texts with characters that LATIN1 does not have."""
+    latin = psycopg.conninfo.make_conninfo(empty_database, client_encoding="LATIN1")
+    assert schema.migrate(latin) == EVERY
