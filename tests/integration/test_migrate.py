@@ -494,3 +494,5 @@ def test_a_role_of_another_encoding_migrates(empty_database: str) -> None:
     """The functions of the schema have texts with characters that LATIN1 does not have."""
     latin = psycopg.conninfo.make_conninfo(empty_database, client_encoding="LATIN1")
     assert schema.migrate(latin) == EVERY
+    hint = "select count(*) from pg_proc where prosrc like '%source => …%'"
+    assert ask(empty_database, hint) == [(1,)]
