@@ -193,6 +193,16 @@ def _leader(state: Mapping[str, Any]) -> Iterator[Metric]:
     yield _gauge("jobguard_paused", "Recoveries are paused.", bool(brake["paused_at"]))
     yield _gauge("jobguard_queues_held", "Queues that are on hold.", len(brake["held"]))
     yield _gauge(
+        "jobguard_requests_held",
+        "Jobs that SQL or a schedule asked for and that cannot be sent; counted up to 1,000.",
+        state["held_requests"]["count"],
+    )
+    yield _gauge(
+        "jobguard_schedules_failed",
+        "Schedules that cannot be planned.",
+        len(state["failed_schedules"]),
+    )
+    yield _gauge(
         "jobguard_database_moved", "The database is a copy.", bool(state["installation"]["moved"])
     )
 

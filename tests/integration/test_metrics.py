@@ -108,6 +108,21 @@ def test_many_queues_are_a_bounded_number_of_labels(
     assert "other" in queues
 
 
+def test_what_cannot_be_sent_is_a_number(database: str) -> None:
+    """Held requests and failed schedules are counted."""
+    insert = "insert into jobguard.{} values {} returning 1"
+    source = "sources (id, namespace, library, address)"
+    rows(database, insert.format(source, "(1, 'default', 'rq', 'localhost:1/0')"))
+    request = "requests (source, job_id, queue, task, error)"
+    rows(database, insert.format(request, "(1, 'a', 'q', 't', 'why'), (1, 'b', 'q', 't', null)"))
+    schedule = "schedules (namespace, name, source, queue, task, cron, error)"
+    rows(database, insert.format(schedule, "('default', 's', 1, 'q', 't', '* * * * *', 'why')"))
+    with closing(ReadModel(lambda: database)) as model:
+        page = Metrics(model, "default")
+        assert value(page, "jobguard_requests_held") == 1
+        assert value(page, "jobguard_schedules_failed") == 1
+
+
 def test_without_postgres_the_page_still_answers() -> None:
     """A ledger that cannot be read is a metric, not an error of the scrape."""
     with closing(ReadModel(lambda: "postgresql://u@127.0.0.1:1/d", connect_timeout=1)) as model:
