@@ -23,7 +23,9 @@ from jobguard.errors import (
     InvalidKey,
     JobguardError,
     NoPostgres,
+    NoRights,
     NotEnded,
+    NotMigrated,
     StoreUnavailable,
     UnsupportedTarget,
 )
@@ -296,7 +298,8 @@ class JobGuard:
         """Wait until a job has ended, and return its outcome.
 
         A retry is no end. Postgres is asked at growing intervals, up to a second; while it is away, the
-        wait goes on. Raises NotEnded (a TimeoutError) after ``timeout`` seconds, also for an unknown id.
+        wait goes on. Raises NotEnded (a TimeoutError) after ``timeout`` seconds, also for an unknown id;
+        NotMigrated and NoRights at once.
         """
         until, pause = time.monotonic() + timeout, _FIRST_PAUSE
         end_of = self._end_of(job_id)
@@ -333,6 +336,8 @@ class JobGuard:
         def ask() -> Outcome | None:
             try:
                 return ledger.end_of(tracker.source.id, job_id)
+            except (NotMigrated, NoRights):
+                raise  # no wait changes that
             except StoreUnavailable:
                 return None
 

@@ -12,11 +12,19 @@ import pytest
 import jobguard
 from jobguard import hooks
 from jobguard.adapter import hears_dead, report_dead, running_job
-from jobguard.errors import ConfigurationError, NotEnded, StoreUnavailable, WorkersDied
+from jobguard.errors import (
+    ConfigurationError,
+    NoRights,
+    NotEnded,
+    NotMigrated,
+    StoreUnavailable,
+    WorkersDied,
+)
 from jobguard.guard import JobGuard
 from jobguard.hooks import JobEvent
 from jobguard.model import Claim, Outcome
 from jobguard.settings import Settings
+from tests.support import SLOWEST
 
 SOURCE, OTHER = 7, 8
 
@@ -144,6 +152,18 @@ def test_a_wait_ends_with_the_outcome(guard: JobGuard, monkeypatch: pytest.Monke
         ledger = Ledger(None, StoreUnavailable(), Outcome.COMPLETED)
         monkeypatch.setattr(guard, "_ledger", lambda ledger=ledger: ledger)
         assert wait("j", 30) is Outcome.COMPLETED
+
+
+def test_a_wait_ends_at_once_where_no_wait_helps(
+    guard: JobGuard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A ledger that is not migrated, or that the role may not read, is the error itself."""
+    ledger = Ledger(NoRights("no right"), NotMigrated("no table"))
+    monkeypatch.setattr(guard, "_ledger", lambda: ledger)
+    with pytest.raises(NoRights):
+        guard.wait("j", timeout=SLOWEST)
+    with pytest.raises(NotMigrated):
+        asyncio.run(guard.await_job("j", timeout=SLOWEST))
 
 
 def test_a_wait_has_a_deadline(guard: JobGuard, monkeypatch: pytest.MonkeyPatch) -> None:
