@@ -35,6 +35,7 @@ class Consumers(Mapping[str, frozenset[str]]):
         uncounted: str = "",
         proved: frozenset[str] = frozenset(),
         alive: frozenset[str] = frozenset(),
+        passing: frozenset[str] = frozenset(),
     ) -> None:
         self._by_queue = by_queue
         self._strangers = strangers
@@ -42,6 +43,8 @@ class Consumers(Mapping[str, frozenset[str]]):
         """Names whose connections show that they are guarded, also if the ledger does not know them."""
         self.alive = alive
         """Those of them that are alive at this moment, so that their ledger knows them."""
+        self.passing = passing
+        """Strangers that may be no consumers: they have not taken for long enough to be sure."""
         self.uncounted = uncounted
         """Why the connections could not be counted; "": they were counted."""
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import base64
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -37,6 +37,8 @@ _ASK_AGAIN = 5.0
 _POP = "brpop"
 _MOST_UNACKED = 2_000
 """Unacknowledged messages that are read to find one of an unguarded worker."""
+_LASTING = 10.0
+"""Seconds for which a connection may take without a rest, and still be one that waits for replies."""
 _QUIET = 3
 """Seconds after which an idle consumer counts as quiet: kombu sends its BRPOP each second."""
 _PIDBOX = ".pidbox"
@@ -66,6 +68,10 @@ class Workers:
         self._results: tuple[Results, ...] = ()
         self._asked_at = float("-inf")
         self._listening = 0
+        self._taking: dict[str, float] = {}
+        """By connection that takes and is not guarded: since when it has not rested."""
+        self._waited: set[str] = set()
+        """Such connections that waited for a reply when they were seen last."""
 
     def consumers(self) -> Consumers:
         """Return the consumers of each queue."""
@@ -83,33 +89,55 @@ class Workers:
             ours = sum(worker.control == control for worker in recent)
             if names and self._count(control) > ours:
                 alive |= names
+        unexplained, passing = self._unexplained(controls)
         return Consumers(
             {queue: frozenset(names) for queue, names in by_queue.items()},
-            frozenset(alive) | self._unexplained(),
+            frozenset(alive) | unexplained,
             self._listeners.refused,
             # Only guarded workers announce themselves, and a worker of another ledger has a connection
             # that is not ours.
             proved=frozenset(worker.name for worker in announced),
             alive=frozenset(worker.name for worker in recent),
+            passing=passing,
         )
 
-    def _unexplained(self) -> frozenset[str]:
-        """Return the connections that take tasks and are not guarded.
+    def _unexplained(self, controls: Iterable[str]) -> tuple[frozenset[str], frozenset[str]]:
+        """Return the connections that take tasks and are not guarded, and which of them may not.
 
         kombu takes messages through a connection that does nothing else. So the last command of
         such a connection is a BRPOP, also while the worker is busy. A program that waits for
-        replies of workers does the same for a moment, and may leave the connection open. But a
-        worker that fetches nothing has an unacknowledged message, without the mark of a guarded one.
+        replies of workers (Flower, an exporter of metrics, ``celery inspect``) does the same for a
+        moment, and may leave the connection open. But a worker that fetches nothing has an
+        unacknowledged message, without the mark of a guarded one. And a program that waits has bound
+        a queue for the replies, until its wait is over: no more connections than there are such
+        queues are in doubt, and none of them for longer than some seconds.
         """
-        unguarded = [
+        before = self._waiters(controls)
+        bare = [
             client
             for client in self._listeners.inspect()
             if client.here and client.command == _POP and not client.ours
         ]
-        quiet = [client for client in unguarded if not client.blocked and client.idle > _QUIET]
+        unguarded = bare
+        quiet = [client for client in bare if not client.blocked and client.idle > _QUIET]
         if quiet and not self._has_unmarked_messages():
-            unguarded = [client for client in unguarded if client not in quiet]
-        return frozenset(client.text for client in unguarded)
+            unguarded = [client for client in bare if client not in quiet]
+        blocked = {client.text for client in unguarded if client.blocked}
+        waiters = max(before, self._waiters(controls)) if blocked else 0
+        waiting = blocked if len(blocked) <= waiters else set[str]()
+        now, texts = time.monotonic(), {client.text for client in unguarded}
+        self._taking = {text: self._taking.get(text, now) for text in texts}
+        in_doubt = waiting | ((self._waited & texts) - blocked)
+        self._waited = (self._waited | waiting) & {client.text for client in bare}
+        passing = (text for text in in_doubt if now - self._taking[text] < _LASTING)
+        return frozenset(texts), frozenset(passing)
+
+    def _waiters(self, controls: Iterable[str]) -> int:
+        """Return the number of queues that are bound for replies of workers."""
+        with self._client.pipeline(transaction=False) as pipe:
+            for control in controls:
+                pipe.scard(self._layout.binding(f"reply.{control}{_PIDBOX}"))
+            return sum(pipe.execute())
 
     def _has_unmarked_messages(self) -> bool:
         """Return True if a worker that is not guarded may have a message of the first some thousand."""

@@ -375,6 +375,7 @@ class SourceMonitor:
         for name in sorted(foreign - self._foreign):
             log_event("worker_elsewhere", source=self.source.address, worker=name)
         self._foreign = foreign
+        passing: frozenset[str] = getattr(consumers, "passing", frozenset())
         soon, elsewhere = self._workers.elsewhere(self._pulse.epoch)
         for row in elsewhere:
             if row.id not in self._elsewhere:
@@ -396,7 +397,7 @@ class SourceMonitor:
             self._tally.queues,
             counted=not uncounted,
             proved=proved,
-            expected=expected | _named(soon),
+            expected=expected | passing | _named(soon),
             elsewhere=_by_queue([*soon, *elsewhere]),
         )
         if uncounted and not self._uncounted:

@@ -111,7 +111,8 @@ class Trust:
 
         ``consumers``: the names that the library gives all workers, by queue. ``guarded``: those
         that beat. ``counted``: every unguarded consumer is surely among the consumers. ``proved``: names
-        that are guarded in any queue. ``expected``: names that may appear among these in a moment.
+        that are guarded in any queue. ``expected``: names that may appear among these in a moment, or
+        that may belong to no consumer.
         ``elsewhere``: consumers, by queue, that take the jobs of this source from another Redis.
         """
         changed = []

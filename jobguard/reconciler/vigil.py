@@ -100,7 +100,8 @@ class Vigil:
             watch.began = now
         # A worker registers a moment before or after its connection has its name: one inspection
         # may err.
-        if unguarded is None or unguarded & watch.seen_once:
+        passing: frozenset[str] = getattr(consumers, "passing", frozenset())
+        if unguarded is None or (unguarded & watch.seen_once) - passing:
             watch.began = None
         watch.seen_at, watch.seen_once = now, unguarded or frozenset()
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -16,9 +18,10 @@ import redis
 from celery import chord
 from kombu.entity import Exchange, Queue
 
-from jobguard.adapters.celery import announce, scan
+from jobguard.adapters.celery import announce, consumers, scan
 from jobguard.adapters.celery.broker import CeleryBroker
 from jobguard.adapters.celery.envelope import token_in
+from jobguard.client_list import Consumers
 from jobguard.model import EndedPart, OpenJoin, Presence, Restored, new_token
 from tests.fakes.adapters import lost
 from tests.integration.celery.support import FakeTracker, aged, lists, observe, put_back, take
@@ -387,6 +390,22 @@ class TestRestore:
         assert lengths == [0, 0]
 
 
+@contextmanager
+def waiting(client: redis.Redis, key: str) -> Iterator[None]:
+    """Wait for an element of this list, on a connection that stays open until the end."""
+    known = client.connection_pool.connection_kwargs
+    other: Any = redis.Redis(host=known["host"], port=known["port"], db=known["db"])
+    thread = threading.Thread(target=lambda: other.brpop([key], timeout=60))
+    thread.start()
+    try:
+        yield
+    finally:
+        client.lpush(key, "the end")
+        thread.join(20)
+        client.delete(key)
+        other.close()
+
+
 class TestConsumers:
     """The consumers of a queue, guarded or not."""
 
@@ -420,6 +439,47 @@ class TestConsumers:
         with any_client(client).pubsub() as good:
             listen(client, good)
             assert broker.consumers()["q2"] == frozenset()
+
+    def test_programs_that_wait_for_replies(
+        self, app: celery.Celery, broker: CeleryBroker, client: redis.Redis
+    ) -> None:
+        """As many waiting connections as there are queues for replies are in doubt, also a moment later."""
+        replies = "_kombu.binding.reply.celery.pidbox"
+        client.sadd(replies, "x\x06\x16\x06\x16x.reply.celery.pidbox")
+
+        def strangers(count: int) -> Consumers:
+            eventually(lambda: len(broker.consumers()["celery"]) == count)
+            return broker.consumers()
+
+        with waiting(client, "x.reply.celery.pidbox"):
+            found = strangers(1)
+            assert found.passing == found["celery"]
+            with waiting(client, "celery"):  # an unguarded worker
+                assert strangers(2).passing == frozenset()
+            asks = strangers(1)["celery"]
+            client.srem(replies, "x\x06\x16\x06\x16x.reply.celery.pidbox")
+            assert broker.consumers().passing == frozenset(), "it takes, and waits for no reply"
+            client.sadd(replies, "x\x06\x16\x06\x16x.reply.celery.pidbox")
+            assert broker.consumers().passing == asks
+            client.lpush("x.reply.celery.pidbox", "an answer")
+            client.srem(replies, "x\x06\x16\x06\x16x.reply.celery.pidbox")
+            eventually(lambda: client.llen("x.reply.celery.pidbox") == 0)
+            assert broker.consumers().passing == asks
+
+    def test_one_that_takes_for_long(
+        self,
+        app: celery.Celery,
+        broker: CeleryBroker,
+        client: redis.Redis,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """A connection that takes without a rest is no program that waits for a reply."""
+        monkeypatch.setattr(consumers, "_LASTING", 0.3)
+        client.sadd("_kombu.binding.reply.celery.pidbox", "of a program that was killed")
+        with waiting(client, "celery"):
+            eventually(lambda: broker.consumers().passing)
+            eventually(lambda: not broker.consumers().passing)
+            assert len(broker.consumers()["celery"]) == 1
 
     def test_one_that_left(
         self, app: celery.Celery, broker: CeleryBroker, client: redis.Redis

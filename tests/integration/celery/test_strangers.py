@@ -13,6 +13,15 @@ from kombu.entity import Exchange, Queue
 from tests.integration.celery.rig import PROGRAM, Rig, a_rig
 
 WORDS = [f"w{n}" for n in range(8)]
+ASKS = """
+import sys, time, celery
+app = celery.Celery(broker=sys.argv[1])
+while True:
+    for _ in range(3):
+        app.control.ping(timeout=1.0)
+    time.sleep(9)
+"""
+"""A program without a guard that asks the workers again and again, as exporters of metrics do."""
 UNSEEN = {"task_ignore_result": True}
 """Settings of an unguarded worker: with a stored result a leader would see what the worker ran."""
 
@@ -92,8 +101,9 @@ def test_an_unguarded_worker_that_survives_a_flush(rig: Rig) -> None:
 
 
 def test_guarded_workers_and_programs_that_only_ask_are_recognised(rig: Rig) -> None:
-    """Busy and idle guarded workers, a flush, and a program that waits for replies count as guarded."""
+    """Busy and idle guarded workers, a flush, and programs that wait for replies count as guarded."""
     rig.reconciler()
+    rig._start("asks", "-c", ASKS, rig.redis_url)
     rig.worker(concurrency=1)
     rig.worker("threads", concurrency=2, conf={"worker_enable_remote_control": False})
     trusted(rig)

@@ -152,6 +152,30 @@ def test_a_worker_that_started_in_an_outage_is_not_taken_for_an_unguarded_one() 
         assert (row.unguarded == ()) is proved
 
 
+def test_what_may_wait_for_a_reply_makes_no_queue_untrusted() -> None:
+    """A connection in doubt holds restores back while it lasts; without the doubt it is unguarded."""
+    world = calm()
+    guarded, stranger = {"mail": frozenset({"w1"})}, frozenset({"10.0.0.1:7"})
+    proved = frozenset({"w1"})
+    doubtful: Any = Consumers(guarded, stranger, proved=proved, passing=stranger)
+    world.broker.names = doubtful
+    world.enqueue("job")
+    world.run(4)
+    world.broker.bodies.clear()
+    world.run(40)
+    assert world.broker.pushed == []
+    (row,) = [row for row in world.store.queues(SOURCE.id) if row.queue == "mail"]
+    assert not row.unguarded and row.trusted_since is not None
+    nobody: Any = Consumers(guarded, frozenset(), proved=proved)
+    world.broker.names = nobody
+    world.run_until(lambda: world.broker.pushed == ["job"], within=60)
+    certain: Any = Consumers(guarded, stranger, proved=proved)
+    world.broker.names = certain
+    world.run(10)
+    (row,) = [row for row in world.store.queues(SOURCE.id) if row.queue == "mail"]
+    assert list(row.unguarded) == list(stranger)
+
+
 def test_a_claim_of_a_worker_that_is_not_known_yet_counts_as_live() -> None:
     """The claim was in the stream: its worker gets the time to register, and then it is dead."""
     world = calm()
