@@ -524,7 +524,7 @@ def open_folder() -> Iterator[Path]:
 
 @pytest.mark.skipif(shutil.which("pgbouncer") is None, reason="pgbouncer is not installed")
 def test_behind_pgbouncer(database: str, open_folder: Path) -> None:
-    """Four processes share two sessions in transaction mode, without a setting."""
+    """Forty clients share five sessions in transaction mode, without a setting."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     there = urlsplit(database)
@@ -532,7 +532,7 @@ def test_behind_pgbouncer(database: str, open_folder: Path) -> None:
     (open_folder / "ini").write_text(
         f"[databases]\n* = host=127.0.0.1 port={there.port} user=postgres\n[pgbouncer]\n"
         f"listen_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\nauth_type = any\n"
-        f"auth_file = {open_folder / 'users'}\npool_mode = transaction\ndefault_pool_size = 2\n"
+        f"auth_file = {open_folder / 'users'}\npool_mode = transaction\ndefault_pool_size = 5\n"
         f"logfile = {open_folder / 'log'}\npidfile = {open_folder / 'pid'}\n"
     )
     for path in open_folder.iterdir():
@@ -543,8 +543,8 @@ def test_behind_pgbouncer(database: str, open_folder: Path) -> None:
         try:
             url = f"postgresql://postgres@127.0.0.1:{port}{there.path}"
             eventually(lambda: _answers(database_of(url)), 60)
-            stores = [store(url) for _ in range(4)]
-            threads = [threading.Thread(target=lives, args=(each, 20)) for each in stores]
+            stores = [store(url) for _ in range(40)]
+            threads = [threading.Thread(target=lives, args=(each, 3)) for each in stores]
             for thread in threads:
                 thread.start()
             for thread in threads:
@@ -552,9 +552,11 @@ def test_behind_pgbouncer(database: str, open_folder: Path) -> None:
             with psycopg.connect(database, autocommit=True) as connection:
                 connection.execute("set statement_timeout = 0")
                 row = connection.execute(
-                    "select (select count(*) from jobguard.jobs), (select count(*) from jobguard.history)"
+                    "select (select count(*) from jobguard.jobs), (select count(*) from jobguard.history),"
+                    " (select count(*) from pg_stat_activity where client_port is not null"
+                    "  and pid <> pg_backend_pid() and datname = current_database()) <= 5"
                 ).fetchone()
-            assert row == (80, 80)
+            assert row == (120, 120, True)
         finally:
             bouncer.terminate()
 
