@@ -412,6 +412,8 @@ class Observation:
     """With OVERWRITTEN: the token of the other delivery, if jobguard made it."""
     bodiless: bool = False
     """With ABSENT: the library has no data of the delivery."""
+    pushed: bool = False
+    """With ABSENT: the library has data of the delivery that it writes together with the push."""
     by_id: bool = False
     """With an end: the library keeps ends by job id, so that this may be the end of another delivery."""
     joins: Join | None = None

@@ -330,7 +330,8 @@ def _observe(place: str, *, in_list: bool, holder: str | None) -> Observation:
     if holder is not None:  # fetched: it runs, or it is about to run
         state = Presence.SCHEDULED if delayed else Presence.RUNNING
         return Observation(state, "fetched", taken_by=holder)
-    return Observation(Presence.ABSENT, "stranded")
+    # Dramatiq writes the message and its place in one script.
+    return Observation(Presence.ABSENT, "stranded", pushed=True)
 
 
 def _raise_error(answers: list[Any]) -> list[Any]:

@@ -407,8 +407,9 @@ def _observe(
     if found_in == "list":
         return Observation(Presence.WAITING, "list")
     if found_in == "intermediate":  # starting, or its worker is dead: the next inspection decides
-        return Observation(Presence.ABSENT, f"intermediate:{enqueued_at}")
-    return Observation(Presence.ABSENT, f"stranded:{status}:{enqueued_at}")
+        return Observation(Presence.ABSENT, f"intermediate:{enqueued_at}", pushed=True)
+    # RQ writes the job and its place in one transaction.
+    return Observation(Presence.ABSENT, f"stranded:{status}:{enqueued_at}", pushed=True)
 
 
 def _other(jg: str) -> UUID | None:

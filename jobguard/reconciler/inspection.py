@@ -29,7 +29,7 @@ from jobguard.model import (
 )
 from jobguard.pulse import hears_dead_key
 from jobguard.reconciler.bypass import Bypass
-from jobguard.reconciler.context import InspectionContext
+from jobguard.reconciler.context import ConfirmedPushes, InspectionContext
 from jobguard.reconciler.decision import ENDS, Action, Decision, Holder, Situation, decide
 from jobguard.reconciler.restore import Restorer
 from jobguard.reconciler.result import LOSSES, Lost, PassResult, reported_absent
@@ -129,6 +129,7 @@ class Inspector:
         self._settings = settings
         self._workers = workers
         self._trust = trust
+        self._confirmed = ConfirmedPushes(settings)
         self.bypass = Bypass(store, source.id)
         self.restorer = Restorer(broker, store, source.id, settings, clock, source.address)
 
@@ -164,11 +165,22 @@ class Inspector:
         The second result is the context with what the workers' beats say now.
         """
         seen = self._presence(page)
+        there = [owed for owed in page if owed.token in seen]
         rows = [
-            Inspected(owed, seen[owed.token], now.cause_of(owed, self._settings))
-            for owed in page
-            if owed.token in seen
+            Inspected(
+                owed,
+                seen[owed.token],
+                now.cause_of(
+                    owed,
+                    self._settings,
+                    pushed=seen[owed.token].pushed or owed.token in self._confirmed,
+                ),
+            )
+            for owed in there
         ]
+        self._confirmed.add(
+            (owed for owed in there if seen[owed.token].presence in _IN_PLACE), now.at
+        )
         if self._find_listed(rows):
             now = replace(now, reports_complete=False)
         self._find_taken(rows, now)

@@ -512,6 +512,9 @@ class SourceMonitor:
     def _hold(self, term: int, queue: str) -> None:
         reason = "too many jobs are absent without a cause"
         self._store.hold(term, self.source.id, queue, reason)
+        # The next part of this step may inspect the same jobs.
+        held = {**self._brake.held, f"{self.source.id}/{queue}": {"reason": reason}}
+        self._brake = replace(self._brake, held=held)
         log_event("queue_held", queue=queue, reason=reason)
         self._auto.forget(queue)
 

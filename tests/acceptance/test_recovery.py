@@ -90,6 +90,27 @@ def test_a_flushed_queue_without_workers_is_restored_in_its_order(rig: Rig) -> N
     assert closed_incident(rig) == (500, 500)
 
 
+# This test fails if a queue never holds itself.
+def test_a_deleted_queue_is_held_until_resume_and_a_flushed_one_is_not(rig: Rig) -> None:
+    """After DEL of 10,000 waiting jobs none comes back before a person says so; after FLUSHALL all do."""
+    rig.reconciler(JOBGUARD_REPAIR_RATE="20000", JOBGUARD_RECOVERY_RATE="20000")
+    trusted_queue_without_workers(rig)
+    # In pieces: what takes longer than push_deadline to record is pushed by the leader.
+    labels = [label for n in range(40) for label in rig.enqueue(250, prefix=f"j{n}-")]
+    eventually(lambda: len(rig.waiting()) == len(labels))
+
+    rig.redis.delete(rig.queue().key)
+    eventually(lambda: rig.ask("select 1 from jobguard.leader where held <> '{}'"), 60)
+    wait_for_ticks(rig, 6)
+    assert not rig.waiting()
+    assert rig.jobguard("resume", "--queue", "mail").returncode == 0
+    eventually(lambda: len(rig.waiting()) == len(labels), 60)
+
+    rig.redis.flushall()
+    eventually(lambda: len(rig.waiting()) == len(labels), 60)
+    assert closed_incident(rig) == (10_000, 10_000)
+
+
 # No planted fault has confirmed this test yet.
 def test_a_killed_redis_under_load_loses_nothing(rig: Rig) -> None:
     """Redis is killed with -9 under load and comes back empty: no job is lost, and none runs twice."""

@@ -43,18 +43,24 @@ def test_a_pause_of_another_queue_holds_nothing_here() -> None:
     world.run_until(lambda: world.broker.pushed == ["job"], within=5)
 
 
-def emptied(world: World, count: int) -> None:
-    """Let a tool that does not know jobguard empty the queue."""
+def emptied(world: World, count: int, *, age: float = 80) -> None:
+    """Let a tool that does not know jobguard empty the queue, when its jobs are this old."""
     world.enqueue(*ids(count))
-    world.run(80)
+    world.run(age)
     world.broker.bodies.clear()
 
 
-def test_too_many_unexplained_absences_hold_the_queue(caplog: pytest.LogCaptureFixture) -> None:
-    """A queue that was emptied is held automatically, and an error is logged."""
+@pytest.mark.parametrize("age", [80, 12])
+def test_too_many_unexplained_absences_hold_the_queue(
+    caplog: pytest.LogCaptureFixture, age: float
+) -> None:
+    """A queue that was emptied is held automatically, and an error is logged.
+
+    This is also the case where its jobs are young: an inspection saw them in Redis.
+    """
     caplog.set_level(logging.ERROR, "jobguard")
     world = calm()
-    emptied(world, 150)
+    emptied(world, 150, age=age)
 
     world.run(90)
 
