@@ -75,6 +75,7 @@ _EXPECTED_ERRORS = (
     f"{_WENT_ON} *'Mock' object*",
     # Tests of settings that Celery refuses, with this error, as soon as one of them is read.
     "ERROR jobguard * ImproperlyConfigured(*",
+    f"{_WENT_ON} error='*Cannot mix new setting names with old setting names*",
 )
 _ENVIRONMENT = {
     "C_FORCE_ROOT": "1",  # the user who runs this as root knows it already
