@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 _COUNT = 1_000
 _CALLS = 20
 """SCAN commands in one inspection, each about 0.5 ms: a walk over 600,000 keys takes a minute."""
-_SHOWN = 60.0
-"""Seconds for which a worker that was found is shown, so that more than one inspection sees it."""
+_SHOWN = 8.0
+"""Seconds for which a worker that was found is shown: the inspections, each 2 s, must see it twice."""
+_KEPT = 90.0
+"""Seconds for which it is known as shown. RQ keeps its hash for 60 s."""
 
 
 class EndedWorkers:
@@ -40,7 +42,7 @@ class EndedWorkers:
         Each call continues the walk over the keys of Redis. A user that may not SCAN finds none.
         """
         now = time.monotonic()
-        self._found = {n: one for n, one in self._found.items() if now - one[1] < _SHOWN}
+        self._found = {n: one for n, one in self._found.items() if now - one[1] < _KEPT}
         keys = self._some_keys() if self._allowed else []
         names = sorted({key.decode(errors="replace").removeprefix(self._prefix) for key in keys})
         unknown = [name for name in names if name not in registered]
@@ -54,8 +56,8 @@ class EndedWorkers:
                 several = queues.decode(errors="replace").split(",")
                 self._found.setdefault(text, (frozenset(several), now))
         by_queue: dict[str, set[str]] = {}
-        for text, (several, _) in self._found.items():
-            for queue in several:
+        for text, (several, found_at) in self._found.items():
+            for queue in several if now - found_at < _SHOWN else ():
                 by_queue.setdefault(queue, set()).add(text)
         return {queue: frozenset(texts) for queue, texts in by_queue.items()}
 
