@@ -85,13 +85,24 @@ def _recorded(
 ) -> set[int]:
     """Return the jobs of producers that died between the record and the answer.
 
-    While PostgreSQL is away there is no record before the answer.
+    While PostgreSQL is away there is no record before the answer. Jobs of one chord are recorded one by
+    one: the producer may have died at the first one.
     """
     deaths = {kill.pid: kill.at for kill in kills if kill.what in RECORDED}
-    return {
+    found = {
         number
         for number in unanswered
         if (mark := ledger.called[number]).pid in deaths
         and 0 <= deaths[mark.pid] - mark.at <= _OF_THIS_CALL
         and not any(began <= deaths[mark.pid] <= ended for began, ended in outages)
     }
+    of_chords = {one for number, before in ledger.follows.items() for one in (number, *before)}
+    later = {
+        number
+        for number in found & of_chords
+        if any(
+            other < number and ledger.called[other].pid == ledger.called[number].pid
+            for other in found & of_chords
+        )
+    }
+    return found - later

@@ -72,6 +72,19 @@ def test_a_call_that_raised_or_was_cut_off_promised_nothing() -> None:
     assert counted.lost == ()
 
 
+def test_of_a_chord_whose_producer_died_only_the_first_job_is_surely_recorded() -> None:
+    """The others are recorded one after the other."""
+    lines = [line("call", n, 10.0 + n / 1000, KILLED) for n in (1, 2, 3)]
+    lines += [
+        line("call", 4, 10.004, KILLED, "1,2,3"),
+        line("start", 1, 10.1),
+        line("end", 1, 10.2),
+    ]
+    counted = count(ledger(*lines), [Kill("after_record", KILLED, 10.05)])
+    assert (counted.unanswered, counted.recorded, counted.lost) == (4, 1, ())
+    assert count(ledger(*lines[:4]), [Kill("after_record", KILLED, 10.05)]).lost == (1,)
+
+
 @pytest.mark.parametrize("place", ["after_record", "after_push"])
 def test_a_committed_record_is_owed_although_the_producer_died(place: str) -> None:
     """The producer died at a failpoint after the record: the job must still run."""
