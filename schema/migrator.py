@@ -145,7 +145,7 @@ def migrate(url: str, *, installation: str | None = None, roles: bool = False) -
             autocommit=True,
             connect_timeout=_CONNECT_TIMEOUT,
             application_name="jobguard migrate",
-            client_encoding="utf8",  # whatever the role has as its default
+            client_encoding="utf8",  # the role may have another default
             prepare_threshold=None,
         ) as connection:
             _require_server(connection)

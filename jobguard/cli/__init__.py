@@ -90,7 +90,7 @@ class _Commands(click.Group):
             click.echo(f"error: {_one_line(error)}", err=True)
             ctx.exit(1)
         except OSError as error:
-            if error.errno in (None, errno.EPIPE):  # click ends quietly if nobody reads on
+            if error.errno in (None, errno.EPIPE):  # click handles a closed pipe
                 raise
             click.echo(f"error: {_one_line(error)}", err=True)
             ctx.exit(1)

@@ -242,7 +242,7 @@ def test_other_settings_are_a_conflict_that_names_the_difference(
 
 
 def test_an_object_of_the_library_is_no_id(client: redis.Redis, database: str) -> None:
-    """A job that is given instead of its id is an error: it was waited for in vain, or not cancelled."""
+    """`cancel`, `job` and `wait` raise an error if they get a job and not its id."""
     queue = Queue("mail", connection=client)
     with jobguard.guard(queue, postgres=database) as guard:
         job: Any = queue.enqueue(add, 1)

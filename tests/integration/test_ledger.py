@@ -141,7 +141,7 @@ def test_each_state_is_the_table_a_job_stands_in(rows: Rows, ledger: PostgresLed
 
 
 def test_a_time_that_python_cannot_have_hides_no_job(rows: Rows, ledger: PostgresLedger) -> None:
-    """A job that is due in the year 12000, or never, is listed, whatever the settings of the role."""
+    """A job that is due in the year 12000, or never, is listed. No setting of the role prevents that."""
     rows.owed("far", due="10000 years")
     token = rows.owed("never")
     rows.ask("update jobguard.jobs set due_at = 'infinity' where token = %s", token)

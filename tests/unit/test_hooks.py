@@ -116,7 +116,7 @@ def test_an_unknown_event_is_an_error(guard: JobGuard) -> None:
 
 
 def test_a_hook_that_would_not_run_is_an_error(guard: JobGuard) -> None:
-    """A coroutine function would make a coroutine that nobody awaits."""
+    """`on` refuses a coroutine function, because nothing awaits its coroutine."""
 
     async def later(event: JobEvent) -> None:
         raise AssertionError

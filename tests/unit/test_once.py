@@ -142,7 +142,7 @@ def test_a_result_that_cannot_be_kept_is_an_error_after_the_effect(
 
 
 def test_an_effect_of_which_nothing_has_run_is_not_done(claim: Claim) -> None:
-    """A coroutine or a generator that nobody runs is an error, and the next run tries the effect."""
+    """A function that returns a coroutine or a generator is an error. The next run tries again."""
 
     async def send() -> None:
         raise AssertionError
