@@ -18,6 +18,7 @@ from jobguard.adapters.celery import (
     announce,
     backend,
     cancellation,
+    connection,
     late,
     lookup,
     sessions,
@@ -108,7 +109,7 @@ def _install_hooks() -> None:
     try:
         if celery.VERSION[:2] < _OLDEST:
             raise AttributeError("it is too old")
-        for part in (backend, cancellation, announce):
+        for part in (backend, cancellation, connection, announce):
             part.put_on(_hooks)
     except AttributeError as error:
         _hooks.take_off()

@@ -623,3 +623,20 @@ def test_ids_of_every_kind(app: celery.Celery, tracker: FakeTracker) -> None:
     app.tasks["add"].apply_async((1,), task_id=str(uuid.uuid4()))
     app.tasks["add"].apply_async((1,), task_id="grüße/☃")
     assert tracker.recorded[1].job_id == "grüße/☃"
+
+
+class TestClients:
+    """A channel keeps its client."""
+
+    def test_until_its_pool_is_closed(self, app: celery.Celery, tracker: FakeTracker) -> None:
+        """Each command uses the client of the channel; after a lost connection it has a new one."""
+        with app.connection_for_write() as connection:
+            channel = connection.channel()
+            first = channel._create_client()
+            assert channel._create_client() is first
+            assert channel._create_client(asynchronous=True) is not first
+            channel._disconnect_pools()
+            later = channel._create_client()
+            assert later is not first
+            assert later.connection_pool is channel.pool
+            assert later.ping()
