@@ -41,8 +41,7 @@ DEAD = "jobguard-dead"
 """On the message of a dead task: its worker reports to Celery that it failed, and does not run it."""
 
 # A quote inside of a JSON string is escaped, so a key inside of a string does not match.
-_TOKEN = re.compile(rb'(?<!\\)"jobguard": ?"([0-9a-f]{32})"')
-_WORKER = re.compile(rb'(?<!\\)"jobguard-worker": ?"([0-9a-f]{32})"')
+_VALUE = re.compile(rb'(?<!\\)"[a-z-]+": ?"([0-9a-f]{32})"')
 
 
 class UnknownEnvelope(Exception):
@@ -147,18 +146,24 @@ def token_of(headers: Mapping[str, Any] | None) -> UUID | None:
 
 def token_in(raw: bytes) -> bytes | None:
     """Return the token in hex of a message as stored in Redis, in a list or in ``unacked``."""
-    return _only(_TOKEN, TOKEN, raw)
+    return _only(TOKEN, raw)
 
 
 def holder_in(raw: bytes) -> str:
     """Return the session in hex of the guarded worker that took this message; "" without that header."""
-    return (_only(_WORKER, WORKER, raw) or b"").decode()
+    return (_only(WORKER, raw) or b"").decode()
 
 
-def _only(pattern: re.Pattern[bytes], name: str, raw: bytes) -> bytes | None:
-    found = pattern.findall(raw)
+def _only(name: str, raw: bytes) -> bytes | None:
+    # A leader reads each message of a queue: find() needs a tenth of the time of a search for the pattern.
+    key = b'"%b":' % name.encode()
+    found, at = [], raw.find(key)
+    while at >= 0:
+        if (value := _VALUE.match(raw, at)) is not None:
+            found.append(value[1])
+        at = raw.find(key, at + len(key))
     if len(found) == 1:
-        return bytes(found[0])
+        return found[0]
     if not found:
         return None
     # A user's own header contains another copy: only the parsed message tells the two apart.
