@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
     from jobguard.host.callers import Caller
     from jobguard.host.tracker import HostTracker
+    from jobguard.operations.act import Operations
     from jobguard.operations.job import Job
     from jobguard.operations.read import Page, ReadModel
     from jobguard.schedules import NoSchedules, Schedules
@@ -385,15 +386,18 @@ class JobGuard:
             ) from None
         return self._ledger().requeue(self.settings.namespace, given)
 
-    def pause(self, queue: str | None = None) -> None:
-        """Stop all recoveries, in the whole namespace or in one queue, until ``resume()``."""
+    def pause(self, queue: str | None = None, *, force: bool = False) -> None:
+        """Stop all recoveries, in the whole namespace or in one queue, until ``resume()``.
+
+        Raises JobguardError for a queue that no job and no worker has named yet, unless ``force``.
+        """
         if self._tracker is not None:
-            self._ledger().pause(self.settings.namespace, queue=queue)
+            self._operations().pause(self.settings.namespace, queue=queue, force=force)
 
     def resume(self, queue: str | None = None) -> None:
-        """Allow recoveries again."""
+        """Allow recoveries again. Raises JobguardError for a queue that nothing has named yet."""
         if self._tracker is not None:
-            self._ledger().resume(self.settings.namespace, queue=queue, moved=False)
+            self._operations().resume(self.settings.namespace, queue=queue, moved=False)
 
     def reconcile(self) -> Mapping[str, Any]:
         """Make one reconciling pass now, if no leader does it already; return the results.
@@ -452,6 +456,12 @@ class JobGuard:
 
         assert self._conninfo is not None
         return ReadModel(self._conninfo, encrypt=self.settings.encrypt)
+
+    def _operations(self) -> Operations:
+        from jobguard.operations.act import Operations
+
+        assert self._conninfo is not None
+        return Operations(self._conninfo, encrypt=self.settings.encrypt)
 
 
 def _check_ids(job_ids: Sequence[Any]) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import click
 
 from jobguard.cli.common import (
@@ -13,10 +11,6 @@ from jobguard.cli.common import (
     postgres_option,
     print_json,
 )
-from jobguard.errors import JobguardError
-
-if TYPE_CHECKING:
-    from jobguard.store.ledger import PostgresLedger
 
 queue_option = click.option("--queue", metavar="NAME", help="Only this queue.")
 
@@ -35,10 +29,7 @@ def pause(
     Producers and workers continue, and are recorded.
     """
     with open_ledger(postgres, namespace) as (ledger, tenant):
-        if queue is not None and not force:
-            _require_known(queue, ledger, tenant)
-        ledger.note(tenant, "pause", "" if queue is None else f"queue {queue}")
-        ledger.pause(tenant, queue=queue)
+        ledger.pause(tenant, queue=queue, force=force)
         brake = ledger.overview(tenant)["brake"]
     if as_json:
         print_json({"namespace": tenant, **brake})
@@ -63,10 +54,6 @@ def resume(
     if moved and queue is not None:
         raise click.UsageError("--moved applies to the whole database, not to one queue")
     with open_ledger(postgres, namespace) as (ledger, tenant):
-        if queue is not None:
-            _require_known(queue, ledger, tenant)
-        what = "--moved" if moved else "" if queue is None else f"queue {queue}"
-        ledger.note(tenant, "resume", what)
         ledger.resume(tenant, queue=queue, moved=moved)
         brake = ledger.overview(tenant)["brake"]
     if as_json:
@@ -75,21 +62,6 @@ def resume(
     click.echo(f"resumed: {_scope(tenant, queue)}")
     if brake["paused_at"] and queue is not None:
         click.echo(f"but the whole namespace {tenant} is still paused: run `jobguard resume`")
-
-
-def _require_known(queue: str, ledger: PostgresLedger, namespace: str) -> None:
-    """Raise JobguardError for a queue that no job and no worker names: often a typing error."""
-    overview = ledger.overview(namespace)
-    known = {row["queue"] for row in overview["queues"]}
-    known.update(key.partition("/")[2] for key in overview["brake"]["held"])
-    if queue in known:
-        return
-    known.update(name for _, name in ledger.stats(namespace))
-    if queue not in known:
-        raise JobguardError(
-            f"no queue {queue!r} is known in the namespace {namespace!r}; known: "
-            f"{', '.join(sorted(known)) or 'none'}"
-        )
 
 
 def _scope(namespace: str, queue: str | None) -> str:

@@ -185,16 +185,12 @@ def _replay(site: Site, ledger: Operations, given: Given, rows: Rows) -> tuple[i
 
 
 def _pause(site: Site, ledger: Operations, given: Given, rows: Rows) -> tuple[int, list[str]]:
-    queue = given.get("queue") or None
-    ledger.note(site.namespace, "pause", _words(given))
-    ledger.pause(site.namespace, queue=queue)
+    ledger.pause(site.namespace, queue=given.get("queue") or None)
     return 0, []
 
 
 def _resume(site: Site, ledger: Operations, given: Given, rows: Rows) -> tuple[int, list[str]]:
-    queue = given.get("queue") or None
-    ledger.note(site.namespace, "resume", _words(given))
-    ledger.resume(site.namespace, queue=queue, moved=False)
+    ledger.resume(site.namespace, queue=given.get("queue") or None, moved=False)
     return 0, []
 
 

@@ -135,6 +135,40 @@ class Operations(ReadModel):
         with self._begin() as connection:
             connection.execute(_NOTED, {"id": note, "jobs": jobs})
 
+    # -- the brake -----------------------------------------------------------------------------
+
+    def pause(self, namespace: str, *, queue: str | None, force: bool = False) -> None:
+        """Note it, and stop all restores, in the namespace or in one queue; see Ledger.
+
+        Raises JobguardError for a queue that no job and no worker names, which often is a typing error,
+        unless ``force``.
+        """
+        if queue is not None and not force:
+            self._require_queue(namespace, queue)
+        self.note(namespace, "pause", "" if queue is None else f"queue {queue}")
+        super().pause(namespace, queue=queue)
+
+    def resume(self, namespace: str, *, queue: str | None, moved: bool) -> None:
+        """Note it, and allow restores again; see Ledger. Raises JobguardError as ``pause`` does."""
+        if queue is not None:
+            self._require_queue(namespace, queue)
+        what = "--moved" if moved else "" if queue is None else f"queue {queue}"
+        self.note(namespace, "resume", what)
+        super().resume(namespace, queue=queue, moved=moved)
+
+    def _require_queue(self, namespace: str, queue: str) -> None:
+        overview = self.overview(namespace)
+        known = {row["queue"] for row in overview["queues"]}
+        known.update(key.partition("/")[2] for key in overview["brake"]["held"])
+        if queue in known:
+            return
+        known.update(name for _, name in self.stats(namespace))
+        if queue not in known:
+            raise JobguardError(
+                f"no queue {queue!r} is known in the namespace {namespace!r}; known: "
+                f"{', '.join(sorted(known)) or 'none'}"
+            )
+
     # -- cancel --------------------------------------------------------------------------------
 
     def owed_of(self, namespace: str, wanted: JobFilter, *, limit: int | None = None) -> list[Row]:

@@ -6,6 +6,7 @@ import importlib
 import logging
 import os
 import socket
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import fakeredis
@@ -26,6 +27,7 @@ from jobguard.errors import (
     StoreUnavailable,
     UnsupportedTarget,
 )
+from jobguard.operations.read import ReadModel
 from jobguard.registry import tracker_for_worker
 from tests.support import SLOWEST, eventually
 
@@ -478,6 +480,22 @@ def test_a_failed_job_is_requeued_by_its_token(queue: Queue, database: str) -> N
         guard.requeue(failed["token"])
     with pytest.raises(JobguardError):
         guard.requeue("00000000-0000-0000-0000-000000000000")
+
+
+def test_a_pause_of_an_unknown_queue_is_an_error(queue: Queue, database: str) -> None:
+    """A name that no job has is an error with the known names; each pause is noted for people."""
+    guard = jobguard.guard(queue, postgres=database)
+    queue.enqueue(add, 1)
+    for act in (guard.pause, guard.resume):
+        with pytest.raises(JobguardError, match=f"'typo' is known .* known: {queue.name}"):
+            act("typo")
+    guard.pause("typo", force=True)
+    guard.pause(queue.name)
+    guard.resume(queue.name)
+    with closing(ReadModel(lambda: database)) as ledger:
+        notes = [(row["cause"], row["detail"]) for row in ledger.incidents("default")]
+    of = f"queue {queue.name}"
+    assert notes == [("resume", of), ("pause", of), ("pause", "queue typo")]
 
 
 def test_heartbeats_are_noted_in_the_running_claim(queue: Queue, database: str) -> None:
