@@ -8,6 +8,7 @@ run jobs of its queues.
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from redis.exceptions import ResponseError
@@ -20,10 +21,19 @@ if TYPE_CHECKING:
 _COUNT = 1_000
 _CALLS = 20
 """SCAN commands in one inspection, each about 0.5 ms: a walk over 600,000 keys takes a minute."""
-_SHOWN = 8.0
-"""Seconds for which a worker that was found is shown: the inspections, each 2 s, must see it twice."""
+_SHOWN = 3
+"""Inspections for which a worker that was found is shown: two in a row must see it."""
 _KEPT = 90.0
 """Seconds for which it is known as shown. RQ keeps its hash for 60 s."""
+
+
+@dataclass(slots=True)
+class _Found:
+    """A worker that was found."""
+
+    queues: list[str]
+    at: float
+    shown: int = 0
 
 
 class EndedWorkers:
@@ -33,7 +43,7 @@ class EndedWorkers:
         self._client: Any = client
         self._prefix = f"{layout.base}:worker:"
         self._cursor = 0
-        self._found: dict[str, tuple[frozenset[str], float]] = {}
+        self._found: dict[str, _Found] = {}
         self._allowed = True
 
     def find(self, registered: frozenset[str]) -> dict[str, frozenset[str]]:
@@ -42,7 +52,7 @@ class EndedWorkers:
         Each call continues the walk over the keys of Redis. A user that may not SCAN finds none.
         """
         now = time.monotonic()
-        self._found = {n: one for n, one in self._found.items() if now - one[1] < _KEPT}
+        self._found = {n: one for n, one in self._found.items() if now - one.at < _KEPT}
         keys = self._some_keys() if self._allowed else []
         names = sorted({key.decode(errors="replace").removeprefix(self._prefix) for key in keys})
         unknown = [name for name in names if name not in registered]
@@ -54,10 +64,11 @@ class EndedWorkers:
             if death and queues and not mark:
                 text = f"{name} (ended {death.decode(errors='replace')})"
                 several = queues.decode(errors="replace").split(",")
-                self._found.setdefault(text, (frozenset(several), now))
+                self._found.setdefault(text, _Found(several, now))
         by_queue: dict[str, set[str]] = {}
-        for text, (several, found_at) in self._found.items():
-            for queue in several if now - found_at < _SHOWN else ():
+        for text, found in self._found.items():
+            found.shown += 1
+            for queue in found.queues if found.shown <= _SHOWN else ():
                 by_queue.setdefault(queue, set()).add(text)
         return {queue: frozenset(texts) for queue, texts in by_queue.items()}
 
