@@ -13,7 +13,7 @@ from rq.registry import ScheduledJobRegistry
 
 from jobguard.adapters.rq import message
 from jobguard.adapters.rq.layout import FIELD, SPENT
-from jobguard.adapters.rq.lookup import tracker_for_job, tracker_for_queue
+from jobguard.adapters.rq.lookup import tracker_for_queue, trackers_for_job
 from jobguard.adapters.rq.pipeline import Batch, is_immediate
 from jobguard.host_safety import contain_errors
 
@@ -34,10 +34,10 @@ def cancel(original: Hook) -> Hook:
 
     @wraps(original)
     def hook(self: Job, pipeline: Pipeline | None = None, *args: Any, **kwargs: Any) -> Any:
-        tracker = tracker_for_job(self)
-        if tracker is None:
+        owners = trackers_for_job(self)
+        if not owners:
             return original(self, pipeline, *args, **kwargs)
-        _intend_to_cancel(tracker, self, pipeline)
+        _intend_to_cancel(owners, self, pipeline)
         with _leaving(self):
             result = original(self, pipeline, *args, **kwargs)
         token = message.token_of(self)
@@ -57,9 +57,7 @@ def delete(original: Hook) -> Hook:
     def hook(self: Job, pipeline: Pipeline | None = None, *args: Any, **kwargs: Any) -> Any:
         is_its_end = _CLEANING in self.__dict__ or self._status in message.ENDED
         if not is_its_end and message.run_of(self) is None:
-            tracker = tracker_for_job(self)
-            if tracker is not None:
-                _intend_to_cancel(tracker, self, pipeline)
+            _intend_to_cancel(trackers_for_job(self), self, pipeline)
         with _leaving(self):
             return original(self, pipeline, *args, **kwargs)
 
@@ -189,10 +187,15 @@ def _intend_to_empty(tracker: Tracker, queue: Queue) -> None:
         tracker.cancel(job_ids=ids[start : start + _CANCELLED_AT_ONCE])
 
 
-def _intend_to_cancel(tracker: Tracker, job: Job, pipeline: Pipeline | None) -> None:
+def _intend_to_cancel(owners: list[Tracker], job: Job, pipeline: Pipeline | None) -> None:
     token = message.token_of(job)
     tokens, ids = ([token] if token is not None else []), [job.id]
+
+    def intent() -> None:
+        for tracker in owners:
+            tracker.cancel(tokens=tokens, job_ids=ids)
+
     if pipeline is None or is_immediate(pipeline):
-        tracker.cancel(tokens=tokens, job_ids=ids)
+        intent()
     else:  # cancel only if the caller executes the pipeline
-        Batch.of(pipeline).intend(lambda: tracker.cancel(tokens=tokens, job_ids=ids))
+        Batch.of(pipeline).intend(intent)

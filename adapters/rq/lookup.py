@@ -77,15 +77,21 @@ def tracker_for_job(job: Job) -> Tracker | None:
     A job does not know the class of its queue. If only a subclass of Queue uses another prefix, the
     job's own prefix decides.
     """
-    if not job.origin or not (known := _known(job.connection)):
-        return None
+    return next(iter(trackers_for_job(job)), None) if job.origin else None
+
+
+def trackers_for_job(job: Job) -> list[Tracker]:
+    """Return the trackers that may have recorded this job: it knows no queue if it was made from its id."""
+    if not (known := _known(job.connection)):
+        return []
     with contain_errors("find the tracker of a job", job_id=job.id):
-        for tracker in _at(known, job.connection):
-            layout = Layout.parse(tracker.source.prefix)
-            ours = layout.job_prefix == job.redis_job_namespace_prefix
-            if ours and tracker.guards(job.origin):
-                return tracker
-    return None
+        return [
+            tracker
+            for tracker in _at(known, job.connection)
+            if Layout.parse(tracker.source.prefix).job_prefix == job.redis_job_namespace_prefix
+            and (not job.origin or tracker.guards(job.origin))
+        ]
+    return []
 
 
 def tracker_for_registry(registry: Any) -> Tracker | None:

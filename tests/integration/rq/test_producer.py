@@ -248,6 +248,14 @@ class TestIntent:
 
         assert [ids for _, ids, _ in tracker.cancelled] == [(job.id,)]
 
+    @pytest.mark.parametrize("act", ["delete", "cancel"])
+    def test_a_job_made_from_its_id(self, act: str, queue: Queue, tracker: FakeTracker) -> None:
+        """A Job object that was not read from Redis knows no queue, and is cancelled all the same."""
+        job = queue.enqueue(tasks.add, 1)
+        getattr(Job(job.id, connection=queue.connection), act)()
+
+        assert [ids for _, ids, _ in tracker.cancelled] == [(job.id,)]
+
     def test_delete_of_a_finished_job(self, queue: Queue, tracker: FakeTracker) -> None:
         """Deleting a finished job does not cancel it."""
         job = queue.enqueue(tasks.add, 1)
