@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from importlib import import_module
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 from jobguard.host_safety import safe_tracker
 
@@ -12,20 +14,41 @@ if TYPE_CHECKING:
     from jobguard.adapter import Tracker
 
 _trackers: dict[int, Tracker] = {}
-_first: list[int] = []
-"""The first source that was guarded in this process, if there was one."""
+_mark: Any = SimpleNamespace(value=0)
+"""Its value is 1 after something was guarded, here or in a child that shares the mark."""
 _resolvers: list[Callable[[object], Tracker | None]] = []
 
 
 def register(tracker: Tracker) -> None:
     """Register a tracker for the adapters of this process, behind a proxy that catches its errors."""
     _trackers[tracker.source.id] = safe_tracker(tracker)
-    _first[:] = _first or [tracker.source.id]
+    _mark.value = 1
 
 
 def ever_guarded() -> bool:
-    """Return True if anything was guarded in this process so far."""
-    return bool(_first)
+    """Return True if anything was guarded so far, in this process or in a child that shares its mark."""
+    return bool(_mark.value)
+
+
+def share_mark() -> Any:
+    """Return the mark of this process, from now on in memory that its forked children share.
+
+    A child that is a new Python gets it as an argument of its process, and calls ``adopt_mark``.
+    """
+    global _mark
+    if isinstance(_mark, SimpleNamespace):
+        from multiprocessing.sharedctypes import RawValue  # only `jobguard run` needs it
+
+        with suppress(OSError):  # no folder for the file behind the memory
+            _mark = RawValue("b", _mark.value)
+    return _mark
+
+
+def adopt_mark(mark: Any) -> None:
+    """Share the mark of the parent of this process."""
+    global _mark
+    mark.value |= _mark.value
+    _mark = mark
 
 
 def registered_tracker(tracker: Tracker) -> Tracker:

@@ -7,10 +7,11 @@ know the version of Dramatiq: then nothing is patched.
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import threading
 from collections.abc import Callable, Iterator
-from functools import wraps
+from functools import partial, wraps
 from typing import TYPE_CHECKING, Any
 
 import dramatiq
@@ -29,7 +30,7 @@ from jobguard.errors import UnsupportedTarget
 from jobguard.host_safety import contain_errors
 from jobguard.log import log_event
 from jobguard.patching import Hooks
-from jobguard.registry import tracker_for_worker
+from jobguard.registry import adopt_mark, share_mark, tracker_for_worker
 
 if TYPE_CHECKING:
     from dramatiq import Broker
@@ -44,7 +45,8 @@ _KNOWN = {
 _lock = threading.Lock()
 _guards: list[BrokerGuard] = []
 _library = Hooks()
-_workers_guarded: list[bool] = []
+_workers_guarded: list[Callable[..., Any] | None] = []
+"""After ``guard_workers``: the function of the command's worker processes, if this Dramatiq has it."""
 
 
 class BrokerGuard:
@@ -148,8 +150,21 @@ def guard_workers() -> None:
     """Guard the broker of each worker that starts, by the settings in its environment."""
     with _lock:
         if not _workers_guarded:
-            _workers_guarded.append(True)
+            command: Any = importlib.import_module("dramatiq.cli")
+            original = getattr(command, "worker_process", None)
+            _workers_guarded.append(original)
+            if original is not None:
+                # Not a hook: a new Python finds the function of its process by its name.
+                command.worker_process = partial(_worker_process, share_mark())
             Hooks().put(Worker, "start", _worker_start)
+
+
+def _worker_process(mark: object, *args: Any) -> Any:
+    """Be a worker process of the command, also in a new Python (``--use-spawn``, macOS)."""
+    adopt_mark(mark)
+    guard_workers()
+    original = _workers_guarded[0]
+    return original(*args) if original is not None else None
 
 
 def _worker_start(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -2,7 +2,8 @@
 
 The environment is not changed (a ``sitecustomize`` on ``PYTHONPATH`` would collide with other tools
 that use one): the command's Python code runs in this process, after the hooks are installed. A child
-process that starts a new Python instead of forking does not have the hooks.
+process that starts a new Python instead of forking does not have the hooks, except the workers of RQ and
+Dramatiq.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import click
 
 from jobguard.errors import JobguardError
 from jobguard.log import log_event
-from jobguard.registry import ever_guarded
+from jobguard.registry import ever_guarded, share_mark
 from jobguard.settings import disabled
 
 Program = Callable[[], object]
@@ -41,6 +42,7 @@ def command(words: tuple[str, ...]) -> None:
     if disabled():
         program()
         return
+    share_mark()  # the worker may be a child: rq worker-pool, dramatiq
     install_hooks()
     try:
         program()

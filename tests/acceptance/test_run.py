@@ -82,6 +82,8 @@ def test_a_command_that_guards_nothing_reports_it(site: Site) -> None:
     job = ("rq", "enqueue", "--url", site.redis_url, "--queue", QUEUE, "operator.add", ":1", ":2")
     assert "nothing was guarded" in run(site, *job, JOBGUARD_POSTGRES_URL="").stderr
     assert "nothing was guarded" not in run(site, *job).stderr
+    pool = ("rq", "worker-pool", "--url", site.redis_url, "--burst", QUEUE)
+    assert "nothing was guarded" not in run(site, *pool).stderr  # its children are
 
 
 SCHEDULES = """

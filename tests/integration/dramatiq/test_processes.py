@@ -155,21 +155,27 @@ class TestBlockedInterpreter:
             eventually(lambda: stage.said() == ["a:begun", "a:begun", "a"], 40)
 
 
+@pytest.mark.parametrize("more", [(), ("--use-spawn",)])
 def test_a_worker_is_guarded_by_its_environment(
+    more: tuple[str, ...],
     stage: Stage,
     guard: JobGuard,
     database: str,
     records: Records,
     surroundings: Mapping[str, str],
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """``jobguard run -- dramatiq app`` guards a worker whose application calls no guard()."""
+    """``jobguard run -- dramatiq app`` guards a worker whose application calls no guard(), and knows it."""
     command = ("-c", "from jobguard.cli import main; main()", "run", "--", sys.executable, "-m")
     theirs = {**surroundings, "STAGE_GUARD": "0"}
     options = ("dramatiq", APP, "--processes", "1", "--threads", "1")
-    with program(*command, *options, environ=theirs):
+    with program(*command, *options, *more, environ=theirs) as master:
         eventually(lambda: len(workers(database)) == 1, 30)
         sent = stage.actor("say").send("a")
         eventually(lambda: records.ended(sent.message_id) == [("completed", 1)], 20)
+        master.send_signal(signal.SIGTERM)
+        master.wait(60)
+    assert "nothing was guarded" not in capfd.readouterr().err
 
 
 def test_a_job_that_is_killed_again_and_again_is_dead(
