@@ -1,4 +1,4 @@
-"""Migrated databases for tests, which are used again as long as they are as new.
+"""Migrated databases for tests, which are used again as long as they are as new, and sessions with them.
 
 A copy of a database costs the server more than most tests do: it writes ten megabytes, and makes and
 deletes three hundred files.
@@ -16,6 +16,8 @@ from psycopg import sql
 import jobguard.schema
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from jobguard.demo.servers import NamedPostgres
 
 # A change of a definition, of a right or of a comment is a row that a younger transaction wrote, or one
@@ -59,6 +61,51 @@ _DROP_TABLE = sql.SQL("drop table {} cascade")
 _COPY_OUT, _COPY_IN = sql.SQL("copy (table {}) to stdout"), sql.SQL("copy {} from stdin")
 _MUCH = 2**20
 """Bytes of dead rows that a database which is used again may contain."""
+
+
+class Session:
+    """The session of a test with a database: begun by the first query, kept, and begun again if it is lost.
+
+    A test that waits asks many times a second, and a new session costs the server more than the query.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self._connection: psycopg.Connection[Any] | None = None
+
+    def ask(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
+        """Run a query in a transaction of its own, and return its rows."""
+        try:
+            return self._run(query, values)
+        except psycopg.OperationalError:
+            if self._connection is not None and not self._connection.closed:
+                raise  # the server refused this query
+            return self._run(query, values)
+
+    def _run(self, query: str, values: Sequence[Any]) -> list[tuple[Any, ...]]:
+        if self._connection is None or self._connection.closed:
+            self._connection = psycopg.connect(
+                self.url, autocommit=True, connect_timeout=5, prepare_threshold=None
+            )
+        cursor = self._connection.execute(query.encode(), values or None)
+        return cursor.fetchall() if cursor.description is not None else []
+
+    def close(self) -> None:
+        """End the session."""
+        if self._connection is not None:
+            self._connection.close()
+
+
+_kept = Session("")
+
+
+def rows(url: str, query: str, *values: Any) -> list[tuple[Any, ...]]:
+    """Return the rows of a query, in a session that is kept for the next query of the same database."""
+    global _kept
+    if _kept.url != url:
+        _kept.close()
+        _kept = Session(url)
+    return _kept.ask(query, *values)
 
 
 class Databases:

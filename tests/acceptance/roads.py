@@ -25,6 +25,7 @@ from redis.retry import Retry
 
 import jobguard
 from jobguard.guard import JobGuard
+from tests.databases import Session
 from tests.support import eventually
 
 if TYPE_CHECKING:
@@ -163,6 +164,7 @@ class Site:
         self.settings = settings
         self.ledger = folder / "ledger"
         self.children: list[Child] = []
+        self._session = Session(postgres)
 
     def env(self, **more: str) -> dict[str, str]:
         """Return the environment of the processes."""
@@ -271,8 +273,7 @@ class Site:
 
     def ask(self, query: str, *values: Any) -> list[Any]:
         """Run a query in the PostgreSQL ledger and return its rows."""
-        with psycopg.connect(self.postgres, connect_timeout=5, autocommit=True) as connection:
-            rows = connection.execute(query.encode(), values).fetchall()
+        rows = self._session.ask(query, *values)
         return [row[0] if len(row) == 1 else row for row in rows]
 
     def owed(self) -> list[str]:
@@ -333,3 +334,4 @@ class Site:
         """End every process."""
         for child in self.children:
             child.close()
+        self._session.close()

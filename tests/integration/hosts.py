@@ -8,7 +8,6 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import celery
-import psycopg
 import redis
 from dramatiq.brokers.redis import RedisBroker
 from dramatiq.message import Message
@@ -18,6 +17,7 @@ import jobguard
 from jobguard.guard import JobGuard
 from jobguard.reconciler.service import Service, clients_from_urls
 from tests.conformance.words import BRISK
+from tests.databases import rows
 
 QUEUE = "mail"
 
@@ -90,12 +90,6 @@ def leading(guard: JobGuard, database: str, *urls: str) -> Iterator[Service]:
         service.stop()
         thread.join(30)
         assert not thread.is_alive()
-
-
-def rows(database: str, query: str) -> list[tuple[Any, ...]]:
-    """Return the rows of a query to the ledger."""
-    with psycopg.connect(database) as connection:
-        return connection.execute(query).fetchall()
 
 
 def trusted(database: str) -> int:

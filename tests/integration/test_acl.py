@@ -9,7 +9,8 @@ import pytest
 import redis
 
 from jobguard.demo.servers import RedisServer
-from tests.integration.hosts import QUEUE, Host, leading, rows, trusted
+from tests.databases import rows
+from tests.integration.hosts import QUEUE, Host, leading, trusted
 from tests.support import eventually
 
 KEYS = {

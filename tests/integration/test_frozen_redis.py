@@ -12,7 +12,8 @@ import redis
 
 from jobguard.clients import bounded, take_connection
 from jobguard.demo.servers import PostgresServer, RedisServer
-from tests.integration.hosts import Host, leading, rows, trusted
+from tests.databases import rows
+from tests.integration.hosts import Host, leading, trusted
 from tests.support import eventually
 
 LIBRARIES = ["rq", "celery", "dramatiq"]

@@ -19,7 +19,8 @@ from rq import SimpleWorker
 import jobguard
 from jobguard.demo.servers import RedisServer
 from tests.conformance.words import BRISK
-from tests.integration.hosts import Host, leading, rows, trusted
+from tests.databases import rows
+from tests.integration.hosts import Host, leading, trusted
 from tests.support import eventually
 
 

@@ -7,7 +7,8 @@ from contextlib import ExitStack
 import pytest
 from opentelemetry.sdk.trace import TracerProvider
 
-from tests.integration.hosts import Host, rows
+from tests.databases import rows
+from tests.integration.hosts import Host
 
 TRACER = TracerProvider().get_tracer("application")
 

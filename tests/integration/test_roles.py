@@ -27,7 +27,8 @@ from jobguard.settings import Settings
 from jobguard.store.host import PostgresStore
 from jobguard.store.leader import PostgresLeaderStore
 from jobguard.store.protocols import ClaimRequest, SourceRow
-from tests.integration.hosts import QUEUE, Host, leading, rows, trusted
+from tests.databases import rows
+from tests.integration.hosts import QUEUE, Host, leading, trusted
 from tests.support import eventually
 
 if TYPE_CHECKING:

@@ -24,8 +24,8 @@ from jobguard.clients import address_of
 from jobguard.demo.servers import RedisServer
 from jobguard.pulse import pulse_key
 from tests.conformance.words import BRISK
+from tests.databases import rows
 from tests.fakes.world import events
-from tests.integration.hosts import rows
 from tests.support import eventually
 
 

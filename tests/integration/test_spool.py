@@ -18,6 +18,7 @@ from psycopg.conninfo import conninfo_to_dict
 
 import jobguard
 from jobguard.model import Claim, Delivery, End, Outcome, new_token
+from tests.databases import rows
 from tests.support import eventually
 
 if TYPE_CHECKING:
@@ -100,8 +101,7 @@ def delivery(job_id: str, **fields: Any) -> Delivery:
 
 def ids(database: str) -> set[str]:
     """Return the ids of owed deliveries."""
-    with psycopg.connect(database) as connection:
-        return {str(id) for (id,) in connection.execute("select job_id from jobguard.jobs")}
+    return {str(id) for (id,) in rows(database, "select job_id from jobguard.jobs")}
 
 
 def test_a_large_job_over_a_slow_network(redis_url: str, database: str) -> None:

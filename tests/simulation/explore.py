@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import random
@@ -108,6 +109,10 @@ def explore(
 def main(count: int, start: int, fault: str | None, simplify: bool, as_json: bool) -> None:
     """Run schedules; exit with 1 if one of them broke a rule."""
     logging.getLogger("jobguard").setLevel(logging.CRITICAL)
+    # A schedule makes many objects and little garbage in cycles, whose collection took a quarter of
+    # the time.
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 50)
     if fault is None:
         report = explore(count, start=start, simplify=simplify)
     else:

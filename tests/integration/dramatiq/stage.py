@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import dramatiq
-import psycopg
 from dramatiq import Worker
 from dramatiq.brokers.redis import RedisBroker
 from dramatiq.middleware import AsyncIO, GroupCallbacks, default_middleware
@@ -28,6 +27,7 @@ from dramatiq.results.backends import RedisBackend as ResultsInRedis
 
 import jobguard
 from jobguard.host import beat_process
+from tests.databases import rows
 from tests.support import eventually
 
 LEDGER = "STAGE_LEDGER"
@@ -181,8 +181,7 @@ class Stage:
 
 def open_joins(database: str) -> int:
     """Return the number of groups without a continuation: a leader would have it sent again."""
-    with psycopg.connect(database) as connection:
-        return connection.execute("select from jobguard.joins where closed_at is null").rowcount
+    return len(rows(database, "select from jobguard.joins where closed_at is null"))
 
 
 @contextmanager

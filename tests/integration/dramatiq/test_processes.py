@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import psycopg
 import pytest
 
 from jobguard.guard import JobGuard
 from tests.conformance.words import Records
+from tests.databases import rows
 from tests.integration.dramatiq.stage import Stage, program
 from tests.support import eventually
 
@@ -26,17 +26,15 @@ STAGE = "tests.integration.dramatiq.stage"
 
 def workers(database: str) -> list[tuple[int, list[str]]]:
     """Return the pid and the queues of each worker that beats."""
-    with psycopg.connect(database) as connection:
-        alive = "select pid, queues from jobguard.workers where left_at is null and dead_at is null"
-        return connection.execute(alive).fetchall()
+    alive = "select pid, queues from jobguard.workers where left_at is null and dead_at is null"
+    return rows(database, alive)
 
 
 def beats_of_beat_process(surroundings: Mapping[str, str], pid: int) -> int:
     """Return how often the beat process of a worker has beaten since the worker's own last beat."""
-    with psycopg.connect(surroundings["JOBGUARD_POSTGRES_URL"]) as connection:
-        query = "select beat %% 1048576 from jobguard.workers where pid = %s"
-        ((count,),) = connection.execute(query, [pid]).fetchall()
-        return int(count)
+    query = "select beat %% 1048576 from jobguard.workers where pid = %s"
+    ((count,),) = rows(surroundings["JOBGUARD_POSTGRES_URL"], query, pid)
+    return int(count)
 
 
 def test_the_command_with_processes_and_threads(

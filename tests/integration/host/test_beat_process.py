@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import psycopg
 import pytest
 
 from jobguard.demo.servers import PostgresServer
+from tests.databases import rows
 from tests.support import eventually
 
 WORKER = """
@@ -67,29 +67,24 @@ def worker(database: str, apart: str) -> Iterator[tuple[Any, str, str]]:
 
 def row(database: str, me: str) -> tuple[int, list[Any]]:
     """Return the beat counter of a worker, and the claims that it lists."""
-    with psycopg.connect(database) as connection:
-        query = "select beat, claims from jobguard.workers where id = %s"
-        found = connection.execute(query, [me]).fetchone()
-        assert found is not None
-        return found[0], [str(claim) for claim in found[1]]
+    query = "select beat, claims from jobguard.workers where id = %s"
+    ((beat, claims),) = rows(database, query, me)
+    return beat, [str(claim) for claim in claims]
 
 
 def is_dead(database: str, me: str) -> bool:
     """Return True if the ledger says that this worker is dead."""
-    with psycopg.connect(database) as connection:
-        query = "select dead_at is not null from jobguard.workers where id = %s"
-        found = connection.execute(query, [me]).fetchone()
-        assert found is not None
-        return bool(found[0])
+    ((dead,),) = rows(
+        database, "select dead_at is not null from jobguard.workers where id = %s", me
+    )
+    return bool(dead)
 
 
 def connections(database: str) -> int:
     """Return the number of other connections to this database."""
-    with psycopg.connect(database) as connection:
-        query = "select count(*) from pg_stat_activity where datname = current_database()"
-        found = connection.execute(query).fetchone()
-        assert found is not None
-        return int(found[0]) - 1
+    query = "select count(*) from pg_stat_activity where datname = current_database()"
+    ((count,),) = rows(database, query)
+    return int(count) - 1
 
 
 def is_silent(database: str, me: str, other: str) -> bool:
