@@ -34,7 +34,7 @@ def put_on(hooks: Hooks) -> None:
     """Put the hooks on. Every purge or deletion of a queue goes through its channel."""
     hooks.put(Control, "broadcast", broadcast)
     hooks.put(Channel, "queue_purge", queue_purge)
-    hooks.put(Channel, "queue_delete", queue_delete)
+    hooks.put(Channel, "_delete", delete)
 
 
 def broadcast(original: Hook) -> Hook:
@@ -103,8 +103,12 @@ def queue_purge(original: Hook) -> Hook:
     return hook
 
 
-def queue_delete(original: Hook) -> Hook:
-    """Channel.queue_delete: the messages go with the queue. Reply queues come and go, without any tasks."""
+def delete(original: Hook) -> Hook:
+    """Channel._delete: the messages go with the queue. Reply queues come and go, without any tasks.
+
+    ``queue_delete`` calls it only if it deletes: not with ``if_empty`` and a message in the queue, and not
+    if the process has not declared the queue.
+    """
 
     @wraps(original)
     def hook(self: Any, queue: str, *args: Any, **kwargs: Any) -> Any:

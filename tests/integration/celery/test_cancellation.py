@@ -111,14 +111,26 @@ class TestPurge:
         assert "Purged 2 messages" in done.output
         assert set(tracker.ended) == {three[1].token, three[2].token}
 
+    @pytest.mark.parametrize("declared", [True, False])
+    @pytest.mark.parametrize("if_empty", [True, False])
     def test_deleted_queue(
-        self, app: celery.Celery, tracker: FakeTracker, three: list[Any]
+        self,
+        declared: bool,
+        if_empty: bool,
+        app: celery.Celery,
+        tracker: FakeTracker,
+        three: list[Any],
+        client: redis.Redis,
     ) -> None:
-        """The deletion of a queue cancels its deliveries."""
+        """The deletion of a queue cancels its deliveries, if kombu really deletes the queue."""
         with app.connection_for_write() as connection:
-            connection.default_channel.queue_declare("celery")
-            connection.default_channel.queue_delete("celery")
-        assert set(tracker.ended) == {three[1].token, three[2].token}
+            queue = app.amqp.queues["celery"](connection.default_channel)
+            if declared:
+                queue.declare()
+            queue.delete(if_empty=if_empty)
+        gone = set() if client.exists("celery") else {three[1].token, three[2].token}
+        assert bool(gone) is (declared and not if_empty)
+        assert set(tracker.ended) == gone
 
     def test_prefix(self, make_app: Make, guard: Guard) -> None:
         """A purge works under a key prefix."""
