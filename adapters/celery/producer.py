@@ -178,6 +178,7 @@ class Producer:
             )
             if target is None or not self._tracker.guards(target.queue):
                 return None
+            target.queue.encode()  # else kombu raises after the record
             return self._recorded_first(wire, target, options)
         wire.headers.pop(TOKEN, None)
         return None

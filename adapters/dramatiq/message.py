@@ -59,7 +59,9 @@ def expires_at(broker: RedisBroker, message: Message[Any]) -> float | None:
     actor = broker.actors.get(message.actor_name)
     usual = actor.options.get("max_age", limit.max_age) if actor else limit.max_age
     age = message.options.get("max_age") or usual
-    return (message.message_timestamp + age) / 1000 if age else None
+    if not age or not isinstance(age, int | float):  # Dramatiq logs an error, and runs the message
+        return None
+    return (message.message_timestamp + age) / 1000
 
 
 def _attempt(message: Message[Any]) -> int:

@@ -18,7 +18,6 @@ import sqlalchemy as sa
 from jobguard.errors import ConfigurationError
 from jobguard.model import token_at
 from jobguard.store import ledger as people
-from jobguard.store import texts
 from jobguard.store.ledger import PostgresLedger
 from jobguard.store.protocols import Counts
 
@@ -460,7 +459,7 @@ class ReadModel(PostgresLedger):
         old: dict[tuple[str, str], float] = {}
         for row in stored:
             for queue, *numbers, age in row["counts"]:
-                key = (names[row["source"]], texts.restored(queue))
+                key = (names[row["source"]], queue)
                 found[key] = dict(zip(OWED_STATES, numbers, strict=True))
                 if age is not None:
                     old[key] = age

@@ -6,7 +6,6 @@ The SQL is in ``schema/queries.sql`` and, where a rule needs several queries, in
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -539,7 +538,7 @@ class PostgresStore:
                 "tokens": tokens,
                 "number": number,
                 "progress": progress,
-                "attrs": None if attrs is None else json.dumps(attrs, default=str),
+                "attrs": None if attrs is None else texts.json_text(attrs),
             },
         )
         return bool(rows)

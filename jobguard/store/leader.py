@@ -458,7 +458,7 @@ class PostgresLeaderStore:
                     full=[texts.name(row.queue) for row in some],
                     trusted=[row.trusted_since for row in some],
                     clean=[row.clean_since for row in some],
-                    unguarded=[json.dumps([*row.unguarded]) for row in some],
+                    unguarded=[texts.json_text(row.unguarded) for row in some],
                     unguarded_at=[row.unguarded_at for row in some],
                 )
             )
@@ -569,7 +569,7 @@ class PostgresLeaderStore:
                 "store_counts",
                 term,
                 source=list(owed),
-                counts=[json.dumps(rows) for rows in owed.values()],
+                counts=[texts.json_text(rows) for rows in owed.values()],
             )
         )
         ended = self._db.execute(

@@ -19,7 +19,6 @@ import psycopg
 import sqlalchemy as sa
 from psycopg.abc import Buffer
 from psycopg.types.datetime import TimestamptzLoader
-from psycopg.types.json import JsonbLoader
 
 from jobguard.conninfo import describe
 from jobguard.envelopes import renewed
@@ -706,7 +705,7 @@ class _TimeLoader(TimestamptzLoader):
             return _EARLIEST if is_early else _LATEST
 
 
-class _JsonLoader(JsonbLoader):
+class _JsonLoader(texts.JsonLoader):
     """Reads a value that Python cannot have as the reason."""
 
     def load(self, data: Buffer) -> Any:

@@ -9,12 +9,15 @@ its hash.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
+from collections.abc import Callable
 from typing import Any
 
 from psycopg.abc import AdaptContext, Buffer
 from psycopg.adapt import Loader
 from psycopg.pq import Format
+from psycopg.types.json import JsonbBinaryLoader, JsonbLoader
 from psycopg.types.string import StrBinaryDumper, StrDumperUnknown
 
 _MARK = "\uf6a8"
@@ -37,6 +40,27 @@ def restored(text: str) -> str:
     if _MARK not in text:
         return text
     return _ESCAPED.sub(lambda found: chr(int(found[1], 16)), text)
+
+
+def json_text(value: object) -> str:
+    """Return the value as JSON with every text in it escaped; an object of another type is its text."""
+
+    def text_of(value: object) -> str:
+        return escaped(str(value))
+
+    return json.dumps(_each_text(value, escaped), default=text_of)
+
+
+def _each_text(value: Any, change: Callable[[str], str]) -> Any:
+    """Return a value of JSON with each of its texts changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, list | tuple):
+        return [_each_text(one, change) for one in value]
+    if isinstance(value, dict):
+        texts = ((_each_text(key, change), one) for key, one in value.items())
+        return {key: _each_text(one, change) for key, one in texts}
+    return value
 
 
 def key(text: str) -> str:
@@ -73,10 +97,25 @@ class _BinaryLoader(_TextLoader):
     format = Format.BINARY
 
 
+class JsonLoader(JsonbLoader):
+    """Read a value of JSON, and restore the texts in it."""
+
+    def load(self, data: Buffer) -> Any:
+        """Return the value. Raises ValueError and RecursionError."""
+        return _each_text(super().load(data), restored)
+
+
+class _JsonBinaryLoader(JsonbBinaryLoader):
+    def load(self, data: Buffer) -> Any:
+        return _each_text(super().load(data), restored)
+
+
 def register(context: AdaptContext) -> None:
-    """Make a connection escape and restore every text."""
+    """Make a connection escape every text, and restore every text and those in JSON."""
     adapters: Any = context.adapters
     adapters.register_dumper(str, _BinaryDumper)
     adapters.register_dumper(str, _TextDumper)  # the last one is the default
     adapters.register_loader("text", _TextLoader)
     adapters.register_loader("text", _BinaryLoader)
+    adapters.register_loader("jsonb", JsonLoader)
+    adapters.register_loader("jsonb", _JsonBinaryLoader)

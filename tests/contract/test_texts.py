@@ -53,7 +53,7 @@ def test_the_path_of_a_job(ledger: Contract, text: str) -> None:
     (row,) = ledger.leader.workers(SOURCE)
     assert (row.name, list(row.queues)) == (text, [text])
     claim = worker.start(it.token)
-    assert ledger.store.heartbeat(SOURCE, job_id=text, progress=0.5)
+    assert ledger.store.heartbeat(SOURCE, job_id=text, progress=0.5, attrs={text: [{"a": text}]})
     (restorable,) = ledger.leader.envelopes(SOURCE, [it.token])
     assert (restorable.job_id, restorable.queue) == (text, text)
     assert ledger.leader.last_outcomes(SOURCE, [text]) == {text: LastOutcome(owed=True)}
@@ -118,6 +118,21 @@ def test_trust(ledger: Contract, text: str) -> None:
         ledger.leader.trust(term, [QueueRow(SOURCE, text, trusted_since=1.0)])
     assert [row.queue for row in ledger.leader.queues(SOURCE)] == [text]
     assert ledger.store.recoverable(SOURCE, [it.token]) == {it.token}
+    ledger.leader.trust(term, [QueueRow(SOURCE, text, unguarded=(text, "w"))])
+    assert [row.unguarded for row in ledger.leader.queues(SOURCE)] in ([(text, "w")], [[text, "w"]])
+
+
+def test_a_hold_and_the_counts(ledger: Contract, text: str) -> None:
+    """A queue is held under its name, and its jobs are counted."""
+    term = ledger.elected()
+    ledger.store.register(
+        SourceRow(SOURCE, ledger.namespace, "rq", "localhost:6379/0", "", None, "")
+    )
+    ledger.recorded(queue=text)
+    ledger.leader.hold(term, SOURCE, text, "many are absent")
+    for brake in (ledger.leader.brake(term), ledger.leader.renew(term, lease=9.0)):
+        assert list(brake.held) == [f"{SOURCE}/{text}"]
+    ledger.leader.count_up(term, seconds=60)
 
 
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS.keys())

@@ -112,6 +112,12 @@ class TestRecord:
             app.tasks["add"].delay(object())
         assert not tracker.recorded
 
+    def test_a_queue_that_redis_cannot_have(self, app: celery.Celery, tracker: FakeTracker) -> None:
+        """A task whose queue has no UTF-8 name raises as before, and is not owed."""
+        with pytest.raises(UnicodeEncodeError):
+            app.tasks["add"].apply_async((1, 2), queue="half a pair: \ud800")
+        assert tracker.recorded == []
+
     def test_events_go_by(self, make_app: Make, guard: Guard, client: redis.Redis) -> None:
         """The event of a sent task is not recorded as a task."""
         app = make_app(task_send_sent_event=True)

@@ -83,6 +83,14 @@ class TestRecord:
         assert envelope.queue == "default.DQ"
         assert stage.client.hget(f"{KEYS}.DQ.msgs", str(one.token)) == envelope.data
 
+    def test_an_age_limit_that_is_no_number(
+        self, stage: Stage, guard: JobGuard, recorded: list[list[Delivery]]
+    ) -> None:
+        """Dramatiq logs its own error for such a limit, and runs the message: it is recorded."""
+        stage.actor("say").send_with_options(args=("a",), max_age="soon")
+        (((one,),)) = recorded
+        assert one.expires_at is None
+
     def test_what_other_middleware_adds_is_recorded(
         self, stage: Stage, guard: JobGuard, recorded: list[list[Delivery]]
     ) -> None:
