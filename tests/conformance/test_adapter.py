@@ -523,7 +523,8 @@ class TestDeath:
         Path(f"{library.ledger}.cured").touch()
         second = library.start_worker(env)
         try:
-            eventually(lambda: records.ended(job_id) == [("completed", 1)], 30)
+            completed = [("completed", 1)]
+            eventually(lambda: guard.reconcile() and records.ended(job_id) == completed, 30)
         finally:
             end(second)
         known = ["True,False,0,False", "ran", "True,True,1,True", "ran"]
@@ -546,7 +547,7 @@ class TestDeath:
             end(first)
         second = library.start_worker(env)
         try:
-            eventually(lambda: library.said() == ["ran", "ran"], 30)
+            eventually(lambda: guard.reconcile() and library.said() == ["ran", "ran"], 30)
             second.wait(120)
             eventually(lambda: guard.reconcile() and records.owed() == [], 30)
             assert records.ended(job_id) == [("dead", 1)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ import psycopg
 from psycopg.rows import class_row
 
 from jobguard.adapter import Broker, Source
+from jobguard.guard import JobGuard
 from jobguard.model import (
     Beat,
     Claim,
@@ -28,12 +30,13 @@ from jobguard.model import (
     new_token,
 )
 from jobguard.reconciler.backfill import Backfill, BackfillCounts
+from jobguard.reconciler.service import Service, clients_from_urls
 from jobguard.settings import Settings
 from jobguard.store.host import PostgresStore
 from jobguard.store.leader import PostgresLeaderStore
 from jobguard.store.protocols import ClaimRequest, SourceRow
 from tests.conformance.library import QUEUE, Library
-from tests.support import newly_owed
+from tests.support import SLOWEST, newly_owed
 
 BRISK: dict[str, Any] = {
     "beat_interval": 0.4,
@@ -117,6 +120,20 @@ class Leader:
         until = time.time() + 60 if deadline is None else deadline
         done = self.broker.restore(deliveries, deadline=until)
         return [done[delivery.token] for delivery in deliveries]
+
+
+@contextmanager
+def leading(guard: JobGuard, database: str, *urls: str) -> Iterator[Service]:
+    """Run a reconciler for these Redises in a thread, with the settings of this guard, inside the block."""
+    service = Service(guard.settings, lambda: database, clients_from_urls(urls))
+    thread = threading.Thread(target=service.run, daemon=True)
+    thread.start()
+    try:
+        yield service
+    finally:
+        service.stop()
+        thread.join(SLOWEST)
+        assert not thread.is_alive()
 
 
 class AnotherWorker:

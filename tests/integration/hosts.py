@@ -1,10 +1,9 @@
-"""Guarded applications of the three libraries and a leader, all in the process of the test."""
+"""Guarded applications of the three libraries, all in the process of the test."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any, cast
 
 import celery
@@ -15,7 +14,6 @@ from rq import Queue
 
 import jobguard
 from jobguard.guard import JobGuard
-from jobguard.reconciler.service import Service, clients_from_urls
 from tests.conformance.words import BRISK
 from tests.databases import rows
 
@@ -76,20 +74,6 @@ class Host:
         queue = self._queue
         key = {"rq": f"rq:queue:{queue}", "celery": queue, "dramatiq": f"dramatiq:{queue}"}
         return int(self.client.llen(key[self._library]))
-
-
-@contextmanager
-def leading(guard: JobGuard, database: str, *urls: str) -> Iterator[Service]:
-    """Run a reconciler for these Redises inside the block."""
-    service = Service(guard.settings, lambda: database, clients_from_urls(urls))
-    thread = threading.Thread(target=service.run, daemon=True)
-    thread.start()
-    try:
-        yield service
-    finally:
-        service.stop()
-        thread.join(30)
-        assert not thread.is_alive()
 
 
 def trusted(database: str) -> int:

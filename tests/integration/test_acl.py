@@ -9,8 +9,9 @@ import pytest
 import redis
 
 from jobguard.demo.servers import RedisServer
+from tests.conformance.words import leading
 from tests.databases import rows
-from tests.integration.hosts import QUEUE, Host, leading, trusted
+from tests.integration.hosts import QUEUE, Host, trusted
 from tests.support import eventually
 
 KEYS = {

@@ -16,8 +16,9 @@ from jobguard.cli import main
 from jobguard.demo.servers import RedisServer
 from jobguard.host.spool import Released
 from jobguard.model import new_token
+from tests.conformance.words import leading
 from tests.databases import rows
-from tests.integration.hosts import Host, leading
+from tests.integration.hosts import Host
 from tests.support import eventually
 
 LIBRARIES = ["celery", "dramatiq", "rq"]

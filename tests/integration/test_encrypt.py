@@ -21,8 +21,9 @@ from jobguard.settings import Settings
 from jobguard.store.host import PostgresStore
 from jobguard.store.ledger import PostgresLedger
 from jobguard.store.protocols import ClaimRequest
+from tests.conformance.words import leading
 from tests.databases import rows
-from tests.integration.hosts import QUEUE, Host, leading, trusted
+from tests.integration.hosts import QUEUE, Host, trusted
 from tests.support import eventually
 
 LIBRARIES = ["celery", "dramatiq", "rq"]

@@ -12,8 +12,9 @@ import redis
 
 from jobguard.clients import bounded, take_connection
 from jobguard.demo.servers import PostgresServer, RedisServer
+from tests.conformance.words import leading
 from tests.databases import rows
-from tests.integration.hosts import Host, leading, trusted
+from tests.integration.hosts import Host, trusted
 from tests.support import eventually
 
 LIBRARIES = ["rq", "celery", "dramatiq"]

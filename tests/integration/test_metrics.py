@@ -20,8 +20,9 @@ from jobguard.cli.reconcile import command as reconcile
 from jobguard.operations.read import ReadModel
 from jobguard.serving import metrics
 from jobguard.serving.metrics import Metrics
+from tests.conformance.words import leading
 from tests.databases import rows
-from tests.integration.hosts import Host, leading, trusted
+from tests.integration.hosts import Host, trusted
 from tests.support import eventually
 
 DEPLOY = Path(__file__).parents[2] / "deploy" / "prometheus"

@@ -18,9 +18,9 @@ from rq import SimpleWorker
 
 import jobguard
 from jobguard.demo.servers import RedisServer
-from tests.conformance.words import BRISK
+from tests.conformance.words import BRISK, leading
 from tests.databases import rows
-from tests.integration.hosts import Host, leading, trusted
+from tests.integration.hosts import Host, trusted
 from tests.support import eventually
 
 

@@ -27,8 +27,9 @@ from jobguard.settings import Settings
 from jobguard.store.host import PostgresStore
 from jobguard.store.leader import PostgresLeaderStore
 from jobguard.store.protocols import ClaimRequest, SourceRow
+from tests.conformance.words import leading
 from tests.databases import rows
-from tests.integration.hosts import QUEUE, Host, leading, trusted
+from tests.integration.hosts import QUEUE, Host, trusted
 from tests.support import eventually
 
 if TYPE_CHECKING:

@@ -24,9 +24,10 @@ from redis.sentinel import Sentinel
 
 from jobguard.clients import client_from_url
 from jobguard.demo.servers import RedisServer
+from tests.conformance.words import leading
 from tests.databases import rows
 from tests.integration.celery.rig import a_rig
-from tests.integration.hosts import Host, leading, trusted
+from tests.integration.hosts import Host, trusted
 from tests.support import eventually
 
 LIBRARIES = ["celery", "dramatiq", "rq"]

@@ -13,9 +13,10 @@ from jobguard.demo.servers import RedisServer
 from jobguard.reconciler import service
 from jobguard.reconciler.refusals import REFUSED, Refusals
 from jobguard.reconciler.source_monitor import SourceMonitor
+from tests.conformance.words import leading
 from tests.databases import rows
 from tests.fakes.world import events
-from tests.integration.hosts import Host, leading, trusted
+from tests.integration.hosts import Host, trusted
 from tests.support import eventually
 
 

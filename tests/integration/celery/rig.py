@@ -1,4 +1,4 @@
-"""Real workers, started by the usual command, with a real ledger and a leader in its own process."""
+"""Real workers, started by the usual command, with a real ledger and a leader in the test's process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import psycopg
 import jobguard
 from jobguard.adapters.celery.layout import Layout
 from jobguard.clients import client_from_url
-from jobguard.guard import JobGuard
+from tests.conformance.words import leading
 from tests.support import PATIENT, eventually
 
 ROOT = Path(__file__).parents[3]
@@ -104,14 +104,15 @@ class Rig:
         self._conf = dict(conf or {})
         self.app.conf.update({"result_backend": redis_url} | self._conf)
 
-    def guard(self) -> JobGuard:
-        """Guard the tasks that the test itself sends."""
         patient = dict.fromkeys(("connect_timeout", "call_timeout", "record_timeout"), 10.0)
         settings: dict[str, Any] = {**QUICK, **patient}
-        return jobguard.guard(self.app, postgres=self.database, **settings)
+        self.guard = jobguard.guard(self.app, postgres=self.database, **settings)
+        self._leader = ExitStack()
 
     def close(self) -> None:
-        """End every process."""
+        """End the leader, the guard and every process."""
+        self._leader.close()
+        self.guard.close()
         for process in self._processes:
             process.kill()
         self._postgres.close()
@@ -162,14 +163,11 @@ class Rig:
 
         self.until(added)
 
-    def reconciler(self) -> Process:
-        """Start a reconciler, and wait until it leads and trusts the queue."""
-        process = self._start(
-            "reconciler", "-c", "from jobguard.cli import main; main()", "reconcile"
-        )
-        leads = "select 1 from jobguard.leader where expires_at > now()"
-        self._until_up(process, lambda: self.ask(leads))
-        return process
+    def reconciler(self) -> ExitStack:
+        """Start a reconciler in this process, wait until it leads, and return what ends it."""
+        self._leader.enter_context(leading(self.guard, self.database, self.redis_url))
+        self.until(lambda: self.ask("select 1 from jobguard.leader where expires_at > now()"))
+        return self._leader
 
     def trusted(self, queue: str = "celery") -> bool:
         """Return True if lost tasks of the queue are put back."""
@@ -286,8 +284,7 @@ def a_rig(
     """Give a rig whose own tasks are guarded."""
     rig = Rig(folder, database, redis_url, conf)
     try:
-        with rig.guard():
-            yield rig
+        yield rig
     finally:
         rig.show()
         rig.close()

@@ -13,10 +13,9 @@ import jobguard
 from jobguard.demo.servers import NamedPostgres, PostgresServer
 from jobguard.guard import JobGuard
 from jobguard.reconciler import workers
-from tests.conformance.words import BRISK, Leader, Records
+from tests.conformance.words import BRISK, Leader, Records, leading
 from tests.databases import rows
 from tests.integration.dramatiq.stage import KEYS, Stage, program
-from tests.integration.hosts import leading
 from tests.support import eventually
 
 STAGE = "tests.integration.dramatiq.stage"
