@@ -77,6 +77,14 @@ def test_processes_that_use_two_addresses(
     assert any("are two addresses of one Redis" in problem for problem in found), found
 
 
+def test_commands_that_redis_does_not_have(database: str, stack: ExitStack) -> None:
+    """The doctor names the commands that rename-command took away: the user may have all rights."""
+    renamed = {f"rename-command {name}": '""' for name in ("EVAL", "CLIENT", "EXEC")}
+    server = stack.enter_context(RedisServer(config=renamed))
+    (problem,) = [line for line in problems(database, server.url) if line.startswith("redis ")]
+    assert "the commands EVAL CLIENT EXEC, which a reconciler needs" in problem
+
+
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_a_redis_user_without_the_rights(
     library: str, own_redis: RedisServer, database: str, stack: ExitStack

@@ -48,17 +48,27 @@ _COMMANDS: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 
 
-def missing_commands(client: redis.Redis) -> list[str]:
-    """Return the commands that this user may not run, in the form that ACL SETUSER takes."""
-    missing = []
+def missing_commands(client: redis.Redis) -> tuple[list[str], list[str]]:
+    """Return the rights that this user lacks, as ACL SETUSER takes them, and the unknown commands.
+
+    ``rename-command`` takes a command away from every user.
+    """
+    refused: list[str] = []
+    unknown: list[str] = []
     own: Any = client
     with own.client() as one:  # MULTI needs one connection
-        for right, words in _COMMANDS:
-            if _refused(one, words):
-                missing.append(right)
-        if "+multi" not in missing and _refused(one, ("EXEC",)):
-            missing.append("+exec")
-    return missing
+        for right, words in (*_COMMANDS, ("+exec", ("EXEC",))):
+            error = _error(one, words)
+            if _is_refused(error):
+                refused.append(right)
+            elif is_unknown(error):
+                unknown.append(words[0])
+    return refused, unknown
+
+
+def is_unknown(error: Exception | None) -> bool:
+    """Return True if Redis answered that it has no such command."""
+    return str(error).lower().removeprefix("err ").startswith("unknown command")
 
 
 def missing_keys(client: redis.Redis, keys: Iterable[str]) -> list[str]:
@@ -67,7 +77,7 @@ def missing_keys(client: redis.Redis, keys: Iterable[str]) -> list[str]:
     The test removes a field that does not exist: this does not change a hash, and fails on a key of
     another type without changing it.
     """
-    return [key for key in keys if _refused(client, ("HDEL", key, _PROBE))]
+    return [key for key in keys if _is_refused(_error(client, ("HDEL", key, _PROBE)))]
 
 
 def acl_line(user: str, patterns: Sequence[str]) -> str:
@@ -89,9 +99,13 @@ def user_of(client: redis.Redis) -> str:
     return name.decode() if isinstance(name, bytes) else str(name)
 
 
-def _refused(client: redis.Redis, words: Sequence[str]) -> bool:
+def _error(client: redis.Redis, words: Sequence[str]) -> redis.RedisError | None:
     try:
         cast(Any, client).execute_command(*words)
     except redis.RedisError as error:
-        return isinstance(error, redis.exceptions.NoPermissionError) or "NOPERM" in str(error)
-    return False
+        return error
+    return None
+
+
+def _is_refused(error: Exception | None) -> bool:
+    return isinstance(error, redis.exceptions.NoPermissionError) or "NOPERM" in str(error)

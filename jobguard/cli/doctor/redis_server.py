@@ -7,7 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from jobguard.cli.doctor.finding import Finding, note, ok, problem
-from jobguard.cli.doctor.redis_rights import acl_line, missing_commands, missing_keys, user_of
+from jobguard.cli.doctor.redis_rights import (
+    acl_line,
+    is_unknown,
+    missing_commands,
+    missing_keys,
+    user_of,
+)
 from jobguard.errors import JobguardError
 from jobguard.redis_urls import parse
 from jobguard.redis_values import database_of
@@ -68,9 +74,11 @@ def check_redis(given: str, reached: list[Reached]) -> Iterator[Finding]:
     except redis.exceptions.NoPermissionError:
         info = {}  # reported with the other rights
     except redis.RedisError as error:
-        yield problem(about, str(error))
-        client.close()
-        return
+        if not is_unknown(error):  # also reported with the rights
+            yield problem(about, str(error))
+            client.close()
+            return
+        info = {}
     reached.append(Reached(about, client, address_of(client), name, str(info.get("run_id", ""))))
     yield ok(about, f"version {info.get('redis_version', '?')}, {info.get('role', '?')}")
     yield from _judge_redis(about, info)
@@ -136,18 +144,24 @@ def judge_rights(overview: dict[str, Any], reached: Sequence[Reached]) -> Iterat
             keys += _keys_of(source, queues, "doctor")
             patterns += _keys_of(source, queues, "*")
         try:
-            lacks = missing_commands(one.client)
+            lacks, unknown = missing_commands(one.client)
             lacks += [f"~{key}" for key in missing_keys(one.client, keys)]
             user = user_of(one.client)
         except redis.RedisError as error:
             yield problem(one.about, f"rights could not be checked: {error}")
             continue
+        if unknown:
+            yield problem(
+                one.about,
+                f"this Redis does not have the commands {' '.join(unknown)}, which a reconciler needs: "
+                "remove their rename-command from its configuration",
+            )
         if lacks:
             yield problem(
                 one.about,
                 f"the user {user} lacks {' '.join(lacks)}. A reconciler needs: {acl_line(user, patterns)}",
             )
-        else:
+        elif not unknown:
             yield ok(one.about, f"the user {user} has all rights that a reconciler needs")
 
 
