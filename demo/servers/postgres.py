@@ -45,17 +45,18 @@ class NamedPostgres:
         statement = sql.SQL("create database {}").format(sql.Identifier(name))
         if template is not None:
             statement += sql.SQL(" template {}").format(sql.Identifier(template))
-        self._execute(statement)
+        with psycopg.connect(self.url, autocommit=True) as connection:
+            if connection.info.server_version >= 150000:
+                # A third of the work of the default, which writes each page into the log.
+                statement += sql.SQL(" strategy file_copy")
+            connection.execute(statement)
         return self.database_url(name)
 
     def drop_database(self, name: str) -> None:
         """Drop a database and close all connections to it; an absent database is no error."""
-        drop = sql.SQL("drop database if exists {} with (force)")
-        self._execute(drop.format(sql.Identifier(name)))
-
-    def _execute(self, statement: sql.Composed) -> None:
+        drop = sql.SQL("drop database if exists {} with (force)").format(sql.Identifier(name))
         with psycopg.connect(self.url, autocommit=True) as connection:
-            connection.execute(statement)
+            connection.execute(drop)
 
 
 class PostgresServer(Server, NamedPostgres):

@@ -182,5 +182,6 @@ def test_a_message_of_a_named_exchange_belongs_to_its_queue(rig: Rig, pool: str)
     assert rows == [("one",), ("two",)]
     rig.until(lambda: rig.trusted("one") and rig.trusted("two"))
     first.kill()
+    rig.hurry()  # each of the two runs alone in its process
     rig.worker(pool, "-Q", "one,two", concurrency=2)
     rig.until(lambda: rig.written()["word-begins"] == 4)

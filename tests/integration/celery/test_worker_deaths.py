@@ -186,9 +186,9 @@ class TestWorker:
 
         worker.signal(signal.SIGKILL)
         killed = time.time()
+        rig.hurry()  # each of the two runs alone in its process: the second begins when the first has ended
         rig.until(lambda: all(rig.written()[f"{word}-begins"] == 2 for word in words))
         rig.until(lambda: all(rig.written()[f"taken-{n}"] for n in range(4)))
-        # Each of the two runs alone in its process: the second begins when the first has ended.
         again = min(rig.when(f"{word}-begins")[-1] for word in words) - killed
         back = max(rig.when(f"taken-{n}")[-1] for n in range(4)) - killed
         print(f"FIGURE {pool}: running again after {again:.1f} s, taken ones after {back:.1f} s")
