@@ -11,13 +11,14 @@ TEST_ARGS ?=
 BENCH_ARGS ?=
 CHAOS_ARGS ?=
 SIMULATE_ARGS ?=
+ALERTS_ARGS ?=
 VERSIONS ?= rq-2.6 rq-2.12 rq-3.0 celery-5.4 celery-5.5 celery-5.6 celery-5.7 \
 	dramatiq-1.17 dramatiq-1.18 dramatiq-2.0 dramatiq-2.2
 REDIS_SERVERS ?=
 POSTGRES_BINS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test ecosystem matrix check bench bench-compare chaos simulate fmt docs
+.PHONY: help demo test ecosystem matrix check bench bench-compare chaos simulate alerts fmt docs
 
 help:
 	@echo "make demo    see jobs survive what kills Redis and workers     (DEMO_ARGS='--library celery')"
@@ -30,6 +31,7 @@ help:
 	@echo "make bench   measure beside floors and peers                   (BENCH_ARGS='enqueue work')"
 	@echo "make bench-compare REV=main  measure this tree and a revision in alternation"
 	@echo "make simulate  10,000 simulated schedules of crashes and outages    (SIMULATE_ARGS='--seed 7')"
+	@echo "make alerts  break what each alert is for, under a real Prometheus    (ALERTS_ARGS='--only paused')"
 	@echo "make chaos   3 runs a library under random faults; CHAOS=full: 20 (CHAOS_ARGS='--library rq')"
 
 demo: $(VENV)/.ready-for-demo
@@ -85,6 +87,9 @@ bench-compare: $(VENV)/.ready
 
 chaos: $(VENV)/.ready
 	$(BIN)/python -m tests.chaos --runs $(if $(filter full,$(CHAOS)),20,3) $(CHAOS_ARGS)
+
+alerts: $(VENV)/.ready
+	$(BIN)/python -m tests.alerts $(ALERTS_ARGS)
 
 simulate: $(VENV)/.ready
 	PYTHONHASHSEED=0 $(BIN)/python -m tests.simulation $(SIMULATE_ARGS)

@@ -6,14 +6,17 @@ deletes three hundred files.
 
 from __future__ import annotations
 
+import subprocess
 import uuid
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import psycopg
+import pytest
 from psycopg import sql
 
 import jobguard.schema
+from jobguard.demo.servers.postgres import postgres_bin
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -198,3 +201,20 @@ def _size(connection: psycopg.Connection[Any]) -> int:
 def _rows(connection: psycopg.Connection[Any], table: sql.Identifier) -> bytes:
     with connection.cursor().copy(_COPY_OUT.format(table)) as copy:
         return b"".join(copy)
+
+
+def copy_database(database: str, into: str) -> None:
+    """Dump a database and load the dump into another one, as one does to build a staging system.
+
+    Skip the test where the server came without pg_dump.
+    """
+    tools = postgres_bin()
+    if not (tools / "pg_dump").exists() or not (tools / "psql").exists():
+        pytest.skip(f"there is no pg_dump in {tools}")
+    dump = subprocess.run([str(tools / "pg_dump"), "-d", database], capture_output=True, check=True)
+    subprocess.run(
+        [str(tools / "psql"), "-q", "-v", "ON_ERROR_STOP=1", "-d", into],
+        input=dump.stdout,
+        stdout=subprocess.DEVNULL,
+        check=True,
+    )

@@ -38,6 +38,9 @@ from jobguard.settings import Settings
 if TYPE_CHECKING:
     from jobguard.operations.read import ReadModel
 
+_ANSWER = 30.0
+"""Seconds that metrics and notices wait for an answer of a PostgreSQL that may be gone without a word."""
+
 
 @click.command()
 @postgres_option
@@ -196,7 +199,7 @@ def _read_model(conninfo: Callable[[], str], settings: Settings) -> ReadModel:
     # Loaded here: SQLAlchemy takes more time and memory than all the rest, and restores no job.
     from jobguard.operations.read import ReadModel
 
-    return ReadModel(conninfo, encrypt=settings.encrypt)
+    return ReadModel(conninfo, answer_timeout=_ANSWER, encrypt=settings.encrypt)
 
 
 def _metrics(

@@ -32,8 +32,12 @@ QUEUES = 200
 """Queues that have labels of their own."""
 _FRESH = 5.0
 """Seconds for which one reading of the ledger is used."""
-_PATIENCE = 2.0
-"""Seconds for which a scrape waits for the reading of another one."""
+_PATIENCE = 0.5
+"""Seconds for which a scrape waits for a reading. Then it shows the reading before."""
+_FIRST_PATIENCE = 5.0
+"""The same where there was no reading before."""
+_STALE = 20.0
+"""Age at which a reading is not shown any more: the ledger does not answer."""
 _SETTLED = timedelta(minutes=2)
 """Age at which the leader no longer adds to the counts of a minute."""
 _OTHER = "other"
@@ -54,7 +58,7 @@ class Metrics:
     ) -> None:
         """``service`` is None where each pass has a process part of its own (--on-tick)."""
         self._registry = CollectorRegistry(auto_describe=False)
-        self._registry.register(_Ledger(model, namespace, clock))
+        self._registry.register(_Ledger(model, namespace, clock, led=service is not None))
         if service is not None:
             self._registry.register(_Process(service))
 
@@ -99,13 +103,22 @@ class _Process(Collector):
 
 
 class _Ledger(Collector):
-    """What the ledger says of one namespace."""
+    """What the ledger says of one namespace.
 
-    def __init__(self, model: ReadModel, namespace: str, clock: Callable[[], float]) -> None:
+    It is read in a thread, so that a server that does not answer holds no scrape: Prometheus would take a
+    late page for a reconciler that is gone.
+    """
+
+    def __init__(
+        self, model: ReadModel, namespace: str, clock: Callable[[], float], *, led: bool
+    ) -> None:
+        """``led``: False where nobody leads between two passes, so that it says nothing."""
         self._model = model
         self._namespace = namespace
         self._clock = clock
+        self._led = led
         self._lock = threading.Lock()
+        self._reading: threading.Thread | None = None
         self._read_at = float("-inf")
         self._known: Overview | None = None
         self._seconds = 0.0
@@ -113,37 +126,46 @@ class _Ledger(Collector):
         self._ended: Counter[tuple[str, str]] = Counter()
 
     def collect(self) -> Iterator[Metric]:
-        # Two scrapers at a time read once. A server that does not answer holds one scrape, and not all
-        # places of the HTTP server: /livez needs one of them.
-        if not self._lock.acquire(timeout=_PATIENCE):
-            yield _gauge("jobguard_postgres_up", "The ledger answers.", False)
-            return
-        try:
-            overview = self._overview()
-            yield _gauge("jobguard_postgres_up", "The ledger answers.", overview is not None)
-            yield _gauge("jobguard_read_seconds", "Time of the last reading.", self._seconds)
-            info = GaugeMetricFamily(
-                "jobguard_build_info", "The version.", labels=["version", "namespace"]
-            )
-            info.add_metric([jobguard.__version__, self._namespace], 1)
-            yield info
-            if overview is not None:
-                yield from self._families(overview)
-        finally:
-            self._lock.release()
+        overview = self._overview()
+        yield _gauge("jobguard_postgres_up", "The ledger answers.", overview is not None)
+        yield _gauge("jobguard_read_seconds", "Time of the last reading.", self._seconds)
+        info = GaugeMetricFamily(
+            "jobguard_build_info", "The version.", labels=["version", "namespace"]
+        )
+        info.add_metric([jobguard.__version__, self._namespace], 1)
+        yield info
+        if overview is not None:
+            yield from self._families(overview)
 
     def _overview(self) -> Overview | None:
-        now = self._clock()
-        if now - self._read_at >= _FRESH:
-            try:
-                self._known = overview_of(self._model, self._namespace)
-                self._add_ends(self._known)
-            except JobguardError as error:
-                log_event("metrics_unread", error=str(error))
-                self._known = None
-            self._read_at = self._clock()
-            self._seconds = self._read_at - now
-        return self._known
+        """Return what is known; None if the ledger does not answer."""
+        with self._lock:  # Two scrapers at a time read once.
+            if self._reading is None and self._clock() - self._read_at >= _FRESH:
+                self._reading = threading.Thread(
+                    target=self._read, name="jobguard metrics", daemon=True
+                )
+                self._reading.start()
+            reading, is_first = self._reading, self._read_at == float("-inf")
+        if reading is not None:
+            reading.join(_FIRST_PATIENCE if is_first else _PATIENCE)
+        with self._lock:
+            return self._known if self._clock() - self._read_at < _STALE else None
+
+    def _read(self) -> None:
+        began = self._clock()
+        found: Overview | None = None
+        try:
+            found = overview_of(self._model, self._namespace)
+        except Exception as error:
+            known = isinstance(error, JobguardError)
+            log_event("metrics_unread", error=str(error), exc_info=None if known else error)
+        finally:
+            with self._lock:
+                if found is not None:
+                    self._add_ends(found)
+                self._known, self._reading = found, None
+                self._read_at = self._clock()
+                self._seconds = self._read_at - began
 
     def _add_ends(self, overview: Overview) -> None:
         """Add the minutes that are complete, so that the sum only grows."""
@@ -154,6 +176,10 @@ class _Ledger(Collector):
         self._until = max(self._until, settled.replace(second=0, microsecond=0))
 
     def _families(self, overview: Overview) -> Iterator[Metric]:
+        if self._led:
+            leader = overview.state["leader"]
+            live = bool(leader and leader["live"])
+            yield _gauge("jobguard_led", "Some process leads the namespace.", live)
         yield from _leader(overview.state)
         yield from _sources(overview.state)
         yield from _queues(overview)
@@ -186,9 +212,6 @@ class _Ledger(Collector):
 
 def _leader(state: Mapping[str, Any]) -> Iterator[Metric]:
     leader, brake = state["leader"], state["brake"]
-    yield _gauge(
-        "jobguard_led", "Some process leads the namespace.", bool(leader and leader["live"])
-    )
     yield _gauge("jobguard_term", "The number of the term.", leader["term"] if leader else 0)
     yield _gauge("jobguard_paused", "Recoveries are paused.", bool(brake["paused_at"]))
     yield _gauge("jobguard_queues_held", "Queues that are on hold.", len(brake["held"]))
@@ -208,10 +231,11 @@ def _leader(state: Mapping[str, Any]) -> Iterator[Metric]:
 
 
 def _sources(state: Mapping[str, Any]) -> Iterator[Metric]:
-    watched, outbox, suspects = (
+    watched, used, outbox, suspects = (
         GaugeMetricFamily(f"jobguard_{name}", text, labels=["library", "source"])
         for name, text in (
             ("source_watched_seconds", "Time since a leader last saw the source; -1: never."),
+            ("source_used", "The source has owed jobs or live workers."),
             ("outbox", "Jobs that are recorded and still to be pushed."),
             ("suspects", "Owed jobs that were seen absent from Redis."),
         )
@@ -221,9 +245,10 @@ def _sources(state: Mapping[str, Any]) -> Iterator[Metric]:
         labels = [source["library"], names[source["id"]]]
         seconds = source["watched_seconds"]
         watched.add_metric(labels, -1 if seconds is None else seconds)
+        used.add_metric(labels, source["used"])
         outbox.add_metric(labels, source["outbox"])
         suspects.add_metric(labels, source["suspects"])
-    yield from (watched, outbox, suspects)
+    yield from (watched, used, outbox, suspects)
     trusted, unguarded = (
         GaugeMetricFamily(f"jobguard_queue_{name}", text, labels=["source", "queue"])
         for name, text in (
@@ -231,7 +256,8 @@ def _sources(state: Mapping[str, Any]) -> Iterator[Metric]:
             ("unguarded_consumers", "Consumers of the queue that are not guarded."),
         )
     )
-    for queue in state["queues"][:QUEUES]:
+    # Those with unguarded consumers come first: an alert needs them.
+    for queue in sorted(state["queues"], key=lambda queue: not queue["unguarded"])[:QUEUES]:
         labels = [names[queue["source"]], queue["queue"]]
         trusted.add_metric(labels, queue["trusted_since"] is not None)
         unguarded.add_metric(labels, len(queue["unguarded"]))

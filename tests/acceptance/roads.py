@@ -190,11 +190,14 @@ class Site:
         self.children.append(child)
         return child
 
-    def worker(self, *options: str, kind: str = "SimpleWorker", queue: str = QUEUE) -> Child:
+    def worker(
+        self, *options: str, kind: str = "SimpleWorker", queue: str = QUEUE, **more: str
+    ) -> Child:
         """Start a guarded worker of RQ, and wait until it beats."""
         return self._worker(
             *(str(BIN / "rq"), "worker", "--url", self.redis_url),
             *("--worker-class", f"jobguard.adapters.rq.{kind}", *options, queue),
+            **more,
         )
 
     def celery_worker(self) -> Child:
@@ -204,9 +207,9 @@ class Site:
             *("--pool", "threads", "--concurrency", "2", "--loglevel", "INFO"),
         )
 
-    def _worker(self, *command: str) -> Child:
+    def _worker(self, *command: str, **more: str) -> Child:
         before = self.ask("select id from jobguard.workers where left_at is null")
-        child = self.start("worker", *command)
+        child = self.start("worker", *command, **more)
         eventually(
             lambda: self.ask("select id from jobguard.workers where left_at is null") != before,
             30,

@@ -9,7 +9,6 @@ the first trust).
 
 from __future__ import annotations
 
-import subprocess
 import uuid
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -20,10 +19,10 @@ import pytest
 import jobguard.schema
 from jobguard.adapter import Source
 from jobguard.demo.servers import PostgresServer, RedisServer
-from jobguard.demo.servers.postgres import postgres_bin
 from jobguard.pulse import parse_pulse, read_pulse
 from tests.acceptance import roads
 from tests.acceptance.roads import QUEUE, Site, words
+from tests.databases import copy_database
 from tests.support import PATIENT, eventually
 
 if TYPE_CHECKING:
@@ -42,20 +41,6 @@ def site(tmp_path: Path, database: str, redis_url: str) -> Iterator[Site]:
     made = Site(tmp_path, database, redis_url, **PATIENT)
     yield made
     made.close()
-
-
-def copy(database: str, into: str) -> None:
-    """Dump a database and load the dump into another one, as one does to build a staging system."""
-    tools = postgres_bin()
-    if not (tools / "pg_dump").exists() or not (tools / "psql").exists():
-        pytest.skip(f"there is no pg_dump in {tools}")
-    dump = subprocess.run([str(tools / "pg_dump"), "-d", database], capture_output=True, check=True)
-    subprocess.run(
-        [str(tools / "psql"), "-q", "-v", "ON_ERROR_STOP=1", "-d", into],
-        input=dump.stdout,
-        stdout=subprocess.DEVNULL,
-        check=True,
-    )
 
 
 def keys(site: Site, pattern: str = "*") -> list[bytes]:
@@ -91,7 +76,7 @@ def test_a_copy_of_the_ledger_beside_an_empty_redis_puts_nothing_back(
     )
     staging.ledger = site.ledger
     try:
-        copy(site.postgres, staging.postgres)
+        copy_database(site.postgres, staging.postgres)
         staging.settings["JOBGUARD_REDIS_URL"] = f"main={staging.redis_url}"
         once = staging.command("reconcile", "--once", "--json")
         assert '"restored": 0' in once.stdout, once.stderr
