@@ -37,8 +37,7 @@ def cancel(original: Hook) -> Hook:
         owners = trackers_for_job(self)
         if not owners:
             return original(self, pipeline, *args, **kwargs)
-        _intend_to_cancel(owners, self, pipeline)
-        with _leaving(self):
+        with _intent_to_cancel(owners, self, pipeline), _leaving(self):
             result = original(self, pipeline, *args, **kwargs)
         token = message.token_of(self)
         if token is not None:
@@ -56,9 +55,9 @@ def delete(original: Hook) -> Hook:
     @wraps(original)
     def hook(self: Job, pipeline: Pipeline | None = None, *args: Any, **kwargs: Any) -> Any:
         is_its_end = _CLEANING in self.__dict__ or self._status in message.ENDED
-        if not is_its_end and message.run_of(self) is None:
-            _intend_to_cancel(trackers_for_job(self), self, pipeline)
-        with _leaving(self):
+        by_person = not is_its_end and message.run_of(self) is None
+        owners = trackers_for_job(self) if by_person else []
+        with _intent_to_cancel(owners, self, pipeline), _leaving(self):
             return original(self, pipeline, *args, **kwargs)
 
     return hook
@@ -187,7 +186,12 @@ def _intend_to_empty(tracker: Tracker, queue: Queue) -> None:
         tracker.cancel(job_ids=ids[start : start + _CANCELLED_AT_ONCE])
 
 
-def _intend_to_cancel(owners: list[Tracker], job: Job, pipeline: Pipeline | None) -> None:
+@contextmanager
+def _intent_to_cancel(owners: list[Tracker], job: Job, pipeline: Pipeline | None) -> Iterator[None]:
+    """Record the cancellation before RQ's change, which is made inside the block.
+
+    On a pipeline, RQ changes Redis when the caller executes it. Nothing is recorded if RQ refuses.
+    """
     token = message.token_of(job)
     tokens, ids = ([token] if token is not None else []), [job.id]
 
@@ -195,7 +199,10 @@ def _intend_to_cancel(owners: list[Tracker], job: Job, pipeline: Pipeline | None
         for tracker in owners:
             tracker.cancel(tokens=tokens, job_ids=ids)
 
-    if pipeline is None or is_immediate(pipeline):
+    at_once = pipeline is None or is_immediate(pipeline)
+    if owners and at_once:
         intent()
-    else:  # cancel only if the caller executes the pipeline
+    yield
+    if owners and not at_once:
+        assert pipeline is not None
         Batch.of(pipeline).intend(intent)

@@ -362,6 +362,20 @@ class TestIntent:
 
         assert not tracker.cancelled
 
+    @needs_rate_limit
+    def test_cancel_that_rq_refuses(self, queue: Queue, tracker: FakeTracker) -> None:
+        """A job that RQ does not cancel on the caller's pipeline stays owed."""
+        from rq.rate_limit import RateLimit
+
+        job = queue.enqueue(tasks.add, 1, rate_limit=RateLimit("key", concurrency=1))
+        with queue.connection.pipeline() as pipe:
+            with pytest.raises(InvalidJobOperation):
+                job.cancel(pipeline=pipe)
+            pipe.set("something", "else")
+            pipe.execute()
+
+        assert not tracker.cancelled
+
 
 class TestSameId:
     """RQ keeps one hash per id."""
