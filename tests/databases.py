@@ -77,7 +77,7 @@ class Session:
         self._connection: psycopg.Connection[Any] | None = None
 
     def ask(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
-        """Run a query in a transaction of its own, and return its rows."""
+        """Run a query, in which %s stands for a value and %% for a percent sign, and return its rows."""
         try:
             return self._run(query, values)
         except psycopg.OperationalError:
@@ -90,7 +90,7 @@ class Session:
             self._connection = psycopg.connect(
                 self.url, autocommit=True, connect_timeout=5, prepare_threshold=None
             )
-        cursor = self._connection.execute(query.encode(), values or None)
+        cursor = self._connection.execute(query.encode(), values)
         return cursor.fetchall() if cursor.description is not None else []
 
     def close(self) -> None:

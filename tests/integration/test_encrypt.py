@@ -85,7 +85,7 @@ def test_a_loss_is_restored_with_the_key_and_reported_without(
         host.client.flushdb()
         open_one = (
             "select from jobguard.incidents where closed_at is null"
-            " and detail like 'envelopes cannot be unsealed: %JOBGUARD_ENCRYPT%'"
+            " and detail like 'envelopes cannot be unsealed: %%JOBGUARD_ENCRYPT%%'"
         )
         eventually(lambda: rows(database, open_one), 30)
         assert host.waiting() == 0

@@ -99,7 +99,7 @@ def test_many_queues_are_a_bounded_number_of_labels(
     host.send()
     copy = (
         "insert into jobguard.jobs (source, token, job_id, queue, task, envelope)"
-        " select source, gen_random_uuid(), n::text, 'queue ' || n % 10, 't', ''"
+        " select source, gen_random_uuid(), n::text, 'queue ' || n %% 10, 't', ''"
         " from jobguard.jobs, generate_series(1, 100) n returning 1"
     )
     assert len(rows(database, copy)) == 100
