@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import wraps
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import celery
+from celery import Celery
+from celery.app.control import Control
 from celery.signals import beat_init, celeryd_after_setup, worker_init
 from celery.worker import WorkController
 
@@ -39,6 +43,8 @@ _UID = "jobguard.celery.worker_init"
 _lock = threading.RLock()
 _hooks = Hooks()
 _on = False
+_asked: WeakSet[Any] = WeakSet()
+"""The apps for which the environment was asked."""
 
 
 def install(tracker: Tracker, app: Any) -> None:
@@ -85,7 +91,9 @@ def wait(app: Any, callback: Callable[[], None]) -> None:
 
 
 def prepare() -> None:
-    """Guard the app of every worker and beat that begins in this process, by its environment."""
+    """Guard every app of this process that begins as a worker or beat, or connects, by its environment."""
+    Hooks().put(Celery, "connection_for_write", _connection_for_write)
+    Hooks().put(Control, "broadcast", _broadcast)
     for signal, receiver in (
         (worker_init, _guard_by_environment),
         (beat_init, _guard_by_environment),
@@ -96,10 +104,48 @@ def prepare() -> None:
 
 def _guard_by_environment(sender: Any = None, **_: Any) -> None:
     """worker_init, beat_init: guard an app for which no guard() was called."""
-    with contain_errors("guard a program by its environment", let_pass=StoreUnavailable):
-        if lookup.tracker_for(sender.app) is None:
-            tracker_for_worker(sender.app)
+    _guard_app_by_environment(sender.app)
     _worker_begins(sender)
+
+
+def _connection_for_write(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Celery.connection_for_write: every task and purge of a program needs it first."""
+
+    @wraps(original)
+    def hook(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _guard_at_first_use(self)
+        return original(self, *args, **kwargs)
+
+    return hook
+
+
+def _broadcast(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Control.broadcast: a revoke may be the first act of a program."""
+
+    @wraps(original)
+    def hook(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if _guard_at_first_use(self.app):
+            return type(self).broadcast(
+                self, *args, **kwargs
+            )  # our hook for guarded apps is on it now
+        return original(self, *args, **kwargs)
+
+    return hook
+
+
+def _guard_at_first_use(app: Any) -> bool:
+    """Guard an app by the environment; return False if that was tried before."""
+    if app in _asked:
+        return False
+    _asked.add(app)  # the guard itself connects
+    _guard_app_by_environment(app)
+    return True
+
+
+def _guard_app_by_environment(app: Any) -> None:
+    with contain_errors("guard a program by its environment", let_pass=StoreUnavailable):
+        if lookup.tracker_for(app) is None:
+            tracker_for_worker(app)
 
 
 def _install_hooks() -> None:

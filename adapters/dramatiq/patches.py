@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 
 _GUARD = "_jobguard"
+_ASKED = "_jobguard_asked"
+"""The attribute of a broker for which the environment was asked."""
 _KNOWN = {
     "enqueue": ("message",),
     "consume": ("queue_name", "prefetch", "timeout"),
@@ -86,6 +88,10 @@ class BrokerGuard:
             self.broker.broker_id = str(new_short_lived())
         self.broker.add_middleware(self._middleware)
         setattr(self.broker, _GUARD, self)
+
+    def over(self, name: str, original: Callable[..., Any]) -> Any:
+        """Return the hook of this name over a call of the broker that has begun."""
+        return self._hooks[name](original)
 
     def remove_hooks(self) -> None:
         """Restore the broker, but keep the hooks that others have put over ours."""
@@ -147,7 +153,7 @@ def _is_consuming(broker: Broker) -> bool:
 
 
 def guard_workers() -> None:
-    """Guard the broker of each worker that starts, by the settings in its environment."""
+    """Guard each broker that a worker starts with, or that sends or is emptied, by the environment."""
     with _lock:
         if not _workers_guarded:
             command: Any = importlib.import_module("dramatiq.cli")
@@ -157,6 +163,8 @@ def guard_workers() -> None:
                 # Not a hook: a new Python finds the function of its process by its name.
                 command.worker_process = partial(_worker_process, share_mark())
             Hooks().put(Worker, "start", _worker_start)
+            for name in ("enqueue", "flush"):
+                Hooks().put(RedisBroker, name, partial(_first_use, name))
 
 
 def _worker_process(mark: object, *args: Any) -> Any:
@@ -170,13 +178,31 @@ def _worker_process(mark: object, *args: Any) -> Any:
 def _worker_start(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
     def start(self: Worker, *args: Any, **kwargs: Any) -> Any:
-        broker = self.broker
-        if isinstance(broker, RedisBroker) and guard_of(broker) is None:
-            with contain_errors("worker_start", event="guard_refused"):
-                tracker_for_worker(broker)
+        _guard_by_environment(self.broker)
         return original(self, *args, **kwargs)
 
     return start
+
+
+def _first_use(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(original)
+    def hook(self: RedisBroker, *args: Any, **kwargs: Any) -> Any:
+        made = _guard_by_environment(self)
+        call: Callable[..., Any] = partial(original, self)
+        return (call if made is None else made.over(name, call))(*args, **kwargs)
+
+    return hook
+
+
+def _guard_by_environment(broker: Broker) -> BrokerGuard | None:
+    """Guard a broker for which no guard() was called; return its guard if it has just got it."""
+    state = vars(broker)
+    if not isinstance(broker, RedisBroker) or _GUARD in state or _ASKED in state:
+        return None
+    state[_ASKED] = True
+    with contain_errors("guard a broker by its environment", event="guard_refused"):
+        tracker_for_worker(broker)
+    return guard_of(broker)
 
 
 def _unknown_parts(broker: RedisBroker) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""`jobguard run --` before other commands of RQ: jobs that such a command enqueues or removes are recorded.
+"""`jobguard run --` before other commands: jobs that such a command enqueues or removes are recorded.
 
 The commands find the ledger by their environment, and a command that guarded nothing reports it at
 its end.
@@ -34,8 +34,8 @@ def site(tmp_path: Path, database: str, redis_url: str) -> Iterator[Site]:
 
 
 def run(site: Site, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
-    """Run a command of RQ under `jobguard run --`."""
-    done = site.command(RUN, "--", *words, PYTHONPATH=str(REPOSITORY), **more)
+    """Run a command under `jobguard run --`."""
+    done = site.command(RUN, "--", *words, **{"PYTHONPATH": str(REPOSITORY), **more})
     assert done.returncode == 0, done.stderr
     return done
 
@@ -71,6 +71,58 @@ def test_rq_requeue(site: Site) -> None:
         site.worker("--burst").ends()
         assert words(site.ledger) == {"tried": 2}
     site.nothing_is_owed()
+
+
+CELERY = """
+import os, celery
+app = celery.Celery("shop", broker=os.environ["REDIS"])
+app.conf.update(task_default_queue="mail", task_ignore_result=True)
+@app.task(name="say")
+def say(): ...
+if __name__ == "__main__":
+    print(say.delay().id, say.delay().id)
+"""
+
+
+def test_commands_of_celery(site: Site) -> None:
+    """What a script sends, `control revoke` and `purge` are recorded for an app that calls no guard()."""
+    app = site.folder / "shop.py"
+    app.write_text(CELERY)
+    environ = {"REDIS": site.redis_url, "PYTHONPATH": str(site.folder)}
+    revoked, purged = run(site, str(app), **environ).stdout.split()
+    assert sorted(site.owed()) == sorted([revoked, purged])
+    command = (RUN, "--", "celery", "-A", "shop")
+    site.command(*command, "control", "-t", "0.1", "revoke", revoked, **environ)
+    assert site.outcomes(revoked) == ["cancelled"]
+    site.command(*command, "purge", "-f", **environ)
+    assert site.outcomes(purged) == ["cancelled"]
+    assert site.owed() == []
+
+
+DRAMATIQ = """
+import os, dramatiq
+from dramatiq.brokers.redis import RedisBroker
+class Own(RedisBroker):
+    def enqueue(self, message, *, delay=None):
+        print("enqueue", flush=True)
+        return super().enqueue(message, delay=delay)
+broker = Own(url=os.environ["REDIS"])
+@dramatiq.actor(broker=broker, queue_name="mail")
+def say(): ...
+first, _ = say.send(), broker.flush("mail")
+print(first.message_id, say.send().message_id)
+"""
+
+
+def test_a_producer_of_dramatiq(site: Site) -> None:
+    """A script whose broker has no guard() is recorded from its first message on."""
+    script = site.folder / "sends.py"
+    script.write_text(DRAMATIQ)
+    lines = run(site, str(script), REDIS=site.redis_url).stdout.splitlines()
+    flushed, sent = lines.pop().split()
+    assert lines == ["enqueue", "enqueue"]
+    assert site.outcomes(flushed) == ["cancelled"]
+    assert site.owed() == [sent]
 
 
 def test_a_command_that_guards_nothing_reports_it(site: Site) -> None:
