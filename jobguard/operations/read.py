@@ -253,13 +253,14 @@ group by 1, 2, 3 order by 1, 2, 3
 _SOURCES = sa.text("""
 select s.id, s.library, s.address, s.prefix, s.name, s.settings,
        extract(epoch from now() - s.watched_at)::float8 as watched_seconds,
-       -- "order by" makes it a look into the index, also where another source owes a million jobs.
-       coalesce((select true from jobguard.jobs j where j.source = s.id order by j.token limit 1), false)
-         or exists (select from jobguard.workers w
-                    where w.source = s.id and w.dead_at is null and w.left_at is null) as used,
        (select count(*) from (select from jobguard.outbox o where o.source = s.id limit :most) o) as outbox,
-       (select count(*) from (select from jobguard.suspects u where u.source = s.id limit :most) u)
-         as suspects
+       -- Those that wait for the time of crash_backoff are not missing. "offset 0": one look by the key for
+       -- each, and only for those of a worker's death.
+       (select count(*) from (
+          select from jobguard.suspects u where u.source = s.id and not (u.cause = 'worker' and exists (
+            select from jobguard.jobs j
+            where j.source = u.source and j.token = u.token and j.not_before > now() offset 0))
+          limit :most) u) as suspects
 from jobguard.sources s where s.namespace = :namespace order by s.library, s.address, s.id
 """)
 

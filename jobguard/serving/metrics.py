@@ -181,7 +181,7 @@ class _Ledger(Collector):
             live = bool(leader and leader["live"])
             yield _gauge("jobguard_led", "Some process leads the namespace.", live)
         yield from _leader(overview.state)
-        yield from _sources(overview.state)
+        yield from _sources(overview)
         yield from _queues(overview)
         yield from self._ends()
         yield from _workers(overview)
@@ -230,14 +230,17 @@ def _leader(state: Mapping[str, Any]) -> Iterator[Metric]:
     )
 
 
-def _sources(state: Mapping[str, Any]) -> Iterator[Metric]:
+def _sources(overview: Overview) -> Iterator[Metric]:
+    state = overview.state
+    owing = {one.source for one in overview.queues if one.owed}
+    working = {(one["library"], one["address"]) for one in overview.workers}
     watched, used, outbox, suspects = (
         GaugeMetricFamily(f"jobguard_{name}", text, labels=["library", "source"])
         for name, text in (
             ("source_watched_seconds", "Time since a leader last saw the source; -1: never."),
             ("source_used", "The source has owed jobs or live workers."),
             ("outbox", "Jobs that are recorded and still to be pushed."),
-            ("suspects", "Owed jobs that were seen absent from Redis."),
+            ("suspects", "Owed jobs that are absent from Redis, and whose backoff is over."),
         )
     )
     names = labels_of(state["sources"])
@@ -245,7 +248,8 @@ def _sources(state: Mapping[str, Any]) -> Iterator[Metric]:
         labels = [source["library"], names[source["id"]]]
         seconds = source["watched_seconds"]
         watched.add_metric(labels, -1 if seconds is None else seconds)
-        used.add_metric(labels, source["used"])
+        works = (source["library"], source["address"]) in working
+        used.add_metric(labels, works or names[source["id"]] in owing)
         outbox.add_metric(labels, source["outbox"])
         suspects.add_metric(labels, source["suspects"])
     yield from (watched, used, outbox, suspects)

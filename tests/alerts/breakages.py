@@ -60,6 +60,9 @@ BREAKAGES: list[Breakage] = []
 _LAPSED = {
     "JobguardNoLeader": "the lease ran out meanwhile; in the real rule this holds for 30 s before it counts"
 }
+_AGAIN = {
+    "JobguardUnguarded": "a new leader shows once more a worker that ended in the minute before"
+}
 _UNSEEN = {"JobguardSourceUnwatched": "nothing moves the pulse meanwhile"}
 _MISSING = {"JobguardJobsMissing": "the jobs are absent until the remedy"}
 
@@ -121,7 +124,11 @@ def schedule_failed(site: WatchedSite) -> Steps:
     site.run("schedules", "remove", "wrong")
 
 
-@breaks("JobguardDeadJobs", "jobguard dead requeue ID")
+@breaks(
+    "JobguardDeadJobs",
+    "jobguard dead requeue ID",
+    JobguardJobsMissing="the job is absent between two deaths; in the real rule for 5 minutes",
+)
 def poisoned(site: WatchedSite) -> Steps:
     """A job kills three workers."""
     cure = site.folder / "cure"
@@ -232,6 +239,7 @@ def job_vanished(site: WatchedSite) -> Steps:
     "JobguardNoReconciler",
     "start reconcilers with --http",
     **_LAPSED,
+    **_AGAIN,
 )
 def reconcilers_killed(site: WatchedSite) -> Steps:
     """Both reconcilers are killed."""
@@ -246,6 +254,7 @@ def reconcilers_killed(site: WatchedSite) -> Steps:
 @breaks(
     "JobguardNoLeader",
     "start a reconciler with the right one",
+    **_AGAIN,
 )
 def no_leader(site: WatchedSite) -> Steps:
     """The leader is killed, and the other one has a wrong JOBGUARD_INSTALLATION."""

@@ -127,6 +127,20 @@ def test_what_cannot_be_sent_is_a_number(database: str) -> None:
         assert value(page, "jobguard_schedules_failed") == 1
 
 
+def test_a_job_that_waits_for_its_backoff_is_not_missing(database: str) -> None:
+    """A job of a dead worker counts as absent when the time of crash_backoff is over, not before."""
+    insert = "insert into jobguard.{} values {} returning 1"
+    source = "sources (id, namespace, library, address)"
+    rows(database, insert.format(source, "(1, 'default', 'rq', 'localhost:1/0')"))
+    job = "jobs (source, token, job_id, queue, task, envelope, not_before)"
+    job += " select 1, gen_random_uuid(), n::text, 'q', 't', '', now() + n * interval '1 hour'"
+    rows(database, f"insert into jobguard.{job} from generate_series(-1, 1) n returning 1")
+    suspects = "insert into jobguard.suspects (source, token, cause)"
+    rows(database, f"{suspects} select 1, token, 'worker' from jobguard.jobs returning 1")
+    with closing(ReadModel(lambda: database)) as model:
+        assert value(Metrics(model, "default"), "jobguard_suspects") == 2
+
+
 def test_without_postgres_the_page_still_answers() -> None:
     """A ledger that cannot be read is a metric, not an error of the scrape."""
     with closing(ReadModel(lambda: "postgresql://u@127.0.0.1:1/d", connect_timeout=1)) as model:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from jobguard.errors import StoreUnavailable
-from jobguard.operations.overview import Overview
+from jobguard.operations.overview import Overview, QueueNow
 from jobguard.operations.read import Counted, ReadModel
 from jobguard.serving import metrics
 from jobguard.serving.metrics import Metrics
+from jobguard.store.protocols import Counts
 from tests.support import SLOWEST, eventually
 
 HELD = {"3/mail": {"reason": "why"}}
@@ -111,9 +113,26 @@ def test_an_unguarded_consumer_is_shown_among_many_queues(
     queue: dict[str, Any] = {"source": 1, "trusted_since": None, "unguarded": []}
     queues = [queue | {"queue": f"q{n}"} for n in range(3)]
     queues[2] |= {"unguarded": ["a worker"]}
-    source = {"id": 1, "library": "rq", "address": "r", "prefix": "", "name": None, "used": True}
+    source = {"id": 1, "library": "rq", "address": "r", "prefix": "", "name": None}
     sources = [source | {"watched_seconds": 1.0, "outbox": 0, "suspects": 0}]
     ledger.value = overview(sources=sources, queues=queues)
     text = ledger.page.page()[1].decode()
     assert 'jobguard_queue_unguarded_consumers{queue="q2",source="r"} 1.0' in text
     assert 'queue="q1"' not in text
+
+
+def test_a_source_is_used_if_it_owes_jobs_or_has_workers(ledger: Ledger) -> None:
+    """A Redis that no application uses any more is known as such."""
+    common = {"prefix": "", "name": None, "watched_seconds": None, "outbox": 0, "suspects": 0}
+    sources = [
+        common | {"id": id, "library": "rq", "address": address}
+        for id, address in enumerate(("owes", "works", "old"))
+    ]
+    made = overview(sources=sources)
+    queue = QueueNow("owes", "mail", Counts(scheduled=1), None, 0.0, 0.0)
+    done = QueueNow("old", "mail", Counts(completed=9), None, 0.0, 0.0)
+    worker = {"library": "rq", "address": "works", "beat_seconds": 1.0, "unflushed_seconds": None}
+    ledger.value = replace(made, queues=[queue, done], workers=[worker | {"claims": 0}])
+    text = ledger.page.page()[1].decode()
+    for name, used in (("owes", 1), ("works", 1), ("old", 0)):
+        assert f'jobguard_source_used{{library="rq",source="{name}"}} {used}.0' in text
