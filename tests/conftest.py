@@ -69,6 +69,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items[:] = _dealt(items, int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
 
 
+def pytest_collection_finish() -> None:
+    """Exempt modules and tests from garbage collection: it took a fifth of the unit tests' time."""
+    gc.collect()
+    gc.freeze()
+
+
 def _dealt(items: list[pytest.Item], workers: int) -> list[pytest.Item]:
     """Order the tests so that no worker has long tests left when the others are done.
 
