@@ -171,6 +171,10 @@ def main(names: Sequence[str], program: str | None, sabotage: str | None) -> Non
                         wrong.append(f"{breakage.name}: {error}")
                         break
                 wrong += alerts.wrong
+        except BaseException:
+            for child in site.reconcilers.values():
+                print(child.log[-3000:], file=sys.stderr)
+            raise
         finally:
             site.close()
     for one in wrong:
