@@ -179,10 +179,10 @@ class _Leader:
         """Make steps until something holds; return the seconds, and those of the processor."""
         began, cpu = time.monotonic(), time.process_time()
         while not over():
-            self.monitor.step(self.term, self.store.brake(self.term))
+            self.monitor.step(self.term, self.store.signs(self.term))
             if time.monotonic() - began > within:
                 raise SystemExit(f"not within {within} s: {self.monitor.result.counts()}")
-            if not self.monitor.busy:
+            if self.monitor.rest:
                 time.sleep(0.05)
         return time.monotonic() - began, time.process_time() - cpu
 

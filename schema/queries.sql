@@ -367,9 +367,19 @@ update jobguard.leader set expires_at = now() + make_interval(secs => %(lease)s)
 where namespace = %(namespace)s and term = %(term)s and holder = %(holder)s and expires_at > now()
 returning paused_at is not null, held
 
--- name: brake
-select paused_at is not null, held from jobguard.leader
-where namespace = %(namespace)s and term = %(term)s and holder = %(holder)s and expires_at > now()
+-- name: signs
+-- Return the brake, and whether there is anything to do. The newest owed job is found by the end of an index.
+select l.paused_at is not null, l.held,
+       exists (select from (select j.token from jobguard.jobs j order by j.token desc limit 1) newest)
+         or exists (select from jobguard.joins x where x.closed_at is null),
+       exists (select from (select r.id from jobguard.requests r where r.error is null
+                            order by r.id limit 1) oldest)
+         or exists (select from jobguard.schedules s
+                    where s.namespace = l.namespace and s.paused_at is null and s.error is null
+                      and not s.finished and coalesce(s.fire_at <= now(), true)),
+       (select count(*) from jobguard.sources s where s.namespace = l.namespace)
+from jobguard.leader l
+where l.namespace = %(namespace)s and l.term = %(term)s and l.holder = %(holder)s and l.expires_at > now()
 
 -- name: resign
 update jobguard.leader set expires_at = now()

@@ -23,7 +23,7 @@ from jobguard.adapters.rq.ended_workers import EndedWorkers
 from jobguard.adapters.rq.envelope import Mode, UnknownEnvelope, decode
 from jobguard.adapters.rq.layout import FIELD, KEPT, SPENT, TIMESTAMP, Layout
 from jobguard.adapters.rq.render import render
-from jobguard.client_list import Consumers, Listeners
+from jobguard.client_list import Consumers, Listener, Listeners
 from jobguard.client_names import nameable
 from jobguard.members import ListReader
 from jobguard.model import (
@@ -220,8 +220,9 @@ class RQBroker:
             for name, keys in zip(names, members, strict=True)
         }
         registered = frozenset(chain.from_iterable(by_queue.values()))
-        strangers = self._unexplained(registered)
-        named = {c.mark.name for c in self._listeners.inspect() if c.ours and c.mark is not None}
+        clients = self._listeners.inspect()
+        strangers = self._unexplained(clients, registered)
+        named = {c.mark.name for c in clients if c.ours and c.mark is not None}
         proved = frozenset(name for name in registered if nameable(name) in named)
         for queue, ended in self._ended.find(registered).items():
             by_queue[queue] = by_queue.get(queue, frozenset()) | ended
@@ -231,7 +232,9 @@ class RQBroker:
         """Return the delivery of a job that SQL or a schedule asked for."""
         return render(request, token)
 
-    def _unexplained(self, registered: frozenset[str]) -> frozenset[str]:
+    def _unexplained(
+        self, clients: Sequence[Listener], registered: frozenset[str]
+    ) -> frozenset[str]:
         """Return the connections of workers that are neither guarded nor registered.
 
         Each worker subscribes to a channel with its name, and waits for jobs on one connection. A
@@ -239,7 +242,6 @@ class RQBroker:
         guarded is decided by its name and its queues. Redis can lose the registration of a live
         worker, and two workers with the same name share one registration.
         """
-        clients = self._listeners.inspect()
         bare = [client for client in clients if client.here and not client.ours]
         subscribed = [client.text for client in bare if client.subscribes]
         waiting = [client.text for client in bare if client.blocked and client.command in _POPS]

@@ -69,6 +69,7 @@ class Circuit:
         self._clock = clock
         self._next_check = 0.0
         self._opened_at = self._closed_at = -1e9
+        self._heard_at = clock()
         self._reported_open = False
         self._checking = Turn()
         self.closed = True
@@ -84,6 +85,10 @@ class Circuit:
     def closed_for(self) -> float:
         """Return the seconds since the circuit last closed."""
         return self._clock() - self._closed_at
+
+    def silent_for(self) -> float:
+        """Return the seconds since the last call that was answered."""
+        return self._clock() - self._heard_at
 
     def calling(self) -> Circuit:
         """Return a block to make a call in; StoreUnavailable from the call opens the circuit.
@@ -101,6 +106,7 @@ class Circuit:
     ) -> None:
         if error is None:
             self._failures = 0
+            self._heard_at = self._clock()
         elif isinstance(error, StoreUnavailable):  # bad data never opens the circuit
             self._breaker.open()
             self.why = str(error)

@@ -27,6 +27,7 @@ from jobguard.store.protocols import ClaimRequest
 if TYPE_CHECKING:
     from jobguard.adapter import Source
     from jobguard.host.circuit import Circuit
+    from jobguard.host.stream import ReportStream
     from jobguard.store.protocols import HostStore
 
 BATCH = 250
@@ -46,7 +47,10 @@ _LEAST = 0.2
 
 
 class Replay:
-    """Writes one process's spool to a store. ``ended`` is called with the ends that the store has taken."""
+    """Writes one process's spool to a store.
+
+    ``ended`` is called with the ends that the store has taken. ``stream``: what other processes reported.
+    """
 
     def __init__(
         self,
@@ -57,6 +61,7 @@ class Replay:
         *,
         retry_interval: float,
         ended: Callable[[Sequence[End]], None] = lambda _ends: None,
+        stream: ReportStream | None = None,
         announces: bool = True,
     ) -> None:
         self._source = source
@@ -65,6 +70,7 @@ class Replay:
         self._ready = ready
         self._retry_interval = retry_interval
         self._ended = ended
+        self._stream = stream
         self._announces = announces  # each batch in the log
         self._replaying = Turn()
         self._draining = threading.Lock()
@@ -267,6 +273,10 @@ class Replay:
                 store.outbox(source.id, entry.tokens)
             elif isinstance(entry, ClaimRequest):
                 store.claim(source.id, entry)
+        late = self._stream.late_retries(deliveries) if self._stream is not None else frozenset()
+        if late:
+            store.refuse(source.id, [one for one in deliveries if one.token in late])
+            deliveries = [one for one in deliveries if one.token not in late]
         if deliveries:
             write_late(store, source, deliveries)
         if ends:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 from uuid import UUID
 
-from jobguard.model import Delivery, End, new_token
+from jobguard.model import Delivery, End, Outcome, new_token
 from jobguard.store.protocols import ClaimRequest
 
 
@@ -201,6 +201,9 @@ class Spool(Protocol):
 
     def waiting(self, job_ids: Sequence[str], queue: str | None) -> Sequence[UUID]:
         """Return the deliveries with these ids, or to this queue, that wait for their record."""
+
+    def outcome_of(self, token: UUID) -> Outcome | None:
+        """Return how this delivery has ended, by the entries that wait; None if none says so."""
 
     def oldest(self) -> float | None:
         """Return when the oldest report was put in, in seconds since the epoch; None if there is none."""
@@ -522,6 +525,15 @@ class MemorySpool:
                 if isinstance(slot.entry, Delivery | Adoptable)
                 and (slot.entry.job_id in ids or slot.entry.queue == queue)
             )
+
+    def outcome_of(self, token: UUID) -> Outcome | None:
+        """Return how this delivery has ended; see Spool."""
+        for entry in self.left():
+            if isinstance(entry, End) and entry.token == token:
+                return entry.outcome
+            if isinstance(entry, Delivery) and entry.parent and entry.parent.token == token:
+                return entry.parent.outcome
+        return None
 
     def oldest(self) -> float | None:
         """Return when the oldest report was put in; see Spool."""

@@ -147,7 +147,8 @@ class ReportStream:
         before = (parent or delivery).token
         if ended is None and parent is not None:
             ended, successor = self._notes_in((before.hex, _replaced(before)))
-            if ended != Outcome.CANCELLED.value.encode():
+            completed = parent.outcome is Outcome.SUPERSEDED and ended == b"completed"
+            if not completed and ended != b"cancelled":
                 ended = None  # the parent has ended in order that this delivery runs
         if ended is not None:
             return Notes(Outcome(ended.decode()), parent)
@@ -157,6 +158,19 @@ class ReportStream:
         if successor is not None and successor.decode() != delivery.token.hex:
             return Notes(Outcome.SUPERSEDED, parent)
         return Notes(None, parent)
+
+    def late_retries(self, deliveries: Sequence[Delivery]) -> frozenset[UUID]:
+        """Return the retries of runs without a claim whose job another run has completed since.
+
+        In an outage of Postgres the library may deliver a job twice. A retry whose record came before the
+        report of the other run would supersede the completed job.
+        """
+        retries = [one for one in deliveries if one.parent is not None and one.parent.claim == 0]
+        if not retries:
+            return frozenset()
+        parents = [one.parent.token.hex for one in retries if one.parent is not None]
+        ended = zip(retries, self._notes_in(parents), strict=True)
+        return frozenset(one.token for one, outcome in ended if outcome == b"completed")
 
     def _notes_in(self, fields: Sequence[str | bytes]) -> Sequence[bytes | None]:
         found = self._ask(lambda: self._redis().hmget(f"{self._key}.ended", fields))

@@ -81,6 +81,8 @@ _PATIENCE = 5.0
 """Seconds that a process waits in all, before it ends, for Postgres to take its reports."""
 _ADOPTABLE_PATIENCE = 0.5
 """Seconds that it waits for records of jobs that are in Redis: a worker that starts one records it."""
+_UNHEARD = 1.0
+"""Seconds without an answer of Postgres after which an outage may have passed unseen."""
 _COMPARE_AGAIN = 15.0
 """Seconds until a pulse that was not in Redis is looked for again."""
 _MOST_IDS = 20
@@ -156,6 +158,7 @@ class HostTracker:
             self._ready,
             retry_interval=self.settings.retry_interval,
             ended=self._ended,
+            stream=self.stream,
         )
         timeout = self.settings.record_timeout
         self._commit = GroupCommit(self._write, timeout=timeout)
@@ -952,6 +955,8 @@ class HostTracker:
     def reports_may_wait(self) -> bool:
         """Return True from an outage on until the stream is seen empty, as far as this process knows."""
         self._mine()
+        if self.circuit.closed and self.circuit.silent_for() > _UNHEARD:
+            self._reports_may_wait = True  # an outage may have come and gone meanwhile
         if not self._reports_may_wait or not self.circuit.closed:
             return self._reports_may_wait
         if self._parent is not None:
@@ -963,8 +968,15 @@ class HostTracker:
         return self._reports_may_wait
 
     def notes_of(self, delivery: Delivery) -> Notes:
-        """Return what waits in the stream about this delivery; nothing if Redis is away."""
+        """Return what waits in the stream about this delivery, or in the memory of this process.
+
+        While Redis is away too, only what this process itself has reported is known.
+        """
         self._mine()
+        if self.stream is not None and not self.spool.copy():
+            own = self.spool.outcome_of(delivery.token)
+            if own is not None:
+                return Notes(own)
         if self._parent is not None:
             with suppress(JobguardError):
                 return Notes(*self._parent.call("notes_of", delivery))

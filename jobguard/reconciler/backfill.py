@@ -6,7 +6,7 @@ a process that died before its record was written.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -36,7 +36,9 @@ class Backfill:
     """One walk over the waiting jobs of some queues of a source.
 
     ``mark``: give a token to jobs that have none, so that they can be recorded. ``dry``: write
-    nothing, neither to Redis nor to the ledger; count only.
+    nothing, neither to Redis nor to the ledger; count only. ``drain``: write the reports that wait in
+    Redis, and return True if none is left. A process reports a job before it pushes it, so after a drain
+    the ledger knows each job that was read before, and what it replaces, if its process reported it.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class Backfill:
         page: int,
         mark: bool = True,
         dry: bool = False,
+        drain: Callable[[], bool] = lambda: True,
     ) -> None:
         self._broker = broker
         self._store = store
@@ -59,6 +62,7 @@ class Backfill:
         self._page = page
         self._mark = mark and not dry
         self._dry = dry
+        self._drain = drain
         self._after: str | None = ""
         self.counts = BackfillCounts()
 
@@ -77,6 +81,8 @@ class Backfill:
         page = self._broker.backlog(
             self._queues, after=self._after, limit=self._page, mark=self._mark
         )
+        if page.deliveries and not self._drain():
+            return 0
         found = {delivery.token: delivery for delivery in page.deliveries}
         known = self._store.known(self._source.id, list(found))
         unknown = [delivery for token, delivery in found.items() if token not in known]

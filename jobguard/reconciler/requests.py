@@ -5,9 +5,9 @@ records the delivery together with its outbox row in the transaction that delete
 follows as for every delivery in the outbox. This work needs no Redis: while Redis is away, the jobs wait
 in the outbox.
 
-The leader asks Postgres every 0.2 seconds. It does not listen for notifications: a NOTIFY takes a lock on
-the whole database at commit, which every transaction of a trigger would wait for, and a pooler delivers
-none.
+The leader learns from the signs that there is something to do, within 0.75 seconds. It does not listen for
+notifications: a NOTIFY takes a lock on the whole database at commit, which every transaction of a
+trigger would wait for, and a pooler delivers none.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from jobguard.errors import BadRow, JobguardError, NotLeading, StoreUnavailable
 from jobguard.log import log_event
 from jobguard.model import Delivery, Request, new_token
 from jobguard.reconciler.result import PassResult
-from jobguard.store.protocols import Brake, LeaderStore, Plan, ScheduleRow
+from jobguard.store.protocols import LeaderStore, Plan, ScheduleRow, Signs
 from jobguard.timing import Timing, cron_of, jitter_of
 
-INTERVAL = 0.2
-"""Seconds between two steps."""
+_REST = 0.2
+"""Seconds between two steps when nothing waits."""
 _REQUESTS = 500
 _BYTES = 4 << 20
 """Requests, and bytes of their arguments, that are taken in one step."""
@@ -54,14 +54,20 @@ class Requests:
         self._brokers = brokers
         self._clock = clock
         self._forget_at = clock()
-        self.busy = False
-        """True if the next step should follow at once."""
+        self.rest = _REST
+        """Seconds until the next step. Without a sign it asks nothing, so that it can come soon."""
         self.finished = False
         """True if nothing was due in the last step."""
         self.result = PassResult()
 
-    def step(self, term: int, _brake: Brake) -> None:
+    def step(self, term: int, signs: Signs) -> None:
         """Fire what is due, then record what was requested. Raises NotLeading and StoreUnavailable."""
+        if self._clock() >= self._forget_at:
+            self._forget_at = self._clock() + _FORGET
+            self._store.forget_slots()
+        self.rest, self.finished = _REST, not signs.requested
+        if self.finished:
+            return
         schedules = self._store.due_schedules(limit=_SCHEDULES)
         now = self._store.now() if schedules else 0.0
         for schedule in schedules:
@@ -69,11 +75,9 @@ class Requests:
         sources = list(self._brokers)  # another thread may add one
         waiting = self._store.requests(sources, limit=_REQUESTS, most_bytes=_BYTES)
         accepted = self._accept(term, waiting) if waiting else 0
-        self.busy = accepted > 0 or len(schedules) == _SCHEDULES
+        if accepted or schedules:
+            self.rest = 0.0
         self.finished = not (schedules or waiting)
-        if self._clock() >= self._forget_at:
-            self._forget_at = self._clock() + _FORGET
-            self._store.forget_slots()
 
     def close(self) -> None:
         """Do nothing: there is no other connection than that of the runner."""

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from typing import Protocol
 
 import redis
@@ -17,10 +18,10 @@ import redis
 from jobguard.errors import NotLeading, StoreUnavailable
 from jobguard.log import log_event
 from jobguard.reconciler.result import PassResult
-from jobguard.store.protocols import Brake, LeaderStore
+from jobguard.store.protocols import LeaderStore, Signs
 
-_STEP = 0.05
-"""Seconds between two steps when nothing is urgent."""
+_READ = 0.75
+"""Seconds for which signs are used: a pause by a person takes effect within a second."""
 _AFTER_AN_ERROR = 1.0
 _LONGEST_PAUSE = 5.0
 """Seconds between two tries while Postgres is away, at most."""
@@ -32,18 +33,52 @@ class Work(Protocol):
     result: PassResult
 
     @property
-    def busy(self) -> bool:
-        """True if the next step should follow at once."""
+    def rest(self) -> float:
+        """Seconds until the next step; 0: it should follow at once."""
 
     @property
     def finished(self) -> bool:
         """True if nothing is left to do in one pass."""
 
-    def step(self, term: int, brake: Brake) -> None:
+    def step(self, term: int, signs: Signs) -> None:
         """Do all due work of one step. Raises NotLeading and StoreUnavailable."""
 
     def close(self) -> None:
         """Close the connections that belong to this work alone."""
+
+
+class SharedSigns:
+    """The signs of one term, which all threads of a leader read together."""
+
+    def __init__(self, term: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._term = term
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._asked_at = float("-inf")
+        self._signs = Signs()
+        self._woken: list[Callable[[], None]] = []
+
+    def on_change(self, wake: Callable[[], None]) -> None:
+        """Call this when something becomes owed or requested."""
+        self._woken.append(wake)
+
+    def read(self, store: LeaderStore) -> Signs:
+        """Return the signs, which are at most ``_READ`` seconds old. Raises as the store does."""
+        with self._lock:
+            asked_at = self._clock()
+            if asked_at - self._asked_at < _READ:
+                return self._signs
+            before = self._signs
+            signs = self._signs = replace(store.signs(self._term), asked_at=asked_at)
+            self._asked_at = asked_at
+        if (signs.owed, signs.requested) != (before.owed, before.requested):
+            for wake in self._woken:
+                wake()
+        return signs
+
+    def forget(self) -> None:
+        """Ask again at the next read: this process has changed what they show."""
+        self._asked_at = float("-inf")
 
 
 class Runner:
@@ -54,20 +89,22 @@ class Runner:
         name: str,
         term: int,
         leads: Callable[[], int],
+        signs: SharedSigns,
         store: LeaderStore,
         client: redis.Redis | None,
         make: Callable[[LeaderStore], Work],
-        pause: float = _STEP,
     ) -> None:
         self.name = name
         self.monitor: Work | None = None
-        self._pause = pause
+        self._signs = signs
         self._term = term
         self._leads = leads
         self._store = store
         self._client = client
         self._make = make
         self._stop = threading.Event()
+        self._wake = threading.Event()
+        signs.on_change(self._wake.set)
         self._since: float | None = None
         self._thread = threading.Thread(target=self._run, name=f"jobguard {name}", daemon=True)
         self._thread.start()
@@ -95,18 +132,18 @@ class Runner:
     def stop(self) -> None:
         """Begin no further step."""
         self._stop.set()
+        self._wake.set()
 
     def join(self, timeout: float) -> None:
         """Wait until the present step is done."""
         self._thread.join(timeout)
 
     def _run(self) -> None:
-        pause = self._pause
+        pause = 0.0
         while not self._stop.is_set():
             self._since = time.monotonic()
             try:
-                busy = self._step()
-                pause = 0.0 if busy else self._pause
+                pause = self._step()
             except NotLeading:
                 break
             except StoreUnavailable as error:
@@ -117,7 +154,8 @@ class Runner:
                 pause = _AFTER_AN_ERROR
             finally:
                 self._since = None
-            self._stop.wait(pause)
+            self._wake.wait(pause)
+            self._wake.clear()
         with suppress(Exception):
             if self.monitor is not None:
                 self.monitor.close()
@@ -125,11 +163,15 @@ class Runner:
             if self._client is not None:
                 self._client.connection_pool.disconnect()
 
-    def _step(self) -> bool:
+    def _step(self) -> float:
+        """Do one step, and return the seconds until the next one."""
         if self._leads() != self._term:
             raise NotLeading
-        brake = self._store.brake(self._term)
+        signs = self._signs.read(self._store)
         if self.monitor is None:
             self.monitor = self._make(self._store)
-        self.monitor.step(self._term, brake)
-        return self.monitor.busy
+        self.monitor.step(self._term, signs)
+        rest = self.monitor.rest
+        if not rest:
+            self._signs.forget()
+        return rest

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing, suppress
 from functools import partial
 from importlib.metadata import entry_points
@@ -24,7 +24,7 @@ from jobguard.model import new_token
 from jobguard.reconciler import requests
 from jobguard.reconciler.leader import Leadership
 from jobguard.reconciler.result import PassResult
-from jobguard.reconciler.runner import Runner
+from jobguard.reconciler.runner import Runner, SharedSigns
 from jobguard.reconciler.source_monitor import SourceMonitor
 from jobguard.reconciler.stream_drain import StreamDrain
 from jobguard.reconciler.vigil import Vigil
@@ -40,8 +40,10 @@ Clients = Mapping[str, Callable[[], redis.Redis]]
 _CLIENT_TIMEOUT = 1.0
 _STEP = 0.1
 """Seconds between two checks of the threads of the sources."""
-_SOURCES = 1.0
-"""Seconds between two searches for new sources."""
+_SOURCES = 5.0
+"""Seconds between two searches for sources; the signs show a new one sooner."""
+_SOON = 1.0
+"""The same while nothing may be restored, or after the thread of a source has ended."""
 _STUCK = 30.0
 """Seconds of one step after which its connections to Redis are cut."""
 _GIVE_UP = 60.0
@@ -56,6 +58,8 @@ _VIGIL = 5.0
 _STREAMS = 5.0
 """Seconds between two searches for streams of unknown sources."""
 _HOUSEKEEPING = 5.0
+_QUIET = 60.0
+"""Seconds between two counts, and between two pieces of housekeeping, when nothing is owed."""
 _ROTATE = 3600.0
 _CHORE_AGAIN = 60.0
 """Seconds until a piece of housekeeping is tried again that failed: a backup may read the history."""
@@ -98,6 +102,8 @@ class Service:
             self._lease_store, lease=settings.lease, healthy=self._is_healthy
         )
         self._runners: dict[int | str, Runner] = {}
+        self._signs = SharedSigns(0)
+        self._sources_found = -1
         self._rows: dict[int, SourceRow] = {}
         self._readers: dict[str, redis.Redis] = {}
         self._vigil = Vigil(self._broker_of, longest=2 * settings.lease)
@@ -269,17 +275,19 @@ class Service:
             # state.
             self._stand_down()
             self._due.clear()
+            self._signs = SharedSigns(term)
             self._term_watched = term
         now = time.monotonic()
-        if now >= self._due.get("sources", 0.0):
-            self._store.brake(term)  # Raises if the term is over.
-            self._due["sources"] = now + _SOURCES
+        signs = self._signs.read(self._store)  # Raises if the term is over.
+        if now >= self._due.get("sources", 0.0) or signs.sources != self._sources_found:
+            self._due["sources"] = now + (_SOON if self._wrong_place else _SOURCES)
             self._find_sources()
+            self._sources_found = signs.sources
         if self._wrong_place:
             self._stop_runners()
             return
         self._watch_over(now)
-        self._housekeeping(now)
+        self._housekeeping(now, owed=signs.owed)
 
     def _watch_over(self, now: float) -> None:
         """Cut the connections of a step that takes too long; if that does not help, give up the term."""
@@ -295,6 +303,7 @@ class Service:
             if not runner.alive:
                 self._retire(runner)
                 del self._runners[id]  # The next search for sources starts it again.
+                self._due["sources"] = min(self._due["sources"], now + _SOON)
 
     def _is_healthy(self) -> bool:
         """Return True if the lease may be renewed or sought. The lease thread calls this."""
@@ -310,20 +319,24 @@ class Service:
         if self._wrong_place:
             return
         installation = UUID(str(identity["id"]))
-        self._register_sources()
-        for row in self._store.sources():
+        rows = self._store.sources()
+        for row in self._register_sources(rows) or rows:
             if row.id not in self._runners:
                 self._add_monitor(row, installation)
         if self._settings.mode == "guard" and self._brokers and _REQUESTS not in self._runners:
             self._add_requests()
 
-    def _register_sources(self) -> None:
-        """Register sources whose first process started while Postgres was away, and left a stream."""
+    def _register_sources(self, rows: Iterable[SourceRow]) -> Sequence[SourceRow]:
+        """Register sources whose first process started while Postgres was away, and left a stream.
+
+        Return all sources if there were any.
+        """
+        registered: Sequence[SourceRow] = ()
         now = time.monotonic()
         if now < self._due.get("streams", 0.0):
-            return
+            return registered
         self._due["streams"] = now + _STREAMS
-        known = {row.id for row in self._store.sources()}
+        known = {row.id for row in rows}
         for address, make in self._clients.items():
             try:
                 if address not in self._readers:
@@ -343,6 +356,8 @@ class Service:
                 with closing(self._make_host_store()) as host:
                     for row in unknown:
                         host.register(row)
+                registered = self._store.sources()
+        return registered
 
     def _require_installation(self) -> None:
         """Raise WrongInstallation before the lease is taken: it belongs to the other installation."""
@@ -400,6 +415,7 @@ class Service:
             str(source),
             self._leadership.term,
             lambda: self._leadership.term,
+            self._signs,
             self._make_store(),
             client,
             monitor,
@@ -434,10 +450,10 @@ class Service:
             _REQUESTS,
             self._leadership.term,
             lambda: self._leadership.term,
+            self._signs,
             self._make_store(),
             None,
             lambda store: requests.Requests(store, self._settings.namespace, brokers),
-            requests.INTERVAL,
         )
 
     def _adapter(self, library: str) -> Adapter | None:
@@ -462,15 +478,18 @@ class Service:
         url = place if place.startswith("unix:") else f"redis://{place}"
         return client_from_url(url.replace("unix:", "unix://"), timeout=_CLIENT_TIMEOUT)
 
-    def _housekeeping(self, now: float) -> None:
+    def _housekeeping(self, now: float, *, owed: bool) -> None:
         if now >= self._due.get("rotate", 0.0):
             self._due["rotate"] = now + _ROTATE
             if not self._chore("rotate", self._rotate):
                 self._due["rotate"] = now + _CHORE_AGAIN
-        if now >= self._due.get("count", 0.0):
+        # What is still to do after the last owed job is done once, and then seldom.
+        if now >= self._due.get("count" if owed else "quiet count", 0.0):
+            self._due["quiet count"] = now + (_COUNT if owed else _QUIET)
             self._count(now)
-        if now >= self._due.get("vacuum", 0.0):
+        if now >= self._due.get("vacuum" if owed else "quiet vacuum", 0.0):
             self._due["vacuum"] = now + _HOUSEKEEPING
+            self._due["quiet vacuum"] = now + (_HOUSEKEEPING if owed else _QUIET)
             if not self._chore("vacuum", self._vacuum):
                 self._due["vacuum"] = now + _CHORE_AGAIN
 

@@ -31,7 +31,19 @@ from jobguard.reconciler.workers import Workers
 from jobguard.redis_refusal import refusal_of
 from jobguard.redis_values import name_in
 from jobguard.settings import Settings
-from jobguard.store.protocols import Brake, HostStore, LeaderStore, SourceRow, WorkerRow
+from jobguard.store.protocols import (
+    Brake,
+    HostStore,
+    LeaderStore,
+    Signs,
+    SourceRow,
+    WorkerRow,
+)
+
+_STEP = 0.2
+"""Seconds between two steps when nothing is urgent."""
+_QUIET = 1.0
+"""The same when nothing is owed. The signs end it sooner."""
 
 _DOWN = 0.05
 """Seconds between two checks whether Redis is back."""
@@ -160,6 +172,8 @@ class SourceMonitor:
         self._clocks_compared_at = float("-inf")
         self._clock_behind = 0.0
         self._brake = Brake()
+        self._held_at = float("-inf")  # When this monitor held a queue last.
+        self._quiet = False  # Nothing is owed, and nothing is left to do.
         self._tally = Tally(store, source.id, clock)
         self._lap = _Lap()
         self._laps_done = 0
@@ -211,6 +225,16 @@ class SourceMonitor:
         wanted = self._lost or not self._drained or restoring or walking
         return wanted and not self._blocked
 
+    @property
+    def rest(self) -> float:
+        """Seconds until the next step; 0: it should follow at once."""
+        if self.busy:
+            return 0.0
+        if self._health in (Health.DOWN, Health.UNSURE):
+            return _DOWN
+        # The death of a worker is proved by polls that are not far apart; see Liveness.
+        return min(_QUIET, self._settings.worker_timeout / 15) if self._quiet else _STEP
+
     def close(self) -> None:
         """Close the connections that belong to this monitor alone."""
         if self._host is not None:
@@ -234,12 +258,14 @@ class SourceMonitor:
 
     # -- one step ----------------------------------------------------------------------------------
 
-    def step(self, term: int, brake: Brake) -> None:
+    def step(self, term: int, signs: Signs) -> None:
         """Do all due work of one step.
 
         Raises NotLeading and StoreUnavailable. Errors of Redis are a state, and are not raised.
         """
-        self._see_brake(brake)
+        if signs.asked_at > self._held_at:
+            self._see_brake(signs.brake)
+        self._see_owed(signs.owed)
         self._term = term
         health = self._keep_watch()
         now = self._clock()
@@ -256,20 +282,17 @@ class SourceMonitor:
                     self._blocked = self._drain.stalled
                     return  # Nothing is judged before the reports are known.
             self._begin_verification(now)
-            self._part("tally", self._tally.step)
+            active = not self._quiet or self._lap.running
+            if active:
+                self._part("tally", self._tally.step)
             self._part("consumers", partial(self._consumers, term, now))
             self._part(
                 "backlog",
                 partial(self._backlog_trust.step, term, in_incident=self._incident_at is not None),
             )
-            self._part("committed", partial(self._see_committed, term, now))
-            self._part("urgent", partial(self._inspect_urgent, term, now))
-            self._part("watched", partial(self._inspect_watched, term, now))
-            self._part("young", partial(self._inspect_young, term, now))
-            self._part("walk", partial(self._walk, term, now))
+            if active:
+                self._look_after_owed(term, now)
             self._part("backfill", partial(self._fill, now))
-            if not self._brake.paused:
-                self._part("joins", self._inspector.finish_joins)
             self._refusals.step(term, waits=self._pending > 0)
             self._inspector.restorer.sealed.step(term, waits=False)
             self._blocked = False
@@ -277,6 +300,22 @@ class SourceMonitor:
             if now >= self._due.get("failed", 0.0):
                 self._due["failed"] = now + _LOG_AGAIN
                 log_event("redis_away", source=self.source.address, error=str(error))
+
+    def _look_after_owed(self, term: int, now: float) -> None:
+        self._part("committed", partial(self._see_committed, term, now))
+        self._part("urgent", partial(self._inspect_urgent, term, now))
+        self._part("watched", partial(self._inspect_watched, term, now))
+        self._part("young", partial(self._inspect_young, term, now))
+        self._part("walk", partial(self._walk, term, now))
+        if not self._brake.paused:
+            self._part("joins", self._inspector.finish_joins)
+
+    def _see_owed(self, owed: bool) -> None:
+        """Be quiet while nothing is owed, and nothing is left to do."""
+        quiet = not owed and self.finished
+        if self._quiet and not quiet:
+            self._due["consumers"] = self._due["beats"] = 0.0
+        self._quiet = quiet
 
     def _keep_watch(self) -> Health:
         """Check the pulse and the beats, if it is time.
@@ -289,6 +328,9 @@ class SourceMonitor:
         self._lost = self._lost or health is Health.LOST
         # In a Redis that may be the wrong one, the beats show where the workers are, but no death.
         asks, judges = health is not Health.DOWN, health is not Health.STOP
+        if self._quiet and now < self._due.get("beats", 0.0):
+            return health
+        self._due["beats"] = now + self._settings.worker_timeout / 10
         if self._workers.poll(self._term, now, ask_redis=asks, judge_redis=judges):
             self._search_for_taken()
         return health
@@ -332,13 +374,17 @@ class SourceMonitor:
             self._auto.forget(queue)
             self._released[queue] = self._clock()
         self._brake = brake
+        self._watched_after = None  # What was held goes back in the order of recording.
 
     def _tick(self, term: int, now: float) -> Health:
         if now < self._due.get("tick", 0.0):
             return Health.STEADY if self._health is Health.LOST else self._health
         self._due["tick"] = now + self._settings.pulse_interval
         self._health = self._pulse.tick(
-            term, identity_confirmed=partial(self._identity_confirmed, term), now=now
+            term,
+            identity_confirmed=partial(self._identity_confirmed, term),
+            now=now,
+            quiet=self._quiet,
         )
         if self._pulse.refusal is not None and self._health is Health.STEADY:
             self._refusals.refused(term, self._pulse.refusal, self._pending)
@@ -418,7 +464,8 @@ class SourceMonitor:
                 )
         # With thousands of queues this takes long, and it must not take all of the time.
         took = self._clock() - now
-        self._due["consumers"] = now + max(_CONSUMERS, min(_CONSUMERS_LATEST, 20 * took))
+        least = _CONSUMERS_LATEST if self._quiet else _CONSUMERS
+        self._due["consumers"] = now + max(least, min(_CONSUMERS_LATEST, 20 * took))
 
     def _fill(self, now: float) -> None:
         """Record one page of what waits in Redis without a record.
@@ -445,6 +492,7 @@ class SourceMonitor:
                 queues,
                 page=min(self._settings.page, _FILL),
                 mark=self._settings.mode == "guard",
+                drain=self._drain.step if self._drain is not None else lambda: True,
             )
         read = self._backfill.step()
         self._due["fill"] = now + max(
@@ -512,6 +560,7 @@ class SourceMonitor:
     def _hold(self, term: int, queue: str) -> None:
         reason = "too many jobs are absent without a cause"
         self._store.hold(term, self.source.id, queue, reason)
+        self._held_at = self._clock()
         # The next part of this step may inspect the same jobs.
         held = {**self._brake.held, f"{self.source.id}/{queue}": {"reason": reason}}
         self._brake = replace(self._brake, held=held)

@@ -58,6 +58,7 @@ class StreamDrain:
             lambda: host,
             retry_interval=_RETRY,
             announces=False,
+            stream=stream,
         )
         self._began: float | None = None
         self._written = 0

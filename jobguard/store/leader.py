@@ -44,6 +44,7 @@ from jobguard.store.protocols import (
     Plan,
     QueueRow,
     ScheduleRow,
+    Signs,
     SourceRow,
     Void,
     WorkerRow,
@@ -118,12 +119,13 @@ class PostgresLeaderStore:
             raise NotLeading(f"term {term} is over")
         return Brake(paused=rows[0][0], held=rows[0][1])
 
-    def brake(self, term: int) -> Brake:
-        """Return the brake; see LeaderStore."""
-        rows = self._write("brake", term, holder=self._holder)
+    def signs(self, term: int) -> Signs:
+        """Return the brake, and whether there is anything to do; see LeaderStore."""
+        rows = self._write("signs", term, holder=self._holder)
         if not rows:
             raise NotLeading(f"term {term} is over")
-        return Brake(paused=rows[0][0], held=rows[0][1])
+        paused, held, owed, requested, sources = rows[0]
+        return Signs(Brake(paused=paused, held=held), owed, requested, sources)
 
     def resign(self, term: int) -> None:
         """Give up the lease; see LeaderStore."""

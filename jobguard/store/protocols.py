@@ -324,6 +324,21 @@ class Brake:
 
 
 @dataclass(frozen=True, slots=True)
+class Signs:
+    """What a leader reads often, in one statement: the brake, and whether there is anything to do."""
+
+    brake: Brake = field(default_factory=Brake)
+    owed: bool = True
+    """True if a delivery is owed, or a join is open, in any namespace of the database."""
+    requested: bool = True
+    """True if a request waits, or a schedule has a slot to fire."""
+    sources: int = 0
+    """The number of sources of the namespace."""
+    asked_at: float = float("inf")
+    """When they were asked for, by the clock of this process."""
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerRow:
     """A guarded worker as it is stored in the database."""
 
@@ -436,8 +451,8 @@ class LeaderStore(Protocol):
     def renew(self, term: int, *, lease: float) -> Brake:
         """Extend the lease of this term and return the brake."""
 
-    def brake(self, term: int) -> Brake:
-        """Return the brake. Raise NotLeading if the term is over."""
+    def signs(self, term: int) -> Signs:
+        """Return the brake, and whether there is anything to do. Raise NotLeading if the term is over."""
 
     def resign(self, term: int) -> None:
         """Give up the lease, so that another reconciler can lead at once."""

@@ -229,7 +229,7 @@ class Session:
             timeout = _set({"statement_timeout": str(limit)}, "false")
             before += [self._plain(f"select {timeout}".encode()), None]
         if replan:
-            before += [self._plain(b"discard plans"), *([] if self.pooled else [None])]
+            before.append(self._plain(b"discard plans"))
         steps = self.exchange([*before, *statement, *after])
         try:
             if self._under_way:

@@ -16,7 +16,7 @@ from jobguard.model import Outcome, Restored, new_token
 from jobguard.reconciler.requests import Requests
 from jobguard.settings import Settings
 from jobguard.store.leader import PostgresLeaderStore
-from jobguard.store.protocols import Brake
+from jobguard.store.protocols import Signs
 from tests.conformance.library import QUEUE, Library
 from tests.conformance.words import Leader, Records
 
@@ -46,7 +46,7 @@ class Sql:
     def push(self) -> list[Restored]:
         """Render what was requested, and push what is in the outbox."""
         requests = Requests(self._store, "default", {self._source.id: self._leader.broker})
-        requests.step(self._term, Brake())
+        requests.step(self._term, Signs())
         waiting = self._store.watched(self._source.id, limit=100)
         given = self._store.envelopes(self._source.id, [owed.token for owed in waiting])
         done = self._leader.restore(*given)

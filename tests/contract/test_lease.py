@@ -80,7 +80,7 @@ _WORKER = uuid4()
 
 _WRITES: dict[str, Callable[[LeaderStore, int], object]] = {
     "renew": lambda leader, term: leader.renew(term, lease=LONG),
-    "brake": lambda leader, term: leader.brake(term),
+    "signs": lambda leader, term: leader.signs(term),
     "acknowledge": lambda leader, term: leader.acknowledge(term, SOURCE, uuid4(), 9, run_id=None),
     "open_incident": lambda leader, term: leader.open_incident(
         term, SOURCE, Cause.INCIDENT, "flushed", None
@@ -146,7 +146,7 @@ def test_a_held_queue_is_held_by_the_next_leader_too(ledger: Contract) -> None:
     assert brake.holds(SOURCE, "default")
     assert not brake.holds(SOURCE, "mail")
     assert brake.held[f"{SOURCE}/default"]["reason"] == "101 unexplained"
-    assert ledger.leader.brake(term) == brake
+    assert ledger.leader.signs(term).brake == brake
     ledger.leader.resign(term)
     other = ledger.backend.leader(NAMESPACE, uuid4())
     next_term = other.elect(lease=LONG)

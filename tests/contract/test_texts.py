@@ -130,7 +130,7 @@ def test_a_hold_and_the_counts(ledger: Contract, text: str) -> None:
     )
     ledger.recorded(queue=text)
     ledger.leader.hold(term, SOURCE, text, "many are absent")
-    for brake in (ledger.leader.brake(term), ledger.leader.renew(term, lease=9.0)):
+    for brake in (ledger.leader.signs(term).brake, ledger.leader.renew(term, lease=9.0)):
         assert list(brake.held) == [f"{SOURCE}/{text}"]
     ledger.leader.count_up(term, seconds=60)
 

@@ -44,6 +44,7 @@ from jobguard.store.protocols import (
     ClaimRequest,
     HostStore,
     LeaderStore,
+    Signs,
     SourceRow,
     WorkerRow,
 )
@@ -227,8 +228,8 @@ class FakeRedis:
         at = self.clock.wall()
         return int(at), int(at % 1 * 1e6)
 
-    def info(self, section: str) -> Mapping[str, Any]:
-        """Return this section of information about the server."""
+    def info(self, section: str = "") -> Mapping[str, Any]:
+        """Return this section of information about the server, or all that Redis gives without a name."""
         self._up()
         if self.info_error is not None:
             raise self.info_error
@@ -241,7 +242,8 @@ class FakeRedis:
             "replication": {"role": self.role, "master_replid": "replication"},
             "stats": {"evicted_keys": self.evicted},
         }
-        return sections[section]
+        usual = sections["server"] | sections["replication"] | sections["stats"]
+        return sections[section] if section else usual
 
     def eval(self, text: str, _keys: int, key: str, *arguments: str) -> int:
         """Do the work of one of the two scripts of the pulse."""
@@ -506,17 +508,18 @@ class World:
         )
 
     @property
-    def held(self) -> Brake:
-        """The brake of this test together with the queues that the monitor holds."""
-        own = self.store.brake(self.term)
-        return Brake(self.brake.paused, {**own.held, **self.brake.held})
+    def signs(self) -> Signs:
+        """The signs, with the brake of this test together with the queues that the monitor holds."""
+        signs = self.store.signs(self.term)
+        held = {**signs.brake.held, **self.brake.held}
+        return replace(signs, brake=Brake(self.brake.paused, held))
 
     def step(self, seconds: float = 0.1) -> None:
         """Advance the time, let the workers beat, and do one step of the monitor."""
         self.clock.advance(seconds)
         for worker in self.workers:
             worker.beat_if_due()
-        self.monitor.step(self.term, self.held)
+        self.monitor.step(self.term, self.signs)
 
     def run(self, seconds: float, step: float = 0.25) -> None:
         """Advance the time by so many seconds, in steps."""

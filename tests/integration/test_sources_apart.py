@@ -57,11 +57,11 @@ def test_a_step_that_is_stuck_gives_the_term_up(
     stack.callback(release.set)
     step = SourceMonitor.step
 
-    def hanging(self: SourceMonitor, term: int, brake: Any) -> None:
+    def hanging(self: SourceMonitor, term: int, signs: Any) -> None:
         if term == 1 and host.waiting():
             stuck.set()
             release.wait(60)
-        step(self, term, brake)
+        step(self, term, signs)
 
     monkeypatch.setattr(SourceMonitor, "step", hanging)
     stack.enter_context(leading(guard, database, redis_url))

@@ -22,7 +22,7 @@ from jobguard.schema.roles import ENQUEUE, roles_sql
 from jobguard.settings import Settings
 from jobguard.store.leader import PostgresLeaderStore
 from jobguard.store.ledger import PostgresLedger
-from jobguard.store.protocols import Brake
+from jobguard.store.protocols import Signs
 from tests.fakes.world import Clock, FakeBroker, FakeRedis
 
 CALL = "select jobguard.enqueue('rq', 'mail', 'app.send', '[1]')"
@@ -88,9 +88,9 @@ def accept(leader: PostgresLeaderStore, *, until_none_waits: bool = True) -> Non
     term = leader.elect(lease=600)
     assert term is not None
     requests = Requests(leader, "default", {1: broker})
-    requests.step(term, Brake())
+    requests.step(term, Signs())
     while until_none_waits and not requests.finished:
-        requests.step(term, Brake())
+        requests.step(term, Signs())
 
 
 MISTAKES = (

@@ -31,6 +31,7 @@ from jobguard.store.protocols import (
     Plan,
     QueueRow,
     ScheduleRow,
+    Signs,
     SourceRow,
     Void,
     WorkerRow,
@@ -79,9 +80,14 @@ class MemoryLeaderStore:
             row.expires_at = now + lease
             return Brake(held=dict(row.held))
 
-    def brake(self, term: int) -> Brake:
+    def signs(self, term: int) -> Signs:
+        tables, here = self._tables, self._namespace
         with self._leading(term) as now:
-            return Brake(held=dict(self._unexpired(term, now).held))
+            brake = Brake(held=dict(self._unexpired(term, now).held))
+            owed = bool(tables.jobs) or any(j.closed_at is None for j in tables.joins.values())
+            requested = bool(tables.requests.keys() - tables.held_requests.keys())
+            sources = sum(row.namespace == here for row in tables.sources.values())
+        return Signs(brake, owed, requested or bool(self.due_schedules(limit=1)), sources)
 
     def _unexpired(self, term: int, now: float) -> Lease:
         row = self._lease(term)

@@ -14,6 +14,7 @@ import pytest
 import redis
 
 from jobguard.errors import StoreUnavailable
+from jobguard.host import tracker
 from jobguard.host.push import take_back
 from jobguard.host.stream import ReportStream, stream_key
 from jobguard.host.stream_entries import encode
@@ -250,6 +251,57 @@ def test_a_start_in_the_outage_is_a_claim_afterwards(site: Site) -> None:
     assert site.owed[given_up.token].claim_worker is None
 
 
+def test_a_worker_that_saw_no_outage_knows_what_was_replaced_in_it(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that did nothing meanwhile asks for the notes before the first start after a while."""
+    job = delivery()
+    idle = site.process()
+    idle.record([job])
+    session = idle.open_session(name="idle", queues=["mail"])
+    assert not idle.reports_may_wait
+    with outage(site.ledger):
+        worker = site.process(record_timeout=0.05)
+        other = worker.open_session(name="w1", queues=["mail"])
+        assert isinstance(other.start(job.token, lambda: job), Claim)
+        worker.record([delivery(parent=Parent(job.token, worker=other.id))])
+    monkeypatch.setattr(tracker, "_UNHEARD", 0.0)
+    answer = session.start(job.token, lambda: job)
+    assert isinstance(answer, Refused) and answer.outcome is Outcome.SUPERSEDED
+
+
+@pytest.mark.parametrize("by", ["leader", "process"])
+def test_a_job_that_another_run_completed_in_the_outage_has_no_retry(site: Site, by: str) -> None:
+    """The library delivered it twice; one run failed and sent a retry, the other one completed."""
+    job = delivery()
+    site.process().record([job])
+    with outage(site.ledger):
+        failed, other = site.process(lives=by == "process", retry_interval=0.01), site.process()
+        retry = delivery(parent=Parent(job.token, claim=0, worker=new_token()))
+        failed.record([retry])
+        assert other.spool.put([ended(job)])
+    if by == "process":
+        eventually(lambda: not failed.spool.pending, 10)
+    assert site.leader().step()
+    assert site.outcome(job) is Outcome.COMPLETED
+    assert site.owed == {}
+
+
+def test_a_process_remembers_what_no_store_has_taken(site: Site) -> None:
+    """A job that this worker has replaced does not start here again while both stores are away."""
+    job, done = delivery("job"), delivery("done")
+    site.process().record([job, done])
+    with outage(site.ledger):
+        worker = site.process(record_timeout=0.05)
+        session = worker.open_session(name="w1", queues=["mail"])
+        worker._redis_health.failed()  # type: ignore[union-attr]
+        worker.record([delivery("job", parent=Parent(job.token, claim=0, worker=session.id))])
+        worker.spool.put([ended(done)])
+        for one, outcome in ((job, Outcome.SUPERSEDED), (done, Outcome.COMPLETED)):
+            answer = session.start(one.token, partial(replace, one))
+            assert isinstance(answer, Refused) and answer.outcome is outcome
+
+
 def test_a_cancel_after_the_outage_means_the_records_that_wait(site: Site) -> None:
     """A cancel that Postgres takes at once also means a record that another process left in Redis."""
     job = delivery()
@@ -419,7 +471,7 @@ def test_a_source_that_started_in_the_outage_is_registered_by_the_leader(site: S
         store=lambda holder: leader_store(site.ledger, holder),
         host_store=site.ledger.host,
     )
-    service._register_sources()
+    service._register_sources([])
     (row,) = leader_store(site.ledger).sources()
     assert (row.id, row.library, row.address) == (SOURCE.id, SOURCE.library, SOURCE.address)
 

@@ -65,7 +65,7 @@ def test_too_many_unexplained_absences_hold_the_queue(
     world.run(90)
 
     assert world.broker.pushed == []
-    assert f"{SOURCE.id}/mail" in world.store.brake(world.term).held
+    assert f"{SOURCE.id}/mail" in world.store.signs(world.term).brake.held
     assert "queue_held" in events(caplog.records)
 
 
@@ -96,7 +96,7 @@ def test_a_person_resumes_a_queue_that_held_itself() -> None:
     """After `resume` the jobs of an automatically held queue are restored."""
     world = calm()
     emptied(world, 150)
-    world.run_until(lambda: world.store.brake(world.term).held, within=100)
+    world.run_until(lambda: world.store.signs(world.term).brake.held, within=100)
 
     resume(world)
     world.run(30)
@@ -112,4 +112,4 @@ def test_waiting_for_the_limiter_is_no_new_absence() -> None:
     world.run_until(lambda: world.broker.pushed, within=100)
     world.run(10)
 
-    assert not world.store.brake(world.term).held
+    assert not world.store.signs(world.term).brake.held

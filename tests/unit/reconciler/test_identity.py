@@ -36,9 +36,9 @@ def test_an_unnamed_ledger_without_workers_asks_a_person() -> None:
     moved(world)
 
     world.run(9)
-    assert not world.store.brake(world.term).held
+    assert not world.store.signs(world.term).brake.held
     world.run(60)
-    assert f"{SOURCE.id}/*" in world.store.brake(world.term).held
+    assert f"{SOURCE.id}/*" in world.store.signs(world.term).brake.held
     assert world.redis.pulse() is None
     assert world.broker.pushed == []
 

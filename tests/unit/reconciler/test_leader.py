@@ -226,7 +226,7 @@ def test_a_stale_term_writes_nothing() -> None:
 
     writes: list[Callable[[], object]] = [
         lambda: stale.renew(term, lease=LEASE),
-        lambda: stale.brake(term),
+        lambda: stale.signs(term),
         lambda: stale.acknowledge(term, SOURCE.id, uuid4(), 5, run_id="r"),
         lambda: stale.open_incident(term, SOURCE.id, Cause.INCIDENT, "", None),
         lambda: stale.progress(term, incident, missing=1, restored=1, close=True),
@@ -248,7 +248,7 @@ def test_a_stale_term_writes_nothing() -> None:
     assert (owed.suspected, owed.recoveries) == (None, 0)
     assert [(i.missing, i.restored) for i in fresh.incidents(SOURCE.id)] == [(0, 0)]
     assert fresh.queues(SOURCE.id) == []
-    assert not fresh.brake(other.term).held
+    assert not fresh.signs(other.term).brake.held
     assert fresh.sources()[0].pulse_n is None
 
 

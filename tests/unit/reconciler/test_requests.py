@@ -14,7 +14,7 @@ import pytest
 
 from jobguard.errors import NotLeading, StoreUnavailable
 from jobguard.reconciler.requests import Requests, plan_for
-from jobguard.store.protocols import Brake, LeaderStore, Plan, ScheduleRow
+from jobguard.store.protocols import LeaderStore, Plan, ScheduleRow, Signs
 from jobguard.timing import jitter_of
 from tests.fakes.store import MemoryLedger
 from tests.fakes.store.tables import Schedule
@@ -92,7 +92,7 @@ class Stage:
         """Make time pass, and let the leader make a step."""
         self.at += after
         try:
-            self.requests.step(self.term, Brake())
+            self.requests.step(self.term, Signs())
         except StoreUnavailable:
             self.deaths += 1
             self.lead()
@@ -122,7 +122,7 @@ def test_each_slot_of_a_year_fires_once_whatever_happens_to_the_leaders() -> Non
         if stage.stale is not None and stage.random.random() < 0.1:
             requests, term = stage.stale
             with suppress(NotLeading, StoreUnavailable):
-                requests.step(term, Brake())
+                requests.step(term, Signs())
     stage.failing = 0.0
     stage.step(after=DAY)
     stage.step()

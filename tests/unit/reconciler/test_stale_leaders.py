@@ -33,7 +33,7 @@ def test_a_stale_term_in_the_middle_of_a_step() -> None:
 
     world.broker.presence = meanwhile  # type: ignore[method-assign]
     world.clock.advance(2)
-    held = world.held
+    held = world.signs
     with pytest.raises(NotLeading):
         world.monitor.step(world.term, held)
 
