@@ -66,7 +66,7 @@ class RQBroker:
         self._backlog = BacklogReader(client, self._layout)
         self._client = client
         self._listeners = Listeners(client, source)
-        self._ended = EndedWorkers(client, self._layout)
+        self._ended = EndedWorkers(client, self._layout, str(source))
         self._presence = Script(client, __package__, "presence.lua")
         self._restore = Script(client, __package__, "restore.lua")
         self._abandon = Script(client, __package__, "abandon.lua")

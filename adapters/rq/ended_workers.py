@@ -36,14 +36,18 @@ class _Found:
     shown: int = 0
 
 
+_found_at: dict[str, dict[str, _Found]] = {}
+"""What this process has found, by source: a standby that becomes the leader shows no worker again."""
+
+
 class EndedWorkers:
     """The unguarded workers of one Redis that ended a moment ago."""
 
-    def __init__(self, client: redis.Redis, layout: Layout) -> None:
+    def __init__(self, client: redis.Redis, layout: Layout, source: str) -> None:
         self._client: Any = client
         self._prefix = f"{layout.base}:worker:"
         self._cursor = 0
-        self._found: dict[str, _Found] = {}
+        self._found = _found_at.setdefault(source, {})
         self._allowed = True
 
     def find(self, registered: frozenset[str]) -> dict[str, frozenset[str]]:
@@ -52,7 +56,8 @@ class EndedWorkers:
         Each call continues the walk over the keys of Redis. A user that may not SCAN finds none.
         """
         now = time.monotonic()
-        self._found = {n: one for n, one in self._found.items() if now - one.at < _KEPT}
+        for text in [text for text, one in self._found.items() if now - one.at >= _KEPT]:
+            del self._found[text]
         keys = self._some_keys() if self._allowed else []
         names = sorted({key.decode(errors="replace").removeprefix(self._prefix) for key in keys})
         unknown = [name for name in names if name not in registered]

@@ -119,6 +119,8 @@ def test_a_stranger_that_came_and_went(
     assert not found.get("other")
     assert ended(broker) == {"bare"}, "a second inspection in a row must see it too"
     assert client.exists("rq:worker:bare") and ended(broker) == set()
+    leads_now = RQBroker(tracker.source, client)
+    assert ended(leads_now) == set(), "this process has seen it while it stood by"
 
 
 def test_a_stranger_that_came_and_went_in_a_large_redis(
