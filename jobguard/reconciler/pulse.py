@@ -26,8 +26,10 @@ from jobguard.pulse import (
 from jobguard.redis_refusal import refusal_of
 from jobguard.store.protocols import LeaderStore, SourceRow
 
-_QUIET = 5.0
-"""Seconds between two moves of the pulse when nothing is owed."""
+_QUIET = 1.5
+"""Seconds between two moves of the pulse when nothing is owed. Each move notes that the consumers are
+watched, and a new leader believes that for ``GAP`` seconds (see trust.py).
+"""
 _ALARM_AGAIN = 30.0
 """Seconds between two log lines about a state that only a person can end."""
 
