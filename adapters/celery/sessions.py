@@ -128,11 +128,16 @@ class Working:
     def backlog(self) -> set[str]:
         """Return the tags of messages that this process will run itself, although its connection is gone.
 
-        In that case Celery clears the backlog of a prefork pool, and of no other pool.
+        In that case Celery clears the backlog of a prefork pool, and of no other pool. A request whose run
+        Celery has cancelled may live on in a cycle of references.
         """
         if self._has_children():
             return set()
-        return {request.message.delivery_tag for request in snapshot(self.handed)}
+        return {
+            request.message.delivery_tag
+            for request in snapshot(self.handed)
+            if not getattr(request, "_already_cancelled", False)
+        }
 
     def consumes_by(self, connection: Any) -> bool:
         """Return True if this connection of kombu belongs to our consumer."""

@@ -120,3 +120,22 @@ def test_our_failure_does_not_reach_the_host(
 
     monkeypatch.setattr(sessions, "working_for", broken)
     assert worker.queues_changed(lambda _, queue: queue)(working.controller, "added") == "added"
+
+
+class Request:
+    """A request as the pool got it."""
+
+    _already_cancelled = False
+
+    def __init__(self, tag: str) -> None:
+        self.message = SimpleNamespace(delivery_tag=tag)
+
+
+def test_a_cancelled_run_is_not_in_the_backlog(working: sessions.Working) -> None:
+    """Its message may go back although the request lives on, in a cycle of references."""
+    runs, cancelled = Request("runs"), Request("cancelled")
+    for request in (runs, cancelled):
+        working.handed[request] = 0.0
+    assert working.backlog() == {"runs", "cancelled"}
+    cancelled._already_cancelled = True
+    assert working.backlog() == {"runs"}
