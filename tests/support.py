@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import faulthandler
-import multiprocessing
+import os
+import signal
 import socket
 import time
+import traceback
 from contextlib import closing
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from jobguard.model import Owed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from multiprocessing.process import BaseProcess
     from uuid import UUID
 
     import redis
@@ -89,28 +90,39 @@ def keyspace(redis_client: redis.Redis) -> dict[str, object]:
     return {key.decode(): readers[client.type(key).decode()](key) for key in client.scan_iter()}
 
 
-def ended_fork(work: Callable[[], object]) -> BaseProcess:
-    """Run this in a forked child, and return the child when it has ended.
+class EndedFork(NamedTuple):
+    """A child that has ended."""
 
-    A child that inherits a lock which a thread of this process held may never begin: then another one is
-    forked. A child that hangs writes the stacks of its threads to stderr, and ends with 1.
+    pid: int
+    exitcode: int
+    """Minus the number of the signal that ended it, if it was one."""
+
+
+def ended_fork(work: Callable[[], object]) -> EndedFork:
+    """Run this in a forked child, and return when it has ended.
+
+    multiprocessing does not fork it: that runs functions of other libraries in the child first, and one of
+    kombu waits for pools of connections that threads of this process may use. A child that hangs writes
+    the stacks of its threads to stderr, and ends with 1.
     """
-    context = multiprocessing.get_context("fork")
-    begun, begins = context.Pipe(duplex=False)
-
-    def in_child() -> None:
-        begins.send(None)
-        faulthandler.dump_traceback_later(SLOWEST, exit=True)
-        work()
-
-    for _ in range(3):
-        child = context.Process(target=in_child)
-        child.start()
-        if begun.poll(SLOWEST / 3):
-            break
-        child.kill()
-    child.join(2 * SLOWEST)
-    return child
+    pid = os.fork()
+    if not pid:
+        try:
+            faulthandler.dump_traceback_later(SLOWEST, exit=True)
+            work()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(1)
+    deadline = time.monotonic() + 2 * SLOWEST
+    while (ended := os.waitpid(pid, os.WNOHANG)) == (0, 0):
+        if time.monotonic() > deadline:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            raise AssertionError("a forked child did not end")
+        time.sleep(0.01)
+    return EndedFork(pid, os.waitstatus_to_exitcode(ended[1]))
 
 
 def free_port() -> int:

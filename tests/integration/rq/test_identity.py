@@ -71,8 +71,7 @@ class Bench:
 
     def work_until_killed(self) -> None:
         """Start a worker in a separate process, and let it take a job that kills it."""
-        worker = ended_fork(self._be_a_worker)
-        assert worker.exitcode == -signal.SIGKILL
+        assert ended_fork(self._be_a_worker).exitcode == -signal.SIGKILL
 
     def _be_a_worker(self) -> None:
         self.queue.connection.connection_pool.reset()  # do not use the sockets of the parent
