@@ -94,8 +94,9 @@ class Child:
 
 
 def end(children: Iterable[Child]) -> None:
-    """Terminate all of them, and kill those that do not end in time."""
+    """Terminate all of them; kill those that do not end in time, and children that stay behind."""
     running = [child.process for child in children if not child.ended]
+    below = [member for process in running for member in _below(process.pid)]
     for process in running:
         process.terminate()
     deadline = time.monotonic() + STOP_SECONDS
@@ -105,6 +106,17 @@ def end(children: Iterable[Child]) -> None:
         except subprocess.TimeoutExpired:
             kill_tree(process.pid)
             process.wait()
+    for member in below:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+
+
+def _below(pid: int) -> list[psutil.Process]:
+    try:
+        found: list[psutil.Process] = psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+    return found
 
 
 def kill_tree(pid: int) -> None:
