@@ -217,7 +217,7 @@ class Session:
         now = time.monotonic()
         limit = _milliseconds(budget)
         name, statement = self._statement(query, parameters, prepare and not self.pooled)
-        replan = now - self._planned_at > plans and not (self.pooled and alone)
+        replan = now - self._planned_at > plans and not alone
         relimit = not self.pooled and not limit * 0.8 <= self._limit <= limit
         before: list[Send] = []
         after: list[Send] = [None]

@@ -261,6 +261,16 @@ def test_a_queue_that_was_empty_at_first(database: str, monkeypatch: pytest.Monk
     assert not plans.whole_reads(), plans.whole_reads()[0]
 
 
+def test_a_statement_that_must_be_alone_makes_no_new_plans(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """VACUUM cannot share its transaction, also when the plans are old."""
+    monkeypatch.setattr(jobguard.store.connection, "PLANS_SECONDS", 0.0)
+    store = PostgresStore(lambda: database, Settings(call_timeout=20, connect_timeout=20))
+    store._db.execute("vacuum (truncate off) jobguard.jobs", timeout=20, alone=True)
+    store.close()
+
+
 def test_the_functions_of_hosts_are_planned_once(database: str) -> None:
     """A function that a host calls keeps its plans for the session, also after it was replaced."""
     host = Path(jobguard.store.host.__file__).read_text(encoding="utf-8")
