@@ -125,9 +125,8 @@ def _broadcast(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
     def hook(self: Any, *args: Any, **kwargs: Any) -> Any:
         if _guard_at_first_use(self.app):
-            return type(self).broadcast(
-                self, *args, **kwargs
-            )  # our hook for guarded apps is on it now
+            # The hook for guarded apps is on it now.
+            return type(self).broadcast(self, *args, **kwargs)
         return original(self, *args, **kwargs)
 
     return hook

@@ -36,7 +36,7 @@ class _Found:
     shown: int = 0
 
 
-_found_at: dict[str, dict[str, _Found]] = {}
+_of_sources: dict[str, dict[str, _Found]] = {}
 """What this process has found, by source: a standby that becomes the leader shows no worker again."""
 
 
@@ -47,7 +47,7 @@ class EndedWorkers:
         self._client: Any = client
         self._prefix = f"{layout.base}:worker:"
         self._cursor = 0
-        self._found = _found_at.setdefault(source, {})
+        self._found = _of_sources.setdefault(source, {})
         self._allowed = True
 
     def find(self, registered: frozenset[str]) -> dict[str, frozenset[str]]:

@@ -112,7 +112,7 @@ class _Ledger(Collector):
     def __init__(
         self, model: ReadModel, namespace: str, clock: Callable[[], float], *, led: bool
     ) -> None:
-        """``led``: False where nobody leads between two passes, so that it says nothing."""
+        """``led``: export jobguard_led. It is False with --on-tick, where nobody leads between passes."""
         self._model = model
         self._namespace = namespace
         self._clock = clock
