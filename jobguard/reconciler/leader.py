@@ -17,6 +17,10 @@ changes neither store.
 
 A process whose election fails stays a standby. A leader whose renewal fails leads on until its
 trust ends, because Postgres may only have been slow.
+
+A process that has just started has not seen which workers consumed in the last term; a standby has
+(see reconciler/vigil.py). Therefore a new process leaves a lease that has just become free to the
+standbys for a moment.
 """
 
 from __future__ import annotations
@@ -33,6 +37,9 @@ _HOLD_OFF = 2.0
 """Seconds in which other processes may be elected after this one gave up."""
 _MARGIN = 0.1
 """Fraction of the lease: how much earlier than its end the leader steps down."""
+_PRECEDENCE = 0.1
+"""Fraction of the lease: how long only standbys may take a lease that has become free. It is longer
+than two of their attempts are apart."""
 
 
 class Leadership:
@@ -55,6 +62,7 @@ class Leadership:
         self._answered_at: float | None = None
         self._healthy = healthy
         self._not_before = float("-inf")
+        self._standby_since: float | None = None
         self._stop = threading.Event()
         self._changed = threading.Event()
         self._thread: threading.Thread | None = None
@@ -87,7 +95,7 @@ class Leadership:
             if self._term is not None:
                 self._store.renew(self._term, lease=self._lease)
             else:
-                self._term = self._store.elect(lease=self._lease)
+                self._term = self._store.elect(lease=self._lease, patience=self._patience())
                 if self._term is None:
                     self._answered()
                     return
@@ -104,6 +112,12 @@ class Leadership:
         self._trusted_until = asked + self._lease * (1 - _MARGIN)
         self._changed.set()
 
+    def _patience(self) -> float:
+        """Return how long the lease must have been free: a new process lets the standbys go first."""
+        since = self._standby_since
+        new = since is not None and self._clock() - since < self._lease
+        return self._lease * _PRECEDENCE if new else 0.0
+
     def silent_for(self) -> float | None:
         """Return the seconds since Postgres last answered; None: it never has."""
         return None if self._answered_at is None else self._clock() - self._answered_at
@@ -116,6 +130,7 @@ class Leadership:
 
     def start(self) -> None:
         """Start the thread that seeks and keeps the lease."""
+        self._standby_since = self._clock()
         self._thread = threading.Thread(target=self._keep, name="jobguard-lease", daemon=True)
         self._thread.start()
 

@@ -100,8 +100,8 @@ class PostgresLeaderStore:
             self._sql[name], values | {"namespace": self._namespace, "term": term}, payload=payload
         )
 
-    def elect(self, *, lease: float) -> int | None:
-        """Take the lease if it is free; see LeaderStore."""
+    def elect(self, *, lease: float, patience: float = 0.0) -> int | None:
+        """Take the lease if it has been free for ``patience`` seconds; see LeaderStore."""
         rows = self._ask(
             "elect",
             namespace=self._namespace,
@@ -109,6 +109,7 @@ class PostgresLeaderStore:
             host=socket.gethostname(),
             pid=os.getpid(),
             lease=lease,
+            patience=patience,
         )
         return int(rows[0][0]) if rows else None
 

@@ -445,8 +445,8 @@ class LeaderStore(Protocol):
     Every write names the term; with an older term it raises NotLeading and changes nothing.
     """
 
-    def elect(self, *, lease: float) -> int | None:
-        """Take the lease if it is free; return the new term, or None."""
+    def elect(self, *, lease: float, patience: float = 0.0) -> int | None:
+        """Take the lease if it has been free for ``patience`` seconds; return the new term, or None."""
 
     def renew(self, term: int, *, lease: float) -> Brake:
         """Extend the lease of this term and return the brake."""

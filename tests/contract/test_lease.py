@@ -53,6 +53,19 @@ def test_a_resignation_frees_the_lease_at_once(ledger: Contract) -> None:
     assert second > first
 
 
+def test_a_patient_process_leaves_a_lease_that_has_just_become_free_to_others(
+    ledger: Contract,
+) -> None:
+    """A process may ask only for a lease that has been free for some seconds."""
+    other = ledger.backend.leader(NAMESPACE, uuid4())
+    term = ledger.leader.elect(lease=10, patience=5)  # There was no lease yet.
+    assert term is not None
+    ledger.advance(12)
+    assert other.elect(lease=10, patience=5) is None
+    ledger.advance(4)
+    assert other.elect(lease=10, patience=5) is not None
+
+
 def test_an_old_leader_does_not_resign_for_the_new_one(ledger: Contract) -> None:
     """An old leader cannot resign the term of the new one."""
     old_term = ledger.elected()

@@ -97,8 +97,8 @@ def test_a_slow_answer_shortens_the_trust() -> None:
     leader, store = stage.candidate()
     elect = store.elect
 
-    def slowly(*, lease: float) -> int | None:
-        term = elect(lease=lease)
+    def slowly(*, lease: float, patience: float = 0.0) -> int | None:
+        term = elect(lease=lease, patience=patience)
         stage.clock.advance(LEASE)
         return term
 
@@ -266,6 +266,51 @@ def test_kept_by_a_thread_until_stopped() -> None:
     eventually(lambda: not [t for t in threading.enumerate() if t.name == "jobguard-lease"])
 
 
+def test_a_new_process_leaves_a_free_lease_to_the_standbys() -> None:
+    """A process that has just started has watched no consumers: a standby goes first."""
+    stage = Stage()
+    (leader, _), (standby, _), (new, store) = (stage.candidate() for _ in range(3))
+    elect, answers = store.elect, []
+
+    def counted(*, lease: float, patience: float = 0.0) -> int | None:
+        answers.append(elect(lease=lease, patience=patience))
+        return answers[-1]
+
+    store.elect = counted  # type: ignore[method-assign]
+    leader.seek()
+    stage.clock.advance(LEASE + 0.1)
+    new.start()
+    try:
+        eventually(lambda: len(answers) > 1)
+        assert set(answers) == {None}
+        standby.seek()
+        assert standby.term == 2
+
+        for _ in range(3):
+            stage.clock.advance(LEASE / 2)
+            standby.seek()
+        answers.clear()
+        eventually(lambda: answers)  # It has stood by for longer than a lease.
+        stage.clock.advance(LEASE)
+        eventually(lambda: new.leads)
+    finally:
+        new.stop()
+
+
+def test_a_new_process_leads_where_nobody_stands_by() -> None:
+    """After a moment a new process takes the lease that no standby took."""
+    stage = Stage()
+    (leader, _), (new, _) = stage.candidate(), stage.candidate()
+    leader.seek()
+    leader.stop()
+    stage.clock.advance(0.2 * LEASE)
+    new.start()
+    try:
+        eventually(lambda: new.leads)
+    finally:
+        new.stop()
+
+
 def test_waiting_until_the_timeout() -> None:
     """wait() returns False when the time is over, and returns at once when stopped."""
     stage = Stage()
@@ -284,11 +329,11 @@ def test_the_thread_survives_an_unforeseen_error() -> None:
     store = leader_store(ledger)
     elect, failed = store.elect, threading.Event()
 
-    def once(*, lease: float) -> int | None:
+    def once(*, lease: float, patience: float = 0.0) -> int | None:
         if not failed.is_set():
             failed.set()
             raise RuntimeError("unforeseen")
-        return elect(lease=lease)
+        return elect(lease=lease, patience=patience)
 
     store.elect = once  # type: ignore[method-assign]
     leader = Leadership(store, lease=0.5)
