@@ -119,12 +119,16 @@ class CeleryAdapter:
                     'app.conf.task_acks_late = True, or jobguard.guard(app, ends="durable")',
                 )
             )
-        if conf.task_acks_late and conf.task_acks_on_failure_or_timeout is False:
+        on_timeout = conf.get("task_acks_on_timeout")  # Celery before 5.7 does not know it
+        if on_timeout is None:
+            on_timeout = conf.task_acks_on_failure_or_timeout
+        if conf.task_acks_late and on_timeout is False:
             found.append(
                 Advice(
-                    "task_acks_on_failure_or_timeout is off",
-                    "a task that fails stays unacknowledged and is delivered again, without a limit",
-                    "app.conf.task_acks_on_failure_or_timeout = True",
+                    "task_acks_on_timeout, or task_acks_on_failure_or_timeout, is off",
+                    "a task that exceeds its hard time limit is delivered again, without a limit",
+                    "app.conf.task_acks_on_timeout = True (before Celery 5.7: "
+                    "task_acks_on_failure_or_timeout)",
                 )
             )
         options = conf.broker_transport_options or {}

@@ -367,13 +367,16 @@ def _failure(job_id: str) -> str:
 
 
 def _is_its_own(end: Presence, owed: Owed) -> bool:
-    """Return True if a stored end certainly belongs to this delivery.
+    """Return True if a stored end certainly belongs to this delivery, and is its last one.
 
     Celery also stores a failure when it could not write down a retry. That failure belongs to the
-    attempt before, and is younger than the record of this attempt, which has not begun.
+    attempt before, and is younger than the record of this attempt, which has not begun. And Celery
+    stores a failure of a task that goes back into its queue (a time limit, without
+    ``acks_on_failure_or_timeout``): the worker has released its claim then.
     """
-    begun = owed.claim_number is not None or owed.claims > 0
-    return end is not Presence.FAILED or begun or owed.age > _LONG_AGO
+    if end is not Presence.FAILED or owed.claim_number is not None:
+        return True
+    return owed.claims == 0 and owed.age > _LONG_AGO
 
 
 def _db_of(client: redis.Redis) -> int:

@@ -113,7 +113,7 @@ class Leader:
     def observe(self, delivery: Restorable) -> Observation:
         """Return the presence in Redis some time after the record."""
         owed = newly_owed(delivery.token, job_id=delivery.job_id, queue=delivery.queue)
-        return self.broker.presence([replace(owed, age=60.0, claims=1)])[delivery.token]
+        return self.broker.presence([replace(owed, age=60.0, claim_number=1)])[delivery.token]
 
     def restore(self, *deliveries: Restorable, deadline: float | None = None) -> list[Restored]:
         """Restore these, with enough time."""

@@ -50,6 +50,7 @@ CASES: list[tuple[Callable[[], object], str | None]] = [
     ),
     (lambda: app(broker_transport_options={}), "no socket_timeout"),
     (lambda: app(task_acks_on_failure_or_timeout=False), "without a limit"),
+    (lambda: app(task_acks_on_timeout=False), "without a limit"),
     (
         lambda: app(broker_transport_options={**TIMEOUTS, "visibility_timeout": 60}),
         "visibility_timeout is 60 s",

@@ -152,7 +152,7 @@ class TestResults:
         """Return the presence of a lost task with this stored result."""
         make_known(app, "w@h", "celery")
 
-        def presence_of(age: float = 60.0, claims: int = 1, **meta: Any) -> Presence:
+        def presence_of(age: float = 60.0, claim: int | None = 1, **meta: Any) -> Presence:
             result = app.tasks["add"].delay(1)
             client.delete("celery")
             stored = {
@@ -161,9 +161,9 @@ class TestResults:
                 "date_done": datetime.now(UTC).isoformat(),
             }
             client.set(f"celery-task-meta-{result.id}", json.dumps({**stored, **meta}))
-            return broker.presence([aged(tracker.recorded[-1], age, claims=claims)])[
-                tracker.recorded[-1].token
-            ].presence
+            released = meta.pop("released", 0)
+            owed = aged(tracker.recorded[-1], age, claim_number=claim, claims=released)
+            return broker.presence([owed])[owed.token].presence
 
         return presence_of
 
@@ -183,9 +183,15 @@ class TestResults:
     def test_of_a_delivery_that_has_not_begun(self, seen: Callable[..., Presence]) -> None:
         """A failure before the start belongs to the attempt before: its retry could not be stored."""
         failure = {"status": "FAILURE", "result": {"exc_type": "ConnectionError"}}
-        assert seen(claims=0, **failure) is Presence.ABSENT
-        assert seen(claims=0, age=7_200, **failure) is Presence.FAILED
-        assert seen(claims=0, status="REVOKED") is Presence.CANCELLED
+        assert seen(claim=None, **failure) is Presence.ABSENT
+        assert seen(claim=None, age=7_200, **failure) is Presence.FAILED
+        assert seen(claim=None, status="REVOKED") is Presence.CANCELLED
+
+    def test_of_a_delivery_that_went_back(self, seen: Callable[..., Presence]) -> None:
+        """A failure whose worker released the claim was no end: Celery put the message back."""
+        failure = {"status": "FAILURE", "result": {"exc_type": "TimeLimitExceeded"}}
+        assert seen(claim=None, released=1, **failure) is Presence.ABSENT
+        assert seen(claim=None, released=1, age=7_200, **failure) is Presence.ABSENT
 
     def test_of_an_earlier_life(self, seen: Callable[..., Presence]) -> None:
         """A result older than the record belongs to an earlier life of the id."""
