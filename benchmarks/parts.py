@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
-from benchmarks import cost, enqueue, floors, peers, recovery, work
+from benchmarks import cost, enqueue, floors, outage, peers, recovery, work
 from benchmarks.measure import Table
 from benchmarks.site import Site
 
@@ -20,6 +20,7 @@ PARTS: dict[str, Part] = {
     "latency": enqueue.latency_tables,
     "cost": lambda at: nullcontext(cost.tables(at)),
     "recovery": recovery.tables,
+    "outage": outage.tables,
 }
 USUAL = ["floors", "enqueue", "peers", "work", "cost"]
 """The parts that are measured if none is named."""

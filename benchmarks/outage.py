@@ -1,0 +1,117 @@
+"""The cost of an outage of PostgreSQL: the slowest calls meanwhile, and the time until all is written.
+
+A producer enqueues at a steady rate, bare, guarded, and guarded while PostgreSQL is stopped. Then
+PostgreSQL comes back, and the reconciler writes what waits in Redis.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+
+import psycopg
+
+from benchmarks.measure import Case, Table
+from benchmarks.site import SENDERS, SMALL, Send, Site, site
+
+RATE = 500
+"""Jobs a second."""
+SECONDS = float(os.environ.get("BENCHMARK_OUTAGE", "10"))
+_PATIENCE = 120.0
+
+
+def _p99_us(send: Send) -> float:
+    """Enqueue at the rate; return the 99th percentile of the calls in microseconds."""
+    took, began = [], time.perf_counter()
+    for nth in range(int(RATE * SECONDS)):
+        time.sleep(max(0.0, began + nth / RATE - time.perf_counter()))
+        at = time.perf_counter()
+        send(SMALL)
+        took.append(time.perf_counter() - at)
+    return statistics.quantiles(took, n=100)[98] * 1e6
+
+
+class _Outages:
+    """One outage in each round of each table; both figures of a round come from the same outage."""
+
+    def __init__(self, at: Site, send: Send) -> None:
+        self._at, self._send = at, send
+        self._figures: dict[str, list[float]] = defaultdict(list)
+
+    def figure(self, name: str) -> float:
+        """Return this figure of an outage; make one if none is left."""
+        if not self._figures[name]:
+            self._stop_and_start()
+        return self._figures[name].pop()
+
+    def _stop_and_start(self) -> None:
+        before, jobs = self._written(), int(RATE * SECONDS)
+        self._at.server.stop()
+        self._figures["p99"].append(_p99_us(self._send))
+        self._at.server.start()
+        began = time.monotonic()
+        while (written := self._written() - before) < jobs:
+            if time.monotonic() - began > _PATIENCE:
+                raise SystemExit(f"only {written} of {jobs} records came after the outage")
+            time.sleep(0.05)
+        self._figures["written"].append(time.monotonic() - began)
+
+    def _written(self) -> int:
+        with psycopg.connect(self._at.postgres) as connection:
+            return int(connection.execute("select count(*) from jobguard.jobs").fetchall()[0][0])
+
+
+@contextmanager
+def tables(_shared: Site) -> Iterator[list[Table]]:
+    """Give the tables, on servers of their own; the variable BENCHMARK_OUTAGE changes the seconds."""
+    with ExitStack() as stack:
+        at = stack.enter_context(site())
+        calls, written = [], []
+        for library, make in SENDERS.items():
+            bare, guarded = make(at, guard=False), make(at, guard=True)
+            bare(SMALL)
+            guarded(SMALL)
+            stack.enter_context(_reconciler(at))
+            outages = _Outages(at, guarded)
+            base, away = f"{library}, bare", f"{library}, PostgreSQL away"
+            calls += [
+                Case(base, partial(_p99_us, bare)),
+                Case(f"{library}, guarded", partial(_p99_us, guarded), base=base),
+                Case(away, partial(outages.figure, "p99"), base=base),
+            ]
+            written.append(Case(library, partial(outages.figure, "written")))
+        jobs = f"{int(RATE * SECONDS):,}"
+        yield [
+            Table(f"Enqueue {RATE} a second, p99", "us", calls, rounds=3),
+            Table(f"{jobs} records written after an outage", "s", written, rounds=3),
+        ]
+
+
+@contextmanager
+def _reconciler(at: Site) -> Iterator[None]:
+    """Run a reconciler of the newest namespace."""
+    with psycopg.connect(at.postgres) as connection:
+        namespaces = "select namespace from jobguard.sources order by created_at desc limit 1"
+        (namespace,) = connection.execute(namespaces).fetchall()[0]
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from jobguard.cli import main; main()", "reconcile"],
+        env=os.environ
+        | {
+            "JOBGUARD_POSTGRES_URL": at.postgres,
+            "JOBGUARD_REDIS_URL": at.broker,
+            "JOBGUARD_NAMESPACE": namespace,
+        },
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        yield
+    finally:
+        process.terminate()
+        process.wait()
