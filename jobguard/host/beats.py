@@ -62,7 +62,7 @@ class BeatSender:
         self.id, self.pid = inherited or (new_token(), os.getpid())
         self.name = name
         self.queues = tuple(queues)
-        self.leader_live = False
+        self.leader_live = True  # until a beat hears something else
         self.known = inherited is not None
         """Whether Postgres knows this id."""
         self.named_at = time.monotonic()

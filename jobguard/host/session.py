@@ -238,7 +238,7 @@ class WorkerSession:
             log_event("start_unfenced", reason=answer.reason.value)
             return Claim(token, 0)
         self._in_flight.skip(token)  # the adapter logs the skip
-        if not self._beats.leader_live:
+        if self.is_mine and not self._beats.leader_live:  # a child does not hear the beats
             log_event("nobody_leads")
         return answer
 

@@ -208,6 +208,18 @@ def test_skipping_without_a_leader_is_warned_of(caplog: pytest.LogCaptureFixture
     assert "nobody_leads" not in events(caplog.records)
 
 
+def test_only_who_hears_the_beats_says_that_nobody_leads(caplog: pytest.LogCaptureFixture) -> None:
+    """A skip before the first beat, or in a forked child, says nothing about a leader."""
+    worker = Worker()
+    job = worker.owe()
+    worker.tracker.cancel(tokens=[job.token])
+    worker.start(job)
+    worker.begin()  # hears that nobody leads
+    worker.session._beats.pid = os.getpid() + 1
+    worker.start(job)
+    assert "nobody_leads" not in events(caplog.records)
+
+
 def test_a_refused_second_start_keeps_the_listing_of_the_first() -> None:
     """A job that runs in one thread stays in flight when another thread's start of it is refused."""
     worker = Worker().begin()
