@@ -34,7 +34,7 @@ from jobguard.adapters.celery import chords, killed_runs, lookup, message, sessi
 from jobguard.adapters.celery.chords import OVER, REDIS_FAILED, part_made_of
 from jobguard.adapters.celery.envelope import DEAD, PART, TOKEN, WORKER, token_of
 from jobguard.adapters.celery.run import Run
-from jobguard.adapters.celery.sessions import CONTENT, QUEUE, queue_of
+from jobguard.adapters.celery.sessions import CONTENT, FANOUT, QUEUE, queue_of
 from jobguard.host_safety import contain_errors
 from jobguard.log import log_event
 from jobguard.model import Delivery, Outcome, Refusal, Refused, new_token
@@ -54,7 +54,7 @@ except ImportError:  # billiard before 4.3
 
 Hook = Callable[..., Any]
 
-OURS = (TOKEN, WORKER, CONTENT, QUEUE, PART, DEAD)
+OURS = (TOKEN, WORKER, CONTENT, QUEUE, FANOUT, PART, DEAD)
 """Our headers, as the request of a task has them."""
 _WAITS = 8
 """A start waits for this part of its time limit at most, up to three times."""
@@ -148,7 +148,7 @@ def _begin(task: Any, request: Any) -> Refused | None:
     lookup.resolve_config(task.app, acts=True)
     tracker = lookup.tracker_for(task.app)
     session = None if tracker is None else sessions.session_for(tracker, request)
-    if tracker is None or session is None:
+    if tracker is None or session is None or request.get(FANOUT):
         return None
     token = token_of(vars(request)) or new_token()
     # The message is to be counted or reported as failed, not run, also where the fence is off.

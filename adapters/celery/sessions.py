@@ -36,6 +36,8 @@ CONTENT = "jobguard-content"
 """The content type of the body, as the main process passes it to its children."""
 QUEUE = "jobguard-queue"
 """The queue of the task. With a named exchange, the routing key has another name."""
+FANOUT = "jobguard-fanout"
+"""On the message of a broadcast: every worker runs a copy of its own, and no ledger has it."""
 _ANNOUNCE = 4.0
 """Seconds between two announcements."""
 _HANDED = 10.0
@@ -149,8 +151,11 @@ class Working:
         self.handed[request] = time.monotonic()
         headers = request.request_dict
         headers[WORKER], headers[CONTENT] = self.session.id.hex, request.content_type
-        if queue := getattr(request.message, "__dict__", {}).get(QUEUE):
+        of_message = getattr(request.message, "__dict__", {})
+        if queue := of_message.get(QUEUE):
             headers[QUEUE] = queue
+        if of_message.get(FANOUT):
+            headers[FANOUT] = True
         if (token := token_of_request(request)) is not None:
             headers[TOKEN] = token.hex  # protocol 1 has no token where a child would read it
 

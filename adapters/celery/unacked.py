@@ -137,10 +137,12 @@ def _mark(qos: Any, message: Any) -> None:
     headers = message.headers
     if working is None or not isinstance(headers, dict):
         return
-    vars(message)[sessions.QUEUE] = vars(qos.channel.connection).get(_FROM)
+    queue = vars(qos.channel.connection).get(_FROM)
+    vars(message)[sessions.QUEUE] = queue
+    fanout = vars(message)[sessions.FANOUT] = queue in qos.channel._fanout_queues
     if working.unacked is not None:
         working.unacked.add(qos)
-    if token_of(headers) is None:
+    if token_of(headers) is None and not fanout:
         if not _is_a_task(message):
             return
         headers[TOKEN] = new_token().hex

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from celery import chord, group
+from kombu.entity import Exchange
 
 from jobguard.demo.servers import RedisServer
 from tests.integration.celery.rig import PROGRAM, Rig, a_rig
@@ -130,15 +131,23 @@ def test_a_revoked_task_is_no_late_end(rig: Rig) -> None:
 def test_a_broadcast_queue_has_nothing_to_purge(
     tmp_path: Path, database: str, own_redis: RedisServer
 ) -> None:
-    """The broadcast queue is deleted when its worker ends, with or without a Redis."""
+    """The broadcast queue is deleted when its worker ends, with or without a Redis.
+
+    What it brought is in no ledger: if its worker dies, no other could run it.
+    """
     with a_rig(tmp_path, database, own_redis.url) as rig:
         worker = rig.worker("solo", BROADCAST="1")
+        everyone = Exchange("everyone", type="fanout")
+        to_all = {"exchange": "everyone", "exchange_type": "fanout", "routing_key": "celery"}
+        rig.send("ok", "all", declare=[everyone], **to_all)
+        rig.until(lambda: rig.written()["all"])
         own_redis.kill()
         rig.until(lambda: "Connection to broker lost" in worker.text)
         own_redis.start()
         rig.until(lambda: worker.text.count("Connected to") == 2)
         worker.stop()
         assert "record a purge" not in worker.text
+        assert not rig.owed() and not rig.ask("select from jobguard.history")
 
 
 def test_a_member_that_expired_in_a_loss_fails_its_chord(
