@@ -52,13 +52,27 @@ def nameable(name: str) -> str:
     return _UNNAMEABLE.sub("_", name)
 
 
-def label_pool(pool: Any, source: Source, *, name: str = "") -> None:
-    """Name the connections of a pool from now on. Idle connections are closed, to connect again named."""
+def label_client(client: Any, source: Source, *, name: str = "") -> None:
+    """Name the connections of a client: those of its pool, and the one that it keeps for itself.
+
+    With ``single_connection_client=True``, a client takes its one connection out of the pool at once.
+    """
+    label = label_pool(client.connection_pool, source, name=name)
+    if client.connection is not None:
+        label.put_on(client.connection)
+        client.connection.disconnect()
+
+
+def label_pool(pool: Any, source: Source, *, name: str = "") -> Label:
+    """Name the connections of a pool from now on. Idle connections are closed, to connect again named.
+
+    Those that are in use connect again, named, before they are used next.
+    """
     mark = mark_of(source, name)
-    label = pool.__dict__.get(_LABEL)
+    label: Label | None = pool.__dict__.get(_LABEL)
     if label is not None:
         label.mark = mark
-        return
+        return label
     label = pool.__dict__[_LABEL] = Label(mark)
     make = pool.make_connection
 
@@ -71,6 +85,12 @@ def label_pool(pool: Any, source: Source, *, name: str = "") -> None:
     for connection in _idle(pool):
         label.put_on(connection)
         connection.disconnect()
+    for connection in list(getattr(pool, "_in_use_connections", ())):
+        label.put_on(connection)
+        getattr(
+            connection, "mark_for_reconnect", bool
+        )()  # older versions of redis-py have no such mark
+    return label
 
 
 def _idle(pool: Any) -> list[Any]:

@@ -53,7 +53,7 @@ from jobguard.adapters.rq.message import (
 )
 from jobguard.adapters.rq.run import Run
 from jobguard.adapters.rq.skip import finish, skip
-from jobguard.client_names import label_pool
+from jobguard.client_names import label_client
 from jobguard.host_safety import contain_errors
 from jobguard.log import log_event
 from jobguard.model import Delivery, Outcome, Refused, new_token
@@ -449,7 +449,7 @@ def _open_session(worker: Any) -> Session | None:
     if tracker is None:
         return None
     worker.__dict__[_TRACKER] = tracker
-    label_pool(worker.connection.connection_pool, tracker.source, name=worker.name)
+    label_client(worker.connection, tracker.source, name=worker.name)
     session: Session = tracker.open_session(
         name=worker.name, queues=worker.queue_names(), apart=isinstance(worker, SimpleWorker)
     )

@@ -15,6 +15,8 @@ from rq import Queue, Worker
 from jobguard.adapter import Source
 from jobguard.adapters.rq import ended_workers
 from jobguard.adapters.rq.broker import RQBroker
+from jobguard.client_names import read_mark
+from jobguard.clients import take_connection
 from tests.fakes.adapters import FakeTracker
 from tests.support import eventually
 
@@ -90,6 +92,26 @@ def test_a_stranger_that_survives_a_flush(
         eventually(lambda: any("bl" in name for name in strangers(broker)))
     client.flushdb()
     eventually(lambda: strangers(broker) == set())
+
+
+@pytest.mark.parametrize("single", [True, False], ids=["the client keeps one", "in use"])
+def test_connections_that_were_open_before_the_worker(
+    queue: Queue, tracker: FakeTracker, redis_url: str, single: bool
+) -> None:
+    """A guarded worker is known as guarded on a connection that was open before its birth."""
+    with redis.Redis.from_url(redis_url, single_connection_client=single) as client:
+        pool: Any = client.connection_pool
+        in_use = None if single else take_connection(pool, "PING")
+        if in_use is not None and not hasattr(in_use, "mark_for_reconnect"):
+            pytest.skip("this redis-py closes no connection that another thread uses")
+        client.ping()
+        ours: Any = Worker([queue.name], connection=client, name="ours")
+        ours.register_birth()
+        if in_use is not None:
+            pool.release(in_use)  # the next command takes it
+        name = client.client_getname()
+        mark = read_mark(name if isinstance(name, str) else str(name, "ascii"))
+        assert mark is not None and mark.name == "ours"
 
 
 def ended(broker: RQBroker) -> set[str]:
