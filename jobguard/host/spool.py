@@ -183,7 +183,10 @@ class Spool(Protocol):
         """Return True if all of these are records of jobs that are in Redis."""
 
     def copy(self) -> bool:
-        """Copy to the stream what is only in memory, oldest first; return True if nothing is."""
+        """Copy to the stream what is only in memory, oldest first; return True if nothing is.
+
+        What Redis has lost since is copied once more.
+        """
 
     @property
     def pending(self) -> int:
@@ -220,6 +223,9 @@ class Stream(Protocol):
 
     def forget(self, ids: Sequence[bytes]) -> int:
         """Delete these entries; return how many were surely deleted now."""
+
+    def has_lost(self) -> bool:
+        """Return True once if Redis has lost entries of this process."""
 
 
 @dataclass(slots=True)
@@ -295,14 +301,22 @@ class MemorySpool:
 
     def _append(self, entries: Sequence[Entry]) -> Sequence[bytes | None]:
         """Add these to the stream, after the entries before them; return their ids there."""
-        if self._stream is not None and self.copy():
+        if self._stream is not None and self._copy():
             ids = self._stream.append(entries)
             if ids is not None:
                 return ids
         return [None] * len(entries)
 
     def copy(self) -> bool:
-        """Copy to the stream what is only in memory; see Spool."""
+        """Copy to the stream what is only in memory, or what Redis has lost; see Spool."""
+        if self.pending and self._stream is not None and self._stream.has_lost():
+            with self._lock:
+                for slot in (*self._aside, *self._slots):
+                    self._uncopied += slot.id is not None
+                    slot.id = None
+        return self._copy()
+
+    def _copy(self) -> bool:
         if not self._uncopied:
             return True
         if self._stream is None:

@@ -16,6 +16,8 @@ Keys, in the source's own db:
   the notes before it starts what Postgres does not decide, or may not know all about yet.
 - ``….away:<host>`` (string, some seconds): Postgres is away for that host. A process that starts
   there need not find out by a wait.
+- ``….of:<process>`` (string, two minutes): how many entries a process has added. If Redis does not know,
+  or knows of fewer, it has lost entries, and the process adds all that it still has once more.
 - ``jobguard:spool-sources`` (hash, a week): the sources that have a stream, by their ids. A source
   whose first process started in an outage is not in the ledger: the leader registers it from here.
 
@@ -28,6 +30,7 @@ from __future__ import annotations
 
 import json
 import socket
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -42,7 +45,7 @@ from jobguard.host.spool import Adoptable, Cancelled, Entry, is_adoptable
 from jobguard.host.stream_entries import decode_parent, encode, encode_parent
 from jobguard.host_safety import contain_errors
 from jobguard.log import log_event
-from jobguard.model import Delivery, End, Outcome, Parent
+from jobguard.model import Delivery, End, Outcome, Parent, new_token
 from jobguard.redis_values import json_in, number_in
 from jobguard.scripts import Script
 from jobguard.store.protocols import SourceRow
@@ -55,6 +58,10 @@ if TYPE_CHECKING:
 _SOURCES = "jobguard:spool-sources"
 _AWAY = 10_000
 """Milliseconds after the last entry of a host for which a new process there expects an outage."""
+_COUNTED = 120_000
+"""Milliseconds for which Redis keeps the count of a process that neither adds nor asks."""
+_ASK_EVERY = 1.0
+"""Seconds between two questions whether Redis has lost entries."""
 _OVERHEAD = 100
 """Bytes that Redis needs for an entry beside its content, about."""
 _AT_ONCE = 500
@@ -106,23 +113,62 @@ class ReportStream:
         self._owner = OwnerProcess()
         self._client: Any = None
         self._full = False
+        self._process, self._count = "", 0
+        self._lost = False
+        self._ask_at = 0.0
 
     def append(self, entries: Sequence[Entry]) -> list[bytes] | None:
         """Add these entries; return their ids, or None if not all of them are surely there."""
         ids: list[bytes] = []
         for start in range(0, len(entries), _AT_ONCE):
             some = entries[start : start + _AT_ONCE]
-            args: list[Any] = [self._bound, _AWAY, _OVERHEAD, self._id, self._description]
+            args: list[Any] = [
+                *(self._bound, _AWAY, _OVERHEAD, self._id, self._description, _COUNTED)
+            ]
             for entry in some:
                 notes = _notes(entry)
                 args += (encode(entry), _shorter(entry), len(notes), *chain.from_iterable(notes))
-            found = self._ask(partial(self._run, "stream_append.lua", args))
-            if not isinstance(found, list) or len(found) != len(some):
-                self._note_full(found == [])
+            found = self._ask(partial(self._add, args))
+            if found is None:
+                return None
+            self._note_full(not found)
+            if not found:
                 return None
             ids += found
         self._note_full(False)
         return ids
+
+    def _add(self, args: Sequence[Any]) -> list[bytes]:
+        self._redis()
+        before = self._count
+        *ids, count = self._run("stream_append.lua", args) or [before]
+        self._compare(count, before + len(ids))
+        return ids
+
+    def has_lost(self) -> bool:
+        """Return True once if Redis has lost entries of this process that no leader has drained."""
+        if self._client is not None:
+            self._ask(self._count_again)
+        lost, self._lost = self._lost, False
+        return lost
+
+    def _count_again(self) -> None:
+        self._redis()
+        before, now = self._count, time.monotonic()
+        if before and now >= self._ask_at:
+            self._ask_at = now + _ASK_EVERY
+            self._compare(number_in(self._redis().getex(self._count_key, px=_COUNTED)) or 0, before)
+
+    def _compare(self, count: int, least: int) -> None:
+        """Compare the count in Redis with what it was at least, before another thread added more."""
+        if count < least:
+            self._lost, self._count = True, count
+        else:
+            self._count = max(self._count, count)
+
+    @property
+    def _count_key(self) -> str:
+        return f"{self._key}.of:{self._process}"
 
     def forget(self, ids: Sequence[bytes]) -> int:
         """Delete these entries, which Postgres has; return how many were surely deleted now."""
@@ -208,7 +254,8 @@ class ReportStream:
 
     def _run(self, name: str, args: Sequence[Any]) -> Any:
         self._redis()
-        keys = [self._key, f"{self._key}.bytes", f"{self._key}.ended", self._away_key, _SOURCES]
+        keys = [self._key, f"{self._key}.bytes", f"{self._key}.ended"]
+        keys += [self._away_key, _SOURCES, self._count_key]
         (answer,) = self._scripts[name].run([(keys, args)])
         if isinstance(answer, Exception):
             raise answer
@@ -222,6 +269,7 @@ class ReportStream:
 
     def _renew(self) -> None:
         client = self._make()
+        self._process, self._count = new_token().hex, 0
         names = ("stream_append.lua", "stream_forget.lua")
         self._scripts = {name: Script(client, __package__, name) for name in names}
         self._client = client  # last: another thread that finds it also finds the scripts

@@ -74,7 +74,11 @@ class Site:
 
     def keys(self) -> list[bytes]:
         """Return the keys of the stream that Redis has."""
-        return [key for key in self.redis.scan_iter(f"{KEY}*") if b".away:" not in key]
+        return [
+            key
+            for key in self.redis.scan_iter(f"{KEY}*")
+            if b".away:" not in key and b".of:" not in key
+        ]
 
 
 @pytest.fixture
@@ -121,6 +125,36 @@ def test_a_process_that_lives_writes_its_own_and_deletes_it(site: Site) -> None:
         process.record([job])
     eventually(lambda: not site.keys(), 10)
     assert set(site.owed) == {job.token}
+
+
+@pytest.mark.parametrize("found_by", ["the next check", "the next entry"])
+def test_what_redis_lost_in_the_outage_is_added_again(site: Site, found_by: str) -> None:
+    """A process that ends before Postgres is back leaves nothing out that Redis lost since it was added."""
+    one, two, other = delivery("one", fresh=True), delivery("two", fresh=True), delivery("other")
+    with outage(site.ledger):
+        worker = site.process()
+        worker.record([one, two])
+        worker.spool.put([ended(one)])
+        site.redis.flushdb()
+        site.process().record([other])  # the stream has as many entries as before
+        if found_by == "the next entry":
+            worker.spool.put([ended(two)])
+        worker.stream._ask_at = 0.0  # type: ignore[union-attr]  # the last question was a moment ago
+        worker.close()
+    assert site.leader().step()
+    assert site.outcome(one) is Outcome.COMPLETED
+    assert site.outcome(two) is (Outcome.COMPLETED if found_by == "the next entry" else None)
+
+
+def test_what_a_leader_has_drained_is_not_added_again(site: Site) -> None:
+    """A process that does not reach Postgres itself does not take the leader's work for a loss."""
+    process = site.process()
+    with outage(site.ledger):
+        process.record([delivery()])
+    assert site.leader().step()
+    process.stream._ask_at = 0.0  # type: ignore[union-attr]
+    assert process.spool.copy()
+    assert process.spool.pending and not site.redis.exists(KEY)
 
 
 def test_an_entry_that_is_written_twice_changes_nothing(site: Site) -> None:
