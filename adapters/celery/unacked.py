@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import redis
 from celery.app.task import Task
+from kombu.serialization import prepare_accept_content
 from kombu.transport.redis import QoS, Transport
 
 from jobguard.adapters.celery import killed_runs, sessions
@@ -143,7 +144,7 @@ def _mark(qos: Any, message: Any) -> None:
     if working.unacked is not None:
         working.unacked.add(qos)
     if token_of(headers) is None and not fanout:
-        if not _is_a_task(message):
+        if not _is_a_task(message, working.controller.app.conf.accept_content):
             return
         headers[TOKEN] = new_token().hex
     headers[WORKER] = working.session.id.hex
@@ -156,11 +157,16 @@ def _note_uncertain(qos: Any, tag: str) -> None:
         working.unacked.add_uncertain(qos, tag)
 
 
-def _is_a_task(message: Any) -> bool:
-    """Return True if Celery takes this for a task, by its headers, or with protocol 1 by its body."""
+def _is_a_task(message: Any, accepted: Any) -> bool:
+    """Return True if Celery takes this for a task, by its headers, or with protocol 1 by its body.
+
+    ``accepted``: the content types that the worker accepts. kombu sets them only after this moment, and
+    keeps what is decoded.
+    """
     if "task" in message.headers:
         return True
     try:
+        message.accept = prepare_accept_content(accepted)
         body = message.decode()
     except Exception:  # Celery is about to report any such error itself
         return False

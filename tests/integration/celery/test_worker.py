@@ -124,15 +124,21 @@ class TestEnds:
         assert rig.app.AsyncResult(job_id).state == "FAILURE"
 
     def test_an_unreadable_body_has_failed(self, rig: Rig, pool: str) -> None:
-        """A body has failed if its type is not accepted, or if it does not match its type."""
+        """A body has failed if its type is not accepted, or if it does not match its type.
+
+        Also a message without a token, which the worker decodes to see if it is a task, is refused.
+        """
         refused = rig.send("ok", serializer="pickle")
         broken = rig.send("ok")
         (raw,) = rig.redis.lrange("celery", 0, 0)
         rig.redis.lset("celery", 0, raw.replace(b'"body": "', b'"body": "AAAA'))
-        rig.worker(pool)
+        with rig.app.connection_for_write() as connection:
+            connection.Producer().publish("{}", routing_key="celery", content_type="text/of-others")
+        worker = rig.worker(pool)
         rig.until(lambda: not rig.owed())
         assert rig.ended(refused) == rig.ended(broken) == ["failed"]
         assert not rig.written()
+        rig.until(lambda: "untrusted content of type text/of-others" in worker.text)
 
     def test_a_task_of_an_unguarded_program_is_recorded_at_its_start(
         self, rig: Rig, pool: str
