@@ -66,6 +66,11 @@ EVENTS: Mapping[str, Event] = {
     "guard_late": Event(
         ERROR, "runs are not guarded: call guard() before the worker of this process starts"
     ),  # source
+    "brokers_listed": Event(
+        WARNING,
+        "of several brokers only the first is guarded, and tasks wait for it while it is away: name one "
+        "broker, or use Sentinel",
+    ),  # guarded
     "adapter_loaded": Event(DEBUG, "an adapter is installed"),  # library
     "adapter_failed": Event(ERROR, "an adapter could not be installed"),  # library, error
     "settings_differ": Event(

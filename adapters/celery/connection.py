@@ -41,7 +41,7 @@ def broker_address_of(connection: Any) -> BrokerAddress | None:
     if not isinstance(connection, Connection):
         return None  # a user's test double
     options = connection.transport_options or {}
-    several = _several(connection)
+    several = first_of_several(connection)
     where = (
         (several,) if several else (connection.hostname, connection.port, connection.virtual_host)
     )
@@ -96,7 +96,7 @@ def check_out(pool: redis.ConnectionPool) -> None:
     pool.release(take_connection(pool, "PING"))
 
 
-def _several(connection: Any) -> str:
+def first_of_several(connection: Any) -> str:
     """Return the first of several brokers for failover; "" for a single broker, or one with Sentinels."""
     urls = connection.alt
     return "" if not urls or len(urls) < 2 or urls[0].startswith("sentinel") else str(urls[0])
@@ -104,7 +104,7 @@ def _several(connection: Any) -> str:
 
 def _first(connection: Any) -> Any:
     """Return the guarded one of a list of brokers: the first."""
-    url = _several(connection)
+    url = first_of_several(connection)
     if not url:
         return connection
     return Connection(url, ssl=connection.ssl, transport_options=connection.transport_options)

@@ -31,6 +31,7 @@ from jobguard.adapters.celery import (
 from jobguard.adapters.celery.producer import hook_app, unhook_app
 from jobguard.errors import StoreUnavailable, UnsupportedTarget
 from jobguard.host_safety import contain_errors
+from jobguard.log import log_event
 from jobguard.patching import Hooks
 from jobguard.registry import tracker_for_worker
 
@@ -56,6 +57,8 @@ def install(tracker: Tracker, app: Any) -> None:
             raise second_guard("this app", other.source, tracker.source)
         _install_hooks()
         if lookup.add(tracker, app):
+            if connection.first_of_several(app.connection_for_write()):
+                log_event("brokers_listed", guarded=tracker.source.address)
             hook_app(app)
             worker.install(tracker, app)
             if sessions.working_for(app) is None:

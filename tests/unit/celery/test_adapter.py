@@ -169,6 +169,17 @@ class TestLazy:
         for guard in again:
             guard.close()
 
+    def test_several_brokers(self, caplog: pytest.LogCaptureFixture) -> None:
+        """Of several brokers for failover only the first is guarded, and a warning says so once."""
+        for url, warnings in (("redis://a/0;redis://b/0", 1), ("redis://a/0", 0)):
+            caplog.clear()
+            app = celery.Celery("app", broker=url, set_as_current=False)
+            guards = [jobguard.guard(app, postgres=NOWHERE) for _ in range(2)]
+            assert [guard.inert for guard in guards] == [None, None]
+            assert caplog.text.count("only the first is guarded") == warnings
+            for guard in guards:
+                guard.close()
+
     def test_refused_later(self, caplog: pytest.LogCaptureFixture) -> None:
         """A broker that turns out to be no Redis is logged, and tasks are sent as before."""
         app = celery.Celery("app", broker="memory://", set_as_current=False)
