@@ -23,6 +23,7 @@ from hypothesis import settings
 
 import jobguard.schema
 from jobguard import log, registry
+from jobguard.current import CurrentJob, _current
 from jobguard.demo.servers import NamedPostgres, NamedRedis, PostgresServer, RedisServer
 from jobguard.log_bounds import LINE_BOUNDS
 from tests.databases import Databases
@@ -112,11 +113,14 @@ def nothing_is_left() -> Iterator[None]:
     """Close what a test leaves of jobguard in this process, and fail the test.
 
     A guard, a tracker or a thread of an earlier test would act in later tests and in children that they
-    fork.
+    fork, and a run that did not end would be the current job of later tests.
     """
     before = set(threading.enumerate())
     yield
     left: list[object] = []
+    if job := jobguard.current():
+        left.append(job)
+        _current.set(CurrentJob())
     guards = sys.modules.get("jobguard.guard")  # not loaded by tests that guard nothing
     for guard in guards.known_guards() if guards is not None else ():
         left.append(guard)

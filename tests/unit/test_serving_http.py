@@ -147,7 +147,7 @@ def test_a_follower_is_ready_and_a_process_without_postgres_is_not() -> None:
     class Store:
         away = False
 
-        def elect(self, *, lease: float) -> None:
+        def elect(self, *, lease: float, patience: float) -> None:
             if self.away:
                 raise StoreUnavailable
 

@@ -16,6 +16,7 @@ from celery.app.task import Context
 from celery.exceptions import Ignore
 
 from jobguard.adapters.celery import fence, sessions
+from jobguard.adapters.celery.run import current_run
 from jobguard.model import Outcome, new_token
 from tests.integration.celery.support import FakeTracker
 
@@ -35,6 +36,8 @@ def received(task: Any, **request: Any) -> Iterator[None]:
         yield
     finally:
         task.pop_request()
+        if run := current_run():  # or the next test of this thread would be inside of it
+            run.leave()
 
 
 @pytest.mark.parametrize("away", [False, True], ids=["there", "postgres-away"])
