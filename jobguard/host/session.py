@@ -399,6 +399,12 @@ class WorkerSession:
         )
         self._in_flight.claim_resolved(claim.token)
         self._alone.leave(claim.token)
+        if outcome is Outcome.SUPERSEDED:
+            # The record of its successor waits in the spool, and would be refused after this end. Another
+            # thread may be writing the spool, so that a flush could come before the record.
+            self._spool([end])
+            self._wake.set()
+            return
         with self._lock:
             self._pending.append(end)
             many = len(self._pending) >= self._settings.ends_batch
@@ -501,11 +507,18 @@ class WorkerSession:
         except Exception as error:
             if not isinstance(error, StoreUnavailable):
                 log_event("guest_failed", where="end", error=str(error))
-            if self._tracker.spool.put(batch):
+            if self._spool(batch):
                 self._beats.beat_now()
-                return  # in flight until they are replayed
-            self._tracker.log_full_spool(len(batch))
+            return
         self.ended(batch)
+
+    def _spool(self, batch: Sequence[End]) -> bool:
+        """Put these into the spool, in flight until they are replayed; return False if it is full."""
+        if self._tracker.spool.put(batch):
+            return True
+        self._tracker.log_full_spool(len(batch))
+        self.ended(batch)
+        return False
 
     def _commit_alone(self, batch: Sequence[End], error: BadRow) -> None:
         if len(batch) > 1:

@@ -625,9 +625,11 @@ class HostTracker:
 
     def leave_to_outbox(self, tokens: Sequence[UUID]) -> None:
         """Leave the push to the leader; see Tracker."""
-        if not self._try_call("outbox", lambda store: self._outbox(store, tokens)):
-            # After the records, which may wait in the spool as well. Without it the sweep finds the
-            # deliveries absent, but only later, and only while the queue is trusted.
+        written = self._try_call("outbox", lambda store: self._outbox(store, tokens))
+        if not written or self.spool.pending:
+            # After the records, which may wait in the spool as well, while another thread writes it.
+            # Without it the sweep finds the deliveries absent, but only later, and only while the
+            # queue is trusted.
             self.spool.put([Unsent(tuple(tokens))])
 
     def _outbox(self, store: HostStore, tokens: Sequence[UUID]) -> bool:

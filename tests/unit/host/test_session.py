@@ -16,7 +16,17 @@ import pytest
 from jobguard.errors import BadRow, StoreUnavailable
 from jobguard.host.session import WorkerSession
 from jobguard.host.tracker import HostTracker
-from jobguard.model import Beat, Claim, Delivery, Ended, Outcome, Refusal, Refused, new_token
+from jobguard.model import (
+    Beat,
+    Claim,
+    Delivery,
+    Ended,
+    Outcome,
+    Parent,
+    Refusal,
+    Refused,
+    new_token,
+)
 from jobguard.settings import Settings
 from jobguard.store.protocols import BeatReply, HostStore, LeaderStore
 from tests.fakes.store import MemoryLedger
@@ -528,6 +538,30 @@ def test_a_superseded_delivery_is_not_in_flight() -> None:
 
     worker.session.mark_superseded(worker.run(job))
 
+    assert worker.in_flight == set()
+
+
+def test_the_end_of_a_superseded_run_comes_after_the_record_of_its_successor() -> None:
+    """The end does not pass a record that another thread is just writing: the record would be refused."""
+    worker = Worker().begin()
+    job = worker.owe()
+    claim = worker.run(job)
+    retry = delivery(job.job_id, parent=Parent(job.token, claim.number, worker=worker.session.id))
+    with outage(worker.ledger):
+        assert worker.tracker.record([retry]).spooled
+    worker.back()
+    another_thread = worker.tracker._replay._replaying
+    assert another_thread.take(0)
+
+    worker.end(claim, Outcome.SUPERSEDED)
+    worker.session.flush()
+    assert worker.in_flight == {job.token}
+    another_thread.free()
+    worker.tracker.connect()
+
+    assert worker.outcome(job) is Outcome.SUPERSEDED
+    (owed,) = worker.leader.page(SOURCE.id, after=None, limit=9)
+    assert owed.token == retry.token
     assert worker.in_flight == set()
 
 
