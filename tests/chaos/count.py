@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from jobguard.demo.figures import REPORT_SECONDS
+from jobguard.settings import Settings
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -41,7 +42,7 @@ def count(
     unanswered = ledger.called.keys() - ledger.enqueued.keys() - ledger.refused.keys()
     recorded = _recorded(ledger, unanswered, kills, outages)
     again = {number: marks for number, marks in ledger.ends.items() if len(marks) > 1}
-    excused = {number for number, marks in again.items() if is_excused(marks, kills)}
+    excused = {number for number, marks in again.items() if is_excused(marks, kills, outages)}
     return Count(
         enqueued=len(ledger.enqueued),
         executed=len(ledger.enqueued.keys() & ledger.ends.keys()),
@@ -61,16 +62,23 @@ def _is_early(ledger: Ledger, number: int) -> bool:
     return bool(starts) and not all(min(marks, default=math.inf) <= min(starts) for marks in ends)
 
 
-def is_excused(ends: Sequence[Mark], kills: Sequence[Kill]) -> bool:
+def is_excused(
+    ends: Sequence[Mark], kills: Sequence[Kill], outages: Sequence[tuple[float, float]] = ()
+) -> bool:
     """Return True if every completion except the last was by a worker that was killed before its report.
 
     An end carries the pid of the process that ran the job and, for a work-horse, of the worker that
     reports for the horse. An end excuses nothing if it was after the kill, or earlier before the
-    kill than a report takes.
+    kill than a report takes. While PostgreSQL is away, a process waits for it once.
     """
+
+    def takes(kill: Kill) -> float:
+        away = any(began <= kill.at <= ended for began, ended in outages)
+        return REPORT_SECONDS + (Settings().call_timeout if away else 0.0)
+
     return all(
         any(
-            kill.pid in (end.pid, end.parent) and 0 <= kill.at - end.at <= REPORT_SECONDS
+            kill.pid in (end.pid, end.parent) and 0 <= kill.at - end.at <= takes(kill)
             for kill in kills
         )
         for end in sorted(ends, key=lambda end: end.at)[:-1]

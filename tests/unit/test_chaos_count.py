@@ -118,6 +118,24 @@ def test_a_second_completion_is_excused_by_the_death_of_the_first_alone(
     assert (counted.excused, counted.twice) == (((1,), ()) if excused else ((), (1,)))
 
 
+@pytest.mark.parametrize(
+    ("end", "outage", "excused"),
+    [
+        (19.7, (19.5, 22.0), True),  # its report waited for PostgreSQL
+        (19.64, (19.5, 22.0), False),  # it had time to leave the report in Redis
+        (19.7, (15.0, 19.9), False),
+    ],
+)
+def test_a_report_waits_for_postgres_once(
+    end: float, outage: tuple[float, float], excused: bool
+) -> None:
+    """In an outage a report takes as long as one call of PostgreSQL may take."""
+    counted = count(
+        twice(line("end", 1, end, KILLED)), [Kill("worker_kill", KILLED, 20.0)], [outage]
+    )
+    assert (counted.excused, counted.twice) == (((1,), ()) if excused else ((), (1,)))
+
+
 def test_a_third_completion_needs_a_death_of_its_own() -> None:
     """One kill does not excuse two more runs."""
     first, third = line("end", 1, 19.99, KILLED), line("end", 1, 40.0)
