@@ -595,22 +595,20 @@ select true from lease
 
 -- name: clear
 -- Delete suspicions and outbox rows. Rows of jobs are locked first, as in every statement that locks rows of
--- suspects and of the outbox.
+-- suspects and of the outbox. What a worker has declined since the inspection stays suspected.
 with lease as (
   select from jobguard.leader where namespace = %(namespace)s and term = %(term)s for share
 ), locked as materialized (
-  select count(*) as rows from (
-    select from jobguard.jobs j
-    where j.source + 0 = %(source)s and j.token = any (%(tokens)b::uuid[]) order by j.token for key share
-  ) j
+  select j.token, j.declined > 0 and j.not_before > now() as declined from jobguard.jobs j
+  where j.source + 0 = %(source)s and j.token = any (%(tokens)b::uuid[]) order by j.token for key share
 ), unboxed as (
   delete from jobguard.outbox b using lease
   where b.source = %(source)s and b.token = any (%(tokens)b::uuid[])
-    and (select rows from locked) >= 0
+    and (select count(*) from locked) >= 0
 ), unsuspected as (
   delete from jobguard.suspects s using lease
   where s.source = %(source)s and s.token = any (%(tokens)b::uuid[])
-    and (select rows from locked) >= 0
+    and s.token <> all (array(select token from locked where declined))
 )
 select true from lease
 
@@ -710,16 +708,20 @@ from unnest(%(job_ids)b::text[]) i(job_id)
 
 -- name: restored
 -- Count a restore of each delivery, and delete its suspicion. "cause" is null where a delivery was not lost:
--- its dependencies have ended, and the library did not release it.
+-- its dependencies have ended, and the library did not release it. A worker may have taken and declined it
+-- since it was pushed: then it waits again, and stays suspected.
 with lease as (
   select from jobguard.leader where namespace = %(namespace)s and term = %(term)s for share
 ), locked as materialized (
-  select j.token, j.queue from jobguard.jobs j
+  select j.token, j.queue, j.declined > 0 and j.not_before > now() as declined from jobguard.jobs j
   where j.source + 0 = %(source)s and j.token = any (%(tokens)b::uuid[])
   order by j.token for no key update
 ), counted as (
   -- No join with the locked rows: a wrong estimate would compare each row with each row.
-  update jobguard.jobs j set recoveries = j.recoveries + 1, not_before = null from lease
+  update jobguard.jobs j
+  set recoveries = j.recoveries + 1,
+      not_before = case when j.declined > 0 and j.not_before > now() then j.not_before end
+  from lease
   where j.source + 0 = %(source)s and j.token = any (array(select token from locked))
 ), noted as (
   insert into jobguard.recoveries (source, token, cause)
@@ -741,15 +743,16 @@ with lease as (
 ), unsuspected as (
   delete from jobguard.suspects s using lease
   where s.source = %(source)s and s.token = any (%(tokens)b::uuid[])
-    and (select count(*) from locked) >= 0
+    and s.token <> all (array(select token from locked where declined))
 )
 select true from lease
 
 -- name: restores
--- Return how often each delivery itself was restored, without a death that explains why it is absent again. A
--- new delivery continues the count of the one that it supersedes, so the count of that one is subtracted. A
--- death explains it if the worker ran a job: then it may have had this delivery beside it, without a claim.
-select j.token, j.recoveries
+-- Return how often each delivery itself was restored, without a decline or a death that explains why it is
+-- absent again. A new delivery continues the count of the one that it supersedes, so the count of that one is
+-- subtracted. A death explains it if the worker ran a job: then it may have had this delivery beside it, without
+-- a claim.
+select j.token, j.recoveries - j.declined
   - coalesce((select max(h.recoveries) from jobguard.history h
               where h.source = j.source and h.job_id = j.job_id and h.next = j.token), 0)
   - (select count(*)

@@ -353,6 +353,23 @@ def test_a_declined_delivery_waits_and_is_dead_in_the_end(ledger: Contract) -> N
     assert ledger.owed() == {}
 
 
+def test_what_is_declined_before_its_restore_is_counted_stays_declined(ledger: Contract) -> None:
+    """A worker may take and decline it between the leader's push, or inspection, and its statement."""
+    it, term = ledger.recorded("j"), ledger.elected()
+    declined(ledger, it.token)
+    ledger.leader.restored(term, SOURCE, [it.token], causes={it.token: Cause.WORKER})
+    ledger.leader.clear(term, SOURCE, [it.token])
+    assert ledger.leader.restores(SOURCE, [it.token]) == {it.token: 0}, (
+        "it was taken by a guarded worker"
+    )
+    assert ledger.watched() == {}, "it waits"
+    ledger.advance(11)
+    row = ledger.watched()[it.token]
+    assert (row.suspected, row.suspected_mark) == (Cause.WORKER, "")
+    ledger.leader.clear(term, SOURCE, [it.token])
+    assert ledger.watched() == {}
+
+
 def test_a_running_delivery_is_not_declined(ledger: Contract) -> None:
     """A running, ended or unknown delivery is not declined."""
     it = ledger.recorded("j")

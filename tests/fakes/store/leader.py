@@ -364,9 +364,10 @@ class MemoryLeaderStore:
                     self._tables.suspects[key] = _suspected(before, cause, mark, now)
 
     def clear(self, term: int, source: int, tokens: Sequence[UUID]) -> None:
-        with self._leading(term):
+        with self._leading(term) as now:
             for token in tokens:
-                self._tables.clear_marks((source, token))
+                if not self._tables.was_declined((source, token), now):
+                    self._tables.clear_marks((source, token))
 
     def envelopes(
         self, source: int, tokens: Sequence[UUID], *, most_bytes: int | None = None
@@ -507,8 +508,9 @@ class MemoryLeaderStore:
                 self._tables.jobs[key].recoveries += 1
                 if causes and key[1] in causes:
                     self._tables.recoveries.setdefault(key, []).append(now)
-                self._tables.jobs[key].not_before = None
-                self._tables.clear_marks(key)
+                if not self._tables.was_declined(key, now):
+                    self._tables.jobs[key].not_before = None
+                    self._tables.clear_marks(key)
 
     def restores(self, source: int, tokens: Sequence[UUID]) -> Mapping[UUID, int]:
         with self._tables.open():
@@ -518,7 +520,8 @@ class MemoryLeaderStore:
                 before = (
                     s.recoveries for (of, _), s in stones if of == source and s.next == key[1]
                 )
-                count = self._tables.jobs[key].recoveries - max(before, default=0)
+                job = self._tables.jobs[key]
+                count = job.recoveries - job.declined - max(before, default=0)
                 found[key[1]] = count - self._followed_by_deaths(key)
             return found
 

@@ -308,6 +308,11 @@ class Tables:
         self.running.pop(key, None)
         self.clear_marks(key)
 
+    def was_declined(self, key: Key, now: float) -> bool:
+        """Return True if a worker has declined it a moment ago, so that it waits to be restored."""
+        job = self.jobs.get(key)
+        return job is not None and job.declined > 0 and (job.not_before or 0.0) > now
+
     def clear_marks(self, key: Key) -> None:
         """Delete the suspicion and the outbox row."""
         self.suspects.pop(key, None)
