@@ -12,6 +12,14 @@ from contextlib import suppress
 from typing import Any
 
 
+def lock() -> Any:
+    """Return a lock of ``threading`` as it is now, for the fields of dataclasses.
+
+    gevent may replace it after the import of this module: a wait for an older lock stops all greenlets.
+    """
+    return threading.Lock()
+
+
 class Turn:
     """The turn of one thread.
 

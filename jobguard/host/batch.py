@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from jobguard.fork import OwnerProcess
 from jobguard.host.push import take_back
+from jobguard.locks import lock
 from jobguard.model import Delivery, Recorded
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class _Batch:
     takes_all: bool = False
     _deferred: list[tuple[Sequence[Delivery], Push]] = field(default_factory=list)
     _count: int = 0
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _lock: threading.Lock = field(default_factory=lock)
     _owner: OwnerProcess = field(default_factory=OwnerProcess)
 
     @property

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from jobguard.errors import BadRow, StoreUnavailable, is_host_interrupt
-from jobguard.locks import Turn
+from jobguard.locks import Turn, lock
 
 Row = TypeVar("Row")
 Answer = TypeVar("Answer")
@@ -33,7 +33,7 @@ class _Part(Generic[Row, Answer]):
     """The rows of one caller in a batch."""
 
     rows: Sequence[Row]
-    done: threading.Lock = field(default_factory=threading.Lock)
+    done: threading.Lock = field(default_factory=lock)
     answer: Answer | None = None
     error: BaseException | None = None
 
@@ -43,7 +43,7 @@ class _Batch(Generic[Row, Answer]):
     parts: list[_Part[Row, Answer]] = field(default_factory=list)
     size: int = 0
     wanted: int = 0
-    full: threading.Event = field(default_factory=threading.Event)
+    full: threading.Event = field(default_factory=lambda: threading.Event())
 
 
 class GroupCommit(Generic[Row, Answer]):

@@ -28,6 +28,7 @@ from jobguard.errors import ConfigurationError, NotTransactional
 from jobguard.fork import OwnerProcess
 from jobguard.host import batch as batches
 from jobguard.host_safety import contain_errors
+from jobguard.locks import lock
 from jobguard.log import log_event
 from jobguard.model import Delivery, Recorded
 from jobguard.store import texts
@@ -86,7 +87,7 @@ class Transaction:
     _sent: list[_Sent] = field(default_factory=list)
     _count: int = 0
     _size: int = 0
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _lock: threading.Lock = field(default_factory=lock)
     _owner: OwnerProcess = field(default_factory=OwnerProcess)
 
     takes_all = True

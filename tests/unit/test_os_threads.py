@@ -7,12 +7,14 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from jobguard import os_threads
+import jobguard
+from jobguard import adapters, os_threads
 from tests.support import eventually
 
 
@@ -53,7 +55,8 @@ STARVED = """
 from gevent import monkey
 monkey.patch_all()
 import gevent, time
-from jobguard import os_threads
+import jobguard
+from jobguard import adapters, os_threads
 
 assert os_threads.is_patched()
 beats = []
@@ -110,3 +113,40 @@ def test_a_write_lets_no_other_greenlet_run(monkeypatch: pytest.MonkeyPatch) -> 
     finally:
         os.close(reader)
         os.close(writer)
+
+
+LATE_PATCH = """
+import jobguard.host.tracker, jobguard.host.transaction  # `gunicorn --preload -k gevent` imports first
+from gevent import monkey
+monkey.patch_all()
+import gevent
+from jobguard.host.group_commit import GroupCommit
+
+def write(rows):
+    gevent.sleep(0.02)
+    return len(rows)
+
+commits = GroupCommit(write, timeout=5.0)
+callers = [gevent.spawn(commits.submit, [n]) for n in range(20)]
+gevent.joinall(callers, timeout=2.5)
+print(sum(caller.successful() for caller in callers))
+"""
+
+
+def test_greenlets_share_a_commit_also_if_they_came_after_our_import() -> None:
+    """A caller that waits for the commit of another greenlet lets that greenlet run."""
+    pytest.importorskip("gevent")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", LATE_PATCH],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.stdout.split() == ["20"], done.stderr[-2000:]
+
+
+def test_no_dataclass_keeps_a_lock_of_the_time_of_its_import() -> None:
+    """Each lock is made from what ``threading`` has at that moment."""
+    root = Path(jobguard.__file__).parent
+    files = [*root.rglob("*.py"), *Path(adapters.__file__).parent.rglob("*.py")]
+    assert [str(file) for file in files if "default_factory=threading." in file.read_text()] == []
