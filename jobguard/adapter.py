@@ -327,6 +327,13 @@ class Session(Protocol):
         that the library has taken and dropped without a run, such as an unknown task.
         """
 
+    def give_back(self, claim: Claim, *, job_id: str, error: str) -> None:
+        """Give back a claimed delivery whose run could not begin, for a reason that is not the job's.
+
+        This counts as no crash. It goes back any number of times, each time after a longer delay, up to 5
+        minutes.
+        """
+
     def mark_superseded(self, claim: Claim) -> None:
         """Drop this claim without a report: a new delivery replaced its delivery by ``Delivery.parent``."""
 

@@ -123,6 +123,7 @@ class _Session(SafeProxy):
         "end": _nothing,
         "mark_superseded": _nothing,
         "decline": _nothing,
+        "give_back": _nothing,
         "release": _nothing,
         "abandon": _nothing,
         "consumes": _nothing,
@@ -142,9 +143,8 @@ class _UnguardedSession:
         """Let the job run."""
         return Claim(token, 0)
 
-    end = mark_superseded = decline = release = abandon = consumes = take_over_beats = flush = (
-        close
-    ) = _nothing
+    end = mark_superseded = decline = give_back = release = abandon = _nothing
+    consumes = take_over_beats = flush = close = _nothing
 
 
 class _Tracker(SafeProxy):

@@ -229,8 +229,8 @@ EVENTS: Mapping[str, Event] = {
         INFO, "a cold shutdown waits for a run, because this pool cannot stop it"
     ),  # job_id
     "run_not_begun": Event(
-        WARNING, "Redis failed before the function of a job was called: the job is restored"
-    ),  # job_id
+        WARNING, "Redis failed before the function of a job was called: the job goes back later"
+    ),  # job_id, error
     "run_exited": Event(
         WARNING, "a job ended its own process: it is restored within its crash budget"
     ),  # job_id

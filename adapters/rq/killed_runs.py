@@ -26,7 +26,7 @@ from rq.queue import Queue
 
 from jobguard.adapters.rq.layout import FIELD
 from jobguard.adapters.rq.lookup import tracker_for_job, tracker_for_registry
-from jobguard.adapters.rq.message import BROKER_DOWN, ENDED, run_of, token_in, token_of
+from jobguard.adapters.rq.message import ENDED, redis_failed, run_of, token_in, token_of
 from jobguard.host_safety import contain_errors
 from jobguard.log import log_event
 
@@ -89,7 +89,8 @@ def is_left_to_the_leader(worker: Any, job: Job) -> bool:
     if run is not None:
         # Do not rely on the class of the worker, which may monitor its horse in its own way.
         run.killed = run.horse_died and not was_ordered(worker)
-    if run is not None and (run.reported or not (run.killed or _never_began(run))):
+    unbegun = "" if run is None else _why_unbegun(run)
+    if run is not None and (run.reported or not (run.killed or unbegun)):
         return False
     token = token_of(job) if run is None else run.claim.token
     tracker = tracker_for_job(job)
@@ -98,12 +99,15 @@ def is_left_to_the_leader(worker: Any, job: Job) -> bool:
         return False
     if token not in (tracker.recovers([token], began=began) or ()):
         return False
-    if run is None or run.killed:
-        log_event("run_killed", job_id=job.id)
+    if unbegun:
+        log_event("run_not_begun", job_id=job.id, error=unbegun)
     else:
-        log_event("run_not_begun", job_id=job.id)
+        log_event("run_killed", job_id=job.id)
     if run is not None:
-        run.abandon()
+        if unbegun:
+            run.give_back(unbegun)
+        else:
+            run.abandon()
         _forget_run(worker)
     return True
 
@@ -118,9 +122,12 @@ def _forget_run(worker: Any) -> None:
         worker.execution = None
 
 
-def _never_began(run: Run) -> bool:
-    """Return True if Redis failed between the claim and the call of the function."""
-    return not run.began and isinstance(sys.exc_info()[1], BROKER_DOWN)
+def _why_unbegun(run: Run) -> str:
+    """Return the error of Redis between the claim and the call of the function; "": there was none."""
+    error = sys.exc_info()[1]
+    if not run.began and redis_failed(error):
+        return str(error) or type(error).__name__
+    return run.unbegun
 
 
 def clean_started(original: Hook) -> Hook:

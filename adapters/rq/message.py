@@ -23,12 +23,19 @@ from jobguard.adapters.rq.envelope import Mode, Routing, encode
 from jobguard.adapters.rq.layout import ATTEMPT_FIELD, FIELD, SPENT, TASK_FIELD
 from jobguard.job_keys import rule_of
 from jobguard.model import Delivery, Outcome, Parent, new_token
+from jobguard.redis_refusal import takes_no_writes
 from jobguard.tracing import current_trace
 
 if TYPE_CHECKING:
     from jobguard.adapters.rq.run import Run
 
 BROKER_DOWN = (redis.ConnectionError, redis.TimeoutError)
+
+
+def redis_failed(error: BaseException | None) -> bool:
+    """Return True if Redis is away, or takes no writes now: it is full, a replica, or loads its data."""
+    return isinstance(error, BROKER_DOWN) or (error is not None and takes_no_writes(error))
+
 
 # The attributes of jobguard on a Job object: in its __dict__, which RQ neither saves nor compares.
 _TOKEN = "_jobguard_token"

@@ -43,6 +43,8 @@ class Run:
         """The function, or RQ's code after it, raised: this is never a worker's death."""
         self.killed = False
         """The horse was killed, and not by RQ itself."""
+        self.unbegun = ""
+        """Why the function was not called: the error of Redis, which is no fault of the job."""
         self.outcome: Outcome | None = None
         self.reported = False
         self._session = session
@@ -83,7 +85,8 @@ class Run:
     @property
     def horse_died(self) -> bool:
         """Return True in the parent if the horse is gone and reported neither an end nor an error."""
-        return self._horse and self._is_in_parent and not (self.reported or self.raised)
+        known = self.reported or self.raised or self.unbegun
+        return self._horse and self._is_in_parent and not known
 
     def abandon(self) -> None:
         """Give up a killed or unstarted run: the leader restores the job, as after a worker's death."""
@@ -92,6 +95,16 @@ class Run:
             return
         self.reported = True
         self._session.abandon(self.claim)
+
+    def give_back(self, error: str) -> None:
+        """Give back a run whose function was not called, because Redis failed before."""
+        if self.reported:
+            return
+        self.reported, self.unbegun = True, error
+        if self._is_in_parent and self._session is not None:
+            self._session.give_back(self.claim, job_id=self.job_id, error=error)
+        elif not self._write({"unbegun": error}):
+            self._send_report(None, None)  # the parent is gone: the leader decides
 
     def drop_claim(self) -> None:
         """Drop the claim: the end is unknown, and the leader decides by the state of Redis."""
@@ -168,6 +181,8 @@ class Run:
         for fields in map(json.loads, lines):
             if fields.get("raised"):
                 self.raised = True
+            elif fields.get("unbegun"):
+                self.unbegun = fields["unbegun"]
             elif not self.reported:
                 outcome = Outcome(fields["outcome"]) if fields["outcome"] else None
                 if fields["successor"]:

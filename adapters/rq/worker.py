@@ -37,7 +37,6 @@ from jobguard.adapters.rq.killed_runs import forget_orders, is_left_to_the_leade
 from jobguard.adapters.rq.layout import FIELD, SPENT, WORKER_FIELD
 from jobguard.adapters.rq.lookup import guarded_elsewhere, tracker_for, tracker_for_job
 from jobguard.adapters.rq.message import (
-    BROKER_DOWN,
     attempt_of,
     deliver,
     draft,
@@ -45,6 +44,7 @@ from jobguard.adapters.rq.message import (
     is_given_up,
     mark,
     moving,
+    redis_failed,
     run_of,
     set_run,
     set_token,
@@ -260,6 +260,11 @@ def perform_job(original: Hook) -> Hook:
             # After its removal, this hook may still be called by another tool's wrapper.
             ours = _SESSION in self.__dict__ and not self.is_horse
             return _claimed(self, job, queue, call) if ours else call()
+        except RedisError as error:
+            run = run_of(job)
+            if self.is_horse and run is not None and not run.began and redis_failed(error):
+                run.give_back(str(error) or type(error).__name__)
+            raise
         finally:
             if self.is_horse:
                 for tracker in trackers():
@@ -395,7 +400,7 @@ def handle_job_failure(original: Hook) -> Hook:
             return None
         if run is None:
             return original(self, job, *args, **kwargs)
-        if run.returned and isinstance(sys.exc_info()[1], BROKER_DOWN):
+        if run.returned and redis_failed(sys.exc_info()[1]):
             run.end(Outcome.COMPLETED)
         if run.outcome is Outcome.COMPLETED:
             # Otherwise RQ retries the job, which is refused, or shows it as failed. In both cases
@@ -416,7 +421,7 @@ def _note_if_raised(job: Job) -> None:
     run, error = run_of(job), sys.exc_info()[1]
     if run is None or error is None or not run.began:
         return
-    if not (run.returned and isinstance(error, BROKER_DOWN)):
+    if not (run.returned and redis_failed(error)):
         run.note_raised()
 
 
@@ -530,6 +535,8 @@ def _describe(job: Job, queue: Queue, token: UUID) -> Delivery:
 def _conclude(run: Run, job: Job) -> None:
     """Report the end after RQ is done with the job: if there is no report, read the status in Redis."""
     run.drain()
+    if run.unbegun:
+        run.give_back(run.unbegun)
     if run.reported:
         return
     status = None

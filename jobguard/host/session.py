@@ -58,6 +58,8 @@ _STEP = 0.025
 """Seconds between two attempts of a start to get its claim."""
 _MOST_DECLINES = 5
 """How often a job that no worker can begin goes back, before it is dead."""
+_ALWAYS = 32_767
+"""The same for a job that a worker cannot begin for a reason that is not the job's."""
 _DECLINE_WAIT = 5.0
 """Seconds before it goes back the first time; the time doubles each time after."""
 
@@ -459,14 +461,22 @@ class WorkerSession:
         self._alone.leave(claim.token)
         self._beats.beat_now()  # a claim that no worker lists counts as abandoned
 
+    def give_back(self, claim: Claim, *, job_id: str, error: str) -> None:
+        """Send a job whose run could not begin back for a later attempt, without a crash; see Session."""
+        self.release(claim)
+        self._decline(claim.token, most=_ALWAYS, job_id=job_id, error=error)
+
     def decline(self, token: UUID, *, job_id: str, error: str) -> None:
         """Send the job back for a later attempt, a few times at most; see Session."""
+        self._decline(token, most=_MOST_DECLINES, job_id=job_id, error=error)
+
+    def _decline(self, token: UUID, *, most: int, job_id: str, error: str) -> None:
         self._mine()
         source = self._tracker.source.id
         try:
             left = self._tracker.call(
                 lambda store: store.decline(
-                    source, token, most=_MOST_DECLINES, wait=_DECLINE_WAIT, error=redact(error)
+                    source, token, most=most, wait=_DECLINE_WAIT, error=redact(error)
                 )
             )
         except Exception as failure:

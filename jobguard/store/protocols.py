@@ -234,8 +234,8 @@ class HostStore(Protocol):
     def decline(self, source: int, token: UUID, *, most: int, wait: float, error: str) -> int:
         """Put an unclaimed delivery back after a delay, because a worker cannot begin it.
 
-        The first delay is ``wait`` seconds, and each further one is twice as long. After ``most`` times
-        the delivery is dead. Return how many times are left.
+        The first delay is ``wait`` seconds, and each further one is twice as long, up to 5 minutes. After
+        ``most`` times the delivery is dead. Return how many times are left.
         """
 
     def beat(self, source: int, beat: Beat, *, namespace: str) -> BeatReply:

@@ -370,6 +370,16 @@ def test_what_is_declined_before_its_restore_is_counted_stays_declined(ledger: C
     assert ledger.watched() == {}
 
 
+def test_the_wait_of_a_declined_delivery_has_a_bound(ledger: Contract) -> None:
+    """A delivery may go back any number of times; it never waits for longer than 5 minutes."""
+    it, term = ledger.recorded("j"), ledger.elected()
+    for _ in range(9):
+        assert ledger.store.decline(SOURCE, it.token, most=32_767, wait=5.0, error="no room")
+        ledger.advance(301)
+        assert set(ledger.watched()) == {it.token}
+        ledger.leader.restored(term, SOURCE, [it.token])
+
+
 def test_a_running_delivery_is_not_declined(ledger: Contract) -> None:
     """A running, ended or unknown delivery is not declined."""
     it = ledger.recorded("j")

@@ -80,6 +80,10 @@ class FakeSession:
         """Decline the claim."""
         self.tracker.note("decline", job_id, error)
 
+    def give_back(self, claim: Claim, *, job_id: str, error: str) -> None:
+        """Note it."""
+        self.tracker.note("give_back", job_id, error)
+
     def release(self, claim: Claim, *, interrupted: bool = False) -> None:
         """Drop the claim."""
         self.tracker.note("give_back", claim.token.hex)

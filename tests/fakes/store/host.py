@@ -510,7 +510,7 @@ class MemoryHostStore:
             if job.declined == most:
                 tables.bury(key, Outcome.DEAD, ended_at=now, error=error)
                 return 0
-            job.not_before = now + wait * 2**job.declined
+            job.not_before = now + min(wait * 2 ** min(job.declined, 20), 300.0)
             job.declined += 1
             tables.suspects[key] = Suspect(Cause.WORKER, "", now)
             return most - job.declined

@@ -96,23 +96,35 @@ class TestKilledHorse:
 class TestNeverBegan:
     """A run that ended before the call of its function, because Redis failed."""
 
-    @pytest.fixture
-    def breaking(self, kind: Any) -> type[Any]:
-        """Return a worker whose Redis restarts just before the call of the function."""
+    @pytest.fixture(params=["for a moment", "for the rest of the run", "it is full"])
+    def breaking(self, kind: Any, request: pytest.FixtureRequest) -> type[Any]:
+        """Return a worker whose Redis fails just before the call of the function."""
+        full = request.param == "it is full"
+        error = (
+            redis.OutOfMemoryError("used memory > maxmemory")
+            if full
+            else redis.ConnectionError("full")
+        )
 
         class Breaking(kind):  # type: ignore[misc]
             def prepare_job_execution(self, *args: Any, **kwargs: Any) -> Any:
-                raise redis.ConnectionError("restarted")
+                raise error
+
+            def handle_execution_ended(self, *args: Any, **kwargs: Any) -> Any:
+                if self.is_horse and request.param != "for a moment":
+                    raise error  # the horse exits with code 1
+                return super().handle_execution_ended(*args, **kwargs)
 
         return Breaking
 
     def test_is_not_failed(self, breaking: Any, queue: Queue, led: FakeTracker) -> None:
-        """The job is restored; RQ's decision on a function that was never called is not valid."""
+        """The job goes back without a crash: RQ decides about a function that was never called."""
         job = queue.enqueue(tasks.add, 1, retry=Retry(max=2))
         work(breaking, queue)
 
         assert not led.notes("end")
-        assert len(led.notes("abandon") + led.notes("release")) == 1
+        assert not led.notes("abandon")
+        assert [note[0] for note in led.notes("give_back")] == [job.id]
         assert job.get_status() not in ("failed", "finished")
         assert Job.fetch(job.id, connection=queue.connection).retries_left == 2
 
