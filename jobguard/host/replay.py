@@ -25,6 +25,8 @@ from jobguard.model import Delivery, End, Recorded
 from jobguard.store.protocols import ClaimRequest
 
 if TYPE_CHECKING:
+    from uuid import UUID
+
     from jobguard.adapter import Source
     from jobguard.host.circuit import Circuit
     from jobguard.host.stream import ReportStream
@@ -114,6 +116,18 @@ class Replay:
         if aside and not self._spool.aside():
             log_event("aside_written")
         return done
+
+    def remove(self, tokens: Sequence[UUID], *, patience: float) -> bool:
+        """Remove the records of these from the spool; see Spool.remove.
+
+        A record that another thread is just writing is waited for: it is in Postgres after that.
+        """
+        waited = self._replaying.take(patience)
+        try:
+            return self._spool.remove(tokens) and waited
+        finally:
+            if waited:
+                self._replaying.free()
 
     def _write(self, entries: Sequence[Entry]) -> bool:
         """Write these entries; return False if the first was set aside. Raises StoreUnavailable.

@@ -588,7 +588,7 @@ class HostTracker:
     def withdraw(self, deliveries: Sequence[Delivery]) -> None:
         """Withdraw deliveries that were surely not pushed; see Tracker."""
         tokens = [d.token for d in deliveries]
-        surely_removed = self.spool.remove(tokens)
+        surely_removed = self.forget_spooled(tokens)
         withdrawn = self._try_call("withdraw", lambda store: self._withdraw(store, tokens))
         if surely_removed or withdrawn:
             return
@@ -621,7 +621,7 @@ class HostTracker:
     def forget_spooled(self, tokens: Sequence[UUID]) -> bool:
         """Remove the records of these from the spool; see Tracker."""
         self._mine()
-        return self.spool.remove(tokens)
+        return self._replay.remove(tokens, patience=self.settings.call_timeout)
 
     def leave_to_outbox(self, tokens: Sequence[UUID]) -> None:
         """Leave the push to the leader; see Tracker."""

@@ -733,6 +733,35 @@ def test_withdraw() -> None:
     assert host.outcome(job.token) is None
 
 
+def test_withdrawing_what_is_just_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A record that another thread is writing from the spool is withdrawn when Postgres has it."""
+    host = HostProcess(call_timeout=60.0)
+    job = delivery()
+    with outage(host.ledger):
+        assert host.tracker.record([job]).spooled
+    host.back()
+    begun, goes_on = threading.Event(), threading.Event()
+    write = host.tracker._replay._write
+
+    def slowly(entries: Sequence[Any]) -> bool:
+        begun.set()
+        assert goes_on.wait(60)
+        return write(entries)
+
+    monkeypatch.setattr(host.tracker._replay, "_write", slowly)
+    writer = threading.Thread(target=host.tracker.replay)
+    withdrawal = threading.Thread(target=host.tracker.withdraw, args=([job],))
+    writer.start()
+    assert begun.wait(60)
+    withdrawal.start()
+    withdrawal.join(0.1)  # it waits, or the test fails below
+    goes_on.set()
+    writer.join()
+    withdrawal.join()
+
+    assert host.owed == {}
+
+
 @pytest.mark.parametrize(
     ("settings", "recorded", "accepted"),
     [
