@@ -237,6 +237,10 @@ class SimulatedRedis(FakeRedis):
         """Return a string."""
         return self.strings.get(key)
 
+    def getex(self, key: str, px: int) -> bytes | None:
+        """Return a string, which does not expire within a run."""
+        return self.get(key)
+
     def exists(self, key: str) -> int:
         """Return 1 if this string exists and has not expired."""
         return int(float(self.strings.get(key, b"0")) > self._site.wall())
@@ -273,7 +277,10 @@ class SimulatedRedis(FakeRedis):
         stream, notes, args = given[0], given[2], given[keys:]
         if sha.startswith("-- Add"):
             self.strings[given[3]] = str(self._site.wall() + float(args[1]) / 1e3).encode()
-            return list(self._added(stream, notes, list(args[5:])))
+            ids = list(self._added(stream, notes, list(args[6:])))
+            count = int(self.strings.get(given[5], b"0")) + len(ids)
+            self.strings[given[5]] = str(count).encode()
+            return [*ids, count]
         entries = self.streams.get(stream, {})
         found = [entries.pop(id, None) for id in args[1:]]
         for entry in found:
