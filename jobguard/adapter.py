@@ -320,11 +320,19 @@ class Session(Protocol):
     ) -> None:
         """Report the end of a claimed delivery; batched, in order. ``part``: its part in a join."""
 
-    def decline(self, token: UUID, *, job_id: str, error: str) -> None:
+    def decline(
+        self,
+        token: UUID,
+        *,
+        job_id: str,
+        error: str,
+        describe: Callable[[], Delivery] | None = None,
+    ) -> bool:
         """Give back a delivery that this worker cannot begin and another worker may begin.
 
         It goes back at most 5 times, with a longer delay each time. After that it is dead. For messages
-        that the library has taken and dropped without a run, such as an unknown task.
+        that the library has taken and dropped without a run, such as an unknown task. ``describe``: see
+        start. Return False, and do nothing, if no leader would put it back: see Tracker.recovers.
         """
 
     def give_back(self, claim: Claim, *, job_id: str, error: str) -> None:

@@ -128,13 +128,17 @@ def describe(
     queue: str,
     priority: int,
     token: UUID,
+    task: Mapping[str, Any] | None = None,
 ) -> Delivery:
-    """Return the record of a message that a worker took and that was not recorded."""
+    """Return the record of a message that a worker took and that was not recorded.
+
+    ``task``: the mapping with the task's id and name, if these are not the headers.
+    """
     info = properties.get("delivery_info") or {}
     wire = Wire(
         app=app,
         connection=app.connection_for_write(),
-        task=headers,
+        task=headers if task is None else task,
         data=body,
         content_type=content_type,
         content_encoding=content_encoding,

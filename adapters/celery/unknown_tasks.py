@@ -7,20 +7,27 @@ tomorrow. The message goes back, later each time. An unreadable message has fail
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import kombu.compression
 from celery import signals
 from celery.worker.consumer.consumer import Consumer
 
 from jobguard.adapters.celery import killed_runs, sessions
 from jobguard.adapters.celery.envelope import token_of
+from jobguard.adapters.celery.message import describe
 from jobguard.errors import StoreUnavailable
 from jobguard.host_safety import contain_errors
 from jobguard.log import log_event
 from jobguard.model import Outcome
 from jobguard.patching import Hooks
+
+if TYPE_CHECKING:
+    from uuid import UUID
+
+    from jobguard.model import Delivery
 
 Hook = Callable[..., Any]
 
@@ -52,14 +59,38 @@ def _is_declined(consumer: Any, message: Any, exc: Any) -> bool:
     working, token = sessions.working_for(consumer.app), token_of(message.headers)
     if working is None or token is None:
         return False
-    if token not in (working.tracker.recovers([token], began=False) or ()):
-        return False
     job_id, name = _named(message)
+    declined = working.session.decline(
+        token,
+        job_id=job_id,
+        error=f"unregistered task {name}",
+        describe=lambda: _described(consumer.app, message, token),
+    )
+    if not declined:
+        return False
     log_event("task_unknown", job_id=job_id, task=name)
-    working.session.decline(token, job_id=job_id, error=f"unregistered task {name}")
     message.reject_log_error(logging.getLogger("jobguard"), consumer.connection_errors)
     signals.task_unknown.send(sender=consumer, message=message, exc=exc, name=name, id=job_id)
     return True
+
+
+def _described(app: Any, message: Any, token: UUID) -> Delivery:
+    """Return the record of a message that is not recorded; kombu has inflated its body."""
+    body, compression = message.body, message.headers.get("compression")
+    if compression:
+        body, _ = kombu.compression.compress(body, compression)
+    return describe(
+        app,
+        message.headers,
+        body,
+        message.content_type,
+        message.content_encoding,
+        message.properties,
+        queue=vars(message).get(sessions.QUEUE) or message.delivery_info.get("routing_key") or "",
+        priority=message.properties.get("priority") or 0,
+        token=token,
+        task=_task_in(message),
+    )
 
 
 def on_decode_error(original: Hook) -> Hook:
@@ -90,5 +121,11 @@ def _report_failed(consumer: Any, message: Any, error: str) -> None:
 
 def _named(message: Any) -> tuple[str, str]:
     """Return the id and the name of a message's task."""
-    named = message.headers if "task" in message.headers else message.payload
+    named = _task_in(message)
     return str(named["id"]), str(named["task"])
+
+
+def _task_in(message: Any) -> Mapping[str, Any]:
+    """Return the mapping with the task's id and name: the headers, or with protocol 1 the body."""
+    found: Mapping[str, Any] = message.headers if "task" in message.headers else message.payload
+    return found

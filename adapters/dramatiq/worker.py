@@ -329,19 +329,17 @@ class WorkerHooks:
         token, session = token_of(message.options.get("redis_message_id")), self.session
         if token is None or session is None:
             return
-        if self._decline_for_later(token, job_id=message.message_id, error=error):
+        if session.decline(
+            token,
+            job_id=message.message_id,
+            error=error,
+            describe=lambda: self._describe(message, token),
+        ):
             self._declined.add(str(token))
             return
         run = self._run(session, message, Claim(token, 0))
         run.error = LookupError(error)
         run.end(failed=True)
-
-    def _decline_for_later(self, token: UUID, *, job_id: str, error: str) -> bool:
-        session = self.session
-        if session is None or token not in (self._tracker.recovers([token], began=False) or ()):
-            return False
-        session.decline(token, job_id=job_id, error=error)
-        return True
 
     def _undecodable(self, queue: str, error: DecodeError) -> None:
         """Handle bytes that this worker cannot decode. Only Redis knows their id."""
@@ -355,8 +353,10 @@ class WorkerHooks:
             rid = dict(zip(bodies, unknown, strict=True)).get(error.data)
             if rid is None:
                 return
-            token = token_of(rid)
-            if token is not None and self._decline_for_later(token, job_id=rid, error=str(error)):
+            token, session = token_of(rid), self.session
+            if token is None or session is None:
+                return
+            if session.decline(token, job_id=rid, error=str(error)):
                 self.remove(queue, rid)
             else:
                 self._in_flight.ignore(rid)

@@ -466,9 +466,20 @@ class WorkerSession:
         self.release(claim)
         self._decline(claim.token, most=_ALWAYS, job_id=job_id, error=error)
 
-    def decline(self, token: UUID, *, job_id: str, error: str) -> None:
+    def decline(
+        self,
+        token: UUID,
+        *,
+        job_id: str,
+        error: str,
+        describe: Callable[[], Delivery] | None = None,
+    ) -> bool:
         """Send the job back for a later attempt, a few times at most; see Session."""
+        self._mine()
+        if not self._is_put_back(token, describe):
+            return False
         self._decline(token, most=_MOST_DECLINES, job_id=job_id, error=error)
+        return True
 
     def _decline(self, token: UUID, *, most: int, job_id: str, error: str) -> None:
         self._mine()
@@ -486,6 +497,18 @@ class WorkerSession:
             log_event("not_written", what="decline", error=str(failure))
             return
         log_event("job_declined", job_id=job_id, tries_left=left, error=error)
+
+    def _is_put_back(self, token: UUID, describe: Callable[[], Delivery] | None) -> bool:
+        """Return True if a leader would restore this delivery, which has not begun.
+
+        Its record may still be under way beside its push, or its producer may not be guarded.
+        """
+        found = self._tracker.recovers([token], began=False)
+        if found is not None and token not in found and describe is not None:
+            with contain_errors("record a declined job"):
+                self._tracker.record_late(describe())
+                found = self._tracker.recovers([token], began=False)
+        return token in (found or ())
 
     def ended(self, ends: Sequence[End]) -> None:
         """Remove these deliveries from the in-flight list: their ends are in Postgres."""

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from uuid import UUID
 
     import redis
 
@@ -53,6 +54,9 @@ class TrackerApi(Protocol):
 
     def record_late(self, delivery: Delivery) -> None:
         """Record a delivery that is in Redis already. Raises as the store does."""
+
+    def recovers(self, tokens: Sequence[UUID], *, began: bool = True) -> frozenset[UUID] | None:
+        """Return those that a leader restores; see Tracker."""
 
     def release(self, released: Released) -> None:
         """Release a claim. Raises as the store does; then it is released when Postgres is back."""

@@ -76,9 +76,12 @@ class FakeSession:
         self.tracker.note("release", claim.token.hex)
         self.deferred.discard(claim.token)
 
-    def decline(self, token: UUID, *, job_id: str, error: str) -> None:
-        """Decline the claim."""
+    def decline(self, token: UUID, *, job_id: str, error: str, **_: Any) -> bool:
+        """Decline the claim, if a leader restores it."""
+        if token not in self.tracker.recovers([token], began=False):
+            return False
         self.tracker.note("decline", job_id, error)
+        return True
 
     def give_back(self, claim: Claim, *, job_id: str, error: str) -> None:
         """Note it."""

@@ -18,6 +18,7 @@ from jobguard.host.session import WorkerSession
 from jobguard.host.tracker import HostTracker
 from jobguard.model import (
     Beat,
+    Cause,
     Claim,
     Delivery,
     Ended,
@@ -28,7 +29,7 @@ from jobguard.model import (
     new_token,
 )
 from jobguard.settings import Settings
-from jobguard.store.protocols import BeatReply, HostStore, LeaderStore
+from jobguard.store.protocols import BeatReply, HostStore, LeaderStore, QueueRow
 from tests.fakes.store import MemoryLedger
 from tests.fakes.world import (
     FOR_EVER,
@@ -216,6 +217,27 @@ def test_skipping_without_a_leader_is_warned_of(caplog: pytest.LogCaptureFixture
     worker.session._beats.beat()
     worker.start(job)
     assert "nobody_leads" not in events(caplog.records)
+
+
+def test_a_declined_job_is_recorded_first() -> None:
+    """Its record may be under way beside its push. Without a leader nothing is declined."""
+    worker = Worker().begin()
+    job = delivery("unrecorded")
+
+    def is_declined(token: UUID, **how: Any) -> bool:
+        return worker.session.decline(token, job_id="job", error="no such task", **how)
+
+    assert not is_declined(job.token, describe=lambda: job)
+    store, term = lead(worker.ledger)
+    store.acknowledge(term, SOURCE.id, new_token(), 1, run_id=None)
+    store.trust(term, [QueueRow(SOURCE.id, "mail", 0.0)])
+    assert is_declined(job.token, describe=lambda: job)
+
+    other = delivery("of another")
+    assert not is_declined(other.token)
+    assert is_declined(other.token, describe=lambda: other)
+    worker.clock.advance(6)
+    assert [row.suspected for row in store.watched(SOURCE.id, limit=9)] == 2 * [Cause.WORKER]
 
 
 def test_only_who_hears_the_beats_says_that_nobody_leads(caplog: pytest.LogCaptureFixture) -> None:
