@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from redis.exceptions import ResponseError
@@ -36,6 +37,7 @@ class Consumers(Mapping[str, frozenset[str]]):
         proved: frozenset[str] = frozenset(),
         alive: frozenset[str] = frozenset(),
         passing: frozenset[str] = frozenset(),
+        sessions: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self._by_queue = by_queue
         self._strangers = strangers
@@ -43,6 +45,9 @@ class Consumers(Mapping[str, frozenset[str]]):
         """Names whose connections show that they are guarded, also if the ledger does not know them."""
         self.alive = alive
         """Those of them that are alive at this moment, so that their ledger knows them."""
+        self.sessions = sessions
+        """The ids in hex of the sessions that Redis names for registered workers: several workers of one
+        process have one session, which has the name of the first."""
         self.passing = passing
         """Strangers that may be no consumers: they have not taken for long enough to be sure."""
         self.uncounted = uncounted

@@ -21,7 +21,7 @@ from jobguard.adapter import Source
 from jobguard.adapters.rq.backlog import BacklogReader
 from jobguard.adapters.rq.ended_workers import EndedWorkers
 from jobguard.adapters.rq.envelope import Mode, UnknownEnvelope, decode
-from jobguard.adapters.rq.layout import FIELD, KEPT, SPENT, TIMESTAMP, Layout
+from jobguard.adapters.rq.layout import FIELD, KEPT, SPENT, TIMESTAMP, WORKER_FIELD, Layout
 from jobguard.adapters.rq.render import render
 from jobguard.client_list import Consumers, Listener, Listeners
 from jobguard.client_names import nameable
@@ -211,8 +211,15 @@ class RQBroker:
         with self._client.pipeline(transaction=False) as pipe:
             for key in known:
                 pipe.exists(key)
-            alive = {key for key, there in zip(known, pipe.execute(), strict=True) if there}
+                pipe.hget(key, WORKER_FIELD)
+            found = pipe.execute(raise_on_error=False)  # a key may have another type
+        alive = {key for key, there in zip(known, found[::2], strict=True) if there}
         worker = f"{self._layout.base}:worker:"
+        sessions = {
+            key.decode(errors="replace").removeprefix(worker): session.decode(errors="replace")
+            for key, session in zip(known, found[1::2], strict=True)
+            if isinstance(session, bytes)
+        }
         by_queue = {
             name: frozenset(
                 key.decode(errors="replace").removeprefix(worker) for key in keys if key in alive
@@ -226,7 +233,9 @@ class RQBroker:
         proved = frozenset(name for name in registered if nameable(name) in named)
         for queue, ended in self._ended.find(registered).items():
             by_queue[queue] = by_queue.get(queue, frozenset()) | ended
-        return Consumers(by_queue, strangers, self._listeners.refused, proved, proved)
+        return Consumers(
+            by_queue, strangers, self._listeners.refused, proved, proved, sessions=sessions
+        )
 
     def render(self, request: Request, token: UUID) -> Delivery:
         """Return the delivery of a job that SQL or a schedule asked for."""

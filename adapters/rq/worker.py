@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -64,6 +65,9 @@ if TYPE_CHECKING:
 
 Hook = Callable[..., Any]
 
+_sharing = threading.RLock()
+_workers_of: dict[tuple[int, int], set[int]] = {}
+"""The worker objects that share a session, by process and source; their Python ids."""
 _TRACKER = "_jobguard_tracker"
 _SESSION = "_jobguard_session"
 _EXIT_TIME = 1.0
@@ -114,7 +118,7 @@ def register_death(original: Hook) -> Hook:
         finally:
             session: Session | None = self.__dict__.pop(_SESSION, None)
             if session is not None:
-                session.close(running=_horse_runs_on(self))
+                _leave_session(self, session)
 
     return hook
 
@@ -455,11 +459,22 @@ def _open_session(worker: Any) -> Session | None:
         return None
     worker.__dict__[_TRACKER] = tracker
     label_client(worker.connection, tracker.source, name=worker.name)
-    session: Session = tracker.open_session(
-        name=worker.name, queues=worker.queue_names(), apart=isinstance(worker, SimpleWorker)
-    )
+    with _sharing:
+        session: Session = tracker.open_session(
+            name=worker.name, queues=worker.queue_names(), apart=isinstance(worker, SimpleWorker)
+        )
+        _workers_of.setdefault((os.getpid(), tracker.source.id), set()).add(id(worker))
     worker.__dict__[_SESSION] = session
     return session
+
+
+def _leave_session(worker: Any, session: Session) -> None:
+    """Close the session, unless other workers of this process use it: SimpleWorkers in threads."""
+    with _sharing:
+        workers = _workers_of.get((os.getpid(), worker.__dict__[_TRACKER].source.id), set())
+        workers.discard(id(worker))
+        if not workers:
+            session.close(running=_horse_runs_on(worker))
 
 
 def _log_whether_guarded(worker: Any, session: Session | None) -> None:

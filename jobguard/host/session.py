@@ -601,6 +601,11 @@ class WorkerSession:
         self._in_flight.children = other._in_flight.children
         self._alone = self._new_alone()
 
+    @property
+    def queues(self) -> Sequence[str]:
+        """Return the queues that it reports."""
+        return self._beats.queues
+
     def consumes(self, queues: Sequence[str]) -> None:
         """Report from the next beat on that the worker takes jobs from these queues; see Session."""
         self._beats.consumes(queues)

@@ -870,6 +870,8 @@ class HostTracker:
                 serves=self._door is not None and self._door.owner.is_current,
             )
             self._session.open()
+        elif more := set(queues) - set(self._session.queues):  # another worker of this process
+            self._session.consumes(sorted(more | set(self._session.queues)))
         return self._session
 
     @property

@@ -416,8 +416,10 @@ class SourceMonitor:
         self._saw(consumers)
         uncounted = str(getattr(consumers, "uncounted", ""))
         proved: frozenset[str] = getattr(consumers, "proved", frozenset())
-        expected, foreign = self._workers.not_in_ledger(getattr(consumers, "alive", frozenset()))
-        proved -= expected | foreign
+        ours = self._workers.named_by(getattr(consumers, "sessions", {}))
+        alive: frozenset[str] = getattr(consumers, "alive", frozenset())
+        expected, foreign = self._workers.not_in_ledger(alive - ours)
+        proved = (proved - expected - foreign) | ours
         for name in sorted(foreign - self._foreign):
             log_event("worker_elsewhere", source=self.source.address, worker=name)
         self._foreign = foreign

@@ -249,6 +249,11 @@ class Workers:
         now = self._clock()
         return now - self._unknown_ids.setdefault(name, now) >= self._timeout
 
+    def named_by(self, sessions: Mapping[str, str]) -> frozenset[str]:
+        """Return the names of these workers that the ledger knows by the id in hex of their session."""
+        known = {row.id.hex for row in self.rows}
+        return frozenset(name for name, session in sessions.items() if session in known)
+
     def not_in_ledger(self, alive: frozenset[str]) -> tuple[frozenset[str], frozenset[str]]:
         """Return the guarded workers without a row: those that may register soon, and all others.
 

@@ -17,7 +17,7 @@ from jobguard.adapters.rq import ended_workers
 from jobguard.adapters.rq.broker import RQBroker
 from jobguard.client_names import read_mark
 from jobguard.clients import take_connection
-from tests.fakes.adapters import FakeTracker
+from tests.fakes.adapters import FakeSession, FakeTracker
 from tests.support import eventually
 
 BARE = """
@@ -112,6 +112,24 @@ def test_connections_that_were_open_before_the_worker(
         name = client.client_getname()
         mark = read_mark(name if isinstance(name, str) else str(name, "ascii"))
         assert mark is not None and mark.name == "ours"
+
+
+def test_workers_of_one_process_share_a_session(
+    queue: Queue, tracker: FakeTracker, broker: RQBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SimpleWorkers in threads are one worker of the ledger, until the last of them has ended."""
+    shared = FakeSession(tracker, "one", [queue.name])
+    monkeypatch.setattr(tracker, "open_session", lambda **_: shared)
+    one: Any = Worker([queue.name], connection=queue.connection, name="one")
+    two: Any = Worker([queue.name], connection=queue.connection, name="two")
+    one.register_birth()
+    two.register_birth()
+    queue.connection.sadd("rq:queues", queue.key)
+    assert broker.consumers().sessions == dict.fromkeys(("one", "two"), shared.id.hex)
+    one.register_death()
+    assert not shared.closed
+    two.register_death()
+    assert shared.closed
 
 
 def ended(broker: RQBroker) -> set[str]:

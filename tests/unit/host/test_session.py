@@ -1238,10 +1238,11 @@ def test_no_deregistration_with_unwritten_ends(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_same_session_again_until_it_is_closed() -> None:
-    """A worker process has one session; after it is closed, a new one can be opened."""
+    """A worker process has one session for all its workers; after it is closed, a new one can be opened."""
     worker = Worker()
     first = worker.tracker.open_session(name="w", queues=["mail"])
-    assert worker.tracker.open_session(name="w", queues=["mail"]) is first
+    assert worker.tracker.open_session(name="w2", queues=["mail", "low"]) is first
+    assert list(first.queues) == ["low", "mail"]
 
     first.close()
     second = worker.tracker.open_session(name="w", queues=["mail"])

@@ -152,6 +152,26 @@ def test_a_worker_that_started_in_an_outage_is_not_taken_for_an_unguarded_one() 
         assert (row.unguarded == ()) is proved
 
 
+def test_workers_of_one_process_are_guarded_by_their_session() -> None:
+    """The ledger knows a process by the name of its first worker, also after the process was killed."""
+    names = frozenset({"w1", "w2"})
+    for alive in (names, frozenset[str]()):
+        for known in (True, False):
+            world = calm()
+            (session,) = (row.id.hex for row in world.store.workers(SOURCE.id))
+            made: Any = Consumers(
+                {"mail": names},
+                frozenset(),
+                proved=alive,
+                alive=alive,
+                sessions=dict.fromkeys(names, session) if known else {},
+            )
+            world.broker.names = made
+            world.run(60)
+            (row,) = [row for row in world.store.queues(SOURCE.id) if row.queue == "mail"]
+            assert (row.unguarded == ()) is known
+
+
 def test_what_may_wait_for_a_reply_makes_no_queue_untrusted() -> None:
     """A connection in doubt holds restores back while it lasts; without the doubt it is unguarded."""
     world = calm()
