@@ -27,7 +27,6 @@ from jobguard.clients import own_client
 from jobguard.fork import OwnerProcess
 from jobguard.host_safety import contain_errors
 from jobguard.patching import Hooks
-from jobguard.registry import trackers
 from jobguard.scripts import Script
 
 if TYPE_CHECKING:
@@ -116,6 +115,7 @@ def create_client(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _name(channel: Any) -> None:
-    for tracker in lookup.at(trackers(), channel.connection.client)[:1]:
+    # A program that only asks workers (Flower) sends no task, which would connect its guard.
+    for tracker in lookup.trackers_at(channel.connection.client)[:1]:
         if not late.is_late(tracker):
             label_pool(channel.async_pool, tracker.source)

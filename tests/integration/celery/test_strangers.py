@@ -22,6 +22,14 @@ while True:
     time.sleep(9)
 """
 """A program without a guard that asks the workers again and again, as exporters of metrics do."""
+ASKS_ALWAYS = """
+import sys, celery, jobguard
+app = celery.Celery(broker=sys.argv[1])
+jobguard.guard(app)
+while True:
+    app.control.ping(timeout=1.0)
+"""
+"""A guarded program that asks without a rest, and sends no task."""
 UNSEEN = {"task_ignore_result": True}
 """Settings of an unguarded worker: with a stored result a leader would see what the worker ran."""
 
@@ -104,6 +112,7 @@ def test_guarded_workers_and_programs_that_only_ask_are_recognised(rig: Rig) -> 
     """Busy and idle guarded workers, a flush, and programs that wait for replies count as guarded."""
     rig.reconciler()
     rig._start("asks", "-c", ASKS, rig.redis_url)
+    rig._start("asks_always", "-c", ASKS_ALWAYS, rig.redis_url)
     rig.worker(concurrency=1)
     rig.worker("threads", concurrency=2, conf={"worker_enable_remote_control": False})
     trusted(rig)
