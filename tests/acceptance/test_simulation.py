@@ -23,6 +23,7 @@ PLANTED = (
     "late_record_is_owed_again",
     "pulse_before_incident",
     "stale_claims_count",
+    "superseded_before_its_successor",
     "superseded_without_tombstone",
 )
 

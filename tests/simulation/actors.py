@@ -111,6 +111,11 @@ class SimulatedPush(Push):
         """Return the one delivery."""
         return [self._delivery]
 
+    @property
+    def spooled(self) -> bool:
+        """True if its record waits for Postgres."""
+        return self._recorded.spooled
+
     def reach(self) -> None:
         """Reach Redis."""
         self._library.ping()
@@ -380,11 +385,19 @@ class Actors:
         entry: Entry,
         claim: Claim,
     ) -> None:
-        """Send the job again after a failed run, as a new delivery that supersedes this one."""
+        """Send the job again after a failed run, as a new delivery that supersedes this one.
+
+        Where a job has several bodies, a run stays until the record of its successor is written, as
+        Dramatiq's does.
+        """
         parent = Parent(entry.token, claim.number, Outcome.SUPERSEDED, session.id, "it failed")
         again = _successor(entry, parent, due_at=self.site.wall() + 0.5)
-        SimulatedPush(tracker, library, again).make()
-        session.mark_superseded(claim)
+        push = SimulatedPush(tracker, library, again)
+        push.make()
+        if push.spooled and not self.site.source.one_body:
+            session.end(claim, Outcome.SUPERSEDED, job_id=entry.job_id, queue=QUEUE, task=TASK)
+        else:
+            session.mark_superseded(claim)
         library.ack(key, entry.token)
 
 

@@ -11,9 +11,10 @@ from unittest import mock
 
 from jobguard.adapters.dramatiq.consumer import InFlightMessages
 from jobguard.host.beats import BeatSender
+from jobguard.host.session import WorkerSession
 from jobguard.host.stream import Notes
 from jobguard.host.tracker import HostTracker
-from jobguard.model import Beat, Delivery, End, Outcome, Recorded
+from jobguard.model import Beat, Claim, Delivery, End, Outcome, Recorded
 from jobguard.reconciler.liveness import Liveness
 from jobguard.reconciler.pulse import PulseKeeper
 from jobguard.reconciler.stream_drain import StreamDrain
@@ -208,3 +209,20 @@ def ends_are_forgotten() -> Iterator[Any]:
         return ["ended"] * len(ends)
 
     yield _patch(MemoryHostStore, "end", made)
+
+
+@_found_by(Fault("postgres_lossy", 0.0, 3.0))
+def superseded_before_its_successor() -> Iterator[Any]:
+    """The end of a superseded run passes the record of its successor, which waits in the spool."""
+
+    def made(self: WorkerSession, claim: Claim, outcome: Outcome, **of: Any) -> None:
+        if outcome is not Outcome.SUPERSEDED:
+            end(self, claim, outcome, **of)
+            return
+        report = End(claim.token, claim.number, outcome, self.id, **of)
+        with self._lock:
+            self._pending.append(report)
+        self._wake.set()
+
+    end = WorkerSession.end
+    yield _patch(WorkerSession, "end", made)
