@@ -380,6 +380,10 @@ EVENTS: Mapping[str, Event] = {
     ),  # source, worker, host, pid
     # Losses and recoveries.
     "redis_lost_data": Event(ERROR, "Redis lost data"),  # source, detail
+    "redis_is_cluster": Event(
+        ERROR,
+        "Redis is in cluster mode, and nothing can be restored: scripts need all keys of a job on one node",
+    ),  # source
     "redis_evicted": Event(ERROR, "Redis evicted keys: set maxmemory-policy to noeviction"),  # keys
     "verifying": Event(INFO, "the reconciler verifies all owed jobs"),  # source, cause
     "incident_resumed": Event(

@@ -99,15 +99,13 @@ def is_left_to_the_leader(worker: Any, job: Job) -> bool:
         return False
     if token not in (tracker.recovers([token], began=began) or ()):
         return False
-    if unbegun:
-        log_event("run_not_begun", job_id=job.id, error=unbegun)
+    if run is not None and unbegun:
+        run.give_back(unbegun)
     else:
         log_event("run_killed", job_id=job.id)
-    if run is not None:
-        if unbegun:
-            run.give_back(unbegun)
-        else:
+        if run is not None:
             run.abandon()
+    if run is not None:
         _forget_run(worker)
     return True
 

@@ -464,7 +464,8 @@ class WorkerSession:
     def give_back(self, claim: Claim, *, job_id: str, error: str) -> None:
         """Send a job whose run could not begin back for a later attempt, without a crash; see Session."""
         self.release(claim)
-        self._decline(claim.token, most=_ALWAYS, job_id=job_id, error=error)
+        if self._decline(claim.token, most=_ALWAYS, error=error) is not None:
+            log_event("run_not_begun", job_id=job_id, error=error)
 
     def decline(
         self,
@@ -478,14 +479,17 @@ class WorkerSession:
         self._mine()
         if not self._is_put_back(token, describe):
             return False
-        self._decline(token, most=_MOST_DECLINES, job_id=job_id, error=error)
+        left = self._decline(token, most=_MOST_DECLINES, error=error)
+        if left is not None:
+            log_event("job_declined", job_id=job_id, tries_left=left, error=error)
         return True
 
-    def _decline(self, token: UUID, *, most: int, job_id: str, error: str) -> None:
+    def _decline(self, token: UUID, *, most: int, error: str) -> int | None:
+        """Put off a delivery; return how often it may be put off again, or None if it was not written."""
         self._mine()
         source = self._tracker.source.id
         try:
-            left = self._tracker.call(
+            left: int = self._tracker.call(
                 lambda store: store.decline(
                     source, token, most=most, wait=_DECLINE_WAIT, error=redact(error)
                 )
@@ -495,8 +499,8 @@ class WorkerSession:
                 raise
             # Nothing is lost: the delivery is owed, and the sweep finds it absent.
             log_event("not_written", what="decline", error=str(failure))
-            return
-        log_event("job_declined", job_id=job_id, tries_left=left, error=error)
+            return None
+        return left
 
     def _is_put_back(self, token: UUID, describe: Callable[[], Delivery] | None) -> bool:
         """Return True if a leader would restore this delivery, which has not begun.

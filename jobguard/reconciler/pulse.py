@@ -328,6 +328,8 @@ class PulseKeeper:
             return  # INFO is forbidden here: the pulse and the sweep have to suffice.
         before, self._topology = self._topology, seen
         if before is None:
+            if info.get("cluster_enabled"):
+                log_event("redis_is_cluster", source=self._source.address)
             if self._run_id and self._run_id != seen.run_id:
                 self.to_verify.append(Cause.TOPOLOGY)
             return

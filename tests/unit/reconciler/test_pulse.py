@@ -471,6 +471,18 @@ def test_a_restart_between_two_leaders() -> None:
     assert stage.to_verify == [Cause.TOPOLOGY]
 
 
+def test_a_cluster(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Redis in cluster mode, which its clients do not notice, is an error in the log, once."""
+    stage = Stage()
+    info = stage.redis.info
+    monkeypatch.setattr(stage.redis, "info", lambda *of: {**info(*of), "cluster_enabled": 1})
+    for _ in range(3):
+        stage.tick()
+    assert [record.levelname for record in caplog.records if "cluster" in record.message] == [
+        "ERROR"
+    ]
+
+
 def test_evictions() -> None:
     """Keys that Redis evicted are a reason to verify; earlier evictions are not."""
     stage = Stage()
