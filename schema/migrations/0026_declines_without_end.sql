@@ -3,7 +3,7 @@
 -- A run whose worker could not reach Redis before its function was called is no crash of the job, and goes back
 -- until Redis has room for the worker.
 create or replace function jobguard.decline(p_source bigint, p_token uuid, p_most int, p_wait float8, p_error text)
-returns integer language plpgsql as $$
+returns integer language plpgsql set plan_cache_mode = force_generic_plan as $$
 declare
   v_declined int;
 begin
