@@ -156,7 +156,7 @@ class Producer:
         return Wire(
             app=self._app,
             connection=real.connection,
-            task=headers if headers.get("task") else body,
+            task=body if isinstance(body, dict) else headers,  # protocol 1 or 2
             data=data,
             content_type=content_type,
             content_encoding=content_encoding,

@@ -183,6 +183,14 @@ class TestWays:
         app.tasks["add"].apply_async((1,), queue="a", routing_key="x.y", declare=queues)
         assert not tracker.recorded and tokens(client) == [None, None]
 
+    @pytest.mark.parametrize("protocol", [1, 2])
+    def test_without_a_name(self, make_app: Make, guard: Guard, protocol: int) -> None:
+        """A task with an empty name is sent as without a guard, and recorded; workers do not know it."""
+        app = make_app(task_protocol=protocol)
+        tracker = guard(app)
+        sent = app.send_task("", (1,))
+        assert [(one.job_id, one.task) for one in tracker.recorded] == [(sent.id, "")]
+
     def test_eager(self, make_app: Make, guard: Guard) -> None:
         """An eager task is not recorded."""
         app = make_app()
