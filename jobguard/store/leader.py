@@ -490,7 +490,7 @@ class PostgresLeaderStore:
             queue=[d.queue for d in deliveries],
             task=[d.task for d in deliveries],
             priority=[d.priority for d in deliveries],
-            due=[d.due_at for d in deliveries],
+            due=[texts.moment(d.due_at) for d in deliveries],
             key=[d.key and texts.key(d.key) for d in deliveries],
             envelope=[self._sealer.seal(d.envelope) for d in deliveries],
         )

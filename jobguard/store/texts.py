@@ -1,4 +1,4 @@
-"""Escape texts that PostgreSQL cannot store, and shorten texts that are too long for a key.
+"""Escape texts that PostgreSQL cannot store, shorten texts that are too long for a key, and bound times.
 
 PostgreSQL accepts neither NUL nor one half of a surrogate pair, and a btree accepts at most 2,704 bytes
 per row. Queue libraries accept any text as a job id, queue or task. So the connection escapes the
@@ -26,6 +26,17 @@ _REFUSED = re.compile(f"[\x00\ud800-\udfff{_MARK}]")
 _ESCAPED = re.compile(f"{_MARK}([0-9a-f]{{4}})")
 _LONGEST = 1000
 """Largest size of a key in bytes. Three keys of this size fit into one row of a btree leaf."""
+
+
+_LAST = 9e12
+"""The latest time that is stored, in seconds since the epoch: PostgreSQL ends in the year 294276."""
+
+
+def moment(seconds: float | None) -> float | None:
+    """Return a time that PostgreSQL can store: applications say "never" by any large number."""
+    if seconds is None or seconds != seconds:
+        return None
+    return min(max(seconds, 0.0), _LAST)
 
 
 def escaped(text: str) -> str:

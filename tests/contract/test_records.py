@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import time
+from math import inf, nan
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
@@ -163,3 +164,16 @@ def test_a_record_that_comes_after_its_end_is_not_owed(ledger: Contract, how: st
     ledger.store.record_beside(SOURCE, it, namespace=NAMESPACE)()
     assert ledger.owed() == {}
     assert refused(worker.claim(it.token)) == ENDED_COMPLETED
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_any_time(ledger: Contract, *, beside: bool) -> None:
+    """A job that never expires, or is never due, by a number that no calendar has, is owed."""
+    for number, never in enumerate((2.0**63, 1e300, inf, -1e300, nan)):
+        for fields in ({"due_at": never}, {"expires_at": never}):
+            it = delivery(f"{number} {fields}", fresh=True, **fields)
+            if beside:
+                ledger.store.record_beside(SOURCE, it, namespace=ledger.namespace)()
+            else:
+                assert not ledger.record(it).refused
+            assert it.token in ledger.owed()
