@@ -419,15 +419,20 @@ def test_a_source_that_no_reconciler_watches_is_a_problem(
 
 
 def test_sources_that_are_watched_or_owe_nothing_are_no_problem() -> None:
-    """Two databases of one Redis are two sources, and so are two libraries in one."""
+    """Two databases of one Redis are two sources, and so are two libraries, or two prefixes, in one."""
     sources = [
         a_source(1, "a:1/0", run_id="x", owed=3),
         a_source(2, "a:1/1", run_id="x"),
         a_source(3, "a:1/0", run_id="x", library="celery"),
         a_source(4, "old:1/0", watched_seconds=None),
+        a_source(5, "a:1/1", run_id="x", prefix="shop:"),
     ]
     found = list(doctor_sources.judge_sources(Settings(), sources, []))
-    assert [finding.verdict for finding in found] == [*[CheckResult.OK] * 3, CheckResult.NOTE]
+    ok, note = CheckResult.OK, CheckResult.NOTE
+    assert [finding.verdict for finding in found] == [ok, ok, ok, note, ok]
+    names = [finding.about for finding in found]
+    assert names[0] == "source rq at a:1/0"
+    assert names[1::3] == ["source rq at a:1/1 (no prefix)", "source rq at a:1/1 (shop:)"]
 
 
 def test_a_package_that_a_command_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,8 +32,11 @@ def judge_sources(
 ) -> Iterator[Finding]:
     """Find sources that no reconciler watches, and sources that are the same Redis."""
     places = {source["id"]: _place_of(source, reached) for source in sources}
-    for source in sources:
-        about = f"source {source['library']} at {source['name'] or source['address']}"
+    names = [_name(source) for source in sources]
+    for source, name in zip(sources, names, strict=True):
+        about = f"source {name}"
+        if names.count(name) > 1:  # several applications, with a key prefix each
+            about += f" ({source['prefix'] or 'no prefix'})"
         seconds = source["watched_seconds"]
         if seconds is not None and seconds < max(_WATCHED_SECONDS, 10 * settings.pulse_interval):
             yield ok(about, f"watched by the leader, {source['owed']} owed")
@@ -45,6 +48,10 @@ def judge_sources(
         what = f"has {source['owed']} owed jobs and no reconciler watches it{last}: "
         yield problem(about, what + _way_to_watch(source, places[source["id"]], reached))
     yield from _judge_duplicates(sources, places)
+
+
+def _name(source: dict[str, Any]) -> str:
+    return f"{source['library']} at {source['name'] or source['address']}"
 
 
 def _way_to_watch(source: dict[str, Any], place: Place | None, reached: Sequence[Reached]) -> str:
