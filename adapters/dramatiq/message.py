@@ -14,8 +14,12 @@ from jobguard.model import Delivery, Parent
 from jobguard.tracing import current_trace
 
 if TYPE_CHECKING:
-    from dramatiq import Message
+    from dramatiq import Actor, Message
     from dramatiq.brokers.redis import RedisBroker
+
+
+_MOST = 32_767
+"""The largest priority that the ledger stores."""
 
 
 def deliver(
@@ -38,7 +42,7 @@ def deliver(
         queue=canonical(queue),
         task=message.actor_name,
         envelope=Envelope(rid, queue, data).encode(),
-        priority=int(getattr(actor, "priority", 0) or 0),
+        priority=_priority(actor),
         attempt=_attempt(message),
         due_at=eta / 1000 if isinstance(eta, int | float) else None,
         expires_at=expires_at(broker, message),
@@ -62,6 +66,14 @@ def expires_at(broker: RedisBroker, message: Message[Any]) -> float | None:
     if not age or not isinstance(age, int | float):  # Dramatiq logs an error, and runs the message
         return None
     return (message.message_timestamp + age) / 1000
+
+
+def _priority(actor: Actor[Any, Any] | None) -> int:
+    """Return the actor's priority, for the order of restores; Dramatiq compares any numbers."""
+    priority = getattr(actor, "priority", 0)
+    if not isinstance(priority, int | float) or priority != priority:
+        return 0
+    return int(max(-_MOST, min(_MOST, priority)))
 
 
 def _attempt(message: Message[Any]) -> int:

@@ -91,6 +91,17 @@ class TestRecord:
         (((one,),)) = recorded
         assert one.expires_at is None
 
+    @pytest.mark.parametrize("priority", [10**9, float("-inf"), float("nan")])
+    def test_any_priority(
+        self, stage: Stage, guard: JobGuard, recorded: list[list[Delivery]], priority: float
+    ) -> None:
+        """Dramatiq compares any numbers: a message of such an actor is recorded."""
+        actor: Any = stage.actor("say")
+        actor.priority = priority
+        actor.send("a")
+        (((one,),)) = recorded
+        assert -32768 <= one.priority <= 32767
+
     def test_what_other_middleware_adds_is_recorded(
         self, stage: Stage, guard: JobGuard, recorded: list[list[Delivery]]
     ) -> None:
