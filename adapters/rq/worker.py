@@ -70,6 +70,7 @@ _workers_of: dict[tuple[int, int], set[int]] = {}
 """The worker objects that share a session, by process and source; their Python ids."""
 _TRACKER = "_jobguard_tracker"
 _SESSION = "_jobguard_session"
+_MARKED = "_jobguard_marked"
 _EXIT_TIME = 1.0
 """Seconds that a killed horse may need to exit."""
 _HOOK_FIRST = """import sys
@@ -101,11 +102,18 @@ def register_birth(original: Hook) -> Hook:
         getattr(redis.utils, "get_lib_version", bool)()  # each horse inherits what was read
         result = original(self)
         if session is not None:
-            with contain_errors("mark a worker", event="redis_call_failed", worker=self.name):
-                self.connection.hset(self.key, WORKER_FIELD, session.id.hex)
+            _mark_worker(self, session)
         return result
 
     return hook
+
+
+def _mark_worker(worker: Any, session: Session) -> None:
+    """Name the session in the worker's hash; a session that was declared dead continues as another one."""
+    if worker.__dict__.get(_MARKED) != session.id:
+        with contain_errors("mark a worker", event="redis_call_failed", worker=worker.name):
+            worker.connection.hset(worker.key, WORKER_FIELD, session.id.hex)
+            worker.__dict__[_MARKED] = session.id
 
 
 def register_death(original: Hook) -> Hook:
@@ -522,6 +530,7 @@ def _session_for(worker: Any, queue: Queue) -> Session | None:
 
 def _start(worker: Any, session: Session, job: Job, queue: Queue) -> Run | Refused | None:
     with contain_errors("claim a job", job_id=job.id):
+        _mark_worker(worker, session)
         token = token_of(job) or _mark(worker, job)
         answer = session.start(token, lambda: _describe(job, queue, token))
         if isinstance(answer, Refused):

@@ -7,10 +7,11 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from uuid import uuid4
 
 import pytest
 import redis
-from rq import Queue, Worker
+from rq import Queue, SimpleWorker, Worker
 
 from jobguard.adapter import Source
 from jobguard.adapters.rq import ended_workers
@@ -18,6 +19,7 @@ from jobguard.adapters.rq.broker import RQBroker
 from jobguard.client_names import read_mark
 from jobguard.clients import take_connection
 from tests.fakes.adapters import FakeSession, FakeTracker
+from tests.integration.rq import tasks
 from tests.support import eventually
 
 BARE = """
@@ -130,6 +132,27 @@ def test_workers_of_one_process_share_a_session(
     assert not shared.closed
     two.register_death()
     assert shared.closed
+
+
+def test_a_worker_that_was_declared_dead_names_its_new_session(
+    queue: Queue, tracker: FakeTracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its session continues under another id, by which the ledger knows it from then on."""
+
+    class Renewed(FakeSession):
+        def start(self, *args: Any, **kwargs: Any) -> Any:
+            answer = super().start(*args, **kwargs)
+            self.id = uuid4()
+            return answer
+
+    session = Renewed(tracker, "ours", [queue.name])
+    first = session.id
+    monkeypatch.setattr(tracker, "open_session", lambda **_: session)
+    for _ in range(2):
+        queue.enqueue(tasks.add, 1)
+    SimpleWorker([queue], connection=queue.connection, name="ours").work(burst=True)
+    named = queue.connection.hget("rq:worker:ours", "jg")
+    assert named and named != first.hex.encode()
 
 
 def ended(broker: RQBroker) -> set[str]:
