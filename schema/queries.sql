@@ -352,13 +352,13 @@ returning true
 select j.token from jobguard.jobs j where j.source + 0 = %(source)s and j.job_id = %(job_id)s
 
 -- name: elect
--- Take the lease if it has been free for some seconds.
+-- Take the lease if it has been free for some seconds, or if it was granted to this process without its knowing.
 insert into jobguard.leader as l (namespace, term, holder, host, pid, expires_at)
 values (%(namespace)s, 1, %(holder)s, %(host)s, %(pid)s, now() + make_interval(secs => %(lease)s))
 on conflict (namespace) do update
 set term = l.term + 1, holder = excluded.holder, host = excluded.host, pid = excluded.pid,
     elected_at = now(), expires_at = excluded.expires_at
-where l.expires_at <= now() - make_interval(secs => %(patience)s)
+where l.expires_at <= now() - make_interval(secs => %(patience)s) or l.holder = excluded.holder
 returning term
 
 -- name: renew

@@ -18,13 +18,17 @@ changes neither store.
 A process whose election fails stays a standby. A leader whose renewal fails leads on until its
 trust ends, because Postgres may only have been slow.
 
-A process that has just started has not seen which workers consumed in the last term; a standby has
-(see reconciler/vigil.py). Therefore a new process leaves a lease that has just become free to the
-standbys for a moment.
+A standby that has watched the consumers of the last term can vouch for them (see
+reconciler/vigil.py); a process that has just started, or could not watch in an outage, cannot.
+Therefore such a process leaves a lease that has just become free to the others for a moment.
+
+If the answer to an election was lost, the process has the lease without knowing it. Its next election
+takes the lease again.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -38,8 +42,10 @@ _HOLD_OFF = 2.0
 _MARGIN = 0.1
 """Fraction of the lease: how much earlier than its end the leader steps down."""
 _PRECEDENCE = 0.1
-"""Fraction of the lease: how long only standbys may take a lease that has become free. It is longer
-than two of their attempts are apart."""
+"""Fraction of the lease: how long only those that have watched may take a lease that has become free.
+It is longer than two of their attempts are apart."""
+_WATCHED = 2.0
+"""The same fraction for a watch that is long enough: nobody leads for a lease, or a little longer."""
 
 
 class Leadership:
@@ -52,7 +58,9 @@ class Leadership:
         lease: float,
         clock: Callable[[], float] = time.monotonic,
         healthy: Callable[[], bool] = lambda: True,
+        watched_for: Callable[[], float] = lambda: math.inf,
     ) -> None:
+        """Create a standby. ``watched_for``: for how long this process has watched the consumers."""
         self._store = store
         self._lease = lease
         self._clock = clock
@@ -61,8 +69,8 @@ class Leadership:
         self._away = False
         self._answered_at: float | None = None
         self._healthy = healthy
+        self._watched_for = watched_for
         self._not_before = float("-inf")
-        self._standby_since: float | None = None
         self._stop = threading.Event()
         self._changed = threading.Event()
         self._thread: threading.Thread | None = None
@@ -113,10 +121,13 @@ class Leadership:
         self._changed.set()
 
     def _patience(self) -> float:
-        """Return how long the lease must have been free: a new process lets the standbys go first."""
-        since = self._standby_since
-        new = since is not None and self._clock() - since < self._lease
-        return self._lease * _PRECEDENCE if new else 0.0
+        """Return how long the lease must have been free: a process without a watch lets others go first.
+
+        A process that makes one pass has no time for that.
+        """
+        if self._thread is None or self._watched_for() >= _WATCHED * self._lease:
+            return 0.0
+        return _PRECEDENCE * self._lease
 
     def silent_for(self) -> float | None:
         """Return the seconds since Postgres last answered; None: it never has."""
@@ -130,7 +141,6 @@ class Leadership:
 
     def start(self) -> None:
         """Start the thread that seeks and keeps the lease."""
-        self._standby_since = self._clock()
         self._thread = threading.Thread(target=self._keep, name="jobguard-lease", daemon=True)
         self._thread.start()
 

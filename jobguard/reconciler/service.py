@@ -98,15 +98,18 @@ class Service:
         self._store = make(self._holder)
         # The lease has its own connection, so that a long inspection cannot cost the lease.
         self._lease_store = make(self._holder)
+        self._vigil = Vigil(self._broker_of, longest=2 * settings.lease)
         self._leadership = Leadership(
-            self._lease_store, lease=settings.lease, healthy=self._is_healthy
+            self._lease_store,
+            lease=settings.lease,
+            healthy=self._is_healthy,
+            watched_for=self._vigil.watched_for,
         )
         self._runners: dict[int | str, Runner] = {}
         self._signs = SharedSigns(0)
         self._sources_found = -1
         self._rows: dict[int, SourceRow] = {}
         self._readers: dict[str, redis.Redis] = {}
-        self._vigil = Vigil(self._broker_of, longest=2 * settings.lease)
         self._brokers: dict[int, Broker] = {}
         self._left_behind: list[Runner] = []
         self._turn_at: float | None = None

@@ -105,6 +105,12 @@ class Vigil:
             watch.began = None
         watch.seen_at, watch.seen_once = now, unguarded or frozenset()
 
+    def watched_for(self) -> float:
+        """Return the seconds for which no source had an unguarded consumer; 0 if no source is watched."""
+        now = self._clock()
+        began = [watch.began for watch in list(self._watches.values())]
+        return min((0.0 if at is None else now - at for at in began), default=0.0)
+
     def vouches(self, source: int, gap: float) -> bool:
         """Return True if no unguarded consumer took jobs in a gap of this many seconds that ends now.
 

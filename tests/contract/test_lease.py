@@ -66,6 +66,18 @@ def test_a_patient_process_leaves_a_lease_that_has_just_become_free_to_others(
     assert other.elect(lease=10, patience=5) is not None
 
 
+def test_a_lost_answer_to_an_election_costs_no_lease(ledger: Contract) -> None:
+    """A process that has the lease without knowing it is elected again."""
+    other = ledger.backend.leader(NAMESPACE, uuid4())
+    unknown = ledger.leader.elect(lease=10)
+    assert other.elect(lease=10) is None
+    term = ledger.leader.elect(lease=10)
+    assert term is not None
+    assert unknown is not None
+    assert term > unknown
+    ledger.leader.renew(term, lease=10)
+
+
 def test_an_old_leader_does_not_resign_for_the_new_one(ledger: Contract) -> None:
     """An old leader cannot resign the term of the new one."""
     old_term = ledger.elected()

@@ -69,7 +69,8 @@ class MemoryLeaderStore:
     def elect(self, *, lease: float, patience: float = 0.0) -> int | None:
         with self._tables.open() as now:
             before = self._tables.leases.get(self._namespace)
-            if before is not None and before.expires_at > now - patience:
+            mine = before is not None and before.holder == self._holder
+            if before is not None and before.expires_at > now - patience and not mine:
                 return None
             row = self._tables.leases.setdefault(self._namespace, Lease(0, self._holder, now))
             row.term, row.holder, row.expires_at = row.term + 1, self._holder, now + lease

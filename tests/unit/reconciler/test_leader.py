@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from uuid import uuid4
@@ -33,10 +34,12 @@ class Stage:
         self.clock = Clock()
         self.ledger = MemoryLedger(clock=self.clock.wall)
 
-    def candidate(self) -> tuple[Leadership, LeaderStore]:
-        """Start another process."""
-        store = leader_store(self.ledger)
-        return Leadership(store, lease=LEASE, clock=self.clock), store
+    def candidate(self, watched_for: float = math.inf) -> tuple[Leadership, LeaderStore]:
+        """Start another process, which has watched the consumers for so long."""
+        store, clock = leader_store(self.ledger), self.clock
+        began = clock() - watched_for
+        made = Leadership(store, lease=LEASE, clock=clock, watched_for=lambda: clock() - began)
+        return made, store
 
 
 def test_the_first_leads() -> None:
@@ -267,9 +270,9 @@ def test_kept_by_a_thread_until_stopped() -> None:
 
 
 def test_a_new_process_leaves_a_free_lease_to_the_standbys() -> None:
-    """A process that has just started has watched no consumers: a standby goes first."""
+    """A process without a watch over the consumers, such as a new one, lets a standby go first."""
     stage = Stage()
-    (leader, _), (standby, _), (new, store) = (stage.candidate() for _ in range(3))
+    (leader, _), (standby, _), (new, store) = (stage.candidate(w) for w in (99, 99, 0))
     elect, answers = store.elect, []
 
     def counted(*, lease: float, patience: float = 0.0) -> int | None:
@@ -286,12 +289,10 @@ def test_a_new_process_leaves_a_free_lease_to_the_standbys() -> None:
         standby.seek()
         assert standby.term == 2
 
-        for _ in range(3):
+        for _ in range(4):
             stage.clock.advance(LEASE / 2)
             standby.seek()
-        answers.clear()
-        eventually(lambda: answers)  # It has stood by for longer than a lease.
-        stage.clock.advance(LEASE)
+        standby.stop()  # The other one has a watch by now.
         eventually(lambda: new.leads)
     finally:
         new.stop()
@@ -300,7 +301,7 @@ def test_a_new_process_leaves_a_free_lease_to_the_standbys() -> None:
 def test_a_new_process_leads_where_nobody_stands_by() -> None:
     """After a moment a new process takes the lease that no standby took."""
     stage = Stage()
-    (leader, _), (new, _) = stage.candidate(), stage.candidate()
+    (leader, _), (new, _) = stage.candidate(), stage.candidate(0)
     leader.seek()
     leader.stop()
     stage.clock.advance(0.2 * LEASE)

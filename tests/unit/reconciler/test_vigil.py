@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, cast
 from uuid import uuid4
 
@@ -63,6 +64,20 @@ def test_it_vouches_for_the_time_of_its_watch(consumers: Consumers) -> None:
     assert watched.vouches(60)
     assert not watched.vouches(70)
     assert not watched.vigil.vouches(SOURCE.id + 1, 10)
+
+
+def test_the_length_of_the_watch() -> None:
+    """It is that of the source whose watch began last, and nothing before the first inspection."""
+    watched = Watched()
+    assert watched.vigil.watched_for() == 0
+    watched.watch(60, GUARDED)
+    assert 58 <= watched.vigil.watched_for() <= 60
+    watched.watch(6, STRANGER)
+    assert watched.vigil.watched_for() == 0
+    watched.watch(6, GUARDED)
+    assert 0 < watched.vigil.watched_for() < 7
+    watched.vigil.watch([replace(source_row(), id=SOURCE.id + 1)])
+    assert watched.vigil.watched_for() == 0
 
 
 def test_a_process_that_started_in_the_gap_does_not_vouch_for_its_beginning() -> None:
