@@ -157,10 +157,13 @@ def judge_idle(
         except (redis.RedisError, ImportError, ValueError):
             continue
         if waits:
+            way = "Restart them"
+            if source["library"] == "rq":
+                way = "Run `rq resume` if somebody has suspended them, else restart them"
             yield problem(
                 f"queue {row['queue']}",
                 f"{row['jobs']} jobs wait, the oldest for {ago(row['seconds'])}, while the workers of this "
-                f"queue are alive and run nothing: {', '.join(workers)}. Restart them",
+                f"queue are alive and run nothing: {', '.join(workers)}. {way}",
             )
 
 
