@@ -589,7 +589,8 @@ class SourceMonitor:
         if now >= self._due.get("committed", 0.0):
             self._due["committed"] = now + _URGENT
             if self._store.see_committed(term, self.source.id, wait=_PUSHED_AFTER):
-                self._committed_until = now + _PUSHED_AFTER + _URGENT
+                # Counted from the answer: the moment begins in the statement, which may be slow.
+                self._committed_until = self._clock() + _PUSHED_AFTER + _URGENT
                 self._due["watched"] = min(self._due.get("watched", 0.0), self._committed_until)
 
     def _inspect_urgent(self, term: int, now: float) -> None:

@@ -151,3 +151,23 @@ def test_a_worker_that_dies_on_an_idle_site_is_found(timeout: float) -> None:
     run(world, 2 * timeout + 5)
     (row,) = world.store.workers(world.monitor.source.id)
     assert row.dead
+
+
+def test_a_slow_statement_does_not_end_the_wait_for_a_push_early(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The sender of a committed job has its moment from the statement on that saw the commit."""
+    world = World()
+    run(world, 5)
+    assert world.monitor.finished
+
+    def slowly(*_: Any, **__: Any) -> int:
+        world.clock.advance(0.7)
+        return 1
+
+    monkeypatch.setattr(world.store, "see_committed", slowly)
+    world.monitor._see_committed(world.term, world.clock())
+    world.clock.advance(1.1)
+    assert not world.monitor.finished
+    world.clock.advance(0.3)
+    assert world.monitor.finished
