@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import os
 import statistics
-import subprocess
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -19,7 +17,7 @@ from functools import partial
 import psycopg
 
 from benchmarks.measure import Case, Table
-from benchmarks.site import SENDERS, SMALL, Send, Site, site
+from benchmarks.site import SENDERS, SMALL, Send, Site, reconciler, site
 
 RATE = 500
 """Jobs a second."""
@@ -78,7 +76,7 @@ def tables(_shared: Site) -> Iterator[list[Table]]:
             bare, guarded = make(at, guard=False), make(at, guard=True)
             bare(SMALL)
             guarded(SMALL)
-            stack.enter_context(_reconciler(at))
+            stack.enter_context(reconciler(at, namespace=_newest_namespace(at)))
             outages = _Outages(at, guarded)
             base, away = f"{library}, bare", f"{library}, PostgreSQL away"
             calls += [
@@ -94,24 +92,7 @@ def tables(_shared: Site) -> Iterator[list[Table]]:
         ]
 
 
-@contextmanager
-def _reconciler(at: Site) -> Iterator[None]:
-    """Run a reconciler of the newest namespace."""
+def _newest_namespace(at: Site) -> str:
     with psycopg.connect(at.postgres) as connection:
         namespaces = "select namespace from jobguard.sources order by created_at desc limit 1"
-        (namespace,) = connection.execute(namespaces).fetchall()[0]
-    process = subprocess.Popen(
-        [sys.executable, "-c", "from jobguard.cli import main; main()", "reconcile"],
-        env=os.environ
-        | {
-            "JOBGUARD_POSTGRES_URL": at.postgres,
-            "JOBGUARD_REDIS_URL": at.broker,
-            "JOBGUARD_NAMESPACE": namespace,
-        },
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        yield
-    finally:
-        process.terminate()
-        process.wait()
+        return str(connection.execute(namespaces).fetchall()[0][0])

@@ -14,7 +14,7 @@ import redis
 import rq
 
 from benchmarks.measure import Case, Table
-from benchmarks.site import SMALL, TASK, Site
+from benchmarks.site import SMALL, TASK, Site, reconciler
 
 JOBS = int(os.environ.get("BENCHMARK_LOST", "10000"))
 _PATIENCE = 60.0
@@ -63,17 +63,7 @@ def tables(at: Site) -> Iterator[list[Table]]:
     queue = rq.Queue("lost", connection=redis.Redis.from_url(at.broker))
     client = redis.Redis.from_url(at.broker)
     client.flushall()
-    reconciler = subprocess.Popen(
-        [sys.executable, "-c", "from jobguard.cli import main; main()", "reconcile"],
-        env=os.environ
-        | {
-            "JOBGUARD_POSTGRES_URL": at.postgres,
-            "JOBGUARD_REDIS_URL": at.broker,
-            "JOBGUARD_RECOVERY_RATE": str(_UNLIMITED),
-        },
-        stderr=subprocess.DEVNULL,
-    )
-    try:
+    with reconciler(at, recovery_rate=str(_UNLIMITED)):
         _fill(at, queue)
         losses = _Losses(client, queue, at.postgres)
         cases = [
@@ -82,9 +72,6 @@ def tables(at: Site) -> Iterator[list[Table]]:
             Case(f"{JOBS:,} back", lambda: losses.figure("whole")),
         ]
         yield [Table("Recovery after FLUSHALL", "s", cases, rounds=9)]
-    finally:
-        reconciler.terminate()
-        reconciler.wait()
 
 
 def _fill(at: Site, queue: rq.Queue) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -94,6 +95,24 @@ def delayed(url: str, milliseconds: float) -> Iterator[str]:
     finally:
         proxy.kill()
         proxy.wait()
+
+
+@contextmanager
+def reconciler(at: Site, **settings: str) -> Iterator[None]:
+    """Run a reconciler of these servers, with these settings in its environment."""
+    variables = {f"JOBGUARD_{name.upper()}": value for name, value in settings.items()}
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from jobguard.cli import main; main()", "reconcile"],
+        env=os.environ
+        | {"JOBGUARD_POSTGRES_URL": at.postgres, "JOBGUARD_REDIS_URL": at.broker}
+        | variables,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        yield
+    finally:
+        process.terminate()
+        process.wait()
 
 
 def rq_queue(at: Site, kind: str, *, guard: bool, **settings: Any) -> rq.Queue:
