@@ -87,9 +87,8 @@ def label_pool(pool: Any, source: Source, *, name: str = "") -> Label:
         connection.disconnect()
     for connection in list(getattr(pool, "_in_use_connections", ())):
         label.put_on(connection)
-        getattr(
-            connection, "mark_for_reconnect", bool
-        )()  # older versions of redis-py have no such mark
+        # Older versions of redis-py have no such mark.
+        getattr(connection, "mark_for_reconnect", bool)()
     return label
 
 

@@ -26,7 +26,7 @@ from rq.queue import Queue
 
 from jobguard.adapters.rq.layout import FIELD
 from jobguard.adapters.rq.lookup import tracker_for_job, tracker_for_registry
-from jobguard.adapters.rq.message import ENDED, redis_failed, run_of, token_in, token_of
+from jobguard.adapters.rq.message import ENDED, run_of, token_in, token_of, why_unbegun
 from jobguard.host_safety import contain_errors
 from jobguard.log import log_event
 
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from uuid import UUID
 
     from jobguard.adapter import Tracker
-    from jobguard.adapters.rq.run import Run
 
 Hook = Callable[..., Any]
 
@@ -89,7 +88,7 @@ def is_left_to_the_leader(worker: Any, job: Job) -> bool:
     if run is not None:
         # Do not rely on the class of the worker, which may monitor its horse in its own way.
         run.killed = run.horse_died and not was_ordered(worker)
-    unbegun = "" if run is None else _why_unbegun(run)
+    unbegun = "" if run is None else why_unbegun(run, sys.exc_info()[1]) or run.unbegun
     if run is not None and (run.reported or not (run.killed or unbegun)):
         return False
     token = token_of(job) if run is None else run.claim.token
@@ -118,14 +117,6 @@ def _forget_run(worker: Any) -> None:
     with contain_errors("clear the current job", event="redis_call_failed", worker=worker.name):
         clear(None)
         worker.execution = None
-
-
-def _why_unbegun(run: Run) -> str:
-    """Return the error of Redis between the claim and the call of the function; "": there was none."""
-    error = sys.exc_info()[1]
-    if not run.began and redis_failed(error):
-        return str(error) or type(error).__name__
-    return run.unbegun
 
 
 def clean_started(original: Hook) -> Hook:

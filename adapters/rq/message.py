@@ -37,6 +37,13 @@ def redis_failed(error: BaseException | None) -> bool:
     return isinstance(error, BROKER_DOWN) or (error is not None and takes_no_writes(error))
 
 
+def why_unbegun(run: Run, error: BaseException | None) -> str:
+    """Return the error of Redis that came before the call of the function; "": it was another, or none."""
+    if run.began or error is None or not redis_failed(error):
+        return ""
+    return str(error) or type(error).__name__
+
+
 # The attributes of jobguard on a Job object: in its __dict__, which RQ neither saves nor compares.
 _TOKEN = "_jobguard_token"
 _ATTEMPT = "_jobguard_attempt"

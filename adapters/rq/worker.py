@@ -51,6 +51,7 @@ from jobguard.adapters.rq.message import (
     set_token,
     task_of,
     token_of,
+    why_unbegun,
 )
 from jobguard.adapters.rq.run import Run
 from jobguard.adapters.rq.skip import finish, skip
@@ -274,8 +275,8 @@ def perform_job(original: Hook) -> Hook:
             return _claimed(self, job, queue, call) if ours else call()
         except RedisError as error:
             run = run_of(job)
-            if self.is_horse and run is not None and not run.began and redis_failed(error):
-                run.give_back(str(error) or type(error).__name__)
+            if self.is_horse and run is not None and (reason := why_unbegun(run, error)):
+                run.give_back(reason)
             raise
         finally:
             if self.is_horse:

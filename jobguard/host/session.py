@@ -486,7 +486,6 @@ class WorkerSession:
 
     def _decline(self, token: UUID, *, most: int, error: str) -> int | None:
         """Put off a delivery; return how often it may be put off again, or None if it was not written."""
-        self._mine()
         source = self._tracker.source.id
         try:
             left: int = self._tracker.call(

@@ -122,9 +122,8 @@ class ReportStream:
         ids: list[bytes] = []
         for start in range(0, len(entries), _AT_ONCE):
             some = entries[start : start + _AT_ONCE]
-            args: list[Any] = [
-                *(self._bound, _AWAY, _OVERHEAD, self._id, self._description, _COUNTED)
-            ]
+            args: list[Any] = [self._bound, _AWAY, _OVERHEAD, self._id, self._description]
+            args.append(_COUNTED)
             for entry in some:
                 notes = _notes(entry)
                 args += (encode(entry), _shorter(entry), len(notes), *chain.from_iterable(notes))

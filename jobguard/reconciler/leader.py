@@ -45,7 +45,7 @@ _PRECEDENCE = 0.1
 """Fraction of the lease: how long only those that have watched may take a lease that has become free.
 It is longer than two of their attempts are apart."""
 _WATCHED = 2.0
-"""The same fraction for a watch that is long enough: nobody leads for a lease, or a little longer."""
+"""Length of a sufficient watch, in leases: a time without a leader is about one lease long."""
 
 
 class Leadership:

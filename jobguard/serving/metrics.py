@@ -112,7 +112,7 @@ class _Ledger(Collector):
     def __init__(
         self, model: ReadModel, namespace: str, clock: Callable[[], float], *, led: bool
     ) -> None:
-        """``led``: export jobguard_led. It is False with --on-tick, where nobody leads between passes."""
+        """``led``: whether to export jobguard_led. With --on-tick there is mostly no leader."""
         self._model = model
         self._namespace = namespace
         self._clock = clock

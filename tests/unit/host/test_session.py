@@ -246,7 +246,7 @@ def test_only_who_hears_the_beats_says_that_nobody_leads(caplog: pytest.LogCaptu
     job = worker.owe()
     worker.tracker.cancel(tokens=[job.token])
     worker.start(job)
-    worker.begin()  # hears that nobody leads
+    worker.begin()  # The answer to the first beat says that no process leads.
     worker.session._beats.pid = os.getpid() + 1
     worker.start(job)
     assert "nobody_leads" not in events(caplog.records)
