@@ -438,7 +438,7 @@ returning true
 -- Claims are counted up to two: that shows whether a worker has none, one or more.
 select w.id, w.name, w.host, w.pid, w.queues, w.beat, extract(epoch from w.started_at)::float8,
        extract(epoch from w.unflushed_since)::float8, w.pulse_epoch, w.pulse_n,
-       w.left_at is not null, w.dead_at is not null,
+       extract(epoch from now() - w.left_at)::float8, w.dead_at is not null,
        (select count(*) from (select from jobguard.running r where r.worker = w.id limit 2) c)::int
 from jobguard.workers w where w.source = %(source)s order by w.id
 

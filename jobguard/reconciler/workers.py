@@ -88,7 +88,7 @@ class Workers:
         self.polled = False
         """True after the first poll."""
         self.deaths: dict[str, float] = {}
-        """For each queue: when a consumer last died or left."""
+        """For each queue: when a consumer last left, or was last found dead."""
 
     def interrupted(self, now: float) -> None:
         """Ignore silence before now: Redis had an incident."""
@@ -177,8 +177,9 @@ class Workers:
         for row in gone:
             self._gone.add(row.id)
             self._claims_at_death[row.id] = row.claims
-            if self.polled:  # Otherwise it was gone before this leader began, at an unknown time.
-                self.deaths.update((queue, now) for queue in row.queues)
+            # Nobody knows when one died that was dead before this leader began.
+            if row.left_age is not None or self.polled:
+                self._note_departure(row, now - (row.left_age or 0.0))
             if row.id in dead or (row.dead and self.polled):
                 log_event(
                     "worker_dead",
@@ -189,6 +190,10 @@ class Workers:
                     claims=claims.get(row.id, row.claims),
                 )
         return bool(gone)
+
+    def _note_departure(self, row: WorkerRow, at: float) -> None:
+        for queue in row.queues:
+            self.deaths[queue] = max(at, self.deaths.get(queue, at))
 
     def alive(self) -> list[WorkerRow]:
         """Return the workers that have neither left nor died, as far as is known."""

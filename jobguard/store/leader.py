@@ -210,7 +210,7 @@ class PostgresLeaderStore:
                 started_at=started,
                 unflushed_since=unflushed,
                 pulse=None if epoch is None else (epoch, n),
-                left=left,
+                left_age=left,
                 dead=dead,
                 claims=claims,
             )

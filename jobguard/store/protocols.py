@@ -352,10 +352,16 @@ class WorkerRow:
     """Seconds since the epoch, by the database's clock."""
     unflushed_since: float | None
     pulse: tuple[UUID, int] | None
-    left: bool
+    left_age: float | None
+    """Seconds since it left in an orderly way, if it did."""
     dead: bool
     claims: int
     """Number of claims of this worker, counted up to 2."""
+
+    @property
+    def left(self) -> bool:
+        """True if it left in an orderly way."""
+        return self.left_age is not None
 
 
 @dataclass(frozen=True, slots=True)

@@ -144,7 +144,7 @@ def worker_row(**fields: Any) -> WorkerRow:
         started_at=0.0,
         unflushed_since=None,
         pulse=None,
-        left=False,
+        left_age=None,
         dead=False,
         claims=0,
     )

@@ -189,7 +189,7 @@ class MemoryLeaderStore:
                     started_at=row.started_at,
                     unflushed_since=row.beat.unflushed_since,
                     pulse=row.beat.pulse,
-                    left=row.left_at is not None,
+                    left_age=None if row.left_at is None else self._tables.clock() - row.left_at,
                     dead=row.dead_at is not None,
                     claims=min(2, claims[worker]),
                 )

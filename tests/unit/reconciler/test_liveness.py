@@ -247,7 +247,7 @@ def test_goodbye_needs_no_silence() -> None:
     stage = Stage()
     worker = stage.worker()
     stage.poll_until(2)
-    stage.set(worker, left=True)
+    stage.set(worker, left_age=0.0)
 
     judgement = stage.poll()
 
@@ -260,7 +260,7 @@ def test_a_goodbye_does_not_silence_the_others() -> None:
     """A host that left in order does not count among those that became silent together."""
     stage = Stage()
     gone, silent = stage.worker("h1"), stage.worker("h2")
-    stage.set(gone, left=True)
+    stage.set(gone, left_age=0.0)
 
     stage.poll_until(T)
 
@@ -332,7 +332,7 @@ def test_unflushed_reports_of_the_living() -> None:
     worker = stage.worker(unflushed_since=990.0)
     assert stage.poll().unflushed
 
-    stage.set(worker, left=True)
+    stage.set(worker, left_age=0.0)
     assert not stage.poll().unflushed
 
     other = stage.worker(unflushed_since=990.0)

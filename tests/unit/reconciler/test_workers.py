@@ -89,6 +89,19 @@ def test_a_live_worker_without_a_row_reports_to_another_ledger() -> None:
     assert workers.not_in_ledger(both) == (other, none)  # It was gone: it is another one.
 
 
+def test_a_departure_counts_from_when_the_worker_left() -> None:
+    """A leader that polls late, or began later, charges no job that was recorded after it had left."""
+    store: Any = Store()
+    client: Any = Redis()
+    workers = Workers(client, store, 1, Settings(worker_timeout=TIMEOUT), clock=lambda: 100.0)
+    store.rows = [worker_row(left_age=3.0), worker_row(left_age=4.0, queues=("mail", "bulk"))]
+    workers.poll(1, 100.0, ask_redis=True)
+    assert workers.deaths == {"mail": 97.0, "bulk": 96.0}
+    store.rows.append(worker_row(left_age=9.0))
+    workers.poll(1, 110.0, ask_redis=True)
+    assert workers.deaths["mail"] == 101.0
+
+
 def test_a_worker_has_two_beats_and_a_timeout_to_read_a_new_pulse() -> None:
     """A second loss starts both again; a worker that has died reads no pulse any more."""
     time = [100.0]
