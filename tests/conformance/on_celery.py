@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -57,7 +58,10 @@ class OnCelery(Library):
     def __init__(self, redis_url: str, ledger: Path) -> None:
         super().__init__(redis_url, ledger)
         self._revoked: set[str] = set()
-        self.app = configured(celery_app.make(redis_url))
+        self.app = celery_app.make(redis_url)
+        # A worker that ends waits for its last BRPOP: by default a second.
+        self.app.conf.broker_transport_options = {"polling_interval": 0.1}
+        configured(self.app)
 
     def target(self, queue: str | None = None) -> object:
         """Return the application."""
@@ -133,8 +137,10 @@ class OnCelery(Library):
 
     def work(self, queue: str = QUEUE) -> None:
         """Run the solo worker in this thread until no due job waits."""
+        awake, waker = os.pipe()
         worker: Any = WorkController(
             app=self.app,
+            ready_callback=lambda ready: ready.hub.add_reader(awake, os.read, awake, 1),
             hostname="worker@suite",
             pool="solo",
             concurrency=1,
@@ -146,13 +152,15 @@ class OnCelery(Library):
         state.revoked.update(self._revoked)  # as a worker that ran at that time
         trace.setup_worker_optimizations(self.app, worker.hostname)
         over = threading.Event()
-        monitor = threading.Thread(target=self._stop_when_idle, args=(queue, worker, over))
+        monitor = threading.Thread(target=self._stop_when_idle, args=(queue, worker, over, waker))
         monitor.start()
         try:
             worker.start()
         finally:
             over.set()
             monitor.join(10)
+            os.close(awake)
+            os.close(waker)
             trace.reset_worker_optimizations(self.app)
             set_event_loop(None)  # the next worker would wait on this one's timer
             _set_task_join_will_block(False)  # this process is no longer a worker
@@ -160,7 +168,7 @@ class OnCelery(Library):
             state.reset_state()
             state.revoked.clear()
 
-    def _stop_when_idle(self, queue: str, worker: Any, over: threading.Event) -> None:
+    def _stop_when_idle(self, queue: str, worker: Any, over: threading.Event, waker: int) -> None:
         client = self.client.__class__.from_url(self.redis_url)
         deadline = time.monotonic() + _PATIENCE
         idle = 0
@@ -171,6 +179,7 @@ class OnCelery(Library):
             busy = any(lists) or any(map(_is_due, taken)) or state.active_requests
             idle = idle + 1 if ready and not busy else 0
         state.should_stop = 0
+        os.write(waker, b".")  # Its loop would see this a second later.
         client.close()
 
     def move_delayed(self) -> None:
