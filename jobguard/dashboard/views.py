@@ -152,14 +152,16 @@ def moment_in(given: Mapping[str, str], name: str) -> datetime | None:
 
 
 def chart_of(activity: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the curves of the last hour, a point for each minute."""
-    end = datetime.now(UTC).replace(second=0, microsecond=0)
-    minutes = [end - timedelta(minutes=ago) for ago in range(_MINUTES - 1, -1, -1)]
-    place = {at: n for n, at in enumerate(minutes)}
+    """Return the curves of the last hour, a point for each complete minute."""
+    now = datetime.now(UTC)
+    for row in activity:  # By the database's clock.
+        now = row["minute"].astimezone(UTC) + timedelta(minutes=row["minutes_ago"])
+    end = now.replace(second=0, microsecond=0)
+    minutes = [end - timedelta(minutes=ago) for ago in range(_MINUTES, 0, -1)]
     curves = {name: [0] * _MINUTES for name in CURVES}
     for row in activity:
-        n = place.get(row["minute"].astimezone(UTC))
+        ago = row["minutes_ago"]
         for name, kinds in CURVES.items():
-            if n is not None and row["what"] in kinds:
-                curves[name][n] += row["count"]
+            if 1 <= ago <= _MINUTES and row["what"] in kinds:
+                curves[name][-ago] += row["count"]
     return {"minutes": [int(at.timestamp()) for at in minutes], "curves": curves}

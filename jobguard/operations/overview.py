@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime
 from typing import Any
 
 from jobguard.operations.explain import duration
@@ -158,26 +157,23 @@ def overview_of(model: ReadModel, namespace: str) -> Overview:
 
 
 def _queues(counted: Counted, activity: Sequence[Mapping[str, Any]]) -> list[QueueNow]:
-    minutes = sorted({row["minute"] for row in activity})[-_RECENT:]
-    spread: dict[tuple[str, str], int] = {}
+    # Of complete minutes, so that a rate changes once a minute; or of the first minute, which still runs.
+    age = min(_RECENT, max((row["minutes_ago"] for row in activity), default=0))
+    spread: dict[tuple[str, str, str], int] = {}
     for row in activity:
-        if row["minute"] in minutes:
+        if min(1, age) <= row["minutes_ago"] <= age:
             what = "restored" if row["what"] == "restored" else "ended"
-            key = (row["queue"], what)
+            key = (row["source"], row["queue"], what)
             spread[key] = spread.get(key, 0) + row["count"]
-    span = max(1, _span(minutes))
+    span = max(1, age)
     return [
         QueueNow(
             source,
             queue,
             counts,
             counted.oldest.get((source, queue)),
-            spread.get((queue, "ended"), 0) / span,
-            spread.get((queue, "restored"), 0) / span,
+            spread.get((source, queue, "ended"), 0) / span,
+            spread.get((source, queue, "restored"), 0) / span,
         )
         for (source, queue), counts in counted.counts.items()
     ]
-
-
-def _span(minutes: Sequence[datetime]) -> int:
-    return round((minutes[-1] - minutes[0]).total_seconds() / 60) + 1 if minutes else 1

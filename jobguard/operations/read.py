@@ -243,11 +243,12 @@ group by 1, 2
 """)
 
 _ACTIVITY = sa.text("""
-select a.minute, a.queue, a.what, sum(a.count)::bigint as count
+select a.minute, a.source, a.queue, a.what, sum(a.count)::bigint as count,
+       floor(extract(epoch from date_trunc('minute', now()) - a.minute) / 60)::int as minutes_ago
 from jobguard.activity a join jobguard.sources s on s.id = a.source
 where s.namespace = :namespace and a.minute >= now() - make_interval(mins => :minutes)
   and (cast(:queue as text) is null or a.queue = :queue)
-group by 1, 2, 3 order by 1, 2, 3
+group by 1, 2, 3, 4 order by 1, 2, 3, 4
 """)
 
 _SOURCES = sa.text("""
@@ -483,11 +484,16 @@ class ReadModel(PostgresLedger):
         return self.overview(namespace, sources=_SOURCES.bindparams(most=_SMALL))
 
     def activity(self, namespace: str, *, minutes: int = 60, queue: str | None = None) -> list[Row]:
-        """Return what ended and was restored in each minute: minute, queue, what, count."""
+        """Return what ended and was restored in each minute: minute, source, queue, what, count.
+
+        The minute that runs is 0 ``minutes_ago``; the last complete one, 1.
+        """
         with self._begin(snapshot=True) as connection:
-            return people.rows(
+            names = people.labels(people.rows(connection, _SOURCES, namespace=namespace, most=0))
+            found = people.rows(
                 connection, _ACTIVITY, namespace=namespace, minutes=minutes, queue=queue
             )
+        return [row | {"source": names[row["source"]]} for row in found]
 
     def incidents(
         self,

@@ -321,17 +321,20 @@ def test_a_browser_does_not_wait_for_the_look_of_another_one(database: str) -> N
 
 
 def test_curves_have_a_point_for_each_minute() -> None:
-    """The data of the chart covers one hour without gaps."""
+    """The chart covers one hour without gaps, and not the minute that runs: it would seem a fall."""
     from jobguard.dashboard.views import chart_of
 
     now = datetime.now(UTC).replace(second=0, microsecond=0)
     rows = [
-        {"minute": now - timedelta(minutes=1), "queue": "q", "what": "restored", "count": 4},
-        {"minute": now - timedelta(minutes=1), "queue": "q", "what": "dead", "count": 1},
-        {"minute": now - timedelta(minutes=90), "queue": "q", "what": "completed", "count": 9},
+        {"minute": now - timedelta(minutes=ago), "minutes_ago": ago, "what": what, "count": count}
+        for ago, what, count in (
+            *((0, "completed", 5), (1, "restored", 4), (1, "dead", 1)),
+            *((60, "completed", 7), (90, "completed", 9)),
+        )
     ]
     chart = json.loads(json.dumps(chart_of(rows)))
     assert len(chart["minutes"]) == 60 and chart["minutes"][-1] - chart["minutes"][0] == 59 * 60
     assert {name: sum(curve) for name, curve in chart["curves"].items()} == {
-        "completed": 0, "failed or dead": 1, "put back": 4
+        "completed": 7, "failed or dead": 1, "put back": 4
     }  # fmt: skip
+    assert datetime.fromtimestamp(chart["minutes"][-1], UTC) == now - timedelta(minutes=1)

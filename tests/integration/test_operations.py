@@ -244,6 +244,29 @@ def test_the_leader_counts_for_those_who_look(
     assert any("owed: 2 pending, 1 scheduled, 1 processing" in line for line in now.lines())
 
 
+def test_a_rate_is_that_of_the_last_minutes(rows: Rows, model: ReadModel) -> None:
+    """It counts complete minutes, and nothing of a queue that stands still since."""
+    rows.owed("waits", queue="mail")
+    done = (
+        "insert into jobguard.activity (source, minute, queue, what, count)"
+        " values (1, date_trunc('minute', now()) - make_interval(mins => %s), 'mail', %s, %s)"
+        " returning true"
+    )
+
+    def rates() -> list[tuple[float, float]]:
+        return [(q.ended_a_minute, q.restored_a_minute) for q in overview_of(model, HERE).queues]
+
+    rows.ask(done, 0, "completed", 9)
+    assert rates() == [(9, 0)]  # There is no complete minute yet.
+    rows.ask("delete from jobguard.activity")
+    rows.ask(done, 40, "completed", 500)
+    assert rates() == [(0, 0)]
+    rows.ask(done, 3, "completed", 90)
+    rows.ask(done, 4, "failed", 10)
+    rows.ask(done, 4, "restored", 5)
+    assert rates() == [(20, 1)]
+
+
 def test_incidents_show_losses_and_what_was_put_back(
     rows: Rows, model: ReadModel, database: str
 ) -> None:
