@@ -419,7 +419,9 @@ class Inspector:
             owed, seen, decision = row.owed, row.seen, row.decision
             if seen.presence is Presence.ABSENT:
                 result.absent += 1
-            if decision.action is Action.HOLD and not self._is_trusted(owed, now):
+            if decision.action is Action.HOLD and self._trust.is_unsure(owed.queue):
+                result.waiting += 1
+            elif decision.action is Action.HOLD and not self._is_trusted(owed, now):
                 result.untrusted += 1
             elif decision.action is Action.HOLD:
                 result.held += 1

@@ -85,6 +85,11 @@ class Trust:
             return True
         return lost and (row.unguarded_at is None or not self._long_gap)
 
+    def is_unsure(self, queue: str) -> bool:
+        """Return True if a queue is trusted, and the next inspection of its consumers must confirm it."""
+        row = self.rows.get(queue)
+        return row is not None and row.trusted_since is not None and queue in self._unsure
+
     def backlogs_to_check(self) -> list[str]:
         """Return queues that are trusted, but whose older deliveries have not been checked."""
         return [queue for queue, row in self.rows.items() if row.trusted_since]

@@ -116,6 +116,22 @@ def test_an_incident_closes_only_when_all_is_back() -> None:
     assert (loss.missing, loss.restored, loss.closed) == (1200, 1200, True)
 
 
+def test_an_incident_stays_open_while_the_consumers_are_in_doubt() -> None:
+    """A consumer that is seen once, as a worker that just ended, delays the restores of the loss."""
+    world = calm()
+    world.enqueue(*ids(20))
+    world.run(6)
+    world.broker.names["mail"] = frozenset({"ends"})
+    world.flushall()
+    world.run_until(lambda: world.store.incidents(SOURCE.id), within=5)
+    world.run(1)
+    assert world.store.incidents(SOURCE.id) and not world.broker.pushed
+    world.broker.names["mail"] = frozenset()
+    world.run_until(lambda: not world.store.incidents(SOURCE.id), within=60)
+    (loss,) = world.ledger._tables.incidents.values()
+    assert (loss.missing, loss.restored) == (20, 20)
+
+
 def test_a_second_walk_during_an_incident_counts_no_job_again() -> None:
     """A worker that leaves begins another walk while the jobs are still missing."""
     world = calm(loss_grace=5.0)
