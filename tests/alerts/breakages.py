@@ -271,6 +271,7 @@ def no_leader(site: WatchedSite) -> Steps:
     "JobguardStuck",
     "restart the process",
     **_UNSEEN,
+    **_LAPSED,
 )
 def stuck(site: WatchedSite) -> Steps:
     """The password file of the leader hangs, as on a dead network file system."""
