@@ -340,7 +340,7 @@ EVENTS: Mapping[str, Event] = {
     "foreign_pulse": Event(
         ERROR,
         "another ledger keeps its pulse in this Redis: no job is restored; give one of the two ledgers "
-        "another JOBGUARD_NAMESPACE",
+        "another JOBGUARD_NAMESPACE, or run `jobguard resume --moved` if the other one is gone",
     ),  # source
     "place_unsure": Event(
         ERROR, "no job is restored until a person runs `jobguard resume`"

@@ -132,9 +132,9 @@ def judge_pulse(
     if epoch is None or n is None:
         # A pulse is not moved before Postgres has its first value.
         return Reading.UNACKNOWLEDGED if standing.n == 1 or n == ACCEPTED else Reading.AHEAD
-    if standing.epoch != epoch or standing.n < n:
-        return Reading.LOST
-    return Reading.STEADY if standing.n <= n + 1 else Reading.AHEAD
+    if standing.n > n + 1:
+        return Reading.AHEAD  # also in another epoch: the count goes on through a loss
+    return Reading.LOST if standing.epoch != epoch or standing.n < n else Reading.STEADY
 
 
 # Moves the counter if it still has the value that the leader saw. Another value is not changed.

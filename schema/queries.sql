@@ -406,11 +406,18 @@ select id, namespace, library, address, prefix, name, settings, one_body, pulse_
 from jobguard.sources where namespace = %(namespace)s order by id
 
 -- name: acknowledge
-update jobguard.sources set pulse_epoch = %(epoch)s, pulse_n = %(n)s,
-  run_id = coalesce(%(run_id)s, run_id), watched_at = now()
-where id = %(source)s
-  and exists (select from jobguard.leader where namespace = %(namespace)s and term = %(term)s for share)
-returning true
+with lease as (
+  select from jobguard.leader where namespace = %(namespace)s and term = %(term)s for share
+), moved as (
+  update jobguard.sources set pulse_epoch = %(epoch)s, pulse_n = %(n)s,
+    run_id = coalesce(%(run_id)s, run_id), watched_at = now()
+  from lease
+  where id = %(source)s
+    and (pulse_epoch is not distinct from %(known_epoch)s::uuid and pulse_n is not distinct from %(known_n)s::bigint
+         or pulse_epoch = %(epoch)s and pulse_n between coalesce(%(known_n)s::bigint, 0) and %(n)s)
+  returning true
+)
+select exists (select from moved) from lease
 
 -- name: open_incident
 with lease as (

@@ -155,7 +155,8 @@ class PulseKeeper:
     ) -> Health:
         if reading is Reading.STEADY and standing is not None:
             self._misplaced_since = None
-            self._move(term, standing)
+            if not self._move(term, standing):
+                return Health.STOP
             self._ticked = True
             self._moved_at = now
             return Health.STEADY
@@ -168,11 +169,12 @@ class PulseKeeper:
             self._ticked = True
             return self._lost(term, standing, identity_confirmed, now)
         if reading is Reading.FIRST:
-            self._begin(term, standing, uuid4())
-            return Health.STEADY
+            return Health.STEADY if self._begin(term, standing) else Health.STOP
         if reading is Reading.LOST:
             return self._lost(term, standing, identity_confirmed, now)
-        if reading is Reading.AHEAD and standing is not None and self._accepted():
+        if standing is not None and self._accepted():
+            if reading is Reading.FOREIGN:  # the other ledger is gone
+                return Health.STEADY if self._begin(term, standing) else Health.STOP
             self._adopt(term, standing)
             return Health.STEADY
         if now - self._alarmed >= _ALARM_AGAIN:
@@ -180,24 +182,18 @@ class PulseKeeper:
             self._alarm(reading)
         return Health.STOP
 
-    def _move(self, term: int, standing: Standing) -> None:
+    def _move(self, term: int, standing: Standing) -> bool:
+        """Move the counter on. Return False if Postgres does not have the known pulse any more."""
         # The counter is ahead if the leader that moved it died before it wrote to Postgres: write
         # it now.
         n = standing.n
         if standing.n == self._n:
             moved = self._tick(standing)
             if moved is False:
-                return  # Another process moved it: the next reading shows the result.
+                return True  # Another process moved it: the next reading shows the result.
             # The counter is the known one, so that nothing is lost, even if Redis takes no writes.
             n = standing.n if moved is None else standing.n + 1
-        self._store.acknowledge(
-            term,
-            self._source.id,
-            standing.epoch,
-            n,
-            run_id=self._topology.run_id if self._topology else None,
-        )
-        self._n = n
+        return self._acknowledge(term, standing.epoch, n)
 
     def _tick(self, standing: Standing) -> bool | None:
         """Move the counter on; None: Redis takes no writes, but it is up and has the known counter."""
@@ -211,24 +207,26 @@ class PulseKeeper:
         self.refusal = None
         return moved
 
-    def _begin(self, term: int, standing: Standing | None, epoch: UUID) -> None:
-        """Make a new pulse, if Redis still has the one that was judged."""
+    def _begin(self, term: int, standing: Standing | None) -> bool:
+        """Make a new pulse, if Redis still has the one that was judged.
+
+        Return False if Postgres does not have the known pulse any more.
+        Its count is higher than that of every epoch before, so that a Postgres that was set back to an
+        earlier epoch is not taken for a Redis that lost its data.
+        """
+        epoch, n = uuid4(), max(self._n or 0, 0) + 1
         was: tuple[Any, ...] = self._raw
         if standing is not None:
             was = (standing.epoch, standing.n)
         made = self._script(
-            RESET, *was, str(epoch), "1", str(self._source.id), str(self._installation)
+            RESET, *was, str(epoch), str(n), str(self._source.id), str(self._installation)
         )
         if not made:
-            return
-        self._store.acknowledge(
-            term,
-            self._source.id,
-            epoch,
-            1,
-            run_id=self._topology.run_id if self._topology else None,
-        )
-        self._epoch, self._n, self._ticked = epoch, 1, True
+            return True
+        if not self._acknowledge(term, epoch, n):
+            return False
+        self._ticked = True
+        return True
 
     def _lost(
         self,
@@ -265,7 +263,8 @@ class PulseKeeper:
             self._noted = self._epoch
             failpoint.hit("after_incident_row")
         log_event("redis_lost_data", source=self._source.address, pulse=seen)
-        self._begin(term, standing, uuid4())
+        if not self._begin(term, standing):
+            return Health.STOP
         self._misplaced_since = None
         return Health.LOST
 
@@ -300,19 +299,29 @@ class PulseKeeper:
 
     def _accepted(self) -> bool:
         """Return True if a person has said that the pulse in Redis is right."""
-        rows = [row for row in self._store.sources() if row.id == self._source.id]
-        return bool(rows) and rows[0].pulse_epoch is None and rows[0].pulse_n == ACCEPTED
+        self._read_ledger()
+        return self._epoch is None and self._n == ACCEPTED
 
     def _adopt(self, term: int, standing: Standing) -> None:
         """Take over the pulse that Redis has."""
-        self._store.acknowledge(
-            term,
-            self._source.id,
-            standing.epoch,
-            standing.n,
-            run_id=self._topology.run_id if self._topology else None,
-        )
-        self._epoch, self._n = standing.epoch, standing.n
+        self._acknowledge(term, standing.epoch, standing.n)
+
+    def _acknowledge(self, term: int, epoch: UUID, n: int) -> bool:
+        """Store a pulse. Return False if Postgres does not have the one before it: it is judged anew."""
+        known, pulse = (self._epoch, self._n), (epoch, n)
+        run_id = self._topology.run_id if self._topology else None
+        stored = self._store.acknowledge(term, self._source.id, known, pulse, run_id=run_id)
+        if stored:
+            self._epoch, self._n = pulse
+        else:
+            self._read_ledger()
+        return stored
+
+    def _read_ledger(self) -> None:
+        """Read which pulse Postgres has."""
+        for row in self._store.sources():
+            if row.id == self._source.id:
+                self._epoch, self._n = row.pulse_epoch, row.pulse_n
 
     def _check_topology(self) -> None:
         seen = Topology()

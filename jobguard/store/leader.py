@@ -42,6 +42,7 @@ from jobguard.store.protocols import (
     Closing,
     Incident,
     Plan,
+    Pulse,
     QueueRow,
     ScheduleRow,
     Signs,
@@ -155,10 +156,21 @@ class PostgresLeaderStore:
         return [SourceRow(*row) for row in self._ask("sources", namespace=self._namespace)]
 
     def acknowledge(
-        self, term: int, source: int, epoch: UUID, n: int, *, run_id: str | None
-    ) -> None:
+        self, term: int, source: int, known: Pulse, pulse: Pulse, *, run_id: str | None
+    ) -> bool:
         """Store the pulse of Redis; see LeaderStore."""
-        self._led(self._write("acknowledge", term, source=source, epoch=epoch, n=n, run_id=run_id))
+        (known_epoch, known_n), (epoch, n) = known, pulse
+        rows = self._write(
+            "acknowledge",
+            term,
+            source=source,
+            known_epoch=known_epoch,
+            known_n=known_n,
+            epoch=epoch,
+            n=n,
+            run_id=run_id,
+        )
+        return bool(self._led(rows)[0][0])
 
     @staticmethod
     def _led(rows: list[Row]) -> list[Row]:

@@ -58,6 +58,10 @@ class BeatReply:
     leader_live: bool = False
 
 
+Pulse = tuple[UUID | None, int | None]
+"""Epoch and count of a pulse."""
+
+
 @dataclass(frozen=True, slots=True)
 class SourceRow:
     """A source as it is stored in the database."""
@@ -476,9 +480,13 @@ class LeaderStore(Protocol):
         """Return the sources of the namespace."""
 
     def acknowledge(
-        self, term: int, source: int, epoch: UUID, n: int, *, run_id: str | None
-    ) -> None:
-        """Store the pulse of Redis, before the next tick."""
+        self, term: int, source: int, known: Pulse, pulse: Pulse, *, run_id: str | None
+    ) -> bool:
+        """Store the pulse of Redis, before the next tick.
+
+        Return False, and store nothing, if Postgres has another pulse than the known one, which it had
+        before: a person accepted a move, or Postgres was set back to an earlier state.
+        """
 
     def open_incident(
         self, term: int, source: int, cause: Cause, detail: str, epoch: UUID | None

@@ -106,7 +106,9 @@ _WORKER = uuid4()
 _WRITES: dict[str, Callable[[LeaderStore, int], object]] = {
     "renew": lambda leader, term: leader.renew(term, lease=LONG),
     "signs": lambda leader, term: leader.signs(term),
-    "acknowledge": lambda leader, term: leader.acknowledge(term, SOURCE, uuid4(), 9, run_id=None),
+    "acknowledge": lambda leader, term: leader.acknowledge(
+        term, SOURCE, (None, None), (uuid4(), 9), run_id=None
+    ),
     "open_incident": lambda leader, term: leader.open_incident(
         term, SOURCE, Cause.INCIDENT, "flushed", None
     ),

@@ -9,7 +9,7 @@ import pytest
 
 from jobguard.errors import BadRow
 from jobguard.model import Claim
-from jobguard.store.protocols import SourceRow
+from jobguard.store.protocols import Pulse, SourceRow
 from tests.contract.conftest import (
     ENDED_COMPLETED,
     LONG,
@@ -44,9 +44,29 @@ def test_a_source_keeps_the_pulse_that_was_acknowledged(ledger: Contract) -> Non
     """The next leader continues from the pulse that the last one stored."""
     ledger.store.register(SourceRow(SOURCE, NAMESPACE, "rq", "localhost:6379/0", "", None, ""))
     epoch = uuid4()
-    ledger.leader.acknowledge(ledger.elected(), SOURCE, epoch, 41, run_id="run")
+    term = ledger.elected()
+    assert ledger.leader.acknowledge(term, SOURCE, (None, None), (epoch, 41), run_id="run")
     (source,) = ledger.leader.sources()
     assert (source.pulse_epoch, source.pulse_n, source.run_id) == (epoch, 41, "run")
+
+
+def test_a_pulse_follows_the_one_that_the_leader_knows(ledger: Contract) -> None:
+    """A ledger that was set back is not moved on; the repetition of a write whose answer was lost is."""
+    ledger.store.register(SourceRow(SOURCE, NAMESPACE, "rq", "localhost:6379/0", "", None, ""))
+    epoch, later = uuid4(), uuid4()
+    term = ledger.elected()
+
+    def acknowledge(known: Pulse, pulse: Pulse) -> tuple[bool, Pulse]:
+        moved = ledger.leader.acknowledge(term, SOURCE, known, pulse, run_id=None)
+        (source,) = ledger.leader.sources()
+        return moved, (source.pulse_epoch, source.pulse_n)
+
+    assert acknowledge((None, None), (epoch, 7)) == (True, (epoch, 7))
+    assert acknowledge((epoch, 7), (epoch, 8)) == (True, (epoch, 8))
+    assert acknowledge((epoch, 7), (epoch, 8)) == (True, (epoch, 8)), "the answer was lost"
+    assert acknowledge((epoch, 9), (epoch, 10)) == (False, (epoch, 8))
+    assert acknowledge((epoch, 9), (later, 10)) == (False, (epoch, 8))
+    assert acknowledge((later, 8), (later, 9)) == (False, (epoch, 8))
 
 
 def test_a_recorded_delivery_is_owed(ledger: Contract) -> None:

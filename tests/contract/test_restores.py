@@ -25,7 +25,9 @@ def test_recoverable_deliveries(ledger: Contract) -> None:
         return ledger.store.recoverable(SOURCE, tokens)
 
     def watch(trusted_since: float | None) -> None:
-        ledger.leader.acknowledge(term, SOURCE, uuid4(), 1, run_id=None)
+        (source,) = ledger.leader.sources()
+        known = source.pulse_epoch, source.pulse_n
+        ledger.leader.acknowledge(term, SOURCE, known, (uuid4(), 1), run_id=None)
         ledger.leader.trust(term, [QueueRow(SOURCE, "default", trusted_since)])
 
     assert recoverable() == frozenset()

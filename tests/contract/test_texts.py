@@ -113,7 +113,7 @@ def test_trust(ledger: Contract, text: str) -> None:
     ledger.store.register(row)
     it = ledger.recorded(queue=text)
     epoch = it.token
-    ledger.leader.acknowledge(term, SOURCE, epoch, 1, run_id=None)
+    ledger.leader.acknowledge(term, SOURCE, (None, None), (epoch, 1), run_id=None)
     for _ in range(2):
         ledger.leader.trust(term, [QueueRow(SOURCE, text, trusted_since=1.0)])
     assert [row.queue for row in ledger.leader.queues(SOURCE)] == [text]

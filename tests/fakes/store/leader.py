@@ -29,6 +29,7 @@ from jobguard.store.protocols import (
     Closing,
     Incident,
     Plan,
+    Pulse,
     QueueRow,
     ScheduleRow,
     Signs,
@@ -130,15 +131,21 @@ class MemoryLeaderStore:
             return sorted(ours, key=lambda row: row.id)
 
     def acknowledge(
-        self, term: int, source: int, epoch: UUID, n: int, *, run_id: str | None
-    ) -> None:
+        self, term: int, source: int, known: Pulse, pulse: Pulse, *, run_id: str | None
+    ) -> bool:
         with self._leading(term) as now:
             row = self._tables.sources.get(source)
-            if row is not None:
-                self._tables.sources[source] = replace(
-                    row, pulse_epoch=epoch, pulse_n=n, run_id=run_id or row.run_id
-                )
-                self._tables.watched_at[source] = now
+            if row is None:
+                return False
+            stored, (epoch, n) = (row.pulse_epoch, row.pulse_n), pulse
+            repeated = stored[0] == epoch and (known[1] or 0) <= (stored[1] or 0) <= (n or 0)
+            if stored != known and not repeated:
+                return False
+            self._tables.sources[source] = replace(
+                row, pulse_epoch=epoch, pulse_n=n, run_id=run_id or row.run_id
+            )
+            self._tables.watched_at[source] = now
+            return True
 
     def open_incident(
         self, term: int, source: int, cause: Cause, detail: str, epoch: UUID | None

@@ -229,7 +229,7 @@ def test_a_declined_job_is_recorded_first() -> None:
 
     assert not is_declined(job.token, describe=lambda: job)
     store, term = lead(worker.ledger)
-    store.acknowledge(term, SOURCE.id, new_token(), 1, run_id=None)
+    store.acknowledge(term, SOURCE.id, (None, None), (new_token(), 1), run_id=None)
     store.trust(term, [QueueRow(SOURCE.id, "mail", 0.0)])
     assert is_declined(job.token, describe=lambda: job)
 

@@ -230,7 +230,7 @@ def test_a_stale_term_writes_nothing() -> None:
     writes: list[Callable[[], object]] = [
         lambda: stale.renew(term, lease=LEASE),
         lambda: stale.signs(term),
-        lambda: stale.acknowledge(term, SOURCE.id, uuid4(), 5, run_id="r"),
+        lambda: stale.acknowledge(term, SOURCE.id, (None, None), (uuid4(), 5), run_id="r"),
         lambda: stale.open_incident(term, SOURCE.id, Cause.INCIDENT, "", None),
         lambda: stale.progress(term, incident, missing=1, restored=1, close=True),
         lambda: stale.declare_dead(term, [token()]),

@@ -29,7 +29,8 @@ E1, E2 = uuid4(), uuid4()
         ((E1, 6), E1, 7, Reading.LOST),
         ((E1, 0), E1, 7, Reading.LOST),
         ((E2, 7), E1, 7, Reading.LOST),
-        ((E2, 99), E1, 7, Reading.LOST),
+        ((E2, 8), E1, 7, Reading.LOST),
+        ((E2, 9), E1, 7, Reading.AHEAD),
         ((E1, 7), None, None, Reading.AHEAD),
         ((E1, 1), None, None, Reading.UNACKNOWLEDGED),
         ((E1, 7), None, ACCEPTED, Reading.UNACKNOWLEDGED),
@@ -252,9 +253,13 @@ def test_a_lower_counter_is_a_loss() -> None:
 
 
 def test_another_epoch_is_a_loss() -> None:
-    """A snapshot from before an earlier incident is old, however high its counter is."""
+    """A snapshot from before an earlier incident is old: its counter is lower."""
     stage = started()
-    stage.redis.set_pulse(epoch=uuid4(), n=999)
+    before = stage.redis.pulse()
+    assert before is not None
+    stage.redis.flushall()
+    assert stage.tick() is Health.LOST
+    stage.redis.set_pulse(epoch=UUID(before[0]), n=before[1])
 
     assert stage.tick() is Health.LOST
     assert stage.tick() is Health.STEADY
@@ -361,6 +366,43 @@ def test_a_counter_too_far_ahead_stops() -> None:
     assert stage.incidents == []
 
 
+@pytest.mark.parametrize("flushed", [False, True], ids=["one epoch", "an earlier epoch"])
+@pytest.mark.parametrize("new_leader", [False, True], ids=["same leader", "next leader"])
+def test_a_ledger_that_is_set_back_under_a_leader_stops(flushed: bool, new_leader: bool) -> None:
+    """A failover to a Postgres that lagged, or a restored backup, is noticed by a leader that goes on."""
+    stage = started()
+    sources = stage.ledger._tables.sources
+    backup = sources[SOURCE.id]
+    if flushed:
+        stage.redis.flushall()
+        assert stage.tick() is Health.LOST
+    for _ in range(3):
+        assert stage.tick() is Health.STEADY
+    sources[SOURCE.id] = backup
+    if new_leader:
+        stage.another()
+
+    for _ in range(3):
+        assert stage.tick() is Health.STOP
+
+    assert sources[SOURCE.id] == backup
+    assert stage.incidents == [Cause.INCIDENT] * flushed
+
+
+def test_a_ledger_that_is_set_back_while_redis_loses_its_data_stops() -> None:
+    """No loss is handled with a ledger that does not know which jobs have ended."""
+    stage = started()
+    sources = stage.ledger._tables.sources
+    backup = sources[SOURCE.id]
+    for _ in range(3):
+        assert stage.tick() is Health.STEADY
+    sources[SOURCE.id] = backup
+    stage.redis.flushall()
+
+    for _ in range(3):
+        assert stage.tick() is Health.STOP
+
+
 def test_a_ledger_that_knows_of_no_pulse_stops() -> None:
     """A pulse that Postgres never acknowledged was made by a ledger that was lost."""
     stage = Stage()
@@ -413,6 +455,19 @@ def test_a_foreign_pulse_stops() -> None:
 
     assert stage.redis.pulse() == there
     assert stage.incidents == []
+
+
+def test_a_person_may_say_that_the_other_ledger_is_gone() -> None:
+    """After `resume --moved` a ledger that was made anew keeps its own pulse."""
+    stage = started()
+    stage.redis.set_pulse(installation=THEIRS)
+    assert stage.tick() is Health.STOP
+
+    sources = stage.ledger._tables.sources
+    sources[SOURCE.id] = replace(sources[SOURCE.id], pulse_epoch=None, pulse_n=ACCEPTED)
+
+    assert [stage.tick(), stage.tick()] == [Health.STEADY, Health.STEADY]
+    assert stage.acknowledged == stage.redis.pulse()
 
 
 def test_a_replica_is_down() -> None:
@@ -631,8 +686,9 @@ def test_a_stale_leader_moves_nothing_in_postgres() -> None:
 )
 def test_two_sources_two_pulses(other: dict[str, Any]) -> None:
     """A source of another namespace, library or prefix has its own pulse."""
-    row = replace(source_row(), **other)
+    row = replace(source_row(), id=SOURCE.id + 1, **other)
     stage = started()
+    stage.ledger.host().register(row)
     keeper = PulseKeeper(stage.redis.client, stage.store, row, OURS)
 
     assert keeper.tick(stage.term, identity_confirmed=unasked, now=1.0) is Health.STEADY
