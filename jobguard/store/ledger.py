@@ -275,6 +275,15 @@ having count(*) > 0
 on conflict (namespace) do update set held = excluded.held || l.held
 """)
 
+# Settings that the queries rely on. They override the defaults of the role and the database, for one
+# transaction: behind a pooler the session is another one's, too. psycopg reads no other datestyle.
+_RELIED_ON = """
+select pg_catalog.set_config('search_path', 'pg_catalog', true),
+  pg_catalog.set_config('datestyle', 'ISO', true),
+  pg_catalog.set_config('lock_timeout', '0', true),
+  pg_catalog.set_config('statement_timeout', '{limit}', true)
+"""
+
 _ACCEPT = sa.text("""
     update jobguard.sources set pulse_epoch = null, pulse_n = :accepted, run_id = null
     where namespace = :namespace
@@ -413,6 +422,7 @@ class PostgresLedger:
                 "pool_recycle": 300,
             }
         self._engine = sa.create_engine("postgresql+psycopg://", creator=self._connect, **pool)
+        self._relied_on = _RELIED_ON.format(limit=round(1000 * answer_timeout))
 
     def stats(
         self, namespace: str, *, source: int | None = None
@@ -642,11 +652,7 @@ class PostgresLedger:
                 self._engine.connect().execution_options(**options) as connection,
                 connection.begin(),
             ):
-                driver = connection.connection.driver_connection
-                assert driver is not None
-                if not (driver.info.parameter_status("DateStyle") or "").startswith("ISO"):
-                    # psycopg reads no other one; a default of the role or the database may name another.
-                    connection.exec_driver_sql("set local datestyle = 'ISO'")
+                connection.exec_driver_sql(self._relied_on)
                 yield connection
         except sa.exc.DBAPIError as error:
             raise self._translated(error) from error

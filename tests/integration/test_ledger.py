@@ -159,6 +159,23 @@ def test_a_time_that_python_cannot_have_hides_no_job(rows: Rows, ledger: Postgre
             assert other.job(HERE, id) == ledger.job(HERE, id) != []
 
 
+def test_a_search_path_of_the_role_changes_no_query(rows: Rows, ledger: PostgresLedger) -> None:
+    """Functions of an application that precede those of PostgreSQL decide nothing in the ledger."""
+    rows.owed("due")
+    rows.owed("later", due="1 hour")
+    rows.ask("create schema theirs")
+    rows.ask(
+        "create function theirs.now() returns timestamptz language sql return timestamptz 'infinity'"
+    )
+    elsewhere = psycopg.conninfo.make_conninfo(
+        rows.connection.info.dsn,
+        options="-c search_path=theirs,pg_catalog -c statement_timeout=500",
+    )
+    with closing(PostgresLedger(lambda: elsewhere)) as other:
+        assert other.stats(HERE) == ledger.stats(HERE)
+        assert [job["state"] for job in other.job(HERE, "later")] == ["scheduled"]
+
+
 def test_stuck_jobs_have_no_live_worker_or_were_seen_absent(
     rows: Rows, ledger: PostgresLedger
 ) -> None:
