@@ -1,6 +1,6 @@
 -- A guarded worker says that it is there.
 -- KEYS: 1 zset of workers by the time they last said so  2 hash of what is known of them
--- ARGV: 1 session  2 what is known, in JSON ('' it leaves)  3 where its results are ('' elsewhere)
+-- ARGV: 1 session and number  2 what is known, in JSON ('' it leaves)  3 where its results are ('' elsewhere)
 -- Where results are outlives the workers: it goes with Redis, as the results do.
 local now = tonumber(redis.call('TIME')[1])
 if ARGV[2] == '' then

@@ -36,8 +36,12 @@ if TYPE_CHECKING:
 _scripts: WeakKeyDictionary[Any, tuple[OwnerProcess, Script]] = WeakKeyDictionary()
 
 
-def announcement(app: Any, *, name: str, queues: Sequence[str]) -> Callable[[UUID], bool] | None:
+def announcement(
+    app: Any, *, name: str, queues: Sequence[str], number: int
+) -> Callable[[UUID], bool] | None:
     """Return a function that announces this worker; it may be called every few seconds, from any thread.
+
+    ``number``: tells it from other workers that share its session.
 
     The function returns True if Redis took the announcement. All calls into Celery and kombu are
     made here, in the main thread: both take locks for their lookups, and a child that is forked
@@ -52,29 +56,33 @@ def announcement(app: Any, *, name: str, queues: Sequence[str]) -> Callable[[UUI
 
     def announce_now(session: UUID) -> bool:
         with contain_errors("announce this worker", event="announcement_failed"):
-            send(session, about, results)
+            send(_field(session, number), about, results)
             return True
         return False
 
     return announce_now
 
 
-def leave(app: Any, *, session: UUID) -> None:
+def leave(app: Any, *, session: UUID, number: int) -> None:
     """Remove the announcement of this worker. Raise nothing."""
     with contain_errors("remove an announcement", event="announcement_failed"):
         if (tracker := lookup.tracker_for(app)) is not None:
-            _sender(app, tracker)(session, "", "")
+            _sender(app, tracker)(_field(session, number), "", "")
 
 
-def _sender(app: Any, tracker: Tracker) -> Callable[[UUID, str, str], None]:
+def _field(session: UUID, number: int) -> str:
+    return f"{session.hex}.{number}"
+
+
+def _sender(app: Any, tracker: Tracker) -> Callable[[str, str, str], None]:
     known = _scripts.get(app)
     if known is None or not known[0].is_current:
         client = own_client(client_of(app.connection_for_write()), timeout=TIMEOUT)
         known = _scripts[app] = (OwnerProcess(), Script(client, __package__, "announce.lua"))
     script, layout = known[1], Layout.parse(tracker.source.prefix)
 
-    def send(session: UUID, about: str, results: str) -> None:
-        (answer,) = script.run([([layout.workers, layout.about], [session.hex, about, results])])
+    def send(worker: str, about: str, results: str) -> None:
+        (answer,) = script.run([([layout.workers, layout.about], [worker, about, results])])
         if isinstance(answer, Exception):
             raise answer
 

@@ -51,6 +51,8 @@ class Announced:
 
     name: str
     queues: tuple[str, ...]
+    session: str = ""
+    """The id in hex of its session, which other workers of its process share."""
     control: str = ""
     """The exchange that controls the worker; "" if it has none."""
 
@@ -99,6 +101,7 @@ class Workers:
             proved=frozenset(worker.name for worker in announced),
             alive=frozenset(worker.name for worker in recent),
             passing=passing,
+            sessions={worker.name: worker.session for worker in announced},
         )
 
     def _unexplained(self, controls: Iterable[str]) -> tuple[frozenset[str], frozenset[str]]:
@@ -161,8 +164,8 @@ class Workers:
             pipe.hgetall(self._layout.about)
             (seconds, _), announcements, about = pipe.execute()
         known, recent = [], []
-        for session, at in announcements:
-            worker = _announced(about.get(session))
+        for field, at in announcements:
+            worker = _announced(field, about.get(field))
             if worker is None:
                 continue
             known.append(worker)
@@ -193,12 +196,13 @@ class Workers:
         return self._listening
 
 
-def _announced(raw: bytes | None) -> Announced | None:
+def _announced(field: bytes, raw: bytes | None) -> Announced | None:
     try:
         fields = json_in(raw or b"")
         return Announced(
             str(fields["name"]),
             tuple(map(str, fields["queues"])),
+            field.partition(b".")[0].decode(errors="replace"),
             str(fields.get("control") or ""),
         )
     except (ValueError, KeyError, TypeError):

@@ -163,9 +163,9 @@ def _begin(task: Any, request: Any) -> Refused | None:
         return answer
     for name in OURS:  # otherwise a message that inherits this task's headers takes them along
         (request.headers or {}).pop(name, None)
-    working = sessions.own(session)
-    if working is not None:
-        sessions.count(working, 1)
+    here = bool(sessions.own(session))
+    if here:
+        sessions.count(tracker, 1)
     run = Run(
         tracker,
         session,
@@ -174,7 +174,7 @@ def _begin(task: Any, request: Any) -> Refused | None:
         queue=queue_of(request),
         task=task.name,
         attempt=(request.retries or 0) + 1,
-        left=None if working is None else lambda: sessions.count(working, -1),
+        left=(lambda: sessions.count(tracker, -1)) if here else None,
     )
     vars(request)[_RUN] = _runs[token] = run
     run.enter()

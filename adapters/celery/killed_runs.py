@@ -183,7 +183,7 @@ def cancel(original: Hook) -> Hook:
 
 def is_reported_elsewhere(session: Session, token: UUID, thrown: BaseException) -> bool:
     """Return True if Celery announces this end of a greenlet: an order, or a time limit of gevent."""
-    request = _request_of(session, token)
+    _, request = _run_of(session, token)
     if request is None:
         return False
     if vars(request).get(_ORDERED):
@@ -199,15 +199,18 @@ def is_acknowledged_after(thrown: BaseException) -> bool:
 
 def stop_renewing(session: Session, token: UUID) -> None:
     """Stop renewing a message in ``unacked`` that Celery dropped without acknowledging it."""
-    working, request = sessions.own(session), _request_of(session, token)
-    if working is not None and working.unacked is not None and request is not None:
+    working, request = _run_of(session, token)
+    if working is not None and working.unacked is not None:
         working.unacked.drop(request.message.delivery_tag)
 
 
-def _request_of(session: Session, token: UUID) -> Any:
-    working = sessions.own(session)
-    handed = () if working is None else snapshot(working.handed)
-    return next((request for request in handed if token_of_request(request) == token), None)
+def _run_of(session: Session, token: UUID) -> tuple[Working | None, Any]:
+    """Return the request of a delivery, and the worker of this process that gave it to its pool."""
+    for working in sessions.own(session):
+        for request in snapshot(working.handed):
+            if token_of_request(request) == token:
+                return working, request
+    return None, None
 
 
 def _is_timeout(thrown: BaseException) -> bool:

@@ -14,8 +14,8 @@ All keys but the results begin with ``global_keyprefix``. Our own keys:
 
 ==============================  =========================================================
 ``jobguard:celery:restored``    zset of tokens put back lately, by the time in microseconds
-``jobguard:celery:workers``     zset of guarded workers' sessions by the time of their last announcement
-``jobguard:celery:about``       hash of the same: session to its description, and the places of results
+``jobguard:celery:workers``     zset of guarded workers (session.number) by the time of their announcement
+``jobguard:celery:about``       hash of the same: worker to its description, and the places of results
 ==============================  =========================================================
 """
 

@@ -5,15 +5,20 @@ its children. Celery's own table (``active_requests``) shows which tasks the chi
 running. A child claims and reports by itself, in the session of the main process: a forked child
 has inherited the session, a spawned one gets its id with every task. So a child also gets the new
 id after its worker was declared dead and registered again.
+
+Several workers in threads of one process share one session, which has the name of the first. Each of
+them is announced by itself. The session ends with the last of them.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
@@ -42,6 +47,7 @@ _ANNOUNCE = 4.0
 """Seconds between two announcements."""
 _HANDED = 10.0
 """Seconds within which a child certainly confirms a task that was given to it."""
+_numbers = itertools.count()
 
 
 @dataclass(slots=True)
@@ -53,6 +59,8 @@ class Working:
     tracker: Tracker
     session: Session = field(init=False)
     queues: list[str] = field(default_factory=list)
+    number: int = field(default_factory=_numbers.__next__)
+    """Tells it from the other workers of its session."""
     owner: OwnerProcess = field(default_factory=OwnerProcess)
     handed: WeakKeyDictionary[Any, float] = field(default_factory=WeakKeyDictionary)
     """Requests with the time at which they were given to the pool."""
@@ -63,17 +71,15 @@ class Working:
     announced: float = -math.inf
     unacked: Unacked | None = None
     """The messages that it has taken, if jobguard fixes the library."""
-    live: int = 0
-    """The number of tasks that run in this process itself."""
 
     def open(self) -> None:
-        """Open the session and begin to beat."""
-        controller = self.controller
+        """Open the session and begin to beat, or share the session of the other workers of this process."""
+        controller, source = self.controller, self.tracker.source.id
         self.queues = self._consumed()
         self.session = self.tracker.open_session(
             name=controller.hostname,
             queues=self.queues,
-            lists=self.lists,
+            lists=lambda: {token for one in _here.get(source, ()) for token in one.lists()},
             apart=not _slots_of(controller),
             serves=_slots_of(controller),
         )
@@ -87,9 +93,15 @@ class Working:
             # A queue that the worker leaves stays in its beats until Redis does not name the worker
             # there any more: otherwise the worker would count as an unguarded consumer of that
             # queue.
-            self.session.consumes(list(dict.fromkeys([*before, *self.queues])))
+            self.report([*before, *self.queues])
             self._introduce()
             self.announced = -math.inf
+
+    def report(self, queues: Iterable[str]) -> None:
+        """Report these queues, and those of the other workers of the session."""
+        others = [one for one in _current(self.tracker) if one is not self]
+        more = [queue for other in others for queue in other.queues]
+        self.session.consumes(list(dict.fromkeys([*queues, *more])))
 
     def _consumed(self) -> list[str]:
         return [queue.name for queue in self.controller.app.amqp.queues.consume_from.values()]
@@ -97,11 +109,13 @@ class Working:
     def _introduce(self) -> None:
         """Set the announcement to the queues of now: first in Redis, and then in the beats."""
         controller, queues = self.controller, self.queues
-        announce_now = announcement(controller.app, name=controller.hostname, queues=queues)
+        announce_now = announcement(
+            controller.app, name=controller.hostname, queues=queues, number=self.number
+        )
 
         def announcer(session: UUID) -> None:
             if announce_now is None or announce_now(session):
-                self.session.consumes(queues)
+                self.report(queues)
 
         self.announcer = announcer
 
@@ -178,10 +192,22 @@ class Working:
                 yield request
 
 
-_here: dict[int, Working] = {}
+_here: dict[int, Sequence[Working]] = {}
 """By source: the workers of this process; in a forked child, those of its parent."""
+_live: Counter[int] = Counter()
+"""By source: the number of tasks that run in this process itself."""
 _inherited: dict[int, Session] = {}
-_lock = threading.Lock()
+_lock = threading.RLock()
+
+
+def _current(tracker: Tracker) -> list[Working]:
+    """Return the workers of this process itself."""
+    return [one for one in _here.get(tracker.source.id, ()) if one.owner.is_current]
+
+
+def _everywhere() -> Iterator[Working]:
+    """Yield the workers of all sources."""
+    return itertools.chain.from_iterable(list(_here.values()))
 
 
 def begin(controller: Any) -> Working | None:
@@ -190,25 +216,38 @@ def begin(controller: Any) -> Working | None:
     if tracker is None:
         return None
     with _lock:
-        working = _here.get(tracker.source.id)
-        if working is not None and working.owner.is_current and working.controller is controller:
+        others = _current(tracker)
+        if any(one.controller is controller for one in others):
             return None
         working = Working(controller, tracker)
         working.open()
-        _here[tracker.source.id] = working
+        _here[tracker.source.id] = [*others, working]
         return working
 
 
-def end(tracker: Tracker) -> None:
-    """Close the session: all tasks have ended, or are back in their queue, or are released now.
+def end(controller: Any) -> None:
+    """End a worker: all its tasks have ended, or are back in their queue, or are released now.
 
-    If threads still run a task, the process goes on with them, and the session closes at its exit.
+    The session closes with the last worker of this process. If threads still run a task then, the process
+    goes on with them, and the session closes at its exit.
     """
-    working = _here.get(tracker.source.id)
-    if working is not None and working.owner.is_current and not working.live:
-        del _here[tracker.source.id]
-        leave(working.controller.app, session=working.session.id)
-        working.session.close()
+    with _lock:  # a worker that begins meanwhile must not share a session that is about to close
+        working = working_of(controller)
+        if working is None:
+            return
+        source = working.tracker.source.id
+        others = [one for one in _current(working.tracker) if one is not working]
+        if not others and _live[source]:
+            return
+        _here[source] = others
+        leave(controller.app, session=working.session.id, number=working.number)
+        if not others:
+            del _here[source]
+            working.session.close()
+            return
+        others[0].report(others[0].queues)
+        if working.unacked is not None:
+            working.unacked.refresh()  # what it leaves there has the mark of a session that goes on
 
 
 def forget(tracker: Tracker) -> None:
@@ -217,21 +256,27 @@ def forget(tracker: Tracker) -> None:
     _inherited.pop(tracker.source.id, None)
 
 
+def working_of(controller: Any) -> Working | None:
+    """Return the guarded worker of this process that has this controller of Celery."""
+    mine = (one for one in _everywhere() if one.owner.is_current)
+    return next((one for one in mine if one.controller is controller), None)
+
+
 def working_for(app: Any) -> Working | None:
-    """Return this process' own guarded worker of an app."""
+    """Return this process' own guarded worker of an app, or else one that shares the session with it."""
     tracker = lookup.tracker_for(app)
-    working = None if tracker is None else _here.get(tracker.source.id)
-    return working if working is not None and working.owner.is_current else None
+    workers = [] if tracker is None else _current(tracker)
+    return next((one for one in workers if one.controller.app is app), next(iter(workers), None))
 
 
 def is_worker() -> bool:
     """Return True if this process itself is a guarded worker."""
-    return any(working.owner.is_current for working in _here.values())
+    return any(working.owner.is_current for working in _everywhere())
 
 
 def consuming(connection: Any) -> Working | None:
     """Return the worker of this process that consumes by this connection of kombu."""
-    for working in _here.values():
+    for working in _everywhere():
         if working.consumes_by(connection):
             return working if working.owner.is_current else None
     return None
@@ -239,7 +284,7 @@ def consuming(connection: Any) -> Working | None:
 
 def session_for(tracker: Tracker, request: Any) -> Session | None:
     """Return the session that claims this task: that of this process, or that of its parent."""
-    working = _here.get(tracker.source.id)
+    working = next(iter(_here.get(tracker.source.id, ())), None)
     if working is not None and working.owner.is_current:
         return working.session
     worker_hex = request.get(WORKER)
@@ -259,22 +304,22 @@ def _of_parent(tracker: Tracker, worker: UUID, request: Any) -> Session:
     return known
 
 
-def own(session: Session) -> Working | None:
-    """Return the worker of this process that beats for a session; None if the parent beats for it."""
-    mine = (one for one in _here.values() if one.owner.is_current)
-    return next((one for one in mine if one.session is session), None)
+def own(session: Session) -> list[Working]:
+    """Return the workers of this process that have this session; none if the parent beats for it."""
+    mine = [one for one in _everywhere() if one.owner.is_current]
+    return [one for one in mine if one.session is session]
 
 
-def count(working: Working, change: int) -> None:
+def count(tracker: Tracker, change: int) -> None:
     """Add this change to the number of tasks that run in this process."""
     with _lock:
-        working.live += change
+        _live[tracker.source.id] += change
 
 
 def children() -> Iterator[Session]:
     """Yield the sessions that this process, as a child, has used."""
     yield from _inherited.values()
-    yield from (one.session for one in _here.values() if not one.owner.is_current)
+    yield from (one.session for one in _everywhere() if not one.owner.is_current)
 
 
 def token_of_request(request: Any) -> UUID | None:

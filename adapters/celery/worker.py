@@ -102,7 +102,7 @@ def process_task(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
     def hook(self: Any, req: Any) -> Any:
         with contain_errors("prepare a request for a child", let_pass=StoreUnavailable):
-            if (working := sessions.working_for(self.app)) is not None:
+            if (working := sessions.working_of(self)) is not None:
                 working.hand(req)
         return original(self, req)
 
@@ -138,8 +138,7 @@ def logging_is_set_up(**_: Any) -> None:
 def worker_has_ended(sender: Any = None, **_: Any) -> None:
     """worker_shutdown: the pool is empty, and the tasks that did not begin are back in their queue."""
     with contain_errors("close the session of a worker", let_pass=StoreUnavailable):
-        if (tracker := lookup.tracker_for(sender.app)) is not None:
-            sessions.end(tracker)
+        sessions.end(sender)
 
 
 def child_ends(**_: Any) -> None:

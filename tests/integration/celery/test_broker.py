@@ -487,16 +487,25 @@ class TestConsumers:
             eventually(lambda: not broker.consumers().passing)
             assert len(broker.consumers()["celery"]) == 1
 
+    def test_several_of_one_process(self, app: celery.Celery, broker: CeleryBroker) -> None:
+        """Workers that share a session are known by their own names and queues, as that session."""
+        session = uuid.uuid4()
+        for number, queue in enumerate(("q1", "q2")):
+            make_known(app, f"{queue}@h", queue, session=session, number=number)
+        found = broker.consumers()
+        assert found["q1"] == {"q1@h"} and found["q2"] == {"q2@h"}
+        assert found.sessions == {"q1@h": session.hex, "q2@h": session.hex}
+
     def test_one_that_left(
         self, app: celery.Celery, broker: CeleryBroker, client: redis.Redis
     ) -> None:
         """A worker that has left takes nothing any more, and one that is silent may be dead."""
         session = make_known(app, "good@h", "celery")
         silent = make_known(app, "silent@h", "q2")
-        client.zincrby(broker._layout.workers, -60, silent.hex)
+        client.zincrby(broker._layout.workers, -60, f"{silent.hex}.0")
         found = broker.consumers()
         assert found.proved == {"good@h", "silent@h"} and found.alive == {"good@h"}
-        announce.leave(app, session=session)
+        announce.leave(app, session=session, number=0)
         assert broker.consumers()["celery"] == frozenset()
 
 
@@ -619,19 +628,21 @@ def any_client(client: redis.Redis) -> Any:
     return client
 
 
-def make_known(app: Any, name: str, *queues: str) -> uuid.UUID:
+def make_known(
+    app: Any, name: str, *queues: str, session: uuid.UUID | None = None, number: int = 0
+) -> uuid.UUID:
     """Announce a guarded worker as it does every few seconds; repeat it on a busy machine."""
-    session = uuid.uuid4()
+    known = session or uuid.uuid4()
 
     def is_known() -> bool:
-        send = announce.announcement(app, name=name, queues=queues)
+        send = announce.announcement(app, name=name, queues=queues, number=number)
         assert send is not None
-        send(session)
+        send(known)
         with redis.Redis.from_url(app.conf.broker_url) as client:
-            return bool(client.hexists("jobguard:celery:about", session.hex))
+            return bool(client.hexists("jobguard:celery:about", f"{known.hex}.{number}"))
 
     eventually(is_known)
-    return session
+    return known
 
 
 def bind(client: redis.Redis, name: str) -> None:

@@ -12,7 +12,7 @@ import celery
 import pytest
 
 from jobguard.adapter import Source, Tracker
-from jobguard.adapters.celery import sessions, worker
+from jobguard.adapters.celery import lookup, sessions, worker
 from tests.fakes.adapters import FakeSession, FakeTracker
 
 
@@ -24,7 +24,7 @@ class Redis:
         self.named: list[str] = []
 
     def announcement(
-        self, app: object, *, name: str, queues: Sequence[str]
+        self, app: object, *, name: str, queues: Sequence[str], number: int
     ) -> Callable[[UUID], bool]:
         """Return an announcement function as the adapter does."""
 
@@ -139,3 +139,37 @@ def test_a_cancelled_run_is_not_in_the_backlog(working: sessions.Working) -> Non
     assert working.backlog() == {"runs", "cancelled"}
     cancelled._already_cancelled = True
     assert working.backlog() == {"runs"}
+
+
+def test_one_of_several_workers_ends(
+    redis: Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers in threads of a process share a session, which reports all queues and ends with the last."""
+    tracker = FakeTracker(Source("n", "celery", "several"), tmp_path / "log")
+    shared = FakeSession(tracker, "one@h", [])
+    monkeypatch.setattr(tracker, "open_session", lambda **_: shared)
+    monkeypatch.setattr(lookup, "tracker_for", lambda _: tracker)
+    closed: list[bool] = []
+    monkeypatch.setattr(shared, "close", lambda: closed.append(True))
+    left: list[int] = []
+    monkeypatch.setattr(sessions, "leave", lambda _, *, session, number: left.append(number))
+    controllers = []
+    for queue in ("one", "two"):
+        app: Any = celery.Celery(queue, set_as_current=False)
+        app.conf.task_default_queue = queue
+        controllers.append(SimpleNamespace(app=app, hostname=f"{queue}@h", pool_cls="solo"))
+    first, second = map(sessions.begin, controllers)
+    assert first is not None and second is not None and first.session is second.session
+    assert sessions.working_for(controllers[0].app) is first
+    assert sorted(shared.queues) == ["one", "two"]
+
+    sessions.end(controllers[0])
+    sessions.end(controllers[0])
+    assert left == [first.number] and shared.queues == ["two"]
+    assert sessions.working_for(controllers[0].app) is second
+    sessions.count(cast(Tracker, tracker), 1)
+    sessions.end(controllers[1])
+    assert not closed  # a thread still runs a task
+    sessions.count(cast(Tracker, tracker), -1)
+    sessions.end(controllers[1])
+    assert closed and left == [first.number, second.number]
