@@ -1,4 +1,4 @@
-"""The cost of an outage of PostgreSQL: the slowest calls meanwhile, and the time until all is written.
+"""The cost of an outage of PostgreSQL: the slowest calls, the workers, and the time until all is written.
 
 A producer enqueues at a steady rate, bare, guarded, and guarded while PostgreSQL is stopped. Then
 PostgreSQL comes back, and the reconciler writes what waits in Redis.
@@ -18,6 +18,7 @@ import psycopg
 
 from benchmarks.measure import Case, Table
 from benchmarks.site import SENDERS, SMALL, Send, Site, reconciler, site
+from benchmarks.work import WORKERS, run
 
 RATE = 500
 """Jobs a second."""
@@ -90,6 +91,53 @@ def tables(_shared: Site) -> Iterator[list[Table]]:
             Table(f"Enqueue {RATE} a second, p99", "us", calls, rounds=3),
             Table(f"{jobs} records written after an outage", "s", written, rounds=3),
         ]
+
+
+@contextmanager
+def work_tables(_shared: Site) -> Iterator[list[Table]]:
+    """Give the tables of workers, on servers of their own: no reconciler of another case runs beside."""
+    with site() as at:
+        yield [
+            _work_table(at, "nothing", "no-op jobs"),
+            _work_table(at, "ten_milliseconds", "jobs of 10 ms"),
+        ]
+
+
+def _work_table(at: Site, task: str, title: str) -> Table:
+    cases = []
+    for worker in WORKERS:
+        base = f"{worker.title}, bare"
+        away = partial(run, at, worker, task, guard=True, meanwhile=partial(_away, at))
+        cases += [
+            Case(base, partial(run, at, worker, task, guard=False)),
+            Case(f"{worker.title}, PostgreSQL away", away, base=base),
+        ]
+    return Table(f"Work in an outage, {title}", "jobs/s", cases, rounds=3, is_rate=True)
+
+
+@contextmanager
+def _away(at: Site, namespace: str) -> Iterator[None]:
+    """Stop PostgreSQL inside; after it a reconciler writes the ends that wait in Redis."""
+    at.server.stop()
+    try:
+        yield
+    finally:
+        at.server.start()
+    with reconciler(at, namespace=namespace):
+        began = time.monotonic()
+        while _owed(at, namespace):
+            if time.monotonic() - began > _PATIENCE:
+                raise SystemExit(f"jobs of {namespace} are still owed after the outage")
+            time.sleep(0.05)
+
+
+def _owed(at: Site, namespace: str) -> int:
+    query = (
+        "select count(*) from jobguard.jobs j join jobguard.sources s on s.id = j.source"
+        " where s.namespace = %s"
+    )
+    with psycopg.connect(at.postgres) as connection:
+        return int(connection.execute(query, [namespace]).fetchall()[0][0])
 
 
 def _newest_namespace(at: Site) -> str:

@@ -21,6 +21,7 @@ PARTS: dict[str, Part] = {
     "cost": lambda at: nullcontext(cost.tables(at)),
     "recovery": recovery.tables,
     "outage": outage.tables,
+    "outage-work": outage.work_tables,
 }
 USUAL = ["floors", "enqueue", "peers", "work", "cost"]
 """The parts that are measured if none is named."""

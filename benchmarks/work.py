@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,7 +79,18 @@ def _left(client: Any, worker: Worker, queue: str) -> Callable[[], int]:
     return lambda: client.hlen(f"{queue}:q.msgs")
 
 
-def run(at: Site, worker: Worker, task: str, *, guard: bool) -> float:
+Meanwhile = Callable[[str], AbstractContextManager[None]]
+"""What happens while a worker is measured; it is given the queue, which is the namespace."""
+
+
+def run(
+    at: Site,
+    worker: Worker,
+    task: str,
+    *,
+    guard: bool,
+    meanwhile: Meanwhile = lambda _: nullcontext(),
+) -> float:
     """Return the jobs a second of one worker."""
     count = worker.jobs if task == "nothing" else worker.slow_jobs
     queue = at.name("work")
@@ -93,10 +105,17 @@ def run(at: Site, worker: Worker, task: str, *, guard: bool) -> float:
         "JOBGUARD_POSTGRES_URL": at.postgres,
     }
     with at.recording(guarded, "history"):
-        return _work(at, worker, queue, count, environ)
+        return _work(at, worker, queue, count, environ, meanwhile(queue))
 
 
-def _work(at: Site, worker: Worker, queue: str, count: int, environ: dict[str, str]) -> float:
+def _work(
+    at: Site,
+    worker: Worker,
+    queue: str,
+    count: int,
+    environ: dict[str, str],
+    meanwhile: AbstractContextManager[None],
+) -> float:
     client: Any = redis.Redis.from_url(at.broker)
     left = _left(client, worker, queue)
     process = subprocess.Popen(
@@ -107,16 +126,17 @@ def _work(at: Site, worker: Worker, queue: str, count: int, environ: dict[str, s
     )
     try:
         deadline = time.monotonic() + _PATIENCE
-        while (first := left()) > count * 0.9:
+        while left() > count * 0.9:
             _check(process, deadline)
-        began = time.perf_counter()
-        while True:
-            while left():
-                _check(process, deadline)
-            took = time.perf_counter() - began
-            time.sleep(0.05)  # a message that Celery has just taken is nowhere in Redis
-            if not left():
-                return first / took
+        with meanwhile:
+            first, began = left(), time.perf_counter()
+            while True:
+                while left():
+                    _check(process, deadline)
+                took = time.perf_counter() - began
+                time.sleep(0.05)  # a message that Celery has just taken is nowhere in Redis
+                if not left():
+                    return first / took
     finally:
         # An RQ worker asks for a second signal, and a guarded one writes its last ends.
         process.terminate()

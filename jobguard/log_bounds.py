@@ -252,8 +252,11 @@ class LineBounds:
             return scope
         shape = _VARIES.sub("#", str(error))[:100]
         key = hash((scope, shape)) & 0xFFFF_FFFF_FFFF_FFFF or 1
+        _, slot = self._slot(key)
+        if slot.key == key and slot.scope == scope and now < slot.until:
+            return key  # Found without a walk over the table: each start in an outage comes here.
         same = {slot.key for _, slot in self._rows() if slot.scope == scope and now < slot.until}
-        return key if key in same or len(same) < _SHAPES else scope
+        return key if len(same) < _SHAPES else scope
 
     def _slot(self, key: int) -> tuple[int, Slot]:
         """Return the slot of this key, a free slot, or the slot with the earliest ``until``."""

@@ -24,7 +24,13 @@ from typing import TYPE_CHECKING
 from uuid import UUID
 
 from jobguard import failpoint, os_threads
-from jobguard.errors import BadRow, JobguardError, StoreUnavailable, is_host_interrupt
+from jobguard.errors import (
+    BadRow,
+    BreakerOpen,
+    JobguardError,
+    StoreUnavailable,
+    is_host_interrupt,
+)
 from jobguard.fork import OwnerProcess
 from jobguard.host.alone import Alone, AloneAmongChildren, AloneInChild
 from jobguard.host.beats import BeatSender
@@ -328,6 +334,8 @@ class WorkerSession:
             self._tracker.circuit.check()  # the outage in which the worker started may just be over
             raise StoreUnavailable("Postgres does not know this worker yet")
         if describe is not None and self._tracker.reports_may_wait:
+            if not self._tracker.circuit.check():
+                raise BreakerOpen  # The caller asks for the notes of a start without a claim.
             ended = self._tracker.notes_of(describe()).outcome
             if ended is not None:
                 return Refused(token, Refusal.ENDED, ended)
