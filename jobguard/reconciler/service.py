@@ -212,6 +212,7 @@ class Service:
                 self._stand_down()
                 self._keep_vigil()
                 continue
+            self._vigil.look(leads=True)
             try:
                 self.step()
             except NotLeading as error:

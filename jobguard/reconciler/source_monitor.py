@@ -148,6 +148,7 @@ class SourceMonitor:
             watching_since=now,
             watched_until=watched_until,
             change_of_leaders=2 * settings.lease,
+            vouches=vouches,
         )
         self._trust.load(store.queues(source.id))
         self._inspector = Inspector(

@@ -25,7 +25,7 @@ The detailed rules:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
@@ -55,6 +55,8 @@ class Trust:
     change_of_leaders: float = 18.0
     """Seconds that a change of leaders may take, and that a leader may take between two
     inspections."""
+    vouches: Callable[[float], bool] = lambda _gap: False
+    """Whether no unguarded consumer was there in a gap of so many seconds that ends now; see vigil.py."""
     rows: dict[str, QueueRow] = field(default_factory=dict)
     regained: set[str] = field(default_factory=set)
     """Queues that were trusted before the gap that this leader found."""
@@ -159,9 +161,11 @@ class Trust:
         """Record an inspection; return True if an unseen worker may have consumed since the last one."""
         before, self._observed_at = self._observed_at, now
         if before is not None:
-            # The same leader: a step may be slow, but not so slow that another process could lead.
-            self._long_gap = self._long_gap or now - before > self.change_of_leaders
-            return now - before > self.change_of_leaders
+            # The same leader: a step may be slow, but not so slow that another process could lead. In an
+            # outage of Postgres nobody could.
+            long = now - before > self.change_of_leaders and not self.vouches(now - before)
+            self._long_gap = self._long_gap or long
+            return long
         if self.watched_until is None:
             return False
         self._long_gap = now - self.watched_until > self.change_of_leaders

@@ -71,13 +71,19 @@ class Vigil:
         if watch := self._watches.get(row.id):
             self._record(watch, self._clock(), consumers)
 
-    def look(self) -> None:
-        """Inspect the consumers of each source, if it is time. Raises nothing."""
+    def look(self, *, leads: bool = False) -> None:
+        """Inspect the consumers of each source, if it is time. Raises nothing.
+
+        ``leads``: the monitors of this process inspect them, unless an outage of Postgres or a long step
+        keeps them from it.
+        """
         now = self._clock()
         if now < self._due:
             return
-        for watch in self._watches.values():
-            self._inspect(watch)
+        late = self._longest / 2 if leads else 0.0
+        for watch in list(self._watches.values()):
+            if now - watch.seen_at >= late:
+                self._inspect(watch)
         # With thousands of queues this takes long; a pause of ``longest`` would end each watch.
         pause = min(self._longest / 4, _REST * (self._clock() - now))
         self._due = now + max(_EVERY, pause)

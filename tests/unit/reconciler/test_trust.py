@@ -191,6 +191,24 @@ def test_a_leader_that_could_not_inspect_for_long_leaves_a_gap() -> None:
     assert stage.trust.backlogs_to_check() == ["mail"]
 
 
+def test_a_leader_that_watched_all_the_while_leaves_no_gap() -> None:
+    """In an outage of Postgres it cannot inspect, and its process watches the consumers in Redis."""
+    stage = Stage()
+    stage.poll()
+    gaps: list[float] = []
+
+    def vouches(gap: float) -> bool:
+        gaps.append(gap)
+        return gap < 700
+
+    stage.trust.vouches = vouches
+    stage.poll(after=600)
+    assert stage.trusts(NOW)
+    stage.poll(after=800, check_backlog=False)
+    assert not stage.trusts(NOW)
+    assert gaps == [600, 800]
+
+
 def test_an_unguarded_worker_ends_the_trust() -> None:
     """While an unguarded worker consumes a queue, none of its deliveries is trusted, however old."""
     stage = Stage()

@@ -99,6 +99,22 @@ def test_a_process_that_led_vouches_for_the_time_since_it_lost_the_lease() -> No
     assert not watched.vouches(1)
 
 
+def test_a_leading_process_watches_itself_when_its_monitors_are_late() -> None:
+    """In an outage of Postgres, or in a long step, no monitor inspects the consumers."""
+    watched = Watched()
+    watched.vigil.saw(source_row(), NOBODY)
+    asked: list[float] = []
+    watched.consumers_now = NOBODY
+    for _ in range(40):
+        watched.clock.advance(1.0)
+        before = watched.vigil._watches[SOURCE.id].seen_at
+        watched.vigil.look(leads=True)
+        if watched.vigil._watches[SOURCE.id].seen_at != before:
+            asked.append(watched.clock())
+    assert len(asked) == 4  # each half of the longest pause
+    assert watched.vouches(40)
+
+
 def test_a_monitor_reports_the_consumers_that_it_sees() -> None:
     """Each inspection of the consumers by a leading process continues the watch of the process."""
     seen: list[Mapping[str, frozenset[str]]] = []
