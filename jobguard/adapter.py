@@ -292,6 +292,10 @@ class Session(Protocol):
     def id(self) -> UUID:
         """The id of this worker in Postgres. It changes after the worker was declared dead."""
 
+    @property
+    def queues(self) -> Sequence[str]:
+        """The queues that it reports, of all workers of this process."""
+
     def start(
         self,
         token: UUID,
@@ -375,6 +379,7 @@ class Session(Protocol):
     def close(self, *, running: bool = False) -> None:
         """Flush, and report that the worker leaves: deliveries that are still claimed go back at once.
 
+        Workers in threads of one process may share a session: each closes it, and the last one leaves.
         ``running``: a job still runs in a child that outlives this process. Stop the beats and report
         nothing.
         """

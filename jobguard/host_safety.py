@@ -136,6 +136,8 @@ class _Session(SafeProxy):
 class _UnguardedSession:
     """The session of a worker whose real session could not be opened: the worker works unguarded."""
 
+    queues = ()
+
     def __init__(self) -> None:
         self.id = new_token()
 

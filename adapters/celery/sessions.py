@@ -243,7 +243,8 @@ def end(controller: Any) -> None:
         leave(controller.app, session=working.session.id, number=working.number)
         if not others:
             del _here[source]
-            working.session.close()
+        working.session.close()
+        if not others:
             return
         others[0].report(others[0].queues)
         if working.unacked is not None:

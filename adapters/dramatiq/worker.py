@@ -153,7 +153,7 @@ class WorkerHooks:
         with self._declaring:
             if queue not in self._queues:
                 self._queues |= {queue}
-                session.consumes(sorted(self._queues))
+                session.consumes(sorted(self._queues.union(session.queues)))
 
     # -- a start -----------------------------------------------------------------------------------
 

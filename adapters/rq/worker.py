@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -66,9 +65,6 @@ if TYPE_CHECKING:
 
 Hook = Callable[..., Any]
 
-_sharing = threading.RLock()
-_workers_of: dict[tuple[int, int], set[int]] = {}
-"""The worker objects that share a session, by process and source; their Python ids."""
 _TRACKER = "_jobguard_tracker"
 _SESSION = "_jobguard_session"
 _MARKED = "_jobguard_marked"
@@ -127,7 +123,7 @@ def register_death(original: Hook) -> Hook:
         finally:
             session: Session | None = self.__dict__.pop(_SESSION, None)
             if session is not None:
-                _leave_session(self, session)
+                session.close(running=_horse_runs_on(self))
 
     return hook
 
@@ -468,22 +464,11 @@ def _open_session(worker: Any) -> Session | None:
         return None
     worker.__dict__[_TRACKER] = tracker
     label_client(worker.connection, tracker.source, name=worker.name)
-    with _sharing:
-        session: Session = tracker.open_session(
-            name=worker.name, queues=worker.queue_names(), apart=isinstance(worker, SimpleWorker)
-        )
-        _workers_of.setdefault((os.getpid(), tracker.source.id), set()).add(id(worker))
+    session: Session = tracker.open_session(
+        name=worker.name, queues=worker.queue_names(), apart=isinstance(worker, SimpleWorker)
+    )
     worker.__dict__[_SESSION] = session
     return session
-
-
-def _leave_session(worker: Any, session: Session) -> None:
-    """Close the session, unless other workers of this process use it: SimpleWorkers in threads."""
-    with _sharing:
-        workers = _workers_of.get((os.getpid(), worker.__dict__[_TRACKER].source.id), set())
-        workers.discard(id(worker))
-        if not workers:
-            session.close(running=_horse_runs_on(worker))
 
 
 def _log_whether_guarded(worker: Any, session: Session | None) -> None:

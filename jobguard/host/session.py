@@ -91,6 +91,9 @@ class WorkerSession:
         serves: bool = False,
     ) -> None:
         self.closed = False
+        self._counting = os_threads.lock()
+        self._users = 1
+        """Workers of this process that use it: they run in threads."""
         self._tracker = tracker
         self._settings = tracker.settings
         self._in_flight = InFlight(inherited[1] if inherited else os.getpid())
@@ -638,11 +641,36 @@ class WorkerSession:
                 self._beats.beat()
             time.sleep(self._settings.beat_interval)
 
+    def join(self) -> bool:
+        """Add a worker of this process to those that use the session; return False if it is closed."""
+        with self._counting:
+            self._users += not self.closed
+            return not self.closed
+
     def close(self, *, running: bool = False) -> None:
-        """Flush and deregister; see Session."""
-        if self.closed or not self.is_mine:
-            return
-        self.closed = True
+        """Flush, and deregister with the last worker of this process that uses it; see Session."""
+        if self._leaves(last=False):
+            self._close(running)
+        elif self.is_mine and not self.closed:
+            self.flush()
+
+    def close_for_all(self) -> None:
+        """Flush and deregister, whoever still uses it."""
+        if self._leaves(last=True):
+            self._close(running=False)
+
+    def _leaves(self, *, last: bool) -> bool:
+        """Return True if the session is to close now, and let nobody join it then."""
+        if not self.is_mine:  # In a forked child another thread may hold the lock for ever.
+            return False
+        with self._counting:
+            self._users -= 1
+            if self.closed or (self._users > 0 and not last):
+                return False
+            self.closed = True
+            return True
+
+    def _close(self, running: bool) -> None:
         self._beats.stop()
         self._stop.set()
         self._wake.set()

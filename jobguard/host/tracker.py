@@ -857,7 +857,7 @@ class HostTracker:
         """Start to beat as a worker; see Tracker."""
         from jobguard.host.session import WorkerSession  # a producer has none
 
-        if self._session is None or not self._session.is_mine or self._session.closed:
+        if self._session is None or not self._session.is_mine or not self._session.join():
             if serves and hasattr(socket, "send_fds") and not os_threads.is_patched():
                 self._serve_children()
             self._session = WorkerSession(
@@ -1091,7 +1091,7 @@ class HostTracker:
         """Write waiting entries, in bounded time, and close the connections."""
         self._mine()
         if self._session is not None and self._session.is_mine:
-            self._session.close()
+            self._session.close_for_all()
         if self._door is not None and self._door.owner.is_current:
             self._door.close()
         self.drain_spool(last=True)

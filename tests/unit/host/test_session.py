@@ -1238,18 +1238,26 @@ def test_no_deregistration_with_unwritten_ends(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_same_session_again_until_it_is_closed() -> None:
-    """A worker process has one session for all its workers; after it is closed, a new one can be opened."""
+    """A process has one session for all its workers, which ends with the last; then comes a new one."""
     worker = Worker()
     first = worker.tracker.open_session(name="w", queues=["mail"])
     assert worker.tracker.open_session(name="w2", queues=["mail", "low"]) is first
     assert list(first.queues) == ["low", "mail"]
 
     first.close()
+    assert not first.closed
+    assert worker.tracker.open_session(name="w3", queues=["mail"]) is first
+    for _ in range(3):  # of the worker of this test, "w2" and "w3"
+        assert not first.closed
+        first.close()
+    assert first.closed
     second = worker.tracker.open_session(name="w", queues=["mail"])
 
     assert second is not first
     assert second.id != first.id
-    second.close()
+    assert worker.tracker.open_session(name="w2", queues=["mail"]) is second
+    worker.tracker.close()  # It closes the session for all.
+    assert second.closed
 
 
 def test_a_deregistration_releases_its_claims() -> None:
