@@ -12,7 +12,7 @@ from uuid import UUID
 
 from jobguard.log import log_event
 from jobguard.reconciler.workers import Workers
-from jobguard.store.protocols import Brake, LeaderStore
+from jobguard.store.protocols import Brake
 
 _PATIENCE = 10.0
 """Seconds in which a worker that started before the loss should have beaten, if there is one."""
@@ -26,15 +26,16 @@ class RedisIdentityCheck:
     def __init__(
         self,
         workers: Workers,
-        store: LeaderStore,
+        hold: Callable[[int, str, str], None],
         source: int,
         address: str,
         *,
         named: bool,
         clock: Callable[[], float],
     ) -> None:
+        """``hold``: holds a queue in this term, for this reason; the next brake shows it."""
         self._workers = workers
-        self._store = store
+        self._hold = hold
         self._source = source
         self._address = address
         self._named = named
@@ -80,5 +81,5 @@ class RedisIdentityCheck:
 
     def _ask(self, term: int) -> None:
         self._asked = True
-        self._store.hold(term, self._source, "*", _REASON)
+        self._hold(term, "*", _REASON)
         log_event("place_unsure", source=self._address, reason=_REASON)

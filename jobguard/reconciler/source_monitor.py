@@ -133,7 +133,7 @@ class SourceMonitor:
         self._pulse = PulseKeeper(client, store, source, installation)
         self._workers = Workers(client, store, source.id, settings, clock, source.pulse_epoch)
         self._identity_check = RedisIdentityCheck(
-            self._workers, store, source.id, source.address, named=named, clock=clock
+            self._workers, self._hold, source.id, source.address, named=named, clock=clock
         )
         self._auto = AutomaticHold(count=settings.brake_count, share=settings.brake_share)
         # Unexplained absences that the automatic hold has counted.
@@ -516,7 +516,7 @@ class SourceMonitor:
         inspection = self._inspector.inspect(term, page, self._context(now))
         for queue, absent in inspection.unexplained().items():
             if self._are_too_many(queue, absent):
-                self._hold(term, queue)
+                self._hold_automatically(term, queue)
                 inspection.hold(queue)
         return self._inspector.restore(term, inspection)
 
@@ -560,13 +560,16 @@ class SourceMonitor:
         self._counted |= fresh
         return self._auto.exceeded(queue, len(fresh), self._tally.of(queue))
 
-    def _hold(self, term: int, queue: str) -> None:
-        reason = "too many jobs are absent without a cause"
+    def _hold(self, term: int, queue: str, reason: str) -> None:
         self._store.hold(term, self.source.id, queue, reason)
+        # The brake that other threads have read a moment ago does not show it yet.
         self._held_at = self._clock()
-        # The next part of this step may inspect the same jobs.
         held = {**self._brake.held, f"{self.source.id}/{queue}": {"reason": reason}}
         self._brake = replace(self._brake, held=held)
+
+    def _hold_automatically(self, term: int, queue: str) -> None:
+        reason = "too many jobs are absent without a cause"
+        self._hold(term, queue, reason)
         log_event("queue_held", queue=queue, reason=reason)
         self._auto.forget(queue)
 

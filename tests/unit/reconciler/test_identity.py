@@ -46,6 +46,29 @@ def test_an_unnamed_ledger_without_workers_asks_a_person() -> None:
     world.run_until(lambda: world.broker.pushed == ["job"], within=20)
 
 
+def test_a_brake_that_was_read_before_the_hold_does_not_end_it() -> None:
+    """The threads of a leader share what one of them has read of the brake a moment ago."""
+    world = World()
+    world.trusted().leave()
+    world.enqueue("job")
+    world.run(20)
+    moved(world)
+    held = f"{SOURCE.id}/*"
+    before = replace(world.signs, asked_at=world.clock())
+    for _ in range(400):
+        world.clock.advance(0.25)
+        now = world.signs
+        if held in now.brake.held:
+            break
+        before = replace(now, asked_at=world.clock())
+        world.monitor.step(world.term, before)
+    assert held in world.signs.brake.held
+    for _ in range(8):
+        world.clock.advance(0.25)
+        world.monitor.step(world.term, before)
+    assert world.redis.pulse() is None
+
+
 def test_a_worker_confirms_the_redis() -> None:
     """A worker that misses the pulse as the leader does confirms the Redis."""
     world = calm()

@@ -133,7 +133,7 @@ def test_signs_that_are_older_than_a_hold_do_not_release_it() -> None:
     run(world, 10)
     old = replace(world.signs, asked_at=world.clock())
     world.clock.advance(0.1)
-    world.monitor._hold(world.term, "mail")
+    world.monitor._hold_automatically(world.term, "mail")
     world.monitor.step(world.term, old)
     assert world.monitor._brake.holds(world.monitor.source.id, "mail")
     world.monitor.step(world.term, replace(old, asked_at=world.clock() + 0.1, brake=Brake()))
