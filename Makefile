@@ -33,6 +33,7 @@ help:
 	@echo "make simulate  10,000 simulated schedules of crashes and outages    (SIMULATE_ARGS='--seed 7')"
 	@echo "make alerts  break what each alert is for, under a real Prometheus    (ALERTS_ARGS='--only paused')"
 	@echo "make chaos   3 runs a library under random faults; CHAOS=full: 20 (CHAOS_ARGS='--library rq')"
+	@echo "make chaos SOAK=30m   faults for so long in all libraries at once; memory and logs are watched"
 
 demo: $(VENV)/.ready-for-demo
 	$(BIN)/jobguard demo $(DEMO_ARGS)
@@ -86,7 +87,7 @@ bench-compare: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.compare $(REV) $(BENCH_ARGS)
 
 chaos: $(VENV)/.ready
-	$(BIN)/python -m tests.chaos --runs $(if $(filter full,$(CHAOS)),20,3) $(CHAOS_ARGS)
+	$(BIN)/python -m tests.chaos $(if $(SOAK),--soak $(SOAK),--runs $(if $(filter full,$(CHAOS)),20,3)) $(CHAOS_ARGS)
 
 alerts: $(VENV)/.ready
 	$(BIN)/python -m tests.alerts $(ALERTS_ARGS)

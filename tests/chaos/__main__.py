@@ -6,6 +6,8 @@ import json
 import math
 import random
 import signal
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import click
 from rich.console import Console
 
 from jobguard.demo.servers import ServerError
-from tests.chaos import report
+from tests.chaos import report, soak
 from tests.chaos.faults import FAULTS, faults_for
 from tests.chaos.libraries import LIBRARIES, Library, failpoints
 from tests.chaos.plan import HITS, Plan
@@ -60,6 +62,13 @@ from tests.chaos.site import ChaosError
     help="Put a pooler before PostgreSQL, whose default transactions are serializable and read-only.",
 )
 @click.option(
+    "--soak",
+    "duration",
+    default=None,
+    metavar="DURATION",
+    help="Cause fault after fault for 90s, 30m or 2h, in all libraries at once, and watch memory and logs.",
+)
+@click.option(
     "--keep",
     type=click.Path(file_okay=False, path_type=Path),
     default=None,
@@ -76,10 +85,14 @@ def main(
     sabotage: bool,
     unguarded: bool,
     hostile: bool,
+    duration: str | None,
     keep: Path | None,
 ) -> None:
     """Kill processes at random moments, and count the jobs that ran, were lost, or ran twice."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a SIGTERM too must end our children
+    soaked = _seconds(duration)
+    if soaked and len(libraries) > 1:
+        raise SystemExit(_each_alone(libraries))
     console = Console()
     if not console.is_terminal:
         console = Console(width=112)  # the table is wider than the eighty characters of a log
@@ -88,25 +101,32 @@ def main(
     found: list[str] = []
     for library in (LIBRARIES[name] for name in libraries):
         names, places = _chosen(library, faults, guarded=not unguarded)
-        for nth in range(runs):
+        for nth in range(1 if soaked else runs):
             plan = Plan(
                 library=library,
                 jobs=jobs,
                 seed=first + nth,
                 faults=names,
-                hits={name: hits or math.ceil(HITS / runs) for name in places},
+                # A process must live for long enough that its memory can be watched.
+                hits={} if soaked else {n: hits or math.ceil(HITS / runs) for n in places},
                 sabotage=sabotage,
                 guarded=not unguarded,
                 hostile=hostile,
                 keep=keep,
+                soak=soaked,
             )
-            console.rule(f"{library.name}, seed {plan.seed}: {nth + 1} of {runs}")
+            console.rule(f"{library.name}, seed {plan.seed}: {nth + 1} of {1 if soaked else runs}")
+            where = f"{library.name} " if soaked else ""
+
+            def tell(text: str, where: str = where) -> None:
+                console.print(where + text, highlight=False)
+
             try:
-                results.append(run(plan, lambda text: console.print(text, highlight=False)))
+                results.append(run(plan, tell))
             except (ChaosError, ServerError) as error:
                 raise click.ClickException(str(error)) from error
             report.show(console, results[-1:], report.problems(results[-1:]))
-            as_ever = not (sabotage or unguarded)
+            as_ever = not (sabotage or unguarded or soaked)
             found = report.problems(results, hits=(hits or 0) * runs or HITS if as_ever else 0)
             if path is not None:  # a run that a person interrupts leaves its results too
                 path.write_text(json.dumps(report.as_json(results, found), indent=1, default=str))
@@ -114,6 +134,45 @@ def main(
         console.rule("all runs")
         report.show(console, results, found)
     raise SystemExit(1 if found else 0)
+
+
+def _seconds(duration: str | None) -> float:
+    try:
+        return soak.seconds_in(duration) if duration else 0.0
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+
+
+def _each_alone(libraries: Sequence[str]) -> int:
+    """Run this command once for each library, all at once; return 1 if one of them failed."""
+    arguments = [*sys.argv[1:]]
+    children = []
+    for library in libraries:
+        alone = _without(arguments, "--library")
+        if "--json" in arguments:
+            path = Path(arguments[arguments.index("--json") + 1])
+            named = str(path.with_stem(f"{path.stem}-{library}"))
+            alone = [*_without(alone, "--json"), "--json", named]
+        command = [sys.executable, "-m", "tests.chaos", *alone, "--library", library]
+        children.append(subprocess.Popen(command))
+    try:
+        return int(any([child.wait() for child in children]))
+    finally:
+        for child in children:
+            child.terminate()
+            child.wait()
+
+
+def _without(arguments: Sequence[str], option: str) -> list[str]:
+    """Return the arguments without this option and its value."""
+    found = []
+    values = iter(arguments)
+    for one in values:
+        if one == option:
+            next(values, None)
+        elif not one.startswith(f"{option}="):
+            found.append(one)
+    return found
 
 
 def _chosen(

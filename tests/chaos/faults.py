@@ -126,7 +126,7 @@ def book_deleted(site: Site, chance: random.Random) -> Steps:
 
 def worker_kill(site: Site, chance: random.Random) -> Steps:
     """Kill a worker and its children with -9."""
-    name = chance.choice(sorted(site.workers))
+    name = chance.choice(site.mortal_workers())
     yield from _until(lambda: site.is_busy(site.workers[name]))
     site.kill(site.workers[name], "worker_kill")
     return name
@@ -155,7 +155,9 @@ def horse_kill(site: Site, chance: random.Random) -> Steps:
 
 def worker_term(site: Site, chance: random.Random) -> Steps:
     """Send a worker of two queues the signal that a deployment sends."""
-    role = chance.choice([role for role in site.library.workers if len(role.queues) > 1])
+    mortal = site.mortal_workers()
+    roles = [role for role in site.library.workers if len(role.queues) > 1 and role.name in mortal]
+    role = chance.choice(roles)
     stop = chance.choice(role.stops)
     yield from _until(lambda: not site.workers[role.name].ended)
     child = site.workers[role.name]
@@ -167,8 +169,8 @@ def worker_term(site: Site, chance: random.Random) -> Steps:
 
 def producer_kill(site: Site, chance: random.Random) -> Steps:
     """Kill a producer with -9; the failpoints kill producers between record and push."""
-    yield from _until(lambda: any(not child.ended for child in site.producers))
-    running = [child for child in site.producers if not child.ended]
+    yield from _until(lambda: bool(site.mortal_producers()))
+    running = site.mortal_producers()
     if not running:
         return None
     producer = chance.choice(running)
@@ -179,7 +181,7 @@ def producer_kill(site: Site, chance: random.Random) -> Steps:
 def leader_kill(site: Site, chance: random.Random) -> Steps:
     """Kill the leading reconciler with -9."""
     leader = yield from _leader(site)
-    if leader is None:
+    if leader is None or not site.is_mortal(leader):
         return None
     pid, at = leader.pid, time.monotonic()
     site.kill(leader, "leader_kill")
@@ -223,10 +225,10 @@ def postgres_away(site: Site, chance: random.Random) -> Steps:
             "frozen": site.postgres.pause,
         }[how]()
         yield from _pass(chance.uniform(0.1, 2))
-        name = chance.choice(sorted(site.workers))
+        name = chance.choice(site.mortal_workers())
         if (yield from _until(lambda: site.is_busy(site.workers[name]), patience=5.0)):
             site.kill(site.workers[name], "worker_kill")
-        running = [child for child in site.producers if not child.ended]
+        running = site.mortal_producers()
         if running:
             site.kill(chance.choice(running), "producer_kill")
         yield from _pass(chance.uniform(0, 2))

@@ -41,6 +41,7 @@ class Library:
     workers: tuple[Role, ...]
     services: tuple[Role, ...]  # other processes that the library needs; only failpoints kill them
     stranger: Role  # a worker that comes without jobguard, and goes
+    spared: str  # a worker that no fault ends in a soak
     producer_failpoints: Mapping[str, float]
     layout: Layout
 
@@ -70,6 +71,7 @@ RQ = Library(
     ),
     services=(Role("scheduler", ("scheduler",), failpoints={"after_move_record": 0.05}),),
     stranger=Role("stranger", ("worker", "simple")),
+    spared="simple-both",
     producer_failpoints=_PRODUCER,
     layout=RQLayout(),
 )
@@ -103,6 +105,7 @@ CELERY = Library(
     ),
     services=(),
     stranger=_celery("stranger", "threads", "2", "early"),
+    spared="threads",
     producer_failpoints=_PRODUCER,
     layout=CeleryLayout(),
 )
@@ -119,6 +122,7 @@ DRAMATIQ = Library(
     ),
     services=(),
     stranger=Role("stranger", ("worker", "2")),
+    spared="worker-both",
     producer_failpoints=_PRODUCER,
     layout=DramatiqLayout(),
 )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from jobguard.settings import Settings
+from tests.chaos import soak
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -48,10 +49,13 @@ class Plan:
     guarded: bool = True
     hostile: bool = False  # a pooler in front of a database with unusual defaults
     keep: Path | None = None
+    soak: float = 0.0  # seconds in which fault follows fault, for as many jobs as come
 
     @property
     def rate(self) -> float:
         """The number of jobs for each second."""
+        if self.soak:
+            return soak.RATE
         return max(40.0, self.jobs / LOAD_SECONDS)
 
     @property

@@ -24,7 +24,7 @@ from tests.chaos.tasks import claim
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-BLOCK = 10_000
+BLOCK = 1_000_000
 """The count of numbers that one boot of a producer may use."""
 LONG = 0.6
 """Seconds of a job that is long enough for a kill during its run."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from tests.chaos import soak
 from tests.chaos.plan import SETTINGS
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def problems(results: Sequence[Result], *, hits: int = 0) -> list[str]:
         if result.count.early:
             found.append(f"{where}: {len(result.count.early)} jobs began before those they follow")
         found += [f"{where}: {name} found no target" for name in result.missed]
+        found += [f"{where}: {one}" for one in soak.problems(result.growth, result.lines)]
     for library in sorted({result.library for result in results}):
         total = total_hits([result for result in results if result.library == library])
         found += [
@@ -85,6 +87,13 @@ def show(console: Console, results: Sequence[Result], found: Sequence[str]) -> N
     if hits:
         reported = ", ".join(f"{name} {count}" for name, count in hits.items())
         console.print(f"deaths at failpoints: {reported}", highlight=False)
+    for result in results:
+        if result.lines:
+            console.print(
+                f"{result.library}: MB an hour at most {soak.most(result.growth)};"
+                f" lines a minute at most {soak.most(result.lines)}",
+                highlight=False,
+            )
     for problem in found:
         console.print(f"[bold red]{problem}[/]", highlight=False)
     if not found:

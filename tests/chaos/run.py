@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import random
 import shutil
 import tempfile
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import psycopg
 
+from tests.chaos import soak
 from tests.chaos.count import Count, count
 from tests.chaos.faults import FAULTS
 from tests.chaos.site import Site
@@ -68,6 +70,10 @@ class Result:
     extra: dict[str, int]  # further faults, which lead to failpoints of the reconciler
     seconds: float
     about: list[dict[str, Any]] = field(default_factory=list)  # the jobs that went wrong
+    growth: dict[str, float] = field(
+        default_factory=dict
+    )  # of a soak: MB for each hour, by process
+    lines: dict[str, float] = field(default_factory=dict)  # and lines of the log for each minute
 
     def as_json(self) -> dict[str, Any]:
         """Return the whole report as plain values."""
@@ -115,6 +121,8 @@ class _Run:
         self._missed: list[str] = []
         self._extra: Counter[str] = Counter()
         self._began = self._moved_at = time.monotonic()
+        self._watch = soak.Watch(site) if site.plan.soak else None
+        self._lines: dict[str, float] = {}
 
     def to_the_end(self) -> Result:
         """Cause all faults, wait until nothing changes any more, and count."""
@@ -122,19 +130,38 @@ class _Run:
         site.produce()
         site.kills.arm()
         self._pass(self._chance.uniform(*APART))
-        while self._waiting:
-            self._deal(self._waiting.pop(0))
-            self._pass(self._chance.uniform(*APART))
-        self._go_on(lambda: len(site.reader.ledger.enqueued) >= self._plan.jobs)
+        if self._plan.soak:
+            self._soak()
+        else:
+            self._all_faults(APART)
+            self._go_on(lambda: len(site.reader.ledger.enqueued) >= self._plan.jobs)
         self._top_up()
         site.kills.disarm()
+        self._lines = self._watch.lines() if self._watch else {}
         site.stop_producing()
         self._drain()
         if self._plan.keep is not None:
             site.dump()
+            if self._watch is not None:
+                self._watch.dump()
         return self._result()
 
     # -- the load and the faults -------------------------------------------------------------------
+
+    def _all_faults(self, apart: tuple[float, float], until: float = math.inf) -> None:
+        while self._waiting and time.monotonic() < until:
+            self._deal(self._waiting.pop(0))
+            self._pass(self._chance.uniform(*apart))
+
+    def _soak(self) -> None:
+        """Cause all faults again and again, until the time is over."""
+        until = self._began + self._plan.soak
+        while time.monotonic() < until:
+            self._waiting = list(self._plan.faults)
+            self._chance.shuffle(self._waiting)
+            self._tries = dict.fromkeys(self._waiting, 1)  # Another round comes.
+            self._all_faults(soak.APART, until)
+        self._missed.clear()
 
     def _deal(self, name: str) -> None:
         at = time.monotonic()
@@ -185,6 +212,8 @@ class _Run:
             self._moved_at = time.monotonic()
         self._site.tend()
         self._site.pace()
+        if self._watch is not None:
+            self._watch.tend()
         for name, wanted in self._plan.hits.items():
             if self._site.kills.hits(name) >= wanted:
                 self._site.kills.retire(name)
@@ -223,7 +252,7 @@ class _Run:
 
     def _result(self) -> Result:
         site = self._site
-        children = (*site.reconcilers, *site.workers.values(), *site.services, *site.producers)
+        children = site.processes().values()
         counted = count(site.reader.ledger, site.kills.all(), site.outages)
         went_wrong = dict.fromkeys((*counted.lost[:20], *counted.twice[:20], *counted.early[:20]))
         return Result(
@@ -237,4 +266,6 @@ class _Run:
             extra=dict(self._extra),
             seconds=round(time.monotonic() - self._began, 1),
             about=site.about(went_wrong),
+            growth=self._watch.growth() if self._watch else {},
+            lines=self._lines,
         )

@@ -132,7 +132,8 @@ class Site:
     def pace(self) -> None:
         """Slow the producers down while the workers cannot follow, or when all jobs are enqueued."""
         enqueued = len(self.reader.ledger.enqueued)
-        if enqueued >= self.plan.jobs or self.backlog() > BACKLOG:
+        done = not self.plan.soak and enqueued >= self.plan.jobs
+        if done or self.backlog() > BACKLOG:
             self._enough.touch()
         else:
             self._enough.unlink(missing_ok=True)
@@ -144,8 +145,32 @@ class Site:
 
     def tend(self) -> None:
         """Start ended processes again, as a supervisor does."""
-        for child in (*self.reconcilers, *self.workers.values(), *self.services, *self.producers):
+        for child in self.processes().values():
             child.tend()
+
+    def processes(self) -> dict[str, children.Child]:
+        """Return the supervised processes by the name of their log."""
+        numbered = {"reconciler": self.reconcilers, "producer": self.producers}
+        return {
+            **{f"{name}-{n}": one for name, made in numbered.items() for n, one in enumerate(made)},
+            **self.workers,
+            **dict(zip((role.name for role in self.library.services), self.services, strict=True)),
+        }
+
+    # Faults spare one process of each kind in a soak, whose memory is watched.
+
+    def mortal_workers(self) -> list[str]:
+        """Return the names of the workers that a fault may end."""
+        spared = self.library.spared if self.plan.soak else None
+        return sorted(name for name in self.workers if name != spared)
+
+    def mortal_producers(self) -> list[children.Child]:
+        """Return the producers that run, and that a fault may end."""
+        return [child for child in self.producers[bool(self.plan.soak) :] if not child.ended]
+
+    def is_mortal(self, reconciler: children.Child) -> bool:
+        """Return True if a fault may end this reconciler."""
+        return not (self.plan.soak and reconciler is self.reconcilers[0])
 
     # -- actions
     # ------------------------------------------------------------------------------------
