@@ -44,6 +44,7 @@ class Library:
     spared: str  # a worker that no fault ends in a soak
     producer_failpoints: Mapping[str, float]
     layout: Layout
+    grows: float = 0.0  # MB for each hour by which its workers grow without jobguard, measured
 
 
 _PRODUCER = {
@@ -108,6 +109,7 @@ CELERY = Library(
     spared="threads",
     producer_failpoints=_PRODUCER,
     layout=CeleryLayout(),
+    grows=100.0,
 )
 
 DRAMATIQ = Library(

@@ -9,6 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from tests.chaos import soak
+from tests.chaos.libraries import LIBRARIES
 from tests.chaos.plan import SETTINGS
 
 if TYPE_CHECKING:
@@ -33,7 +34,10 @@ def problems(results: Sequence[Result], *, hits: int = 0) -> list[str]:
         if result.count.early:
             found.append(f"{where}: {len(result.count.early)} jobs began before those they follow")
         found += [f"{where}: {name} found no target" for name in result.missed]
-        found += [f"{where}: {one}" for one in soak.problems(result.growth, result.lines)]
+        bare = LIBRARIES[result.library].grows
+        found += [
+            f"{where}: {one}" for one in soak.problems(result.growth, result.lines, bare=bare)
+        ]
     for library in sorted({result.library for result in results}):
         total = total_hits([result for result in results if result.library == library])
         found += [

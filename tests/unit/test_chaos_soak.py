@@ -22,6 +22,9 @@ def test_growth_and_noise_are_problems() -> None:
     """Each process over a bound is named."""
     found = soak.problems({"a": 4.9, "b": 5.1}, {"a": 10.0, "c": 10.1})
     assert found == ["b grows by 5.1 MB an hour", "c logs 10.1 lines a minute"]
+    grown = {"reconciler-0": 50.0, "threads": 50.0, "solo": 106.0}
+    found = soak.problems(grown, {}, bare=100.0)
+    assert found == ["reconciler-0 grows by 50.0 MB an hour", "solo grows by 106.0 MB an hour"]
 
 
 def test_durations() -> None:
