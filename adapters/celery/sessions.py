@@ -231,7 +231,7 @@ def end(controller: Any) -> None:
     The session closes with the last worker of this process. If threads still run a task then, the process
     goes on with them, and the session closes at its exit.
     """
-    with _lock:  # a worker that begins meanwhile must not share a session that is about to close
+    with _lock:
         working = working_of(controller)
         if working is None:
             return
@@ -241,10 +241,9 @@ def end(controller: Any) -> None:
             return
         _here[source] = others
         leave(controller.app, session=working.session.id, number=working.number)
-        if not others:
-            del _here[source]
         working.session.close()
         if not others:
+            del _here[source]
             return
         others[0].report(others[0].queues)
         if working.unacked is not None:

@@ -153,10 +153,9 @@ def moment_in(given: Mapping[str, str], name: str) -> datetime | None:
 
 def chart_of(activity: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the curves of the last hour, a point for each complete minute."""
-    now = datetime.now(UTC)
-    for row in activity:  # By the database's clock.
-        now = row["minute"].astimezone(UTC) + timedelta(minutes=row["minutes_ago"])
-    end = now.replace(second=0, microsecond=0)
+    end = datetime.now(UTC).replace(second=0, microsecond=0)
+    if activity:  # Each row tells the minute that runs by the database's clock.
+        end = activity[0]["minute"].astimezone(UTC) + timedelta(minutes=activity[0]["minutes_ago"])
     minutes = [end - timedelta(minutes=ago) for ago in range(_MINUTES, 0, -1)]
     curves = {name: [0] * _MINUTES for name in CURVES}
     for row in activity:

@@ -655,12 +655,12 @@ class WorkerSession:
             self.flush()
 
     def close_for_all(self) -> None:
-        """Flush and deregister, whoever still uses it."""
+        """Flush and deregister, even if workers still use the session."""
         if self._leaves(last=True):
             self._close(running=False)
 
     def _leaves(self, *, last: bool) -> bool:
-        """Return True if the session is to close now, and let nobody join it then."""
+        """Remove one user. Return True if the session must close now; then no worker can join it."""
         if not self.is_mine:  # In a forked child another thread may hold the lock for ever.
             return False
         with self._counting:

@@ -161,8 +161,8 @@ class Trust:
         """Record an inspection; return True if an unseen worker may have consumed since the last one."""
         before, self._observed_at = self._observed_at, now
         if before is not None:
-            # The same leader: a step may be slow, but not so slow that another process could lead. In an
-            # outage of Postgres nobody could.
+            # The same leader: a step may be slow, but not so slow that another process could lead.
+            # During an outage of Postgres no process can lead, and this one watches the consumers.
             long = now - before > self.change_of_leaders and not self.vouches(now - before)
             self._long_gap = self._long_gap or long
             return long

@@ -112,12 +112,7 @@ class Storm:
 
     def _send(self) -> None:
         with self.site.producer() as (mail, _):
-            queues = {
-                name: rq.Queue(name, connection=mail.connection)
-                for name in QUEUES
-                if name != "mail"
-            }
-            queues["mail"] = mail
+            queues = {name: rq.Queue(name, connection=mail.connection) for name in QUEUES}
             for number in range(10**9):
                 if self._calm.wait(self._pace):
                     return

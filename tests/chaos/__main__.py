@@ -92,7 +92,8 @@ def main(
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a SIGTERM too must end our children
     soaked = _seconds(duration)
     if soaked and len(libraries) > 1:
-        raise SystemExit(_each_alone(libraries))
+        raise SystemExit(_each_alone(libraries, path))
+    runs = 1 if soaked else runs
     console = Console()
     if not console.is_terminal:
         console = Console(width=112)  # the table is wider than the eighty characters of a log
@@ -101,7 +102,7 @@ def main(
     found: list[str] = []
     for library in (LIBRARIES[name] for name in libraries):
         names, places = _chosen(library, faults, guarded=not unguarded)
-        for nth in range(1 if soaked else runs):
+        for nth in range(runs):
             plan = Plan(
                 library=library,
                 jobs=jobs,
@@ -115,7 +116,7 @@ def main(
                 keep=keep,
                 soak=soaked,
             )
-            console.rule(f"{library.name}, seed {plan.seed}: {nth + 1} of {1 if soaked else runs}")
+            console.rule(f"{library.name}, seed {plan.seed}: {nth + 1} of {runs}")
             where = f"{library.name} " if soaked else ""
 
             def tell(text: str, where: str = where) -> None:
@@ -143,17 +144,13 @@ def _seconds(duration: str | None) -> float:
         raise click.BadParameter(str(error)) from error
 
 
-def _each_alone(libraries: Sequence[str]) -> int:
+def _each_alone(libraries: Sequence[str], path: Path | None) -> int:
     """Run this command once for each library, all at once; return 1 if one of them failed."""
-    arguments = [*sys.argv[1:]]
+    arguments = _without(_without(sys.argv[1:], "--library"), "--json")
     children = []
     for library in libraries:
-        alone = _without(arguments, "--library")
-        if "--json" in arguments:
-            path = Path(arguments[arguments.index("--json") + 1])
-            named = str(path.with_stem(f"{path.stem}-{library}"))
-            alone = [*_without(alone, "--json"), "--json", named]
-        command = [sys.executable, "-m", "tests.chaos", *alone, "--library", library]
+        report = [] if path is None else ["--json", str(path.with_stem(f"{path.stem}-{library}"))]
+        command = [sys.executable, "-m", "tests.chaos", *arguments, "--library", library, *report]
         children.append(subprocess.Popen(command))
     try:
         return int(any([child.wait() for child in children]))

@@ -70,10 +70,9 @@ class Result:
     extra: dict[str, int]  # further faults, which lead to failpoints of the reconciler
     seconds: float
     about: list[dict[str, Any]] = field(default_factory=list)  # the jobs that went wrong
-    growth: dict[str, float] = field(
-        default_factory=dict
-    )  # of a soak: MB for each hour, by process
-    lines: dict[str, float] = field(default_factory=dict)  # and lines of the log for each minute
+    # Of a soak, by process: MB for each hour, and lines of the log for each minute.
+    growth: dict[str, float] = field(default_factory=dict)
+    lines: dict[str, float] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """Return the whole report as plain values."""

@@ -33,7 +33,7 @@ _ENOUGH = 600.0
 _OURS = ('{"event": ', "jobguard: ")
 """How a line of jobguard begins, behind the time and the process."""
 _HEAD = 80
-_APART = ("reconciler", "producer")
+_NO_WORKERS = ("reconciler", "producer")
 """Processes that are no workers of the library."""
 
 
@@ -100,7 +100,7 @@ def problems(
 
     ``bare``: by how much a worker of the library grows without jobguard.
     """
-    bounds = {name: GROWTH if name.startswith(_APART) else GROWTH + bare for name in growth}
+    bounds = {name: GROWTH if name.startswith(_NO_WORKERS) else GROWTH + bare for name in growth}
     return [
         *(f"{name} grows by {mb} MB an hour" for name, mb in growth.items() if mb > bounds[name]),
         *(f"{name} logs {count} lines a minute" for name, count in lines.items() if count > LINES),

@@ -27,13 +27,19 @@ def lead_with_old_data(world: World) -> tuple[str, int]:
     return pulse
 
 
-def test_an_unnamed_ledger_without_workers_asks_a_person() -> None:
-    """Without a worker to confirm the Redis, all queues are held until a person resumes them."""
+def moved_without_workers() -> World:
+    """Owe a job, and begin with another leader in an empty Redis when no worker is left."""
     world = World()
     world.trusted().leave()
     world.enqueue("job")
     world.run(20)
     moved(world)
+    return world
+
+
+def test_an_unnamed_ledger_without_workers_asks_a_person() -> None:
+    """Without a worker to confirm the Redis, all queues are held until a person resumes them."""
+    world = moved_without_workers()
 
     world.run(9)
     assert not world.store.signs(world.term).brake.held
@@ -48,11 +54,7 @@ def test_an_unnamed_ledger_without_workers_asks_a_person() -> None:
 
 def test_a_brake_that_was_read_before_the_hold_does_not_end_it() -> None:
     """The threads of a leader share what one of them has read of the brake a moment ago."""
-    world = World()
-    world.trusted().leave()
-    world.enqueue("job")
-    world.run(20)
-    moved(world)
+    world = moved_without_workers()
     held = f"{SOURCE.id}/*"
     before = replace(world.signs, asked_at=world.clock())
     for _ in range(400):
